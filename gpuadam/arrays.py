@@ -1,0 +1,64 @@
+"""What the rest of the package needs to know of an array, whichever library made it."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class View(NamedTuple):
+    """An array as the checks and the kernels see it. Nothing is copied: the memory is the caller's."""
+
+    name: str  # as the caller knows it: "grad", "params['w1']"
+    array: Any  # a numpy.ndarray or cupy.ndarray, or the caller's object, which it keeps alive
+    pointer: int
+    shape: tuple
+    strides: tuple  # in bytes
+    dtype: np.dtype
+    writeable: bool
+    device: int | None  # the CUDA device's number; None for the CPU
+    stream: int | None = None  # the CUDA stream that wrote it last, if its library says so
+
+    @property
+    def size(self):
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self):
+        return self.size * self.dtype.itemsize
+
+
+def on_cpu(name, array):
+    """View a NumPy array, or anything that shares CPU memory through DLPack."""
+    if not isinstance(array, np.ndarray):
+        try:
+            array = np.from_dlpack(array)
+        except (BufferError, RuntimeError, ValueError) as error:  # what producers raise is up to them
+            raise TypeError(f"{name}, a {kind(array)}, cannot be shared with NumPy: {error}") from error
+    pointer = array.__array_interface__["data"][0]
+    return View(name, array, pointer, array.shape, array.strides, array.dtype, array.flags.writeable, None)
+
+
+def on_cuda(name, array, device_of):
+    """View an array in CUDA memory. device_of(pointer) asks the driver for the device's number."""
+    interface = array.__cuda_array_interface__
+    pointer, read_only = interface["data"]
+    shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
+    strides = interface.get("strides") or contiguous_strides(shape, dtype.itemsize)
+    device = device_of(pointer) if math.prod(shape) else None
+    return View(name, array, pointer, shape, tuple(strides), dtype, not read_only, device, interface.get("stream"))
+
+
+def contiguous_strides(shape, itemsize):
+    """Return the strides, in bytes, of a C-contiguous array.
+
+    >>> contiguous_strides((2, 3), 4)
+    (12, 4)
+    """
+    return tuple(itemsize * math.prod(shape[k + 1 :]) for k in range(len(shape)))
+
+
+def kind(array):
+    """Return what an error message calls an array: "numpy.ndarray", "list"."""
+    cls = type(array)
+    return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__.partition('.')[0]}.{cls.__name__}"

@@ -1,0 +1,220 @@
+"""Which arrays belong to which backend; a backend is loaded on first use; why one is unavailable.
+
+`cupy` and `numba-cuda` update arrays in CUDA memory, `numba-cpu` arrays in the CPU's. The arrays decide: there is no copy between
+devices, and no fallback from one to the other. To add a backend: a row in BACKENDS, a probe here, a file in kernels/.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import numpy as np
+
+from . import arrays
+
+GPU_EXTRA = 'pip install "gpuadam[cuda13]" (or cuda12: `nvidia-smi` shows what the driver takes)'
+DRIVER = "on a machine with an NVIDIA GPU, install its driver; `nvidia-smi` should then list the GPU"
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend that was asked for, or that the arrays belong to, cannot run here. The message says why and what to do."""
+
+
+class Status(NamedTuple):
+    """Whether a backend can run here, why (not), and what mends it."""
+
+    available: bool
+    reason: str
+    fix: str = ""
+
+
+class Backend(NamedTuple):
+    name: str
+    module: str
+    memory: str  # "CUDA" or "CPU"
+    package: str  # whose arrays are its own
+
+    def load(self):
+        """Import the backend's kernels, or raise BackendUnavailableError."""
+        status = backend_status()[self.name]
+        if not status.available:
+            others = ", ".join(available_backends()) or "none"
+            raise BackendUnavailableError(
+                f"backend {self.name!r} is not available: {status.reason}. To mend it: {status.fix}. Available: {others}."
+            )
+        return importlib.import_module(self.module)
+
+
+# Most preferred first.
+BACKENDS = {
+    b.name: b
+    for b in (
+        Backend("cupy", "gpuadam.kernels.cupy_elementwise", "CUDA", "cupy"),
+        Backend("numba-cuda", "gpuadam.kernels.numba_cuda", "CUDA", "numba"),
+        Backend("numba-cpu", "gpuadam.kernels.numba_cpu", "CPU", "numpy"),
+    )
+}
+
+_chosen: ContextVar[str | None] = ContextVar("gpuadam_backend", default=None)
+
+
+def available_backends():
+    """Return the names of the backends that can run here, most preferred first.
+
+    >>> "numba-cpu" in available_backends()
+    True
+    """
+    return tuple(name for name, status in backend_status().items() if status.available)
+
+
+def backend_status():
+    """Return, for each backend's name, whether it can run here, why (not), and what mends it.
+
+    >>> backend_status()["numba-cpu"].available
+    True
+    """
+    return {name: _probe(name) for name in BACKENDS}
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """Use one backend, as if every call within the `with` block had `backend=name`.
+
+    The environment variable GPUADAM_BACKEND does so for a whole process. A `backend=` argument goes before both.
+
+    >>> import gpuadam
+    >>> with gpuadam.use_backend("numba-cpu"):
+    ...     pass
+    """
+    token = _chosen.set(_known(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def choose(named_arrays, backend=None):
+    """Return (the backend's kernels, a View of each array; None stays None).
+
+    named_arrays: (name, array or None) pairs. Raises TypeError if no one backend holds them all, ValueError for an unknown
+    name, BackendUnavailableError if the backend cannot run here.
+    """
+    given = [(name, array) for name, array in named_arrays if array is not None]
+    memory = {name: _memory(name, array) for name, array in given}
+    forced = backend or _chosen.get() or os.environ.get("GPUADAM_BACKEND")
+    if forced:
+        source = "backend" if backend else "use_backend" if _chosen.get() else "GPUADAM_BACKEND"
+        chosen = BACKENDS[_known(forced, source)]
+        strangers = {name: kind for name, kind in memory.items() if kind != chosen.memory}
+        if strangers:
+            raise TypeError(
+                f"backend {chosen.name!r} holds arrays in {chosen.memory} memory, and nothing is copied between devices: "
+                + _listing(given, strangers)
+            )
+    else:
+        owners = {_owner(array, memory[name]).name for name, array in given}
+        if len(owners) > 1:
+            raise TypeError(
+                "the arrays of one update must come from one library: "
+                + _listing(given, memory)
+                + ". Convert them, or give backend= if one backend can hold them all"
+            )
+        chosen = BACKENDS[owners.pop()]
+    kernels = chosen.load()
+    view = kernels.view
+    return kernels, [None if array is None else view(name, array) for name, array in named_arrays]
+
+
+def _known(name, source):
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: there is no backend {name!r}, only {', '.join(BACKENDS)}")
+    return name
+
+
+def _memory(name, array):
+    """Return "CPU" or "CUDA", without importing anything."""
+    if isinstance(array, np.ndarray):
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{name} is a masked array; an update cannot heed its mask. Pass {name}.data, or a copy")
+        return "CPU"
+    if isinstance(array, type) or array is None:
+        raise TypeError(f"{name} is {array!r}, not an array")
+    if hasattr(array, "__cuda_array_interface__"):
+        return "CUDA"
+    if not hasattr(array, "__dlpack_device__") or isinstance(array, np.generic):
+        raise TypeError(
+            f"{name} is a {arrays.kind(array)}, not an array: NumPy, CuPy, Numba device arrays and whatever has DLPack or "
+            "__cuda_array_interface__ can be updated in place"
+        )
+    device_type = int(array.__dlpack_device__()[0])
+    names = {1: "CPU", 3: "CPU", 2: "CUDA", 13: "CUDA"}  # DLDeviceType: kDLCPU, kDLCUDAHost, kDLCUDA, kDLCUDAManaged
+    if device_type not in names:
+        raise TypeError(f"{name} is on a device of DLPack type {device_type}; only CPU and CUDA memory can be updated")
+    return names[device_type]
+
+
+def _owner(array, memory):
+    """Return the backend of an array: its library's own, else the most preferred that is available for its memory."""
+    package = type(array).__module__.partition(".")[0].replace("numba_cuda", "numba")
+    for backend in BACKENDS.values():
+        if backend.memory == memory and backend.package == package:
+            return backend
+    fitting = [b for b in BACKENDS.values() if b.memory == memory]
+    return next((b for b in fitting if _probe(b.name).available), fitting[0])
+
+
+def _listing(given, memory):
+    return ", ".join(f"{name} is a {arrays.kind(a)} in {memory[name]} memory" for name, a in given if name in memory)
+
+
+# Probes. Importing a GPU library can fail in many ways besides ImportError (CuPy raises PermissionError where it cannot make
+# its cache folder), so every exception is caught, and kept as the reason.
+
+
+@functools.cache
+def _probe(name):
+    try:
+        return {"cupy": _probe_cupy, "numba-cuda": _probe_numba_cuda, "numba-cpu": _probe_numba_cpu}[name]()
+    except Exception as error:
+        return Status(
+            False, f"{type(error).__name__}: {error}", "mend what the message names; see `python -m gpuadam doctor`"
+        )
+
+
+def _probe_cupy():
+    if importlib.util.find_spec("cupy") is None:
+        return Status(False, "CuPy is not installed", GPU_EXTRA)
+    try:
+        import cupy
+    except Exception as error:
+        hint = "set CUPY_CACHE_DIR to a folder that can be written" if isinstance(error, OSError) else GPU_EXTRA
+        return Status(False, f"importing CuPy failed: {type(error).__name__}: {error}", hint)
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return Status(False, f"CuPy {cupy.__version__} finds no usable CUDA driver: {error}", DRIVER)
+    if count == 0:
+        return Status(False, f"CuPy {cupy.__version__} finds no CUDA device", DRIVER)
+    return Status(True, f"CuPy {cupy.__version__}, {count} CUDA device(s)")
+
+
+def _probe_numba_cuda():
+    if importlib.util.find_spec("numba_cuda") is None:
+        return Status(False, "numba-cuda is not installed", GPU_EXTRA)
+    from .kernels import numba_cuda
+
+    version = importlib.import_module("numba_cuda").__version__
+    problem = numba_cuda.driver_problem()
+    if problem:
+        return Status(False, f"numba-cuda {version} finds no usable CUDA device: {problem}", DRIVER)
+    return Status(True, f"numba-cuda {version}")
+
+
+def _probe_numba_cpu():
+    import numba
+
+    return Status(True, f"Numba {numba.__version__}")

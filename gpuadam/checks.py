@@ -1,0 +1,150 @@
+"""Every error about an array or a hyperparameter, raised before a byte is written."""
+
+import math
+import numbers
+
+import numpy as np
+
+DTYPES = (np.dtype("float32"), np.dtype("float64"))
+
+
+def real(name, value):
+    """Return a hyperparameter as a Python float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, not {value!r} ({type(value).__name__})")
+    return float(value)
+
+
+def non_negative(name, value):
+    value = real(name, value)
+    if not (0.0 <= value < math.inf):
+        raise ValueError(f"{name}={value} must be finite and not negative")
+    return value
+
+
+def finite(name, value):
+    value = real(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be finite")
+    return value
+
+
+def betas(value):
+    """Return (beta1, beta2), each in [0, 1)."""
+    try:
+        beta1, beta2 = value
+    except (TypeError, ValueError):
+        raise ValueError(f"betas must be two numbers, (beta1, beta2), not {value!r}") from None
+    pair = real("beta1", beta1), real("beta2", beta2)
+    for name, beta in zip(("beta1", "beta2"), pair, strict=True):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"{name}={beta} must be in [0, 1)")
+    return pair
+
+
+def step_number(step):
+    if isinstance(step, bool) or not isinstance(step, numbers.Integral):
+        raise TypeError(f"step must be an integer, counted from 1, not {step!r} ({type(step).__name__})")
+    if step < 1:
+        raise ValueError(f"step={step} must be at least 1: the first update is step 1")
+    return int(step)
+
+
+def flag(name, value):
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return bool(value)
+
+
+def update(views):
+    """Check the arrays of one update: param, grad, m, v and max_v (None without AMSGrad)."""
+    param, grad, *state = [view for view in views if view is not None]
+    dtype(param)
+    for other in (grad, *state):
+        if other.dtype != param.dtype:
+            raise TypeError(f"{other.name} has dtype {_name(other.dtype)}, {param.name} has {_name(param.dtype)}: use one")
+        if other.shape != param.shape:
+            raise ValueError(f"{other.name} has shape {other.shape}, {param.name} has {param.shape}: nothing is broadcast")
+        if other.device != param.device and param.size:
+            raise ValueError(f"{other.name} is on device {other.device}, {param.name} on {param.device}: move one of them")
+    for view in (param, *state):
+        if not view.writeable:
+            raise ValueError(f"{view.name} is read-only, and an update writes to it: pass a writeable array")
+    for view in (param, grad, *state):
+        layout(view)
+
+
+def dtype(view):
+    if view.dtype not in DTYPES:
+        wanted = " or ".join(map(str, DTYPES))
+        raise TypeError(f"{view.name} has dtype {_name(view.dtype)}; it must be {wanted}, in native byte order")
+
+
+def layout(view):
+    """Refuse an array in which two elements share memory, and one in CUDA memory that is off its elements' alignment."""
+    itemsize = view.dtype.itemsize
+    reach = itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(view.strides, view.shape, strict=True) if n > 1):
+        if stride < reach and view.size:
+            raise ValueError(
+                f"{view.name} has shape {view.shape} and strides {view.strides}: elements share memory (a broadcast or "
+                "sliding view). Pass a copy"
+            )
+        reach += stride * (n - 1)
+    if view.device is not None and (view.pointer % itemsize or any(s % itemsize for s in view.strides)):
+        raise ValueError(f"{view.name} is not aligned to its {itemsize}-byte elements, which a GPU needs. Pass a copy")
+
+
+def _name(dtype):
+    return str(dtype) if dtype.isnative else f"{dtype.newbyteorder('=')} in the other byte order ({dtype.str})"
+
+
+def overlap(written, read):
+    """Refuse arrays of which one is written and another shares memory with it. Two that are only read may."""
+    extents = [(*_bounds(view), True, view) for view in written if view.size]
+    extents += [(*_bounds(view), False, view) for view in read if view.size]
+    extents.sort(key=lambda extent: extent[0])
+    end_of_written = end_of_any = 0
+    for k, (start, end, is_written, view) in enumerate(extents):
+        if start < end_of_written or (is_written and start < end_of_any):
+            for _, other_end, other_is_written, other in extents[:k]:
+                if start < other_end and (is_written or other_is_written) and _share_memory(view, other):
+                    raise ValueError(
+                        f"{other.name} and {view.name} share memory, and an update writes to at least one of them: "
+                        "pass arrays of their own, or a copy"
+                    )
+        end_of_any = max(end_of_any, end)
+        end_of_written = max(end_of_written, end) if is_written else end_of_written
+
+
+def _bounds(view):
+    """Return the addresses of the first byte and of the byte after the last."""
+    start = end = view.pointer
+    for stride, n in zip(view.strides, view.shape, strict=True):
+        if stride < 0:
+            start += stride * (n - 1)
+        else:
+            end += stride * (n - 1)
+    return start, end + view.dtype.itemsize
+
+
+class _Addresses:
+    """NumPy's way to describe memory; it is not read, so it may as well be a GPU's."""
+
+    def __init__(self, view):
+        self.__array_interface__ = {
+            "data": (view.pointer, True),
+            "shape": view.shape,
+            "strides": view.strides,
+            "typestr": view.dtype.str,
+            "version": 3,
+        }
+
+
+def _share_memory(a, b):
+    if a.device != b.device:
+        return False
+    try:
+        return np.shares_memory(np.asarray(_Addresses(a)), np.asarray(_Addresses(b)), max_work=10**6)
+    except np.exceptions.TooHardError:
+        return True  # interleaved beyond telling: rather refused than wrong

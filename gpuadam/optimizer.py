@@ -1,0 +1,291 @@
+"""Adam and AdamW: parameters in groups, their moments, and the step over all of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from . import arrays, backends, checks, hyperparameters
+
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+
+
+class Adam:
+    """Adam with L2 decay, in place on the caller's arrays.   (Kingma & Ba 2015, arXiv:1412.6980)
+
+    params: one array, a sequence of arrays, a dict name -> array, or a list of groups such as
+        `{"params": [w, b], "lr": 1e-4}`, whose own hyperparameters go before those given here. Arrays as in `adam_step`.
+    lr: a number, or a callable of the number of the step, counted from 1: `lambda step: 1e-3 * min(1, step / 100)`.
+    betas, eps, weight_decay, maximize: as in `adam_step`. amsgrad: keep the running maximum of v (Reddi et al. 2018).
+    backend: "cupy", "numba-cuda" or "numba-cpu"; by default the arrays decide.
+
+    Attributes: `groups`, a list of dicts: "params", "names" and the hyperparameters, which may be changed between steps;
+    `state`, name -> {"step", "m", "v", and "max_v" with amsgrad}; `steps`, how many there were.
+    Names are the dict's keys; without a dict, "0", "1", ... in order, through all groups.
+
+    Raises what `adam_step` raises, and ValueError for a parameter given twice, an unknown hyperparameter or no parameters.
+
+    >>> import numpy as np, gpuadam
+    >>> params = {"w": np.full(3, 0.5, "float32"), "b": np.zeros(1, "float32")}
+    >>> opt = gpuadam.Adam(params, lr=0.1)
+    >>> opt.step({"w": np.float32([-33.0, 1.0, 0.0]), "b": None})
+    >>> print(params["w"], params["b"])
+    [0.6 0.4 0.5] [0.]
+    """
+
+    _decoupled = False
+
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, amsgrad=False, maximize=False, backend=None
+    ):
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+        }
+        self.backend = backend
+        self.steps = 0
+        self.groups, self._structures = _groups(params, defaults)
+        self.state = {}
+        views = []
+        for group in self.groups:
+            self._checked(group, step=1)
+            for name, param in zip(group["names"], group["params"], strict=True):
+                if name in self.state:
+                    raise ValueError(f"two parameters are named {name!r}: names must differ")
+                kernels, (view,) = backends.choose([(f"params[{name!r}]", param)], backend)
+                checks.dtype(view)
+                checks.layout(view)
+                if not view.writeable:
+                    raise ValueError(f"{view.name} is read-only, and a step writes to it: pass a writeable array")
+                views.append((kernels, view, group["amsgrad"]))
+                self.state[name] = {}
+        checks.overlap([view for _, view, _ in views], [])
+        for state, (kernels, view, amsgrad) in zip(self.state.values(), views, strict=True):
+            moments = ("m", "v", "max_v") if amsgrad else ("m", "v")
+            state.update({"step": 0} | {moment: kernels.zeros_like(view) for moment in moments})
+
+    def step(self, grads, *, grad_scale=1.0):
+        """Update every parameter that has a gradient, in place.
+
+        grads: of the same structure as params; None in an array's place skips it. For groups, a list with the gradients of
+            each, or with dicts `{"params": gradients}`. They are only read.
+        grad_scale: every gradient is multiplied by it first.
+
+        Everything is checked before anything is written: one bad array or hyperparameter stops the whole step.
+        """
+        grads = _flatten(grads, self._structures)
+        launches, written, read = [], [], []
+        for group in self.groups:
+            h = self._checked(group, self.steps + 1, grad_scale)
+            for name, param in zip(group["names"], group["params"], strict=True):
+                grad, state = grads[name], self.state[name]
+                if grad is None:
+                    continue
+                label = f"params[{name!r}]"
+                named = [(label, param), (f"the gradient of {label}", grad)]
+                named += [(f"{moment} of {label}", state[moment]) for moment in ("m", "v")]
+                named.append((f"max_v of {label}", state["max_v"] if group["amsgrad"] else None))
+                kernels, views = backends.choose(named, self.backend)
+                checks.update(views)
+                form_and_scalars = hyperparameters.form_and_scalars(h, state["step"] + 1, views[0].dtype, group["amsgrad"])
+                launches.append((kernels, views, form_and_scalars, state))
+                written += [view for view in (views[0], *views[2:]) if view is not None]
+                read.append(views[1])
+        checks.overlap(written, read)
+        for kernels, views, (form, scalars), state in launches:
+            kernels.launch(form, views, scalars)
+            state["step"] += 1
+        self.steps += 1
+
+    def state_dict(self):
+        """Return {"steps", "state", "groups"}: by name, the moments themselves and not copies, and each group's settings.
+
+        A learning rate that is a callable is not state: None stands in its place.
+        """
+        groups = [
+            {"names": list(group["names"])} | {key: None if callable(group[key]) else group[key] for key in HYPERPARAMETERS}
+            for group in self.groups
+        ]
+        return {"steps": self.steps, "state": {name: dict(state) for name, state in self.state.items()}, "groups": groups}
+
+    def load_state_dict(self, state_dict):
+        """Copy a `state_dict()` into this optimizer, which must have parameters of the same names, shapes and dtypes.
+
+        All of it is checked first. Raises ValueError or TypeError, and then nothing has changed.
+        """
+        groups, states = _checked_state_dict(state_dict, self)
+        copies = []
+        for name, state in self.state.items():
+            for moment in ("m", "v", "max_v"):
+                if moment not in state:
+                    continue
+                named = [(f"{moment} of params[{name!r}]", state[moment]), (f"the loaded {moment}", states[name][moment])]
+                kernels, (own, loaded) = backends.choose(named, self.backend)
+                if (own.shape, own.dtype) != (loaded.shape, loaded.dtype):
+                    raise ValueError(
+                        f"{loaded.name} of {name!r} has shape {loaded.shape} and dtype {loaded.dtype}, "
+                        f"the optimizer's {own.shape} and {own.dtype}"
+                    )
+                copies.append((kernels, own, loaded))
+        for group, loaded in zip(self.groups, groups, strict=True):
+            group.update(loaded)
+        for kernels, own, loaded in copies:
+            kernels.copy(own, loaded)
+        for name, state in self.state.items():
+            state["step"] = states[name]["step"]
+        self.steps = state_dict["steps"]
+
+    def _checked(self, group, step, grad_scale=1.0):
+        """Return a group's Hyperparameters for a step, lr called if it is a callable."""
+        unknown = set(group) - {"params", "names", *HYPERPARAMETERS}
+        missing = set(HYPERPARAMETERS) - set(group)
+        if unknown or missing:
+            what = f"unknown {sorted(unknown)}" if unknown else f"missing {sorted(missing)}"
+            raise ValueError(f"a group has {what}; its hyperparameters are {', '.join(HYPERPARAMETERS)}")
+        checks.flag("amsgrad", group["amsgrad"])
+        for name in group["names"]:
+            if self.state.get(name) and group["amsgrad"] != ("max_v" in self.state[name]):
+                raise ValueError("amsgrad cannot be changed after the optimizer is made: it decides which moments there are")
+        return hyperparameters.checked(
+            lr=group["lr"](step) if callable(group["lr"]) else group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled=self._decoupled,
+            maximize=group["maximize"],
+            grad_scale=grad_scale,
+        )
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay.   (Loshchilov & Hutter 2019, arXiv:1711.05101)
+
+    As `Adam`, but weight_decay, 0.01 by default, takes lr * weight_decay * param off each parameter.
+
+    >>> import numpy as np, gpuadam
+    >>> w = np.ones(2, "float32")
+    >>> gpuadam.AdamW(w, lr=0.1, weight_decay=0.5).step(np.zeros(2, "float32"))
+    >>> print(w)
+    [0.95 0.95]
+    """
+
+    _decoupled = True
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=1e-2,
+        *,
+        amsgrad=False,
+        maximize=False,
+        backend=None,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad=amsgrad, maximize=maximize, backend=backend)
+
+
+# The structure of params, which the gradients share: for each group, what it was and the names of its arrays.
+ONE, SEQUENCE, MAPPING = "one array", "a sequence", "a dict"
+
+
+def _groups(params, defaults):
+    """Return (groups with "params", "names" and hyperparameters; their structures, a single one if there were no groups)."""
+    if isinstance(params, Iterator):
+        params = list(params)
+    grouped = _is_sequence(params) and len(params) and all(isinstance(p, Mapping) for p in params)
+    given = params if grouped else [{"params": params}]
+    groups, structures, count = [], [], 0
+    for group in given:
+        if "params" not in group:
+            raise ValueError(f'a group needs "params", and has only {sorted(map(str, group))}')
+        members = group["params"]
+        if isinstance(members, Iterator):
+            members = list(members)
+        if isinstance(members, Mapping):
+            names, members, structure = list(members), list(members.values()), MAPPING
+            for name in names:
+                if not isinstance(name, str):
+                    raise TypeError(f"the names of parameters must be strings, not {name!r}")
+        else:
+            structure = SEQUENCE if _is_sequence(members) else ONE
+            members = list(members) if structure == SEQUENCE else [members]
+            names = [str(count + k) for k in range(len(members))]
+        count += len(members)
+        groups.append(defaults | {k: v for k, v in group.items() if k != "params"} | {"params": members, "names": names})
+        structures.append((structure, names))
+    if not count:
+        raise ValueError("there are no parameters to update")
+    return groups, structures if grouped else structures[0]
+
+
+def _flatten(grads, structures):
+    """Return name -> gradient or None."""
+    if isinstance(structures, tuple):
+        return _flatten_group(grads, *structures, "grads")
+    if not _is_sequence(grads) or len(grads) != len(structures):
+        raise ValueError(f"grads must be a list of {len(structures)} entries, one for each group; it is {_what(grads)}")
+    flat = {}
+    for k, (group, (structure, names)) in enumerate(zip(grads, structures, strict=True)):
+        if isinstance(group, Mapping) and set(group) == {"params"} and names != ["params"]:
+            group = group["params"]
+        flat |= _flatten_group(group, structure, names, f"grads[{k}]")
+    return flat
+
+
+def _flatten_group(grads, structure, names, label):
+    if isinstance(grads, Iterator):
+        grads = list(grads)
+    if structure == MAPPING:
+        if not isinstance(grads, Mapping) or set(grads) != set(names):
+            raise ValueError(f"{label} must be a dict with the names {names} (None skips one); it is {_what(grads)}")
+        return {name: grads[name] for name in names}
+    if structure == SEQUENCE:
+        if not _is_sequence(grads) or len(grads) != len(names):
+            raise ValueError(f"{label} must be a sequence of {len(names)} (None skips one); it is {_what(grads)}")
+        return dict(zip(names, grads, strict=True))
+    return {names[0]: grads}
+
+
+def _is_sequence(x):
+    return isinstance(x, Sequence) and not isinstance(x, (str, bytes))
+
+
+def _what(x):
+    if isinstance(x, Mapping):
+        return f"a dict with the names {list(x)}"
+    return f"a sequence of {len(x)}" if _is_sequence(x) else f"a {arrays.kind(x)}"
+
+
+def _checked_state_dict(state_dict, optimizer):
+    """Return (settings of each group, state of each name), after checking all but the arrays."""
+    try:
+        steps, states, groups = (state_dict[key] for key in ("steps", "state", "groups"))
+    except (KeyError, TypeError):
+        raise ValueError('a state_dict has "steps", "state" and "groups"') from None
+    if set(states) != set(optimizer.state):
+        missing, extra = sorted(set(optimizer.state) - set(states)), sorted(set(states) - set(optimizer.state))
+        raise ValueError(f"the parameters' names differ: not in the state_dict {missing}, only in it {extra}")
+    if [g.get("names") for g in groups] != [g["names"] for g in optimizer.groups]:
+        raise ValueError("the state_dict's groups do not hold the same parameters as the optimizer's, in the same order")
+    settings = []
+    for own, loaded in zip(optimizer.groups, groups, strict=True):
+        loaded = {key: loaded[key] for key in loaded if key != "names"}
+        if "lr" in loaded and loaded["lr"] is None:
+            if not callable(own["lr"]):
+                raise ValueError("the saved lr was a callable, which is not saved: give this optimizer's group one first")
+            loaded["lr"] = own["lr"]
+        optimizer._checked(own | loaded, step=1)
+        settings.append(loaded)
+    for name, own in optimizer.state.items():
+        if set(states[name]) != set(own):
+            raise ValueError(f"the state of {name!r} has {sorted(states[name])}, the optimizer's {sorted(own)}")
+        if states[name]["step"] != 0:
+            checks.step_number(states[name]["step"])
+    if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool) or steps < 0:
+        raise ValueError(f"steps={steps!r} must be an integer, not negative")
+    return settings, states

@@ -1,0 +1,225 @@
+"""Compile the kernels of both GPU backends for any architecture on a machine with no GPU, and run their PTX on the host.
+
+CuPy and Numba ask the current device what to compile for. Here the same sources go to the same compilers by hand: NVRTC of
+CUDA 12 and of CUDA 13 for CuPy, NVVM for Numba, ptxas and nvdisasm for the machine code, all of them PyPI wheels.
+"""
+
+import ctypes
+import functools
+import math
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ptx import Kernel
+
+from gpuadam.kernels import adam
+from gpuadam.kernels.alignment import split
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
+BLOCK = 128
+
+cupy = pytest.importorskip("cupy", reason="CuPy, whose generated source is compiled here, is not installed")
+pytest.importorskip("numba_cuda", reason="numba-cuda, whose PTX is run here, is not installed")
+
+from cupy._core import _carray, _kernel, _scalar, core  # noqa: E402
+from numba import cuda, types  # noqa: E402
+from numba.cuda import dispatcher  # noqa: E402
+
+from gpuadam.kernels import cupy_elementwise, numba_cuda  # noqa: E402
+
+
+def find(pattern):
+    """Return the first file of an installed NVIDIA wheel that matches, or skip the test."""
+    for folder in sys.path:
+        for path in sorted(pathlib.Path(folder).glob(f"nvidia/{pattern}")):
+            return path
+    pytest.skip(f"no nvidia/{pattern} is installed: pip install -e '.[test]' has it on Linux")
+
+
+# CuPy: the generated CUDA C, then NVRTC
+
+
+class Nvrtc:
+    """The few functions of one NVRTC library that a compile takes."""
+
+    def __init__(self, pattern):
+        self.lib = ctypes.CDLL(str(find(pattern)))
+
+    def compile(self, source, options, output):
+        program = ctypes.c_void_p()
+        self._check(self.lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
+        encoded = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+        if self.lib.nvrtcCompileProgram(program, len(options), encoded):
+            raise RuntimeError(self._get(program, "ProgramLog").decode()[:3000])
+        return self._get(program, output)
+
+    def _get(self, program, what):
+        size = ctypes.c_size_t()
+        self._check(getattr(self.lib, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+        buffer = ctypes.create_string_buffer(size.value)
+        self._check(getattr(self.lib, f"nvrtcGet{what}")(program, buffer))
+        return buffer.raw
+
+    def _check(self, status):
+        if status:
+            raise RuntimeError(f"NVRTC error {status}")
+
+
+@functools.cache
+def nvrtc(cuda_version):
+    return Nvrtc({12: "cuda_nvrtc/lib/libnvrtc.so.12", 13: "cu13/lib/libnvrtc.so.13"}[cuda_version])
+
+
+def cupy_source(kernel, ndim=1):
+    """Return the CUDA C that CuPy generates for an ElementwiseKernel and arrays of 64-bit indices."""
+    infos = []
+    for p in kernel.params:
+        if p.name == "_ind":
+            infos.append(_kernel._ArgInfo(2, _carray.Indexer, None, ndim, True, False))
+        elif p.name in ("param", "grad", "m", "v", "max_v"):
+            infos.append(_kernel._ArgInfo(1, cupy.ndarray, np.dtype(p.dtype), ndim, ndim == 1, False))
+        else:
+            infos.append(_kernel._ArgInfo(3, _scalar.CScalar, np.dtype(p.dtype), 0, True, True))
+    dtypes = tuple(i.dtype for i in infos)
+    type_map = kernel._decide_params_type(dtypes[: kernel.nin], dtypes[kernel.nin : kernel.nargs])[2]
+    generated = _kernel._get_elementwise_kernel_code(
+        tuple(infos), type_map, kernel.params, kernel.operation, kernel.name, kernel.preamble
+    )
+    return "".join(f"#include <cupy/{h}.cuh>\n" for h in ("complex", "carray", "atomics")) + generated
+
+
+def compile_cupy(kernel, arch, output="PTX", cuda_version=13, ndim=1):
+    """Compile as `cupy.cuda.compiler` does: its options, and `-ftz=true` after them."""
+    # "virtual" compute_90 gives PTX; "real" sm_90 gives machine code
+    arch = arch.replace("sm", "compute") if output == "PTX" else arch
+    options = [*core.assemble_cupy_compiler_options(()), "-ftz=true", f"-arch={arch}"]
+    return nvrtc(cuda_version).compile(cupy_source(kernel, ndim), options, output)
+
+
+# Numba: NVVM
+
+
+def compile_numba(kernel, dtype, arch, ndim=None):
+    cc = (int(arch[3:-1]), int(arch[-1]))
+    i64, real = types.int64, {"float32": types.float32, "float64": types.float64}[np.dtype(dtype).name]
+    if ndim is None:
+        signature = (i64,) * 8 + (real,) * 7
+    else:
+        signature = (i64,) * 5 + (types.UniTuple(i64, ndim),) * 6 + (i64,) + (real,) * 7
+    # a device function asks the current device what it can do; there is none, so answer for it
+    original = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
+    try:
+        return cuda.compile(kernel, signature, cc=cc, output="ptx", device=False, abi="numba")[0]
+    finally:
+        dispatcher.get_current_device = original
+
+
+# Both, by the backend's name ("cupy" with NVRTC 13, "cupy-cuda12" with NVRTC 12, "numba-cuda")
+
+BACKENDS = ("cupy", "cupy-cuda12", "numba-cuda")
+
+
+@functools.cache
+def ptx(backend, form, arch, ndim=None, rule=adam):
+    """Return the PTX of a contiguous kernel, or of a strided one of `ndim` dimensions."""
+    if backend == "numba-cuda":
+        return compile_numba(
+            numba_cuda.build(rule, form, "contiguous" if ndim is None else f"strided {ndim}"), form.dtype, arch, ndim
+        )
+    kernel = cupy_elementwise.build(rule, form, "contiguous" if ndim is None else "strided")
+    version = 12 if backend == "cupy-cuda12" else 13
+    return compile_cupy(kernel, arch, "PTX", version, ndim or 1).rstrip(b"\0").decode()
+
+
+@functools.cache
+def _loaded(body):
+    return Kernel(body)
+
+
+def loaded(text):
+    """Return the PTX as a callable kernel. Equal code for several architectures is translated once."""
+    return _loaded(re.sub(r"\.(version|target)[^\n]*|//[^\n]*", "", text))
+
+
+def run(backend, form, arch, arrays, scalars, rule=adam, text=None):
+    """Run an update of contiguous 1-D NumPy arrays through the compiled kernel of a GPU backend. Returns the Kernel."""
+    used = [a for a in arrays if a is not None]
+    n = used[0].size
+    head, vectors, threads = split([a.ctypes.data for a in used], n, form.dtype.itemsize)
+    kernel = loaded(text or ptx(backend, form, arch, rule=rule))
+    parameters = contiguous_parameters(backend, arrays, (head, vectors, threads), scalars, kernel)
+    kernel.run(math.ceil(threads / BLOCK), BLOCK, parameters, memory_of(used))
+    return kernel
+
+
+def contiguous_parameters(backend, arrays, split, scalars, kernel):
+    head, vectors, threads = split
+    words = [s.tobytes() for s in scalars]
+    if backend == "numba-cuda":
+        pointers = [0 if a is None else a.ctypes.data for a in arrays]
+        return [int64s(k) for k in (*pointers, head, vectors, threads)] + words
+    param, grad, *state = [carray(a) for a in arrays if a is not None]
+    indexer = int64s(threads, threads, 0, 0)[: kernel.parameter_sizes[-1]]
+    return [grad, int64s(head), int64s(vectors), *words, param, *state, indexer]
+
+
+def run_strided(backend, form, arch, arrays, scalars):
+    """Likewise for NumPy arrays of any strides."""
+    used = [a for a in arrays if a is not None]
+    n, words = used[0].size, [s.tobytes() for s in scalars]
+    if backend == "numba-cuda":
+        shape, strides = numba_cuda.collapse(used[0].shape, [a.strides for a in used])
+        strides = [*strides, strides[0]][:5]
+        kernel = loaded(ptx(backend, form, arch, ndim=len(shape)))
+        pointers = [int64s(0 if a is None else a.ctypes.data) for a in arrays]
+        parameters = [*pointers, *(int64s(*t) for t in (shape, *strides)), int64s(n), *words]
+        if len(parameters) != len(kernel.parameter_sizes):  # a tuple is one parameter, or one for each number
+            parameters = [*pointers, *(int64s(k) for t in (shape, *strides) for k in t), int64s(n), *words]
+    else:
+        kernel = loaded(ptx(backend, form, arch, ndim=used[0].ndim))
+        param, grad, *state = [carray(a) for a in used]
+        indexer = int64s(n, *used[0].shape, *[0] * 9)[: kernel.parameter_sizes[-1]]
+        parameters = [grad, *words, param, *state, indexer]
+    kernel.run(math.ceil(n / BLOCK), BLOCK, parameters, memory_of(used))
+    return kernel
+
+
+def int64s(*values):
+    return np.array(values, "i8").tobytes()
+
+
+def carray(a):
+    """CuPy's CArray struct: pointer, size, shape, strides in bytes."""
+    return int64s(a.ctypes.data, a.size, *a.shape, *a.strides)
+
+
+def memory_of(arrays):
+    return [np.lib.array_utils.byte_bounds(a) if a.size else (0, 0) for a in arrays]
+
+
+# Machine code
+
+
+@functools.cache
+def machine_code(backend, form, arch, ndim=None, rule=adam):
+    """Return (SASS text, registers, local bytes of a thread) of a kernel, assembled by the toolchain's ptxas."""
+    nvdisasm = find("cu13/bin/nvdisasm")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernel.cubin"
+        if backend == "numba-cuda":
+            (pathlib.Path(folder) / "kernel.ptx").write_text(ptx(backend, form, arch, ndim, rule))
+            ptxas = [find("cu13/bin/ptxas"), f"-arch={arch}", pathlib.Path(folder) / "kernel.ptx", "-o", cubin]
+            subprocess.run(ptxas, check=True, capture_output=True)
+        else:
+            kernel = cupy_elementwise.build(rule, form, "contiguous" if ndim is None else "strided")
+            version = 12 if backend == "cupy-cuda12" else 13
+            cubin.write_bytes(compile_cupy(kernel, arch, "CUBIN", version, ndim or 1))
+        sass = subprocess.run([nvdisasm, cubin], check=True, capture_output=True, text=True).stdout
+    return sass
