@@ -171,28 +171,24 @@ def _listing(given, memory):
     return ", ".join(f"{name} is a {arrays.kind(a)} in {memory[name]} memory" for name, a in given if name in memory)
 
 
-# Probes. Importing a GPU library can fail in many ways besides ImportError (CuPy raises PermissionError where it cannot make
-# its cache folder), so every exception is caught, and kept as the reason.
-
-
 @functools.cache
 def _probe(name):
     try:
         return {"cupy": _probe_cupy, "numba-cuda": _probe_numba_cuda, "numba-cpu": _probe_numba_cpu}[name]()
-    except Exception as error:
-        return Status(
-            False, f"{type(error).__name__}: {error}", "mend what the message names; see `python -m gpuadam doctor`"
+    except Exception as error:  # noqa: BLE001 - a GPU library can fail in any way when imported; the reason is kept
+        fix = (
+            "set CUPY_CACHE_DIR to a folder that can be written"
+            if isinstance(error, OSError)
+            else f"reinstall it: {GPU_EXTRA}"
         )
+        return Status(False, f"its library cannot be imported: {type(error).__name__}: {error}", fix)
 
 
 def _probe_cupy():
     if importlib.util.find_spec("cupy") is None:
         return Status(False, "CuPy is not installed", GPU_EXTRA)
-    try:
-        import cupy
-    except Exception as error:
-        hint = "set CUPY_CACHE_DIR to a folder that can be written" if isinstance(error, OSError) else GPU_EXTRA
-        return Status(False, f"importing CuPy failed: {type(error).__name__}: {error}", hint)
+    import cupy
+
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

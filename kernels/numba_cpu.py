@@ -44,7 +44,8 @@ def launch(form, views, scalars, rule=adam):
     arrays = [view.array for view in (param, grad, m, v, max_v or v)]
     flat = _in_memory_order(arrays)
     if flat is None:
-        return build(rule, form, "strided")(*arrays, *scalars)
+        build(rule, form, "strided")(*arrays, *scalars)
+        return
     n = flat[0].size
     if n < PARALLEL_FROM or numba.get_num_threads() == 1:
         build(rule, form, "serial")(*flat, *scalars)

@@ -362,6 +362,7 @@ class _Translation:
             "xor": lambda: b.xor(x, y),
             "not": lambda: b.not_(x),
             "neg": lambda: b.neg(x),
+            "popc": lambda: b.call(self.module.declare_intrinsic("llvm.ctpop", [bits]), [x]),
             "shl": lambda: b.select(too_far, bits(0), b.shl(x, y)),
             "shr": lambda: (
                 b.ashr(x, b.select(too_far, bits(bits.width - 1), y)) if signed else b.select(too_far, bits(0), b.lshr(x, y))

@@ -1,0 +1,97 @@
+"""The variants of an update and the data that the tests share."""
+
+import numpy as np
+
+from gpuadam import hyperparameters
+
+DTYPES = ("float32", "float64")
+
+# Every form: what is asked of `adam_step`, amsgrad standing for max_v. The betas choose the arms of lerp.
+FORMS = {
+    "adam": {},
+    "l2": {"weight_decay": 0.1},
+    "adamw": {"weight_decay": 0.1, "decoupled": True},
+    "amsgrad": {"amsgrad": True},
+    "maximize": {"maximize": True},
+    "grad_scale": {"grad_scale": 0.3},
+    "from g": {"betas": (0.2, 0.999)},
+    "from g*g": {"betas": (0.9, 0.3)},
+    "from both": {"betas": (0.0, 0.0)},
+    "all with l2": {"weight_decay": 0.1, "amsgrad": True, "maximize": True, "grad_scale": 3.0, "betas": (0.5, 0.5)},
+    "all with adamw": {"weight_decay": 0.1, "decoupled": True, "amsgrad": True, "grad_scale": 1e-3, "betas": (0.3, 0.4)},
+}
+
+DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "decoupled": False, "maximize": False}
+
+
+def form_and_scalars(name, dtype, step=3, **changes):
+    """Return (Form, Scalars) of a row of FORMS."""
+    options = DEFAULTS | FORMS[name] | changes
+    amsgrad = options.pop("amsgrad", False)
+    return hyperparameters.form_and_scalars(hyperparameters.checked(**options), step, np.dtype(dtype), amsgrad)
+
+
+def state(n, dtype="float32", amsgrad=False, seed=0):
+    """Return (param, grad, m, v, max_v or None) of ordinary size, after some training."""
+    rng = np.random.default_rng(seed)
+    param, grad, m = (rng.standard_normal(n).astype(dtype) for _ in range(3))
+    v = (rng.standard_normal(n) ** 2).astype(dtype)
+    max_v = (v * rng.uniform(0.5, 2, n)).astype(dtype) if amsgrad else None
+    return param, grad, m, v, max_v
+
+
+def wide_state(n, dtype="float32", amsgrad=False, seed=0):
+    """Likewise over the whole range of the dtype: subnormals, both zeros, infinities and NaN in every array."""
+    rng = np.random.default_rng(seed)
+    info = np.finfo(dtype)
+    low, high = np.log(float(info.smallest_subnormal)), np.log(float(info.max))
+
+    def values(signed):
+        x = np.exp(rng.uniform(low, high, n)).astype(dtype)
+        x = np.where(rng.random(n) < 0.2, (x / info.max * info.smallest_normal).astype(dtype), x)
+        if signed:
+            x = np.where(rng.random(n) < 0.5, -x, x)
+        specials = np.array([0.0, -0.0, np.inf, np.nan, info.smallest_subnormal, info.smallest_normal, info.max], dtype)
+        return np.where(rng.random(n) < 0.1, rng.choice(specials, n), x).astype(dtype)
+
+    with np.errstate(under="ignore", over="ignore"):
+        param, grad, m, v, max_v = (values(signed) for signed in (True, True, True, False, False))
+    return param, grad, m, v, max_v if amsgrad else None
+
+
+def at_offset(a, offset, gap=32):
+    """Return a copy that starts `offset` elements after a 64-byte boundary, amid sentinel bytes, and those bytes."""
+    if a is None:
+        return None, None
+    buffer = np.full(a.nbytes + 64 + 2 * gap + 64 + a.itemsize * 16, 0xA5, "u1")
+    start = -buffer.ctypes.data % 64 + 64 + offset * a.itemsize
+    placed = buffer[start : start + a.nbytes].view(a.dtype)
+    placed[:] = a
+    return placed, (buffer, start, start + a.nbytes)
+
+
+def assert_sentinels(buffer, start, end, name):
+    assert (buffer[:start] == 0xA5).all(), f"bytes before {name} were written"
+    assert (buffer[end:] == 0xA5).all(), f"bytes after {name} were written"
+
+
+NAMES = ("param", "grad", "m", "v", "max_v")
+
+
+def different_bits(a, b):
+    """Return in how many elements two arrays differ in their bits; a NaN equals every NaN."""
+    bits = {2: "u2", 4: "u4", 8: "u8"}[a.dtype.itemsize]
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    return int(((a.view(bits) != b.view(bits)) & ~(np.isnan(a) & np.isnan(b))).sum())
+
+
+def assert_same_bits(actual, expected, context=""):
+    for name, a, b in zip(NAMES, actual, expected, strict=True):
+        if b is not None:
+            assert a.dtype == b.dtype, f"{name} {context}"
+            count = different_bits(a, b)
+            if count:
+                where = np.flatnonzero((a != b) & ~(np.isnan(a) & np.isnan(b)))[:3]
+                raise AssertionError(
+                    f"{name}: {count} of {a.size} elements differ in their bits {context}, first at {where}"
+                )
