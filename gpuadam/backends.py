@@ -143,14 +143,18 @@ def _memory(name, array):
         return "CPU"
     if isinstance(array, type) or array is None:
         raise TypeError(f"{name} is {array!r}, not an array")
-    if hasattr(array, "__cuda_array_interface__"):
-        return "CUDA"
-    if not hasattr(array, "__dlpack_device__") or isinstance(array, np.generic):
+    try:  # libraries refuse in their own ways: torch raises RuntimeError for a tensor that requires grad, ValueError for "meta"
+        if hasattr(array, "__cuda_array_interface__"):
+            return "CUDA"
+        device = array.__dlpack_device__() if hasattr(array, "__dlpack_device__") else None
+    except (BufferError, RuntimeError, ValueError) as error:
+        raise TypeError(f"{name}, a {arrays.kind(array)}, does not share its memory: {error}") from error
+    if device is None or isinstance(array, np.generic):
         raise TypeError(
             f"{name} is a {arrays.kind(array)}, not an array: NumPy, CuPy, Numba device arrays and whatever has DLPack or "
             "__cuda_array_interface__ can be updated in place"
         )
-    device_type = int(array.__dlpack_device__()[0])
+    device_type = int(device[0])
     names = {1: "CPU", 3: "CPU", 2: "CUDA", 13: "CUDA"}  # DLDeviceType: kDLCPU, kDLCUDAHost, kDLCUDA, kDLCUDAManaged
     if device_type not in names:
         raise TypeError(f"{name} is on a device of DLPack type {device_type}; only CPU and CUDA memory can be updated")

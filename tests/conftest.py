@@ -8,16 +8,18 @@ import gpuadam
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "xdist_group(name): tests that pytest-xdist runs in one process")
     if np.float32(1e-38) * np.float32(0.01) == 0:
         raise pytest.UsageError("this thread flushes subnormal numbers to zero (FTZ), so no bits can be compared")
 
 
 def pytest_collection_modifyitems(items):
-    """A test over a GPU backend needs a GPU."""
     for item in items:
-        callspec = getattr(item, "callspec", None)
-        if callspec and callspec.params.get("library") in ("cupy", "numba-cuda"):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if params.get("library") in ("cupy", "numba-cuda"):
             item.add_marker("gpu")
+        if "compiler" in params:  # under pytest-xdist, what one process has compiled serves all its tests
+            item.add_marker(pytest.mark.xdist_group(f"{params['compiler']} {params.get('arch')}"))
 
 
 def pytest_runtest_setup(item):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -207,18 +208,40 @@ def memory_of(arrays):
 # Machine code
 
 
+class Resources(NamedTuple):
+    registers: int
+    local_bytes: int  # stack and spills, of one thread
+
+
 @functools.cache
 def machine_code(backend, form, arch, ndim=None, rule=adam):
     """Return the SASS of a kernel as nvdisasm prints it."""
-    nvdisasm = find("cu13/bin/nvdisasm")
+    return _on_cubin("nvdisasm", backend, form, arch, ndim, rule)
+
+
+@functools.cache
+def resources(backend, form, arch, ndim=None, rule=adam):
+    """Return what cuobjdump says that a thread of a kernel takes."""
+    usage = _on_cubin("cuobjdump", backend, form, arch, ndim, rule, "--dump-resource-usage")
+    registers, stack, local = (int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
+    return Resources(registers, stack + local)
+
+
+def _on_cubin(tool, backend, form, arch, ndim, rule, *options):
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernel.cubin"
-        if backend == "numba-cuda":
-            (pathlib.Path(folder) / "kernel.ptx").write_text(ptx(backend, form, arch, ndim, rule))
-            ptxas = [find("cu13/bin/ptxas"), f"-arch={arch}", pathlib.Path(folder) / "kernel.ptx", "-o", cubin]
-            subprocess.run(ptxas, check=True, capture_output=True)
-        else:
-            kernel = cupy_elementwise.build(rule, form, "contiguous" if ndim is None else "strided")
-            version = 12 if backend == "cupy-cuda12" else 13
-            cubin.write_bytes(compile_cupy(kernel, arch, "CUBIN", version, ndim or 1))
-        return subprocess.run([nvdisasm, cubin], check=True, capture_output=True, text=True).stdout
+        cubin.write_bytes(_cubin(backend, form, arch, ndim, rule))
+        command = [find(f"cu13/bin/{tool}"), *options, cubin]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@functools.cache
+def _cubin(backend, form, arch, ndim, rule):
+    if backend != "numba-cuda":
+        kernel = cupy_elementwise.build(rule, form, "contiguous" if ndim is None else "strided")
+        return compile_cupy(kernel, arch, "CUBIN", 12 if backend == "cupy-cuda12" else 13, ndim or 1)
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = pathlib.Path(folder) / "kernel.ptx", pathlib.Path(folder) / "kernel.cubin"
+        source.write_text(ptx(backend, form, arch, ndim, rule))
+        subprocess.run([find("cu13/bin/ptxas"), f"-arch={arch}", source, "-o", cubin], check=True, capture_output=True)
+        return cubin.read_bytes()

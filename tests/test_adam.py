@@ -1,0 +1,134 @@
+"""`adam_step` over every backend: sizes, layouts, special values, and the CPU backend's bits."""
+
+import numpy as np
+import pytest
+from cases import DTYPES, FORMS, assert_same_bits, different_bits, state, wide_state
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpuadam
+from gpuadam import reference
+
+SIZES = (0, 1, 2, 3, 4, 5, 127, 128, 129, 2**20 + 3)
+
+
+def step(arrays, library=None, **options):
+    """Take a step on copies in a library's memory, or the CPU's; return NumPy arrays."""
+    options = dict(options)
+    options.pop("amsgrad", None)
+    there = [a if a is None else library.array(a) if library else a.copy(order="K") for a in arrays]
+    gpuadam.adam_step(*there[:4], options.pop("step", 3), max_v=there[4], **options)
+    return [a if a is None else library.numpy(a) if library else a for a in there]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORMS)
+def test_every_backend_gives_the_cpus_bits(library, name, dtype):
+    for eps in (0.0, 1e-30, 1e-8):
+        arrays = wide_state(10_007, dtype, FORMS[name].get("amsgrad"))
+        assert_same_bits(step(arrays, library, eps=eps, **FORMS[name]), step(arrays, eps=eps, **FORMS[name]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", SIZES)
+def test_every_size(library, n, dtype):
+    arrays = state(n, dtype)
+    after = step(arrays, library)
+    expected, m, v, _ = reference.adam_step(*arrays[:4], 3)
+    for a, b in zip((after[0], *after[2:4]), (expected, m, v), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # one step of rounding in float32
+    assert different_bits(after[1], arrays[1]) == 0  # the gradient is only read
+
+
+def test_a_0d_array_is_one_element(library):
+    arrays = [a.reshape(()) for a in state(1)[:4]]
+    flat = step([*[a.reshape(1) for a in arrays], None])
+    assert_same_bits([a.reshape(1) for a in step([*arrays, None], library)[:4]], flat[:4])
+
+
+def test_the_first_step_does_not_depend_on_the_gradients_size(library):
+    param, grad = np.zeros(4, "f4"), np.array([-33.0, 1e-3, 1e10, -1e-5], "f4")
+    after = step([param, grad, np.zeros(4, "f4"), np.zeros(4, "f4"), None], library, step=1, lr=0.1, eps=1e-12)
+    np.testing.assert_allclose(after[0], -0.1 * np.sign(grad), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_bad_gradient_touches_its_own_element_alone(library, value):
+    arrays = state(1001)
+    spoilt = [None if a is None else a.copy() for a in arrays]
+    spoilt[1][500] = value
+    a, b = step(spoilt, library), step(arrays)
+    others = np.arange(1001) != 500
+    assert_same_bits([x[others] for x in a[:4]], [x[others] for x in b[:4]])
+    assert np.isnan(a[0][500])
+
+
+LAYOUTS = {
+    "F order": lambda: np.zeros((37, 29), "f4", order="F"),
+    "transposed 3-D": lambda: np.zeros((5, 7, 9), "f4").transpose(2, 0, 1),
+    "every other": lambda: np.zeros(514, "f4")[::2],
+    "reversed": lambda: np.zeros(257, "f4")[::-1],
+    "a block of a matrix": lambda: np.zeros((40, 40), "f4")[3:20, 5:19],
+    "a column": lambda: np.zeros((64, 3), "f4")[:, 1],
+    "a field of records": lambda: np.zeros(100, [("a", "f4"), ("b", "f4")])["b"],
+    "one row, broadcastable": lambda: np.zeros((1, 50), "f4"),
+}
+
+
+@pytest.mark.parametrize("beside", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_updated_correctly_and_nothing_beside_it(library, layout, beside):
+    shape = LAYOUTS[layout]().shape
+    other = LAYOUTS[beside]
+    arrays = []
+    for k, values in enumerate(state(int(np.prod(shape)), amsgrad=True)):
+        a = LAYOUTS[layout]() if k in (0, 2) or other().shape != shape else other()
+        a[...] = values.reshape(shape)
+        arrays.append(a)
+    expected = step([np.ascontiguousarray(a) for a in arrays])
+    assert_same_bits(step(arrays, library), expected)
+
+
+def test_the_gaps_of_a_strided_parameter_keep_their_sentinels(library):
+    buffer = np.full(2002, 7.0, "f4")
+    arrays = [buffer[::2], *state(1001)[1:]]
+    arrays[0][:] = state(1001)[0]
+    expected = step([a if a is None else np.ascontiguousarray(a) for a in arrays])
+    there = library.array(buffer)
+    gpuadam.adam_step(there[::2], *[library.array(a) for a in arrays[1:4]], 3)
+    after = library.numpy(there)
+    assert (after[1::2] == 7.0).all()
+    assert different_bits(after[::2], expected[0]) == 0
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_layouts_whatever_agree_with_contiguous_arrays(data):
+    """Random slices with random steps of random buffers, one for each array, on the CPU."""
+    shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=3), label="shape"))
+    arrays, wholes = [], []
+    for k, values in enumerate(state(int(np.prod(shape)), seed=1)[:4]):
+        steps = [data.draw(st.sampled_from([1, 2, 3, -1, -2]), label=f"step {k}") for _ in shape]
+        order = data.draw(st.permutations(range(len(shape))), label=f"order {k}")
+        whole = np.full([shape[d] * abs(steps[d]) for d in order], 9.0, "f4")
+        view = whole[(..., *(slice(None, None, steps[d]) for d in order))].transpose(np.argsort(order).astype(int))
+        view[...] = values.reshape(shape)
+        arrays.append(view)
+        wholes.append(whole)
+    before = [w.copy() for w in wholes]
+    expected = step([np.ascontiguousarray(a).reshape(shape) for a in arrays] + [None])
+    gpuadam.adam_step(*arrays, 3)
+    assert_same_bits(arrays, expected[:4])
+    for a, whole, old in zip(arrays, wholes, before, strict=True):
+        a[...] = 0
+        inside = whole != old
+        assert inside.sum() <= a.size
+        assert (whole[inside] == 0).all()
+
+
+def test_an_array_of_another_library_is_updated_in_place_through_dlpack():
+    torch = pytest.importorskip("torch")
+    arrays = [torch.from_numpy(a) for a in state(100)[:4]]
+    expected = step(state(100))
+    gpuadam.adam_step(*arrays, 3)
+    assert different_bits(arrays[0].numpy(), expected[0]) == 0

@@ -1,0 +1,225 @@
+"""Dispatch: what is loaded when, which backend is chosen, and what is said where one is missing."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import state
+
+import gpuadam
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code, path=(), **env):
+    """Run code in a fresh process with folders of fake packages first on its path; return what it printed."""
+    full = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT)])} | env
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=full, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_loads_neither_numba_nor_cupy_nor_torch():
+    heavy = "{'numba', 'cupy', 'llvmlite', 'torch', 'jax', 'rich', 'matplotlib', 'sklearn', 'cuda'}"
+    assert run(f"import gpuadam, sys; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
+
+
+def test_import_adds_only_this_package_and_the_standard_library():
+    added = run(
+        """
+        import sys, numpy
+        before = set(sys.modules)
+        import gpuadam
+        roots = {name.partition(".")[0] for name in set(sys.modules) - before}
+        print(sorted(roots - set(sys.stdlib_module_names)))
+        """
+    )
+    assert added.strip() == "['gpuadam']"
+
+
+def test_a_cpu_step_loads_no_gpu_library():
+    code = """
+    import gpuadam, numpy as np, sys
+    gpuadam.adam_step(*(np.ones(3, "f4") for _ in range(4)), 1)
+    print(sorted({"cupy", "numba.cuda", "numba_cuda", "torch"} & set(sys.modules)))
+    """
+    assert run(code).strip() == "[]"
+
+
+def test_numpy_arrays_go_to_the_cpu():
+    assert "numba-cpu" in gpuadam.available_backends()
+    assert list(gpuadam.backend_status()) == ["cupy", "numba-cuda", "numba-cpu"]
+
+
+def test_every_reason_comes_with_what_mends_it():
+    for status in gpuadam.backend_status().values():
+        assert status.reason and (status.available or status.fix)
+
+
+def step(**options):
+    arrays = state(10)
+    gpuadam.adam_step(*arrays[:4], 1, **options)
+
+
+def test_use_backend_and_the_environment_choose_as_the_argument_does(monkeypatch):
+    step(backend="numba-cpu")
+    with gpuadam.use_backend("numba-cpu"):
+        step()
+    with gpuadam.use_backend("cupy"):
+        with pytest.raises(TypeError, match="'cupy' holds arrays in CUDA memory"):
+            step()
+        step(backend="numba-cpu")
+    step()
+    monkeypatch.setenv("GPUADAM_BACKEND", "numba-cuda")
+    with pytest.raises(TypeError, match="'numba-cuda' holds"):
+        step()
+    with gpuadam.use_backend("numba-cpu"):
+        step()
+    monkeypatch.setenv("GPUADAM_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="GPUADAM_BACKEND: there is no backend 'cuda', only cupy, numba-cuda, numba-cpu"):
+        step()
+
+
+def test_use_backend_refuses_an_unknown_name():
+    with pytest.raises(ValueError, match="use_backend: there is no backend 'gpu'"), gpuadam.use_backend("gpu"):
+        pass
+
+
+CUDA_ARRAYS = """
+import numpy as np, gpuadam
+class Array:
+    def __init__(self):
+        self.a = np.ones(3, "f4")
+        self.__cuda_array_interface__ = {"data": (self.a.ctypes.data, False), "shape": (3,), "typestr": "<f4", "version": 3}
+try:
+    gpuadam.adam_step(*(Array() for _ in range(4)), 1)
+except gpuadam.BackendUnavailableError as error:
+    print(error)
+gpuadam.adam_step(*(np.ones(3, "f4") for _ in range(4)), 1)
+"""
+
+FAKES = {
+    "not installed": ("", "CuPy is not installed", 'pip install "gpuadam[cuda13]"'),
+    "PermissionError at import": (
+        "raise PermissionError(13, 'Permission denied', '/nowhere/.cupy')",
+        "PermissionError",
+        "CUPY_CACHE_DIR",
+    ),
+    "ImportError at import": ("raise ImportError('libcudart.so.13: cannot open')", "libcudart.so.13", "reinstall it"),
+    "no driver": (
+        """
+        class cuda:
+            class runtime:
+                class CUDARuntimeError(RuntimeError): pass
+                @staticmethod
+                def getDeviceCount(): raise cuda.runtime.CUDARuntimeError('cudaErrorInsufficientDriver')
+        __version__ = "14.0"
+        """,
+        "cudaErrorInsufficientDriver",
+        "nvidia-smi",
+    ),
+    "no device": (
+        """
+        class cuda:
+            class runtime:
+                class CUDARuntimeError(RuntimeError): pass
+                @staticmethod
+                def getDeviceCount(): return 0
+        __version__ = "14.0"
+        """,
+        "no CUDA device",
+        "nvidia-smi",
+    ),
+}
+
+HIDE = """
+import importlib.abc, sys
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hidden())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in {names} else find_spec(name, package)
+"""
+
+
+def environment(tmp_path, what):
+    """Make a folder of fake packages in which CuPy fails in one way and numba-cuda is missing."""
+    source, reason, fix = FAKES[what]
+    hidden = {"numba_cuda"} if source else {"numba_cuda", "cupy"}
+    (tmp_path / "sitecustomize.py").write_text(HIDE.format(names=hidden))
+    if source:
+        (tmp_path / "cupy").mkdir()
+        (tmp_path / "cupy" / "__init__.py").write_text(textwrap.dedent(source))
+    return reason, fix
+
+
+@pytest.mark.parametrize("what", FAKES)
+def test_a_missing_backend_is_refused_with_its_reason_and_the_cpu_still_works(tmp_path, what):
+    reason, fix = environment(tmp_path, what)
+    said = run(CUDA_ARRAYS, [tmp_path])
+    assert reason in said and fix in said and "Available: numba-cpu" in said
+
+
+@pytest.mark.parametrize("what", FAKES)
+def test_doctor_names_the_reason(tmp_path, what):
+    reason, fix = environment(tmp_path, what)
+    code = "import gpuadam.__main__ as m, sys; sys.exit(m.main(['doctor', '--json', '-']))"
+    report = json.loads(run(code, [tmp_path]))
+    assert reason in report["backends"]["cupy"]["reason"] and fix in report["backends"]["cupy"]["fix"]
+    assert report["backends"]["numba-cuda"]["reason"] == "numba-cuda is not installed"
+    assert report["backends"]["numba-cpu"]["bits"] == "as the contract says"
+
+
+def test_an_unwritable_home_and_a_broken_numba_cache_do_not_matter(tmp_path):
+    (tmp_path / "garbage").write_text("not a folder")
+    code = """
+    import gpuadam, numpy as np
+    gpuadam.adam_step(*(np.ones(3, "f4") for _ in range(4)), 1)
+    print(gpuadam.backend_status()["numba-cpu"].available)
+    """
+    home = str(tmp_path / "garbage" / "home")
+    assert run(code, HOME=home, NUMBA_CACHE_DIR=home).strip() == "True"
+
+
+def test_doctor_says_which_cache_cannot_be_written(tmp_path):
+    (tmp_path / "garbage").write_text("not a folder")
+    home = str(tmp_path / "garbage" / "home")
+    code = "import gpuadam.__main__ as m, sys; sys.exit(m.main(['doctor', '--json', '-']))"
+    report = json.loads(run(code, HOME=home, CUPY_CACHE_DIR=""))
+    assert report["caches"]["CuPy"]["writable"] is False and "garbage" in report["caches"]["CuPy"]["folder"]
+
+
+def test_all_backends_have_the_same_functions():
+    import ast
+
+    wanted = {"view", "zeros_like", "copy", "launch", "build"}
+    for name in ("cupy_elementwise", "numba_cuda", "numba_cpu"):
+        tree = ast.parse((ROOT / "kernels" / f"{name}.py").read_text())
+        defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assigned = {
+            t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
+        }
+        assert wanted <= set(defined) | assigned
+        assert [a.arg for a in defined["launch"].args.args] == ["form", "views", "scalars", "rule"]
+
+
+def test_foreign_arrays_that_are_mixed_are_listed():
+    class Foreign:
+        def __dlpack_device__(self):
+            return (8, 0)  # Metal
+
+    arrays = list(state(3)[:4])
+    arrays[2] = Foreign()
+    with pytest.raises(TypeError, match="m is on a device of DLPack type 8"):
+        gpuadam.adam_step(*arrays, 1)
+    assert np.isfinite(arrays[0]).all()

@@ -1,0 +1,241 @@
+"""Bad input: the named exception, with the array's or hyperparameter's name in it, before a byte is written."""
+
+import numpy as np
+import pytest
+
+import gpuadam
+
+inf, nan = float("inf"), float("nan")
+
+
+def good(n=6, dtype="f4"):
+    return {name: np.linspace(0.1, 1, n).astype(dtype) for name in ("param", "grad", "m", "v", "max_v")}
+
+
+def contents(arrays):
+    """The bytes of all memory behind the arrays."""
+    seen = []
+    for a in arrays.values():
+        if isinstance(a, np.ndarray):
+            whole = a
+            while isinstance(whole.base, np.ndarray):
+                whole = whole.base
+            seen.append(bytes(np.ascontiguousarray(whole).data.cast("B")) if whole.size else b"")
+    return seen
+
+
+def assert_refused(error, match, arrays, step=1, **options):
+    before = contents(arrays)
+    with pytest.raises(error, match=match):
+        gpuadam.adam_step(
+            arrays["param"], arrays["grad"], arrays["m"], arrays["v"], step, max_v=arrays.get("max_v"), **options
+        )
+    assert contents(arrays) == before, "something was written"
+
+
+BAD_HYPERPARAMETERS = [
+    ({"lr": -1e-3}, ValueError, "lr"),
+    ({"lr": nan}, ValueError, "lr"),
+    ({"lr": inf}, ValueError, "lr"),
+    ({"lr": "0.1"}, TypeError, "lr"),
+    ({"lr": None}, TypeError, "lr"),
+    ({"lr": True}, TypeError, "lr"),
+    ({"lr": 1j}, TypeError, "lr"),
+    ({"lr": 1e39}, ValueError, "lr.*overflows float32"),
+    ({"lr": 3e38, "betas": (0.9, 0.999)}, ValueError, r"lr / \(1 - beta1\*\*step\).*overflows"),
+    ({"eps": -1e-8}, ValueError, "eps"),
+    ({"eps": nan}, ValueError, "eps"),
+    ({"eps": inf}, ValueError, "eps"),
+    ({"eps": 1e-50}, ValueError, "eps=1e-50 rounds to 0"),
+    ({"eps": 1e39}, ValueError, "eps.*overflows"),
+    ({"weight_decay": -0.1}, ValueError, "weight_decay"),
+    ({"weight_decay": nan}, ValueError, "weight_decay"),
+    ({"weight_decay": inf}, ValueError, "weight_decay"),
+    ({"betas": ()}, ValueError, "betas must be two numbers"),
+    ({"betas": (0.9,)}, ValueError, "betas must be two numbers"),
+    ({"betas": (0.9, 0.99, 0.999)}, ValueError, "betas must be two numbers"),
+    ({"betas": 0.9}, ValueError, "betas must be two numbers"),
+    ({"betas": None}, ValueError, "betas must be two numbers"),
+    ({"betas": (1.0, 0.999)}, ValueError, "beta1=1.0"),
+    ({"betas": (0.9, 1.0)}, ValueError, "beta2=1.0"),
+    ({"betas": (-0.1, 0.999)}, ValueError, "beta1=-0.1"),
+    ({"betas": (nan, 0.999)}, ValueError, "beta1=nan"),
+    ({"betas": (0.9, inf)}, ValueError, "beta2=inf"),
+    ({"betas": ("a", 0.9)}, TypeError, "beta1"),
+    ({"grad_scale": nan}, ValueError, "grad_scale"),
+    ({"grad_scale": inf}, ValueError, "grad_scale"),
+    ({"grad_scale": 1e-60}, ValueError, "grad_scale=1e-60 rounds to 0"),
+    ({"maximize": 1}, TypeError, "maximize"),
+    ({"decoupled": "yes"}, TypeError, "decoupled"),
+    ({"step": 0}, ValueError, "step=0"),
+    ({"step": -3}, ValueError, "step=-3"),
+    ({"step": 1.0}, TypeError, "step"),
+    ({"step": nan}, TypeError, "step"),
+    ({"step": None}, TypeError, "step"),
+    ({"step": True}, TypeError, "step"),
+    ({"backend": "cuppy"}, ValueError, "no backend 'cuppy', only cupy, numba-cuda, numba-cpu"),
+]
+
+
+@pytest.mark.parametrize("options, error, match", BAD_HYPERPARAMETERS)
+def test_a_bad_hyperparameter_is_named(options, error, match):
+    assert_refused(error, match, good(), **({"step": 1} | options))
+
+
+def read_only(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+# What replaces an array -> the error. `a` is a good array of 6.
+BAD_ARRAYS = {
+    "another shape": (lambda a: a[:5].copy(), ValueError, "shape"),
+    "shape (1,)": (lambda a: a[:1].copy(), ValueError, "shape"),
+    "shape ()": (lambda a: a[0:1].reshape(()), ValueError, "shape"),
+    "one dimension more": (lambda a: a.reshape(2, 3), ValueError, "shape"),
+    "longer": (lambda a: np.concatenate([a, a]), ValueError, "shape"),
+    "float64": (lambda a: a.astype("f8"), TypeError, "has dtype float.*has float"),
+    "float16": (lambda a: a.astype("f2"), TypeError, "dtype float16"),
+    "big-endian": (lambda a: a.astype(">f4"), TypeError, "byte order"),
+    "integers": (lambda a: a.astype("i4"), TypeError, "dtype int32"),
+    "complex": (lambda a: a.astype("c8"), TypeError, "dtype complex64"),
+    "booleans": (lambda a: a.astype(bool), TypeError, "dtype bool"),
+    "objects": (lambda a: a.astype(object), TypeError, "dtype object"),
+    "strings": (lambda a: a.astype("U8"), TypeError, "dtype <U8"),
+    "broadcast": (lambda a: np.lib.stride_tricks.as_strided(a, (6,), (0,)), ValueError, "share memory"),
+    "sliding": (lambda a: np.lib.stride_tricks.as_strided(a, (6,), (2,)), ValueError, "share memory"),
+    "a list": (lambda a: a.tolist(), TypeError, "list"),
+    "a number": (lambda a: 1.0, TypeError, "float"),
+    "a NumPy scalar": (lambda a: a[0], TypeError, "numpy.float32"),
+    "None": (lambda a: None, TypeError, "None"),
+    "a masked array": (lambda a: np.ma.masked_array(a, a > 0.5), TypeError, "masked"),
+    "a type": (lambda a: np.ndarray, TypeError, "not an array"),
+    "a string": (lambda a: "grad", TypeError, "str"),
+}
+
+
+@pytest.mark.parametrize("name", ["param", "grad", "m", "v", "max_v"])
+@pytest.mark.parametrize("what", BAD_ARRAYS)
+def test_a_bad_array_is_named(what, name):
+    replace, error, match = BAD_ARRAYS[what]
+    if name == "max_v" and what == "None":
+        pytest.skip("max_v=None is no AMSGrad, and no error")
+    arrays = good()
+    arrays[name] = replace(arrays[name])
+    named = match if name == "param" else f"{name}.*{match}|{match}.*{name}"
+    assert_refused(error, named, arrays)
+
+
+@pytest.mark.parametrize("name", ["param", "m", "v", "max_v"])
+def test_a_read_only_array_that_is_written_is_refused(name):
+    arrays = good()
+    arrays[name] = read_only(arrays[name])
+    assert_refused(ValueError, f"{name} is read-only", arrays)
+
+
+def test_a_read_only_gradient_is_fine():
+    arrays = good()
+    arrays["grad"] = read_only(arrays["grad"])
+    gpuadam.adam_step(*list(arrays.values())[:4], 1)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [("param", "grad"), ("param", "m"), ("m", "v"), ("grad", "v"), ("v", "max_v"), ("grad", "max_v"), ("param", "max_v")],
+)
+def test_one_array_in_two_places_is_refused(one, other):
+    arrays = good()
+    arrays[other] = arrays[one]
+    assert_refused(ValueError, f"{one} and {other} share memory|{other} and {one} share memory", arrays)
+
+
+def test_shifted_views_of_one_buffer_are_refused():
+    arrays, buffer = good(), np.linspace(0, 1, 7).astype("f4")
+    arrays["param"], arrays["grad"] = buffer[:6], buffer[1:]
+    assert_refused(ValueError, "share memory", arrays)
+
+
+def test_interleaved_views_of_one_buffer_do_not_overlap_and_are_fine():
+    buffer = np.linspace(0.1, 1, 24).astype("f4").reshape(6, 4)
+    separate = [np.ascontiguousarray(buffer[:, k]) for k in range(4)]
+    gpuadam.adam_step(*(buffer[:, k] for k in range(4)), 1)
+    gpuadam.adam_step(*separate, 1)
+    assert (buffer == np.stack(separate, axis=1)).all()
+
+
+def test_two_rows_that_cross_are_refused():
+    buffer = np.linspace(0.1, 1, 40).astype("f4")
+    arrays = good(4)
+    arrays["param"], arrays["m"] = buffer[0:8:2], buffer[4:16:3]  # elements 0 2 4 6 and 4 7 10 13
+    assert_refused(ValueError, "share memory", arrays)
+
+
+def test_eps_zero_raises_nothing_half_way():
+    arrays = good(1000)
+    arrays["v"][500], arrays["grad"][500], arrays["m"][500] = 0, 0, 0
+    gpuadam.adam_step(*list(arrays.values())[:4], 1, eps=0.0)
+    assert np.isnan(arrays["param"][500]) and np.isfinite(np.delete(arrays["param"], 500)).all()
+
+
+def test_eps_of_a_small_dtype_is_not_lost():
+    """eps = 1e-8 is 0 in float16, in which no scalar is ever formed."""
+    arrays = good()
+    arrays["grad"][:] = arrays["m"][:] = arrays["v"][:] = 0
+    before = arrays["param"].copy()
+    gpuadam.adam_step(*list(arrays.values())[:4], 1)
+    assert (arrays["param"] == before).all()
+
+
+class CudaArray:
+    """Says that it lies in CUDA memory."""
+
+    def __init__(self, a):
+        self.__cuda_array_interface__ = {
+            "data": (a.ctypes.data, False),
+            "shape": a.shape,
+            "typestr": a.dtype.str,
+            "version": 3,
+        }
+
+
+def test_numpy_and_cuda_arrays_are_not_mixed():
+    arrays = good()
+    arrays["grad"] = CudaArray(arrays["grad"])
+    assert_refused(TypeError, "grad is a test_bad_input.CudaArray in CUDA memory", arrays)
+
+
+@pytest.mark.parametrize("backend", ["cupy", "numba-cuda"])
+def test_numpy_arrays_are_not_copied_to_a_cuda_backend(backend):
+    assert_refused(TypeError, f"'{backend}' holds arrays in CUDA memory, and nothing is copied", good(), backend=backend)
+
+
+def test_cuda_arrays_are_not_copied_to_the_cpu():
+    arrays = {name: CudaArray(a) for name, a in good().items()}
+    assert_refused(TypeError, "'numba-cpu' holds arrays in CPU memory", arrays, backend="numba-cpu")
+
+
+def test_a_read_only_dlpack_producer_is_refused():
+    arrays = good()
+    frozen = read_only(arrays["param"])
+
+    class Producer:
+        def __dlpack__(self, **options):
+            return frozen.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return frozen.__dlpack_device__()
+
+    arrays["param"] = Producer()
+    assert_refused(ValueError, "param is read-only", arrays)
+
+
+def test_torch_tensors_that_cannot_be_shared_say_why():
+    torch = pytest.importorskip("torch")
+    arrays = good()
+    arrays["param"] = torch.ones(6, requires_grad=True)
+    assert_refused(TypeError, "param.*detach", arrays)
+    arrays["param"] = torch.ones(1).expand(6)
+    assert_refused(ValueError, "param.*share memory", arrays)
+    arrays["param"] = torch.ones(6, device="meta")
+    assert_refused(TypeError, "param", arrays)

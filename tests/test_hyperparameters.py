@@ -1,0 +1,70 @@
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from gpuadam import hyperparameters
+from gpuadam.kernels.adam import Form
+
+
+def checked(**changes):
+    options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "decoupled": False, "maximize": False}
+    return hyperparameters.checked(**options | changes)
+
+
+def scalars(dtype="float32", step=1, **changes):
+    return hyperparameters.form_and_scalars(checked(**changes), step, np.dtype(dtype), False)
+
+
+@pytest.mark.parametrize("base", [0.0, 0.5, 0.9, 0.999, 0.99999])
+@pytest.mark.parametrize("exponent", [0, 1, 2, 3, 10, 1000, 2**31 + 1])
+def test_power_is_close_to_the_exact_power(base, exponent):
+    # each of the some 2 log2(exponent) products rounds once, and a relative error of base grows by exponent
+    assert hyperparameters.power(base, exponent) == pytest.approx(base**exponent, rel=1e-15 * max(exponent, 1), abs=1e-300)
+
+
+def test_the_scalars_are_of_the_compute_type():
+    for dtype in ("float32", "float64"):
+        _, s = scalars(dtype, weight_decay=0.1)
+        assert all(type(x) is np.dtype(dtype).type for x in s)
+
+
+def test_one_minus_beta_is_formed_before_rounding():
+    _, s = scalars()
+    assert s.w2 == np.float32(1 - 0.999)
+    assert s.w2 != np.float32(1) - np.float32(0.999)
+
+
+@pytest.mark.parametrize("beta, near", [(0.0, False), (0.25, False), (0.5, False), (0.50001, True), (0.9, True)])
+def test_lerp_starts_from_the_nearer_end(beta, near):
+    form, s = scalars(betas=(beta, beta))
+    assert (form.near1, form.near2) == (near, near)
+    expected = Fraction(float(np.float32(1 - beta))) - (0 if near else 1)
+    assert Fraction(float(s.w1)) == expected  # w - 1 is exact
+
+
+def test_the_scalars_of_a_step():
+    form, s = scalars(
+        "float64", step=10, lr=0.01, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, decoupled=True, maximize=True
+    )
+    assert form == Form(np.dtype("float64"), scaled=True, decoupled=True)
+    assert s.grad_scale == -1.0
+    assert s.decay == -0.01 * 0.1
+    assert s.neg_lr == pytest.approx(-0.01 / (1 - 0.9**10), rel=1e-15)
+    assert s.inv_sqrt_bias2 == pytest.approx(1 / math.sqrt(1 - 0.99**10), rel=1e-15)
+    assert s.eps == 1e-6
+
+
+def test_what_is_not_used_is_left_out_of_the_form():
+    form, _ = scalars(weight_decay=0.0, grad_scale=1.0)
+    assert not (form.scaled or form.l2 or form.decoupled or form.amsgrad)
+    assert scalars(weight_decay=0.1)[0].l2
+    assert scalars(lr=0.0, weight_decay=0.1, decoupled=True)[0].decoupled
+    assert not scalars(maximize=True, grad_scale=-1.0)[0].scaled
+
+
+def test_numbers_of_every_kind_are_taken():
+    assert checked(lr=np.float32(0.5), eps=np.float64(0), weight_decay=1).lr == 0.5
+    assert checked(lr=Fraction(1, 2)).lr == 0.5
+    assert checked(betas=[0, 0.5]).beta2 == 0.5

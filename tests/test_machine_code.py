@@ -1,0 +1,102 @@
+"""The machine code of both GPU backends: every byte moved once and 16 at a time, nothing spilled, no operation but the contract's."""
+
+import re
+from collections import Counter
+
+import pytest
+from cases import DTYPES, FORMS, form_and_scalars
+
+gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
+
+from gpuadam.kernels import limit  # noqa: E402
+
+
+@pytest.fixture(params=gpu_code.ARCHITECTURES)
+def arch(request):
+    return request.param
+
+
+@pytest.fixture(params=gpu_code.BACKENDS)
+def compiler(request):
+    return request.param
+
+
+def contract_operations(form):
+    """Return how many of each rounded operation one element takes, counted from the contract."""
+    return Counter(
+        {
+            "fma": 5 + form.l2 + form.decoupled,  # m, g * g - v, v, denom, param; decay
+            "mul": form.scaled + (not form.near2),
+            "add": 1 + form.amsgrad,  # g - m (as sub, or as add of the negative); the sign of a loaded -0
+            "sqrt": 1,
+            "div": 1,
+        }
+    )
+
+
+def memory_accesses(sass):
+    return Counter(re.findall(r"\b((?:LDG|STG|LD|ST|LDL|STL|LDS|STS|ATOM|RED)\.[\w.]+)", sass))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORMS)
+def test_the_ptx_has_the_contracts_operations_and_no_others(compiler, arch, name, dtype):
+    form, _ = form_and_scalars(name, dtype)
+    kernel = gpu_code.loaded(gpu_code.ptx(compiler, form, arch))
+    own, other = ("f32", "f64") if dtype == "float32" else ("f64", "f32")
+    of_floats = {op: n for op, n in kernel.opcodes.items() if re.search(r"\.f(16|32|64)\b", op)}
+    assert not [op for op in of_floats if other in op or ".ftz" in op or ".approx" in op]
+    rounded = Counter()
+    for op, n in of_floats.items():
+        operation, *modifiers = op.split(".")
+        if operation in ("fma", "add", "sub", "mul", "div", "sqrt"):
+            assert "rn" in modifiers, op
+            rounded["add" if operation == "sub" else operation] += n
+        else:
+            assert operation in ("ld", "st", "mov", "neg", "abs", "setp", "selp"), op
+    lanes = 16 // form.dtype.itemsize
+    assert rounded == Counter({op: (lanes + 1) * n for op, n in contract_operations(form).items()})  # vector and scalar path
+    assert own in "".join(of_floats)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORMS)
+def test_loads_and_stores_are_16_bytes_and_no_more_than_the_byte_model(compiler, arch, name, dtype):
+    form, _ = form_and_scalars(name, dtype)
+    accesses = memory_accesses(gpu_code.machine_code(compiler, form, arch))
+    n_arrays = 5 if form.amsgrad else 4
+    vector = Counter({op: n for op, n in accesses.items() if ".128" in op})
+    scalar = accesses - vector
+    assert sum(n for op, n in vector.items() if op.startswith("LDG.E.128")) == n_arrays, accesses
+    assert sum(n for op, n in vector.items() if op.startswith("STG.E.128")) == n_arrays - 1, accesses
+    assert sum(vector.values()) == 2 * n_arrays - 1, accesses
+    # the head and the tail: one element a thread
+    assert sum(n for op, n in scalar.items() if op.startswith("LDG.E")) == n_arrays, accesses
+    assert sum(scalar.values()) == 2 * n_arrays - 1, accesses
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["adam", "all with l2", "all with adamw"])
+def test_a_thread_takes_no_local_memory_and_at_most_64_registers(compiler, arch, name, dtype):
+    form, _ = form_and_scalars(name, dtype)
+    resources = gpu_code.resources(compiler, form, arch)
+    assert resources.local_bytes == 0
+    assert resources.registers <= 64
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_kernels_are_free_of_local_memory_and_generic_accesses(compiler, arch, dtype):
+    form, _ = form_and_scalars("amsgrad", dtype)
+    for ndim in (1, 2, 3):
+        accesses = memory_accesses(gpu_code.machine_code(compiler, form, arch, ndim))
+        assert all(op.startswith(("LDG", "STG")) for op in accesses), accesses
+        assert gpu_code.resources(compiler, form, arch, ndim).local_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_limit_kernel_moves_the_same_bytes(compiler, arch, dtype):
+    form, _ = form_and_scalars("adam", dtype)
+    own, limits = (
+        memory_accesses(gpu_code.machine_code(compiler, form, arch, rule=rule)) for rule in (gpu_code.adam, limit)
+    )
+    assert own == limits

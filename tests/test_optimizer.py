@@ -1,0 +1,317 @@
+"""Adam and AdamW: groups, gradients that are missing, schedules, state, and a whole step or nothing."""
+
+import math
+
+import numpy as np
+import pytest
+from cases import different_bits, state
+
+import gpuadam
+
+
+def params(seed=0):
+    rng = np.random.default_rng(seed)
+    return {"w": rng.standard_normal((3, 4)).astype("f4"), "b": rng.standard_normal(4).astype("f4")}
+
+
+def grads(seed=1):
+    return params(seed)
+
+
+def everything(opt):
+    """Every byte an optimizer could change."""
+    moments = {n: {k: v.tobytes() if hasattr(v, "tobytes") else v for k, v in s.items()} for n, s in opt.state.items()}
+    return moments, [p.tobytes() for g in opt.groups for p in g["params"]], opt.steps
+
+
+@pytest.mark.parametrize("make, decoupled", [(gpuadam.Adam, False), (gpuadam.AdamW, True)])
+def test_steps_are_those_of_adam_step(library, make, decoupled):
+    param, _, m, v, _ = state(1000)
+    m[:] = v[:] = 0
+    one, other = library.array(param), library.array(param)
+    m, v = library.array(m), library.array(v)
+    opt = make(one, lr=1e-2, weight_decay=0.1)
+    for step in range(1, 6):
+        grad = library.array(state(1000, seed=step)[1])
+        opt.step(grad)
+        gpuadam.adam_step(other, grad, m, v, step, lr=1e-2, weight_decay=0.1, decoupled=decoupled)
+    assert different_bits(library.numpy(one), library.numpy(other)) == 0
+    assert different_bits(library.numpy(opt.state["0"]["v"]), library.numpy(v)) == 0
+
+
+def test_adamw_decays_by_default_and_adam_does_not():
+    assert gpuadam.AdamW(np.ones(2)).groups[0]["weight_decay"] == 1e-2
+    assert gpuadam.Adam(np.ones(2)).groups[0]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "shape_of",
+    [
+        lambda p: list(p.values()),
+        lambda p: tuple(p.values()),
+        lambda p: dict(p),
+        lambda p: iter(p.values()),
+        lambda p: [{"params": [p["w"]]}, {"params": p["b"]}],
+        lambda p: [{"params": {"w": p["w"]}, "lr": 1e-3}, {"params": {"b": p["b"]}}],
+    ],
+)
+def test_every_structure_of_params_takes_gradients_of_the_same(shape_of):
+    expected, given = params(), params()
+    opt = gpuadam.Adam(expected)
+    other = gpuadam.Adam(shape_of(given))
+    for seed in (1, 2):
+        opt.step(grads(seed))
+        other.step(
+            shape_of(grads(seed)) if not isinstance(shape_of({"w": 0, "b": 0}), list) else _bare(shape_of(grads(seed)))
+        )
+    for name in expected:
+        assert different_bits(given[name], expected[name]) == 0
+
+
+def _bare(structure):
+    """Gradients of groups: a list of what each group's "params" holds."""
+    return [g["params"] if isinstance(g, dict) else g for g in structure]
+
+
+def test_gradients_of_groups_may_be_dicts_with_params():
+    p = params()
+    opt = gpuadam.Adam([{"params": [p["w"]]}, {"params": [p["b"]], "lr": 0.5}])
+    opt.step([{"params": [grads()["w"]]}, {"params": [None]}])
+    assert (p["w"] != params()["w"]).all() and (p["b"] == params()["b"]).all()
+
+
+def test_a_group_has_its_own_hyperparameters_and_they_may_change():
+    p = params()
+    opt = gpuadam.Adam([{"params": [p["w"]], "lr": 0.0}, {"params": [p["b"]]}], lr=0.1)
+    opt.step([[grads()["w"]], [grads()["b"]]])
+    assert (p["w"] == params()["w"]).all() and (p["b"] != params()["b"]).all()
+    opt.groups[0]["lr"] = 0.1
+    opt.step([[grads()["w"]], [grads()["b"]]])
+    assert (p["w"] != params()["w"]).all()
+
+
+def test_none_skips_an_array_and_its_step_count():
+    p = params()
+    opt = gpuadam.Adam(p)
+    opt.step({"w": grads()["w"], "b": None})
+    opt.step(grads())
+    assert (opt.state["w"]["step"], opt.state["b"]["step"], opt.steps) == (2, 1, 2)
+    expected, m, v = params()["b"], np.zeros(4, "f4"), np.zeros(4, "f4")
+    gpuadam.adam_step(expected, grads()["b"], m, v, 1)
+    assert different_bits(p["b"], expected) == 0
+
+
+def test_a_callable_lr_is_called_with_the_number_of_the_step():
+    called, p = [], params()
+    opt = gpuadam.Adam(p, lr=lambda step: called.append(step) or 0.1 / step)
+    called.clear()
+    opt.step(grads())
+    opt.step({"w": None, "b": grads()["b"]})
+    assert called == [1, 2]
+    with pytest.raises(ValueError, match="lr=-1"):
+        gpuadam.Adam(params(), lr=lambda step: -1.0)
+
+
+def test_grad_scale_divides_a_loss_scale_out():
+    one, other = params(), params()
+    gpuadam.Adam(one).step(grads())
+    gpuadam.Adam(other).step({k: g * 1024 for k, g in grads().items()}, grad_scale=1 / 1024)
+    assert all(different_bits(one[k], other[k]) == 0 for k in one)
+
+
+def test_moments_have_the_order_of_memory_of_their_parameter():
+    p = np.asfortranarray(np.ones((3, 5), "f4"))
+    opt = gpuadam.Adam([p])
+    assert opt.state["0"]["m"].strides == p.strides
+    assert gpuadam.Adam([np.ones(10, "f4")[::2]]).state["0"]["m"].flags.c_contiguous
+
+
+def test_amsgrad_keeps_the_largest_v():
+    p = params()
+    opt = gpuadam.Adam(p, amsgrad=True, betas=(0.9, 0.5))
+    opt.step({k: g * 100 for k, g in grads().items()})
+    opt.step({k: g * 0 for k, g in grads().items()})
+    assert (opt.state["w"]["max_v"] > opt.state["w"]["v"]).all()
+
+
+BAD_STEPS = {
+    "a wrong shape": (lambda g: g | {"b": g["b"][:3]}, ValueError, r"gradient of params\['b'\] has shape \(3,\)"),
+    "a wrong dtype": (lambda g: g | {"b": g["b"].astype("f8")}, TypeError, r"params\['b'\]"),
+    "a missing name": (lambda g: {"w": g["w"]}, ValueError, r"names \['w', 'b'\]"),
+    "a strange name": (lambda g: g | {"c": g["b"]}, ValueError, "names"),
+    "a list": (lambda g: list(g.values()), ValueError, "must be a dict"),
+    "an array": (lambda g: g["w"], ValueError, "must be a dict"),
+    "nothing": (lambda g: None, ValueError, "must be a dict"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_STEPS)
+def test_one_bad_gradient_stops_the_whole_step(what):
+    spoil, error, match = BAD_STEPS[what]
+    opt = gpuadam.Adam(params())
+    opt.step(grads())
+    before = everything(opt)
+    with pytest.raises(error, match=match):
+        opt.step(spoil(grads()))
+    assert everything(opt) == before
+
+
+@pytest.mark.parametrize(
+    "key, value, error",
+    [
+        ("lr", -1.0, ValueError),
+        ("lr", "fast", TypeError),
+        ("betas", (), ValueError),
+        ("eps", math.nan, ValueError),
+        ("eps", 1e-60, ValueError),
+        ("weight_decay", -1.0, ValueError),
+        ("amsgrad", True, ValueError),
+        ("learning_rate", 0.1, ValueError),
+    ],
+)
+def test_one_bad_value_in_a_group_stops_the_whole_step(key, value, error):
+    p = params()
+    opt = gpuadam.Adam([{"params": [p["w"]]}, {"params": [p["b"]]}])
+    opt.groups[1][key] = value
+    before = everything(opt)
+    with pytest.raises(error):
+        opt.step([[grads()["w"]], [grads()["b"]]])
+    assert everything(opt) == before
+
+
+def test_a_group_that_lost_a_hyperparameter_says_so():
+    opt = gpuadam.Adam(params())
+    del opt.groups[0]["eps"]
+    with pytest.raises(ValueError, match=r"missing \['eps'\]"):
+        opt.step(grads())
+
+
+def test_a_gradient_that_is_another_parameter_is_refused():
+    p = {"a": np.ones(4, "f4"), "b": np.ones(4, "f4")}
+    opt = gpuadam.Adam(p)
+    with pytest.raises(ValueError, match="share memory"):
+        opt.step({"a": np.ones(4, "f4"), "b": p["a"]})
+    assert (p["a"] == 1).all()
+
+
+def test_one_gradient_for_two_parameters_is_fine():
+    p, g = [np.ones(4, "f4"), np.ones(4, "f4")], np.ones(4, "f4")
+    gpuadam.Adam(p).step([g, g])
+    assert (p[0] == p[1]).all()
+
+
+w = np.ones((2, 3), "f4")
+
+
+@pytest.mark.parametrize(
+    "given, error, match",
+    [
+        ([], ValueError, "no parameters"),
+        ({}, ValueError, "no parameters"),
+        ([{"params": []}], ValueError, "no parameters"),
+        ([{"lr": 0.1}], ValueError, 'needs "params"'),
+        ([{"params": [w], "learning_rate": 0.1}], ValueError, r"unknown \['learning_rate'\]"),
+        ([w, w], ValueError, "share memory"),
+        ([w, w[:1]], ValueError, "share memory"),
+        ([{"params": [w]}, {"params": [w.T]}], ValueError, "share memory"),
+        ({1: w}, TypeError, "must be strings"),
+        ([{"params": {"a": w}}, {"params": {"a": w.copy()}}], ValueError, "two parameters are named 'a'"),
+        ([w, None], TypeError, "None"),
+        ([w, [w]], TypeError, "list"),
+        ("w", TypeError, "str"),
+        ([w.astype("i4")], TypeError, "int32"),
+        ([np.broadcast_to(np.float32(1), (3,))], ValueError, "params"),
+    ],
+)
+def test_bad_parameters_are_refused_at_construction(given, error, match):
+    with pytest.raises(error, match=match):
+        gpuadam.Adam(given)
+
+
+def test_state_dict_resumes_bit_for_bit():
+    one, other = params(), params()
+    straight = gpuadam.AdamW(one, lr=0.01, amsgrad=True)
+    for seed in range(6):
+        straight.step(grads(seed))
+    first = gpuadam.AdamW(other, lr=0.01, amsgrad=True)
+    for seed in range(3):
+        first.step(grads(seed))
+    resumed_params = {k: v.copy() for k, v in other.items()}
+    resumed = gpuadam.AdamW(resumed_params, lr=0.5, amsgrad=True)
+    resumed.load_state_dict(first.state_dict())
+    for seed in range(3, 6):
+        resumed.step(grads(seed))
+    assert everything(resumed) == everything(straight)
+    assert resumed.groups[0]["lr"] == 0.01
+
+
+def test_loading_copies():
+    opt, other = gpuadam.Adam(params()), gpuadam.Adam(params())
+    opt.step(grads())
+    other.load_state_dict(opt.state_dict())
+    kept = other.state["w"]["m"].copy()
+    opt.step(grads())
+    assert (other.state["w"]["m"] == kept).all()
+
+
+def saved(amsgrad=False):
+    opt = gpuadam.Adam(params(), amsgrad=amsgrad)
+    opt.step(grads())
+    return opt.state_dict()
+
+
+def renamed(d):
+    return d | {"state": {"w": d["state"]["w"], "c": d["state"]["b"]}}
+
+
+def changed(d, name, **state):
+    return d | {"state": d["state"] | {name: d["state"][name] | state}}
+
+
+@pytest.mark.parametrize(
+    "spoil, error, match",
+    [
+        (lambda d: {}, ValueError, "state_dict has"),
+        (lambda d: None, ValueError, "state_dict has"),
+        (renamed, ValueError, r"names differ: not in the state_dict \['b'\], only in it \['c'\]"),
+        (lambda d: changed(d, "b", m=np.zeros(5, "f4")), ValueError, r"shape \(5,\)"),
+        (lambda d: changed(d, "b", m=np.zeros(4, "f8")), ValueError, "dtype float64"),
+        (lambda d: changed(d, "b", m=None), TypeError, "None"),
+        (lambda d: changed(d, "b", m=[0.0] * 4), TypeError, "list"),
+        (lambda d: changed(d, "b", step=-1), ValueError, "step"),
+        (lambda d: changed(d, "b", max_v=np.zeros(4, "f4")), ValueError, "state of 'b'"),
+        (lambda d: saved(amsgrad=True), ValueError, "amsgrad|state of"),
+        (lambda d: d | {"steps": "3"}, ValueError, "steps"),
+        (lambda d: d | {"groups": [d["groups"][0] | {"lr": -1}]}, ValueError, "lr"),
+        (lambda d: d | {"groups": [d["groups"][0] | {"lr": None}]}, ValueError, "callable"),
+        (lambda d: d | {"groups": []}, ValueError, "groups"),
+    ],
+)
+def test_a_bad_state_dict_changes_nothing(spoil, error, match):
+    opt = gpuadam.Adam(params())
+    opt.step(grads(5))
+    before = everything(opt), [dict(g) for g in opt.groups]
+    with pytest.raises(error, match=match):
+        opt.load_state_dict(spoil(saved()))
+    assert everything(opt) == before[0]
+    assert {k: v for k, v in opt.groups[0].items() if k != "params"} == {
+        k: v for k, v in before[1][0].items() if k != "params"
+    }
+
+
+def test_a_schedule_is_not_state():
+    opt = gpuadam.Adam(params(), lr=lambda step: 0.1)
+    d = opt.state_dict()
+    assert d["groups"][0]["lr"] is None
+    opt.load_state_dict(d)
+    assert callable(opt.groups[0]["lr"])
+
+
+def test_no_kernel_is_compiled_again_for_the_second_step():
+    from gpuadam.kernels import numba_cpu
+
+    opt = gpuadam.Adam(params(), lr=lambda step: 0.1 / step)
+    opt.step(grads())
+    count = numba_cpu.build.cache_info().currsize
+    opt.step(grads())
+    assert numba_cpu.build.cache_info().currsize == count
