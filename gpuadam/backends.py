@@ -40,7 +40,7 @@ class Backend(NamedTuple):
 
     def load(self):
         """Import the backend's kernels, or raise BackendUnavailableError."""
-        status = backend_status()[self.name]
+        status = _probe(self.name)
         if not status.available:
             others = ", ".join(available_backends()) or "none"
             raise BackendUnavailableError(

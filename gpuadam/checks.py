@@ -56,6 +56,12 @@ def flag(name, value):
     return bool(value)
 
 
+def given(name, array):
+    if array is None:
+        raise TypeError(f"{name} is None, not an array")
+    return array
+
+
 def update(views):
     """Check the arrays of one update: param, grad, m, v and max_v (None without AMSGrad)."""
     param, grad, *state = [view for view in views if view is not None]

@@ -56,8 +56,7 @@ def adam_step(
     )
     named = [("param", param), ("grad", grad), ("m", m), ("v", v), ("max_v", max_v)]
     for name, array in named[:4]:
-        if array is None:
-            raise TypeError(f"{name} is None, not an array")
+        checks.given(name, array)
     kernels, views = backends.choose(named, backend)
     checks.update(views)
     param, grad, *state = [view for view in views if view is not None]

@@ -55,7 +55,8 @@ class Adam:
             for name, param in zip(group["names"], group["params"], strict=True):
                 if name in self.state:
                     raise ValueError(f"two parameters are named {name!r}: names must differ")
-                kernels, (view,) = backends.choose([(f"params[{name!r}]", param)], backend)
+                label = f"params[{name!r}]"
+                kernels, (view,) = backends.choose([(label, checks.given(label, param))], backend)
                 checks.dtype(view)
                 checks.layout(view)
                 if not view.writeable:
@@ -122,11 +123,13 @@ class Adam:
             for moment in ("m", "v", "max_v"):
                 if moment not in state:
                     continue
-                named = [(f"{moment} of params[{name!r}]", state[moment]), (f"the loaded {moment}", states[name][moment])]
+                label = f"{moment} of params[{name!r}]"
+                named = [(label, state[moment]), (f"the loaded {label}", states[name][moment])]
+                checks.given(*named[1])
                 kernels, (own, loaded) = backends.choose(named, self.backend)
                 if (own.shape, own.dtype) != (loaded.shape, loaded.dtype):
                     raise ValueError(
-                        f"{loaded.name} of {name!r} has shape {loaded.shape} and dtype {loaded.dtype}, "
+                        f"{loaded.name} has shape {loaded.shape} and dtype {loaded.dtype}, "
                         f"the optimizer's {own.shape} and {own.dtype}"
                     )
                 copies.append((kernels, own, loaded))

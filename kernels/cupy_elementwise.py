@@ -95,6 +95,27 @@ def zeros_like(view):
         return cupy.ndarray(view.shape, view.dtype, flat.data, strides)
 
 
+def from_host(array):
+    """Return a copy of a NumPy array in this backend's memory."""
+    return cupy.asarray(array)
+
+
+def to_host(array):
+    """Return a copy of an array of this backend as a NumPy array."""
+    return cupy.asnumpy(array)
+
+
+def now():
+    """Return a moment of the current stream for `seconds_between`."""
+    return cupy.cuda.get_current_stream().record()
+
+
+def seconds_between(start, end):
+    """Return the device's time between two moments, after waiting for the later one."""
+    end.synchronize()
+    return cupy.cuda.get_elapsed_time(start, end) / 1e3
+
+
 def copy(to, source):
     """Copy one array into another of the same shape and dtype, on the current stream."""
     with cupy.cuda.Device(to.device):

@@ -7,6 +7,7 @@ every operation is rounded by itself.
 import functools
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -27,6 +28,26 @@ view = on_cpu
 def zeros_like(view):
     """Return zeros for a moment of an array: the same shape and, without gaps, the same order of memory."""
     return np.zeros_like(view.array, subok=False)
+
+
+def from_host(array):
+    """Return a copy of a NumPy array in this backend's memory."""
+    return np.array(array)
+
+
+def to_host(array):
+    """Return a copy of an array of this backend as a NumPy array."""
+    return np.array(array)
+
+
+def now():
+    """Return a moment for `seconds_between`."""
+    return time.perf_counter()
+
+
+def seconds_between(start, end):
+    """Return the time between two moments."""
+    return end - start
 
 
 def copy(to, source):

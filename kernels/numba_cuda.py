@@ -26,7 +26,12 @@ def driver_problem():
     try:
         return "" if len(cuda.gpus) else "the driver lists none"
     except CudaSupportError as error:
-        return " ".join(str(error).split())
+        return " ".join(str(error).split()).strip(" :")
+
+
+def device_name():
+    """Return the name of the current device."""
+    return cuda.get_current_device().name.decode()
 
 
 def view(name, array):
@@ -55,6 +60,29 @@ def zeros_like(view):
 
 def _fortran_strides(view):
     return tuple(view.dtype.itemsize * math.prod(view.shape[:k]) for k in range(len(view.shape)))
+
+
+def from_host(array):
+    """Return a copy of a NumPy array in this backend's memory."""
+    return cuda.to_device(array)
+
+
+def to_host(array):
+    """Return a copy of an array of this backend as a NumPy array."""
+    return array.copy_to_host()
+
+
+def now():
+    """Return a moment of the default stream for `seconds_between`."""
+    event = cuda.event()
+    event.record()
+    return event
+
+
+def seconds_between(start, end):
+    """Return the device's time between two moments, after waiting for the later one."""
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def copy(to, source):

@@ -109,10 +109,8 @@ def compile_cupy(kernel, arch, output="PTX", cuda_version=13, ndim=1):
 def compile_numba(kernel, dtype, arch, ndim=None):
     cc = (int(arch[3:-1]), int(arch[-1]))
     i64, real = types.int64, {"float32": types.float32, "float64": types.float64}[np.dtype(dtype).name]
-    if ndim is None:
-        signature = (i64,) * 8 + (real,) * 7
-    else:
-        signature = (i64,) * 5 + (types.UniTuple(i64, ndim),) * 6 + (i64,) + (real,) * 7
+    pointers_and_counts = (i64,) * 8 if ndim is None else (i64,) * 5 + (types.UniTuple(i64, ndim),) * 6 + (i64,)
+    signature = pointers_and_counts + (real,) * 7
     # a device function asks the current device what it can do; there is none, so answer for it
     original = dispatcher.get_current_device
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)

@@ -1,4 +1,4 @@
-"""The compiled code of both GPU backends, executed on the host, against the CPU backend: the same bits, the same bytes touched."""
+"""The compiled code of both GPU backends, executed on the host: the CPU backend's bits, and its own bytes alone."""
 
 import mmap
 

@@ -1,4 +1,4 @@
-"""The machine code of both GPU backends: every byte moved once and 16 at a time, nothing spilled, no operation but the contract's."""
+"""The machine code of both GPU backends: bytes moved once and 16 at a time, nothing spilled, the contract's operations."""
 
 import re
 from collections import Counter

@@ -1,0 +1,64 @@
+"""What the commands share: JSON files, tables and plots by libraries that are extras, and facts about the machine."""
+
+import datetime
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+from .. import __version__
+
+
+class MissingExtraError(RuntimeError):
+    """A command needs a library that is not installed."""
+
+
+def need(extra, *modules):
+    """Import modules of an extra, or raise MissingExtraError with the command that installs it."""
+    try:
+        return [importlib.import_module(module) for module in modules]
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f'{error.name} is not installed: pip install "gpuadam[{extra}]"') from error
+
+
+def write_json(path, data):
+    """Write to a file, or to standard output if path is "-"."""
+    text = json.dumps(data, indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        Path(path).write_text(text)
+
+
+def versions():
+    """Return the version of everything that can have a say in a result; None for what is not installed."""
+    packages = ["numpy", "numba", "llvmlite", "cupy-cuda12x", "cupy-cuda13x", "cupy", "numba-cuda", "cuda-bindings"]
+    found = {"gpuadam": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def machine():
+    """Return date, operating system, processor and number of cores."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def _cpu_name():
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,181 @@
+"""What only a GPU can show. `benchmarks/gpu.sh` runs these, and every other test over the GPU backends, where there is one."""
+
+import numpy as np
+import pytest
+from cases import FORMS, assert_same_bits, different_bits, wide_state
+
+import gpuadam
+from gpuadam.cli import doctor
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["cupy", "numba-cuda"])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def cp():
+    return pytest.importorskip("cupy")
+
+
+def on_gpu(cp, arrays):
+    return [None if a is None else cp.asarray(a) for a in arrays]
+
+
+def test_doctor_finds_the_contracts_bits(backend):
+    assert doctor.step_digest(backend) == doctor.CONTRACT_BITS
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_both_backends_hold_cupy_arrays_and_agree(cp, name):
+    options = dict(FORMS[name])
+    given = wide_state(1_000_003, "float32", options.pop("amsgrad", False))
+    results = {}
+    for backend in ("cupy", "numba-cuda"):
+        arrays = on_gpu(cp, given)
+        for step in (1, 2, 3):
+            gpuadam.adam_step(*arrays[:4], step, max_v=arrays[4], backend=backend, **options)
+        cp.cuda.Device().synchronize()
+        results[backend] = [None if a is None else a.get() for a in arrays]
+    assert_same_bits(results["numba-cuda"], results["cupy"])
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_unaligned_views(cp, backend, offset):
+    given = wide_state(1003)
+    expected = [a.copy() for a in given[:4]]
+    gpuadam.adam_step(*expected, 1)
+    for offsets in ((offset,) * 4, (offset, 0, 1, 2)):
+        wholes = [cp.full(1003 + 8, 7, "f4") for _ in range(4)]
+        arrays = [whole[o : o + 1003] for whole, o in zip(wholes, offsets, strict=True)]
+        for a, values in zip(arrays, given, strict=False):
+            a[:] = cp.asarray(values)
+        gpuadam.adam_step(*arrays, 1, backend=backend)
+        cp.cuda.Device().synchronize()
+        assert_same_bits([a.get() for a in arrays], expected, f"offsets {offsets}")
+        for whole, o in zip(wholes, offsets, strict=True):
+            assert (whole[:o] == 7).all() and (whole[o + 1003 :] == 7).all()
+
+
+def needs_bytes(cp, n):
+    free, _ = cp.cuda.Device().mem_info
+    if free < n:
+        pytest.skip(f"needs {n / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free")
+
+
+@pytest.mark.parametrize("n", [2**29 - 1, 2**29 + 1, 2**31 - 1, 2**31 + 5])
+def test_beyond_2_31_bytes_and_elements(cp, backend, n):
+    """Every element is updated, and the last ones have the CPU's bits; CuPy changes its index type at 2**31 bytes."""
+    needs_bytes(cp, 4 * 4 * n + 2**30)
+    pattern = wide_state(4099, "float32", seed=3)[:4]
+    for a in pattern:
+        a[~np.isfinite(a)] = 1.0
+    arrays = []
+    for a in pattern:
+        there = cp.empty(n, "f4")
+        block = cp.asarray(a)
+        whole = n // 4099 * 4099
+        there[:whole].reshape(-1, 4099)[...] = block
+        there[whole:] = block[: n - whole]
+        arrays.append(there)
+    gpuadam.adam_step(*arrays, 1, backend=backend)
+    cp.cuda.Device().synchronize()
+    expected = [a.copy() for a in pattern]
+    gpuadam.adam_step(*expected, 1)
+    try:
+        for there, e in zip(arrays, expected, strict=True):
+            rows = there[: n // 4099 * 4099].reshape(-1, 4099).view("u4")
+            wanted = cp.asarray(e).view("u4")
+            for start in range(0, len(rows), 1 << 16):
+                assert bool((rows[start : start + (1 << 16)] == wanted).all() | np.isnan(e).any())
+            tail = there[n // 4099 * 4099 :].get()
+            assert different_bits(tail, e[: len(tail)]) == 0
+    finally:
+        del arrays, there, rows
+        cp.get_default_memory_pool().free_all_blocks()
+
+
+def test_work_is_ordered_on_the_current_stream(cp, backend):
+    """The gradient is made on a non-blocking stream behind a long kernel; the step must wait for it."""
+    n = 1 << 24
+    spin = cp.RawKernel(
+        r'extern "C" __global__ void spin(long long cycles) { long long t = clock64(); while (clock64() - t < cycles); }',
+        "spin",
+    )
+    param, m, v = (cp.zeros(n, "f4") for _ in range(3))
+    cp.cuda.Device().synchronize()
+    with cp.cuda.Stream(non_blocking=True) as stream:
+        grad = cp.zeros(n, "f4")
+        spin((1,), (1,), (np.int64(200_000_000),))
+        grad += 1
+        gpuadam.adam_step(param, grad, m, v, 1, lr=0.5, backend=backend)
+        param *= 2
+        stream.synchronize()
+    assert bool(cp.allclose(param, -1.0))
+
+
+def test_a_numba_device_array_and_a_cupy_array_that_shares_it(cp):
+    from numba import cuda
+
+    given = wide_state(1003)[:4]
+    expected = [a.copy() for a in given]
+    gpuadam.adam_step(*expected, 1)
+    arrays = [cuda.to_device(a) for a in given]
+    gpuadam.adam_step(*arrays, 1)
+    cuda.synchronize()
+    assert_same_bits([cp.asarray(a).get() for a in arrays], expected)
+    with pytest.raises(TypeError, match="one library"):
+        gpuadam.adam_step(cp.asarray(arrays[0]), *arrays[1:], 2)
+
+
+def test_torch_cuda_tensors(backend):
+    torch = pytest.importorskip("torch")
+    given = wide_state(1003)[:4]
+    expected = [a.copy() for a in given]
+    gpuadam.adam_step(*expected, 1)
+    arrays = [torch.from_numpy(a).cuda() for a in given]
+    gpuadam.adam_step(*arrays, 1, backend=backend)
+    torch.cuda.synchronize()
+    assert_same_bits([a.cpu().numpy() for a in arrays], expected)
+    with pytest.raises(TypeError, match="param"):
+        gpuadam.adam_step(torch.nn.Parameter(arrays[0]), *arrays[1:], 2, backend=backend)
+
+
+def test_nothing_is_copied_between_the_devices(cp):
+    a = [np.ones(4, "f4") for _ in range(4)]
+    with pytest.raises(TypeError, match="one library"):
+        gpuadam.adam_step(cp.asarray(a[0]), *a[1:], 1)
+    with pytest.raises(TypeError, match="CPU memory"):
+        gpuadam.adam_step(*on_gpu(cp, a), 1, backend="numba-cpu")
+
+
+def test_a_step_takes_no_device_memory_beyond_its_arrays(cp, backend):
+    arrays = on_gpu(cp, wide_state(1 << 20)[:4])
+    gpuadam.adam_step(*arrays, 1, backend=backend)
+    pool = cp.get_default_memory_pool()
+    before = pool.used_bytes(), pool.total_bytes()
+    gpuadam.adam_step(*arrays, 2, backend=backend)
+    assert (pool.used_bytes(), pool.total_bytes()) == before
+
+
+def test_two_devices_are_refused_and_another_device_than_the_current_one_works(cp, backend):
+    if cp.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("one GPU only") if not _required() else None
+        return
+    a = wide_state(1003)[:4]
+    with cp.cuda.Device(1):
+        there = on_gpu(cp, a)
+    here = on_gpu(cp, a)
+    with pytest.raises(ValueError, match="device"):
+        gpuadam.adam_step(here[0], *there[1:], 1, backend=backend)
+    gpuadam.adam_step(*there, 1, backend=backend)
+    gpuadam.adam_step(*here, 1, backend=backend)
+    assert_same_bits([x.get() for x in there], [x.get() for x in here])
+
+
+def _required():
+    import os
+
+    return os.environ.get("GPUADAM_REQUIRE_GPU") == "1"
