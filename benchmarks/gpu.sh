@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: the tests that are marked gpu, none of which may skip, then the benchmarks.
+# Everything that needs a GPU, in one go: the tests that are marked gpu, which must not skip for want of one, and the benchmarks.
 #
 #     benchmarks/gpu.sh OUTDIR
 #

@@ -2,9 +2,10 @@
 
     python benchmarks/peers.py [--backend numba-cpu] [--sizes 1000,100000,1000000,20000000] [--json FILE]
 
-Each peer that is installed takes its turn with gpuadam and the limit kernel, again and again, on arrays of its own, so that none
-finds them in a cache that another has filled; ratios are of medians. All peers do one float32 Adam step in place: torch.optim.Adam(fused=True) and (foreach=True), optax.adam under jax.jit with its buffers
-donated, and, on a GPU, an ElementwiseKernel of one element a thread as thinc has it.
+Each peer that is installed takes its turn with gpuadam and the limit kernel, again and again, on arrays of its own, so that
+none finds them in a cache that another has filled; ratios are of medians. All do one float32 Adam step in place:
+torch.optim.Adam(fused=True) and (foreach=True), optax.adam under jax.jit with its buffers donated, and, on a GPU, an
+ElementwiseKernel of one element a thread.
 """
 
 import argparse

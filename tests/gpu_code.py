@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -201,6 +202,35 @@ def carray(a):
 
 def memory_of(arrays):
     return [np.lib.array_utils.byte_bounds(a) if a.size else (0, 0) for a in arrays]
+
+
+# What the PTX consists of
+
+ROUNDED = ("fma", "add", "sub", "mul", "div", "sqrt")
+
+
+def rounded_operations(kernel):
+    """Count the operations that round. A subtraction counts as an addition: compilers write it as either."""
+    counts = Counter()
+    for opcode, n in kernel.opcodes.items():
+        operation, *modifiers = opcode.split(".")
+        if operation in ROUNDED and modifiers[-1] in ("f32", "f64"):
+            counts["add" if operation == "sub" else operation] += n
+    return counts
+
+
+def foreign_operations(kernel, form):
+    """List the instructions on floats that the contract has no place for."""
+    other = {4: "f64", 8: "f32"}[form.dtype.itemsize]
+    exact = ("ld", "st", "mov", "neg", "abs", "setp", "selp")
+    foreign = []
+    for opcode in kernel.opcodes:
+        operation, *modifiers = opcode.split(".")
+        if {"f16", "f32", "f64", "bf16"} & set(modifiers):
+            rounds = operation in ROUNDED and "rn" in modifiers
+            if other in modifiers or {"ftz", "approx"} & set(modifiers) or not (rounds or operation in exact):
+                foreign.append(opcode)
+    return foreign
 
 
 # Machine code

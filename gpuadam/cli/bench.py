@@ -132,7 +132,7 @@ def in_turn(kernels, functions, seconds, at_least=11):
 def data(n, dtype):
     """Return param, grad, m and v: random numbers, repeated, that stay finite under both kernels."""
     block = np.random.default_rng(0).standard_normal((4, min(n, 1 << 20))).astype(dtype)
-    block[1] *= 1e-4
+    block[1] *= 1e-6
     block[3] = 1 + block[3] ** 2
     return (np.resize(row, n) for row in block)
 

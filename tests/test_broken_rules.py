@@ -1,0 +1,152 @@
+"""The evidence can fail: a rule that is broken in one backend is found, each way of breaking it by itself."""
+
+import numpy as np
+import pytest
+from cases import different_bits, form_and_scalars, wide_state
+
+gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
+
+from gpuadam.arrays import on_cpu  # noqa: E402
+from gpuadam.kernels import adam, cupy_elementwise, numba_cpu, numba_cuda, primitives  # noqa: E402
+
+ARCH = "sm_100"
+
+
+class BrokenRule:
+    """The rule with a piece of its CUDA C replaced."""
+
+    def __init__(self, old, new, times=1):
+        self.old, self.new = old, new
+        self.__name__ = "broken"
+        assert adam.IN_CUDA_C.count(old) >= times
+
+    def in_cuda_c(self, form):
+        return adam.in_cuda_c(form).replace(self.old, self.new)
+
+
+def found(compiler, form, scalars, text):
+    """Return how the evidence sees that this PTX is wrong, or None."""
+    arrays = wide_state(1003, "float32", form.amsgrad, seed=1)
+    expected = [None if a is None else a.copy() for a in arrays]
+    numba_cpu.launch(form, [None if a is None else on_cpu("", a) for a in expected], scalars)
+    try:
+        kernel = gpu_code.run(compiler, form, ARCH, arrays, scalars, text=text)
+    except gpu_code.Refused:
+        return "refused"
+    except MemoryError:
+        return "memory"
+    if gpu_code.foreign_operations(kernel, form):
+        return "operations"
+    different = sum(different_bits(a, b) for a, b in zip(arrays, expected, strict=True) if a is not None)
+    return "bits" if different else None
+
+
+def cupy_text(rule, form, operation=None):
+    kernel = cupy_elementwise.build(rule, form, "contiguous")
+    if operation:
+        import cupy
+
+        kernel = cupy.ElementwiseKernel(
+            kernel_params(kernel, slice(0, kernel.nin)),
+            kernel_params(kernel, slice(kernel.nin, kernel.nargs)),
+            kernel.operation.replace(*operation),
+            "broken",
+            preamble=kernel.preamble,
+        )
+    return gpu_code.compile_cupy(kernel, ARCH).rstrip(b"\0").decode()
+
+
+def kernel_params(kernel, part):
+    return ", ".join(f"{'raw ' if p.raw else ''}{np.dtype(p.dtype)} {p.name}" for p in kernel.params[part])
+
+
+BREAKS = {
+    "nothing": (("fma_", "fma_"), {None}),
+    "a dropped flush of m": (("m = zero_below_(zero_below_(m, v), abs_(m));", ""), {"bits"}),
+    "a dropped flush of v": (("    v = zero_below_(v, v);", ""), {"bits"}),
+    "m kept where v is flushed": (("zero_below_(zero_below_(m, v), abs_(m))", "zero_below_(m, abs_(m))"), {"bits"}),
+    "a plain minus": (("sub_(g, m)", "(g - m)"), {"refused", "operations"}),
+    "a plain plus and times": (
+        ("fma_(sqrt_(max_v), inv_sqrt_bias2, eps)", "sqrt_(max_v) * inv_sqrt_bias2 + eps"),
+        {"refused", "operations"},
+    ),
+    "a float64 literal": (("div_(m, denom)", "T(1.0000000001 * m / denom)"), {"refused", "operations"}),
+    "a flipped sign bit": (("neg_(v)", "__uint_as_float(__float_as_uint(v) ^ 0x80000000u)"), {"refused", "operations"}),
+    "a swapped scalar": (("fma_(w1, sub_(g, m)", "fma_(w2, sub_(g, m)"), {"bits"}),
+    "the far arm of lerp": (("NEAR1 ? m : g", "NEAR1 ? g : m"), {"bits"}),
+    "a maximum that drops NaN": (("larger_(max_v, v)", "fmaxf(max_v, v)"), {"refused", "operations"}),
+    "a flush before max_v": (("max_v = AMSGRAD", "v = zero_below_(v, v); max_v = AMSGRAD"), {"bits"}),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_rule_broken_in_cuda_c_is_found(what):
+    (old, new), ways = BREAKS[what]
+    form, scalars = form_and_scalars("amsgrad", "float32", eps=1e-30)
+    assert found("cupy", form, scalars, cupy_text(BrokenRule(old, new), form)) in ways
+
+
+@pytest.mark.parametrize(
+    "what, operation, ways",
+    [
+        ("an off-by-one tail", ("k < head ? k : k + vectors * LANES", "k < head ? k : k + vectors * LANES - 1"), {"bits"}),
+        ("a tail past the end", ("k + vectors * LANES", "k + vectors * LANES + 1"), {"memory"}),
+        ("a vector off its boundary", ("head + i * LANES", "head + i * LANES + 1"), {"memory"}),
+        ("a vector body one short", ("i < vectors", "i < vectors - 1"), {"bits", "memory"}),
+    ],
+)
+def test_a_broken_cover_of_the_elements_is_found(what, operation, ways):
+    form, scalars = form_and_scalars("adam", "float32")
+    assert found("cupy", form, scalars, cupy_text(adam, form, operation)) in ways
+
+
+def _keep(b, rn, x, y):
+    return x
+
+
+def _contracted_sub(b, rn, x, y):
+    return b.fsub(x, y)
+
+
+def _dropping_max(b, rn, x, y):
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+@pytest.mark.parametrize(
+    "what, primitive, emit, ways",
+    [
+        ("nothing", "fma", primitives.PRIMITIVES["fma"][0], {None}),
+        ("a dropped flush", "zero_below", _keep, {"bits"}),
+        ("a minus that ptxas may fuse", "sub", _contracted_sub, {"refused"}),
+        ("a maximum that drops NaN", "larger", _dropping_max, {"bits"}),
+    ],
+)
+def test_a_primitive_broken_in_numba_cuda_is_found(monkeypatch, what, primitive, emit, ways):
+    form, scalars = form_and_scalars("amsgrad", "float32", eps=1e-30)
+    found(  # the CPU's kernel is compiled before anything is broken
+        "numba-cuda", form, scalars, gpu_code.ptx("numba-cuda", form, ARCH)
+    )
+    monkeypatch.setitem(primitives.PRIMITIVES, primitive, (emit, primitives.PRIMITIVES[primitive][1]))
+    text = gpu_code.compile_numba(numba_cuda.build(adam, form, "contiguous"), "float32", ARCH)
+    assert found("numba-cuda", form, scalars, text) in ways
+
+
+def test_a_swapped_scalar_in_numbas_rule_is_found():
+    form, scalars = form_and_scalars("adam", "float32")
+
+    class Swapped:
+        __name__ = "swapped"
+
+        def in_python(self, form, op):
+            update = adam.in_python(form, op)
+            source_order = ("grad_scale", "decay", "w2", "w1", "inv_sqrt_bias2", "eps", "neg_lr")
+            namespace = {"update": numba_cuda.cuda.jit(device=True)(update)}
+            arguments = "param, grad, m, v, max_v, "
+            exec(  # the same rule with w1 and w2 in each other's place
+                f"def swapped({arguments}{', '.join(adam.SCALARS)}):\n    return update({arguments}{', '.join(source_order)})",
+                namespace,
+            )
+            return namespace["swapped"]
+
+    text = gpu_code.compile_numba(numba_cuda.build(Swapped(), form, "contiguous"), "float32", ARCH)
+    assert found("numba-cuda", form, scalars, text) == "bits"
