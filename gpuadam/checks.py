@@ -35,11 +35,14 @@ def betas(value):
         beta1, beta2 = value
     except (TypeError, ValueError):
         raise ValueError(f"betas must be two numbers, (beta1, beta2), not {value!r}") from None
-    pair = real("beta1", beta1), real("beta2", beta2)
-    for name, beta in zip(("beta1", "beta2"), pair, strict=True):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name}={beta} must be in [0, 1)")
-    return pair
+    return _beta("beta1", beta1), _beta("beta2", beta2)
+
+
+def _beta(name, value):
+    value = real(name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}={value} must be in [0, 1)")
+    return value
 
 
 def step_number(step):
@@ -151,6 +154,6 @@ def _share_memory(a, b):
     if a.device != b.device:
         return False
     try:
-        return np.shares_memory(np.asarray(_Addresses(a)), np.asarray(_Addresses(b)), max_work=10**6)
+        return np.shares_memory(np.asarray(_Addresses(a)), np.asarray(_Addresses(b)), max_work=10**6)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True  # interleaved beyond telling: rather refused than wrong

@@ -25,9 +25,11 @@ class Hyperparameters(NamedTuple):
 
 def checked(*, lr, betas, eps, weight_decay, decoupled, maximize, grad_scale=1.0):
     """Return Hyperparameters, or raise TypeError or ValueError naming the one that is wrong."""
+    beta1, beta2 = checks.betas(betas)
     return Hyperparameters(
         checks.non_negative("lr", lr),
-        *checks.betas(betas),
+        beta1,
+        beta2,
         checks.non_negative("eps", eps),
         checks.non_negative("weight_decay", weight_decay),
         checks.flag("decoupled", decoupled),

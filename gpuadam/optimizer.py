@@ -1,6 +1,7 @@
 """Adam and AdamW: parameters in groups, their moments, and the step over all of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class Adam:
         self.backend = backend
         self.steps = 0
         self.groups, self._structures = _groups(params, defaults)
-        self.state = {}
+        self.state: dict[str, dict[str, Any]] = {}
         views = []
         for group in self.groups:
             self._checked(group, step=1)
@@ -229,10 +230,11 @@ def _groups(params, defaults):
 def _flatten(grads, structures):
     """Return name -> gradient or None."""
     if isinstance(structures, tuple):
-        return _flatten_group(grads, *structures, "grads")
+        structure, names = structures
+        return _flatten_group(grads, structure, names, "grads")
     if not _is_sequence(grads) or len(grads) != len(structures):
         raise ValueError(f"grads must be a list of {len(structures)} entries, one for each group; it is {_what(grads)}")
-    flat = {}
+    flat: dict[str, Any] = {}
     for k, (group, (structure, names)) in enumerate(zip(grads, structures, strict=True)):
         if isinstance(group, Mapping) and set(group) == {"params"} and names != ["params"]:
             group = group["params"]

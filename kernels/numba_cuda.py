@@ -31,7 +31,8 @@ def driver_problem():
 
 def device_name():
     """Return the name of the current device."""
-    return cuda.get_current_device().name.decode()
+    name = cuda.get_current_device().name
+    return name if isinstance(name, str) else name.decode()  # bytes before numba-cuda used cuda.core
 
 
 def view(name, array):
@@ -278,7 +279,7 @@ def collapse(shape, strides):
     """
     dims = [(n, *steps) for n, *steps in zip(shape, *strides, strict=True) if n != 1]
     dims.sort(key=lambda dim: -abs(dim[1]))
-    merged = []
+    merged: list[list[int]] = []
     for n, *steps in dims:
         if merged and merged[-1][1:] == [n * step for step in steps]:
             merged[-1] = [merged[-1][0] * n, *steps]

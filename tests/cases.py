@@ -21,6 +21,9 @@ FORMS = {
     "all with adamw": {"weight_decay": 0.1, "decoupled": True, "amsgrad": True, "grad_scale": 1e-3, "betas": (0.3, 0.4)},
 }
 
+# Between them, every option and every arm. Where a kernel is only compiled once more, these stand for all.
+KEY_FORMS = ("adam", "all with l2", "all with adamw")
+
 DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "decoupled": False, "maximize": False}
 
 

@@ -126,9 +126,13 @@ def compile_numba(kernel, dtype, arch, ndim=None):
 BACKENDS = ("cupy", "cupy-cuda12", "numba-cuda")
 
 
-@functools.cache
 def ptx(backend, form, arch, ndim=None, rule=adam):
     """Return the PTX of a contiguous kernel, or of a strided one of `ndim` dimensions."""
+    return _ptx(backend, form, arch, ndim, rule)
+
+
+@functools.cache
+def _ptx(backend, form, arch, ndim, rule):
     if backend == "numba-cuda":
         return compile_numba(
             numba_cuda.build(rule, form, "contiguous" if ndim is None else f"strided {ndim}"), form.dtype, arch, ndim
@@ -241,13 +245,11 @@ class Resources(NamedTuple):
     local_bytes: int  # stack and spills, of one thread
 
 
-@functools.cache
 def machine_code(backend, form, arch, ndim=None, rule=adam):
     """Return the SASS of a kernel as nvdisasm prints it."""
     return _on_cubin("nvdisasm", backend, form, arch, ndim, rule)
 
 
-@functools.cache
 def resources(backend, form, arch, ndim=None, rule=adam):
     """Return what cuobjdump says that a thread of a kernel takes."""
     usage = _on_cubin("cuobjdump", backend, form, arch, ndim, rule, "--dump-resource-usage")
@@ -255,6 +257,7 @@ def resources(backend, form, arch, ndim=None, rule=adam):
     return Resources(registers, stack + local)
 
 
+@functools.cache
 def _on_cubin(tool, backend, form, arch, ndim, rule, *options):
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernel.cubin"

@@ -74,8 +74,8 @@ def run(options):
 def measure(name, dtype, n, seconds):
     """Return one row: times of the step and of the limit kernel in turn, for about `seconds`."""
     kernels = backends.BACKENDS[name].load()
-    arrays = [kernels.from_host(a) for a in data(n, dtype)]
-    views = [kernels.view(label, a) for label, a in zip(("param", "grad", "m", "v"), arrays, strict=True)] + [None]
+    param, grad, m, v = (kernels.from_host(a) for a in data(n, dtype))
+    views = [kernels.view("", a) for a in (param, grad, m, v)] + [None]
     h = hyperparameters.checked(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False, maximize=False)
     form, scalars = hyperparameters.form_and_scalars(h, 10, views[0].dtype, False)
     times = in_turn(
@@ -86,7 +86,7 @@ def measure(name, dtype, n, seconds):
     calls = []
     for step in range(1, min(len(times[0]), 200) + 1):
         began = time.perf_counter()
-        gpuadam.adam_step(*arrays, step, backend=name)
+        gpuadam.adam_step(param, grad, m, v, step, backend=name)
         calls.append(time.perf_counter() - began)
     p20, p50, p80 = np.percentile(times[0], [20, 50, 80])
     limit50 = np.median(times[1])
@@ -112,7 +112,7 @@ def in_turn(kernels, functions, seconds, at_least=11):
     for _ in range(3):  # compile, and warm the caches up
         for function in functions:
             function()
-    times = [[] for _ in functions]
+    times: list[list[float]] = [[] for _ in functions]
     deadline = time.perf_counter() + seconds
     while len(times[0]) < at_least or time.perf_counter() < deadline:
         # several rounds are enqueued before the first is waited for, so that a GPU does not idle between them

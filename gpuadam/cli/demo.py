@@ -88,7 +88,7 @@ def digits(xp, backend, console):
     moments = {name: (np.zeros_like(p), np.zeros_like(p)) for name, p in exact.items()}
     data = [xp.asarray(a, dtype=t) for a, t in ((x, "float32"), (y, "int64"), (x_test, "float32"), (y_test, "int64"))]
     order = np.random.default_rng(2)
-    curves = {"loss": [], "accuracy": [], "reference_loss": [], "reference_accuracy": []}
+    curves: dict[str, list[float]] = {"loss": [], "accuracy": [], "reference_loss": [], "reference_accuracy": []}
     update_seconds = []
     with _Progress(console, EPOCHS) as progress:
         for epoch in range(1, EPOCHS + 1):

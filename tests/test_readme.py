@@ -1,0 +1,24 @@
+"""The README's Python runs, and prints what it says."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.S | re.M)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_a_block_runs_and_prints_what_its_comments_say(block):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(block, str(README), "exec"), {})
+    said = re.findall(r"^print\(.*?\)\s+# (.*)$", block, re.M)
+    assert printed.getvalue().splitlines() == said
+
+
+def test_there_is_python_in_the_readme():
+    assert BLOCKS
