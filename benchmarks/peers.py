@@ -112,7 +112,7 @@ def main():
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     backend = backends.BACKENDS[options.backend]
-    kernels = backend.load()
+    kernels = backends.load(backend.name)
     rows = []
     for n in (int(float(size)) for size in options.sizes.split(",")):
         peers = ours(kernels, backend.name, n) | torch_peers(backend.memory, n)

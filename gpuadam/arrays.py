@@ -16,6 +16,7 @@ class View(NamedTuple):
     strides: tuple  # in bytes
     dtype: np.dtype
     writeable: bool
+    contiguous: bool  # in C order, without gaps
     device: int | None  # the CUDA device's number; None for the CPU
     stream: int | None = None  # the CUDA stream that wrote it last, if its library says so
 
@@ -30,13 +31,13 @@ class View(NamedTuple):
 
 def on_cpu(name, array):
     """View a NumPy array, or anything that shares CPU memory through DLPack."""
-    if not isinstance(array, np.ndarray):
+    if type(array) is not np.ndarray and not isinstance(array, np.ndarray):
         try:
             array = np.from_dlpack(array)
         except (BufferError, RuntimeError, ValueError) as error:  # what producers raise is up to them
             raise TypeError(f"{name}, a {kind(array)}, cannot be shared with NumPy: {error}") from error
-    pointer = array.__array_interface__["data"][0]
-    return View(name, array, pointer, array.shape, array.strides, array.dtype, array.flags.writeable, None)
+    pointer, flags = array.__array_interface__["data"][0], array.flags
+    return View(name, array, pointer, array.shape, array.strides, array.dtype, flags.writeable, flags.c_contiguous, None)
 
 
 def on_cuda(name, array, device_of):
@@ -44,9 +45,12 @@ def on_cuda(name, array, device_of):
     interface = array.__cuda_array_interface__
     pointer, read_only = interface["data"]
     shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
-    strides = interface.get("strides") or contiguous_strides(shape, dtype.itemsize)
+    in_c_order = contiguous_strides(shape, dtype.itemsize)
+    strides = tuple(interface.get("strides") or in_c_order)
     device = device_of(pointer) if math.prod(shape) else None
-    return View(name, array, pointer, shape, tuple(strides), dtype, not read_only, device, interface.get("stream"))
+    return View(
+        name, array, pointer, shape, strides, dtype, not read_only, strides == in_c_order, device, interface.get("stream")
+    )
 
 
 def contiguous_strides(shape, itemsize):

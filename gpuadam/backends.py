@@ -38,16 +38,6 @@ class Backend(NamedTuple):
     memory: str  # "CUDA" or "CPU"
     package: str  # whose arrays are its own
 
-    def load(self):
-        """Import the backend's kernels, or raise BackendUnavailableError."""
-        status = _probe(self.name)
-        if not status.available:
-            others = ", ".join(available_backends()) or "none"
-            raise BackendUnavailableError(
-                f"backend {self.name!r} is not available: {status.reason}. To mend it: {status.fix}. Available: {others}."
-            )
-        return importlib.import_module(self.module)
-
 
 # Most preferred first.
 BACKENDS = {
@@ -97,6 +87,23 @@ def use_backend(name):
         _chosen.reset(token)
 
 
+@functools.cache
+def load(name):
+    """Import a backend's kernels and return them, or raise BackendUnavailableError."""
+    status = _probe(name)
+    if not status.available:
+        others = ", ".join(available_backends()) or "none"
+        raise BackendUnavailableError(
+            f"backend {name!r} is not available: {status.reason}. To mend it: {status.fix}. Available: {others}."
+        )
+    return importlib.import_module(BACKENDS[name].module)
+
+
+def takes_numpy(backend=None):
+    """Whether a call with this `backend=` would give NumPy arrays to numba-cpu."""
+    return (backend or _chosen.get() or os.environ.get("GPUADAM_BACKEND") or "numba-cpu") == "numba-cpu"
+
+
 def choose(named_arrays, backend=None):
     """Return (the backend's kernels, a View of each array; None stays None).
 
@@ -124,7 +131,7 @@ def choose(named_arrays, backend=None):
                 + ". Convert them, or give backend= if one backend can hold them all"
             )
         chosen = BACKENDS[owners.pop()]
-    kernels = chosen.load()
+    kernels = load(chosen.name)
     view = kernels.view
     return kernels, [None if array is None else view(name, array) for name, array in named_arrays]
 

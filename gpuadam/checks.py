@@ -1,7 +1,9 @@
 """Every error about an array or a hyperparameter, raised before a byte is written."""
 
+import itertools
 import math
 import numbers
+import operator
 
 import numpy as np
 
@@ -10,6 +12,8 @@ DTYPES = (np.dtype("float32"), np.dtype("float64"))
 
 def real(name, value):
     """Return a hyperparameter as a Python float."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, not {value!r} ({type(value).__name__})")
     return float(value)
@@ -46,7 +50,7 @@ def _beta(name, value):
 
 
 def step_number(step):
-    if isinstance(step, bool) or not isinstance(step, numbers.Integral):
+    if type(step) is not int and (isinstance(step, bool) or not isinstance(step, numbers.Integral)):
         raise TypeError(f"step must be an integer, counted from 1, not {step!r} ({type(step).__name__})")
     if step < 1:
         raise ValueError(f"step={step} must be at least 1: the first update is step 1")
@@ -70,17 +74,44 @@ def update(views):
     param, grad, *state = [view for view in views if view is not None]
     dtype(param)
     for other in (grad, *state):
-        if other.dtype != param.dtype:
+        if other.dtype is not param.dtype and other.dtype != param.dtype:
             raise TypeError(f"{other.name} has dtype {_name(other.dtype)}, {param.name} has {_name(param.dtype)}: use one")
         if other.shape != param.shape:
             raise ValueError(f"{other.name} has shape {other.shape}, {param.name} has {param.shape}: nothing is broadcast")
         if other.device != param.device and param.size:
             raise ValueError(f"{other.name} is on device {other.device}, {param.name} on {param.device}: move one of them")
-    for view in (param, *state):
-        if not view.writeable:
-            raise ValueError(f"{view.name} is read-only, and an update writes to it: pass a writeable array")
-    for view in (param, grad, *state):
-        layout(view)
+        layout(other)
+        if not other.writeable and other is not grad:
+            read_only(other)
+    layout(param)
+    if not param.writeable:
+        read_only(param)
+
+
+def read_only(view):
+    raise ValueError(f"{view.name} is read-only, and an update writes to it: pass a writeable array")
+
+
+def plain(arrays):
+    """Whether the arrays of an update are NumPy's, C-contiguous, and would pass `update` and `overlap`: the short way to know.
+
+    For everything else the long way finds out what to do or what to say. arrays: param, grad, m, v and max_v, if any.
+    """
+    param, grad, *state = arrays
+    if not (type(param) is type(grad) is np.ndarray and param.dtype in DTYPES):
+        return False
+    shape, dtype = param.shape, param.dtype
+    if grad.shape != shape or grad.dtype != dtype or not (grad.flags.c_contiguous and grad.flags.aligned):
+        return False
+    for a in (param, *state):
+        # carray: C-contiguous, aligned, writeable, in native byte order
+        if type(a) is not np.ndarray or a.shape != shape or a.dtype != dtype or not a.flags.carray:
+            return False
+    # of contiguous arrays the bounds are all that matters
+    return not any(_may_share_memory(a, b) for a, b in itertools.combinations(arrays, 2))
+
+
+_may_share_memory = np.may_share_memory
 
 
 def dtype(view):
@@ -91,6 +122,8 @@ def dtype(view):
 
 def layout(view):
     """Refuse an array in which two elements share memory, and one in CUDA memory that is off its elements' alignment."""
+    if view.contiguous and view.device is None:
+        return
     itemsize = view.dtype.itemsize
     reach = itemsize
     for stride, n in sorted((abs(stride), n) for stride, n in zip(view.strides, view.shape, strict=True) if n > 1):
@@ -110,9 +143,9 @@ def _name(dtype):
 
 def overlap(written, read):
     """Refuse arrays of which one is written and another shares memory with it. Two that are only read may."""
-    extents = [(*_bounds(view), True, view) for view in written if view.size]
-    extents += [(*_bounds(view), False, view) for view in read if view.size]
-    extents.sort(key=lambda extent: extent[0])
+    extents = [(*_bounds(view), True, view) for view in written]
+    extents += [(*_bounds(view), False, view) for view in read]
+    extents = sorted((extent for extent in extents if extent[3].size), key=_start)
     end_of_written = end_of_any = 0
     for k, (start, end, is_written, view) in enumerate(extents):
         if start < end_of_written or (is_written and start < end_of_any):
@@ -128,6 +161,8 @@ def overlap(written, read):
 
 def _bounds(view):
     """Return the addresses of the first byte and of the byte after the last."""
+    if view.contiguous:
+        return view.pointer, view.pointer + view.nbytes
     start = end = view.pointer
     for stride, n in zip(view.strides, view.shape, strict=True):
         if stride < 0:
@@ -135,6 +170,9 @@ def _bounds(view):
         else:
             end += stride * (n - 1)
     return start, end + view.dtype.itemsize
+
+
+_start = operator.itemgetter(0)
 
 
 class _Addresses:

@@ -54,12 +54,19 @@ def adam_step(
         maximize=maximize,
         grad_scale=grad_scale,
     )
-    named = [("param", param), ("grad", grad), ("m", m), ("v", v), ("max_v", max_v)]
-    for name, array in named[:4]:
+    step = checks.step_number(step)
+    arrays = (param, grad, m, v) if max_v is None else (param, grad, m, v, max_v)
+    if checks.plain(arrays) and backends.takes_numpy(backend):
+        kernels = backends.load("numba-cpu")
+        form, scalars = hyperparameters.form_and_scalars(h, step, param.dtype, max_v is not None)
+        flat = arrays if param.ndim == 1 else [a.reshape(-1) for a in arrays]
+        kernels.launch_flat(form, flat if max_v is not None else (*flat, flat[3]), scalars)
+        return
+    names = ("param", "grad", "m", "v", "max_v")
+    for name, array in zip(names, arrays, strict=False):
         checks.given(name, array)
-    kernels, views = backends.choose(named, backend)
+    kernels, views = backends.choose(list(zip(names, (param, grad, m, v, max_v), strict=True)), backend)
     checks.update(views)
-    param, grad, *state = [view for view in views if view is not None]
-    checks.overlap([param, *state], [grad])
-    form, scalars = hyperparameters.form_and_scalars(h, checks.step_number(step), param.dtype, max_v is not None)
+    checks.overlap([view for view in (views[0], *views[2:]) if view is not None], [views[1]])
+    form, scalars = hyperparameters.form_and_scalars(h, step, views[0].dtype, max_v is not None)
     kernels.launch(form, views, scalars)

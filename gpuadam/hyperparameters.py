@@ -38,7 +38,7 @@ def checked(*, lr, betas, eps, weight_decay, decoupled, maximize, grad_scale=1.0
     )
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)  # many arrays share a step
 def form_and_scalars(h, step, dtype, amsgrad):
     """Return the Form and the Scalars of a step for arrays of dtype.
 
@@ -47,42 +47,55 @@ def form_and_scalars(h, step, dtype, amsgrad):
     >>> form.near1, float(scalars.neg_lr)  # -lr / (1 - beta1)
     (True, -1.0)
     """
-    one = dtype.type(1)
-    grad_scale = -h.grad_scale if h.maximize else h.grad_scale
-    decays = h.weight_decay != 0.0
+    form, rounded, grad_scale, decay, w1, w2, eps = _constants(h[1:], dtype, amsgrad)
+    if h.decoupled:
+        decay = rounded("weight_decay times lr", -h.lr * h.weight_decay)
+    inv_sqrt_bias2 = rounded("1 / sqrt(1 - beta2**step)", 1.0 / math.sqrt(1.0 - power(h.beta2, step)))
+    neg_lr = rounded("lr / (1 - beta1**step)", -h.lr / (1.0 - power(h.beta1, step)))
+    return form, Scalars(grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr)
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(h, dtype, amsgrad):
+    """Return what does not change with lr and step: the Form, the rounding to dtype, and five scalars."""
+    beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale = h
+    largest, to_dtype = float(np.finfo(dtype).max), dtype.type
+
+    def rounded(name, value):
+        if not -largest <= value <= largest:
+            raise ValueError(f"{name} is {abs(value)}, which overflows {dtype}: choose a smaller one")
+        return to_dtype(value)
+
+    def rounded_but_not_to_zero(name, value):
+        if value and not rounded(name, value):
+            raise ValueError(f"{name}={value} rounds to 0 in {dtype}: choose a larger one, or 0 itself")
+        return rounded(name, value)
+
     # 1 - beta is formed in float64: in float32, 1 - 0.999 is off by 1.3e-5 of itself, and so would v be
-    with np.errstate(over="ignore"):
-        exact = {
-            "grad_scale": grad_scale,
-            "decay": -h.lr * h.weight_decay if h.decoupled else h.weight_decay,
-            "w1": 1.0 - h.beta1,
-            "w2": 1.0 - h.beta2,
-            "inv_sqrt_bias2": 1.0 / math.sqrt(1.0 - power(h.beta2, step)),
-            "eps": h.eps,
-            "neg_lr": -h.lr / (1.0 - power(h.beta1, step)),
-        }
-        rounded = {name: dtype.type(value) for name, value in exact.items()}
-    for name, value in rounded.items():
-        if not np.isfinite(value):
-            given = {"decay": "weight_decay (times lr)", "neg_lr": "lr / (1 - beta1**step)"}.get(name, name)
-            raise ValueError(f"{given} is {abs(exact[name])}, which overflows {dtype}: choose a smaller one")
-    for name in ("eps", "grad_scale"):
-        if exact[name] and not rounded[name]:
-            raise ValueError(f"{name}={exact[name]} rounds to 0 in {dtype}: choose a larger one, or 0 itself")
-    near1, near2 = (bool(rounded[w] < 0.5) for w in ("w1", "w2"))
-    # lerp from the nearer end, as torch.lerp; w - 1 is exact
-    rounded["w1"] = rounded["w1"] if near1 else rounded["w1"] - one
-    rounded["w2"] = rounded["w2"] if near2 else rounded["w2"] - one
+    w1, w2 = rounded("1 - beta1", 1.0 - beta1), rounded("1 - beta2", 1.0 - beta2)
+    near1, near2 = bool(w1 < 0.5), bool(w2 < 0.5)
+    one = to_dtype(1)
+    grad_scale = rounded_but_not_to_zero("grad_scale", -grad_scale if maximize else grad_scale)
+    decays = weight_decay != 0.0
     form = Form(
         dtype,
-        scaled=bool(rounded["grad_scale"] != one),
-        l2=decays and not h.decoupled,
-        decoupled=decays and h.decoupled,
+        scaled=bool(grad_scale != one),
+        l2=decays and not decoupled,
+        decoupled=decays and decoupled,
         amsgrad=amsgrad,
         near1=near1,
         near2=near2,
     )
-    return form, Scalars(**rounded)
+    return (
+        form,
+        rounded,
+        grad_scale,
+        rounded("weight_decay", weight_decay),
+        # lerp from the nearer end, as torch.lerp; w - 1 is exact
+        w1 if near1 else w1 - one,
+        w2 if near2 else w2 - one,
+        rounded_but_not_to_zero("eps", eps),
+    )
 
 
 def power(base, exponent):

@@ -61,7 +61,7 @@ class Adam:
                 checks.dtype(view)
                 checks.layout(view)
                 if not view.writeable:
-                    raise ValueError(f"{view.name} is read-only, and a step writes to it: pass a writeable array")
+                    checks.read_only(view)
                 views.append((kernels, view, group["amsgrad"]))
                 self.state[name] = {}
         checks.overlap([view for _, view, _ in views], [])

@@ -1,8 +1,8 @@
 """The update itself. This page is for those who add to it.
 
 A *rule* is one update of one element: a module with `in_python(form, op)`, which returns a Python function for Numba, and
-`in_cuda_c(form)`, which returns the same in CUDA C for CuPy. Both take (param, grad, m, v, max_v, *Scalars); Python returns the new
-(param, m, v, max_v), C writes through references. What differs between variants is in the `Form`, known when a kernel is
+`in_cuda_c(form)`, which returns the same in CUDA C for CuPy. Both take (param, grad, m, v, max_v, *Scalars); Python returns the
+new (param, m, v, max_v), C writes through references. What differs between variants is in the `Form`, known when a kernel is
 compiled: a rule tests it outside the arithmetic, so that what is not used costs nothing. `adam.py` is the rule; `limit.py` is one
 that only moves the bytes.
 
@@ -20,6 +20,6 @@ A *backend* is a file that gives a rule its loop: `cupy_elementwise.py`, `numba_
     copy, from_host, to_host               for loading state, and for tests and measurements
     now, seconds_between                   the device's clock
 
-    To add a backend: such a file, and in `gpuadam/backends.py` a row and a probe. Tests over the fixture `library` and the bench pick
-    it up from there once `tests/libraries.py` can make its arrays.
+    To add a backend: such a file, and in `gpuadam/backends.py` a row and a probe. The bench picks it up from there, and the tests
+    over the fixture `library` once `tests/libraries.py` can make its arrays.
 """

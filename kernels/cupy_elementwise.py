@@ -81,7 +81,9 @@ max_v = X;
 def view(name, array):
     """View a CuPy array, or anything with `__cuda_array_interface__`."""
     if isinstance(array, cupy.ndarray):
-        return View(name, array, array.data.ptr, array.shape, array.strides, array.dtype, True, array.data.device_id)
+        memory = array.data
+        contiguous = array.flags.c_contiguous
+        return View(name, array, memory.ptr, array.shape, array.strides, array.dtype, True, contiguous, memory.device_id)
     return on_cuda(name, array, lambda pointer: cupy.cuda.runtime.pointerGetAttributes(pointer).device)
 
 

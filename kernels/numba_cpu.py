@@ -66,15 +66,20 @@ def launch(form, views, scalars, rule=adam):
     flat = _in_memory_order(arrays)
     if flat is None:
         build(rule, form, "strided")(*arrays, *scalars)
-        return
-    n = flat[0].size
+    else:
+        launch_flat(form, flat, scalars, rule)
+
+
+def launch_flat(form, arrays, scalars, rule=adam):
+    """Likewise for 1-D C-contiguous arrays themselves; without AMSGrad, max_v is v once more."""
+    n = arrays[0].size
     if n < PARALLEL_FROM or numba.get_num_threads() == 1:
-        build(rule, form, "serial")(*flat, *scalars)
+        build(rule, form, "serial")(*arrays, *scalars)
     elif _numba_threads_are_safe():
         with _one_at_a_time:
-            build(rule, form, "parallel")(*flat, *scalars)
+            build(rule, form, "parallel")(*arrays, *scalars)
     else:
-        _in_own_threads(build(rule, form, "serial"), n, flat, scalars)
+        _in_own_threads(build(rule, form, "serial"), n, arrays, scalars)
 
 
 @functools.cache

@@ -29,7 +29,7 @@ def run(options):
     console = rich_console.Console(stderr=options.json == "-")
     names = [options.backend] if options.backend else gpuadam.available_backends()
     for name in names:
-        backends.BACKENDS[name].load()
+        backends.load(name)
     cases = [
         (name, dtype, n)
         for name in names
@@ -73,7 +73,7 @@ def run(options):
 
 def measure(name, dtype, n, seconds):
     """Return one row: times of the step and of the limit kernel in turn, for about `seconds`."""
-    kernels = backends.BACKENDS[name].load()
+    kernels = backends.load(name)
     param, grad, m, v = (kernels.from_host(a) for a in data(n, dtype))
     views = [kernels.view("", a) for a in (param, grad, m, v)] + [None]
     h = hyperparameters.checked(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False, maximize=False)
@@ -150,7 +150,7 @@ def gpu(names):
             "driver_cuda": cupy.cuda.runtime.driverGetVersion(),
         }
     if "numba-cuda" in names:
-        return {"gpu": backends.BACKENDS["numba-cuda"].load().device_name()}
+        return {"gpu": backends.load("numba-cuda").device_name()}
     return {}
 
 

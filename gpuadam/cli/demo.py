@@ -25,7 +25,7 @@ def run(options):
         output.need("demo", "matplotlib")
     console = rich_console.Console(stderr=options.json == "-")
     backend = options.backend or gpuadam.available_backends()[0]
-    backends.BACKENDS[backend].load()
+    backends.load(backend)
     xp = _array_module(backend)
     console.print(f"gpuadam {gpuadam.__version__}, backend {backend}, arrays of {xp.__name__}\n")
 

@@ -54,7 +54,7 @@ def _examine(name):
 
 def step_digest(name):
     """Run three steps on a backend and return the sha256 of what they leave."""
-    kernels = backends.BACKENDS[name].load()
+    kernels = backends.load(name)
     host = contract_arrays()
     arrays = [kernels.from_host(a) for a in host]
     views = [kernels.view(label, a) for label, a in zip(("param", "grad", "m", "v", "max_v"), arrays, strict=True)]
