@@ -33,7 +33,7 @@ run() { # name, limit in seconds, command: kept in a log; the run goes on after 
 }
 
 run doctor 60 "$python" -m gpuadam doctor --json "$out/doctor.json"
-run tests 240 "$python" -m pytest -q -x --maxfail=20 -m gpu -p no:cacheprovider --durations=10 tests
+run tests 240 "$python" -m pytest -q --maxfail=20 -m gpu -W default -p no:cacheprovider --durations=10 tests
 for backend in cupy numba-cuda; do
     run "bench-$backend" 60 "$python" -m gpuadam bench --backend "$backend" --seconds 0.5 \
         --json "$out/bench-$backend.json" --plot "$out/bench-$backend.png"

@@ -44,6 +44,7 @@ def on_cuda(name, array, device_of):
     """View an array in CUDA memory. device_of(pointer) asks the driver for the device's number."""
     interface = array.__cuda_array_interface__
     pointer, read_only = interface["data"]
+    pointer = pointer or 0  # None, in some libraries, where there are no elements
     shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
     in_c_order = contiguous_strides(shape, dtype.itemsize)
     strides = tuple(interface.get("strides") or in_c_order)

@@ -1,5 +1,8 @@
 """One update of one array: check, compute the scalars, choose the backend, launch."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 from . import backends, checks, hyperparameters
 
 
@@ -54,19 +57,48 @@ def adam_step(
         maximize=maximize,
         grad_scale=grad_scale,
     )
-    step = checks.step_number(step)
-    arrays = (param, grad, m, v) if max_v is None else (param, grad, m, v, max_v)
-    if checks.plain(arrays) and backends.takes_numpy(backend):
+    plan((param, grad, m, v, max_v), h, checks.step_number(step), backend).launch()
+
+
+class Plan(NamedTuple):
+    """An update that was checked and only has to be launched."""
+
+    launch: Callable[[], None]
+    views: Callable[[], list[Any]]  # of param, grad, m, v and max_v or None
+
+
+def plan(given, h, step, backend, label=""):
+    """Check an update and return its Plan. given: param, grad, m, v, max_v or None; label: what an error calls the param."""
+    param, grad, m, v, max_v = given
+    amsgrad = max_v is not None
+    if checks.plain(given if amsgrad else given[:4]) and backends.takes_numpy(backend):
+        # the short way for NumPy arrays: the same checks, the same kernel, and nothing in between
         kernels = backends.load("numba-cpu")
-        form, scalars = hyperparameters.form_and_scalars(h, step, param.dtype, max_v is not None)
-        flat = arrays if param.ndim == 1 else [a.reshape(-1) for a in arrays]
-        kernels.launch_flat(form, flat if max_v is not None else (*flat, flat[3]), scalars)
-        return
-    names = ("param", "grad", "m", "v", "max_v")
-    for name, array in zip(names, arrays, strict=False):
+        form, scalars = hyperparameters.form_and_scalars(h, step, param.dtype, amsgrad)
+        flat = (param, grad, m, v, max_v if amsgrad else v)
+        if param.ndim != 1:
+            flat = tuple(a.reshape(-1) for a in flat)
+        return Plan(
+            lambda: kernels.launch_flat(form, flat, scalars),
+            lambda: [None if a is None else kernels.view(name, a) for name, a in _named(given, label)],
+        )
+    named = _named(given, label)
+    for name, array in named[:4]:
         checks.given(name, array)
-    kernels, views = backends.choose(list(zip(names, (param, grad, m, v, max_v), strict=True)), backend)
+    kernels, views = backends.choose(named, backend)
     checks.update(views)
-    checks.overlap([view for view in (views[0], *views[2:]) if view is not None], [views[1]])
-    form, scalars = hyperparameters.form_and_scalars(h, step, views[0].dtype, max_v is not None)
-    kernels.launch(form, views, scalars)
+    checks.overlap(*written_and_read(views))
+    form, scalars = hyperparameters.form_and_scalars(h, step, views[0].dtype, amsgrad)
+    return Plan(lambda: kernels.launch(form, views, scalars), lambda: views)
+
+
+def written_and_read(views):
+    """Return the views of what an update writes, and of what it only reads."""
+    return [view for view in (views[0], *views[2:]) if view is not None], [views[1]]
+
+
+def _named(given, label):
+    names = ("param", "grad", "m", "v", "max_v")
+    if label:
+        names = (label, f"the gradient of {label}", *(f"{moment} of {label}" for moment in names[2:]))
+    return list(zip(names, given, strict=True))

@@ -1,11 +1,12 @@
 """Adam and AdamW: parameters in groups, their moments, and the step over all of them."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import arrays, backends, checks, hyperparameters
+from . import arrays, backends, checks, functional, hyperparameters
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 
@@ -79,26 +80,20 @@ class Adam:
         Everything is checked before anything is written: one bad array or hyperparameter stops the whole step.
         """
         grads = _flatten(grads, self._structures)
-        launches, written, read = [], [], []
+        planned = []
         for group in self.groups:
             h = self._checked(group, self.steps + 1, grad_scale)
             for name, param in zip(group["names"], group["params"], strict=True):
                 grad, state = grads[name], self.state[name]
-                if grad is None:
-                    continue
-                label = f"params[{name!r}]"
-                named = [(label, param), (f"the gradient of {label}", grad)]
-                named += [(f"{moment} of {label}", state[moment]) for moment in ("m", "v")]
-                named.append((f"max_v of {label}", state["max_v"] if group["amsgrad"] else None))
-                kernels, views = backends.choose(named, self.backend)
-                checks.update(views)
-                form_and_scalars = hyperparameters.form_and_scalars(h, state["step"] + 1, views[0].dtype, group["amsgrad"])
-                launches.append((kernels, views, form_and_scalars, state))
-                written += [view for view in (views[0], *views[2:]) if view is not None]
-                read.append(views[1])
-        checks.overlap(written, read)
-        for kernels, views, (form, scalars), state in launches:
-            kernels.launch(form, views, scalars)
+                if grad is not None:
+                    given = (param, grad, state["m"], state["v"], state["max_v"] if group["amsgrad"] else None)
+                    label = f"params[{name!r}]"
+                    planned.append((functional.plan(given, h, state["step"] + 1, self.backend, label), state))
+        if len(planned) > 1:  # each was checked by itself; now all of them together
+            written_and_read = [functional.written_and_read(plan.views()) for plan, _ in planned]
+            checks.overlap(*(list(itertools.chain.from_iterable(views)) for views in zip(*written_and_read, strict=True)))
+        for plan, state in planned:
+            plan.launch()
             state["step"] += 1
         self.steps += 1
 

@@ -41,22 +41,35 @@ class NumbaCudaLibrary:
         self.cuda = cuda
 
     def array(self, a):
+        if a.flags.c_contiguous or a.flags.f_contiguous:
+            return self.cuda.to_device(a)
         base, view = _base_of(a)
-        there = self.cuda.to_device(base)
-        described = dict(there.__cuda_array_interface__)
-        described |= {"shape": a.shape, "strides": view["strides"], "typestr": a.dtype.str}
-        described["data"] = (described["data"][0] + view["offset"], False)
-        array = self.cuda.from_cuda_array_interface(described, owner=there)
-        array.test_base = there
-        return array
+        return StridedDeviceArray(self.cuda.to_device(base), a, view)
 
     def numpy(self, array):
-        return array.copy_to_host() if array.is_c_contiguous() else self._strided(array)
+        if not isinstance(array, StridedDeviceArray):
+            return array.copy_to_host()
+        whole = array.base.copy_to_host()
+        return np.ndarray(array.shape, array.dtype, whole, array.offset, array.strides).copy()
 
-    def _strided(self, array):
-        whole = array.test_base.copy_to_host()
-        offset = array.__cuda_array_interface__["data"][0] - array.test_base.__cuda_array_interface__["data"][0]
-        return np.ndarray(array.shape, array.dtype, whole, offset, array.strides).copy()
+
+class StridedDeviceArray:
+    """A view of any strides of a Numba device array, which Numba itself cannot make."""
+
+    def __init__(self, base, a, view):
+        self.base, self.shape, self.dtype, self.strides, self.offset = (
+            base,
+            a.shape,
+            a.dtype,
+            view["strides"],
+            view["offset"],
+        )
+        self.__cuda_array_interface__ = base.__cuda_array_interface__ | {
+            "shape": a.shape,
+            "strides": view["strides"],
+            "typestr": a.dtype.str,
+            "data": (base.__cuda_array_interface__["data"][0] + view["offset"], False),
+        }
 
 
 def _base_of(a):

@@ -16,6 +16,7 @@ def step(arrays, library=None, **options):
     """Take a step on copies in a library's memory, or the CPU's; return NumPy arrays."""
     options = dict(options)
     options.pop("amsgrad", None)
+    options.setdefault("backend", library.backend if library else "numba-cpu")
     there = [a if a is None else library.array(a) if library else a.copy(order="K") for a in arrays]
     gpuadam.adam_step(*there[:4], options.pop("step", 3), max_v=there[4], **options)
     return [a if a is None else library.numpy(a) if library else a for a in there]
@@ -89,16 +90,22 @@ def test_every_layout_is_updated_correctly_and_nothing_beside_it(library, layout
     assert_same_bits(step(arrays, library), expected)
 
 
-def test_the_gaps_of_a_strided_parameter_keep_their_sentinels(library):
+@pytest.mark.parametrize(
+    "backend", ["numba-cpu", pytest.param("cupy", marks=pytest.mark.gpu), pytest.param("numba-cuda", marks=pytest.mark.gpu)]
+)
+def test_the_gaps_of_a_strided_parameter_keep_their_sentinels(backend):
     buffer = np.full(2002, 7.0, "f4")
-    arrays = [buffer[::2], *state(1001)[1:]]
-    arrays[0][:] = state(1001)[0]
-    expected = step([a if a is None else np.ascontiguousarray(a) for a in arrays])
-    there = library.array(buffer)
-    gpuadam.adam_step(there[::2], *[library.array(a) for a in arrays[1:4]], 3)
-    after = library.numpy(there)
+    buffer[::2] = state(1001)[0]
+    others = state(1001)[1:4]
+    expected = step([buffer[::2].copy(), *others, None])[0]
+    if backend != "numba-cpu":
+        import cupy
+
+        buffer, others = cupy.asarray(buffer), [cupy.asarray(a) for a in others]
+    gpuadam.adam_step(buffer[::2], *others, 3, backend=backend)
+    after = buffer if backend == "numba-cpu" else buffer.get()
     assert (after[1::2] == 7.0).all()
-    assert different_bits(after[::2], expected[0]) == 0
+    assert different_bits(after[::2], expected) == 0
 
 
 @given(data=st.data())

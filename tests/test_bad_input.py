@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import gpuadam
+from gpuadam import arrays, checks
 
 inf, nan = float("inf"), float("nan")
 
@@ -239,3 +240,49 @@ def test_torch_tensors_that_cannot_be_shared_say_why():
     assert_refused(ValueError, "param.*share memory", arrays)
     arrays["param"] = torch.ones(6, device="meta")
     assert_refused(TypeError, "param", arrays)
+
+
+# What says that it lies in CUDA memory, checked without a driver: the checks read addresses, never memory
+
+
+def cuda_views(**changes):
+    """Views of param, grad, m and v as `launch` would get them; changes: name -> entries of its interface."""
+    views = []
+    for k, name in enumerate(("param", "grad", "m", "v")):
+        described = {"data": (0x1000 * (k + 1), False), "shape": (8,), "typestr": "<f4", "version": 3} | changes.get(
+            name, {}
+        )
+        array = type("Array", (), {"__cuda_array_interface__": described})()
+        views.append(arrays.on_cuda(name, array, device_of=lambda pointer: pointer >> 32))
+    return [*views, None]
+
+
+def check(views):
+    checks.update(views)
+    checks.overlap([view for view in (views[0], *views[2:]) if view is not None], [views[1]])
+
+
+def test_good_cuda_arrays_pass():
+    check(cuda_views())
+    check(cuda_views(grad={"data": (0x2000, True)}))
+    check(cuda_views(param={"strides": (8,)}))
+    check(cuda_views(**{name: {"shape": (0,), "data": (None, False)} for name in ("param", "grad", "m", "v")}))
+
+
+@pytest.mark.parametrize(
+    "changes, error, match",
+    [
+        ({"param": {"data": (0x1000, True)}}, ValueError, "param is read-only"),
+        ({"v": {"data": (0x1000, True)}}, ValueError, "v is read-only"),
+        ({"grad": {"data": (0x1010, False)}}, ValueError, "share memory"),
+        ({"grad": {"data": (1 << 32, False)}}, ValueError, "grad is on device 1, param on 0"),
+        ({"m": {"data": (0x3002, False)}}, ValueError, "m is not aligned"),
+        ({"m": {"strides": (6,)}}, ValueError, "m is not aligned"),
+        ({"m": {"strides": (0,)}}, ValueError, "m has shape .* share memory"),
+        ({"m": {"typestr": "<f8"}}, TypeError, "m has dtype float64"),
+        ({"m": {"shape": (7,)}}, ValueError, "m has shape"),
+    ],
+)
+def test_bad_cuda_arrays_are_refused(changes, error, match):
+    with pytest.raises(error, match=match):
+        check(cuda_views(**changes))
