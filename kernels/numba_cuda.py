@@ -5,8 +5,11 @@ here takes addresses, and loads and stores 16 bytes through two intrinsics.
 """
 
 import functools
+import importlib
 import math
+from unittest import mock
 
+import numpy as np
 from cuda.bindings import driver
 from llvmlite import ir
 from numba import cuda, types
@@ -17,6 +20,12 @@ from numba.cuda.extending import intrinsic
 from gpuadam.arrays import on_cuda
 from gpuadam.kernels import adam, primitives
 from gpuadam.kernels.alignment import VECTOR_BYTES, split
+
+if not hasattr(np, "row_stack"):
+    # numba-cuda up to 0.30.4 names np.row_stack when it first loads its array functions. NumPy 2.5 has it no more, so no kernel
+    # could be compiled. It was another name for vstack, and is one again while they load.
+    with mock.patch.object(np, "row_stack", np.vstack, create=True):
+        importlib.import_module("numba.cuda.cudaimpl")
 
 BLOCK = 128
 
