@@ -13,6 +13,7 @@ fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD GPUADAM_REQUIRE_GPU=1
+export XLA_PYTHON_CLIENT_PREALLOCATE=false # else JAX takes most of the memory
 # an unwritable home must not cost the compile caches
 export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-${TMPDIR:-/tmp}/gpuadam-cupy-cache}
 python=${PYTHON:-python3}
@@ -23,7 +24,7 @@ run() { # name, limit in seconds, command: kept in a log; the run goes on after 
     local name=$1 limit=$2
     shift 2
     section "$name"
-    if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
+    if timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1; then
         tail -n 3 "$out/$name.log"
     else
         echo "FAILED ($?): the end of $out/$name.log:"
@@ -32,15 +33,15 @@ run() { # name, limit in seconds, command: kept in a log; the run goes on after 
     fi
 }
 
-run doctor 60 "$python" -m gpuadam doctor --json "$out/doctor.json"
-run tests 240 "$python" -m pytest -q --maxfail=20 -m gpu -W default -p no:cacheprovider --durations=10 tests
+run doctor 40 "$python" -m gpuadam doctor --json "$out/doctor.json"
+run tests 210 "$python" -m pytest -q --maxfail=20 -m gpu -W default -p no:cacheprovider --durations=10 tests
 for backend in cupy numba-cuda; do
-    run "bench-$backend" 60 "$python" -m gpuadam bench --backend "$backend" --seconds 0.5 \
+    run "bench-$backend" 35 "$python" -m gpuadam bench --backend "$backend" --seconds 0.5 \
         --json "$out/bench-$backend.json" --plot "$out/bench-$backend.png"
-    run "peers-$backend" 60 "$python" benchmarks/peers.py --backend "$backend" --seconds 2 \
+    run "peers-$backend" 40 "$python" benchmarks/peers.py --backend "$backend" --seconds 2 \
         --sizes 1000,1048576,33554432,268435456 --json "$out/peers-$backend.json"
 done
-run demo 60 "$python" -m gpuadam demo --json "$out/demo.json" --plot "$out/demo.png"
+run demo 45 "$python" -m gpuadam demo --json "$out/demo.json" --plot "$out/demo.png"
 
 section "summary"
 tail -n 5 "$out/tests.log"

@@ -1,6 +1,7 @@
 """What the rest of the package needs to know of an array, whichever library made it."""
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,27 +32,42 @@ class View(NamedTuple):
 
 def on_cpu(name, array):
     """View a NumPy array, or anything that shares CPU memory through DLPack."""
-    if type(array) is not np.ndarray and not isinstance(array, np.ndarray):
-        try:
-            array = np.from_dlpack(array)
-        except (BufferError, RuntimeError, ValueError) as error:  # what producers raise is up to them
-            raise TypeError(f"{name}, a {kind(array)}, cannot be shared with NumPy: {error}") from error
+    if type(array) is not np.ndarray:
+        if not isinstance(array, np.ndarray):
+            try:
+                array = np.from_dlpack(array)
+            except Exception as error:  # what a producer raises is up to it
+                raise TypeError(f"{name}, a {kind(array)}, cannot be shared with NumPy: {error}") from error
+        array = array.view(np.ndarray)  # a subclass may have its own idea of shape: a matrix is always 2-D
     pointer, flags = array.__array_interface__["data"][0], array.flags
     return View(name, array, pointer, array.shape, array.strides, array.dtype, flags.writeable, flags.c_contiguous, None)
 
 
 def on_cuda(name, array, device_of):
     """View an array in CUDA memory. device_of(pointer) asks the driver for the device's number."""
-    interface = array.__cuda_array_interface__
-    pointer, read_only = interface["data"]
+    try:
+        interface = array.__cuda_array_interface__
+        pointer, read_only = interface["data"]
+        shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
+        strides = interface.get("strides")
+    except Exception as error:  # what a producer raises is up to it
+        raise TypeError(
+            f"{name}, a {kind(array)}, does not describe its CUDA memory by __cuda_array_interface__ ({error!r}): "
+            "convert it, with cupy.from_dlpack for example"
+        ) from error
+    if interface.get("mask") is not None:
+        raise TypeError(f"{name} has a mask, which an update cannot heed. Pass an array without one")
     pointer = pointer or 0  # None, in some libraries, where there are no elements
-    shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
     in_c_order = contiguous_strides(shape, dtype.itemsize)
-    strides = tuple(interface.get("strides") or in_c_order)
+    if hasattr(array, "__cuda_ndarray__"):  # Numba's interface says None, contiguous, of a broadcast array too
+        strides = array.strides
+    strides = tuple(strides or in_c_order)
     device = device_of(pointer) if math.prod(shape) else None
-    return View(
-        name, array, pointer, shape, strides, dtype, not read_only, strides == in_c_order, device, interface.get("stream")
-    )
+    stream = interface.get("stream")
+    if stream is None and device is not None and kind(array).startswith("torch."):
+        # torch does not name its stream; work of the caller's is on its current one. 1 is CUDA's name for the default stream
+        stream = sys.modules["torch"].cuda.current_stream(device).cuda_stream or 1
+    return View(name, array, pointer, shape, strides, dtype, not read_only, strides == in_c_order, device, stream)
 
 
 def contiguous_strides(shape, itemsize):

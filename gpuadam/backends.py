@@ -74,7 +74,8 @@ def backend_status():
 def use_backend(name):
     """Use one backend, as if every call within the `with` block had `backend=name`.
 
-    The environment variable GPUADAM_BACKEND does so for a whole process. A `backend=` argument goes before both.
+    The environment variable GPUADAM_BACKEND does so for a whole process. A `backend=` argument goes before both. Threads that are
+    started inside the block do not inherit it.
 
     >>> import gpuadam
     >>> with gpuadam.use_backend("numba-cpu"):
@@ -137,7 +138,7 @@ def choose(named_arrays, backend=None):
 
 
 def _known(name, source):
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{source}: there is no backend {name!r}, only {', '.join(BACKENDS)}")
     return name
 
@@ -150,18 +151,21 @@ def _memory(name, array):
         return "CPU"
     if isinstance(array, type) or array is None:
         raise TypeError(f"{name} is {array!r}, not an array")
-    try:  # libraries refuse in their own ways: torch raises RuntimeError for a tensor that requires grad, ValueError for "meta"
+    if hasattr(array, "fake_mode") or (callable(getattr(array, "is_neg", None)) and array.is_neg()):
+        # torch: what lies in memory is not what the tensor says
+        raise TypeError(f"{name} is a fake tensor or a lazily negated view of one: pass a real one, resolve_neg() makes it")
+    try:
         if hasattr(array, "__cuda_array_interface__"):
             return "CUDA"
         device = array.__dlpack_device__() if hasattr(array, "__dlpack_device__") else None
-    except (BufferError, RuntimeError, ValueError) as error:
+        device_type = device and int(device[0])
+    except Exception as error:  # libraries refuse in their own ways; torch alone has two
         raise TypeError(f"{name}, a {arrays.kind(array)}, does not share its memory: {error}") from error
-    if device is None or isinstance(array, np.generic):
+    if device_type is None or isinstance(array, np.generic):
         raise TypeError(
             f"{name} is a {arrays.kind(array)}, not an array: NumPy, CuPy, Numba device arrays and whatever has DLPack or "
             "__cuda_array_interface__ can be updated in place"
         )
-    device_type = int(device[0])
     names = {1: "CPU", 3: "CPU", 2: "CUDA", 13: "CUDA"}  # DLDeviceType: kDLCPU, kDLCUDAHost, kDLCUDA, kDLCUDAManaged
     if device_type not in names:
         raise TypeError(f"{name} is on a device of DLPack type {device_type}; only CPU and CUDA memory can be updated")
@@ -192,7 +196,7 @@ def _probe(name):
             if isinstance(error, OSError)
             else f"reinstall it: {GPU_EXTRA}"
         )
-        return Status(False, f"its library cannot be imported: {type(error).__name__}: {error}", fix)
+        return Status(False, f"it cannot be loaded: {type(error).__name__}: {error}", fix)
 
 
 def _probe_cupy():

@@ -16,21 +16,24 @@ def real(name, value):
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, not {value!r} ({type(value).__name__})")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a float") from None
 
 
 def non_negative(name, value):
     value = real(name, value)
     if not (0.0 <= value < math.inf):
         raise ValueError(f"{name}={value} must be finite and not negative")
-    return value
+    return value + 0.0  # -0.0 becomes 0.0: they are equal, and must not give different bits
 
 
 def finite(name, value):
     value = real(name, value)
     if not math.isfinite(value):
         raise ValueError(f"{name}={value} must be finite")
-    return value
+    return value + 0.0
 
 
 def betas(value):
@@ -52,9 +55,20 @@ def _beta(name, value):
 def step_number(step):
     if type(step) is not int and (isinstance(step, bool) or not isinstance(step, numbers.Integral)):
         raise TypeError(f"step must be an integer, counted from 1, not {step!r} ({type(step).__name__})")
+    step = int(step)
     if step < 1:
-        raise ValueError(f"step={step} must be at least 1: the first update is step 1")
-    return int(step)
+        shown = step if step > -(10**18) else "a huge negative number"
+        raise ValueError(f"step={shown} must be at least 1: the first update is step 1")
+    return step
+
+
+def count(name, value):
+    """Return a number of steps taken as a Python int, which never wraps."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, not {value!r} ({type(value).__name__})")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative")
+    return int(value)
 
 
 def flag(name, value):
@@ -86,6 +100,20 @@ def update(views):
     layout(param)
     if not param.writeable:
         read_only(param)
+
+
+def same_layout(own, loaded):
+    """Check that one array can be copied into another."""
+    if (own.shape, own.dtype) != (loaded.shape, loaded.dtype):
+        raise ValueError(
+            f"{loaded.name} has shape {loaded.shape} and dtype {loaded.dtype}, the optimizer's {own.shape} and {own.dtype}"
+        )
+    if own.device != loaded.device and own.size:
+        raise ValueError(f"{loaded.name} is on device {loaded.device}, the optimizer's on {own.device}: move it")
+    if own.device is not None and own.strides != loaded.strides:
+        raise ValueError(f"{loaded.name} has strides {loaded.strides}, the optimizer's {own.strides}: pass it in that order")
+    if not own.writeable:
+        read_only(own)
 
 
 def read_only(view):

@@ -1,10 +1,8 @@
 """Adam and AdamW: parameters in groups, their moments, and the step over all of them."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from typing import Any
-
-import numpy as np
 
 from . import arrays, backends, checks, functional, hyperparameters
 
@@ -53,6 +51,7 @@ class Adam:
         self.state: dict[str, dict[str, Any]] = {}
         views = []
         for group in self.groups:
+            group["amsgrad"] = checks.flag("amsgrad", group.get("amsgrad"))
             self._checked(group, step=1)
             for name, param in zip(group["names"], group["params"], strict=True):
                 if name in self.state:
@@ -80,6 +79,7 @@ class Adam:
         Everything is checked before anything is written: one bad array or hyperparameter stops the whole step.
         """
         grads = _flatten(grads, self._structures)
+        self._check_groups()
         planned = []
         for group in self.groups:
             h = self._checked(group, self.steps + 1, grad_scale)
@@ -113,29 +113,35 @@ class Adam:
 
         All of it is checked first. Raises ValueError or TypeError, and then nothing has changed.
         """
-        groups, states = _checked_state_dict(state_dict, self)
+        groups, states, steps = _checked_state_dict(state_dict, self)
         copies = []
         for name, state in self.state.items():
             for moment in ("m", "v", "max_v"):
-                if moment not in state:
+                if moment not in state or state[moment] is states[name][moment]:
                     continue
                 label = f"{moment} of params[{name!r}]"
                 named = [(label, state[moment]), (f"the loaded {label}", states[name][moment])]
                 checks.given(*named[1])
                 kernels, (own, loaded) = backends.choose(named, self.backend)
-                if (own.shape, own.dtype) != (loaded.shape, loaded.dtype):
-                    raise ValueError(
-                        f"{loaded.name} has shape {loaded.shape} and dtype {loaded.dtype}, "
-                        f"the optimizer's {own.shape} and {own.dtype}"
-                    )
+                checks.same_layout(own, loaded)
                 copies.append((kernels, own, loaded))
-        for group, loaded in zip(self.groups, groups, strict=True):
-            group.update(loaded)
+        checks.overlap([own for _, own, _ in copies], [loaded for _, _, loaded in copies])
         for kernels, own, loaded in copies:
             kernels.copy(own, loaded)
+        for group, settings in zip(self.groups, groups, strict=True):
+            group.update(settings)
         for name, state in self.state.items():
             state["step"] = states[name]["step"]
-        self.steps = state_dict["steps"]
+        self.steps = steps
+
+    def _check_groups(self):
+        """Refuse groups whose arrays are not those that the optimizer was made with: it has no moments for others."""
+        structures = self._structures if isinstance(self._structures, list) else [self._structures]
+        found = [(tuple(group.get("names", ())), len(group.get("params", ()))) for group in self.groups]
+        if found != [(names, len(names)) for _, names in structures]:
+            raise ValueError(
+                'the "params" and "names" of groups cannot be changed after the optimizer is made: make another'
+            )
 
     def _checked(self, group, step, grad_scale=1.0):
         """Return a group's Hyperparameters for a step, lr called if it is a callable."""
@@ -194,17 +200,16 @@ ONE, SEQUENCE, MAPPING = "one array", "a sequence", "a dict"
 
 def _groups(params, defaults):
     """Return (groups with "params", "names" and hyperparameters; their structures, a single one if there were no groups)."""
-    if isinstance(params, Iterator):
-        params = list(params)
+    params = _listed(params)
     grouped = _is_sequence(params) and len(params) and all(isinstance(p, Mapping) for p in params)
     given = params if grouped else [{"params": params}]
     groups, structures, count = [], [], 0
     for group in given:
         if "params" not in group:
             raise ValueError(f'a group needs "params", and has only {sorted(map(str, group))}')
-        members = group["params"]
-        if isinstance(members, Iterator):
-            members = list(members)
+        if strange := set(group) - {"params", *HYPERPARAMETERS}:
+            raise ValueError(f"a group has unknown {sorted(map(str, strange))}; its hyperparameters are {HYPERPARAMETERS}")
+        members = _listed(group["params"])
         if isinstance(members, Mapping):
             names, members, structure = list(members), list(members.values()), MAPPING
             for name in names:
@@ -216,7 +221,7 @@ def _groups(params, defaults):
             names = [str(count + k) for k in range(len(members))]
         count += len(members)
         groups.append(defaults | {k: v for k, v in group.items() if k != "params"} | {"params": members, "names": names})
-        structures.append((structure, names))
+        structures.append((structure, tuple(names)))
     if not count:
         raise ValueError("there are no parameters to update")
     return groups, structures if grouped else structures[0]
@@ -224,6 +229,7 @@ def _groups(params, defaults):
 
 def _flatten(grads, structures):
     """Return name -> gradient or None."""
+    grads = _listed(grads)
     if isinstance(structures, tuple):
         structure, names = structures
         return _flatten_group(grads, structure, names, "grads")
@@ -231,24 +237,28 @@ def _flatten(grads, structures):
         raise ValueError(f"grads must be a list of {len(structures)} entries, one for each group; it is {_what(grads)}")
     flat: dict[str, Any] = {}
     for k, (group, (structure, names)) in enumerate(zip(grads, structures, strict=True)):
-        if isinstance(group, Mapping) and set(group) == {"params"} and names != ["params"]:
+        if isinstance(group, Mapping) and set(group) == {"params"} and names != ("params",):
             group = group["params"]
         flat |= _flatten_group(group, structure, names, f"grads[{k}]")
     return flat
 
 
 def _flatten_group(grads, structure, names, label):
-    if isinstance(grads, Iterator):
-        grads = list(grads)
+    grads = _listed(grads)
     if structure == MAPPING:
         if not isinstance(grads, Mapping) or set(grads) != set(names):
-            raise ValueError(f"{label} must be a dict with the names {names} (None skips one); it is {_what(grads)}")
+            raise ValueError(f"{label} must be a dict with the names {list(names)} (None skips one); it is {_what(grads)}")
         return {name: grads[name] for name in names}
     if structure == SEQUENCE:
         if not _is_sequence(grads) or len(grads) != len(names):
             raise ValueError(f"{label} must be a sequence of {len(names)} (None skips one); it is {_what(grads)}")
         return dict(zip(names, grads, strict=True))
     return {names[0]: grads}
+
+
+def _listed(x):
+    """Return generators and the like, such as `model.parameters()` and `d.values()`, as lists."""
+    return list(x) if isinstance(x, (Iterator, ValuesView)) else x
 
 
 def _is_sequence(x):
@@ -262,20 +272,27 @@ def _what(x):
 
 
 def _checked_state_dict(state_dict, optimizer):
-    """Return (settings of each group, state of each name), after checking all but the arrays."""
-    try:
-        steps, states, groups = (state_dict[key] for key in ("steps", "state", "groups"))
-    except (KeyError, TypeError):
-        raise ValueError('a state_dict has "steps", "state" and "groups"') from None
+    """Return (settings of each group, state of each name, steps), after checking all but the arrays."""
+    if not isinstance(state_dict, Mapping) or not {"steps", "state", "groups"} <= set(state_dict):
+        raise ValueError(f'a state_dict has "steps", "state" and "groups"; this is {_what(state_dict)}')
+    states, groups = state_dict["state"], state_dict["groups"]
+    if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
+        raise ValueError('"state" of a state_dict must be a dict: name -> dict of "step" and moments')
+    if not _is_sequence(groups) or not all(isinstance(group, Mapping) for group in groups):
+        raise ValueError('"groups" of a state_dict must be a list of dicts')
     if set(states) != set(optimizer.state):
-        missing, extra = sorted(set(optimizer.state) - set(states)), sorted(set(states) - set(optimizer.state))
+        missing, extra = sorted(set(optimizer.state) - set(states)), sorted(map(str, set(states) - set(optimizer.state)))
         raise ValueError(f"the parameters' names differ: not in the state_dict {missing}, only in it {extra}")
-    if [g.get("names") for g in groups] != [g["names"] for g in optimizer.groups]:
+    if [list(g.get("names", ())) for g in groups] != [g["names"] for g in optimizer.groups]:
         raise ValueError("the state_dict's groups do not hold the same parameters as the optimizer's, in the same order")
     settings = []
-    for own, loaded in zip(optimizer.groups, groups, strict=True):
-        loaded = {key: loaded[key] for key in loaded if key != "names"}
-        if "lr" in loaded and loaded["lr"] is None:
+    for own, group in zip(optimizer.groups, groups, strict=True):
+        if set(group) != {"names", *HYPERPARAMETERS}:
+            raise ValueError(
+                f'a group of a state_dict has "names" and {HYPERPARAMETERS}; this one has {sorted(map(str, group))}'
+            )
+        loaded = {key: group[key] for key in HYPERPARAMETERS}
+        if loaded["lr"] is None:
             if not callable(own["lr"]):
                 raise ValueError("the saved lr was a callable, which is not saved: give this optimizer's group one first")
             loaded["lr"] = own["lr"]
@@ -284,8 +301,7 @@ def _checked_state_dict(state_dict, optimizer):
     for name, own in optimizer.state.items():
         if set(states[name]) != set(own):
             raise ValueError(f"the state of {name!r} has {sorted(states[name])}, the optimizer's {sorted(own)}")
-        if states[name]["step"] != 0:
-            checks.step_number(states[name]["step"])
-    if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool) or steps < 0:
-        raise ValueError(f"steps={steps!r} must be an integer, not negative")
-    return settings, states
+    counted = {
+        name: dict(state) | {"step": checks.count(f"step of {name!r}", state["step"])} for name, state in states.items()
+    }
+    return settings, counted, checks.count("steps", state_dict["steps"])

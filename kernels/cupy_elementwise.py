@@ -84,7 +84,14 @@ def view(name, array):
         memory = array.data
         contiguous = array.flags.c_contiguous
         return View(name, array, memory.ptr, array.shape, array.strides, array.dtype, True, contiguous, memory.device_id)
-    return on_cuda(name, array, lambda pointer: cupy.cuda.runtime.pointerGetAttributes(pointer).device)
+    return on_cuda(name, array, _device_of)
+
+
+def _device_of(pointer):
+    device = cupy.cuda.runtime.pointerGetAttributes(pointer).device
+    if device < 0:
+        raise ValueError(f"address {pointer:#x} is not CUDA memory")
+    return device
 
 
 def zeros_like(view):
@@ -123,6 +130,7 @@ def copy(to, source):
     with cupy.cuda.Device(to.device):
         _wait_for((to, source))
         _native(to)[...] = _native(source)
+        _let_wait((to, source))
 
 
 def launch(form, views, scalars, rule=adam):
@@ -140,25 +148,43 @@ def launch(form, views, scalars, rule=adam):
         param, grad, *state = map(_native, used)
         if not _in_one_order((param, grad, *state)):
             build(rule, form, "strided")(grad, *scalars, param, *state)
+            _let_wait(used)
             return
         param, grad, *state = (a if a.ndim == 1 else cupy.ndarray((size,), a.dtype, a.data) for a in (param, grad, *state))
         head, vectors, threads = split([view.pointer for view in used], size, form.dtype.itemsize)
         build(rule, form, "contiguous")(grad, head, vectors, *scalars, param, *state, size=threads)
+        _let_wait(used)
 
 
 def _native(view):
     if isinstance(view.array, cupy.ndarray):
         return view.array
+    if view.size == 0:
+        return cupy.empty(view.shape, view.dtype)
     # UnownedMemory keeps the caller's object alive
     memory = cupy.cuda.UnownedMemory(view.pointer, view.nbytes, view.array, view.device)
     return cupy.ndarray(view.shape, view.dtype, cupy.cuda.MemoryPointer(memory, 0), view.strides)
 
 
-def _wait_for(views):
-    """Order the current stream after the streams that wrote the arrays."""
+def _other_streams(views):
+    """Return CuPy's current stream, and those streams of the arrays' own libraries that are not it."""
     current = cupy.cuda.get_current_stream()
-    for stream in {view.stream for view in views} - {None, current.ptr, current.ptr or 1}:
-        current.wait_event(cupy.cuda.ExternalStream(stream).record())
+    others = {view.stream for view in views} - {None, current.ptr or 1}  # 1 is CUDA's name for the default stream
+    return current, [cupy.cuda.ExternalStream(stream) for stream in others]
+
+
+def _wait_for(views):
+    """Order the current stream after the work that wrote the arrays."""
+    current, others = _other_streams(views)
+    for other in others:
+        current.wait_event(other.record())
+
+
+def _let_wait(views):
+    """Order whatever the arrays' own streams do next after the current stream."""
+    current, others = _other_streams(views)
+    for other in others:
+        other.wait_event(current.record())
 
 
 @functools.cache

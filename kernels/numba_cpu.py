@@ -135,7 +135,8 @@ def _after_fork_in_child():
     _pool.cache_clear()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _numba_threads_are_safe():

@@ -4,9 +4,11 @@ Numba has no vector type for array elements, and passing an array to a kernel ta
 here takes addresses, and loads and stores 16 bytes through two intrinsics.
 """
 
+import contextlib
 import functools
 import importlib
 import math
+import warnings
 from unittest import mock
 
 import numpy as np
@@ -63,7 +65,8 @@ def zeros_like(view):
         head = view.pointer % VECTOR_BYTES // view.dtype.itemsize
         flat = cuda.device_array(head + view.size, view.dtype)
         if flat.nbytes:
-            device_memset(flat, 0, flat.nbytes)
+            with _streams([view]) as stream:
+                device_memset(flat, 0, flat.nbytes, _stream(stream))
         _, strides = collapse(view.shape, [view.strides, _fortran_strides(view)])
         return flat[head:].reshape(*view.shape, order="F" if strides[0] == strides[1] else "C")
 
@@ -96,16 +99,18 @@ def seconds_between(start, end):
 
 
 def copy(to, source):
-    """Copy one array into another of the same shape and dtype."""
-    with cuda.gpus[to.device or 0]:
-        as_arrays = (cuda.as_cuda_array(view.array, sync=False) for view in (to, source))
-        next(as_arrays).copy_to_device(next(as_arrays), stream=_stream_after((to, source)))
+    """Copy one array into another of the same shape, strides and dtype."""
+    if to.size:
+        with cuda.gpus[to.device], _streams((to, source)) as stream:
+            (status,) = driver.cuMemcpyDtoDAsync(to.pointer, source.pointer, to.nbytes, stream)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"copying {source.name} failed: {status.name}")
 
 
 def launch(form, views, scalars, rule=adam):
     """Update arrays in CUDA memory in place, on their device and the stream that they name, or else the default one.
 
-    views: of param, grad, m, v, max_v (None without AMSGrad), of one shape, device and of form.dtype, checked.
+    views: of param, grad, m, v, max_v (None without AMSGrad), of one shape and device and of form.dtype, checked.
     scalars: `adam.Scalars` of form.dtype.
     """
     used = [view for view in views if view is not None]
@@ -114,33 +119,49 @@ def launch(form, views, scalars, rule=adam):
         return
     pointers = [0 if view is None else view.pointer for view in views]
     shape, strides = collapse(used[0].shape, [view.strides for view in used])
-    with cuda.gpus[used[0].device]:
-        stream = _stream_after(used)
+    with cuda.gpus[used[0].device], _streams(used) as stream:
         if all(s in ((), (itemsize,)) for s in strides):
             head, vectors, threads = split([view.pointer for view in used], size, itemsize)
-            kernel = compiled(rule, form, "contiguous")[_blocks(threads), BLOCK, stream]
+            kernel = _configured(rule, form, "contiguous", -(-threads // BLOCK), stream)
             kernel(*pointers, head, vectors, threads, *scalars)
         else:
             strides = [*strides, strides[0]][:5]  # max_v's, which is not read without AMSGrad
-            kernel = compiled(rule, form, f"strided {len(shape)}")[_blocks(size), BLOCK, stream]
+            kernel = _configured(rule, form, f"strided {len(shape)}", -(-size // BLOCK), stream)
             kernel(*pointers, shape, *strides, size, *scalars)
 
 
-def _stream_after(views):
-    """Return the stream that wrote the arrays; where there are several, the first, ordered after the others."""
-    streams = list(dict.fromkeys(view.stream for view in views if view.stream is not None))
-    if not streams:
-        return cuda.default_stream()
-    first, *others = map(cuda.external_stream, streams)
+@contextlib.contextmanager
+def _streams(views):
+    """Give the first stream that the arrays name, ordered after the others and, afterwards, before them."""
+    first, *others = dict.fromkeys(view.stream for view in views if view.stream is not None) or [LEGACY_DEFAULT]
     for other in others:
-        written = cuda.event(timing=False)
-        written.record(other)
-        written.wait(first)
-    return first
+        _order(other, first)
+    yield first
+    for other in others:
+        _order(first, other)
 
 
-def _blocks(threads):
-    return -(-threads // BLOCK)
+def _order(before, after):
+    event = cuda.event(timing=False)
+    event.record(_stream(before))
+    event.wait(_stream(after))
+
+
+LEGACY_DEFAULT = 1  # the stream's name in __cuda_array_interface__
+
+
+@functools.cache
+def _stream(number):
+    # one object for each stream: Numba caches launch configurations by its identity
+    return 0 if number == LEGACY_DEFAULT else cuda.external_stream(number)
+
+
+@functools.lru_cache(maxsize=1024)
+def _configured(rule, form, loop, blocks, stream):
+    """Return a kernel with its grid; Numba would warn of every array that is too small to fill a GPU."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Grid size")
+        return compiled(rule, form, loop)[blocks, BLOCK, _stream(stream)]
 
 
 @functools.cache

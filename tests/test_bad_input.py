@@ -1,5 +1,7 @@
 """Bad input: the named exception, with the array's or hyperparameter's name in it, before a byte is written."""
 
+from decimal import Decimal
+
 import numpy as np
 import pytest
 
@@ -68,6 +70,10 @@ BAD_HYPERPARAMETERS = [
     ({"grad_scale": 1e-60}, ValueError, "grad_scale=1e-60 rounds to 0"),
     ({"maximize": 1}, TypeError, "maximize"),
     ({"decoupled": "yes"}, TypeError, "decoupled"),
+    ({"lr": 10**400}, ValueError, "lr is too large"),
+    ({"eps": Decimal("1e-8")}, TypeError, "eps"),
+    ({"backend": ["cupy"]}, ValueError, "no backend"),
+    ({"step": -(10**5000)}, ValueError, "step"),
     ({"step": 0}, ValueError, "step=0"),
     ({"step": -3}, ValueError, "step=-3"),
     ({"step": 1.0}, TypeError, "step"),
@@ -172,6 +178,37 @@ def test_two_rows_that_cross_are_refused():
     assert_refused(ValueError, "share memory", arrays)
 
 
+@pytest.mark.parametrize("name", ["param", "grad", "m", "v"])
+@pytest.mark.parametrize("subclass", [np.matrix, np.recarray, np.memmap])
+def test_a_subclass_of_ndarray_is_updated_like_an_array(tmp_path, subclass, name):
+    """A matrix stays 2-D whatever is asked of it: the update of one must not run on past its end."""
+    plain = {k: a.reshape(2, 3) for k, a in good().items()}
+    whole = np.full((64, 3), 7, "f4")
+    given = plain | {
+        name: whole[20:22].view(subclass)
+        if subclass is not np.memmap
+        else np.memmap(tmp_path / "array", "f4", "w+", shape=(2, 3))
+    }
+    given[name][...] = plain[name]
+    plain = {k: a.copy() for k, a in plain.items()}
+    gpuadam.adam_step(*[given[k] for k in ("param", "grad", "m", "v")], 1)
+    gpuadam.adam_step(*[plain[k] for k in ("param", "grad", "m", "v")], 1)
+    for k in ("param", "grad", "m", "v"):
+        assert (np.asarray(given[k]) == plain[k]).all()
+    whole[20:22] = 7
+    assert (whole == 7).all()
+
+
+def test_minus_zero_is_zero_whatever_came_before():
+    bits = []
+    for lr in (0.0, -0.0, 0.0):
+        arrays = good()
+        arrays["param"][:] = -0.0
+        gpuadam.adam_step(*list(arrays.values())[:4], 1, lr=lr)
+        bits.append(arrays["param"].tobytes())
+    assert len(set(bits)) == 1
+
+
 def test_eps_zero_raises_nothing_half_way():
     arrays = good(1000)
     arrays["v"][500], arrays["grad"][500], arrays["m"][500] = 0, 0, 0
@@ -238,6 +275,13 @@ def test_torch_tensors_that_cannot_be_shared_say_why():
     assert_refused(TypeError, "param.*detach", arrays)
     arrays["param"] = torch.ones(1).expand(6)
     assert_refused(ValueError, "param.*share memory", arrays)
+    for negated in (torch._neg_view(torch.ones(6)), torch.complex(torch.zeros(6), torch.ones(6)).conj().imag):
+        assert_refused(TypeError, "grad.*resolve_neg", good() | {"grad": negated})
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        arrays["param"] = torch.ones(6)
+    assert_refused(TypeError, "param is a fake tensor", arrays)
     arrays["param"] = torch.ones(6, device="meta")
     assert_refused(TypeError, "param", arrays)
 
@@ -279,6 +323,9 @@ def test_good_cuda_arrays_pass():
         ({"m": {"data": (0x3002, False)}}, ValueError, "m is not aligned"),
         ({"m": {"strides": (6,)}}, ValueError, "m is not aligned"),
         ({"m": {"strides": (0,)}}, ValueError, "m has shape .* share memory"),
+        ({"m": {"mask": object()}}, TypeError, "m has a mask"),
+        ({"m": {"data": 5}}, TypeError, "m, a .*does not describe"),
+        ({"m": {"typestr": "?!"}}, TypeError, "m, a .*does not describe"),
         ({"m": {"typestr": "<f8"}}, TypeError, "m has dtype float64"),
         ({"m": {"shape": (7,)}}, ValueError, "m has shape"),
     ],

@@ -51,6 +51,7 @@ def test_adamw_decays_by_default_and_adam_does_not():
         lambda p: tuple(p.values()),
         lambda p: dict(p),
         lambda p: iter(p.values()),
+        lambda p: p.values(),
         lambda p: [{"params": [p["w"]]}, {"params": p["b"]}],
         lambda p: [{"params": {"w": p["w"]}, "lr": 1e-3}, {"params": {"b": p["b"]}}],
     ],
@@ -219,6 +220,7 @@ w = np.ones((2, 3), "f4")
         ([w, None], TypeError, "None"),
         ([w, [w]], TypeError, "list"),
         ("w", TypeError, "str"),
+        ([{"params": [w], "names": ["a"]}], ValueError, r"unknown \['names'\]"),
         ([w.astype("i4")], TypeError, "int32"),
         ([np.broadcast_to(np.float32(1), (3,))], ValueError, "params"),
     ],
@@ -279,9 +281,15 @@ def changed(d, name, **state):
         (lambda d: changed(d, "b", m=None), TypeError, "None"),
         (lambda d: changed(d, "b", m=[0.0] * 4), TypeError, "list"),
         (lambda d: changed(d, "b", step=-1), ValueError, "step"),
+        (lambda d: changed(d, "b", step=0.0), TypeError, "step"),
+        (lambda d: d | {"steps": -1}, ValueError, "steps"),
+        (lambda d: d | {"groups": ["a"]}, ValueError, "groups"),
+        (lambda d: d | {"groups": None}, ValueError, "groups"),
+        (lambda d: d | {"state": ["w", "b"]}, ValueError, "state"),
+        (lambda d: d | {"groups": [d["groups"][0] | {"params": [0, 1]}]}, ValueError, "params"),
         (lambda d: changed(d, "b", max_v=np.zeros(4, "f4")), ValueError, "state of 'b'"),
         (lambda d: saved(amsgrad=True), ValueError, "amsgrad|state of"),
-        (lambda d: d | {"steps": "3"}, ValueError, "steps"),
+        (lambda d: d | {"steps": "3"}, TypeError, "steps"),
         (lambda d: d | {"groups": [d["groups"][0] | {"lr": -1}]}, ValueError, "lr"),
         (lambda d: d | {"groups": [d["groups"][0] | {"lr": None}]}, ValueError, "callable"),
         (lambda d: d | {"groups": []}, ValueError, "groups"),
@@ -297,6 +305,65 @@ def test_a_bad_state_dict_changes_nothing(spoil, error, match):
     assert {k: v for k, v in opt.groups[0].items() if k != "params"} == {
         k: v for k, v in before[1][0].items() if k != "params"
     }
+
+
+def test_a_read_only_moment_stops_a_load_before_anything_has_changed():
+    opt = gpuadam.Adam(params())
+    opt.state["b"]["v"].flags.writeable = False
+    before = everything(opt)
+    with pytest.raises(ValueError, match="v of params\\['b'\\] is read-only"):
+        opt.load_state_dict(saved())
+    assert everything(opt) == before
+
+
+def test_loading_moments_that_are_the_optimizers_own():
+    opt = gpuadam.Adam(params())
+    opt.step(grads())
+    before = everything(opt)
+    opt.load_state_dict(opt.state_dict())
+    assert everything(opt) == before
+    crossed = changed(opt.state_dict(), "b", m=opt.state["b"]["v"], v=opt.state["b"]["m"])
+    with pytest.raises(ValueError, match="share memory"):
+        opt.load_state_dict(crossed)
+    assert everything(opt) == before
+
+
+def test_loaded_step_counts_do_not_wrap():
+    opt = gpuadam.Adam(params())
+    opt.load_state_dict(changed(saved(), "b", step=np.uint8(255)) | {"steps": np.uint8(255)})
+    opt.step(grads())
+    assert opt.state["b"]["step"] == 256 and opt.steps == 256
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda opt: opt.groups[0]["params"].append(np.ones(2, "f4")),
+        lambda opt: opt.groups[0]["params"].pop(),
+        lambda opt: opt.groups[0]["names"].reverse(),
+        lambda opt: opt.groups.append(dict(opt.groups[0])),
+        lambda opt: opt.groups.clear(),
+    ],
+)
+def test_arrays_cannot_be_added_to_groups_later(spoil):
+    opt = gpuadam.Adam(params())
+    spoil(opt)
+    before = everything(opt)
+    with pytest.raises(ValueError, match="cannot be changed"):
+        opt.step(grads())
+    assert everything(opt) == before
+
+
+def test_a_copied_or_pickled_optimizer_goes_on_as_the_first():
+    import copy
+    import pickle
+
+    opt = gpuadam.Adam(params())
+    opt.step(grads())
+    for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        other.step(grads(2))
+    opt.step(grads(2))
+    assert everything(other) == everything(opt)
 
 
 def test_a_schedule_is_not_state():
