@@ -63,10 +63,11 @@ def zeros_like(view):
     """Return zeros for a moment of an array: the same shape, order of memory and offset from a 16-byte boundary."""
     with cuda.gpus[view.device or 0]:
         head = view.pointer % VECTOR_BYTES // view.dtype.itemsize
+        if view.size == 0:
+            return cuda.device_array(view.shape, view.dtype)
         flat = cuda.device_array(head + view.size, view.dtype)
-        if flat.nbytes:
-            with _streams([view]) as stream:
-                device_memset(flat, 0, flat.nbytes, _stream(stream))
+        with _streams([view]) as stream:
+            device_memset(flat, 0, flat.nbytes, _stream(stream))
         _, strides = collapse(view.shape, [view.strides, _fortran_strides(view)])
         return flat[head:].reshape(*view.shape, order="F" if strides[0] == strides[1] else "C")
 

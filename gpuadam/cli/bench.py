@@ -108,7 +108,11 @@ def measure(name, dtype, n, seconds):
 
 
 def in_turn(kernels, functions, seconds, at_least=11):
-    """Run functions one after the other, again and again, and return the seconds of every run of each."""
+    """Run functions one after the other, in a new order each round, and return the seconds of every run of each.
+
+    The order matters: who runs after a function that empties the caches pays for it.
+    """
+    shuffle = np.random.default_rng(0).permutation
     for _ in range(3):  # compile, and warm the caches up
         for function in functions:
             function()
@@ -118,14 +122,15 @@ def in_turn(kernels, functions, seconds, at_least=11):
         # several rounds are enqueued before the first is waited for, so that a GPU does not idle between them
         rounds = []
         for _ in range(4):
+            order = shuffle(len(functions))
             moments = [kernels.now()]
-            for function in functions:
-                function()
+            for k in order:
+                functions[k]()
                 moments.append(kernels.now())
-            rounds.append(moments)
-        for moments in rounds:
-            for k in range(len(functions)):
-                times[k].append(kernels.seconds_between(moments[k], moments[k + 1]))
+            rounds.append((order, moments))
+        for order, moments in rounds:
+            for k, start, end in zip(order, moments, moments[1:], strict=False):
+                times[k].append(kernels.seconds_between(start, end))
     return times
 
 

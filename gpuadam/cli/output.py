@@ -35,7 +35,19 @@ def write_json(path, data):
 
 def versions():
     """Return the version of everything that can have a say in a result; None for what is not installed."""
-    packages = ["numpy", "numba", "llvmlite", "cupy-cuda12x", "cupy-cuda13x", "cupy", "numba-cuda", "cuda-bindings"]
+    packages = [
+        "numpy",
+        "numba",
+        "llvmlite",
+        "cupy-cuda12x",
+        "cupy-cuda13x",
+        "cupy",
+        "numba-cuda",
+        "cuda-bindings",
+        "torch",
+        "jax",
+        "optax",
+    ]
     found: dict[str, str | None] = {"gpuadam": __version__, "python": platform.python_version()}
     for package in packages:
         try:
