@@ -2,11 +2,23 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import arrays, backends, checks, functional, hyperparameters
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
+
+
+class Structure(NamedTuple):
+    """What a group was when the optimizer was made; the gradients share it."""
+
+    kind: str  # ONE, SEQUENCE or MAPPING
+    names: list[str]
+    amsgrad: bool
+
+
+ONE, SEQUENCE, MAPPING = "one array", "a sequence", "a dict"
 
 
 class Adam:
@@ -47,12 +59,11 @@ class Adam:
         }
         self.backend = backend
         self.steps = 0
-        self.groups, self._structures = _groups(params, defaults)
+        self.groups, self._structures, self._grouped = _groups(params, defaults)
         self.state: dict[str, dict[str, Any]] = {}
         views = []
-        for group in self.groups:
-            group["amsgrad"] = checks.flag("amsgrad", group.get("amsgrad"))
-            self._checked(group, step=1)
+        for group, structure in zip(self.groups, self._structures, strict=True):
+            _hyperparameters(group, structure, self._decoupled, step=1)
             for name, param in zip(group["names"], group["params"], strict=True):
                 if name in self.state:
                     raise ValueError(f"two parameters are named {name!r}: names must differ")
@@ -78,11 +89,14 @@ class Adam:
 
         Everything is checked before anything is written: one bad array or hyperparameter stops the whole step.
         """
-        grads = _flatten(grads, self._structures)
-        self._check_groups()
+        grads = _flatten(grads, self._structures) if self._grouped else _flatten_group(grads, self._structures[0], "grads")
+        if len(self.groups) != len(self._structures):
+            raise ValueError(
+                f"there were {len(self._structures)} groups when the optimizer was made, now {len(self.groups)}"
+            )
         planned = []
-        for group in self.groups:
-            h = self._checked(group, self.steps + 1, grad_scale)
+        for group, structure in zip(self.groups, self._structures, strict=True):
+            h = _hyperparameters(group, structure, self._decoupled, self.steps + 1, grad_scale)
             for name, param in zip(group["names"], group["params"], strict=True):
                 grad, state = grads[name], self.state[name]
                 if grad is not None:
@@ -134,35 +148,26 @@ class Adam:
             state["step"] = states[name]["step"]
         self.steps = steps
 
-    def _check_groups(self):
-        """Refuse groups whose arrays are not those that the optimizer was made with: it has no moments for others."""
-        structures = self._structures if isinstance(self._structures, list) else [self._structures]
-        found = [(tuple(group.get("names", ())), len(group.get("params", ()))) for group in self.groups]
-        if found != [(names, len(names)) for _, names in structures]:
-            raise ValueError(
-                'the "params" and "names" of groups cannot be changed after the optimizer is made: make another'
-            )
 
-    def _checked(self, group, step, grad_scale=1.0):
-        """Return a group's Hyperparameters for a step, lr called if it is a callable."""
-        unknown = set(group) - {"params", "names", *HYPERPARAMETERS}
-        missing = set(HYPERPARAMETERS) - set(group)
-        if unknown or missing:
-            what = f"unknown {sorted(unknown)}" if unknown else f"missing {sorted(missing)}"
-            raise ValueError(f"a group has {what}; its hyperparameters are {', '.join(HYPERPARAMETERS)}")
-        checks.flag("amsgrad", group["amsgrad"])
-        for name in group["names"]:
-            if self.state.get(name) and group["amsgrad"] != ("max_v" in self.state[name]):
-                raise ValueError("amsgrad cannot be changed after the optimizer is made: it decides which moments there are")
-        return hyperparameters.checked(
-            lr=group["lr"](step) if callable(group["lr"]) else group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=self._decoupled,
-            maximize=group["maximize"],
-            grad_scale=grad_scale,
-        )
+def _hyperparameters(group, structure, decoupled, step, grad_scale=1.0):
+    """Check a group and return its Hyperparameters for a step, lr called if it is a callable."""
+    if group.keys() != GROUP_KEYS:
+        unknown, missing = sorted(map(str, group.keys() - GROUP_KEYS)), sorted(GROUP_KEYS - group.keys())
+        what = f"unknown {unknown}" if unknown else f"missing {missing}"
+        raise ValueError(f"a group has {what}; its hyperparameters are {', '.join(HYPERPARAMETERS)}")
+    if group["names"] != structure.names or len(group["params"]) != len(structure.names):
+        raise ValueError('the "params" and "names" of a group cannot be changed after the optimizer is made: make another')
+    if checks.flag("amsgrad", group["amsgrad"]) != structure.amsgrad:
+        raise ValueError("amsgrad cannot be changed after the optimizer is made: it decides which moments there are")
+    return hyperparameters.checked(
+        lr=group["lr"](step) if callable(group["lr"]) else group["lr"],
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        decoupled=decoupled,
+        maximize=group["maximize"],
+        grad_scale=grad_scale,
+    )
 
 
 class AdamW(Adam):
@@ -194,12 +199,8 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad=amsgrad, maximize=maximize, backend=backend)
 
 
-# The structure of params, which the gradients share: for each group, what it was and the names of its arrays.
-ONE, SEQUENCE, MAPPING = "one array", "a sequence", "a dict"
-
-
 def _groups(params, defaults):
-    """Return (groups with "params", "names" and hyperparameters; their structures, a single one if there were no groups)."""
+    """Return (groups with "params", "names" and hyperparameters; their structures; whether they were given as groups)."""
     params = _listed(params)
     grouped = _is_sequence(params) and len(params) and all(isinstance(p, Mapping) for p in params)
     given = params if grouped else [{"params": params}]
@@ -207,49 +208,49 @@ def _groups(params, defaults):
     for group in given:
         if "params" not in group:
             raise ValueError(f'a group needs "params", and has only {sorted(map(str, group))}')
-        if strange := set(group) - {"params", *HYPERPARAMETERS}:
+        if strange := set(group) - (GROUP_KEYS - {"names"}):
             raise ValueError(f"a group has unknown {sorted(map(str, strange))}; its hyperparameters are {HYPERPARAMETERS}")
         members = _listed(group["params"])
         if isinstance(members, Mapping):
-            names, members, structure = list(members), list(members.values()), MAPPING
+            names, members, kind = list(members), list(members.values()), MAPPING
             for name in names:
                 if not isinstance(name, str):
                     raise TypeError(f"the names of parameters must be strings, not {name!r}")
         else:
-            structure = SEQUENCE if _is_sequence(members) else ONE
-            members = list(members) if structure == SEQUENCE else [members]
+            kind = SEQUENCE if _is_sequence(members) else ONE
+            members = list(members) if kind == SEQUENCE else [members]
             names = [str(count + k) for k in range(len(members))]
         count += len(members)
-        groups.append(defaults | {k: v for k, v in group.items() if k != "params"} | {"params": members, "names": names})
-        structures.append((structure, tuple(names)))
+        settings = defaults | {key: value for key, value in group.items() if key != "params"}
+        settings["amsgrad"] = checks.flag("amsgrad", settings["amsgrad"])
+        groups.append(settings | {"params": members, "names": names})
+        structures.append(Structure(kind, list(names), settings["amsgrad"]))
     if not count:
         raise ValueError("there are no parameters to update")
-    return groups, structures if grouped else structures[0]
+    return groups, structures, grouped
 
 
 def _flatten(grads, structures):
-    """Return name -> gradient or None."""
+    """Return name -> gradient or None, of all groups."""
     grads = _listed(grads)
-    if isinstance(structures, tuple):
-        structure, names = structures
-        return _flatten_group(grads, structure, names, "grads")
     if not _is_sequence(grads) or len(grads) != len(structures):
         raise ValueError(f"grads must be a list of {len(structures)} entries, one for each group; it is {_what(grads)}")
     flat: dict[str, Any] = {}
-    for k, (group, (structure, names)) in enumerate(zip(grads, structures, strict=True)):
-        if isinstance(group, Mapping) and set(group) == {"params"} and names != ("params",):
+    for k, (group, structure) in enumerate(zip(grads, structures, strict=True)):
+        if isinstance(group, Mapping) and set(group) == {"params"} and structure.names != ["params"]:
             group = group["params"]
-        flat |= _flatten_group(group, structure, names, f"grads[{k}]")
+        flat |= _flatten_group(group, structure, f"grads[{k}]")
     return flat
 
 
-def _flatten_group(grads, structure, names, label):
-    grads = _listed(grads)
-    if structure == MAPPING:
-        if not isinstance(grads, Mapping) or set(grads) != set(names):
-            raise ValueError(f"{label} must be a dict with the names {list(names)} (None skips one); it is {_what(grads)}")
-        return {name: grads[name] for name in names}
-    if structure == SEQUENCE:
+def _flatten_group(grads, structure, label):
+    """Return name -> gradient or None, of one group."""
+    grads, names = _listed(grads), structure.names
+    if structure.kind == MAPPING:
+        if not isinstance(grads, Mapping) or grads.keys() != set(names):
+            raise ValueError(f"{label} must be a dict with the names {names} (None skips one); it is {_what(grads)}")
+        return grads
+    if structure.kind == SEQUENCE:
         if not _is_sequence(grads) or len(grads) != len(names):
             raise ValueError(f"{label} must be a sequence of {len(names)} (None skips one); it is {_what(grads)}")
         return dict(zip(names, grads, strict=True))
@@ -286,7 +287,7 @@ def _checked_state_dict(state_dict, optimizer):
     if [list(g.get("names", ())) for g in groups] != [g["names"] for g in optimizer.groups]:
         raise ValueError("the state_dict's groups do not hold the same parameters as the optimizer's, in the same order")
     settings = []
-    for own, group in zip(optimizer.groups, groups, strict=True):
+    for own, group, structure in zip(optimizer.groups, groups, optimizer._structures, strict=True):
         if set(group) != {"names", *HYPERPARAMETERS}:
             raise ValueError(
                 f'a group of a state_dict has "names" and {HYPERPARAMETERS}; this one has {sorted(map(str, group))}'
@@ -296,7 +297,7 @@ def _checked_state_dict(state_dict, optimizer):
             if not callable(own["lr"]):
                 raise ValueError("the saved lr was a callable, which is not saved: give this optimizer's group one first")
             loaded["lr"] = own["lr"]
-        optimizer._checked(own | loaded, step=1)
+        _hyperparameters(own | loaded, structure, optimizer._decoupled, step=1)
         settings.append(loaded)
     for name, own in optimizer.state.items():
         if set(states[name]) != set(own):
