@@ -91,9 +91,7 @@ class Adam:
         """
         grads = _flatten(grads, self._structures) if self._grouped else _flatten_group(grads, self._structures[0], "grads")
         if len(self.groups) != len(self._structures):
-            raise ValueError(
-                f"there were {len(self._structures)} groups when the optimizer was made, now {len(self.groups)}"
-            )
+            raise ValueError("groups cannot be added to an optimizer or removed from it after it is made: make another")
         planned = []
         for group, structure in zip(self.groups, self._structures, strict=True):
             h = _hyperparameters(group, structure, self._decoupled, self.steps + 1, grad_scale)

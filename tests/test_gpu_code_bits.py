@@ -9,6 +9,7 @@ from cases import DTYPES, FORMS, assert_same_bits, assert_sentinels, at_offset, 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
 from gpuadam.arrays import on_cpu  # noqa: E402
+from gpuadam.cli import doctor  # noqa: E402
 from gpuadam.kernels import numba_cpu  # noqa: E402
 from gpuadam.kernels.alignment import split  # noqa: E402
 
@@ -147,6 +148,13 @@ def test_the_first_and_last_blocks_beyond_2_31_elements(compiler, arch):
         assert changed > 5
         assert different_bits(a[-changed:], e[-changed:]) == 0
     del arrays, a
+
+
+def test_the_steps_that_doctor_runs_have_the_digest_that_it_knows(compiler, arch):
+    arrays = doctor.contract_arrays()
+    for form, scalars in doctor.contract_steps():
+        gpu_code.run(compiler, form, arch, arrays, scalars)
+    assert doctor.digest_of(arrays) == doctor.CONTRACT_BITS
 
 
 def test_the_runner_refuses_what_it_should(compiler):
