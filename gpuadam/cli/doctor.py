@@ -5,7 +5,6 @@ same: subnormals, infinities and NaN are among the 1,024 elements.
 """
 
 import hashlib
-import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -119,8 +118,6 @@ def _warnings():
     cupys = [name for name, version in output.versions().items() if name.startswith("cupy") and version]
     if len(cupys) > 1:
         warnings.append(f"{' and '.join(cupys)} are installed together and break each other: uninstall all but one")
-    if importlib.util.find_spec("numba_cuda") is None and importlib.util.find_spec("numba") is not None:
-        warnings.append("Numba's built-in CUDA target is not used: the backend numba-cuda needs the package numba-cuda")
     return warnings
 
 
