@@ -3,8 +3,8 @@
 #
 #     benchmarks/gpu.sh OUTDIR
 #
-# Needs no network and no installation: it runs from the tree with the CuPy, Numba and numba-cuda that it finds. JSON, PNG and logs
-# go to OUTDIR; a short table comes last. Ends within 8 minutes. Exit status 0 if all tests passed and all benchmarks ran.
+# Needs no network and no installation: it runs from the tree with the CuPy, Numba and numba-cuda that it finds. JSON, PNG and
+# log.txt go to OUTDIR; a short table comes last. Ends within 8 minutes. Exit status 0 if all tests passed and all benchmarks ran.
 set -u -o pipefail
 if [ $# -ne 1 ]; then
     echo "usage: benchmarks/gpu.sh OUTDIR" >&2
@@ -19,16 +19,22 @@ export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-${TMPDIR:-/tmp}/gpuadam-cupy-cache}
 python=${PYTHON:-python3}
 status=0
 
-section() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
-run() { # name, limit in seconds, command: kept in a log; the run goes on after a failure
-    local name=$1 limit=$2
+section() { printf '\n== %s (%s s)\n' "$1" "$SECONDS" | tee -a "$out/log.txt"; }
+: >"$out/log.txt"
+this=$(mktemp -d)
+trap 'rm -rf "$this"' EXIT
+run() { # name, limit in seconds, command: its output goes to log.txt; the run goes on after a failure
+    local name=$1 limit=$2 result
     shift 2
     section "$name"
-    if timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1; then
-        tail -n 3 "$out/$name.log"
+    timeout -k 5 "$limit" "$@" >"$this/$name" 2>&1
+    result=$?
+    cat "$this/$name" >>"$out/log.txt"
+    if [ $result = 0 ]; then
+        tail -n 3 "$this/$name"
     else
-        echo "FAILED ($?): the end of $out/$name.log:"
-        tail -n 60 "$out/$name.log"
+        echo "FAILED ($result); the end of what it printed:"
+        tail -n 60 "$this/$name"
         status=1
     fi
 }
@@ -39,14 +45,14 @@ for backend in cupy numba-cuda; do
     run "bench-$backend" 35 "$python" -m gpuadam bench --backend "$backend" --seconds 0.5 \
         --json "$out/bench-$backend.json" --plot "$out/bench-$backend.png"
     run "peers-$backend" 40 "$python" benchmarks/peers.py --backend "$backend" --seconds 2 \
-        --sizes 1000,1048576,33554432,268435456 --json "$out/peers-$backend.json"
+        --sizes 1000,1048576,33554432,134217728 --json "$out/peers-$backend.json"
 done
-run demo 45 "$python" -m gpuadam demo --json "$out/demo.json" --plot "$out/demo.png"
+run demo 45 "$python" -m gpuadam demo
 
 section "summary"
-tail -n 5 "$out/tests.log"
+tail -n 2 "$this/tests"
 for backend in cupy numba-cuda; do
-    cat "$out/bench-$backend.log" "$out/peers-$backend.log"
+    cat "$this/bench-$backend" "$this/peers-$backend"
 done
 [ $status = 0 ] && echo "all of it ran" || echo "something FAILED: see above"
 exit $status

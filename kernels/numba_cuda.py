@@ -37,7 +37,7 @@ def driver_problem():
     try:
         return "" if len(cuda.gpus) else "the driver lists none"
     except CudaSupportError as error:
-        return " ".join(str(error).split()).strip(" :")
+        return " ".join(str(error).split()).strip(" :.")
 
 
 def device_name():
