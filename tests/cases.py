@@ -6,6 +6,10 @@ from gpuadam import hyperparameters
 
 DTYPES = ("float32", "float64")
 
+# What the GPU code is compiled for, and by what: NVRTC of CUDA 13 and of CUDA 12 for CuPy, NVVM for Numba.
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
+COMPILERS = ("cupy", "cupy-cuda12", "numba-cuda")
+
 # Every form: what is asked of `adam_step`, amsgrad standing for max_v. The betas choose the arms of lerp.
 FORMS = {
     "adam": {},

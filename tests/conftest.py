@@ -2,6 +2,7 @@ import os
 
 import numpy as np
 import pytest
+from cases import ARCHITECTURES, COMPILERS
 from libraries import LIBRARIES
 
 import gpuadam
@@ -42,3 +43,13 @@ def unavailable(reason):
 def library(request):
     """Every backend's own array library: the one fixture by which a test runs over all backends."""
     return LIBRARIES[request.param]()
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def arch(request):
+    return request.param
+
+
+@pytest.fixture(params=COMPILERS)
+def compiler(request):
+    return request.param

@@ -23,7 +23,6 @@ from ptx import Kernel, Refused  # noqa: F401
 from gpuadam.kernels import adam
 from gpuadam.kernels.alignment import split
 
-ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 BLOCK = 128
 
 cupy = pytest.importorskip("cupy", reason="CuPy, whose generated source is compiled here, is not installed")
@@ -121,9 +120,7 @@ def compile_numba(kernel, dtype, arch, ndim=None):
         dispatcher.get_current_device = original
 
 
-# Both, by the backend's name ("cupy" with NVRTC 13, "cupy-cuda12" with NVRTC 12, "numba-cuda")
-
-BACKENDS = ("cupy", "cupy-cuda12", "numba-cuda")
+# Both, by the names of COMPILERS in cases.py
 
 
 def ptx(backend, form, arch, ndim=None, rule=adam):

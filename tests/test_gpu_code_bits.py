@@ -18,16 +18,6 @@ SHARED = [(k,) * 5 for k in range(4)]
 UNSHARED = [(0, 1, 0, 0, 0), (3, 2, 1, 0, 1)]
 
 
-@pytest.fixture(params=gpu_code.ARCHITECTURES)
-def arch(request):
-    return request.param
-
-
-@pytest.fixture(params=gpu_code.BACKENDS)
-def compiler(request):
-    return request.param
-
-
 def on_cpu_backend(form, arrays, scalars):
     copies = [None if a is None else a.copy() for a in arrays]
     numba_cpu.launch(form, [None if a is None else on_cpu("", a) for a in copies], scalars)

@@ -11,16 +11,6 @@ gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 from gpuadam.kernels import limit  # noqa: E402
 
 
-@pytest.fixture(params=gpu_code.ARCHITECTURES)
-def arch(request):
-    return request.param
-
-
-@pytest.fixture(params=gpu_code.BACKENDS)
-def compiler(request):
-    return request.param
-
-
 def contract_operations(form):
     """Return how many of each rounded operation one element takes, counted from the contract."""
     counts = {
