@@ -73,7 +73,7 @@ def launch(form, views, scalars, rule=adam):
 def launch_flat(form, arrays, scalars, rule=adam):
     """Likewise for 1-D C-contiguous arrays themselves; without AMSGrad, max_v is v once more."""
     n = arrays[0].size
-    if n < PARALLEL_FROM or numba.get_num_threads() == 1:
+    if n < PARALLEL_FROM or _n_threads() == 1:
         build(rule, form, "serial")(*arrays, *scalars)
     elif _numba_threads_are_safe():
         with _one_at_a_time:
@@ -122,9 +122,9 @@ def _in_memory_order(arrays):
     return [a.reshape(-1) for a in turned] if turned[0].flags.c_contiguous else None
 
 
-# Numba's threads: "workqueue" ends the process when two Python threads start a parallel loop at once, and "omp" when a
-# forked child starts its first. In both cases plain Python threads run slices of the serial loop instead, which is as fast
-# from some 4 million elements and never wrong.
+# Numba's threads: "workqueue" ends the process when two Python threads start a parallel loop at once, "omp" when a forked child
+# starts its first, and NUMBA_THREADING_LAYER may ask for one that is not installed. In these cases plain Python threads run
+# slices of the serial loop instead: as fast from some 4 million elements, slower below, never wrong.
 _one_at_a_time = threading.Lock()
 _forked = False
 
@@ -140,7 +140,20 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 
 
 def _numba_threads_are_safe():
-    return not _forked and numba.threading_layer() != "workqueue"
+    return not _forked and _threading_layer() not in (None, "workqueue")
+
+
+@functools.cache
+def _threading_layer():
+    try:
+        numba.get_num_threads()  # starts the threads; before that the layer is not known
+        return numba.threading_layer()
+    except ValueError:  # no such layer here
+        return None
+
+
+def _n_threads():
+    return numba.get_num_threads() if _threading_layer() else numba.config.NUMBA_NUM_THREADS
 
 
 @functools.cache
@@ -149,7 +162,7 @@ def _pool(n_threads):
 
 
 def _in_own_threads(kernel, n, arrays, scalars):
-    n_threads = numba.get_num_threads()
+    n_threads = _n_threads()
     chunk = -(-n // n_threads)
     slices = [slice(start, start + chunk) for start in range(0, n, chunk)]
     for future in [_pool(n_threads).submit(kernel, *(a[s] for a in arrays), *scalars) for s in slices]:

@@ -139,6 +139,14 @@ def test_threads_and_forks_survive_every_threading_layer(layer):
     assert done.stdout.split() == ["survived", layer]
 
 
+@pytest.mark.parametrize("layer", ["tbb", "safe", "nonsense"])
+def test_a_threading_layer_that_is_not_there_does_not_matter(layer):
+    code = "import numpy as np, gpuadam; gpuadam.adam_step(*(np.ones(1 << 17, 'f4') for _ in range(4)), 1); print('fine')"
+    env = os.environ | {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "fine\n", done.stderr
+
+
 def _step_of_ones(queue):
     arrays = [np.ones(N, "f4") for _ in range(4)]
     gpuadam.adam_step(*arrays, 1)
