@@ -49,6 +49,7 @@ BACKENDS = {
     )
 }
 
+_environment = os.environ.get("GPUADAM_BACKEND")
 _chosen: ContextVar[str | None] = ContextVar("gpuadam_backend", default=None)
 
 
@@ -74,8 +75,8 @@ def backend_status():
 def use_backend(name):
     """Use one backend, as if every call within the `with` block had `backend=name`.
 
-    The environment variable GPUADAM_BACKEND does so for a whole process. A `backend=` argument goes before both. Threads that are
-    started inside the block do not inherit it.
+    The environment variable GPUADAM_BACKEND, read when gpuadam is imported, does so for a whole process. A `backend=` argument
+    goes before both. Threads that are started inside the block do not inherit it.
 
     >>> import gpuadam
     >>> with gpuadam.use_backend("numba-cpu"):
@@ -102,7 +103,7 @@ def load(name):
 
 def takes_numpy(backend=None):
     """Whether a call with this `backend=` would give NumPy arrays to numba-cpu."""
-    return (backend or _chosen.get() or os.environ.get("GPUADAM_BACKEND") or "numba-cpu") == "numba-cpu"
+    return (backend or _chosen.get() or _environment or "numba-cpu") == "numba-cpu"
 
 
 def choose(named_arrays, backend=None):
@@ -113,7 +114,7 @@ def choose(named_arrays, backend=None):
     """
     given = [(name, array) for name, array in named_arrays if array is not None]
     memory = {name: _memory(name, array) for name, array in given}
-    forced = backend or _chosen.get() or os.environ.get("GPUADAM_BACKEND")
+    forced = backend or _chosen.get() or _environment
     if forced:
         source = "backend" if backend else "use_backend" if _chosen.get() else "GPUADAM_BACKEND"
         chosen = BACKENDS[_known(forced, source)]

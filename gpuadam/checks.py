@@ -1,6 +1,5 @@
 """Every error about an array or a hyperparameter, raised before a byte is written."""
 
-import itertools
 import math
 import numbers
 import operator
@@ -135,11 +134,12 @@ def plain(arrays):
         # carray: C-contiguous, aligned, writeable, in native byte order
         if type(a) is not np.ndarray or a.shape != shape or a.dtype != dtype or not a.flags.carray:
             return False
-    # of contiguous arrays the bounds are all that matters
-    return not any(_may_share_memory(a, b) for a, b in itertools.combinations(arrays, 2))
-
-
-_may_share_memory = np.may_share_memory
+    # of contiguous arrays the bounds are all that matters, and those are all that NumPy looks at here
+    for k, a in enumerate(arrays):
+        for b in arrays[:k]:
+            if np.may_share_memory(a, b):
+                return False
+    return True
 
 
 def dtype(view):

@@ -12,6 +12,7 @@ import pytest
 from cases import state
 
 import gpuadam
+from gpuadam import backends
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,14 +78,26 @@ def test_use_backend_and_the_environment_choose_as_the_argument_does(monkeypatch
             step()
         step(backend="numba-cpu")
     step()
-    monkeypatch.setenv("GPUADAM_BACKEND", "numba-cuda")
+    monkeypatch.setattr(backends, "_environment", "numba-cuda")
     with pytest.raises(TypeError, match="'numba-cuda' holds"):
         step()
     with gpuadam.use_backend("numba-cpu"):
         step()
-    monkeypatch.setenv("GPUADAM_BACKEND", "cuda")
+    monkeypatch.setattr(backends, "_environment", "cuda")
     with pytest.raises(ValueError, match="GPUADAM_BACKEND: there is no backend 'cuda', only cupy, numba-cuda, numba-cpu"):
         step()
+
+
+def test_the_environment_variable_is_heeded():
+    code = """
+    import gpuadam, numpy as np
+    try:
+        gpuadam.adam_step(*(np.ones(3, "f4") for _ in range(4)), 1)
+    except TypeError as error:
+        print(error)
+    """
+    assert "'cupy' holds arrays in CUDA memory" in run(code, GPUADAM_BACKEND="cupy")
+    assert run(code, GPUADAM_BACKEND="numba-cpu") == ""
 
 
 def test_use_backend_refuses_an_unknown_name():
