@@ -72,9 +72,13 @@ def on_cuda(name, array, device_of):
     strides = tuple(strides or in_c_order)
     device = device_of(pointer) if math.prod(shape) else None
     stream = interface.get("stream")
-    if stream is None and device is not None and kind(array).startswith("torch."):
-        # torch does not name its stream; work of the caller's is on its current one. 1 is CUDA's name for the default stream
-        stream = sys.modules["torch"].cuda.current_stream(device).cuda_stream or 1
+    if stream is None and device is not None:
+        # two libraries do not name the stream that their work is on. 1 is the interface's name for the default stream
+        torch = sys.modules.get("torch")
+        if hasattr(array, "__cuda_ndarray__"):
+            stream = 1
+        elif torch is not None and isinstance(array, torch.Tensor):
+            stream = torch.cuda.current_stream(device).cuda_stream or 1
     return View(name, array, pointer, shape, strides, dtype, not read_only, strides == in_c_order, device, stream)
 
 

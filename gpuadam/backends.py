@@ -101,9 +101,14 @@ def load(name):
     return importlib.import_module(BACKENDS[name].module)
 
 
+def forced(backend=None):
+    """Return the backend that a call with this `backend=` has to use, or None if the arrays decide."""
+    return backend or _chosen.get() or _environment
+
+
 def takes_numpy(backend=None):
     """Whether a call with this `backend=` would give NumPy arrays to numba-cpu."""
-    return (backend or _chosen.get() or _environment or "numba-cpu") == "numba-cpu"
+    return (forced(backend) or "numba-cpu") == "numba-cpu"
 
 
 def choose(named_arrays, backend=None):
@@ -114,10 +119,10 @@ def choose(named_arrays, backend=None):
     """
     given = [(name, array) for name, array in named_arrays if array is not None]
     memory = {name: _memory(name, array) for name, array in given}
-    forced = backend or _chosen.get() or _environment
-    if forced:
+    name = forced(backend)
+    if name:
         source = "backend" if backend else "use_backend" if _chosen.get() else "GPUADAM_BACKEND"
-        chosen = BACKENDS[_known(forced, source)]
+        chosen = BACKENDS[_known(name, source)]
         strangers = {name: kind for name, kind in memory.items() if kind != chosen.memory}
         if strangers:
             raise TypeError(
@@ -194,7 +199,7 @@ def _probe(name):
     except Exception as error:  # noqa: BLE001 - a GPU library can fail in any way when imported; the reason is kept
         fix = (
             "set CUPY_CACHE_DIR to a folder that can be written"
-            if isinstance(error, OSError)
+            if isinstance(error, OSError) and error.filename  # not of a library that cannot be opened
             else f"reinstall it: {GPU_EXTRA}"
         )
         return Status(False, f"it cannot be loaded: {type(error).__name__}: {error}", fix)

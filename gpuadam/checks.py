@@ -101,15 +101,16 @@ def update(views):
         read_only(param)
 
 
-def same_layout(own, loaded):
-    """Check that one array can be copied into another."""
+def same_layout(own, loaded, any_layout):
+    """Check that one array can be copied into another. any_layout: whether the backend's `copy` takes any strides."""
     if (own.shape, own.dtype) != (loaded.shape, loaded.dtype):
         raise ValueError(
             f"{loaded.name} has shape {loaded.shape} and dtype {loaded.dtype}, the optimizer's {own.shape} and {own.dtype}"
         )
     if own.device != loaded.device and own.size:
         raise ValueError(f"{loaded.name} is on device {loaded.device}, the optimizer's on {own.device}: move it")
-    if own.device is not None and own.strides != loaded.strides:
+    steps, loaded_steps = ([s for s, n in zip(view.strides, view.shape, strict=True) if n > 1] for view in (own, loaded))
+    if not any_layout and steps != loaded_steps:
         raise ValueError(f"{loaded.name} has strides {loaded.strides}, the optimizer's {own.strides}: pass it in that order")
     if not own.writeable:
         read_only(own)
@@ -157,8 +158,8 @@ def layout(view):
     for stride, n in sorted((abs(stride), n) for stride, n in zip(view.strides, view.shape, strict=True) if n > 1):
         if stride < reach and view.size:
             raise ValueError(
-                f"{view.name} has shape {view.shape} and strides {view.strides}: elements share memory (a broadcast or "
-                "sliding view). Pass a copy"
+                f"{view.name} has shape {view.shape} and strides {view.strides}: elements share memory, or may (a broadcast "
+                "or sliding view). Pass a copy"
             )
         reach += stride * (n - 1)
     if view.device is not None and (view.pointer % itemsize or any(s % itemsize for s in view.strides)):

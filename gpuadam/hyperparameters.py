@@ -55,6 +55,11 @@ def form_and_scalars(h, step, dtype, amsgrad):
     return form, Scalars(grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr)
 
 
+def check_rounding(h, dtype):
+    """Raise ValueError for a hyperparameter that overflows dtype, or rounds to 0 in it where it must not."""
+    _constants(h[1:], dtype, False)
+
+
 @functools.lru_cache(maxsize=256)
 def _constants(h, dtype, amsgrad):
     """Return what does not change with lr and step: the Form, the rounding to dtype, and five scalars."""

@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from . import arrays, backends, checks, functional, hyperparameters
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
@@ -26,7 +28,8 @@ class Adam:
 
     params: one array, a sequence of arrays, a dict name -> array, or a list of groups such as
         `{"params": [w, b], "lr": 1e-4}`, whose own hyperparameters go before those given here. Arrays as in `adam_step`.
-    lr: a number, or a callable of the number of the step, counted from 1: `lambda step: 1e-3 * min(1, step / 100)`.
+    lr: a number, or a callable of the number of the step, counted from 1: `lambda step: 1e-3 * min(1, step / 100)`. To check it,
+        it is also called with 1 here and in `load_state_dict`.
     betas, eps, weight_decay, maximize: as in `adam_step`. amsgrad: keep the running maximum of v (Reddi et al. 2018).
     backend: "cupy", "numba-cuda" or "numba-cpu"; by default the arrays decide.
 
@@ -57,19 +60,20 @@ class Adam:
             "amsgrad": amsgrad,
             "maximize": maximize,
         }
-        self.backend = backend
+        self.backend = backends.forced(backend)  # one that was in use when the moments were made stays in use
         self.steps = 0
         self.groups, self._structures, self._grouped = _groups(params, defaults)
         self.state: dict[str, dict[str, Any]] = {}
         views = []
         for group, structure in zip(self.groups, self._structures, strict=True):
-            _hyperparameters(group, structure, self._decoupled, step=1)
+            h = _hyperparameters(group, structure, self._decoupled, step=1)
             for name, param in zip(group["names"], group["params"], strict=True):
                 if name in self.state:
                     raise ValueError(f"two parameters are named {name!r}: names must differ")
                 label = f"params[{name!r}]"
                 kernels, (view,) = backends.choose([(label, checks.given(label, param))], backend)
                 checks.dtype(view)
+                hyperparameters.check_rounding(h, view.dtype)
                 checks.layout(view)
                 if not view.writeable:
                     checks.read_only(view)
@@ -114,10 +118,10 @@ class Adam:
 
         A learning rate that is a callable is not state: None stands in its place.
         """
-        groups = [
-            {"names": list(group["names"])} | {key: None if callable(group[key]) else group[key] for key in HYPERPARAMETERS}
-            for group in self.groups
-        ]
+        groups = []
+        for group in self.groups:
+            settings = {key: None if callable(group[key]) else group[key] for key in HYPERPARAMETERS}
+            groups.append(settings | {"names": list(group["names"]), "betas": tuple(group["betas"])})
         return {"steps": self.steps, "state": {name: dict(state) for name, state in self.state.items()}, "groups": groups}
 
     def load_state_dict(self, state_dict):
@@ -135,7 +139,7 @@ class Adam:
                 named = [(label, state[moment]), (f"the loaded {label}", states[name][moment])]
                 checks.given(*named[1])
                 kernels, (own, loaded) = backends.choose(named, self.backend)
-                checks.same_layout(own, loaded)
+                checks.same_layout(own, loaded, kernels.copies_any_layout)
                 copies.append((kernels, own, loaded))
         checks.overlap([own for _, own, _ in copies], [loaded for _, _, loaded in copies])
         for kernels, own, loaded in copies:
@@ -282,7 +286,9 @@ def _checked_state_dict(state_dict, optimizer):
     if set(states) != set(optimizer.state):
         missing, extra = sorted(set(optimizer.state) - set(states)), sorted(map(str, set(states) - set(optimizer.state)))
         raise ValueError(f"the parameters' names differ: not in the state_dict {missing}, only in it {extra}")
-    if [list(g.get("names", ())) for g in groups] != [g["names"] for g in optimizer.groups]:
+    if [list(g["names"]) if isinstance(g.get("names"), (list, tuple)) else None for g in groups] != [
+        g["names"] for g in optimizer.groups
+    ]:
         raise ValueError("the state_dict's groups do not hold the same parameters as the optimizer's, in the same order")
     settings = []
     for own, group, structure in zip(optimizer.groups, groups, optimizer._structures, strict=True):
@@ -295,7 +301,9 @@ def _checked_state_dict(state_dict, optimizer):
             if not callable(own["lr"]):
                 raise ValueError("the saved lr was a callable, which is not saved: give this optimizer's group one first")
             loaded["lr"] = own["lr"]
-        _hyperparameters(own | loaded, structure, optimizer._decoupled, step=1)
+        h = _hyperparameters(own | loaded, structure, optimizer._decoupled, step=1)
+        for name in structure.names:
+            hyperparameters.check_rounding(h, np.dtype(optimizer.state[name]["m"].dtype))
         settings.append(loaded)
     for name, own in optimizer.state.items():
         if set(states[name]) != set(own):

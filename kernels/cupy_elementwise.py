@@ -125,6 +125,9 @@ def seconds_between(start, end):
     return cupy.cuda.get_elapsed_time(start, end) / 1e3
 
 
+copies_any_layout = True
+
+
 def copy(to, source):
     """Copy one array into another of the same shape and dtype, on the current stream."""
     with cupy.cuda.Device(to.device):

@@ -50,6 +50,9 @@ def seconds_between(start, end):
     return end - start
 
 
+copies_any_layout = True
+
+
 def copy(to, source):
     """Copy one array into another of the same shape and dtype."""
     np.copyto(to.array, source.array)

@@ -216,8 +216,8 @@ def test_eps_zero_raises_nothing_half_way():
     assert np.isnan(arrays["param"][500]) and np.isfinite(np.delete(arrays["param"], 500)).all()
 
 
-def test_eps_of_a_small_dtype_is_not_lost():
-    """eps = 1e-8 is 0 in float16, in which no scalar is ever formed."""
+def test_a_gradient_that_is_zero_leaves_the_parameter_alone():
+    """0 / (0 + eps): eps must not be lost on its way to the kernel."""
     arrays = good()
     arrays["grad"][:] = arrays["m"][:] = arrays["v"][:] = 0
     before = arrays["param"].copy()

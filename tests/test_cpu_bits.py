@@ -88,6 +88,7 @@ def test_numbas_threads_and_our_own_give_the_same_bits(monkeypatch):
     given = wide_state(N, "float32", True)
     expected = through("serial", form, copies(given), scalars)
     monkeypatch.setattr(numba_cpu, "_numba_threads_are_safe", lambda: False)
+    monkeypatch.setattr(numba_cpu, "_n_threads", lambda: 3)
     assert_same_bits(launched(form, copies(given), scalars), expected)
 
 

@@ -84,7 +84,6 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_arrays_are_updated_where_they_lie(compiler, arch, layout, dtype):
     form, scalars = form_and_scalars("amsgrad", dtype)
-    strided = LAYOUTS[layout](315).astype(dtype, order="K")
     blank = LAYOUTS[layout](315)
     arrays = []
     for k, values in enumerate(wide_state(blank.size, dtype, True)):
@@ -99,7 +98,6 @@ def test_strided_arrays_are_updated_where_they_lie(compiler, arch, layout, dtype
             a = np.ndarray(blank.shape, dtype, whole, shift if min(strides) < 0 else 0, strides)
         a[...] = values.reshape(blank.shape)
         arrays.append(a)
-    del strided
     expected = [a.copy() for a in arrays]
     numba_cpu.launch(form, [on_cpu("", a) for a in expected], scalars)
     wholes = [(a.base.copy() if a.base is not None else None) for a in arrays]

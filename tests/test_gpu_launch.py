@@ -16,7 +16,7 @@ from cases import DTYPES, KEY_FORMS, assert_same_bits, at_offset, form_and_scala
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
 from gpuadam.arrays import View, on_cpu  # noqa: E402
-from gpuadam.kernels import adam, cupy_elementwise, numba_cpu, numba_cuda  # noqa: E402
+from gpuadam.kernels import adam, cupy_elementwise, limit, numba_cpu, numba_cuda  # noqa: E402
 
 ARCH = "sm_90"
 
@@ -200,6 +200,7 @@ def test_numba_launches_on_the_stream_that_the_arrays_name(monkeypatch):
     assert driver.launches == [("contiguous", 1, 77)]
 
 
-def test_the_rule_of_a_kernel_can_be_another():
+def test_the_kernels_are_named_for_what_is_in_them():
     form, _ = form_and_scalars("adam", "float32")
     assert cupy_elementwise.build(adam, form, "contiguous").name == "gpuadam_adam_float32_near1_near2_contiguous"
+    assert cupy_elementwise.build(limit, form, "strided").name == "gpuadam_limit_float32_near1_near2_strided"

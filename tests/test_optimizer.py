@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from cases import different_bits, state
+from cases import different_bits, form_and_scalars, state
 
 import gpuadam
 
@@ -360,10 +360,11 @@ def test_a_copied_or_pickled_optimizer_goes_on_as_the_first():
 
     opt = gpuadam.Adam(params())
     opt.step(grads())
-    for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
-        other.step(grads(2))
+    others = copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))
     opt.step(grads(2))
-    assert everything(other) == everything(opt)
+    for other in others:
+        other.step(grads(2))
+        assert everything(other) == everything(opt)
 
 
 def test_a_schedule_is_not_state():
@@ -375,10 +376,30 @@ def test_a_schedule_is_not_state():
 
 
 def test_no_kernel_is_compiled_again_for_the_second_step():
-    from gpuadam.kernels import numba_cpu
+    from gpuadam.kernels import adam, numba_cpu
 
     opt = gpuadam.Adam(params(), lr=lambda step: 0.1 / step)
     opt.step(grads())
-    count = numba_cpu.build.cache_info().currsize
+    form, _ = form_and_scalars("adam", "float32")
+    kernel, count = numba_cpu.build(adam, form, "serial"), numba_cpu.build.cache_info().currsize
+    signatures = len(kernel.signatures)
     opt.step(grads())
-    assert numba_cpu.build.cache_info().currsize == count
+    assert numba_cpu.build.cache_info().currsize == count and len(kernel.signatures) == signatures > 0
+
+
+def test_the_backend_in_use_when_the_optimizer_was_made_stays_in_use():
+    with gpuadam.use_backend("numba-cpu"):
+        opt = gpuadam.Adam(params())
+    with gpuadam.use_backend("cupy"):
+        opt.step(grads())
+
+
+def test_what_a_dtype_cannot_hold_is_refused_at_construction_and_on_loading():
+    with pytest.raises(ValueError, match="eps=1e-60 rounds to 0 in float32"):
+        gpuadam.Adam(params(), eps=1e-60)
+    gpuadam.Adam(np.ones(3), eps=1e-60)
+    opt = gpuadam.Adam(params())
+    d = saved()
+    d["groups"][0]["eps"] = 1e-60
+    with pytest.raises(ValueError, match="eps=1e-60 rounds to 0 in float32"):
+        opt.load_state_dict(d)
