@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from ptx import Kernel, Refused  # noqa: F401
+from ptx import Kernel
 
 from gpuadam.kernels import adam
 from gpuadam.kernels.alignment import split

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from cases import different_bits, form_and_scalars, wide_state
+from ptx import Refused
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
@@ -31,7 +32,7 @@ def found(compiler, form, scalars, text):
     numba_cpu.launch(form, [None if a is None else on_cpu("", a) for a in expected], scalars)
     try:
         kernel = gpu_code.run(compiler, form, ARCH, arrays, scalars, text=text)
-    except gpu_code.Refused:
+    except Refused:
         return "refused"
     except MemoryError:
         return "memory"
