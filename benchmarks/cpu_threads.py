@@ -1,10 +1,11 @@
 """From how many elements is a parallel loop faster than a serial one on this CPU?
 
-    python benchmarks/cpu_threads.py
+    python benchmarks/cpu_threads.py [--seconds 1]
 
-`PARALLEL_FROM` in kernels/numba_cpu.py is set from it.
+`PARALLEL_FROM` in kernels/numba_cpu.py is set from it. "own pool" is the Python threads that run where Numba's cannot.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -13,27 +14,35 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gpuadam
-from gpuadam import hyperparameters
-from gpuadam.cli import bench
+from gpuadam.cli import measure
 from gpuadam.kernels import adam, numba_cpu
 
 
 def main():
-    h = hyperparameters.checked(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False, maximize=False)
-    form, scalars = hyperparameters.form_and_scalars(h, 10, np.dtype("float32"), False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each size; default %(default)s")
+    seconds = parser.parse_args().seconds
     print(gpuadam.__version__, "float32, medians in us")
     print(f"{'elements':>12}{'serial':>10}{'parallel':>10}{'own pool':>10}{'parallel/serial':>17}")
     for n in [1 << k for k in range(11, 25)]:
-        arrays = list(bench.data(n, "float32"))
-        arguments = [*arrays, arrays[3]]
-        serial, parallel = (numba_cpu.build(adam, form, loop) for loop in ("serial", "parallel"))
+        launch = measure.launcher(numba_cpu, list(measure.data(n, "float32")), adam)
         functions = [
-            lambda f=serial, a=arguments: f(*a, *scalars),
-            lambda f=parallel, a=arguments: f(*a, *scalars),
-            lambda f=serial, a=arguments, n=n: numba_cpu._in_own_threads(f, n, a, scalars),
+            _launch_with(launch, parallel_from=n + 1, threads_are_safe=lambda: True),
+            _launch_with(launch, parallel_from=0, threads_are_safe=lambda: True),
+            _launch_with(launch, parallel_from=0, threads_are_safe=lambda: False),
         ]
-        times = [1e6 * np.median(t) for t in bench.in_turn(numba_cpu, functions, 1.0)]
+        times = [1e6 * np.median(t) for t in measure.in_turn(numba_cpu, functions, seconds)]
         print(f"{n:12,}" + "".join(f"{t:10,.1f}" for t in times) + f"{times[1] / times[0]:17.2f}")
+
+
+def _launch_with(launch, parallel_from, threads_are_safe):
+    """Return a function that makes the backend choose one of its three ways, and launches."""
+
+    def run():
+        numba_cpu.PARALLEL_FROM, numba_cpu._numba_threads_are_safe = parallel_from, threads_are_safe
+        launch()
+
+    return run
 
 
 if __name__ == "__main__":

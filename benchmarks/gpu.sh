@@ -4,7 +4,9 @@
 #     benchmarks/gpu.sh OUTDIR
 #
 # Needs no network and no installation: it runs from the tree with the CuPy, Numba and numba-cuda that it finds, and pytest, rich,
-# matplotlib and scikit-learn; torch, JAX and optax are measured beside it where they are there. JSON, PNG and log.txt go to OUTDIR; a short table comes last. Ends within 8 minutes. Exit status 0 if all tests passed and all benchmarks ran.
+# matplotlib and scikit-learn; torch, JAX and optax are measured beside it where they are there. OUTDIR gets results.csv (the rows of
+# all benchmarks and backends), a PNG for each benchmark, doctor.json and log.txt; a short table comes last. Ends within 8 minutes.
+# Exit status 0 if all tests passed and all benchmarks ran.
 set -u -o pipefail
 if [ $# -ne 1 ]; then
     echo "usage: benchmarks/gpu.sh OUTDIR" >&2
@@ -17,6 +19,8 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false # else JAX takes most of the memory
 # an unwritable home must not cost the compile caches
 export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-${TMPDIR:-/tmp}/gpuadam-cupy-cache}
 python=${PYTHON:-python3}
+backends=(cupy numba-cuda)
+measure_until=445 # seconds: then there is time to draw and to print
 status=0
 
 section() { printf '\n== %s (%s s)\n' "$1" "$SECONDS" | tee -a "$out/log.txt"; }
@@ -24,35 +28,63 @@ section() { printf '\n== %s (%s s)\n' "$1" "$SECONDS" | tee -a "$out/log.txt"; }
 this=$(mktemp -d)
 trap 'rm -rf "$this"' EXIT
 run() { # name, limit in seconds, command: its output goes to log.txt; the run goes on after a failure
-    local name=$1 limit=$2 result
+    local name=$1 limit=$2 left=$((measure_until - SECONDS)) result
     shift 2
     section "$name"
-    timeout -k 5 "$limit" "$@" >"$this/$name" 2>&1
+    [ "$limit" -lt "$left" ] || limit=$left
+    if [ "$limit" -le 0 ]; then
+        echo "FAILED: no time was left for it" | tee -a "$out/log.txt"
+        status=1
+        return
+    fi
+    timeout -k 5 "$limit" "$@" >"$this/$name.log" 2>&1
     result=$?
-    cat "$this/$name" >>"$out/log.txt"
+    cat "$this/$name.log" >>"$out/log.txt"
     if [ $result = 0 ]; then
-        tail -n 3 "$this/$name"
+        tail -n 3 "$this/$name.log"
     else
         echo "FAILED ($result); the end of what it printed:"
-        tail -n 60 "$this/$name"
+        tail -n 60 "$this/$name.log"
         status=1
     fi
+}
+benchmark() { # name, backend, limit in seconds, options
+    local name=$1 backend=$2 limit=$3
+    shift 3
+    run "$name-$backend" "$limit" "$python" "benchmarks/$name.py" --backend "$backend" --out "$this/$backend" "$@"
 }
 
 run doctor 30 "$python" -m gpuadam doctor --json "$out/doctor.json"
 run tests 190 "$python" -m pytest -q --maxfail=20 -m gpu -W default -p no:cacheprovider --durations=10 tests
-for backend in cupy numba-cuda; do
-    run "bench-$backend" 45 "$python" -m gpuadam bench --backend "$backend" --seconds 0.5 \
-        --json "$out/bench-$backend.json" --plot "$out/bench-$backend.png"
-    run "peers-$backend" 60 "$python" benchmarks/peers.py --backend "$backend" --seconds 2 \
-        --sizes 1000,1048576,33554432,67108864 --json "$out/peers-$backend.json"
+# What matters most comes first. The others are measured in full beside cupy; beside numba-cuda only torch's fused Adam, the measure.
+benchmark large cupy 100 --seconds 2
+benchmark large numba-cuda 60 --seconds 2 --peers "torch fused"
+for backend in "${backends[@]}"; do
+    benchmark small "$backend" 35 --seconds 1
+    benchmark many "$backend" 45 --seconds 3 --peers "torch fused,torch foreach"
 done
+for backend in "${backends[@]}"; do
+    run "bench-$backend" 40 "$python" -m gpuadam bench --backend "$backend" --seconds 0.2 --json "$this/bench-$backend.json"
+done
+benchmark memory cupy 45 --sizes 5e7 --peers "torch fused,torch foreach,plain CuPy"
+benchmark memory numba-cuda 30 --sizes 5e7 --peers none
+benchmark first_call cupy 45 --seconds 0.1 --peers "torch fused"
+benchmark first_call numba-cuda 30 --seconds 0.1 --peers none
 run demo 40 "$python" -m gpuadam demo
 
 section "summary"
-tail -n 2 "$this/tests"
-for backend in cupy numba-cuda; do
-    cat "$this/bench-$backend" "$this/peers-$backend"
-done
+tail -n 2 "$this/tests.log"
+shopt -s nullglob
+rows=("$this"/*/*.csv "$this"/bench-*.json)
+if [ ${#rows[@]} -gt 0 ]; then
+    "$python" benchmarks/report.py merge "$out/results.csv" "${rows[@]}" || status=1
+    for name in large small many memory first_call; do
+        for measured in "$this"/*/"$name.csv"; do # of any backend: the plot has a panel for each
+            "$python" "benchmarks/$name.py" --rows "$out/results.csv" --out "$out" >>"$out/log.txt" || status=1
+            break
+        done
+    done
+    "$python" benchmarks/report.py summary "$out/results.csv" | tee -a "$out/log.txt" || status=1
+fi
 [ $status = 0 ] && echo "all of it ran" || echo "something FAILED: see above"
 exit $status

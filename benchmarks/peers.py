@@ -1,136 +1,349 @@
-"""How fast are other fused Adams, on the same arrays in the same run?
+"""Who is measured: gpuadam, its limit, and other fused and unfused Adams, each on arrays of its own.
 
-    python benchmarks/peers.py [--backend numba-cpu] [--sizes 1000,100000,1000000,20000000] [--json FILE]
-
-Each peer that is installed takes its turn with gpuadam and the limit kernel, again and again, on arrays of its own, so that
-none finds them in a cache that another has filled; ratios are of medians. All do one float32 Adam step in place:
-torch.optim.Adam(fused=True) and (foreach=True), optax.adam under jax.jit with its buffers donated, and, on a GPU, an
-ElementwiseKernel of one element a thread.
+A contender takes a list of shapes and returns a Contender, which does one float32 Adam step on all of them, in place where its
+library can. Every one starts from the same numbers, which stay ordinary (finite, no subnormals) however many steps are done: the
+gradient is constant, so m and v approach it and its square. `benchmarks/README.md` says how to add one.
 """
 
-import argparse
-import sys
+import gc
+import importlib.util
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import gpuadam
-from gpuadam import backends, hyperparameters
-from gpuadam.cli import bench, output
+from gpuadam import backends
+from gpuadam.cli import measure
 from gpuadam.kernels import adam, limit
 
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
+HYPERPARAMETERS = {"lr": LR, "betas": BETAS, "eps": EPS}
 
 
-def ours(kernels, backend, n):
-    def arrays():
-        return [kernels.from_host(a) for a in bench.data(n, "float32")]
+class Contender(NamedTuple):
+    """step: does, or enqueues, one step. finish: waits for it, where the library has threads or streams of its own."""
 
-    step = iter(range(1, 1 << 60))
-    one, other = arrays(), arrays()
-    opt = gpuadam.Adam([other[0]], lr=LR, betas=BETAS, eps=EPS, backend=backend)
-    return {
-        "gpuadam.adam_step": lambda: gpuadam.adam_step(*one, next(step), lr=LR, backend=backend),
-        "gpuadam.Adam.step": lambda: opt.step([other[1]]),
-        "kernel and launch": launcher(kernels, arrays(), adam),
-        "limit": launcher(kernels, arrays(), limit),
-    }
+    step: Callable[[], Any]
+    finish: Callable[[], Any] | None = None
 
+    def whole(self, kernels):
+        """Return a function that does one step between two moments of the backend's clock, and nothing else."""
+        if self.finish is None:
+            return self.step
 
-def launcher(kernels, arrays, rule):
-    views = [kernels.view("", a) for a in arrays] + [None]
-    h = hyperparameters.checked(lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, decoupled=False, maximize=False)
-    form, scalars = hyperparameters.form_and_scalars(h, 10, views[0].dtype, False)
-    return lambda: kernels.launch(form, views, scalars, rule)
+        def alone():  # a stream of its own would run beside the step before, and the clock would not wait for it
+            measure.drain(kernels)
+            self.step()
+            self.finish()
+
+        return alone
 
 
-def torch_peers(memory, n):
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return {}
-    if memory == "CUDA" and not torch.cuda.is_available():
-        return {}
-    device = "cuda" if memory == "CUDA" else "cpu"
-    peers = {}
-    for name in ("fused", "foreach"):
-        param = torch.nn.Parameter(torch.randn(n, device=device))
-        param.grad = torch.randn(n, device=device) * 1e-4
-        peers[f"torch {name}"] = torch.optim.Adam([param], lr=LR, betas=BETAS, eps=EPS, **{name: True}).step
-    return peers
+def wait_for_all(contenders, kernels):
+    """Return a function that waits until nothing is running any more."""
+    waits = [contender.finish for contender in contenders if contender.finish]
+
+    def wait():
+        measure.drain(kernels)
+        for finish in waits:
+            finish()
+
+    return wait
 
 
-def optax_peer(memory, n):
-    try:
-        import jax
-        import optax
-    except ModuleNotFoundError:
-        return {}
-    if (jax.default_backend() == "gpu") != (memory == "CUDA"):
-        return {}
-    transform = optax.adam(LR, *BETAS, eps=EPS)
-    param = jax.numpy.ones(n, "float32")
-    grad = param * 1e-4
-    held = [param, transform.init(param)]
+class Peer(NamedTuple):
+    """One row of the table of who can be measured."""
 
-    def step(param, state, grad):
-        updates, state = transform.update(grad, state, param)
-        return optax.apply_updates(param, updates), state
-
-    jitted = jax.jit(step, donate_argnums=(0, 1))
-
-    def run():
-        held[:] = jitted(*held, grad)
-        jax.block_until_ready(held)
-
-    return {"optax under jit": run}
+    name: str
+    build: Callable[..., Contender]  # build(backend, shapes)
+    memory: tuple[str, ...] = ("CPU", "CUDA")
+    package: str = "gpuadam"
+    floats: int = 4  # an element, held at the peak of a step
+    passes: int = 1  # over memory, roughly: many take too long on large arrays
+    problem: Callable[[str], str] = lambda memory: ""  # why it cannot run although its package is there
 
 
-def plain_elementwise(memory, n):
-    """One element a thread, the body as published kernels write it."""
-    if memory != "CUDA" or "cupy" not in gpuadam.available_backends():
-        return {}
+# -- gpuadam --
+
+
+def _host_arrays(shapes, count):
+    """Yield lists of the first `count` of param, grad, m and v, for each shape."""
+    for shape in shapes:
+        arrays = itertools.islice(measure.data(math.prod(shape), "float32"), count)
+        yield [a.reshape(shape) for a in arrays]
+
+
+def _own_arrays(backend, shapes, count=4):
+    kernels = backends.load(backend.name)
+    return [[kernels.from_host(a) for a in arrays] for arrays in _host_arrays(shapes, count)]
+
+
+def adam_step(backend, shapes):
+    arrays = _own_arrays(backend, shapes)
+    count = itertools.count(1)
+
+    def step():
+        number = next(count)
+        for param, grad, m, v in arrays:
+            gpuadam.adam_step(param, grad, m, v, number, **HYPERPARAMETERS)
+
+    return Contender(step)
+
+
+def adam_class(backend, shapes):
+    params, grads = map(list, zip(*_own_arrays(backend, shapes, 2), strict=True))
+    opt = gpuadam.Adam(params, **HYPERPARAMETERS)
+    return Contender(lambda: opt.step(grads))
+
+
+def _rule(rule):
+    def build(backend, shapes):
+        kernels = backends.load(backend.name)
+        launchers = [measure.launcher(kernels, arrays, rule) for arrays in _own_arrays(backend, shapes)]
+
+        def step():
+            for launch in launchers:
+                launch()
+
+        return Contender(launchers[0] if len(launchers) == 1 else step)
+
+    return build
+
+
+# -- plain array code --
+
+
+def plain(xp):
+    """Adam as it is written by hand with NumPy or CuPy, with no more temporaries than it needs: one."""
+
+    def build(backend, shapes):
+        arrays = _own_arrays(backend, shapes)
+        count = itertools.count(1)
+        module = importlib.import_module(xp)
+
+        def step():
+            number = next(count)
+            for param, grad, m, v in arrays:
+                plain_step(module, param, grad, m, v, number)
+
+        return Contender(step)
+
+    return build
+
+
+def plain_step(xp, param, grad, m, v, step):
+    beta1, beta2 = BETAS
+    m *= beta1
+    t = xp.multiply(grad, 1 - beta1)
+    m += t
+    v *= beta2
+    xp.multiply(grad, grad, out=t)
+    t *= 1 - beta2
+    v += t
+    xp.sqrt(v, out=t)
+    t *= 1 / math.sqrt(1 - beta2**step)
+    t += EPS
+    xp.divide(m, t, out=t)
+    t *= LR / (1 - beta1**step)
+    param -= t
+
+
+def one_element_a_thread(backend, shapes):
+    """An ElementwiseKernel whose body is Adam as published kernels write it, chainer's for one, with CuPy's own indexing."""
     import cupy
 
     kernel = cupy.ElementwiseKernel(
         "T grad, T lr, T one_minus_beta1, T one_minus_beta2, T eps",
         "T param, T m, T v",
         "m += one_minus_beta1 * (grad - m); v += one_minus_beta2 * (grad * grad - v); param -= lr * m / (sqrt(v) + eps);",
-        "plain_adam",
+        "one_element_a_thread_adam",
     )
-    param, grad, m, v = (cupy.asarray(a) for a in bench.data(n, "float32"))
-    return {"plain ElementwiseKernel": lambda: kernel(grad, LR, 1 - BETAS[0], 1 - BETAS[1], EPS, param, m, v)}
+    arrays = _own_arrays(backend, shapes)
+
+    def step():
+        for param, grad, m, v in arrays:
+            kernel(grad, LR, 1 - BETAS[0], 1 - BETAS[1], EPS, param, m, v)
+
+    return Contender(step)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", choices=list(backends.BACKENDS), default=gpuadam.available_backends()[0])
-    parser.add_argument("--sizes", default="1000,100000,1000000,20000000")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each size")
-    parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
-    backend = backends.BACKENDS[options.backend]
-    kernels = backends.load(backend.name)
-    rows = []
-    for n in (int(float(size)) for size in options.sizes.split(",")):
-        peers = ours(kernels, backend.name, n) | torch_peers(backend.memory, n)
-        peers |= optax_peer(backend.memory, n) | plain_elementwise(backend.memory, n)
-        times = bench.in_turn(kernels, list(peers.values()), options.seconds)
-        medians = {name: float(np.median(t)) for name, t in zip(peers, times, strict=True)}
-        base = medians["torch fused"] if "torch fused" in medians else medians["limit"]
-        against = "torch fused" if "torch fused" in medians else "limit"
-        print(f"\n{n:,} float32 on {backend.name}, {len(times[0])} rounds")
-        print(f"{'':28}{'median us':>12}{'GB/s':>9}{'x limit':>9}{'x ' + against:>15}")
-        for name, seconds in medians.items():
-            rate = 28 * n / seconds / 1e9
-            print(f"{name:28}{1e6 * seconds:12,.1f}{rate:9.1f}{seconds / medians['limit']:9.3f}{seconds / base:15.3f}")
-            rows.append({"backend": backend.name, "elements": n, "what": name, "median_us": 1e6 * seconds, "gb_per_s": rate})
-    if options.json:
-        result = {"rows": rows, "machine": output.machine() | bench.gpu([backend.name]), "versions": output.versions()}
-        output.write_json(options.json, result)
+# -- PyTorch, DeepSpeed --
 
 
-if __name__ == "__main__":
-    main()
+def _torch_parameters(backend, shapes):
+    import torch
+
+    device = "cuda" if backend.memory == "CUDA" else "cpu"
+    params = []
+    for param, grad in _host_arrays(shapes, 2):
+        params.append(torch.nn.Parameter(torch.tensor(param, device=device)))
+        params[-1].grad = torch.tensor(grad, device=device)
+    return params
+
+
+def torch_adam(**form):
+    def build(backend, shapes):
+        import torch
+
+        return Contender(torch.optim.Adam(_torch_parameters(backend, shapes), **HYPERPARAMETERS, **form).step)
+
+    return build
+
+
+def _torch_problem(memory):
+    import torch
+
+    return "" if memory == "CPU" or torch.cuda.is_available() else "torch finds no GPU"
+
+
+def deepspeed_cpu_adam(backend, shapes):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for a GPU, and says at length that there is none
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    params = _torch_parameters(backend, shapes)
+    return Contender(DeepSpeedCPUAdam(params, **HYPERPARAMETERS, adamw_mode=False).step)
+
+
+def _deepspeed_problem(memory):
+    lacking = [tool for tool in ("g++", "ninja") if not shutil.which(tool)]  # it is compiled when it is first used
+    return f"not on the PATH: {', '.join(lacking)}" if lacking else ""
+
+
+# -- JAX --
+
+
+def optax_adam(backend, shapes):
+    import jax
+    import optax
+
+    transform = optax.adam(LR, *BETAS, eps=EPS)
+    device = jax.devices("gpu" if backend.memory == "CUDA" else "cpu")[0]
+
+    def on_device(array):
+        return jax.device_put(np.array(array), device)
+
+    params, grads = map(list, zip(*([on_device(a) for a in arrays] for arrays in _host_arrays(shapes, 2)), strict=True))
+    held = [params, jax.device_put(transform.init(params), device)]
+
+    def update(params, state, grads):
+        updates, state = transform.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    jitted = jax.jit(update, donate_argnums=(0, 1))
+
+    def step():
+        held[:] = jitted(*held, grads)
+
+    return Contender(step, lambda: jax.block_until_ready(held))
+
+
+def _optax_problem(memory):
+    if importlib.util.find_spec("jax") is None:
+        return "jax is not installed"
+    import jax
+
+    platforms = {device.platform for device in jax.devices()}
+    return "" if memory == "CPU" or "gpu" in platforms else "JAX finds no GPU"
+
+
+# -- the table --
+
+OURS = (
+    Peer("gpuadam.adam_step", adam_step),
+    Peer("gpuadam.Adam.step", adam_class),
+    Peer("gpuadam kernel + launch", _rule(adam)),
+    Peer(measure.LIMIT, _rule(limit)),
+)
+PEERS = (
+    Peer(measure.TORCH_FUSED, torch_adam(fused=True), package="torch", problem=_torch_problem),
+    Peer("DeepSpeed CPUAdam", deepspeed_cpu_adam, ("CPU",), "deepspeed", problem=_deepspeed_problem),
+    Peer("optax under jit", optax_adam, package="optax", floats=5, problem=_optax_problem),
+    Peer("torch foreach", torch_adam(foreach=True), package="torch", floats=6, passes=5, problem=_torch_problem),
+    Peer("one element a thread", one_element_a_thread, ("CUDA",), "cupy"),
+    Peer("plain CuPy", plain("cupy"), ("CUDA",), "cupy", floats=5, passes=13),
+    Peer(
+        "torch for-loop",
+        torch_adam(foreach=False, fused=False),
+        package="torch",
+        floats=6,
+        passes=13,
+        problem=_torch_problem,
+    ),
+    Peer("plain NumPy", plain("numpy"), ("CPU",), "numpy", floats=5, passes=13),
+)
+
+
+def chosen(backend, names=None):
+    """Return (those peers that can run on this backend, {the others' name: why not}). names: only these; None for all."""
+    present, absent = [], {}
+    for peer in PEERS:
+        if backend.memory not in peer.memory or not (names is None or peer.name in names):
+            continue
+        if peer.package == "cupy" and backend.name != "cupy":
+            absent[peer.name] = "measured with the backend cupy, whose arrays it takes"
+        elif importlib.util.find_spec(peer.package) is None:
+            absent[peer.name] = f"{peer.package} is not installed"
+        elif problem := peer.problem(backend.memory):
+            absent[peer.name] = problem
+        else:
+            present.append(peer)
+    return present, absent
+
+
+SLOW_PASSES, LARGE_FOR_A_CPU = 10, 5e7
+
+
+def fitting(peers, elements, backend):
+    """Return (the peers that fit in memory together and do not take too long, {the others' name: why not})."""
+    kept, absent = [], {}
+    free = 0.85 * free_bytes(backend)
+    for peer in peers:
+        need = 4 * peer.floats * elements
+        if backend.memory == "CPU" and elements > LARGE_FOR_A_CPU and peer.passes >= SLOW_PASSES:
+            absent[peer.name] = f"too slow at {elements:,} elements"
+        elif need > free:
+            absent[peer.name] = f"no memory left at {elements:,} elements: it needs {need / 1e9:.1f} GB"
+        else:
+            kept.append(peer)
+            free -= need
+    return kept, absent
+
+
+def free_bytes(backend):
+    """Return the memory that is free on the backend's device."""
+    if backend.name == "cupy":
+        import cupy
+
+        return cupy.cuda.runtime.memGetInfo()[0]
+    if backend.name == "numba-cuda":
+        from numba import cuda
+
+        return cuda.current_context().get_memory_info().free
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def release(backend):
+    """Give the memory of contenders that are no more back to the device, so that other libraries' can have it."""
+    gc.collect()
+    if backend.memory == "CPU":
+        return
+    if backend.name == "cupy":
+        import cupy
+
+        cupy.get_default_memory_pool().free_all_blocks()
+    else:
+        from numba import cuda
+
+        cuda.current_context().deallocations.clear()
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import operator
 import sys
 from typing import Any, NamedTuple
 
@@ -80,6 +81,25 @@ def on_cuda(name, array, device_of):
         elif torch is not None and isinstance(array, torch.Tensor):
             stream = torch.cuda.current_stream(device).cuda_stream or 1
     return View(name, array, pointer, shape, strides, dtype, not read_only, strides == in_c_order, device, stream)
+
+
+# What an array in CUDA memory is and where: address, shape, strides, dtype. By type, so that nothing is imported.
+_DESCRIBED = {
+    "cupy.ndarray": operator.attrgetter("data.ptr", "shape", "strides", "dtype"),
+    "numba.cuda.cudadrv.devicearray.DeviceNDArray": operator.attrgetter(
+        "device_ctypes_pointer.value", "shape", "strides", "dtype"
+    ),
+}
+
+
+def description(arrays):
+    """Return all that checks and kernels depend on, of arrays of one type that is known here; of others, None."""
+    kinds = set(map(type, arrays))
+    if len(kinds) != 1:
+        return None
+    (kind,) = kinds
+    getter = _DESCRIBED.get(f"{kind.__module__}.{kind.__qualname__}")
+    return getter and (kind, list(map(getter, arrays)))
 
 
 def contiguous_strides(shape, itemsize):

@@ -63,6 +63,8 @@ def step_number(step):
 
 def count(name, value):
     """Return a number of steps taken as a Python int, which never wraps."""
+    if type(value) is int and value >= 0:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, not {value!r} ({type(value).__name__})")
     if value < 0:
@@ -71,7 +73,7 @@ def count(name, value):
 
 
 def flag(name, value):
-    if not isinstance(value, (bool, np.bool_)):
+    if type(value) is not bool and not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, not {value!r}")
     return bool(value)
 
@@ -118,29 +120,6 @@ def same_layout(own, loaded, any_layout):
 
 def read_only(view):
     raise ValueError(f"{view.name} is read-only, and an update writes to it: pass a writeable array")
-
-
-def plain(arrays):
-    """Whether the arrays of an update are NumPy's, C-contiguous, and would pass `update` and `overlap`: the short way to know.
-
-    For everything else the long way finds out what to do or what to say. arrays: param, grad, m, v and max_v, if any.
-    """
-    param, grad, *state = arrays
-    if not (type(param) is type(grad) is np.ndarray and param.dtype in DTYPES):
-        return False
-    shape, dtype = param.shape, param.dtype
-    if grad.shape != shape or grad.dtype != dtype or not (grad.flags.c_contiguous and grad.flags.aligned):
-        return False
-    for a in (param, *state):
-        # carray: C-contiguous, aligned, writeable, in native byte order
-        if type(a) is not np.ndarray or a.shape != shape or a.dtype != dtype or not a.flags.carray:
-            return False
-    # of contiguous arrays the bounds are all that matters, and those are all that NumPy looks at here
-    for k, a in enumerate(arrays):
-        for b in arrays[:k]:
-            if np.may_share_memory(a, b):
-                return False
-    return True
 
 
 def dtype(view):

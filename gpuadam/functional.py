@@ -1,9 +1,11 @@
-"""One update of one array: check, compute the scalars, choose the backend, launch."""
+"""From call to launch: check, choose the backend, compute the scalars, launch."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import backends, checks, hyperparameters
+import numpy as np
+
+from . import arrays, backends, checks, hyperparameters
+from .kernels import adam, streams
 
 
 def adam_step(
@@ -22,6 +24,7 @@ def adam_step(
     maximize=False,
     grad_scale=1.0,
     backend=None,
+    stream=None,
 ):
     """Apply one Adam update in place, in one pass over memory.   (Kingma & Ba 2015, Algorithm 1, arXiv:1412.6980)
 
@@ -35,11 +38,14 @@ def adam_step(
     weight_decay: added to the gradient times param (L2), or, if decoupled, taken off param times lr (AdamW).
     maximize: go up the gradient. grad_scale: the gradient is multiplied by it first (1 / loss scale, or a clipping factor).
     backend: "cupy", "numba-cuda" or "numba-cpu"; by default the arrays decide.
+    stream: on a GPU, where to enqueue the update: a CuPy, Numba or torch stream, or the handle of one. By default CuPy's current
+        stream, or else the one that the arrays name. Work on arrays that name other streams is ordered with it.
 
-    On a GPU the update is enqueued on the current stream, and the call returns before it is done.
+    On a GPU the call returns before the update is done, and never waits for the device.
 
     Raises ValueError (shapes, devices, read-only or overlapping arrays, hyperparameters out of range), TypeError (dtypes, not
-    an array, arrays of different libraries) or BackendUnavailableError, each before anything is written.
+    an array, arrays of different libraries), BackendUnavailableError, or RuntimeError while a CUDA graph is captured, which would
+    freeze this step's numbers (see `Adam`), each before anything is written.
 
     >>> import numpy as np, gpuadam
     >>> param, grad = np.array([0.5, 0.0], "float32"), np.array([-33.0, -9.0], "float32")
@@ -57,48 +63,144 @@ def adam_step(
         maximize=maximize,
         grad_scale=grad_scale,
     )
-    plan((param, grad, m, v, max_v), h, checks.step_number(step), backend).launch()
+    given = [param, grad, m, v] if max_v is None else [param, grad, m, v, max_v]
+    update([Updates(h, checks.step_number(step), given, [None], max_v is not None)], backend, stream)
 
 
-class Plan(NamedTuple):
-    """An update that was checked and only has to be launched."""
+class Updates(NamedTuple):
+    """Arrays that take the same step."""
 
-    launch: Callable[[], None]
-    views: Callable[[], list[Any]]  # of param, grad, m, v and max_v or None
+    h: hyperparameters.Hyperparameters
+    step: int
+    arrays: list[Any]  # param, grad, m, v and, with amsgrad, max_v of one update after the other
+    names: list[str | None]  # of each param; None for the one that adam_step was given
+    amsgrad: bool
+    now: Any = None  # a capturable.Now, if the step count is on the device
 
-
-def plan(given, h, step, backend, label=""):
-    """Check an update and return its Plan. given: param, grad, m, v, max_v or None; label: what an error calls the param."""
-    param, grad, m, v, max_v = given
-    amsgrad = max_v is not None
-    if checks.plain(given if amsgrad else given[:4]) and backends.takes_numpy(backend):
-        # the short way for NumPy arrays: the same checks, the same kernel, and nothing in between
-        kernels = backends.load("numba-cpu")
-        form, scalars = hyperparameters.form_and_scalars(h, step, param.dtype, amsgrad)
-        flat = (param, grad, m, v, max_v if amsgrad else v)
-        if param.ndim != 1:
-            flat = tuple(a.reshape(-1) for a in flat)
-        return Plan(
-            lambda: kernels.launch_flat(form, flat, scalars),
-            lambda: [None if a is None else kernels.view(name, a) for name, a in _named(given, label)],
-        )
-    named = _named(given, label)
-    for name, array in named[:4]:
-        checks.given(name, array)
-    kernels, views = backends.choose(named, backend)
-    checks.update(views)
-    checks.overlap(*written_and_read(views))
-    form, scalars = hyperparameters.form_and_scalars(h, step, views[0].dtype, amsgrad)
-    return Plan(lambda: kernels.launch(form, views, scalars), lambda: views)
+    @property
+    def width(self):
+        return 5 if self.amsgrad else 4
 
 
-def written_and_read(views):
-    """Return the views of what an update writes, and of what it only reads."""
-    return [view for view in (views[0], *views[2:]) if view is not None], [views[1]]
+def update(groups, backend=None, stream=None, memo=None):
+    """Check all Updates, then launch them: one launch for the dense arrays of each that share a device and a dtype.
+
+    memo: a Memo, which keeps what was found out of arrays on a GPU for the next step.
+    """
+    if stream is None and backends.takes_numpy(backend) and _numpy_way(groups):
+        return
+    stream = streams.handle(stream)
+    batches = memo and memo.batches(groups, backend)
+    fresh = not batches
+    if fresh:
+        batches = _checked(groups, backend)
+    work, advanced = [], set()
+    for k, kernels, dtype, batch in batches:
+        h, step, _, _, amsgrad, now = groups[k]
+        if kernels.NAME == "numba-cpu" and stream is not None:
+            raise TypeError("stream is for arrays on a GPU; these are on the CPU, which has no streams")
+        capturing = batch.check(stream, now is not None)
+        if now is None:
+            form, scalars = hyperparameters.form_and_scalars(h, step, dtype, amsgrad)
+            work.append((batch, form, scalars, None))
+        else:
+            if capturing:
+                now.check_capture(h)
+            work.append((batch, *now.form_and_launch(h, dtype, amsgrad, k not in advanced)))
+            advanced.add(k)
+    for batch, form, scalars, launch_scalars in work:
+        if launch_scalars is not None:
+            target, _ = batch.streams(stream)
+            launch_scalars(target)
+        batch.launch(form, scalars, adam, stream)
+    if memo is not None and fresh:
+        memo.keep(groups, backend, batches)
+    elif fresh:
+        for *_, batch in batches:
+            batch.release()
 
 
-def _named(given, label):
-    names = ("param", "grad", "m", "v", "max_v")
-    if label:
-        names = (label, f"the gradient of {label}", *(f"{moment} of {label}" for moment in names[2:]))
-    return list(zip(names, given, strict=True))
+def _numpy_way(groups):
+    """Check and launch, if all arrays are plain NumPy arrays that pass every check; else return False, having done nothing."""
+    kernels = backends.load("numba-cpu")
+    struct = kernels.numpy_struct
+    work = []
+    for h, step, given, _, amsgrad, _ in groups:
+        found = struct.table(given, 5 if amsgrad else 4)
+        if found is None:
+            return False
+        table, dtype = found
+        for one, rows in struct.by_dtype(table) if dtype is None else [(dtype, table)]:
+            work.append((*hyperparameters.form_and_scalars(h, step, one, amsgrad), rows))
+    if len(groups) > 1 and not struct.disjoint(np.concatenate([rows for *_, rows in work])):
+        return False
+    for form, scalars, rows in work:
+        kernels.launch_table(form, rows, scalars)
+    return True
+
+
+def _checked(groups, backend):
+    """Return (number of the group, kernels, dtype, batch) of every launch, or raise what is wrong with an array."""
+    batches, written, read = [], [], []
+    for k, group in enumerate(groups):
+        together: dict[tuple, list] = {}
+        for n, name in enumerate(group.names):
+            named = _named(group.arrays[n * group.width : (n + 1) * group.width], name)
+            for label, array in named:
+                checks.given(label, array)
+            kernels, views = backends.choose(named, backend)
+            checks.update(views)
+            param, grad, *state = views
+            written += [param, *state]
+            read.append(grad)
+            together.setdefault((kernels, param.device, param.dtype), []).append([*views, None][:5])
+        for (kernels, _, dtype), updates in together.items():
+            batches += [(k, kernels, dtype, batch) for batch in kernels.batches(updates)]
+    checks.overlap(written, read)
+    return batches
+
+
+class Memo:
+    """What the checks found out of a step's arrays on a GPU, for as long as they stay what and where they were.
+
+    At each step the type, address, shape, strides and dtype of every array are read again and compared. No array is kept alive.
+    """
+
+    def __init__(self):
+        self._key, self._batches = None, []
+
+    def batches(self, groups, backend):
+        """Return the batches of the last step if its arrays were the same in all that matters, or None."""
+        return self._batches if self._key is not None and self._key == _description(groups, backend) else None
+
+    def keep(self, groups, backend, batches):
+        for *_, batch in self._batches:
+            batch.release()
+        lasts = batches and all(batch.lasts for *_, batch in batches)
+        self._key = _description(groups, backend) if lasts else None
+        self._batches = batches if self._key is not None else []
+        if self._key is None:
+            for *_, batch in batches:
+                batch.release()
+
+    def __reduce__(self):  # a copy of an optimizer finds out anew
+        return (Memo, ())
+
+
+def _description(groups, backend):
+    described = []
+    for group in groups:
+        found = arrays.description(group.arrays)
+        if found is None:
+            return None
+        described.append((group.amsgrad, found))
+    return backends.forced(backend), described
+
+
+def _named(given, name):
+    """Return what errors call the arrays of an update, and the arrays."""
+    labels: tuple[str, ...] = ("param", "grad", "m", "v", "max_v")
+    if name is not None:
+        param = f"params[{name!r}]"
+        labels = (param, f"the gradient of {param}", *(f"{moment} of {param}" for moment in labels[2:]))
+    return list(zip(labels, given, strict=False))

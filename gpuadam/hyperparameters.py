@@ -2,6 +2,7 @@
 
 import functools
 import math
+import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +11,9 @@ from . import checks
 from .kernels.adam import Form, Scalars
 
 
-class Hyperparameters(NamedTuple):
-    """What a user sets for a step, checked."""
+class Fixed(NamedTuple):
+    """What seldom changes between the steps of a program, checked."""
 
-    lr: float
     beta1: float
     beta2: float
     eps: float
@@ -23,11 +23,31 @@ class Hyperparameters(NamedTuple):
     grad_scale: float
 
 
+class Hyperparameters(NamedTuple):
+    """What a user sets for a step, checked."""
+
+    lr: float
+    fixed: Fixed
+
+
 def checked(*, lr, betas, eps, weight_decay, decoupled, maximize, grad_scale=1.0):
     """Return Hyperparameters, or raise TypeError or ValueError naming the one that is wrong."""
-    beta1, beta2 = checks.betas(betas)
-    return Hyperparameters(
-        checks.non_negative("lr", lr),
+    lr = checks.non_negative("lr", lr)
+    try:
+        beta1, beta2 = betas
+        fixed = _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale)
+    except (
+        TypeError,
+        ValueError,
+    ):  # two betas, and values that can be keys of a cache, are the usual case and not the only one
+        fixed = _fixed.__wrapped__(*checks.betas(betas), eps, weight_decay, decoupled, maximize, grad_scale)
+    return Hyperparameters(lr, fixed)
+
+
+@functools.lru_cache(maxsize=256, typed=True)  # typed: 1 and True are equal, and one of them is no weight_decay
+def _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale):
+    beta1, beta2 = checks.betas((beta1, beta2))
+    return Fixed(
         beta1,
         beta2,
         checks.non_negative("eps", eps),
@@ -38,38 +58,40 @@ def checked(*, lr, betas, eps, weight_decay, decoupled, maximize, grad_scale=1.0
     )
 
 
-@functools.lru_cache(maxsize=256)  # many arrays share a step
 def form_and_scalars(h, step, dtype, amsgrad):
     """Return the Form and the Scalars of a step for arrays of dtype.
 
     >>> h = checked(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False, maximize=False)
     >>> form, scalars = form_and_scalars(h, 1, np.dtype("float32"), False)
-    >>> form.near1, float(scalars.neg_lr)  # -lr / (1 - beta1)
+    >>> form.near1, scalars.neg_lr  # -lr / (1 - beta1)
     (True, -1.0)
     """
-    form, rounded, grad_scale, decay, w1, w2, eps = _constants(h[1:], dtype, amsgrad)
-    if h.decoupled:
-        decay = rounded("weight_decay times lr", -h.lr * h.weight_decay)
-    inv_sqrt_bias2 = rounded("1 / sqrt(1 - beta2**step)", 1.0 / math.sqrt(1.0 - power(h.beta2, step)))
-    neg_lr = rounded("lr / (1 - beta1**step)", -h.lr / (1.0 - power(h.beta1, step)))
+    lr, fixed = h
+    beta1, beta2, *_ = fixed
+    form, rounded, grad_scale, decay, w1, w2, eps = _constants(fixed, dtype, amsgrad)
+    if form.decoupled:
+        decay = rounded("weight_decay times lr", -lr * fixed.weight_decay)
+    inv_sqrt_bias2 = rounded("1 / sqrt(1 - beta2**step)", 1.0 / math.sqrt(1.0 - power(beta2, step)))
+    neg_lr = rounded("lr / (1 - beta1**step)", -lr / (1.0 - power(beta1, step)))
     return form, Scalars(grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr)
 
 
 def check_rounding(h, dtype):
     """Raise ValueError for a hyperparameter that overflows dtype, or rounds to 0 in it where it must not."""
-    _constants(h[1:], dtype, False)
+    _constants(h.fixed, dtype, False)
 
 
 @functools.lru_cache(maxsize=256)
-def _constants(h, dtype, amsgrad):
+def _constants(fixed, dtype, amsgrad):
     """Return what does not change with lr and step: the Form, the rounding to dtype, and five scalars."""
-    beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale = h
-    largest, to_dtype = float(np.finfo(dtype).max), dtype.type
+    beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale = fixed
+    number = struct.Struct({"float32": "f", "float64": "d"}[dtype.name])
+    pack, unpack, largest = number.pack, number.unpack, float(np.finfo(dtype).max)
 
     def rounded(name, value):
         if not -largest <= value <= largest:
             raise ValueError(f"{name} is {abs(value)}, which overflows {dtype}: choose a smaller one")
-        return to_dtype(value)
+        return unpack(pack(value))[0]  # rounded to nearest even, as NumPy's cast; half its time
 
     def rounded_but_not_to_zero(name, value):
         if value and not rounded(name, value):
@@ -78,13 +100,12 @@ def _constants(h, dtype, amsgrad):
 
     # 1 - beta is formed in float64: in float32, 1 - 0.999 is off by 1.3e-5 of itself, and so would v be
     w1, w2 = rounded("1 - beta1", 1.0 - beta1), rounded("1 - beta2", 1.0 - beta2)
-    near1, near2 = bool(w1 < 0.5), bool(w2 < 0.5)
-    one = to_dtype(1)
+    near1, near2 = w1 < 0.5, w2 < 0.5
     grad_scale = rounded_but_not_to_zero("grad_scale", -grad_scale if maximize else grad_scale)
     decays = weight_decay != 0.0
     form = Form(
         dtype,
-        scaled=bool(grad_scale != one),
+        scaled=grad_scale != 1.0,
         l2=decays and not decoupled,
         decoupled=decays and decoupled,
         amsgrad=amsgrad,
@@ -97,24 +118,36 @@ def _constants(h, dtype, amsgrad):
         grad_scale,
         rounded("weight_decay", weight_decay),
         # lerp from the nearer end, as torch.lerp; w - 1 is exact
-        w1 if near1 else w1 - one,
-        w2 if near2 else w2 - one,
+        w1 if near1 else w1 - 1.0,
+        w2 if near2 else w2 - 1.0,
         rounded_but_not_to_zero("eps", eps),
     )
 
 
 def power(base, exponent):
-    """Return base**exponent by repeated squaring: these products and no others.
+    """Return base**exponent by repeated squaring, from the lowest bit of the exponent: these products and no others.
 
     `**` gives other bits in half of all cases, and other ones on other machines; a GPU kernel can do this loop too.
 
     >>> power(0.5, 10)
     0.0009765625
     """
-    result = 1.0
+    products, base = _low_powers(base)
+    result = products[exponent & 1023]
+    exponent >>= 10
     while exponent:
         if exponent & 1:
             result *= base
         base *= base
         exponent >>= 1
     return result
+
+
+@functools.lru_cache(maxsize=64)
+def _low_powers(base):
+    """Return what the loop has for the first 10 bits of an exponent, by those bits, and the square that comes next."""
+    products = [1.0]
+    for _ in range(10):
+        products += [product * base for product in products]
+        base *= base
+    return products, base

@@ -1,14 +1,15 @@
 """Adam and AdamW: parameters in groups, their moments, and the step over all of them."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import arrays, backends, checks, functional, hyperparameters
+from . import capturable as capturable_
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+MOMENTS = {False: ("m", "v"), True: ("m", "v", "max_v")}  # by whether it is AMSGrad
 GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
 
 
@@ -31,10 +32,16 @@ class Adam:
     lr: a number, or a callable of the number of the step, counted from 1: `lambda step: 1e-3 * min(1, step / 100)`. To check it,
         it is also called with 1 here and in `load_state_dict`.
     betas, eps, weight_decay, maximize: as in `adam_step`. amsgrad: keep the running maximum of v (Reddi et al. 2018).
+    capturable: keep the step count on the device, so that a CUDA graph that captures `step` counts on when it is replayed.
+        lr, and grad_scale in `step`, may then be arrays of one float32 or float64 on that device, whose values are read there
+        when the step runs; in a captured graph they have to be, because a graph freezes numbers. All parameters of a group
+        share a device and a step count, so none of them can be skipped alone. On the CPU it works the same, without graphs.
+        Take a step with the same arrays on the same stream before the capture.
     backend: "cupy", "numba-cuda" or "numba-cpu"; by default the arrays decide.
 
     Attributes: `groups`, a list of dicts: "params", "names" and the hyperparameters, which may be changed between steps;
-    `state`, name -> {"step", "m", "v", and "max_v" with amsgrad}; `steps`, how many there were.
+    `state`, name -> {"step", "m", "v", and "max_v" with amsgrad}; with capturable, "step" is the group's int64 array of one;
+    `steps`, how many calls of `step` there were.
     Names are the dict's keys; without a dict, "0", "1", ... in order, through all groups.
 
     Raises what `adam_step` raises, and ValueError for a parameter given twice, an unknown hyperparameter or no parameters.
@@ -50,7 +57,17 @@ class Adam:
     _decoupled = False
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, amsgrad=False, maximize=False, backend=None
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        *,
+        amsgrad=False,
+        maximize=False,
+        capturable=False,
+        backend=None,
     ):
         defaults = {
             "lr": lr,
@@ -62,11 +79,14 @@ class Adam:
         }
         self.backend = backends.forced(backend)  # one that was in use when the moments were made stays in use
         self.steps = 0
+        self.capturable = checks.flag("capturable", capturable)
+        self._memo = functional.Memo()
+        self._clocks: list[Any] = []  # a Clock for each group that has parameters
         self.groups, self._structures, self._grouped = _groups(params, defaults)
         self.state: dict[str, dict[str, Any]] = {}
         views = []
         for group, structure in zip(self.groups, self._structures, strict=True):
-            h = _hyperparameters(group, structure, self._decoupled, step=1)
+            h = _hyperparameters(self._with_a_number(group), structure, self._decoupled, step=1)
             for name, param in zip(group["names"], group["params"], strict=True):
                 if name in self.state:
                     raise ValueError(f"two parameters are named {name!r}: names must differ")
@@ -81,48 +101,102 @@ class Adam:
                 self.state[name] = {}
         checks.overlap([view for _, view, _ in views], [])
         for state, (kernels, view, amsgrad) in zip(self.state.values(), views, strict=True):
-            moments = ("m", "v", "max_v") if amsgrad else ("m", "v")
-            state.update({"step": 0} | {moment: kernels.zeros_like(view) for moment in moments})
+            state.update({"step": 0} | {moment: kernels.zeros_like(view) for moment in MOMENTS[amsgrad]})
+        if self.capturable:
+            self._start_clocks(iter(views))
 
-    def step(self, grads, *, grad_scale=1.0):
+    def _start_clocks(self, views):
+        """Give each group its step count. views: (kernels, view, amsgrad) of every parameter, in order."""
+        for k, group in enumerate(self.groups):
+            own = [next(views)[:2] for _ in group["names"]]
+            backends_ = {kernels for kernels, _ in own}
+            devices = {view.device for _, view in own if view.size}
+            if len(backends_) > 1 or len(devices) > 1:
+                raise ValueError(
+                    f"with capturable=True the parameters of a group share a device and a backend; group {k} does not"
+                )
+            if not own:
+                self._clocks.append(None)
+                continue
+            clock = capturable_.Clock(backends_.pop(), devices.pop() if devices else 0)
+            clock.number("lr", group["lr"])
+            self._clocks.append(clock)
+            for name in group["names"]:
+                self.state[name]["step"] = clock.step
+
+    def _with_a_number(self, group):
+        """Return a group whose lr can be checked: what is in an array is not known before it is read."""
+        return group | {"lr": 0.0} if self.capturable and capturable_.is_array(group["lr"]) else group
+
+    def step(self, grads, *, grad_scale=1.0, stream=None):
         """Update every parameter that has a gradient, in place.
 
         grads: of the same structure as params; None in an array's place skips it. For groups, a list with the gradients of
             each, or with dicts `{"params": gradients}`. They are only read.
         grad_scale: every gradient is multiplied by it first.
+        stream: on a GPU, as in `adam_step`.
 
         Everything is checked before anything is written: one bad array or hyperparameter stops the whole step.
         """
         grads = _flatten(grads, self._structures) if self._grouped else _flatten_group(grads, self._structures[0], "grads")
         if len(self.groups) != len(self._structures):
             raise ValueError("groups cannot be added to an optimizer or removed from it after it is made: make another")
-        planned = []
-        for group, structure in zip(self.groups, self._structures, strict=True):
-            h = _hyperparameters(group, structure, self._decoupled, self.steps + 1, grad_scale)
+        updates: list[functional.Updates] = []
+        states, clocks = [], []
+        for k, (group, structure) in enumerate(zip(self.groups, self._structures, strict=True)):
+            clock = self._clocks[k] if self.capturable else None
+            h, now, step = _now(group, structure, self._decoupled, self.steps + 1, grad_scale, clock)
+            moments = MOMENTS[group["amsgrad"]]
+            by_step: dict[
+                int, functional.Updates
+            ] = {}  # an array that was skipped before is at another step than the others
             for name, param in zip(group["names"], group["params"], strict=True):
-                grad, state = grads[name], self.state[name]
-                if grad is not None:
-                    given = (param, grad, state["m"], state["v"], state["max_v"] if group["amsgrad"] else None)
-                    label = f"params[{name!r}]"
-                    planned.append((functional.plan(given, h, state["step"] + 1, self.backend, label), state))
-        if len(planned) > 1:  # each was checked by itself; now all of them together
-            written_and_read = [functional.written_and_read(plan.views()) for plan, _ in planned]
-            checks.overlap(*(list(itertools.chain.from_iterable(views)) for views in zip(*written_and_read, strict=True)))
-        for plan, state in planned:
-            plan.launch()
+                if (grad := grads[name]) is None:
+                    continue
+                state = self.state[name]
+                count = state["step"] if clock is None else step
+                same = by_step.get(count)
+                if same is None:
+                    count = checks.count(f"the step of params[{name!r}]", count)
+                    same = by_step[count] = functional.Updates(h, count + 1, [], [], group["amsgrad"], now)
+                same.arrays.extend((param, grad, *[state[moment] for moment in moments]))
+                same.names.append(name)
+                if clock is None:
+                    states.append(state)
+            if clock and by_step:
+                if len(by_step[step].names) < len(group["names"]):
+                    skipped = sorted(set(group["names"]) - set(by_step[step].names))
+                    raise ValueError(
+                        f"with capturable=True the parameters of a group share a step count, and {skipped} have no gradient: "
+                        "give zeros, put them into a group of their own, or skip the whole group"
+                    )
+                clocks.append(clock)
+            updates += by_step.values()
+        if updates:
+            functional.update(updates, self.backend, stream, self._memo)
+        for state in states:
             state["step"] += 1
+        for clock in clocks:
+            if clock.on_cpu:  # a GPU has counted by itself
+                clock.step += 1
         self.steps += 1
 
     def state_dict(self):
         """Return {"steps", "state", "groups"}: by name, the moments themselves and not copies, and each group's settings.
 
+        With capturable, step counts and learning rates are read from the device, as numbers.
         A learning rate that is a callable is not state: None stands in its place.
         """
         groups = []
-        for group in self.groups:
+        states = {name: dict(state) for name, state in self.state.items()}
+        for k, group in enumerate(self.groups):
             settings = {key: None if callable(group[key]) else group[key] for key in HYPERPARAMETERS}
+            if self.capturable and self._clocks[k]:
+                settings["lr"] = self._clocks[k].value(group["lr"])
+                for name in group["names"]:
+                    states[name]["step"] = self._clocks[k].count()
             groups.append(settings | {"names": list(group["names"]), "betas": tuple(group["betas"])})
-        return {"steps": self.steps, "state": {name: dict(state) for name, state in self.state.items()}, "groups": groups}
+        return {"steps": self.steps, "state": states, "groups": groups}
 
     def load_state_dict(self, state_dict):
         """Copy a `state_dict()` into this optimizer, which must have parameters of the same names, shapes and dtypes.
@@ -144,10 +218,17 @@ class Adam:
         checks.overlap([own for _, own, _ in copies], [loaded for _, _, loaded in copies])
         for kernels, own, loaded in copies:
             kernels.copy(own, loaded)
-        for group, settings in zip(self.groups, groups, strict=True):
+        for k, (group, settings) in enumerate(zip(self.groups, groups, strict=True)):
+            clock = self._clocks[k] if self.capturable else None
+            if clock and capturable_.is_array(group["lr"]) and not callable(settings["lr"]):
+                clock.fill(group["lr"], settings["lr"])  # in place: a captured graph knows this array
+                settings["lr"] = group["lr"]
             group.update(settings)
-        for name, state in self.state.items():
-            state["step"] = states[name]["step"]
+            for name in group["names"]:
+                if clock is None:
+                    self.state[name]["step"] = states[name]["step"]
+                else:
+                    clock.fill(clock.step, states[name]["step"])
         self.steps = steps
 
 
@@ -161,8 +242,14 @@ def _hyperparameters(group, structure, decoupled, step, grad_scale=1.0):
         raise ValueError('the "params" and "names" of a group cannot be changed after the optimizer is made: make another')
     if checks.flag("amsgrad", group["amsgrad"]) != structure.amsgrad:
         raise ValueError("amsgrad cannot be changed after the optimizer is made: it decides which moments there are")
+    lr = group["lr"]
+    if capturable_.is_array(lr):
+        raise TypeError(
+            f"lr is a {arrays.kind(lr)}: it must be a number or a callable or, with capturable=True, an array of one number "
+            "beside the parameters"
+        )
     return hyperparameters.checked(
-        lr=group["lr"](step) if callable(group["lr"]) else group["lr"],
+        lr=lr(step) if callable(lr) else lr,
         betas=group["betas"],
         eps=group["eps"],
         weight_decay=group["weight_decay"],
@@ -170,6 +257,18 @@ def _hyperparameters(group, structure, decoupled, step, grad_scale=1.0):
         maximize=group["maximize"],
         grad_scale=grad_scale,
     )
+
+
+def _now(group, structure, decoupled, step, grad_scale, clock):
+    """Return the Hyperparameters of a group's step, its capturable.Now, if any, and the count of steps before."""
+    if clock is None:
+        return _hyperparameters(group, structure, decoupled, step, grad_scale), None, 0
+    if clock.on_cpu:
+        given = group | {"lr": clock.value(group["lr"])}
+        return _hyperparameters(given, structure, decoupled, step, clock.value(grad_scale)), None, clock.count()
+    now = capturable_.Now(clock, group["lr"], grad_scale)
+    given = group if now.lr is None else group | {"lr": 0.0}
+    return _hyperparameters(given, structure, decoupled, step, 1.0 if now.grad_scale else grad_scale), now, 0
 
 
 class AdamW(Adam):
@@ -196,9 +295,11 @@ class AdamW(Adam):
         *,
         amsgrad=False,
         maximize=False,
+        capturable=False,
         backend=None,
     ):
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad=amsgrad, maximize=maximize, backend=backend)
+        options = {"amsgrad": amsgrad, "maximize": maximize, "capturable": capturable, "backend": backend}
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 
 def _groups(params, defaults):
@@ -261,11 +362,13 @@ def _flatten_group(grads, structure, label):
 
 def _listed(x):
     """Return generators and the like, such as `model.parameters()` and `d.values()`, as lists."""
+    if type(x) in (list, tuple, dict):  # what it mostly is; asking for the abstract types takes longer
+        return x
     return list(x) if isinstance(x, (Iterator, ValuesView)) else x
 
 
 def _is_sequence(x):
-    return isinstance(x, Sequence) and not isinstance(x, (str, bytes))
+    return type(x) in (list, tuple) or (isinstance(x, Sequence) and not isinstance(x, (str, bytes)))
 
 
 def _what(x):
@@ -308,6 +411,11 @@ def _checked_state_dict(state_dict, optimizer):
     for name, own in optimizer.state.items():
         if set(states[name]) != set(own):
             raise ValueError(f"the state of {name!r} has {sorted(states[name])}, the optimizer's {sorted(own)}")
+    for group in optimizer.groups if optimizer.capturable else ():
+        if len({states[name]["step"] for name in group["names"]}) > 1:
+            raise ValueError(
+                f"with capturable=True the parameters {group['names']} share a step count; the state_dict's differ"
+            )
     counted = {
         name: dict(state) | {"step": checks.count(f"step of {name!r}", state["step"])} for name, state in states.items()
     }

@@ -13,12 +13,17 @@ An *operation* of a rule is a row of `primitives.py`: LLVM for Numba beside PTX 
 
 A *backend* is a file that gives a rule its loop: `cupy_elementwise.py`, `numba_cuda.py`, `numba_cpu.py`. Each has
 
-    view(name, array)                      what `gpuadam.arrays.View` needs to know of an array; nothing is copied
-    launch(form, views, scalars, rule)     the update, in place, on the caller's stream
-    build(rule, form, loop)                the kernel, cached
-    zeros_like(view)                       memory for a moment
-    copy, from_host, to_host               for loading state, and for tests and measurements
-    now, seconds_between                   the device's clock
+    view(name, array)                              what `gpuadam.arrays.View` needs to know of an array; nothing is copied
+    batches(updates)                               the launches that several updates take: one for all dense arrays
+    launch(form, views, scalars, rule, stream)     one update, in place
+    build(rule, form, loop)                        the kernel, cached
+    zeros_like(view)                               memory for a moment
+    copy, from_host, to_host                       for loading state, and for tests and measurements
+    now, seconds_between                           the device's clock
+
+`gpu_launch.py` has what both GPU backends do to launch, `pointer_table.py` the table by which one launch finds many arrays,
+`streams.py` which stream it goes on, and `device_scalars.py` the scalars of a step computed on the device, for captured graphs.
+On the CPU `numpy_struct.py` reads what arrays are in compiled code, and `compiled_cache.py` keeps kernels on disk.
 
     To add a backend: such a file, and in `gpuadam/backends.py` a row and a probe. The bench picks it up from there, and the tests
     over the fixture `library` once `tests/libraries.py` can make its arrays.

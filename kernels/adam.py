@@ -32,15 +32,15 @@ class Form(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What is the same for every element of a step: NumPy scalars of the compute type, in the order of kernel arguments."""
+    """What is the same for every element of a step: numbers of the compute type, in the order of kernel arguments."""
 
-    grad_scale: np.floating  # negative to maximize
-    decay: np.floating  # weight_decay if l2, -lr * weight_decay if decoupled
-    w1: np.floating  # 1 - beta1 if near1, else that minus 1
-    w2: np.floating  # 1 - beta2 if near2, else that minus 1
-    inv_sqrt_bias2: np.floating  # 1 / sqrt(1 - beta2**step)
-    eps: np.floating
-    neg_lr: np.floating  # -lr / (1 - beta1**step)
+    grad_scale: float  # negative to maximize
+    decay: float  # weight_decay if l2, -lr * weight_decay if decoupled
+    w1: float  # 1 - beta1 if near1, else that minus 1
+    w2: float  # 1 - beta2 if near2, else that minus 1
+    inv_sqrt_bias2: float  # 1 / sqrt(1 - beta2**step)
+    eps: float
+    neg_lr: float  # -lr / (1 - beta1**step)
 
 
 SCALARS = Scalars._fields

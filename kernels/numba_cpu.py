@@ -1,7 +1,8 @@
-"""A rule as a Numba loop over NumPy arrays: the backend `numba-cpu`.
+"""A rule as a Numba loop over memory of the CPU: the backend `numba-cpu`.
 
-LLVM vectorises the loop, and the vector body, the scalar tail and any split between threads give the same bits, because
-every operation is rounded by itself.
+A launch takes a table of arrays and goes through it as through one long array, so that one array and a thousand cost one call.
+LLVM vectorises the loop, and the vector body, the scalar tail and any split between threads give the same bits, because every
+operation is rounded by itself.
 """
 
 import functools
@@ -12,11 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
-from numba import njit, prange
+from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 
 from gpuadam.arrays import on_cpu
-from gpuadam.kernels import adam, primitives
+from gpuadam.kernels import adam, compiled_cache, primitives
+from gpuadam.kernels.layout import dense
+from gpuadam.kernels.numpy_struct import GRAD, MAX_V, PARAM, SIZE, M, V
+
+NAME = "numba-cpu"
 
 # Elements from which two threads finish sooner than one. `benchmarks/cpu_threads.py` shows where the lines cross.
 PARALLEL_FROM = 1 << 16
@@ -58,76 +63,133 @@ def copy(to, source):
     np.copyto(to.array, source.array)
 
 
-def launch(form, views, scalars, rule=adam):
+def launch(form, views, scalars, rule=adam, stream=None):
     """Update NumPy arrays in place.
 
     views: of param, grad, m, v, max_v (None without AMSGrad), of one shape and of form.dtype, checked.
-    scalars: `adam.Scalars` of form.dtype.
+    scalars: `adam.Scalars` of form.dtype. stream: only GPUs have them.
     """
-    param, grad, m, v, max_v = views
-    arrays = [view.array for view in (param, grad, m, v, max_v or v)]
-    flat = _in_memory_order(arrays)
-    if flat is None:
-        build(rule, form, "strided")(*arrays, *scalars)
-    else:
-        launch_flat(form, flat, scalars, rule)
+    for batch in batches([views]):
+        batch.launch(form, scalars, rule, stream)
 
 
-def launch_flat(form, arrays, scalars, rule=adam):
-    """Likewise for 1-D C-contiguous arrays themselves; without AMSGrad, max_v is v once more."""
-    n = arrays[0].size
+def batches(updates):
+    """Return the launches of several updates, of any shapes: one for all dense arrays, one for each other."""
+    rows, apart = [], []
+    for views in updates:
+        used = [view for view in views if view is not None]
+        if dense(used) and all(view.array.flags.aligned for view in used):
+            pointers = [0 if view is None else view.pointer for view in views]
+            rows.append([*pointers, used[0].size, used[0].dtype.itemsize])
+        else:
+            apart.append(Batch(None, used))
+    return ([Batch(np.array(rows), updates)] if rows else []) + apart
+
+
+class Batch:
+    """Updates that one launch makes, short of the form and the scalars. Without a table, one update of arrays of any strides."""
+
+    lasts = False
+
+    def __init__(self, table, views):
+        self.table, self.views = table, views  # which keep the arrays alive
+
+    def check(self, stream, on_device):
+        """Return whether a graph is being captured, as the batches of a GPU do."""
+        return False
+
+    def launch(self, form, scalars, rule=adam, stream=None):
+        if self.table is None:
+            param, grad, m, v, *max_v = (view.array for view in self.views)
+            build(rule, form, "strided")(param, grad, m, v, *(max_v or [v]), *scalars)
+        else:
+            launch_table(form, self.table, scalars, rule)
+
+    def release(self):
+        """Nothing is held."""
+
+
+def launch_table(form, table, scalars, rule=adam):
+    """Update the arrays of a table (see numpy_struct.py) in place: without gaps, at multiples of their elements' size."""
+    n = int(table[0, SIZE]) if len(table) == 1 else int(table[:, SIZE].sum())
     if n < PARALLEL_FROM or _n_threads() == 1:
-        build(rule, form, "serial")(*arrays, *scalars)
+        build(rule, form, "serial")(table, 0, n, *scalars)
     elif _numba_threads_are_safe():
         with _one_at_a_time:
-            build(rule, form, "parallel")(*arrays, *scalars)
+            build(rule, form, "parallel")(table, n, _n_threads(), *scalars)
     else:
-        _in_own_threads(build(rule, form, "serial"), n, arrays, scalars)
+        _in_own_threads(build(rule, form, "serial"), table, n, scalars)
 
 
 @functools.cache
 def build(rule, form, loop):
     """Return the compiled kernel of a form. loop: "serial", "parallel" or "strided"."""
-    update = njit(error_model="numpy")(rule.in_python(form, primitives.for_numba(intrinsic)))
-    AMSGRAD = form.amsgrad
-
-    def contiguous(param, grad, m, v, max_v, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr):
-        for i in prange(param.size):
-            param[i], m[i], v[i], x = update(
-                param[i], grad[i], m[i], v[i], max_v[i], grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr
-            )
-            if AMSGRAD:
-                max_v[i] = x
-
-    def strided(param, grad, m, v, max_v, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr):
-        for i in np.ndindex(param.shape):
-            param[i], m[i], v[i], x = update(
-                param[i], grad[i], m[i], v[i], max_v[i], grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr
-            )
-            if AMSGRAD:
-                max_v[i] = x
-
+    if loop == "parallel":
+        return _parallel(rule, form)
     # Numba's default error model tests every divisor for zero: the loop would not vectorise, and would raise half-way
     # through the arrays.
-    compiled = njit(error_model="numpy", nogil=True, parallel=loop == "parallel")
-    return compiled(strided if loop == "strided" else contiguous)
+    compiled = njit(error_model="numpy", nogil=True)
+    update = njit(error_model="numpy")(rule.in_python(form, primitives.for_numba(intrinsic)))
+    AMSGRAD, ITEMSIZE, REAL = form.amsgrad, form.dtype.itemsize, form.dtype.type
+    pointer = _pointer({"float32": types.float32, "float64": types.float64}[form.dtype.name])
+
+    def serial(table, first, last, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr):
+        """Update the elements first ... last - 1, counted through all rows."""
+        # Python floats, which Numba is quicker to take than NumPy's
+        scalars = (
+            REAL(grad_scale), REAL(decay), REAL(w1), REAL(w2), REAL(inv_sqrt_bias2), REAL(eps), REAL(neg_lr),
+        )  # fmt: skip
+        end = 0
+        for row in range(table.shape[0]):
+            start, end = end, end + table[row, SIZE]
+            skip, n = max(first - start, 0), min(last, end) - max(first, start)
+            if n > 0:
+                at = skip * ITEMSIZE
+                param, grad = carray(pointer(table[row, PARAM] + at), n), carray(pointer(table[row, GRAD] + at), n)
+                m, v = carray(pointer(table[row, M] + at), n), carray(pointer(table[row, V] + at), n)
+                max_v = carray(pointer(table[row, MAX_V] + at), n) if AMSGRAD else v
+                for i in range(n):
+                    param[i], m[i], v[i], x = update(param[i], grad[i], m[i], v[i], max_v[i], *scalars)
+                    if AMSGRAD:
+                        max_v[i] = x
+
+    def strided(param, grad, m, v, max_v, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr):
+        scalars = (
+            REAL(grad_scale), REAL(decay), REAL(w1), REAL(w2), REAL(inv_sqrt_bias2), REAL(eps), REAL(neg_lr),
+        )  # fmt: skip
+        for i in np.ndindex(param.shape):
+            param[i], m[i], v[i], x = update(param[i], grad[i], m[i], v[i], max_v[i], *scalars)
+            if AMSGRAD:
+                max_v[i] = x
+
+    return compiled_cache.of_rule(compiled(strided if loop == "strided" else serial), rule, form)
 
 
-def _in_memory_order(arrays):
-    """Return 1-D views in the order of memory, or None where the arrays' layouts differ or have gaps."""
-    if all(a.flags.c_contiguous for a in arrays):
-        return [a.reshape(-1) for a in arrays]
-    strides = arrays[0].strides
-    if any(a.strides != strides for a in arrays):
-        return None
-    outer_first = sorted(range(len(strides)), key=lambda k: -strides[k])
-    turned = [a.transpose(outer_first) for a in arrays]
-    return [a.reshape(-1) for a in turned] if turned[0].flags.c_contiguous else None
+def _parallel(rule, form):
+    serial = build(rule, form, "serial")
+
+    def parallel(table, n, n_threads, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr):
+        for k in prange(n_threads):
+            first, last = n * k // n_threads, n * (k + 1) // n_threads
+            serial(table, first, last, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr)
+
+    return compiled_cache.of_rule(njit(error_model="numpy", nogil=True, parallel=True)(parallel), rule, form)
+
+
+def _pointer(element):
+    @intrinsic
+    def pointer(typingctx, address):
+        def codegen(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), codegen
+
+    return pointer
 
 
 # Numba's threads: "workqueue" ends the process when two Python threads start a parallel loop at once, "omp" when a forked child
 # starts its first, and NUMBA_THREADING_LAYER may ask for one that is not installed. In these cases plain Python threads run
-# slices of the serial loop instead: as fast from some 4 million elements, slower below, never wrong.
+# parts of the serial loop instead: as fast from some 4 million elements, slower below, never wrong.
 _one_at_a_time = threading.Lock()
 _forked = False
 
@@ -164,9 +226,9 @@ def _pool(n_threads):
     return ThreadPoolExecutor(n_threads, thread_name_prefix="gpuadam")
 
 
-def _in_own_threads(kernel, n, arrays, scalars):
+def _in_own_threads(serial, table, n, scalars):
     n_threads = _n_threads()
-    chunk = -(-n // n_threads)
-    slices = [slice(start, start + chunk) for start in range(0, n, chunk)]
-    for future in [_pool(n_threads).submit(kernel, *(a[s] for a in arrays), *scalars) for s in slices]:
+    edges = [n * k // n_threads for k in range(n_threads + 1)]
+    parts = zip(edges, edges[1:], strict=False)
+    for future in [_pool(n_threads).submit(serial, table, first, last, *scalars) for first, last in parts]:
         future.result()

@@ -4,9 +4,9 @@ Numba has no vector type for array elements, and passing an array to a kernel ta
 here takes addresses, and loads and stores 16 bytes through two intrinsics.
 """
 
-import contextlib
 import functools
 import importlib
+import sys
 import warnings
 from unittest import mock
 
@@ -18,9 +18,13 @@ from numba.cuda.cudadrv.driver import device_memset
 from numba.cuda.cudadrv.error import CudaSupportError
 from numba.cuda.extending import intrinsic
 
-from gpuadam.arrays import on_cuda
-from gpuadam.kernels import adam, primitives
-from gpuadam.kernels.alignment import VECTOR_BYTES, split
+from gpuadam.arrays import View, on_cuda
+from gpuadam.kernels import adam, device_scalars, gpu_launch, primitives, streams
+from gpuadam.kernels.layout import VECTOR_BYTES, collapse, dense
+from gpuadam.kernels.pointer_table import BLOCK, CHUNK, COLUMNS, FIRST_CHUNK, GRAD, HEAD, ITEMS, MAX_V, PARAM, VECTORS
+from gpuadam.kernels.pointer_table import M as M_
+from gpuadam.kernels.pointer_table import V as V_
+from gpuadam.kernels.streams import LEGACY_DEFAULT
 
 if not hasattr(np, "row_stack"):
     # numba-cuda up to 0.30.4 names np.row_stack when it first loads its array functions. NumPy 2.5 has it no more, so no kernel
@@ -28,7 +32,15 @@ if not hasattr(np, "row_stack"):
     with mock.patch.object(np, "row_stack", np.vstack, create=True):
         importlib.import_module("numba.cuda.cudaimpl")
 
-BLOCK = 128
+NAME = "numba-cuda"
+
+REALS = {"float32": types.float32, "float64": types.float64}
+LLVM_TYPES = {
+    types.float32: ir.FloatType(),
+    types.float64: ir.DoubleType(),
+    types.int32: ir.IntType(32),
+    types.int64: ir.IntType(64),
+}
 
 
 def driver_problem():
@@ -65,11 +77,10 @@ def zeros_like(view):
         if view.size == 0:
             return cuda.device_array(view.shape, view.dtype)
         flat = cuda.device_array(head + view.size, view.dtype)
-        with _streams([view]) as stream:
-            device_memset(flat, 0, flat.nbytes, _stream(stream))
+        stream, _ = streams.choose(None, current_stream(), [view.stream])
+        device_memset(flat, 0, flat.nbytes, _stream(stream))
         zeros = flat[head:].reshape(*view.shape)
-        _, (strides,) = collapse(view.shape, [view.strides])
-        if strides not in ((), (view.dtype.itemsize,)):
+        if not dense([view]):
             return zeros  # the array has gaps; its moments need none
         described = zeros.__cuda_array_interface__ | {"strides": view.strides}
         return cuda.from_cuda_array_interface(described, owner=zeros, sync=False)
@@ -104,116 +115,225 @@ copies_any_layout = False
 def copy(to, source):
     """Copy one array into another of the same shape, strides and dtype."""
     if to.size:
-        with cuda.gpus[to.device], _streams((to, source)) as stream:
-            (status,) = driver.cuMemcpyDtoDAsync(to.pointer, source.pointer, to.nbytes, stream)
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"copying {source.name} failed: {status.name}")
+        stream, others = streams.choose(None, current_stream(), [to.stream, source.stream])
+        with cuda.gpus[to.device]:
+            for other in others:
+                order(other, stream)
+            _ok(driver.cuMemcpyDtoDAsync(to.pointer, source.pointer, to.nbytes, stream))
+            for other in others:
+                order(stream, other)
 
 
-def launch(form, views, scalars, rule=adam):
-    """Update arrays in CUDA memory in place, on their device and the stream that they name, or else the default one.
+def launch(form, views, scalars, rule=adam, stream=None):
+    """Update arrays in CUDA memory in place, on their device.
 
     views: of param, grad, m, v, max_v (None without AMSGrad), of one shape and device and of form.dtype, checked.
-    scalars: `adam.Scalars` of form.dtype.
+    scalars: `adam.Scalars` of form.dtype, or the `device_scalars.Memory` that holds them.
+    stream: the handle of one; by default CuPy's current stream, or the one that the arrays name.
     """
-    used = [view for view in views if view is not None]
-    size, itemsize = used[0].size, form.dtype.itemsize
-    if size == 0:
-        return
-    pointers = [0 if view is None else view.pointer for view in views]
-    shape, strides = collapse(used[0].shape, [view.strides for view in used])
-    with cuda.gpus[used[0].device], _streams(used) as stream:
-        if all(s in ((), (itemsize,)) for s in strides):
-            head, vectors, threads = split([view.pointer for view in used], size, itemsize)
-            kernel = _configured(rule, form, "contiguous", -(-threads // BLOCK), stream)
-            kernel(*pointers, head, vectors, threads, *scalars)
-        else:
-            strides = [*strides, strides[0]][:5]  # max_v's, which is not read without AMSGrad
-            kernel = _configured(rule, form, f"strided {len(shape)}", -(-size // BLOCK), stream)
-            kernel(*pointers, shape, *strides, size, *scalars)
+    for batch in batches([views]):
+        batch.launch(form, scalars, rule, stream)
 
 
-@contextlib.contextmanager
-def _streams(views):
-    """Give the first stream that the arrays name, ordered after the others and, afterwards, before them."""
-    first, *others = dict.fromkeys(view.stream for view in views if view.stream is not None) or [LEGACY_DEFAULT]
-    for other in others:
-        _order(other, first)
-    yield first
-    for other in others:
-        _order(first, other)
+def batches(updates):
+    """Return the `gpu_launch.Batch`es of several updates, of any shapes, on one device."""
+    return gpu_launch.batches(_this_module, updates)
 
 
-def _order(before, after):
+def run(batch, form, scalars, rule, stream):
+    """Launch a Batch; its device is the current one."""
+    on_device = isinstance(scalars, device_scalars.Memory)
+    # Numba takes a Python float for a float64
+    scalars = [scalars.address] if on_device else [form.dtype.type(x) for x in scalars]
+    if batch.loop == "table":
+        kernel = _configured(rule, form, "table", on_device, batch.table.owners.size, stream)
+        kernel(*batch.table.addresses(stream), *scalars)
+    elif batch.loop == "contiguous":
+        head, vectors, threads = batch.split
+        kernel = _configured(rule, form, "contiguous", on_device, -(-threads // BLOCK), stream)
+        kernel(*_five(batch.pointers, 0), head, vectors, threads, *scalars)
+    else:
+        shape, strides = collapse(batch.views[0].shape, [view.strides for view in batch.views])
+        kernel = _configured(rule, form, f"strided {len(shape)}", on_device, -(-batch.size // BLOCK), stream)
+        kernel(*_five(batch.pointers, 0), shape, *_five(strides, strides[0]), batch.size, *scalars)
+
+
+def _five(values, last):
+    return [*values, last][:5]  # max_v's, which is not read without AMSGrad
+
+
+_this_module = sys.modules[__name__]
+
+
+def on(device, stream):
+    """Make a device the current one. Kernels name their stream."""
+    return cuda.gpus[device]
+
+
+def current_stream():
+    """Return the handle of CuPy's current stream, if CuPy is in use: the stream to launch on is the program's, not a library's."""
+    cupy = sys.modules.get("cupy")
+    return cupy and (cupy.cuda.get_current_stream().ptr or LEGACY_DEFAULT)
+
+
+def is_capturing(stream):
+    """Whether a graph is being captured on a stream; it cannot be on the default one."""
+    if stream == LEGACY_DEFAULT:
+        return False
+    (status,) = _ok(driver.cuStreamIsCapturing(stream))
+    return status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+
+
+def order(before, after):
+    """Make what comes next on one stream wait for what is on another."""
+    wait(after, record(before))
+
+
+def record(stream):
+    """Return an event that is done when what is on a stream so far is."""
     event = cuda.event(timing=False)
-    event.record(_stream(before))
-    event.wait(_stream(after))
+    event.record(_stream(stream))
+    return event
 
 
-LEGACY_DEFAULT = 1  # the stream's name in __cuda_array_interface__
+def wait(stream, event):
+    """Make what comes next on a stream wait for an event."""
+    event.wait(_stream(stream))
+
+
+def done(event):
+    """Whether an event is done."""
+    return event.query()
+
+
+def pinned(n_bytes):
+    """Return pinned memory of the host, as an array of bytes."""
+    return cuda.pinned_array(n_bytes, np.uint8)
+
+
+def device_bytes(n_bytes):
+    """Return memory of the current device: its owner, and its address."""
+    memory = cuda.device_array(n_bytes, np.uint8)
+    return memory, memory.__cuda_array_interface__["data"][0]
+
+
+def send(address, pinned, n_bytes, stream):
+    """Copy from pinned memory to the device, on a stream."""
+    _ok(driver.cuMemcpyHtoDAsync(address, pinned.ctypes.data, n_bytes, stream))
+
+
+def _ok(result):
+    status, *values = result
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the CUDA driver reports {status.name}")
+    return values
 
 
 @functools.cache
-def _stream(number):
+def _stream(handle):
     # one object for each stream: Numba caches launch configurations by its identity
-    return 0 if number == LEGACY_DEFAULT else cuda.external_stream(number)
+    return 0 if handle == LEGACY_DEFAULT else cuda.external_stream(handle)
 
 
 @functools.lru_cache(maxsize=1024)
-def _configured(rule, form, loop, blocks, stream):
+def _configured(rule, form, loop, on_device, blocks, stream):
     """Return a kernel with its grid; Numba would warn of every array that is too small to fill a GPU."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Grid size")
-        return compiled(rule, form, loop)[blocks, BLOCK, _stream(stream)]
+        return compiled(rule, form, loop, on_device)[blocks, BLOCK, _stream(stream)]
 
 
 @functools.cache
-def compiled(rule, form, loop):
+def compiled(rule, form, loop, on_device=False):
     """Return the kernel of a form as a Numba dispatcher, which compiles it at its first launch."""
-    return cuda.jit(build(rule, form, loop))
+    return cuda.jit(build(rule, form, loop, on_device))
 
 
-def build(rule, form, loop):
-    """Return the kernel of a form as a Python function. loop: "contiguous" or "strided N", N the number of dimensions."""
+def build(rule, form, loop, on_device=False):
+    """Return the kernel of a form as a Python function.
+
+    loop: "contiguous", "table" or "strided N", N the number of dimensions. on_device: whether the scalars are in device memory,
+    and the kernel's last argument is their address.
+    """
     update = cuda.jit(device=True)(rule.in_python(form, primitives.for_numba(intrinsic, contracts=True)))
     ITEMSIZE, AMSGRAD = form.dtype.itemsize, form.amsgrad
     LANES = VECTOR_BYTES // ITEMSIZE
-    load, store = _access(form.dtype, 1)
-    load_vector, store_vector = _access(form.dtype, LANES)
+    load, store = _access(REALS[form.dtype.name], 1)
+    load_vector, store_vector = _access(REALS[form.dtype.name], LANES)
     update_vector = cuda.jit(device=True)(_lanes(update, LANES))
 
-    def contiguous(param, grad, m, v, max_v, head, vectors, threads, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr):
-        scalars = (grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr)
-        i = cuda.grid(1)
-        if i < vectors:
-            at = (head + i * LANES) * ITEMSIZE
-            P, G, M, V = load_vector(param + at), load_vector(grad + at), load_vector(m + at), load_vector(v + at)
-            X = load_vector(max_v + at) if AMSGRAD else V
-            P, M, V, X = update_vector(P, G, M, V, X, scalars)
-            store_vector(param + at, P)
-            store_vector(m + at, M)
-            store_vector(v + at, V)
-            if AMSGRAD:
-                store_vector(max_v + at, X)
-        elif i < threads:
-            k = i - vectors
-            at = (k if k < head else k + vectors * LANES) * ITEMSIZE
-            P, G, M, V = load(param + at), load(grad + at), load(m + at), load(v + at)
-            X = load(max_v + at) if AMSGRAD else V
-            p, m1, v1, x = update(P[0], G[0], M[0], V[0], X[0], *scalars)
-            store(param + at, (p,))
-            store(m + at, (m1,))
-            store(v + at, (v1,))
-            if AMSGRAD:
-                store(max_v + at, (x,))
+    @cuda.jit(device=True)
+    def update_16_bytes(param, grad, m, v, max_v, scalars):
+        P, G, M, V = load_vector(param), load_vector(grad), load_vector(m), load_vector(v)
+        X = load_vector(max_v) if AMSGRAD else V
+        P, M, V, X = update_vector(P, G, M, V, X, scalars)
+        store_vector(param, P)
+        store_vector(m, M)
+        store_vector(v, V)
+        if AMSGRAD:
+            store_vector(max_v, X)
+
+    @cuda.jit(device=True)
+    def update_element(param, grad, m, v, max_v, scalars):
+        P, G, M, V = load(param), load(grad), load(m), load(v)
+        X = load(max_v) if AMSGRAD else V
+        p, m1, v1, x = update(P[0], G[0], M[0], V[0], X[0], *scalars)
+        store(param, (p,))
+        store(m, (m1,))
+        store(v, (v1,))
+        if AMSGRAD:
+            store(max_v, (x,))
+
+    given = _scalars_in_memory(load, ITEMSIZE) if on_device else _scalars_as_arguments
 
     if loop == "contiguous":
+
+        def contiguous(param, grad, m, v, max_v, head, vectors, threads, scalars):
+            i = cuda.grid(1)
+            if i < vectors:
+                at = (head + i * LANES) * ITEMSIZE
+                update_16_bytes(param + at, grad + at, m + at, v + at, max_v + at, given(scalars))
+            elif i < threads:
+                k = i - vectors
+                at = (k if k < head else k + vectors * LANES) * ITEMSIZE
+                update_element(param + at, grad + at, m + at, v + at, max_v + at, given(scalars))
+
         return contiguous
+
+    if loop == "table":
+        load_int32, _ = _access(types.int32, 1)
+        load_int64, _ = _access(types.int64, 1)
+
+        def table(rows, owners, scalars):
+            chunk = cuda.blockIdx.x
+            row = rows + 8 * COLUMNS * types.int64(load_int32(owners + 4 * chunk)[0])
+            first = (chunk - load_int64(row + 8 * FIRST_CHUNK)[0]) * CHUNK
+            vectors_here = min(load_int64(row + 8 * VECTORS)[0] - first, CHUNK)
+            items_here = min(load_int64(row + 8 * ITEMS)[0] - first, CHUNK)
+            start = (load_int64(row + 8 * HEAD)[0] + first * LANES) * ITEMSIZE
+            param, grad = load_int64(row + 8 * PARAM)[0] + start, load_int64(row + 8 * GRAD)[0] + start
+            m, v = load_int64(row + 8 * M_)[0] + start, load_int64(row + 8 * V_)[0] + start
+            max_v = load_int64(row + 8 * MAX_V)[0] + start
+            s = given(scalars)
+            item = types.int64(cuda.threadIdx.x)
+            while item < items_here:
+                if item < vectors_here:
+                    at = item * VECTOR_BYTES
+                    update_16_bytes(param + at, grad + at, m + at, v + at, max_v + at, s)
+                else:
+                    # read from the row again, so that it takes no registers
+                    head, vectors = load_int64(row + 8 * HEAD)[0], load_int64(row + 8 * VECTORS)[0]
+                    k = item + first - vectors
+                    at = (k if k < head else k + vectors * LANES) * ITEMSIZE - start
+                    update_element(param + at, grad + at, m + at, v + at, max_v + at, s)
+                item += BLOCK
+
+        return table
+
     NDIM = int(loop.split()[1])
 
     def strided(
-        param, grad, m, v, max_v, shape, param_strides, grad_strides, m_strides, v_strides, max_v_strides, size,
-        grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr,
+        param, grad, m, v, max_v, shape, param_strides, grad_strides, m_strides, v_strides, max_v_strides, size, scalars
     ):  # fmt: skip
         rest = cuda.grid(1)
         if rest < size:
@@ -226,16 +346,85 @@ def build(rule, form, loop):
                 m += k * m_strides[NDIM - 1 - d]
                 v += k * v_strides[NDIM - 1 - d]
                 max_v += k * max_v_strides[NDIM - 1 - d]
-            P, G, M, V = load(param), load(grad), load(m), load(v)
-            X = load(max_v) if AMSGRAD else V
-            p, m1, v1, x = update(P[0], G[0], M[0], V[0], X[0], grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr)
-            store(param, (p,))
-            store(m, (m1,))
-            store(v, (v1,))
-            if AMSGRAD:
-                store(max_v, (x,))
+            update_element(param, grad, m, v, max_v, given(scalars))
 
     return strided
+
+
+@cuda.jit(device=True)
+def _scalars_as_arguments(scalars):
+    return scalars
+
+
+def _scalars_in_memory(load, ITEMSIZE):
+    @cuda.jit(device=True)
+    def given(a):
+        return (
+            load(a)[0], load(a + ITEMSIZE)[0], load(a + 2 * ITEMSIZE)[0], load(a + 3 * ITEMSIZE)[0],
+            load(a + 4 * ITEMSIZE)[0], load(a + 5 * ITEMSIZE)[0], load(a + 6 * ITEMSIZE)[0],
+        )  # fmt: skip
+
+    return given
+
+
+def launch_scalars(form, settings, step, lr, grad_scale, out, stream):
+    """Advance the step count and compute the scalars of a step on the device.
+
+    form: a `device_scalars.Form`. settings: its `Settings`. step: a View of one int64. lr, grad_scale: views of one number, or
+    numbers. out: the `device_scalars.Memory` to write. stream: a handle.
+    """
+    given = [x.pointer if isinstance(x, View) else float(x) for x in (lr, grad_scale)]
+    with on(out.device, stream):
+        _launch_scalars(form, stream, step.pointer, *given, out.address, *settings)
+
+
+def _launch_scalars(form, stream, *arguments):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Grid size")
+        compiled_scalars(form)[1, 1, _stream(stream)](*arguments)
+
+
+@functools.cache
+def compiled_scalars(form):
+    """Return the kernel of a `device_scalars.Form` as a Numba dispatcher."""
+    return cuda.jit(build_scalars(form))
+
+
+def build_scalars(form):
+    """Return the kernel of a `device_scalars.Form` as a Python function. An lr or grad_scale on the device is its address."""
+    real = REALS[form.dtype.name]
+    # Numba's casts between float32 and float64 round to nearest and keep subnormal numbers
+    compute = cuda.jit(device=True)(device_scalars.in_python(form, primitives.for_numba(intrinsic, contracts=True), real))
+    load_step, store_step = _access(types.int64, 1)
+    _, store = _access(real, 1)
+    lr_of, grad_scale_of = (
+        _number if dtype is None else _number_at(REALS[dtype.name]) for dtype in (form.lr, form.grad_scale)
+    )
+    ITEMSIZE = form.dtype.itemsize
+
+    def scalars(step, lr, grad_scale, out, advance, sign, beta1, beta2, weight_decay, w1, w2, eps):
+        t = load_step(step)[0] + advance
+        store_step(step, (t,))
+        results = compute(t, lr_of(lr), grad_scale_of(grad_scale), sign, beta1, beta2, weight_decay, w1, w2, eps)
+        for k in range(len(results)):
+            store(out + k * ITEMSIZE, (results[k],))
+
+    return scalars
+
+
+@cuda.jit(device=True)
+def _number(x):
+    return x
+
+
+def _number_at(real):
+    load, _ = _access(real, 1)
+
+    @cuda.jit(device=True)
+    def number_at(address):
+        return types.float64(load(address)[0])
+
+    return number_at
 
 
 def _lanes(update, n):
@@ -257,16 +446,15 @@ def _lanes(update, n):
 
 
 @functools.cache
-def _access(dtype, lanes):
+def _access(element, lanes):
     """Return load(address) -> tuple and store(address, tuple) of `lanes` neighbours, each one instruction.
 
     Addresses are int64. They are cast to addrspace(1), global memory: a pointer of no address space makes generic loads.
     """
-    element = {"float32": types.float32, "float64": types.float64}[dtype.name]
-    values = types.UniTuple(element, lanes)
+    values, itemsize = types.UniTuple(element, lanes), element.bitwidth // 8
 
     def pointer(builder, address):
-        llvm = ir.FloatType() if element is types.float32 else ir.DoubleType()
+        llvm = LLVM_TYPES[element]
         vector = llvm if lanes == 1 else ir.VectorType(llvm, lanes)
         return builder.inttoptr(address, ir.PointerType(vector, addrspace=1)), vector
 
@@ -274,7 +462,7 @@ def _access(dtype, lanes):
     def load(typingctx, address):
         def codegen(context, builder, signature, args):
             at, _ = pointer(builder, args[0])
-            loaded = builder.load(at, align=lanes * dtype.itemsize)
+            loaded = builder.load(at, align=lanes * itemsize)
             lane = [loaded] if lanes == 1 else [builder.extract_element(loaded, _index(k)) for k in range(lanes)]
             return context.make_tuple(builder, signature.return_type, lane)
 
@@ -288,7 +476,7 @@ def _access(dtype, lanes):
             stored = lane[0] if lanes == 1 else ir.Constant(vector, ir.Undefined)
             for k in range(lanes if lanes > 1 else 0):
                 stored = builder.insert_element(stored, lane[k], _index(k))
-            builder.store(stored, at, align=lanes * dtype.itemsize)
+            builder.store(stored, at, align=lanes * itemsize)
             return context.get_dummy_value()
 
         return types.void(types.int64, values), codegen
@@ -298,24 +486,3 @@ def _access(dtype, lanes):
 
 def _index(k):
     return ir.Constant(ir.IntType(32), k)
-
-
-def collapse(shape, strides):
-    """Merge the dimensions that all arrays step through as one, and drop those of one element.
-
-    strides: one tuple of bytes for each array. Dimensions are first put in the order of the first array's memory.
-
-    >>> collapse((2, 3, 4), [(48, 16, 4), (48, 16, 4)])
-    ((24,), [(4,), (4,)])
-    >>> collapse((2, 3), [(4, 8), (12, 4)])  # F order beside C order
-    ((3, 2), [(8, 4), (4, 12)])
-    """
-    dims = [(n, *steps) for n, *steps in zip(shape, *strides, strict=True) if n != 1]
-    dims.sort(key=lambda dim: -abs(dim[1]))
-    merged: list[list[int]] = []
-    for n, *steps in dims:
-        if merged and merged[-1][1:] == [n * step for step in steps]:
-            merged[-1] = [merged[-1][0] * n, *steps]
-        else:
-            merged.append([n, *steps])
-    return tuple(dim[0] for dim in merged), [tuple(dim[k + 1] for dim in merged) for k in range(len(strides))]

@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 from ptx import Kernel
 
-from gpuadam.kernels import adam
-from gpuadam.kernels.alignment import split
+from gpuadam.arrays import View
+from gpuadam.kernels import adam, pointer_table
+from gpuadam.kernels.layout import collapse, split
 
-BLOCK = 128
+BLOCK = pointer_table.BLOCK
 
 cupy = pytest.importorskip("cupy", reason="CuPy, whose generated source is compiled here, is not installed")
 pytest.importorskip("numba_cuda", reason="numba-cuda, whose PTX is run here, is not installed")
@@ -83,7 +84,7 @@ def cupy_source(kernel, ndim=1):
     for p in kernel.params:
         if p.name == "_ind":
             infos.append(_kernel._ArgInfo(2, _carray.Indexer, None, ndim, True, False))
-        elif p.name in ("param", "grad", "m", "v", "max_v"):
+        elif p.raw or p.name in ("param", "grad", "m", "v", "max_v"):
             infos.append(_kernel._ArgInfo(1, cupy.ndarray, np.dtype(p.dtype), ndim, ndim == 1, False))
         else:
             infos.append(_kernel._ArgInfo(3, _scalar.CScalar, np.dtype(p.dtype), 0, True, True))
@@ -106,11 +107,8 @@ def compile_cupy(kernel, arch, output="PTX", cuda_version=13, ndim=1):
 # Numba: NVVM
 
 
-def compile_numba(kernel, dtype, arch, ndim=None):
+def compile_numba(kernel, signature, arch):
     cc = (int(arch[3:-1]), int(arch[-1]))
-    i64, real = types.int64, {"float32": types.float32, "float64": types.float64}[np.dtype(dtype).name]
-    pointers_and_counts = (i64,) * 8 if ndim is None else (i64,) * 5 + (types.UniTuple(i64, ndim),) * 6 + (i64,)
-    signature = pointers_and_counts + (real,) * 7
     # a device function asks the current device what it can do; there is none, so answer for it
     original = dispatcher.get_current_device
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
@@ -120,23 +118,47 @@ def compile_numba(kernel, dtype, arch, ndim=None):
         dispatcher.get_current_device = original
 
 
+def signature(form, loop, on_device):
+    """Return the types of the arguments of a Numba kernel."""
+    i64 = types.int64
+    scalars = i64 if on_device else types.UniTuple(numba_cuda.REALS[form.dtype.name], 7)
+    if loop == "table":
+        return (i64, i64, scalars)
+    if loop == "contiguous":
+        return (*[i64] * 8, scalars)
+    return (*[i64] * 5, *[types.UniTuple(i64, int(loop.split()[1]))] * 6, i64, scalars)
+
+
 # Both, by the names of COMPILERS in cases.py
 
 
-def ptx(backend, form, arch, ndim=None, rule=adam):
-    """Return the PTX of a contiguous kernel, or of a strided one of `ndim` dimensions."""
-    return _ptx(backend, form, arch, ndim, rule)
+def ptx(backend, form, arch, ndim=None, rule=adam, loop=None, on_device=False):
+    """Return the PTX of a kernel: contiguous, strided of `ndim` dimensions, or of another loop."""
+    return _ptx(backend, form, arch, loop or ("contiguous" if ndim is None else f"strided {ndim}"), rule, on_device)
 
 
 @functools.cache
-def _ptx(backend, form, arch, ndim, rule):
+def _ptx(backend, form, arch, loop, rule, on_device):
     if backend == "numba-cuda":
-        return compile_numba(
-            numba_cuda.build(rule, form, "contiguous" if ndim is None else f"strided {ndim}"), form.dtype, arch, ndim
-        )
-    kernel = cupy_elementwise.build(rule, form, "contiguous" if ndim is None else "strided")
+        return compile_numba(numba_cuda.build(rule, form, loop, on_device), signature(form, loop, on_device), arch)
+    name, _, ndim = loop.partition(" ")
+    kernel = cupy_elementwise.build(rule, form, name, on_device)
     version = 12 if backend == "cupy-cuda12" else 13
-    return compile_cupy(kernel, arch, "PTX", version, ndim or 1).rstrip(b"\0").decode()
+    return compile_cupy(kernel, arch, "PTX", version, int(ndim or 1)).rstrip(b"\0").decode()
+
+
+@functools.cache
+def scalars_ptx(backend, form, arch):
+    """Return the PTX of the kernel of a `device_scalars.Form`."""
+    if backend != "numba-cuda":
+        return (
+            compile_cupy(cupy_elementwise.build_scalars(form), arch, "PTX", 12 if backend == "cupy-cuda12" else 13)
+            .rstrip(b"\0")
+            .decode()
+        )
+    i64, f64 = types.int64, types.float64
+    lr, grad_scale = (f64 if dtype is None else i64 for dtype in (form.lr, form.grad_scale))
+    return compile_numba(numba_cuda.build_scalars(form), (i64, lr, grad_scale, i64, i64, *[f64] * 7), arch)
 
 
 @functools.cache
@@ -162,34 +184,76 @@ def run(backend, form, arch, arrays, scalars, rule=adam, text=None):
 
 def contiguous_parameters(backend, arrays, split, scalars, kernel):
     head, vectors, threads = split
-    words = [s.tobytes() for s in scalars]
+    words = [np.dtype(arrays[0].dtype).type(s) for s in scalars]
     if backend == "numba-cuda":
         pointers = [0 if a is None else a.ctypes.data for a in arrays]
-        return [int64s(k) for k in (*pointers, head, vectors, threads)] + words
+        return packed(kernel, *pointers, head, vectors, threads, tuple(words))
     param, grad, *state = [carray(a) for a in arrays if a is not None]
-    indexer = int64s(threads, threads, 0, 0)[: kernel.parameter_sizes[-1]]
-    return [grad, int64s(head), int64s(vectors), *words, param, *state, indexer]
+    return packed(kernel, grad, head, vectors, *words, param, *state, indexer(kernel, threads))
 
 
 def run_strided(backend, form, arch, arrays, scalars):
     """Likewise for NumPy arrays of any strides."""
     used = [a for a in arrays if a is not None]
-    n, words = used[0].size, [s.tobytes() for s in scalars]
+    n, words = used[0].size, [form.dtype.type(s) for s in scalars]
     if backend == "numba-cuda":
-        shape, strides = numba_cuda.collapse(used[0].shape, [a.strides for a in used])
+        shape, strides = collapse(used[0].shape, [a.strides for a in used])
         strides = [*strides, strides[0]][:5]
         kernel = loaded(ptx(backend, form, arch, ndim=len(shape)))
-        pointers = [int64s(0 if a is None else a.ctypes.data) for a in arrays]
-        parameters = [*pointers, *(int64s(*t) for t in (shape, *strides)), int64s(n), *words]
-        if len(parameters) != len(kernel.parameter_sizes):  # a tuple is one parameter, or one for each number
-            parameters = [*pointers, *(int64s(k) for t in (shape, *strides) for k in t), int64s(n), *words]
+        pointers = [0 if a is None else a.ctypes.data for a in arrays]
+        parameters = packed(kernel, *pointers, shape, *strides, n, tuple(words))
     else:
         kernel = loaded(ptx(backend, form, arch, ndim=used[0].ndim))
         param, grad, *state = [carray(a) for a in used]
-        indexer = int64s(n, *used[0].shape, *[0] * 9)[: kernel.parameter_sizes[-1]]
-        parameters = [grad, *words, param, *state, indexer]
+        parameters = packed(kernel, grad, *words, param, *state, indexer(kernel, n, used[0].shape))
     kernel.run(math.ceil(n / BLOCK), BLOCK, parameters, memory_of(used))
     return kernel
+
+
+def run_table(backend, form, arch, updates, scalars, memory, on_device=False):
+    """Likewise for the arrays of several updates in one launch. memory: ranges that hold all arrays; the table is added.
+
+    on_device: pass the scalars in memory.
+    """
+    views = [[None if a is None else cuda_view("", a) for a in arrays] for arrays in updates]
+    rows, owners = pointer_table.rows_and_owners([[v for v in update if v is not None] for update in views])
+    kernel = loaded(ptx(backend, form, arch, loop="table", on_device=on_device))
+    words = np.array(scalars, form.dtype)
+    given = [form.dtype.type(s) for s in scalars]
+    if backend == "numba-cuda":
+        parameters = packed(kernel, rows.ctypes.data, owners.ctypes.data, words.ctypes.data if on_device else tuple(given))
+    else:
+        threads = owners.size * pointer_table.BLOCK
+        given = [carray(words)] if on_device else given
+        parameters = packed(kernel, carray(owners), *given, carray(rows.reshape(-1)), indexer(kernel, threads))
+    memory = [*memory, *memory_of([rows, owners, words])]
+    kernel.run(owners.size, pointer_table.BLOCK, parameters, memory)
+    return kernel
+
+
+def cuda_view(name, a, stream=None):
+    """View a NumPy array as if it were in a GPU's memory."""
+    return View(name, a, a.ctypes.data, a.shape, a.strides, a.dtype, True, a.flags.c_contiguous, 0, stream)
+
+
+def packed(kernel, *arguments):
+    """Return the bytes of each parameter. A tuple is one parameter, or one for each number."""
+    if len(arguments) != len(kernel.parameter_sizes):
+        arguments = [x for a in arguments for x in (a if isinstance(a, tuple) else (a,))]
+    return [_pack(a) for a in arguments]
+
+
+def _pack(value):
+    if isinstance(value, tuple):
+        return b"".join(map(_pack, value))
+    if isinstance(value, bytes):
+        return value
+    return value.tobytes() if isinstance(value, np.generic) else np.array(value).tobytes()
+
+
+def indexer(kernel, n, shape=None):
+    """Return CuPy's Indexer struct, the last parameter: a size and a shape."""
+    return int64s(n, *(shape or (n,)), *[0] * 9)[: kernel.parameter_sizes[-1]]
 
 
 def int64s(*values):
@@ -197,8 +261,12 @@ def int64s(*values):
 
 
 def carray(a):
+    return carray_of(a.ctypes.data, a.size, a.shape, a.strides)
+
+
+def carray_of(pointer, size, shape, strides):
     """CuPy's CArray struct: pointer, size, shape, strides in bytes."""
-    return int64s(a.ctypes.data, a.size, *a.shape, *a.strides)
+    return int64s(pointer, size, *shape, *strides)
 
 
 def memory_of(arrays):
@@ -242,34 +310,36 @@ class Resources(NamedTuple):
     local_bytes: int  # stack and spills, of one thread
 
 
-def machine_code(backend, form, arch, ndim=None, rule=adam):
+def machine_code(backend, form, arch, ndim=None, rule=adam, loop=None, on_device=False):
     """Return the SASS of a kernel as nvdisasm prints it."""
-    return _on_cubin("nvdisasm", backend, form, arch, ndim, rule)
+    return _on_cubin("nvdisasm", backend, form, arch, ndim, rule, loop, on_device)
 
 
-def resources(backend, form, arch, ndim=None, rule=adam):
+def resources(backend, form, arch, ndim=None, rule=adam, loop=None, on_device=False):
     """Return what cuobjdump says that a thread of a kernel takes."""
-    usage = _on_cubin("cuobjdump", backend, form, arch, ndim, rule, "--dump-resource-usage")
+    usage = _on_cubin("cuobjdump", backend, form, arch, ndim, rule, loop, on_device, "--dump-resource-usage")
     registers, stack, local = (int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
     return Resources(registers, stack + local)
 
 
 @functools.cache
-def _on_cubin(tool, backend, form, arch, ndim, rule, *options):
+def _on_cubin(tool, backend, form, arch, ndim, rule, loop, on_device, *options):
+    loop = loop or ("contiguous" if ndim is None else f"strided {ndim}")
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernel.cubin"
-        cubin.write_bytes(_cubin(backend, form, arch, ndim, rule))
+        cubin.write_bytes(_cubin(backend, form, arch, loop, rule, on_device))
         command = [find(f"cu13/bin/{tool}"), *options, cubin]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @functools.cache
-def _cubin(backend, form, arch, ndim, rule):
+def _cubin(backend, form, arch, loop, rule, on_device):
     if backend != "numba-cuda":
-        kernel = cupy_elementwise.build(rule, form, "contiguous" if ndim is None else "strided")
-        return compile_cupy(kernel, arch, "CUBIN", 12 if backend == "cupy-cuda12" else 13, ndim or 1)
+        name, _, ndim = loop.partition(" ")
+        kernel = cupy_elementwise.build(rule, form, name, on_device)
+        return compile_cupy(kernel, arch, "CUBIN", 12 if backend == "cupy-cuda12" else 13, int(ndim or 1))
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = pathlib.Path(folder) / "kernel.ptx", pathlib.Path(folder) / "kernel.cubin"
-        source.write_text(ptx(backend, form, arch, ndim, rule))
+        source.write_text(_ptx(backend, form, arch, loop, rule, on_device))
         subprocess.run([find("cu13/bin/ptxas"), f"-arch={arch}", source, "-o", cubin], check=True, capture_output=True)
         return cubin.read_bytes()

@@ -309,6 +309,15 @@ class _Translation:
 
     def float_arithmetic(self, opcode, operation, modifiers, operands):
         kind, ftz, b = modifiers[-1], "ftz" in modifiers, self.b
+        if opcode in ("cvt.rn.f32.f64", "cvt.f64.f32"):
+            x = self.read_float(operands[1], kind, False)
+            self.write_float(
+                operands[0],
+                b.fptrunc(x, FLOATS["f32"]) if kind == "f64" else b.fpext(x, FLOATS["f64"]),
+                modifiers[-2],
+                False,
+            )
+            return
         rounded = {"fma", "add", "sub", "mul", "div", "sqrt"}
         expected = {"rn"} if operation in rounded else set()
         if set(modifiers[:-1]) - {"ftz"} != expected or operation not in rounded | {"neg", "abs"}:
@@ -329,6 +338,12 @@ class _Translation:
     def integer_arithmetic(self, opcode, operation, modifiers, operands):
         kind, b = modifiers[-1], self.b
         signed = kind[0] == "s"
+        if operation == "bfi":  # the low bits of x into y, from a position on
+            bits = ir.IntType(width(kind))
+            x, y, at, n = (self.read(o, bits) for o in operands[1:])
+            mask = b.shl(b.sub(b.shl(bits(1), n), bits(1)), at)
+            self.write(operands[0], b.or_(b.and_(b.shl(x, at), mask), b.and_(y, b.not_(mask))))
+            return
         if operation == "cvt":
             if len(modifiers) != 2 or modifiers[0] in FLOATS:
                 raise Refused(opcode)

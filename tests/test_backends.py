@@ -215,7 +215,19 @@ def test_doctor_says_which_cache_cannot_be_written(tmp_path):
 def test_all_backends_have_the_same_functions():
     import ast
 
-    wanted = {"view", "zeros_like", "copy", "launch", "build"}
+    wanted = {
+        "NAME",
+        "view",
+        "zeros_like",
+        "copy",
+        "launch",
+        "batches",
+        "build",
+        "from_host",
+        "to_host",
+        "now",
+        "seconds_between",
+    }
     for name in ("cupy_elementwise", "numba_cuda", "numba_cpu"):
         tree = ast.parse((ROOT / "kernels" / f"{name}.py").read_text())
         defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -223,7 +235,7 @@ def test_all_backends_have_the_same_functions():
             t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
         }
         assert wanted <= set(defined) | assigned
-        assert [a.arg for a in defined["launch"].args.args] == ["form", "views", "scalars", "rule"]
+        assert [a.arg for a in defined["launch"].args.args] == ["form", "views", "scalars", "rule", "stream"]
 
 
 def test_foreign_arrays_that_are_mixed_are_listed():

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import form_and_scalars
 
 import gpuadam
-from gpuadam.cli import bench, doctor
+from gpuadam.cli import bench, doctor, measure
 from gpuadam.kernels import adam, limit, numba_cpu
 
 ROOT = Path(__file__).parent.parent
@@ -86,14 +85,16 @@ def test_doctors_arrays_hold_every_kind_of_number():
 def test_bench_measures_and_draws(tmp_path):
     plot, result = tmp_path / "bench.png", tmp_path / "bench.json"
     run("bench", "--sizes", "1000,1e4", "--seconds", "0.05", "--plot", str(plot), "--json", str(result))
-    found = json.loads(result.read_text())
-    rows = [r for r in found["rows"] if r["backend"] == "numba-cpu"]
-    assert [(r["dtype"], r["elements"]) for r in rows] == [(t, n) for t in ("float32", "float64") for n in (1000, 10000)]
-    for r in rows:
-        itemsize = np.dtype(r["dtype"]).itemsize
-        assert r["gb_per_s"] == pytest.approx(7 * itemsize * r["elements"] / r["p50_us"] / 1e3)
-        assert r["percent_of_limit"] == pytest.approx(100 * r["limit_p50_us"] / r["p50_us"])
-        assert r["p20_us"] <= r["p50_us"] <= r["p80_us"]
+    rows = [r for r in json.loads(result.read_text())["rows"] if r["backend"] == "numba-cpu"]
+    by_case = {(r["dtype"], r["elements"], r["contender"]): r for r in rows}
+    contenders = ("gpuadam kernel + launch", "limit", "gpuadam.adam_step")
+    assert list(by_case) == [(t, n, c) for t in ("float32", "float64") for n in (1000, 10000) for c in contenders]
+    for (dtype, n, contender), r in by_case.items():
+        assert r["p05_us"] <= r["p20_us"] <= r["p50_us"] <= r["p80_us"] <= r["p95_us"]
+        assert r["device"] and r["date"] and r["python"] and r["numba"]
+        if contender != "gpuadam.adam_step":
+            assert r["gb_per_s"] == pytest.approx(7 * np.dtype(dtype).itemsize * n / r["p50_us"] / 1e3, rel=1e-4)
+            assert r["x_limit"] == pytest.approx(r["p50_us"] / by_case[dtype, n, "limit"]["p50_us"], rel=1e-4)
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
@@ -104,11 +105,11 @@ def test_json_on_standard_output_is_json_alone():
 
 def test_the_benchmarks_data_stay_finite_under_both_kernels():
     arrays = list(bench.data(1000, "float32"))
-    form, scalars = form_and_scalars("adam", "float32")
+    step, move = (measure.launcher(numba_cpu, arrays, rule) for rule in (adam, limit))
     for _ in range(20_000):
-        numba_cpu.launch_flat(form, (*arrays, arrays[3]), scalars, adam)
+        step()
     before = [a.copy() for a in arrays]
-    numba_cpu.launch_flat(form, (*arrays, arrays[3]), scalars, limit)
+    move()
     assert all((a == b).all() for a, b in zip(arrays, before, strict=True))
     assert (arrays[3] >= np.finfo("f4").smallest_normal).all() and all(np.isfinite(a).all() for a in arrays)
 

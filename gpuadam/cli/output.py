@@ -1,5 +1,6 @@
-"""What the commands share: JSON files, tables and plots by libraries that are extras, and facts about the machine."""
+"""What the commands share: JSON and CSV files, tables and plots by libraries that are extras, and facts about the machine."""
 
+import csv
 import datetime
 import importlib
 import importlib.metadata
@@ -33,6 +34,23 @@ def write_json(path, data):
         Path(path).write_text(text)
 
 
+def write_csv(path, rows):
+    """Write rows, dicts with the same keys, with a header; None becomes an empty field."""
+    with Path(path).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path, numbers):
+    """Read what `write_csv` wrote: the columns in `numbers` as numbers, an empty field as None."""
+    with Path(path).open(newline="") as file:
+        return [
+            {key: None if not text else json.loads(text) if key in numbers else text for key, text in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
 def versions():
     """Return the version of everything that can have a say in a result; None for what is not installed."""
     packages = [
@@ -47,6 +65,7 @@ def versions():
         "torch",
         "jax",
         "optax",
+        "deepspeed",
     ]
     found: dict[str, str | None] = {"gpuadam": __version__, "python": platform.python_version()}
     for package in packages:

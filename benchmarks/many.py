@@ -1,0 +1,90 @@
+"""How fast is one step over many arrays?
+
+    python benchmarks/many.py [--backend numba-cpu] [--sizes gpt2,1000x1000] [--seconds 20] [--out FOLDER]
+
+gpt2: the 148 parameter arrays of GPT-2 small, 124,439,808 elements (Radford et al. 2019). 1000x1000: so many arrays of so many
+elements. Beside the step over the list stands the step on one flat array of as many elements, and the limit on it: the difference
+is what the arrays' number costs. On a GPU the host's time until the step returns is measured too.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import peers
+import report
+
+from gpuadam import backends
+from gpuadam.cli import measure, plots
+
+SLOW_PASSES = 10  # a handful of microseconds for each pass over each of a thousand arrays
+
+
+def gpt2_small():
+    """Return the shapes of GPT-2 small's parameters, as transformers' `GPT2Model` has them."""
+    d, vocabulary, context, layers = 768, 50257, 1024, 12
+    layer_norm = [(d,), (d,)]
+    attention = [(d, 3 * d), (3 * d,), (d, d), (d,)]
+    mlp = [(d, 4 * d), (4 * d,), (4 * d, d), (d,)]
+    return [(vocabulary, d), (context, d), *layers * (layer_norm + attention + layer_norm + mlp), *layer_norm]
+
+
+def shapes_of(case):
+    if case == "gpt2":
+        return gpt2_small()
+    count, size = (int(float(number)) for number in case.split("x"))
+    return count * [(size,)]
+
+
+def measure_rows(backend, options, notes):
+    present, absent = peers.chosen(backend, options.peers)
+    notes += report.listed(absent)
+    present = [peer for peer in present if peer.passes < SLOW_PASSES]
+    over_the_list, limit = (peer for peer in peers.OURS if peer.name in ("gpuadam.Adam.step", measure.LIMIT))
+    flat = [over_the_list._replace(name="gpuadam.Adam.step, one flat array"), limit]
+    kernels = backends.load(backend.name)
+    for case in options.sizes:
+        shapes = shapes_of(case)
+        n = sum(map(math.prod, shapes))
+        fitting, left_out = peers.fitting([over_the_list, *flat, *present], n, backend)
+        notes += report.listed(left_out)
+        shapes_for = {peer.name: [(n,)] if peer in flat else shapes for peer in fitting}
+        contenders = [peer.build(backend, shapes_for[peer.name]) for peer in fitting]
+        whole = [contender.whole(kernels) for contender in contenders]
+        if backend.memory == "CPU":
+            timed = {"host": measure.in_turn(kernels, whole, options.seconds)}
+        else:
+            timed = {"device": measure.in_turn(kernels, whole, options.seconds / 2)}
+            wait = peers.wait_for_all(contenders, kernels)
+            timed["host"] = measure.on_host([contender.step for contender in contenders], wait, options.seconds / 2)
+        del contenders, whole
+        peers.release(backend)
+        moved = 4 * measure.ARRAYS_READ_AND_WRITTEN * n
+        for clock, times in timed.items():
+            rows = []
+            for peer, seconds in zip(fitting, times, strict=True):
+                identity = {"state": "in turn", "clock": clock, "arrays": len(shapes_for[peer.name])}
+                # the host's clock of a GPU's step says nothing of the memory
+                throughput = {"moved": moved} if clock == next(iter(timed)) else {}
+                rows.append(measure.row("many", peer.name, backend.name, n, **identity, seconds=seconds, **throughput))
+            yield measure.add_ratios(rows)
+
+
+def draw(rows, path):
+    """Draw, for each backend and case, the time of each contender; on a GPU by both clocks."""
+    backends_of = report.groups(rows, "backend")
+    cases = list(dict.fromkeys(row["elements"] for row in rows))
+    figure, axes = plots.panels(len(backends_of), len(cases), width=6.5, height=4)
+    for line, ((backend,), of_backend) in zip(axes, backends_of.items(), strict=True):
+        for axis, n in zip(line, cases, strict=True):
+            of_case = [row for row in of_backend if row["elements"] == n]
+            title = f"{backend}: {max(row['arrays'] for row in of_case):,} arrays, {n:,} elements"
+            plots.bars(axis, of_case, "p50_us", report.time, title, "median time of a step", log=True)
+    plots.save(figure, path, rows)
+
+
+if __name__ == "__main__":
+    sizes = dict.fromkeys(("CPU", "CUDA"), "gpt2,1000x1000")
+    report.main("many", __doc__, measure_rows, draw, seconds=20.0, sizes=sizes, sizes_help="gpt2 or COUNTxSIZE")

@@ -1,0 +1,192 @@
+"""What every benchmark does with its rows: options, tables on the terminal, a CSV file, JSON and a plot.
+
+    python benchmarks/report.py merge RESULTS.csv ROWS...    merges CSV and JSON files of rows into one CSV file
+    python benchmarks/report.py summary RESULTS.csv          prints a short table: gpuadam and torch's fused Adam
+
+A benchmark is a function measure_rows(backend, options, notes), which yields lists of rows that were measured together and
+adds to the notes what was left out, and a function draw(rows, path).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import peers
+
+import gpuadam
+from gpuadam import backends
+from gpuadam.cli import measure, output
+
+TABLE = ("backend", "elements", "state", "clock")
+
+
+def main(name, doc, measure_rows, draw, *, seconds, sizes, sizes_help="elements, such as 1e5,2e7", table=TABLE):
+    """Measure, or read rows that were measured before; print them; write what the options say.
+
+    sizes: the default for "CPU" and for "CUDA" memory; None if the benchmark has none. table: rows alike in these share a table.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    available = gpuadam.available_backends()
+    parser.add_argument("--backend", choices=list(backends.BACKENDS), default=available[0], help="default: %(default)s")
+    if sizes:
+        parser.add_argument("--sizes", metavar="N,N", help=f"{sizes_help}; default {' or '.join({*sizes.values()})}")
+    parser.add_argument("--seconds", type=float, default=seconds, help="for each table, about; default %(default)s")
+    parser.add_argument("--peers", metavar="NAME,NAME", help="only these libraries; none for gpuadam alone; default all")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help=f"write {name}.csv and {name}.png into it")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for standard output alone")
+    parser.add_argument("--rows", metavar="CSV", help="measure nothing: print and draw the rows of this file")
+    options = parser.parse_args()
+    if options.peers is not None:
+        options.peers = options.peers.split(",")
+        known = [peer.name for peer in peers.PEERS] + ["none"]
+        if unknown := set(options.peers) - set(known):
+            parser.error(f"there is no peer {', '.join(sorted(unknown))}, only {', '.join(known)}")
+
+    try:
+        (rich_console,) = output.need("bench", "rich.console")
+        if options.out:
+            output.need("bench", "matplotlib")
+        if not options.rows:
+            backends.load(options.backend)
+    except (gpuadam.BackendUnavailableError, output.MissingExtraError) as error:
+        sys.exit(f"{name}: {error}")
+    console = rich_console.Console(stderr=options.json == "-")
+    if not console.is_terminal:
+        console = rich_console.Console(stderr=options.json == "-", width=130)  # a file has no width
+
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+    rows, notes = [], []
+    if options.rows:
+        rows = [row for row in output.read_csv(options.rows, measure.NUMBERS) if row["benchmark"] == name]
+        for group in groups(rows, *table).values():
+            _print(console, group)
+    else:
+        backend = backends.BACKENDS[options.backend]
+        if sizes:
+            options.sizes = (options.sizes or sizes[backend.memory]).split(",")
+        for group in measure_rows(backend, options, notes):
+            rows += group
+            _print(console, group)
+            if options.out:  # after each table: a run that is cut short keeps what it has
+                output.write_csv(options.out / f"{name}.csv", rows)
+    for note in dict.fromkeys(notes):
+        console.print(note, highlight=False)
+    if not rows:
+        sys.exit(f"{name}: " + (f"{options.rows} has no rows of it" if options.rows else "nothing was measured"))
+    _print_machine(console, rows[0])
+    if options.out:
+        draw(rows, options.out / f"{name}.png")
+    if options.json:
+        output.write_json(options.json, {"rows": rows})
+
+
+def numbers(sizes):
+    """Return sizes such as 1e5 as integers."""
+    return [int(float(size)) for size in sizes]
+
+
+def listed(absent):
+    """Return a note on each contender that was not measured: `absent` says why."""
+    return [f"not measured: {name} ({reason})" for name, reason in absent.items()]
+
+
+def groups(rows, *keys):
+    """Return {values of the keys: the rows that have them}, in the order in which they come."""
+    found = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return found
+
+
+def time(microseconds):
+    """Return a time as it is read easiest.
+
+    >>> time(12.345), time(98765.4), time(2345678.9)
+    ('12.3 us', '98.8 ms', '2.35 s')
+    """
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if microseconds >= size:
+            return f"{microseconds / size:.3g} {unit}"
+    return f"{microseconds:.3g} us"
+
+
+def _print(console, rows):
+    rich_table, rich_box = output.need("bench", "rich.table", "rich.box")
+    first = rows[0]
+    facts = [f"{first['elements']:,} {first['dtype']}", first["backend"]]
+    varying = [key for key in ("state", "clock", "arrays") if len({row[key] for row in rows}) > 1]
+    facts += [first["state"]] * ("state" not in varying)
+    facts += [f"{first['clock']} clock"] * bool(first["clock"])
+    title = f"{first['benchmark']}: {', '.join(facts)}"
+    table = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD)
+    columns = {
+        "p20_us": time,
+        "p50_us": time,
+        "p80_us": time,
+        "gb_per_s": lambda x: f"{x:,.1f}",
+        "x_limit": lambda x: f"{x:,.3f}",
+        "x_torch_fused": lambda x: f"{x:,.3f}",
+        "peak_mb": lambda x: f"{x:,.3f}",
+    }
+    heads = {"p20_us": "p20", "p50_us": "median", "p80_us": "p80", "gb_per_s": "GB/s", "peak_mb": "peak MB beyond state"}
+    used = [column for column in columns if any(row[column] is not None for row in rows)]
+    table.add_column("")
+    for column in used:
+        table.add_column(heads.get(column, column.replace("x_", "x ").replace("_", " ")), justify="right")
+    for key in varying:
+        table.add_column(key)
+    for row in rows:
+        figures = ("" if row[c] is None else columns[c](row[c]) for c in used)
+        table.add_row(row["contender"], *figures, *(f"{row[key]:,}" if key == "arrays" else row[key] for key in varying))
+    console.print(table)
+
+
+def _print_machine(console, row):
+    facts = dict.fromkeys(str(row[key]) for key in ("device", "driver", "cpu", "system", "date") if row[key])
+    versions = [f"{name} {row[name]}" for name in output.versions() if row.get(name)]
+    console.print(f"{', '.join(facts)}; {row['cores']} cores\n{', '.join(versions)}", highlight=False)
+
+
+def merge(path, *sources):
+    """Write the rows of CSV and JSON files into one CSV file."""
+    rows = []
+    for source in sources:
+        if source.endswith(".json"):
+            rows += json.loads(Path(source).read_text())["rows"]
+        else:
+            rows += output.read_csv(source, measure.NUMBERS)
+    output.write_csv(path, rows)
+
+
+STEP, KERNEL, CALL = "gpuadam.Adam.step", "gpuadam kernel + launch", "gpuadam.adam_step"
+SUMMARY = {
+    "large": (STEP, KERNEL),
+    "bench": (KERNEL,),
+    "many": (STEP, f"{STEP}, one flat array"),
+    "small": (CALL, STEP),
+    "memory": (STEP, measure.TORCH_FUSED),
+    "first_call": ("import gpuadam", CALL, measure.TORCH_FUSED),
+}
+
+
+def summary(path):
+    """Print a short table: gpuadam's own lines, beside torch's fused Adam."""
+    print(f"{'elements':>14}{'':11}{'':54}{'median':>9}{'GB/s':>9}{'x limit':>9}{'x torch':>9}{'peak MB':>9}")
+    rows = output.read_csv(path, measure.NUMBERS)
+    for (benchmark, backend), of_benchmark in groups(rows, "benchmark", "backend").items():
+        print(f"-- {benchmark}, {backend}")
+        for row in of_benchmark:
+            if row["contender"] in SUMMARY[benchmark]:
+                what = ", ".join(filter(None, (row["contender"], row["state"], row["clock"])))
+                median = "" if row["p50_us"] is None else time(row["p50_us"])
+                others = (row[column] for column in ("gb_per_s", "x_limit", "x_torch_fused", "peak_mb"))
+                figures = "".join(f"{'' if figure is None else f'{figure:,.2f}':>9}" for figure in others)
+                print(f"{row['elements']:14,} {row['dtype']:10}{what:54}{median:>9}{figures}")
+
+
+if __name__ == "__main__":
+    {"merge": merge, "summary": summary}[sys.argv[1]](*sys.argv[2:])

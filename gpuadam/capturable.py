@@ -1,0 +1,133 @@
+"""Device mode: the step count, the learning rate and the gradient scale on the device, for steps that a CUDA graph captures.
+
+What a kernel gets by value is frozen in a graph. So one thread computes the step's scalars on the device, from what is there when
+the graph runs (`kernels/device_scalars.py`), and the update loads them.
+"""
+
+import contextlib
+
+import numpy as np
+
+from . import backends, hyperparameters
+from .kernels import device_scalars, streams
+
+NUMBERS = (np.dtype("float32"), np.dtype("float64"))
+
+
+class Clock:
+    """The step count of the arrays of one group, one int64 beside them, and room for the scalars that are made from it.
+
+    kernels, device: the backend and the device of the arrays. On the CPU the count is a NumPy array, and nothing else differs.
+    """
+
+    def __init__(self, kernels, device):
+        self.kernels, self.device = kernels, device
+        self.on_cpu = kernels.NAME == "numba-cpu"
+        self._memory: dict[np.dtype, device_scalars.Memory] = {}
+        with self._here():
+            self.step = kernels.from_host(np.zeros(1, np.int64))
+
+    def _here(self):
+        if self.on_cpu:
+            return contextlib.nullcontext()
+        return self.kernels.on(self.device, self.kernels.current_stream() or streams.LEGACY_DEFAULT)
+
+    def number(self, name, value):
+        """Return a View of an array of one number beside the arrays, or None if value is a number of the host."""
+        if not is_array(value):
+            return None
+        _, (view,) = backends.choose([(name, value)], self.kernels.NAME)
+        if view.size != 1 or view.dtype not in NUMBERS:
+            raise ValueError(f"{name} has shape {view.shape} and dtype {view.dtype}: it must be one float32 or float64")
+        if view.device != self.device and not self.on_cpu:
+            raise ValueError(f"{name} is on device {view.device}, the parameters are on {self.device}: move it")
+        return view
+
+    def value(self, number):
+        """Return a hyperparameter as a number. An array on a GPU is read, which waits for what is enqueued."""
+        if not is_array(number):
+            return number
+        self.number("lr or grad_scale", number)
+        return float(np.asarray(self.kernels.to_host(number)).reshape(()))
+
+    def count(self):
+        """Return the step count as an int. On a GPU this waits for what is enqueued."""
+        return int(self.kernels.to_host(self.step)[0])
+
+    def fill(self, array, value):
+        """Write a number into an array of one, in place, so that captured graphs see it."""
+        own = self.kernels.view("", array)
+        with self._here():
+            source = self.kernels.from_host(np.full(own.shape, value, own.dtype))
+            self.kernels.copy(own, self.kernels.view("", source))
+
+    def memory(self, dtype):
+        """Return where the scalars of a dtype go: always the same place, which captured graphs know."""
+        if dtype not in self._memory:
+            with self._here():
+                owner, address = self.kernels.device_bytes(64)
+            self._memory[dtype] = device_scalars.Memory(owner, address, dtype, self.device)
+        return self._memory[dtype]
+
+
+class Now:
+    """A clock with the learning rate and the gradient scale of a step: numbers, or arrays of one number on the device."""
+
+    def __init__(self, clock, lr, grad_scale):
+        self.clock = clock
+        self.lr, self.grad_scale = clock.number("lr", lr), clock.number("grad_scale", grad_scale)
+
+    def check_capture(self, h):
+        """Refuse what a captured graph would freeze."""
+        if self.lr is None:
+            raise RuntimeError(
+                f"a graph is being captured, and it would repeat this step with lr={h.lr} for ever: give lr as an array of one "
+                "float64 on the device, and change what is in it"
+            )
+        if self.grad_scale is None and h.fixed.grad_scale != 1.0:
+            raise RuntimeError(
+                f"a graph is being captured, and it would repeat this step with grad_scale={h.fixed.grad_scale} for ever: give "
+                "it as an array of one float64 on the device"
+            )
+
+    def form_and_launch(self, h, dtype, amsgrad, advance):
+        """Return the Form of a step, where its scalars will be, and a function of a stream that computes them there.
+
+        advance: whether the step count goes up first; once in a step, if there are arrays of two dtypes.
+        """
+        clock, fixed = self.clock, h.fixed
+        form, scalars = hyperparameters.form_and_scalars(h, 1, dtype, amsgrad)
+        form = form._replace(scaled=form.scaled or self.grad_scale is not None)
+        settings = device_scalars.Settings(
+            advance=int(advance),
+            sign=-1.0 if fixed.maximize else 1.0,
+            beta1=fixed.beta1,
+            beta2=fixed.beta2,
+            weight_decay=fixed.weight_decay,
+            w1=scalars.w1,
+            w2=scalars.w2,
+            eps=scalars.eps,
+        )
+        lr = h.lr if self.lr is None else self.lr
+        grad_scale = fixed.grad_scale if self.grad_scale is None else self.grad_scale
+        lr_kind, scale_kind = (None if view is None else view.dtype for view in (self.lr, self.grad_scale))
+        out = clock.memory(dtype)
+        device_form = device_scalars.Form(dtype, lr_kind, scale_kind, form.decoupled)
+        step = clock.kernels.view("step", clock.step)
+
+        def launch(stream):
+            others = {view.stream for view in (self.lr, self.grad_scale) if view is not None} - {None, stream}
+            for other in others:
+                clock.kernels.order(other, stream)
+            clock.kernels.launch_scalars(device_form, settings, step, lr, grad_scale, out, stream)
+            for other in others:
+                clock.kernels.order(stream, other)
+
+        return form, out, launch
+
+
+def is_array(value):
+    """Whether a hyperparameter is given as an array rather than as a number."""
+    return type(value) is not float and (
+        isinstance(value, np.ndarray) or hasattr(value, "__cuda_array_interface__") or hasattr(value, "__dlpack__")
+    )

@@ -1,0 +1,87 @@
+"""What both GPU backends do to launch: which arrays share a launch, on which stream it goes, what a captured graph may hold.
+
+A backend module brings what differs: `on(device, stream)`, `current_stream()`, `is_capturing(stream)`, `order(before, after)`, the
+memory for `pointer_table`, and `run(batch, form, scalars, rule, stream)`.
+"""
+
+from gpuadam.kernels import pointer_table, streams
+from gpuadam.kernels.layout import dense, split
+
+
+def batches(backend, updates):
+    """Return the launches that updates take: one for all dense arrays, one for each other.
+
+    updates: of each, the views of param, grad, m, v, max_v (None without AMSGrad); all of one dtype and device.
+    """
+    updates = [[view for view in views if view is not None] for views in updates if views[0].size]
+    together = [views for views in updates if dense(views)]
+    apart = [Batch(backend, "strided", [views]) for views in updates if not dense(views)]
+    if not together:
+        return apart
+    return [Batch(backend, "contiguous" if len(together) == 1 else "table", together), *apart]
+
+
+class Batch:
+    """Updates that one launch makes, short of the form and the scalars.
+
+    lasts: whether it may be launched again and again for as long as the arrays stay where they are. It keeps none of them alive.
+    """
+
+    def __init__(self, backend, loop, updates):
+        self.backend, self.loop = backend, loop
+        first, *_ = updates[0]
+        self.device, self.dtype, self.size = first.device, first.dtype, first.size
+        self.named = list(dict.fromkeys(view.stream for views in updates for view in views))
+        self.lasts = loop != "strided"
+        self.pointers = [view.pointer for view in updates[0]]
+        self.arguments = None  # what a backend makes of the arrays at the first launch
+        if loop == "strided":
+            self.views = updates[0]
+        elif loop == "contiguous":
+            self.split = split(self.pointers, self.size, self.dtype.itemsize)
+        else:
+            self.table = pointer_table.Table(backend, self.device, updates)
+
+    def streams(self, given):
+        """Return the stream to launch on, and the other streams to order it with. given: a handle, or None."""
+        return streams.choose(given, self.backend.current_stream(), self.named)
+
+    def check(self, given, on_device):
+        """Return whether a graph is being captured, and refuse what it cannot hold.
+
+        given: the handle of a stream, or None. on_device: whether the scalars are in device memory.
+        """
+        stream, others = self.streams(given)
+        if not self.backend.is_capturing(stream):
+            return False
+        if not on_device:
+            raise RuntimeError(
+                "a graph is being captured on this stream, and it would repeat this step with the learning rate and the step "
+                "count of now. Make the optimizer with capturable=True: it counts the steps on the device; give it the "
+                "learning rate as an array there"
+            )
+        if others:
+            raise RuntimeError(
+                f"a graph is being captured, and arrays were last used on other streams ({others}): use them on the stream that "
+                "is captured first, or give it as stream="
+            )
+        if self.loop == "table" and stream not in self.table.streams:
+            raise RuntimeError(
+                "a graph is being captured, and the table of these arrays is not on the device yet: take a step with the same "
+                "arrays, gradients included, on this stream before the capture"
+            )
+        return True
+
+    def launch(self, form, scalars, rule, given):
+        stream, others = self.streams(given)
+        for other in others:
+            self.backend.order(other, stream)
+        with self.backend.on(self.device, stream):
+            self.backend.run(self, form, scalars, rule, stream)
+        for other in others:
+            self.backend.order(stream, other)
+
+    def release(self):
+        """Give back what it holds on the device, once the device is done with it."""
+        if self.loop == "table":
+            self.table.release()

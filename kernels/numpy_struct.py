@@ -1,0 +1,153 @@
+"""What NumPy knows of its arrays, read in compiled code: some ten nanoseconds an array, where Python needs a thousand.
+
+An array's address, shape, dtype and flags are fields of a C struct, `PyArrayObject_fields` in numpy/ndarraytypes.h. It is part
+of NumPy's binary interface, which every compiled extension relies on, and `known` compares it with what Python says before
+anything else here reads it. All is read anew at every call: an array's flags and shape may change while it stays the same object.
+"""
+
+import ctypes
+import functools
+import sys
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+from gpuadam.kernels import compiled_cache
+
+# The columns of a table, of int64: the addresses of an update's arrays, how many elements each has, and of how many bytes. A row
+# is an update; without AMSGrad, max_v is at 0.
+PARAM, GRAD, M, V, MAX_V, SIZE, ITEMSIZE = range(7)
+COLUMNS = 7
+
+TYPE = object.__basicsize__ - 8  # the last field of every Python object's head
+DATA, NDIM, SHAPE, _STRIDES, _BASE, DTYPE, FLAGS = (object.__basicsize__ + 8 * k for k in range(7))
+C_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x100, 0x400
+
+MIXED = 4 | 8
+DTYPES = {4: np.dtype("float32"), 8: np.dtype("float64")}
+# What a field must hold, by its address: NumPy has one object for each dtype in native byte order. An equal one is not plain.
+IDENTITIES = np.array([id(np.ndarray), id(DTYPES[4]), id(DTYPES[8])])
+
+
+def table(arrays, width):
+    """Return the table of updates and their dtype, or None if an array is not plain or two of them overlap.
+
+    arrays: param, grad, m, v and, if width is 5, max_v of one update after the other. Plain are NumPy's own arrays, C-contiguous,
+    aligned, of float32 or float64 in native byte order, all but grad writeable, and of one shape and dtype in each update.
+    The dtype is None if updates differ in it. The table holds no references: the arrays must outlive it.
+    """
+    if not known():
+        return None
+    objects = np.fromiter(map(id, arrays), np.int64, len(arrays))
+    rows = np.empty((len(arrays) // width, COLUMNS), np.int64)
+    found = read(objects, width, IDENTITIES, rows)
+    return (rows, DTYPES.get(found)) if found else None
+
+
+def by_dtype(rows):
+    """Return (dtype, its rows) for each dtype in a table."""
+    return [(dtype, rows[rows[:, ITEMSIZE] == itemsize]) for itemsize, dtype in DTYPES.items()]
+
+
+@functools.cache
+def known():
+    """Whether arrays are laid out in memory as this file says."""
+    if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8 or np.ndarray.__basicsize__ < FLAGS + 4:
+        return False
+    for array in (np.zeros((3, 5), "f4"), np.zeros((7, 2), "f8", order="F")[1:]):
+
+        def field(offset, kind=ctypes.c_int64, array=array):
+            return kind.from_address(id(array) + offset).value
+
+        described = [field(TYPE), field(DATA), field(NDIM, ctypes.c_int32), field(DTYPE), field(FLAGS, ctypes.c_int32)]
+        if described != [id(np.ndarray), array.ctypes.data, array.ndim, id(array.dtype), array.flags.num]:
+            return False
+        if [ctypes.c_int64.from_address(field(SHAPE) + 8 * k).value for k in range(2)] != list(array.shape):
+            return False
+    return True
+
+
+def _load(kind):
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, builder, signature, args):
+            return builder.load(builder.inttoptr(args[0], context.get_value_type(kind).as_pointer()))
+
+        return kind(types.int64), codegen
+
+    return load
+
+
+_int64_at, _int32_at = _load(types.int64), _load(types.int32)
+
+
+def _stored(function):
+    return compiled_cache.stored(njit(function), function.__name__)
+
+
+@_stored
+def disjoint(rows):
+    """Return whether no array that an update writes shares memory with another; two that are only read may."""
+    starts, ends = np.empty(5 * rows.shape[0], np.int64), np.empty(5 * rows.shape[0], np.int64)
+    written = np.empty(5 * rows.shape[0], np.bool_)
+    n = 0
+    for row in range(rows.shape[0]):
+        n_bytes = rows[row, SIZE] * rows[row, ITEMSIZE]
+        for k in range(5):
+            if n_bytes and rows[row, k]:
+                starts[n], ends[n], written[n] = rows[row, k], rows[row, k] + n_bytes, k != GRAD
+                n += 1
+    gap = 1  # sorted by Shell's method: a few lines, and quick for the few thousand arrays of a program
+    while gap < n // 3:
+        gap = 3 * gap + 1
+    while gap:
+        for i in range(gap, n):
+            start, end, is_written, j = starts[i], ends[i], written[i], i
+            while j >= gap and starts[j - gap] > start:
+                starts[j], ends[j], written[j] = starts[j - gap], ends[j - gap], written[j - gap]
+                j -= gap
+            starts[j], ends[j], written[j] = start, end, is_written
+        gap //= 3
+    end_of_written, end_of_any = 0, 0
+    for i in range(n):
+        if starts[i] < end_of_written or (written[i] and starts[i] < end_of_any):
+            return False
+        end_of_any = max(end_of_any, ends[i])
+        if written[i]:
+            end_of_written = max(end_of_written, ends[i])
+    return True
+
+
+@_stored
+def read(objects, width, identities, rows):
+    """Fill rows and return the arrays' itemsize, or MIXED; or 0 if an array is not plain, or overlaps another.
+
+    objects: the addresses of the arrays' structs.
+    """
+    itemsizes = 0
+    for row in range(rows.shape[0]):
+        first = objects[row * width]
+        dtype, ndim, n = _int64_at(first + DTYPE), _int32_at(first + NDIM), 1
+        for k in range(width):
+            array = objects[row * width + k]
+            needed = C_CONTIGUOUS | ALIGNED if k == GRAD else C_CONTIGUOUS | ALIGNED | WRITEABLE
+            if _int64_at(array + TYPE) != identities[0] or _int32_at(array + FLAGS) & needed != needed:
+                return 0
+            if _int64_at(array + DTYPE) != dtype or _int32_at(array + NDIM) != ndim:
+                return 0
+            for d in range(ndim):
+                length = _int64_at(_int64_at(array + SHAPE) + 8 * d)
+                if length != _int64_at(_int64_at(first + SHAPE) + 8 * d):
+                    return 0
+                if k == PARAM:
+                    n *= length
+            rows[row, k] = _int64_at(array + DATA)
+        if dtype != identities[1] and dtype != identities[2]:
+            return 0
+        if width == MAX_V:
+            rows[row, MAX_V] = 0
+        rows[row, SIZE] = n
+        rows[row, ITEMSIZE] = 4 if dtype == identities[1] else 8
+        itemsizes |= rows[row, ITEMSIZE]
+    return itemsizes if disjoint(rows) else 0

@@ -1,0 +1,34 @@
+"""On which CUDA stream a launch goes, and which other streams have to wait for it or it for them. Streams are driver handles."""
+
+LEGACY_DEFAULT = 1  # the default stream's name in __cuda_array_interface__; 0 names it elsewhere
+
+
+def handle(stream):
+    """Return the handle of what a caller gives as `stream=`: a CuPy, Numba or torch stream, or a handle. None stays None."""
+    if stream is None:
+        return None
+    if hasattr(stream, "__cuda_stream__"):
+        _, stream = stream.__cuda_stream__()
+    elif hasattr(stream, "cuda_stream"):  # torch
+        stream = stream.cuda_stream
+    if isinstance(stream, bool) or not isinstance(stream, int):
+        raise TypeError(f"stream is {stream!r}; it must be a CuPy, Numba or torch stream, or the handle of one")
+    return stream or LEGACY_DEFAULT
+
+
+def choose(given, current, named):
+    """Return the stream of a launch, and the other streams to order it with.
+
+    given: what the caller asked for, or None. current: CuPy's current stream, or None without CuPy. named: the streams that the
+    arrays name, None for those that name none. A stream that the caller chose goes before one that an array was last used on.
+
+    >>> choose(None, 0, [None, 77, 77])
+    (77, [])
+    >>> choose(None, 5, [1, 77])
+    (5, [1, 77])
+    """
+    named = [stream or LEGACY_DEFAULT for stream in dict.fromkeys(named) if stream is not None]
+    if given is None and current not in (None, 0, LEGACY_DEFAULT):
+        given = current
+    target = given or (named[0] if named else LEGACY_DEFAULT)
+    return target, [stream for stream in dict.fromkeys(named) if stream != target]

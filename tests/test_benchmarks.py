@@ -1,0 +1,178 @@
+"""The benchmark scripts, as they are run, at tiny sizes: what they write, not how fast anything is."""
+
+import doctest
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpuadam
+from gpuadam import backends
+from gpuadam.cli import measure, output
+from gpuadam.kernels import numba_cpu
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import large
+import many
+import memory
+import peers
+import report
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+# those of them that are not installed are left out, and named
+PEERS = ("--peers", "torch fused,torch foreach,plain NumPy")
+QUICK = ("--backend", "numba-cpu", "--seconds", "0")
+SCRIPTS = {
+    "large": (*PEERS, "--sizes", "100,1e3"),
+    "small": (*PEERS, "--sizes", "1,1000"),
+    "many": (*PEERS, "--sizes", "3x100"),
+    "memory": ("--peers", "plain NumPy", "--sizes", "4e6"),
+    "first_call": ("--peers", "none"),
+}
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the resident set's high-water mark is Linux's")
+
+
+def run(script, *arguments, code=0, **env):
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / f"{script}.py"), *arguments],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=ON_LINUX) if name == "memory" else name for name in SCRIPTS])
+def test_a_script_writes_its_rows_and_a_plot_and_can_draw_them_again(name, tmp_path):
+    printed = json.loads(run(name, *QUICK, *SCRIPTS[name], "--out", str(tmp_path), "--json", "-").stdout)
+    rows = output.read_csv(tmp_path / f"{name}.csv", measure.NUMBERS)
+    assert rows == printed["rows"]
+    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    for row in rows:
+        assert list(row) == list(measure.COLUMNS)
+        assert row["benchmark"] == name and row["backend"] == "numba-cpu" and row["samples"] >= 1
+        assert all(row[fact] for fact in ("device", "cpu", "cores", "system", "date", "python", "gpuadam", "numpy", "numba"))
+        if name != "memory":
+            quantiles = [row[f"p{q:02}_us"] for q in measure.QUANTILES]
+            assert quantiles == sorted(quantiles) and quantiles[0] > 0
+    identities = [tuple(row[key] for key in measure.COLUMNS[:8]) for row in rows]
+    assert len(set(identities)) == len(identities)
+    (tmp_path / f"{name}.png").unlink()
+    run(name, "--rows", str(tmp_path / f"{name}.csv"), "--out", str(tmp_path))
+    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_ratios_and_throughput_are_of_the_medians_of_one_run(tmp_path):
+    run("large", *QUICK, "--sizes", "1000", "--peers", "none", "--out", str(tmp_path))
+    rows = {row["contender"]: row for row in output.read_csv(tmp_path / "large.csv", measure.NUMBERS)}
+    assert set(rows) == {peer.name for peer in peers.OURS}
+    for row in rows.values():
+        assert row["gb_per_s"] == pytest.approx(28 * 1000 / row["p50_us"] / 1e3, rel=1e-4)
+        assert row["x_limit"] == pytest.approx(row["p50_us"] / rows["limit"]["p50_us"], rel=1e-4)
+        assert row["x_torch_fused"] is None
+
+
+def test_small_arrays_are_measured_in_two_states(tmp_path):
+    run("small", *QUICK, "--sizes", "10", "--peers", "none", "--out", str(tmp_path))
+    rows = output.read_csv(tmp_path / "small.csv", measure.NUMBERS)
+    names = {peer.name for peer in peers.OURS} | {"empty Numba function"}
+    assert {(row["contender"], row["state"]) for row in rows} == {(n, s) for n in names for s in ("warm", "in turn")}
+
+
+def test_files_of_rows_are_merged_and_summed_up(tmp_path):
+    run("many", *QUICK, "--sizes", "2x10", "--peers", "none", "--out", str(tmp_path), "--json", str(tmp_path / "many.json"))
+    results = str(tmp_path / "results.csv")
+    run("report", "merge", results, str(tmp_path / "many.csv"), str(tmp_path / "many.json"))
+    rows = output.read_csv(results, measure.NUMBERS)
+    assert len(rows) == 6 and rows[:3] == rows[3:]
+    assert run("report", "summary", results).stdout.count("gpuadam.Adam.step, one flat array") == 2
+
+
+def test_what_is_not_there_is_explained(tmp_path):
+    if "cupy" not in gpuadam.available_backends():
+        error = run("large", "--backend", "cupy", code=1).stderr
+        assert error.startswith("large: backend 'cupy' is not available") and "Traceback" not in error
+    assert "there is no peer troch" in run("large", *QUICK, "--peers", "troch", code=2).stderr
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text("raise ModuleNotFoundError('no rich', name='rich')")
+    error = run("large", *QUICK, code=1, PYTHONPATH=str(tmp_path)).stderr
+    assert error == 'large: rich is not installed: pip install "gpuadam[bench]"\n'
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch):
+    missing = peers.Peer("another Adam", peers.adam_step, package="another_adam")
+    monkeypatch.setattr(peers, "PEERS", (missing,))
+    assert peers.chosen(backends.BACKENDS["numba-cpu"]) == ([], {"another Adam": "another_adam is not installed"})
+
+
+def test_contenders_that_do_not_fit_or_are_too_slow_are_named(monkeypatch):
+    cpu = backends.BACKENDS["numba-cpu"]
+    quick, slow = peers.Peer("quick", peers.adam_step), peers.Peer("slow", peers.adam_step, passes=13)
+    monkeypatch.setattr(peers, "free_bytes", lambda backend: 3e9)
+    assert peers.fitting([quick, slow], 10**6, cpu) == ([quick, slow], {})
+    kept, absent = peers.fitting([quick, slow, quick._replace(name="second")], 10**8, cpu)
+    assert kept == [quick] and "too slow" in absent["slow"] and "no memory" in absent["second"]
+
+
+def test_gpt2_small_has_its_parameters():
+    shapes = many.gpt2_small()
+    assert len(shapes) == 148 and sum(map(math.prod, shapes)) == 124_439_808
+
+
+def test_the_plain_code_is_adam():
+    ours, plain = ([a.copy() for a in measure.data(1000, "float32")] for _ in range(2))
+    for step in range(1, 6):
+        gpuadam.adam_step(*ours[:4], step)
+        peers.plain_step(np, *plain, step)
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # roundings of 5 steps in another order
+
+
+@ON_LINUX
+def test_a_step_of_ours_allocates_nothing_and_plain_numpy_one_array():
+    n, cpu = 4_000_000, backends.BACKENDS["numba-cpu"]
+    by_name = {peer.name: peer for peer in (*peers.OURS, *peers.PEERS)}
+    ours = memory._in_fresh_process(cpu, by_name["gpuadam.Adam.step"], n)
+    numpy = memory._in_fresh_process(cpu, by_name["plain NumPy"], n)
+    for state in (memory.RESIDENT, memory.TRACED):
+        assert ours[state] < 1e6
+        assert numpy[state] == pytest.approx(4 * n, rel=0.1)  # the kernel counts pages, a few hundred of them late
+
+
+def test_all_contenders_run_equally_often_and_in_changing_order():
+    order = []
+    functions = [lambda k=k: order.append(k) for k in range(3)]
+    times = measure.in_turn(numba_cpu, functions, 0)
+    assert {len(t) for t in times} == {12} and all(t >= 0 for of_one in times for t in of_one)
+    rounds = {tuple(order[at : at + 3]) for at in range(9, len(order), 3)}
+    assert len(rounds) > 1 and all(sorted(r) == [0, 1, 2] for r in rounds)
+
+
+def test_a_burst_leaves_its_first_calls_out(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    calls, waits = [], []
+    times = measure.on_host([lambda: calls.append(1)], lambda: waits.append(1), 0, calls=50, at_least=2)
+    assert len(calls) == 3 + 2 * 50 and len(waits) == 3 + 2
+    assert times == [[1 / 40, 1 / 40]]  # one tick of the clock, over the 40 calls that are timed
+
+
+def test_the_times_in_tables_are_readable():
+    assert doctest.testmod(report).failed == 0
+
+
+def test_a_backend_that_was_not_measured_at_a_size_leaves_its_panel_empty(tmp_path):
+    def row(backend, n):
+        facts = {"state": "in turn", "clock": "host", "seconds": [1e-3], "moved": 28 * n}
+        return measure.row("large", "limit", "numba-cpu", n, **facts) | {"backend": backend}
+
+    large.draw([row("cupy", 1), row("cupy", 10), row("numba-cuda", 1)], tmp_path / "large.png")
+    assert (tmp_path / "large.png").read_bytes()[:4] == b"\x89PNG"
