@@ -1,6 +1,7 @@
 """What the rest of the package needs to know of an array, whichever library made it."""
 
 import ctypes
+import functools
 import math
 import operator
 import sys
@@ -98,8 +99,18 @@ def description(arrays):
     if len(kinds) != 1:
         return None
     (kind,) = kinds
-    getter = _DESCRIBED.get(f"{kind.__module__}.{kind.__qualname__}")
+    getter = _getter(kind)
     return getter and (kind, list(map(getter, arrays)))
+
+
+def always_cuda(array):
+    """Whether an array is of a type whose memory is a GPU's, known without asking for its interface."""
+    return _getter(type(array)) is not None
+
+
+@functools.lru_cache(maxsize=256)
+def _getter(kind):
+    return _DESCRIBED.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def contiguous_strides(shape, itemsize):

@@ -155,6 +155,8 @@ def _memory(name, array):
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name} is a masked array; an update cannot heed its mask. Pass {name}.data, or a copy")
         return "CPU"
+    if arrays.always_cuda(array):
+        return "CUDA"
     if isinstance(array, type) or array is None:
         raise TypeError(f"{name} is {array!r}, not an array")
     if hasattr(array, "fake_mode") or (callable(getattr(array, "is_neg", None)) and array.is_neg()):

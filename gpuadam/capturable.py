@@ -9,7 +9,7 @@ import contextlib
 import numpy as np
 
 from . import backends, hyperparameters
-from .kernels import device_scalars, streams
+from .kernels import device_scalars, gpu_launch, streams
 
 NUMBERS = (np.dtype("float32"), np.dtype("float64"))
 
@@ -116,7 +116,8 @@ class Now:
         step = clock.kernels.view("step", clock.step)
 
         def launch(stream):
-            others = {view.stream for view in (self.lr, self.grad_scale) if view is not None} - {None, stream}
+            named = {view.stream for view in (self.lr, self.grad_scale) if view is not None}
+            others = gpu_launch.to_order(clock.kernels, stream, named - {None, stream})
             for other in others:
                 clock.kernels.order(other, stream)
             clock.kernels.launch_scalars(device_form, settings, step, lr, grad_scale, out, stream)
@@ -128,6 +129,5 @@ class Now:
 
 def is_array(value):
     """Whether a hyperparameter is given as an array rather than as a number."""
-    return type(value) is not float and (
-        isinstance(value, np.ndarray) or hasattr(value, "__cuda_array_interface__") or hasattr(value, "__dlpack__")
-    )
+    kind = type(value)
+    return kind is not float and (hasattr(kind, "__dlpack__") or hasattr(kind, "__cuda_array_interface__"))

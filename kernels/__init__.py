@@ -17,7 +17,7 @@ A *backend* is a file that gives a rule its loop: `cupy_elementwise.py`, `numba_
     batches(updates)                               the launches that several updates take: one for all dense arrays
     launch(form, views, scalars, rule, stream)     one update, in place
     build(rule, form, loop)                        the kernel, cached
-    zeros_like(view)                               memory for a moment
+    zeros_like(view), zeros(n, dtype, device)      memory for a moment, and for many parameters
     copy, from_host, to_host                       for loading state, and for tests and measurements
     now, seconds_between                           the device's clock
 

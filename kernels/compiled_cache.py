@@ -8,10 +8,13 @@ what a kernel is made of: its rule and form, and the text of every file in this 
 import contextlib
 import functools
 import hashlib
+import pickle
 import warnings
 from pathlib import Path
 
-from numba.core.caching import FunctionCache
+import llvmlite
+import numba
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 
 def stored(dispatcher, *key):
@@ -32,41 +35,66 @@ class KernelCache(FunctionCache):
 
     def __init__(self, function, key):
         super().__init__(function)
-        self.key = key
+        stamp = self._impl.locator.get_source_stamp()
+        self.key = (numba.__version__, llvmlite.__version__, stamp, key)
+        self._cache_file = KernelFiles(self.cache_path, self._impl.filename_base, stamp)
 
     def _index_key(self, sig, codegen):
-        return sig, codegen.magic_tuple(), self.key
+        return repr((sig, codegen.magic_tuple(), self.key)).encode()
 
     def load_overload(self, sig, target_context):
         try:
             return super().load_overload(sig, target_context)
-        except Exception as error:  # noqa: BLE001 - a damaged file fails in any way; it is compiled again, and written again
-            self._warn("read", error)
-            self._forget()
+        except Exception:  # noqa: BLE001 - a damaged file fails in any way; the kernel is compiled again, and written again
             return None
 
     def save_overload(self, sig, data):
         try:
             super().save_overload(sig, data)
         except OSError as error:
-            self._warn("written", error)
+            warnings.warn(
+                f"compiled kernels cannot be kept in {self.cache_path} ({type(error).__name__}: {error}), so every process "
+                "compiles them again. Set NUMBA_CACHE_DIR to a folder that can be written",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
-    def _forget(self):
+
+class KernelFiles(IndexDataCacheFile):
+    """A file for each key, named and checked by a hash.
+
+    In Numba's, an index gives keys numbered files. Two processes that store at once may both take number 1, and a key is then
+    answered with the other's kernel. And LLVM ends the process over code in which a crash of the machine has left zeros.
+    """
+
+    def load(self, key):
         try:
-            self.flush()
-        except OSError as error:
-            self._warn("written", error)
+            content = Path(self._path(key)).read_bytes()
+        except FileNotFoundError:
+            return None
+        checksum, data = content[:32], content[32:]
+        if checksum != hashlib.sha256(key + data).digest():
+            raise ValueError("damaged")
+        return pickle.loads(data)
 
-    def _warn(self, what, error):
-        warnings.warn(
-            f"the cache of compiled kernels in {self.cache_path} cannot be {what} ({type(error).__name__}: {error}); kernels are "
-            "compiled again in every process. Set NUMBA_CACHE_DIR to a folder that can be written",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    def save(self, key, data):
+        data = self._dump(data)
+        with self._open_for_write(self._path(key)) as file:
+            file.write(hashlib.sha256(key + data).digest() + data)
+
+    def flush(self):
+        """Nothing is kept beside the files."""
+
+    def _path(self, key):
+        return self._data_path(self._data_name(hashlib.sha256(key).hexdigest()[:32]))
+
+    def _data_name(self, name):
+        return f"{Path(self._index_name).stem}.{name}.nbc"
 
 
 @functools.cache
 def _sources():
     files = sorted(Path(__file__).parent.glob("*.py"))
+    if not files:
+        raise RuntimeError("no text to tell this version's kernels from another's")  # in a zip archive, for example
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import math
 import sys
+import warnings
 
 import cupy
 import numpy as np
@@ -82,7 +83,9 @@ TABLE = r"""
 const long long chunk = i / BLOCK;
 const long long* const row = &rows[owners[chunk] * (ptrdiff_t)COLUMNS];
 const long long first = (chunk - row[FIRST_CHUNK]) * CHUNK;
-const int vectors_here = min(row[VECTORS] - first, (long long)CHUNK), items_here = min(row[ITEMS] - first, (long long)CHUNK);
+// clamped before they are narrowed: after the vectors the difference is negative, and may be below -2^31
+const int vectors_here = max(min(row[VECTORS] - first, (long long)CHUNK), 0LL);
+const int items_here = min(row[ITEMS] - first, (long long)CHUNK);
 const long long start = row[HEAD] + first * LANES;
 T* const param = at_address(row[PARAM]) + start;
 const T* const grad = at_address(row[GRAD]) + start;
@@ -171,12 +174,19 @@ def zeros_like(view):
     with cupy.cuda.Device(view.device):
         head = view.pointer % VECTOR_BYTES // view.dtype.itemsize
         flat = cupy.zeros(head + view.size, view.dtype)[head:]
+        cupy.cuda.get_current_stream().synchronize()  # the first step may be on another
         return cupy.ndarray(view.shape, view.dtype, flat.data, view.strides if dense([view]) else None)
 
 
+def zeros(n, dtype, device):
+    """Return a 1-D array of n zeros."""
+    with cupy.cuda.Device(device):
+        return cupy.zeros(n, dtype)
+
+
 def from_host(array):
-    """Return a copy of a NumPy array in this backend's memory."""
-    return cupy.asarray(array)
+    """Return a copy of a NumPy array in this backend's memory, which is there when this returns."""
+    return cupy.asarray(array, blocking=True)
 
 
 def to_host(array):
@@ -200,9 +210,9 @@ copies_any_layout = True
 
 def copy(to, source):
     """Copy one array into another of the same shape and dtype, on the current stream."""
-    current = current_stream()
-    others = {view.stream for view in (to, source)} - {None, current}
     with cupy.cuda.Device(to.device):
+        current = current_stream()
+        others = {view.stream for view in (to, source)} - {None, current}
         for other in others:
             order(other, current)
         _native(to)[...] = _native(source)
@@ -256,6 +266,7 @@ def _native(view):
     return _unowned(view.pointer, view.shape, view.dtype, view.device, view.strides)
 
 
+@functools.lru_cache(maxsize=1024)
 def _unowned(address, shape, dtype, device, strides=None):
     """Return a CuPy array over memory that others keep: the caller its arrays, a table its buffer, until it is enqueued."""
     dtype = np.dtype(dtype)
@@ -266,25 +277,39 @@ def _unowned(address, shape, dtype, device, strides=None):
 _this_module = sys.modules[__name__]
 
 
-@contextlib.contextmanager
 def on(device, stream):
-    """Make a device and a stream the current ones."""
-    with contextlib.ExitStack() as stack:
-        if cupy.cuda.runtime.getDevice() != device:
-            stack.enter_context(cupy.cuda.Device(device))
-        if current_stream() != stream:
-            stack.enter_context(cupy.cuda.ExternalStream(stream))
+    """Make a device and a stream the current ones. stream: a handle; None for the one that is current on the device."""
+    if cupy.cuda.runtime.getDevice() == device:
+        return _UNCHANGED if stream is None or current_stream() == stream else _stream(stream)
+    return _on_another(device, stream)
+
+
+_UNCHANGED = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _on_another(device, stream):
+    with cupy.cuda.Device(device), on(device, stream):
         yield
 
 
+@functools.cache
+def _stream(handle):
+    """Return a CuPy stream of any device for a handle. It is only to be entered: the calls below take the handle."""
+    with warnings.catch_warnings():
+        # What CuPy names instead takes an object, asks for the device that is current now and keeps to it. Handle 1 has several.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return cupy.cuda.ExternalStream(handle)
+
+
 def current_stream():
-    """Return the handle of CuPy's current stream."""
+    """Return the handle of CuPy's current stream on the current device."""
     return cupy.cuda.get_current_stream().ptr or LEGACY_DEFAULT
 
 
 def is_capturing(stream):
     """Whether a graph is being captured on a stream; it cannot be on the default one."""
-    return stream != LEGACY_DEFAULT and cupy.cuda.ExternalStream(stream).is_capturing()
+    return stream != LEGACY_DEFAULT and cupy.cuda.runtime.streamIsCapturing(stream)
 
 
 def order(before, after):
@@ -293,13 +318,15 @@ def order(before, after):
 
 
 def record(stream):
-    """Return an event that is done when what is on a stream so far is."""
-    return cupy.cuda.ExternalStream(stream).record(cupy.cuda.Event(disable_timing=True))
+    """Return an event that is done when what is on a stream so far is. The stream is the current device's."""
+    event = cupy.cuda.Event(disable_timing=True)
+    cupy.cuda.runtime.eventRecord(event.ptr, stream)
+    return event
 
 
 def wait(stream, event):
     """Make what comes next on a stream wait for an event."""
-    cupy.cuda.ExternalStream(stream).wait_event(event)
+    cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
 
 
 def done(event):

@@ -1,4 +1,4 @@
-"""The scalars of a step, computed on the device by one thread: for graphs that are captured once and replayed with current values.
+"""The scalars of a step, computed on the device by one thread: for graphs captured once and replayed with current values.
 
 It advances the step count and does what `hyperparameters.form_and_scalars` does on the host: the same float64 operations, rounded
 once to the compute type, so the bits are the same. The text is here twice, as in `adam.py`, over the primitives of float64.

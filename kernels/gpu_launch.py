@@ -1,7 +1,8 @@
 """What both GPU backends do to launch: which arrays share a launch, on which stream it goes, what a captured graph may hold.
 
-A backend module brings what differs: `on(device, stream)`, `current_stream()`, `is_capturing(stream)`, `order(before, after)`, the
-memory for `pointer_table`, and `run(batch, form, scalars, rule, stream)`.
+A backend module brings what differs: `on(device, stream)`, `current_stream()`, `is_capturing(stream)`, `order(before, after)`,
+the memory for `pointer_table`, and `run(batch, form, scalars, rule, stream)`. All but `on` are about the current device: each
+device has a current stream of its own and a default stream of the same name, and an event serves the streams of its own device.
 """
 
 from gpuadam.kernels import pointer_table, streams
@@ -21,22 +22,31 @@ def batches(backend, updates):
     return [Batch(backend, "contiguous" if len(together) == 1 else "table", together), *apart]
 
 
+def to_order(backend, stream, others):
+    """Return which of the other streams work on a stream has to be ordered with."""
+    if others and backend.is_capturing(stream):
+        # nothing that is captured can wait for the default stream, and a graph is ordered where it is launched
+        return [other for other in others if other != streams.LEGACY_DEFAULT]
+    return others
+
+
 class Batch:
     """Updates that one launch makes, short of the form and the scalars.
 
-    lasts: whether it may be launched again and again for as long as the arrays stay where they are. It keeps none of them alive.
+    It may be launched again and again for as long as the arrays stay where they are, and keeps none of them alive.
     """
+
+    lasts = True
 
     def __init__(self, backend, loop, updates):
         self.backend, self.loop = backend, loop
         first, *_ = updates[0]
         self.device, self.dtype, self.size = first.device, first.dtype, first.size
         self.named = list(dict.fromkeys(view.stream for views in updates for view in views))
-        self.lasts = loop != "strided"
         self.pointers = [view.pointer for view in updates[0]]
         self.arguments = None  # what a backend makes of the arrays at the first launch
         if loop == "strided":
-            self.views = updates[0]
+            self.views = [view._replace(array=None) for view in updates[0]]
         elif loop == "contiguous":
             self.split = split(self.pointers, self.size, self.dtype.itemsize)
         else:
@@ -44,7 +54,9 @@ class Batch:
 
     def streams(self, given):
         """Return the stream to launch on, and the other streams to order it with. given: a handle, or None."""
-        return streams.choose(given, self.backend.current_stream(), self.named)
+        with self.backend.on(self.device, None):
+            stream, others = streams.choose(given, self.backend.current_stream(), self.named)
+            return stream, to_order(self.backend, stream, others)
 
     def check(self, given, on_device):
         """Return whether a graph is being captured, and refuse what it cannot hold.
@@ -74,12 +86,14 @@ class Batch:
 
     def launch(self, form, scalars, rule, given):
         stream, others = self.streams(given)
-        for other in others:
-            self.backend.order(other, stream)
         with self.backend.on(self.device, stream):
+            for other in others:
+                self.backend.order(other, stream)
             self.backend.run(self, form, scalars, rule, stream)
-        for other in others:
-            self.backend.order(stream, other)
+            if self.loop == "table":
+                self.table.used(stream)
+            for other in others:
+                self.backend.order(stream, other)
 
     def release(self):
         """Give back what it holds on the device, once the device is done with it."""

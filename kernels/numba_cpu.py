@@ -6,6 +6,7 @@ operation is rounded by itself.
 """
 
 import functools
+import itertools
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from numba.extending import intrinsic
 
 from gpuadam.arrays import on_cpu
 from gpuadam.kernels import adam, compiled_cache, primitives
+from gpuadam.kernels import numpy_struct as numpy_struct
 from gpuadam.kernels.layout import dense
 from gpuadam.kernels.numpy_struct import GRAD, MAX_V, PARAM, SIZE, M, V
 
@@ -33,6 +35,11 @@ view = on_cpu
 def zeros_like(view):
     """Return zeros for a moment of an array: the same shape and, without gaps, the same order of memory."""
     return np.zeros_like(view.array, subok=False)
+
+
+def zeros(n, dtype, device):
+    """Return a 1-D array of n zeros."""
+    return np.zeros(n, dtype)
 
 
 def from_host(array):
@@ -229,6 +236,6 @@ def _pool(n_threads):
 def _in_own_threads(serial, table, n, scalars):
     n_threads = _n_threads()
     edges = [n * k // n_threads for k in range(n_threads + 1)]
-    parts = zip(edges, edges[1:], strict=False)
+    parts = itertools.pairwise(edges)
     for future in [_pool(n_threads).submit(serial, table, first, last, *scalars) for first, last in parts]:
         future.result()

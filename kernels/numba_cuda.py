@@ -4,6 +4,7 @@ Numba has no vector type for array elements, and passing an array to a kernel ta
 here takes addresses, and loads and stores 16 bytes through two intrinsics.
 """
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -86,6 +87,16 @@ def zeros_like(view):
         return cuda.from_cuda_array_interface(described, owner=zeros, sync=False)
 
 
+def zeros(n, dtype, device):
+    """Return a 1-D array of n zeros."""
+    with cuda.gpus[device or 0]:
+        array = cuda.device_array(n, dtype)
+        if n:
+            stream, _ = streams.choose(None, current_stream(), [])
+            device_memset(array, 0, array.nbytes, _stream(stream))
+        return array
+
+
 def from_host(array):
     """Return a copy of a NumPy array in this backend's memory."""
     return cuda.to_device(array)
@@ -115,8 +126,8 @@ copies_any_layout = False
 def copy(to, source):
     """Copy one array into another of the same shape, strides and dtype."""
     if to.size:
-        stream, others = streams.choose(None, current_stream(), [to.stream, source.stream])
         with cuda.gpus[to.device]:
+            stream, others = streams.choose(None, current_stream(), [to.stream, source.stream])
             for other in others:
                 order(other, stream)
             _ok(driver.cuMemcpyDtoDAsync(to.pointer, source.pointer, to.nbytes, stream))
@@ -143,19 +154,19 @@ def batches(updates):
 def run(batch, form, scalars, rule, stream):
     """Launch a Batch; its device is the current one."""
     on_device = isinstance(scalars, device_scalars.Memory)
-    # Numba takes a Python float for a float64
-    scalars = [scalars.address] if on_device else [form.dtype.type(x) for x in scalars]
+    # a kernel takes all scalars as one argument; Numba takes a Python float for a float64
+    given = scalars.address if on_device else tuple(map(form.dtype.type, scalars))
     if batch.loop == "table":
         kernel = _configured(rule, form, "table", on_device, batch.table.owners.size, stream)
-        kernel(*batch.table.addresses(stream), *scalars)
+        kernel(*batch.table.addresses(stream), given)
     elif batch.loop == "contiguous":
         head, vectors, threads = batch.split
         kernel = _configured(rule, form, "contiguous", on_device, -(-threads // BLOCK), stream)
-        kernel(*_five(batch.pointers, 0), head, vectors, threads, *scalars)
+        kernel(*_five(batch.pointers, 0), head, vectors, threads, given)
     else:
         shape, strides = collapse(batch.views[0].shape, [view.strides for view in batch.views])
         kernel = _configured(rule, form, f"strided {len(shape)}", on_device, -(-batch.size // BLOCK), stream)
-        kernel(*_five(batch.pointers, 0), shape, *_five(strides, strides[0]), batch.size, *scalars)
+        kernel(*_five(batch.pointers, 0), shape, *_five(strides, strides[0]), batch.size, given)
 
 
 def _five(values, last):
@@ -167,11 +178,17 @@ _this_module = sys.modules[__name__]
 
 def on(device, stream):
     """Make a device the current one. Kernels name their stream."""
-    return cuda.gpus[device]
+    gpu = cuda.gpus[device]
+    (current,) = _ok(driver.cuCtxGetCurrent())
+    # what Numba's own context manager calls of the driver takes as long as a launch
+    return _UNCHANGED if int(current) == int(gpu.get_primary_context().handle) else gpu
+
+
+_UNCHANGED = contextlib.nullcontext()
 
 
 def current_stream():
-    """Return the handle of CuPy's current stream, if CuPy is in use: the stream to launch on is the program's, not a library's."""
+    """Return the handle of CuPy's current stream on the current device, if CuPy is in use: it is the program's stream."""
     cupy = sys.modules.get("cupy")
     return cupy and (cupy.cuda.get_current_stream().ptr or LEGACY_DEFAULT)
 
@@ -190,20 +207,32 @@ def order(before, after):
 
 
 def record(stream):
-    """Return an event that is done when what is on a stream so far is."""
-    event = cuda.event(timing=False)
-    event.record(_stream(stream))
+    """Return an event that is done when what is on a stream so far is. The stream is the current device's."""
+    (handle,) = _ok(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING.value))
+    event = _Event(handle)
+    _ok(driver.cuEventRecord(handle, stream))
     return event
+
+
+class _Event:
+    """Numba puts its own into the queue of the memory it has to free, and frees that, which waits for the device, every ten."""
+
+    def __init__(self, handle):
+        self.handle = handle
+
+    def __del__(self, destroy=driver.cuEventDestroy):
+        destroy(self.handle)
 
 
 def wait(stream, event):
     """Make what comes next on a stream wait for an event."""
-    event.wait(_stream(stream))
+    _ok(driver.cuStreamWaitEvent(stream, event.handle, 0))
 
 
 def done(event):
     """Whether an event is done."""
-    return event.query()
+    (status,) = driver.cuEventQuery(event.handle)
+    return status == driver.CUresult.CUDA_SUCCESS
 
 
 def pinned(n_bytes):
@@ -237,10 +266,13 @@ def _stream(handle):
 
 @functools.lru_cache(maxsize=1024)
 def _configured(rule, form, loop, on_device, blocks, stream):
-    """Return a kernel with its grid; Numba would warn of every array that is too small to fill a GPU."""
+    return _with_grid(compiled(rule, form, loop, on_device), blocks, BLOCK, stream)
+
+
+def _with_grid(kernel, blocks, threads, stream):
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Grid size")
-        return compiled(rule, form, loop, on_device)[blocks, BLOCK, _stream(stream)]
+        warnings.filterwarnings("ignore", message="Grid size")  # Numba would warn of every array too small to fill a GPU
+        return kernel[blocks, threads, _stream(stream)]
 
 
 @functools.cache
@@ -379,9 +411,12 @@ def launch_scalars(form, settings, step, lr, grad_scale, out, stream):
 
 
 def _launch_scalars(form, stream, *arguments):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Grid size")
-        compiled_scalars(form)[1, 1, _stream(stream)](*arguments)
+    _configured_scalars(form, stream)(*arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _configured_scalars(form, stream):
+    return _with_grid(compiled_scalars(form), 1, 1, stream)
 
 
 @functools.cache

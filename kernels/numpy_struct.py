@@ -127,13 +127,15 @@ def read(objects, width, identities, rows):
     """
     itemsizes = 0
     for row in range(rows.shape[0]):
-        first = objects[row * width]
-        dtype, ndim, n = _int64_at(first + DTYPE), _int32_at(first + NDIM), 1
+        first, dtype, ndim, n = objects[row * width], 0, 0, 1
         for k in range(width):
             array = objects[row * width + k]
             needed = C_CONTIGUOUS | ALIGNED if k == GRAD else C_CONTIGUOUS | ALIGNED | WRITEABLE
+            # of what is no array, nothing but the head may be read: it may be shorter
             if _int64_at(array + TYPE) != identities[0] or _int32_at(array + FLAGS) & needed != needed:
                 return 0
+            if k == PARAM:
+                dtype, ndim = _int64_at(first + DTYPE), _int32_at(first + NDIM)
             if _int64_at(array + DTYPE) != dtype or _int32_at(array + NDIM) != ndim:
                 return 0
             for d in range(ndim):

@@ -43,7 +43,7 @@ class Table:
     def __init__(self, backend, device, updates):
         self.backend, self.device = backend, device
         self.rows, self.owners = rows_and_owners(updates)
-        self.streams: dict[int, None] = {}  # that it was used on
+        self.streams: dict[int, Any] = {}  # that it was used on, and the event after its last use there
         self._buffer: Any = None
         self._sent: Any = None
 
@@ -53,9 +53,6 @@ class Table:
             self._send(stream)
         elif stream not in self.streams:
             self.backend.wait(stream, self._sent)
-        self.streams[stream] = None
-        if self.backend.is_capturing(stream):
-            self._buffer.captured = True
         return self._buffer.address, self._buffer.address + self.rows.nbytes
 
     def _send(self, stream):
@@ -66,6 +63,13 @@ class Table:
         self.backend.send(self._buffer.address, self._buffer.pinned, n_bytes, stream)
         self._sent = self.backend.record(stream)
 
+    def used(self, stream):
+        """Take note that work on a stream reads the table. Later the stream may be gone, and with it a way to ask it."""
+        if self.backend.is_capturing(stream):
+            self._buffer.captured = True
+        else:
+            self.streams[stream] = self.backend.record(stream)
+
     def release(self):
         """Give the buffer back, for when all that was enqueued so far is done. A captured graph keeps its own for ever."""
         buffer, self._buffer = self._buffer, None
@@ -73,7 +77,7 @@ class Table:
             if buffer.captured:
                 _captured.append(buffer)
             else:
-                buffer.events = [self.backend.record(stream) for stream in self.streams]
+                buffer.events = [self._sent, *self.streams.values()]
                 with _lock:
                     _free.append(buffer)
         self.streams = {}

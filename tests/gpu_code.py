@@ -231,6 +231,21 @@ def run_table(backend, form, arch, updates, scalars, memory, on_device=False):
     return kernel
 
 
+def run_scalars(backend, form, arch, settings, step, lr, grad_scale):
+    """Run the one-thread kernel of a `device_scalars.Form`. step: int64 array, advanced. Returns the scalars."""
+    kernel = loaded(scalars_ptx(backend, form, arch))
+    out = np.zeros(7, form.dtype)
+    if backend == "numba-cuda":
+        numbers = [x.ctypes.data if isinstance(x, np.ndarray) else x for x in (lr, grad_scale)]
+        parameters = packed(kernel, step.ctypes.data, *numbers, out.ctypes.data, *settings)
+    else:
+        numbers = [carray(x) if isinstance(x, np.ndarray) else x for x in (lr, grad_scale)]
+        parameters = packed(kernel, *numbers, *settings, carray(step), carray(out), indexer(kernel, 1))
+    arrays = [x for x in (step, out, lr, grad_scale) if isinstance(x, np.ndarray)]
+    kernel.run(1, 1, parameters, [(x.ctypes.data, x.ctypes.data + x.nbytes) for x in arrays])
+    return out
+
+
 def cuda_view(name, a, stream=None):
     """View a NumPy array as if it were in a GPU's memory."""
     return View(name, a, a.ctypes.data, a.shape, a.strides, a.dtype, True, a.flags.c_contiguous, 0, stream)

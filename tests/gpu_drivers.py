@@ -135,8 +135,12 @@ class NumbaDriver(Driver):
         super().__init__(monkeypatch)
         self.current = 1
         monkeypatch.setattr(numba_cuda, "_configured", self.configured)
-        monkeypatch.setattr(numba_cuda, "_device_of", lambda pointer: 0)
+        monkeypatch.setattr(numba_cuda, "view", self.view)
         monkeypatch.setattr(numba_cuda, "_launch_scalars", self.launch_scalars)
+
+    @staticmethod
+    def view(name, array):
+        return cupy_elementwise.view(name, array)._replace(stream=1)
 
     def configured(self, rule, form, loop, on_device, blocks, stream):
         kernel = gpu_code.loaded(gpu_code.ptx("numba-cuda", form, ARCH, rule=rule, loop=loop, on_device=on_device))

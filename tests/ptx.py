@@ -318,7 +318,7 @@ class _Translation:
                 False,
             )
             return
-        rounded = {"fma", "add", "sub", "mul", "div", "sqrt"}
+        rounded = {"fma", "add", "sub", "mul", "div", "sqrt", "rcp"}
         expected = {"rn"} if operation in rounded else set()
         if set(modifiers[:-1]) - {"ftz"} != expected or operation not in rounded | {"neg", "abs"}:
             raise Refused(f"{opcode}: each operation must be one that the contract knows, rounded to nearest even by .rn")
@@ -329,6 +329,7 @@ class _Translation:
             "sub": lambda: b.fsub(*x),
             "mul": lambda: b.fmul(*x),
             "div": lambda: b.fdiv(*x),
+            "rcp": lambda: b.fdiv(x[0].type(1.0), *x),
             "sqrt": lambda: b.call(self.module.declare_intrinsic("llvm.sqrt", [x[0].type]), x),
             "neg": lambda: b.fneg(*x),
             "abs": lambda: b.call(self.module.declare_intrinsic("llvm.fabs", [x[0].type]), x),

@@ -235,3 +235,181 @@ def test_two_devices_are_refused_and_another_device_than_the_current_one_works(c
     gpuadam.adam_step(*there, 1, backend=backend)
     gpuadam.adam_step(*here, 1, backend=backend)
     assert_same_bits([x.get() for x in there], [x.get() for x in here])
+
+
+# Many arrays, streams and captured graphs
+
+SHAPES = {"w": (129, 1003), "empty": (0,), "b": (5,), "scalar": (), "large": (1 << 20,), "odd": (4097,)}
+
+
+def host_params(seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype("f4") for name, shape in SHAPES.items()}
+
+
+def there(cp, arrays):
+    return {name: cp.asarray(a) for name, a in arrays.items()}
+
+
+def assert_params(on_gpu, on_host, context=""):
+    for name, a in on_gpu.items():
+        assert_same_bits([a.get()], [on_host[name]], f"{name} {context}")
+
+
+def spin(cp, cycles):
+    kernel = cp.RawKernel(
+        r'extern "C" __global__ void spin(long long n) { long long t = clock64(); while (clock64() - t < n); }', "spin"
+    )
+    kernel((1,), (1,), (np.int64(cycles),))
+
+
+def test_many_arrays_in_one_launch_have_the_cpus_bits(cp, backend):
+    on_gpu, on_host = there(cp, host_params()), host_params()
+    opt = gpuadam.AdamW(on_gpu, lr=0.01, amsgrad=True, backend=backend)
+    reference = gpuadam.AdamW(on_host, lr=0.01, amsgrad=True)
+    for k in range(5):
+        opt.step(there(cp, host_params(k + 1)))
+        reference.step(host_params(k + 1))
+    assert_params(on_gpu, on_host)
+
+
+def test_many_unaligned_arrays(cp, backend):
+    wholes = [cp.full(5003 + 8, 7, "f4") for _ in range(4)]
+    views = [whole[k : k + 5000 + k] for k, whole in enumerate(wholes)]
+    given = [np.random.default_rng(k).standard_normal(view.size).astype("f4") for k, view in enumerate(views)]
+    for view, a in zip(views, given, strict=True):
+        view[:] = cp.asarray(a)
+    grads = [np.random.default_rng(9 + k).standard_normal(view.size).astype("f4") for k, view in enumerate(views)]
+    opt, reference = gpuadam.Adam(views, backend=backend), gpuadam.Adam(given)
+    opt.step([cp.asarray(g) for g in grads])
+    reference.step(grads)
+    assert_same_bits([view.get() for view in views], given)
+    for k, whole in enumerate(wholes):
+        assert (whole[:k] == 7).all() and (whole[5000 + 2 * k :] == 7).all()
+
+
+def test_tables_of_moving_gradients_do_not_overtake_one_another(cp, backend):
+    """The device is busy, so that many steps are enqueued before the first runs, each with gradients somewhere else."""
+    on_gpu, on_host = there(cp, host_params()), host_params()
+    opt, reference = gpuadam.Adam(on_gpu, backend=backend), gpuadam.Adam(on_host)
+    grads = [there(cp, host_params(k + 1)) for k in range(8)]
+    opt.step(grads[0])
+    cp.cuda.Device().synchronize()
+    spin(cp, 300_000_000)
+    event = cp.cuda.Event()
+    for k in range(1, 8):
+        opt.step(grads[k])
+    event.record()
+    assert not event.done  # nothing waited for the device
+    for k in range(8):
+        reference.step(host_params(k + 1))
+    assert_params(on_gpu, on_host)
+
+
+def test_a_given_stream_is_used_and_ordered(cp, backend):
+    on_gpu, on_host = there(cp, host_params()), host_params()
+    opt, reference = gpuadam.Adam(on_gpu, backend=backend), gpuadam.Adam(on_host)
+    cp.cuda.Device().synchronize()
+    stream = cp.cuda.Stream(non_blocking=True)
+    for k in range(3):
+        with stream:
+            spin(cp, 20_000_000)
+            grads = there(cp, host_params(k + 1))
+        opt.step(grads, stream=stream)
+        reference.step(host_params(k + 1))
+    stream.synchronize()
+    assert_params(on_gpu, on_host)
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one array", "many arrays"])
+def test_a_captured_graph_replays_with_the_current_values(cp, backend, many):
+    names = SHAPES if many else ["w"]
+    on_gpu = {name: a for name, a in there(cp, host_params()).items() if name in names}
+    on_host = {name: a for name, a in host_params().items() if name in names}
+    grads = {name: cp.zeros_like(a) for name, a in on_gpu.items()}
+    lr, scale = cp.full(1, 0.1), cp.full(1, 2.0, "f4")
+    opt = gpuadam.AdamW(on_gpu, lr=lr, amsgrad=True, capturable=True, backend=backend)
+    reference = gpuadam.AdamW(on_host, amsgrad=True)
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
+
+    def set_values(k):
+        for name, grad in grads.items():
+            grad[...] = cp.asarray(host_params(k + 1)[name])
+        lr.fill(0.1 / (k + 1))
+
+    def host_step(k):
+        reference.groups[0]["lr"] = 0.1 / (k + 1)
+        reference.step({name: a for name, a in host_params(k + 1).items() if name in names}, grad_scale=2.0)
+
+    with stream:
+        set_values(0)
+        opt.step(grads, grad_scale=scale)  # compiles, and puts the table on the device
+        host_step(0)
+        stream.begin_capture()
+        opt.step(grads, grad_scale=scale)
+        graph = stream.end_capture()
+        for k in range(1, 6):
+            set_values(k)
+            graph.launch(stream)
+            host_step(k)
+        stream.synchronize()
+    assert opt.state_dict()["state"]["w"]["step"] == 6
+    assert_params(on_gpu, on_host)
+
+
+def test_capturing_what_would_be_frozen_is_refused(cp, backend):
+    arrays = there(cp, host_params())
+    opt = gpuadam.Adam(arrays, lr=0.1, backend=backend)
+    grads = there(cp, host_params(1))
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
+    with stream:
+        opt.step(grads)
+        stream.begin_capture()
+        try:
+            with pytest.raises(RuntimeError, match="capturable=True"):
+                opt.step(grads)
+        finally:
+            stream.end_capture()
+    assert opt.state["w"]["step"] == 1
+
+
+def test_a_hundred_steps_take_no_more_memory(cp, backend):
+    arrays, grads = there(cp, host_params()), there(cp, host_params(1))
+    opt = gpuadam.Adam(arrays, backend=backend)
+    for _ in range(5):
+        opt.step(grads)
+    cp.cuda.Device().synchronize()
+    before = cp.cuda.Device().mem_info[0]
+    for _ in range(100):
+        opt.step(grads)
+    cp.cuda.Device().synchronize()
+    assert before - cp.cuda.Device().mem_info[0] <= 1 << 20
+
+
+def test_numba_arrays_in_a_list(cp):
+    from numba import cuda
+
+    on_gpu = {name: cuda.to_device(a) for name, a in host_params().items() if a.ndim}
+    on_host = {name: a for name, a in host_params().items() if a.ndim}
+    opt, reference = gpuadam.Adam(on_gpu), gpuadam.Adam(on_host)
+    for k in range(3):
+        grads = {name: a for name, a in host_params(k + 1).items() if a.ndim}
+        opt.step({name: cuda.to_device(a) for name, a in grads.items()})
+        reference.step(grads)
+    cuda.synchronize()
+    for name, a in on_gpu.items():
+        assert_same_bits([a.copy_to_host()], [on_host[name]], name)
+
+
+def test_a_flat_buffer_and_its_views(cp):
+    given = there(cp, host_params())
+    flat = gpuadam.flatten(given)
+    reference = host_params()
+    opt, host = gpuadam.Adam(flat.param), gpuadam.Adam(reference)
+    for name, grad in there(cp, host_params(1)).items():
+        flat.grads[name][...] = grad
+    opt.step(flat.grad)
+    host.step(host_params(1))
+    assert_params(flat.params, reference)

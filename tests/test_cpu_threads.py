@@ -1,0 +1,386 @@
+"""Threads, forks and processes: no threading layer of Numba aborts, hangs, or changes a bit.
+
+What has to survive runs in processes of their own, which import this file and print what they find; the bits must be those of
+the serial loop, computed here.
+"""
+
+import atexit
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from cases import assert_same_bits, form_and_scalars, state, wide_state
+
+import gpuadam
+from gpuadam.arrays import on_cpu
+from gpuadam.kernels import adam, numba_cpu
+
+N, STEPS, AT_ONCE = 100_003, 200, 4
+SIZES = (0, 1, 7, 1_000, 20_011, 60_013)
+ROOT = Path(__file__).parent.parent
+
+
+# What the processes do
+
+
+def digest(arrays):
+    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()[:16]
+
+
+def steps_of_one(steps=STEPS):
+    param, grad, m, v, _ = state(N)
+    for k in range(1, steps + 1):
+        gpuadam.adam_step(param, grad, m, v, k)
+    return digest([param, m, v])
+
+
+def steps_of_many(steps=STEPS):
+    params, grads = [state(n, seed=n)[0] for n in SIZES], [state(n, seed=n)[1] for n in SIZES]
+    opt = gpuadam.Adam(params)
+    for _ in range(steps):
+        opt.step(grads)
+    return digest(a for p, s in zip(params, opt.state.values(), strict=True) for a in (p, s["m"], s["v"]))
+
+
+def steps():
+    return [steps_of_one(), steps_of_many()]
+
+
+def steps_at_once():
+    """What AT_ONCE threads get that do the same, without repetition."""
+    results, ready = [], threading.Barrier(AT_ONCE)
+
+    def work():
+        ready.wait()
+        results.append(steps())
+
+    threads = [threading.Thread(target=work) for _ in range(AT_ONCE)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == AT_ONCE
+    return sorted(set(map(tuple, results)))
+
+
+def steps_in_a_fork():
+    """What a forked child gets, one of whose parent's threads is amid a step, and its exit code."""
+    stop = threading.Event()
+
+    def go_on():
+        arrays = state(N)[:4]
+        while not stop.is_set():
+            gpuadam.adam_step(*arrays, 1)
+
+    busy = threading.Thread(target=go_on)
+    busy.start()
+    ours, childs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(childs, json.dumps([steps(), steps_at_once()]).encode())
+        os._exit(0)  # as multiprocessing ends it
+    os.close(childs)
+    stop.set()
+    busy.join()
+    with open(ours) as pipe:
+        alone, at_once = json.loads(pipe.read() or "[null, null]")
+    return alone, at_once, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def recorded():
+    """From here on, append (loop, thread's name, the two integers that bound the work) of each launch to what is returned."""
+    launches, build = [], numba_cpu.build
+    build(adam, form_and_scalars("adam", "float32")[0], "parallel")  # it asks for the serial loop itself, and not to launch it
+
+    def recording(rule, form, loop):
+        def call(table, *rest):
+            launches.append((loop, threading.current_thread().name.rstrip("0123456789"), *rest[:2]))
+            return build(rule, form, loop)(table, *rest)
+
+        return call
+
+    numba_cpu.build = recording
+    return launches
+
+
+def everything():
+    launches = recorded()
+    steps_of_one(1)  # Numba's tbb layer can be forked if the main thread has started it
+    launches.clear()
+    found = {"at once": steps_at_once()}
+    found["launches"] = sorted({launch[:2] for launch in launches})
+    found["layer"] = numba_cpu._threading_layer()
+    if hasattr(os, "fork"):
+        found["fork"] = steps_in_a_fork()
+        found["after the fork"] = steps()
+    return found
+
+
+# What they must find
+
+
+@functools.cache
+def expected():
+    """The digests of `steps`, by the serial loop."""
+
+    def serially(arrays, k):
+        form, scalars = form_and_scalars("adam", "float32", step=k)
+        table = np.array([[a.ctypes.data for a in arrays] + [0, arrays[0].size, 4]])
+        numba_cpu.build(adam, form, "serial")(table, 0, arrays[0].size, *scalars)
+
+    one = state(N)[:4]
+    many = [[*state(n, seed=n)[:2], np.zeros(n, "f4"), np.zeros(n, "f4")] for n in SIZES]
+    for arrays in [one, *many]:
+        for k in range(1, STEPS + 1):
+            serially(arrays, k)
+    return [digest([one[0], *one[2:]]), digest(a for param, _, m, v in many for a in (param, m, v))]
+
+
+def process(code, **environment):
+    """Return what a process prints as JSON that runs code in this module."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    if environment["NUMBA_THREADING_LAYER"] == "tbb":  # where a wheel puts libtbb; Numba finds it as the loader does
+        environment["LD_LIBRARY_PATH"] = str(Path(sys.prefix, "lib"))
+    environment = os.environ | {"PYTHONPATH": path} | environment
+    code = f"import json, test_cpu_threads as t; print(json.dumps(t.{code}))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr}"
+    return json.loads(done.stdout)
+
+
+@functools.cache
+def found(layer):
+    return process("everything()", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="3")
+
+
+def over(*layers):
+    """Parametrize over threading layers; under pytest-xdist, the tests of one are in one process, which asks once."""
+    return pytest.mark.parametrize("layer", [pytest.param(layer, marks=pytest.mark.xdist_group(layer)) for layer in layers])
+
+
+# Numba's own; its name for those safe in every way, which is tbb if it is there; and one that it does not know
+LAYERS = ("workqueue", "omp", "tbb", "safe", "nonsense")
+
+
+def test_the_sizes_here_are_worth_several_threads():
+    assert min(N, sum(SIZES)) >= numba_cpu.PARALLEL_FROM
+
+
+@over(*LAYERS)
+def test_python_threads_at_once_get_the_bits_of_the_serial_loop(layer):
+    """Numba's workqueue layer ends the process when two threads start a parallel loop at once."""
+    assert found(layer)["at once"] == [expected()]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@over(*LAYERS)
+def test_a_forked_child_gets_the_bits_of_the_serial_loop(layer):
+    """Numba's omp layer ends a forked child at its first parallel loop."""
+    assert found(layer)["fork"] == [expected(), [expected()], 0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@over(*LAYERS)
+def test_a_process_that_forked_goes_on(layer):
+    assert found(layer)["after the fork"] == expected()
+
+
+@over("omp", "tbb")
+def test_a_layer_that_allows_it_runs_numbas_parallel_loop(layer):
+    if found(layer)["layer"] is None:
+        pytest.skip(f"Numba cannot load its {layer} layer here")
+    assert found(layer)["layer"] == layer
+    assert "parallel" in {loop for loop, _ in found(layer)["launches"]}
+
+
+@over("workqueue", "nonsense")
+def test_a_layer_that_does_not_allow_it_or_is_not_there_leaves_the_work_to_our_own_threads(layer):
+    large = [thread for loop, thread in found(layer)["launches"] if loop == "parallel" or thread == "gpuadam_"]
+    assert large == ["gpuadam_"]
+    assert found(layer)["layer"] == {"workqueue": "workqueue", "nonsense": None}[layer]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("layer", ["omp", "nonsense"])
+def test_a_forked_child_starts_threads_of_its_own_and_ends_like_any_process(layer):
+    """Neither Numba's threads nor those of the parent's pool are in the child."""
+    found = process("threads_in_a_fork()", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="3")
+    assert found == ["gpuadam_"] * 3 + [0]
+
+
+def threads_in_a_fork():
+    steps_of_one(1)
+    ours, childs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        launches = recorded()
+        steps_of_one(1)
+        os.write(childs, json.dumps([thread for _, thread, *_ in launches]).encode())
+        sys.exit(0)
+    os.close(childs)
+    with open(ours) as pipe:
+        names = json.loads(pipe.read())
+    return [*names, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]
+
+
+# How many threads
+
+
+def threads_used(numbers):
+    """The number of threads that a step uses after each numba.set_num_threads, and the loop."""
+    launches, used = recorded(), []
+    for number in numbers:
+        if number is not None:
+            numba.set_num_threads(number)
+        launches.clear()
+        steps_of_one(1)
+        (loop, *_), *_ = launches
+        if loop == "serial":
+            assert sorted(launch[2:] for launch in launches) == list(
+                itertools.pairwise(N * k // len(launches) for k in range(len(launches) + 1))
+            )
+        used.append(launches[0][3] if loop == "parallel" else len(launches))
+    return used
+
+
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+def test_the_number_of_threads_follows_numbas(layer):
+    asked = [None, 1, 2, 4, 1, 3]
+    used = process(f"threads_used({asked})", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="4")
+    assert used == [4, 1, 2, 4, 1, 3]
+
+
+@pytest.mark.parametrize("layer", ["default", "workqueue", "nonsense"])
+def test_one_thread_is_the_caller_itself(layer):
+    found = process("launches_of_a_step()", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="1")
+    assert found == [["serial", "MainThread", 0, N]]
+
+
+def launches_of_a_step():
+    launches = recorded()
+    steps_of_one(1)
+    return launches
+
+
+def test_a_small_step_stays_in_the_callers_thread(monkeypatch):
+    monkeypatch.setattr(numba_cpu, "build", numba_cpu.build)  # put back afterwards
+    launches = recorded()
+    n = numba_cpu.PARALLEL_FROM - 1
+    gpuadam.adam_step(*state(n)[:4], 1)
+    assert launches == [("serial", threading.current_thread().name, 0, n)]
+
+
+@pytest.mark.parametrize("n_threads", [2, 3, 7])
+def test_our_own_threads_give_the_bits_of_the_serial_loop(monkeypatch, n_threads):
+    monkeypatch.setattr(numba_cpu, "_numba_threads_are_safe", lambda: False)
+    monkeypatch.setattr(numba_cpu, "_n_threads", lambda: n_threads)
+    form, scalars = form_and_scalars("amsgrad", "float32")
+    given = wide_state(N, amsgrad=True)
+    serial, ours = [a.copy() for a in given], [a.copy() for a in given]
+    table = np.array([[a.ctypes.data for a in serial] + [N, 4]])
+    numba_cpu.build(adam, form, "serial")(table, 0, N, *scalars)
+    numba_cpu.launch(form, [on_cpu("", a) for a in ours], scalars)
+    assert_same_bits(ours, serial)
+
+
+# When no thread can be had
+
+
+def a_step_when_no_thread_starts():
+    """What a step raises where the second thread of a pool cannot be started, and the array."""
+    _ = steps_of_one(0), numba_cpu._n_threads()
+    arrays, start, started = [np.ones(N, "f4") for _ in range(4)], threading.Thread.start, []
+
+    def refuses(thread):
+        started.append(thread)
+        if len(started) > 1:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    threading.Thread.start = refuses
+    gpuadam.adam_step(*arrays, 1)
+    return digest(arrays[:1])
+
+
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+@pytest.mark.xfail(reason="the pool refuses a part when others are under way", strict=False)
+def test_a_step_is_whole_when_the_system_gives_no_more_threads(layer):
+    param = np.ones(1, "f4")
+    gpuadam.adam_step(param, *(np.ones(1, "f4") for _ in range(3)), 1)
+    got = process("a_step_when_no_thread_starts()", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="3")
+    assert got == digest([np.repeat(param, N)])
+
+
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+@pytest.mark.xfail(reason="a pool takes no work once the interpreter ends", strict=False)
+def test_a_step_at_exit_is_done(layer):
+    found = process("steps_at_exit()", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
+    assert found == [None, expected()[0]]
+
+
+def steps_at_exit():
+    steps_of_one(1)
+    atexit.register(lambda: print(f', "{steps_of_one()}"]'))
+    print("[", end="")
+
+
+# Processes
+
+
+def _steps_into(queue):
+    queue.put(steps())
+
+
+@pytest.mark.parametrize("method", [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()])
+def test_a_process_of_multiprocessing_gets_the_bits_of_the_serial_loop(method):
+    found = process(f"steps_of_a_process({method!r})", NUMBA_THREADING_LAYER="default", NUMBA_NUM_THREADS="2")
+    assert found == [expected(), 0]
+
+
+def steps_of_a_process(method):
+    steps_of_one(1)
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=_steps_into, args=(queue,))
+    child.start()
+    found = queue.get(timeout=60)
+    child.join()
+    return found, child.exitcode
+
+
+RANK = """
+import sys
+from mpi4py import MPI
+import test_cpu_threads as t
+comm = MPI.COMM_WORLD
+found = comm.gather((comm.rank, t.steps(), t.steps_at_once()))
+if comm.rank == 0:
+    t.sys.stdout.write(t.json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+def test_ranks_of_mpi_get_the_bits_of_the_serial_loop(layer):
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed", exc_type=ImportError)
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    if not mpiexec.exists():
+        pytest.skip(f"mpiexec is not installed beside {Path(sys.executable).name}: pip install mpich")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "NUMBA_NUM_THREADS": "2",
+        "NUMBA_THREADING_LAYER": layer,
+    }
+    command = [mpiexec, "-n", "2", sys.executable, "-m", "mpi4py", "-c", RANK]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[rank, expected(), [expected()]] for rank in range(2)]

@@ -1,0 +1,94 @@
+"""`flatten`: one buffer, views in the old shapes, and the same training as with the arrays apart."""
+
+import numpy as np
+import pytest
+from cases import DTYPES, assert_same_bits, state
+
+import gpuadam
+
+SHAPES = {"w": (3, 7), "b": (5,), "empty": (0, 4), "scalar": (), "v": (16,)}
+
+
+def arrays(dtype="float32", seed=0):
+    return {name: state(int(np.prod(shape)), dtype, seed=seed)[0].reshape(shape) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views_hold_the_values_in_the_old_shapes(library, dtype):
+    given = arrays(dtype)
+    flat = gpuadam.flatten({name: library.array(a) for name, a in given.items()}, backend=library.backend)
+    assert list(flat.params) == list(flat.grads) == list(given)
+    for name, a in given.items():
+        assert flat.params[name].shape == flat.grads[name].shape == a.shape
+        assert_same_bits([library.numpy(flat.params[name])], [a])
+        assert not library.numpy(flat.grads[name]).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_view_starts_at_16_bytes_in_one_buffer(dtype):
+    flat = gpuadam.flatten(list(arrays(dtype).values()))
+    for buffer, views in ((flat.param, flat.params), (flat.grad, flat.grads)):
+        assert buffer.ndim == 1 and buffer.flags.c_contiguous
+        for view in views:
+            assert (view.ctypes.data - buffer.ctypes.data) % 16 == 0 and (view.size == 0 or np.shares_memory(view, buffer))
+
+
+def test_training_the_buffer_is_training_the_arrays(library):
+    apart = {name: library.array(a) for name, a in arrays().items()}
+    flat = gpuadam.flatten(apart, backend=library.backend)
+    one = gpuadam.AdamW(flat.param, lr=0.1, amsgrad=True, backend=library.backend)
+    many = gpuadam.AdamW(apart, lr=0.1, amsgrad=True, backend=library.backend)
+    for k in range(3):
+        grads = arrays(seed=k + 1)
+        for name, grad in gpuadam.flatten(
+            {n: library.array(g) for n, g in grads.items()}, backend=library.backend
+        ).params.items():
+            copy_into(library, flat.grads[name], grad)
+        one.step(flat.grad)
+        many.step({name: library.array(g) for name, g in grads.items()})
+    for name, a in apart.items():
+        assert_same_bits([library.numpy(flat.params[name])], [library.numpy(a)])
+
+
+def copy_into(library, to, source):
+    if library.backend == "numba-cuda":
+        to.copy_to_device(source)
+    else:
+        to[...] = source
+
+
+def test_a_list_gives_lists_and_an_array_gives_arrays():
+    assert isinstance(gpuadam.flatten([np.ones(3)]).params, list)
+    flat = gpuadam.flatten(np.ones((2, 2), "f4"))
+    assert flat.params.shape == flat.grads.shape == (2, 2) and flat.param.shape == (4,)
+
+
+def test_arrays_of_any_layout_are_taken():
+    base = np.arange(24, dtype="f4").reshape(4, 6)
+    flat = gpuadam.flatten([np.asfortranarray(base), base[:, ::2], base[::-1]])
+    for view, a in zip(flat.params, (base, base[:, ::2], base[::-1]), strict=True):
+        assert (view == a).all()
+
+
+def test_the_arrays_given_are_left_as_they_are():
+    a = np.ones(3, "f4")
+    flat = gpuadam.flatten([a])
+    flat.param[:] = 2
+    assert (a == 1).all()
+
+
+@pytest.mark.parametrize(
+    "given, error, said",
+    [
+        ([], ValueError, "no arrays"),
+        ({}, ValueError, "no arrays"),
+        ([np.ones(3, "f4"), np.ones(3)], TypeError, r"arrays\[1\] has dtype float64, arrays\[0\] has float32"),
+        ([np.ones(3, "i4")], TypeError, "int32"),
+        ([None], TypeError, r"arrays\[0\] is None"),
+        ([[1.0, 2.0]], TypeError, "not an array"),
+        ([np.broadcast_to(np.float32(1), (5,))], ValueError, "elements share memory"),
+    ],
+)
+def test_what_is_wrong_is_said(given, error, said):
+    with pytest.raises(error, match=said):
+        gpuadam.flatten(given)

@@ -1,0 +1,259 @@
+"""Many arrays in one launch on a GPU: the table kernels, executed on the host, and the launches up to the driver."""
+
+import copy
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from cases import DTYPES, KEY_FORMS, assert_same_bits, form_and_scalars, state, wide_state
+
+import gpuadam
+from gpuadam.arrays import on_cpu
+from gpuadam.kernels import numba_cpu, pointer_table, streams
+
+gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
+
+from gpu_drivers import DRIVERS  # noqa: E402
+
+CHUNK = pointer_table.CHUNK
+
+
+def sizes(dtype):
+    lanes = 16 // np.dtype(dtype).itemsize
+    return [
+        1,
+        3,
+        4,
+        127,
+        1000,
+        CHUNK - 1,
+        CHUNK * lanes,
+        CHUNK * lanes + 1,
+        CHUNK * (lanes + 1) + 5,
+        3 * CHUNK * lanes - 1,
+        2,
+    ]
+
+
+def laid_out(form, ns, offsets):
+    """Return the arrays of updates, each at its offset from a 64-byte boundary, in one buffer of sentinel bytes."""
+    itemsize = form.dtype.itemsize
+    arena = np.full(sum(ns) * 5 * itemsize + len(ns) * 5 * 256 + 64, 0xA5, "u1")
+    at, updates, spans = -arena.ctypes.data % 64, [], []
+    for k, n in enumerate(ns):
+        arrays = []
+        for j, values in enumerate(wide_state(n, form.dtype.name, form.amsgrad, seed=k)):
+            if values is None:
+                arrays.append(None)
+                continue
+            start = at + offsets(k, j) * itemsize
+            placed = arena[start : start + values.nbytes].view(form.dtype)
+            placed[:] = values
+            arrays.append(placed)
+            spans.append((start, start + values.nbytes))
+            at = -(-(start + values.nbytes) // 64) * 64 + 64
+        updates.append(arrays)
+    return arena, updates, spans
+
+
+def one_by_one(form, updates, scalars):
+    expected = [[None if a is None else a.copy() for a in arrays] for arrays in updates]
+    for arrays in expected:
+        numba_cpu.launch(form, [None if a is None else on_cpu("", a) for a in arrays], scalars)
+    return expected
+
+
+OFFSETS = {
+    "aligned": lambda k, j: 0,
+    "one offset for each update": lambda k, j: k % 4,
+    "all different": lambda k, j: (k + j) % 4,
+}
+
+
+def assert_the_bits_of_each_alone(compiler, arch, form, scalars, on_device):
+    for where, offsets in OFFSETS.items():
+        arena, updates, spans = laid_out(form, sizes(form.dtype), offsets)
+        expected = one_by_one(form, updates, scalars)
+        gpu_code.run_table(compiler, form, arch, updates, scalars, gpu_code.memory_of([arena]), on_device)
+        for k, (arrays, wanted) in enumerate(zip(updates, expected, strict=True)):
+            assert_same_bits(arrays, wanted, f"{where}, array {k}")
+        outside = np.ones(arena.size, bool)
+        for start, end in spans:
+            outside[start:end] = False
+        assert (arena[outside] == 0xA5).all(), "bytes between the arrays were written"
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["numbers", "scalars in memory"])
+def test_every_array_gets_the_bits_that_it_gets_alone(compiler, arch, on_device):
+    assert_the_bits_of_each_alone(compiler, arch, *form_and_scalars("all with l2", "float32"), on_device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", KEY_FORMS)
+def test_so_it_does_in_every_form(compiler, name, dtype):
+    assert_the_bits_of_each_alone(compiler, "sm_90", *form_and_scalars(name, dtype), False)
+
+
+def test_each_byte_is_loaded_and_stored_once(compiler):
+    form, scalars = form_and_scalars("adam", "float32")
+    ns = sizes("float32")
+    arena, updates, _ = laid_out(form, ns, OFFSETS["aligned"])
+    kernel = gpu_code.run_table(compiler, form, "sm_90", updates, scalars, gpu_code.memory_of([arena]))
+    assert kernel.stored_bytes == 3 * 4 * sum(ns)
+
+
+def test_a_wrong_table_is_noticed(compiler, monkeypatch):
+    """The comparison can fail: chunks that are off by one, or a row whose first chunk is another's."""
+    form, scalars = form_and_scalars("adam", "float32")
+    correct = pointer_table.rows_and_owners
+
+    def shifted(updates):
+        rows, owners = correct(updates)
+        rows[3:, pointer_table.FIRST_CHUNK] -= 1
+        return rows, owners
+
+    def short(updates):
+        rows, owners = correct(updates)
+        return rows, owners[:-1]
+
+    for wrong in (shifted, short):
+        arena, updates, _ = laid_out(form, sizes("float32"), OFFSETS["aligned"])
+        expected = one_by_one(form, updates, scalars)
+        monkeypatch.setattr(pointer_table, "rows_and_owners", wrong)
+        with pytest.raises((AssertionError, MemoryError)):
+            gpu_code.run_table(compiler, form, "sm_90", updates, scalars, gpu_code.memory_of([arena]))
+            for arrays, wanted in zip(updates, expected, strict=True):
+                assert_same_bits(arrays, wanted)
+
+
+@pytest.mark.parametrize("name, on_device", [("adam", False), ("all with l2", True)])
+def test_loads_and_stores_stay_16_bytes_of_global_memory(compiler, arch, name, on_device):
+    form, _ = form_and_scalars(name, "float32")
+    sass = gpu_code.machine_code(compiler, form, arch, loop="table", on_device=on_device)
+    accesses = Counter(re.findall(r"\b((?:LDG|STG|LD|ST|LDL|STL|LDS|STS|ATOM|RED)\.[\w.]+)", sass))
+    n_arrays = 5 if form.amsgrad else 4
+    assert sum(n for op, n in accesses.items() if op.startswith("LDG.E.128")) == n_arrays, accesses
+    assert sum(n for op, n in accesses.items() if op.startswith("STG.E.128")) == n_arrays - 1, accesses
+    assert all(op.startswith(("LDG.E", "STG.E")) for op in accesses), accesses
+    resources = gpu_code.resources(compiler, form, arch, loop="table", on_device=on_device)
+    assert resources.local_bytes == 0
+    # 7 blocks of 128 threads on a multiprocessor, each with 64 bytes on their way: twice what an H100's memory takes
+    assert resources.registers <= 72
+
+
+# The launches
+
+
+@pytest.fixture(params=DRIVERS)
+def driver(request, monkeypatch):
+    return request.param(monkeypatch)
+
+
+SHAPES = {"a": (3, 1001), "b": (0,), "c": (5,), "d": (7000,), "e": ()}
+
+
+def host_params(seed=0):
+    return {name: state(int(np.prod(shape)), seed=seed)[0].reshape(shape) for name, shape in SHAPES.items()}
+
+
+def there(driver, arrays):
+    return {name: driver.array(a) for name, a in arrays.items()}
+
+
+def test_a_list_is_one_launch_with_the_bits_of_the_cpu(driver):
+    on_gpu, on_host = there(driver, host_params()), host_params()
+    opt = gpuadam.AdamW(on_gpu, lr=0.01, backend=driver.backend)
+    reference = gpuadam.AdamW(on_host, lr=0.01)
+    for k in range(3):
+        opt.step(there(driver, host_params(k + 1)))
+        reference.step(host_params(k + 1))
+    assert [loop for loop, *_ in driver.launches] == ["table"] * 3
+    assert_same_bits([driver.numpy(a) for a in on_gpu.values()], list(on_host.values()))
+
+
+def test_the_table_is_sent_again_only_when_arrays_have_moved(driver):
+    on_gpu = there(driver, host_params())
+    opt = gpuadam.Adam(on_gpu, backend=driver.backend)
+    grads, others = there(driver, host_params(1)), there(driver, host_params(2))
+    for given, sends in ((grads, 1), (grads, 1), (others, 2), (others, 2), (grads, 3)):
+        opt.step(given)
+        assert len(driver.sent) == sends
+    assert len({address for address, *_ in driver.sent}) == 2  # a buffer that the device has passed is used again
+
+
+def test_a_table_that_the_device_still_reads_is_not_overwritten(driver):
+    opt = gpuadam.Adam(there(driver, host_params()), backend=driver.backend)
+    driver.idle = False
+    grads = [there(driver, host_params(k)) for k in range(3)]
+    for given in grads:
+        opt.step(given)
+    assert len({address for address, *_ in driver.sent}) == 3
+
+
+def test_what_changed_between_two_steps_is_seen(driver):
+    on_gpu = there(driver, host_params())
+    opt = gpuadam.Adam(on_gpu, backend=driver.backend)
+    grads = there(driver, host_params(1))
+    opt.step(grads)
+    grads["a"].shape = (1001, 3)  # the same object at the same address
+    with pytest.raises(ValueError, match=r"gradient of params\['a'\] has shape"):
+        opt.step(grads)
+    grads["a"].shape = (3, 1001)
+    grads["d"] = driver.array(np.zeros(7000, "f8"))
+    with pytest.raises(TypeError, match="float64"):
+        opt.step(grads)
+
+
+def test_one_bad_array_stops_all(driver):
+    on_gpu = there(driver, host_params())
+    before = [driver.numpy(a).copy() for a in on_gpu.values()]
+    opt = gpuadam.Adam(on_gpu, backend=driver.backend)
+    with pytest.raises(ValueError, match="nothing is broadcast"):
+        opt.step(there(driver, host_params(1)) | {"c": driver.array(np.zeros(4, "f4"))})
+    assert driver.launches == [] and opt.state["a"]["step"] == 0
+    assert_same_bits([driver.numpy(a) for a in on_gpu.values()], before)
+
+
+def test_strided_arrays_go_beside_the_others(driver):
+    wide = np.zeros((6, 10), "f4")
+    strided = driver.over(wide)[:, ::2]
+    dense = driver.array(np.zeros(9, "f4"))
+    opt = gpuadam.Adam([dense, strided], backend=driver.backend)
+    opt.step([driver.array(np.ones(9, "f4")), driver.array(np.ones((6, 5), "f4"))])
+    assert sorted(loop.split()[0] for loop, *_ in driver.launches) == ["contiguous", "strided"]
+    assert (wide[:, ::2] < 0).all() and (wide[:, 1::2] == 0).all()
+
+
+def test_a_step_goes_to_the_stream_that_is_given_or_else_current(driver):
+    opt = gpuadam.Adam(there(driver, host_params()), backend=driver.backend)
+    grads = there(driver, host_params(1))
+    opt.step(grads, stream=7)
+    driver.current = 5
+    opt.step(grads)
+    opt.step(grads, stream=7)
+    assert [stream for *_, stream in driver.launches] == [7, 5, 7]
+    # the table was sent once, and the second stream waits for that
+    assert [stream for *_, stream in driver.sent] == [7] and (7, 5) in driver.waits
+
+
+def test_a_copy_of_an_optimizer_has_its_own_tables(driver):
+    opt = gpuadam.Adam(there(driver, host_params()), backend=driver.backend)
+    opt.step(there(driver, host_params(1)))
+    assert copy.copy(opt._memo)._batches == [] and opt._memo._batches
+
+
+class TorchStream:
+    cuda_stream = 77
+
+
+class CupyStream:
+    def __cuda_stream__(self):
+        return (0, 88)
+
+
+def test_streams_of_every_library_are_taken():
+    assert [streams.handle(s) for s in (None, 0, 1, 99, TorchStream(), CupyStream())] == [None, 1, 1, 99, 77, 88]
+    for wrong in ("7", 1.0, True, object()):
+        with pytest.raises(TypeError, match="must be a CuPy, Numba or torch stream"):
+            streams.handle(wrong)
