@@ -70,6 +70,7 @@ benchmark memory cupy 45 --sizes 5e7 --peers "torch fused,torch foreach,plain Cu
 benchmark memory numba-cuda 30 --sizes 5e7 --peers none
 benchmark first_call cupy 45 --seconds 0.1 --peers "torch fused"
 benchmark first_call numba-cuda 30 --seconds 0.1 --peers none
+run launch_shapes 40 "$python" benchmarks/launch_shapes.py --seconds 3
 run demo 40 "$python" -m gpuadam demo
 
 section "summary"

@@ -99,7 +99,7 @@ def description(arrays):
     if len(kinds) != 1:
         return None
     (kind,) = kinds
-    getter = _getter(kind)
+    getter = _getter(kind)  # type: ignore[arg-type]  # a class can be hashed
     return getter and (kind, list(map(getter, arrays)))
 
 

@@ -8,7 +8,7 @@ from .kernels.layout import VECTOR_BYTES
 
 
 class Flat(NamedTuple):
-    """What `flatten` returns. `params` and `grads` are views of the two buffers, in the shapes and the structure of the arrays."""
+    """What `flatten` returns. `params` and `grads` are views of the two buffers, in the shapes and structure of the arrays."""
 
     param: Any  # 1-D: every array after the other
     grad: Any  # 1-D: zeros

@@ -1,5 +1,6 @@
 """Adam and AdamW: parameters in groups, their moments, and the step over all of them."""
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from . import capturable as capturable_
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 MOMENTS = {False: ("m", "v"), True: ("m", "v", "max_v")}  # by whether it is AMSGrad
+_MOMENTS_OF = {amsgrad: operator.itemgetter(*names) for amsgrad, names in MOMENTS.items()}
 GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
 
 
@@ -146,10 +148,9 @@ class Adam:
         for k, (group, structure) in enumerate(zip(self.groups, self._structures, strict=True)):
             clock = self._clocks[k] if self.capturable else None
             h, now, step = _now(group, structure, self._decoupled, self.steps + 1, grad_scale, clock)
-            moments = MOMENTS[group["amsgrad"]]
-            by_step: dict[
-                int, functional.Updates
-            ] = {}  # an array that was skipped before is at another step than the others
+            moments = _MOMENTS_OF[group["amsgrad"]]
+            # an array that was skipped before is at another step than the others
+            by_step: dict[int, functional.Updates] = {}
             for name, param in zip(group["names"], group["params"], strict=True):
                 if (grad := grads[name]) is None:
                     continue
@@ -157,9 +158,10 @@ class Adam:
                 count = state["step"] if clock is None else step
                 same = by_step.get(count)
                 if same is None:
-                    count = checks.count(f"the step of params[{name!r}]", count)
+                    if type(count) is not int or count < 0:
+                        count = checks.count(f"the step of params[{name!r}]", count)
                     same = by_step[count] = functional.Updates(h, count + 1, [], [], group["amsgrad"], now)
-                same.arrays.extend((param, grad, *[state[moment] for moment in moments]))
+                same.arrays.extend((param, grad, *moments(state)))
                 same.names.append(name)
                 if clock is None:
                     states.append(state)

@@ -1,6 +1,6 @@
 """Stand-ins for the CUDA driver: both GPU backends run to the end on a machine with no GPU.
 
-Kernels are the compiled ones, executed on the host, and a GPU's memory is the host's. Arrays are real CuPy arrays, over the host's
+Kernels are the compiled ones, executed on the host, and a GPU's memory is the host's. Arrays are real CuPy arrays, over that
 memory. What this cannot show is that CuPy and Numba take these arguments as we think; `tests/test_gpu.py` does, on a GPU.
 """
 

@@ -100,7 +100,9 @@ def steps_in_a_fork():
 def recorded():
     """From here on, append (loop, thread's name, the two integers that bound the work) of each launch to what is returned."""
     launches, build = [], numba_cpu.build
-    build(adam, form_and_scalars("adam", "float32")[0], "parallel")  # it asks for the serial loop itself, and not to launch it
+    build(
+        adam, form_and_scalars("adam", "float32")[0], "parallel"
+    )  # it asks for the serial loop itself, and not to launch it
 
     def recording(rule, form, loop):
         def call(table, *rest):
@@ -365,7 +367,7 @@ import test_cpu_threads as t
 comm = MPI.COMM_WORLD
 found = comm.gather((comm.rank, t.steps(), t.steps_at_once()))
 if comm.rank == 0:
-    t.sys.stdout.write(t.json.dumps(found))
+    print(t.json.dumps(found), flush=True)
 """
 
 
