@@ -1,7 +1,7 @@
 """What the rest of the package needs to know of an array, whichever library made it."""
 
 import ctypes
-import functools
+import itertools
 import math
 import operator
 import sys
@@ -84,33 +84,54 @@ def on_cuda(name, array, device_of):
     return View(name, array, pointer, shape, strides, dtype, not read_only, strides == in_c_order, device, stream)
 
 
-# What an array in CUDA memory is and where: address, shape, strides, dtype. By type, so that nothing is imported.
-_DESCRIBED = {
-    "cupy.ndarray": operator.attrgetter("data.ptr", "shape", "strides", "dtype"),
-    "numba.cuda.cudadrv.devicearray.DeviceNDArray": operator.attrgetter(
-        "device_ctypes_pointer.value", "shape", "strides", "dtype"
-    ),
-}
+_CUPY = "cupy.ndarray"
+_NUMBA = "numba.cuda.cudadrv.devicearray.DeviceNDArray"
+_NUMBA_DESCRIBED = operator.attrgetter("device_ctypes_pointer.value", "shape", "strides", "dtype", "stream")
+# By type, so that nothing is imported: all that checks and launches depend on of an array in CUDA memory; and what of that can
+# change while it is the same object.
+_DESCRIBED = {_CUPY: operator.attrgetter("data.ptr", "shape", "strides", "dtype"), _NUMBA: _NUMBA_DESCRIBED}
+_CHANGING = {_CUPY: operator.attrgetter("shape"), _NUMBA: _NUMBA_DESCRIBED}
 
 
-def description(arrays):
-    """Return all that checks and kernels depend on, of arrays of one type that is known here; of others, None."""
-    kinds = set(map(type, arrays))
-    if len(kinds) != 1:
-        return None
-    (kind,) = kinds
-    getter = _getter(kind)  # type: ignore[arg-type]  # a class can be hashed
-    return getter and (kind, list(map(getter, arrays)))
+class Description(NamedTuple):
+    """What was found of the arrays of many updates, to be compared with what is found later."""
+
+    held: list[Any]  # params and moments, compared by identity
+    changing: list[Any]
+    grads: list[Any]
+
+    def same(self, other):
+        return (
+            len(self.held) == len(other.held)
+            and all(map(operator.is_, self.held, other.held))
+            and self.changing == other.changing
+            and self.grads == other.grads
+        )
+
+
+def description(columns):
+    """Return the Description of the params, grads and moments of updates, or None if one is of a type that is not known here."""
+    params, grads, *moments = columns
+    held = [*params, *itertools.chain.from_iterable(moments)]
+    changing, described = _read(held, _CHANGING), _read(grads, _DESCRIBED)
+    return None if changing is None or described is None else Description(held, changing, described)
+
+
+def _read(arrays, getters):
+    read: list[Any] = []
+    for kind, run in itertools.groupby(arrays, type):
+        getter = getters.get(f"{kind.__module__}.{kind.__qualname__}")
+        if getter is None:
+            return None
+        read.append(kind)
+        read += map(getter, run)
+    return read
 
 
 def always_cuda(array):
     """Whether an array is of a type whose memory is a GPU's, known without asking for its interface."""
-    return _getter(type(array)) is not None
-
-
-@functools.lru_cache(maxsize=256)
-def _getter(kind):
-    return _DESCRIBED.get(f"{kind.__module__}.{kind.__qualname__}")
+    kind = type(array)
+    return f"{kind.__module__}.{kind.__qualname__}" in _DESCRIBED
 
 
 def contiguous_strides(shape, itemsize):

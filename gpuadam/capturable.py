@@ -9,7 +9,7 @@ import contextlib
 import numpy as np
 
 from . import backends, hyperparameters
-from .kernels import device_scalars, gpu_launch, streams
+from .kernels import device_scalars, gpu_launch
 
 NUMBERS = (np.dtype("float32"), np.dtype("float64"))
 
@@ -17,20 +17,24 @@ NUMBERS = (np.dtype("float32"), np.dtype("float64"))
 class Clock:
     """The step count of the arrays of one group, one int64 beside them, and room for the scalars that are made from it.
 
-    kernels, device: the backend and the device of the arrays. On the CPU the count is a NumPy array, and nothing else differs.
+    kernels, device, dtypes: the backend, the device and the dtypes of the arrays. On the CPU the count is a NumPy array, and
+    nothing else differs.
     """
 
-    def __init__(self, kernels, device):
+    def __init__(self, kernels, device, dtypes):
         self.kernels, self.device = kernels, device
         self.on_cpu = kernels.NAME == "numba-cpu"
-        self._memory: dict[np.dtype, device_scalars.Memory] = {}
+        self.memory: dict[np.dtype, device_scalars.Memory] = {}  # always the same places, which captured graphs know
         with self._here():
+            for dtype in () if self.on_cpu else dtypes:
+                owner, address = kernels.device_bytes(64)
+                self.memory[dtype] = device_scalars.Memory(owner, address, dtype, device)
             self.step = kernels.from_host(np.zeros(1, np.int64))
 
     def _here(self):
         if self.on_cpu:
             return contextlib.nullcontext()
-        return self.kernels.on(self.device, self.kernels.current_stream() or streams.LEGACY_DEFAULT)
+        return self.kernels.on(self.device, None)
 
     def number(self, name, value):
         """Return a View of an array of one number beside the arrays, or None if value is a number of the host."""
@@ -61,14 +65,6 @@ class Clock:
             source = self.kernels.from_host(np.full(own.shape, value, own.dtype))
             self.kernels.copy(own, self.kernels.view("", source))
 
-    def memory(self, dtype):
-        """Return where the scalars of a dtype go: always the same place, which captured graphs know."""
-        if dtype not in self._memory:
-            with self._here():
-                owner, address = self.kernels.device_bytes(64)
-            self._memory[dtype] = device_scalars.Memory(owner, address, dtype, self.device)
-        return self._memory[dtype]
-
 
 class Now:
     """A clock with the learning rate and the gradient scale of a step: numbers, or arrays of one number on the device."""
@@ -90,41 +86,51 @@ class Now:
                 "it as an array of one float64 on the device"
             )
 
-    def form_and_launch(self, h, dtype, amsgrad, advance):
-        """Return the Form of a step, where its scalars will be, and a function of a stream that computes them there.
 
-        advance: whether the step count goes up first; once in a step, if there are arrays of two dtypes.
-        """
-        clock, fixed = self.clock, h.fixed
-        form, scalars = hyperparameters.form_and_scalars(h, 1, dtype, amsgrad)
-        form = form._replace(scaled=form.scaled or self.grad_scale is not None)
-        settings = device_scalars.Settings(
-            advance=int(advance),
-            sign=-1.0 if fixed.maximize else 1.0,
-            beta1=fixed.beta1,
-            beta2=fixed.beta2,
-            weight_decay=fixed.weight_decay,
-            w1=scalars.w1,
-            w2=scalars.w2,
-            eps=scalars.eps,
-        )
-        lr = h.lr if self.lr is None else self.lr
-        grad_scale = fixed.grad_scale if self.grad_scale is None else self.grad_scale
-        lr_kind, scale_kind = (None if view is None else view.dtype for view in (self.lr, self.grad_scale))
-        out = clock.memory(dtype)
-        device_form = device_scalars.Form(dtype, lr_kind, scale_kind, form.decoupled)
-        step = clock.kernels.view("step", clock.step)
+class Scalars:
+    """The launches that compute the scalars of a group's step on the device: one for each dtype, the first counts the step."""
 
-        def launch(stream):
-            named = {view.stream for view in (self.lr, self.grad_scale) if view is not None}
-            others = gpu_launch.to_order(clock.kernels, stream, named - {None, stream})
+    def __init__(self, now, h, amsgrad, stream):
+        self.now, self.h, self.amsgrad, self.stream = now, h, amsgrad, stream
+        self._launches: dict[np.dtype, tuple] = {}
+
+    def of(self, dtype):
+        """Return the Form of the step, and the `device_scalars.Memory` where its scalars will be."""
+        now, h, fixed = self.now, self.h, self.h.fixed
+        form, scalars = hyperparameters.form_and_scalars(h, 1, dtype, self.amsgrad)
+        form = form._replace(scaled=form.scaled or now.grad_scale is not None)
+        out = now.clock.memory[dtype]
+        if dtype not in self._launches:
+            settings = device_scalars.Settings(
+                advance=0 if self._launches else 1,
+                sign=-1.0 if fixed.maximize else 1.0,
+                beta1=fixed.beta1,
+                beta2=fixed.beta2,
+                weight_decay=fixed.weight_decay,
+                w1=scalars.w1,
+                w2=scalars.w2,
+                eps=scalars.eps,
+            )
+            lr_dtype, scale_dtype = (None if view is None else view.dtype for view in (now.lr, now.grad_scale))
+            self._launches[dtype] = device_scalars.Form(dtype, lr_dtype, scale_dtype, form.decoupled), settings, out
+        return form, out
+
+    def launch(self):
+        now, clock = self.now, self.now.clock
+        kernels, stream = clock.kernels, self.stream
+        step = kernels.view("step", clock.step)
+        lr = self.h.lr if now.lr is None else now.lr
+        grad_scale = self.h.fixed.grad_scale if now.grad_scale is None else now.grad_scale
+        with kernels.on(clock.device, None):
+            current = kernels.current_stream() or stream
+            named = {view.stream or current for view in (now.lr, now.grad_scale) if view is not None}
+            others = gpu_launch.to_order(kernels, stream, list(named - {stream}))
             for other in others:
-                clock.kernels.order(other, stream)
-            clock.kernels.launch_scalars(device_form, settings, step, lr, grad_scale, out, stream)
+                kernels.order(other, stream)
+            for form, settings, out in self._launches.values():
+                kernels.launch_scalars(form, settings, step, lr, grad_scale, out, stream)
             for other in others:
-                clock.kernels.order(stream, other)
-
-        return form, out, launch
+                kernels.order(stream, other)
 
 
 def is_array(value):

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arrays, backends, checks, hyperparameters
+from . import arrays, backends, capturable, checks, hyperparameters
 from .kernels import adam, streams
 
 
@@ -64,7 +64,7 @@ def adam_step(
         grad_scale=grad_scale,
     )
     given = [param, grad, m, v] if max_v is None else [param, grad, m, v, max_v]
-    update([Updates(h, checks.step_number(step), given, [None], max_v is not None)], backend, stream)
+    update([Updates(h, checks.step_number(step), [[a] for a in given], None)], backend, stream)
 
 
 class Updates(NamedTuple):
@@ -72,14 +72,13 @@ class Updates(NamedTuple):
 
     h: hyperparameters.Hyperparameters
     step: int
-    arrays: list[Any]  # param, grad, m, v and, with amsgrad, max_v of one update after the other
-    names: list[str | None]  # of each param; None for the one that adam_step was given
-    amsgrad: bool
+    columns: list[list[Any]]  # the params of all updates, their grads, m's, v's and, with AMSGrad, max_v's
+    names: list[str] | None  # of each param; None for the one that adam_step was given
     now: Any = None  # a capturable.Now, if the step count is on the device
 
     @property
-    def width(self):
-        return 5 if self.amsgrad else 4
+    def amsgrad(self):
+        return len(self.columns) == 5
 
 
 def update(groups, backend=None, stream=None, memo=None):
@@ -94,25 +93,25 @@ def update(groups, backend=None, stream=None, memo=None):
     fresh = not batches
     if fresh:
         batches = _checked(groups, backend)
-    work, advanced = [], set()
-    for k, kernels, dtype, batch in batches:
-        h, step, _, _, amsgrad, now = groups[k]
-        if kernels.NAME == "numba-cpu" and stream is not None:
-            raise TypeError("stream is for arrays on a GPU; these are on the CPU, which has no streams")
-        capturing = batch.check(stream, now is not None)
-        if now is None:
-            form, scalars = hyperparameters.form_and_scalars(h, step, dtype, amsgrad)
-            work.append((batch, form, scalars, None))
+    work: list[tuple] = []
+    scalars_of: dict[int, capturable.Scalars] = {}
+    for k, dtype, batch in batches:
+        group = groups[k]
+        # the arrays of a group in device mode go where its scalars are computed
+        place = batch.place(scalars_of[k].stream if k in scalars_of else stream)
+        batch.check(place, group.now is not None)
+        if group.now is None:
+            work.append((batch, place, *hyperparameters.form_and_scalars(group.h, group.step, dtype, group.amsgrad)))
         else:
-            if capturing:
-                now.check_capture(h)
-            work.append((batch, *now.form_and_launch(h, dtype, amsgrad, k not in advanced)))
-            advanced.add(k)
-    for batch, form, scalars, launch_scalars in work:
-        if launch_scalars is not None:
-            target, _ = batch.streams(stream)
-            launch_scalars(target)
-        batch.launch(form, scalars, adam, stream)
+            if place.capturing:
+                group.now.check_capture(group.h)
+            if k not in scalars_of:
+                scalars_of[k] = capturable.Scalars(group.now, group.h, group.amsgrad, place.stream)
+            work.append((batch, place, *scalars_of[k].of(dtype)))
+    for scalars in scalars_of.values():
+        scalars.launch()
+    for batch, place, form, scalars in work:
+        batch.launch(form, scalars, adam, place)
     if memo is not None and fresh:
         memo.keep(groups, backend, batches)
     elif fresh:
@@ -125,13 +124,13 @@ def _numpy_way(groups):
     kernels = backends.load("numba-cpu")
     struct = kernels.numpy_struct
     work = []
-    for h, step, given, _, amsgrad, _ in groups:
-        found = struct.table(given, 5 if amsgrad else 4)
+    for h, step, columns, _, _ in groups:
+        found = struct.table(columns)
         if found is None:
             return False
         table, dtype = found
         for one, rows in struct.by_dtype(table) if dtype is None else [(dtype, table)]:
-            work.append((*hyperparameters.form_and_scalars(h, step, one, amsgrad), rows))
+            work.append((*hyperparameters.form_and_scalars(h, step, one, len(columns) == 5), rows))
     if len(groups) > 1 and not struct.disjoint(np.concatenate([rows for *_, rows in work])):
         return False
     for form, scalars, rows in work:
@@ -140,12 +139,12 @@ def _numpy_way(groups):
 
 
 def _checked(groups, backend):
-    """Return (number of the group, kernels, dtype, batch) of every launch, or raise what is wrong with an array."""
+    """Return (number of the group, dtype, batch) of every launch, or raise what is wrong with an array."""
     batches, written, read = [], [], []
     for k, group in enumerate(groups):
         together: dict[tuple, list] = {}
-        for n, name in enumerate(group.names):
-            named = _named(group.arrays[n * group.width : (n + 1) * group.width], name)
+        for n, given in enumerate(zip(*group.columns, strict=True)):
+            named = _named(given, None if group.names is None else group.names[n])
             for label, array in named:
                 checks.given(label, array)
             kernels, views = backends.choose(named, backend)
@@ -155,7 +154,7 @@ def _checked(groups, backend):
             read.append(grad)
             together.setdefault((kernels, param.device, param.dtype), []).append([*views, None][:5])
         for (kernels, _, dtype), updates in together.items():
-            batches += [(k, kernels, dtype, batch) for batch in kernels.batches(updates)]
+            batches += [(k, dtype, batch) for batch in kernels.batches(updates)]
     checks.overlap(written, read)
     return batches
 
@@ -163,7 +162,8 @@ def _checked(groups, backend):
 class Memo:
     """What the checks found out of a step's arrays on a GPU, for as long as they stay what and where they were.
 
-    At each step the type, address, shape, strides and dtype of every array are read again and compared. No array is kept alive.
+    At each step what can have changed is read again and compared. It keeps no gradient alive, only the parameters and moments,
+    as their optimizer does.
     """
 
     def __init__(self):
@@ -171,13 +171,19 @@ class Memo:
 
     def batches(self, groups, backend):
         """Return the batches of the last step if its arrays were the same in all that matters, or None."""
-        return self._batches if self._key is not None and self._key == _description(groups, backend) else None
+        if self._key is None:
+            return None
+        forced, known = self._key
+        found = _description(groups, backend)
+        if found is None or forced != found[0] or len(known) != len(found[1]):
+            return None
+        return self._batches if all(map(arrays.Description.same, known, found[1])) else None
 
     def keep(self, groups, backend, batches):
+        """Take over the batches of a step."""
         for *_, batch in self._batches:
             batch.release()
-        lasts = batches and all(batch.lasts for *_, batch in batches)
-        self._key = _description(groups, backend) if lasts else None
+        self._key = _description(groups, backend) if batches and all(batch.lasts for *_, batch in batches) else None
         self._batches = batches if self._key is not None else []
         if self._key is None:
             for *_, batch in batches:
@@ -188,13 +194,8 @@ class Memo:
 
 
 def _description(groups, backend):
-    described = []
-    for group in groups:
-        found = arrays.description(group.arrays)
-        if found is None:
-            return None
-        described.append((group.amsgrad, found))
-    return backends.forced(backend), described
+    described = [arrays.description(group.columns) for group in groups]
+    return None if any(one is None for one in described) else (backends.forced(backend), described)
 
 
 def _named(given, name):

@@ -1,5 +1,6 @@
 """Adam and AdamW: parameters in groups, their moments, and the step over all of them."""
 
+import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from typing import Any, NamedTuple
@@ -11,7 +12,6 @@ from . import capturable as capturable_
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 MOMENTS = {False: ("m", "v"), True: ("m", "v", "max_v")}  # by whether it is AMSGrad
-_MOMENTS_OF = {amsgrad: operator.itemgetter(*names) for amsgrad, names in MOMENTS.items()}
 GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
 
 
@@ -120,7 +120,8 @@ class Adam:
             if not own:
                 self._clocks.append(None)
                 continue
-            clock = capturable_.Clock(backends_.pop(), devices.pop() if devices else 0)
+            dtypes = {view.dtype for _, view in own}
+            clock = capturable_.Clock(backends_.pop(), devices.pop() if devices else 0, dtypes)
             clock.number("lr", group["lr"])
             self._clocks.append(clock)
             for name in group["names"]:
@@ -147,33 +148,26 @@ class Adam:
         states, clocks = [], []
         for k, (group, structure) in enumerate(zip(self.groups, self._structures, strict=True)):
             clock = self._clocks[k] if self.capturable else None
-            h, now, step = _now(group, structure, self._decoupled, self.steps + 1, grad_scale, clock)
-            moments = _MOMENTS_OF[group["amsgrad"]]
-            # an array that was skipped before is at another step than the others
-            by_step: dict[int, functional.Updates] = {}
-            for name, param in zip(group["names"], group["params"], strict=True):
-                if (grad := grads[name]) is None:
-                    continue
-                state = self.state[name]
-                count = state["step"] if clock is None else step
-                same = by_step.get(count)
-                if same is None:
-                    if type(count) is not int or count < 0:
-                        count = checks.count(f"the step of params[{name!r}]", count)
-                    same = by_step[count] = functional.Updates(h, count + 1, [], [], group["amsgrad"], now)
-                same.arrays.extend((param, grad, *moments(state)))
-                same.names.append(name)
-                if clock is None:
-                    states.append(state)
-            if clock and by_step:
-                if len(by_step[step].names) < len(group["names"]):
-                    skipped = sorted(set(group["names"]) - set(by_step[step].names))
+            h, now, count = _now(group, structure, self._decoupled, self.steps + 1, grad_scale, clock)
+            names, params = group["names"], group["params"]
+            given = [grads[name] for name in names]
+            present = [grad is not None for grad in given]
+            if not all(present):
+                if clock and any(present):
+                    skipped = list(itertools.compress(names, map(operator.not_, present)))
                     raise ValueError(
                         f"with capturable=True the parameters of a group share a step count, and {skipped} have no gradient: "
                         "give zeros, put them into a group of their own, or skip the whole group"
                     )
+                names, params, given = (list(itertools.compress(column, present)) for column in (names, params, given))
+            of_group = [self.state[name] for name in names]
+            columns = [params, given, *([state[moment] for state in of_group] for moment in MOMENTS[group["amsgrad"]])]
+            if not clock:
+                updates += _by_step(h, columns, names, [state["step"] for state in of_group])
+                states += of_group
+            elif names:
+                updates.append(functional.Updates(h, count + 1, columns, names, now))
                 clocks.append(clock)
-            updates += by_step.values()
         if updates:
             functional.update(updates, self.backend, stream, self._memo)
         for state in states:
@@ -232,6 +226,23 @@ class Adam:
                 else:
                     clock.fill(clock.step, states[name]["step"])
         self.steps = steps
+
+
+def _by_step(h, columns, names, counts):
+    """Return Updates of the arrays that have taken as many steps: those that were skipped before are at another."""
+    if not names:
+        return []
+    counts = [
+        checks.count(f"the step of params[{name!r}]", n) if type(n) is not int else n for name, n in zip(names, counts, strict=True)
+    ]
+    if counts.count(counts[0]) == len(counts):
+        return [functional.Updates(h, checks.step_number(counts[0] + 1), columns, names)]
+    updates = []
+    for count in dict.fromkeys(counts):
+        chosen = [own == count for own in counts]
+        own_names, *own_columns = (list(itertools.compress(column, chosen)) for column in (names, *columns))
+        updates.append(functional.Updates(h, checks.step_number(count + 1), own_columns, own_names))
+    return updates
 
 
 def _hyperparameters(group, structure, decoupled, step, grad_scale=1.0):

@@ -35,9 +35,9 @@ class KernelCache(FunctionCache):
 
     def __init__(self, function, key):
         super().__init__(function)
-        stamp = self._impl.locator.get_source_stamp()
-        self.key = (numba.__version__, llvmlite.__version__, stamp, key)
-        self._cache_file = KernelFiles(self.cache_path, self._impl.filename_base, stamp)
+        name, stamp = self._impl.filename_base, self._impl.locator.get_source_stamp()
+        self.key = (name, numba.__version__, llvmlite.__version__, stamp, key)
+        self._cache_file = KernelFiles(self.cache_path, name, stamp)
 
     def _index_key(self, sig, codegen):
         return repr((sig, codegen.magic_tuple(), self.key)).encode()
@@ -98,3 +98,7 @@ def _sources():
     if not files:
         raise RuntimeError("no text to tell this version's kernels from another's")  # in a zip archive, for example
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+with contextlib.suppress(RuntimeError):
+    _sources()  # now, while the files are those that Python has just read

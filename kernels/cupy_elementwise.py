@@ -228,7 +228,7 @@ def launch(form, views, scalars, rule=adam, stream=None):
     stream: the handle of one; by default CuPy's current stream, or the one that the arrays name.
     """
     for batch in batches([views]):
-        batch.launch(form, scalars, rule, stream)
+        batch.launch(form, scalars, rule, batch.place(stream))
 
 
 def batches(updates):

@@ -5,6 +5,8 @@ the memory for `pointer_table`, and `run(batch, form, scalars, rule, stream)`. A
 device has a current stream of its own and a default stream of the same name, and an event serves the streams of its own device.
 """
 
+from typing import NamedTuple
+
 from gpuadam.kernels import pointer_table, streams
 from gpuadam.kernels.layout import dense, split
 
@@ -30,6 +32,14 @@ def to_order(backend, stream, others):
     return others
 
 
+class Place(NamedTuple):
+    """Where a launch goes."""
+
+    stream: int
+    others: list[int]  # streams to order it with
+    capturing: bool  # whether a graph is being captured on the stream
+
+
 class Batch:
     """Updates that one launch makes, short of the form and the scalars.
 
@@ -52,40 +62,35 @@ class Batch:
         else:
             self.table = pointer_table.Table(backend, self.device, updates)
 
-    def streams(self, given):
-        """Return the stream to launch on, and the other streams to order it with. given: a handle, or None."""
+    def place(self, given):
+        """Return the Place of a launch. given: the handle of a stream, or None."""
         with self.backend.on(self.device, None):
             stream, others = streams.choose(given, self.backend.current_stream(), self.named)
-            return stream, to_order(self.backend, stream, others)
+            return Place(stream, to_order(self.backend, stream, others), self.backend.is_capturing(stream))
 
-    def check(self, given, on_device):
-        """Return whether a graph is being captured, and refuse what it cannot hold.
-
-        given: the handle of a stream, or None. on_device: whether the scalars are in device memory.
-        """
-        stream, others = self.streams(given)
-        if not self.backend.is_capturing(stream):
-            return False
+    def check(self, place, on_device):
+        """Refuse what a graph that is being captured cannot hold. on_device: whether the scalars are in device memory."""
+        if not place.capturing:
+            return
         if not on_device:
             raise RuntimeError(
                 "a graph is being captured on this stream, and it would repeat this step with the learning rate and the step "
                 "count of now. Make the optimizer with capturable=True: it counts the steps on the device; give it the "
                 "learning rate as an array there"
             )
-        if others:
+        if place.others:
             raise RuntimeError(
-                f"a graph is being captured, and arrays were last used on other streams ({others}): use them on the stream that "
-                "is captured first, or give it as stream="
+                f"a graph is being captured, and arrays were last used on other streams ({place.others}): make the stream that "
+                "is captured the current one, in their library too, and use them there first"
             )
-        if self.loop == "table" and stream not in self.table.streams:
+        if self.loop == "table" and place.stream not in self.table.streams:
             raise RuntimeError(
                 "a graph is being captured, and the table of these arrays is not on the device yet: take a step with the same "
                 "arrays, gradients included, on this stream before the capture"
             )
-        return True
 
-    def launch(self, form, scalars, rule, given):
-        stream, others = self.streams(given)
+    def launch(self, form, scalars, rule, place):
+        stream, others, _ = place
         with self.backend.on(self.device, stream):
             for other in others:
                 self.backend.order(other, stream)

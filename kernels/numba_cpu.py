@@ -77,7 +77,7 @@ def launch(form, views, scalars, rule=adam, stream=None):
     scalars: `adam.Scalars` of form.dtype. stream: only GPUs have them.
     """
     for batch in batches([views]):
-        batch.launch(form, scalars, rule, stream)
+        batch.launch(form, scalars, rule, batch.place(stream))
 
 
 def batches(updates):
@@ -101,11 +101,14 @@ class Batch:
     def __init__(self, table, views):
         self.table, self.views = table, views  # which keep the arrays alive
 
-    def check(self, stream, on_device):
-        """Return whether a graph is being captured, as the batches of a GPU do."""
-        return False
+    def place(self, given):
+        if given is not None:
+            raise TypeError("stream is for arrays on a GPU; these are on the CPU, which has no streams")
 
-    def launch(self, form, scalars, rule=adam, stream=None):
+    def check(self, place, on_device):
+        """A GPU's batch refuses here what a captured graph cannot hold."""
+
+    def launch(self, form, scalars, rule, place):
         if self.table is None:
             param, grad, m, v, *max_v = (view.array for view in self.views)
             build(rule, form, "strided")(param, grad, m, v, *(max_v or [v]), *scalars)

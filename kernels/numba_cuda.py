@@ -60,7 +60,9 @@ def device_name():
 
 def view(name, array):
     """View a Numba device array, or anything with `__cuda_array_interface__`."""
-    return on_cuda(name, array, _device_of)
+    found = on_cuda(name, array, _device_of)
+    # CuPy's arrays name whatever stream is current when they are asked
+    return found._replace(stream=None) if type(array).__module__.startswith("cupy") else found
 
 
 def _device_of(pointer):
@@ -143,7 +145,7 @@ def launch(form, views, scalars, rule=adam, stream=None):
     stream: the handle of one; by default CuPy's current stream, or the one that the arrays name.
     """
     for batch in batches([views]):
-        batch.launch(form, scalars, rule, stream)
+        batch.launch(form, scalars, rule, batch.place(stream))
 
 
 def batches(updates):

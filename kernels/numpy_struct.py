@@ -7,6 +7,7 @@ anything else here reads it. All is read anew at every call: an array's flags an
 
 import ctypes
 import functools
+import itertools
 import sys
 
 import numpy as np
@@ -30,17 +31,19 @@ DTYPES = {4: np.dtype("float32"), 8: np.dtype("float64")}
 IDENTITIES = np.array([id(np.ndarray), id(DTYPES[4]), id(DTYPES[8])])
 
 
-def table(arrays, width):
+def table(columns):
     """Return the table of updates and their dtype, or None if an array is not plain or two of them overlap.
 
-    arrays: param, grad, m, v and, if width is 5, max_v of one update after the other. Plain are NumPy's own arrays, C-contiguous,
-    aligned, of float32 or float64 in native byte order, all but grad writeable, and of one shape and dtype in each update.
+    columns: the params of all updates, their grads, m's, v's and, with AMSGrad, max_v's: lists of one length. Plain are
+    NumPy's own arrays, C-contiguous, aligned, of float32 or float64 in native byte order, all but the grads writeable, and of
+    one shape and dtype in each update.
     The dtype is None if updates differ in it. The table holds no references: the arrays must outlive it.
     """
     if not known():
         return None
-    objects = np.fromiter(map(id, arrays), np.int64, len(arrays))
-    rows = np.empty((len(arrays) // width, COLUMNS), np.int64)
+    n, width = len(columns[0]), len(columns)
+    objects = np.fromiter(map(id, itertools.chain.from_iterable(columns)), np.int64, n * width)
+    rows = np.empty((n, COLUMNS), np.int64)
     found = read(objects, width, IDENTITIES, rows)
     return (rows, DTYPES.get(found)) if found else None
 
@@ -127,9 +130,9 @@ def read(objects, width, identities, rows):
     """
     itemsizes = 0
     for row in range(rows.shape[0]):
-        first, dtype, ndim, n = objects[row * width], 0, 0, 1
+        first, dtype, ndim, n = objects[row], 0, 0, 1
         for k in range(width):
-            array = objects[row * width + k]
+            array = objects[k * rows.shape[0] + row]
             needed = C_CONTIGUOUS | ALIGNED if k == GRAD else C_CONTIGUOUS | ALIGNED | WRITEABLE
             # of what is no array, nothing but the head may be read: it may be shorter
             if _int64_at(array + TYPE) != identities[0] or _int32_at(array + FLAGS) & needed != needed:

@@ -20,15 +20,17 @@ def choose(given, current, named):
     """Return the stream of a launch, and the other streams to order it with.
 
     given: what the caller asked for, or None. current: CuPy's current stream, or None without CuPy. named: the streams that the
-    arrays name, None for those that name none. A stream that the caller chose goes before one that an array was last used on.
+    arrays name; None for those that name none, whose stream is the current one. A stream that the caller chose goes before one
+    that an array was last used on.
 
-    >>> choose(None, 0, [None, 77, 77])
+    >>> choose(None, 1, [77, 77])
     (77, [])
     >>> choose(None, 5, [1, 77])
     (5, [1, 77])
+    >>> choose(8, 5, [None])
+    (8, [5])
     """
-    named = [stream or LEGACY_DEFAULT for stream in dict.fromkeys(named) if stream is not None]
-    if given is None and current not in (None, 0, LEGACY_DEFAULT):
-        given = current
-    target = given or (named[0] if named else LEGACY_DEFAULT)
-    return target, [stream for stream in dict.fromkeys(named) if stream != target]
+    named = list(dict.fromkeys(stream or current or LEGACY_DEFAULT for stream in named))
+    chosen = given or (current if current not in (None, LEGACY_DEFAULT) else None)
+    target = chosen or (named[0] if named else LEGACY_DEFAULT)
+    return target, [stream for stream in named if stream != target]

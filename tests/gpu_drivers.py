@@ -140,7 +140,7 @@ class NumbaDriver(Driver):
 
     @staticmethod
     def view(name, array):
-        return cupy_elementwise.view(name, array)._replace(stream=1)
+        return cupy_elementwise.view(name, array)
 
     def configured(self, rule, form, loop, on_device, blocks, stream):
         kernel = gpu_code.loaded(gpu_code.ptx("numba-cuda", form, ARCH, rule=rule, loop=loop, on_device=on_device))

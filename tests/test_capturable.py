@@ -284,8 +284,9 @@ def test_a_learning_rate_on_another_stream_is_waited_for(driver):
     now = capturable.Now(opt._clocks[0], opt.groups[0]["lr"], 1.0)
     now.lr = now.lr._replace(stream=9)
     h = hyperparameters.checked(lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False, maximize=False)
-    *_, launch = now.form_and_launch(h, np.dtype("f4"), False, True)
-    launch(7)
+    scalars = capturable.Scalars(now, h, False, 7)
+    scalars.of(np.dtype("f4"))
+    scalars.launch()
     assert driver.waits == [(9, 7), (7, 9)]
 
 

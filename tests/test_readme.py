@@ -11,7 +11,10 @@ README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.S | re.M)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+NEEDS = [[pytest.mark.gpu] if "import cupy" in block else [] for block in BLOCKS]
+
+
+@pytest.mark.parametrize("block", [pytest.param(block, marks=marks) for block, marks in zip(BLOCKS, NEEDS, strict=True)])
 def test_a_block_runs_and_prints_what_its_comments_say(block):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

@@ -1,0 +1,421 @@
+"""The reading of NumPy's structs: what is plain is described as it is, what is not is left alone, and both at every call."""
+
+import gc
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpuadam
+from gpuadam.kernels import numba_cpu, numpy_struct
+from gpuadam.kernels.numpy_struct import GRAD, ITEMSIZE, MAX_V, MIXED, PARAM, SIZE, M, V
+
+F4, F8 = np.dtype("float32"), np.dtype("float64")
+NAMES = ("param", "grad", "m", "v", "max_v")
+
+
+def plain(shape=(6,), dtype="f4", width=4):
+    return [np.ones(shape, dtype) for _ in range(width)]
+
+
+def table(*updates):
+    """What `table` finds of updates, each a list of param, grad, m, v and perhaps max_v."""
+    return numpy_struct.table([list(column) for column in zip(*updates, strict=True)])
+
+
+def frozen(a):
+    a.flags.writeable = False
+    return a
+
+
+def test_numpys_arrays_are_laid_out_as_this_package_knows_them():
+    """If not, all is still right, and a small step takes some times as long."""
+    assert numpy_struct.known()
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="this interpreter has other structs")
+def test_a_layout_that_is_not_the_known_one_is_noticed(monkeypatch):
+    for field in ("DATA", "NDIM", "SHAPE", "DTYPE", "FLAGS"):
+        with monkeypatch.context() as patched:
+            patched.setattr(numpy_struct, field, getattr(numpy_struct, field) + 8)
+            if field != "SHAPE":  # what lies there is no address that could be followed
+                assert not numpy_struct.known.__wrapped__(), field
+    monkeypatch.setattr(sys.implementation, "name", "another")
+    assert not numpy_struct.known.__wrapped__()
+
+
+# What is plain
+
+
+@pytest.mark.parametrize("dtype", [F4, F8])
+@pytest.mark.parametrize("width", [4, 5])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (2, 3), (3, 0, 2), (2, 3, 4), (1, 2, 3, 4), (2, 1, 2, 1, 2)])
+def test_a_row_is_what_python_says_of_plain_arrays(shape, width, dtype):
+    arrays = plain(shape, dtype, width)
+    rows, found = table(arrays)
+    assert found is dtype
+    assert rows.tolist() == [[*(a.ctypes.data for a in arrays), *[0] * (5 - width), arrays[0].size, dtype.itemsize]]
+
+
+def test_rows_come_in_the_order_of_the_updates():
+    updates = [plain((n,)) for n in (3, 0, 5, 1)]
+    rows, _ = table(*updates)
+    assert rows[:, SIZE].tolist() == [3, 0, 5, 1]
+    assert rows[:, PARAM].tolist() == [arrays[0].ctypes.data for arrays in updates]
+
+
+def test_dtypes_may_be_mixed_between_updates():
+    updates = [plain((k + 1,), dtype) for k, dtype in enumerate(["f8", "f4", "f4", "f8"])]
+    rows, dtype = table(*updates)
+    assert dtype is None
+    assert [(d, r[:, SIZE].tolist()) for d, r in numpy_struct.by_dtype(rows)] == [(F4, [2, 3]), (F8, [1, 4])]
+    assert {r[0, ITEMSIZE] for _, r in numpy_struct.by_dtype(rows)} == {4, 8} and MIXED == 4 | 8
+
+
+def test_a_read_only_gradient_is_plain():
+    arrays = plain()
+    frozen(arrays[GRAD])
+    assert table(arrays) is not None
+
+
+def test_one_gradient_may_serve_several_updates():
+    grad = np.ones(6, "f4")
+    updates = [plain() for _ in range(3)]
+    for arrays in updates:
+        arrays[GRAD] = grad
+    assert table(*updates) is not None
+
+
+# What is not: what takes an array's place. `a` is a plain array of float32 and shape (4, 6).
+
+
+def unaligned(a):
+    placed = np.frombuffer(bytearray(a.nbytes + 1), "u1")[1:].view(a.dtype).reshape(a.shape)
+    assert not placed.flags.aligned
+    return placed
+
+
+class Subclass(np.ndarray):
+    pass
+
+
+NOT_PLAIN = {
+    "in Fortran's order": lambda a: np.asfortranarray(a),
+    "transposed": lambda a: np.ones((6, 4), "f4").T,
+    "strided": lambda a: np.ones((4, 12), "f4")[:, ::2],
+    "strided outside": lambda a: np.ones((8, 6), "f4")[::2],
+    "reversed": lambda a: a[::-1],
+    "reversed inside": lambda a: a[:, ::-1],
+    "broadcast": lambda a: np.lib.stride_tricks.as_strided(a, (4, 6), (0, 4)),
+    "unaligned": unaligned,
+    "a subclass": lambda a: a.view(Subclass),
+    "masked": lambda a: np.ma.masked_array(a),
+    "a recarray": lambda a: a.view(np.recarray),
+    "a matrix": lambda a: a.view(np.matrix),
+    "big-endian": lambda a: a.astype(a.dtype.newbyteorder()),
+    "an equal dtype that is another object": lambda a: a.astype(np.dtype("f4", metadata={"a": 1})),
+    "int32": lambda a: a.astype("i4"),
+    "int64": lambda a: a.astype("i8"),
+    "bool": lambda a: a.astype(bool),
+    "float16": lambda a: a.astype("f2"),
+    "long double": lambda a: a.astype(np.longdouble) if np.dtype(np.longdouble) != F8 else a.astype("f2"),
+    "complex64": lambda a: a.astype("c8"),
+    "objects": lambda a: a.astype(object),
+    "strings": lambda a: a.astype("U8"),
+    "records": lambda a: np.zeros(a.shape, [("x", "f4")]),
+    "dates": lambda a: np.zeros(a.shape, "M8[s]"),
+    "None": lambda a: None,
+    "Ellipsis": lambda a: ...,
+    "a small int": lambda a: 1,
+    "a float": lambda a: 1.0,
+    "True": lambda a: True,
+    "a NumPy scalar": lambda a: a[0, 0],
+    "a list": lambda a: a.tolist(),
+    "an empty tuple": lambda a: (),
+    "a string": lambda a: "grad",
+    "a memoryview": lambda a: memoryview(a),
+    "a type": lambda a: np.ndarray,
+    "a dtype": lambda a: a.dtype,
+    "an object": lambda a: object(),
+    # of another update, perhaps
+    "float64": lambda a: a.astype("f8"),
+    "one element less": lambda a: np.ones((4, 5), "f4"),
+    "as many elements in another shape": lambda a: np.ones((6, 4), "f4"),
+    "as many elements in one dimension": lambda a: np.ones(24, "f4"),
+    "one dimension more": lambda a: np.ones((1, 4, 6), "f4"),
+    "0-d": lambda a: np.ones((), "f4"),
+    "empty": lambda a: np.ones((4, 0), "f4"),
+}
+PLAIN_IF_ALL_ARE = list(NOT_PLAIN)[list(NOT_PLAIN).index("float64") :]
+
+
+@pytest.mark.parametrize("k", range(5), ids=NAMES)
+@pytest.mark.parametrize("what", NOT_PLAIN)
+def test_what_is_not_plain_has_no_table(what, k):
+    arrays = plain((4, 6), width=5)
+    arrays[k] = NOT_PLAIN[what](arrays[k])
+    assert table(arrays) is None
+    assert table(plain((4, 6), width=5), arrays) is None
+
+
+@pytest.mark.parametrize("what", [w for w in NOT_PLAIN if w not in PLAIN_IF_ALL_ARE])
+def test_what_is_not_plain_has_no_table_if_all_arrays_are_like_it(what):
+    assert table([NOT_PLAIN[what](a) for a in plain((4, 6))]) is None
+
+
+def test_a_memmap_has_no_table(tmp_path):
+    arrays = plain()
+    arrays[M] = np.memmap(tmp_path / "m", "f4", "w+", shape=(6,))
+    assert table(arrays) is None
+
+
+@pytest.mark.parametrize("k", [PARAM, M, V, MAX_V])
+def test_a_read_only_array_that_is_written_has_no_table(k):
+    arrays = plain(width=5)
+    frozen(arrays[k])
+    assert table(arrays) is None
+
+
+SHORT = """
+import ctypes, mmap
+import numpy as np
+from gpuadam.kernels import numpy_struct
+
+mprotect = ctypes.CDLL(None).mprotect
+mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+end = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + mmap.PAGESIZE
+assert mprotect(end, mmap.PAGESIZE, 0) == 0  # from here on, reading ends the process
+head = end - object.__basicsize__
+ctypes.c_int64.from_address(head + numpy_struct.TYPE).value = id(object)
+print(numpy_struct.read(np.array([head] * 4), 4, numpy_struct.IDENTITIES, np.zeros((1, 7), np.int64)))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="memory is protected otherwise on Windows")
+def test_nothing_is_read_beyond_the_head_of_what_is_no_array():
+    """A number is shorter than an array, and may lie at the end of the memory that there is."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", SHORT], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+# What changes between two calls
+
+
+def test_a_flag_that_changes_is_seen():
+    arrays = plain()
+    assert table(arrays)
+    arrays[V].flags.writeable = False
+    assert table(arrays) is None
+    arrays[V].flags.writeable = True
+    assert table(arrays)
+
+
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
+def test_a_shape_that_changes_is_seen():
+    arrays = plain((6,))
+    assert table(arrays)
+    arrays[PARAM].shape = (2, 3)
+    assert table(arrays) is None
+    for a in arrays[1:]:
+        a.shape = (2, 3)
+    assert table(arrays)[0][0, SIZE] == 6
+
+
+def test_a_size_and_an_address_that_change_are_seen():
+    arrays = plain((6,))
+    assert table(arrays)[0][0, SIZE] == 6
+    arrays[PARAM].resize(100_000, refcheck=False)
+    assert table(arrays) is None
+    for a in arrays[1:]:
+        a.resize(100_000, refcheck=False)
+    rows, _ = table(arrays)
+    assert rows[0].tolist() == [*(a.ctypes.data for a in arrays), 0, 100_000, 4]
+
+
+def test_an_object_at_the_address_of_one_that_is_gone_is_read_anew():
+    arrays = plain((6,))
+    for k in range(1000):
+        address = id(arrays[M])
+        arrays[M] = None
+        arrays[M] = np.ones(6, "f4" if k % 2 else "f8")
+        if id(arrays[M]) == address and arrays[M].dtype == F8:
+            break
+    else:
+        pytest.skip("no address was used again")
+    assert table(arrays) is None
+
+
+# Overlap
+
+
+def disjoint_byte_by_byte(rows):
+    taken = []  # (addresses, whether they are written)
+    for row in rows:
+        for k in range(5):
+            if row[k]:
+                taken.append((set(range(row[k], row[k] + row[SIZE] * row[ITEMSIZE])), k != GRAD))
+    return not any(a & b and (a_written or b_written) for (a, a_written), (b, b_written) in itertools.combinations(taken, 2))
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(
+        st.tuples(*[st.integers(1, 400)] * 4, st.integers(0, 400), st.integers(0, 3), st.sampled_from([4, 8])),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_disjoint_is_what_comparing_all_bytes_says(rows):
+    assert numpy_struct.disjoint(np.array(rows, np.int64)) == disjoint_byte_by_byte(rows)
+
+
+def test_disjoint_is_what_comparing_all_bytes_says_of_arrays_side_by_side():
+    """Every order of five arrays and one more, each beginning where another ends, or a byte before."""
+    found = set()
+    for order in itertools.permutations(range(5)):
+        for shift in (0, 1):
+            row = [0] * 7
+            row[SIZE], row[ITEMSIZE] = 2, 4
+            for place, k in enumerate(order):
+                row[k] = 100 + 8 * place - shift * (place == 3)
+            found.add(numpy_struct.disjoint(np.array([row])))
+            assert numpy_struct.disjoint(np.array([row])) == disjoint_byte_by_byte([row]) == (not shift)
+    assert found == {True, False}
+
+
+def test_disjoint_is_right_for_many_arrays():
+    """So many that sorting takes several gaps."""
+    rng, n = np.random.default_rng(0), 700
+    addresses = rng.permutation(5 * n).reshape(n, 5) * 16 + 64
+    rows = np.column_stack([addresses, np.full(n, 4), np.full(n, 4)])
+    assert numpy_struct.disjoint(rows)
+    for row, column in [(0, PARAM), (n // 2, V), (n - 1, MAX_V)]:
+        moved = rows.copy()
+        moved[row, column] += 1
+        assert numpy_struct.disjoint(moved) == (moved[row, column] + 15 == addresses.max() + 16)
+
+
+def test_gradients_may_overlap_whatever_lies_between_them():
+    """One that is long and read only, and behind its beginning others that begin and end."""
+    base = np.zeros((3, 7), np.int64)
+    base[:, SIZE], base[:, ITEMSIZE] = [100, 1, 1], 4
+    base[:, [PARAM, M, V]] = np.arange(9).reshape(3, 3) * 1000 + 10_000
+    base[:, GRAD] = [100, 120, 300]
+    assert numpy_struct.disjoint(base)
+    base[2, M] = 496  # within the first gradient, behind the others
+    assert not numpy_struct.disjoint(base)
+
+
+# With this way or without it, the outcome is the same
+
+
+def shared(a):
+    """Four arrays of which the second begins within the first."""
+    buffer = np.linspace(0.1, 1, 40).astype("f4")
+    return [buffer[:24].reshape(4, 6), buffer[12:36].reshape(4, 6), *plain((4, 6))[:2]]
+
+
+CASES: dict = {f"{name} is {what}": (k, what) for what in NOT_PLAIN for k, name in enumerate(NAMES[:4])}
+OPTIONS = {
+    "a bad step": {"step": 0},
+    "a step of another type": {"step": 1.0},
+    "a bad lr": {"lr": -1.0},
+    "an lr that float32 cannot hold": {"lr": 1e39},
+    "an eps that rounds to 0": {"eps": 1e-60},
+    "bad betas": {"betas": (0.9, 1.0)},
+    "a backend that is not there": {"backend": "cuppy"},
+    "a backend of other memory": {"backend": "cupy"},
+    "a stream": {"stream": 1},
+    "AMSGrad": {"max_v": lambda: np.ones((4, 6), "f4")},
+    "AMSGrad of another shape": {"max_v": lambda: np.ones((4, 5), "f4")},
+    "AMSGrad of a read-only array": {"max_v": lambda: frozen(np.ones((4, 6), "f4"))},
+    "everything": {"weight_decay": 0.1, "decoupled": True, "maximize": True, "grad_scale": 3.0, "betas": (0.2, 0.3)},
+}
+
+
+def outcome_of(arrays, options):
+    """What a step raises, or the bytes that it leaves."""
+    options = {name: value() if callable(value) else value for name, value in options.items()}
+    step = options.pop("step", 3)
+    try:
+        gpuadam.adam_step(*arrays, step, **options)
+    except (ValueError, TypeError, RuntimeError) as error:
+        outcome = type(error), str(error)
+    else:
+        outcome = None
+    given = [*arrays, options.get("max_v")]
+    return outcome, [a.tobytes() if isinstance(a, np.ndarray) and a.dtype != object else str(type(a)) for a in given]
+
+
+def arrays_of(case):
+    arrays = [np.linspace(0.1, 1 + k, 24).astype("f4").reshape(4, 6) for k in range(4)]
+    if case in CASES:
+        k, what = CASES[case]
+        arrays[k] = NOT_PLAIN[what](arrays[k])
+    elif case in NAMES:
+        frozen(arrays[NAMES.index(case)])
+    elif case == "overlap":
+        arrays = shared(arrays)
+    elif case.startswith("all "):
+        arrays = [NOT_PLAIN[case.removeprefix("all ")](a) for a in arrays]
+    return arrays
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *NAMES[:4], "overlap", "plain", *OPTIONS, *(f"all {what}" for what in NOT_PLAIN if what != "a type")]
+)
+def test_the_outcome_is_the_same_without_this_way(monkeypatch, case):
+    options = OPTIONS.get(case, {})
+    with_it = outcome_of(arrays_of(case), options)
+    monkeypatch.setattr(numpy_struct, "known", lambda: False)
+    assert outcome_of(arrays_of(case), options) == with_it
+
+
+def test_this_way_is_the_one_that_is_taken(monkeypatch):
+    """Else the tests above would compare one way with itself."""
+    taken = []
+    monkeypatch.setattr(numba_cpu, "batches", lambda updates: taken.append("the other way") or [])
+    gpuadam.adam_step(*plain(), 1)
+    gpuadam.Adam(np.ones(6, "f4")).step(np.ones(6, "f4"))
+    assert taken == []
+    monkeypatch.setattr(numpy_struct, "known", lambda: False)
+    gpuadam.adam_step(*plain(), 1)
+    assert taken == ["the other way"]
+
+
+# References and memory
+
+
+def test_no_reference_is_kept_or_lost():
+    arrays, others = plain(), plain()
+    others[M] = np.ones(6, "f8")
+    objects = [*arrays, *others, F4, F8, np.ndarray]
+    opt = gpuadam.Adam(arrays[0])
+
+    def calls():
+        for _ in range(1000):
+            gpuadam.adam_step(*arrays, 1)
+            opt.step(arrays[1])
+            table(others)
+
+    calls()
+    gc.collect()
+    before = [sys.getrefcount(o) for o in objects[:8]]
+    calls()
+    gc.collect()
+    assert [sys.getrefcount(o) for o in objects[:8]] == before
+
+
+def test_nothing_is_written_when_one_update_of_many_is_refused():
+    updates = [plain((n,)) for n in (5, 7, 9)]
+    frozen(updates[2][M])
+    assert table(*updates) is None
+    assert all((a == 1).all() for arrays in updates for a in arrays)
