@@ -12,6 +12,8 @@ from . import capturable as capturable_
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 MOMENTS = {False: ("m", "v"), True: ("m", "v", "max_v")}  # by whether it is AMSGrad
+MOMENTS_OF = {amsgrad: [operator.itemgetter(name) for name in names] for amsgrad, names in MOMENTS.items()}
+STEP_OF = operator.itemgetter("step")
 GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
 
 
@@ -141,18 +143,21 @@ class Adam:
 
         Everything is checked before anything is written: one bad array or hyperparameter stops the whole step.
         """
-        grads = _flatten(grads, self._structures) if self._grouped else _flatten_group(grads, self._structures[0], "grads")
+        if self._grouped:
+            grads_of_groups = _in_order_of_groups(grads, self._structures)
+        else:
+            grads_of_groups = [_in_order(grads, self._structures[0], "grads")]
         if len(self.groups) != len(self._structures):
             raise ValueError("groups cannot be added to an optimizer or removed from it after it is made: make another")
         updates: list[functional.Updates] = []
         states, clocks = [], []
-        for k, (group, structure) in enumerate(zip(self.groups, self._structures, strict=True)):
+        for k, group in enumerate(self.groups):
+            structure, given = self._structures[k], grads_of_groups[k]
             clock = self._clocks[k] if self.capturable else None
             h, now, count = _now(group, structure, self._decoupled, self.steps + 1, grad_scale, clock)
             names, params = group["names"], group["params"]
-            given = [grads[name] for name in names]
-            present = [grad is not None for grad in given]
-            if not all(present):
+            if any(map(operator.is_, given, itertools.repeat(None))):
+                present = [grad is not None for grad in given]
                 if clock and any(present):
                     skipped = list(itertools.compress(names, map(operator.not_, present)))
                     raise ValueError(
@@ -160,10 +165,10 @@ class Adam:
                         "give zeros, put them into a group of their own, or skip the whole group"
                     )
                 names, params, given = (list(itertools.compress(column, present)) for column in (names, params, given))
-            of_group = [self.state[name] for name in names]
-            columns = [params, given, *([state[moment] for state in of_group] for moment in MOMENTS[group["amsgrad"]])]
+            of_group = list(map(self.state.__getitem__, names))
+            columns = [params, given, *(list(map(get, of_group)) for get in MOMENTS_OF[group["amsgrad"]])]
             if not clock:
-                updates += _by_step(h, columns, names, [state["step"] for state in of_group])
+                updates += _by_step(h, columns, names, list(map(STEP_OF, of_group)))
                 states += of_group
             elif names:
                 updates.append(functional.Updates(h, count + 1, columns, names, now))
@@ -232,11 +237,12 @@ def _by_step(h, columns, names, counts):
     """Return Updates of the arrays that have taken as many steps: those that were skipped before are at another."""
     if not names:
         return []
-    counts = [
-        checks.count(f"the step of params[{name!r}]", n) if type(n) is not int else n for name, n in zip(names, counts, strict=True)
-    ]
-    if counts.count(counts[0]) == len(counts):
+    if type(counts[0]) is int and counts.count(counts[0]) == len(counts):
         return [functional.Updates(h, checks.step_number(counts[0] + 1), columns, names)]
+    counts = [
+        checks.count(f"the step of params[{name!r}]", n) if type(n) is not int else n
+        for name, n in zip(names, counts, strict=True)
+    ]
     updates = []
     for count in dict.fromkeys(counts):
         chosen = [own == count for own in counts]
@@ -346,31 +352,31 @@ def _groups(params, defaults):
     return groups, structures, grouped
 
 
-def _flatten(grads, structures):
-    """Return name -> gradient or None, of all groups."""
+def _in_order_of_groups(grads, structures):
+    """Return the gradients or None, in the order of the parameters, of each group."""
     grads = _listed(grads)
     if not _is_sequence(grads) or len(grads) != len(structures):
         raise ValueError(f"grads must be a list of {len(structures)} entries, one for each group; it is {_what(grads)}")
-    flat: dict[str, Any] = {}
+    ordered = []
     for k, (group, structure) in enumerate(zip(grads, structures, strict=True)):
         if isinstance(group, Mapping) and set(group) == {"params"} and structure.names != ["params"]:
             group = group["params"]
-        flat |= _flatten_group(group, structure, f"grads[{k}]")
-    return flat
+        ordered.append(_in_order(group, structure, f"grads[{k}]"))
+    return ordered
 
 
-def _flatten_group(grads, structure, label):
-    """Return name -> gradient or None, of one group."""
+def _in_order(grads, structure, label):
+    """Return the gradients or None, in the order of the parameters, of one group."""
     grads, names = _listed(grads), structure.names
     if structure.kind == MAPPING:
         if not isinstance(grads, Mapping) or grads.keys() != set(names):
             raise ValueError(f"{label} must be a dict with the names {names} (None skips one); it is {_what(grads)}")
-        return grads
+        return [grads[name] for name in names]
     if structure.kind == SEQUENCE:
         if not _is_sequence(grads) or len(grads) != len(names):
             raise ValueError(f"{label} must be a sequence of {len(names)} (None skips one); it is {_what(grads)}")
-        return dict(zip(names, grads, strict=True))
-    return {names[0]: grads}
+        return list(grads)
+    return [grads]
 
 
 def _listed(x):

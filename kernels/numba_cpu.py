@@ -5,6 +5,8 @@ LLVM vectorises the loop, and the vector body, the scalar tail and any split bet
 operation is rounded by itself.
 """
 
+import collections
+import contextlib
 import functools
 import itertools
 import os
@@ -121,7 +123,7 @@ class Batch:
 
 def launch_table(form, table, scalars, rule=adam):
     """Update the arrays of a table (see numpy_struct.py) in place: without gaps, at multiples of their elements' size."""
-    n = int(table[0, SIZE]) if len(table) == 1 else int(table[:, SIZE].sum())
+    n = table[0, SIZE].item() if len(table) == 1 else table[:, SIZE].sum().item()
     if n < PARALLEL_FROM or _n_threads() == 1:
         build(rule, form, "serial")(table, 0, n, *scalars)
     elif _numba_threads_are_safe():
@@ -237,8 +239,25 @@ def _pool(n_threads):
 
 
 def _in_own_threads(serial, table, n, scalars):
+    """Run the parts of the serial loop in the calling thread and in those of a pool, as far as there are any."""
     n_threads = _n_threads()
     edges = [n * k // n_threads for k in range(n_threads + 1)]
-    parts = itertools.pairwise(edges)
-    for future in [_pool(n_threads).submit(serial, table, first, last, *scalars) for first, last in parts]:
-        future.result()
+    parts, finished = collections.deque(itertools.pairwise(edges)), threading.Semaphore(0)
+
+    def work():
+        while parts:
+            try:
+                first, last = parts.popleft()
+            except IndexError:  # another thread has taken the last
+                return
+            try:
+                serial(table, first, last, *scalars)
+            finally:
+                finished.release()
+
+    with contextlib.suppress(RuntimeError):  # the system has no more threads, or the interpreter is ending
+        for _ in range(n_threads - 1):
+            _pool(n_threads).submit(work)
+    work()
+    for _ in range(n_threads):
+        finished.acquire()

@@ -314,7 +314,7 @@ def a_step_when_no_thread_starts():
     return digest(arrays[:1])
 
 
-@pytest.mark.parametrize("layer", ["default", pytest.param("workqueue", marks=pytest.mark.xfail(reason="a pool is asked"))])
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
 def test_a_step_is_whole_when_the_system_gives_no_more_threads(layer):
     param = np.ones(1, "f4")
     gpuadam.adam_step(param, *(np.ones(1, "f4") for _ in range(3)), 1)
@@ -322,7 +322,7 @@ def test_a_step_is_whole_when_the_system_gives_no_more_threads(layer):
     assert got == digest([np.repeat(param, N)])
 
 
-@pytest.mark.parametrize("layer", ["default", pytest.param("workqueue", marks=pytest.mark.xfail(reason="a pool is asked"))])
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
 def test_a_step_at_exit_is_done(layer):
     found = process("steps_at_exit()", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
     assert found == [None, expected()[0]]
