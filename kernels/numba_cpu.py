@@ -30,13 +30,18 @@ NAME = "numba-cpu"
 # Elements from which two threads finish sooner than one. `benchmarks/cpu_threads.py` shows where the lines cross.
 PARALLEL_FROM = 1 << 16
 
+CACHE_LINE = 64  # bytes
+
 
 view = on_cpu
 
 
 def zeros_like(view):
-    """Return zeros for a moment of an array: the same shape and, without gaps, the same order of memory."""
-    return np.zeros_like(view.array, subok=False)
+    """Return zeros for a moment of an array: the same shape, order of memory and offset from a cache line."""
+    n_bytes = view.size * view.dtype.itemsize
+    memory = np.zeros(n_bytes + CACHE_LINE, np.uint8)
+    offset = (view.pointer - memory.ctypes.data) % CACHE_LINE // view.dtype.itemsize * view.dtype.itemsize
+    return np.ndarray(view.shape, view.dtype, memory, offset, view.strides if dense([view]) else None)
 
 
 def zeros(n, dtype, device):
@@ -153,17 +158,21 @@ def build(rule, form, loop):
         )  # fmt: skip
         end = 0
         for row in range(table.shape[0]):
-            start, end = end, end + table[row, SIZE]
-            skip, n = max(first - start, 0), min(last, end) - max(first, start)
-            if n > 0:
-                at = skip * ITEMSIZE
-                param, grad = carray(pointer(table[row, PARAM] + at), n), carray(pointer(table[row, GRAD] + at), n)
-                m, v = carray(pointer(table[row, M] + at), n), carray(pointer(table[row, V] + at), n)
-                max_v = carray(pointer(table[row, MAX_V] + at), n) if AMSGRAD else v
-                for i in range(n):
-                    param[i], m[i], v[i], x = update(param[i], grad[i], m[i], v[i], max_v[i], *scalars)
-                    if AMSGRAD:
-                        max_v[i] = x
+            begin, end = end, end + table[row, SIZE]
+            start, stop = max(first, begin) - begin, min(last, end) - begin
+            if start < stop:
+                # NumPy's large arrays start 16 bytes after a cache line, and half of LLVM's vectors would lie across two lines:
+                # a tenth slower. So what is before the first line of param is a part of its own.
+                line = start + min(-(table[row, PARAM] + start * ITEMSIZE) % CACHE_LINE // ITEMSIZE, stop - start)
+                for part in range(2):
+                    at, n = (start * ITEMSIZE, line - start) if part == 0 else (line * ITEMSIZE, stop - line)
+                    param, grad = carray(pointer(table[row, PARAM] + at), n), carray(pointer(table[row, GRAD] + at), n)
+                    m, v = carray(pointer(table[row, M] + at), n), carray(pointer(table[row, V] + at), n)
+                    max_v = carray(pointer(table[row, MAX_V] + at), n) if AMSGRAD else v
+                    for i in range(n):
+                        param[i], m[i], v[i], x = update(param[i], grad[i], m[i], v[i], max_v[i], *scalars)
+                        if AMSGRAD:
+                            max_v[i] = x
 
     def strided(param, grad, m, v, max_v, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr):
         scalars = (
