@@ -80,7 +80,7 @@ def draw(rows, path):
     for line, ((backend,), of_backend) in zip(axes, backends_of.items(), strict=True):
         for axis, n in zip(line, cases, strict=True):
             of_case = [row for row in of_backend if row["elements"] == n]
-            title = f"{backend}: {max(row['arrays'] for row in of_case):,} arrays, {n:,} elements"
+            title = f"{backend}: {max(row['arrays'] for row in of_case):,} arrays, {n / 1e6:,.0f} million"
             plots.bars(axis, of_case, "p50_us", report.time, title, "median time of a step", log=True)
     plots.save(figure, path, rows)
 

@@ -12,8 +12,6 @@ from . import capturable as capturable_
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 MOMENTS = {False: ("m", "v"), True: ("m", "v", "max_v")}  # by whether it is AMSGrad
-MOMENTS_OF = {amsgrad: [operator.itemgetter(name) for name in names] for amsgrad, names in MOMENTS.items()}
-STEP_OF = operator.itemgetter("step")
 GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
 
 
@@ -154,9 +152,12 @@ class Adam:
         for k, group in enumerate(self.groups):
             structure, given = self._structures[k], grads_of_groups[k]
             clock = self._clocks[k] if self.capturable else None
-            h, now, count = _now(group, structure, self._decoupled, self.steps + 1, grad_scale, clock)
+            if clock:
+                h, now, count = _now(group, structure, self._decoupled, self.steps + 1, grad_scale, clock)
+            else:
+                h, now, count = _hyperparameters(group, structure, self._decoupled, self.steps + 1, grad_scale), None, 0
             names, params = group["names"], group["params"]
-            if any(map(operator.is_, given, itertools.repeat(None))):
+            if id(None) in map(id, given):
                 present = [grad is not None for grad in given]
                 if clock and any(present):
                     skipped = list(itertools.compress(names, map(operator.not_, present)))
@@ -165,10 +166,12 @@ class Adam:
                         "give zeros, put them into a group of their own, or skip the whole group"
                     )
                 names, params, given = (list(itertools.compress(column, present)) for column in (names, params, given))
-            of_group = list(map(self.state.__getitem__, names))
-            columns = [params, given, *(list(map(get, of_group)) for get in MOMENTS_OF[group["amsgrad"]])]
+            of_group = [self.state[name] for name in names]
+            columns = [params, given, [state["m"] for state in of_group], [state["v"] for state in of_group]]
+            if group["amsgrad"]:
+                columns.append([state["max_v"] for state in of_group])
             if not clock:
-                updates += _by_step(h, columns, names, list(map(STEP_OF, of_group)))
+                updates += _by_step(h, columns, names, [state["step"] for state in of_group])
                 states += of_group
             elif names:
                 updates.append(functional.Updates(h, count + 1, columns, names, now))
@@ -237,8 +240,9 @@ def _by_step(h, columns, names, counts):
     """Return Updates of the arrays that have taken as many steps: those that were skipped before are at another."""
     if not names:
         return []
-    if type(counts[0]) is int and counts.count(counts[0]) == len(counts):
-        return [functional.Updates(h, checks.step_number(counts[0] + 1), columns, names)]
+    first = counts[0]
+    if type(first) is int and first >= 0 and counts.count(first) == len(counts):
+        return [functional.Updates(h, first + 1, columns, names)]
     counts = [
         checks.count(f"the step of params[{name!r}]", n) if type(n) is not int else n
         for name, n in zip(names, counts, strict=True)
@@ -279,9 +283,7 @@ def _hyperparameters(group, structure, decoupled, step, grad_scale=1.0):
 
 
 def _now(group, structure, decoupled, step, grad_scale, clock):
-    """Return the Hyperparameters of a group's step, its capturable.Now, if any, and the count of steps before."""
-    if clock is None:
-        return _hyperparameters(group, structure, decoupled, step, grad_scale), None, 0
+    """Return the Hyperparameters of a group in device mode, its capturable.Now on a GPU, and the count of steps on the CPU."""
     if clock.on_cpu:
         given = group | {"lr": clock.value(group["lr"])}
         return _hyperparameters(given, structure, decoupled, step, clock.value(grad_scale)), None, clock.count()

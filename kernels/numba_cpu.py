@@ -129,13 +129,14 @@ class Batch:
 def launch_table(form, table, scalars, rule=adam):
     """Update the arrays of a table (see numpy_struct.py) in place: without gaps, at multiples of their elements' size."""
     n = table[0, SIZE].item() if len(table) == 1 else table[:, SIZE].sum().item()
-    if n < PARALLEL_FROM or _n_threads() == 1:
+    n_threads = 1 if n < PARALLEL_FROM else _n_threads()
+    if n_threads == 1:
         build(rule, form, "serial")(table, 0, n, *scalars)
     elif _numba_threads_are_safe():
         with _one_at_a_time:
-            build(rule, form, "parallel")(table, n, _n_threads(), *scalars)
+            build(rule, form, "parallel")(table, n, n_threads, *scalars)
     else:
-        _in_own_threads(build(rule, form, "serial"), table, n, scalars)
+        _in_own_threads(build(rule, form, "serial"), table, n, n_threads, scalars)
 
 
 @functools.cache
@@ -247,9 +248,8 @@ def _pool(n_threads):
     return ThreadPoolExecutor(n_threads, thread_name_prefix="gpuadam")
 
 
-def _in_own_threads(serial, table, n, scalars):
+def _in_own_threads(serial, table, n, n_threads, scalars):
     """Run the parts of the serial loop in the calling thread and in those of a pool, as far as there are any."""
-    n_threads = _n_threads()
     edges = [n * k // n_threads for k in range(n_threads + 1)]
     parts, finished = collections.deque(itertools.pairwise(edges)), threading.Semaphore(0)
 
