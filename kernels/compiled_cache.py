@@ -30,6 +30,18 @@ def of_rule(dispatcher, rule, form):
     return stored(dispatcher, rule.__name__, form) if own else dispatcher
 
 
+def named(function, rule, form):
+    """Give a function a name of its own for each rule and form, and return it.
+
+    Numba makes symbols of names and of numbers that start again in every process. Kernels of the same name that come from two
+    processes would take each other's place when both are loaded.
+    """
+    digest = hashlib.sha256(repr((rule.__name__, form)).encode()).hexdigest()[:16]
+    function.__name__ = f"{function.__name__}_{digest}"
+    function.__qualname__ = f"{function.__qualname__}_{digest}"
+    return function
+
+
 class KernelCache(FunctionCache):
     """As Numba's, but keyed by `key`; a cache that cannot be read or written costs time, and a warning at most."""
 

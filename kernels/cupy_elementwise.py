@@ -13,7 +13,7 @@ import warnings
 import cupy
 import numpy as np
 
-from gpuadam.arrays import View, on_cuda
+from gpuadam.arrays import View, kind, on_cuda
 from gpuadam.kernels import adam, device_scalars, gpu_launch, pointer_table, primitives
 from gpuadam.kernels.layout import VECTOR_BYTES, dense
 from gpuadam.kernels.streams import LEGACY_DEFAULT
@@ -154,12 +154,17 @@ max_v = X;
 
 
 def view(name, array):
-    """View a CuPy array, or anything with `__cuda_array_interface__`."""
-    if isinstance(array, cupy.ndarray):
-        memory = array.data
-        contiguous = array.flags.c_contiguous
-        return View(name, array, memory.ptr, array.shape, array.strides, array.dtype, True, contiguous, memory.device_id)
-    return on_cuda(name, array, _device_of)
+    """View a CuPy array, or anything with `__cuda_array_interface__` or DLPack."""
+    if not isinstance(array, cupy.ndarray):
+        if hasattr(array, "__cuda_array_interface__"):
+            return on_cuda(name, array, _device_of)
+        try:
+            array = cupy.from_dlpack(array)  # whose library makes CuPy's current stream wait for its own
+        except Exception as error:  # what a producer raises is up to it
+            raise TypeError(f"{name}, a {kind(array)}, cannot be shared with CuPy: {error}") from error
+    memory = array.data
+    contiguous = array.flags.c_contiguous
+    return View(name, array, memory.ptr, array.shape, array.strides, array.dtype, True, contiguous, memory.device_id)
 
 
 def _device_of(pointer):

@@ -147,7 +147,8 @@ def build(rule, form, loop):
     # Numba's default error model tests every divisor for zero: the loop would not vectorise, and would raise half-way
     # through the arrays.
     compiled = njit(error_model="numpy", nogil=True)
-    update = njit(error_model="numpy")(rule.in_python(form, primitives.for_numba(intrinsic)))
+    element = compiled_cache.named(rule.in_python(form, primitives.for_numba(intrinsic)), rule, form)
+    update = njit(error_model="numpy")(element)
     AMSGRAD, ITEMSIZE, REAL = form.amsgrad, form.dtype.itemsize, form.dtype.type
     pointer = _pointer({"float32": types.float32, "float64": types.float64}[form.dtype.name])
 
@@ -184,7 +185,8 @@ def build(rule, form, loop):
             if AMSGRAD:
                 max_v[i] = x
 
-    return compiled_cache.of_rule(compiled(strided if loop == "strided" else serial), rule, form)
+    function = compiled_cache.named(strided if loop == "strided" else serial, rule, form)
+    return compiled_cache.of_rule(compiled(function), rule, form)
 
 
 def _parallel(rule, form):
@@ -195,7 +197,8 @@ def _parallel(rule, form):
             first, last = n * k // n_threads, n * (k + 1) // n_threads
             serial(table, first, last, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr)
 
-    return compiled_cache.of_rule(njit(error_model="numpy", nogil=True, parallel=True)(parallel), rule, form)
+    # Not kept on disk: Numba names the body of a parallel loop by an address, which two processes may have in common.
+    return njit(error_model="numpy", nogil=True, parallel=True)(parallel)
 
 
 def _pointer(element):

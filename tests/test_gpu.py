@@ -413,3 +413,22 @@ def test_a_flat_buffer_and_its_views(cp):
     opt.step(flat.grad)
     host.step(host_params(1))
     assert_params(flat.params, reference)
+
+
+def test_arrays_that_only_have_dlpack(cp):
+    class Foreign:
+        def __init__(self, array):
+            self.array = array
+
+        def __dlpack__(self, **options):
+            return self.array.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+    given = wide_state(1003)[:4]
+    expected = [a.copy() for a in given]
+    gpuadam.adam_step(*expected, 1)
+    arrays = on_gpu(cp, given)
+    gpuadam.adam_step(*map(Foreign, arrays), 1)
+    assert_same_bits([a.get() for a in arrays], expected)
