@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 # Prints the bytes of a step's result, which kernels were compiled and which loaded, and what was warned of.
 STEP = """
-import json, os, sys, warnings
+import json, os, re, sys, warnings
 import numba.core.event as ev
 
 class Compiled(ev.Listener):
@@ -42,7 +42,8 @@ with warnings.catch_warnings(record=True) as warned:
     {before}
     param, grad, m, v = (np.linspace(0.1, 1, 9, dtype="f4") for _ in range(4))
     gpuadam.adam_step(param, grad, m, v, 3{options})
-own = [name for name in Compiled.names if name in ("read", "read_one", "disjoint") or name.startswith("build.")]
+names = [re.sub("_[0-9a-f]{{16}}$", "", name) for name in Compiled.names]
+own = [name for name in names if name in ("read", "read_one", "disjoint") or name == "build.<locals>.serial"]
 print(json.dumps([param.tobytes().hex(), own, [f"{{w.category.__name__}}: {{w.message}}" for w in warned]]))
 """
 
@@ -305,7 +306,7 @@ def run(name="adam", dtype="float32", loop="serial", rule=adam):
     return kernel, b"".join(a.tobytes() for a in arrays)
 
 
-@pytest.mark.parametrize("loop", ["serial", "parallel", "strided"])
+@pytest.mark.parametrize("loop", ["serial", "strided"])
 def test_every_loop_is_found_again(here, loop):
     (first, result), (second, again) = run(loop=loop), run(loop=loop)
     assert (loaded(first), loaded(second)) == (0, 1)
