@@ -146,6 +146,7 @@ class NumbaDriver(Driver):
         kernel = gpu_code.loaded(gpu_code.ptx("numba-cuda", form, ARCH, rule=rule, loop=loop, on_device=on_device))
 
         def run(*arguments):
+            assert len(arguments) == len(gpu_code.signature(form, loop, on_device))  # Numba takes a tuple for one argument
             self.launches.append((loop, blocks, stream))
             self.execute(kernel, blocks, gpu_code.packed(kernel, *arguments))
 

@@ -84,6 +84,7 @@ def assert_the_bits_of_each_alone(compiler, arch, form, scalars, on_device):
         assert (arena[outside] == 0xA5).all(), "bytes between the arrays were written"
 
 
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90", "sm_120"])
 @pytest.mark.parametrize("on_device", [False, True], ids=["numbers", "scalars in memory"])
 def test_every_array_gets_the_bits_that_it_gets_alone(compiler, arch, on_device):
     assert_the_bits_of_each_alone(compiler, arch, *form_and_scalars("all with l2", "float32"), on_device)
@@ -127,6 +128,7 @@ def test_a_wrong_table_is_noticed(compiler, monkeypatch):
                 assert_same_bits(arrays, wanted)
 
 
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90", "sm_120"])
 @pytest.mark.parametrize("name, on_device", [("adam", False), ("all with l2", True)])
 def test_loads_and_stores_stay_16_bytes_of_global_memory(compiler, arch, name, on_device):
     form, _ = form_and_scalars(name, "float32")
