@@ -22,14 +22,18 @@ class Clock:
     """
 
     def __init__(self, kernels, device, dtypes):
-        self.kernels, self.device = kernels, device
-        self.on_cpu = kernels.NAME == "numba-cpu"
+        self.backend, self.device = kernels.NAME, device
+        self.on_cpu = self.backend == "numba-cpu"
         self.memory: dict[np.dtype, device_scalars.Memory] = {}  # always the same places, which captured graphs know
         with self._here():
             for dtype in () if self.on_cpu else dtypes:
                 owner, address = kernels.device_bytes(64)
                 self.memory[dtype] = device_scalars.Memory(owner, address, dtype, device)
             self.step = kernels.from_host(np.zeros(1, np.int64))
+
+    @property
+    def kernels(self):
+        return backends.load(self.backend)  # not held: a module cannot be copied with its optimizer
 
     def _here(self):
         if self.on_cpu:
@@ -40,7 +44,7 @@ class Clock:
         """Return a View of an array of one number beside the arrays, or None if value is a number of the host."""
         if not is_array(value):
             return None
-        _, (view,) = backends.choose([(name, value)], self.kernels.NAME)
+        _, (view,) = backends.choose([(name, value)], self.backend)
         if view.size != 1 or view.dtype not in NUMBERS:
             raise ValueError(f"{name} has shape {view.shape} and dtype {view.dtype}: it must be one float32 or float64")
         if view.device != self.device and not self.on_cpu:

@@ -2,28 +2,16 @@
 
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence, ValuesView
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from . import arrays, backends, checks, functional, hyperparameters
+from . import backends, checks, functional, hyperparameters
 from . import capturable as capturable_
+from .groups import HYPERPARAMETERS, checked_group, in_order, in_order_of_groups, is_sequence, parsed_groups, what_is
 
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 MOMENTS = {False: ("m", "v"), True: ("m", "v", "max_v")}  # by whether it is AMSGrad
-GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
-
-
-class Structure(NamedTuple):
-    """What a group was when the optimizer was made; the gradients share it."""
-
-    kind: str  # ONE, SEQUENCE or MAPPING
-    names: list[str]
-    amsgrad: bool
-
-
-ONE, SEQUENCE, MAPPING = "one array", "a sequence", "a dict"
 
 
 class Adam:
@@ -84,11 +72,11 @@ class Adam:
         self.capturable = checks.flag("capturable", capturable)
         self._memo = functional.Memo()
         self._clocks: list[Any] = []  # a Clock for each group that has parameters
-        self.groups, self._structures, self._grouped = _groups(params, defaults)
+        self.groups, self._structures, self._grouped = parsed_groups(params, defaults)
         self.state: dict[str, dict[str, Any]] = {}
         views = []
         for group, structure in zip(self.groups, self._structures, strict=True):
-            h = _hyperparameters(self._with_a_number(group), structure, self._decoupled, step=1)
+            h = checked_group(self._with_a_number(group), structure, self._decoupled, step=1)
             for name, param in zip(group["names"], group["params"], strict=True):
                 if name in self.state:
                     raise ValueError(f"two parameters are named {name!r}: names must differ")
@@ -142,9 +130,9 @@ class Adam:
         Everything is checked before anything is written: one bad array or hyperparameter stops the whole step.
         """
         if self._grouped:
-            grads_of_groups = _in_order_of_groups(grads, self._structures)
+            grads_of_groups = in_order_of_groups(grads, self._structures)
         else:
-            grads_of_groups = [_in_order(grads, self._structures[0], "grads")]
+            grads_of_groups = [in_order(grads, self._structures[0], "grads")]
         if len(self.groups) != len(self._structures):
             raise ValueError("groups cannot be added to an optimizer or removed from it after it is made: make another")
         updates: list[functional.Updates] = []
@@ -155,7 +143,7 @@ class Adam:
             if clock:
                 h, now, count = _now(group, structure, self._decoupled, self.steps + 1, grad_scale, clock)
             else:
-                h, now, count = _hyperparameters(group, structure, self._decoupled, self.steps + 1, grad_scale), None, 0
+                h, now, count = checked_group(group, structure, self._decoupled, self.steps + 1, grad_scale), None, 0
             names, params = group["names"], group["params"]
             if id(None) in map(id, given):
                 present = [grad is not None for grad in given]
@@ -196,7 +184,8 @@ class Adam:
         for k, group in enumerate(self.groups):
             settings = {key: None if callable(group[key]) else group[key] for key in HYPERPARAMETERS}
             if self.capturable and self._clocks[k]:
-                settings["lr"] = self._clocks[k].value(group["lr"])
+                if not callable(group["lr"]):
+                    settings["lr"] = self._clocks[k].value(group["lr"])
                 for name in group["names"]:
                     states[name]["step"] = self._clocks[k].count()
             groups.append(settings | {"names": list(group["names"]), "betas": tuple(group["betas"])})
@@ -255,41 +244,14 @@ def _by_step(h, columns, names, counts):
     return updates
 
 
-def _hyperparameters(group, structure, decoupled, step, grad_scale=1.0):
-    """Check a group and return its Hyperparameters for a step, lr called if it is a callable."""
-    if group.keys() != GROUP_KEYS:
-        unknown, missing = sorted(map(str, group.keys() - GROUP_KEYS)), sorted(GROUP_KEYS - group.keys())
-        what = f"unknown {unknown}" if unknown else f"missing {missing}"
-        raise ValueError(f"a group has {what}; its hyperparameters are {', '.join(HYPERPARAMETERS)}")
-    if group["names"] != structure.names or len(group["params"]) != len(structure.names):
-        raise ValueError('the "params" and "names" of a group cannot be changed after the optimizer is made: make another')
-    if checks.flag("amsgrad", group["amsgrad"]) != structure.amsgrad:
-        raise ValueError("amsgrad cannot be changed after the optimizer is made: it decides which moments there are")
-    lr = group["lr"]
-    if capturable_.is_array(lr):
-        raise TypeError(
-            f"lr is a {arrays.kind(lr)}: it must be a number or a callable or, with capturable=True, an array of one number "
-            "beside the parameters"
-        )
-    return hyperparameters.checked(
-        lr=lr(step) if callable(lr) else lr,
-        betas=group["betas"],
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        decoupled=decoupled,
-        maximize=group["maximize"],
-        grad_scale=grad_scale,
-    )
-
-
 def _now(group, structure, decoupled, step, grad_scale, clock):
     """Return the Hyperparameters of a group in device mode, its capturable.Now on a GPU, and the count of steps on the CPU."""
     if clock.on_cpu:
         given = group | {"lr": clock.value(group["lr"])}
-        return _hyperparameters(given, structure, decoupled, step, clock.value(grad_scale)), None, clock.count()
+        return checked_group(given, structure, decoupled, step, clock.value(grad_scale)), None, clock.count()
     now = capturable_.Now(clock, group["lr"], grad_scale)
     given = group if now.lr is None else group | {"lr": 0.0}
-    return _hyperparameters(given, structure, decoupled, step, 1.0 if now.grad_scale else grad_scale), now, 0
+    return checked_group(given, structure, decoupled, step, 1.0 if now.grad_scale else grad_scale), now, 0
 
 
 class AdamW(Adam):
@@ -323,89 +285,14 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 
-def _groups(params, defaults):
-    """Return (groups with "params", "names" and hyperparameters; their structures; whether they were given as groups)."""
-    params = _listed(params)
-    grouped = _is_sequence(params) and len(params) and all(isinstance(p, Mapping) for p in params)
-    given = params if grouped else [{"params": params}]
-    groups, structures, count = [], [], 0
-    for group in given:
-        if "params" not in group:
-            raise ValueError(f'a group needs "params", and has only {sorted(map(str, group))}')
-        if strange := set(group) - (GROUP_KEYS - {"names"}):
-            raise ValueError(f"a group has unknown {sorted(map(str, strange))}; its hyperparameters are {HYPERPARAMETERS}")
-        members = _listed(group["params"])
-        if isinstance(members, Mapping):
-            names, members, kind = list(members), list(members.values()), MAPPING
-            for name in names:
-                if not isinstance(name, str):
-                    raise TypeError(f"the names of parameters must be strings, not {name!r}")
-        else:
-            kind = SEQUENCE if _is_sequence(members) else ONE
-            members = list(members) if kind == SEQUENCE else [members]
-            names = [str(count + k) for k in range(len(members))]
-        count += len(members)
-        settings = defaults | {key: value for key, value in group.items() if key != "params"}
-        settings["amsgrad"] = checks.flag("amsgrad", settings["amsgrad"])
-        groups.append(settings | {"params": members, "names": names})
-        structures.append(Structure(kind, list(names), settings["amsgrad"]))
-    if not count:
-        raise ValueError("there are no parameters to update")
-    return groups, structures, grouped
-
-
-def _in_order_of_groups(grads, structures):
-    """Return the gradients or None, in the order of the parameters, of each group."""
-    grads = _listed(grads)
-    if not _is_sequence(grads) or len(grads) != len(structures):
-        raise ValueError(f"grads must be a list of {len(structures)} entries, one for each group; it is {_what(grads)}")
-    ordered = []
-    for k, (group, structure) in enumerate(zip(grads, structures, strict=True)):
-        if isinstance(group, Mapping) and set(group) == {"params"} and structure.names != ["params"]:
-            group = group["params"]
-        ordered.append(_in_order(group, structure, f"grads[{k}]"))
-    return ordered
-
-
-def _in_order(grads, structure, label):
-    """Return the gradients or None, in the order of the parameters, of one group."""
-    grads, names = _listed(grads), structure.names
-    if structure.kind == MAPPING:
-        if not isinstance(grads, Mapping) or grads.keys() != set(names):
-            raise ValueError(f"{label} must be a dict with the names {names} (None skips one); it is {_what(grads)}")
-        return [grads[name] for name in names]
-    if structure.kind == SEQUENCE:
-        if not _is_sequence(grads) or len(grads) != len(names):
-            raise ValueError(f"{label} must be a sequence of {len(names)} (None skips one); it is {_what(grads)}")
-        return list(grads)
-    return [grads]
-
-
-def _listed(x):
-    """Return generators and the like, such as `model.parameters()` and `d.values()`, as lists."""
-    if type(x) in (list, tuple, dict):  # what it mostly is; asking for the abstract types takes longer
-        return x
-    return list(x) if isinstance(x, (Iterator, ValuesView)) else x
-
-
-def _is_sequence(x):
-    return type(x) in (list, tuple) or (isinstance(x, Sequence) and not isinstance(x, (str, bytes)))
-
-
-def _what(x):
-    if isinstance(x, Mapping):
-        return f"a dict with the names {list(x)}"
-    return f"a sequence of {len(x)}" if _is_sequence(x) else f"a {arrays.kind(x)}"
-
-
 def _checked_state_dict(state_dict, optimizer):
     """Return (settings of each group, state of each name, steps), after checking all but the arrays."""
     if not isinstance(state_dict, Mapping) or not {"steps", "state", "groups"} <= set(state_dict):
-        raise ValueError(f'a state_dict has "steps", "state" and "groups"; this is {_what(state_dict)}')
+        raise ValueError(f'a state_dict has "steps", "state" and "groups"; this is {what_is(state_dict)}')
     states, groups = state_dict["state"], state_dict["groups"]
     if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
         raise ValueError('"state" of a state_dict must be a dict: name -> dict of "step" and moments')
-    if not _is_sequence(groups) or not all(isinstance(group, Mapping) for group in groups):
+    if not is_sequence(groups) or not all(isinstance(group, Mapping) for group in groups):
         raise ValueError('"groups" of a state_dict must be a list of dicts')
     if set(states) != set(optimizer.state):
         missing, extra = sorted(set(optimizer.state) - set(states)), sorted(map(str, set(states) - set(optimizer.state)))
@@ -425,7 +312,7 @@ def _checked_state_dict(state_dict, optimizer):
             if not callable(own["lr"]):
                 raise ValueError("the saved lr was a callable, which is not saved: give this optimizer's group one first")
             loaded["lr"] = own["lr"]
-        h = _hyperparameters(own | loaded, structure, optimizer._decoupled, step=1)
+        h = checked_group(own | loaded, structure, optimizer._decoupled, step=1)
         for name in structure.names:
             hyperparameters.check_rounding(h, np.dtype(optimizer.state[name]["m"].dtype))
         settings.append(loaded)

@@ -71,6 +71,22 @@ def test_state_goes_from_device_mode_to_the_host_and_back():
     assert third.state["w"]["step"].tolist() == [1]
 
 
+def test_a_callable_learning_rate_is_not_saved_in_device_mode_either():
+    opt = gpuadam.Adam(params(), lr=lambda step: 0.1 / step, capturable=True)
+    opt.step(grads(0))
+    assert opt.state_dict()["groups"][0]["lr"] is None
+
+
+def test_a_copy_of_an_optimizer_goes_on_by_itself():
+    opt = gpuadam.Adam(params(), lr=np.array([0.1]), capturable=True)
+    opt.step(grads(0))
+    other = copy.deepcopy(opt)
+    other.step(grads(1))
+    assert other.state["w"]["step"].tolist() == [2] and opt.state["w"]["step"].tolist() == [1]
+    opt.step(grads(1))
+    assert_same_bits(opt.groups[0]["params"], other.groups[0]["params"])
+
+
 def test_a_whole_group_can_be_skipped_and_its_count_stays():
     given = params()
     opt = gpuadam.Adam([{"params": [given["w"]]}, {"params": [given["b"]]}], capturable=True)

@@ -1,0 +1,122 @@
+"""Groups of parameters: what an optimizer is given, what is checked of it at each step, and gradients of the same structure."""
+
+from collections.abc import Iterator, Mapping, Sequence, ValuesView
+from typing import NamedTuple
+
+from . import arrays, capturable, checks, hyperparameters
+
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
+
+
+class Structure(NamedTuple):
+    """What a group was when the optimizer was made; the gradients share it."""
+
+    kind: str  # ONE, SEQUENCE or MAPPING
+    names: list[str]
+    amsgrad: bool
+
+
+ONE, SEQUENCE, MAPPING = "one array", "a sequence", "a dict"
+
+
+def parsed_groups(params, defaults):
+    """Return (groups with "params", "names" and hyperparameters; their structures; whether they were given as groups)."""
+    params = _listed(params)
+    grouped = is_sequence(params) and len(params) and all(isinstance(p, Mapping) for p in params)
+    given = params if grouped else [{"params": params}]
+    groups, structures, count = [], [], 0
+    for group in given:
+        if "params" not in group:
+            raise ValueError(f'a group needs "params", and has only {sorted(map(str, group))}')
+        if strange := set(group) - (GROUP_KEYS - {"names"}):
+            raise ValueError(f"a group has unknown {sorted(map(str, strange))}; its hyperparameters are {HYPERPARAMETERS}")
+        members = _listed(group["params"])
+        if isinstance(members, Mapping):
+            names, members, kind = list(members), list(members.values()), MAPPING
+            for name in names:
+                if not isinstance(name, str):
+                    raise TypeError(f"the names of parameters must be strings, not {name!r}")
+        else:
+            kind = SEQUENCE if is_sequence(members) else ONE
+            members = list(members) if kind == SEQUENCE else [members]
+            names = [str(count + k) for k in range(len(members))]
+        count += len(members)
+        settings = defaults | {key: value for key, value in group.items() if key != "params"}
+        settings["amsgrad"] = checks.flag("amsgrad", settings["amsgrad"])
+        groups.append(settings | {"params": members, "names": names})
+        structures.append(Structure(kind, list(names), settings["amsgrad"]))
+    if not count:
+        raise ValueError("there are no parameters to update")
+    return groups, structures, grouped
+
+
+def in_order_of_groups(grads, structures):
+    """Return the gradients or None, in the order of the parameters, of each group."""
+    grads = _listed(grads)
+    if not is_sequence(grads) or len(grads) != len(structures):
+        raise ValueError(f"grads must be a list of {len(structures)} entries, one for each group; it is {what_is(grads)}")
+    ordered = []
+    for k, (group, structure) in enumerate(zip(grads, structures, strict=True)):
+        if isinstance(group, Mapping) and set(group) == {"params"} and structure.names != ["params"]:
+            group = group["params"]
+        ordered.append(in_order(group, structure, f"grads[{k}]"))
+    return ordered
+
+
+def in_order(grads, structure, label):
+    """Return the gradients or None, in the order of the parameters, of one group."""
+    grads, names = _listed(grads), structure.names
+    if structure.kind == MAPPING:
+        if not isinstance(grads, Mapping) or grads.keys() != set(names):
+            raise ValueError(f"{label} must be a dict with the names {names} (None skips one); it is {what_is(grads)}")
+        return [grads[name] for name in names]
+    if structure.kind == SEQUENCE:
+        if not is_sequence(grads) or len(grads) != len(names):
+            raise ValueError(f"{label} must be a sequence of {len(names)} (None skips one); it is {what_is(grads)}")
+        return list(grads)
+    return [grads]
+
+
+def _listed(x):
+    """Return generators and the like, such as `model.parameters()` and `d.values()`, as lists."""
+    if type(x) in (list, tuple, dict):  # what it mostly is; asking for the abstract types takes longer
+        return x
+    return list(x) if isinstance(x, (Iterator, ValuesView)) else x
+
+
+def is_sequence(x):
+    return type(x) in (list, tuple) or (isinstance(x, Sequence) and not isinstance(x, (str, bytes)))
+
+
+def what_is(x):
+    if isinstance(x, Mapping):
+        return f"a dict with the names {list(x)}"
+    return f"a sequence of {len(x)}" if is_sequence(x) else f"a {arrays.kind(x)}"
+
+
+def checked_group(group, structure, decoupled, step, grad_scale=1.0):
+    """Check a group and return its Hyperparameters for a step, lr called if it is a callable."""
+    if group.keys() != GROUP_KEYS:
+        unknown, missing = sorted(map(str, group.keys() - GROUP_KEYS)), sorted(GROUP_KEYS - group.keys())
+        what = f"unknown {unknown}" if unknown else f"missing {missing}"
+        raise ValueError(f"a group has {what}; its hyperparameters are {', '.join(HYPERPARAMETERS)}")
+    if group["names"] != structure.names or len(group["params"]) != len(structure.names):
+        raise ValueError('the "params" and "names" of a group cannot be changed after the optimizer is made: make another')
+    if checks.flag("amsgrad", group["amsgrad"]) != structure.amsgrad:
+        raise ValueError("amsgrad cannot be changed after the optimizer is made: it decides which moments there are")
+    lr = group["lr"]
+    if capturable.is_array(lr):
+        raise TypeError(
+            f"lr is a {arrays.kind(lr)}: it must be a number or a callable or, with capturable=True, an array of one number "
+            "beside the parameters"
+        )
+    return hyperparameters.checked(
+        lr=lr(step) if callable(lr) else lr,
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        decoupled=decoupled,
+        maximize=group["maximize"],
+        grad_scale=grad_scale,
+    )
