@@ -17,7 +17,7 @@ import peers
 import report
 
 from gpuadam import backends
-from gpuadam.cli import measure, plots
+from gpuadam.cli import measure
 
 SLOW_PASSES = 10  # a handful of microseconds for each pass over each of a thousand arrays
 
@@ -74,15 +74,11 @@ def measure_rows(backend, options, notes):
 
 def draw(rows, path):
     """Draw, for each backend and case, the time of each contender; on a GPU by both clocks."""
-    backends_of = report.groups(rows, "backend")
-    cases = list(dict.fromkeys(row["elements"] for row in rows))
-    figure, axes = plots.panels(len(backends_of), len(cases), width=6.5, height=4)
-    for line, ((backend,), of_backend) in zip(axes, backends_of.items(), strict=True):
-        for axis, n in zip(line, cases, strict=True):
-            of_case = [row for row in of_backend if row["elements"] == n]
-            title = f"{backend}: {max(row['arrays'] for row in of_case):,} arrays, {n / 1e6:,.0f} million"
-            plots.bars(axis, of_case, "p50_us", report.time, title, "median time of a step", log=True)
-    plots.save(figure, path, rows)
+
+    def title(backend, n, of_case):
+        return f"{backend}: {max(row['arrays'] for row in of_case):,} arrays\n{n:,} elements"
+
+    report.draw_bars(rows, path, title, "median time of a step", width=6.5, height=4.2)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import peers
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import measure, output
+from gpuadam.cli import measure, output, plots
 
 TABLE = ("backend", "elements", "state", "clock")
 
@@ -92,6 +92,18 @@ def numbers(sizes):
 def listed(absent):
     """Return a note on each contender that was not measured: `absent` says why."""
     return [f"not measured: {name} ({reason})" for name, reason in absent.items()]
+
+
+def draw_bars(rows, path, title, label, *, width, height):
+    """Draw, for each backend and number of elements, the time of each contender. title: of (backend, elements, rows)."""
+    backends_of = groups(rows, "backend")
+    sizes = list(dict.fromkeys(row["elements"] for row in rows))
+    figure, axes = plots.panels(len(backends_of), len(sizes), width=width, height=height)
+    for line, ((backend,), of_backend) in zip(axes, backends_of.items(), strict=True):
+        for axis, n in zip(line, sizes, strict=True):
+            of_size = [row for row in of_backend if row["elements"] == n]
+            plots.bars(axis, of_size, "p50_us", time, title(backend, n, of_size), label, log=True)
+    plots.save(figure, path, rows)
 
 
 def groups(rows, *keys):

@@ -18,7 +18,7 @@ import peers
 import report
 
 from gpuadam import backends
-from gpuadam.cli import measure, plots
+from gpuadam.cli import measure
 
 CALLS = {"warm": 50, "in turn": 1}
 N_SCALARS = 7
@@ -94,15 +94,11 @@ def _scalars():
 
 def draw(rows, path):
     """Draw, for each backend and size, both states of each contender."""
-    backends_of = report.groups(rows, "backend")
-    sizes = sorted({row["elements"] for row in rows})
-    figure, axes = plots.panels(len(backends_of), len(sizes), width=4.6, height=5)
-    for line, ((backend,), of_backend) in zip(axes, backends_of.items(), strict=True):
-        for axis, n in zip(line, sizes, strict=True):
-            of_size = [row for row in of_backend if row["elements"] == n]
-            title = f"{backend}, {n:,} element{'s' * (n > 1)}"
-            plots.bars(axis, of_size, "p50_us", report.time, title, "median time of a call", log=True)
-    plots.save(figure, path, rows)
+
+    def title(backend, n, of_size):
+        return f"{backend}, {n:,} element{'s' * (n > 1)}"
+
+    report.draw_bars(rows, path, title, "median time of a call", width=4.6, height=5)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,17 @@ from gpuadam.kernels import pointer_table, streams
 from gpuadam.kernels.layout import dense, split
 
 
+def launch(backend, form, views, scalars, rule, stream):
+    """Update arrays in CUDA memory in place, on their device.
+
+    views: of param, grad, m, v, max_v (None without AMSGrad), of one shape and device and of form.dtype, checked.
+    scalars: `adam.Scalars` of form.dtype, or the `device_scalars.Memory` that holds them.
+    stream: the handle of one; by default CuPy's current stream, or the one that the arrays name.
+    """
+    for batch in batches(backend, [views]):
+        batch.launch(form, scalars, rule, batch.place(stream))
+
+
 def batches(backend, updates):
     """Return the launches that updates take: one for all dense arrays, one for each other.
 

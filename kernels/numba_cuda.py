@@ -138,14 +138,8 @@ def copy(to, source):
 
 
 def launch(form, views, scalars, rule=adam, stream=None):
-    """Update arrays in CUDA memory in place, on their device.
-
-    views: of param, grad, m, v, max_v (None without AMSGrad), of one shape and device and of form.dtype, checked.
-    scalars: `adam.Scalars` of form.dtype, or the `device_scalars.Memory` that holds them.
-    stream: the handle of one; by default CuPy's current stream, or the one that the arrays name.
-    """
-    for batch in batches([views]):
-        batch.launch(form, scalars, rule, batch.place(stream))
+    """Update arrays, as `gpu_launch.launch` says."""
+    gpu_launch.launch(_this_module, form, views, scalars, rule, stream)
 
 
 def batches(updates):

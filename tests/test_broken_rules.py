@@ -128,7 +128,9 @@ def test_a_primitive_broken_in_numba_cuda_is_found(monkeypatch, what, primitive,
         "numba-cuda", form, scalars, gpu_code.ptx("numba-cuda", form, ARCH)
     )
     monkeypatch.setitem(primitives.PRIMITIVES, primitive, (emit, primitives.PRIMITIVES[primitive][1]))
-    text = gpu_code.compile_numba(numba_cuda.build(adam, form, "contiguous"), "float32", ARCH)
+    text = gpu_code.compile_numba(
+        numba_cuda.build(adam, form, "contiguous"), gpu_code.signature(form, "contiguous", False), ARCH
+    )
     assert found("numba-cuda", form, scalars, text) in ways
 
 
@@ -149,5 +151,7 @@ def test_a_swapped_scalar_in_numbas_rule_is_found():
             )
             return namespace["swapped"]
 
-    text = gpu_code.compile_numba(numba_cuda.build(Swapped(), form, "contiguous"), "float32", ARCH)
+    text = gpu_code.compile_numba(
+        numba_cuda.build(Swapped(), form, "contiguous"), gpu_code.signature(form, "contiguous", False), ARCH
+    )
     assert found("numba-cuda", form, scalars, text) == "bits"
