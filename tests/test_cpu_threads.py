@@ -202,7 +202,7 @@ def test_a_layer_that_allows_it_runs_numbas_parallel_loop(layer):
     if found(layer)["layer"] is None:
         pytest.skip(f"Numba cannot load its {layer} layer here")
     assert found(layer)["layer"] == layer
-    assert "parallel" in {loop for loop, _ in found(layer)["launches"]}
+    assert "parallel" in {loop for loop, _ in found(layer)["launches"]}, found(layer)
 
 
 @over("workqueue", "nonsense")
