@@ -5,7 +5,8 @@
 #
 # Needs no network and no installation: it runs from the tree with the CuPy, Numba and numba-cuda that it finds, and pytest, rich,
 # matplotlib and scikit-learn; torch, JAX and optax are measured beside it where they are there. OUTDIR gets results.csv (the rows of
-# all benchmarks and backends), a PNG for each benchmark, doctor.json and log.txt; a short table comes last. Ends within 8 minutes.
+# all benchmarks and backends), doctor.json, log.txt and a PNG each for large, small, many, narrow and amp_step: eight files. The
+# other scripts draw theirs from results.csv with --rows. A short table comes last. Ends within 8 minutes.
 # Exit status 0 if all tests passed and all benchmarks ran.
 set -u -o pipefail
 if [ $# -ne 1 ]; then
@@ -63,6 +64,10 @@ for backend in "${backends[@]}"; do
     benchmark small "$backend" 35 --seconds 1
     benchmark many "$backend" 45 --seconds 3 --peers "torch fused,torch foreach"
 done
+benchmark narrow cupy 75 --seconds 3
+benchmark amp_step cupy 45 --seconds 2
+benchmark narrow numba-cuda 50 --seconds 2 --forms "bfloat16 state;8-bit state;all bfloat16, stochastic"
+benchmark amp_step numba-cuda 40 --seconds 2 --sizes gpt2
 for backend in "${backends[@]}"; do
     run "bench-$backend" 40 "$python" -m gpuadam bench --backend "$backend" --seconds 0.2 --json "$this/bench-$backend.json"
 done
@@ -79,7 +84,7 @@ shopt -s nullglob
 rows=("$this"/*/*.csv "$this"/bench-*.json)
 if [ ${#rows[@]} -gt 0 ]; then
     "$python" benchmarks/report.py merge "$out/results.csv" "${rows[@]}" || status=1
-    for name in large small many memory first_call; do
+    for name in large small many narrow amp_step; do
         for measured in "$this"/*/"$name.csv"; do # of any backend: the plot has a panel for each
             "$python" "benchmarks/$name.py" --rows "$out/results.csv" --out "$out" >>"$out/log.txt" || status=1
             break

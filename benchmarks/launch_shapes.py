@@ -24,6 +24,7 @@ import gpuadam
 from gpuadam import hyperparameters
 from gpuadam.cli import measure, output
 from gpuadam.kernels import adam, limit
+from gpuadam.kernels.storage import Arrays
 
 THREADS, REGISTERS, BLOCKS = 2048, 65536, 32  # of a multiprocessor of an A100, H100 or B200
 HYPERPARAMETERS = {
@@ -55,19 +56,21 @@ VARIANTS = {
 }
 
 HINTS = """
-__device__ __forceinline__ Vector load_(const T* p) {
-    float4 x = __ldcs((const float4*)p); return *reinterpret_cast<Vector*>(&x); }
-__device__ __forceinline__ void store_(T* p, Vector x) { __stcs((float4*)p, *reinterpret_cast<float4*>(&x)); }
+typedef Vector<LANES, T> Lanes;
+__device__ __forceinline__ Lanes load_(const T* p) {
+    float4 x = __ldcs((const float4*)p); return *reinterpret_cast<Lanes*>(&x); }
+__device__ __forceinline__ void store_(T* p, Lanes x) { __stcs((float4*)p, *reinterpret_cast<float4*>(&x)); }
 """
 PLAIN = """
-__device__ __forceinline__ Vector load_(const T* p) { return vector_at(p); }
-__device__ __forceinline__ void store_(T* p, Vector x) { vector_at(p) = x; }
+typedef Vector<LANES, T> Lanes;
+__device__ __forceinline__ Lanes load_(const T* p) { return vector_at<LANES>(p); }
+__device__ __forceinline__ void store_(T* p, Lanes x) { vector_at<LANES>(p) = x; }
 """
 # Arrays without a head or a tail: what is measured is the vectors.
 LOOP = """
 const ptrdiff_t threads = (ptrdiff_t)gridDim.x * blockDim.x;
 for (ptrdiff_t j = i; j < vectors / %(vectors)d; j += threads) {
-    Vector G[%(vectors)d], P[%(vectors)d], M[%(vectors)d], V[%(vectors)d];
+    Lanes G[%(vectors)d], P[%(vectors)d], M[%(vectors)d], V[%(vectors)d];
     #pragma unroll
     for (int n = 0; n < %(vectors)d; ++n) {
         const ptrdiff_t at = (j / 32 * 32 * %(vectors)d + n * 32 + j %% 32) * LANES;  // a warp's vectors lie side by side
@@ -77,8 +80,10 @@ for (ptrdiff_t j = i; j < vectors / %(vectors)d; j += threads) {
     for (int n = 0; n < %(vectors)d; ++n) {
         const ptrdiff_t at = (j / 32 * 32 * %(vectors)d + n * 32 + j %% 32) * LANES;
         #pragma unroll
-        for (int k = 0; k < LANES; ++k)
-            update(P[n].lane[k], G[n].lane[k], M[n].lane[k], V[n].lane[k], V[n].lane[k], %(scalars)s);
+        for (int k = 0; k < LANES; ++k) {
+            T max_v = V[n].lane[k], ema = P[n].lane[k];  // which this form does not have
+            update(P[n].lane[k], G[n].lane[k], M[n].lane[k], V[n].lane[k], max_v, ema, %(scalars)s);
+        }
         store_(&param[at], P[n]); store_(&m[at], M[n]); store_(&v[at], V[n]);
     }
     %(one_shot)s
@@ -98,7 +103,7 @@ def build(variant, form):
     declared = [f"{'raw ' if raw else ''}{dtype} {name}" for raw, dtype, name in names]
     body = LOOP % {
         "vectors": variant.vectors,
-        "scalars": ", ".join(adam.SCALARS),
+        "scalars": ", ".join(adam.scalars(form)),
         "one_shot": "" if variant.grid_stride else "break;",
     }
     return cupy.ElementwiseKernel(
@@ -172,7 +177,7 @@ def main():
     except output.MissingExtraError as error:
         sys.exit(f"launch_shapes: {error}")
     h = hyperparameters.checked(**HYPERPARAMETERS)
-    form, scalars = hyperparameters.form_and_scalars(h, 10, np.dtype("float32"), False)
+    form, scalars = hyperparameters.form_and_scalars(h, 10, Arrays())
     kernels = {name: build(variant, form) for name, variant in VARIANTS.items()}
     measured = run_on_gpu(kernels, form, scalars, options) if "cupy" in gpuadam.available_backends() else {}
     rows = []

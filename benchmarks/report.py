@@ -21,12 +21,29 @@ from gpuadam import backends
 from gpuadam.cli import measure, output, plots
 
 TABLE = ("backend", "elements", "state", "clock")
+# Columns that some benchmarks have beyond measure.COLUMNS: the bytes that a step moves of each element; and of a form of the
+# step, how many times float32's time and bytes it takes.
+FURTHER = ("bytes_per_element", "x_float32", "x_float32_bytes")
+NUMBERS = {*measure.NUMBERS, *FURTHER}
 
 
-def main(name, doc, measure_rows, draw, *, seconds, sizes, sizes_help="elements, such as 1e5,2e7", table=TABLE):
+def main(
+    name,
+    doc,
+    measure_rows,
+    draw,
+    *,
+    seconds,
+    sizes,
+    sizes_help="elements, such as 1e5,2e7",
+    table=TABLE,
+    forms=(),
+    show=None,
+):
     """Measure, or read rows that were measured before; print them; write what the options say.
 
-    sizes: the default for "CPU" and for "CUDA" memory; None if the benchmark has none. table: rows alike in these share a table.
+    sizes: the default for "CPU" and for "CUDA" memory; None if the benchmark has none. table: rows alike in these share a
+    table. forms: of the step, that --forms chooses from. show: makes another rich table of rows than `tabulated`.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     available = gpuadam.available_backends()
@@ -35,6 +52,8 @@ def main(name, doc, measure_rows, draw, *, seconds, sizes, sizes_help="elements,
         parser.add_argument("--sizes", metavar="N,N", help=f"{sizes_help}; default {' or '.join({*sizes.values()})}")
     parser.add_argument("--seconds", type=float, default=seconds, help="for each table, about; default %(default)s")
     parser.add_argument("--peers", metavar="NAME,NAME", help="only these libraries; none for gpuadam alone; default all")
+    if forms:
+        parser.add_argument("--forms", metavar="NAME;NAME", help=f"only these of {'; '.join(forms)}; default all")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help=f"write {name}.csv and {name}.png into it")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for standard output alone")
     parser.add_argument("--rows", metavar="CSV", help="measure nothing: print and draw the rows of this file")
@@ -44,6 +63,10 @@ def main(name, doc, measure_rows, draw, *, seconds, sizes, sizes_help="elements,
         known = [peer.name for peer in peers.PEERS] + ["none"]
         if unknown := set(options.peers) - set(known):
             parser.error(f"there is no peer {', '.join(sorted(unknown))}, only {', '.join(known)}")
+    if forms:
+        options.forms = list(forms) if options.forms is None else options.forms.split(";")
+        if unknown := set(options.forms) - set(forms):
+            parser.error(f"there is no form {'; '.join(sorted(unknown))}, only {'; '.join(forms)}")
 
     try:
         (rich_console,) = output.need("bench", "rich.console")
@@ -60,17 +83,18 @@ def main(name, doc, measure_rows, draw, *, seconds, sizes, sizes_help="elements,
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
     rows, notes = [], []
+    show = show or tabulated
     if options.rows:
-        rows = [row for row in output.read_csv(options.rows, measure.NUMBERS) if row["benchmark"] == name]
+        rows = [row for row in output.read_csv(options.rows, NUMBERS) if row["benchmark"] == name]
         for group in groups(rows, *table).values():
-            _print(console, group)
+            console.print(show(group))
     else:
         backend = backends.BACKENDS[options.backend]
         if sizes:
             options.sizes = (options.sizes or sizes[backend.memory]).split(",")
         for group in measure_rows(backend, options, notes):
             rows += group
-            _print(console, group)
+            console.print(show(group))
             if options.out:  # after each table: a run that is cut short keeps what it has
                 output.write_csv(options.out / f"{name}.csv", rows)
     for note in dict.fromkeys(notes):
@@ -126,7 +150,8 @@ def time(microseconds):
     return f"{microseconds:.3g} us"
 
 
-def _print(console, rows):
+def tabulated(rows):
+    """Return a rich table with a line for each row."""
     rich_table, rich_box = output.need("bench", "rich.table", "rich.box")
     first = rows[0]
     facts = [f"{first['elements']:,} {first['dtype']}", first["backend"]]
@@ -143,9 +168,11 @@ def _print(console, rows):
         "x_limit": lambda x: f"{x:,.3f}",
         "x_torch_fused": lambda x: f"{x:,.3f}",
         "peak_mb": lambda x: f"{x:,.3f}",
+        "bytes_per_element": lambda x: f"{x:,.4g}",
     }
     heads = {"p20_us": "p20", "p50_us": "median", "p80_us": "p80", "gb_per_s": "GB/s", "peak_mb": "peak MB beyond state"}
-    used = [column for column in columns if any(row[column] is not None for row in rows)]
+    heads["bytes_per_element"] = "bytes an element"
+    used = [column for column in columns if any(row.get(column) is not None for row in rows)]
     table.add_column("")
     for column in used:
         table.add_column(heads.get(column, column.replace("x_", "x ").replace("_", " ")), justify="right")
@@ -154,7 +181,7 @@ def _print(console, rows):
     for row in rows:
         figures = ("" if row[c] is None else columns[c](row[c]) for c in used)
         table.add_row(row["contender"], *figures, *(f"{row[key]:,}" if key == "arrays" else row[key] for key in varying))
-    console.print(table)
+    return table
 
 
 def _print_machine(console, row):
@@ -170,8 +197,9 @@ def merge(path, *sources):
         if source.endswith(".json"):
             rows += json.loads(Path(source).read_text())["rows"]
         else:
-            rows += output.read_csv(source, measure.NUMBERS)
-    output.write_csv(path, rows)
+            rows += output.read_csv(source, NUMBERS)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    output.write_csv(path, [dict.fromkeys(columns) | row for row in rows])
 
 
 STEP, KERNEL, CALL = "gpuadam.Adam.step", "gpuadam kernel + launch", "gpuadam.adam_step"
@@ -179,6 +207,8 @@ SUMMARY = {
     "large": (STEP, KERNEL),
     "bench": (KERNEL,),
     "many": (STEP, f"{STEP}, one flat array"),
+    "narrow": (KERNEL,),
+    "amp_step": (STEP, f"{STEP}, bfloat16 copies"),
     "small": (CALL, STEP),
     "memory": (STEP, measure.TORCH_FUSED),
     "first_call": ("import gpuadam", CALL, measure.TORCH_FUSED),
@@ -187,17 +217,24 @@ SUMMARY = {
 
 def summary(path):
     """Print a short table: gpuadam's own lines, beside torch's fused Adam."""
-    print(f"{'elements':>14}{'':11}{'':54}{'median':>9}{'GB/s':>9}{'x limit':>9}{'x torch':>9}{'peak MB':>9}")
-    rows = output.read_csv(path, measure.NUMBERS)
+    columns = {
+        "gb_per_s": "GB/s",
+        "x_limit": "x limit",
+        "x_torch_fused": "x torch",
+        "x_float32": "x float32",
+        "peak_mb": "MB",
+    }
+    print(f"{'elements':>14}{'':85}{'median':>9}" + "".join(f"{head:>10}" for head in columns.values()))
+    rows = output.read_csv(path, NUMBERS)
     for (benchmark, backend), of_benchmark in groups(rows, "benchmark", "backend").items():
         print(f"-- {benchmark}, {backend}")
         for row in of_benchmark:
             if row["contender"] in SUMMARY[benchmark]:
                 what = ", ".join(filter(None, (row["contender"], row["state"], row["clock"])))
                 median = "" if row["p50_us"] is None else time(row["p50_us"])
-                others = (row[column] for column in ("gb_per_s", "x_limit", "x_torch_fused", "peak_mb"))
-                figures = "".join(f"{'' if figure is None else f'{figure:,.2f}':>9}" for figure in others)
-                print(f"{row['elements']:14,} {row['dtype']:10}{what:54}{median:>9}{figures}")
+                others = (row.get(column) for column in columns)
+                figures = "".join(f"{'' if figure is None else f'{figure:,.2f}':>10}" for figure in others)
+                print(f"{row['elements']:14,} {row['dtype'] + '  ' + what:84}{median:>9}{figures}")
 
 
 if __name__ == "__main__":

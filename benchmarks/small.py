@@ -59,11 +59,12 @@ def empty_numba_kernel(kernels, n):
     from numba import cuda
 
     @cuda.jit
-    def nothing(param, grad, m, v, max_v, head, vectors, threads, a, b, c, d, e, f, g):
+    def nothing(addresses, head, vectors, threads, start, key, scalars):
         pass
 
     configured = nothing[1, 128]
-    arguments = [*range(1 << 40, (1 << 40) + 5), 0, n, n, *_scalars()]  # addresses and counts are 64-bit integers
+    addresses = tuple(range(1 << 40, (1 << 40) + 4))  # these and counts are 64-bit integers
+    arguments = [addresses, 0, n, n, 0, 0, tuple(_scalars())]
     return "empty Numba kernel", lambda: configured(*arguments)
 
 

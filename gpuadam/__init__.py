@@ -1,20 +1,27 @@
 """The fused Adam update for arrays: the same bits from CuPy, Numba CUDA and the CPU."""
 
+from .arrays import Bits
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
 from .flat import Flat, flatten
 from .functional import adam_step
-from .optimizer import Adam, AdamW
+from .norm import global_norm
+from .optimizer import Adam, AdaMax, AdamW, NAdam, RAdam
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaMax",
     "Adam",
     "AdamW",
     "BackendUnavailableError",
+    "Bits",
     "Flat",
+    "NAdam",
+    "RAdam",
     "adam_step",
     "available_backends",
     "backend_status",
     "flatten",
+    "global_norm",
     "use_backend",
 ]

@@ -1,6 +1,7 @@
 """What the rest of the package needs to know of an array, whichever library made it."""
 
 import ctypes
+import functools
 import itertools
 import math
 import operator
@@ -23,6 +24,12 @@ class View(NamedTuple):
     contiguous: bool  # in C order, without gaps
     device: int | None  # the CUDA device's number; None for the CPU
     stream: int | None = None  # the CUDA stream that wrote it last, if its library says so
+    bits: str = ""  # the format that the elements of an array of integers stand for, if the caller named one
+
+    @property
+    def format(self):
+        """The name of what an element is: "float32", "bfloat16"."""
+        return self.bits or _name(self.dtype)
 
     @property
     def size(self):
@@ -31,6 +38,29 @@ class View(NamedTuple):
     @property
     def nbytes(self):
         return self.size * self.dtype.itemsize
+
+
+_name = functools.cache(operator.attrgetter("name"))  # which NumPy puts together anew each time
+
+
+class Bits(NamedTuple):
+    """An array of 16-bit integers whose bits are numbers of a format that its library may not know: "bfloat16" or "float16".
+
+    >>> import numpy as np, gpuadam
+    >>> ones = np.full(3, 0x3F80, "uint16")
+    >>> param = gpuadam.Bits(ones, "bfloat16")
+    """
+
+    array: Any
+    format: str
+
+
+def as_bits(array):
+    """Return a bfloat16 tensor of torch, which NumPy and `__cuda_array_interface__` do not know, as Bits; all else as it is."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor) and array.dtype is torch.bfloat16:
+        return Bits(array.view(torch.int16), "bfloat16")
+    return array
 
 
 def on_cpu(name, array):
@@ -96,7 +126,7 @@ _CHANGING = {_CUPY: operator.attrgetter("shape"), _NUMBA: _NUMBA_DESCRIBED}
 class Description(NamedTuple):
     """What was found of the arrays of many updates, to be compared with what is found later."""
 
-    held: list[Any]  # params and moments, compared by identity
+    held: list[Any]  # params and state, compared by identity
     changing: list[Any]
     grads: list[Any]
 
@@ -110,11 +140,22 @@ class Description(NamedTuple):
 
 
 def description(columns):
-    """Return the Description of the params, grads and moments of updates, or None if one is of a type that is not known here."""
-    params, grads, *moments = columns
-    held = [*params, *itertools.chain.from_iterable(moments)]
+    """Return the Description of the params, grads and state of updates, or None if one is of a type that is not known here."""
+    params, grads, *state = columns
+    held, formats = _bare([*params, *itertools.chain.from_iterable(state)])
+    grads, formats_of_grads = _bare(grads)
     changing, described = _read(held, _CHANGING), _read(grads, _DESCRIBED)
-    return None if changing is None or described is None else Description(held, changing, described)
+    if changing is None or described is None:
+        return None
+    return Description(held, changing + formats, described + formats_of_grads)
+
+
+def _bare(arrays):
+    """Return the arrays, those in Bits without them, and the formats that Bits named."""
+    if Bits not in set(map(type, arrays)):
+        return arrays, []
+    formats = [a.format if type(a) is Bits else None for a in arrays]
+    return [a.array if type(a) is Bits else a for a in arrays], formats
 
 
 def _read(arrays, getters):

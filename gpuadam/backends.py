@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import arrays
+from . import arrays, checks
 
 GPU_EXTRA = 'pip install "gpuadam[cuda13]" (or cuda12: `nvidia-smi` shows what the driver takes)'
 DRIVER = "on a machine with an NVIDIA GPU, install its driver; `nvidia-smi` should then list the GPU"
@@ -117,6 +117,12 @@ def choose(named_arrays, backend=None):
     named_arrays: (name, array or None) pairs. Raises TypeError if no one backend holds them all, ValueError for an unknown
     name, BackendUnavailableError if the backend cannot run here.
     """
+    named_arrays = [(name, arrays.as_bits(array)) for name, array in named_arrays]
+    if any(type(array) is arrays.Bits for _, array in named_arrays):
+        formats = [checks.format_of_bits(name, a) if type(a) is arrays.Bits else "" for name, a in named_arrays]
+        bare = [(name, checks.given(name, a.array) if f else a) for f, (name, a) in zip(formats, named_arrays, strict=True)]
+        kernels, views = choose(bare, backend)
+        return kernels, [checks.bits(view, f) if f else view for f, view in zip(formats, views, strict=True)]
     given = [(name, array) for name, array in named_arrays if array is not None]
     memory = {name: _memory(name, array) for name, array in given}
     name = forced(backend)

@@ -14,11 +14,14 @@ from .kernels import device_scalars, gpu_launch
 NUMBERS = (np.dtype("float32"), np.dtype("float64"))
 
 
+FLAGS = (*NUMBERS, *map(np.dtype, ("bool", "uint8", "int32", "int64")))
+
+
 class Clock:
     """The step count of the arrays of one group, one int64 beside them, and room for the scalars that are made from it.
 
-    kernels, device, dtypes: the backend, the device and the dtypes of the arrays. On the CPU the count is a NumPy array, and
-    nothing else differs.
+    kernels, device, dtypes: the backend, the device and the compute types of the arrays. On the CPU the count is a NumPy array,
+    and nothing else differs.
     """
 
     def __init__(self, kernels, device, dtypes):
@@ -27,7 +30,7 @@ class Clock:
         self.memory: dict[np.dtype, device_scalars.Memory] = {}  # always the same places, which captured graphs know
         with self._here():
             for dtype in () if self.on_cpu else dtypes:
-                owner, address = kernels.device_bytes(64)
+                owner, address = kernels.device_bytes(device_scalars.MEMORY_BYTES)
                 self.memory[dtype] = device_scalars.Memory(owner, address, dtype, device)
             self.step = kernels.from_host(np.zeros(1, np.int64))
 
@@ -40,22 +43,23 @@ class Clock:
             return contextlib.nullcontext()
         return self.kernels.on(self.device, None)
 
-    def number(self, name, value):
+    def number(self, name, value, dtypes=NUMBERS):
         """Return a View of an array of one number beside the arrays, or None if value is a number of the host."""
         if not is_array(value):
             return None
         _, (view,) = backends.choose([(name, value)], self.backend)
-        if view.size != 1 or view.dtype not in NUMBERS:
-            raise ValueError(f"{name} has shape {view.shape} and dtype {view.dtype}: it must be one float32 or float64")
+        if view.size != 1 or view.dtype not in dtypes:
+            wanted = " or ".join(map(str, dtypes))
+            raise ValueError(f"{name} has shape {view.shape} and dtype {view.dtype}: it must be one {wanted}")
         if view.device != self.device and not self.on_cpu:
             raise ValueError(f"{name} is on device {view.device}, the parameters are on {self.device}: move it")
         return view
 
-    def value(self, number):
+    def value(self, number, dtypes=NUMBERS):
         """Return a hyperparameter as a number. An array on a GPU is read, which waits for what is enqueued."""
         if not is_array(number):
             return number
-        self.number("lr or grad_scale", number)
+        self.number("lr, grad_scale, norm or found_inf", number, dtypes)
         return float(np.asarray(self.kernels.to_host(number)).reshape(()))
 
     def count(self):
@@ -71,11 +75,18 @@ class Clock:
 
 
 class Now:
-    """A clock with the learning rate and the gradient scale of a step: numbers, or arrays of one number on the device."""
+    """What a step's scalars are made from on the device: a clock, and numbers, or arrays of one number there.
 
-    def __init__(self, clock, lr, grad_scale):
-        self.clock = clock
+    counts: whether the clock counts the steps; else the host does. found_inf: a flag that leaves the step out.
+    norm, max_norm: clip gradients of this norm, an array of one float64. largest_norm: a larger one, or NaN, leaves the step out.
+    """
+
+    def __init__(self, clock, lr, grad_scale, *, counts=True, found_inf=None, norm=None, max_norm=None, largest_norm=None):
+        self.clock, self.counts = clock, counts
         self.lr, self.grad_scale = clock.number("lr", lr), clock.number("grad_scale", grad_scale)
+        self.found_inf = None if found_inf is None else clock.number("found_inf", found_inf, FLAGS)
+        self.norm = None if norm is None else clock.number("norm", norm, NUMBERS[1:])
+        self.max_norm, self.largest_norm = max_norm, largest_norm
 
     def check_capture(self, h):
         """Refuse what a captured graph would freeze."""
@@ -92,49 +103,93 @@ class Now:
 
 
 class Scalars:
-    """The launches that compute the scalars of a group's step on the device: one for each dtype, the first counts the step."""
+    """The launches that compute the scalars of a step on the device: one for each compute type; the first counts the step.
 
-    def __init__(self, now, h, amsgrad, stream):
-        self.now, self.h, self.amsgrad, self.stream = now, h, amsgrad, stream
+    group: the `functional.Updates` of the step.
+    """
+
+    def __init__(self, group, stream):
+        self.group, self.stream = group, stream
         self._launches: dict[np.dtype, tuple] = {}
 
-    def of(self, dtype):
-        """Return the Form of the step, and the `device_scalars.Memory` where its scalars will be."""
-        now, h, fixed = self.now, self.h, self.h.fixed
-        form, scalars = hyperparameters.form_and_scalars(h, 1, dtype, self.amsgrad)
-        form = form._replace(scaled=form.scaled or now.grad_scale is not None)
+    def of(self, formats):
+        """Return the Form of the step for arrays of some formats, and the `device_scalars.Memory` where its scalars will be."""
+        now, h, fixed = self.group.now, self.group.h, self.group.h.fixed
+        form, scalars = hyperparameters.form_and_scalars(h, 1, formats)
+        _, later = hyperparameters.form_and_scalars(h, 2, formats)
+        skips = now.found_inf is not None or now.largest_norm is not None
+        scaled = form.scaled or now.grad_scale is not None or now.max_norm is not None
+        form = form._replace(scaled=scaled, skips=skips)
+        dtype = form.dtype
         out = now.clock.memory[dtype]
-        if dtype not in self._launches:
-            settings = device_scalars.Settings(
-                advance=0 if self._launches else 1,
-                sign=-1.0 if fixed.maximize else 1.0,
-                beta1=fixed.beta1,
-                beta2=fixed.beta2,
-                weight_decay=fixed.weight_decay,
-                w1=scalars.w1,
-                w2=scalars.w2,
-                eps=scalars.eps,
-            )
-            lr_dtype, scale_dtype = (None if view is None else view.dtype for view in (now.lr, now.grad_scale))
-            self._launches[dtype] = device_scalars.Form(dtype, lr_dtype, scale_dtype, form.decoupled), settings, out
+        first = not self._launches or next(iter(self._launches)) == dtype
+        settings = device_scalars.Settings(
+            advance=(1 if first else 0) if now.counts else self.group.step,
+            seed=self.group.seed - (self.group.seed >> 63 << 64),
+            sign=-1.0 if fixed.maximize else 1.0,
+            beta1=fixed.beta1,
+            beta2=fixed.beta2,
+            weight_decay=fixed.weight_decay,
+            w1=scalars.w1,
+            w2=scalars.w2,
+            eps=fixed.eps if form.algorithm == "radam" else scalars.eps,
+            w_ema=later[-1] if formats.ema else 0.0,
+            first_w_ema=scalars[-1] if formats.ema else 0.0,
+            max_norm=np.inf if now.max_norm is None else now.max_norm,
+            largest_norm=np.inf if now.largest_norm is None else now.largest_norm,
+        )
+        own = device_scalars.Form(
+            dtype,
+            None if now.lr is None else now.lr.dtype,
+            None if now.grad_scale is None else now.grad_scale.dtype,
+            form.decoupled,
+            form.algorithm,
+            ema=formats.ema != "",
+            random=formats.random or (dtype in self._launches and self._launches[dtype][0].random),
+            counts=now.counts,
+            found_inf=None if now.found_inf is None else now.found_inf.dtype,
+            norm=now.max_norm is not None,
+            checks=now.largest_norm is not None,
+        )
+        self._launches[dtype] = own, settings, out
         return form, out
 
     def launch(self):
-        now, clock = self.now, self.now.clock
+        now, clock, h = self.group.now, self.group.now.clock, self.group.h
         kernels, stream = clock.kernels, self.stream
-        step = kernels.view("step", clock.step)
-        lr = self.h.lr if now.lr is None else now.lr
-        grad_scale = self.h.fixed.grad_scale if now.grad_scale is None else now.grad_scale
+        given = {
+            "lr": h.lr if now.lr is None else now.lr,
+            "grad_scale": h.fixed.grad_scale if now.grad_scale is None else now.grad_scale,
+        }
+        given |= {"found_inf": now.found_inf} if now.found_inf is not None else {}
+        given |= {"norm": now.norm} if now.norm is not None else {}
+        views = [view for view in (now.lr, now.grad_scale, now.found_inf, now.norm) if view is not None]
+        if now.counts:
+            given["step"] = kernels.view("step", clock.step)
         with kernels.on(clock.device, None):
             current = kernels.current_stream() or stream
-            named = {view.stream or current for view in (now.lr, now.grad_scale) if view is not None}
+            named = {view.stream or current for view in views}
             others = gpu_launch.to_order(kernels, stream, list(named - {stream}))
             for other in others:
                 kernels.order(other, stream)
             for form, settings, out in self._launches.values():
-                kernels.launch_scalars(form, settings, step, lr, grad_scale, out, stream)
+                kernels.launch_scalars(form, settings, given, out, stream)
             for other in others:
                 kernels.order(stream, other)
+
+
+# The norm of gradients from which one of their squares may overflow the type that is computed with
+LARGEST_NORM = {dtype: float(np.sqrt(np.float64(np.finfo(dtype).max))) for dtype in NUMBERS}
+
+
+def clipped(grad_scale, norm, max_norm):
+    """Return the grad_scale that clips gradients of a norm, as a device does it.
+
+    >>> round(clipped(0.5, norm=4.0, max_norm=1.0), 6)  # scaled, the norm is 2
+    0.25
+    """
+    clip = max_norm / (norm * abs(grad_scale) + device_scalars.CLIP_EPS)
+    return grad_scale * clip if clip < 1.0 else grad_scale
 
 
 def is_array(value):

@@ -6,7 +6,7 @@ import operator
 
 import numpy as np
 
-DTYPES = (np.dtype("float32"), np.dtype("float64"))
+from .kernels.storage import GROUP
 
 
 def real(name, value):
@@ -41,10 +41,10 @@ def betas(value):
         beta1, beta2 = value
     except (TypeError, ValueError):
         raise ValueError(f"betas must be two numbers, (beta1, beta2), not {value!r}") from None
-    return _beta("beta1", beta1), _beta("beta2", beta2)
+    return beta("beta1", beta1), beta("beta2", beta2)
 
 
-def _beta(name, value):
+def beta(name, value):
     value = real(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name}={value} must be in [0, 1)")
@@ -72,10 +72,37 @@ def count(name, value):
     return int(value)
 
 
+def one_of(choices, name, value):
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+    return value
+
+
 def flag(name, value):
     if type(value) is not bool and not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, not {value!r}")
     return bool(value)
+
+
+def seed(value):
+    """Return a seed for random rounding as an int of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"seed must be an integer, not {value!r} ({type(value).__name__})")
+    return int(value) % 2**64
+
+
+def combination(algorithm, operands, stochastic):
+    """Refuse options that contradict each other. operands: the names of those that are given."""
+    if "m_scale" in operands and algorithm == "adamax":
+        raise ValueError(
+            "8-bit state holds the root of a mean of squares, and AdaMax's v is none: use float32 or bfloat16 state"
+        )
+    if "m_scale" in operands and "max_v" in operands:
+        raise ValueError("8-bit state has no max_v: use float32 or bfloat16 state for AMSGrad")
+    if "max_v" in operands and algorithm != "adam":
+        raise ValueError(f"AMSGrad keeps the maximum of Adam's v; {algorithm} has none: leave max_v out")
+    if "remainder" in operands and stochastic:
+        raise ValueError("with a remainder nothing of param is rounded away: leave stochastic_rounding out")
 
 
 def given(name, array):
@@ -84,23 +111,91 @@ def given(name, array):
     return array
 
 
-def update(views):
-    """Check the arrays of one update: param, grad, m, v and max_v (None without AMSGrad)."""
-    param, grad, *state = [view for view in views if view is not None]
-    dtype(param)
-    for other in (grad, *state):
-        if other.dtype is not param.dtype and other.dtype != param.dtype:
-            raise TypeError(f"{other.name} has dtype {_name(other.dtype)}, {param.name} has {_name(param.dtype)}: use one")
-        if other.shape != param.shape:
-            raise ValueError(f"{other.name} has shape {other.shape}, {param.name} has {param.shape}: nothing is broadcast")
-        if other.device != param.device and param.size:
-            raise ValueError(f"{other.name} is on device {other.device}, {param.name} on {param.device}: move one of them")
-        layout(other)
-        if not other.writeable and other is not grad:
-            read_only(other)
-    layout(param)
-    if not param.writeable:
-        read_only(param)
+FORMATS = ("float32", "float64", "bfloat16", "float16")  # of parameters and gradients
+ALLOWED = {
+    "param": FORMATS,
+    "grad": FORMATS,
+    "m": ("float32", "float64", "bfloat16", "uint8"),  # v would underflow in float16
+    "m_scale": ("float32",),
+    "remainder": ("int16", "uint16"),
+    "param_copy": FORMATS,
+    "ema": ("float32", "float64"),  # a running mean would not move in fewer bits
+}
+
+
+LIKE = {"v": "m", "max_v": "m", "v_scale": "m_scale"}
+
+
+def update(views, zero_grad=False):
+    """Check the arrays of one update. views: name of the operand -> View, in the order of `storage.operands`."""
+    param = views["param"]
+    scales = (-(-param.size // GROUP),)
+    for operand, view in views.items():
+        one_format(view, ALLOWED[LIKE.get(operand, operand)])
+        if operand in ("m_scale", "v_scale"):
+            if view.shape != scales:
+                raise ValueError(
+                    f"{view.name} has shape {view.shape}; for {param.size} elements there are scales of shape {scales}, one for "
+                    f"each {GROUP} neighbours"
+                )
+        elif view.shape != param.shape:
+            raise ValueError(f"{view.name} has shape {view.shape}, {param.name} has {param.shape}: nothing is broadcast")
+        if view.device != param.device and param.size:
+            raise ValueError(f"{view.name} is on device {view.device}, {param.name} on {param.device}: move one of them")
+        layout(view)
+        if not view.writeable and (operand != "grad" or zero_grad):
+            read_only(view)
+    m = views["m"]
+    for operand in ("v", "max_v"):
+        if operand in views and views[operand].format != m.format:
+            raise TypeError(f"{views[operand].name} has dtype {_name(views[operand])}, {m.name} has {_name(m)}: use one")
+    if m.format == "uint8":
+        _eight_bits(views)
+    elif "m_scale" in views or "v_scale" in views:
+        raise TypeError(f"m_scale and v_scale belong to 8-bit state, and {m.name} has dtype {_name(m)}: it must be uint8")
+    if "remainder" in views and param.format != "bfloat16":
+        raise TypeError(f"{param.name} has dtype {_name(param)}: only a bfloat16 parameter has a remainder")
+
+
+def _eight_bits(views):
+    """Check what 8-bit state needs beyond other state."""
+    m = views["m"]
+    if not {"m_scale", "v_scale"} <= set(views):
+        raise TypeError(f"{m.name} has dtype uint8, so it is 8-bit state, which needs m_scale and v_scale too")
+    for view in views.values():
+        if view.format == "float64":
+            raise TypeError(f"{view.name} has dtype float64, and 8-bit state is computed with in float32: use float64 state")
+        if not view.contiguous:
+            raise ValueError(f"{view.name} is not C-contiguous, which the groups of 8-bit state need: pass a copy")
+
+
+def eight_bits(param):
+    """Check a parameter that is to have 8-bit state."""
+    if param.format == "float64":
+        raise TypeError(f"{param.name} has dtype float64, and 8-bit state is computed with in float32: use float64 state")
+    if not param.contiguous:
+        raise ValueError(
+            f"{param.name} is not C-contiguous, which the groups of 8-bit state need: pass a copy, or another state"
+        )
+
+
+def one_format(view, allowed):
+    if view.format not in allowed or not view.dtype.isnative:
+        wanted = " or ".join(allowed)
+        raise TypeError(f"{view.name} has dtype {_name(view)}; it must be {wanted}, in native byte order")
+
+
+def format_of_bits(name, given):
+    if given.format not in ("bfloat16", "float16"):
+        raise ValueError(f"{name} is Bits of {given.format!r}: they can be 'bfloat16' or 'float16'")
+    return given.format
+
+
+def bits(view, format):
+    """Return a View of integers as one of what their bits stand for."""
+    if view.dtype not in (np.dtype("uint16"), np.dtype("int16")):
+        raise TypeError(f"{view.name} has dtype {view.dtype}; Bits are of a uint16 or int16 array")
+    return view._replace(bits=format)
 
 
 def same_layout(own, loaded, any_layout):
@@ -122,12 +217,6 @@ def read_only(view):
     raise ValueError(f"{view.name} is read-only, and an update writes to it: pass a writeable array")
 
 
-def dtype(view):
-    if view.dtype not in DTYPES:
-        wanted = " or ".join(map(str, DTYPES))
-        raise TypeError(f"{view.name} has dtype {_name(view.dtype)}; it must be {wanted}, in native byte order")
-
-
 def layout(view):
     """Refuse an array in which two elements share memory, and one in CUDA memory that is off its elements' alignment."""
     if view.contiguous and view.device is None:
@@ -145,8 +234,9 @@ def layout(view):
         raise ValueError(f"{view.name} is not aligned to its {itemsize}-byte elements, which a GPU needs. Pass a copy")
 
 
-def _name(dtype):
-    return str(dtype) if dtype.isnative else f"{dtype.newbyteorder('=')} in the other byte order ({dtype.str})"
+def _name(view):
+    dtype = view.dtype
+    return view.format if dtype.isnative else f"{dtype.newbyteorder('=')} in the other byte order ({dtype.str})"
 
 
 def overlap(written, read):

@@ -50,7 +50,7 @@ def flatten(arrays, backend=None):
     kernels, views = backends.choose(named, backend)
     first = views[0]
     for view in views:
-        checks.dtype(view)
+        checks.one_format(view, checks.FORMATS)
         checks.layout(view)
         if view.dtype != first.dtype:
             raise TypeError(

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import arrays, backends, capturable, checks, hyperparameters
-from .kernels import adam, streams
+from .kernels import adam, device_scalars, storage, streams
+from .kernels.layout import Update
 
 
 def adam_step(
@@ -23,20 +24,44 @@ def adam_step(
     max_v=None,
     maximize=False,
     grad_scale=1.0,
+    algorithm="adam",
+    remainder=None,
+    param_copy=None,
+    ema=None,
+    ema_decay=0.999,
+    m_scale=None,
+    v_scale=None,
+    zero_grad=False,
+    stochastic_rounding=False,
+    seed=0,
     backend=None,
     stream=None,
 ):
     """Apply one Adam update in place, in one pass over memory.   (Kingma & Ba 2015, Algorithm 1, arXiv:1412.6980)
 
-    param, grad, m, v, max_v: arrays of one shape and dtype, float32 or float64, on one device: NumPy, CuPy, Numba device
-        arrays, or anything with DLPack or `__cuda_array_interface__`. param, m, v and max_v are overwritten; grad is only read.
+    param, grad, m, v, max_v: arrays of one shape on one device: NumPy, CuPy, Numba device arrays, or anything with DLPack or
+        `__cuda_array_interface__`. param, m, v and max_v are overwritten; grad is only read.
         m and v are the running means of the gradient and of its square (PyTorch's exp_avg and exp_avg_sq, optax's mu and nu);
         start both at zero. max_v, if given, makes it AMSGrad: the running maximum of v, from zero.
         Any strides do, but arrays that share one order of memory without gaps are the fast case.
+        param and grad are float32, float64, bfloat16 or float16, each as it likes; m, v and max_v are of one dtype, float32,
+        float64 or bfloat16. bfloat16 arrays are those of ml_dtypes, or integers in `Bits`. It is computed in float64 if one of
+        the arrays is float64, else in float32. bfloat16 moments are rounded randomly, because else they would not move.
     step: number of this update, counted from 1.
     lr, betas, eps: as in the paper; eps is added to sqrt(v / (1 - beta2**step)).
     weight_decay: added to the gradient times param (L2), or, if decoupled, taken off param times lr (AdamW).
     maximize: go up the gradient. grad_scale: the gradient is multiplied by it first (1 / loss scale, or a clipping factor).
+    algorithm: "adam"; or "nadam" (Dozat 2016), "radam" (Liu et al. 2020) or "adamax" (Kingma & Ba 2015, Algorithm 2: v is then
+        the decayed maximum of |gradient|), each as in torch.
+    remainder: an int16 array: with it a bfloat16 param is an exact float32 in two parts. Start it at zero, or split a float32 x
+        into param, the bits of x plus 0x8000 shifted right by 16, and remainder, the low 16 bits of x.
+    param_copy: an array of any of the dtypes that is overwritten with the new param, rounded to nearest even.
+    ema: a float32 or float64 array, the running mean of param: ema += (1 - ema_decay) * (param - ema).
+    m_scale, v_scale: with these m and v are 8-bit state: uint8 arrays of param's shape, and float32 arrays of one element for
+        each 32 neighbours of param in C order, all from zero. 2.25 bytes an element; rounded randomly.
+    zero_grad: store zeros in grad in the same pass.
+    stochastic_rounding: round a bfloat16 or float16 param up or down at random, right on average, so that small updates are not
+        lost. The random bits are a function of seed, step and an element's place in its array, in C order, alone.
     backend: "cupy", "numba-cuda" or "numba-cpu"; by default the arrays decide.
     stream: on a GPU, where to enqueue the update: a CuPy, Numba or torch stream, or the handle of one. By default CuPy's current
         stream, or else the one that the arrays name. Work on arrays that name other streams is ordered with it.
@@ -62,9 +87,27 @@ def adam_step(
         decoupled=decoupled,
         maximize=maximize,
         grad_scale=grad_scale,
+        further=further(algorithm, ema_decay, zero_grad),
     )
-    given = [param, grad, m, v] if max_v is None else [param, grad, m, v, max_v]
-    update([Updates(h, checks.step_number(step), [[a] for a in given], None)], backend, stream)
+    step = checks.step_number(step)
+    if max_v is remainder is param_copy is ema is m_scale is v_scale is None and not stochastic_rounding and not seed:
+        group = Updates(h, step, [[param], [grad], [m], [v]], None)
+    else:
+        optional = {"max_v": max_v, "remainder": remainder, "param_copy": param_copy, "ema": ema}
+        optional |= {"m_scale": m_scale, "v_scale": v_scale}
+        optional = {name: array for name, array in optional.items() if array is not None}
+        columns = [[a] for a in (param, grad, m, v, *optional.values())]
+        stochastic = checks.flag("stochastic_rounding", stochastic_rounding)
+        checks.combination(algorithm, optional, stochastic)
+        group = Updates(h, step, columns, None, None, tuple(optional), stochastic, checks.seed(seed))
+    update([group], backend, stream)
+
+
+def further(algorithm, ema_decay, zero_grad, ema_starts=False):
+    """Return (name, value) of the hyperparameters that few use, or nothing if all are as usual."""
+    if algorithm == "adam" and ema_decay == 0.999 and zero_grad is False and not ema_starts:
+        return ()
+    return ("algorithm", algorithm), ("ema_decay", ema_decay), ("zero_grad", zero_grad), ("ema_starts", ema_starts)
 
 
 class Updates(NamedTuple):
@@ -72,13 +115,17 @@ class Updates(NamedTuple):
 
     h: hyperparameters.Hyperparameters
     step: int
-    columns: list[list[Any]]  # the params of all updates, their grads, m's, v's and, with AMSGrad, max_v's
+    columns: list[list[Any]]  # the params of all updates, their grads, m's, v's, and those of `further`
     names: list[str] | None  # of each param; None for the one that adam_step was given
-    now: Any = None  # a capturable.Now, if the step count is on the device
+    now: Any = None  # a capturable.Now, if scalars are computed on the device
+    further: tuple[str, ...] = ()  # the operands after v that there are, in the order of `storage.operands`
+    stochastic: bool = False  # narrow params are rounded randomly
+    seed: int = 0
+    keys: list[int] | None = None  # of each param, for random rounding
 
     @property
-    def amsgrad(self):
-        return len(self.columns) == 5
+    def operands(self):
+        return ("param", "grad", "m", "v", *self.further)
 
 
 def update(groups, backend=None, stream=None, memo=None):
@@ -95,23 +142,24 @@ def update(groups, backend=None, stream=None, memo=None):
         batches = _checked(groups, backend)
     work: list[tuple] = []
     scalars_of: dict[int, capturable.Scalars] = {}
-    for k, dtype, batch in batches:
+    for k, formats, batch in batches:
         group = groups[k]
         # the arrays of a group in device mode go where its scalars are computed
         place = batch.place(scalars_of[k].stream if k in scalars_of else stream)
-        batch.check(place, group.now is not None)
+        batch.check(place, group.now is not None and group.now.counts)
         if group.now is None:
-            work.append((batch, place, *hyperparameters.form_and_scalars(group.h, group.step, dtype, group.amsgrad)))
+            key = device_scalars.step_key(group.seed, group.step) if formats.random else 0
+            work.append((batch, place, *hyperparameters.form_and_scalars(group.h, group.step, formats), key))
         else:
             if place.capturing:
                 group.now.check_capture(group.h)
             if k not in scalars_of:
-                scalars_of[k] = capturable.Scalars(group.now, group.h, group.amsgrad, place.stream)
-            work.append((batch, place, *scalars_of[k].of(dtype)))
+                scalars_of[k] = capturable.Scalars(group, place.stream)
+            work.append((batch, place, *scalars_of[k].of(formats), 0))
     for scalars in scalars_of.values():
         scalars.launch()
-    for batch, place, form, scalars in work:
-        batch.launch(form, scalars, adam, place)
+    for batch, place, form, scalars, key in work:
+        batch.launch(form, scalars, adam, place, key)
     if memo is not None and fresh:
         memo.keep(groups, backend, batches)
     elif fresh:
@@ -119,19 +167,31 @@ def update(groups, backend=None, stream=None, memo=None):
             batch.release()
 
 
+# by the bytes of an element and the number of columns
+_PLAIN = {
+    (n_bytes, n): storage.Arrays(name, name, name, amsgrad=n == 5)
+    for n_bytes, name in ((4, "float32"), (8, "float64"))
+    for n in (4, 5)
+}
+
+
 def _numpy_way(groups):
     """Check and launch, if all arrays are plain NumPy arrays that pass every check; else return False, having done nothing."""
     kernels = backends.load("numba-cpu")
     struct = kernels.numpy_struct
     work = []
-    for h, step, columns, _, _ in groups:
-        found = struct.table(columns)
+    for group in groups:
+        h, step, columns, _, _, further, *_ = group
+        zero_grad = h.fixed.zero_grad
+        if further and further != ("max_v",):
+            return False
+        found = struct.table(columns, zero_grad)
         if found is None:
             return False
         table, dtype = found
         for one, rows in struct.by_dtype(table) if dtype is None else [(dtype, table)]:
-            work.append((*hyperparameters.form_and_scalars(h, step, one, len(columns) == 5), rows))
-    if len(groups) > 1 and not struct.disjoint(np.concatenate([rows for *_, rows in work])):
+            work.append((*hyperparameters.form_and_scalars(h, step, _PLAIN[one.itemsize, len(columns)]), rows))
+    if len(groups) > 1 and not struct.disjoint(np.concatenate([rows for *_, rows in work]), zero_grad):
         return False
     for form, scalars, rows in work:
         kernels.launch_table(form, rows, scalars)
@@ -139,24 +199,36 @@ def _numpy_way(groups):
 
 
 def _checked(groups, backend):
-    """Return (number of the group, dtype, batch) of every launch, or raise what is wrong with an array."""
-    batches, written, read = [], [], []
+    """Return (number of the group, its `storage.Arrays`, batch) of every launch, or raise what is wrong with an array."""
+    batches, written = [], []
+    read: list[Any] = []
     for k, group in enumerate(groups):
         together: dict[tuple, list] = {}
+        zero_grad = group.h.fixed.zero_grad
         for n, given in enumerate(zip(*group.columns, strict=True)):
-            named = _named(given, None if group.names is None else group.names[n])
+            named = _named(given, group.operands, None if group.names is None else group.names[n])
             for label, array in named:
                 checks.given(label, array)
             kernels, views = backends.choose(named, backend)
-            checks.update(views)
-            param, grad, *state = views
-            written += [param, *state]
-            read.append(grad)
-            together.setdefault((kernels, param.device, param.dtype), []).append([*views, None][:5])
-        for (kernels, _, dtype), updates in together.items():
-            batches += [(k, dtype, batch) for batch in kernels.batches(updates)]
+            by_operand = dict(zip(group.operands, views, strict=True))
+            checks.update(by_operand, zero_grad)
+            param, grad, *others = views
+            written += [param, *others]
+            (written if zero_grad else read).append(grad)
+            one = Update(views, group.keys[n] if group.keys else 0)
+            together.setdefault((kernels, param.device, _formats(by_operand, group)), []).append(one)
+        for (kernels, _, formats), updates in together.items():
+            batches += [(k, formats, batch) for batch in kernels.batches(updates, formats)]
     checks.overlap(written, read)
     return batches
+
+
+def _formats(views, group):
+    param, grad, m = (views[name].format for name in ("param", "grad", "m"))
+    param_copy, ema = (views[name].format if name in views else "" for name in ("param_copy", "ema"))
+    stochastic = group.stochastic and param in ("bfloat16", "float16")
+    m = "8bit" if m == "uint8" else m
+    return storage.Arrays(param, grad, m, "max_v" in views, "remainder" in views, param_copy, ema, stochastic)
 
 
 class Memo:
@@ -198,10 +270,10 @@ def _description(groups, backend):
     return None if any(one is None for one in described) else (backends.forced(backend), described)
 
 
-def _named(given, name):
+def _named(given, operands, name):
     """Return what errors call the arrays of an update, and the arrays."""
-    labels: tuple[str, ...] = ("param", "grad", "m", "v", "max_v")
+    labels = operands
     if name is not None:
         param = f"params[{name!r}]"
-        labels = (param, f"the gradient of {param}", *(f"{moment} of {param}" for moment in labels[2:]))
-    return list(zip(labels, given, strict=False))
+        labels = (param, f"the gradient of {param}", *(f"{operand} of {param}" for operand in operands[2:]))
+    return list(zip(labels, given, strict=True))

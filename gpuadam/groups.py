@@ -95,8 +95,8 @@ def what_is(x):
     return f"a sequence of {len(x)}" if is_sequence(x) else f"a {arrays.kind(x)}"
 
 
-def checked_group(group, structure, decoupled, step, grad_scale=1.0):
-    """Check a group and return its Hyperparameters for a step, lr called if it is a callable."""
+def checked_group(group, structure, decoupled, step, grad_scale=1.0, further=()):
+    """Check a group and return its Hyperparameters for a step, lr called if it is a callable. further: see `checked`."""
     if group.keys() != GROUP_KEYS:
         unknown, missing = sorted(map(str, group.keys() - GROUP_KEYS)), sorted(GROUP_KEYS - group.keys())
         what = f"unknown {unknown}" if unknown else f"missing {missing}"
@@ -119,4 +119,5 @@ def checked_group(group, structure, decoupled, step, grad_scale=1.0):
         decoupled=decoupled,
         maximize=group["maximize"],
         grad_scale=grad_scale,
+        further=further,
     )

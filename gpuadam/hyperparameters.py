@@ -3,12 +3,16 @@
 import functools
 import math
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from . import checks
-from .kernels.adam import Form, Scalars
+from .kernels.adam import Form, Scalars, scalars_type
+from .kernels.storage import Arrays
+
+ALGORITHMS = ("adam", "nadam", "radam", "adamax")
 
 
 class Fixed(NamedTuple):
@@ -21,6 +25,10 @@ class Fixed(NamedTuple):
     decoupled: bool
     maximize: bool
     grad_scale: float
+    algorithm: str = "adam"
+    ema_decay: float = 0.999
+    zero_grad: bool = False
+    ema_starts: bool = False  # the first step sets ema to param
 
 
 class Hyperparameters(NamedTuple):
@@ -30,24 +38,29 @@ class Hyperparameters(NamedTuple):
     fixed: Fixed
 
 
-def checked(*, lr, betas, eps, weight_decay, decoupled, maximize, grad_scale=1.0):
-    """Return Hyperparameters, or raise TypeError or ValueError naming the one that is wrong."""
+def checked(*, lr, betas, eps, weight_decay, decoupled, maximize, grad_scale=1.0, further=(), **rest):
+    """Return Hyperparameters, or raise TypeError or ValueError naming the one that is wrong.
+
+    further: (name, value) of those further fields of Fixed that are not as usual. rest: more of them, by name.
+    """
+    if rest:
+        further = (*further, *rest.items())
     lr = checks.non_negative("lr", lr)
     try:
         beta1, beta2 = betas
-        fixed = _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale)
+        fixed = _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, further)
     except (
         TypeError,
         ValueError,
     ):  # two betas, and values that can be keys of a cache, are the usual case and not the only one
-        fixed = _fixed.__wrapped__(*checks.betas(betas), eps, weight_decay, decoupled, maximize, grad_scale)
+        fixed = _fixed.__wrapped__(*checks.betas(betas), eps, weight_decay, decoupled, maximize, grad_scale, further)
     return Hyperparameters(lr, fixed)
 
 
 @functools.lru_cache(maxsize=256, typed=True)  # typed: 1 and True are equal, and one of them is no weight_decay
-def _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale):
+def _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, further):
     beta1, beta2 = checks.betas((beta1, beta2))
-    return Fixed(
+    fixed = Fixed(
         beta1,
         beta2,
         checks.non_negative("eps", eps),
@@ -56,35 +69,110 @@ def _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale):
         checks.flag("maximize", maximize),
         checks.finite("grad_scale", grad_scale),
     )
+    return fixed._replace(**{name: _FURTHER[name](name, value) for name, value in further})
 
 
-def form_and_scalars(h, step, dtype, amsgrad):
-    """Return the Form and the Scalars of a step for arrays of dtype.
+_FURTHER: dict[str, Callable] = {
+    "algorithm": functools.partial(checks.one_of, ALGORITHMS),
+    "ema_decay": checks.beta,
+    "zero_grad": checks.flag,
+    "ema_starts": checks.flag,
+}
+
+
+def form_and_scalars(h, step, arrays):
+    """Return the Form and the Scalars of a step. arrays: the `storage.Arrays` of the update.
 
     >>> h = checked(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False, maximize=False)
-    >>> form, scalars = form_and_scalars(h, 1, np.dtype("float32"), False)
+    >>> form, scalars = form_and_scalars(h, 1, Arrays())
     >>> form.near1, scalars.neg_lr  # -lr / (1 - beta1)
     (True, -1.0)
     """
     lr, fixed = h
-    beta1, beta2, *_ = fixed
-    form, rounded, largest, grad_scale, decay, w1, w2, eps = _constants(fixed, dtype, amsgrad)
+    beta1, beta2 = fixed[:2]
+    form, kind, rounded, largest, grad_scale, decay, w1, w2, eps, w_ema = _constants(fixed, arrays)
     if form.decoupled:
         decay = -lr * fixed.weight_decay
         if decay < -largest:
-            _overflows("weight_decay times lr", decay, dtype)
+            _overflows("weight_decay times lr", decay, form.dtype)
         decay, _ = rounded(decay, 0.0)
-    inv_sqrt_bias2 = 1.0 / math.sqrt(1.0 - power(beta2, step))
     neg_lr = -lr / (1.0 - power(beta1, step))
+    inv_sqrt_bias2, further = 1.0, ()
+    if kind is Scalars and form.algorithm == "adam":
+        inv_sqrt_bias2 = 1.0 / math.sqrt(1.0 - power(beta2, step))
+    else:
+        inv_sqrt_bias2, eps, neg_lr, further = _of_algorithm(form.algorithm, lr, fixed, eps, neg_lr, step, rounded)
+        if arrays.ema:
+            further = (*further, first_w_ema(form) if fixed.ema_starts and step == 1 else w_ema)
     if neg_lr < -largest:
-        _overflows("lr / (1 - beta1**step)", neg_lr, dtype)
+        _overflows("lr / (1 - beta1**step)", neg_lr, form.dtype)
     inv_sqrt_bias2, neg_lr = rounded(inv_sqrt_bias2, neg_lr)  # the first is at most 1e8
-    return form, Scalars(grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr)
+    return form, kind(grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr, *further)
+
+
+def _of_algorithm(algorithm, lr, fixed, eps, neg_lr, step, rounded):
+    """Return inv_sqrt_bias2, eps, neg_lr and the further scalars of an algorithm."""
+    if algorithm == "radam":
+        return *_radam(fixed, eps, neg_lr, step), ()
+    if algorithm == "adamax":
+        return 1.0, eps, neg_lr, ()
+    inv_sqrt_bias2 = 1.0 / math.sqrt(1.0 - power(fixed.beta2, step))
+    if algorithm == "nadam":
+        return inv_sqrt_bias2, eps, -lr, rounded(*_shares_of_nadam(fixed.beta1, step))
+    return inv_sqrt_bias2, eps, neg_lr, ()
+
+
+def first_w_ema(form):
+    """Return the weight that makes ema, which is zero, the new param."""
+    return 1.0 if form.near_ema else 0.0
+
+
+def _radam(fixed, eps, neg_lr, step):
+    """Return inv_sqrt_bias2, eps and neg_lr of RAdam.   (Liu et al. 2020, Algorithm 2, arXiv:1908.03265)"""
+    beta2 = fixed.beta2
+    power2 = power(beta2, step)
+    rho_inf = 2.0 / (1.0 - beta2) - 1.0
+    rho = rho_inf - 2.0 * step * power2 / (1.0 - power2)
+    if rho <= 5.0:  # the variance of 1 / sqrt(v) is not tractable yet: the step is that of momentum
+        return 0.0, 1.0, neg_lr
+    rectifier = math.sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho))
+    return 1.0, eps, neg_lr * rectifier * math.sqrt(1.0 - power2)
+
+
+NADAM_DECAY = 0.004  # psi of Dozat 2016, and torch's momentum_decay
+
+
+def _shares_of_nadam(beta1, step):
+    """Return NAdam's shares of m and of g in the direction.   (Dozat 2016, Incorporating Nesterov Momentum into Adam)"""
+    product = _nadam_product(beta1, step)
+    mu, mu_next = _nadam_mu(beta1, step), _nadam_mu(beta1, step + 1)
+    return mu_next / (1.0 - product * mu_next), (1.0 - mu) / (1.0 - product)
+
+
+def _nadam_mu(beta1, step):
+    return beta1 * (1.0 - 0.5 * 0.96 ** (step * NADAM_DECAY))
+
+
+_products: dict[float, tuple[int, float]] = {}
+
+
+def _nadam_product(beta1, step):
+    """Return the product of mu over the steps up to this one. It goes on from where the last call for this beta1 ended."""
+    known, product = _products.get(beta1, (0, 1.0))
+    if known > step:
+        known, product = 0, 1.0
+    for k in range(known + 1, step + 1):
+        product *= _nadam_mu(beta1, k)
+        if product < 1e-300:  # 1 - product has been 1 for long
+            product = 0.0
+            break
+    _products[beta1] = step, product
+    return product
 
 
 def check_rounding(h, dtype):
     """Raise ValueError for a hyperparameter that overflows dtype, or rounds to 0 in it where it must not."""
-    _constants(h.fixed, dtype, False)
+    _constants(h.fixed, Arrays(*[np.dtype(dtype).name] * 3))
 
 
 def _overflows(name, value, dtype):
@@ -92,9 +180,11 @@ def _overflows(name, value, dtype):
 
 
 @functools.lru_cache(maxsize=256)
-def _constants(fixed, dtype, amsgrad):
-    """Return what does not change with lr and step: the Form, the rounding to dtype and its largest number, five scalars."""
-    beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale = fixed
+def _constants(fixed, arrays):
+    """Return what does not change with lr and step: the Form, the type of its scalars, the rounding to their dtype, its largest
+    number, and six scalars."""
+    beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, algorithm, ema_decay, zero_grad, _ = fixed
+    dtype = arrays.compute
     largest = float(np.finfo(dtype).max)
     two = struct.Struct({"float32": "ff", "float64": "dd"}[dtype.name])
     pack, unpack = two.pack, two.unpack
@@ -114,30 +204,39 @@ def _constants(fixed, dtype, amsgrad):
             raise ValueError(f"{name}={value} rounds to 0 in {dtype}: choose a larger one, or 0 itself")
         return result
 
-    # 1 - beta is formed in float64: in float32, 1 - 0.999 is off by 1.3e-5 of itself, and so would v be
-    w1, w2 = rounded(1.0 - beta1, 1.0 - beta2)
-    near1, near2 = w1 < 0.5, w2 < 0.5
+    def weight(beta):
+        """Return the weight of lerp from the nearer end, as torch.lerp, and whether that is the first; w - 1 is exact."""
+        # 1 - beta is formed in float64: in float32, 1 - 0.999 is off by 1.3e-5 of itself, and so would v be
+        w, _ = rounded(1.0 - beta, 0.0)
+        return (w, True) if w < 0.5 else (w - 1.0, False)
+
+    (w1, near1), (w2, near2), (w_ema, near_ema) = weight(beta1), weight(beta2), weight(ema_decay)
+    if algorithm == "adamax":
+        w2, near2 = rounded(beta2, 0.0)[0], True
     grad_scale = rounded_but_not_to_zero("grad_scale", -grad_scale if maximize else grad_scale)
     decays = weight_decay != 0.0
     form = Form(
-        dtype,
+        arrays,
+        algorithm,
         scaled=grad_scale != 1.0,
         l2=decays and not decoupled,
         decoupled=decays and decoupled,
-        amsgrad=amsgrad,
         near1=near1,
         near2=near2,
+        near_ema=near_ema or not arrays.ema,
+        zero_grad=zero_grad,
     )
     return (
         form,
+        scalars_type(form),
         rounded,
         largest,
         grad_scale,
         rounded_one("weight_decay", weight_decay),
-        # lerp from the nearer end, as torch.lerp; w - 1 is exact
-        w1 if near1 else w1 - 1.0,
-        w2 if near2 else w2 - 1.0,
+        w1,
+        w2,
         rounded_but_not_to_zero("eps", eps),
+        w_ema,
     )
 
 

@@ -9,9 +9,13 @@ import numpy as np
 
 from . import backends, checks, functional, hyperparameters
 from . import capturable as capturable_
+from .arrays import Bits
 from .groups import HYPERPARAMETERS, checked_group, in_order, in_order_of_groups, is_sequence, parsed_groups, what_is
+from .kernels import device_scalars
+from .kernels.storage import GROUP
+from .norm import global_norm
 
-MOMENTS = {False: ("m", "v"), True: ("m", "v", "max_v")}  # by whether it is AMSGrad
+STATE_DTYPES = ("float32", "float64", "bfloat16", "8bit")
 
 
 class Adam:
@@ -29,9 +33,18 @@ class Adam:
         Take a step with the same arrays on the same stream before the capture.
     backend: "cupy", "numba-cuda" or "numba-cpu"; by default the arrays decide.
 
+    state_dtype: "float32", "float64", "bfloat16" or "8bit", of m, v and max_v; by default float64 for float64 parameters, else
+        float32. bfloat16 is kept as uint16 integers, and 8 bits as codes with scales "m_scale" and "v_scale"; both are rounded
+        randomly. 8 bits need C-contiguous parameters of at most 32 bits, and have no max_v.
+    master: "remainder" keeps, for each bfloat16 parameter, the 16 bits that make it an exact float32. To begin they are zero.
+    param_copies: arrays of the same structure as params that are overwritten with the new parameters, rounded: say, bfloat16 or
+        float16 copies of float32 parameters.
+    ema_decay: keep a running mean of each parameter: its value after its first step, then ema += (1 - ema_decay) * (param - ema).
+    zero_grad: store zeros in the gradients in the same pass. stochastic_rounding, seed: as in `adam_step`.
+
     Attributes: `groups`, a list of dicts: "params", "names" and the hyperparameters, which may be changed between steps;
-    `state`, name -> {"step", "m", "v", and "max_v" with amsgrad}; with capturable, "step" is the group's int64 array of one;
-    `steps`, how many calls of `step` there were.
+    `state`, name -> {"step", "m", "v", and, as they are used, "max_v", "remainder", "ema", "m_scale", "v_scale"}; with
+    capturable, "step" is the group's int64 array of one; `steps`, how many calls of `step` there were.
     Names are the dict's keys; without a dict, "0", "1", ... in order, through all groups.
 
     Raises what `adam_step` raises, and ValueError for a parameter given twice, an unknown hyperparameter or no parameters.
@@ -45,6 +58,7 @@ class Adam:
     """
 
     _decoupled = False
+    _algorithm = "adam"
 
     def __init__(
         self,
@@ -57,6 +71,13 @@ class Adam:
         amsgrad=False,
         maximize=False,
         capturable=False,
+        state_dtype=None,
+        master=None,
+        param_copies=None,
+        ema_decay=None,
+        zero_grad=False,
+        stochastic_rounding=False,
+        seed=0,
         backend=None,
     ):
         defaults = {
@@ -70,28 +91,68 @@ class Adam:
         self.backend = backends.forced(backend)  # one that was in use when the moments were made stays in use
         self.steps = 0
         self.capturable = checks.flag("capturable", capturable)
+        self._stochastic, self._seed = checks.flag("stochastic_rounding", stochastic_rounding), checks.seed(seed)
+        if self._algorithm == "nadam" and self.capturable:
+            raise ValueError(
+                "NAdam cannot be capturable: its scalars depend on all steps before, which only the host counts"
+            )
+        self._further = functional.further(
+            self._algorithm, 0.999 if ema_decay is None else ema_decay, zero_grad, ema_starts=ema_decay is not None
+        )
+        state_dtype = None if state_dtype is None else checks.one_of(STATE_DTYPES, "state_dtype", state_dtype)
+        master = None if master is None else checks.one_of(("remainder",), "master", master)
         self._memo = functional.Memo()
         self._clocks: list[Any] = []  # a Clock for each group that has parameters
+        self._norm_clocks: dict[int, Any] = {}  # without capturable, for scalars that depend on a norm on the device
         self.groups, self._structures, self._grouped = parsed_groups(params, defaults)
         self.state: dict[str, dict[str, Any]] = {}
+        self._norm: Any = None
+        self._computed_in: dict[str, np.dtype] = {}
+        self._copies = self._param_copies(param_copies)
         views = []
         for group, structure in zip(self.groups, self._structures, strict=True):
-            h = checked_group(self._with_a_number(group), structure, self._decoupled, step=1)
+            h = self._checked(self._with_a_number(group), structure, step=1)
             for name, param in zip(group["names"], group["params"], strict=True):
                 if name in self.state:
                     raise ValueError(f"two parameters are named {name!r}: names must differ")
                 label = f"params[{name!r}]"
                 kernels, (view,) = backends.choose([(label, checks.given(label, param))], backend)
-                checks.dtype(view)
-                hyperparameters.check_rounding(h, view.dtype)
+                checks.one_format(view, checks.FORMATS)
                 checks.layout(view)
                 if not view.writeable:
                     checks.read_only(view)
-                views.append((kernels, view, group["amsgrad"]))
+                kept = {moment: _state_format(view, state_dtype) for moment in ("m", "v")}
+                if group["amsgrad"]:
+                    kept["max_v"] = kept["m"]
+                if kept["m"] == "8bit":
+                    checks.eight_bits(view)
+                    kept |= {"m": "uint8", "v": "uint8", "m_scale": "float32", "v_scale": "float32"}
+                if master and view.format == "bfloat16":
+                    kept["remainder"] = "int16"
+                if ema_decay is not None:
+                    kept["ema"] = "float64" if view.format == "float64" else "float32"
+                checks.combination(self._algorithm, kept, self._stochastic)
+                self._computed_in[name] = np.dtype("float64" if "float64" in (view.format, kept["m"]) else "float32")
+                hyperparameters.check_rounding(h, self._computed_in[name])
+                views.append((kernels, view, kept))
                 self.state[name] = {}
         checks.overlap([view for _, view, _ in views], [])
-        for state, (kernels, view, amsgrad) in zip(self.state.values(), views, strict=True):
-            state.update({"step": 0} | {moment: kernels.zeros_like(view) for moment in MOMENTS[amsgrad]})
+        self._kinds = {}  # name -> (the operands after v, whether m and v are bfloat16)
+        for (name, state), (kernels, view, kept) in zip(self.state.items(), views, strict=True):
+            in_memory = {"bfloat16": "uint16"}
+            state["step"] = 0
+            for key, dtype in kept.items():
+                if key in ("m_scale", "v_scale"):
+                    state[key] = kernels.zeros(-(-view.size // GROUP), dtype, view.device)
+                else:
+                    state[key] = kernels.zeros_like(view, np.dtype(in_memory.get(dtype, dtype)))
+            operands = ("max_v", "remainder", "param_copy", "ema", "m_scale", "v_scale")
+            further = [key for key in operands if key in kept or (key == "param_copy" and name in self._copies)]
+            self._kinds[name] = tuple(further), kept["m"] == "bfloat16"
+        kinds = [{self._kinds[name] for name in structure.names} for structure in self._structures]
+        self._kind_of_group = [found.pop() if len(found) == 1 else None for found in kinds]
+        # parameters are rounded by random bits of their own
+        self._keys = {name: device_scalars.step_key(self._seed ^ OF_PARAMETERS, k) for k, name in enumerate(self.state)}
         if self.capturable:
             self._start_clocks(iter(views))
 
@@ -108,8 +169,12 @@ class Adam:
             if not own:
                 self._clocks.append(None)
                 continue
-            dtypes = {view.dtype for _, view in own}
-            clock = capturable_.Clock(backends_.pop(), devices.pop() if devices else 0, dtypes)
+            if len({self._kinds[name] for name in group["names"]}) > 1:
+                raise ValueError(
+                    f"with capturable=True the parameters of a group have the same kinds of state; group {k} has some with a "
+                    "remainder or a copy and some without: put them into groups of their own"
+                )
+            clock = capturable_.Clock(backends_.pop(), devices.pop() if devices else 0, capturable_.NUMBERS)
             clock.number("lr", group["lr"])
             self._clocks.append(clock)
             for name in group["names"]:
@@ -119,12 +184,47 @@ class Adam:
         """Return a group whose lr can be checked: what is in an array is not known before it is read."""
         return group | {"lr": 0.0} if self.capturable and capturable_.is_array(group["lr"]) else group
 
-    def step(self, grads, *, grad_scale=1.0, stream=None):
+    def _checked(self, group, structure, step, grad_scale=1.0):
+        return checked_group(group, structure, self._decoupled, step, grad_scale, self._further)
+
+    def _in_groups(self, arrays, label):
+        """Return arrays of the same structure as params, in order, for each group."""
+        if self._grouped:
+            return in_order_of_groups(arrays, self._structures)
+        return [in_order(arrays, self._structures[0], label)]
+
+    def _param_copies(self, given):
+        """Return name -> copy of the parameter, of those that have one."""
+        if given is None:
+            return {}
+        names = itertools.chain.from_iterable(structure.names for structure in self._structures)
+        copies = itertools.chain.from_iterable(self._in_groups(given, "param_copies"))
+        return {name: copy for name, copy in zip(names, copies, strict=True) if copy is not None}
+
+    def step(
+        self,
+        grads,
+        *,
+        grad_scale=1.0,
+        max_norm=None,
+        norm=None,
+        check_finite=False,
+        found_inf=None,
+        stream=None,
+    ):
         """Update every parameter that has a gradient, in place.
 
         grads: of the same structure as params; None in an array's place skips it. For groups, a list with the gradients of
-            each, or with dicts `{"params": gradients}`. They are only read.
+            each, or with dicts `{"params": gradients}`. They are only read, unless zero_grad is on.
         grad_scale: every gradient is multiplied by it first.
+        max_norm: clip the gradients, scaled by grad_scale, to this norm over all of them, as torch.nn.utils.clip_grad_norm_ does:
+            multiply them by max_norm / (norm + 1e-6) if that is below 1.
+        norm: their norm before grad_scale, a number or what `global_norm` returned; by default it is computed here, which reads
+            the gradients once more. On a GPU it stays there.
+        check_finite: leave the step out if the norm is not finite, or if it is so large that a square may overflow (1.8e19 for
+            float32). Nothing changes then but the gradients, if zero_grad is on. On a GPU this needs capturable.
+        found_inf: leave the step out, likewise, if this is not zero: a number, or with capturable an array of one beside the
+            parameters.
         stream: on a GPU, as in `adam_step`.
 
         Everything is checked before anything is written: one bad array or hyperparameter stops the whole step.
@@ -135,15 +235,26 @@ class Adam:
             grads_of_groups = [in_order(grads, self._structures[0], "grads")]
         if len(self.groups) != len(self._structures):
             raise ValueError("groups cannot be added to an optimizer or removed from it after it is made: make another")
+        left_out, on_device = False, None
+        if not (max_norm is norm is found_inf is None and check_finite is False):
+            conditions = self._conditions(grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream)
+            grad_scale, left_out, on_device = conditions
         updates: list[functional.Updates] = []
         states, clocks = [], []
         for k, group in enumerate(self.groups):
             structure, given = self._structures[k], grads_of_groups[k]
             clock = self._clocks[k] if self.capturable else None
-            if clock:
-                h, now, count = _now(group, structure, self._decoupled, self.steps + 1, grad_scale, clock)
+            now, count = None, 0
+            if clock and clock.on_cpu:
+                scale = clock.value(grad_scale)
+                h = self._checked(group | {"lr": clock.value(group["lr"])}, structure, self.steps + 1, scale)
+                count = clock.count()
+            elif clock:
+                now = capturable_.Now(clock, group["lr"], grad_scale, **(on_device or {}))
+                known = group if now.lr is None else group | {"lr": 0.0}
+                h = self._checked(known, structure, self.steps + 1, 1.0 if now.grad_scale else grad_scale)
             else:
-                h, now, count = checked_group(group, structure, self._decoupled, self.steps + 1, grad_scale), None, 0
+                h = self._checked(group, structure, self.steps + 1, grad_scale)
             names, params = group["names"], group["params"]
             if id(None) in map(id, given):
                 present = [grad is not None for grad in given]
@@ -154,16 +265,29 @@ class Adam:
                         "give zeros, put them into a group of their own, or skip the whole group"
                     )
                 names, params, given = (list(itertools.compress(column, present)) for column in (names, params, given))
+            if not names:
+                continue
             of_group = [self.state[name] for name in names]
-            columns = [params, given, [state["m"] for state in of_group], [state["v"] for state in of_group]]
-            if group["amsgrad"]:
-                columns.append([state["max_v"] for state in of_group])
-            if not clock:
-                updates += _by_step(h, columns, names, [state["step"] for state in of_group])
-                states += of_group
-            elif names:
-                updates.append(functional.Updates(h, count + 1, columns, names, now))
+            if clock:
+                updates.append(self._updates(h, count + 1, params, given, names, self._kinds[names[0]], now))
                 clocks.append(clock)
+            else:
+                counts, kind = [state["step"] for state in of_group], self._kind_of_group[k]
+                first = counts[0]
+                if kind and type(first) is int and first >= 0 and counts.count(first) == len(counts):
+                    updates.append(self._updates(h, first + 1, params, given, names, kind))
+                else:
+                    for chosen, step, kind in self._alike(names, counts):
+                        own_params, own_grads, own_names = (
+                            list(itertools.compress(column, chosen)) for column in (params, given, names)
+                        )
+                        updates.append(self._updates(h, step, own_params, own_grads, own_names, kind))
+                states += of_group
+        if on_device and not self.capturable:
+            updates = self._with_norm_clocks(updates, grad_scale, on_device)
+        if left_out:
+            self._leave_out(updates)
+            return
         if updates:
             functional.update(updates, self.backend, stream, self._memo)
         for state in states:
@@ -172,6 +296,100 @@ class Adam:
             if clock.on_cpu:  # a GPU has counted by itself
                 clock.step += 1
         self.steps += 1
+
+    def _alike(self, names, counts):
+        """Return (which of them, step, kind) of the parameters that have taken as many steps and have state of one kind.
+
+        Those that were skipped before are at another step.
+        """
+        pairs = [
+            (checks.count(f"the step of params[{name!r}]", n), self._kinds[name])
+            for name, n in zip(names, counts, strict=True)
+        ]
+        return [([own == pair for own in pairs], checks.step_number(pair[0] + 1), pair[1]) for pair in dict.fromkeys(pairs)]
+
+    def _updates(self, h, step, params, grads, names, kind, now=None):
+        """Return the Updates of parameters whose state is of one kind."""
+        further, narrow = kind
+        of_names = [self.state[name] for name in names]
+        columns = [params, grads, [state["m"] for state in of_names], [state["v"] for state in of_names]]
+        for key in further:
+            columns.append([self._copies[name] for name in names] if key == "param_copy" else [s[key] for s in of_names])
+        if narrow:
+            for k in (2, 3, *((4,) if "max_v" in further else ())):
+                columns[k] = [Bits(array, "bfloat16") for array in columns[k]]
+        if not narrow and not self._stochastic:
+            return functional.Updates(h, step, columns, names, now, further)
+        keys = [self._keys[name] for name in names]
+        return functional.Updates(h, step, columns, names, now, further, self._stochastic, self._seed, keys)
+
+    def _conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):
+        """Return the grad_scale of a step, whether to leave it out, and what a device has to decide of that, for `Now`."""
+        max_norm = None if max_norm is None else checks.non_negative("max_norm", max_norm)
+        check_finite = checks.flag("check_finite", check_finite)
+        given = [grad for grads in grads_of_groups for grad in grads if grad is not None]
+        if norm is None and given and (max_norm is not None or check_finite):
+            norm = global_norm(given, out=self._norm, backend=self.backend, stream=stream)
+            if not isinstance(norm, np.ndarray):
+                self._norm = norm  # always in the same place, which captured graphs know
+        in_device_mode = self.capturable and not all(clock is None or clock.on_cpu for clock in self._clocks)
+        if isinstance(norm, np.ndarray):
+            norm = float(norm)
+        if not capturable_.is_array(found_inf) or isinstance(found_inf, np.ndarray):
+            left_out, found_inf = bool(found_inf is not None and np.any(found_inf)), None
+        elif in_device_mode:
+            left_out = False
+        else:
+            raise ValueError(
+                "found_inf is an array on a GPU, which the step does not wait for: make the optimizer capturable=True"
+            )
+        on_device = {} if found_inf is None else {"found_inf": found_inf}
+        if capturable_.is_array(norm):
+            on_device |= {"norm": norm, "max_norm": max_norm}
+            if check_finite and not in_device_mode:
+                raise ValueError(
+                    "check_finite on a GPU needs an optimizer with capturable=True: the step does not wait to know"
+                )
+            on_device |= {"largest_norm": self._largest_norm()} if check_finite else {}
+        elif norm is not None:
+            norm = checks.real("norm", norm)
+            scale = grad_scale
+            if capturable_.is_array(scale):
+                if in_device_mode:
+                    raise TypeError("grad_scale is on the device and norm is a number: give both there, or both as numbers")
+                scale = float(np.asarray(scale).reshape(()))
+            if check_finite and not norm * abs(scale) <= self._largest_norm():
+                left_out = True
+            if max_norm is not None:
+                grad_scale = capturable_.clipped(checks.finite("grad_scale", scale), norm, max_norm)
+        return grad_scale, left_out, on_device
+
+    def _largest_norm(self):
+        return min(capturable_.LARGEST_NORM[dtype] for dtype in self._computed_in.values())
+
+    def _with_norm_clocks(self, updates, grad_scale, on_device):
+        """Return Updates whose scalars are computed on the device, because they depend on a norm there; the host counts steps."""
+        if self._algorithm == "nadam":
+            raise ValueError(
+                "NAdam's scalars are the host's: clip with norm=float(gpuadam.global_norm(grads)), which waits for it"
+            )
+        changed = []
+        for k, group in enumerate(updates):
+            (param, *_), *_ = group.columns
+            kernels, (view,) = backends.choose([(f"params[{group.names[0]!r}]", param)], self.backend)
+            if k not in self._norm_clocks:
+                self._norm_clocks[k] = capturable_.Clock(kernels, view.device or 0, capturable_.NUMBERS)
+            now = capturable_.Now(self._norm_clocks[k], group.h.lr, grad_scale, counts=False, **on_device)
+            changed.append(group._replace(now=now))
+        return changed
+
+    def _leave_out(self, updates):
+        """Check a step that is left out, and zero the gradients if a step would."""
+        for group in updates:
+            for grad, name in zip(group.columns[1], group.names, strict=True):
+                kernels, (view,) = backends.choose([(f"the gradient of params[{name!r}]", grad)], self.backend)
+                if group.h.fixed.zero_grad:
+                    kernels.fill_zero(view)
 
     def state_dict(self):
         """Return {"steps", "state", "groups"}: by name, the moments themselves and not copies, and each group's settings.
@@ -199,8 +417,8 @@ class Adam:
         groups, states, steps = _checked_state_dict(state_dict, self)
         copies = []
         for name, state in self.state.items():
-            for moment in ("m", "v", "max_v"):
-                if moment not in state or state[moment] is states[name][moment]:
+            for moment in state:
+                if moment == "step" or state[moment] is states[name][moment]:
                     continue
                 label = f"{moment} of params[{name!r}]"
                 named = [(label, state[moment]), (f"the loaded {label}", states[name][moment])]
@@ -225,33 +443,12 @@ class Adam:
         self.steps = steps
 
 
-def _by_step(h, columns, names, counts):
-    """Return Updates of the arrays that have taken as many steps: those that were skipped before are at another."""
-    if not names:
-        return []
-    first = counts[0]
-    if type(first) is int and first >= 0 and counts.count(first) == len(counts):
-        return [functional.Updates(h, first + 1, columns, names)]
-    counts = [
-        checks.count(f"the step of params[{name!r}]", n) if type(n) is not int else n
-        for name, n in zip(names, counts, strict=True)
-    ]
-    updates = []
-    for count in dict.fromkeys(counts):
-        chosen = [own == count for own in counts]
-        own_names, *own_columns = (list(itertools.compress(column, chosen)) for column in (names, *columns))
-        updates.append(functional.Updates(h, checks.step_number(count + 1), own_columns, own_names))
-    return updates
+OF_PARAMETERS = 0xD1B54A32D192ED03  # so that the keys of parameters are none of a step
 
 
-def _now(group, structure, decoupled, step, grad_scale, clock):
-    """Return the Hyperparameters of a group in device mode, its capturable.Now on a GPU, and the count of steps on the CPU."""
-    if clock.on_cpu:
-        given = group | {"lr": clock.value(group["lr"])}
-        return checked_group(given, structure, decoupled, step, clock.value(grad_scale)), None, clock.count()
-    now = capturable_.Now(clock, group["lr"], grad_scale)
-    given = group if now.lr is None else group | {"lr": 0.0}
-    return checked_group(given, structure, decoupled, step, 1.0 if now.grad_scale else grad_scale), now, 0
+def _state_format(view, given):
+    """Return the format of the moments of a parameter."""
+    return given or ("float64" if view.format == "float64" else "float32")
 
 
 class AdamW(Adam):
@@ -268,20 +465,59 @@ class AdamW(Adam):
 
     _decoupled = True
 
-    def __init__(
-        self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=1e-2,
-        *,
-        amsgrad=False,
-        maximize=False,
-        capturable=False,
-        backend=None,
-    ):
-        options = {"amsgrad": amsgrad, "maximize": maximize, "capturable": capturable, "backend": backend}
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, **options):
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
+
+
+class NAdam(Adam):
+    """Adam with Nesterov momentum.   (Dozat 2016, Incorporating Nesterov Momentum into Adam)
+
+    As `Adam`, with the defaults and the schedule of torch.optim.NAdam (momentum_decay 0.004). It has no amsgrad, and cannot be
+    capturable: its scalars depend on all steps before.
+
+    >>> import numpy as np, gpuadam
+    >>> w = np.array([0.5, 0.0], "float32")
+    >>> gpuadam.NAdam(w, lr=0.1).step(np.float32([-33.0, 1.0]))
+    >>> print(w.round(4))
+    [ 0.6056 -0.1056]
+    """
+
+    _algorithm = "nadam"
+
+    def __init__(self, params, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **options):
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
+
+
+class RAdam(Adam):
+    """Adam whose step is rectified while the variance of 1 / sqrt(v) is large.   (Liu et al. 2020, arXiv:1908.03265)
+
+    As `Adam`, with the rule of torch.optim.RAdam. It has no amsgrad.
+
+    >>> import numpy as np, gpuadam
+    >>> w = np.array([0.5, 0.0], "float32")
+    >>> gpuadam.RAdam(w, lr=0.1).step(np.float32([-3.0, 1.0]))  # as momentum at first
+    >>> print(w)
+    [ 0.8 -0.1]
+    """
+
+    _algorithm = "radam"
+
+
+class AdaMax(Adam):
+    """Adam by the infinity norm: v is max(beta2 * v, |gradient| + eps), and divides.   (Kingma & Ba 2015, Algorithm 2)
+
+    As `Adam`, with the defaults of torch.optim.Adamax. It has no amsgrad.
+
+    >>> import numpy as np, gpuadam
+    >>> w = np.array([0.5, 0.0], "float32")
+    >>> gpuadam.AdaMax(w, lr=0.1).step(np.float32([-33.0, 1.0]))
+    >>> print(w)
+    [ 0.6 -0.1]
+    """
+
+    _algorithm = "adamax"
+
+    def __init__(self, params, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **options):
         super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 
@@ -312,9 +548,9 @@ def _checked_state_dict(state_dict, optimizer):
             if not callable(own["lr"]):
                 raise ValueError("the saved lr was a callable, which is not saved: give this optimizer's group one first")
             loaded["lr"] = own["lr"]
-        h = checked_group(own | loaded, structure, optimizer._decoupled, step=1)
+        h = optimizer._checked(own | loaded, structure, step=1)
         for name in structure.names:
-            hyperparameters.check_rounding(h, np.dtype(optimizer.state[name]["m"].dtype))
+            hyperparameters.check_rounding(h, optimizer._computed_in[name])
         settings.append(loaded)
     for name, own in optimizer.state.items():
         if set(states[name]) != set(own):

@@ -1,4 +1,6 @@
-"""Adam in float64 NumPy, written from the papers: what the kernels are measured against. It shares no code with them."""
+"""Adam and its family in float64 NumPy, written from the papers: what the kernels are measured against. It shares no code with
+them.
+"""
 
 import numpy as np
 
@@ -18,11 +20,16 @@ def adam_step(
     max_v=None,
     maximize=False,
     grad_scale=1.0,
+    algorithm="adam",
+    ema=None,
+    ema_decay=0.999,
 ):
-    """Return new float64 (param, m, v, max_v); nothing is changed in place. Arguments as in `gpuadam.adam_step`.
+    """Return new float64 (param, m, v, max_v), and ema if it is given; nothing is changed in place.
 
-    Kingma & Ba 2015, Algorithm 1. L2 decay and AdamW: Loshchilov & Hutter 2019, Algorithm 2 (with the decay multiplied by lr,
-    as in torch). AMSGrad: Reddi et al. 2018, Algorithm 2, with torch's bias correction of the maximum.
+    Arguments as in `gpuadam.adam_step`. Adam: Kingma & Ba 2015, Algorithm 1. L2 decay and AdamW: Loshchilov & Hutter 2019,
+    Algorithm 2 (with the decay multiplied by lr, as in torch). AMSGrad: Reddi et al. 2018, Algorithm 2, with torch's bias
+    correction of the maximum. NAdam: Dozat 2016, with torch's momentum_decay. RAdam: Liu et al. 2020, Algorithm 2; eps is added
+    to sqrt(v), as in torch. AdaMax: Kingma & Ba 2015, Algorithm 2, with torch's eps.
 
     >>> param, m, v, _ = adam_step(np.array([0.5]), np.array([-33.0]), np.zeros(1), np.zeros(1), 1, lr=0.1)
     >>> print(param)
@@ -30,6 +37,7 @@ def adam_step(
     """
     theta, g, m, v = (np.asarray(x, "float64") for x in (param, grad, m, v))
     beta1, beta2 = betas
+    bias1, bias2 = 1 - beta1**step, 1 - beta2**step
     with np.errstate(all="ignore"):  # infinities and NaN are part of what is compared
         g = -g * grad_scale if maximize else g * grad_scale
         if weight_decay and decoupled:
@@ -37,10 +45,27 @@ def adam_step(
         elif weight_decay:
             g = g + weight_decay * theta
         m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g**2
+        v = np.maximum(beta2 * v, np.abs(g) + eps) if algorithm == "adamax" else beta2 * v + (1 - beta2) * g**2
         if max_v is not None:
             max_v = np.maximum(np.asarray(max_v, "float64"), v)
-        m_hat = m / (1 - beta1**step)
-        v_hat = (v if max_v is None else max_v) / (1 - beta2**step)
-        theta = theta - lr * m_hat / (np.sqrt(v_hat) + eps)
-    return theta, m, v, max_v
+        if algorithm == "adam":
+            v_hat = (v if max_v is None else max_v) / bias2
+            theta = theta - lr * (m / bias1) / (np.sqrt(v_hat) + eps)
+        elif algorithm == "nadam":
+            mu = beta1 * (1 - 0.5 * 0.96 ** (0.004 * np.arange(1, step + 2)))
+            now, following = np.prod(mu[:-1]), np.prod(mu)
+            m_bar = mu[-1] * m / (1 - following) + (1 - mu[-2]) * g / (1 - now)
+            theta = theta - lr * m_bar / (np.sqrt(v / bias2) + eps)
+        elif algorithm == "radam":
+            longest = 2 / (1 - beta2) - 1
+            length = longest - 2 * step * beta2**step / bias2
+            if length > 5:
+                rectifier = np.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
+                theta = theta - lr * rectifier * (m / bias1) * np.sqrt(bias2) / (np.sqrt(v) + eps)
+            else:
+                theta = theta - lr * m / bias1
+        else:
+            theta = theta - lr / bias1 * m / v
+        if ema is None:
+            return theta, m, v, max_v
+        return theta, m, v, max_v, ema_decay * np.asarray(ema, "float64") + (1 - ema_decay) * theta

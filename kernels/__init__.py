@@ -1,28 +1,34 @@
 """The update itself. This page is for those who add to it.
 
 A *rule* is one update of one element: a module with `in_python(form, op)`, which returns a Python function for Numba, and
-`in_cuda_c(form)`, which returns the same in CUDA C for CuPy. Both take (param, grad, m, v, max_v, *Scalars); Python returns the
-new (param, m, v, max_v), C writes through references. What differs between variants is in the `Form`, known when a kernel is
-compiled: a rule tests it outside the arithmetic, so that what is not used costs nothing. `adam.py` is the rule; `limit.py` is one
-that only moves the bytes.
+`in_cuda_c(form)`, which returns the same in CUDA C for CuPy. Both take (param, grad, m, v, max_v, ema) and the scalars that
+`adam.scalars(form)` names; Python returns the new (param, m, v, max_v, ema), C writes through references. What differs between
+variants is in the `Form`, known when a kernel is compiled: a rule tests it outside the arithmetic, so that what is not used costs
+nothing. `adam.py` is the rule; `limit.py` is one that only moves the bytes.
 
     To add a variant: a field of `Form`, its line in both texts of `adam.py`, a public name, its line in `gpuadam/reference.py`, a
     row in FORMS of `tests/cases.py`. The tests then compare it on every backend and architecture.
 
-An *operation* of a rule is a row of `primitives.py`: LLVM for Numba beside PTX for CuPy.
+An *operation* of a rule is a row of `primitives.py`: LLVM for Numba beside PTX for CuPy. So is a *conversion* between a format in
+memory and a float. `storage.py` says which arrays an update has and in which formats, and writes the loads and stores of both
+languages: a loop knows nothing of formats.
+
+    To add a format: a row of FORMATS in `storage.py`, its conversions in `primitives.py`, what checks.py allows.
 
 A *backend* is a file that gives a rule its loop: `cupy_elementwise.py`, `numba_cuda.py`, `numba_cpu.py`. Each has
 
     view(name, array)                              what `gpuadam.arrays.View` needs to know of an array; nothing is copied
-    batches(updates)                               the launches that several updates take: one for all dense arrays
-    launch(form, views, scalars, rule, stream)     one update, in place
+    batches(updates, arrays)                       the launches that several updates take: one for all dense arrays
+    launch(form, views, scalars, rule, stream, key)   one update, in place
     build(rule, form, loop)                        the kernel, cached
-    zeros_like(view), zeros(n, dtype, device)      memory for a moment, and for many parameters
+    zeros_like(view, dtype), zeros(n, dtype, device)  memory for state, and for many parameters
+    fill_zero(view)                                zeros in a gradient of a step that is left out
     copy, from_host, to_host                       for loading state, and for tests and measurements
     now, seconds_between                           the device's clock
 
 `gpu_launch.py` has what both GPU backends do to launch, `pointer_table.py` the table by which one launch finds many arrays,
 `streams.py` which stream it goes on, and `device_scalars.py` the scalars of a step computed on the device, for captured graphs.
+`global_norm.py` is the order in which squares are summed, with a file for each backend.
 On the CPU `numpy_struct.py` reads what arrays are in compiled code, and `compiled_cache.py` keeps kernels on disk.
 
     To add a backend: such a file, and in `gpuadam/backends.py` a row and a probe. The bench picks it up from there, and the tests

@@ -12,23 +12,42 @@ m and v are PyTorch's exp_avg and exp_avg_sq, and optax's mu and nu; max_v is Py
     v      = v + (1 - beta2) * (g * g - v)
     max_v  = max(max_v, v)                                  AMSGrad, Reddi et al. 2018 (arXiv:1904.09237)
     param  = param - lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)
+    ema    = ema + (1 - ema_decay) * (param - ema)
+
+The family differs in the last line but one. NAdam (Dozat 2016) takes a mean of m and g for m; RAdam (Liu et al. 2020,
+arXiv:1908.03265) has other scalars: another lr, and before the variance is tractable a denominator of 1; AdaMax (Kingma & Ba
+2015, Algorithm 2) has v = max(beta2 * v, |g| + eps) and divides by it.
 """
 
+import collections
+import functools
 from typing import NamedTuple
 
-import numpy as np
+from gpuadam.kernels.storage import Arrays
 
 
 class Form(NamedTuple):
     """What is known of a step when its kernel is compiled."""
 
-    dtype: np.dtype = np.dtype("float32")
+    arrays: Arrays = Arrays()
+    algorithm: str = "adam"  # or "nadam", "radam", "adamax"
     scaled: bool = False  # the gradient is multiplied by grad_scale
     l2: bool = False  # weight decay joins the gradient (Adam)
     decoupled: bool = False  # weight decay joins the parameter (AdamW; Loshchilov & Hutter 2019, arXiv:1711.05101)
-    amsgrad: bool = False
     near1: bool = True  # 1 - beta1 < 1/2: m is interpolated from m, else from g
     near2: bool = True  # likewise v, from v or from g * g
+    near_ema: bool = True  # likewise ema, from ema or from param
+    zero_grad: bool = False  # zeros take the place of the gradient
+    skips: bool = False  # a flag on the device can turn the step off
+
+    @property
+    def dtype(self):
+        """The type that is computed with."""
+        return self.arrays.compute
+
+    @property
+    def amsgrad(self):
+        return self.arrays.amsgrad
 
 
 class Scalars(NamedTuple):
@@ -37,65 +56,126 @@ class Scalars(NamedTuple):
     grad_scale: float  # negative to maximize
     decay: float  # weight_decay if l2, -lr * weight_decay if decoupled
     w1: float  # 1 - beta1 if near1, else that minus 1
-    w2: float  # 1 - beta2 if near2, else that minus 1
-    inv_sqrt_bias2: float  # 1 / sqrt(1 - beta2**step)
-    eps: float
-    neg_lr: float  # -lr / (1 - beta1**step)
+    w2: float  # 1 - beta2 if near2, else that minus 1; of AdaMax beta2
+    inv_sqrt_bias2: float  # 1 / sqrt(1 - beta2**step); of RAdam 1, or 0 before the variance is tractable
+    eps: float  # of RAdam 1 before the variance is tractable
+    neg_lr: float  # -lr / (1 - beta1**step), with what else an algorithm multiplies it by
 
 
-SCALARS = Scalars._fields
+@functools.lru_cache(maxsize=256)
+def scalars(form):
+    """Return the names of the scalars that a form uses."""
+    shares = ("of_m", "of_g") if form.algorithm == "nadam" else ()  # of m and of g, in NAdam's direction
+    return (
+        *Scalars._fields,
+        *shares,
+        *(("w_ema",) if form.arrays.ema else ()),
+    )  # 1 - ema_decay if near_ema, else that minus 1
+
+
+def scalars_type(form):
+    """Return the type of a form's scalars: Scalars, or one with more fields."""
+    names = scalars(form)
+    return Scalars if names == Scalars._fields else _more_scalars(names)
+
+
+@functools.cache
+def _more_scalars(names):
+    return collections.namedtuple("MoreScalars", names)
 
 
 def in_python(form, op):
     """Return the rule as a Python function for Numba to compile; op holds the primitives."""
-    fma, sub, mul, div, sqrt, neg, abs_, larger = op.fma, op.sub, op.mul, op.div, op.sqrt, op.neg, op.abs, op.larger
+    fma, add, sub, mul, div, sqrt, neg, abs_, larger = (
+        op.fma, op.add, op.sub, op.mul, op.div, op.sqrt, op.neg, op.abs, op.larger,
+    )  # fmt: skip
     zero_below = op.zero_below
-    SCALED, L2, DECOUPLED, AMSGRAD, NEAR1, NEAR2 = form[1:]
+    SCALED, L2, DECOUPLED, NEAR1, NEAR2, NEAR_EMA = (
+        form.scaled, form.l2, form.decoupled, form.near1, form.near2, form.near_ema,
+    )  # fmt: skip
+    AMSGRAD, EMA = form.arrays.amsgrad, form.arrays.ema != ""
+    NADAM, ADAMAX, ROOT = form.algorithm == "nadam", form.algorithm == "adamax", form.arrays.grouped
+    W_EMA = len(scalars(form)) - 1
 
-    def update(param, grad, m, v, max_v, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr):
+    def update(param, grad, m, v, max_v, ema, s):
+        grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr = s[:7]
         g = mul(grad_scale, grad) if SCALED else grad
         if L2:
             g = fma(decay, param, g)
         if DECOUPLED:
             param = fma(decay, param, param)
         m = fma(w1, sub(g, m), m if NEAR1 else g)
-        v = fma(w2, fma(g, g, neg(v)), v if NEAR2 else mul(g, g))
-        max_v = larger(max_v, v) if AMSGRAD else v
-        denom = fma(sqrt(max_v), inv_sqrt_bias2, eps)
-        param = fma(neg_lr, div(m, denom), param)
+        if ADAMAX:
+            v = larger(mul(w2, v), add(abs_(g), eps))
+            denom = v
+        else:
+            v = fma(w2, fma(g, g, neg(v)), v if NEAR2 else mul(g, g))
+            max_v = larger(max_v, v) if AMSGRAD else v
+            root = sqrt(max_v)
+            denom = fma(root, inv_sqrt_bias2, eps)
+        direction = fma(s[8], g, mul(s[7], m)) if NADAM else m
+        param = fma(neg_lr, div(direction, denom), param)
+        if EMA:
+            ema = fma(s[W_EMA], sub(param, ema), ema if NEAR_EMA else param)
         # A gradient that stays zero makes m subnormal, and a CPU then 80 times slower. v is never flushed without m:
         # m / (0 + eps) could be anything.
         m = zero_below(zero_below(m, v), abs_(m))
+        max_v = zero_below(root if ROOT else max_v, max_v)  # 8-bit state keeps the root of v
         v = zero_below(v, v)
-        max_v = zero_below(max_v, max_v)
-        return param, m, v, max_v
+        return param, m, v, max_v, ema
 
     return update
 
 
 IN_CUDA_C = r"""
-__device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v,
-                                       T grad_scale, T decay, T w1, T w2, T inv_sqrt_bias2, T eps, T neg_lr) {
+__device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T& ema, %(scalars)s) {
     T g = SCALED ? mul_(grad_scale, grad) : grad;
     if (L2)
         g = fma_(decay, param, g);
     if (DECOUPLED)
         param = fma_(decay, param, param);
     m = fma_(w1, sub_(g, m), NEAR1 ? m : g);
+#if ADAMAX
+    v = larger_(mul_(w2, v), add_(abs_(g), eps));
+    T root, denom = v;
+#else
     v = fma_(w2, fma_(g, g, neg_(v)), NEAR2 ? v : mul_(g, g));
     max_v = AMSGRAD ? larger_(max_v, v) : v;
-    T denom = fma_(sqrt_(max_v), inv_sqrt_bias2, eps);
-    param = fma_(neg_lr, div_(m, denom), param);
+    T root = sqrt_(max_v);
+    T denom = fma_(root, inv_sqrt_bias2, eps);
+#endif
+#if NADAM
+    T direction = fma_(of_g, g, mul_(of_m, m));
+#else
+    T direction = m;
+#endif
+    param = fma_(neg_lr, div_(direction, denom), param);
+#if EMA
+    ema = fma_(w_ema, sub_(param, ema), NEAR_EMA ? ema : param);
+#endif
     // A gradient that stays zero makes m subnormal, and a CPU then 80 times slower. v is never flushed without m:
     // m / (0 + eps) could be anything.
     m = zero_below_(zero_below_(m, v), abs_(m));
+    max_v = zero_below_(ROOT ? root : max_v, max_v);  // 8-bit state keeps the root of v
     v = zero_below_(v, v);
-    max_v = zero_below_(max_v, max_v);
 }
 """
 
 
 def in_cuda_c(form):
     """Return the rule as CUDA C over `T`, with the form's options as constants."""
-    options = zip(("SCALED", "L2", "DECOUPLED", "AMSGRAD", "NEAR1", "NEAR2"), form[1:], strict=True)
-    return "".join(f"#define {name} {value:d}\n" for name, value in options) + IN_CUDA_C
+    options = {
+        "SCALED": form.scaled,
+        "L2": form.l2,
+        "DECOUPLED": form.decoupled,
+        "AMSGRAD": form.arrays.amsgrad,
+        "NEAR1": form.near1,
+        "NEAR2": form.near2,
+        "NEAR_EMA": form.near_ema,
+        "EMA": form.arrays.ema != "",
+        "NADAM": form.algorithm == "nadam",
+        "ADAMAX": form.algorithm == "adamax",
+        "ROOT": form.arrays.grouped,
+    }
+    declared = ", ".join(f"T {name}" for name in scalars(form))
+    return "".join(f"#define {name} {value:d}\n" for name, value in options.items()) + IN_CUDA_C % {"scalars": declared}

@@ -14,66 +14,20 @@ import cupy
 import numpy as np
 
 from gpuadam.arrays import View, kind, on_cuda
-from gpuadam.kernels import adam, device_scalars, gpu_launch, pointer_table, primitives
-from gpuadam.kernels.layout import VECTOR_BYTES, dense
+from gpuadam.kernels import adam, device_scalars, gpu_launch, pointer_table, primitives, storage
+from gpuadam.kernels.layout import VECTOR_BYTES, offset_like, strides_like
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 
 NAME = "cupy"
-
-PREAMBLE = r"""
-typedef %(ctype)s T;
-constexpr int LANES = %(vector_bytes)d / sizeof(T);
-struct alignas(%(vector_bytes)d) Vector { T lane[LANES]; };
-__device__ __forceinline__ Vector& vector_at(T* p) { return *reinterpret_cast<Vector*>(p); }
-__device__ __forceinline__ const Vector& vector_at(const T* p) { return *reinterpret_cast<const Vector*>(p); }
-"""
-
-# 16 bytes of each array, from the element `at`. Everything is loaded before the first store, because the compiler must take it
-# that the arrays might overlap, and would load again.
-VECTOR = r"""
-const Vector G = vector_at(&grad[at]);
-Vector P = vector_at(&param[at]), M = vector_at(&m[at]), V = vector_at(&v[at]);
-#if AMSGRAD
-Vector X = vector_at(&max_v[at]);
-#else
-Vector X = V;
-#endif
-#pragma unroll
-for (int k = 0; k < LANES; ++k)
-    update(P.lane[k], G.lane[k], M.lane[k], V.lane[k], X.lane[k], %(scalars)s);
-vector_at(&param[at]) = P;
-vector_at(&m[at]) = M;
-vector_at(&v[at]) = V;
-#if AMSGRAD
-vector_at(&max_v[at]) = X;
-#endif
-"""
-
-ELEMENT = r"""
-const T G = grad[at];
-T P = param[at], M = m[at], V = v[at];
-#if AMSGRAD
-T X = max_v[at];
-#else
-T X = V;
-#endif
-update(P, G, M, V, X, %(scalars)s);
-param[at] = P;
-m[at] = M;
-v[at] = V;
-#if AMSGRAD
-max_v[at] = X;
-#endif
-"""
 
 # i is CuPy's: the number of this thread, 64 bits wide.
 CONTIGUOUS = r"""
 if (i < vectors) {
     const ptrdiff_t at = head + i * LANES;
-%(vector)s
+    update_lanes<LANES>(%(at)s, start + at, row_key ^ step_key, skip, %(scalars)s);
 } else {
     const ptrdiff_t k = i - vectors, at = k < head ? k : k + vectors * LANES;
-%(element)s
+    update_lanes<1>(%(at)s, start + at, row_key ^ step_key, skip, %(scalars)s);
 }
 """
 
@@ -86,70 +40,49 @@ const long long first = (chunk - row[FIRST_CHUNK]) * CHUNK;
 // clamped before they are narrowed: after the vectors the difference is negative, and may be below -2^31
 const int vectors_here = max(min(row[VECTORS] - first, (long long)CHUNK), 0LL);
 const int items_here = min(row[ITEMS] - first, (long long)CHUNK);
-const long long start = row[HEAD] + first * LANES;
-T* const param = at_address(row[PARAM]) + start;
-const T* const grad = at_address(row[GRAD]) + start;
-T* const m = at_address(row[M_]) + start;
-T* const v = at_address(row[V_]) + start;
-#if AMSGRAD
-T* const max_v = at_address(row[MAX_V]) + start;
-#endif
+const long long begin = row[HEAD] + first * LANES;
+%(pointers)s
 #pragma unroll 1
 for (int item = i %% BLOCK; item < items_here; item += BLOCK) {
     if (item < vectors_here) {
         const int at = item * LANES;
-%(vector)s
+        update_lanes<LANES>(%(at)s, START_OF_ROW + begin + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
     } else {
         const long long k = item + first - row[VECTORS], at = k < row[HEAD] ? k : k + row[VECTORS] * LANES;
-        T* const param = at_address(row[PARAM]);
-        const T* const grad = at_address(row[GRAD]);
-        T* const m = at_address(row[M_]);
-        T* const v = at_address(row[V_]);
-#if AMSGRAD
-        T* const max_v = at_address(row[MAX_V]);
-#endif
-%(element)s
+        update_lanes<1>(%(at_row)s, START_OF_ROW + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
     }
 }
 break;  // there are as many blocks as chunks: a thread has only one i
 """
 
+# Groups of 8-bit state: an item is a part of a group, and whole warps go through the loop together, because they exchange maxima.
+GROUPS = r"""
+const long long chunk = i / BLOCK;
+const long long* const row = &rows[owners[chunk] * (ptrdiff_t)COLUMNS];
+const long long first = (chunk - row[FIRST_CHUNK]) * CHUNK;
+const int vectors_here = max(min(row[VECTORS] - first, (long long)CHUNK), 0LL);
+const int items_here = min(row[ITEMS] - first, (long long)CHUNK);
+const long long size = row[SIZE];
+%(pointers)s
+#pragma unroll 1
+for (int item = i %% BLOCK; item < (items_here + 31) / 32 * 32; item += BLOCK) {
+    const long long at = (first + item) * LANES;
+    update_group(%(names)s, at, size, item < vectors_here, START_OF_ROW + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
+}
+break;
+"""
+
 # A plain cast of an address to a pointer makes generic loads.
 TABLE_PREAMBLE = """
-__device__ __forceinline__ T* at_address(long long a) { return (T*)__cvta_global_to_generic((size_t)a); }
+template <class S> __device__ __forceinline__ S* at_address(long long a) { return (S*)__cvta_global_to_generic((size_t)a); }
 """ + "".join(
-    f"#define {name} {getattr(pointer_table, name.strip('_'))}\n"
-    for name in (
-        "BLOCK",
-        "CHUNK",
-        "COLUMNS",
-        "PARAM",
-        "GRAD",
-        "M_",
-        "V_",
-        "MAX_V",
-        "HEAD",
-        "VECTORS",
-        "ITEMS",
-        "FIRST_CHUNK",
-    )
+    f"#define {name} {getattr(pointer_table, name)}\n"
+    for name in ("BLOCK", "CHUNK", "HEAD", "VECTORS", "ITEMS", "FIRST_CHUNK", "KEY", "START", "SIZE", "OPERANDS")
 )
 
-# Not raw: CuPy finds the element of each array, whatever its strides.
+# Not raw: CuPy finds the element of each array, whatever its strides. i counts them in C order.
 STRIDED = r"""
-T P = param, M = m, V = v;
-#if AMSGRAD
-T X = max_v;
-#else
-T X = V;
-#endif
-update(P, grad, M, V, X, %(scalars)s);
-param = P;
-m = M;
-v = V;
-#if AMSGRAD
-max_v = X;
-#endif
+update_lanes<1>(%(element)s, start + i, row_key ^ step_key, skip, %(scalars)s);
 """
 
 
@@ -174,13 +107,23 @@ def _device_of(pointer):
     return device
 
 
-def zeros_like(view):
-    """Return zeros for a moment of an array: the same shape, order of memory and offset from a 16-byte boundary."""
+def zeros_like(view, dtype=None):
+    """Return zeros for the state of an array: the same shape and order of memory, 16-byte boundaries at the same elements.
+
+    dtype: another one than the array's.
+    """
+    dtype = view.dtype if dtype is None else dtype
     with cupy.cuda.Device(view.device):
-        head = view.pointer % VECTOR_BYTES // view.dtype.itemsize
-        flat = cupy.zeros(head + view.size, view.dtype)[head:]
+        offset = offset_like(view, dtype, VECTOR_BYTES)
+        flat = cupy.zeros(offset + view.size, dtype)[offset:]
         cupy.cuda.get_current_stream().synchronize()  # the first step may be on another
-        return cupy.ndarray(view.shape, view.dtype, flat.data, view.strides if dense([view]) else None)
+        return cupy.ndarray(view.shape, dtype, flat.data, strides_like(view, dtype))
+
+
+def fill_zero(view):
+    """Store zeros in an array."""
+    with cupy.cuda.Device(view.device):
+        _native(view).fill(0)
 
 
 def zeros(n, dtype, device):
@@ -225,36 +168,61 @@ def copy(to, source):
             order(current, other)
 
 
-def launch(form, views, scalars, rule=adam, stream=None):
+def launch(form, views, scalars, rule=adam, stream=None, key=0):
     """Update arrays, as `gpu_launch.launch` says."""
-    gpu_launch.launch(_this_module, form, views, scalars, rule, stream)
+    gpu_launch.launch(_this_module, form, views, scalars, rule, stream, key)
 
 
-def batches(updates):
+def batches(updates, arrays):
     """Return the `gpu_launch.Batch`es of several updates, of any shapes, on one device."""
-    return gpu_launch.batches(_this_module, updates)
+    return gpu_launch.batches(_this_module, updates, arrays)
 
 
-def run(batch, form, scalars, rule, stream):
+def run(batch, form, scalars, rule, stream, key):
     """Launch a Batch; device and stream are the current ones."""
     on_device = isinstance(scalars, device_scalars.Memory)
+    random = form.arrays.random
     kernel = build(rule, form, batch.loop, on_device)
     if on_device:
-        scalars = [_unowned(scalars.address, (len(scalars),), scalars.dtype, batch.device)]
+        given = [
+            _unowned(scalars.address + device_scalars.REALS_AT, (len(adam.scalars(form)),), scalars.dtype, batch.device)
+        ]
+        if random or form.skips:
+            given.append(_unowned(scalars.address, (2,), np.int64, batch.device))
+    else:
+        given = [*scalars, *([key] if random else [])]
     if batch.loop == "table":
         rows, owners = batch.table.addresses(stream)
         rows = _unowned(rows, (batch.table.rows.size,), np.int64, batch.device)
         owners = _unowned(owners, batch.table.owners.shape, np.int32, batch.device)
-        kernel(owners, *scalars, rows, size=owners.size * pointer_table.BLOCK, block_size=pointer_table.BLOCK)
-    elif batch.loop == "contiguous":
+        kernel(owners, *given, rows, size=owners.size * pointer_table.BLOCK, block_size=pointer_table.BLOCK)
+        return
+    of_row = [batch.updates[0].key, batch.updates[0].start] if random else []
+    operands = storage.of_form(form)
+    if batch.loop == "contiguous":
         if batch.arguments is None:
-            batch.arguments = [_unowned(pointer, (batch.size,), batch.dtype, batch.device) for pointer in batch.pointers]
-        param, grad, *state = batch.arguments
+            batch.arguments = [
+                _unowned(pointer, (batch.size,), IN_MEMORY[operand.format], batch.device)
+                for pointer, operand in zip(batch.pointers, operands, strict=True)
+            ]
         head, vectors, threads = batch.split
-        kernel(grad, head, vectors, *scalars, param, *state, size=threads)
+        read, written = _in_and_out(operands, batch.arguments)
+        kernel(*read, head, vectors, *of_row, *given, *written, size=threads)
     else:
-        param, grad, *state = map(_native, batch.views)
-        kernel(grad, *scalars, param, *state)
+        views = zip(batch.updates[0].views, operands, strict=True)
+        arrays = [_unowned(v.pointer, v.shape, IN_MEMORY[o.format], v.device, v.strides) for v, o in views]
+        read, written = _in_and_out(operands, arrays)
+        kernel(*read, *of_row, *given, *written)
+
+
+def _in_and_out(operands, values):
+    """Return what belongs to the operands that are only read, and to the others."""
+    pairs = list(zip(operands, values, strict=True))
+    return [x for operand, x in pairs if not operand.stores], [x for operand, x in pairs if operand.stores]
+
+
+# CuPy has no arithmetic on what a rule converts from bits
+IN_MEMORY = {format: f"uint{8 * n}" if n < 4 else format for format, n in storage.FORMATS.items()}
 
 
 def _native(view):
@@ -350,12 +318,7 @@ def send(address, pinned, n_bytes, stream):
     runtime.memcpyAsync(address, pinned.ctypes.data, n_bytes, runtime.memcpyHostToDevice, stream)
 
 
-LOOPS = {
-    # name: (body, inputs but the scalars)
-    "contiguous": (CONTIGUOUS, ["raw {dtype} grad", "int64 head", "int64 vectors"]),
-    "table": (TABLE, ["raw int32 owners"]),
-    "strided": (STRIDED, ["{dtype} grad"]),
-}
+LOOPS = {"contiguous": CONTIGUOUS, "table": TABLE, "strided": STRIDED}
 
 
 @functools.cache
@@ -364,60 +327,118 @@ def build(rule, form, loop, on_device=False):
 
     loop: "contiguous", "table" or "strided". on_device: whether the scalars are in device memory.
     """
-    body, inputs = LOOPS[loop]
-    names = {"ctype": CTYPES[form.dtype.name], "vector_bytes": VECTOR_BYTES, "scalars": ", ".join(adam.SCALARS)}
-    inputs = [x.format(dtype=form.dtype) for x in inputs]
+    operands, names = storage.of_form(form), adam.scalars(form)
+    random = form.arrays.random
+    kinds = {o.name: storage.C_TYPES[o.format] for o in operands}
+    raw = "" if loop == "strided" else "raw "
+    arrays = [] if loop == "table" else [f"{raw}{IN_MEMORY[o.format]} {o.name}" for o in operands]
+    inputs, outputs = _in_and_out(operands, arrays) if arrays else (["raw int32 owners"], ["raw int64 rows"])
+    if loop == "contiguous":
+        inputs += ["int64 head", "int64 vectors"]
+    body = ""
+    if loop != "table":
+        inputs += ["int64 row_key", "int64 start"] if random else []
+        body += "" if random else "const long long row_key = 0, start = 0;\n"
     if on_device:
         inputs.append(f"raw {form.dtype} device_scalars")
-        body = "".join(f"const T {name} = device_scalars[{k}];\n" for k, name in enumerate(adam.SCALARS)) + body
+        body += "".join(f"const T {name} = device_scalars[{k}];\n" for k, name in enumerate(names))
+        if random or form.skips:
+            inputs.append("raw int64 device_words")
+        body += f"const long long step_key = {'device_words[0]' if random else 0};\n"
+        body += f"const long long skip = {'device_words[1]' if form.skips else 0};\n"
     else:
-        inputs += [f"{form.dtype} {name}" for name in adam.SCALARS]
-    if loop == "table":
-        outputs = ["raw int64 rows"]  # which is only read; but a kernel must have an output
-    else:
-        raw = "raw " if loop == "contiguous" else ""
-        outputs = [f"{raw}{form.dtype} {name}" for name in ("param", "m", "v", "max_v")[: 3 + form.amsgrad]]
-    options = [name for name, used in form._asdict().items() if used is True]
+        inputs += [f"{form.dtype} {name}" for name in names] + (["int64 step_key"] if random else [])
+        body += ("" if random else "const long long step_key = 0;\n") + "const long long skip = 0;\n"
+    pointers = {o.name: f"at_address<{kinds[o.name]}>(row[OPERANDS + {k}])" for k, o in enumerate(operands)}
+    begin = "" if form.arrays.grouped else " + begin"
+    conversions, update = storage.for_cuda_c(form, names)
+    parts = {
+        "scalars": ", ".join(names),
+        "pointers": "\n".join(
+            f"{'' if o.stores else 'const '}{kinds[o.name]}* const {o.name} = {pointers[o.name]}{begin};" for o in operands
+        ),
+        "names": ", ".join(o.name for o in operands),
+        "at": ", ".join(f"{o.name} + at" if loop == "table" else f"as<{kinds[o.name]}>(&{o.name}[at])" for o in operands),
+        "at_row": ", ".join(f"{pointers[o.name]} + at" for o in operands),
+        "element": ", ".join(f"as<{kinds[o.name]}>(&{o.name})" for o in operands),
+    }
+    defined = {
+        "COLUMNS": pointer_table.OPERANDS + len(operands),
+        "KEY_OF_ROW": "row[KEY]" if random else "0LL",
+        "START_OF_ROW": "row[START]" if random else "0LL",
+    }
     return cupy.ElementwiseKernel(
         ", ".join(inputs),
         ", ".join(outputs),
-        body % (names | {"vector": VECTOR % names, "element": ELEMENT % names}),
-        "_".join(["gpuadam", rule.__name__.rpartition(".")[2], form.dtype.name, *options, loop] + ["device"] * on_device),
-        preamble=PREAMBLE % names
+        body + (GROUPS if form.arrays.grouped else LOOPS[loop]) % parts,
+        f"gpuadam_{rule.__name__.rpartition('.')[2]}_{form.dtype}_{loop}{'_device' * on_device}",
+        preamble=f"typedef {CTYPES[form.dtype.name]} T;\nconstexpr int LANES = {storage.lanes(form)};\n"
+        + "".join(f"#define {name} {value}\n" for name, value in defined.items())
         + TABLE_PREAMBLE * (loop == "table")
         + primitives.for_cuda_c(form.dtype)
-        + rule.in_cuda_c(form),
+        + conversions
+        + rule.in_cuda_c(form)
+        + update,
     )
 
 
 CTYPES = {"float32": "float", "float64": "double"}
 
 
-def launch_scalars(form, settings, step, lr, grad_scale, out, stream):
+def launch_scalars(form, settings, given, out, stream):
     """Advance the step count and compute the scalars of a step on the device.
 
-    form: a `device_scalars.Form`. settings: its `Settings`. step: a View of one int64. lr, grad_scale: views of one number, or
-    numbers. out: the `device_scalars.Memory` to write. stream: a handle.
+    form: a `device_scalars.Form`. settings: its `Settings`. given: name -> View of one number on the device, or a number: "lr",
+    "grad_scale", and those of "step", "found_inf" and "norm" that the form has. out: the `device_scalars.Memory` to write.
+    stream: a handle.
     """
-    arguments = [_native(x) if isinstance(x, View) else x for x in (lr, grad_scale)]
-    written = _unowned(out.address, (len(out),), out.dtype, out.device)
+    inputs, outputs, n_scalars = _scalar_arguments(form)
+    arrays = {name: _one(x, x.dtype) if isinstance(x, View) else x for name, x in given.items()}
+    arrays |= settings._asdict() | {
+        "scalars": _unowned(out.address + device_scalars.REALS_AT, (n_scalars,), out.dtype, out.device),
+        "words": _unowned(out.address, (2,), np.int64, out.device),
+    }
+    if "found_inf" in given:
+        arrays["found_inf"] = _one(given["found_inf"], _bits_of(given["found_inf"].dtype))
     with on(out.device, stream):
-        build_scalars(form)(*arguments, *settings, _native(step), written, size=1)
+        build_scalars(form)(*(arrays[name] for _, name in [*inputs, *outputs]), size=1)
+
+
+def _one(view, dtype):
+    return _unowned(view.pointer, (1,), dtype, view.device)
+
+
+def _bits_of(dtype):
+    return f"uint{8 * dtype.itemsize}"
+
+
+def _scalar_arguments(form):
+    """Return the (type, name) of the inputs and outputs of the kernel, and how many scalars it makes."""
+
+    def number(name, dtype):
+        return ("float64" if dtype is None else f"raw {dtype}", name)
+
+    inputs = [number("lr", form.lr), number("grad_scale", form.grad_scale)]
+    if form.found_inf is not None:
+        inputs.append((f"raw {_bits_of(form.found_inf)}", "found_inf"))
+    if form.norm or form.checks:
+        inputs.append(("raw float64", "norm"))
+    inputs += [("int64" if k < 2 else "float64", name) for k, name in enumerate(device_scalars.SETTINGS)]
+    outputs = [("raw int64", "step")] if form.counts else []
+    outputs.append((f"raw {form.dtype}", "scalars"))
+    if form.random or form.skips:
+        outputs.append(("raw int64", "words"))
+    return inputs, outputs, 7 + form.ema
 
 
 @functools.cache
 def build_scalars(form):
     """Return the ElementwiseKernel of a `device_scalars.Form`."""
-
-    def given(name, dtype):
-        return f"float64 {name}" if dtype is None else f"raw {dtype} {name}"
-
-    inputs = [given("lr", form.lr), given("grad_scale", form.grad_scale), "int64 advance"]
-    inputs += [f"float64 {name}" for name in device_scalars.Settings._fields[1:]]
+    inputs, outputs, n_scalars = _scalar_arguments(form)
     return cupy.ElementwiseKernel(
-        ", ".join(inputs),
-        f"raw int64 step, raw {form.dtype} scalars",
+        ", ".join(map(" ".join, inputs)),
+        ", ".join(map(" ".join, outputs)),
         device_scalars.IN_CUDA_C,
         f"gpuadam_scalars_{form.dtype}",
-        preamble="typedef double T;\n" + primitives.for_cuda_c("float64") + device_scalars.preamble(form),
+        preamble="typedef double T;\n" + primitives.for_cuda_c("float64") + device_scalars.preamble(form, n_scalars),
     )

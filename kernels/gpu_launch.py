@@ -1,38 +1,43 @@
 """What both GPU backends do to launch: which arrays share a launch, on which stream it goes, what a captured graph may hold.
 
 A backend module brings what differs: `on(device, stream)`, `current_stream()`, `is_capturing(stream)`, `order(before, after)`,
-the memory for `pointer_table`, and `run(batch, form, scalars, rule, stream)`. All but `on` are about the current device: each
-device has a current stream of its own and a default stream of the same name, and an event serves the streams of its own device.
+the memory for `pointer_table`, and `run(batch, form, scalars, rule, stream, key)`. All but `on` are about the current device:
+each device has a current stream of its own and a default stream of the same name, and an event serves the streams of its own
+device.
 """
 
+import itertools
 from typing import NamedTuple
 
-from gpuadam.kernels import pointer_table, streams
-from gpuadam.kernels.layout import dense, split
+from gpuadam.kernels import pointer_table, storage, streams
+from gpuadam.kernels.layout import Update, dense, split
 
 
-def launch(backend, form, views, scalars, rule, stream):
+def launch(backend, form, views, scalars, rule, stream, key=0):
     """Update arrays in CUDA memory in place, on their device.
 
-    views: of param, grad, m, v, max_v (None without AMSGrad), of one shape and device and of form.dtype, checked.
+    views: of the arrays, in the order of `storage.operands`, of one shape and device, checked; those that are None are left out.
     scalars: `adam.Scalars` of form.dtype, or the `device_scalars.Memory` that holds them.
     stream: the handle of one; by default CuPy's current stream, or the one that the arrays name.
+    key: of the step, for random rounding.
     """
-    for batch in batches(backend, [views]):
-        batch.launch(form, scalars, rule, batch.place(stream))
+    for batch in batches(backend, [Update([view for view in views if view is not None])], form.arrays):
+        batch.launch(form, scalars, rule, batch.place(stream), key)
 
 
-def batches(backend, updates):
+def batches(backend, updates, arrays):
     """Return the launches that updates take: one for all dense arrays, one for each other.
 
-    updates: of each, the views of param, grad, m, v, max_v (None without AMSGrad); all of one dtype and device.
+    updates: `layout.Update`s of arrays on one device, of the formats in arrays.
     """
-    updates = [[view for view in views if view is not None] for views in updates if views[0].size]
-    together = [views for views in updates if dense(views)]
-    apart = [Batch(backend, "strided", [views]) for views in updates if not dense(views)]
+    updates = [update for update in updates if update.views[0].size]
+    is_dense = [dense(update.views, in_c_order=arrays.random) for update in updates]
+    together = list(itertools.compress(updates, is_dense))
+    apart = [Batch(backend, "strided", [update]) for update, one in zip(updates, is_dense, strict=True) if not one]
     if not together:
         return apart
-    return [Batch(backend, "contiguous" if len(together) == 1 else "table", together), *apart]
+    loop = "table" if len(together) > 1 or arrays.grouped else "contiguous"
+    return [Batch(backend, loop, together, storage.GROUP_LANES if arrays.grouped else 0), *apart]
 
 
 def to_order(backend, stream, others):
@@ -59,19 +64,19 @@ class Batch:
 
     lasts = True
 
-    def __init__(self, backend, loop, updates):
+    def __init__(self, backend, loop, updates, group_lanes=0):
         self.backend, self.loop = backend, loop
-        first, *_ = updates[0]
-        self.device, self.dtype, self.size = first.device, first.dtype, first.size
-        self.named = list(dict.fromkeys(view.stream for views in updates for view in views))
-        self.pointers = [view.pointer for view in updates[0]]
+        first = updates[0].views
+        self.device, self.size = first[0].device, first[0].size
+        self.named = list(dict.fromkeys(view.stream for update in updates for view in update.views))
+        self.pointers = [view.pointer for view in first]
         self.arguments = None  # what a backend makes of the arrays at the first launch
-        if loop == "strided":
-            self.views = [view._replace(array=None) for view in updates[0]]
-        elif loop == "contiguous":
-            self.split = split(self.pointers, self.size, self.dtype.itemsize)
-        else:
-            self.table = pointer_table.Table(backend, self.device, updates)
+        if loop != "table":
+            self.updates = [updates[0]._replace(views=[view._replace(array=None) for view in first])]
+        if loop == "contiguous":
+            self.split = split(self.pointers, [view.dtype.itemsize for view in first], self.size)
+        elif loop == "table":
+            self.table = pointer_table.Table(backend, self.device, updates, group_lanes)
 
     def place(self, given):
         """Return the Place of a launch. given: the handle of a stream, or None."""
@@ -100,12 +105,12 @@ class Batch:
                 "arrays, gradients included, on this stream before the capture"
             )
 
-    def launch(self, form, scalars, rule, place):
+    def launch(self, form, scalars, rule, place, key=0):
         stream, others, _ = place
         with self.backend.on(self.device, stream):
             for other in others:
                 self.backend.order(other, stream)
-            self.backend.run(self, form, scalars, rule, stream)
+            self.backend.run(self, form, scalars, rule, stream, key)
             if self.loop == "table":
                 self.table.used(stream)
             for other in others:

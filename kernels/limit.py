@@ -7,26 +7,31 @@ It adds decay * grad to everything. decay is 0 in a step without weight decay, w
 written, and nothing changes, however often it runs.
 """
 
+from gpuadam.kernels.adam import scalars
+
 
 def in_python(form, op):
     """Return the rule as a Python function for Numba to compile; op holds the primitives."""
     fma = op.fma
 
-    def update(param, grad, m, v, max_v, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr):
-        return fma(decay, grad, param), fma(decay, grad, m), fma(decay, grad, v), fma(decay, grad, max_v)
+    def update(param, grad, m, v, max_v, ema, s):
+        decay = s[1]
+        return (
+            fma(decay, grad, param), fma(decay, grad, m), fma(decay, grad, v), fma(decay, grad, max_v), fma(decay, grad, ema),
+        )  # fmt: skip
 
     return update
 
 
 def in_cuda_c(form):
     """Return the rule as CUDA C over `T`."""
-    return (
-        f"#define AMSGRAD {form.amsgrad:d}\n"
-        + r"""__device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T, T decay, T, T, T, T, T) {
+    declared = ", ".join("T decay" if name == "decay" else "T" for name in scalars(form))
+    return f"""
+__device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T& ema, {declared}) {{
     param = fma_(decay, grad, param);
     m = fma_(decay, grad, m);
     v = fma_(decay, grad, v);
     max_v = fma_(decay, grad, max_v);
-}
+    ema = fma_(decay, grad, ema);
+}}
 """
-    )

@@ -16,14 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
-from numba import carray, njit, prange, types
+from numba import njit, prange
 from numba.extending import intrinsic
 
 from gpuadam.arrays import on_cpu
-from gpuadam.kernels import adam, compiled_cache, primitives
+from gpuadam.kernels import adam, compiled_cache, primitives, storage
 from gpuadam.kernels import numpy_struct as numpy_struct
-from gpuadam.kernels.layout import dense
-from gpuadam.kernels.numpy_struct import GRAD, MAX_V, PARAM, SIZE, M, V
+from gpuadam.kernels.layout import Update, dense, offset_like, strides_like
+from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
 
 NAME = "numba-cpu"
 
@@ -36,12 +36,20 @@ CACHE_LINE = 64  # bytes
 view = on_cpu
 
 
-def zeros_like(view):
-    """Return zeros for a moment of an array: the same shape, order of memory and offset from a cache line."""
-    n_bytes = view.size * view.dtype.itemsize
-    memory = np.zeros(n_bytes + CACHE_LINE, np.uint8)
-    offset = (view.pointer - memory.ctypes.data) % CACHE_LINE // view.dtype.itemsize * view.dtype.itemsize
-    return np.ndarray(view.shape, view.dtype, memory, offset, view.strides if dense([view]) else None)
+def zeros_like(view, dtype=None):
+    """Return zeros for the state of an array: the same shape and order of memory, cache lines at the same elements.
+
+    dtype: another one than the array's.
+    """
+    dtype = view.dtype if dtype is None else dtype
+    memory = np.zeros(view.size * dtype.itemsize + 2 * CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE + offset_like(view, dtype, CACHE_LINE) * dtype.itemsize
+    return np.ndarray(view.shape, dtype, memory, start, strides_like(view, dtype))
+
+
+def fill_zero(view):
+    """Store zeros in an array."""
+    view.array[...] = 0
 
 
 def zeros(n, dtype, device):
@@ -77,26 +85,27 @@ def copy(to, source):
     np.copyto(to.array, source.array)
 
 
-def launch(form, views, scalars, rule=adam, stream=None):
+def launch(form, views, scalars, rule=adam, stream=None, key=0):
     """Update NumPy arrays in place.
 
-    views: of param, grad, m, v, max_v (None without AMSGrad), of one shape and of form.dtype, checked.
-    scalars: `adam.Scalars` of form.dtype. stream: only GPUs have them.
+    views: of the arrays, in the order of `storage.operands`, of one shape, checked; those that are None are left out.
+    scalars: `adam.Scalars` of form.dtype. stream: only GPUs have them. key: of the step, for random rounding.
     """
-    for batch in batches([views]):
-        batch.launch(form, scalars, rule, batch.place(stream))
+    for batch in batches([Update([view for view in views if view is not None])], form.arrays):
+        batch.launch(form, scalars, rule, batch.place(stream), key)
 
 
-def batches(updates):
-    """Return the launches of several updates, of any shapes: one for all dense arrays, one for each other."""
+def batches(updates, arrays):
+    """Return the launches of several `layout.Update`s, of any shapes: one for all dense arrays, one for each other."""
     rows, apart = [], []
-    for views in updates:
-        used = [view for view in views if view is not None]
-        if dense(used) and all(view.array.flags.aligned for view in used):
-            pointers = [0 if view is None else view.pointer for view in views]
-            rows.append([*pointers, used[0].size, used[0].dtype.itemsize])
+    for update in updates:
+        views = update.views
+        if dense(views, arrays.random) and all(view.array.flags.aligned for view in views):
+            rows.append(
+                [views[0].size, views[0].dtype.itemsize, update.key, update.start, *(view.pointer for view in views)]
+            )
         else:
-            apart.append(Batch(None, used))
+            apart.append(Batch(None, [update]))
     return ([Batch(np.array(rows), updates)] if rows else []) + apart
 
 
@@ -105,8 +114,8 @@ class Batch:
 
     lasts = False
 
-    def __init__(self, table, views):
-        self.table, self.views = table, views  # which keep the arrays alive
+    def __init__(self, table, updates):
+        self.table, self.updates = table, updates  # which keep the arrays alive
 
     def place(self, given):
         if given is not None:
@@ -115,28 +124,33 @@ class Batch:
     def check(self, place, on_device):
         """A GPU's batch refuses here what a captured graph cannot hold."""
 
-    def launch(self, form, scalars, rule, place):
+    def launch(self, form, scalars, rule, place, key=0):
         if self.table is None:
-            param, grad, m, v, *max_v = (view.array for view in self.views)
-            build(rule, form, "strided")(param, grad, m, v, *(max_v or [v]), *scalars)
+            (update,) = self.updates
+            views = update.views
+            shape = np.array(views[0].shape, np.int64)
+            strides = np.array([view.strides for view in views], np.int64).reshape(len(views), shape.size).T.copy()
+            at = tuple(view.pointer for view in views)
+            build(rule, form, "strided")(at, shape, strides, update.start, update.key ^ key, *scalars)
         else:
-            launch_table(form, self.table, scalars, rule)
+            launch_table(form, self.table, scalars, rule, key)
 
     def release(self):
         """Nothing is held."""
 
 
-def launch_table(form, table, scalars, rule=adam):
+def launch_table(form, table, scalars, rule=adam, key=0):
     """Update the arrays of a table (see numpy_struct.py) in place: without gaps, at multiples of their elements' size."""
     n = table[0, SIZE].item() if len(table) == 1 else table[:, SIZE].sum().item()
     n_threads = 1 if n < PARALLEL_FROM else _n_threads()
+    given = (key, *scalars)
     if n_threads == 1:
-        build(rule, form, "serial")(table, 0, n, *scalars)
+        build(rule, form, "serial")(table, 0, n, *given)
     elif _numba_threads_are_safe():
         with _one_at_a_time:
-            build(rule, form, "parallel")(table, n, n_threads, *scalars)
+            build(rule, form, "parallel")(table, n, n_threads, *given)
     else:
-        _in_own_threads(build(rule, form, "serial"), table, n, n_threads, scalars)
+        _in_own_threads(build(rule, form, "serial"), table, n, n_threads, given)
 
 
 @functools.cache
@@ -149,67 +163,115 @@ def build(rule, form, loop):
     compiled = njit(error_model="numpy", nogil=True)
     element = compiled_cache.named(rule.in_python(form, primitives.for_numba(intrinsic)), rule, form)
     update = njit(error_model="numpy")(element)
-    AMSGRAD, ITEMSIZE, REAL = form.amsgrad, form.dtype.itemsize, form.dtype.type
-    pointer = _pointer({"float32": types.float32, "float64": types.float64}[form.dtype.name])
+    load, store, _, moved, stepped = storage.for_numba(form, intrinsic)
+    operands_at = storage.tuple_at(intrinsic, len(storage.of_form(form)))
+    PARAM_SIZE = storage.of_form(form)[0].itemsize
 
-    def serial(table, first, last, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr):
-        """Update the elements first ... last - 1, counted through all rows."""
-        # Python floats, which Numba is quicker to take than NumPy's
-        scalars = (
-            REAL(grad_scale), REAL(decay), REAL(w1), REAL(w2), REAL(inv_sqrt_bias2), REAL(eps), REAL(neg_lr),
-        )  # fmt: skip
+    def serial(table, first, last, key, s):
+        """Update the elements first ... last - 1, counted through all rows. s: the scalars."""
         end = 0
         for row in range(table.shape[0]):
             begin, end = end, end + table[row, SIZE]
             start, stop = max(first, begin) - begin, min(last, end) - begin
             if start < stop:
+                at = operands_at(table.ctypes.data + (row * table.shape[1] + PARAM) * 8)
+                row_key, index = key ^ table[row, KEY], table[row, START]
                 # NumPy's large arrays start 16 bytes after a cache line, and half of LLVM's vectors would lie across two lines:
                 # a tenth slower. So what is before the first line of param is a part of its own.
-                line = start + min(-(table[row, PARAM] + start * ITEMSIZE) % CACHE_LINE // ITEMSIZE, stop - start)
-                for part in range(2):
-                    at, n = (start * ITEMSIZE, line - start) if part == 0 else (line * ITEMSIZE, stop - line)
-                    param, grad = carray(pointer(table[row, PARAM] + at), n), carray(pointer(table[row, GRAD] + at), n)
-                    m, v = carray(pointer(table[row, M] + at), n), carray(pointer(table[row, V] + at), n)
-                    max_v = carray(pointer(table[row, MAX_V] + at), n) if AMSGRAD else v
-                    for i in range(n):
-                        param[i], m[i], v[i], x = update(param[i], grad[i], m[i], v[i], max_v[i], *scalars)
-                        if AMSGRAD:
-                            max_v[i] = x
+                line = start + min(-(table[row, PARAM] + start * PARAM_SIZE) % CACHE_LINE // PARAM_SIZE, stop - start)
+                while start < stop:
+                    high = (index + start) >> 32
+                    end_of_part = min(line if start < line else stop, ((high + 1) << 32) - index)
+                    here, first_here = moved(at, start), index + start
+                    for i in range(end_of_part - start):
+                        store(here, i, update(*load(here, i), s), first_here, high, row_key)
+                    start = end_of_part
 
-    def strided(param, grad, m, v, max_v, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr):
-        scalars = (
-            REAL(grad_scale), REAL(decay), REAL(w1), REAL(w2), REAL(inv_sqrt_bias2), REAL(eps), REAL(neg_lr),
-        )  # fmt: skip
-        for i in np.ndindex(param.shape):
-            param[i], m[i], v[i], x = update(param[i], grad[i], m[i], v[i], max_v[i], *scalars)
-            if AMSGRAD:
-                max_v[i] = x
+    def strided(at, shape, strides, index, key, s):
+        """Update every element. strides: bytes, by dimension and operand. Elements are counted in C order."""
+        ndim, size = shape.size, 1
+        for d in range(ndim):
+            size *= shape[d]
+        for i in range(size):
+            here, rest = at, i
+            for d in range(ndim - 1, -1, -1):
+                here = stepped(here, operands_at(strides.ctypes.data + d * strides.shape[1] * 8), rest % shape[d])
+                rest //= shape[d]
+            store(here, 0, update(*load(here, 0), s), index + i, (index + i) >> 32, key)
 
-    function = compiled_cache.named(strided if loop == "strided" else serial, rule, form)
+    if form.arrays.grouped:
+        serial = _over_groups(form, update, operands_at)
+    own, arguments = (
+        (strided, "at, shape, strides, index, key") if loop == "strided" else (serial, "table, first, last, key")
+    )
+    body = njit(error_model="numpy")(compiled_cache.named(own, rule, form))
+    function = compiled_cache.named(_taking(arguments, form, body=body), rule, form)
     return compiled_cache.of_rule(compiled(function), rule, form)
+
+
+def _taking(arguments, form, **names):
+    """Return a function that calls body with its arguments and a tuple of its scalars.
+
+    Each scalar is an argument: to pass a tuple, or some for `*scalars`, takes Python longer than the update of a small array.
+    They come as Python floats, which Numba is quicker to take than NumPy's.
+    """
+    listed = ", ".join(adam.scalars(form))
+    text = f"def kernel({arguments}, {listed}):\n    body({arguments}, to_reals(({listed},)))"
+    namespace = {"to_reals": storage.to_reals(form, intrinsic)} | names
+    exec(compile(text, __file__, "exec"), namespace)
+    return namespace["kernel"]
+
+
+def _over_groups(form, update, operands_at):
+    groups = storage.for_groups(form, intrinsic)
+    load, units, store, magnitudes, codec = groups.load, groups.units, groups.store, groups.magnitudes, groups.codec
+    scales, encode, keep, kept = groups.scales, groups.encode, groups.keep, groups.kept
+    moved, GROUP, ZERO = storage.for_numba(form, intrinsic).moved, storage.GROUP, np.int32(0)
+
+    def serial(table, first, last, key, s):
+        """Update the groups that begin among the elements first ... last - 1, counted through all rows. s: the scalars."""
+        memory = np.empty(3 * GROUP, np.float32)
+        scratch = memory.ctypes.data
+        end = 0
+        for row in range(table.shape[0]):
+            size = table[row, SIZE]
+            begin, end = end, end + size
+            start, stop = max(first, begin) - begin, min(last, end) - begin
+            if start < stop:
+                at = operands_at(table.ctypes.data + (row * table.shape[1] + PARAM) * 8)
+                row_key, index = key ^ table[row, KEY], table[row, START]
+                for group in range((start + GROUP - 1) // GROUP, (stop + GROUP - 1) // GROUP):
+                    i = group * GROUP
+                    high = (index + i) >> 32  # of all: a parameter's groups begin at multiples of GROUP
+                    unit, here, first_here = units(at, group), moved(at, i), index + i
+                    n = min(GROUP, size - i)
+                    m, root = ZERO, ZERO
+                    for j in range(n):
+                        new = update(*load(here, j, unit), s)
+                        store(here, j, new, first_here, high, row_key)
+                        keep(scratch, j, new)
+                        own_m, own_root = magnitudes(new, 1)
+                        m, root = max(m, own_m), max(root, own_root)
+                    scales(at, group, m, root)
+                    how = codec(m, root)
+                    for j in range(n):
+                        encode(here, j, kept(scratch, j), how, first_here, high, row_key)
+
+    return serial
 
 
 def _parallel(rule, form):
     serial = build(rule, form, "serial")
-
-    def parallel(table, n, n_threads, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr):
-        for k in prange(n_threads):
-            first, last = n * k // n_threads, n * (k + 1) // n_threads
-            serial(table, first, last, grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr)
-
+    listed = ", ".join(adam.scalars(form))
+    text = f"""
+def parallel(table, n, n_threads, key, {listed}):
+    for k in prange(n_threads):
+        serial(table, n * k // n_threads, n * (k + 1) // n_threads, key, {listed})
+"""
+    namespace = {"serial": serial, "prange": prange}
+    exec(compile(text, __file__, "exec"), namespace)
     # Not kept on disk: Numba names the body of a parallel loop by an address, which two processes may have in common.
-    return njit(error_model="numpy", nogil=True, parallel=True)(parallel)
-
-
-def _pointer(element):
-    @intrinsic
-    def pointer(typingctx, address):
-        def codegen(context, builder, signature, args):
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(element)(types.int64), codegen
-
-    return pointer
+    return njit(error_model="numpy", nogil=True, parallel=True)(namespace["parallel"])
 
 
 # Numba's threads: "workqueue" ends the process when two Python threads start a parallel loop at once, "omp" when a forked child

@@ -20,11 +20,10 @@ from numba.cuda.cudadrv.error import CudaSupportError
 from numba.cuda.extending import intrinsic
 
 from gpuadam.arrays import View, on_cuda
-from gpuadam.kernels import adam, device_scalars, gpu_launch, primitives, streams
-from gpuadam.kernels.layout import VECTOR_BYTES, collapse, dense
-from gpuadam.kernels.pointer_table import BLOCK, CHUNK, COLUMNS, FIRST_CHUNK, GRAD, HEAD, ITEMS, MAX_V, PARAM, VECTORS
-from gpuadam.kernels.pointer_table import M as M_
-from gpuadam.kernels.pointer_table import V as V_
+from gpuadam.kernels import adam, device_scalars, gpu_launch, primitives, storage, streams
+from gpuadam.kernels.device_scalars import KEY_AT, REALS_AT, SKIP_AT
+from gpuadam.kernels.layout import VECTOR_BYTES, collapse, offset_like, strides_like
+from gpuadam.kernels.pointer_table import BLOCK, CHUNK, FIRST_CHUNK, HEAD, ITEMS, KEY, OPERANDS, SIZE, START, VECTORS
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 
 if not hasattr(np, "row_stack"):
@@ -36,11 +35,9 @@ if not hasattr(np, "row_stack"):
 NAME = "numba-cuda"
 
 REALS = {"float32": types.float32, "float64": types.float64}
-LLVM_TYPES = {
-    types.float32: ir.FloatType(),
-    types.float64: ir.DoubleType(),
-    types.int32: ir.IntType(32),
-    types.int64: ir.IntType(64),
+LLVM_TYPES = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()} | {
+    kind: ir.IntType(kind.bitwidth)
+    for kind in (types.uint8, types.uint16, types.int32, types.uint32, types.int64, types.uint64)
 }
 
 
@@ -73,20 +70,33 @@ def _device_of(pointer):
     return int(device)
 
 
-def zeros_like(view):
-    """Return zeros for a moment of an array: the same shape, order of memory and offset from a 16-byte boundary."""
+def zeros_like(view, dtype=None):
+    """Return zeros for the state of an array: the same shape and order of memory, 16-byte boundaries at the same elements.
+
+    dtype: another one than the array's.
+    """
+    dtype = view.dtype if dtype is None else dtype
     with cuda.gpus[view.device or 0]:
-        head = view.pointer % VECTOR_BYTES // view.dtype.itemsize
         if view.size == 0:
-            return cuda.device_array(view.shape, view.dtype)
-        flat = cuda.device_array(head + view.size, view.dtype)
+            return cuda.device_array(view.shape, dtype)
+        offset = offset_like(view, dtype, VECTOR_BYTES)
+        flat = cuda.device_array(offset + view.size, dtype)
         stream, _ = streams.choose(None, current_stream(), [view.stream])
         device_memset(flat, 0, flat.nbytes, _stream(stream))
-        zeros = flat[head:].reshape(*view.shape)
-        if not dense([view]):
+        zeros = flat[offset:].reshape(*view.shape)
+        strides = strides_like(view, dtype)
+        if strides is None:
             return zeros  # the array has gaps; its moments need none
-        described = zeros.__cuda_array_interface__ | {"strides": view.strides}
+        described = zeros.__cuda_array_interface__ | {"strides": strides}
         return cuda.from_cuda_array_interface(described, owner=zeros, sync=False)
+
+
+def fill_zero(view):
+    """Store zeros in an array."""
+    with cuda.gpus[view.device or 0]:
+        if view.size:
+            stream, _ = streams.choose(None, current_stream(), [view.stream])
+            device_memset(cuda.as_cuda_array(view.array, sync=False), 0, view.nbytes, _stream(stream))
 
 
 def zeros(n, dtype, device):
@@ -137,36 +147,36 @@ def copy(to, source):
                 order(stream, other)
 
 
-def launch(form, views, scalars, rule=adam, stream=None):
+def launch(form, views, scalars, rule=adam, stream=None, key=0):
     """Update arrays, as `gpu_launch.launch` says."""
-    gpu_launch.launch(_this_module, form, views, scalars, rule, stream)
+    gpu_launch.launch(_this_module, form, views, scalars, rule, stream, key)
 
 
-def batches(updates):
+def batches(updates, arrays):
     """Return the `gpu_launch.Batch`es of several updates, of any shapes, on one device."""
-    return gpu_launch.batches(_this_module, updates)
+    return gpu_launch.batches(_this_module, updates, arrays)
 
 
-def run(batch, form, scalars, rule, stream):
+def run(batch, form, scalars, rule, stream, key):
     """Launch a Batch; its device is the current one."""
     on_device = isinstance(scalars, device_scalars.Memory)
     # a kernel takes all scalars as one argument; Numba takes a Python float for a float64
     given = scalars.address if on_device else tuple(map(form.dtype.type, scalars))
     if batch.loop == "table":
         kernel = _configured(rule, form, "table", on_device, batch.table.owners.size, stream)
-        kernel(*batch.table.addresses(stream), given)
-    elif batch.loop == "contiguous":
+        kernel(*batch.table.addresses(stream), key, given)
+        return
+    (update,) = batch.updates
+    if batch.loop == "contiguous":
         head, vectors, threads = batch.split
         kernel = _configured(rule, form, "contiguous", on_device, -(-threads // BLOCK), stream)
-        kernel(*_five(batch.pointers, 0), head, vectors, threads, given)
+        kernel(tuple(batch.pointers), head, vectors, threads, update.start, update.key ^ key, given)
     else:
-        shape, strides = collapse(batch.views[0].shape, [view.strides for view in batch.views])
+        views = update.views
+        shape, strides = collapse(views[0].shape, [view.strides for view in views], form.arrays.random)
         kernel = _configured(rule, form, f"strided {len(shape)}", on_device, -(-batch.size // BLOCK), stream)
-        kernel(*_five(batch.pointers, 0), shape, *_five(strides, strides[0]), batch.size, given)
-
-
-def _five(values, last):
-    return [*values, last][:5]  # max_v's, which is not read without AMSGrad
+        steps = tuple(zip(*strides, strict=True))  # by dimension
+        kernel(tuple(batch.pointers), shape, steps, batch.size, update.start, update.key ^ key, given)
 
 
 _this_module = sys.modules[__name__]
@@ -284,126 +294,220 @@ def build(rule, form, loop, on_device=False):
     and the kernel's last argument is their address.
     """
     update = cuda.jit(device=True)(rule.in_python(form, primitives.for_numba(intrinsic, contracts=True)))
-    ITEMSIZE, AMSGRAD = form.dtype.itemsize, form.amsgrad
-    LANES = VECTOR_BYTES // ITEMSIZE
-    load, store = _access(REALS[form.dtype.name], 1)
-    load_vector, store_vector = _access(REALS[form.dtype.name], LANES)
-    update_vector = cuda.jit(device=True)(_lanes(update, LANES))
+    if form.arrays.grouped:
+        return _over_groups(form, update, on_device)
+    operands, LANES = storage.of_form(form), storage.lanes(form)
+    N, SKIPS, ZERO_GRAD, RANDOM = len(operands), form.skips, form.zero_grad, form.arrays.random
+    one, several = (storage.for_numba(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
+    update_lanes = cuda.jit(device=True)(_lanes(update, LANES))
+    given = _scalars_in_memory(form) if on_device else _scalars_as_arguments
+    load, store, zero_grad, moved, stepped = one
+    load_lanes, store_lanes, zero_grads, _, _ = several
 
     @cuda.jit(device=True)
-    def update_16_bytes(param, grad, m, v, max_v, scalars):
-        P, G, M, V = load_vector(param), load_vector(grad), load_vector(m), load_vector(v)
-        X = load_vector(max_v) if AMSGRAD else V
-        P, M, V, X = update_vector(P, G, M, V, X, scalars)
-        store_vector(param, P)
-        store_vector(m, M)
-        store_vector(v, V)
-        if AMSGRAD:
-            store_vector(max_v, X)
+    def update_vector(at, i, start, key, s):
+        scalars, step_key, skip = s
+        if SKIPS and skip:
+            if ZERO_GRAD:
+                zero_grads(at, i)
+        else:
+            store_lanes(at, i, update_lanes(load_lanes(at, i), scalars), start, (start + i) >> 32, key ^ step_key)
 
     @cuda.jit(device=True)
-    def update_element(param, grad, m, v, max_v, scalars):
-        P, G, M, V = load(param), load(grad), load(m), load(v)
-        X = load(max_v) if AMSGRAD else V
-        p, m1, v1, x = update(P[0], G[0], M[0], V[0], X[0], *scalars)
-        store(param, (p,))
-        store(m, (m1,))
-        store(v, (v1,))
-        if AMSGRAD:
-            store(max_v, (x,))
-
-    given = _scalars_in_memory(load, ITEMSIZE) if on_device else _scalars_as_arguments
+    def update_element(at, i, start, key, s):
+        scalars, step_key, skip = s
+        if SKIPS and skip:
+            if ZERO_GRAD:
+                zero_grad(at, i)
+        else:
+            store(at, i, update(*load(at, i), scalars), start, (start + i) >> 32, key ^ step_key)
 
     if loop == "contiguous":
 
-        def contiguous(param, grad, m, v, max_v, head, vectors, threads, scalars):
+        def contiguous(at, head, vectors, threads, start, key, scalars):
             i = cuda.grid(1)
             if i < vectors:
-                at = (head + i * LANES) * ITEMSIZE
-                update_16_bytes(param + at, grad + at, m + at, v + at, max_v + at, given(scalars))
+                k = head + i * LANES
+                update_vector(at, k, start, key, given(scalars))
             elif i < threads:
                 k = i - vectors
-                at = (k if k < head else k + vectors * LANES) * ITEMSIZE
-                update_element(param + at, grad + at, m + at, v + at, max_v + at, given(scalars))
+                k = k if k < head else k + vectors * LANES
+                update_element(at, k, start, key, given(scalars))
 
         return contiguous
 
     if loop == "table":
-        load_int32, _ = _access(types.int32, 1)
-        load_int64, _ = _access(types.int64, 1)
+        load_int32 = _load(types.int32)
+        load_int64 = _load(types.int64)
+        load_operands = storage.tuple_at(intrinsic, N, addrspace=1)
+        COLUMNS = OPERANDS + N
 
-        def table(rows, owners, scalars):
+        def table(rows, owners, key, scalars):
             chunk = cuda.blockIdx.x
-            row = rows + 8 * COLUMNS * types.int64(load_int32(owners + 4 * chunk)[0])
-            first = (chunk - load_int64(row + 8 * FIRST_CHUNK)[0]) * CHUNK
-            vectors_here = min(load_int64(row + 8 * VECTORS)[0] - first, CHUNK)
-            items_here = min(load_int64(row + 8 * ITEMS)[0] - first, CHUNK)
-            start = (load_int64(row + 8 * HEAD)[0] + first * LANES) * ITEMSIZE
-            param, grad = load_int64(row + 8 * PARAM)[0] + start, load_int64(row + 8 * GRAD)[0] + start
-            m, v = load_int64(row + 8 * M_)[0] + start, load_int64(row + 8 * V_)[0] + start
-            max_v = load_int64(row + 8 * MAX_V)[0] + start
+            row = rows + 8 * COLUMNS * types.int64(load_int32(owners + 4 * chunk))
+            first = (chunk - load_int64(row + 8 * FIRST_CHUNK)) * CHUNK
+            vectors_here = min(load_int64(row + 8 * VECTORS) - first, CHUNK)
+            items_here = min(load_int64(row + 8 * ITEMS) - first, CHUNK)
+            begin = load_int64(row + 8 * HEAD) + first * LANES
+            at = moved(load_operands(row + 8 * OPERANDS), begin)
             s = given(scalars)
+            start, row_key = types.int64(0), types.int64(0)
+            if RANDOM:
+                start, row_key = load_int64(row + 8 * START), load_int64(row + 8 * KEY) ^ key
             item = types.int64(cuda.threadIdx.x)
             while item < items_here:
                 if item < vectors_here:
-                    at = item * VECTOR_BYTES
-                    update_16_bytes(param + at, grad + at, m + at, v + at, max_v + at, s)
+                    k = item * LANES
+                    update_vector(at, k, start + begin, row_key, s)
                 else:
                     # read from the row again, so that it takes no registers
-                    head, vectors = load_int64(row + 8 * HEAD)[0], load_int64(row + 8 * VECTORS)[0]
+                    head, vectors = load_int64(row + 8 * HEAD), load_int64(row + 8 * VECTORS)
                     k = item + first - vectors
-                    at = (k if k < head else k + vectors * LANES) * ITEMSIZE - start
-                    update_element(param + at, grad + at, m + at, v + at, max_v + at, s)
+                    k = k if k < head else k + vectors * LANES
+                    update_element(load_operands(row + 8 * OPERANDS), k, start, row_key, s)
                 item += BLOCK
 
         return table
 
     NDIM = int(loop.split()[1])
 
-    def strided(
-        param, grad, m, v, max_v, shape, param_strides, grad_strides, m_strides, v_strides, max_v_strides, size, scalars
-    ):  # fmt: skip
-        rest = cuda.grid(1)
-        if rest < size:
+    def strided(at, shape, strides, size, start, key, scalars):
+        i = cuda.grid(1)
+        if i < size:
+            rest = i
             for d in range(NDIM):
                 # the last dimension varies fastest
-                k = rest % shape[NDIM - 1 - d]
+                at = stepped(at, strides[NDIM - 1 - d], rest % shape[NDIM - 1 - d])
                 rest = rest // shape[NDIM - 1 - d]
-                param += k * param_strides[NDIM - 1 - d]
-                grad += k * grad_strides[NDIM - 1 - d]
-                m += k * m_strides[NDIM - 1 - d]
-                v += k * v_strides[NDIM - 1 - d]
-                max_v += k * max_v_strides[NDIM - 1 - d]
-            update_element(param, grad, m, v, max_v, given(scalars))
+            update_element(at, 0, start + i, key, given(scalars))
 
     return strided
 
 
+def _over_groups(form, update, on_device):
+    """Return the kernel of 8-bit state: an item is a part of a group, and whole warps go through the loop together."""
+    operands, LANES, GROUP = storage.of_form(form), storage.GROUP_LANES, storage.GROUP
+    N, SKIPS, ZERO_GRAD = len(operands), form.skips, form.zero_grad
+    one, several = (storage.for_groups(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
+    load, store, encode = one.load, one.store, one.encode
+    units, codec, scales = one.units, one.codec, one.scales
+    load_lanes, store_lanes, magnitudes, encode_lanes = several.load, several.store, several.magnitudes, several.encode
+    update_lanes = cuda.jit(device=True)(_lanes(update, LANES))
+    zero_grad = storage.for_numba(form, intrinsic, addrspace=1).zero_grad
+    given = _scalars_in_memory(form) if on_device else _scalars_as_arguments
+    load_int32, load_int64 = _load(types.int32), _load(types.int64)
+    load_operands = storage.tuple_at(intrinsic, N, addrspace=1)
+    COLUMNS = OPERANDS + N
+
+    @cuda.jit(device=True)
+    def load_some(at, i, last, unit):
+        return (
+            load(at, min(i, last), unit), load(at, min(i + 1, last), unit),
+            load(at, min(i + 2, last), unit), load(at, min(i + 3, last), unit),
+            load(at, min(i + 4, last), unit), load(at, min(i + 5, last), unit),
+            load(at, min(i + 6, last), unit), load(at, min(i + 7, last), unit),
+        )  # fmt: skip
+
+    @cuda.jit(device=True)
+    def store_one(at, i, size, new, how, start, key):
+        if i < size:
+            store(at, i, new, start, (start + i) >> 32, key)
+            encode(at, i, new, how, start, (start + i) >> 32, key)
+
+    @cuda.jit(device=True)
+    def store_some(at, i, size, new, how, start, key):
+        store_one(at, i, size, new[0], how, start, key)
+        store_one(at, i + 1, size, new[1], how, start, key)
+        store_one(at, i + 2, size, new[2], how, start, key)
+        store_one(at, i + 3, size, new[3], how, start, key)
+        store_one(at, i + 4, size, new[4], how, start, key)
+        store_one(at, i + 5, size, new[5], how, start, key)
+        store_one(at, i + 6, size, new[6], how, start, key)
+        store_one(at, i + 7, size, new[7], how, start, key)
+
+    def table(rows, owners, key, scalars):
+        chunk = cuda.blockIdx.x
+        row = rows + 8 * COLUMNS * types.int64(load_int32(owners + 4 * chunk))
+        first = (chunk - load_int64(row + 8 * FIRST_CHUNK)) * CHUNK
+        vectors_here = min(load_int64(row + 8 * VECTORS) - first, CHUNK)
+        items_here = min(load_int64(row + 8 * ITEMS) - first, CHUNK)
+        size, at = load_int64(row + 8 * SIZE), load_operands(row + 8 * OPERANDS)
+        s, step_key, skip = given(scalars)
+        start, row_key = load_int64(row + 8 * START), load_int64(row + 8 * KEY) ^ key ^ step_key
+        item = types.int64(cuda.threadIdx.x)
+        while item < (items_here + 31) // 32 * 32:
+            i = (first + item) * LANES
+            if SKIPS and skip:
+                if ZERO_GRAD:
+                    for k in range(LANES):
+                        if i + k < size:
+                            zero_grad(at, i + k)
+            else:
+                group = min(i, size - 1) // GROUP
+                unit = units(at, group)
+                whole = item < vectors_here
+                old = load_lanes(at, i, unit) if whole else load_some(at, i, size - 1, unit)
+                new = update_lanes(old, s)
+                m, root = magnitudes(new, size - i)
+                for k in range(2):  # among the four threads of a group
+                    m = max(m, cuda.shfl_xor_sync(0xFFFFFFFF, m, 1 << k))
+                    root = max(root, cuda.shfl_xor_sync(0xFFFFFFFF, root, 1 << k))
+                how = codec(m, root)
+                if i < size and i % GROUP == 0:
+                    scales(at, group, m, root)
+                if whole:
+                    store_lanes(at, i, new, start, (start + i) >> 32, row_key)
+                    encode_lanes(at, i, new, how, start, (start + i) >> 32, row_key)
+                else:
+                    store_some(at, i, size, new, how, start, row_key)
+            item += BLOCK
+
+    return table
+
+
 @cuda.jit(device=True)
 def _scalars_as_arguments(scalars):
-    return scalars
+    return scalars, types.int64(0), types.int64(0)
 
 
-def _scalars_in_memory(load, ITEMSIZE):
+def _scalars_in_memory(form):
+    """Return a function from the address of a `device_scalars.Memory` to the scalars, the step's key and whether to skip it."""
+    names, real, RANDOM, SKIPS = adam.scalars(form), REALS[form.dtype.name], form.arrays.random, form.skips
+    load_word, result = _load(types.int64), types.UniTuple(real, len(names))
+
+    @intrinsic
+    def load_scalars(typingctx, address):
+        def codegen(context, builder, signature, args):
+            base = builder.inttoptr(args[0], ir.PointerType(LLVM_TYPES[real], addrspace=1))
+            at = [builder.gep(base, [ir.Constant(ir.IntType(64), k)]) for k in range(len(names))]
+            return context.make_tuple(builder, result, [builder.load(x, align=form.dtype.itemsize) for x in at])
+
+        return result(types.int64), codegen
+
     @cuda.jit(device=True)
-    def given(a):
-        return (
-            load(a)[0], load(a + ITEMSIZE)[0], load(a + 2 * ITEMSIZE)[0], load(a + 3 * ITEMSIZE)[0],
-            load(a + 4 * ITEMSIZE)[0], load(a + 5 * ITEMSIZE)[0], load(a + 6 * ITEMSIZE)[0],
-        )  # fmt: skip
+    def given(address):
+        key, skip = types.int64(0), types.int64(0)
+        if RANDOM:
+            key = load_word(address + KEY_AT)
+        if SKIPS:
+            skip = load_word(address + SKIP_AT)
+        return load_scalars(address + REALS_AT), key, skip
 
     return given
 
 
-def launch_scalars(form, settings, step, lr, grad_scale, out, stream):
+def launch_scalars(form, settings, given, out, stream):
     """Advance the step count and compute the scalars of a step on the device.
 
-    form: a `device_scalars.Form`. settings: its `Settings`. step: a View of one int64. lr, grad_scale: views of one number, or
-    numbers. out: the `device_scalars.Memory` to write. stream: a handle.
+    form: a `device_scalars.Form`. settings: its `Settings`. given: name -> View of one number on the device, or a number: "lr",
+    "grad_scale", and those of "step", "found_inf" and "norm" that the form has. out: the `device_scalars.Memory` to write.
+    stream: a handle.
     """
-    given = [x.pointer if isinstance(x, View) else float(x) for x in (lr, grad_scale)]
+    numbers = [given.get(name, 0) for name in ("step", "found_inf", "norm")]
+    numbers = [x.pointer if isinstance(x, View) else x for x in numbers]
+    real = [x.pointer if isinstance(x, View) else float(x) for x in (given["lr"], given["grad_scale"])]
     with on(out.device, stream):
-        _launch_scalars(form, stream, step.pointer, *given, out.address, *settings)
+        _launch_scalars(form, stream, *numbers, *real, out.address, *settings)
 
 
 def _launch_scalars(form, stream, *arguments):
@@ -425,20 +529,44 @@ def build_scalars(form):
     """Return the kernel of a `device_scalars.Form` as a Python function. An lr or grad_scale on the device is its address."""
     real = REALS[form.dtype.name]
     # Numba's casts between float32 and float64 round to nearest and keep subnormal numbers
-    compute = cuda.jit(device=True)(device_scalars.in_python(form, primitives.for_numba(intrinsic, contracts=True), real))
-    load_step, store_step = _access(types.int64, 1)
-    _, store = _access(real, 1)
+    op = primitives.for_numba(intrinsic, contracts=True)
+    compute, key_of, too_large = map(cuda.jit(device=True), device_scalars.in_python(form, op, real))
+    load_word, store_word = _load(types.int64), _store(types.int64)
+    load_norm, store_real = _load(types.float64), _store(real)
     lr_of, grad_scale_of = (
         _number if dtype is None else _number_at(REALS[dtype.name]) for dtype in (form.lr, form.grad_scale)
     )
-    ITEMSIZE = form.dtype.itemsize
+    NORM, CHECKS, COUNTS, WORDS = form.norm or form.checks, form.checks, form.counts, form.random or form.skips
+    ITEMSIZE, FLAG = form.dtype.itemsize, form.found_inf is not None
+    flag = form.found_inf or np.dtype("u1")
+    load_flag = _load({1: types.uint8, 2: types.uint16, 4: types.uint32, 8: types.uint64}[flag.itemsize])
+    MAGNITUDE = types.uint64((1 << (8 * flag.itemsize - (flag.kind == "f"))) - 1)
 
-    def scalars(step, lr, grad_scale, out, advance, sign, beta1, beta2, weight_decay, w1, w2, eps):
-        t = load_step(step)[0] + advance
-        store_step(step, (t,))
-        results = compute(t, lr_of(lr), grad_scale_of(grad_scale), sign, beta1, beta2, weight_decay, w1, w2, eps)
+    def scalars(
+        step, found_inf, norm, lr, grad_scale, out,
+        advance, seed, sign, beta1, beta2, weight_decay, w1, w2, eps, w_ema, first_w_ema, max_norm, largest_norm,
+    ):  # fmt: skip
+        scale, norm_is, skip = grad_scale_of(grad_scale), 0.0, False
+        if NORM:
+            norm_is = load_norm(norm)
+        if FLAG:
+            skip = (types.uint64(load_flag(found_inf)) & MAGNITUDE) != 0
+        if CHECKS:
+            skip = skip or too_large(norm_is, scale, largest_norm)
+        t = advance
+        if COUNTS:
+            t = load_word(step)
+            if not skip:
+                t += advance
+            store_word(step, t)
+        results = compute(
+            t, lr_of(lr), scale, norm_is, sign, beta1, beta2, weight_decay, w1, w2, eps, w_ema, first_w_ema, max_norm
+        )
         for k in range(len(results)):
-            store(out + k * ITEMSIZE, (results[k],))
+            store_real(out + REALS_AT + k * ITEMSIZE, results[k])
+        if WORDS:
+            store_word(out + KEY_AT, key_of(seed, t))
+            store_word(out + SKIP_AT, types.int64(skip))
 
     return scalars
 
@@ -449,71 +577,60 @@ def _number(x):
 
 
 def _number_at(real):
-    load, _ = _access(real, 1)
+    load = _load(real)
 
     @cuda.jit(device=True)
     def number_at(address):
-        return types.float64(load(address)[0])
+        return types.float64(load(address))
 
     return number_at
 
 
 def _lanes(update, n):
-    """Return the rule over tuples of n elements."""
+    """Return the rule over the values of n elements."""
 
-    def two(P, G, M, V, X, s):
-        p0, m0, v0, x0 = update(P[0], G[0], M[0], V[0], X[0], *s)
-        p1, m1, v1, x1 = update(P[1], G[1], M[1], V[1], X[1], *s)
-        return (p0, p1), (m0, m1), (v0, v1), (x0, x1)
+    def two(E, s):
+        return update(*E[0], s), update(*E[1], s)
 
-    def four(P, G, M, V, X, s):
-        p0, m0, v0, x0 = update(P[0], G[0], M[0], V[0], X[0], *s)
-        p1, m1, v1, x1 = update(P[1], G[1], M[1], V[1], X[1], *s)
-        p2, m2, v2, x2 = update(P[2], G[2], M[2], V[2], X[2], *s)
-        p3, m3, v3, x3 = update(P[3], G[3], M[3], V[3], X[3], *s)
-        return (p0, p1, p2, p3), (m0, m1, m2, m3), (v0, v1, v2, v3), (x0, x1, x2, x3)
+    def four(E, s):
+        return update(*E[0], s), update(*E[1], s), update(*E[2], s), update(*E[3], s)
 
-    return {2: two, 4: four}[n]
+    def eight(E, s):
+        return (
+            update(*E[0], s), update(*E[1], s), update(*E[2], s), update(*E[3], s),
+            update(*E[4], s), update(*E[5], s), update(*E[6], s), update(*E[7], s),
+        )  # fmt: skip
+
+    return {2: two, 4: four, 8: eight}[n]
+
+
+# Addresses are int64. They are cast to addrspace(1), global memory: a pointer of no address space makes generic accesses.
 
 
 @functools.cache
-def _access(element, lanes):
-    """Return load(address) -> tuple and store(address, tuple) of `lanes` neighbours, each one instruction.
-
-    Addresses are int64. They are cast to addrspace(1), global memory: a pointer of no address space makes generic loads.
-    """
-    values, itemsize = types.UniTuple(element, lanes), element.bitwidth // 8
-
-    def pointer(builder, address):
-        llvm = LLVM_TYPES[element]
-        vector = llvm if lanes == 1 else ir.VectorType(llvm, lanes)
-        return builder.inttoptr(address, ir.PointerType(vector, addrspace=1)), vector
-
+def _load(element):
     @intrinsic
     def load(typingctx, address):
         def codegen(context, builder, signature, args):
-            at, _ = pointer(builder, args[0])
-            loaded = builder.load(at, align=lanes * itemsize)
-            lane = [loaded] if lanes == 1 else [builder.extract_element(loaded, _index(k)) for k in range(lanes)]
-            return context.make_tuple(builder, signature.return_type, lane)
+            return builder.load(_pointer(builder, element, args[0]), align=element.bitwidth // 8)
 
-        return values(types.int64), codegen
+        return element(types.int64), codegen
 
+    return load
+
+
+@functools.cache
+def _store(element):
     @intrinsic
-    def store(typingctx, address, elements):
+    def store(typingctx, address, value):
         def codegen(context, builder, signature, args):
-            at, vector = pointer(builder, args[0])
-            lane = [builder.extract_value(args[1], k) for k in range(lanes)]
-            stored = lane[0] if lanes == 1 else ir.Constant(vector, ir.Undefined)
-            for k in range(lanes if lanes > 1 else 0):
-                stored = builder.insert_element(stored, lane[k], _index(k))
-            builder.store(stored, at, align=lanes * itemsize)
+            builder.store(args[1], _pointer(builder, element, args[0]), align=element.bitwidth // 8)
             return context.get_dummy_value()
 
-        return types.void(types.int64, values), codegen
+        return types.void(types.int64, element), codegen
 
-    return load, store
+    return store
 
 
-def _index(k):
-    return ir.Constant(ir.IntType(32), k)
+def _pointer(builder, element, address):
+    return builder.inttoptr(address, ir.PointerType(LLVM_TYPES[element], addrspace=1))

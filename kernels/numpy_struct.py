@@ -16,10 +16,11 @@ from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache
 
-# The columns of a table, of int64: the addresses of an update's arrays, how many elements each has, and of how many bytes. A row
-# is an update; without AMSGrad, max_v is at 0.
-PARAM, GRAD, M, V, MAX_V, SIZE, ITEMSIZE = range(7)
-COLUMNS = 7
+# The columns of a table, of int64: how many elements each array of an update has, and of how many bytes; the key and the number
+# of the first element, for random rounding; and from PARAM on the addresses of its operands (see storage.py). A row is an update.
+SIZE, ITEMSIZE, KEY, START, PARAM = range(5)
+GRAD, M, V, MAX_V = range(PARAM + 1, PARAM + 5)
+COLUMNS = MAX_V + 1
 
 TYPE = object.__basicsize__ - 8  # the last field of every Python object's head
 DATA, NDIM, SHAPE, _STRIDES, _BASE, DTYPE, FLAGS = (object.__basicsize__ + 8 * k for k in range(7))
@@ -28,26 +29,29 @@ C_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x100, 0x400
 MIXED = 4 | 8
 DTYPES = {4: np.dtype("float32"), 8: np.dtype("float64")}
 # What a field must hold, by its address: NumPy has one object for each dtype in native byte order. An equal one is not plain.
-IDENTITIES = np.array([id(np.ndarray), id(DTYPES[4]), id(DTYPES[8])])
+# Then the flags that a gradient must have.
+IDENTITIES = np.array([id(np.ndarray), id(DTYPES[4]), id(DTYPES[8]), C_CONTIGUOUS | ALIGNED])
+GRADS_WRITTEN = IDENTITIES | [0, 0, 0, WRITEABLE]
 
 
-def table(columns):
+def table(columns, zero_grad=False):
     """Return the table of updates and their dtype, or None if an array is not plain or two of them overlap.
 
     columns: the params of all updates, their grads, m's, v's and, with AMSGrad, max_v's: lists of one length. Plain are
-    NumPy's own arrays, C-contiguous, aligned, of float32 or float64 in native byte order, all but the grads writeable, and of
-    one shape and dtype in each update.
+    NumPy's own arrays, C-contiguous, aligned, of float32 or float64 in native byte order, all but the grads writeable (and
+    these too with zero_grad), and of one shape and dtype in each update.
     The dtype is None if updates differ in it. The table holds no references: the arrays must outlive it.
     """
     if not known():
         return None
     n, width = len(columns[0]), len(columns)
-    rows = np.empty((n, COLUMNS), np.int64)
+    identities = GRADS_WRITTEN if zero_grad else IDENTITIES
+    rows = np.zeros((n, COLUMNS), np.int64)
     if n == 1:
-        found = read_one(*[id(array) for (array,) in columns], *[0] * (5 - width), width, IDENTITIES, rows)
+        found = read_one(*[id(array) for (array,) in columns], *[0] * (5 - width), width, identities, rows)
     else:
         objects = np.fromiter(map(id, itertools.chain.from_iterable(columns)), np.int64, n * width)
-        found = read(objects, width, IDENTITIES, rows)
+        found = read(objects, width, identities, rows)
     return (rows, DTYPES.get(found)) if found else None
 
 
@@ -93,16 +97,16 @@ def _stored(function):
 
 
 @_stored
-def disjoint(rows):
+def disjoint(rows, grads_written=False):
     """Return whether no array that an update writes shares memory with another; two that are only read may."""
     starts, ends = np.empty(5 * rows.shape[0], np.int64), np.empty(5 * rows.shape[0], np.int64)
     written = np.empty(5 * rows.shape[0], np.bool_)
     n = 0
     for row in range(rows.shape[0]):
         n_bytes = rows[row, SIZE] * rows[row, ITEMSIZE]
-        for k in range(5):
+        for k in range(PARAM, COLUMNS):
             if n_bytes and rows[row, k]:
-                starts[n], ends[n], written[n] = rows[row, k], rows[row, k] + n_bytes, k != GRAD
+                starts[n], ends[n], written[n] = rows[row, k], rows[row, k] + n_bytes, k != GRAD or grads_written
                 n += 1
     gap = 1  # sorted by Shell's method: a few lines, and quick for the few thousand arrays of a program
     while gap < n // 3:
@@ -136,11 +140,11 @@ def read(objects, width, identities, rows):
         first, dtype, ndim, n = objects[row], 0, 0, 1
         for k in range(width):
             array = objects[k * rows.shape[0] + row]
-            needed = C_CONTIGUOUS | ALIGNED if k == GRAD else C_CONTIGUOUS | ALIGNED | WRITEABLE
+            needed = identities[3] if k == GRAD - PARAM else C_CONTIGUOUS | ALIGNED | WRITEABLE
             # of what is no array, nothing but the head may be read: it may be shorter
             if _int64_at(array + TYPE) != identities[0] or _int32_at(array + FLAGS) & needed != needed:
                 return 0
-            if k == PARAM:
+            if k == 0:
                 dtype, ndim = _int64_at(first + DTYPE), _int32_at(first + NDIM)
             if _int64_at(array + DTYPE) != dtype or _int32_at(array + NDIM) != ndim:
                 return 0
@@ -148,17 +152,17 @@ def read(objects, width, identities, rows):
                 length = _int64_at(_int64_at(array + SHAPE) + 8 * d)
                 if length != _int64_at(_int64_at(first + SHAPE) + 8 * d):
                     return 0
-                if k == PARAM:
+                if k == 0:
                     n *= length
-            rows[row, k] = _int64_at(array + DATA)
+            rows[row, PARAM + k] = _int64_at(array + DATA)
         if dtype != identities[1] and dtype != identities[2]:
             return 0
-        if width == MAX_V:
+        if width == MAX_V - PARAM:
             rows[row, MAX_V] = 0
         rows[row, SIZE] = n
         rows[row, ITEMSIZE] = 4 if dtype == identities[1] else 8
         itemsizes |= rows[row, ITEMSIZE]
-    return itemsizes if disjoint(rows) else 0
+    return itemsizes if disjoint(rows, identities[3] & WRITEABLE != 0) else 0
 
 
 @_stored

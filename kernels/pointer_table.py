@@ -10,25 +10,31 @@ from typing import Any
 
 import numpy as np
 
-from gpuadam.kernels.layout import split
+from gpuadam.kernels.layout import split, split_groups
 
 BLOCK = 128  # threads
 CHUNK = 8 * BLOCK  # items of a block. It reads its row once; with 8 items a thread that is 1 byte in 1,500 that it moves.
 
-# The columns of a row, of int64. Without AMSGrad, max_v is at 0.
-PARAM, GRAD, M, V, MAX_V, HEAD, VECTORS, ITEMS, FIRST_CHUNK = range(9)
-COLUMNS = 9
+# The columns of a row, of int64; from OPERANDS on the addresses of the arrays.
+HEAD, VECTORS, ITEMS, FIRST_CHUNK, KEY, START, SIZE, OPERANDS = range(8)
 
 
-def rows_and_owners(updates):
-    """Return the two parts of the table, of int64 and int32. updates: of each, the views of its dense arrays."""
-    rows = np.empty((len(updates), COLUMNS), np.int64)
+def rows_and_owners(updates, group_lanes=0):
+    """Return the two parts of the table, of int64 and int32. updates: `layout.Update`s of dense arrays.
+
+    group_lanes: with 8-bit state, how many neighbours an item has; the last two arrays are then the scales of groups.
+    """
+    rows = np.empty((len(updates), OPERANDS + len(updates[0].views)), np.int64)
     chunks = []
     first = 0
-    for row, views in zip(rows, updates, strict=True):
-        pointers = [view.pointer for view in views if view is not None]
-        head, vectors, items = split(pointers, views[0].size, views[0].dtype.itemsize)
-        row[:] = *pointers, *[0] * (5 - len(pointers)), head, vectors, items, first
+    itemsizes = [view.dtype.itemsize for view in updates[0].views]
+    for row, (views, key, start) in zip(rows, updates, strict=True):
+        pointers, size = [view.pointer for view in views], views[0].size
+        if group_lanes:
+            head, vectors, items = split_groups(pointers[:-2], itemsizes[:-2], size, group_lanes)
+        else:
+            head, vectors, items = split(pointers, itemsizes, size)
+        row[:] = head, vectors, items, first, key, start, size, *pointers
         chunks.append(-(-items // CHUNK))
         first += chunks[-1]
     return rows, np.repeat(np.arange(len(updates), dtype=np.int32), chunks)
@@ -40,9 +46,9 @@ class Table:
     Nothing waits for the device: buffers go back to be used again once the device has passed them.
     """
 
-    def __init__(self, backend, device, updates):
+    def __init__(self, backend, device, updates, group_lanes=0):
         self.backend, self.device = backend, device
-        self.rows, self.owners = rows_and_owners(updates)
+        self.rows, self.owners = rows_and_owners(updates, group_lanes)
         self.streams: dict[int, Any] = {}  # that it was used on, and the event after its last use there
         self._buffer: Any = None
         self._sent: Any = None

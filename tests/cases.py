@@ -3,6 +3,7 @@
 import numpy as np
 
 from gpuadam import hyperparameters
+from gpuadam.kernels.storage import Arrays
 
 DTYPES = ("float32", "float64")
 
@@ -10,7 +11,8 @@ DTYPES = ("float32", "float64")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 COMPILERS = ("cupy", "cupy-cuda12", "numba-cuda")
 
-# Every form: what is asked of `adam_step`, amsgrad standing for max_v. The betas choose the arms of lerp.
+# Every form: what is asked of `adam_step`, amsgrad standing for max_v. The betas choose the arms of lerp. RAdam rectifies from
+# the sixth step on at the earliest, and never if beta2 is 0.5.
 FORMS = {
     "adam": {},
     "l2": {"weight_decay": 0.1},
@@ -21,6 +23,10 @@ FORMS = {
     "from g": {"betas": (0.2, 0.999)},
     "from g*g": {"betas": (0.9, 0.3)},
     "from both": {"betas": (0.0, 0.0)},
+    "nadam": {"algorithm": "nadam"},
+    "radam": {"algorithm": "radam", "step": 8},
+    "radam, before it rectifies": {"algorithm": "radam", "betas": (0.9, 0.5)},
+    "adamax": {"algorithm": "adamax"},
     "all with l2": {"weight_decay": 0.1, "amsgrad": True, "maximize": True, "grad_scale": 3.0, "betas": (0.5, 0.5)},
     "all with adamw": {"weight_decay": 0.1, "decoupled": True, "amsgrad": True, "grad_scale": 1e-3, "betas": (0.3, 0.4)},
 }
@@ -32,10 +38,25 @@ DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0,
 
 
 def form_and_scalars(name, dtype, step=3, **changes):
-    """Return (Form, Scalars) of a row of FORMS."""
+    """Return (Form, Scalars) of a row of FORMS. dtype: of all arrays, or their formats as `storage.Arrays`."""
     options = DEFAULTS | FORMS[name] | changes
     amsgrad = options.pop("amsgrad", False)
-    return hyperparameters.form_and_scalars(hyperparameters.checked(**options), step, np.dtype(dtype), amsgrad)
+    arrays = dtype if isinstance(dtype, Arrays) else Arrays(*[np.dtype(dtype).name] * 3, amsgrad=amsgrad)
+    step = options.pop("step", step)
+    return hyperparameters.form_and_scalars(hyperparameters.checked(**options), step, arrays)
+
+
+def table_of(arrays):
+    """Return the table of one update for the kernels of the CPU backend; arrays that are None are left out."""
+    used = [a for a in arrays if a is not None]
+    return np.array([[used[0].size, used[0].itemsize, 0, 0, *(a.ctypes.data for a in used)]])
+
+
+def strided_arguments(arrays):
+    """Likewise the addresses, shape and strides for its kernel of arrays of any strides."""
+    used = [a for a in arrays if a is not None]
+    strides = np.array([a.strides for a in used], np.int64).reshape(len(used), used[0].ndim).T.copy()
+    return tuple(a.ctypes.data for a in used), np.array(used[0].shape, np.int64), strides
 
 
 def state(n, dtype="float32", amsgrad=False, seed=0):

@@ -21,8 +21,8 @@ import pytest
 from ptx import Kernel
 
 from gpuadam.arrays import View
-from gpuadam.kernels import adam, pointer_table
-from gpuadam.kernels.layout import collapse, split
+from gpuadam.kernels import adam, device_scalars, pointer_table, storage
+from gpuadam.kernels.layout import Update, collapse, split
 
 BLOCK = pointer_table.BLOCK
 
@@ -84,8 +84,9 @@ def cupy_source(kernel, ndim=1):
     for p in kernel.params:
         if p.name == "_ind":
             infos.append(_kernel._ArgInfo(2, _carray.Indexer, None, ndim, True, False))
-        elif p.raw or p.name in ("param", "grad", "m", "v", "max_v"):
-            infos.append(_kernel._ArgInfo(1, cupy.ndarray, np.dtype(p.dtype), ndim, ndim == 1, False))
+        elif p.raw or p.name in ARRAYS:
+            own = 1 if p.raw else ndim  # what is raw beside strided arrays are the scalars on the device
+            infos.append(_kernel._ArgInfo(1, cupy.ndarray, np.dtype(p.dtype), own, own == 1, False))
         else:
             infos.append(_kernel._ArgInfo(3, _scalar.CScalar, np.dtype(p.dtype), 0, True, True))
     dtypes = tuple(i.dtype for i in infos)
@@ -118,15 +119,21 @@ def compile_numba(kernel, signature, arch):
         dispatcher.get_current_device = original
 
 
+# what CuPy passes as an array even if it is not raw
+ARRAYS = ("param", "grad", "m", "v", "max_v", "remainder", "param_copy", "ema", "m_scale", "v_scale")
+
+
 def signature(form, loop, on_device):
     """Return the types of the arguments of a Numba kernel."""
     i64 = types.int64
-    scalars = i64 if on_device else types.UniTuple(numba_cuda.REALS[form.dtype.name], 7)
+    scalars = i64 if on_device else types.UniTuple(numba_cuda.REALS[form.dtype.name], len(adam.scalars(form)))
+    addresses = types.UniTuple(i64, len(storage.of_form(form)))
     if loop == "table":
-        return (i64, i64, scalars)
+        return (i64, i64, i64, scalars)
     if loop == "contiguous":
-        return (*[i64] * 8, scalars)
-    return (*[i64] * 5, *[types.UniTuple(i64, int(loop.split()[1]))] * 6, i64, scalars)
+        return (addresses, *[i64] * 5, scalars)
+    ndim = int(loop.split()[1])
+    return (addresses, types.UniTuple(i64, ndim), types.UniTuple(addresses, ndim), *[i64] * 3, scalars)
 
 
 # Both, by the names of COMPILERS in cases.py
@@ -158,7 +165,8 @@ def scalars_ptx(backend, form, arch):
         )
     i64, f64 = types.int64, types.float64
     lr, grad_scale = (f64 if dtype is None else i64 for dtype in (form.lr, form.grad_scale))
-    return compile_numba(numba_cuda.build_scalars(form), (i64, lr, grad_scale, i64, i64, *[f64] * 7), arch)
+    settings = [i64, i64, *[f64] * (len(device_scalars.SETTINGS) - 2)]
+    return compile_numba(numba_cuda.build_scalars(form), (i64, i64, i64, lr, grad_scale, i64, *settings), arch)
 
 
 @functools.cache
@@ -171,79 +179,114 @@ def loaded(text):
     return _loaded(re.sub(r"\.(version|target)[^\n]*|//[^\n]*", "", text))
 
 
-def run(backend, form, arch, arrays, scalars, rule=adam, text=None):
-    """Run an update of contiguous 1-D NumPy arrays through the compiled kernel of a GPU backend. Returns the Kernel."""
+def run(backend, form, arch, arrays, scalars, rule=adam, text=None, key=0, start=0):
+    """Run an update of contiguous 1-D NumPy arrays through the compiled kernel of a GPU backend. Returns the Kernel.
+
+    arrays: in the order of `storage.operands`; those that are None are left out.
+    """
     used = [a for a in arrays if a is not None]
     n = used[0].size
-    head, vectors, threads = split([a.ctypes.data for a in used], n, form.dtype.itemsize)
+    head, vectors, threads = split([a.ctypes.data for a in used], [a.itemsize for a in used], n)
     kernel = loaded(text or ptx(backend, form, arch, rule=rule))
-    parameters = contiguous_parameters(backend, arrays, (head, vectors, threads), scalars, kernel)
+    parameters = contiguous_parameters(backend, form, arrays, (head, vectors, threads), scalars, kernel, key, start)
     kernel.run(math.ceil(threads / BLOCK), BLOCK, parameters, memory_of(used))
     return kernel
 
 
-def contiguous_parameters(backend, arrays, split, scalars, kernel):
+def words_of(form, scalars):
+    """Return the scalars that a form uses, in the type that it computes with."""
+    return [form.dtype.type(s) for s in scalars[: len(adam.scalars(form))]]
+
+
+def in_and_out(form, values):
+    """Return what belongs to the operands that are only read, and to the others: CuPy takes them in that order."""
+    pairs = list(zip(storage.of_form(form), values, strict=True))
+    return [x for operand, x in pairs if not operand.stores], [x for operand, x in pairs if operand.stores]
+
+
+def contiguous_parameters(backend, form, arrays, split, scalars, kernel, key=0, start=0):
     head, vectors, threads = split
-    words = [np.dtype(arrays[0].dtype).type(s) for s in scalars]
+    words, used = words_of(form, scalars), [a for a in arrays if a is not None]
     if backend == "numba-cuda":
-        pointers = [0 if a is None else a.ctypes.data for a in arrays]
-        return packed(kernel, *pointers, head, vectors, threads, tuple(words))
-    param, grad, *state = [carray(a) for a in arrays if a is not None]
-    return packed(kernel, grad, head, vectors, *words, param, *state, indexer(kernel, threads))
+        return packed(kernel, tuple(a.ctypes.data for a in used), head, vectors, threads, start, key, tuple(words))
+    read, written = in_and_out(form, map(carray, used))
+    row, step = ([0, start], [key]) if form.arrays.random else ([], [])
+    return packed(kernel, *read, head, vectors, *row, *words, *step, *written, indexer(kernel, threads))
 
 
-def run_strided(backend, form, arch, arrays, scalars):
+def run_strided(backend, form, arch, arrays, scalars, key=0, start=0):
     """Likewise for NumPy arrays of any strides."""
     used = [a for a in arrays if a is not None]
-    n, words = used[0].size, [form.dtype.type(s) for s in scalars]
+    n, words = used[0].size, words_of(form, scalars)
     if backend == "numba-cuda":
-        shape, strides = collapse(used[0].shape, [a.strides for a in used])
-        strides = [*strides, strides[0]][:5]
+        shape, strides = collapse(used[0].shape, [a.strides for a in used], form.arrays.random)
         kernel = loaded(ptx(backend, form, arch, ndim=len(shape)))
-        pointers = [0 if a is None else a.ctypes.data for a in arrays]
-        parameters = packed(kernel, *pointers, shape, *strides, n, tuple(words))
+        steps = tuple(zip(*strides, strict=True))
+        parameters = packed(kernel, tuple(a.ctypes.data for a in used), shape, steps, n, start, key, tuple(words))
     else:
         kernel = loaded(ptx(backend, form, arch, ndim=used[0].ndim))
-        param, grad, *state = [carray(a) for a in used]
-        parameters = packed(kernel, grad, *words, param, *state, indexer(kernel, n, used[0].shape))
+        read, written = in_and_out(form, map(carray, used))
+        row, step = ([0, start], [key]) if form.arrays.random else ([], [])
+        parameters = packed(kernel, *read, *row, *words, *step, *written, indexer(kernel, n, used[0].shape))
     kernel.run(math.ceil(n / BLOCK), BLOCK, parameters, memory_of(used))
     return kernel
 
 
-def run_table(backend, form, arch, updates, scalars, memory, on_device=False):
+def run_table(backend, form, arch, updates, scalars, memory, on_device=False, key=0, keys=None, skip=0):
     """Likewise for the arrays of several updates in one launch. memory: ranges that hold all arrays; the table is added.
 
-    on_device: pass the scalars in memory.
+    on_device: pass the scalars in memory, and with them the step's key and the flag that turns it off. keys: of each update.
     """
-    views = [[None if a is None else cuda_view("", a) for a in arrays] for arrays in updates]
-    rows, owners = pointer_table.rows_and_owners([[v for v in update if v is not None] for update in views])
+    keys = keys or [0] * len(updates)
+    views = [Update([cuda_view("", a) for a in arrays if a is not None], k) for arrays, k in zip(updates, keys, strict=True)]
+    rows, owners = pointer_table.rows_and_owners(views, storage.GROUP_LANES if form.arrays.grouped else 0)
     kernel = loaded(ptx(backend, form, arch, loop="table", on_device=on_device))
-    words = np.array(scalars, form.dtype)
-    given = [form.dtype.type(s) for s in scalars]
+    given = words_of(form, scalars)
+    in_memory = np.zeros(device_scalars.MEMORY_BYTES // 8, "i8")
+    in_memory[:2] = key, skip
+    reals = in_memory[device_scalars.REALS_AT // 8 :].view(form.dtype)[: len(given)]
+    reals[:] = given
     if backend == "numba-cuda":
-        parameters = packed(kernel, rows.ctypes.data, owners.ctypes.data, words.ctypes.data if on_device else tuple(given))
+        address = in_memory.ctypes.data
+        parameters = packed(
+            kernel, rows.ctypes.data, owners.ctypes.data, 0 if on_device else key, address if on_device else tuple(given)
+        )
     else:
         threads = owners.size * pointer_table.BLOCK
-        given = [carray(words)] if on_device else given
+        if on_device:
+            given = [carray(reals)] + [carray(in_memory[:2])] * (form.arrays.random or form.skips)
+        elif form.arrays.random:
+            given = [*given, key]
         parameters = packed(kernel, carray(owners), *given, carray(rows.reshape(-1)), indexer(kernel, threads))
-    memory = [*memory, *memory_of([rows, owners, words])]
+    memory = [*memory, *memory_of([rows, owners, in_memory])]
     kernel.run(owners.size, pointer_table.BLOCK, parameters, memory)
     return kernel
 
 
-def run_scalars(backend, form, arch, settings, step, lr, grad_scale):
-    """Run the one-thread kernel of a `device_scalars.Form`. step: int64 array, advanced. Returns the scalars."""
+def run_scalars(backend, form, arch, settings, step, lr, grad_scale, found_inf=None, norm=None):
+    """Run the one-thread kernel of a `device_scalars.Form`. step: int64 array, advanced. Returns the memory that it writes."""
     kernel = loaded(scalars_ptx(backend, form, arch))
-    out = np.zeros(7, form.dtype)
+    out = np.zeros(device_scalars.MEMORY_BYTES // 8, "i8")
+    n = 7 + form.ema
+    reals = out[device_scalars.REALS_AT // 8 :].view(form.dtype)[:n]
     if backend == "numba-cuda":
-        numbers = [x.ctypes.data if isinstance(x, np.ndarray) else x for x in (lr, grad_scale)]
-        parameters = packed(kernel, step.ctypes.data, *numbers, out.ctypes.data, *settings)
+        numbers = [x.ctypes.data if isinstance(x, np.ndarray) else x for x in (step, found_inf, norm, lr, grad_scale)]
+        numbers = [0 if x is None else x for x in numbers]
+        parameters = packed(kernel, *numbers, out.ctypes.data, *settings)
     else:
         numbers = [carray(x) if isinstance(x, np.ndarray) else x for x in (lr, grad_scale)]
-        parameters = packed(kernel, *numbers, *settings, carray(step), carray(out), indexer(kernel, 1))
-    arrays = [x for x in (step, out, lr, grad_scale) if isinstance(x, np.ndarray)]
+        numbers += [carray(x) for x in (found_inf, norm) if x is not None]
+        outputs = [*([carray(step)] if form.counts else []), carray(reals)]
+        outputs += [carray(out[:2])] if form.random or form.skips else []
+        parameters = packed(kernel, *numbers, *settings, *outputs, indexer(kernel, 1))
+    arrays = [x for x in (step, out, lr, grad_scale, found_inf, norm) if isinstance(x, np.ndarray)]
     kernel.run(1, 1, parameters, [(x.ctypes.data, x.ctypes.data + x.nbytes) for x in arrays])
     return out
+
+
+def reals_of(out, form):
+    """Return the scalars in what `run_scalars` returned."""
+    return out[device_scalars.REALS_AT // 8 :].view(form.dtype)[: 7 + form.ema]
 
 
 def cuda_view(name, a, stream=None):
@@ -252,10 +295,18 @@ def cuda_view(name, a, stream=None):
 
 
 def packed(kernel, *arguments):
-    """Return the bytes of each parameter. A tuple is one parameter, or one for each number."""
+    """Return the bytes of each parameter. A tuple is one parameter, or one for each number, also of tuples in it."""
     if len(arguments) != len(kernel.parameter_sizes):
-        arguments = [x for a in arguments for x in (a if isinstance(a, tuple) else (a,))]
+        arguments = list(_numbers(arguments))
     return [_pack(a) for a in arguments]
+
+
+def _numbers(arguments):
+    for a in arguments:
+        if isinstance(a, tuple):
+            yield from _numbers(a)
+        else:
+            yield a
 
 
 def _pack(value):

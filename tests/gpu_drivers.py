@@ -37,7 +37,10 @@ class Driver:
         monkeypatch.setattr(pointer_table, "_free", [])
         for name in ("record", "wait", "done", "pinned", "device_bytes", "send", "is_capturing", "current_stream", "on"):
             monkeypatch.setattr(self.kernels, name, getattr(self, name))
-        monkeypatch.setattr(self.kernels, "zeros_like", lambda view: self.array(np.zeros(view.shape, view.dtype)))
+        monkeypatch.setattr(
+            self.kernels, "zeros_like", lambda view, dtype=None: self.array(np.zeros(view.shape, dtype or view.dtype))
+        )
+        monkeypatch.setattr(self.kernels, "fill_zero", lambda view: self.numpy(view.array).fill(0))
         monkeypatch.setattr(self.kernels, "from_host", self.array)
         monkeypatch.setattr(self.kernels, "to_host", self.numpy)
         monkeypatch.setattr(
@@ -49,9 +52,9 @@ class Driver:
         available = backends.Status(True, "a stand-in")
         monkeypatch.setattr(backends, "_probe", lambda name: available if name == self.backend else probed(name))
 
-    def launch(self, form, views, scalars, stream=None):
+    def launch(self, form, views, scalars, stream=None, key=0):
         self.memory = gpu_code.memory_of([view.array for view in views if view is not None])
-        self.kernels.launch(form, views, scalars, adam, stream)
+        self.kernels.launch(form, views, scalars, adam, stream, key)
 
     # Arrays
 
@@ -193,7 +196,7 @@ class CupyDriver(Driver):
         assert len(arguments) == len(elementwise.params) - 1  # the last is CuPy's indexer
         parameters = []
         for p, a in zip(elementwise.params, arguments, strict=False):
-            is_array = p.raw or p.name in ("param", "grad", "m", "v", "max_v")
+            is_array = p.raw or p.name in gpu_code.ARRAYS
             assert isinstance(a, cupy.ndarray) == is_array, p.name
             if is_array:
                 assert a.dtype == np.dtype(p.dtype), p.name
@@ -202,7 +205,11 @@ class CupyDriver(Driver):
                 parameters.append(np.dtype(p.dtype).type(a).tobytes())
         if loop == "strided":
             assert size is None
-            first = next(a for a in arguments if isinstance(a, cupy.ndarray))
+            first = next(
+                a
+                for p, a in zip(elementwise.params, arguments, strict=False)
+                if isinstance(a, cupy.ndarray) and not p.raw  # the scalars on the device are raw
+            )
             kernel, size, shape = compiled(elementwise, first.ndim), first.size, first.shape
         else:
             assert size is not None and all(a.ndim == 1 for a in arguments if isinstance(a, cupy.ndarray))

@@ -235,7 +235,7 @@ def test_all_backends_have_the_same_functions():
             t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
         }
         assert wanted <= set(defined) | assigned
-        assert [a.arg for a in defined["launch"].args.args] == ["form", "views", "scalars", "rule", "stream"]
+        assert [a.arg for a in defined["launch"].args.args] == ["form", "views", "scalars", "rule", "stream", "key"]
 
 
 def test_foreign_arrays_that_are_mixed_are_listed():

@@ -19,8 +19,8 @@ def contents(arrays):
     """The bytes of all memory behind the arrays."""
     seen = []
     for a in arrays.values():
-        if isinstance(a, np.ndarray):
-            whole = a
+        whole = a.array if isinstance(a, gpuadam.Bits) else a
+        if isinstance(whole, np.ndarray):
             while isinstance(whole.base, np.ndarray):
                 whole = whole.base
             seen.append(bytes(np.ascontiguousarray(whole).data.cast("B")) if whole.size else b"")
@@ -102,14 +102,16 @@ BAD_ARRAYS = {
     "shape ()": (lambda a: a[0:1].reshape(()), ValueError, "shape"),
     "one dimension more": (lambda a: a.reshape(2, 3), ValueError, "shape"),
     "longer": (lambda a: np.concatenate([a, a]), ValueError, "shape"),
-    "float64": (lambda a: a.astype("f8"), TypeError, "has dtype float.*has float"),
+    "float64": (lambda a: a.astype("f8"), TypeError, "has dtype float"),
     "float16": (lambda a: a.astype("f2"), TypeError, "dtype float16"),
+    "long double": (lambda a: a.astype(np.longdouble), TypeError, "dtype (float|longdouble)"),
+    "16-bit integers": (lambda a: a.astype("u2"), TypeError, "dtype uint16"),
     "big-endian": (lambda a: a.astype(">f4"), TypeError, "byte order"),
     "integers": (lambda a: a.astype("i4"), TypeError, "dtype int32"),
     "complex": (lambda a: a.astype("c8"), TypeError, "dtype complex64"),
     "booleans": (lambda a: a.astype(bool), TypeError, "dtype bool"),
     "objects": (lambda a: a.astype(object), TypeError, "dtype object"),
-    "strings": (lambda a: a.astype("U8"), TypeError, "dtype <U8"),
+    "strings": (lambda a: a.astype("U8"), TypeError, "dtype str"),
     "broadcast": (lambda a: np.lib.stride_tricks.as_strided(a, (6,), (0,)), ValueError, "share memory"),
     "sliding": (lambda a: np.lib.stride_tricks.as_strided(a, (6,), (2,)), ValueError, "share memory"),
     "a list": (lambda a: a.tolist(), TypeError, "list"),
@@ -119,13 +121,27 @@ BAD_ARRAYS = {
     "a masked array": (lambda a: np.ma.masked_array(a, a > 0.5), TypeError, "masked"),
     "a type": (lambda a: np.ndarray, TypeError, "not an array"),
     "a string": (lambda a: "grad", TypeError, "str"),
+    "Bits of float32": (
+        lambda a: gpuadam.Bits(a, "bfloat16"),
+        TypeError,
+        "dtype float32; Bits are of a uint16 or int16 array",
+    ),
+    "Bits of 32 bits": (lambda a: gpuadam.Bits(a.view("i4"), "bfloat16"), TypeError, "dtype int32; Bits are of"),
+    "Bits of an unknown format": (
+        lambda a: gpuadam.Bits(a.astype("u2"), "float8"),
+        ValueError,
+        "is Bits of 'float8': they can be 'bfloat16' or 'float16'",
+    ),
+    "Bits of None": (lambda a: gpuadam.Bits(None, "bfloat16"), TypeError, "None"),
+    "Bits of a list": (lambda a: gpuadam.Bits(a.tolist(), "bfloat16"), TypeError, "list"),
 }
+# What is right: a parameter and a gradient are each of the format that they like, and max_v=None is no AMSGrad.
+FINE = [(what, name) for what in ("float64", "float16") for name in ("param", "grad")] + [("None", "max_v")]
 
 
 @pytest.mark.parametrize(
     "what, name",
-    # max_v=None is no AMSGrad, and no error
-    [(w, n) for w in BAD_ARRAYS for n in ("param", "grad", "m", "v", "max_v") if (w, n) != ("None", "max_v")],
+    [(w, n) for w in BAD_ARRAYS for n in ("param", "grad", "m", "v", "max_v") if (w, n) not in FINE],
 )
 def test_a_bad_array_is_named(what, name):
     replace, error, match = BAD_ARRAYS[what]
@@ -133,6 +149,93 @@ def test_a_bad_array_is_named(what, name):
     arrays[name] = replace(arrays[name])
     named = match if name == "param" else f"{name}.*{match}|{match}.*{name}"
     assert_refused(error, named, arrays)
+
+
+@pytest.mark.parametrize("name, dtype", [(name, dtype) for name in ("param", "grad") for dtype in ("f8", "f2")])
+def test_a_parameter_or_gradient_of_another_format_is_computed_in_the_wider(name, dtype):
+    """float64 if one of the arrays is; a float16 is exact in float32. What is stored is rounded once."""
+    given = {k: a for k, a in good().items() if k != "max_v"}
+    given[name] = given[name].astype(dtype)
+    wider = {k: a.astype("f8" if dtype == "f8" else "f4") for k, a in given.items()}
+    gpuadam.adam_step(*given.values(), 1)
+    gpuadam.adam_step(*wider.values(), 1)
+    for k, a in given.items():
+        assert (a == wider[k].astype(a.dtype)).all() and a.dtype == (dtype if k == name else "f4")
+
+
+@pytest.mark.parametrize("what", ["v", "max_v"])
+def test_moments_of_two_dtypes_are_refused_by_both_names(what):
+    arrays = good()
+    arrays[what] = arrays[what].astype("f8")
+    assert_refused(TypeError, f"{what} has dtype float64, m has float32: use one", arrays)
+
+
+# options beside good arrays -> the error
+BAD_OPTIONS = {
+    "an unknown algorithm": ({"algorithm": "lion"}, ValueError, "algorithm='lion' must be one of 'adam', 'nadam'"),
+    "an algorithm that is no string": ({"algorithm": None}, ValueError, "algorithm=None"),
+    **{
+        f"AMSGrad with {name}": ({"algorithm": name}, ValueError, f"{name} has none: leave max_v out")
+        for name in ("nadam", "radam", "adamax")
+    },
+    "a remainder of a float32 parameter": (
+        {"remainder": np.zeros(6, "i2")},
+        TypeError,
+        "param has dtype float32: only a bfloat16 parameter has a remainder",
+    ),
+    "a remainder of floats": ({"remainder": np.zeros(6, "f4")}, TypeError, "remainder has dtype float32; it must be int16"),
+    "a remainder that is rounded randomly": (
+        {"remainder": np.zeros(6, "i2"), "stochastic_rounding": True},
+        ValueError,
+        "leave stochastic_rounding out",
+    ),
+    "a copy of integers": ({"param_copy": np.zeros(6, "i4")}, TypeError, "param_copy has dtype int32"),
+    "a copy of another shape": ({"param_copy": np.zeros(5, "f4")}, ValueError, "param_copy has shape"),
+    "a copy that is read-only": ({"param_copy": read_only(np.zeros(6, "f4"))}, ValueError, "param_copy is read-only"),
+    "a mean of float16": ({"ema": np.zeros(6, "f2")}, TypeError, "ema has dtype float16; it must be float32 or float64"),
+    "a mean of bfloat16": (
+        {"ema": gpuadam.Bits(np.zeros(6, "u2"), "bfloat16")},
+        TypeError,
+        "ema has dtype bfloat16; it must be float32 or float64",
+    ),
+    "a mean that is read-only": ({"ema": read_only(np.zeros(6, "f4"))}, ValueError, "ema is read-only"),
+    "a decay of the mean of 1": ({"ema_decay": 1.0}, ValueError, "ema_decay=1.0"),
+    "a decay of the mean that is no number": ({"ema_decay": "0.9"}, TypeError, "ema_decay"),
+    "a seed that is no integer": ({"seed": 0.5}, TypeError, "seed"),
+    "a seed that is a flag": ({"seed": True}, TypeError, "seed"),
+    "a number for zero_grad": ({"zero_grad": 1}, TypeError, "zero_grad must be True or False"),
+    "a number for stochastic_rounding": ({"stochastic_rounding": 1}, TypeError, "stochastic_rounding must be True or False"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_OPTIONS)
+def test_a_bad_option_is_named(what):
+    options, error, match = BAD_OPTIONS[what]
+    before = [a.array.copy() if isinstance(a, gpuadam.Bits) else np.copy(a) for a in options.values()]
+    assert_refused(error, match, good(), **options)
+    for a, b in zip(options.values(), before, strict=True):
+        assert (np.asarray(a.array if isinstance(a, gpuadam.Bits) else a) == b).all()
+
+
+@pytest.mark.parametrize("name", ["remainder", "param_copy", "ema"])
+def test_a_further_array_that_is_another_is_refused(name):
+    arrays = good()
+    arrays["param"] = gpuadam.Bits(np.full(6, 0x3F80, "u2"), "bfloat16") if name == "remainder" else arrays["param"]
+    other = arrays["param"].array.view("i2") if name == "remainder" else arrays["param"]
+    assert_refused(ValueError, f"param and {name} share memory", arrays, **{name: other})
+
+
+def test_a_gradient_that_is_zeroed_must_be_writeable():
+    arrays = good()
+    arrays["grad"] = read_only(arrays["grad"])
+    assert_refused(ValueError, "grad is read-only", arrays, zero_grad=True)
+
+
+def test_a_gradient_that_is_zeroed_serves_one_update():
+    params, grad = [np.ones(6, "f4") for _ in range(2)], np.ones(6, "f4")
+    with pytest.raises(ValueError, match="share memory"):
+        gpuadam.Adam(params, zero_grad=True).step([grad, grad])
+    assert all((a == 1).all() for a in (*params, grad))
 
 
 @pytest.mark.parametrize("name", ["param", "m", "v", "max_v"])
@@ -291,20 +394,20 @@ def test_torch_tensors_that_cannot_be_shared_say_why():
 
 
 def cuda_views(**changes):
-    """Views of param, grad, m and v as `launch` would get them; changes: name -> entries of its interface."""
-    views = []
+    """Views of param, grad, m and v, by name; changes: name -> entries of its interface."""
+    views = {}
     for k, name in enumerate(("param", "grad", "m", "v")):
         described = {"data": (0x1000 * (k + 1), False), "shape": (8,), "typestr": "<f4", "version": 3} | changes.get(
             name, {}
         )
         array = type("Array", (), {"__cuda_array_interface__": described})()
-        views.append(arrays.on_cuda(name, array, device_of=lambda pointer: pointer >> 32))
-    return [*views, None]
+        views[name] = arrays.on_cuda(name, array, device_of=lambda pointer: pointer >> 32)
+    return views
 
 
 def check(views):
     checks.update(views)
-    checks.overlap([view for view in (views[0], *views[2:]) if view is not None], [views[1]])
+    checks.overlap([views[name] for name in ("param", "m", "v")], [views["grad"]])
 
 
 def test_good_cuda_arrays_pass():
@@ -327,7 +430,9 @@ def test_good_cuda_arrays_pass():
         ({"m": {"mask": object()}}, TypeError, "m has a mask"),
         ({"m": {"data": 5}}, TypeError, "m, a .*does not describe"),
         ({"m": {"typestr": "?!"}}, TypeError, "m, a .*does not describe"),
-        ({"m": {"typestr": "<f8"}}, TypeError, "m has dtype float64"),
+        ({"m": {"typestr": "<f8"}}, TypeError, "v has dtype float32, m has float64"),
+        ({"m": {"typestr": "<f2"}}, TypeError, "m has dtype float16"),
+        ({"param": {"typestr": "<u2"}}, TypeError, "param has dtype uint16"),
         ({"m": {"shape": (7,)}}, ValueError, "m has shape"),
     ],
 )

@@ -68,10 +68,13 @@ BREAKS = {
     "m kept where v is flushed": (("zero_below_(zero_below_(m, v), abs_(m))", "zero_below_(m, abs_(m))"), {"bits"}),
     "a plain minus": (("sub_(g, m)", "(g - m)"), {"refused", "operations"}),
     "a plain plus and times": (
-        ("fma_(sqrt_(max_v), inv_sqrt_bias2, eps)", "sqrt_(max_v) * inv_sqrt_bias2 + eps"),
+        ("fma_(root, inv_sqrt_bias2, eps)", "root * inv_sqrt_bias2 + eps"),
         {"refused", "operations"},
     ),
-    "a float64 literal": (("div_(m, denom)", "T(1.0000000001 * m / denom)"), {"refused", "operations"}),
+    "a float64 literal": (
+        ("div_(direction, denom)", "T(1.0000000001 * direction / denom)"),
+        {"refused", "operations"},
+    ),
     "a flipped sign bit": (("neg_(v)", "__uint_as_float(__float_as_uint(v) ^ 0x80000000u)"), {"refused", "operations"}),
     "a swapped scalar": (("fma_(w1, sub_(g, m)", "fma_(w2, sub_(g, m)"), {"bits"}),
     "the far arm of lerp": (("NEAR1 ? m : g", "NEAR1 ? g : m"), {"bits"}),
@@ -84,6 +87,30 @@ BREAKS = {
 def test_a_rule_broken_in_cuda_c_is_found(what):
     (old, new), ways = BREAKS[what]
     form, scalars = form_and_scalars("amsgrad", "float32", eps=1e-30)
+    assert found("cupy", form, scalars, cupy_text(BrokenRule(old, new), form)) in ways
+
+
+BREAKS_OF_OTHERS = {
+    # the row of FORMS, and what is replaced by what
+    "nothing of NAdam": ("nadam", ("fma_", "fma_"), {None}),
+    "NAdam's shares in each other's place": (
+        "nadam",
+        ("fma_(of_g, g, mul_(of_m, m))", "fma_(of_m, g, mul_(of_g, m))"),
+        {"bits"},
+    ),
+    "NAdam's direction without g": ("nadam", ("fma_(of_g, g, mul_(of_m, m))", "mul_(of_m, m)"), {"bits"}),
+    "nothing of AdaMax": ("adamax", ("fma_", "fma_"), {None}),
+    "AdaMax without eps": ("adamax", ("add_(abs_(g), eps)", "abs_(g)"), {"bits"}),
+    "AdaMax of a signed gradient": ("adamax", ("add_(abs_(g), eps)", "add_(g, eps)"), {"bits"}),
+    "AdaMax with Adam's decay": ("adamax", ("mul_(w2, v)", "mul_(w1, v)"), {"bits"}),
+    "a magnitude by a ternary": ("adamax", ("abs_(g)", "(g < 0 ? -g : g)"), {"refused", "operations", "bits"}),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS_OF_OTHERS)
+def test_a_broken_rule_of_another_algorithm_is_found(what):
+    name, (old, new), ways = BREAKS_OF_OTHERS[what]
+    form, scalars = form_and_scalars(name, "float32")
     assert found("cupy", form, scalars, cupy_text(BrokenRule(old, new), form)) in ways
 
 
@@ -141,15 +168,13 @@ def test_a_swapped_scalar_in_numbas_rule_is_found():
         __name__ = "swapped"
 
         def in_python(self, form, op):
-            update = adam.in_python(form, op)
-            source_order = ("grad_scale", "decay", "w2", "w1", "inv_sqrt_bias2", "eps", "neg_lr")
-            namespace = {"update": numba_cuda.cuda.jit(device=True)(update)}
-            arguments = "param, grad, m, v, max_v, "
-            exec(  # the same rule with w1 and w2 in each other's place
-                f"def swapped({arguments}{', '.join(adam.SCALARS)}):\n    return update({arguments}{', '.join(source_order)})",
-                namespace,
-            )
-            return namespace["swapped"]
+            update = numba_cuda.cuda.jit(device=True)(adam.in_python(form, op))
+            assert adam.scalars(form)[2:4] == ("w1", "w2")
+
+            def swapped(param, grad, m, v, max_v, ema, s):
+                return update(param, grad, m, v, max_v, ema, (s[0], s[1], s[3], s[2], s[4], s[5], s[6]))
+
+            return swapped
 
     text = gpu_code.compile_numba(
         numba_cuda.build(Swapped(), form, "contiguous"), gpu_code.signature(form, "contiguous", False), ARCH

@@ -1,14 +1,16 @@
 """Device mode: the step count and the scalars on the device, the same bits as the host's, and what a captured graph may hold."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cases import DEFAULTS, DTYPES, assert_same_bits, form_and_scalars, state
 
 import gpuadam
-from gpuadam import capturable, hyperparameters
+from gpuadam import capturable, functional, hyperparameters
 from gpuadam.kernels import device_scalars
+from gpuadam.kernels.storage import Arrays
 
 
 def params(dtype="float32"):
@@ -137,21 +139,30 @@ gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
 from gpu_drivers import DRIVERS  # noqa: E402
 
+SAME = {name: Arrays(name, name, name) for name in DTYPES}
 
-def from_the_device(compiler, arch, h, step, dtype, lr=None, grad_scale=None):
-    """Return the Form and the scalars that the device computes. lr, grad_scale: arrays, or None for the numbers in h."""
-    fixed = h.fixed
-    form, constants = hyperparameters.form_and_scalars(h, 1, dtype, False)
-    kinds = [None if x is None else x.dtype for x in (lr, grad_scale)]
-    device_form = device_scalars.Form(dtype, *kinds, form.decoupled)
-    settings = device_scalars.Settings(
-        1, -1.0 if fixed.maximize else 1.0, fixed.beta1, fixed.beta2, fixed.weight_decay, *constants[2:4], constants.eps
-    )
+
+def from_the_device(compiler, arch, h, step, arrays, seed=0, counts=True, **given):
+    """Return the `device_scalars.Form` and the memory of a step, and the count after it, as an optimizer would ask for them.
+
+    given: arrays of one number for lr, grad_scale, found_inf and norm, whose numbers in h are then not looked at; and the
+    numbers max_norm and largest_norm.
+    """
+    names = ("lr", "grad_scale", "found_inf", "norm", "max_norm", "largest_norm")
+    now = SimpleNamespace(clock=SimpleNamespace(memory={arrays.compute: None}), counts=counts)
+    for name in names:
+        setattr(now, name, given.get(name))
+    if now.lr is not None:
+        h = h._replace(lr=0.0)
+    if now.grad_scale is not None:
+        h = h._replace(fixed=h.fixed._replace(grad_scale=1.0))
+    scalars = capturable.Scalars(functional.Updates(h, step, [], None, now, seed=seed), None)
+    scalars.of(arrays)
+    ((form, settings, _),) = scalars._launches.values()
     count = np.array([step - 1])
-    numbers = (h.lr if lr is None else lr, fixed.grad_scale if grad_scale is None else grad_scale)
-    out = gpu_code.run_scalars(compiler, device_form, arch, settings, count, *numbers)
-    assert count[0] == step
-    return out
+    numbers = (h.lr if now.lr is None else now.lr, h.fixed.grad_scale if now.grad_scale is None else now.grad_scale)
+    out = gpu_code.run_scalars(compiler, form, arch, settings, count, *numbers, now.found_inf, now.norm)
+    return form, out, count[0]
 
 
 SCALARS = {
@@ -160,6 +171,13 @@ SCALARS = {
     "arrays": ({"weight_decay": 0.1, "decoupled": True, "grad_scale": 0.3}, "float32", "float64", "float32"),
     "arrays in float64": ({"maximize": True, "betas": (0.2, 0.3)}, "float64", "float32", "float64"),
     "AMSGrad": ({"betas": (0.0, 0.0), "eps": 1e-30}, "float32", "float64", None),
+    "RAdam": ({"algorithm": "radam", "weight_decay": 0.1}, "float32", "float64", None),
+    "RAdam in float64": ({"algorithm": "radam", "betas": (0.5, 0.9999), "maximize": True}, "float64", None, "float64"),
+    "RAdam that never rectifies": ({"algorithm": "radam", "betas": (0.9, 0.5)}, "float32", "float64", None),
+    "AdaMax": ({"algorithm": "adamax", "weight_decay": 0.1, "decoupled": True}, "float32", "float32", None),
+    "AdaMax in float64": ({"algorithm": "adamax", "grad_scale": 0.3}, "float64", "float64", "float32"),
+    "a running mean": ({"ema_decay": 0.9}, "float32", None, None),
+    "a running mean that starts at the parameter": ({"ema_decay": 0.3, "ema_starts": True}, "float64", "float64", None),
 }
 
 
@@ -167,37 +185,128 @@ SCALARS = {
 def test_the_device_computes_the_hosts_scalars(compiler, arch, name):
     options, dtype, lr_dtype, scale_dtype = SCALARS[name]
     h, dtype = hyperparameters.checked(**DEFAULTS | options), np.dtype(dtype)
+    arrays = SAME[dtype.name]._replace(ema="float32" if "ema_decay" in options else "")
     lr = lr_dtype and np.array([h.lr], lr_dtype)
     grad_scale = scale_dtype and np.array([h.fixed.grad_scale], scale_dtype)
     exact = h if lr is None else h._replace(lr=float(lr[0]))  # a float32 holds another number
     if grad_scale is not None:
         exact = exact._replace(fixed=exact.fixed._replace(grad_scale=float(grad_scale[0])))
-    for step in (1, 2, 3, 1000, 2**40 + 1):
-        _, expected = hyperparameters.form_and_scalars(exact, step, dtype, False)
-        out = from_the_device(compiler, arch, h, step, dtype, lr, grad_scale)
-        assert_same_bits([out], [np.array(expected, dtype)], f"step {step}")
+    for step in (1, 2, 3, 5, 6, 7, 1000, 2**40 + 1):  # RAdam rectifies from 6 on
+        _, expected = hyperparameters.form_and_scalars(exact, step, arrays)
+        form, out, count = from_the_device(compiler, arch, h, step, arrays, lr=lr, grad_scale=grad_scale)
+        assert count == step
+        assert_same_bits([gpu_code.reals_of(out, form)], [np.array(expected, dtype)], f"step {step}")
 
 
-def test_a_hundred_thousand_random_steps_give_the_hosts_bits(compiler):
+def test_a_step_that_the_host_counts_has_the_same_scalars(compiler, arch):
+    h = hyperparameters.checked(**DEFAULTS)
+    for step in (1, 2, 1000):
+        _, expected = hyperparameters.form_and_scalars(h, step, SAME["float32"])
+        form, out, count = from_the_device(compiler, arch, h, step, SAME["float32"], counts=False)
+        assert count == step - 1  # nothing is counted there
+        assert_same_bits([gpu_code.reals_of(out, form)], [np.array(expected, "f4")], f"step {step}")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63 + 5, 2**64 - 1])
+def test_the_device_makes_the_hosts_key_of_a_step(compiler, arch, seed):
+    h, arrays = hyperparameters.checked(**DEFAULTS), Arrays(state="bfloat16")
+    for step in (1, 2, 3, 2**33 + 1, 2**62):
+        _, out, _ = from_the_device(compiler, arch, h, step, arrays, seed)
+        assert out[device_scalars.KEY_AT // 8] == device_scalars.step_key(seed, step)
+
+
+FLAGS = {
+    "float32": ([0.0, -0.0], [1.0, -1.0, np.inf, np.nan, 1e-45]),
+    "float64": ([0.0, -0.0], [1.0, -1.0, np.inf, np.nan, 5e-324]),
+    "bool": ([False], [True]),
+    "uint8": ([0], [1, 128, 255]),
+    "int32": ([0], [1, -1, -(2**31)]),
+    "int64": ([0], [1, -1, 2**32, -(2**63)]),
+}
+
+
+@pytest.mark.parametrize("dtype", FLAGS)
+def test_a_flag_that_is_not_zero_leaves_the_step_out(compiler, dtype):
+    assert set(map(np.dtype, FLAGS)) == set(capturable.FLAGS)
+    h = hyperparameters.checked(**DEFAULTS)
+    for skips, values in enumerate(FLAGS[dtype]):
+        for value in values:
+            flag = np.array([value], dtype)
+            form, out, count = from_the_device(compiler, "sm_90", h, 5, SAME["float32"], found_inf=flag)
+            assert (count, out[device_scalars.SKIP_AT // 8]) == ((4, 1) if skips else (5, 0)), value
+            if not skips:
+                _, expected = hyperparameters.form_and_scalars(h, 5, SAME["float32"])
+                assert_same_bits([gpu_code.reals_of(out, form)], [np.array(expected, "f4")])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("scale", [1.0, -0.5, 3e-3])
+def test_the_device_clips_by_the_norm_as_the_host_does(compiler, dtype, maximize, scale):
+    given = np.array([scale])
+    for norm in (0.0, 1e-300, 0.5, 1.0, 1.0 + 1e-6, 7.3, 1e10, 1e30):
+        for max_norm in (1.0, 0.1, 1e20):
+            clipped = capturable.clipped(scale, norm, max_norm)
+            options = DEFAULTS | {"maximize": maximize}
+            try:
+                h = hyperparameters.checked(**options, grad_scale=clipped)
+                _, expected = hyperparameters.form_and_scalars(h, 3, SAME[dtype])
+            except ValueError:  # it rounds to 0, which only the host refuses
+                continue
+            h = hyperparameters.checked(**options)
+            form, out, _ = from_the_device(
+                compiler, "sm_90", h, 3, SAME[dtype], grad_scale=given, norm=np.array([norm]), max_norm=max_norm
+            )
+            found = gpu_code.reals_of(out, form)
+            assert_same_bits([found], [np.array(expected, dtype)], f"norm {norm}, max_norm {max_norm}")
+    assert abs(capturable.clipped(scale, 1e10, 1.0)) < abs(scale) == abs(capturable.clipped(scale, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_a_norm_that_is_not_finite_or_too_large_leaves_the_step_out(compiler, clips):
+    h, largest = hyperparameters.checked(**DEFAULTS), capturable.LARGEST_NORM[np.dtype("float32")]
+    skipped = {}
+    for norm in (0.0, 1.0, largest, np.nextafter(largest, np.inf), 1e300, np.inf, np.nan):
+        max_norm = {"max_norm": 1.0} if clips else {}
+        given = {"norm": np.array([norm]), "largest_norm": largest} | max_norm
+        _, out, count = from_the_device(compiler, "sm_90", h, 5, SAME["float32"], **given)
+        skipped[norm] = bool(out[device_scalars.SKIP_AT // 8])
+        assert count == (4 if skipped[norm] else 5)
+    assert list(skipped.values()) == [False] * 3 + [True] * 4
+    # the norm of scaled gradients is what counts
+    _, out, _ = from_the_device(
+        compiler,
+        "sm_90",
+        h,
+        5,
+        SAME["float32"],
+        norm=np.array([largest]),
+        largest_norm=largest,
+        grad_scale=np.array([-2.0]),
+    )
+    assert out[device_scalars.SKIP_AT // 8] == 1
+
+
+@pytest.mark.parametrize("algorithm, n", [("adam", 34_000), ("radam", 6_000), ("adamax", 2_000)])
+def test_a_hundred_thousand_random_steps_give_the_hosts_bits(compiler, algorithm, n):
     """betas, t, lr and decay over their ranges; a third of the cases for each compiler, in float32, which rounds."""
     rng = np.random.default_rng({"cupy": 0, "cupy-cuda12": 1, "numba-cuda": 2}[compiler])
-    n, dtype = 34_000, np.dtype("float32")
+    dtype = np.dtype("float32")
     beta = 1 - 10 ** rng.uniform(-6, 0, (n, 2))
     steps = (10 ** rng.uniform(0, 9, n)).astype("i8")
     lr, decay = 10 ** rng.uniform(-9, 1, n), 10 ** rng.uniform(-6, 1, n)
-    form = device_scalars.Form(dtype, np.dtype("float64"), None, True)
+    form = device_scalars.Form(dtype, np.dtype("float64"), None, True, algorithm)
     step, rate = np.zeros(1, "i8"), np.zeros(1)
     for k in range(n):
         h = hyperparameters.Hyperparameters(
-            float(lr[k]), hyperparameters.Fixed(*map(float, beta[k]), 1e-8, float(decay[k]), True, False, 1.0)
+            float(lr[k]), hyperparameters.Fixed(*map(float, beta[k]), 1e-8, float(decay[k]), True, False, 1.0, algorithm)
         )
-        _, expected = hyperparameters.form_and_scalars(h, int(steps[k]), dtype, False)
+        _, expected = hyperparameters.form_and_scalars(h, int(steps[k]), SAME["float32"])
         step[0], rate[0] = steps[k] - 1, h.lr
-        settings = device_scalars.Settings(
-            1, 1.0, *map(float, beta[k]), float(decay[k]), expected.w1, expected.w2, expected.eps
-        )
+        eps = 1e-8 if algorithm == "radam" else expected.eps
+        settings = device_scalars.Settings(1, 0, 1.0, *map(float, beta[k]), float(decay[k]), expected.w1, expected.w2, eps)
         out = gpu_code.run_scalars(compiler, form, "sm_90", settings, step, rate, 1.0)
-        assert out.tolist() == list(expected), (k, h, steps[k])
+        assert gpu_code.reals_of(out, form).tolist() == list(expected), (k, h, steps[k])
 
 
 # The optimizer on a stand-in for the driver
@@ -251,6 +360,81 @@ def test_a_captured_step_is_the_kernels_and_nothing_else(driver):
     assert driver.sent == [] and driver.waits == []
 
 
+def both(driver, cls=gpuadam.Adam, on_host=None, **options):
+    """Return an optimizer and its arrays on the device, and likewise on the host."""
+    there, here = on_gpu(driver, params()), params()
+    return optimizer(driver, there, cls, **options), there, cls(here, **(options if on_host is None else on_host)), here
+
+
+def assert_state(driver, opt, there, host, here):
+    assert_same_bits([driver.numpy(a) for a in there.values()], list(here.values()))
+    for name, expected in host.state.items():
+        for moment in ("m", "v"):
+            assert_same_bits([driver.numpy(opt.state[name][moment])], [expected[moment]], f"{moment} of {name}")
+
+
+@pytest.mark.parametrize("cls", [gpuadam.RAdam, gpuadam.AdaMax], ids=["RAdam", "AdaMax"])
+def test_another_algorithm_in_device_mode_gives_the_hosts_bits(driver, cls):
+    opt, there, host, here = both(driver, cls, {"lr": 0.01}, lr=0.01, capturable=True)
+    for k in range(8):
+        opt.step(on_gpu(driver, grads(k)))
+        host.step(grads(k))
+    assert_state(driver, opt, there, host, here)
+
+
+def test_a_flag_on_the_device_leaves_the_step_out(driver):
+    """Parameters, moments and the count stay; the host does not know of it."""
+    opt, there, host, here = both(driver, on_host={}, capturable=True)
+    flag = driver.array(np.zeros(1, "f4"))
+    for k, found in enumerate([0.0, 1.0, 0.0, np.inf, np.nan, 0.0]):
+        driver.numpy(flag)[0] = found
+        opt.step(on_gpu(driver, grads(k)), found_inf=flag)
+        host.step(grads(k), found_inf=found)
+    assert_state(driver, opt, there, host, here)
+    assert driver.numpy(opt.state["w"]["step"]).tolist() == [3] == [host.state["w"]["step"]]
+
+
+def test_a_step_that_is_left_out_still_zeroes_the_gradients(driver):
+    opt, there, *_ = both(driver, on_host={}, capturable=True, zero_grad=True)
+    given = on_gpu(driver, grads(0))
+    opt.step(given, found_inf=driver.array(np.ones(1, "u1")))
+    assert not any(driver.numpy(a).any() for a in given.values())
+    assert_same_bits([driver.numpy(a) for a in there.values()], list(params().values()))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_gradients_are_clipped_by_a_norm_on_the_device(driver, capturable):
+    opt, there, host, here = both(driver, gpuadam.AdamW, {"maximize": True}, maximize=True, capturable=capturable)
+    norm = driver.array(np.zeros(1))
+    for k, value in enumerate([0.5, 7.0, 1e10]):
+        driver.numpy(norm)[0] = value
+        opt.step(on_gpu(driver, grads(k)), norm=norm, max_norm=2.0, grad_scale=0.7)
+        host.step(grads(k), norm=value, max_norm=2.0, grad_scale=0.7)
+    assert_state(driver, opt, there, host, here)
+    assert [loop for loop, *_ in driver.launches] == ["scalars", "table"] * 3
+
+
+def test_a_norm_on_the_device_is_checked_there(driver):
+    opt, there, host, here = both(driver, on_host={}, capturable=True)
+    norm = driver.array(np.zeros(1))
+    for k, value in enumerate([1.0, np.inf, 2.0, 1e20, np.nan, 3.0]):  # squares of 1e20 overflow float32
+        driver.numpy(norm)[0] = value
+        opt.step(on_gpu(driver, grads(k)), norm=norm, check_finite=True)
+        host.step(grads(k), norm=value, check_finite=True)
+    assert_state(driver, opt, there, host, here)
+    assert driver.numpy(opt.state["w"]["step"]).tolist() == [3] == [host.state["w"]["step"]]
+
+
+def test_what_a_step_would_have_to_wait_for_is_refused(driver):
+    opt = optimizer(driver, on_gpu(driver, params()))
+    flag, norm = driver.array(np.zeros(1, "f4")), driver.array(np.ones(1))
+    with pytest.raises(ValueError, match=r"found_inf is an array on a GPU.*capturable=True"):
+        opt.step(on_gpu(driver, grads(0)), found_inf=flag)
+    with pytest.raises(ValueError, match="check_finite on a GPU needs an optimizer with capturable=True"):
+        opt.step(on_gpu(driver, grads(0)), norm=norm, check_finite=True)
+    assert driver.launches == [] and opt.steps == 0
+
+
 def capture(driver, opt, given, warm=True, **options):
     if warm:
         opt.step(given, stream=7)
@@ -300,8 +484,8 @@ def test_a_learning_rate_on_another_stream_is_waited_for(driver):
     now = capturable.Now(opt._clocks[0], opt.groups[0]["lr"], 1.0)
     now.lr = now.lr._replace(stream=9)
     h = hyperparameters.checked(lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False, maximize=False)
-    scalars = capturable.Scalars(now, h, False, 7)
-    scalars.of(np.dtype("f4"))
+    scalars = capturable.Scalars(functional.Updates(h, 1, [], None, now), 7)
+    scalars.of(Arrays())
     scalars.launch()
     assert driver.waits == [(9, 7), (7, 9)]
 

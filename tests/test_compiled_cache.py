@@ -13,7 +13,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from cases import DTYPES, form_and_scalars, state
+from cases import DTYPES, form_and_scalars, state, strided_arguments, table_of
 
 from gpuadam.kernels import adam, compiled_cache, numba_cpu
 
@@ -73,7 +73,7 @@ def expected(name="adam"):
     form, scalars = form_and_scalars(name, "float32")
     kernel = numba.njit(error_model="numpy")(numba_cpu.build(adam, form, "serial").py_func)
     arrays = [np.linspace(0.1, 1, 9, dtype="f4") for _ in range(4)]
-    kernel(np.array([[a.ctypes.data for a in arrays] + [0, 9, 4]]), 0, 9, *scalars)
+    kernel(table_of(arrays), 0, 9, 0, *scalars)
     return arrays[0].tobytes().hex()
 
 
@@ -298,11 +298,9 @@ def run(name="adam", dtype="float32", loop="serial", rule=adam):
     arrays = [a for a in state(100, dtype, form.amsgrad) if a is not None]
     kernel = numba_cpu.build(rule, form, loop)
     if loop == "strided":
-        kernel(*arrays, *([arrays[3]] if len(arrays) == 4 else []), *scalars)
+        kernel(*strided_arguments(arrays), 0, 0, *scalars)
     else:
-        pointers = [a.ctypes.data for a in arrays] + [0] * (5 - len(arrays))
-        table = np.array([[*pointers, 100, arrays[0].itemsize]])
-        kernel(table, *((0, 100) if loop == "serial" else (100, 2)), *scalars)
+        kernel(table_of(arrays), *((0, 100) if loop == "serial" else (100, 2)), 0, *scalars)
     return kernel, b"".join(a.tobytes() for a in arrays)
 
 

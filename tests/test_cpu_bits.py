@@ -3,7 +3,16 @@
 import numba
 import numpy as np
 import pytest
-from cases import DTYPES, FORMS, assert_same_bits, at_offset, form_and_scalars, wide_state
+from cases import (
+    DTYPES,
+    FORMS,
+    assert_same_bits,
+    at_offset,
+    form_and_scalars,
+    strided_arguments,
+    table_of,
+    wide_state,
+)
 
 from gpuadam.arrays import on_cpu
 from gpuadam.kernels import adam, numba_cpu
@@ -21,13 +30,12 @@ def launched(form, arrays, scalars):
 
 
 def through(loop, form, arrays, scalars):
-    param, grad, m, v, max_v = arrays
-    kernel = numba_cpu.build(adam, form, loop)
+    n, kernel = arrays[0].size, numba_cpu.build(adam, form, loop)
+    key = 0  # of the step
     if loop == "strided":
-        kernel(param, grad, m, v, v if max_v is None else max_v, *scalars)
+        kernel(*strided_arguments(arrays), 0, key, *scalars)
     else:
-        table = np.array([[0 if a is None else a.ctypes.data for a in arrays] + [param.size, param.itemsize]])
-        kernel(table, *((0, param.size) if loop == "serial" else (param.size, 3)), *scalars)
+        kernel(table_of(arrays), *((0, n) if loop == "serial" else (n, 3)), key, *scalars)
     return arrays
 
 
@@ -79,6 +87,6 @@ def test_the_loop_is_vectorised(name):
     form, scalars = form_and_scalars(name, "float32")
     # compiled afresh: what comes out of the cache on disk has no text
     kernel = numba.njit(error_model="numpy")(numba_cpu.build(adam, form, "serial").py_func)
-    kernel(np.zeros((0, 7), np.int64), 0, 0, *scalars)
+    kernel(np.zeros((0, 9), np.int64), 0, 0, 0, *scalars)
     (code,) = kernel.inspect_llvm().values()
     assert "x float> @llvm.fma" in code and "x float> @llvm.sqrt" in code

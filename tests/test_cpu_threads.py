@@ -19,7 +19,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from cases import assert_same_bits, form_and_scalars, state, wide_state
+from cases import assert_same_bits, form_and_scalars, state, table_of, wide_state
 
 import gpuadam
 from gpuadam.arrays import on_cpu
@@ -137,8 +137,7 @@ def expected():
 
     def serially(arrays, k):
         form, scalars = form_and_scalars("adam", "float32", step=k)
-        table = np.array([[a.ctypes.data for a in arrays] + [0, arrays[0].size, 4]])
-        numba_cpu.build(adam, form, "serial")(table, 0, arrays[0].size, *scalars)
+        numba_cpu.build(adam, form, "serial")(table_of(arrays), 0, arrays[0].size, 0, *scalars)
 
     one = state(N)[:4]
     many = [[*state(n, seed=n)[:2], np.zeros(n, "f4"), np.zeros(n, "f4")] for n in SIZES]
@@ -289,8 +288,7 @@ def test_our_own_threads_give_the_bits_of_the_serial_loop(monkeypatch, n_threads
     form, scalars = form_and_scalars("amsgrad", "float32")
     given = wide_state(N, amsgrad=True)
     serial, ours = [a.copy() for a in given], [a.copy() for a in given]
-    table = np.array([[a.ctypes.data for a in serial] + [N, 4]])
-    numba_cpu.build(adam, form, "serial")(table, 0, N, *scalars)
+    numba_cpu.build(adam, form, "serial")(table_of(serial), 0, N, 0, *scalars)
     numba_cpu.launch(form, [on_cpu("", a) for a in ours], scalars)
     assert_same_bits(ours, serial)
 

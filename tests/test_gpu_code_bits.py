@@ -124,9 +124,9 @@ def test_the_first_and_last_blocks_beyond_2_31_elements(compiler, arch):
     before = [np.concatenate([a[s] for s in ends]) for a in arrays]
     expected = on_cpu_backend(form, [*before, None], scalars)
 
-    cut = split([a.ctypes.data for a in arrays], n, 4)
+    cut = split([a.ctypes.data for a in arrays], [4] * 4, n)
     kernel = gpu_code.loaded(gpu_code.ptx(compiler, form, arch))
-    parameters = gpu_code.contiguous_parameters(compiler, [*arrays, None], cut, scalars, kernel)
+    parameters = gpu_code.contiguous_parameters(compiler, form, [*arrays, None], cut, scalars, kernel)
     memory, grid = gpu_code.memory_of(arrays), -(-cut.threads // gpu_code.BLOCK)
     assert cut.vectors > 2**29 - 2
     kernel.run(grid, gpu_code.BLOCK, parameters, memory, first_block=0, last_block=2)
@@ -157,11 +157,11 @@ def test_the_runner_refuses_what_it_should(compiler):
     with pytest.raises(Refused, match="not a plain access"):
         gpu_code.loaded(text.replace("st.global", "st"))
     kernel = gpu_code.loaded(text)
-    cut = split([a.ctypes.data for a in arrays[:4]], 64, 4)
-    parameters = gpu_code.contiguous_parameters(compiler, arrays, cut, scalars, kernel)
+    cut = split([a.ctypes.data for a in arrays[:4]], [4] * 4, 64)
+    parameters = gpu_code.contiguous_parameters(compiler, form, arrays, cut, scalars, kernel)
     with pytest.raises(MemoryError, match="outside"):
         kernel.run(1, 128, parameters, gpu_code.memory_of([a[:-1] for a in arrays[:4]]))
     shifted = [np.zeros(65, "f4")[1:] for _ in range(4)]
-    parameters = gpu_code.contiguous_parameters(compiler, [*shifted, None], (0, 16, 16), scalars, kernel)
+    parameters = gpu_code.contiguous_parameters(compiler, form, [*shifted, None], (0, 16, 16), scalars, kernel)
     with pytest.raises(MemoryError, match="misaligned"):
         kernel.run(1, 128, parameters, gpu_code.memory_of(shifted))

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from gpuadam import hyperparameters
+from gpuadam.kernels import adam
 from gpuadam.kernels.adam import Form
+from gpuadam.kernels.storage import Arrays
 
 
 def checked(**changes):
@@ -14,7 +16,7 @@ def checked(**changes):
 
 
 def scalars(dtype="float32", step=1, **changes):
-    return hyperparameters.form_and_scalars(checked(**changes), step, np.dtype(dtype), False)
+    return hyperparameters.form_and_scalars(checked(**changes), step, Arrays(dtype, dtype, dtype))
 
 
 @pytest.mark.parametrize("base", [0.0, 0.5, 0.9, 0.999, 0.99999])
@@ -48,12 +50,36 @@ def test_the_scalars_of_a_step():
     form, s = scalars(
         "float64", step=10, lr=0.01, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, decoupled=True, maximize=True
     )
-    assert form == Form(np.dtype("float64"), scaled=True, decoupled=True)
+    assert form == Form(Arrays(*["float64"] * 3), scaled=True, decoupled=True)
+    assert form.dtype == np.dtype("float64") and not form.amsgrad
     assert s.grad_scale == -1.0
     assert s.decay == -0.01 * 0.1
     assert s.neg_lr == pytest.approx(-0.01 / (1 - 0.9**10), rel=1e-15)
     assert s.inv_sqrt_bias2 == pytest.approx(1 / math.sqrt(1 - 0.99**10), rel=1e-15)
     assert s.eps == 1e-6
+
+
+@pytest.mark.parametrize("algorithm", hyperparameters.ALGORITHMS)
+@pytest.mark.parametrize("ema", ["", "float32"])
+def test_the_scalars_are_those_that_a_form_names(algorithm, ema):
+    h = checked(algorithm=algorithm, ema_decay=0.9)
+    form, s = hyperparameters.form_and_scalars(h, 7, Arrays(ema=ema))
+    assert s._fields == adam.scalars(form)
+    assert "w_ema" not in s._fields if not ema else s.w_ema == np.float32(0.1)
+    if algorithm == "nadam":
+        mu = [0.9 * (1 - 0.5 * 0.96 ** (0.004 * k)) for k in range(1, 9)]
+        assert s.of_m == pytest.approx(mu[7] / (1 - math.prod(mu)), rel=1e-7)
+        assert s.of_g == pytest.approx((1 - mu[6]) / (1 - math.prod(mu[:7])), rel=1e-7)
+
+
+def test_the_mean_of_an_optimizer_starts_at_the_first_new_parameter():
+    for ema_decay, near in ((0.9, True), (0.25, False)):
+        h = checked(ema_decay=ema_decay, ema_starts=True)
+        form, first = hyperparameters.form_and_scalars(h, 1, Arrays(ema="float32"))
+        _, second = hyperparameters.form_and_scalars(h, 2, Arrays(ema="float32"))
+        # from ema the whole way, or from param none of it
+        assert form.near_ema == near and first.w_ema == (1.0 if near else 0.0)
+        assert second.w_ema == np.float32(1 - ema_decay) - (not near)
 
 
 def test_what_is_not_used_is_left_out_of_the_form():

@@ -10,14 +10,18 @@ gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
 from gpuadam.kernels import limit  # noqa: E402
 
+OTHER_ALGORITHMS = ("nadam", "adamax")  # whose rule differs from Adam's; RAdam's does not
+
 
 def contract_operations(form):
     """Return how many of each rounded operation one element takes, counted from the contract."""
+    nadam, adamax = form.algorithm == "nadam", form.algorithm == "adamax"
     counts = {
-        "fma": 5 + form.l2 + form.decoupled,  # m, g * g - v, v, denom, param; decay
-        "mul": form.scaled + (not form.near2),
-        "add": 1 + form.amsgrad,  # g - m; the sum that clears the sign of a loaded -0
-        "sqrt": 1,
+        # m, g * g - v, v, denom, param; decay; NAdam's direction. AdaMax has but m and param
+        "fma": (2 if adamax else 5) + form.l2 + form.decoupled + nadam,
+        "mul": form.scaled + (not form.near2) + nadam + adamax,  # of_m * m; beta2 * v
+        "add": 1 + form.amsgrad + 2 * adamax,  # g - m; the sum that clears the sign of a loaded -0; |g| + eps
+        "sqrt": 0 if adamax else 1,
         "div": 1,
     }
     return {op: n for op, n in counts.items() if n}
@@ -39,7 +43,7 @@ def test_the_ptx_has_the_contracts_operations_and_no_others(compiler, arch, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", KEY_FORMS)
+@pytest.mark.parametrize("name", (*KEY_FORMS, *OTHER_ALGORITHMS))
 def test_loads_and_stores_are_16_bytes_and_no_more_than_the_byte_model(compiler, arch, name, dtype):
     form, _ = form_and_scalars(name, dtype)
     accesses = memory_accesses(gpu_code.machine_code(compiler, form, arch))
@@ -55,7 +59,7 @@ def test_loads_and_stores_are_16_bytes_and_no_more_than_the_byte_model(compiler,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", KEY_FORMS)
+@pytest.mark.parametrize("name", (*KEY_FORMS, *OTHER_ALGORITHMS))
 def test_a_thread_takes_no_local_memory_and_at_most_64_registers(compiler, arch, name, dtype):
     form, _ = form_and_scalars(name, dtype)
     resources = gpu_code.resources(compiler, form, arch)

@@ -111,6 +111,18 @@ def test_a_parameter_and_its_gradient_may_be_laid_out_differently():
     assert_like_one_by_one(opt, params, start, steps)
 
 
+@pytest.mark.parametrize("layouts", [["plain"], list(LAYOUTS)], ids=["plain", "all layouts"])
+def test_a_gradient_of_another_format_is_taken_as_it_is(layouts):
+    """Each parameter gets what a step of its own with that gradient gives it; one of float64 makes it a step in float64."""
+    params, start, steps = members(0, layouts), members(0, layouts), [members(k, layouts) for k in (1, 2)]
+    formats = ("f2", "f4", "f8")
+    steps = [[g.astype(formats[(n + k) % 3]) for n, g in enumerate(grads)] for k, grads in enumerate(steps)]
+    opt = gpuadam.Adam(params)
+    for grads in steps:
+        opt.step(grads)
+    assert_like_one_by_one(opt, params, start, steps)
+
+
 def test_arrays_that_were_skipped_keep_step_counts_of_their_own():
     params, start = members(0), members(0)
     steps = [[None if (n + k) % 3 == 0 else g for n, g in enumerate(members(k))] for k in (1, 2, 3, 4)]
@@ -185,7 +197,9 @@ def frozen(a):
 
 BAD_GRADIENTS = {
     "another shape": lambda g: np.zeros(g.size + 1, g.dtype),
-    "another dtype": lambda g: g.astype("f8" if g.dtype == "f4" else "f4"),
+    "complex": lambda g: g.astype("c8" if g.dtype == "f4" else "c16"),
+    "16-bit integers": lambda g: g.astype("u2"),
+    "in the other byte order": lambda g: g.astype(g.dtype.newbyteorder()),
     "integers": lambda g: g.astype("i4"),
     "a list": lambda g: g.tolist(),
     "masked": lambda g: np.ma.masked_array(g),

@@ -109,13 +109,13 @@ def test_a_wrong_table_is_noticed(compiler, monkeypatch):
     form, scalars = form_and_scalars("adam", "float32")
     correct = pointer_table.rows_and_owners
 
-    def shifted(updates):
-        rows, owners = correct(updates)
+    def shifted(*given):
+        rows, owners = correct(*given)
         rows[3:, pointer_table.FIRST_CHUNK] -= 1
         return rows, owners
 
-    def short(updates):
-        rows, owners = correct(updates)
+    def short(*given):
+        rows, owners = correct(*given)
         return rows, owners[:-1]
 
     for wrong in (shifted, short):
@@ -202,9 +202,23 @@ def test_what_changed_between_two_steps_is_seen(driver):
     with pytest.raises(ValueError, match=r"gradient of params\['a'\] has shape"):
         opt.step(grads)
     grads["a"].shape = (3, 1001)
-    grads["d"] = driver.array(np.zeros(7000, "f8"))
-    with pytest.raises(TypeError, match="float64"):
+    grads["d"] = driver.array(np.zeros(7000, "i4"))
+    with pytest.raises(TypeError, match="int32"):
         opt.step(grads)
+
+
+def test_a_gradient_that_becomes_one_of_another_format_is_launched_as_that(driver):
+    on_gpu, on_host = there(driver, host_params()), host_params()
+    opt, reference = gpuadam.Adam(on_gpu, backend=driver.backend), gpuadam.Adam(on_host)
+    launched = []
+    for formats in ({}, {"d": "f8"}, {"d": "f8", "a": "f2"}, {}):
+        given = {name: a.astype(formats.get(name, "f4")) for name, a in host_params(1).items()}
+        driver.launches.clear()
+        opt.step(there(driver, given))
+        reference.step(given)
+        launched.append(sorted(loop for loop, *_ in driver.launches))
+    assert launched == [["table"], ["contiguous", "table"], ["contiguous", "contiguous", "table"], ["table"]]
+    assert_same_bits([driver.numpy(a) for a in on_gpu.values()], list(on_host.values()))
 
 
 def test_one_bad_array_stops_all(driver):

@@ -137,7 +137,7 @@ def test_amsgrad_keeps_the_largest_v():
 
 BAD_STEPS = {
     "a wrong shape": (lambda g: g | {"b": g["b"][:3]}, ValueError, r"gradient of params\['b'\] has shape \(3,\)"),
-    "a wrong dtype": (lambda g: g | {"b": g["b"].astype("f8")}, TypeError, r"params\['b'\]"),
+    "a wrong dtype": (lambda g: g | {"b": g["b"].astype("c8")}, TypeError, r"params\['b'\]"),
     "a missing name": (lambda g: {"w": g["w"]}, ValueError, r"names \['w', 'b'\]"),
     "a strange name": (lambda g: g | {"c": g["b"]}, ValueError, "names"),
     "a list": (lambda g: list(g.values()), ValueError, "must be a dict"),

@@ -54,12 +54,12 @@ def test_a_thousand_steps_are_as_close_to_float64_as_torchs_for_loop(betas):
 )  # atol: rounding of param ~ 1
 def test_ten_steps_of_every_form_agree_with_the_papers(library, name, dtype, rtol, atol):
     options = dict(FORMS[name])
-    amsgrad = options.pop("amsgrad", False)
+    amsgrad, first = options.pop("amsgrad", False), options.pop("step", 1)
     param, _, m, v, max_v = state(1003, dtype, amsgrad)
     ours = [None if a is None else library.array(a) for a in (param, m, v, max_v)]
     exact = [None if a is None else a.astype("f8") for a in (param, m, v, max_v)]
     rng = np.random.default_rng(4)
-    for step in range(1, 11):
+    for step in range(first, first + 10):
         grad = rng.standard_normal(1003).astype(dtype)
         gpuadam.adam_step(
             ours[0], library.array(grad), *ours[1:3], step, max_v=ours[3], lr=1e-2, backend=library.backend, **options
@@ -68,6 +68,90 @@ def test_ten_steps_of_every_form_agree_with_the_papers(library, name, dtype, rto
     for label, a, b in zip(("param", "m", "v", "max_v"), ours, exact, strict=True):
         if b is not None:
             np.testing.assert_allclose(library.numpy(a), b, rtol=rtol, atol=atol, err_msg=label)
+
+
+ALGORITHMS = ("adam", "nadam", "radam", "adamax")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype, rtol, atol", [("float64", 1e-12, 1e-14), ("float32", 1e-5, 4e-6)])
+@pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled": True}], ids=str)
+def test_each_algorithm_agrees_with_its_paper_from_zero_on(algorithm, dtype, rtol, atol, decay):
+    """Over the steps at which RAdam begins to rectify, and with the running mean of the parameter."""
+    options = {"lr": 1e-2, "algorithm": algorithm, "ema_decay": 0.9, **decay}
+    param = state(1003, dtype)[0]
+    ours = [param, np.zeros_like(param), np.zeros_like(param), param.copy()]
+    exact = [a.astype("f8") for a in ours]
+    rng = np.random.default_rng(7)
+    for step in range(1, 31):
+        grad = rng.standard_normal(1003).astype(dtype)
+        gpuadam.adam_step(ours[0], grad, *ours[1:3], step, ema=ours[3], **options)
+        theta, m, v, _, ema = reference.adam_step(exact[0], grad, *exact[1:3], step, ema=exact[3], **options)
+        exact = [theta, m, v, ema]
+    for label, a, b in zip(("param", "m", "v", "ema"), ours, exact, strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=label)
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 6, 7, 1000, 100_000])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_each_algorithm_agrees_with_its_paper_at_any_step(algorithm, step):
+    for dtype, rtol, atol in (("float64", 1e-11, 1e-14), ("float32", 1e-5, 2e-6)):
+        param, grad, m, v, _ = state(1003, dtype)
+        exact = reference.adam_step(param, grad, m, v, step, lr=1e-2, algorithm=algorithm)
+        gpuadam.adam_step(param, grad, m, v, step, lr=1e-2, algorithm=algorithm)
+        for label, a, b in zip(("param", "m", "v"), (param, m, v), exact, strict=False):
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=f"{label} in {dtype}")
+
+
+TORCHS = {"adam": "Adam", "nadam": "NAdam", "radam": "RAdam", "adamax": "Adamax"}
+
+
+@pytest.fixture
+def torch():
+    """torch, which keeps NAdam's product of mu in its default dtype."""
+    torch = pytest.importorskip("torch", reason="torch is not installed; the oracle is then taken on trust")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield torch
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_each_algorithm_is_torchs(torch, algorithm, weight_decay, maximize):
+    """The oracle and the kernels in float64, over more steps than RAdam takes to rectify."""
+    options = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": weight_decay, "maximize": maximize}
+    param = state(1003, "float64")[0]
+    theirs = torch.nn.Parameter(torch.from_numpy(param.copy()))
+    opt = getattr(torch.optim, TORCHS[algorithm])([theirs], foreach=False, **options)
+    exact = [param, np.zeros_like(param), np.zeros_like(param)]
+    ours = [a.copy() for a in exact]
+    rng = np.random.default_rng(8)
+    for step in range(1, 26):
+        grad = rng.standard_normal(1003)
+        theirs.grad = torch.from_numpy(grad)
+        opt.step()
+        gpuadam.adam_step(ours[0], grad, *ours[1:], step, algorithm=algorithm, **options)
+        exact = reference.adam_step(exact[0], grad, *exact[1:3], step, algorithm=algorithm, **options)
+        for what, a in (("the oracle", exact), ("gpuadam", ours)):
+            np.testing.assert_allclose(a[0], theirs.detach().numpy(), rtol=1e-12, atol=1e-13, err_msg=f"{what}, {step}")
+
+
+@pytest.mark.parametrize("algorithm", ["nadam", "radam"])
+def test_decoupled_decay_of_each_algorithm_is_torchs(torch, algorithm):
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    param = state(1003, "float64")[0]
+    theirs = torch.nn.Parameter(torch.from_numpy(param.copy()))
+    opt = getattr(torch.optim, TORCHS[algorithm])([theirs], decoupled_weight_decay=True, foreach=False, **options)
+    ours = [param.copy(), np.zeros_like(param), np.zeros_like(param)]
+    rng = np.random.default_rng(9)
+    for step in range(1, 16):
+        grad = rng.standard_normal(1003)
+        theirs.grad = torch.from_numpy(grad)
+        opt.step()
+        gpuadam.adam_step(ours[0], grad, *ours[1:], step, algorithm=algorithm, decoupled=True, **options)
+    np.testing.assert_allclose(ours[0], theirs.detach().numpy(), rtol=1e-12, atol=1e-13)
 
 
 def test_torchs_form_is_torchs():

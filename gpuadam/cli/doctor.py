@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import backends, hyperparameters
+from ..kernels.storage import Arrays
 from . import output
 
 # sha256 of param, m, v and max_v after three steps, every NaN as one; the same on every backend and architecture.
@@ -66,7 +67,7 @@ def contract_steps():
     h = hyperparameters.checked(
         lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, decoupled=True, maximize=True, grad_scale=0.7
     )
-    return [hyperparameters.form_and_scalars(h, step, np.dtype("float32"), True) for step in (1, 2, 3)]
+    return [hyperparameters.form_and_scalars(h, step, Arrays(amsgrad=True)) for step in (1, 2, 3)]
 
 
 def digest_of(arrays):

@@ -12,6 +12,7 @@ import time
 import numpy as np
 
 from .. import backends, hyperparameters
+from ..kernels.storage import Arrays
 from . import output
 
 ARRAYS_READ_AND_WRITTEN = 7  # reads param, grad, m and v; writes param, m and v
@@ -38,7 +39,7 @@ def launcher(kernels, arrays, rule):
     """Return a function that launches a rule's kernel on param, grad, m and v, without the checks of a call."""
     views = [kernels.view("", a) for a in arrays] + [None]
     h = hyperparameters.checked(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False, maximize=False)
-    form, scalars = hyperparameters.form_and_scalars(h, 10, views[0].dtype, False)
+    form, scalars = hyperparameters.form_and_scalars(h, 10, Arrays(*[views[0].dtype.name] * 3))
     return lambda: kernels.launch(form, views, scalars, rule)
 
 

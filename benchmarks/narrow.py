@@ -1,0 +1,223 @@
+"""What do fewer bytes save? The time of one update in every format of its arrays, beside float32's.
+
+    python benchmarks/narrow.py [--backend numba-cpu] [--sizes 2e7] [--forms "8-bit state;EMA"] [--seconds 20] [--out FOLDER]
+
+A step is bound by memory, so it should take as many times float32's time as it moves bytes: what it takes beyond that is
+arithmetic, mostly of conversions and random rounding. Each form's kernel runs in turn with all others and with the limit
+rule in the same form, which converts and rounds the same numbers and computes nothing with them (`kernels/limit.py`). Calls
+of `gpuadam.adam_step` are measured too for the forms that are used most.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import peers
+import report
+
+import gpuadam
+from gpuadam import backends, hyperparameters
+from gpuadam.cli import measure, output, plots
+from gpuadam.kernels import adam, limit, storage
+from gpuadam.kernels.layout import Update
+from gpuadam.kernels.storage import Arrays
+
+KERNEL, CALL = "gpuadam kernel + launch", "gpuadam.adam_step"
+FLOAT32 = "float32"
+BF16 = "bfloat16"
+
+
+class Case(NamedTuple):
+    arrays: Arrays
+    algorithm: str = "adam"
+    called: bool = False  # whether adam_step is measured too
+
+
+FORMS = {
+    FLOAT32: Case(Arrays(), called=True),
+    "bfloat16 state": Case(Arrays(state=BF16), called=True),
+    "8-bit state": Case(Arrays(state="8bit"), called=True),
+    "bfloat16 param, grad": Case(Arrays(BF16, BF16)),
+    "all bfloat16, stochastic": Case(Arrays(BF16, BF16, BF16, stochastic=True), called=True),
+    "float16 param, grad": Case(Arrays("float16", "float16")),
+    "bfloat16 param, grad + 16 bits": Case(Arrays(BF16, BF16, remainder=True), called=True),
+    "float32, bfloat16 copy, grad": Case(Arrays(grad=BF16, param_copy=BF16), called=True),
+    "AMSGrad": Case(Arrays(amsgrad=True)),
+    "EMA": Case(Arrays(ema="float32")),
+    "NAdam": Case(Arrays(), "nadam"),
+    "RAdam": Case(Arrays(), "radam"),
+    "AdaMax": Case(Arrays(), "adamax"),
+}
+
+
+def measure_rows(backend, options, notes):
+    kernels = backends.load(backend.name)
+    clock = "device" if backend.memory == "CUDA" else "host"
+    names = list(dict.fromkeys([FLOAT32, *options.forms]))
+    for n in report.numbers(options.sizes):
+        contenders, free = {}, 0.85 * peers.free_bytes(backend)
+        for name in names:
+            free -= (need := bytes_held(FORMS[name], n))
+            if free < 0:
+                notes += report.listed({f"{name} at {n:,} elements": f"no memory left: it needs {need / 1e9:.1f} GB"})
+                break
+            contenders |= {(name, contender): f for contender, f in contenders_of(kernels, FORMS[name], n).items()}
+        if not contenders:
+            continue
+        times = measure.in_turn(kernels, list(contenders.values()), options.seconds)
+        measured = dict(zip(contenders, times, strict=True))
+        del contenders
+        peers.release(backend)
+        yield rows_of(backend, n, clock, measured)
+
+
+def rows_of(backend, n, clock, measured):
+    """Return the rows of one run. measured: {(name of the form, contender): seconds}."""
+    rows = []
+    for (name, contender), seconds in measured.items():
+        n_bytes = bytes_moved(FORMS[name])
+        facts = {"state": "in turn", "clock": clock, "dtype": name, "seconds": seconds, "moved": n_bytes * n}
+        row = measure.row("narrow", contender, backend.name, n, **facts) | dict.fromkeys(report.FURTHER)
+        rows.append(row | {"bytes_per_element": n_bytes, "x_float32_bytes": n_bytes / bytes_moved(FORMS[FLOAT32])})
+    float32 = {row["contender"]: row["p50_us"] for row in rows if row["dtype"] == FLOAT32}
+    for row in rows:
+        row["x_float32"] = float(f"{row['p50_us'] / float32[row['contender']]:.6g}")
+        row["x_float32_bytes"] = float(f"{row['x_float32_bytes']:.6g}")
+    for of_form in report.groups(rows, "dtype").values():
+        measure.add_ratios(of_form)
+    return rows
+
+
+def form_and_scalars(case):
+    h = hyperparameters.checked(
+        **peers.HYPERPARAMETERS, weight_decay=0.0, decoupled=False, maximize=False, algorithm=case.algorithm
+    )
+    return hyperparameters.form_and_scalars(h, 10, case.arrays)
+
+
+def bytes_moved(case):
+    """Return the bytes that a step reads and writes of each element."""
+    return storage.bytes_moved(form_and_scalars(case)[0])
+
+
+def bytes_held(case, n):
+    """Return the bytes of all arrays of all contenders of a form."""
+    an_element = sum(o.itemsize / (storage.GROUP if o.of_groups else 1) for o in storage.operands(case.arrays))
+    return an_element * n * (1 + case.called + case.arrays.grouped)
+
+
+def contenders_of(kernels, case, n):
+    """Return {contender: function that does, or enqueues, one step}."""
+    arrays = own_arrays(kernels, case, n)
+    # The kernel and its limit share their arrays, because which pages an array has can matter. Not so of 8-bit state, where
+    # the limit would store v itself as the root of v.
+    of_limit = own_arrays(kernels, case, n) if case.arrays.grouped else arrays
+    found = {KERNEL: launcher(kernels, case, arrays, adam), measure.LIMIT: launcher(kernels, case, of_limit, limit)}
+    if case.called:
+        found[CALL] = caller(kernels, case, own_arrays(kernels, case, n))
+    return found
+
+
+def own_arrays(kernels, case, n):
+    """Return {operand: array}. The numbers are ordinary and stay so, however many steps are done. bfloat16 is in uint16."""
+    rng, arrays = np.random.default_rng(0), {}
+    for operand in storage.operands(case.arrays):
+        block = rng.standard_normal(min(n, 1 << 20)).astype("float32")
+        if operand.name in ("v", "max_v"):
+            block = 1 + block**2
+        if operand.of_groups:
+            array = np.zeros(-(-n // storage.GROUP), operand.format)
+        elif operand.format in ("int16", "uint8"):
+            array = np.zeros(n, operand.format)
+        else:
+            array = np.resize((block.view("uint32") >> 16).astype("uint16") if operand.format == BF16 else block, n)
+            array = array if operand.format == BF16 else array.astype(operand.format, copy=False)
+        arrays[operand.name] = kernels.from_host(array)
+    return arrays
+
+
+def launcher(kernels, case, arrays, rule):
+    """Return a function that launches a rule's kernel, without the checks of a call."""
+    form, scalars = form_and_scalars(case)
+    (batch,) = kernels.batches([Update([kernels.view(name, a) for name, a in arrays.items()])], case.arrays)
+    keys = itertools.count(1)  # of the steps, for random rounding
+
+    def launch(held=arrays):  # a batch on a GPU does not keep its arrays alive
+        batch.launch(form, scalars, rule, batch.place(None), next(keys))
+
+    return launch
+
+
+def caller(kernels, case, arrays):
+    """Return a function that calls adam_step."""
+    formats = {operand.name: operand.format for operand in storage.operands(case.arrays)}
+    given = {name: gpuadam.Bits(a, BF16) if formats[name] == BF16 else a for name, a in arrays.items()}
+    options = {**peers.HYPERPARAMETERS, "algorithm": case.algorithm, "stochastic_rounding": case.arrays.stochastic}
+    options["backend"] = kernels.NAME
+    steps = itertools.count(1)
+    return lambda: gpuadam.adam_step(**given, step=next(steps), **options)
+
+
+def table(rows):
+    """Return the table of one run: a line for each form."""
+    rich_table, rich_box = output.need("bench", "rich.table", "rich.box")
+    first = rows[0]
+    title = f"narrow: {first['elements']:,} elements, {first['backend']}, in turn, {first['clock']} clock"
+    shown = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD)
+    shown.add_column("")
+    heads = ("bytes", "median", "p20", "p80", "GB/s", "x float32", "its bytes", "x limit", "adam_step")
+    for head in heads:
+        shown.add_column(head, justify="right")
+    for (form,), of_form in report.groups(rows, "dtype").items():
+        kernel = next(row for row in of_form if row["contender"] == KERNEL)
+        times = [report.time(kernel[key]) for key in ("p50_us", "p20_us", "p80_us")]
+        ratios = [f"{kernel[key]:.3f}" for key in ("x_float32", "x_float32_bytes", "x_limit")]
+        call = next((report.time(row["p50_us"]) for row in of_form if row["contender"] == CALL), "")
+        shown.add_row(form, f"{kernel['bytes_per_element']:.4g}", *times, f"{kernel['gb_per_s']:,.1f}", *ratios, call)
+    return shown
+
+
+def draw(rows, path):
+    """Draw, for each backend and its largest size, each form's time, with marks at its bytes and its limit's time."""
+    backends_of = report.groups(rows, "backend")
+    figure, axes = plots.panels(1, len(backends_of), width=8, height=4.6)
+    for axis, ((backend,), of_backend) in zip(axes[0], backends_of.items(), strict=True):
+        n = max(row["elements"] for row in of_backend)
+        largest = [row for row in of_backend if row["elements"] == n]
+        _draw_panel(axis, largest)
+        title = f"One update of {n:,} elements, {backend}: time over float32's"
+        axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    plots.save(figure, path, rows)
+
+
+def _draw_panel(axis, rows):
+    of_forms = {
+        form: {row["contender"]: row for row in of_form} for (form,), of_form in report.groups(rows, "dtype").items()
+    }
+    ends, float32 = [], of_forms[FLOAT32][KERNEL]["p50_us"]
+    for at, of_form in enumerate(reversed(of_forms.values())):
+        kernel, by_limit = of_form[KERNEL], of_form[measure.LIMIT]["p50_us"] / float32
+        labels = ("its bytes over float32's", "its limit's time") if at == 0 else (None, None)
+        axis.barh(at, kernel["x_float32"], 0.62, color=plots.OURS)
+        axis.plot([kernel["x_float32_bytes"]] * 2, [at - 0.42, at + 0.42], color=plots.LIMIT, linewidth=2, label=labels[0])
+        axis.plot(by_limit, at, "d", color="white", markeredgecolor=plots.LIMIT, markersize=6, label=labels[1])
+        ends.append(max(kernel["x_float32"], kernel["x_float32_bytes"], by_limit))
+        text = f"{kernel['x_float32']:.2f}   {report.time(kernel['p50_us'])}, {kernel['bytes_per_element']:.4g} B an element"
+        axis.annotate(text, (ends[-1], at), (7, 0), textcoords="offset points", va="center", fontsize=8)
+    axis.set_yticks(range(len(of_forms)), reversed(of_forms), fontsize=9)
+    axis.set_ylim(-0.6, len(of_forms) + 0.9)  # the legend's place
+    axis.set_xlim(0, 1.5 * max(ends))
+    axis.set_xticks([])
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    axis.legend(fontsize=8, loc="upper right", frameon=False, ncols=2)
+
+
+if __name__ == "__main__":
+    sizes = {"CPU": "2e7", "CUDA": str(1 << 26)}
+    arguments = {"seconds": 20.0, "sizes": sizes, "table": ("backend", "elements"), "forms": list(FORMS), "show": table}
+    report.main("narrow", __doc__, measure_rows, draw, **arguments)

@@ -1,0 +1,78 @@
+"""What both GPU backends do to launch the passes of `global_norm.py`: on which stream they go, where table and sums lie.
+
+A backend's own file brings `current_device()`, `empty(device, stream)`, a new result and its address, and
+`run(form, stream, chunks, arguments)`, a launch on the current device.
+"""
+
+import numpy as np
+
+from gpuadam.kernels import global_norm, gpu_launch, pointer_table, streams
+from gpuadam.kernels.layout import VECTOR_BYTES
+
+
+def launch(backend, own, views, out, device, given):
+    """Enqueue the norm of arrays in CUDA memory and return the array that it will be in.
+
+    backend: `cupy_elementwise` or `numba_cuda`; own: the file beside this one. out: a View, or None for a new array. device: the
+    arrays' number, or None if they have no elements. given: the handle of a stream, or None.
+    """
+    if device is None:
+        device = own.current_device() if out is None or out.device is None else out.device
+    named = list(dict.fromkeys(view.stream for view in [*views, *([out] if out else [])]))
+    with backend.on(device, None):
+        stream, others = streams.choose(given, backend.current_stream(), named)
+        others = gpu_launch.to_order(backend, stream, others)
+        if backend.is_capturing(stream):
+            _check_capture(out, others)
+    plan = global_norm.plan(views, VECTOR_BYTES)
+    table = _Table(backend, device, plan)
+    with backend.on(device, stream):
+        result, address = own.empty(device, stream) if out is None else (out.array, out.pointer)
+        for other in others:
+            backend.order(other, stream)
+        at, workspace = table.addresses(stream)
+        for one in plan.passes:
+            last = one is plan.passes[-1]
+            arguments = (at, one.first_row, one.n_rows, address if last else workspace + one.out, one.chunks, int(last))
+            own.run(one.form, stream, one.chunks, arguments)
+        table.used(stream)
+        for other in others:
+            backend.order(stream, other)
+    table.release()
+    return result
+
+
+def _check_capture(out, others):
+    """Refuse what a graph that is being captured cannot hold."""
+    if out is None:
+        raise RuntimeError(
+            "a graph is being captured, and a new array for the norm would not outlive this call for it: give out=, an array of "
+            "shape () and dtype float64 that you keep"
+        )
+    if others:
+        raise RuntimeError(
+            f"a graph is being captured, and arrays were last used on other streams ({others}): make the stream that is captured "
+            "the current one, in their library too, and use them there first"
+        )
+
+
+class _Table(pointer_table.Table):
+    """The table of a plan in device memory, and after it the workspace for the sums, which belongs to this call alone."""
+
+    def __init__(self, backend, device, plan):
+        self.backend, self.device, self.plan = backend, device, plan
+        self.streams, self._buffer, self._sent = {}, None, None
+        self.n_bytes = -(-plan.table.nbytes // VECTOR_BYTES) * VECTOR_BYTES
+
+    def addresses(self, stream):
+        """Send the table, and return where it and the workspace are, for work on a stream."""
+        self._buffer = pointer_table._take(self.backend, self.device, self.n_bytes + self.plan.workspace)
+        workspace = self._buffer.address + self.n_bytes
+        table = self.plan.placed(workspace)
+        self._buffer.pinned[: table.nbytes] = table.view(np.uint8)
+        self.backend.send(self._buffer.address, self._buffer.pinned, table.nbytes, stream)
+        return self._buffer.address, workspace
+
+    def used(self, stream):
+        super().used(stream)
+        self._sent = self.streams.get(stream)  # all was on one stream

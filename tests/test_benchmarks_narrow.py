@@ -1,0 +1,195 @@
+"""The benchmarks of narrow formats, of the mixed-precision step and of training quality, at tiny sizes: what they write."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_benchmarks import run
+
+from gpuadam import backends
+from gpuadam.cli import measure, output
+from gpuadam.kernels import numba_cpu, storage
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import amp_step
+import narrow
+import quality
+import report
+
+CPU = backends.BACKENDS["numba-cpu"]
+QUICK = ("--backend", "numba-cpu", "--seconds", "0")
+FORMS = ("bfloat16 state", "8-bit state", "all bfloat16, stochastic")
+NEEDS_TORCH = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+
+
+def rows_of(name, folder, *arguments):
+    """Run a script and return its rows, which its CSV and its JSON have alike; it can draw its plot from them again."""
+    printed = json.loads(run(name, *QUICK, *arguments, "--out", str(folder), "--json", "-").stdout)
+    rows = output.read_csv(folder / f"{name}.csv", report.NUMBERS)
+    assert rows == printed["rows"]
+    for row in rows:
+        assert list(row) == [*measure.COLUMNS, *report.FURTHER]
+        assert row["benchmark"] == name and row["backend"] == "numba-cpu" and row["samples"] >= 11
+        assert row["gb_per_s"] == pytest.approx(row["bytes_per_element"] * row["elements"] / row["p50_us"] / 1e3, rel=1e-4)
+    identities = [tuple(row[key] for key in measure.COLUMNS[:8]) for row in rows]
+    assert len(set(identities)) == len(identities)
+    plot = folder / f"{name}.png"
+    plot.unlink()
+    run(name, "--rows", str(folder / f"{name}.csv"), "--out", str(folder))
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    return rows
+
+
+@pytest.fixture(scope="module")
+def narrow_rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("narrow")
+    return rows_of("narrow", folder, "--sizes", "1000", "--forms", ";".join(FORMS)), folder
+
+
+def test_each_form_is_measured_beside_float32_and_its_limit(narrow_rows):
+    rows, _ = narrow_rows
+    by_name = {(row["dtype"], row["contender"]): row for row in rows}
+    contenders = (narrow.KERNEL, measure.LIMIT, narrow.CALL)
+    assert set(by_name) == {(form, c) for form in ("float32", *FORMS) for c in contenders}
+    for (form, contender), row in by_name.items():
+        base, of_limit = by_name["float32", contender], by_name[form, measure.LIMIT]
+        assert row["x_float32"] == pytest.approx(row["p50_us"] / base["p50_us"], rel=1e-4)
+        assert row["x_float32_bytes"] == pytest.approx(row["bytes_per_element"] / 28, rel=1e-4)
+        assert row["x_limit"] == pytest.approx(row["p50_us"] / of_limit["p50_us"], rel=1e-4)
+
+
+def test_the_bytes_of_every_form_are_known():
+    assert {name: narrow.bytes_moved(case) for name, case in narrow.FORMS.items()} == {
+        "float32": 28,
+        "bfloat16 state": 20,
+        "8-bit state": 16.5,
+        "bfloat16 param, grad": 22,
+        "all bfloat16, stochastic": 14,
+        "float16 param, grad": 22,
+        "bfloat16 param, grad + 16 bits": 26,
+        "float32, bfloat16 copy, grad": 28,
+        "AMSGrad": 36,
+        "EMA": 36,
+        "NAdam": 28,
+        "RAdam": 28,
+        "AdaMax": 28,
+    }
+
+
+@pytest.mark.parametrize("form", ["float32", *FORMS])
+def test_the_numbers_stay_ordinary_and_the_limit_changes_none(form):
+    case = narrow.FORMS[form]
+    arrays, of_limit = (narrow.own_arrays(numba_cpu, case, 100) for _ in range(2))
+    before = {name: array.copy() for name, array in of_limit.items()}
+    step, by_limit = (
+        narrow.launcher(numba_cpu, case, a, rule) for a, rule in ((arrays, narrow.adam), (of_limit, narrow.limit))
+    )
+    for _ in range(100):
+        step()
+        by_limit()
+    formats = {operand.name: operand.format for operand in storage.operands(case.arrays)}
+    for name, array in arrays.items():
+        assert (of_limit[name] == before[name]).all()
+        if formats[name] != "uint8":
+            values = (array.astype("uint32") << 16).view("float32") if formats[name] == "bfloat16" else array
+            assert np.isfinite(values).all() and (abs(values) > 1e-6).all() and (abs(values) < 1e6).all(), name
+
+
+def test_rows_with_further_columns_are_merged_and_summed_up(narrow_rows, tmp_path, capsys):
+    rows, folder = narrow_rows
+    of_large = measure.row("large", "gpuadam.Adam.step", "numba-cpu", 10, state="in turn", seconds=[1e-3])
+    output.write_csv(tmp_path / "large.csv", [of_large])
+    report.merge(tmp_path / "results.csv", str(tmp_path / "large.csv"), str(folder / "narrow.csv"))
+    merged = output.read_csv(tmp_path / "results.csv", report.NUMBERS)
+    assert merged == [of_large | dict.fromkeys(report.FURTHER), *rows]
+    report.summary(tmp_path / "results.csv")
+    assert capsys.readouterr().out.count("8-bit state") == 1
+
+
+def test_a_form_that_there_is_not_is_named():
+    assert "there is no form 4-bit state, only float32;" in run("narrow", *QUICK, "--forms", "4-bit state", code=2).stderr
+
+
+@pytest.mark.parametrize("backend", ["cupy", "numba-cuda"])
+@pytest.mark.parametrize("form", ["8-bit state", "all bfloat16, stochastic"])
+def test_on_a_gpu_every_contender_launches(backend, form, monkeypatch):
+    pytest.importorskip("gpu_code", exc_type=ImportError)
+    from gpu_drivers import DRIVERS
+
+    driver = next(d for d in DRIVERS if d.backend == backend)(monkeypatch)
+    contenders = narrow.contenders_of(driver.kernels, narrow.FORMS[form], 100)
+    for launched, step in enumerate(contenders.values(), start=1):
+        step()
+        assert len(driver.launches) == launched
+
+
+@NEEDS_TORCH
+def test_the_mixed_precision_step_is_measured_beside_torchs(tmp_path):
+    rows = rows_of("amp_step", tmp_path, "--sizes", "1000,3x100")
+    assert [(row["elements"], row["arrays"]) for row in rows] == 4 * [(1000, 1)] + 4 * [(300, 3)]
+    by_name = {(row["arrays"], row["contender"]): row for row in rows}
+    for (arrays, contender), row in by_name.items():
+        base = amp_step.THEIRS + amp_step.COPIES * contender.endswith(amp_step.COPIES)
+        assert row["x_torch_fused"] == pytest.approx(row["p50_us"] / by_name[arrays, base]["p50_us"], rel=1e-4)
+        assert row["bytes_per_element"] == amp_step.BYTES[contender]
+
+
+def test_the_mixed_precision_step_is_measured_without_torch_too():
+    options = argparse.Namespace(sizes=["100"], seconds=0, peers=["none"])
+    (rows,) = amp_step.measure_rows(CPU, options, [])
+    assert [row["contender"] for row in rows] == [amp_step.OURS, amp_step.OURS + amp_step.COPIES]
+    assert all(row["x_torch_fused"] is None for row in rows)
+
+
+def test_the_bytes_of_the_mixed_precision_step_are_those_of_its_kernels():
+    assert list(amp_step.BYTES.values()) == [36, 38, 52, 58]
+    for contender, copy in ((amp_step.OURS, ""), (amp_step.OURS + amp_step.COPIES, "bfloat16")):
+        moved = sum(
+            o.itemsize * (o.loads + o.stores) for o in storage.operands(storage.Arrays(param_copy=copy), zero_grad=True)
+        )
+        assert amp_step.BYTES[contender] == amp_step.NORM + moved
+
+
+@NEEDS_TORCH
+def test_gpuadam_and_torch_do_the_same_mixed_precision_step():
+    shapes = [(30, 7), (5,), (), (128, 3)]
+    found = {}
+    for name, build in amp_step.BUILD.items():
+        contender = build(CPU, shapes)
+        for _ in range(5):
+            contender.prepare()
+            contender.step()
+        found[name] = [p if isinstance(p, np.ndarray) else p.detach().numpy() for p in contender.params]
+    (before, _), ours = amp_step._host_arrays(shapes), found[amp_step.OURS]
+    for name, params in found.items():
+        for a, b, c in zip(params, ours, before, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)  # roundings of 5 steps in another order
+            assert (a != c).all()
+
+
+@NEEDS_TORCH
+def test_quality_has_a_row_for_each_optimizer_and_its_percentages(tmp_path):
+    pytest.importorskip("sklearn")
+    printed = run("quality", "--tasks", "digits", "--seeds", "2", "--steps", "3", "--out", str(tmp_path)).stdout
+    rows = output.read_csv(tmp_path / "quality.csv", quality.NUMBERS)
+    assert [row["contender"] for row in rows] == list(quality.CANDIDATES)
+    for row in rows:
+        losses = [float(loss) for loss in row["losses"].split()]
+        assert len(losses) == row["seeds"] == 2 and row["steps"] == 3 and row["elements"] == 9610
+        assert row["mean_loss"] == pytest.approx(np.mean(losses), abs=2e-6)
+        assert row["sd_loss"] == pytest.approx(np.std(losses, ddof=1), abs=2e-6)
+        assert row["percent_of_float32"] == pytest.approx(100 * row["mean_loss"] / rows[0]["mean_loss"], abs=2e-3)
+        assert row["contender"] in printed and row["cpu"] and row["torch"]
+    assert rows[0]["percent_of_float32"] == 100
+
+
+@NEEDS_TORCH
+def test_the_text_task_learns():
+    candidate = quality.CANDIDATES["bfloat16 params, stochastic, and state"]
+    first, second = (quality.final_loss(quality.TASKS["text"], candidate, seed=0, steps=n)[0] for n in (1, 5))
+    assert second < first < np.log(96) + 0.5
