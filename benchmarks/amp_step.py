@@ -4,7 +4,7 @@
 
 gpuadam: one `Adam.step(grads, grad_scale=1 / scale, max_norm=1.0, check_finite=True)` with zero_grad=True. It reads the
 gradients once for their norm, which says whether they are finite, and once more in the update, which unscales, clips and
-zeroes them: 36 bytes an element of float32. torch: `GradScaler.unscale_`, `clip_grad_norm_`, `GradScaler.step` with its fused
+zeroes them: 36 bytes an element of float32. torch: `GradScaler.unscale_`, `clip_grad_norm_`, `GradScaler.step` with fused
 Adam, `update`, and `zero_grad(set_to_none=False)`: 52 bytes. With bfloat16 copies the new parameters are also stored,
 rounded, in a second set of arrays, which with torch is a copy: 38 and 58 bytes. On a GPU neither waits to know whether the
 gradients are finite.
@@ -172,10 +172,11 @@ def measure_rows(backend, options, notes):
         for name in BUILD:
             if not present and name.startswith(THEIRS):
                 continue
-            free -= (need := HELD[name.endswith(COPIES)] * n)
-            if free < 0:
+            need = HELD[name.endswith(COPIES)] * n
+            if need > free:
                 notes += report.listed({f"{name} at {n:,} elements": f"no memory left: it needs {need / 1e9:.1f} GB"})
-                break
+                continue
+            free -= need
             names.append(name)
         if not names:
             continue

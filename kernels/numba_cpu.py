@@ -217,7 +217,8 @@ def _taking(arguments, form, **names):
     """
     listed = ", ".join(adam.scalars(form))
     text = f"def kernel({arguments}, {listed}):\n    body({arguments}, to_reals(({listed},)))"
-    namespace = {"to_reals": storage.to_reals(form, intrinsic)} | names
+    # a kernel is found in the cache by the name of its module
+    namespace = {"__name__": __name__, "to_reals": storage.to_reals(form, intrinsic)} | names
     exec(compile(text, __file__, "exec"), namespace)
     return namespace["kernel"]
 

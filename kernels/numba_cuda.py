@@ -364,7 +364,7 @@ def build(rule, form, loop, on_device=False):
                     head, vectors = load_int64(row + 8 * HEAD), load_int64(row + 8 * VECTORS)
                     k = item + first - vectors
                     k = k if k < head else k + vectors * LANES
-                    update_element(load_operands(row + 8 * OPERANDS), k, start, row_key, s)
+                    update_element(at, k - begin, start + begin, row_key, s)
                 item += BLOCK
 
         return table

@@ -153,7 +153,7 @@ def _to_float16_randomly(b, rn, x, h):
     below = b.sub(u.type(113), b.lshr(magnitude, u.type(23)))
     tiny = _is_tiny_for_float16(b, magnitude)
     cut = b.add(b.select(tiny, below, u.type(0)), u.type(13))
-    vanishes = b.icmp_unsigned(">", cut, u.type(31))  # below 2**-32 of the smallest: 0, instead of now and then the smallest
+    vanishes = b.icmp_unsigned(">", cut, u.type(31))  # below 2**-32, a 256th of the smallest: 0
     cut = b.select(vanishes, u.type(31), cut)
     written_out = b.or_(b.and_(magnitude, u.type(0x7FFFFF)), u.type(0x800000))
     kept = b.select(tiny, written_out, b.sub(magnitude, u.type((127 - 15) << 23)))

@@ -197,8 +197,8 @@ def wide(format, n, rng, signed=True):
     """Return numbers from the whole range of a format, ordinary, subnormal and special ones among them."""
     dtype = DTYPES[format]
     if dtype.kind in "iu":
-        info = np.iinfo(dtype)
-        return rng.integers(info.min, info.max + 1, n).astype(dtype)
+        ends = np.iinfo(dtype)
+        return rng.integers(ends.min, ends.max + 1, n).astype(dtype)
     info = ml_dtypes.finfo(dtype)
     smallest, normal, largest = (float(x) for x in (info.smallest_subnormal, info.smallest_normal, info.max))
     x = np.exp(rng.uniform(np.log(smallest), np.log(largest), n))

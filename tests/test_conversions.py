@@ -1,6 +1,7 @@
 """Every conversion between stored bits and floats, alone, on every backend: the model's bits, and what is true of them."""
 
 import functools
+from typing import Any
 
 import ml_dtypes
 import narrow_model as model
@@ -14,7 +15,7 @@ from gpuadam.kernels import numba_cuda, primitives
 from gpuadam.kernels.primitives import CONVERSIONS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-NUMPY = {"f32": np.dtype("f4"), "f64": np.dtype("f8"), "u32": np.dtype("u4")}
+NUMPY: dict[str, Any] = {"f32": np.dtype("f4"), "f64": np.dtype("f8"), "u32": np.dtype("u4")}
 NUMBA = {"f32": types.float32, "f64": types.float64, "u32": types.uint32}
 
 
@@ -44,10 +45,10 @@ def on_the_cpu(name):
 def converted(name, *operands):
     """Return a conversion's results on the CPU. Operands are of its types, or are broadcast to them."""
     result, kinds, *_ = CONVERSIONS[name]
-    operands = np.broadcast_arrays(*operands)
-    operands = [np.ascontiguousarray(x, NUMPY[kind]) for x, kind in zip(operands, kinds, strict=True)]
-    out = np.empty(operands[0].size, NUMPY[result])
-    on_the_cpu(name)(out, *operands)
+    alike = np.broadcast_arrays(*operands)
+    given = [np.ascontiguousarray(x, NUMPY[kind]) for x, kind in zip(alike, kinds, strict=True)]
+    out = np.empty(given[0].size, NUMPY[result])
+    on_the_cpu(name)(out, *given)
     return out
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import re
+from typing import Any
 
 import ml_dtypes
 import narrow_model as model
@@ -133,7 +134,7 @@ def test_check_finite_looks_at_the_scaled_gradients():
     assert opt.steps == 1
 
 
-TRUE_OR_FALSE = [
+TRUE_OR_FALSE: list[tuple[Any, bool]] = [
     (True, True), (False, False), (1, True), (0, False), (2.0, True), (0.0, False), (None, False),
     *((np.array(value, dtype), bool(value)) for dtype in FLAGS for value in (0, 1)),
     *((np.array([value]), bool(value)) for value in (0.0, 3.0)),
@@ -169,7 +170,7 @@ def test_zero_grad_zeroes_and_changes_nothing_else():
 def test_ema_is_the_running_mean_of_the_parameters(dtype, decay):
     params = random_arrays(dtype=dtype)
     opt = gpuadam.Adam(params, lr=0.1, ema_decay=decay)
-    mean = {}
+    mean: dict[str, np.ndarray] = {}
     for k in range(6):
         opt.step(random_arrays(k + 1, dtype))
         for name, a in params.items():
@@ -222,7 +223,7 @@ def test_a_parameter_and_its_remainder_are_the_float32_trained_beside_them():
 
 
 def test_small_steps_of_a_bfloat16_parameter_are_lost_but_with_random_rounding():
-    """1,000 steps of 1e-4 from 1, where the next bfloat16 is 1/256 below: 4,096 elements, to 2 % of float32's way on average."""
+    """1,000 steps of 1e-4 from 1, where the next bfloat16 is 1/256 below: the mean of 4,096 to 2 % of float32's way."""
     n, lost, random, exact = 4096, *(np.ones(4096, dtype) for dtype in (BFLOAT16, BFLOAT16, np.dtype("f4")))
     opts = [gpuadam.Adam(lost, lr=1e-4), gpuadam.Adam(random, lr=1e-4, stochastic_rounding=True, seed=3)]
     opts.append(gpuadam.Adam(exact, lr=1e-4))
@@ -249,7 +250,7 @@ def test_the_seed_and_nothing_else_decides_how_numbers_are_rounded():
 
 # Every form of state
 
-STATES = {
+STATES: dict[str, tuple[Any, dict[str, Any]]] = {
     "float64 state": ("f4", {"state_dtype": "float64"}),
     "bfloat16 state": ("f4", {"state_dtype": "bfloat16", "amsgrad": True}),
     "8 bits": ("f4", {"state_dtype": "8bit"}),
@@ -312,7 +313,7 @@ def test_a_parameter_of_a_group_with_other_state_takes_its_own_step():
 
 # Option by option
 
-OPTIONS = {
+OPTIONS: dict[str, list[Any]] = {
     "make": [gpuadam.Adam, gpuadam.AdamW, gpuadam.NAdam, gpuadam.RAdam, gpuadam.AdaMax],
     "dtype": ["float32", "float64", "bfloat16", "float16"],
     "amsgrad": [False, True],
@@ -376,7 +377,7 @@ def test_every_two_options_take_a_step_or_are_refused_with_what_to_do(monkeypatc
         shown = {name: value for name, value in cell.items() if value != OPTIONS[name][0]}
         launched.clear()
         try:
-            opt, params, _ = optimizer_of(cell)
+            opt, *_ = optimizer_of(cell)
             opt.step(random_arrays(1, model.DTYPES[cell["dtype"]]))
         except (TypeError, ValueError) as error:
             assert must_be_refused(cell), f"{shown}: {error}"
@@ -429,7 +430,7 @@ def all_there(driver, arrays):
     return {name: there(driver, a) for name, a in arrays.items()}
 
 
-ON_DRIVERS = {
+ON_DRIVERS: dict[str, dict[str, Any]] = {
     "everything": {
         "make": gpuadam.AdamW, "dtype": "bfloat16", "state_dtype": "bfloat16", "amsgrad": True, "master": "remainder",
         "param_copies": "float16", "ema_decay": 0.9, "zero_grad": True,
