@@ -196,8 +196,9 @@ def final_loss(task, candidate, seed, steps):
 
 def rows_of(name, seeds, steps, show=lambda line: None):
     """Return a row for each candidate, the first of which is what the others are measured by."""
-    task, losses = TASKS[name], {}
+    task = TASKS[name]
     steps = steps or task.steps
+    losses: dict[str, list[float]] = {}
     for seed in range(seeds):
         for contender, candidate in CANDIDATES.items():
             loss, elements, arrays = final_loss(task, candidate, seed, steps)

@@ -142,15 +142,15 @@ class Description(NamedTuple):
 def description(columns):
     """Return the Description of the params, grads and state of updates, or None if one is of a type that is not known here."""
     params, grads, *state = columns
-    held, formats = _bare([*params, *itertools.chain.from_iterable(state)])
-    grads, formats_of_grads = _bare(grads)
+    held, formats = bare([*params, *itertools.chain.from_iterable(state)])
+    grads, formats_of_grads = bare(grads)
     changing, described = _read(held, _CHANGING), _read(grads, _DESCRIBED)
     if changing is None or described is None:
         return None
     return Description(held, changing + formats, described + formats_of_grads)
 
 
-def _bare(arrays):
+def bare(arrays):
     """Return the arrays, those in Bits without them, and the formats that Bits named."""
     if Bits not in set(map(type, arrays)):
         return arrays, []

@@ -1,5 +1,6 @@
 """From call to launch: check, choose the backend, compute the scalars, launch."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -232,7 +233,7 @@ def _formats(views, group):
 
 
 class Memo:
-    """What the checks found out of a step's arrays on a GPU, for as long as they stay what and where they were.
+    """What the checks found out of a step's arrays, for as long as they stay what and where they were.
 
     At each step what can have changed is read again and compared. It keeps no gradient alive, only the parameters and moments,
     as their optimizer does.
@@ -246,6 +247,8 @@ class Memo:
         if self._key is None:
             return None
         forced, known = self._key
+        if type(known) is _NumpyArrays:
+            return self._batches if forced == backends.forced(backend) and known.same(groups) else None
         found = _description(groups, backend)
         if found is None or forced != found[0] or len(known) != len(found[1]):
             return None
@@ -255,14 +258,73 @@ class Memo:
         """Take over the batches of a step."""
         for *_, batch in self._batches:
             batch.release()
-        self._key = _description(groups, backend) if batches and all(batch.lasts for *_, batch in batches) else None
-        self._batches = batches if self._key is not None else []
-        if self._key is None:
+        self._key, self._batches = None, []
+        if batches and all(batch.lasts for *_, batch in batches):
+            self._key = _description(groups, backend)
+        elif plain := _numpy_arrays(groups, batches):
+            self._key = backends.forced(backend), plain
+            batches = [(k, formats, batch.without_arrays()) for k, formats, batch in batches]
+        if self._key is not None:
+            self._batches = batches
+        else:
             for *_, batch in batches:
                 batch.release()
 
     def __reduce__(self):  # a copy of an optimizer finds out anew
         return (Memo, ())
+
+
+class _NumpyArrays:
+    """The NumPy arrays of a step, as they were found: one table of updates for each group. Gradients may be others each time."""
+
+    def __init__(self, struct, groups, tables, described):
+        self._struct, self._tables, self._described = struct, tables, described
+        self._of_groups = [self._of_group(group) for group in groups]
+        self._rows = [np.empty_like(rows) for rows in described]
+        self._dtypes = [[arrays.bare(column)[0][0].dtype for column in group.columns] for group in groups]  # kept alive
+        self._itemsizes = [np.array([dtype.itemsize for dtype in dtypes]) for dtypes in self._dtypes]
+        ends = np.cumsum([0, *map(len, described)])
+        self._parts = list(itertools.pairwise(ends.tolist()))
+        self._starts, self._ends = np.empty(ends[-1], np.int64), np.empty(ends[-1], np.int64)
+        self._written = np.empty(ends[-1], np.bool_)
+
+    @staticmethod
+    def _of_group(group):
+        """Return what the tables depend on beside the arrays."""
+        formats = [arrays.bare(column)[1] for column in group.columns]
+        return group.operands, group.stochastic, group.keys, group.h.fixed.zero_grad, formats
+
+    def same(self, groups):
+        """Whether the arrays are what they were. Then the tables have the addresses of the gradients."""
+        if len(groups) != len(self._of_groups) or self._of_groups != [self._of_group(group) for group in groups]:
+            return False
+        struct = self._struct
+        for k, group in enumerate(groups):
+            n, width = len(group.columns[0]), len(group.columns)
+            if n != len(self._tables[k]):
+                return False
+            of_columns = itertools.chain.from_iterable(arrays.bare(column)[0] for column in group.columns)
+            objects = np.fromiter(map(id, of_columns), np.int64, n * width)
+            part = slice(*self._parts[k])
+            extents = self._starts[part], self._ends[part], self._written[part]
+            rows, zero_grad = self._rows[k], group.h.fixed.zero_grad
+            known = (self._described[k], rows, self._tables[k], self._itemsizes[k], zero_grad)
+            if not struct.again(objects, struct.IDENTITIES, *known, *extents):
+                return False
+        return struct.apart(self._starts, self._ends, self._written)
+
+
+def _numpy_arrays(groups, batches):
+    """Return _NumpyArrays if each group is one table of NumPy arrays of the same formats, else None."""
+    if len(batches) != len(groups) or any(getattr(batch, "table", None) is None or batch.lasts for *_, batch in batches):
+        return None
+    if any(len(batch.table) != len(group.columns[0]) for group, (*_, batch) in zip(groups, batches, strict=True)):
+        return None
+    struct = backends.load("numba-cpu").numpy_struct
+    described = [struct.described(arrays.bare(list(itertools.chain.from_iterable(g.columns)))[0]) for g in groups]
+    if any(rows is None for rows in described):
+        return None
+    return _NumpyArrays(struct, groups, [batch.table for *_, batch in batches], described)
 
 
 def _description(groups, backend):

@@ -12,12 +12,13 @@ from gpuadam.kernels.adam import scalars
 
 def in_python(form, op):
     """Return the rule as a Python function for Numba to compile; op holds the primitives."""
-    fma = op.fma
+    fma, sqrt, ROOT = op.fma, op.sqrt, form.arrays.grouped
 
     def update(param, grad, m, v, max_v, ema, s):
         decay = s[1]
+        root = sqrt(v) if ROOT else max_v  # 8-bit state keeps the root of v
         return (
-            fma(decay, grad, param), fma(decay, grad, m), fma(decay, grad, v), fma(decay, grad, max_v), fma(decay, grad, ema),
+            fma(decay, grad, param), fma(decay, grad, m), fma(decay, grad, v), fma(decay, grad, root), fma(decay, grad, ema),
         )  # fmt: skip
 
     return update
@@ -25,13 +26,14 @@ def in_python(form, op):
 
 def in_cuda_c(form):
     """Return the rule as CUDA C over `T`."""
+    root = "sqrt_(v)" if form.arrays.grouped else "max_v"
     declared = ", ".join("T decay" if name == "decay" else "T" for name in scalars(form))
     return f"""
 __device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T& ema, {declared}) {{
     param = fma_(decay, grad, param);
     m = fma_(decay, grad, m);
+    max_v = fma_(decay, grad, {root});
     v = fma_(decay, grad, v);
-    max_v = fma_(decay, grad, max_v);
     ema = fma_(decay, grad, ema);
 }}
 """

@@ -138,6 +138,10 @@ class Batch:
     def release(self):
         """Nothing is held."""
 
+    def without_arrays(self):
+        """Return a Batch that may be launched again as long as its arrays are where they were, and keeps none alive."""
+        return Batch(self.table, None)
+
 
 def launch_table(form, table, scalars, rule=adam, key=0):
     """Update the arrays of a table (see numpy_struct.py) in place: without gaps, at multiples of their elements' size."""

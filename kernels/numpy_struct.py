@@ -23,7 +23,7 @@ GRAD, M, V, MAX_V = range(PARAM + 1, PARAM + 5)
 COLUMNS = MAX_V + 1
 
 TYPE = object.__basicsize__ - 8  # the last field of every Python object's head
-DATA, NDIM, SHAPE, _STRIDES, _BASE, DTYPE, FLAGS = (object.__basicsize__ + 8 * k for k in range(7))
+DATA, NDIM, SHAPE, STRIDES, _BASE, DTYPE, FLAGS = (object.__basicsize__ + 8 * k for k in range(7))
 C_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x100, 0x400
 
 MIXED = 4 | 8
@@ -97,17 +97,13 @@ def _stored(function):
 
 
 @_stored
-def disjoint(rows, grads_written=False):
-    """Return whether no array that an update writes shares memory with another; two that are only read may."""
-    starts, ends = np.empty(5 * rows.shape[0], np.int64), np.empty(5 * rows.shape[0], np.int64)
-    written = np.empty(5 * rows.shape[0], np.bool_)
+def apart(starts, ends, written):
+    """Return whether no extent of memory that is written overlaps another; two that are only read may. They are sorted."""
     n = 0
-    for row in range(rows.shape[0]):
-        n_bytes = rows[row, SIZE] * rows[row, ITEMSIZE]
-        for k in range(PARAM, COLUMNS):
-            if n_bytes and rows[row, k]:
-                starts[n], ends[n], written[n] = rows[row, k], rows[row, k] + n_bytes, k != GRAD or grads_written
-                n += 1
+    for k in range(starts.size):  # what is empty overlaps nothing
+        if ends[k] > starts[k]:
+            starts[n], ends[n], written[n] = starts[k], ends[k], written[k]
+            n += 1
     gap = 1  # sorted by Shell's method: a few lines, and quick for the few thousand arrays of a program
     while gap < n // 3:
         gap = 3 * gap + 1
@@ -127,6 +123,21 @@ def disjoint(rows, grads_written=False):
         if written[i]:
             end_of_written = max(end_of_written, ends[i])
     return True
+
+
+@_stored
+def disjoint(rows, grads_written=False):
+    """Return whether no array that an update writes shares memory with another; two that are only read may."""
+    starts, ends = np.empty(5 * rows.shape[0], np.int64), np.empty(5 * rows.shape[0], np.int64)
+    written = np.empty(5 * rows.shape[0], np.bool_)
+    n = 0
+    for row in range(rows.shape[0]):
+        n_bytes = rows[row, SIZE] * rows[row, ITEMSIZE]
+        for k in range(PARAM, COLUMNS):
+            if n_bytes and rows[row, k]:
+                starts[n], ends[n], written[n] = rows[row, k], rows[row, k] + n_bytes, k != GRAD or grads_written
+                n += 1
+    return apart(starts[:n], ends[:n], written[:n])
 
 
 @_stored
@@ -169,3 +180,57 @@ def read(objects, width, identities, rows):
 def read_one(param, grad, m, v, max_v, width, identities, rows):
     """Likewise for one update, whose arrays' structs are at these addresses: it takes Python less time to pass them."""
     return read(np.array((param, grad, m, v, max_v)), width, identities, rows)
+
+
+# What is written down of an array, to be compared at the next step: where and what it is, and up to MAX_NDIM lengths and strides.
+MAX_NDIM = 4
+DESCRIBED = 4 + 2 * MAX_NDIM
+_COMPARED = C_CONTIGUOUS | ALIGNED | WRITEABLE | 0x2  # and Fortran's order
+
+
+def described(arrays):
+    """Return what is written down of arrays, a row for each; None if one is not NumPy's own, or has too many dimensions."""
+    rows = np.empty((len(arrays), DESCRIBED), np.int64)
+    objects = np.fromiter(map(id, arrays), np.int64, len(arrays))
+    return rows if known() and describe(objects, IDENTITIES, rows) else None
+
+
+@_stored
+def describe(objects, identities, rows):
+    """Fill rows; return whether all are NumPy arrays of at most MAX_NDIM dimensions."""
+    for k in range(objects.size):
+        array = objects[k]
+        if _int64_at(array + TYPE) != identities[0] or _int32_at(array + NDIM) > MAX_NDIM:
+            return False
+        ndim = _int32_at(array + NDIM)
+        rows[k, 0], rows[k, 1] = _int64_at(array + DATA), ndim
+        rows[k, 2], rows[k, 3] = _int64_at(array + DTYPE), _int32_at(array + FLAGS) & _COMPARED
+        for d in range(MAX_NDIM):
+            rows[k, 4 + d] = _int64_at(_int64_at(array + SHAPE) + 8 * d) if d < ndim else 0
+            rows[k, 4 + MAX_NDIM + d] = _int64_at(_int64_at(array + STRIDES) + 8 * d) if d < ndim else 0
+    return True
+
+
+@_stored
+def again(objects, identities, before, rows, table, itemsizes, grads_written, starts, ends, written):
+    """Return whether arrays are what they were, gradients perhaps elsewhere; then table has the addresses of the gradients.
+
+    objects: the addresses of the arrays' structs, column by column. before: what was written down of them. rows: room for it.
+    itemsizes: of the columns. starts, ends, written: filled with the extent of each array, for `apart`.
+    """
+    if not describe(objects, identities, rows):
+        return False
+    n = table.shape[0]
+    for k in range(itemsizes.size):
+        for row in range(n):
+            i = k * n + row
+            for field in range(DESCRIBED):
+                if rows[i, field] != before[i, field] and (field or k != GRAD - PARAM):
+                    return False
+            n_bytes = itemsizes[k]
+            for d in range(rows[i, 1]):
+                n_bytes *= rows[i, 4 + d]
+            starts[i], ends[i], written[i] = rows[i, 0], rows[i, 0] + n_bytes, k != GRAD - PARAM or grads_written
+            if k == GRAD - PARAM:
+                table[row, GRAD] = rows[i, 0]
+    return True

@@ -99,7 +99,7 @@ PRIMITIVES = {
 
 # Conversions between how a number is stored and a float, as exact operations on bits. Raw bits are a u32, its upper half zero
 # for those of 16 bits. Rounding is to nearest even unless a name says "randomly": then h, 32 random bits, is added below the
-# last bit that is kept, and the rest is cut off, which is right on average (stochastic rounding). Each NaN becomes one quiet NaN.
+# last bit that is kept, and the rest is cut off, which is right on average (stochastic rounding). A NaN becomes a quiet NaN.
 #
 # LLVM's own half and bfloat are not used: on CPUs without instructions for them they are calls to what is not there.
 def _from_bfloat16(b, rn, u):

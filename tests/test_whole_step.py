@@ -136,7 +136,7 @@ def test_check_finite_looks_at_the_scaled_gradients():
 
 TRUE_OR_FALSE: list[tuple[Any, bool]] = [
     (True, True), (False, False), (1, True), (0, False), (2.0, True), (0.0, False), (None, False),
-    *((np.array(value, dtype), bool(value)) for dtype in FLAGS for value in (0, 1)),
+    *((np.array([value]).astype(str(dtype)), bool(value)) for dtype in FLAGS for value in (0, 1)),
     *((np.array([value]), bool(value)) for value in (0.0, 3.0)),
 ]  # fmt: skip
 
