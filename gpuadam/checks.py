@@ -35,6 +35,25 @@ def finite(name, value):
     return value + 0.0
 
 
+def norm(value):
+    """Return the norm of gradients as a float; it may be infinite or NaN."""
+    value = real("norm", value)
+    if value < 0.0:
+        raise ValueError(f"norm={value} must not be negative")
+    return value
+
+
+def found_inf(value):
+    """Return whether a flag of the host, None, a number or an array of one, says that a gradient is not finite."""
+    if value is None:
+        return False
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.reshape(())[()]
+    if not isinstance(value, (bool, np.bool_, numbers.Real)):
+        raise TypeError(f"found_inf must be True, False, a number or an array of one, not {value!r}")
+    return bool(value)
+
+
 def betas(value):
     """Return (beta1, beta2), each in [0, 1)."""
     try:

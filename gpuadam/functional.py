@@ -232,6 +232,12 @@ def _formats(views, group):
     return storage.Arrays(param, grad, m, "max_v" in views, "remainder" in views, param_copy, ema, stochastic)
 
 
+def check(groups, backend=None):
+    """Raise what `update` would raise of the arrays, and do nothing else."""
+    for *_, batch in _checked(groups, backend):
+        batch.release()
+
+
 class Memo:
     """What the checks found out of a step's arrays, for as long as they stay what and where they were.
 

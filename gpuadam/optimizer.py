@@ -327,6 +327,8 @@ class Adam:
         """Return the grad_scale of a step, whether to leave it out, and what a device has to decide of that, for `Now`."""
         max_norm = None if max_norm is None else checks.non_negative("max_norm", max_norm)
         check_finite = checks.flag("check_finite", check_finite)
+        if norm is not None and max_norm is None and not check_finite:
+            raise ValueError("norm is given, and nothing is done with it: give max_norm to clip by it, or check_finite=True")
         given = [grad for grads in grads_of_groups for grad in grads if grad is not None]
         if norm is None and given and (max_norm is not None or check_finite):
             norm = global_norm(given, out=self._norm, backend=self.backend, stream=stream)
@@ -336,7 +338,7 @@ class Adam:
         if isinstance(norm, np.ndarray):
             norm = float(norm)
         if not capturable_.is_array(found_inf) or isinstance(found_inf, np.ndarray):
-            left_out, found_inf = bool(found_inf is not None and np.any(found_inf)), None
+            left_out, found_inf = checks.found_inf(found_inf), None
         elif in_device_mode:
             left_out = False
         else:
@@ -352,9 +354,9 @@ class Adam:
                 )
             on_device |= {"largest_norm": self._largest_norm()} if check_finite else {}
         elif norm is not None:
-            norm = checks.real("norm", norm)
+            norm = checks.norm(norm)
             scale = grad_scale
-            if capturable_.is_array(scale):
+            if self.capturable and capturable_.is_array(scale):
                 if in_device_mode:
                     raise TypeError("grad_scale is on the device and norm is a number: give both there, or both as numbers")
                 scale = float(np.asarray(scale).reshape(()))
@@ -385,6 +387,7 @@ class Adam:
 
     def _leave_out(self, updates):
         """Check a step that is left out, and zero the gradients if a step would."""
+        functional.check(updates, self.backend)
         for group in updates:
             for grad, name in zip(group.columns[1], group.names, strict=True):
                 kernels, (view,) = backends.choose([(f"the gradient of params[{name!r}]", grad)], self.backend)

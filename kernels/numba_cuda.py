@@ -1,4 +1,4 @@
-"""A rule as a Numba CUDA kernel: the backend `numba-cuda`. The only file that imports numba.cuda.
+"""A rule as a Numba CUDA kernel: the backend `numba-cuda`. Only it and `global_norm_numba_cuda.py` import numba.cuda.
 
 Numba has no vector type for array elements, and passing an array to a kernel takes it longer than launching one. So a kernel
 here takes addresses, and loads and stores 16 bytes through two intrinsics.

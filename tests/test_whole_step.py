@@ -534,3 +534,29 @@ def test_scales_lie_beside_the_parameters(driver):
     opt = gpuadam.Adam(all_there(driver, random_arrays()), state_dtype="8bit", backend=driver.backend)
     for name, shape in SHAPES.items():
         assert opt.state[name]["m_scale"].shape == (-(-int(np.prod(shape)) // GROUP),)
+
+
+WRONG = {
+    "a negative norm": {"max_norm": 1.0, "norm": -1.0},
+    "a norm for nothing": {"norm": 2.0},
+    "a flag that is a string": {"found_inf": "no"},
+    "two flags": {"found_inf": np.zeros(2)},
+    "a scale in an array, without capturable": {"grad_scale": np.ones(1), "max_norm": 1.0},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_condition_of_a_step_is_refused_and_nothing_changes(what):
+    param = np.ones(3, "f4")
+    opt = gpuadam.Adam([param])
+    with pytest.raises((TypeError, ValueError)):
+        opt.step([np.ones(3, "f4")], **WRONG[what])
+    assert (param == 1).all() and opt.steps == 0
+
+
+def test_a_step_that_is_left_out_is_checked_like_any_other():
+    opt = gpuadam.Adam([np.ones(3, "f4")], zero_grad=True)
+    wrong = np.ones(4, "f4")
+    with pytest.raises(ValueError, match="shape"):
+        opt.step([wrong], found_inf=True)
+    assert (wrong == 1).all()
