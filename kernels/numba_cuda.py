@@ -299,28 +299,25 @@ def build(rule, form, loop, on_device=False):
     operands, LANES = storage.of_form(form), storage.lanes(form)
     N, SKIPS, ZERO_GRAD, RANDOM = len(operands), form.skips, form.zero_grad, form.arrays.random
     one, several = (storage.for_numba(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
-    update_lanes = cuda.jit(device=True)(_lanes(update, LANES))
     given = _scalars_in_memory(form) if on_device else _scalars_as_arguments
-    load, store, zero_grad, moved, stepped = one
-    load_lanes, store_lanes, zero_grads, _, _ = several
+    moved, stepped = one.moved, one.stepped
 
-    @cuda.jit(device=True)
-    def update_vector(at, i, start, key, s):
-        scalars, step_key, skip = s
-        if SKIPS and skip:
-            if ZERO_GRAD:
-                zero_grads(at, i)
-        else:
-            store_lanes(at, i, update_lanes(load_lanes(at, i), scalars), start, (start + i) >> 32, key ^ step_key)
+    def updating(access, lanes):
+        load, store, zero_grad, *_ = access
+        update_lanes = cuda.jit(device=True)(_lanes(update, lanes))
 
-    @cuda.jit(device=True)
-    def update_element(at, i, start, key, s):
-        scalars, step_key, skip = s
-        if SKIPS and skip:
-            if ZERO_GRAD:
-                zero_grad(at, i)
-        else:
-            store(at, i, update(*load(at, i), scalars), start, (start + i) >> 32, key ^ step_key)
+        @cuda.jit(device=True)
+        def update_at(at, i, start, key, s):
+            scalars, step_key, skip = s
+            if SKIPS and skip:
+                if ZERO_GRAD:
+                    zero_grad(at, i)
+            else:
+                store(at, i, update_lanes(load(at, i), scalars), start, (start + i) >> 32, key ^ step_key)
+
+        return update_at
+
+    update_element, update_vector = updating(one, 1), updating(several, LANES)
 
     if loop == "contiguous":
 
@@ -589,6 +586,9 @@ def _number_at(real):
 def _lanes(update, n):
     """Return the rule over the values of n elements."""
 
+    def one(E, s):
+        return update(*E, s)
+
     def two(E, s):
         return update(*E[0], s), update(*E[1], s)
 
@@ -601,7 +601,7 @@ def _lanes(update, n):
             update(*E[4], s), update(*E[5], s), update(*E[6], s), update(*E[7], s),
         )  # fmt: skip
 
-    return {2: two, 4: four, 8: eight}[n]
+    return {1: one, 2: two, 4: four, 8: eight}[n]
 
 
 # Addresses are int64. They are cast to addrspace(1), global memory: a pointer of no address space makes generic accesses.
