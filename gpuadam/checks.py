@@ -124,6 +124,14 @@ def combination(algorithm, operands, stochastic):
         raise ValueError("with a remainder nothing of param is rounded away: leave stochastic_rounding out")
 
 
+def formula(fixed):
+    """Refuse a formula of Adam's that is another algorithm's, and an eps_root without its formula. fixed: hyperparameters."""
+    if fixed.formula != "torch" and fixed.algorithm != "adam":
+        raise ValueError(f"formula={fixed.formula!r} is one of Adam's; {fixed.algorithm} has its own: leave it out")
+    if fixed.eps_root and fixed.formula != "optax":
+        raise ValueError(f"eps_root={fixed.eps_root} belongs to formula='optax', not to {fixed.formula!r}")
+
+
 def given(name, array):
     if array is None:
         raise TypeError(f"{name} is None, not an array")

@@ -26,6 +26,8 @@ def adam_step(
     maximize=False,
     grad_scale=1.0,
     algorithm="adam",
+    formula="torch",
+    eps_root=0.0,
     remainder=None,
     param_copy=None,
     ema=None,
@@ -54,6 +56,9 @@ def adam_step(
     maximize: go up the gradient. grad_scale: the gradient is multiplied by it first (1 / loss scale, or a clipping factor).
     algorithm: "adam"; or "nadam" (Dozat 2016), "radam" (Liu et al. 2020) or "adamax" (Kingma & Ba 2015, Algorithm 2: v is then
         the decayed maximum of |gradient|), each as in torch.
+    formula: where Adam's eps goes. With m and v corrected for their bias, "torch" and "apex": m / (sqrt(v) + eps), which are
+        one formula here; "optax": m / (sqrt(v + eps_root) + eps), with AMSGrad's maximum of the corrected v; "eps-hat", of
+        TensorFlow, chainer and thinc: m / (sqrt(v) + eps / sqrt(1 - beta2**step)), so eps counts for more in the first steps.
     remainder: an int16 array: with it a bfloat16 param is an exact float32 in two parts. Start it at zero, or split a float32 x
         into param, the bits of x plus 0x8000 shifted right by 16, and remainder, the low 16 bits of x.
     param_copy: an array of any of the dtypes that is overwritten with the new param, rounded to nearest even.
@@ -88,7 +93,7 @@ def adam_step(
         decoupled=decoupled,
         maximize=maximize,
         grad_scale=grad_scale,
-        further=further(algorithm, ema_decay, zero_grad),
+        further=further(algorithm, ema_decay, zero_grad, formula, eps_root),
     )
     step = checks.step_number(step)
     if max_v is remainder is param_copy is ema is m_scale is v_scale is None and not stochastic_rounding and not seed:
@@ -104,11 +109,13 @@ def adam_step(
     update([group], backend, stream)
 
 
-def further(algorithm, ema_decay, zero_grad, ema_starts=False):
+def further(algorithm, ema_decay, zero_grad, formula, eps_root, ema_starts=False):
     """Return (name, value) of the hyperparameters that few use, or nothing if all are as usual."""
-    if algorithm == "adam" and ema_decay == 0.999 and zero_grad is False and not ema_starts:
+    usual = algorithm == "adam" and ema_decay == 0.999 and formula == "torch" and eps_root == 0.0
+    if usual and zero_grad is False and not ema_starts:
         return ()
-    return ("algorithm", algorithm), ("ema_decay", ema_decay), ("zero_grad", zero_grad), ("ema_starts", ema_starts)
+    all_of_them = {"algorithm": algorithm, "ema_decay": ema_decay, "zero_grad": zero_grad, "ema_starts": ema_starts}
+    return tuple((all_of_them | {"formula": formula, "eps_root": eps_root}).items())
 
 
 class Updates(NamedTuple):

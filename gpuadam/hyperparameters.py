@@ -13,6 +13,7 @@ from .kernels.adam import Form, Scalars, scalars_type
 from .kernels.storage import Arrays
 
 ALGORITHMS = ("adam", "nadam", "radam", "adamax")
+FORMULAS = ("torch", "apex", "eps-hat", "optax")
 
 
 class Fixed(NamedTuple):
@@ -29,6 +30,13 @@ class Fixed(NamedTuple):
     ema_decay: float = 0.999
     zero_grad: bool = False
     ema_starts: bool = False  # the first step sets ema to param
+    formula: str = "torch"
+    eps_root: float = 0.0
+
+    @property
+    def variant(self):
+        """What the scalars depend on: the algorithm, or the formula that is not torch's. Apex's is the same but for rounding."""
+        return self.algorithm if self.formula in ("torch", "apex") else self.formula
 
 
 class Hyperparameters(NamedTuple):
@@ -69,7 +77,9 @@ def _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, fur
         checks.flag("maximize", maximize),
         checks.finite("grad_scale", grad_scale),
     )
-    return fixed._replace(**{name: _FURTHER[name](name, value) for name, value in further})
+    fixed = fixed._replace(**{name: _FURTHER[name](name, value) for name, value in further})
+    checks.formula(fixed)
+    return fixed
 
 
 _FURTHER: dict[str, Callable] = {
@@ -77,6 +87,8 @@ _FURTHER: dict[str, Callable] = {
     "ema_decay": checks.beta,
     "zero_grad": checks.flag,
     "ema_starts": checks.flag,
+    "formula": functools.partial(checks.one_of, FORMULAS),
+    "eps_root": checks.non_negative,
 }
 
 
@@ -90,7 +102,7 @@ def form_and_scalars(h, step, arrays):
     """
     lr, fixed = h
     beta1, beta2 = fixed[:2]
-    form, kind, rounded, largest, grad_scale, decay, w1, w2, eps, w_ema = _constants(fixed, arrays)
+    form, kind, plain, rounded, largest, grad_scale, decay, w1, w2, eps, eps_root, w_ema = _constants(fixed, arrays)
     if form.decoupled:
         decay = -lr * fixed.weight_decay
         if decay < -largest:
@@ -98,28 +110,33 @@ def form_and_scalars(h, step, arrays):
         decay, _ = rounded(decay, 0.0)
     neg_lr = -lr / (1.0 - power(beta1, step))
     inv_sqrt_bias2, further = 1.0, ()
-    if kind is Scalars and form.algorithm == "adam":
+    if plain:
         inv_sqrt_bias2 = 1.0 / math.sqrt(1.0 - power(beta2, step))
     else:
-        inv_sqrt_bias2, eps, neg_lr, further = _of_algorithm(form.algorithm, lr, fixed, eps, neg_lr, step, rounded)
+        inv_sqrt_bias2, eps, neg_lr, further = _of_variant(lr, fixed, eps, eps_root, neg_lr, step, rounded)
         if arrays.ema:
             further = (*further, first_w_ema(form) if fixed.ema_starts and step == 1 else w_ema)
     if neg_lr < -largest:
         _overflows("lr / (1 - beta1**step)", neg_lr, form.dtype)
-    inv_sqrt_bias2, neg_lr = rounded(inv_sqrt_bias2, neg_lr)  # the first is at most 1e8
+    inv_sqrt_bias2, neg_lr = rounded(inv_sqrt_bias2, neg_lr)  # the first is at most 1e16
     return form, kind(grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr, *further)
 
 
-def _of_algorithm(algorithm, lr, fixed, eps, neg_lr, step, rounded):
-    """Return inv_sqrt_bias2, eps, neg_lr and the further scalars of an algorithm."""
-    if algorithm == "radam":
+def _of_variant(lr, fixed, eps, eps_root, neg_lr, step, rounded):
+    """Return inv_sqrt_bias2, eps, neg_lr and the further scalars of an algorithm or a formula."""
+    variant = fixed.variant
+    if variant == "radam":
         return *_radam(fixed, eps, neg_lr, step), ()
-    if algorithm == "adamax":
+    if variant == "adamax":
         return 1.0, eps, neg_lr, ()
-    inv_sqrt_bias2 = 1.0 / math.sqrt(1.0 - power(fixed.beta2, step))
-    if algorithm == "nadam":
-        return inv_sqrt_bias2, eps, -lr, rounded(*_shares_of_nadam(fixed.beta1, step))
-    return inv_sqrt_bias2, eps, neg_lr, ()
+    bias2 = 1.0 - power(fixed.beta2, step)
+    if variant == "nadam":
+        return 1.0 / math.sqrt(bias2), eps, -lr, rounded(*_shares_of_nadam(fixed.beta1, step))
+    if variant == "eps-hat":  # the formula before section 2.1 of the paper: eps is not corrected with v
+        return 1.0, eps, neg_lr * math.sqrt(bias2), ()
+    if variant == "optax":
+        return 1.0 / bias2, eps, neg_lr, (eps_root,)
+    return 1.0 / math.sqrt(bias2), eps, neg_lr, ()
 
 
 def first_w_ema(form):
@@ -181,9 +198,9 @@ def _overflows(name, value, dtype):
 
 @functools.lru_cache(maxsize=256)
 def _constants(fixed, arrays):
-    """Return what does not change with lr and step: the Form, the type of its scalars, the rounding to their dtype, its largest
-    number, and six scalars."""
-    beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, algorithm, ema_decay, zero_grad, _ = fixed
+    """Return what does not change with lr and step: the Form, the type of its scalars, whether they are plain Adam's, the
+    rounding to their dtype, its largest number, and seven scalars."""
+    beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, algorithm, ema_decay, zero_grad, *_ = fixed
     dtype = arrays.compute
     largest = float(np.finfo(dtype).max)
     two = struct.Struct({"float32": "ff", "float64": "dd"}[dtype.name])
@@ -217,7 +234,7 @@ def _constants(fixed, arrays):
     decays = weight_decay != 0.0
     form = Form(
         arrays,
-        algorithm,
+        "optax" if fixed.formula == "optax" else algorithm,
         scaled=grad_scale != 1.0,
         l2=decays and not decoupled,
         decoupled=decays and decoupled,
@@ -226,9 +243,11 @@ def _constants(fixed, arrays):
         near_ema=near_ema or not arrays.ema,
         zero_grad=zero_grad,
     )
+    kind = scalars_type(form)
     return (
         form,
-        scalars_type(form),
+        kind,
+        kind is Scalars and fixed.variant == "adam",
         rounded,
         largest,
         grad_scale,
@@ -236,6 +255,7 @@ def _constants(fixed, arrays):
         w1,
         w2,
         rounded_but_not_to_zero("eps", eps),
+        rounded_but_not_to_zero("eps_root", fixed.eps_root),
         w_ema,
     )
 

@@ -40,7 +40,7 @@ class Adam:
     param_copies: arrays of the same structure as params that are overwritten with the new parameters, rounded: say, bfloat16 or
         float16 copies of float32 parameters.
     ema_decay: keep a running mean of each parameter: its value after its first step, then ema += (1 - ema_decay) * (param - ema).
-    zero_grad: store zeros in the gradients in the same pass. stochastic_rounding, seed: as in `adam_step`.
+    zero_grad: store zeros in the gradients in the same pass. formula, eps_root, stochastic_rounding, seed: as in `adam_step`.
 
     Attributes: `groups`, a list of dicts: "params", "names" and the hyperparameters, which may be changed between steps;
     `state`, name -> {"step", "m", "v", and, as they are used, "max_v", "remainder", "ema", "m_scale", "v_scale"}; with
@@ -71,6 +71,8 @@ class Adam:
         amsgrad=False,
         maximize=False,
         capturable=False,
+        formula="torch",
+        eps_root=0.0,
         state_dtype=None,
         master=None,
         param_copies=None,
@@ -97,7 +99,7 @@ class Adam:
                 "NAdam cannot be capturable: its scalars depend on all steps before, which only the host counts"
             )
         self._further = functional.further(
-            self._algorithm, 0.999 if ema_decay is None else ema_decay, zero_grad, ema_starts=ema_decay is not None
+            self._algorithm, 0.999 if ema_decay is None else ema_decay, zero_grad, formula, eps_root, ema_decay is not None
         )
         state_dtype = None if state_dtype is None else checks.one_of(STATE_DTYPES, "state_dtype", state_dtype)
         master = None if master is None else checks.one_of(("remainder",), "master", master)

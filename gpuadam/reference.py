@@ -21,6 +21,8 @@ def adam_step(
     maximize=False,
     grad_scale=1.0,
     algorithm="adam",
+    formula="torch",
+    eps_root=0.0,
     ema=None,
     ema_decay=0.999,
 ):
@@ -29,7 +31,8 @@ def adam_step(
     Arguments as in `gpuadam.adam_step`. Adam: Kingma & Ba 2015, Algorithm 1. L2 decay and AdamW: Loshchilov & Hutter 2019,
     Algorithm 2 (with the decay multiplied by lr, as in torch). AMSGrad: Reddi et al. 2018, Algorithm 2, with torch's bias
     correction of the maximum. NAdam: Dozat 2016, with torch's momentum_decay. RAdam: Liu et al. 2020, Algorithm 2; eps is added
-    to sqrt(v), as in torch. AdaMax: Kingma & Ba 2015, Algorithm 2, with torch's eps.
+    to sqrt(v), as in torch. AdaMax: Kingma & Ba 2015, Algorithm 2, with torch's eps. eps-hat: the last lines of Kingma & Ba 2015,
+    section 2. optax: its documentation of `scale_by_adam` and `scale_by_amsgrad`.
 
     >>> param, m, v, _ = adam_step(np.array([0.5]), np.array([-33.0]), np.zeros(1), np.zeros(1), 1, lr=0.1)
     >>> print(param)
@@ -47,8 +50,13 @@ def adam_step(
         m = beta1 * m + (1 - beta1) * g
         v = np.maximum(beta2 * v, np.abs(g) + eps) if algorithm == "adamax" else beta2 * v + (1 - beta2) * g**2
         if max_v is not None:
-            max_v = np.maximum(np.asarray(max_v, "float64"), v)
-        if algorithm == "adam":
+            max_v = np.maximum(np.asarray(max_v, "float64"), v / bias2 if formula == "optax" else v)
+        if formula == "optax":
+            v_hat = v / bias2 if max_v is None else max_v
+            theta = theta - lr * (m / bias1) / (np.sqrt(v_hat + eps_root) + eps)
+        elif formula == "eps-hat":
+            theta = theta - lr * np.sqrt(bias2) / bias1 * m / (np.sqrt(v if max_v is None else max_v) + eps)
+        elif algorithm == "adam":
             v_hat = (v if max_v is None else max_v) / bias2
             theta = theta - lr * (m / bias1) / (np.sqrt(v_hat) + eps)
         elif algorithm == "nadam":

@@ -16,7 +16,8 @@ m and v are PyTorch's exp_avg and exp_avg_sq, and optax's mu and nu; max_v is Py
 
 The family differs in the last line but one. NAdam (Dozat 2016) takes a mean of m and g for m; RAdam (Liu et al. 2020,
 arXiv:1908.03265) has other scalars: another lr, and before the variance is tractable a denominator of 1; AdaMax (Kingma & Ba
-2015, Algorithm 2) has v = max(beta2 * v, |g| + eps) and divides by it.
+2015, Algorithm 2) has v = max(beta2 * v, |g| + eps) and divides by it. optax divides by
+sqrt(v / (1 - beta2**t) + eps_root) + eps, and its AMSGrad takes the maximum of v / (1 - beta2**t).
 """
 
 import collections
@@ -30,7 +31,7 @@ class Form(NamedTuple):
     """What is known of a step when its kernel is compiled."""
 
     arrays: Arrays = Arrays()
-    algorithm: str = "adam"  # or "nadam", "radam", "adamax"
+    algorithm: str = "adam"  # or "nadam", "radam", "adamax"; "optax" is Adam with its denominator
     scaled: bool = False  # the gradient is multiplied by grad_scale
     l2: bool = False  # weight decay joins the gradient (Adam)
     decoupled: bool = False  # weight decay joins the parameter (AdamW; Loshchilov & Hutter 2019, arXiv:1711.05101)
@@ -57,7 +58,9 @@ class Scalars(NamedTuple):
     decay: float  # weight_decay if l2, -lr * weight_decay if decoupled
     w1: float  # 1 - beta1 if near1, else that minus 1
     w2: float  # 1 - beta2 if near2, else that minus 1; of AdaMax beta2
-    inv_sqrt_bias2: float  # 1 / sqrt(1 - beta2**step); of RAdam 1, or 0 before the variance is tractable
+    inv_sqrt_bias2: (
+        float  # 1 / sqrt(1 - beta2**step), of optax its square; of RAdam 1, or 0 before the variance is tractable
+    )
     eps: float  # of RAdam 1 before the variance is tractable
     neg_lr: float  # -lr / (1 - beta1**step), with what else an algorithm multiplies it by
 
@@ -65,12 +68,9 @@ class Scalars(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def scalars(form):
     """Return the names of the scalars that a form uses."""
-    shares = ("of_m", "of_g") if form.algorithm == "nadam" else ()  # of m and of g, in NAdam's direction
-    return (
-        *Scalars._fields,
-        *shares,
-        *(("w_ema",) if form.arrays.ema else ()),
-    )  # 1 - ema_decay if near_ema, else that minus 1
+    own = {"nadam": ("of_m", "of_g"), "optax": ("eps_root",)}  # the shares of m and of g in NAdam's direction
+    w_ema = ("w_ema",) if form.arrays.ema else ()  # 1 - ema_decay if near_ema, else that minus 1
+    return *Scalars._fields, *own.get(form.algorithm, ()), *w_ema
 
 
 def scalars_type(form):
@@ -94,7 +94,8 @@ def in_python(form, op):
         form.scaled, form.l2, form.decoupled, form.near1, form.near2, form.near_ema,
     )  # fmt: skip
     AMSGRAD, EMA = form.arrays.amsgrad, form.arrays.ema != ""
-    NADAM, ADAMAX, ROOT = form.algorithm == "nadam", form.algorithm == "adamax", form.arrays.grouped
+    NADAM, ADAMAX, OPTAX = (form.algorithm == name for name in ("nadam", "adamax", "optax"))
+    ROOT = form.arrays.grouped
     W_EMA = len(scalars(form)) - 1
 
     def update(param, grad, m, v, max_v, ema, s):
@@ -110,9 +111,10 @@ def in_python(form, op):
             denom = v
         else:
             v = fma(w2, fma(g, g, neg(v)), v if NEAR2 else mul(g, g))
-            max_v = larger(max_v, v) if AMSGRAD else v
-            root = sqrt(max_v)
-            denom = fma(root, inv_sqrt_bias2, eps)
+            v_hat = mul(v, inv_sqrt_bias2) if OPTAX else v
+            max_v = larger(max_v, v_hat) if AMSGRAD else v_hat
+            root = sqrt(v) if OPTAX else sqrt(max_v)
+            denom = add(sqrt(add(max_v, s[7])), eps) if OPTAX else fma(root, inv_sqrt_bias2, eps)
         direction = fma(s[8], g, mul(s[7], m)) if NADAM else m
         param = fma(neg_lr, div(direction, denom), param)
         if EMA:
@@ -120,7 +122,7 @@ def in_python(form, op):
         # A gradient that stays zero makes m subnormal, and a CPU then 80 times slower. v is never flushed without m:
         # m / (0 + eps) could be anything.
         m = zero_below(zero_below(m, v), abs_(m))
-        max_v = zero_below(root if ROOT else max_v, max_v)  # 8-bit state keeps the root of v
+        max_v = zero_below(root, v) if ROOT else zero_below(max_v, max_v)  # 8-bit state keeps the root of v
         v = zero_below(v, v)
         return param, m, v, max_v, ema
 
@@ -140,9 +142,14 @@ __device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T
     T root, denom = v;
 #else
     v = fma_(w2, fma_(g, g, neg_(v)), NEAR2 ? v : mul_(g, g));
-    max_v = AMSGRAD ? larger_(max_v, v) : v;
-    T root = sqrt_(max_v);
+    T v_hat = OPTAX ? mul_(v, inv_sqrt_bias2) : v;
+    max_v = AMSGRAD ? larger_(max_v, v_hat) : v_hat;
+    T root = OPTAX ? sqrt_(v) : sqrt_(max_v);
+#if OPTAX
+    T denom = add_(sqrt_(add_(max_v, eps_root)), eps);
+#else
     T denom = fma_(root, inv_sqrt_bias2, eps);
+#endif
 #endif
 #if NADAM
     T direction = fma_(of_g, g, mul_(of_m, m));
@@ -156,7 +163,7 @@ __device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T
     // A gradient that stays zero makes m subnormal, and a CPU then 80 times slower. v is never flushed without m:
     // m / (0 + eps) could be anything.
     m = zero_below_(zero_below_(m, v), abs_(m));
-    max_v = zero_below_(ROOT ? root : max_v, max_v);  // 8-bit state keeps the root of v
+    max_v = ROOT ? zero_below_(root, v) : zero_below_(max_v, max_v);  // 8-bit state keeps the root of v
     v = zero_below_(v, v);
 }
 """
@@ -175,6 +182,7 @@ def in_cuda_c(form):
         "EMA": form.arrays.ema != "",
         "NADAM": form.algorithm == "nadam",
         "ADAMAX": form.algorithm == "adamax",
+        "OPTAX": form.algorithm == "optax",
         "ROOT": form.arrays.grouped,
     }
     declared = ", ".join(f"T {name}" for name in scalars(form))

@@ -392,10 +392,10 @@ def launch_scalars(form, settings, given, out, stream):
     "grad_scale", and those of "step", "found_inf" and "norm" that the form has. out: the `device_scalars.Memory` to write.
     stream: a handle.
     """
-    inputs, outputs, n_scalars = _scalar_arguments(form)
+    inputs, outputs = _scalar_arguments(form)
     arrays = {name: _one(x, x.dtype) if isinstance(x, View) else x for name, x in given.items()}
     arrays |= settings._asdict() | {
-        "scalars": _unowned(out.address + device_scalars.REALS_AT, (n_scalars,), out.dtype, out.device),
+        "scalars": _unowned(out.address + device_scalars.REALS_AT, (form.reals,), out.dtype, out.device),
         "words": _unowned(out.address, (2,), np.int64, out.device),
     }
     if "found_inf" in given:
@@ -428,17 +428,17 @@ def _scalar_arguments(form):
     outputs.append((f"raw {form.dtype}", "scalars"))
     if form.random or form.skips:
         outputs.append(("raw int64", "words"))
-    return inputs, outputs, 7 + form.ema
+    return inputs, outputs
 
 
 @functools.cache
 def build_scalars(form):
     """Return the ElementwiseKernel of a `device_scalars.Form`."""
-    inputs, outputs, n_scalars = _scalar_arguments(form)
+    inputs, outputs = _scalar_arguments(form)
     return cupy.ElementwiseKernel(
         ", ".join(map(" ".join, inputs)),
         ", ".join(map(" ".join, outputs)),
         device_scalars.IN_CUDA_C,
         f"gpuadam_scalars_{form.dtype}",
-        preamble="typedef double T;\n" + primitives.for_cuda_c("float64") + device_scalars.preamble(form, n_scalars),
+        preamble="typedef double T;\n" + primitives.for_cuda_c("float64") + device_scalars.preamble(form),
     )

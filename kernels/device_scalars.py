@@ -24,7 +24,7 @@ class Form(NamedTuple):
     lr: np.dtype | None
     grad_scale: np.dtype | None
     decoupled: bool
-    algorithm: str = "adam"  # or "radam", "adamax"
+    algorithm: str = "adam"  # or "radam", "adamax", "optax", "eps-hat"
     ema: bool = False
     random: bool = False  # the step has a key for random rounding
     counts: bool = True  # the step count is on the device
@@ -35,6 +35,11 @@ class Form(NamedTuple):
     @property
     def skips(self):
         return self.found_inf is not None or self.checks
+
+    @property
+    def reals(self):
+        """How many scalars of the compute type there are."""
+        return 7 + (self.algorithm == "optax") + self.ema
 
 
 class Settings(NamedTuple):
@@ -49,6 +54,7 @@ class Settings(NamedTuple):
     w1: float  # these three go through as they are
     w2: float
     eps: float
+    eps_root: float = 0.0  # likewise
     w_ema: float = 0.0  # likewise
     first_w_ema: float = 0.0  # likewise, at step 1
     max_norm: float = np.inf
@@ -84,14 +90,15 @@ def in_python(form, op, narrow):
     narrow: float64 to the compute type.
     """
     add, sub, mul, div, sqrt, neg, abs_ = op.add, op.sub, op.mul, op.div, op.sqrt, op.neg, op.abs
-    DECOUPLED, RADAM, ADAMAX, NORM, EMA = (
-        form.decoupled, form.algorithm == "radam", form.algorithm == "adamax", form.norm, form.ema,
-    )  # fmt: skip
+    DECOUPLED, NORM, EMA = form.decoupled, form.norm, form.ema
+    RADAM, ADAMAX, OPTAX, EPS_HAT = (form.algorithm == name for name in ("radam", "adamax", "optax", "eps-hat"))
     from numba import types
 
     u64 = types.uint64
 
-    def scalars(t, lr, grad_scale, norm, sign, beta1, beta2, weight_decay, w1, w2, eps, w_ema, first_w_ema, max_norm):
+    def scalars(
+        t, lr, grad_scale, norm, sign, beta1, beta2, weight_decay, w1, w2, eps, eps_root, w_ema, first_w_ema, max_norm
+    ):
         power1, power2, b1, b2, n = 1.0, 1.0, beta1, beta2, t
         while n:
             if n & 1:
@@ -117,11 +124,17 @@ def in_python(form, op, narrow):
                 neg_lr = mul(mul(neg_lr, sqrt(div(above, below))), sqrt(sub(1.0, power2)))
             else:
                 inv_sqrt_bias2, eps = 0.0, 1.0
+        elif EPS_HAT:
+            inv_sqrt_bias2, neg_lr = 1.0, mul(neg_lr, sqrt(sub(1.0, power2)))
+        elif OPTAX:
+            inv_sqrt_bias2 = div(1.0, sub(1.0, power2))
         else:
             inv_sqrt_bias2 = div(1.0, sqrt(sub(1.0, power2)))
-        base = (
+        base: tuple = (
             narrow(scale), narrow(decay), narrow(w1), narrow(w2), narrow(inv_sqrt_bias2), narrow(eps), narrow(neg_lr),
         )  # fmt: skip
+        if OPTAX:
+            base = base + (narrow(eps_root),)  # noqa: RUF005 - Numba unpacks no tuple there
         if EMA:
             return base + (narrow(first_w_ema if t == 1 else w_ema),)  # noqa: RUF005 - Numba unpacks no tuple there
         return base
@@ -179,10 +192,16 @@ if (rho > 5.0) {
     inv_sqrt_bias2 = 0.0;
     epsilon = 1.0;
 }
+#elif EPS_HAT
+double inv_sqrt_bias2 = 1.0;
+neg_lr = mul_(neg_lr, sqrt_(sub_(1.0, power2)));
+#elif OPTAX
+double inv_sqrt_bias2 = div_(1.0, sub_(1.0, power2));
 #else
 double inv_sqrt_bias2 = div_(1.0, sqrt_(sub_(1.0, power2)));
 #endif
-const double all[] = {scale, decay, w1, w2, inv_sqrt_bias2, epsilon, neg_lr, t == 1 ? first_w_ema : w_ema};
+const double of_ema = t == 1 ? first_w_ema : w_ema;
+const double all[] = {scale, decay, w1, w2, inv_sqrt_bias2, epsilon, neg_lr, OPTAX ? eps_root : of_ema, of_ema};
 #pragma unroll
 for (int k = 0; k < N_SCALARS; ++k)
     narrow(scalars[k], all[k]);
@@ -196,7 +215,7 @@ words[1] = skip;
 """
 
 
-def preamble(form, n_scalars):
+def preamble(form):
     """Return what IN_CUDA_C needs of its form."""
     # A flag is read as bits, without a sign: what is not zero leaves the step out.
     shift = 1 if form.found_inf is not None and form.found_inf.kind == "f" else 0
@@ -204,11 +223,13 @@ def preamble(form, n_scalars):
         "DECOUPLED": int(form.decoupled),
         "RADAM": int(form.algorithm == "radam"),
         "ADAMAX": int(form.algorithm == "adamax"),
+        "OPTAX": int(form.algorithm == "optax"),
+        "EPS_HAT": int(form.algorithm == "eps-hat"),
         "COUNTS": int(form.counts),
         "CLIPS": int(form.norm),
         "CHECKS": int(form.checks),
         "WORDS": int(form.random or form.skips),
-        "N_SCALARS": n_scalars,
+        "N_SCALARS": form.reals,
         "LR": "lr" if form.lr is None else "lr[0]",
         "GRAD_SCALE": "grad_scale" if form.grad_scale is None else "grad_scale[0]",
         "NORM": "norm[0]" if form.norm or form.checks else "0.0",

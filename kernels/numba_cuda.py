@@ -541,7 +541,7 @@ def build_scalars(form):
 
     def scalars(
         step, found_inf, norm, lr, grad_scale, out,
-        advance, seed, sign, beta1, beta2, weight_decay, w1, w2, eps, w_ema, first_w_ema, max_norm, largest_norm,
+        advance, seed, sign, beta1, beta2, weight_decay, w1, w2, eps, eps_root, w_ema, first_w_ema, max_norm, largest_norm,
     ):  # fmt: skip
         scale, norm_is, skip = grad_scale_of(grad_scale), 0.0, False
         if NORM:
@@ -557,8 +557,8 @@ def build_scalars(form):
                 t += advance
             store_word(step, t)
         results = compute(
-            t, lr_of(lr), scale, norm_is, sign, beta1, beta2, weight_decay, w1, w2, eps, w_ema, first_w_ema, max_norm
-        )
+            t, lr_of(lr), scale, norm_is, sign, beta1, beta2, weight_decay, w1, w2, eps, eps_root, w_ema, first_w_ema, max_norm,
+        )  # fmt: skip
         for k in range(len(results)):
             store_real(out + REALS_AT + k * ITEMSIZE, results[k])
         if WORDS:

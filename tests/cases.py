@@ -27,6 +27,8 @@ FORMS = {
     "radam": {"algorithm": "radam", "step": 8},
     "radam, before it rectifies": {"algorithm": "radam", "betas": (0.9, 0.5)},
     "adamax": {"algorithm": "adamax"},
+    "optax": {"formula": "optax", "eps_root": 1e-12},
+    "optax with amsgrad": {"formula": "optax", "amsgrad": True},
     "all with l2": {"weight_decay": 0.1, "amsgrad": True, "maximize": True, "grad_scale": 3.0, "betas": (0.5, 0.5)},
     "all with adamw": {"weight_decay": 0.1, "decoupled": True, "amsgrad": True, "grad_scale": 1e-3, "betas": (0.3, 0.4)},
 }

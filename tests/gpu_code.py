@@ -267,7 +267,7 @@ def run_scalars(backend, form, arch, settings, step, lr, grad_scale, found_inf=N
     """Run the one-thread kernel of a `device_scalars.Form`. step: int64 array, advanced. Returns the memory that it writes."""
     kernel = loaded(scalars_ptx(backend, form, arch))
     out = np.zeros(device_scalars.MEMORY_BYTES // 8, "i8")
-    n = 7 + form.ema
+    n = form.reals
     reals = out[device_scalars.REALS_AT // 8 :].view(form.dtype)[:n]
     if backend == "numba-cuda":
         numbers = [x.ctypes.data if isinstance(x, np.ndarray) else x for x in (step, found_inf, norm, lr, grad_scale)]
@@ -286,7 +286,7 @@ def run_scalars(backend, form, arch, settings, step, lr, grad_scale, found_inf=N
 
 def reals_of(out, form):
     """Return the scalars in what `run_scalars` returned."""
-    return out[device_scalars.REALS_AT // 8 :].view(form.dtype)[: 7 + form.ema]
+    return out[device_scalars.REALS_AT // 8 :].view(form.dtype)[: form.reals]
 
 
 def cuda_view(name, a, stream=None):

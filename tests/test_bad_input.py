@@ -173,6 +173,23 @@ def test_moments_of_two_dtypes_are_refused_by_both_names(what):
 # options beside good arrays -> the error
 BAD_OPTIONS = {
     "an unknown algorithm": ({"algorithm": "lion"}, ValueError, "algorithm='lion' must be one of 'adam', 'nadam'"),
+    "an unknown formula": (
+        {"formula": "keras"},
+        ValueError,
+        "formula='keras' must be one of 'torch', 'apex', 'eps-hat', 'optax'",
+    ),
+    "a formula of another algorithm": (
+        {"formula": "optax", "algorithm": "radam"},
+        ValueError,
+        "radam has its own: leave it out",
+    ),
+    "an eps_root without its formula": ({"eps_root": 1e-8}, ValueError, "belongs to formula='optax', not to 'torch'"),
+    "a negative eps_root": ({"formula": "optax", "eps_root": -1e-8}, ValueError, "eps_root=-1e-08 must be finite"),
+    "an eps_root that rounds to 0": (
+        {"formula": "optax", "eps_root": 1e-60},
+        ValueError,
+        "eps_root=1e-60 rounds to 0 in float32",
+    ),
     "an algorithm that is no string": ({"algorithm": None}, ValueError, "algorithm=None"),
     **{
         f"AMSGrad with {name}": ({"algorithm": name}, ValueError, f"{name} has none: leave max_v out")

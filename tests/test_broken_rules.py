@@ -78,8 +78,8 @@ BREAKS = {
     "a flipped sign bit": (("neg_(v)", "__uint_as_float(__float_as_uint(v) ^ 0x80000000u)"), {"refused", "operations"}),
     "a swapped scalar": (("fma_(w1, sub_(g, m)", "fma_(w2, sub_(g, m)"), {"bits"}),
     "the far arm of lerp": (("NEAR1 ? m : g", "NEAR1 ? g : m"), {"bits"}),
-    "a maximum that drops NaN": (("larger_(max_v, v)", "fmaxf(max_v, v)"), {"refused", "operations"}),
-    "a flush before max_v": (("max_v = AMSGRAD", "v = zero_below_(v, v); max_v = AMSGRAD"), {"bits"}),
+    "a maximum that drops NaN": (("larger_(max_v, v_hat)", "fmaxf(max_v, v_hat)"), {"refused", "operations"}),
+    "a flush before max_v": (("T v_hat =", "v = zero_below_(v, v); T v_hat ="), {"bits"}),
 }
 
 
@@ -103,6 +103,14 @@ BREAKS_OF_OTHERS = {
     "AdaMax without eps": ("adamax", ("add_(abs_(g), eps)", "abs_(g)"), {"bits"}),
     "AdaMax of a signed gradient": ("adamax", ("add_(abs_(g), eps)", "add_(g, eps)"), {"bits"}),
     "AdaMax with Adam's decay": ("adamax", ("mul_(w2, v)", "mul_(w1, v)"), {"bits"}),
+    "nothing of optax": ("optax", ("fma_", "fma_"), {None}),
+    "optax without eps_root": ("optax", ("add_(max_v, eps_root)", "max_v"), {"bits"}),
+    "optax's eps and eps_root in each other's place": (
+        "optax",
+        ("add_(sqrt_(add_(max_v, eps_root)), eps)", "add_(sqrt_(add_(max_v, eps)), eps_root)"),
+        {"bits"},
+    ),
+    "optax's AMSGrad of the uncorrected v": ("optax with amsgrad", ("larger_(max_v, v_hat)", "larger_(max_v, v)"), {"bits"}),
     "a magnitude by a ternary": ("adamax", ("abs_(g)", "(g < 0 ? -g : g)"), {"refused", "operations", "bits"}),
 }
 

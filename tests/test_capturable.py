@@ -176,6 +176,9 @@ SCALARS = {
     "RAdam that never rectifies": ({"algorithm": "radam", "betas": (0.9, 0.5)}, "float32", "float64", None),
     "AdaMax": ({"algorithm": "adamax", "weight_decay": 0.1, "decoupled": True}, "float32", "float32", None),
     "AdaMax in float64": ({"algorithm": "adamax", "grad_scale": 0.3}, "float64", "float64", "float32"),
+    "optax": ({"formula": "optax", "eps_root": 1e-12}, "float32", "float64", None),
+    "optax in float64, a running mean": ({"formula": "optax", "ema_decay": 0.9}, "float64", "float64", None),
+    "eps-hat": ({"formula": "eps-hat", "weight_decay": 0.1}, "float32", "float64", None),
     "a running mean": ({"ema_decay": 0.9}, "float32", None, None),
     "a running mean that starts at the parameter": ({"ema_decay": 0.3, "ema_starts": True}, "float64", "float64", None),
 }

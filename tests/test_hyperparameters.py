@@ -72,6 +72,20 @@ def test_the_scalars_are_those_that_a_form_names(algorithm, ema):
         assert s.of_g == pytest.approx((1 - mu[6]) / (1 - math.prod(mu[:7])), rel=1e-7)
 
 
+def test_the_formulas_differ_in_their_scalars_alone_or_have_one_more():
+    kernels = {}
+    for formula in hyperparameters.FORMULAS:
+        h = checked(formula=formula, eps=1e-6, betas=(0.9, 0.99), **({"eps_root": 1e-9} if formula == "optax" else {}))
+        kernels[formula], s = hyperparameters.form_and_scalars(h, 10, Arrays())
+        assert s._fields == adam.scalars(kernels[formula])
+        bias2 = 1 - 0.99**10
+        expected = {"eps-hat": 1.0, "optax": 1 / bias2}.get(formula, bias2**-0.5)
+        assert s.inv_sqrt_bias2 == pytest.approx(expected, rel=1e-7)
+        assert s.eps == np.float32(1e-6)
+        assert getattr(s, "eps_root", None) == (np.float32(1e-9) if formula == "optax" else None)
+    assert kernels["torch"] == kernels["apex"] == kernels["eps-hat"] != kernels["optax"]
+
+
 def test_the_mean_of_an_optimizer_starts_at_the_first_new_parameter():
     for ema_decay, near in ((0.9, True), (0.25, False)):
         h = checked(ema_decay=ema_decay, ema_starts=True)

@@ -10,17 +10,18 @@ gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
 from gpuadam.kernels import limit  # noqa: E402
 
-OTHER_ALGORITHMS = ("nadam", "adamax")  # whose rule differs from Adam's; RAdam's does not
+OTHER_ALGORITHMS = ("nadam", "adamax", "optax")  # whose rule differs from Adam's; RAdam's does not
 
 
 def contract_operations(form):
     """Return how many of each rounded operation one element takes, counted from the contract."""
-    nadam, adamax = form.algorithm == "nadam", form.algorithm == "adamax"
+    nadam, adamax, optax = (form.algorithm == name for name in ("nadam", "adamax", "optax"))
     counts = {
-        # m, g * g - v, v, denom, param; decay; NAdam's direction. AdaMax has but m and param
-        "fma": (2 if adamax else 5) + form.l2 + form.decoupled + nadam,
-        "mul": form.scaled + (not form.near2) + nadam + adamax,  # of_m * m; beta2 * v
-        "add": 1 + form.amsgrad + 2 * adamax,  # g - m; the sum that clears the sign of a loaded -0; |g| + eps
+        # m, g * g - v, v, denom, param; decay; NAdam's direction. AdaMax has but m and param, optax another denom
+        "fma": (2 if adamax else 5 - optax) + form.l2 + form.decoupled + nadam,
+        "mul": form.scaled + (not form.near2) + nadam + adamax + optax,  # of_m * m; beta2 * v; the corrected v
+        # g - m; the sum that clears the sign of a loaded -0; |g| + eps; eps_root and eps
+        "add": 1 + form.amsgrad + 2 * adamax + 2 * optax,
         "sqrt": 0 if adamax else 1,
         "div": 1,
     }

@@ -324,6 +324,7 @@ OPTIONS: dict[str, list[Any]] = {
     "zero_grad": [False, True],
     "stochastic_rounding": [False, True],
     "capturable": [False, True],
+    "formula": ["torch", "optax", "eps-hat"],
 }
 PAIRS = list(itertools.combinations(OPTIONS, 2))
 
@@ -361,6 +362,7 @@ def must_be_refused(cell):
         or (eight and cell["param_copies"] == "float64")
         or (cell["amsgrad"] and algorithm in ("NAdam", "RAdam", "AdaMax"))
         or (cell["capturable"] and algorithm == "NAdam")
+        or (cell["formula"] != "torch" and algorithm in ("NAdam", "RAdam", "AdaMax"))
         or (cell["master"] and cell["dtype"] == "bfloat16" and cell["stochastic_rounding"])
     )
 
