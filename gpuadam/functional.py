@@ -85,16 +85,8 @@ def adam_step(
     >>> print(param)
     [0.6 0.1]
     """
-    h = hyperparameters.checked(
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled=decoupled,
-        maximize=maximize,
-        grad_scale=grad_scale,
-        further=further(algorithm, ema_decay, zero_grad, formula, eps_root),
-    )
+    options = further(algorithm, ema_decay, zero_grad, formula, eps_root)
+    h = hyperparameters.checked(lr, betas, eps, weight_decay, decoupled, maximize, grad_scale, options)
     step = checks.step_number(step)
     if max_v is remainder is param_copy is ema is m_scale is v_scale is None and not stochastic_rounding and not seed:
         group = Updates(h, step, [[param], [grad], [m], [v]], None)
@@ -189,20 +181,19 @@ def _numpy_way(groups):
     struct = kernels.numpy_struct
     work = []
     for group in groups:
-        h, step, columns, _, _, further, *_ = group
-        zero_grad = h.fixed.zero_grad
-        if further and further != ("max_v",):
+        if group.further and group.further != ("max_v",):
             return False
-        found = struct.table(columns, zero_grad)
-        if found is None:
+        columns, zero_grad = group.columns, group.h.fixed.zero_grad
+        tables = struct.tables(columns, zero_grad)
+        if tables is None:
             return False
-        table, dtype = found
-        for one, rows in struct.by_dtype(table) if dtype is None else [(dtype, table)]:
-            work.append((*hyperparameters.form_and_scalars(h, step, _PLAIN[one.itemsize, len(columns)]), rows))
-    if len(groups) > 1 and not struct.disjoint(np.concatenate([rows for *_, rows in work]), zero_grad):
+        for itemsize, rows, n in tables:
+            form, scalars = hyperparameters.form_and_scalars(group.h, group.step, _PLAIN[itemsize, len(columns)])
+            work.append((form, rows, n, scalars))
+    if len(groups) > 1 and not struct.disjoint(np.concatenate([rows for _, rows, *_ in work]), zero_grad):
         return False
-    for form, scalars, rows in work:
-        kernels.launch_table(form, rows, scalars)
+    for one in work:
+        kernels.launch_table(*one)
     return True
 
 

@@ -1,5 +1,6 @@
 """Groups of parameters: what an optimizer is given, what is checked of it at each step, and gradients of the same structure."""
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from typing import NamedTuple
 
@@ -66,16 +67,16 @@ def in_order_of_groups(grads, structures):
 
 def in_order(grads, structure, label):
     """Return the gradients or None, in the order of the parameters, of one group."""
+    if structure.kind == ONE:
+        return [grads]
     grads, names = _listed(grads), structure.names
     if structure.kind == MAPPING:
         if not isinstance(grads, Mapping) or grads.keys() != set(names):
             raise ValueError(f"{label} must be a dict with the names {names} (None skips one); it is {what_is(grads)}")
         return [grads[name] for name in names]
-    if structure.kind == SEQUENCE:
-        if not is_sequence(grads) or len(grads) != len(names):
-            raise ValueError(f"{label} must be a sequence of {len(names)} (None skips one); it is {what_is(grads)}")
-        return list(grads)
-    return [grads]
+    if not is_sequence(grads) or len(grads) != len(names):
+        raise ValueError(f"{label} must be a sequence of {len(names)} (None skips one); it is {what_is(grads)}")
+    return list(grads)
 
 
 def _listed(x):
@@ -97,27 +98,26 @@ def what_is(x):
 
 def checked_group(group, structure, decoupled, step, grad_scale=1.0, further=()):
     """Check a group and return its Hyperparameters for a step, lr called if it is a callable. further: see `checked`."""
-    if group.keys() != GROUP_KEYS:
+    try:
+        lr, betas, eps, weight_decay, amsgrad, maximize, names, params = _values(group)
+    except KeyError:
+        names = None
+    if names is None or len(group) != len(GROUP_KEYS):
         unknown, missing = sorted(map(str, group.keys() - GROUP_KEYS)), sorted(GROUP_KEYS - group.keys())
         what = f"unknown {unknown}" if unknown else f"missing {missing}"
         raise ValueError(f"a group has {what}; its hyperparameters are {', '.join(HYPERPARAMETERS)}")
-    if group["names"] != structure.names or len(group["params"]) != len(structure.names):
+    if names != structure.names or len(params) != len(names):
         raise ValueError('the "params" and "names" of a group cannot be changed after the optimizer is made: make another')
-    if checks.flag("amsgrad", group["amsgrad"]) != structure.amsgrad:
+    if amsgrad is not structure.amsgrad and checks.flag("amsgrad", amsgrad) != structure.amsgrad:
         raise ValueError("amsgrad cannot be changed after the optimizer is made: it decides which moments there are")
-    lr = group["lr"]
-    if capturable.is_array(lr):
-        raise TypeError(
-            f"lr is a {arrays.kind(lr)}: it must be a number or a callable or, with capturable=True, an array of one number "
-            "beside the parameters"
-        )
-    return hyperparameters.checked(
-        lr=lr(step) if callable(lr) else lr,
-        betas=group["betas"],
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        decoupled=decoupled,
-        maximize=group["maximize"],
-        grad_scale=grad_scale,
-        further=further,
-    )
+    if type(lr) is not float:
+        if capturable.is_array(lr):
+            raise TypeError(
+                f"lr is a {arrays.kind(lr)}: it must be a number or a callable or, with capturable=True, an array of one number "
+                "beside the parameters"
+            )
+        lr = lr(step) if callable(lr) else lr
+    return hyperparameters.checked(lr, betas, eps, weight_decay, decoupled, maximize, grad_scale, further)
+
+
+_values = operator.itemgetter(*HYPERPARAMETERS, "names", "params")

@@ -133,7 +133,7 @@ class Batch:
             at = tuple(view.pointer for view in views)
             build(rule, form, "strided")(at, shape, strides, update.start, update.key ^ key, *scalars)
         else:
-            launch_table(form, self.table, scalars, rule, key)
+            launch_table(form, self.table, self.table[:, SIZE].sum().item(), scalars, rule, key)
 
     def release(self):
         """Nothing is held."""
@@ -143,18 +143,16 @@ class Batch:
         return Batch(self.table, None)
 
 
-def launch_table(form, table, scalars, rule=adam, key=0):
-    """Update the arrays of a table (see numpy_struct.py) in place: without gaps, at multiples of their elements' size."""
-    n = table[0, SIZE].item() if len(table) == 1 else table[:, SIZE].sum().item()
+def launch_table(form, table, n, scalars, rule=adam, key=0):
+    """Update the n elements of a table of arrays (see numpy_struct.py): without gaps, at multiples of their elements' size."""
     n_threads = 1 if n < PARALLEL_FROM else _n_threads()
-    given = (key, *scalars)
     if n_threads == 1:
-        build(rule, form, "serial")(table, 0, n, *given)
+        build(rule, form, "serial")(table, 0, n, key, *scalars)
     elif _numba_threads_are_safe():
         with _one_at_a_time:
-            build(rule, form, "parallel")(table, n, n_threads, *given)
+            build(rule, form, "parallel")(table, n, n_threads, key, *scalars)
     else:
-        _in_own_threads(build(rule, form, "serial"), table, n, n_threads, given)
+        _in_own_threads(build(rule, form, "serial"), table, n, n_threads, (key, *scalars))
 
 
 @functools.cache

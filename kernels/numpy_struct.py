@@ -34,13 +34,13 @@ IDENTITIES = np.array([id(np.ndarray), id(DTYPES[4]), id(DTYPES[8]), C_CONTIGUOU
 GRADS_WRITTEN = IDENTITIES | [0, 0, 0, WRITEABLE]
 
 
-def table(columns, zero_grad=False):
-    """Return the table of updates and their dtype, or None if an array is not plain or two of them overlap.
+def tables(columns, zero_grad=False):
+    """Return (itemsize, table, how many elements) of the updates of each dtype; None if an array is not plain or two overlap.
 
     columns: the params of all updates, their grads, m's, v's and, with AMSGrad, max_v's: lists of one length. Plain are
     NumPy's own arrays, C-contiguous, aligned, of float32 or float64 in native byte order, all but the grads writeable (and
     these too with zero_grad), and of one shape and dtype in each update.
-    The dtype is None if updates differ in it. The table holds no references: the arrays must outlive it.
+    A table holds no references: the arrays must outlive it.
     """
     if not known():
         return None
@@ -48,16 +48,15 @@ def table(columns, zero_grad=False):
     identities = GRADS_WRITTEN if zero_grad else IDENTITIES
     rows = np.zeros((n, COLUMNS), np.int64)
     if n == 1:
-        found = read_one(*[id(array) for (array,) in columns], *[0] * (5 - width), width, identities, rows)
-    else:
-        objects = np.fromiter(map(id, itertools.chain.from_iterable(columns)), np.int64, n * width)
-        found = read(objects, width, identities, rows)
-    return (rows, DTYPES.get(found)) if found else None
-
-
-def by_dtype(rows):
-    """Return (dtype, its rows) for each dtype in a table."""
-    return [(dtype, rows[rows[:, ITEMSIZE] == itemsize]) for itemsize, dtype in DTYPES.items()]
+        (param,), (grad,), (m,), (v,), *max_v = columns
+        found = read_one(id(param), id(grad), id(m), id(v), id(max_v[0][0]) if max_v else 0, width, identities, rows)
+        return [(found, rows, param.size)] if found else None
+    objects = np.fromiter(map(id, itertools.chain.from_iterable(columns)), np.int64, n * width)
+    found = read(objects, width, identities, rows)
+    if not found:
+        return None
+    parts = [rows] if found != MIXED else [rows[rows[:, ITEMSIZE] == itemsize] for itemsize in DTYPES]
+    return [(part[0, ITEMSIZE].item(), part, part[:, SIZE].sum().item()) for part in parts]
 
 
 @functools.cache

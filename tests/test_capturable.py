@@ -1,6 +1,7 @@
 """Device mode: the step count and the scalars on the device, the same bits as the host's, and what a captured graph may hold."""
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,7 +156,7 @@ def from_the_device(compiler, arch, h, step, arrays, seed=0, counts=True, **give
     if now.lr is not None:
         h = h._replace(lr=0.0)
     if now.grad_scale is not None:
-        h = h._replace(fixed=h.fixed._replace(grad_scale=1.0))
+        h = h._replace(fixed=dataclasses.replace(h.fixed, grad_scale=1.0))
     scalars = capturable.Scalars(functional.Updates(h, step, [], None, now, seed=seed), None)
     scalars.of(arrays)
     ((form, settings, _),) = scalars._launches.values()
@@ -193,7 +194,7 @@ def test_the_device_computes_the_hosts_scalars(compiler, arch, name):
     grad_scale = scale_dtype and np.array([h.fixed.grad_scale], scale_dtype)
     exact = h if lr is None else h._replace(lr=float(lr[0]))  # a float32 holds another number
     if grad_scale is not None:
-        exact = exact._replace(fixed=exact.fixed._replace(grad_scale=float(grad_scale[0])))
+        exact = exact._replace(fixed=dataclasses.replace(exact.fixed, grad_scale=float(grad_scale[0])))
     for step in (1, 2, 3, 5, 6, 7, 1000, 2**40 + 1):  # RAdam rectifies from 6 on
         _, expected = hyperparameters.form_and_scalars(exact, step, arrays)
         form, out, count = from_the_device(compiler, arch, h, step, arrays, lr=lr, grad_scale=grad_scale)

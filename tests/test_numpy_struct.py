@@ -24,9 +24,9 @@ def plain(shape=(6,), dtype="f4", width=4):
     return [np.ones(shape, dtype) for _ in range(width)]
 
 
-def table(*updates):
-    """What `table` finds of updates, each a list of param, grad, m, v and perhaps max_v."""
-    return numpy_struct.table([list(column) for column in zip(*updates, strict=True)])
+def tables(*updates):
+    """What `tables` finds of updates, each a list of param, grad, m, v and perhaps max_v."""
+    return numpy_struct.tables([list(column) for column in zip(*updates, strict=True)])
 
 
 def frozen(a):
@@ -58,8 +58,8 @@ def test_a_layout_that_is_not_the_known_one_is_noticed(monkeypatch):
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (2, 3), (3, 0, 2), (2, 3, 4), (1, 2, 3, 4), (2, 1, 2, 1, 2)])
 def test_a_row_is_what_python_says_of_plain_arrays(shape, width, dtype):
     arrays = plain(shape, dtype, width)
-    rows, found = table(arrays)
-    assert found is dtype
+    ((itemsize, rows, n),) = tables(arrays)
+    assert (itemsize, n) == (dtype.itemsize, arrays[0].size)
     of_elements = [arrays[0].size, dtype.itemsize, 0, 0]  # nothing is rounded randomly here: no key, no start
     assert rows.tolist() == [[*of_elements, *(a.ctypes.data for a in arrays), *[0] * (5 - width)]]
     assert (SIZE, ITEMSIZE, KEY, START, PARAM, MAX_V, COLUMNS) == (0, 1, 2, 3, 4, 8, 9)
@@ -67,23 +67,22 @@ def test_a_row_is_what_python_says_of_plain_arrays(shape, width, dtype):
 
 def test_rows_come_in_the_order_of_the_updates():
     updates = [plain((n,)) for n in (3, 0, 5, 1)]
-    rows, _ = table(*updates)
-    assert rows[:, SIZE].tolist() == [3, 0, 5, 1]
+    ((_, rows, n),) = tables(*updates)
+    assert rows[:, SIZE].tolist() == [3, 0, 5, 1] and n == 9
     assert rows[:, PARAM].tolist() == [arrays[0].ctypes.data for arrays in updates]
 
 
 def test_dtypes_may_be_mixed_between_updates():
     updates = [plain((k + 1,), dtype) for k, dtype in enumerate(["f8", "f4", "f4", "f8"])]
-    rows, dtype = table(*updates)
-    assert dtype is None
-    assert [(d, r[:, SIZE].tolist()) for d, r in numpy_struct.by_dtype(rows)] == [(F4, [2, 3]), (F8, [1, 4])]
-    assert {r[0, ITEMSIZE] for _, r in numpy_struct.by_dtype(rows)} == {4, 8} and MIXED == 4 | 8
+    found = tables(*updates)
+    assert [(itemsize, rows[:, SIZE].tolist(), n) for itemsize, rows, n in found] == [(4, [2, 3], 5), (8, [1, 4], 5)]
+    assert MIXED == 4 | 8
 
 
 def test_a_read_only_gradient_is_plain():
     arrays = plain()
     frozen(arrays[GRAD - PARAM])
-    assert table(arrays) is not None
+    assert tables(arrays) is not None
 
 
 def test_one_gradient_may_serve_several_updates():
@@ -91,7 +90,7 @@ def test_one_gradient_may_serve_several_updates():
     updates = [plain() for _ in range(3)]
     for arrays in updates:
         arrays[GRAD - PARAM] = grad
-    assert table(*updates) is not None
+    assert tables(*updates) is not None
 
 
 # What is not: what takes an array's place. `a` is a plain array of float32 and shape (4, 6).
@@ -162,26 +161,26 @@ PLAIN_IF_ALL_ARE = list(NOT_PLAIN)[list(NOT_PLAIN).index("float64") :]
 def test_what_is_not_plain_has_no_table(what, k):
     arrays = plain((4, 6), width=5)
     arrays[k] = NOT_PLAIN[what](arrays[k])
-    assert table(arrays) is None
-    assert table(plain((4, 6), width=5), arrays) is None
+    assert tables(arrays) is None
+    assert tables(plain((4, 6), width=5), arrays) is None
 
 
 @pytest.mark.parametrize("what", [w for w in NOT_PLAIN if w not in PLAIN_IF_ALL_ARE])
 def test_what_is_not_plain_has_no_table_if_all_arrays_are_like_it(what):
-    assert table([NOT_PLAIN[what](a) for a in plain((4, 6))]) is None
+    assert tables([NOT_PLAIN[what](a) for a in plain((4, 6))]) is None
 
 
 def test_a_memmap_has_no_table(tmp_path):
     arrays = plain()
     arrays[M - PARAM] = np.memmap(tmp_path / "m", "f4", "w+", shape=(6,))
-    assert table(arrays) is None
+    assert tables(arrays) is None
 
 
 @pytest.mark.parametrize("k", [PARAM, M, V, MAX_V])
 def test_a_read_only_array_that_is_written_has_no_table(k):
     arrays = plain(width=5)
     frozen(arrays[k - PARAM])
-    assert table(arrays) is None
+    assert tables(arrays) is None
 
 
 SHORT = """
@@ -213,32 +212,32 @@ def test_nothing_is_read_beyond_the_head_of_what_is_no_array():
 
 def test_a_flag_that_changes_is_seen():
     arrays = plain()
-    assert table(arrays)
+    assert tables(arrays)
     arrays[V - PARAM].flags.writeable = False
-    assert table(arrays) is None
+    assert tables(arrays) is None
     arrays[V - PARAM].flags.writeable = True
-    assert table(arrays)
+    assert tables(arrays)
 
 
 @pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
 def test_a_shape_that_changes_is_seen():
     arrays = plain((6,))
-    assert table(arrays)
+    assert tables(arrays)
     arrays[0].shape = (2, 3)
-    assert table(arrays) is None
+    assert tables(arrays) is None
     for a in arrays[1:]:
         a.shape = (2, 3)
-    assert table(arrays)[0][0, SIZE] == 6
+    assert tables(arrays)[0][1][0, SIZE] == 6
 
 
 def test_a_size_and_an_address_that_change_are_seen():
     arrays = plain((6,))
-    assert table(arrays)[0][0, SIZE] == 6
+    assert tables(arrays)[0][1][0, SIZE] == 6
     arrays[0].resize(100_000, refcheck=False)
-    assert table(arrays) is None
+    assert tables(arrays) is None
     for a in arrays[1:]:
         a.resize(100_000, refcheck=False)
-    rows, _ = table(arrays)
+    ((_, rows, _),) = tables(arrays)
     assert rows[0].tolist() == [100_000, 4, 0, 0, *(a.ctypes.data for a in arrays), 0]
 
 
@@ -252,7 +251,7 @@ def test_an_object_at_the_address_of_one_that_is_gone_is_read_anew():
             break
     else:
         pytest.skip("no address was used again")
-    assert table(arrays) is None
+    assert tables(arrays) is None
 
 
 # Overlap
@@ -412,7 +411,7 @@ def test_no_reference_is_kept_or_lost():
         for _ in range(1000):
             gpuadam.adam_step(*arrays, 1)
             opt.step(arrays[1])
-            table(others)
+            tables(others)
 
     calls()
     gc.collect()
@@ -425,5 +424,5 @@ def test_no_reference_is_kept_or_lost():
 def test_nothing_is_written_when_one_update_of_many_is_refused():
     updates = [plain((n,)) for n in (5, 7, 9)]
     frozen(updates[2][M - PARAM])
-    assert table(*updates) is None
+    assert tables(*updates) is None
     assert all((a == 1).all() for arrays in updates for a in arrays)
