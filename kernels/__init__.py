@@ -10,8 +10,8 @@ nothing. `adam.py` is the rule; `limit.py` is one that only moves the bytes.
     row in FORMS of `tests/cases.py`. The tests then compare it on every backend and architecture.
 
 An *operation* of a rule is a row of `primitives.py`: LLVM for Numba beside PTX for CuPy. So is a *conversion* between a format in
-memory and a float. `storage.py` says which arrays an update has and in which formats, and writes the loads and stores of both
-languages: a loop knows nothing of formats.
+memory and a float. `storage.py` says which arrays an update has and in which formats; `storage_numba.py` and `storage_cuda_c.py`
+write their loads and stores: a loop knows nothing of formats.
 
     To add a format: a row of FORMATS in `storage.py`, its conversions in `primitives.py`, what checks.py allows.
 

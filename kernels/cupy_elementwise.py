@@ -14,7 +14,7 @@ import cupy
 import numpy as np
 
 from gpuadam.arrays import View, kind, on_cuda
-from gpuadam.kernels import adam, device_scalars, gpu_launch, pointer_table, primitives, storage
+from gpuadam.kernels import adam, device_scalars, gpu_launch, pointer_table, primitives, storage, storage_cuda_c
 from gpuadam.kernels.layout import VECTOR_BYTES, offset_like, strides_like
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 
@@ -329,7 +329,7 @@ def build(rule, form, loop, on_device=False):
     """
     operands, names = storage.of_form(form), adam.scalars(form)
     random = form.arrays.random
-    kinds = {o.name: storage.C_TYPES[o.format] for o in operands}
+    kinds = {o.name: storage_cuda_c.C_TYPES[o.format] for o in operands}
     raw = "" if loop == "strided" else "raw "
     arrays = [] if loop == "table" else [f"{raw}{IN_MEMORY[o.format]} {o.name}" for o in operands]
     inputs, outputs = _in_and_out(operands, arrays) if arrays else (["raw int32 owners"], ["raw int64 rows"])
@@ -351,7 +351,7 @@ def build(rule, form, loop, on_device=False):
         body += ("" if random else "const long long step_key = 0;\n") + "const long long skip = 0;\n"
     pointers = {o.name: f"at_address<{kinds[o.name]}>(row[OPERANDS + {k}])" for k, o in enumerate(operands)}
     begin = "" if form.arrays.grouped else " + begin"
-    conversions, update = storage.for_cuda_c(form, names)
+    conversions, update = storage_cuda_c.for_cuda_c(form, names)
     parts = {
         "scalars": ", ".join(names),
         "pointers": "\n".join(

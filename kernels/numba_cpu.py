@@ -20,7 +20,7 @@ from numba import njit, prange
 from numba.extending import intrinsic
 
 from gpuadam.arrays import on_cpu
-from gpuadam.kernels import adam, compiled_cache, primitives, storage
+from gpuadam.kernels import adam, compiled_cache, primitives, storage, storage_numba
 from gpuadam.kernels import numpy_struct as numpy_struct
 from gpuadam.kernels.layout import Update, dense, offset_like, strides_like
 from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
@@ -165,8 +165,8 @@ def build(rule, form, loop):
     compiled = njit(error_model="numpy", nogil=True)
     element = compiled_cache.named(rule.in_python(form, primitives.for_numba(intrinsic)), rule, form)
     update = njit(error_model="numpy")(element)
-    load, store, _, moved, stepped = storage.for_numba(form, intrinsic)
-    operands_at = storage.tuple_at(intrinsic, len(storage.of_form(form)))
+    load, store, _, moved, stepped = storage_numba.for_numba(form, intrinsic)
+    operands_at = storage_numba.tuple_at(intrinsic, len(storage.of_form(form)))
     PARAM_SIZE = storage.of_form(form)[0].itemsize
 
     def serial(table, first, last, key, s):
@@ -220,16 +220,16 @@ def _taking(arguments, form, **names):
     listed = ", ".join(adam.scalars(form))
     text = f"def kernel({arguments}, {listed}):\n    body({arguments}, to_reals(({listed},)))"
     # a kernel is found in the cache by the name of its module
-    namespace = {"__name__": __name__, "to_reals": storage.to_reals(form, intrinsic)} | names
+    namespace = {"__name__": __name__, "to_reals": storage_numba.to_reals(form, intrinsic)} | names
     exec(compile(text, __file__, "exec"), namespace)
     return namespace["kernel"]
 
 
 def _over_groups(form, update, operands_at):
-    groups = storage.for_groups(form, intrinsic)
+    groups = storage_numba.for_groups(form, intrinsic)
     load, units, store, magnitudes, codec = groups.load, groups.units, groups.store, groups.magnitudes, groups.codec
     scales, encode, keep, kept = groups.scales, groups.encode, groups.keep, groups.kept
-    moved, GROUP, ZERO = storage.for_numba(form, intrinsic).moved, storage.GROUP, np.int32(0)
+    moved, GROUP, ZERO = storage_numba.for_numba(form, intrinsic).moved, storage.GROUP, np.int32(0)
 
     def serial(table, first, last, key, s):
         """Update the groups that begin among the elements first ... last - 1, counted through all rows. s: the scalars."""

@@ -20,7 +20,7 @@ from numba.cuda.cudadrv.error import CudaSupportError
 from numba.cuda.extending import intrinsic
 
 from gpuadam.arrays import View, on_cuda
-from gpuadam.kernels import adam, device_scalars, gpu_launch, primitives, storage, streams
+from gpuadam.kernels import adam, device_scalars, gpu_launch, primitives, storage, storage_numba, streams
 from gpuadam.kernels.device_scalars import KEY_AT, REALS_AT, SKIP_AT
 from gpuadam.kernels.layout import VECTOR_BYTES, collapse, offset_like, strides_like
 from gpuadam.kernels.pointer_table import BLOCK, CHUNK, FIRST_CHUNK, HEAD, ITEMS, KEY, OPERANDS, SIZE, START, VECTORS
@@ -298,7 +298,7 @@ def build(rule, form, loop, on_device=False):
         return _over_groups(form, update, on_device)
     operands, LANES = storage.of_form(form), storage.lanes(form)
     N, SKIPS, ZERO_GRAD, RANDOM = len(operands), form.skips, form.zero_grad, form.arrays.random
-    one, several = (storage.for_numba(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
+    one, several = (storage_numba.for_numba(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
     given = _scalars_in_memory(form) if on_device else _scalars_as_arguments
     moved, stepped = one.moved, one.stepped
 
@@ -336,7 +336,7 @@ def build(rule, form, loop, on_device=False):
     if loop == "table":
         load_int32 = _load(types.int32)
         load_int64 = _load(types.int64)
-        load_operands = storage.tuple_at(intrinsic, N, addrspace=1)
+        load_operands = storage_numba.tuple_at(intrinsic, N, addrspace=1)
         COLUMNS = OPERANDS + N
 
         def table(rows, owners, key, scalars):
@@ -385,15 +385,15 @@ def _over_groups(form, update, on_device):
     """Return the kernel of 8-bit state: an item is a part of a group, and whole warps go through the loop together."""
     operands, LANES, GROUP = storage.of_form(form), storage.GROUP_LANES, storage.GROUP
     N, SKIPS, ZERO_GRAD = len(operands), form.skips, form.zero_grad
-    one, several = (storage.for_groups(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
+    one, several = (storage_numba.for_groups(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
     load, store, encode = one.load, one.store, one.encode
     units, codec, scales = one.units, one.codec, one.scales
     load_lanes, store_lanes, magnitudes, encode_lanes = several.load, several.store, several.magnitudes, several.encode
     update_lanes = cuda.jit(device=True)(_lanes(update, LANES))
-    zero_grad = storage.for_numba(form, intrinsic, addrspace=1).zero_grad
+    zero_grad = storage_numba.for_numba(form, intrinsic, addrspace=1).zero_grad
     given = _scalars_in_memory(form) if on_device else _scalars_as_arguments
     load_int32, load_int64 = _load(types.int32), _load(types.int64)
-    load_operands = storage.tuple_at(intrinsic, N, addrspace=1)
+    load_operands = storage_numba.tuple_at(intrinsic, N, addrspace=1)
     COLUMNS = OPERANDS + N
 
     @cuda.jit(device=True)
