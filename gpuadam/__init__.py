@@ -9,19 +9,19 @@ from .optimizer import Adam, AdaMax, AdamW, NAdam, RAdam
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AdaMax",
+__all__ = [  # noqa: RUF022 - in the order of the reference
+    "adam_step",
     "Adam",
     "AdamW",
-    "BackendUnavailableError",
-    "Bits",
-    "Flat",
     "NAdam",
     "RAdam",
-    "adam_step",
+    "AdaMax",
+    "global_norm",
+    "flatten",
+    "Flat",
+    "Bits",
     "available_backends",
     "backend_status",
-    "flatten",
-    "global_norm",
     "use_backend",
+    "BackendUnavailableError",
 ]
