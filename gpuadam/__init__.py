@@ -2,6 +2,7 @@
 
 from .arrays import Bits
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
+from .checkpoint import CheckpointError, load
 from .flat import Flat, flatten
 from .functional import adam_step
 from .norm import global_norm
@@ -15,6 +16,7 @@ __all__ = [
     "AdamW",
     "BackendUnavailableError",
     "Bits",
+    "CheckpointError",
     "Flat",
     "NAdam",
     "RAdam",
@@ -23,5 +25,6 @@ __all__ = [
     "backend_status",
     "flatten",
     "global_norm",
+    "load",
     "use_backend",
 ]
