@@ -2,6 +2,7 @@
 
 from .arrays import Bits
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
+from .checkpoint import CheckpointError, load
 from .flat import Flat, flatten
 from .functional import adam_step
 from .norm import global_norm
@@ -16,6 +17,8 @@ __all__ = [  # noqa: RUF022 - in the order of the reference
     "NAdam",
     "RAdam",
     "AdaMax",
+    "load",
+    "CheckpointError",
     "global_norm",
     "flatten",
     "Flat",

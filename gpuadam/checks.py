@@ -244,6 +244,15 @@ def read_only(view):
     raise ValueError(f"{view.name} is read-only, and an update writes to it: pass a writeable array")
 
 
+def no_gaps(view):
+    """Refuse an array on a GPU that cannot be written from the host without writing between its elements too."""
+    start, end = bounds(view)
+    if view.device is not None and end - start != view.nbytes:
+        raise ValueError(
+            f"{view.name} has gaps between its elements, and cannot be loaded on a GPU: pass a contiguous array"
+        )
+
+
 def layout(view):
     """Refuse an array in which two elements share memory, and one in CUDA memory that is off its elements' alignment."""
     if view.contiguous and view.device is None:
@@ -268,8 +277,8 @@ def _name(view):
 
 def overlap(written, read):
     """Refuse arrays of which one is written and another shares memory with it. Two that are only read may."""
-    extents = [(*_bounds(view), True, view) for view in written]
-    extents += [(*_bounds(view), False, view) for view in read]
+    extents = [(*bounds(view), True, view) for view in written]
+    extents += [(*bounds(view), False, view) for view in read]
     extents = sorted((extent for extent in extents if extent[3].size), key=_start)
     end_of_written = end_of_any = 0
     for k, (start, end, is_written, view) in enumerate(extents):
@@ -284,7 +293,7 @@ def overlap(written, read):
         end_of_written = max(end_of_written, end) if is_written else end_of_written
 
 
-def _bounds(view):
+def bounds(view):
     """Return the addresses of the first byte and of the byte after the last."""
     if view.contiguous:
         return view.pointer, view.pointer + view.nbytes

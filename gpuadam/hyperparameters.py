@@ -58,17 +58,18 @@ def checked(lr, betas, eps, weight_decay, decoupled, maximize, grad_scale=1.0, f
     lr = checks.non_negative("lr", lr)
     try:
         beta1, beta2 = betas
-        fixed = _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, further)
+        types = tuple(type(value) for _, value in further)  # the cache tells 1 from True, but not within tuples
+        fixed = _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, further, types)
     except (
         TypeError,
         ValueError,
     ):  # two betas, and values that can be keys of a cache, are the usual case and not the only one
-        fixed = _fixed.__wrapped__(*checks.betas(betas), eps, weight_decay, decoupled, maximize, grad_scale, further)
+        fixed = _fixed.__wrapped__(*checks.betas(betas), eps, weight_decay, decoupled, maximize, grad_scale, further, ())
     return Hyperparameters(lr, fixed)
 
 
 @functools.lru_cache(maxsize=256, typed=True)  # typed: 1 and True are equal, and one of them is no weight_decay
-def _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, further):
+def _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, further, types):
     beta1, beta2 = checks.betas((beta1, beta2))
     fixed = Fixed(
         beta1,

@@ -1,5 +1,6 @@
 """Adam and AdamW: parameters in groups, their moments, and the step over all of them."""
 
+import inspect
 import itertools
 import operator
 from collections.abc import Mapping
@@ -44,7 +45,8 @@ class Adam:
 
     Attributes: `groups`, a list of dicts: "params", "names" and the hyperparameters, which may be changed between steps;
     `state`, name -> {"step", "m", "v", and, as they are used, "max_v", "remainder", "ema", "m_scale", "v_scale"}; with
-    capturable, "step" is the group's int64 array of one; `steps`, how many calls of `step` there were.
+    capturable, "step" is the group's int64 array of one; `steps`, how many calls of `step` there were; `options`, what the
+    constructor was given beside arrays, hyperparameters and backend, which is what `gpuadam.load` makes such an optimizer from.
     Names are the dict's keys; without a dict, "0", "1", ... in order, through all groups.
 
     Raises what `adam_step` raises, and ValueError for a parameter given twice, an unknown hyperparameter or no parameters.
@@ -82,6 +84,8 @@ class Adam:
         seed=0,
         backend=None,
     ):
+        arguments = dict(locals())
+        self.options = {name: arguments[name] for name in OPTIONS}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -419,7 +423,7 @@ class Adam:
 
         All of it is checked first. Raises ValueError or TypeError, and then nothing has changed.
         """
-        groups, states, steps = _checked_state_dict(state_dict, self)
+        groups, states, steps = checked_state_dict(state_dict, self)
         copies = []
         for name, state in self.state.items():
             for moment in state:
@@ -434,6 +438,29 @@ class Adam:
         checks.overlap([own for _, own, _ in copies], [loaded for _, _, loaded in copies])
         for kernels, own, loaded in copies:
             kernels.copy(own, loaded)
+        self._go_on_from(groups, states, steps)
+
+    def save(self, path, *, with_params=False):
+        """Write class, options, hyperparameters, step counts and state to a safetensors file, from which `gpuadam.load` goes on.
+
+        with_params: the parameters too, as `gpuadam.load(..., with_params=True)` needs them.
+
+        Whatever happens, the file is the new one or as it was before: it is written beside its place, flushed to the disk and
+        renamed. A killed save leaves ".gpuadam-*.tmp" in that folder, which may be deleted. It takes a few MB of memory, from a
+        GPU too, which is waited for. A learning rate that is a callable is not saved. The format: `gpuadam/checkpoint.py`.
+
+        Raises CheckpointError if the file cannot be written; ValueError or TypeError for what could not be loaded again.
+        """
+        from .checkpoint import save  # which needs this module
+
+        save(self, path, with_params=with_params)
+
+    def is_bfloat16(self, name, key):
+        """Whether an array of the state of a parameter, "m" say, holds bfloat16 numbers as integers."""
+        return self._kinds[name][1] and key in ("m", "v", "max_v")
+
+    def _go_on_from(self, groups, states, steps):
+        """Take over what `checked_state_dict` returned: all but the arrays."""
         for k, (group, settings) in enumerate(zip(self.groups, groups, strict=True)):
             clock = self._clocks[k] if self.capturable else None
             if clock and capturable_.is_array(group["lr"]) and not callable(settings["lr"]):
@@ -447,6 +474,13 @@ class Adam:
                     clock.fill(clock.step, states[name]["step"])
         self.steps = steps
 
+
+# What the constructor takes beside arrays, hyperparameters and backend: Adam.options, which checkpoints hold
+OPTIONS = tuple(
+    name
+    for name in inspect.signature(Adam).parameters
+    if name not in ("params", "param_copies", "backend", *HYPERPARAMETERS)
+)
 
 OF_PARAMETERS = 0xD1B54A32D192ED03  # so that the keys of parameters are none of a step
 
@@ -526,7 +560,7 @@ class AdaMax(Adam):
         super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 
-def _checked_state_dict(state_dict, optimizer):
+def checked_state_dict(state_dict, optimizer):
     """Return (settings of each group, state of each name, steps), after checking all but the arrays."""
     if not isinstance(state_dict, Mapping) or not {"steps", "state", "groups"} <= set(state_dict):
         raise ValueError(f'a state_dict has "steps", "state" and "groups"; this is {what_is(state_dict)}')
@@ -565,6 +599,8 @@ def _checked_state_dict(state_dict, optimizer):
             raise ValueError(
                 f"with capturable=True the parameters {group['names']} share a step count; the state_dict's differ"
             )
+        if any(checks.count("step", states[name]["step"]) >= 1 << 63 for name in group["names"]):
+            raise ValueError("with capturable=True a step count is an int64; the state_dict's is larger")
     counted = {
         name: dict(state) | {"step": checks.count(f"step of {name!r}", state["step"])} for name, state in states.items()
     }

@@ -318,6 +318,17 @@ def send(address, pinned, n_bytes, stream):
     runtime.memcpyAsync(address, pinned.ctypes.data, n_bytes, runtime.memcpyHostToDevice, stream)
 
 
+def receive(host, address, n_bytes, stream):
+    """Copy from the device to an array of the host, on a stream."""
+    runtime = cupy.cuda.runtime
+    runtime.memcpyAsync(host.ctypes.data, address, n_bytes, runtime.memcpyDeviceToHost, stream)
+
+
+def synchronize():
+    """Wait for all that is enqueued on the current device."""
+    cupy.cuda.runtime.deviceSynchronize()
+
+
 LOOPS = {"contiguous": CONTIGUOUS, "table": TABLE, "strided": STRIDED}
 
 

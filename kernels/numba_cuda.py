@@ -257,6 +257,16 @@ def send(address, pinned, n_bytes, stream):
     _ok(driver.cuMemcpyHtoDAsync(address, pinned.ctypes.data, n_bytes, stream))
 
 
+def receive(host, address, n_bytes, stream):
+    """Copy from the device to an array of the host, on a stream."""
+    _ok(driver.cuMemcpyDtoHAsync(host.ctypes.data, address, n_bytes, stream))
+
+
+def synchronize():
+    """Wait for all that is enqueued on the current device."""
+    _ok(driver.cuCtxSynchronize())
+
+
 def _ok(result):
     status, *values = result
     if status != driver.CUresult.CUDA_SUCCESS:

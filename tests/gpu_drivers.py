@@ -33,9 +33,12 @@ class Driver:
         self.current = None  # CuPy's current stream
         self.capturing: set[int] = set()
         self.idle = True  # whether events are done
+        self.synchronized = 0
         self.memory = []  # what the kernels may touch
         monkeypatch.setattr(pointer_table, "_free", [])
         for name in ("record", "wait", "done", "pinned", "device_bytes", "send", "is_capturing", "current_stream", "on"):
+            monkeypatch.setattr(self.kernels, name, getattr(self, name))
+        for name in ("receive", "synchronize"):
             monkeypatch.setattr(self.kernels, name, getattr(self, name))
         monkeypatch.setattr(
             self.kernels, "zeros_like", lambda view, dtype=None: self.array(np.zeros(view.shape, dtype or view.dtype))
@@ -108,6 +111,12 @@ class Driver:
     def send(self, address, pinned, n_bytes, stream):
         self.sent.append((address, n_bytes, stream))
         ctypes.memmove(address, pinned.ctypes.data, n_bytes)
+
+    def receive(self, host, address, n_bytes, stream):
+        ctypes.memmove(host.ctypes.data, address, n_bytes)
+
+    def synchronize(self):
+        self.synchronized += 1
 
     def is_capturing(self, stream):
         return stream in self.capturing

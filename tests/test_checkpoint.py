@@ -1,0 +1,360 @@
+"""Checkpoints: training goes on bit for bit, what does not fit is refused by name, and the file is what its page says."""
+
+import inspect
+import json
+import os
+import stat
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpuadam
+from gpuadam import array_bytes, backends, groups
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes, which has NumPy's bfloat16, is not installed")
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def params(dtype="f4", shapes=None):
+    rng = np.random.default_rng(0)
+    shapes = shapes or {"w": (33, 5), "s": (), "e": (0, 3), "b": (70,)}
+    return {name: np.array(rng.standard_normal(shape)).astype(dtype) for name, shape in shapes.items()}
+
+
+def grads(like, seed):
+    rng = np.random.default_rng(seed)
+    return {name: np.array(rng.standard_normal(p.shape)).astype(p.dtype) for name, p in like.items()}
+
+
+def copies(arrays):
+    return {name: a.copy(order="K") for name, a in arrays.items()}
+
+
+def content(opt):
+    """Every bit and count of an optimizer."""
+    states = {
+        name: {key: x if type(x) is int else (np.asarray(x).dtype.str, np.asarray(x).tobytes()) for key, x in state.items()}
+        for name, state in opt.state.items()
+    }
+    settings = [{key: value for key, value in g.items() if key not in ("params", "lr")} for g in opt.groups]
+    return type(opt), opt.steps, states, settings, opt.options
+
+
+# name -> (class, dtype of the parameters, options)
+FORMS = {
+    "float32": (gpuadam.AdamW, "f4", {"eps": 1e-7, "maximize": True}),
+    "float64": (gpuadam.Adam, "f8", {}),
+    "bfloat16 state": (gpuadam.Adam, "f4", {"state_dtype": "bfloat16", "seed": 2**63 + 5}),
+    "8-bit state": (gpuadam.Adam, "f4", {"state_dtype": "8bit", "seed": -3}),
+    "amsgrad": (gpuadam.Adam, "f4", {"amsgrad": True}),
+    "a remainder": (gpuadam.Adam, BF16, {"master": "remainder"}),
+    "random rounding": (gpuadam.Adam, BF16, {"stochastic_rounding": True, "seed": np.int64(7)}),
+    "a running mean": (gpuadam.Adam, "f4", {"ema_decay": np.float32(0.9)}),
+    "nadam": (gpuadam.NAdam, "f4", {}),
+    "radam": (gpuadam.RAdam, "f4", {}),
+    "adamax": (gpuadam.AdaMax, "f4", {}),
+    "capturable": (gpuadam.AdamW, "f4", {"capturable": True}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_training_goes_on_bit_for_bit(form, tmp_path):
+    make, dtype, options = FORMS[form]
+    straight_params = params(dtype)
+    straight = make(straight_params, lr=0.01, **options)
+    first_params = copies(straight_params)
+    first = make(first_params, lr=0.01, **options)
+
+    def run(opt, own, steps):
+        for step in steps:
+            given = grads(own, step)
+            if step == 1 and form != "capturable":
+                given["b"] = None  # so that step counts differ
+            opt.step(given)
+
+    run(straight, straight_params, range(6))
+    run(first, first_params, range(3))
+    first.save(tmp_path / "adam.safetensors")
+    again_params = copies(first_params)
+    again = gpuadam.load(tmp_path / "adam.safetensors", again_params)
+    assert content(again)[:4] == content(first)[:4]
+    run(again, again_params, range(3, 6))
+    assert content(again)[:4] == content(straight)[:4]
+    assert all(again_params[name].tobytes() == straight_params[name].tobytes() for name in again_params)
+
+
+def test_groups_keep_their_hyperparameters(tmp_path):
+    p = params()
+    groups = [
+        {"params": {"w": p["w"], "s": p["s"]}, "lr": 0.25, "betas": (0.5, 0.75)},
+        {"params": {"e": p["e"], "b": p["b"]}, "weight_decay": 0.5, "amsgrad": True},
+    ]
+    opt = gpuadam.AdamW(groups, lr=0.125)
+    opt.groups[1]["eps"] = np.float64(1e-3)
+    opt.save(tmp_path / "a")
+    again = gpuadam.load(tmp_path / "a", [{"params": g["params"]} for g in groups])
+    assert content(again) == content(opt)
+    assert [g["lr"] for g in again.groups] == [0.25, 0.125] and again.groups[1]["eps"] == 1e-3
+
+
+@pytest.mark.parametrize("shape_of", [lambda p: p["w"], lambda p: [p["w"], p["b"]], lambda p: iter(p.values()), dict])
+def test_params_come_in_any_form_that_adam_takes(shape_of, tmp_path):
+    opt = gpuadam.Adam(shape_of(params()))
+    opt.state["w" if shape_of is dict else "0"]["v"][...] = 3
+    opt.save(tmp_path / "a")
+    assert content(gpuadam.load(tmp_path / "a", shape_of(params()))) == content(opt)
+
+
+ORDERS = {
+    "F order": lambda x: np.asfortranarray(x),
+    "strided": lambda x: np.repeat(x, 2, 1)[:, ::2],
+    "backwards": lambda x: x[::-1],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("chunk", [8, 1 << 22])
+def test_any_order_of_memory_comes_back(order, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(array_bytes, "CHUNK", chunk)
+    w = ORDERS[order](params()["w"])
+    opt = gpuadam.Adam({"w": w})
+    opt.state["w"]["m"][...] = np.arange(w.size).reshape(w.shape)
+    opt.save(tmp_path / "a", with_params=True)
+    other = np.zeros_like(w, order="C")
+    again = gpuadam.load(tmp_path / "a", {"w": other}, with_params=True)
+    assert (again.state["w"]["m"] == opt.state["w"]["m"]).all() and (other == w).all()
+    back = ORDERS[order](np.zeros(w.shape, "f4"))
+    gpuadam.load(tmp_path / "a", {"w": back}, with_params=True)
+    assert (back == w).all()
+
+
+def test_a_range_of_elements_is_a_range_of_bytes():
+    x = np.arange(40, dtype="f4").reshape(5, 8)
+    for array in (x.copy(), np.asfortranarray(x)):
+        kernels, (view,) = backends.choose([("x", array)])
+        assert b"".join(map(bytes, array_bytes.chunks(kernels, view, 7, 21))) == x.ravel()[7:21].tobytes()
+        for buffer in array_bytes.buffers(kernels, view, 7, 21):
+            buffer[:] = bytes(len(buffer))
+        assert (array.ravel() == np.where((np.arange(40) >= 7) & (np.arange(40) < 21), 0, np.arange(40))).all()
+
+
+def test_parameters_are_left_alone_unless_asked_for(tmp_path):
+    p = params()
+    gpuadam.Adam(p).save(tmp_path / "a", with_params=True)
+    zeros = {name: np.zeros_like(a) for name, a in p.items()}
+    gpuadam.load(tmp_path / "a", zeros)
+    assert not any(a.any() for a in zeros.values())
+    gpuadam.load(tmp_path / "a", zeros, with_params=True)
+    assert all(zeros[name].tobytes() == p[name].tobytes() for name in p)
+
+
+def test_bfloat16_parameters_come_back_as_bits(tmp_path):
+    p = params(BF16)
+    gpuadam.Adam(p).save(tmp_path / "a", with_params=True)
+    zeros = {name: np.zeros(a.shape, "u2") for name, a in p.items()}
+    bits = {name: gpuadam.Bits(a, "bfloat16") for name, a in zeros.items()}
+    gpuadam.load(tmp_path / "a", bits, with_params=True)
+    assert all(zeros[name].tobytes() == p[name].tobytes() for name in p)
+
+
+def test_a_callable_learning_rate_is_given_again(tmp_path):
+    gpuadam.Adam(params(), lr=lambda step: 0.1 / step).save(tmp_path / "a")
+    with pytest.raises(gpuadam.CheckpointError, match="group 0 was a callable, which is not saved: give lr="):
+        gpuadam.load(tmp_path / "a", params())
+    schedule = lambda step: 0.2  # noqa: E731
+    assert gpuadam.load(tmp_path / "a", params(), lr=schedule).groups[0]["lr"] is schedule
+    assert gpuadam.load(tmp_path / "a", params(), lr=0.5).groups[0]["lr"] == 0.5
+    of_group = gpuadam.load(tmp_path / "a", [{"params": params(), "lr": schedule}])
+    assert of_group.groups[0]["lr"] is schedule
+
+
+def test_a_given_learning_rate_goes_before_the_saved_one(tmp_path):
+    p = params()
+    groups = [{"params": {"w": p["w"]}, "lr": 0.25}, {"params": {"b": p["b"]}}]
+    gpuadam.Adam(groups, lr=0.5).save(tmp_path / "a")
+    assert [g["lr"] for g in gpuadam.load(tmp_path / "a", groups).groups] == [0.25, 0.5]
+    assert [g["lr"] for g in gpuadam.load(tmp_path / "a", groups, lr=[None, 1.0]).groups] == [0.25, 1.0]
+    assert [g["lr"] for g in gpuadam.load(tmp_path / "a", groups, lr=2.0).groups] == [2.0, 2.0]
+    with pytest.raises(ValueError, match="lr has 1 entries for 2 groups"):
+        gpuadam.load(tmp_path / "a", groups, lr=[1.0])
+
+
+def test_the_saved_rate_is_written_into_an_array_for_captured_graphs(tmp_path):
+    opt = gpuadam.Adam(params(), lr=np.array([0.25]), capturable=True)
+    opt.save(tmp_path / "a")
+    assert gpuadam.load(tmp_path / "a", params()).groups[0]["lr"] == 0.25
+    lr = np.array([9.0])
+    again = gpuadam.load(tmp_path / "a", params(), lr=lr)
+    assert again.groups[0]["lr"] is lr and lr[0] == 0.25
+
+
+def test_copies_have_to_be_given_again(tmp_path):
+    p = params()
+    gpuadam.Adam(p, param_copies={name: a.astype("f2") for name, a in p.items()}).save(tmp_path / "a")
+    with pytest.raises(gpuadam.CheckpointError, match=r"'w', 's', 'e', 'b' had copies: give param_copies="):
+        gpuadam.load(tmp_path / "a", p)
+    gpuadam.load(tmp_path / "a", p, param_copies=dict.fromkeys(p))
+    gpuadam.load(tmp_path / "a", p, param_copies={name: a.astype("f2") for name, a in p.items()})
+
+
+MISFITS = {
+    "a name less": (lambda p: {n: p[n] for n in "wse"}, "names differ: only it has 'b'"),
+    "a name more": (lambda p: p | {"c": p["b"].copy()}, "names differ: it does not have 'c'"),
+    "another name": (lambda p: {"v": p["w"], "s": p["s"], "e": p["e"], "b": p["b"]}, "does not have 'v'; only it has 'w'"),
+    "another order": (lambda p: {n: p[n] for n in "swbe"}, "another order, 's', 'w', 'b', 'e': it was 'w', 's', 'e', 'b'"),
+    "a list": (lambda p: list(p.values()), "State belongs to a name, never to a place"),
+    "other groups": (lambda p: [{"params": {"w": p["w"]}}, {"params": {n: p[n] for n in "seb"}}], r"saved have \[4\] param"),
+    "another shape": (lambda p: p | {"b": p["b"][:3].copy()}, r"'b' was float32 of shape \[70\], and is float32 \[3\]"),
+    "transposed": (lambda p: p | {"w": p["w"].T.copy()}, r"'w' was .* nothing is cast or reshaped"),
+    "another dtype": (lambda p: p | {"b": p["b"].astype("f8")}, r"'b' was float32 .*, and is float64"),
+    "shared memory": (lambda p: p | {"s": p["w"][0, 0:1].reshape(())}, "does not fit what was given: .*share memory"),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_what_does_not_fit_is_named(what, tmp_path):
+    spoil, match = MISFITS[what]
+    gpuadam.Adam(params()).save(tmp_path / "a")
+    with pytest.raises(gpuadam.CheckpointError, match=match) as raised:
+        gpuadam.load(tmp_path / "a", spoil(params()))
+    assert str(tmp_path / "a") in str(raised.value)
+
+
+def test_what_is_no_parameter_is_refused_as_by_adam(tmp_path):
+    gpuadam.Adam(params()).save(tmp_path / "a")
+    for bad in (None, [1.0], "w"):
+        with pytest.raises(TypeError, match="params"):
+            gpuadam.load(tmp_path / "a", params() | {"w": bad})
+    with pytest.raises(ValueError, match="no parameters"):
+        gpuadam.load(tmp_path / "a", {})
+
+
+def test_parameters_that_were_not_saved_are_missed(tmp_path):
+    gpuadam.Adam(params()).save(tmp_path / "a")
+    with pytest.raises(gpuadam.CheckpointError, match=r"'w.param'.* saved by save\(path, with_params=True\)"):
+        gpuadam.load(tmp_path / "a", params(), with_params=True)
+
+
+def test_every_option_of_the_constructor_is_kept(tmp_path):
+    opt = gpuadam.Adam(params(), state_dtype="float64", ema_decay=0.5, zero_grad=np.bool_(True), seed=np.uint8(3))
+    not_options = {"self", "params", "param_copies", "backend", *groups.HYPERPARAMETERS}
+    assert set(opt.options) == set(inspect.signature(gpuadam.Adam.__init__).parameters) - not_options
+    opt.save(tmp_path / "a")
+    assert gpuadam.load(tmp_path / "a", params()).options == opt.options
+
+
+def test_nothing_is_saved_that_could_not_be_loaded(tmp_path):
+    class Own(gpuadam.Adam):
+        pass
+
+    with pytest.raises(TypeError, match="Own is not one of Adam, AdamW"):
+        Own(params()).save(tmp_path / "a")
+    opt = gpuadam.Adam(params())
+    opt.groups[0]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="lr=nan"):
+        opt.save(tmp_path / "a")
+    with pytest.raises(gpuadam.CheckpointError, match="no valid text"):
+        gpuadam.Adam({"\udc80": np.ones(2)}).save(tmp_path / "a")
+    with pytest.raises(TypeError, match="with_params"):
+        gpuadam.Adam(params()).save(tmp_path / "a", with_params="yes")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "a.m", "__metadata__", 'quote" \\ back', "größe/層", "\n\0", "x" * 5000])
+def test_a_parameter_may_have_any_name(name, tmp_path):
+    opt = gpuadam.Adam({name: np.ones(3), "a": np.ones(3)})
+    opt.state[name]["m"][:] = 5
+    opt.save(tmp_path / "a")
+    assert content(gpuadam.load(tmp_path / "a", {name: np.ones(3), "a": np.ones(3)})) == content(opt)
+
+
+def test_the_file_is_what_its_page_says(tmp_path):
+    safetensors = pytest.importorskip("safetensors", reason="an independent reader of the format")
+    opt = gpuadam.AdamW(params(), state_dtype="bfloat16", lr=lambda step: 1.0)
+    opt.state["w"]["v"].flat[:3] = [0x3F80, 0x4000, 0x7FC0]
+    opt.save(tmp_path / "a", with_params=True)
+    with safetensors.safe_open(tmp_path / "a", "numpy") as file:
+        assert set(file.keys()) == {f"{name}.{key}" for name in params() for key in ("m", "v", "param")}
+        assert file.get_tensor("w.param").tobytes() == params()["w"].tobytes()
+        assert (file.get_slice("w.v").get_dtype(), file.get_slice("w.v").get_shape()) == ("BF16", [33, 5])
+        metadata = file.metadata()
+    assert (metadata["format"], metadata["version"], metadata["class"]) == ("gpuadam.optimizer", "1", "AdamW")
+    assert json.loads(metadata["groups"])[0] | {"names": 0} == {
+        "lr": None, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "amsgrad": False, "maximize": False, "names": 0
+    }  # fmt: skip
+    assert json.loads(metadata["params"])["w"] == {"step": 0, "dtype": "float32", "shape": [33, 5]}
+    assert json.loads(metadata["options"])["state_dtype"] == "bfloat16"
+
+
+def test_payloads_are_aligned_to_their_elements(tmp_path):
+    gpuadam.Adam({"w": np.ones(3, "f2"), "x": np.ones(5, "f8")}).save(tmp_path / "a", with_params=True)
+    from gpuadam.safetensors_file import ITEMSIZE, Reader
+
+    with (tmp_path / "a").open("rb") as file:
+        assert all(entry.start % ITEMSIZE[entry.dtype] == 0 for entry in Reader(file).tensors.values())
+
+
+def test_the_file_has_the_mode_of_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        gpuadam.Adam(params()).save(tmp_path / "a")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_a_symbolic_link_stays_one(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder/real")
+    for _ in range(2):  # to nothing yet, then to a file
+        gpuadam.Adam(params()).save(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "real").is_file()
+    gpuadam.load(tmp_path / "link", params())
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["real"]
+
+
+def test_saving_and_loading_take_a_few_megabytes(tmp_path):
+    p = {"w": np.ones((1024, 8192), "f4"), "f": np.ones((1024, 2048), "f4", order="F")}
+    opt = gpuadam.Adam(p)
+    tracemalloc.start()
+    try:
+        opt.save(tmp_path / "a", with_params=True)
+        saving = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        again = gpuadam.load(tmp_path / "a", p, with_params=True)
+        loading = tracemalloc.get_traced_memory()[1] - sum(s[k].nbytes for s in again.state.values() for k in "mv")
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "a").stat().st_size > 120e6
+    assert saving < 16e6 and loading < 16e6
+
+
+def test_no_library_is_imported_to_save_and_load(tmp_path):
+    code = f"""
+    import gpuadam, numpy as np, sys
+    w = np.ones(3, "f4")
+    gpuadam.Adam(w).save({str(tmp_path / "a")!r})
+    gpuadam.load({str(tmp_path / "a")!r}, w)
+    print(sorted({{"cupy", "torch", "safetensors", "ml_dtypes", "pickle5"}} & set(sys.modules)))
+    """
+    code = "\n".join(line.strip() for line in code.splitlines())
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_state_goes_from_every_backend_to_the_cpu_and_back(library, tmp_path):
+    p = params()
+    on_cpu = gpuadam.Adam(p)
+    on_cpu.step(grads(p, 1))
+    on_cpu.save(tmp_path / "cpu", with_params=True)
+    there = {name: library.array(np.zeros_like(a)) for name, a in p.items()}
+    opt = gpuadam.load(tmp_path / "cpu", there, backend=library.backend, with_params=True)
+    assert all(library.numpy(there[name]).tobytes() == a.tobytes() for name, a in p.items())
+    opt.save(tmp_path / "back", with_params=True)
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "cpu").read_bytes()
+    assert content(gpuadam.load(tmp_path / "back", p)) == content(on_cpu)
