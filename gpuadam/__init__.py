@@ -2,6 +2,7 @@
 
 from .arrays import Bits
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
+from .decay import decay_groups
 from .flat import Flat, flatten
 from .functional import adam_step
 from .norm import global_norm
@@ -21,6 +22,7 @@ __all__ = [
     "adam_step",
     "available_backends",
     "backend_status",
+    "decay_groups",
     "flatten",
     "global_norm",
     "use_backend",
