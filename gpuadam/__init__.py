@@ -3,6 +3,7 @@
 from .arrays import Bits
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
 from .checkpoint import CheckpointError, load
+from .decay import decay_groups
 from .flat import Flat, flatten
 from .functional import adam_step
 from .norm import global_norm
@@ -17,6 +18,7 @@ __all__ = [  # noqa: RUF022 - in the order of the reference
     "NAdam",
     "RAdam",
     "AdaMax",
+    "decay_groups",
     "load",
     "CheckpointError",
     "global_norm",

@@ -21,6 +21,11 @@ def real(name, value):
         raise ValueError(f"{name} is too large for a float") from None
 
 
+def scheduled(value):
+    """Return the number that a schedule returned: itself, or the one in an array of no dimensions, such as JAX's."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
 def non_negative(name, value):
     value = real(name, value)
     if not (0.0 <= value < math.inf):

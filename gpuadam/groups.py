@@ -1,5 +1,6 @@
 """Groups of parameters: what an optimizer is given, what is checked of it at each step, and gradients of the same structure."""
 
+import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from typing import NamedTuple
@@ -52,16 +53,23 @@ def parsed_groups(params, defaults):
     return groups, structures, grouped
 
 
-def in_order_of_groups(grads, structures):
-    """Return the gradients or None, in the order of the parameters, of each group."""
+def in_order_of_groups(grads, structures, label="grads"):
+    """Return the gradients or None, in the order of the parameters, of each group.
+
+    Where every group has names, they may be one dict, as what computes gradients knows of no groups.
+    """
     grads = _listed(grads)
+    if isinstance(grads, Mapping) and all(structure.kind == MAPPING for structure in structures):
+        names = [name for structure in structures for name in structure.names]
+        one = iter(in_order(grads, Structure(MAPPING, names, amsgrad=False), label))
+        return [list(itertools.islice(one, len(structure.names))) for structure in structures]
     if not is_sequence(grads) or len(grads) != len(structures):
-        raise ValueError(f"grads must be a list of {len(structures)} entries, one for each group; it is {what_is(grads)}")
+        raise ValueError(f"{label} must be a list of {len(structures)} entries, one for each group; it is {what_is(grads)}")
     ordered = []
     for k, (group, structure) in enumerate(zip(grads, structures, strict=True)):
         if isinstance(group, Mapping) and set(group) == {"params"} and structure.names != ["params"]:
             group = group["params"]
-        ordered.append(in_order(group, structure, f"grads[{k}]"))
+        ordered.append(in_order(group, structure, f"{label}[{k}]"))
     return ordered
 
 
@@ -116,7 +124,7 @@ def checked_group(group, structure, decoupled, step, grad_scale=1.0, further=())
                 f"lr is a {arrays.kind(lr)}: it must be a number or a callable or, with capturable=True, an array of one number "
                 "beside the parameters"
             )
-        lr = lr(step) if callable(lr) else lr
+        lr = checks.scheduled(lr(step)) if callable(lr) else lr
     return hyperparameters.checked(lr, betas, eps, weight_decay, decoupled, maximize, grad_scale, further)
 
 

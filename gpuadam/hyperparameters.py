@@ -58,7 +58,9 @@ def checked(lr, betas, eps, weight_decay, decoupled, maximize, grad_scale=1.0, f
     lr = checks.non_negative("lr", lr)
     try:
         beta1, beta2 = betas
-        types = further and tuple([type(value) for _, value in further])  # the cache tells 1 from True, but not within tuples
+        types = further and tuple(
+            [type(value) for _, value in further]
+        )  # the cache tells 1 from True, but not within tuples
         fixed = _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, further, types)
     except (
         TypeError,

@@ -23,9 +23,12 @@ class Adam:
     """Adam with L2 decay, in place on the caller's arrays.   (Kingma & Ba 2015, arXiv:1412.6980)
 
     params: one array, a sequence of arrays, a dict name -> array, or a list of groups such as
-        `{"params": [w, b], "lr": 1e-4}`, whose own hyperparameters go before those given here. Arrays as in `adam_step`.
+        `{"params": [w, b], "lr": 1e-4}`, whose own hyperparameters go before those given here (`decay_groups` makes two by
+        patterns of names). Arrays as in `adam_step`.
     lr: a number, or a callable of the number of the step, counted from 1: `lambda step: 1e-3 * min(1, step / 100)`. To check it,
-        it is also called with 1 here and in `load_state_dict`.
+        it is also called with 1 here and in `load_state_dict`. It may return an array of no dimensions, which is read, and
+        waited for if it is on a GPU: optax's schedules are such callables. They count from 0, so that optax's own first step
+        has schedule(0), and `lr=schedule` starts with schedule(1); `lr=lambda step: schedule(step - 1)` is as in optax.
     betas, eps, weight_decay, maximize: as in `adam_step`. amsgrad: keep the running maximum of v (Reddi et al. 2018).
     capturable: keep the step count on the device, so that a CUDA graph that captures `step` counts on when it is replayed.
         lr, and grad_scale in `step`, may then be arrays of one float32 or float64 on that device, whose values are read there
@@ -196,7 +199,7 @@ class Adam:
     def _in_groups(self, arrays, label):
         """Return arrays of the same structure as params, in order, for each group."""
         if self._grouped:
-            return in_order_of_groups(arrays, self._structures)
+            return in_order_of_groups(arrays, self._structures, label)
         return [in_order(arrays, self._structures[0], label)]
 
     def _param_copies(self, given):
@@ -221,7 +224,8 @@ class Adam:
         """Update every parameter that has a gradient, in place.
 
         grads: of the same structure as params; None in an array's place skips it. For groups, a list with the gradients of
-            each, or with dicts `{"params": gradients}`. They are only read, unless zero_grad is on.
+            each, or with dicts `{"params": gradients}`, or, if every group is a dict by names, one dict of all names. They are
+            only read, unless zero_grad is on.
         grad_scale: every gradient is multiplied by it first.
         max_norm: clip the gradients, scaled by grad_scale, to this norm over all of them, as torch.nn.utils.clip_grad_norm_ does:
             multiply them by max_norm / (norm + 1e-6) if that is below 1.

@@ -2,9 +2,11 @@
 
 a. Fit y = w x + b to five points: Adam's numbers, step by step.
 b. Learn to read 1,797 handwritten digits (scikit-learn's `load_digits`, from the UCI repository) with a two-layer network,
-   its forward and backward pass in plain array code; beside it the same training with the float64 reference.
+   its forward and backward pass in plain array code (`gpuadam/examples/digits.py`); beside it the same training with the
+   float64 reference.
 """
 
+import itertools
 import time
 
 import numpy as np
@@ -12,10 +14,12 @@ import numpy as np
 import gpuadam
 
 from .. import backends, reference
-from . import output
+from ..examples import command_line
+from ..examples import digits as example
+from . import output, progress
 
 TEXTBOOK_STEPS = 1000
-EPOCHS, BATCH, HIDDEN = 40, 64, 128
+EPOCHS, HIDDEN = 40, 128
 
 
 def run(options):
@@ -80,41 +84,41 @@ def textbook(xp, backend):
 
 def digits(xp, backend, console):
     """Train on the digits twice, with gpuadam in float32 and with the reference in float64. Return curves and accuracies."""
-    (x, y), (x_test, y_test) = _load_digits()
-    ours = {name: xp.asarray(p, dtype="float32") for name, p in _initial_parameters().items()}
-    exact = _initial_parameters()
+    (x, y), (x_test, y_test) = example.load_digits()
+    ours = {name: xp.asarray(p, dtype="float32") for name, p in example.initial_parameters(HIDDEN).items()}
+    exact = example.initial_parameters(HIDDEN)
     settings = {"lr": 2e-3, "weight_decay": 0.1}
     opt = gpuadam.AdamW(ours, **settings, backend=backend)
     moments = {name: (np.zeros_like(p), np.zeros_like(p)) for name, p in exact.items()}
-    data = [xp.asarray(a, dtype=t) for a, t in ((x, "float32"), (y, "int64"), (x_test, "float32"), (y_test, "int64"))]
-    order = np.random.default_rng(2)
-    curves: dict[str, list[float]] = {"loss": [], "accuracy": [], "reference_loss": [], "reference_accuracy": []}
     update_seconds = []
-    with _Progress(console, EPOCHS) as progress:
-        for epoch in range(1, EPOCHS + 1):
-            losses, exact_losses = [], []
-            shuffled = order.permutation(len(x))
-            for start in range(0, len(x), BATCH):
-                batch = shuffled[start : start + BATCH]
-                there = xp.asarray(batch)
-                loss, grads = loss_and_gradients(xp, ours, data[0][there], data[1][there])
-                losses.append(loss)
-                began = time.perf_counter()
-                opt.step(grads)
-                update_seconds.append(time.perf_counter() - began)
-                exact_loss, exact_grads = loss_and_gradients(np, exact, x[batch], y[batch])
-                exact_losses.append(exact_loss)
-                for name, grad in exact_grads.items():
-                    exact[name], m, v, _ = reference.adam_step(
-                        exact[name], grad, *moments[name], opt.steps, decoupled=True, **settings
-                    )
-                    moments[name] = m, v
-            curves["loss"].append(float(xp.stack(losses).mean()))
-            curves["accuracy"].append(accuracy(xp, ours, *data[2:]))
-            curves["reference_loss"].append(float(np.mean(exact_losses)))
-            curves["reference_accuracy"].append(accuracy(np, exact, x_test, y_test))
-            progress.show(epoch, curves)
-    apart = max(float(np.abs(np.asarray(_to_host(ours[name])) - exact[name]).max()) for name in exact)
+
+    def step(grads):
+        began = time.perf_counter()
+        opt.step(grads)
+        update_seconds.append(time.perf_counter() - began)
+
+    exact_steps = itertools.count(1)
+
+    def exact_step(grads):
+        number = next(exact_steps)
+        for name, grad in grads.items():
+            exact[name], m, v, _ = reference.adam_step(exact[name], grad, *moments[name], number, decoupled=True, **settings)
+            moments[name] = m, v
+
+    data = [xp.asarray(a, dtype=t) for a, t in ((x, "float32"), (y, "int64"), (x_test, "float32"), (y_test, "int64"))]
+    losses = example.train(xp, ours, step, *data[:2])
+    exact_losses = example.train(np, exact, exact_step, x, y)
+    curves: dict[str, list[float]] = {"loss": [], "accuracy": [], "reference_loss": [], "reference_accuracy": []}
+
+    def described(epoch):
+        return f"epoch {epoch:3d}  loss {curves['loss'][-1]:.4f}  test accuracy {curves['accuracy'][-1]:.2%}"
+
+    for _ in progress.counted(console, EPOCHS, described, every=10):
+        curves["loss"].append(next(losses))
+        curves["accuracy"].append(example.accuracy(xp, ours, *data[2:]))
+        curves["reference_loss"].append(next(exact_losses))
+        curves["reference_accuracy"].append(example.accuracy(np, exact, x_test, y_test))
+    apart = max(float(np.abs(command_line.on_host(ours[name]) - exact[name]).max()) for name in exact)
     return curves | {
         "train_images": len(x),
         "test_images": len(x_test),
@@ -126,84 +130,6 @@ def digits(xp, backend, console):
         "largest_difference_from_float64": apart,
         "microseconds_per_update": 1e6 * float(np.median(update_seconds)),
     }
-
-
-def _load_digits():
-    """Return ((images, labels) to train on, those held out), pixels from 0 to 1."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    x, x_test, y, y_test = train_test_split(images / 16.0, labels, test_size=0.2, stratify=labels, random_state=0)
-    return (x, y), (x_test, y_test)
-
-
-def _initial_parameters():
-    """Return float64 parameters (He et al. 2015, arXiv:1502.01852) that float32 holds exactly, so both runs start as one."""
-    rng = np.random.default_rng(1)
-
-    def layer(n_in, n_out):
-        return (rng.standard_normal((n_in, n_out)) * np.sqrt(2 / n_in)).astype("float32").astype("float64")
-
-    return {"w1": layer(64, HIDDEN), "b1": np.zeros(HIDDEN), "w2": layer(HIDDEN, 10), "b2": np.zeros(10)}
-
-
-def loss_and_gradients(xp, p, x, y):
-    """Return the mean cross-entropy of a batch and its gradient for every parameter; xp is numpy or cupy."""
-    hidden = xp.maximum(x @ p["w1"] + p["b1"], 0)
-    logits = hidden @ p["w2"] + p["b2"]
-    logits = logits - logits.max(axis=1, keepdims=True)
-    log_probability = logits - xp.log(xp.exp(logits).sum(axis=1, keepdims=True))
-    rows = xp.arange(len(y))
-    loss = -log_probability[rows, y].mean()
-
-    d_logits = xp.exp(log_probability)
-    d_logits[rows, y] -= 1
-    d_logits /= len(y)
-    d_hidden = d_logits @ p["w2"].T
-    d_hidden[hidden <= 0] = 0
-    return loss, {
-        "w1": x.T @ d_hidden,
-        "b1": d_hidden.sum(axis=0),
-        "w2": hidden.T @ d_logits,
-        "b2": d_logits.sum(axis=0),
-    }
-
-
-def accuracy(xp, p, x, y):
-    """Return the fraction of images that are read rightly."""
-    hidden = xp.maximum(x @ p["w1"] + p["b1"], 0)
-    return float(((hidden @ p["w2"] + p["b2"]).argmax(axis=1) == y).mean())
-
-
-def _to_host(array):
-    return array.get() if hasattr(array, "get") else array
-
-
-class _Progress:
-    """A progress bar on a terminal; in a pipe, a plain line for every tenth epoch."""
-
-    def __init__(self, console, total):
-        (progress,) = output.need("demo", "rich.progress")
-        self.console, self.total = console, total
-        self.bar = progress.Progress(console=console, transient=True) if console.is_terminal else None
-
-    def __enter__(self):
-        if self.bar:
-            self.bar.start()
-            self.task = self.bar.add_task("training", total=self.total)
-        return self
-
-    def __exit__(self, *exception):
-        if self.bar:
-            self.bar.stop()
-
-    def show(self, epoch, curves):
-        line = f"epoch {epoch:3d}  loss {curves['loss'][-1]:.4f}  test accuracy {curves['accuracy'][-1]:.2%}"
-        if self.bar:
-            self.bar.update(self.task, advance=1, description=line)
-        elif epoch % 10 == 0:
-            self.console.print(line, highlight=False)
 
 
 def _print_textbook(console, result):

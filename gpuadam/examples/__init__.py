@@ -1,0 +1,1 @@
+"""Short programs that train with gpuadam: `python -m gpuadam.examples` lists them."""

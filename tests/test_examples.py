@@ -1,0 +1,307 @@
+"""The examples: each runs in small and finds what it looks for, and the gradients written by hand are gradients."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpuadam
+from gpuadam.cli import progress
+from gpuadam.examples import __main__ as listing
+from gpuadam.examples import command_line, digits, gaussians, thomson, tomography, torch_digits
+
+ROOT = Path(__file__).parent.parent
+FOLDER = Path(listing.__file__).parent
+
+pytest.importorskip("rich", reason="rich, with which the examples show how far they are, is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib, with which the examples draw, is not installed")
+
+
+def numbers(pattern, capsys):
+    """Return the numbers of the one line that was printed and matches."""
+    (found,) = re.findall(pattern, capsys.readouterr().out)
+    return [float(x) for x in ([found] if isinstance(found, str) else found)]
+
+
+def assert_png(path):
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def on_each(*gpu):
+    """Run a test with NumPy's arrays, and with those on a GPU where there is one."""
+    return pytest.mark.parametrize("arrays", ["numpy", *(pytest.param(name, marks=pytest.mark.gpu) for name in gpu)])
+
+
+@on_each("cupy")
+def test_digits_are_read(capsys, arrays):
+    pytest.importorskip("sklearn")
+    digits.main(["--steps", "4", "--size", "32", "--arrays", arrays])
+    (right,) = numbers(r"of 360 digits held out, (\S+)% are read rightly", capsys)
+    assert right > 85
+
+
+@on_each("cupy")
+def test_gaussians_come_near_the_photograph(tmp_path, capsys, arrays):
+    pytest.importorskip("skimage")
+    plot = tmp_path / "gaussians.png"
+    gaussians.main(["--steps", "80", "--size", "32", "--count", "80", "--plot", str(plot), "--arrays", arrays])
+    before, after = numbers(r"PSNR (\S+) dB before, (\S+) dB after 80 steps", capsys)
+    assert before < 15 and after > 22
+    assert_png(plot)
+
+
+@on_each("cupy")
+def test_tomography_beats_filtered_back_projection(tmp_path, capsys, arrays):
+    pytest.importorskip("skimage")
+    plot = tmp_path / "tomography.png"
+    tomography.main(["--steps", "80", "--size", "48", "--angles", "16", "--plot", str(plot), "--arrays", arrays])
+    classical, found = numbers(r"relative error (\S+)% by filtered back-projection, (\S+)% after 80 steps", capsys)
+    assert found < 0.7 * classical < 50
+    assert_png(plot)
+
+
+@on_each("numba")
+def test_twelve_charges_become_an_icosahedron(tmp_path, capsys, arrays):
+    pytest.importorskip("scipy")
+    plot = tmp_path / "thomson.png"
+    thomson.main(["--steps", "600", "--size", "12", "--plot", str(plot), "--arrays", arrays])
+    energy, known = numbers(r"12 charges: energy (\S+); the least known is (\S+)", capsys)
+    assert energy == known == 49.1653
+    assert_png(plot)
+
+
+def test_the_torch_example_learns_as_much_with_either_optimizer(capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("gpuadam.torch", reason="gpuadam.torch is not there")
+    pytest.importorskip("sklearn")
+    torch_digits.main(["--steps", "2", "--size", "32"])
+    losses, right = zip(*re.findall(r"loss (\S+), (\S+)% of 360", capsys.readouterr().out), strict=True)
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-2)
+    assert min(map(float, right)) > 50  # a tenth would be guessing
+
+
+def test_without_a_gpu_the_numba_example_says_so_in_one_line_and_goes_on(tmp_path, capsys):
+    if "numba-cuda" in gpuadam.available_backends():
+        pytest.skip("Numba CUDA works here")
+    thomson.main(["--steps", "1", "--size", "4", "--plot", str(tmp_path / "thomson.png")])
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("no GPU for Numba CUDA, so this is --arrays numpy: ")
+    assert any(line.startswith("4 charges: energy") for line in others)
+
+
+# Gradients by hand
+
+
+def assert_is_gradient(f, x, gradient, directions=3, h=1e-5):
+    """Compare a float64 gradient with differences of f along random directions; f is called with x + a step."""
+    rng = np.random.default_rng(0)
+    for _ in range(directions):
+        d = rng.standard_normal(x.shape)
+        along = (f(x + h * d) - f(x - h * d)) / (2 * h)
+        assert along == pytest.approx((gradient * d).sum(), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["x", "y", "log_width_x", "log_width_y", "amplitude"])
+def test_the_gradients_of_the_gaussians(name):
+    rng = np.random.default_rng(1)
+    target = rng.random((9, 9))
+    p = {"x": rng.random(5), "y": rng.random(5), "amplitude": rng.standard_normal(5)}
+    p |= {"log_width_x": rng.uniform(-2, -1, 5), "log_width_y": rng.uniform(-2, -1, 5)}
+    _, grads = gaussians.loss_and_gradients(np, p, target)
+    assert np.abs(grads[name]).min() > 1e-3
+    assert_is_gradient(lambda x: gaussians.loss_and_gradients(np, p | {name: x}, target)[0], p[name], grads[name])
+
+
+def test_the_picture_is_the_sum_of_the_gaussians():
+    p = {"x": np.array([0.25, 0.6]), "y": np.array([0.5, 0.3]), "amplitude": np.array([2.0, -1.0])}
+    p |= {"log_width_x": np.log([0.1, 0.2]), "log_width_y": np.log([0.3, 0.05])}
+    at = (np.arange(10) + 0.5) / 10
+    x, y = at[None, :], at[:, None]  # rows are y
+    expected = 2 * np.exp(-(((x - 0.25) / 0.1) ** 2) / 2 - ((y - 0.5) / 0.3) ** 2 / 2)
+    expected -= np.exp(-(((x - 0.6) / 0.2) ** 2) / 2 - ((y - 0.3) / 0.05) ** 2 / 2)
+    np.testing.assert_allclose(gaussians.picture(np, p, 10), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["w1", "b1", "w2", "b2"])
+def test_the_gradients_of_the_digits(name):
+    rng = np.random.default_rng(2)
+    p = {n: a + 0.1 for n, a in digits.initial_parameters(6).items()}
+    x, y = rng.random((7, 64)), rng.integers(0, 10, 7)
+    _, grads = digits.loss_and_gradients(np, p, x, y)
+    assert_is_gradient(lambda w: digits.loss_and_gradients(np, p | {name: w}, x, y)[0], p[name], grads[name])
+
+
+def test_back_projection_is_the_transpose_of_projection():
+    rays, rng = tomography.Rays(np, 17, 11), np.random.default_rng(3)
+    image, readings = rng.standard_normal((17, 17)), rng.standard_normal((11, rays.bins))
+    one, other = (rays.project(image) * readings).sum(), (image * rays.back_project(readings)).sum()
+    # shares and readings are rounded to float32
+    assert one == pytest.approx(other, abs=1e-6 * np.abs(rays.project(image) * readings).sum())
+
+
+def test_a_projection_along_an_axis_adds_up_rows_or_columns():
+    rays, image = tomography.Rays(np, 16, 2), np.random.default_rng(4).random((16, 16))
+    columns, rows = rays.project(image)
+    for readings, sums in ((columns, image.sum(axis=0)), (rows, image.sum(axis=1))):
+        # the middle of the slice is the middle of the bins: half a bin may be off
+        first = (rays.bins - 1) / 2 - 7.5
+        expected = np.zeros(rays.bins)
+        share = first % 1
+        for k, total in enumerate(sums):
+            expected[int(first) + k] += (1 - share) * total
+            expected[int(first) + k + 1] += share * total
+        np.testing.assert_allclose(readings, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_the_total_variation():
+    image = np.random.default_rng(5).random((8, 9))
+    _, gradient = tomography.total_variation(np, image)
+    assert_is_gradient(lambda x: tomography.total_variation(np, x)[0], image, gradient)
+
+
+@pytest.fixture(scope="module")
+def charges():
+    """Return the compiled loop over the charges, places of 37, and what the loop finds for them in float32."""
+    loop = thomson.gradient_loop()
+    points = np.random.default_rng(6).standard_normal((37, 3)).astype("f4")
+    gradient, energies = np.empty_like(points), np.empty(37, "f4")
+    loop(points, gradient, energies)
+    return loop, points, gradient, energies
+
+
+def test_the_gradient_of_the_charges(charges):
+    _, points, gradient, energies = charges
+
+    def energy(points):
+        on_sphere = points / np.linalg.norm(points, axis=1, keepdims=True)
+        distances = np.linalg.norm(on_sphere[:, None] - on_sphere, axis=2)
+        return (1 / distances[np.triu_indices(len(points), 1)]).sum()
+
+    points = points.astype("f8")
+    assert energies.sum() / 2 == pytest.approx(energy(points), rel=1e-6)
+    differences = np.empty_like(points)
+    for k in np.ndindex(*points.shape):
+        h = np.zeros_like(points)
+        h[k] = 1e-6
+        differences[k] = (energy(points + h) - energy(points - h)) / 2e-6
+    # float32: rounding of the 36 terms of each, the largest of which is near its length
+    np.testing.assert_allclose(gradient, differences, rtol=1e-4, atol=1e-5 * np.abs(differences).max())
+
+
+def test_the_cuda_kernel_computes_what_the_loop_does(charges):
+    """The PTX that NVVM makes of it is executed on the host."""
+    gpu_code = pytest.importorskip("gpu_code")
+    from numba import types
+    from ptx import Kernel
+
+    _, points, expected, expected_energies = charges
+    matrix, vector = (types.Array(types.float32, ndim, "C") for ndim in (2, 1))
+    text = gpu_code.compile_numba(thomson.gradient_kernel(gpu_code.cuda), (matrix, matrix, vector), "sm_90")
+    assert not re.search(r"\b(fma|add|sub|mul|div|rcp|sqrt|cvt)\.\S*f64\b", text)
+    # ptxas may still fuse these; the comparison has a tolerance, and the runner wants them rounded
+    kernel = Kernel(re.sub(r"\b(add|sub|mul)\.f32", r"\1.rn.f32", text))
+    gradient, energies = np.zeros_like(points), np.zeros(len(points), "f4")
+    arrays = points, gradient, energies
+    described = [(0, 0, a.size, a.itemsize, a.ctypes.data, *a.shape, *a.strides) for a in arrays]
+    kernel.run(2, 32, gpu_code.packed(kernel, *described), gpu_code.memory_of(arrays))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(energies, expected_energies, rtol=1e-5)
+
+
+# What the examples share
+
+
+def counted(terminal):
+    console = command_line.need("examples", "rich.console")[0].Console(file=io.StringIO(), force_terminal=terminal, width=60)
+    asked: list[int] = []
+    turns = list(progress.counted(console, 100, lambda n: asked.append(n) or f"turn {n}", every=25))
+    assert turns == list(range(1, 101))
+    return asked, console.file.getvalue()
+
+
+def test_in_a_pipe_a_long_loop_prints_some_plain_lines():
+    assert counted(terminal=False) == ([25, 50, 75, 100], "turn 25\nturn 50\nturn 75\nturn 100\n")
+
+
+def test_on_a_terminal_a_long_loop_has_a_bar():
+    asked, shown = counted(terminal=True)
+    assert len(asked) == 50 and "turn 100" in shown and "100%" in shown
+
+
+def test_all_examples_are_listed_with_a_line_each():
+    done = subprocess.run(
+        [sys.executable, "-m", "gpuadam.examples"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    listed = re.findall(r"^(\w+)  +[A-Z].*\.$", done.stdout, re.M)
+    files = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "__main__", "command_line"}
+    assert set(listed) == files and len(listed) == len(files)
+
+
+@pytest.mark.parametrize("name", listing.NAMES)
+def test_an_example_is_short(name):
+    assert len((FOLDER / f"{name}.py").read_text().splitlines()) < 120
+
+
+def test_all_that_the_examples_take_of_an_array_module_is_in_cupy():
+    cupy = pytest.importorskip("cupy")
+    used = set()
+    for name in ("digits", "gaussians", "tomography"):
+        used |= set(re.findall(r"\bxp\.((?!fft)\w+)", (FOLDER / f"{name}.py").read_text()))
+    fft = set(re.findall(r"\bfft\.(\w+)", (FOLDER / "tomography.py").read_text()))
+    assert {"exp", "bincount", "maximum"} <= used and "irfft" in fft
+    assert [name for name in used if not hasattr(cupy, name)] == []
+    assert [name for name in fft if not hasattr(cupy.fft, name)] == []
+
+
+def ended(main, capsys):
+    """Run an example as the command does; return its exit status and what it said of an error."""
+    with pytest.raises(SystemExit) as end:
+        command_line.run(main)
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "example, missing",
+    [(digits, "sklearn"), (gaussians, "matplotlib"), (gaussians, "skimage"), (digits, "rich")],
+)
+def test_a_missing_extra_is_explained(monkeypatch, capsys, tmp_path, example, missing):
+    for module in [m for m in sys.modules if m.partition(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, error = ended(lambda: example.main(["--steps", "1", "--size", "8"]), capsys)
+    assert code == 2 and "is not installed: pip install" in error and 'gpuadam[examples]"' in error
+    assert missing in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("example, arrays", [(digits, "cupy"), (tomography, "cupy"), (thomson, "numba")])
+def test_a_gpu_that_is_asked_for_and_not_there_is_explained(capsys, tmp_path, example, arrays):
+    backend = {"cupy": "cupy", "numba": "numba-cuda"}[arrays]
+    if backend in gpuadam.available_backends():
+        pytest.skip(f"{backend} works here")
+    code, error = ended(lambda: example.main(["--arrays", arrays]), capsys)
+    assert code == 2 and error.startswith(f"backend {backend!r} is not available") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--steps", "0"], "'0' is not an integer of at least 1"),
+        (["--steps", "1e3"], "'1e3' is not an integer of at least 1"),
+        (["--size", "3"], "'3' is not an integer of at least 4"),
+        (["--arrays", "torch"], "invalid choice"),
+        (["--plot", "no/such/folder/x.png"], "there is no folder 'no/such/folder'"),
+    ],
+)
+def test_wrong_arguments_are_explained_before_any_work(capsys, arguments, said):
+    code, error = ended(lambda: thomson.main(arguments), capsys)
+    assert code == 2 and said in error
