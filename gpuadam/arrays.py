@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import dlpack
+from .kernels.streams import LEGACY_DEFAULT
+
 
 class View(NamedTuple):
     """An array as the checks and the kernels see it. Nothing is copied: the memory is the caller's."""
@@ -24,7 +27,8 @@ class View(NamedTuple):
     contiguous: bool  # in C order, without gaps
     device: int | None  # the CUDA device's number; None for the CPU
     stream: int | None = None  # the CUDA stream that wrote it last, if its library says so
-    bits: str = ""  # the format that the elements of an array of integers stand for, if the caller named one
+    bits: str = ""  # the format that the elements of an array of integers stand for, if the caller or its library named one
+    immutable: str = ""  # why it must not be written, beyond being read-only
 
     @property
     def format(self):
@@ -55,25 +59,25 @@ class Bits(NamedTuple):
     format: str
 
 
-def as_bits(array):
-    """Return a bfloat16 tensor of torch, which NumPy and `__cuda_array_interface__` do not know, as Bits; all else as it is."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor) and array.dtype is torch.bfloat16:
-        return Bits(array.view(torch.int16), "bfloat16")
-    return array
-
-
 def on_cpu(name, array):
     """View a NumPy array, or anything that shares CPU memory through DLPack."""
+    bits = ""
     if type(array) is not np.ndarray:
         if not isinstance(array, np.ndarray):
-            try:
-                array = np.from_dlpack(array)
-            except Exception as error:  # what a producer raises is up to it
-                raise TypeError(f"{name}, a {kind(array)}, cannot be shared with NumPy: {error}") from error
+            shared = borrowed(name, array)
+            array, bits = np.asarray(shared), shared.bits
         array = array.view(np.ndarray)  # a subclass may have its own idea of shape: a matrix is always 2-D
     pointer, flags = _address(array), array.flags
-    return View(name, array, pointer, array.shape, array.strides, array.dtype, flags.writeable, flags.c_contiguous, None)
+    writeable, contiguous = flags.writeable, flags.c_contiguous
+    return View(name, array, pointer, array.shape, array.strides, array.dtype, writeable, contiguous, None, bits=bits)
+
+
+def borrowed(name, array, **stream):
+    """Return the dlpack.Borrowed memory of an array. stream: of the GPU that is to wait for the array's library."""
+    try:
+        return dlpack.Borrowed(array, **stream)
+    except Exception as error:  # what a producer raises is up to it
+        raise TypeError(f"{name}, a {kind(array)}, cannot be shared by DLPack: {error}") from error
 
 
 def _address(array):
@@ -84,7 +88,7 @@ def _address(array):
 
 
 def on_cuda(name, array, device_of):
-    """View an array in CUDA memory. device_of(pointer) asks the driver for the device's number."""
+    """View an array with `__cuda_array_interface__`. device_of(pointer) asks the driver for the device's number."""
     try:
         interface = array.__cuda_array_interface__
         pointer, read_only = interface["data"]
@@ -108,19 +112,47 @@ def on_cuda(name, array, device_of):
         # two libraries do not name the stream that their work is on. 1 is the interface's name for the default stream
         torch = sys.modules.get("torch")
         if hasattr(array, "__cuda_ndarray__"):
-            stream = 1
+            stream = LEGACY_DEFAULT
         elif torch is not None and isinstance(array, torch.Tensor):
-            stream = torch.cuda.current_stream(device).cuda_stream or 1
-    return View(name, array, pointer, shape, strides, dtype, not read_only, strides == in_c_order, device, stream)
+            stream = torch_stream(device)
+    bits = array.bits if type(array) is dlpack.Borrowed else ""
+    return View(name, array, pointer, shape, strides, dtype, not read_only, strides == in_c_order, device, stream, bits)
+
+
+def torch_stream(device):
+    """Return the handle of torch's current stream on a device."""
+    return sys.modules["torch"].cuda.current_stream(device).cuda_stream or LEGACY_DEFAULT
+
+
+def on_device(name, array, backend):
+    """Return an array with `__cuda_array_interface__` as it is, and what a GPU backend has to borrow by DLPack so."""
+    # JAX's interface names no stream, and its work is on one of its own, which DLPack waits for
+    if hasattr(array, "__cuda_array_interface__") and not is_jax(array):
+        return array
+    _, device = array.__dlpack_device__()
+    with backend.on(device, None):
+        return borrowed(name, array, stream=backend.current_stream() or LEGACY_DEFAULT)
+
+
+def is_jax(array):
+    return type(array).__module__.partition(".")[0] in ("jax", "jaxlib")
 
 
 _CUPY = "cupy.ndarray"
 _NUMBA = "numba.cuda.cudadrv.devicearray.DeviceNDArray"
 _NUMBA_DESCRIBED = operator.attrgetter("device_ctypes_pointer.value", "shape", "strides", "dtype", "stream")
+_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter")
+
+
+def _tensor(t):
+    return t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.is_leaf
+
+
 # By type, so that nothing is imported: all that checks and launches depend on of an array in CUDA memory; and what of that can
 # change while it is the same object.
-_DESCRIBED = {_CUPY: operator.attrgetter("data.ptr", "shape", "strides", "dtype"), _NUMBA: _NUMBA_DESCRIBED}
-_CHANGING = {_CUPY: operator.attrgetter("shape"), _NUMBA: _NUMBA_DESCRIBED}
+_OF_TENSORS = dict.fromkeys(_TENSORS, _tensor)
+_DESCRIBED = {_CUPY: operator.attrgetter("data.ptr", "shape", "strides", "dtype"), _NUMBA: _NUMBA_DESCRIBED} | _OF_TENSORS
+_CHANGING = {_CUPY: operator.attrgetter("shape"), _NUMBA: _NUMBA_DESCRIBED} | _OF_TENSORS
 
 
 class Description(NamedTuple):
@@ -160,19 +192,22 @@ def bare(arrays):
 
 def _read(arrays, getters):
     read: list[Any] = []
-    for kind, run in itertools.groupby(arrays, type):
-        getter = getters.get(f"{kind.__module__}.{kind.__qualname__}")
-        if getter is None:
+    for kind, group in itertools.groupby(arrays, type):
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if name not in getters:
             return None
+        run = list(group)
         read.append(kind)
-        read += map(getter, run)
+        read += map(getters[name], run)
+        if name in _TENSORS:
+            read += map(torch_stream, {t.device for t in run if t.is_cuda})
     return read
 
 
 def always_cuda(array):
     """Whether an array is of a type whose memory is a GPU's, known without asking for its interface."""
     kind = type(array)
-    return f"{kind.__module__}.{kind.__qualname__}" in _DESCRIBED
+    return f"{kind.__module__}.{kind.__qualname__}" in (_CUPY, _NUMBA)
 
 
 def contiguous_strides(shape, itemsize):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import arrays, checks
+from . import arrays, checks, torch_tensors
 
 GPU_EXTRA = 'pip install "gpuadam[cuda13]" (or cuda12: `nvidia-smi` shows what the driver takes)'
 DRIVER = "on a machine with an NVIDIA GPU, install its driver; `nvidia-smi` should then list the GPU"
@@ -117,14 +117,10 @@ def choose(named_arrays, backend=None):
     named_arrays: (name, array or None) pairs. Raises TypeError if no one backend holds them all, ValueError for an unknown
     name, BackendUnavailableError if the backend cannot run here.
     """
-    named_arrays = [(name, arrays.as_bits(array)) for name, array in named_arrays]
-    if any(type(array) is arrays.Bits for _, array in named_arrays):
-        formats = [checks.format_of_bits(name, a) if type(a) is arrays.Bits else "" for name, a in named_arrays]
-        bare = [(name, checks.given(name, a.array) if f else a) for f, (name, a) in zip(formats, named_arrays, strict=True)]
-        kernels, views = choose(bare, backend)
-        return kernels, [checks.bits(view, f) if f else view for f, view in zip(formats, views, strict=True)]
-    given = [(name, array) for name, array in named_arrays if array is not None]
-    memory = {name: _memory(name, array) for name, array in given}
+    plain = [_plain(name, array) for name, array in named_arrays]
+    given = [(name, a.array if type(a) is arrays.Bits else a) for name, a in named_arrays if a is not None]
+    bare = {name: array for (name, _), (array, *_) in zip(named_arrays, plain, strict=True) if array is not None}
+    memory = {name: _memory(name, array) for name, array in bare.items()}
     name = forced(backend)
     if name:
         source = "backend" if backend else "use_backend" if _chosen.get() else "GPUADAM_BACKEND"
@@ -136,7 +132,7 @@ def choose(named_arrays, backend=None):
                 + _listing(given, strangers)
             )
     else:
-        owners = {_owner(array, memory[name]).name for name, array in given}
+        owners = {_owner(array, memory[name]).name for name, array in bare.items()}
         if len(owners) > 1:
             raise TypeError(
                 "the arrays of one update must come from one library: "
@@ -145,8 +141,35 @@ def choose(named_arrays, backend=None):
             )
         chosen = BACKENDS[owners.pop()]
     kernels = load(chosen.name)
-    view = kernels.view
-    return kernels, [None if array is None else view(name, array) for name, array in named_arrays]
+    return kernels, [_view(kernels, name, *one) for (name, _), one in zip(named_arrays, plain, strict=True)]
+
+
+def _plain(name, array):
+    """Return the array that holds the memory of what a caller gave, the format that its bits stand for, and why it must not be
+    written, if its library says so."""
+    bits = why = ""
+    if type(array) is arrays.Bits:
+        bits, array = checks.format_of_bits(name, array), checks.given(name, array.array)
+    if torch_tensors.is_tensor(array):
+        tensor, array = array, torch_tensors.plain(name, array)
+        why = torch_tensors.why_immutable(tensor)
+        if type(array) is arrays.Bits:
+            array, bits = array
+    elif arrays.is_jax(array):
+        why = (
+            "is a jax.Array, and JAX takes for granted that these never change. Keep it as np.array(x), update that, and give "
+            "JAX jnp.array(x). As a gradient it is fine"
+        )
+    return array, bits, why
+
+
+def _view(kernels, name, array, bits, why):
+    if array is None:
+        return None
+    view = kernels.view(name, array)
+    if bits:
+        view = checks.bits(view, bits)
+    return view._replace(writeable=False, immutable=why) if why else view
 
 
 def _known(name, source):
@@ -165,9 +188,6 @@ def _memory(name, array):
         return "CUDA"
     if isinstance(array, type) or array is None:
         raise TypeError(f"{name} is {array!r}, not an array")
-    if hasattr(array, "fake_mode") or (callable(getattr(array, "is_neg", None)) and array.is_neg()):
-        # torch: what lies in memory is not what the tensor says
-        raise TypeError(f"{name} is a fake tensor or a lazily negated view of one: pass a real one, resolve_neg() makes it")
     try:
         if hasattr(array, "__cuda_array_interface__"):
             return "CUDA"

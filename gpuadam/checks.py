@@ -246,6 +246,8 @@ def same_layout(own, loaded, any_layout):
 
 
 def read_only(view):
+    if view.immutable:
+        raise ValueError(f"{view.name}, which an update writes to, {view.immutable}")
     raise ValueError(f"{view.name} is read-only, and an update writes to it: pass a writeable array")
 
 

@@ -1,11 +1,12 @@
 """From call to launch: check, choose the backend, compute the scalars, launch."""
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arrays, backends, capturable, checks, hyperparameters
+from . import arrays, backends, capturable, checks, hyperparameters, torch_tensors
 from .kernels import adam, device_scalars, storage, streams
 from .kernels.layout import Update
 
@@ -127,14 +128,39 @@ class Updates(NamedTuple):
     def operands(self):
         return ("param", "grad", "m", "v", *self.further)
 
+    def written(self):
+        """Return the arrays that are written."""
+        param, grad, *state = self.columns
+        return list(itertools.chain(param, grad if self.h.fixed.zero_grad else (), *state))
+
 
 def update(groups, backend=None, stream=None, memo=None):
     """Check all Updates, then launch them: one launch for the dense arrays of each that share a device and a dtype.
 
-    memo: a Memo, which keeps what was found out of arrays on a GPU for the next step.
+    memo: a Memo, which keeps what was found out of the arrays for the next step.
     """
-    if stream is None and backends.takes_numpy(backend) and _numpy_way(groups):
+    numpy_first = stream is None and backends.takes_numpy(backend)
+    if numpy_first and _numpy_way(groups):
         return
+    if not any(torch_tensors.among(group.columns) for group in groups):
+        _update(groups, backend, stream, memo)
+        return
+    in_numpy = _in_numpy(groups, memo) if backends.takes_numpy(backend) else groups
+    if not (numpy_first and _numpy_way(in_numpy)):
+        _update(in_numpy, backend, stream, memo)
+    for group in groups:
+        torch_tensors.wrote(group.written())
+
+
+def _in_numpy(groups, memo):
+    """Return Updates with NumPy arrays in the place of torch's tensors in CPU memory."""
+    return [
+        group._replace(columns=torch_tensors.in_numpy(group.columns, memo and functools.partial(memo.in_numpy, k)))
+        for k, group in enumerate(groups)
+    ]
+
+
+def _update(groups, backend, stream, memo):
     stream = streams.handle(stream)
     batches = memo and memo.batches(groups, backend)
     fresh = not batches
@@ -245,6 +271,11 @@ class Memo:
 
     def __init__(self):
         self._key, self._batches = None, []
+        self._views = torch_tensors.NumpyViews()
+
+    def in_numpy(self, group, column, tensors):
+        """Return NumPy arrays over the memory of torch's tensors: the same ones while these stay what they were."""
+        return self._views((group, column), tensors)
 
     def batches(self, groups, backend):
         """Return the batches of the last step if its arrays were the same in all that matters, or None."""

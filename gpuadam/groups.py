@@ -87,6 +87,20 @@ def in_order(grads, structure, label):
     return list(grads)
 
 
+class OF_PARAMS:
+    """In the place of gradients: those that the parameters hold."""
+
+
+def grads_of_params(group):
+    """Return the `.grad` of each parameter of a group, None included."""
+    for name, param in zip(group["names"], group["params"], strict=False):
+        if not hasattr(param, "grad"):
+            raise TypeError(
+                f"params[{name!r}] is a {arrays.kind(param)}, which has no .grad: give the gradients, step(grads)"
+            )
+    return [param.grad for param in group["params"]]
+
+
 def _listed(x):
     """Return generators and the like, such as `model.parameters()` and `d.values()`, as lists."""
     if type(x) in (list, tuple, dict):  # what it mostly is; asking for the abstract types takes longer

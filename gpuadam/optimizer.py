@@ -8,10 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from . import backends, checks, functional, hyperparameters
+from . import backends, checks, functional, hyperparameters, torch_tensors
 from . import capturable as capturable_
 from .arrays import Bits
-from .groups import HYPERPARAMETERS, checked_group, in_order, in_order_of_groups, is_sequence, parsed_groups, what_is
+from .groups import (
+    HYPERPARAMETERS,
+    OF_PARAMS,
+    checked_group,
+    grads_of_params,
+    in_order,
+    in_order_of_groups,
+    is_sequence,
+    parsed_groups,
+    what_is,
+)
 from .kernels import device_scalars
 from .kernels.storage import GROUP
 from .norm import global_norm
@@ -212,7 +222,7 @@ class Adam:
 
     def step(
         self,
-        grads,
+        grads=OF_PARAMS,
         *,
         grad_scale=1.0,
         max_norm=None,
@@ -224,8 +234,8 @@ class Adam:
         """Update every parameter that has a gradient, in place.
 
         grads: of the same structure as params; None in an array's place skips it. For groups, a list with the gradients of
-            each, or with dicts `{"params": gradients}`, or, if every group is a dict by names, one dict of all names. They are
-            only read, unless zero_grad is on.
+            each, or with dicts `{"params": gradients}`, or, if every group is a dict by names, one dict of all names. By default
+            the `.grad` of each parameter, for tensors of torch. They are only read, unless zero_grad is on.
         grad_scale: every gradient is multiplied by it first.
         max_norm: clip the gradients, scaled by grad_scale, to this norm over all of them, as torch.nn.utils.clip_grad_norm_ does:
             multiply them by max_norm / (norm + 1e-6) if that is below 1.
@@ -239,12 +249,12 @@ class Adam:
 
         Everything is checked before anything is written: one bad array or hyperparameter stops the whole step.
         """
-        if self._grouped:
-            grads_of_groups = in_order_of_groups(grads, self._structures)
-        else:
-            grads_of_groups = [in_order(grads, self._structures[0], "grads")]
+        if grads is not OF_PARAMS:
+            grads_of_groups = self._in_groups(grads, "grads")
         if len(self.groups) != len(self._structures):
             raise ValueError("groups cannot be added to an optimizer or removed from it after it is made: make another")
+        if grads is OF_PARAMS:
+            grads_of_groups = [grads_of_params(group) for group in self.groups]
         left_out, on_device = False, None
         if not (max_norm is norm is found_inf is None and check_finite is False):
             conditions = self._conditions(grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream)
@@ -328,7 +338,7 @@ class Adam:
         if narrow:
             for k in (2, 3, *((4,) if "max_v" in further else ())):
                 columns[k] = [Bits(array, "bfloat16") for array in columns[k]]
-        if not narrow and not self._stochastic:
+        if not narrow and not self._stochastic and "m_scale" not in further:
             return functional.Updates(h, step, columns, names, now, further)
         keys = [self._keys[name] for name in names]
         return functional.Updates(h, step, columns, names, now, further, self._stochastic, self._seed, keys)
@@ -399,6 +409,8 @@ class Adam:
         """Check a step that is left out, and zero the gradients if a step would."""
         functional.check(updates, self.backend)
         for group in updates:
+            if group.h.fixed.zero_grad and torch_tensors.among(group.columns):
+                torch_tensors.wrote(group.columns[1])
             for grad, name in zip(group.columns[1], group.names, strict=True):
                 kernels, (view,) = backends.choose([(f"the gradient of params[{name!r}]", grad)], self.backend)
                 if group.h.fixed.zero_grad:

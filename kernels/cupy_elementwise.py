@@ -13,7 +13,7 @@ import warnings
 import cupy
 import numpy as np
 
-from gpuadam.arrays import View, kind, on_cuda
+from gpuadam.arrays import View, on_cuda, on_device
 from gpuadam.kernels import adam, device_scalars, gpu_launch, pointer_table, primitives, storage, storage_cuda_c
 from gpuadam.kernels.layout import VECTOR_BYTES, offset_like, strides_like
 from gpuadam.kernels.streams import LEGACY_DEFAULT
@@ -89,12 +89,7 @@ update_lanes<1>(%(element)s, start + i, row_key ^ step_key, skip, %(scalars)s);
 def view(name, array):
     """View a CuPy array, or anything with `__cuda_array_interface__` or DLPack."""
     if not isinstance(array, cupy.ndarray):
-        if hasattr(array, "__cuda_array_interface__"):
-            return on_cuda(name, array, _device_of)
-        try:
-            array = cupy.from_dlpack(array)  # whose library makes CuPy's current stream wait for its own
-        except Exception as error:  # what a producer raises is up to it
-            raise TypeError(f"{name}, a {kind(array)}, cannot be shared with CuPy: {error}") from error
+        return on_cuda(name, on_device(name, array, _this_module), _device_of)
     memory = array.data
     contiguous = array.flags.c_contiguous
     return View(name, array, memory.ptr, array.shape, array.strides, array.dtype, True, contiguous, memory.device_id)

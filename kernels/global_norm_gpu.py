@@ -38,6 +38,8 @@ def launch(backend, own, views, out, device, given):
         table.used(stream)
         for other in others:
             backend.order(stream, other)
+        if not backend.is_capturing(stream):
+            gpu_launch.keep_until_done(backend, stream, gpu_launch.borrowed(views))
     table.release()
     return result
 

@@ -6,9 +6,12 @@ each device has a current stream of its own and a default stream of the same nam
 device.
 """
 
+import collections
 import itertools
+import threading
 from typing import NamedTuple
 
+from gpuadam.dlpack import Borrowed
 from gpuadam.kernels import pointer_table, storage, streams
 from gpuadam.kernels.layout import Update, dense, split
 
@@ -48,6 +51,26 @@ def to_order(backend, stream, others):
     return others
 
 
+def borrowed(views):
+    """Return those arrays of Views that were borrowed by DLPack."""
+    return [view.array for view in views if type(view.array) is Borrowed]
+
+
+_in_use: collections.deque = collections.deque()  # (backend, event, what was borrowed), in the order of launches
+_in_use_lock = threading.Lock()
+
+
+def keep_until_done(backend, stream, borrowed):
+    """Keep what was borrowed until the work that is on a stream is done, of which its producer does not know."""
+    if not borrowed and not _in_use:
+        return
+    with _in_use_lock:
+        while _in_use and _in_use[0][0].done(_in_use[0][1]):
+            _in_use.popleft()
+        if borrowed:
+            _in_use.append((backend, backend.record(stream), borrowed))
+
+
 class Place(NamedTuple):
     """Where a launch goes."""
 
@@ -70,6 +93,7 @@ class Batch:
         self.device, self.size = first[0].device, first[0].size
         self.named = list(dict.fromkeys(view.stream for update in updates for view in update.views))
         self.pointers = [view.pointer for view in first]
+        self.borrowed = borrowed(view for update in updates for view in update.views)
         self.arguments = None  # what a backend makes of the arrays at the first launch
         if loop != "table":
             self.updates = [updates[0]._replace(views=[view._replace(array=None) for view in first])]
@@ -115,6 +139,8 @@ class Batch:
                 self.table.used(stream)
             for other in others:
                 self.backend.order(stream, other)
+            if not place.capturing:
+                keep_until_done(self.backend, stream, self.borrowed)
 
     def release(self):
         """Give back what it holds on the device, once the device is done with it."""

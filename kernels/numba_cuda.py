@@ -19,7 +19,7 @@ from numba.cuda.cudadrv.driver import device_memset
 from numba.cuda.cudadrv.error import CudaSupportError
 from numba.cuda.extending import intrinsic
 
-from gpuadam.arrays import View, on_cuda
+from gpuadam.arrays import View, on_cuda, on_device
 from gpuadam.kernels import adam, device_scalars, gpu_launch, primitives, storage, storage_numba, streams
 from gpuadam.kernels.device_scalars import KEY_AT, REALS_AT, SKIP_AT
 from gpuadam.kernels.layout import VECTOR_BYTES, collapse, offset_like, strides_like
@@ -56,8 +56,8 @@ def device_name():
 
 
 def view(name, array):
-    """View a Numba device array, or anything with `__cuda_array_interface__`."""
-    found = on_cuda(name, array, _device_of)
+    """View a Numba device array, or anything with `__cuda_array_interface__` or DLPack."""
+    found = on_cuda(name, on_device(name, array, _this_module), _device_of)
     # CuPy's arrays name whatever stream is current when they are asked
     return found._replace(stream=None) if type(array).__module__.startswith("cupy") else found
 

@@ -1,0 +1,142 @@
+"""PyTorch's tensors as arrays: their memory, whatever autograd holds of them, and what autograd has to be told.
+
+torch is not imported here: where nobody has imported it, there are no tensors.
+"""
+
+import contextlib
+import itertools
+import operator
+import sys
+
+from .arrays import Bits, kind
+
+
+def _torch():
+    torch = sys.modules.get("torch")
+    return torch if hasattr(torch, "Tensor") else None  # another thread may be importing it
+
+
+def is_tensor(array):
+    torch = _torch()
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def among(columns):
+    """Whether there is a tensor in lists of arrays."""
+    torch = _torch()
+    return torch is not None and any(issubclass(t, torch.Tensor) for t in set(map(type, itertools.chain(*columns))))
+
+
+def plain(name, tensor):
+    """Return the memory of a tensor: a NumPy array, or a tensor on a GPU that needs no gradient. bfloat16 is in Bits.
+
+    Raises TypeError if what lies in memory is not what the tensor says.
+    """
+    torch = sys.modules["torch"]
+    if type(tensor).__torch_dispatch__ != torch.Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{name} is a {kind(tensor)}, which only stands for memory, as a fake tensor or a DTensor does: pass a tensor "
+            "with its own, to_local() of a DTensor"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} is a tensor of layout {tensor.layout}, not of strides: pass its to_dense()")
+    if tensor.is_neg() or tensor.is_conj():
+        raise TypeError(f"{name} is a lazily negated or conjugated view: pass its resolve_neg().resolve_conj()")
+    try:
+        return _memory(tensor)
+    except (RuntimeError, TypeError) as error:  # a meta tensor, a quantized one, one inside of vmap
+        raise TypeError(f"{name}, a {kind(tensor)}, does not share its memory: {error}") from error
+
+
+def _memory(tensor):
+    torch, bare = sys.modules["torch"], tensor.detach()
+    is_bfloat16 = tensor.dtype is torch.bfloat16  # which NumPy and `__cuda_array_interface__` do not know
+    if is_bfloat16:
+        bare = bare.view(torch.int16)
+    if not tensor.is_cuda:
+        bare = bare.numpy()
+    return Bits(bare, "bfloat16") if is_bfloat16 else bare
+
+
+def why_immutable(tensor):
+    """Return why a tensor must not be written in place, or nothing: the rule of torch.optim."""
+    if tensor.is_leaf or tensor.retains_grad:
+        return ""
+    return "is not a leaf: autograd computed it from other tensors. Pass those, or its detach()"
+
+
+def in_numpy(columns, views=None):
+    """Return lists of arrays with NumPy arrays in the place of the tensors in CPU memory that pass the checks of `plain`.
+
+    columns: those of `functional.Updates`. views: a function that gives `_all_in_numpy` of the params and of the state, likewise.
+    """
+    views = views or (lambda k, column: _all_in_numpy(column))
+    return [
+        column if not among([column]) else _all_in_numpy(column, written=False) if k == GRAD else views(k, column)
+        for k, column in enumerate(columns)
+    ]
+
+
+GRAD = 1  # its place among the columns
+
+
+def _all_in_numpy(column, written=True):
+    torch = sys.modules["torch"]
+    if set(map(type, column)) <= {torch.Tensor, torch.nn.Parameter} and not (written and any(map(why_immutable, column))):
+        with contextlib.suppress(RuntimeError, TypeError):  # at once is quicker, if all are on the CPU and of NumPy's dtypes
+            return list(map(torch.Tensor.numpy, map(torch.Tensor.detach, column)))
+    converted = []
+    for array in column:
+        if isinstance(array, torch.Tensor) and array.is_cpu and not (written and why_immutable(array)):
+            with contextlib.suppress(RuntimeError, TypeError):  # the checks will say what it is
+                array = _memory(array)
+        converted.append(array)
+    return converted
+
+
+class NumpyViews:
+    """The NumPy arrays of the params and state of an optimizer, made anew where a tensor is not what it was.
+
+    A tensor can get other memory, another shape or dtype and remain the same object, by `tensor.data = ...` for one.
+    """
+
+    def __init__(self):
+        self._known = {}
+
+    def __call__(self, key, tensors):
+        now = _read(tensors)
+        before, views = self._known.get(key, (None, None))
+        if now is None or now != before:
+            views = _all_in_numpy(tensors)
+            self._known[key] = now, views
+        return views
+
+
+def _read(tensors):
+    """Return all of tensors that decides about their views, or None if one is no tensor or has no such memory."""
+    torch = sys.modules["torch"]
+    if not set(map(type, tensors)) <= {torch.Tensor, torch.nn.Parameter}:
+        return None
+    try:
+        return [
+            list(map(read, tensors)) for read in (torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.is_neg, _FIELDS)
+        ]
+    except RuntimeError:
+        return None
+
+
+_FIELDS = operator.attrgetter("shape", "dtype", "device", "is_leaf")
+
+
+def wrote(arrays):
+    """Tell autograd that tensors were written, so that a backward pass that needs what was in them before raises."""
+    torch = sys.modules["torch"]
+    if not set(map(type, arrays)) <= {torch.Tensor, torch.nn.Parameter}:
+        arrays = [a for a in (a.array if type(a) is Bits else a for a in arrays) if isinstance(a, torch.Tensor)]
+    increment = torch.autograd.graph.increment_version
+    if torch.__version__ >= (2, 5):  # before it took one tensor
+        increment(arrays)
+    else:
+        for tensor in arrays:
+            if not tensor.is_inference():
+                increment(tensor)

@@ -1,0 +1,747 @@
+"""`gpuadam.torch` beside `torch.optim`: the same training, checkpoints that go both ways, and the protocols of an optimizer."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+import gpuadam  # noqa: E402
+import gpuadam.torch  # noqa: E402
+from gpuadam import backends, functional, torch_tensors  # noqa: E402
+
+PAIRS = {"Adam": (gpuadam.torch.Adam, torch.optim.Adam), "AdamW": (gpuadam.torch.AdamW, torch.optim.AdamW)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread():
+    """Have torch use one thread: its threads wait by spinning, and take the cores of tests that run beside this one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=PAIRS)
+def pair(request):
+    """Our class and torch's."""
+    return PAIRS[request.param]
+
+
+# The same training
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Handwritten digits: (images, labels) to train with, (images, labels) to test with."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images, labels = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order], labels[order]
+    return (images[:1400], labels[:1400]), (images[1400:], labels[1400:])
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(64, 24), torch.nn.Tanh(), torch.nn.Linear(24, 10))
+
+
+def batches(images, labels, n):
+    for k in range(n):
+        at = torch.arange(100 * k, 100 * k + 100) % len(labels)
+        yield images[at], labels[at]
+
+
+def backward(model, images, labels):
+    loss = torch.nn.functional.cross_entropy(model(images), labels)
+    loss.backward()
+    return loss
+
+
+@pytest.fixture(scope="module")
+def recorded(digits):
+    """The gradients of 1,000 steps of a training with torch.optim.Adam."""
+    model = network()
+    opt = torch.optim.Adam(model.parameters(), lr=1e-3)
+    grads = []
+    for images, labels in batches(*digits[0], 1000):
+        opt.zero_grad()
+        backward(model, images, labels)
+        grads.append([p.grad.clone() for p in model.parameters()])
+        opt.step()
+    return grads
+
+
+def replay(opt, params, grads):
+    for given in grads:
+        for p, g in zip(params, given, strict=True):
+            p.grad = g.clone()  # maximize of torch 2.4 to 2.6 changes it
+        opt.step()
+
+
+SETTINGS = [
+    ("Adam", {"lr": 1e-3}),
+    ("Adam", {"lr": torch.tensor(1e-3), "weight_decay": 0.1, "amsgrad": True, "betas": (0.8, 0.99), "eps": 1e-6}),
+    ("Adam", {"lr": 1e-2, "maximize": True}),
+    ("AdamW", {"lr": 1e-3}),
+]
+
+
+@pytest.mark.parametrize("name, settings", SETTINGS, ids=[f"{name}: {', '.join(options)}" for name, options in SETTINGS])
+def test_a_thousand_steps_over_recorded_gradients_agree_with_torch(name, settings, recorded):
+    mine, reference = PAIRS[name]
+    ours, theirs = list(network().parameters()), list(network().parameters())
+    replay(mine(ours, **settings), ours, recorded)
+    replay(reference(theirs, **settings, foreach=False), theirs, recorded)
+    lr = float(settings["lr"])
+    atol = 2e-6 if lr <= 1e-3 + 1e-9 else 2e-3 * lr  # both round at each step
+    # AdamW of torch multiplies by 1 - lr * weight_decay, which float32 rounds the same way at each step
+    rtol = 1000 * 2**-25 if name == "AdamW" else 0
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
+
+
+def test_a_thousand_steps_with_decoupled_decay_agree_with_torch_in_float64(recorded):
+    ours, theirs = list(network().parameters()), list(network().double().parameters())
+    replay(gpuadam.torch.AdamW(ours), ours, recorded)
+    replay(torch.optim.AdamW(theirs, foreach=False), theirs, [[g.double() for g in given] for given in recorded])
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=0, atol=5e-6)  # float32's rounding of v and of param
+
+
+def test_each_trained_by_itself_is_as_accurate_as_with_torch(pair, digits):
+    images, labels = digits[1]
+    right = []
+    for make in pair:
+        model = network()
+        opt = make(model.parameters(), lr=5e-3)
+        for batch in batches(*digits[0], 300):
+            opt.zero_grad()
+            backward(model, *batch)
+            opt.step()
+        right.append(int((model(images).argmax(1) == labels).sum()))
+    assert right[0] > 0.93 * len(labels)
+    assert abs(right[0] - right[1]) <= 2  # images of 397: those that lie on the edge
+
+
+OPTIONS = {
+    "plain": ({}, torch.float32),
+    "8bit": ({"state_dtype": "8bit"}, torch.float32),
+    "remainder": ({"master": "remainder"}, torch.bfloat16),
+    "stochastic rounding": ({"stochastic_rounding": True, "seed": 3}, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_resume_in_the_middle_changes_no_bit(name, recorded):
+    options, dtype = OPTIONS[name]
+    grads = [[g.to(dtype) for g in given] for given in recorded[:20]]
+
+    def made(lr):
+        params = [torch.nn.Parameter(p.detach().to(dtype)) for p in network().parameters()]
+        return params, gpuadam.torch.AdamW(params, lr=lr, **options)
+
+    params, opt = made(1e-2)
+    replay(opt, params, grads[:10])
+    file = io.BytesIO()
+    torch.save([opt.state_dict(), params], file)
+    replay(opt, params, grads[10:])
+    file.seek(0)
+    saved, saved_params = torch.load(file, weights_only=True)
+    others, resumed = made(0.5)
+    with torch.no_grad():
+        for p, q in zip(others, saved_params, strict=True):
+            p.copy_(q)
+    resumed.load_state_dict(saved)
+    replay(resumed, others, grads[10:])
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+        assert opt.state[p].keys() == resumed.state[q].keys()
+        assert all(torch.equal(opt.state[p][key], resumed.state[q][key]) for key in opt.state[p])
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}])
+def test_the_bits_are_those_of_gpuadams_own_optimizers(options):
+    for one, other in ((gpuadam.torch.Adam, gpuadam.Adam), (gpuadam.torch.AdamW, gpuadam.AdamW)):
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 300)]
+        arrays = [p.detach().numpy().copy() for p in params]
+        opt, reference = one(params, lr=0.1, **options), other(arrays, lr=0.1, **options)
+        for step in range(1, 5):
+            replay(opt, params, [[torch.cos(step * p.detach()) for p in params]])
+            reference.step([p.grad.numpy() for p in params])
+        assert all((p.detach().numpy() == a).all() for p, a in zip(params, arrays, strict=True))
+
+
+# Checkpoints of torch
+
+
+def small(dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((3, 5), (7,), ())]
+
+
+def gradients(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 5), (7,), ())]
+
+
+def stepped(make, seeds=range(3), dtype=torch.float32, **options):
+    params = small(dtype)
+    opt = make(params, **options)
+    replay(opt, params, [gradients(seed, dtype) for seed in seeds])
+    return params, opt
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("direction", ["from torch", "to torch"])
+def test_a_checkpoint_goes_on_in_the_other_library(pair, direction, amsgrad):
+    first, second = reversed(pair) if direction == "from torch" else pair
+    params, opt = stepped(first, lr=0.01, amsgrad=amsgrad, weight_decay=0.1)
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = second(others, lr=0.5, amsgrad=amsgrad)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    later = [gradients(seed) for seed in range(3, 6)]
+    replay(opt, params, later)
+    replay(other, others, later)
+    assert other.param_groups[0]["lr"] == 0.01 and other.state[others[0]]["step"] == 6
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # three steps of lr 0.01
+
+
+def test_state_has_torchs_names_and_group_keys(pair):
+    (ours, opt), (theirs, reference) = stepped(pair[0], amsgrad=True), stepped(pair[1], amsgrad=True)
+    for p, q in zip(ours, theirs, strict=True):
+        assert opt.state[p].keys() == reference.state[q].keys()
+        for key, value in opt.state[p].items():
+            assert (value.dtype, value.shape) == (reference.state[q][key].dtype, reference.state[q][key].shape)
+    assert opt.state_dict()["param_groups"][0].keys() >= reference.state_dict()["param_groups"][0].keys()
+
+
+def test_float32_state_of_bfloat16_parameters_is_not_rounded_by_loading():
+    params, opt = stepped(gpuadam.torch.Adam, dtype=torch.bfloat16)
+    _, other = stepped(gpuadam.torch.Adam, seeds=(), dtype=torch.bfloat16)
+    other.load_state_dict(opt.state_dict())
+    for p, state in zip(params, other.state.values(), strict=True):
+        assert state["exp_avg"].dtype is torch.float32
+        assert torch.equal(state["exp_avg"], opt.state[p]["exp_avg"])
+
+
+def test_bfloat16_state_of_torch_is_widened_and_a_remainder_begins_at_zero():
+    params, reference = stepped(torch.optim.AdamW, dtype=torch.bfloat16)
+    others, opt = stepped(gpuadam.torch.AdamW, seeds=(), dtype=torch.bfloat16, master="remainder")
+    opt.load_state_dict(reference.state_dict())
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(opt.state[q]["exp_avg_sq"], reference.state[p]["exp_avg_sq"].float())
+        assert not opt.state[q]["remainder"].any()
+
+
+def test_loading_copies():
+    params, opt = stepped(gpuadam.torch.Adam)
+    _, other = stepped(gpuadam.torch.Adam, seeds=())
+    other.load_state_dict(opt.state_dict())
+    kept = [state["exp_avg"].clone() for state in other.state.values()]
+    replay(opt, params, [gradients(9)])
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(kept, other.state.values(), strict=True))
+
+
+def test_a_checkpoint_of_adam_is_decoupled_in_adamw_as_in_torch():
+    _, saved = stepped(torch.optim.Adam, weight_decay=0.1)
+    _, opt = stepped(gpuadam.torch.AdamW, seeds=())
+    opt.load_state_dict(saved.state_dict())
+    assert opt.param_groups[0]["decoupled_weight_decay"] is True and opt.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_a_checkpoint_of_an_old_torch_has_fewer_settings_and_counts_in_numbers():
+    _, reference = stepped(torch.optim.Adam)
+    saved = reference.state_dict()
+    for key in ("maximize", "foreach", "capturable", "differentiable", "fused", "amsgrad", "decoupled_weight_decay"):
+        saved["param_groups"][0].pop(key, None)
+    for state in saved["state"].values():
+        state["step"] = int(state["step"])
+    others, opt = stepped(gpuadam.torch.Adam, seeds=())
+    opt.load_state_dict(saved)
+    replay(opt, others, [gradients(5)])
+    assert opt.state[others[0]]["step"] == 4
+
+
+def changed(saved, **changes):
+    saved = copy.deepcopy(saved)
+    saved["state"][1].update(changes)
+    return saved
+
+
+BAD_CHECKPOINTS = {
+    "a wrong shape": (lambda d: changed(d, exp_avg=torch.zeros(8)), ValueError, r"exp_avg of params\[1\] has shape \(8,\)"),
+    "integers": (lambda d: changed(d, exp_avg=torch.zeros(7, dtype=torch.int32)), TypeError, "int32, and cannot become"),
+    "no tensor": (lambda d: changed(d, exp_avg=[0.0] * 7), TypeError, "is a list, not a tensor"),
+    "8-bit state": (lambda d: stepped(gpuadam.torch.Adam, state_dtype="8bit")[1].state_dict(), ValueError, "exp_avg_codes"),
+    "another group": (
+        lambda d: d | {"param_groups": d["param_groups"] * 2},
+        ValueError,
+        "different number of parameter group",
+    ),
+    "a bad lr": (lambda d: d | {"param_groups": [d["param_groups"][0] | {"lr": -1.0}]}, ValueError, "lr=-1.0"),
+    "amsgrad without its state": (
+        lambda d: d | {"param_groups": [d["param_groups"][0] | {"amsgrad": True}]},
+        ValueError,
+        "max_exp_avg_sq",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_CHECKPOINTS)
+def test_a_bad_checkpoint_changes_nothing(what):
+    spoil, error, match = BAD_CHECKPOINTS[what]
+    _, opt = stepped(gpuadam.torch.Adam)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(error, match=match):
+        opt.load_state_dict(spoil(copy.deepcopy(before)))
+    after = opt.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for state, old in zip(after["state"].values(), before["state"].values(), strict=True):
+        assert all(torch.equal(state[key], old[key]) for key in old)
+
+
+def test_8_bit_state_is_no_state_of_torchs():
+    """torch must not take codes for numbers: it finds no exp_avg, and says so."""
+    _, opt = stepped(gpuadam.torch.Adam, state_dtype="8bit")
+    params, reference = stepped(torch.optim.Adam, seeds=())
+    reference.load_state_dict(opt.state_dict())
+    with pytest.raises(KeyError, match="exp_avg"):
+        replay(reference, params, [gradients(0)])
+
+
+def test_hooks_of_checkpoints_see_and_change_what_is_loaded():
+    _, opt = stepped(gpuadam.torch.Adam)
+    others, other = stepped(gpuadam.torch.Adam, seeds=())
+    seen = []
+    other.register_load_state_dict_pre_hook(lambda o, d: changed(d, exp_avg=torch.full((7,), 5.0)))
+    other.register_load_state_dict_post_hook(lambda o: seen.append(o.state[others[1]]["exp_avg"][0].item()))
+    other.load_state_dict(opt.state_dict())
+    assert seen == [5.0]
+    assert len(other._optimizer_load_state_dict_pre_hooks) == len(other._optimizer_load_state_dict_post_hooks) == 1
+
+
+# Groups, gradients, schedules
+
+
+def test_groups_have_their_own_settings_and_may_be_added(pair):
+    results = []
+    for make in pair:
+        params = small()
+        opt = make([{"params": params[:1], "lr": 0.1}, {"params": params[1:2], "betas": (0.5, 0.9)}], lr=0.01)
+        replay(opt, params[:2], [gradients(0)[:2]])
+        opt.add_param_group({"params": params[2], "lr": 0.5, "eps": 1e-3})
+        replay(opt, params, [gradients(seed) for seed in (1, 2)])
+        assert [int(opt.state[p]["step"]) for p in params] == [3, 3, 2]
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_parameters_of_one_group_are_one_launch(monkeypatch):
+    params = small()
+    opt = gpuadam.torch.Adam(params)
+    replay(opt, params, [gradients(0)])
+    kernels = gpuadam.backends.load("numba-cpu")
+    tables, launch = [], kernels.launch_table
+    monkeypatch.setattr(
+        kernels, "launch_table", lambda form, table, *given: tables.append(len(table)) or launch(form, table, *given)
+    )
+    replay(opt, params, [gradients(1)])
+    assert tables == [3]
+
+
+def test_names_of_parameters_are_in_errors():
+    model = torch.nn.Linear(2, 2)
+    opt = gpuadam.torch.Adam([("weight", model.weight)])
+    model.weight.grad = torch.ones(2, 2).to_sparse()
+    with pytest.raises(TypeError, match=r"the gradient of params\['weight'\] is a tensor of layout torch.sparse_coo"):
+        opt.step()
+
+
+def test_a_parameter_without_a_gradient_is_skipped_with_its_state(pair):
+    results = []
+    for make in pair:
+        params = small()
+        opt = make(params, lr=0.1)
+        for seed in range(4):
+            for k, (p, g) in enumerate(zip(params, gradients(seed), strict=True)):
+                p.grad = None if (seed + k) % 2 else g
+            opt.step()
+        assert [int(opt.state[p]["step"]) for p in params] == [2, 2, 2]
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_a_step_without_any_gradient_does_nothing(pair):
+    opt = pair[0](small())
+    opt.step()
+    assert not opt.state
+
+
+def test_parameters_of_all_dtypes_and_sizes_share_a_group():
+    params = [
+        torch.nn.Parameter(torch.ones(n, dtype=d)) for n in (0, 3) for d in (torch.float32, torch.float64, torch.bfloat16)
+    ]
+    opt = gpuadam.torch.Adam(params, lr=0.5)
+    replay(opt, params, [[torch.ones_like(p) for p in params]])
+    for p in params:
+        torch.testing.assert_close(p, torch.full_like(p, 0.5), rtol=0, atol=1e-7)  # eps is 1e-8
+
+
+@pytest.mark.parametrize("order", ["transposed", "channels last", "every other"])
+def test_a_parameter_of_any_strides(pair, order):
+    results = []
+    for make in pair:
+        whole = torch.linspace(-1, 1, 2 * 3 * 4 * 10).reshape(2, 3, 4, 10)
+        data = {"transposed": whole.transpose(0, 3), "every other": whole[..., ::2]}.get(
+            order, whole.contiguous(memory_format=torch.channels_last)
+        )
+        p = torch.nn.Parameter(data)
+        replay(make([p], lr=0.1), [p], [[torch.sin(9 * data)], [torch.cos(9 * data)]])
+        results.append(p)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+    assert results[0].stride() == results[1].stride()
+
+
+SCHEDULERS = {
+    "steps": lambda opt: torch.optim.lr_scheduler.StepLR(opt, 2, gamma=0.5),
+    "one cycle": lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=8),  # betas too
+    "cosine": lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 8),
+}
+
+
+@pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)], ids=["a number", "a tensor"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_set_lr_and_betas(name, lr):
+    results = []
+    for make in PAIRS["Adam"]:
+        params = small()
+        opt = make(params, lr=copy.deepcopy(lr))
+        scheduler = SCHEDULERS[name](opt)
+        for seed in range(8):
+            replay(opt, params, [gradients(seed)])
+            if seed < 7:
+                scheduler.step()
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-6)
+
+
+def test_a_closure_is_called_with_gradients_and_its_loss_returned():
+    w = torch.nn.Parameter(torch.ones(3))
+    opt = gpuadam.torch.Adam([w], lr=0.5)
+
+    def closure():
+        opt.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    assert opt.step(closure).item() == 3.0
+    torch.testing.assert_close(w, torch.full((3,), 0.5))
+
+
+def test_hooks_of_steps_are_called(pair):
+    calls, params = [], small()
+    opt = pair[0](params)
+    opt.register_step_pre_hook(lambda *given: calls.append("before"))
+    opt.register_step_post_hook(lambda *given: calls.append("after"))
+    replay(opt, params, [gradients(0)])
+    assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(pair, set_to_none):
+    params, opt = stepped(pair[0])
+    opt.zero_grad(set_to_none=set_to_none)
+    assert all(p.grad is None if set_to_none else not p.grad.any() for p in params)
+
+
+def test_copies_and_pickles_go_on_as_the_first(pair):
+    params, opt = stepped(pair[0], dtype=torch.bfloat16, stochastic_rounding=True, seed=5)
+    others = copy.deepcopy((params, opt)), pickle.loads(pickle.dumps((params, opt)))
+    replay(opt, params, [gradients(7, torch.bfloat16)])
+    for own, other in others:
+        assert other.options == opt.options and other.param_groups[0]["params"][0] is own[0]
+        replay(other, own, [gradients(7, torch.bfloat16)])
+        assert all(torch.equal(p, q) for p, q in zip(params, own, strict=True))
+
+
+def test_a_backward_pass_after_the_step_that_needs_old_parameters_raises(pair):
+    w = torch.nn.Parameter(torch.ones(3))
+    loss = (w * w).sum()
+    loss.backward(retain_graph=True)
+    pair[0]([w]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# Mixed precision
+
+
+def test_the_gradient_scaler_leaves_unscaling_to_the_step_and_out_a_step_that_overflowed(pair):
+    results = []
+    for make, options in zip(pair, ({}, {"fused": True}), strict=True):
+        params = small()
+        opt, scaler = make(params, lr=0.1, **options), torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        counts = []
+        for seed in range(6):
+            opt.zero_grad()
+            loss = sum((p * g).sum() for p, g in zip(params, gradients(seed), strict=True))
+            scaler.scale(loss).backward()
+            if seed == 3:
+                params[1].grad[2] = float("inf")
+            if seed == 4:
+                scaler.unscale_(opt)
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
+            scaler.step(opt)
+            scaler.update()
+            counts.append([int(opt.state[p]["step"]) for p in params])
+        assert counts == [[n] * 3 for n in (1, 2, 3, 3, 4, 5)]
+        assert not hasattr(opt, "found_inf") and not hasattr(opt, "grad_scale")
+        results.append((params, scaler.get_scale()))
+    (ours, scale), (theirs, their_scale) = results
+    assert scale == their_scale
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_scaled_gradients_are_left_as_they_are_in_memory():
+    params = small()
+    opt, scaler = gpuadam.torch.Adam(params), torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(sum(p.sum() for p in params)).backward()
+    scaler.step(opt)
+    assert all((p.grad == 4.0).all() for p in params)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({"lr": -1.0}, ValueError, "lr=-1.0"),
+        ({"lr": torch.tensor([0.1, 0.2])}, ValueError, r"tensor of shape \(2,\)"),
+        ({"betas": (1.0, 0.9)}, ValueError, "beta1=1.0"),
+        ({"eps": -1.0}, ValueError, "eps"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay"),
+        ({"differentiable": True}, ValueError, "Use torch.optim.Adam"),
+        ({"foreach": True, "fused": True}, ValueError, "cannot both be True"),
+        ({"amsgrad": 1}, TypeError, "amsgrad"),
+        ({"capturable": None}, TypeError, "capturable"),
+        ({"state_dtype": "float16"}, ValueError, "state_dtype='float16'"),
+        ({"state_dtype": "8bit", "amsgrad": True}, ValueError, "8-bit state has no max_v"),
+        ({"master": "float32"}, ValueError, "master='float32'"),
+        ({"master": "remainder", "stochastic_rounding": True}, ValueError, "leave stochastic_rounding out"),
+        ({"seed": 0.5}, TypeError, "seed"),
+        ({"backend": "cuppy"}, ValueError, "no backend 'cuppy'"),
+    ],
+)
+def test_bad_options_are_refused_in_the_constructor_and_in_groups(options, error, match):
+    with pytest.raises(error, match=match):
+        gpuadam.torch.Adam(small(), **options)
+    if not options.keys() & gpuadam.torch.Options._fields:
+        opt = gpuadam.torch.Adam(small())
+        with pytest.raises(error, match=match):
+            opt.add_param_group({"params": torch.ones(2), **options})
+        assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}, {"capturable": True}]
+)
+def test_a_choice_of_implementation_changes_no_bit(options):
+    expected, _ = stepped(gpuadam.torch.Adam)
+    params, _ = stepped(gpuadam.torch.Adam, **options)
+    assert all(torch.equal(p, q) for p, q in zip(params, expected, strict=True))
+
+
+BAD_STEPS = {
+    "a sparse gradient": (
+        lambda params, opt: setattr(params[1], "grad", torch.ones(7).to_sparse()),
+        TypeError,
+        "sparse_coo",
+    ),
+    "a setting out of range": (lambda params, opt: opt.param_groups[0].update(lr=-1.0), ValueError, "lr=-1"),
+    "amsgrad that comes later": (lambda params, opt: opt.param_groups[0].update(amsgrad=True), ValueError, "max_exp_avg_sq"),
+    "state of another shape": (
+        lambda params, opt: opt.state[params[1]].update(exp_avg=torch.zeros(8)),
+        ValueError,
+        r"m of params\['1'\] has shape \(8,\)",
+    ),
+    "parameters that share memory": (
+        lambda params, opt: setattr(params[1], "data", params[0].data.view(-1)[:7]),
+        ValueError,
+        "share",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_STEPS)
+def test_one_bad_parameter_stops_the_whole_step(what):
+    spoil, error, match = BAD_STEPS[what]
+    params, opt = stepped(gpuadam.torch.Adam)
+    spoil(params, opt)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(error, match=match):
+        opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert [int(opt.state[p]["step"]) for p in params] == [3, 3, 3]
+
+
+def test_parameters_that_cannot_be_updated_are_refused_before_there_is_state():
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    p.grad = torch.ones_like(p)
+    opt = gpuadam.torch.Adam([p])
+    with pytest.raises(TypeError, match=r"params\['0'\] has dtype complex64"):
+        opt.step()
+    assert not opt.state[p]
+
+
+def test_a_step_on_the_cpu_checks_tensors_once_and_then_knows_them(monkeypatch):
+    params, opt = stepped(gpuadam.torch.Adam, dtype=torch.bfloat16)
+    monkeypatch.setattr(functional, "_checked", None)
+    replay(opt, params, [gradients(9, torch.bfloat16)])
+
+
+def test_no_warning_is_given_by_a_schedule_and_a_scaler():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        params = small()
+        opt = gpuadam.torch.AdamW(params)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: 0.9**epoch)
+        replay(opt, params, [gradients(0)])
+        scheduler.step()
+    assert np.isclose(opt.param_groups[0]["lr"], 0.9e-3)
+
+
+# On a GPU
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu():
+    """Parameters after three steps on the CPU."""
+    params, _ = stepped(gpuadam.torch.AdamW, lr=0.1)
+    return params
+
+
+@pytest.fixture
+def stand_in(on_the_cpu, monkeypatch):
+    """Have torch's tensors taken for tensors on a GPU, and CuPy's kernels executed on the host."""
+    pytest.importorskip("gpu_code", exc_type=ImportError)
+    from gpu_drivers import CupyDriver
+
+    driver, alive = CupyDriver(monkeypatch), []
+
+    def memory(tensor):
+        alive.append(tensor.detach().numpy())
+        return driver.over(alive[-1]) if tensor.numel() else driver.array(alive[-1])
+
+    monkeypatch.setattr(torch_tensors, "_memory", memory)
+    monkeypatch.setattr(backends, "takes_numpy", lambda backend: False)
+    monkeypatch.setattr(gpuadam.torch, "_on_device", lambda group: group["capturable"])
+    return driver
+
+
+@pytest.mark.parametrize("capturable, loops", [(False, ["table"]), (True, ["scalars", "table"])], ids=["host", "capturable"])
+def test_a_group_is_one_launch_and_found_inf_leaves_a_step_out(on_the_cpu, stand_in, capturable, loops):
+    params = small()
+    opt = gpuadam.torch.AdamW(params, lr=0.1, capturable=capturable)
+    replay(opt, params, [gradients(0)])
+    opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(1.0)
+    replay(opt, params, [gradients(7)])
+    opt.found_inf = torch.tensor(0.0)
+    replay(opt, params, [[4 * g for g in gradients(seed)] for seed in (1, 2)])
+    assert all(torch.equal(p, q) and opt.state[p]["step"] == 3 for p, q in zip(params, on_the_cpu, strict=True))
+    assert [loop for loop, *_ in stand_in.launches] == loops * (4 if capturable else 3)
+
+
+@pytest.fixture
+def cuda():
+    from conftest import unavailable
+
+    if not torch.cuda.is_available():
+        unavailable("this torch has no CUDA")
+
+
+def on_gpu(opt, params, grads):
+    for given in grads:
+        for p, g in zip(params, given, strict=True):
+            p.grad = g.to(p.device)
+        opt.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"capturable": True}, {"state_dtype": "8bit"}], ids=str)
+@pytest.mark.parametrize("backend", ["cupy", "numba-cuda"])
+def test_cuda_parameters_have_the_bits_of_cpu_parameters(cuda, backend, options):
+    expected, _ = stepped(gpuadam.torch.AdamW, **options)
+    params = [torch.nn.Parameter(p.detach().cuda()) for p in small()]
+    opt = gpuadam.torch.AdamW(params, backend=backend, **options)
+    on_gpu(opt, params, [gradients(seed) for seed in range(3)])
+    for p, q in zip(params, expected, strict=True):
+        assert torch.equal(p.cpu(), q)
+        assert opt.state[p]["step"] == 3 and all(key == "step" or t.is_cuda for key, t in opt.state[p].items())
+
+
+@pytest.mark.gpu
+def test_parameters_on_two_devices_share_an_optimizer(cuda):
+    expected, _ = stepped(gpuadam.torch.AdamW)
+    params = small()
+    params[1] = torch.nn.Parameter(params[1].detach().cuda())
+    opt = gpuadam.torch.AdamW(params)
+    on_gpu(opt, params, [gradients(seed) for seed in range(3)])
+    assert all(torch.equal(p.cpu(), q) for p, q in zip(params, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capturable", [False, True])
+def test_the_gradient_scaler_on_a_gpu_leaves_out_what_overflowed(cuda, capturable):
+    params = [torch.nn.Parameter(p.detach().cuda()) for p in small()]
+    opt, scaler = gpuadam.torch.Adam(params, lr=0.1, capturable=capturable), torch.amp.GradScaler("cuda", init_scale=1024.0)
+    others = small()
+    reference = gpuadam.torch.Adam(others, lr=0.1)
+    for seed in range(4):
+        opt.zero_grad()
+        scaler.scale(sum((p * g.cuda()).sum() for p, g in zip(params, gradients(seed), strict=True))).backward()
+        if seed == 2:
+            params[1].grad[2] = float("inf")
+        else:
+            replay(reference, others, [gradients(seed)])
+        scaler.step(opt)
+        scaler.update()
+    assert all(torch.equal(p.cpu(), q) and opt.state[p]["step"] == 3 for p, q in zip(params, others, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_captured_step_replays_with_the_learning_rate_of_then(cuda):
+    lr = torch.tensor(0.1, device="cuda")
+    params, expected = [torch.nn.Parameter(p.detach().cuda()) for p in small()], small()
+    opt, reference = gpuadam.torch.AdamW(params, lr=lr, capturable=True), gpuadam.torch.AdamW(expected, lr=0.1)
+    for p, g in zip(params, gradients(0), strict=True):
+        p.grad = g.cuda()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        opt.step()
+    with torch.cuda.graph(graph, stream=stream):
+        opt.step()
+    replay(reference, expected, [gradients(0)])
+    for k in range(1, 4):
+        lr.fill_(0.1 / (k + 1))
+        for p, g in zip(params, gradients(k), strict=True):
+            p.grad.copy_(g)
+        graph.replay()
+        reference.param_groups[0]["lr"] = torch.tensor(0.1 / (k + 1))
+        replay(reference, expected, [gradients(k)])
+    torch.cuda.synchronize()
+    assert all(torch.equal(p.cpu(), q) and opt.state[p]["step"] == 4 for p, q in zip(params, expected, strict=True))
