@@ -292,6 +292,19 @@ def test_any_split_between_threads_gives_the_same_bits(name):
     assert_same(form, own, expected, "in pieces at any element")
 
 
+@pytest.mark.parametrize("state_dtype", ["8bit", "bfloat16"])
+def test_the_random_bits_of_an_optimizer_are_of_its_seed_and_of_each_parameter(state_dtype):
+    def state_after(seed):
+        params = {"a": np.ones(64, "f4"), "b": np.ones(64, "f4")}
+        opt = gpuadam.Adam(params, state_dtype=state_dtype, seed=seed)
+        grad = np.random.default_rng(0).standard_normal(64).astype("f4")
+        opt.step({"a": grad, "b": grad})
+        return opt.state["a"]["m"], opt.state["b"]["m"]
+
+    (a, b), (again, _), (other, _) = state_after(0), state_after(0), state_after(1)
+    assert (a == again).all() and (a != b).any() and (a != other).any()
+
+
 def test_a_table_of_many_arrays_gives_the_bits_of_each_alone():
     form, scalars = form_of("float32")
     updates = [given(form, n, seed=n) for n in (1, 31, 32, 33, 100, 0, 1003, 5)]

@@ -16,6 +16,8 @@ NEEDS = [[pytest.mark.gpu] if "import cupy" in block else [] for block in BLOCKS
 
 @pytest.mark.parametrize("block", [pytest.param(block, marks=marks) for block, marks in zip(BLOCKS, NEEDS, strict=True)])
 def test_a_block_runs_and_prints_what_its_comments_say(block):
+    if "import torch" in block:
+        pytest.importorskip("torch")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(block, str(README), "exec"), {})
