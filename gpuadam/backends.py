@@ -172,6 +172,12 @@ def _view(kernels, name, array, bits, why):
     return view._replace(writeable=False, immutable=why) if why else view
 
 
+def home(name, array):
+    """Return the name of the backend that an array belongs to, whichever one is in use. name: what errors call the array."""
+    array = array.array if type(array) is arrays.Bits else array
+    return _owner(array, _memory(name, array)).name
+
+
 def _known(name, source):
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{source}: there is no backend {name!r}, only {', '.join(BACKENDS)}")

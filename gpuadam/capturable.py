@@ -9,7 +9,7 @@ import contextlib
 import numpy as np
 
 from . import backends, hyperparameters
-from .kernels import device_scalars, gpu_launch
+from .kernels import device_scalars, gpu_launch, synchronous
 
 NUMBERS = (np.dtype("float32"), np.dtype("float64"))
 
@@ -174,7 +174,12 @@ class Scalars:
             for other in others:
                 kernels.order(other, stream)
             for form, settings, out in self._launches.values():
-                kernels.launch_scalars(form, settings, given, out, stream)
+                launched = form, settings, given, out, stream
+                if synchronous.ON:
+                    what = f"the computation of a step's scalars from {sorted(given)} ({form.dtype}, device {clock.device})"
+                    synchronous.launch(kernels, stream, what, kernels.launch_scalars, *launched)
+                else:
+                    kernels.launch_scalars(*launched)
             for other in others:
                 kernels.order(stream, other)
 

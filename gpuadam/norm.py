@@ -38,7 +38,7 @@ def global_norm(grads, *, out=None, backend=None, stream=None):
     >>> gpuadam.global_norm(grads)
     array(11.)
     """
-    named = list(_named("grads", grads))
+    named = list(named_arrays("grads", grads))
     if not named:
         raise ValueError("there is no array to take the norm of: grads must have one at least, which may be empty")
     kernels, views = backends.choose([*named, ("out", out)], backend)
@@ -61,7 +61,7 @@ def global_norm(grads, *, out=None, backend=None, stream=None):
     return out
 
 
-def _named(name, x):
+def named_arrays(name, x):
     """Give what errors call each array, and the array."""
     if x is None:
         return
@@ -69,10 +69,10 @@ def _named(name, x):
         yield name, x
     elif isinstance(x, Mapping):
         for key, value in x.items():
-            yield from _named(f"{name}[{key!r}]", value)
+            yield from named_arrays(f"{name}[{key!r}]", value)
     elif is_sequence(x) or isinstance(x, (Iterator, ValuesView)):
         for k, value in enumerate(x):
-            yield from _named(f"{name}[{k}]", value)
+            yield from named_arrays(f"{name}[{k}]", value)
     else:
         yield name, x
 

@@ -28,10 +28,11 @@ A *backend* is a file that gives a rule its loop: `cupy_elementwise.py`, `numba_
     now, seconds_between                           the device's clock
 
 `gpu_launch.py` has what both GPU backends do to launch, `pointer_table.py` the table by which one launch finds many arrays,
-`streams.py` which stream it goes on, and `device_scalars.py` the scalars of a step computed on the device, for captured graphs.
+`streams.py` which stream it goes on, `synchronous.py` how GPUADAM_SYNC=1 waits for it, and `device_scalars.py` the scalars of a
+step computed on the device, for captured graphs.
 `global_norm.py` is the order in which squares are summed, with a file for each backend.
 On the CPU `numpy_struct.py` reads what arrays are in compiled code, and `compiled_cache.py` keeps kernels on disk.
 
     To add a backend: such a file, and in `gpuadam/backends.py` a row and a probe. The bench picks it up from there, and the tests
-    over the fixture `library` once `tests/libraries.py` can make its arrays.
+    over the fixture `library` once `gpuadam/testing/array_backends.py` can make its arrays.
 """

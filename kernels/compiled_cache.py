@@ -42,6 +42,14 @@ def named(function, rule, form):
     return function
 
 
+def folder():
+    """Return the folder where compiled kernels are kept, or None if none can be written."""
+    try:
+        return FunctionCache(stored).cache_path
+    except RuntimeError:  # likewise
+        return None
+
+
 class KernelCache(FunctionCache):
     """As Numba's, but keyed by `key`; a cache that cannot be read or written costs time, and a warning at most."""
 

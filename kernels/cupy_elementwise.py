@@ -274,6 +274,11 @@ def is_capturing(stream):
     return stream != LEGACY_DEFAULT and cupy.cuda.runtime.streamIsCapturing(stream)
 
 
+def synchronize_stream(stream):
+    """Wait for what is on a stream of the current device."""
+    cupy.cuda.runtime.streamSynchronize(stream)
+
+
 def order(before, after):
     """Make what comes next on one stream wait for what is on another."""
     wait(after, record(before))

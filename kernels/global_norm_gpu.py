@@ -6,7 +6,7 @@ A backend's own file brings `current_device()`, `empty(device, stream)`, a new r
 
 import numpy as np
 
-from gpuadam.kernels import global_norm, gpu_launch, pointer_table, streams
+from gpuadam.kernels import global_norm, gpu_launch, pointer_table, streams, synchronous
 from gpuadam.kernels.layout import VECTOR_BYTES
 
 
@@ -34,7 +34,11 @@ def launch(backend, own, views, out, device, given):
         for one in plan.passes:
             last = one is plan.passes[-1]
             arguments = (at, one.first_row, one.n_rows, address if last else workspace + one.out, one.chunks, int(last))
-            own.run(one.form, stream, one.chunks, arguments)
+            launched = one.form, stream, one.chunks, arguments
+            if synchronous.ON:
+                synchronous.launch(backend, stream, _what(views, plan, one, device), own.run, *launched)
+            else:
+                own.run(*launched)
         table.used(stream)
         for other in others:
             backend.order(stream, other)
@@ -42,6 +46,16 @@ def launch(backend, own, views, out, device, given):
             gpu_launch.keep_until_done(backend, stream, gpu_launch.borrowed(views))
     table.release()
     return result
+
+
+def _what(views, plan, one, device):
+    """Return what an error calls the launch of a pass."""
+    number, size = plan.passes.index(one) + 1, sum(view.size for view in views)
+    names = ", ".join(view.name for view in views[:3]) + (f" and {len(views) - 3:,} more" if len(views) > 3 else "")
+    return (
+        f"pass {number} of {len(plan.passes)} of the global norm of {names} ({len(views):,} arrays, {size:,} elements; "
+        f"{one.form.format}, {one.chunks:,} chunks, device {device})"
+    )
 
 
 def _check_capture(out, others):

@@ -1,9 +1,9 @@
 """What both GPU backends do to launch: which arrays share a launch, on which stream it goes, what a captured graph may hold.
 
 A backend module brings what differs: `on(device, stream)`, `current_stream()`, `is_capturing(stream)`, `order(before, after)`,
-the memory for `pointer_table`, and `run(batch, form, scalars, rule, stream, key)`. All but `on` are about the current device:
-each device has a current stream of its own and a default stream of the same name, and an event serves the streams of its own
-device.
+`synchronize_stream(stream)`, the memory for `pointer_table`, and `run(batch, form, scalars, rule, stream, key)`. All but `on` are
+about the current device: each device has a current stream of its own and a default stream of the same name, and an event serves
+the streams of its own device.
 """
 
 import collections
@@ -12,7 +12,7 @@ import threading
 from typing import NamedTuple
 
 from gpuadam.dlpack import Borrowed
-from gpuadam.kernels import pointer_table, storage, streams
+from gpuadam.kernels import pointer_table, storage, streams, synchronous
 from gpuadam.kernels.layout import Update, dense, split
 
 
@@ -95,6 +95,7 @@ class Batch:
         self.pointers = [view.pointer for view in first]
         self.borrowed = borrowed(view for update in updates for view in update.views)
         self.arguments = None  # what a backend makes of the arrays at the first launch
+        self.what = synchronous.updates_of(updates, loop) if synchronous.ON else ""
         if loop != "table":
             self.updates = [updates[0]._replace(views=[view._replace(array=None) for view in first])]
         if loop == "contiguous":
@@ -134,7 +135,10 @@ class Batch:
         with self.backend.on(self.device, stream):
             for other in others:
                 self.backend.order(other, stream)
-            self.backend.run(self, form, scalars, rule, stream, key)
+            if synchronous.ON:
+                synchronous.launch(self.backend, stream, self.what, self.backend.run, self, form, scalars, rule, stream, key)
+            else:
+                self.backend.run(self, form, scalars, rule, stream, key)
             if self.loop == "table":
                 self.table.used(stream)
             for other in others:

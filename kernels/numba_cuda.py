@@ -207,6 +207,11 @@ def is_capturing(stream):
     return status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
 
 
+def synchronize_stream(stream):
+    """Wait for what is on a stream of the current device."""
+    _ok(driver.cuStreamSynchronize(stream))
+
+
 def order(before, after):
     """Make what comes next on one stream wait for what is on another."""
     wait(after, record(before))
@@ -270,7 +275,10 @@ def synchronize():
 def _ok(result):
     status, *values = result
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"the CUDA driver reports {status.name}")
+        raise RuntimeError(
+            f"the CUDA driver reports {status.name}. It may be of work enqueued earlier: with the environment variable "
+            "GPUADAM_SYNC=1 gpuadam waits for each of its launches and names the one that failed"
+        )
     return values
 
 

@@ -1,11 +1,11 @@
-import os
-
 import numpy as np
 import pytest
 from cases import ARCHITECTURES, COMPILERS
-from libraries import LIBRARIES
 
-import gpuadam
+from gpuadam import testing
+from gpuadam.backends import BACKENDS
+
+pytest_plugins = ["pytester"]
 
 
 def pytest_configure(config):
@@ -26,23 +26,24 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
         name = getattr(item, "callspec", None) and item.callspec.params.get("library")
-        for needed in [name] if name else ["cupy", "numba-cuda"]:
-            status = gpuadam.backend_status()[needed]
-            if not status.available:
-                unavailable(f"{needed}: {status.reason}")
+        testing.require_backends(*([name] if name else ["cupy", "numba-cuda"]))
 
 
-def unavailable(reason):
-    """Skip, or fail where a GPU is required."""
-    if os.environ.get("GPUADAM_REQUIRE_GPU") == "1":
-        pytest.fail(f"GPUADAM_REQUIRE_GPU=1, but {reason}", pytrace=False)
-    pytest.skip(reason)
-
-
-@pytest.fixture(params=list(LIBRARIES))
+@pytest.fixture(params=list(BACKENDS))
 def library(request):
     """Every backend's own array library: the one fixture by which a test runs over all backends."""
-    return LIBRARIES[request.param]()
+    return testing.array_backend(request.param)
+
+
+@pytest.fixture(params=["cupy", "numba-cuda"])
+def backend(request):
+    """The name of each GPU backend, for tests with the marker gpu."""
+    return request.param
+
+
+@pytest.fixture
+def cp():
+    return pytest.importorskip("cupy")
 
 
 @pytest.fixture(params=ARCHITECTURES)

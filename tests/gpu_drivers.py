@@ -35,6 +35,8 @@ class Driver:
         self.idle = True  # whether events are done
         self.synchronized = 0
         self.memory = []  # what the kernels may touch
+        self.waited_for = []  # streams, by the host
+        self.errors = []  # what the next of these waits find: an exception, or None
         monkeypatch.setattr(pointer_table, "_free", [])
         for name in ("record", "wait", "done", "pinned", "device_bytes", "send", "is_capturing", "current_stream", "on"):
             monkeypatch.setattr(self.kernels, name, getattr(self, name))
@@ -46,14 +48,13 @@ class Driver:
         monkeypatch.setattr(self.kernels, "fill_zero", lambda view: self.numpy(view.array).fill(0))
         monkeypatch.setattr(self.kernels, "from_host", self.array)
         monkeypatch.setattr(self.kernels, "to_host", self.numpy)
-        monkeypatch.setattr(
-            self.kernels, "copy", lambda to, source: np.copyto(self.numpy(to.array), self.numpy(source.array))
-        )
+        monkeypatch.setattr(self.kernels, "copy", lambda to, source: np.copyto(self.seen(to), self.seen(source)))
         loaded = backends.load
         monkeypatch.setattr(backends, "load", lambda name: self.kernels if name == self.backend else loaded(name))
         probed = backends._probe
         available = backends.Status(True, "a stand-in")
         monkeypatch.setattr(backends, "_probe", lambda name: available if name == self.backend else probed(name))
+        monkeypatch.setattr(self.kernels, "synchronize_stream", self.synchronize_stream)
 
     def launch(self, form, views, scalars, stream=None, key=0):
         self.memory = gpu_code.memory_of([view.array for view in views if view is not None])
@@ -89,7 +90,18 @@ class Driver:
         bytes_ = (ctypes.c_uint8 * array.nbytes).from_address(array.data.ptr)
         return np.ndarray(array.shape, array.dtype, bytes_, 0, array.strides)
 
+    @classmethod
+    def seen(cls, view):
+        """Return a NumPy array over the memory of a View, which may be of one element of its array."""
+        return cls.numpy(cupy_elementwise._unowned(view.pointer, view.shape, view.dtype, 0, view.strides))
+
     # Streams, events, memory
+
+    def synchronize_stream(self, stream):
+        self.waited_for.append(stream)
+        error = self.errors.pop(0) if self.errors else None
+        if error:
+            raise error
 
     def record(self, stream):
         return stream

@@ -14,7 +14,7 @@ def step(arrays, library=None, **options):
     """Take a step on copies in a library's memory, or the CPU's; return NumPy arrays."""
     options = dict(options)
     options.pop("amsgrad", None)
-    options.setdefault("backend", library.backend if library else "numba-cpu")
+    options.setdefault("backend", library.name if library else "numba-cpu")
     there = [a if a is None else library.array(a) if library else a.copy(order="K") for a in arrays]
     gpuadam.adam_step(*there[:4], options.pop("step", 3), max_v=there[4], **options)
     return [a if a is None else library.numpy(a) if library else a for a in there]

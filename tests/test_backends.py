@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -210,6 +211,38 @@ def test_doctor_says_which_cache_cannot_be_written(tmp_path):
     code = "import gpuadam.__main__ as m, sys; sys.exit(m.main(['doctor', '--json', '-']))"
     report = json.loads(run(code, HOME=home, CUPY_CACHE_DIR=""))
     assert report["caches"]["CuPy"]["writable"] is False and "garbage" in report["caches"]["CuPy"]["folder"]
+
+
+def test_doctor_names_a_numba_cache_that_cannot_be_written_and_where_kernels_are_kept_instead(tmp_path):
+    (tmp_path / "garbage").write_text("not a folder")
+    garbage = str(tmp_path / "garbage" / "cache")
+    code = "import gpuadam.__main__ as m, sys; sys.exit(m.main(['doctor', '--json', '-']))"
+    report = json.loads(run(code, NUMBA_CACHE_DIR=garbage))
+    assert any(f"NUMBA_CACHE_DIR={garbage} cannot be written" in warning for warning in report["warnings"])
+    assert report["caches"]["Numba"]["writable"] and "garbage" not in report["caches"]["Numba"]["folder"]
+    assert report["backends"]["numba-cpu"]["bits"] == "as the contract says"
+
+
+def test_doctor_says_that_no_kernel_can_be_kept(monkeypatch):
+    from gpuadam.cli import doctor
+    from gpuadam.kernels import compiled_cache
+
+    monkeypatch.setattr(compiled_cache, "FunctionCache", mock.Mock(side_effect=RuntimeError("no locator available")))
+    found = doctor._caches()["Numba"]
+    assert not found["writable"] and "NUMBA_CACHE_DIR" in found["fix"]
+
+
+def test_a_numba_cuda_that_cannot_be_imported_is_a_reason_and_no_error(tmp_path):
+    (tmp_path / "numba_cuda").mkdir()
+    (tmp_path / "numba_cuda" / "__init__.py").write_text("raise ImportError('libnvvm.so.4: cannot open')")
+    code = """
+    import gpuadam, numpy as np
+    gpuadam.adam_step(*(np.ones(3, "f4") for _ in range(4)), 1)
+    status = gpuadam.backend_status()["numba-cuda"]
+    print(status.available, status.reason, status.fix)
+    """
+    said = run(code, [tmp_path])
+    assert said.startswith("False it cannot be loaded: ImportError") and "libnvvm.so.4" in said and "reinstall it" in said
 
 
 def test_all_backends_have_the_same_functions():

@@ -16,7 +16,7 @@ def arrays(dtype="float32", seed=0):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_views_hold_the_values_in_the_old_shapes(library, dtype):
     given = arrays(dtype)
-    flat = gpuadam.flatten({name: library.array(a) for name, a in given.items()}, backend=library.backend)
+    flat = gpuadam.flatten({name: library.array(a) for name, a in given.items()}, backend=library.name)
     assert list(flat.params) == list(flat.grads) == list(given)
     for name, a in given.items():
         assert flat.params[name].shape == flat.grads[name].shape == a.shape
@@ -35,13 +35,13 @@ def test_every_view_starts_at_16_bytes_in_one_buffer(dtype):
 
 def test_training_the_buffer_is_training_the_arrays(library):
     apart = {name: library.array(a) for name, a in arrays().items()}
-    flat = gpuadam.flatten(apart, backend=library.backend)
-    one = gpuadam.AdamW(flat.param, lr=0.1, amsgrad=True, backend=library.backend)
-    many = gpuadam.AdamW(apart, lr=0.1, amsgrad=True, backend=library.backend)
+    flat = gpuadam.flatten(apart, backend=library.name)
+    one = gpuadam.AdamW(flat.param, lr=0.1, amsgrad=True, backend=library.name)
+    many = gpuadam.AdamW(apart, lr=0.1, amsgrad=True, backend=library.name)
     for k in range(3):
         grads = arrays(seed=k + 1)
         for name, grad in gpuadam.flatten(
-            {n: library.array(g) for n, g in grads.items()}, backend=library.backend
+            {n: library.array(g) for n, g in grads.items()}, backend=library.name
         ).params.items():
             copy_into(library, flat.grads[name], grad)
         one.step(flat.grad)
@@ -51,7 +51,7 @@ def test_training_the_buffer_is_training_the_arrays(library):
 
 
 def copy_into(library, to, source):
-    if library.backend == "numba-cuda":
+    if library.name == "numba-cuda":
         to.copy_to_device(source)
     else:
         to[...] = source

@@ -14,7 +14,7 @@ import pytest
 
 import gpuadam
 import gpuadam.norm
-from gpuadam.kernels import compiled_cache, global_norm_numba_cpu, numba_cpu
+from gpuadam.kernels import compiled_cache, global_norm_numba_cpu, numba_cpu, synchronous
 from gpuadam.kernels import global_norm as order
 from gpuadam.norm import global_norm
 
@@ -459,6 +459,18 @@ def test_a_small_array_takes_one_launch(driver):
     assert len(driver.launches) == 1
 
 
+def test_with_gpuadam_sync_an_error_names_the_pass_and_the_arrays(driver, monkeypatch):
+    monkeypatch.setattr(synchronous, "ON", True)
+    grads = there(driver, many())
+    driver.errors = [None, None, None, RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")]
+    said = (
+        rf"pass 2 of 2 of the global norm of grads\[0\], .* \({len(grads)} arrays, .* failed on {driver.backend}, stream 1: "
+    )
+    with pytest.raises(RuntimeError, match=said + "RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        global_norm(grads, backend=driver.backend)
+    assert driver.waited_for == [1, 1, 1, 1]
+
+
 def test_out_on_the_device_is_written_and_returned(driver):
     grads, out = driver.array(values(9000)), driver.array(np.full((), np.nan))
     assert global_norm(grads, out=out, backend=driver.backend) is out
@@ -519,16 +531,6 @@ def test_an_unaligned_array_on_a_gpu_is_refused(driver):
 
 
 # On a GPU
-
-
-@pytest.fixture
-def cp():
-    return pytest.importorskip("cupy")
-
-
-@pytest.fixture(params=["cupy", "numba-cuda"])
-def backend(request):
-    return request.param
 
 
 @pytest.mark.gpu

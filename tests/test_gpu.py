@@ -10,16 +10,6 @@ from gpuadam.cli import doctor
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=["cupy", "numba-cuda"])
-def backend(request):
-    return request.param
-
-
-@pytest.fixture
-def cp():
-    return pytest.importorskip("cupy")
-
-
 def on_gpu(cp, arrays):
     return [None if a is None else cp.asarray(a) for a in arrays]
 

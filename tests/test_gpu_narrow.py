@@ -28,16 +28,6 @@ COMBINATIONS = {
 }
 
 
-@pytest.fixture(params=["cupy", "numba-cuda"])
-def backend(request):
-    return request.param
-
-
-@pytest.fixture
-def cp():
-    return pytest.importorskip("cupy")
-
-
 def made(name, n=N):
     """Return the arrays of a combination, by the names of `adam_step`'s arguments, and its other options."""
     param, grad, state, options = COMBINATIONS[name]

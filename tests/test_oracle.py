@@ -62,7 +62,7 @@ def test_ten_steps_of_every_form_agree_with_the_papers(library, name, dtype, rto
     for step in range(first, first + 10):
         grad = rng.standard_normal(1003).astype(dtype)
         gpuadam.adam_step(
-            ours[0], library.array(grad), *ours[1:3], step, max_v=ours[3], lr=1e-2, backend=library.backend, **options
+            ours[0], library.array(grad), *ours[1:3], step, max_v=ours[3], lr=1e-2, backend=library.name, **options
         )
         exact = list(reference.adam_step(exact[0], grad, *exact[1:3], step, max_v=exact[3], lr=1e-2, **options))
     for label, a, b in zip(("param", "m", "v", "max_v"), ours, exact, strict=True):

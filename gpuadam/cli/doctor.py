@@ -95,7 +95,17 @@ def contract_arrays(n=1024):
 def _caches():
     """Return, for each compile cache, its folder and whether it can be written."""
     cupy = os.environ.get("CUPY_CACHE_DIR") or str(Path("~/.cupy/kernel_cache").expanduser())
-    return {"CuPy": {"folder": cupy, "writable": _writable(Path(cupy)), "fix": "set CUPY_CACHE_DIR"}}
+    caches = {"CuPy": {"folder": cupy, "writable": _writable(Path(cupy)), "fix": "set CUPY_CACHE_DIR"}}
+    if "numba-cpu" in backends.available_backends():
+        folder = _numba_folder()
+        caches["Numba"] = {"folder": folder or "(no folder)", "writable": folder is not None, "fix": "set NUMBA_CACHE_DIR"}
+    return caches
+
+
+def _numba_folder():
+    from ..kernels import compiled_cache
+
+    return compiled_cache.folder()
 
 
 def _writable(folder):
@@ -119,6 +129,11 @@ def _warnings():
     cupys = [name for name, version in output.versions().items() if name.startswith("cupy") and version]
     if len(cupys) > 1:
         warnings.append(f"{' and '.join(cupys)} are installed together and break each other: uninstall all but one")
+    wanted = os.environ.get("NUMBA_CACHE_DIR")
+    if wanted and not _writable(Path(wanted)):
+        warnings.append(
+            f"NUMBA_CACHE_DIR={wanted} cannot be written, so Numba keeps compiled kernels elsewhere, if anywhere"
+        )
     return warnings
 
 

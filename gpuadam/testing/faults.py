@@ -1,0 +1,148 @@
+"""Faults in gradients, as overflow and bad data make them: does a training loop survive?"""
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import backends, checks
+from ..groups import is_sequence
+from ..norm import named_arrays
+
+HUGE = "huge"
+LARGEST = {name: float(np.finfo(name).max) for name in ("float16", "float32", "float64")}
+LARGEST["bfloat16"] = (2 - 2**-7) * 2.0**127
+
+
+class Fault(NamedTuple):
+    """What was written, and where."""
+
+    name: str  # of the gradient: "grads['w']"
+    place: tuple[int, ...]  # the element's index
+    value: float
+
+
+def inject(grads, value=math.nan, *, at=None, count=1, seed=0):
+    """Write a fault into gradients, in place, and return the list of Faults.
+
+    grads: one array, or a sequence or dict of arrays, as for `global_norm`: of any library, on a GPU or the CPU; None is skipped.
+    value: NaN, an infinity, any number, or "huge": the largest finite number of each array's format. Its square overflows
+        float32 in every format but float16.
+    at: where. An index (an integer, or one for each dimension) for one array; for several a dict or sequence of indices, as the
+        gradients are, of those that get the fault. By default `count` different elements of all gradients, chosen by `seed`: the
+        same on every backend.
+
+    Raises IndexError for a place that is not there, ValueError if there are fewer than `count` elements or an array is
+    read-only, TypeError for arrays that are not of float16, bfloat16, float32 or float64, each before anything is written.
+
+    >>> grads = {"w": np.ones((2, 2), "float32"), "b": np.ones(1, "float32")}
+    >>> inject(grads, math.inf, at={"w": (0, 1)})
+    [Fault(name="grads['w']", place=(0, 1), value=inf)]
+    >>> print(grads["w"])
+    [[ 1. inf]
+     [ 1.  1.]]
+    """
+    named = list(named_arrays("grads", grads))
+    if not named:
+        raise ValueError("there is no gradient to put a fault into: grads must have one array at least")
+    kernels, views = backends.choose(named, backends.home(*named[0]))
+    for view in views:
+        checks.one_format(view, checks.FORMATS)
+        if not view.writeable:
+            checks.read_only(view)
+    places = _given(at, views) if at is not None else _random(count, seed, views)
+    faults = [Fault(view.name, index, LARGEST[view.format] if value == HUGE else value) for view, index in places]
+    bits = [_bits(checks.real("value", fault.value), view) for fault, (view, _) in zip(faults, places, strict=True)]
+    for (view, index), number in zip(places, bits, strict=True):
+        _write(kernels, view, index, number)
+    return faults
+
+
+class Faults:
+    """Faults in some steps of a training loop, at random, but the same for the same seed on every backend.
+
+    probability: of a fault in a step. values: one of which is taken, as in `inject`. count: elements of it in a step.
+    Attributes: `log`, the list of Faults of each call so far.
+
+    >>> faults, grads = Faults(seed=1, probability=0.5), np.ones(4, "float32")
+    >>> [bool(faults.inject(grads)) for step in range(6)]
+    [False, False, True, False, False, False]
+    """
+
+    def __init__(self, seed=0, *, probability=0.1, values=(math.nan, math.inf, -math.inf, HUGE), count=1):
+        probability = checks.real("probability", probability)
+        if not 0.0 <= probability <= 1.0:
+            raise ValueError(f"probability={probability} must be in [0, 1]")
+        if not values:
+            raise ValueError("values is empty: give one value at least")
+        self.log: list[list[Fault]] = []
+        self._random = np.random.default_rng(checks.seed(seed))
+        self._probability, self._values, self._count = probability, tuple(values), count
+
+    def inject(self, grads):
+        """Write the faults of this step into its gradients, in place, and return them: an empty list if there are none."""
+        # as many numbers whatever comes of them: a later step has its own fault
+        chance, which, seed = self._random.random(), self._random.integers(len(self._values)), self._random.integers(2**63)
+        found = []
+        if chance < self._probability:
+            found = inject(grads, self._values[which], count=self._count, seed=int(seed))
+        self.log.append(found)
+        return found
+
+
+def _given(at, views):
+    """Return (View, index) of the places that a caller names."""
+    by_name = {view.name: view for view in views}
+    wanted = [("grads", at)]
+    if "grads" not in by_name:
+        keys = at.items() if isinstance(at, Mapping) else enumerate(at) if is_sequence(at) else None
+        if keys is None:
+            raise TypeError(f"at={at!r} must be a dict or sequence of indices, one for each gradient that gets the fault")
+        wanted = [(f"grads[{key!r}]", index) for key, index in keys if index is not None]
+    if strange := [name for name, _ in wanted if name not in by_name]:
+        raise IndexError(f"at names {', '.join(strange)}, and there are only {', '.join(by_name)}")
+    return [(by_name[name], _index(index, by_name[name])) for name, index in wanted]
+
+
+def _index(index, view):
+    index = tuple(index) if is_sequence(index) else (index,)
+    index = tuple(map(operator.index, index))
+    if len(index) != len(view.shape) or not all(-n <= i < n for i, n in zip(index, view.shape, strict=True)):
+        raise IndexError(f"at={index} is not an element of {view.name}, which has shape {view.shape}")
+    return tuple(i % n for i, n in zip(index, view.shape, strict=True))
+
+
+def _random(count, seed, views):
+    ends = np.cumsum([view.size for view in views])
+    count = checks.count("count", count)
+    if not 1 <= count <= ends[-1]:
+        raise ValueError(f"count={count} must be at least 1 and at most {ends[-1]}, which is how many elements there are")
+    chosen = np.random.default_rng(checks.seed(seed)).choice(int(ends[-1]), count, replace=False)
+    places = []
+    for flat in sorted(chosen.tolist()):
+        k = int(np.searchsorted(ends, flat, side="right"))
+        view = views[k]
+        index = np.unravel_index(flat - int(ends[k]) + view.size, view.shape)
+        places.append((view, tuple(map(int, index))))
+    return places
+
+
+def _bits(value, view):
+    """Return a number in an array's format as a NumPy array of one element of its dtype, in shape ()."""
+    if view.format == "bfloat16":
+        high = np.array(value, "f4").view("u4")
+        rounded = high + 0x7FFF + (high >> 16 & 1) if math.isfinite(value) else high
+        return (rounded >> 16).astype("u2").view(view.dtype)
+    with np.errstate(over="ignore"):
+        return np.array(value, view.format).view(view.dtype)
+
+
+def _write(kernels, view, index, number):
+    if view.device is None:
+        view.array[index] = number
+        return
+    offset = sum(i * stride for i, stride in zip(index, view.strides, strict=True))
+    place = view._replace(array=None, pointer=view.pointer + offset, shape=(), strides=(), contiguous=True)
+    kernels.copy(place, kernels.view("the fault", kernels.from_host(number)))

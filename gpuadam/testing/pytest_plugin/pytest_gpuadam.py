@@ -1,0 +1,122 @@
+"""The pytest plugin of gpuadam: the fixture `gpuadam_backend` runs a test once for each backend. `gpuadam.testing` is its manual.
+
+It is a module of its own because pytest imports every installed plugin in every run: here that imports neither gpuadam nor NumPy,
+whose environment variables a conftest.py may still want to set.
+"""
+
+import os
+
+import pytest
+
+FIXTURE, OPTION, MARKER = "gpuadam_backend", "--gpuadam-backends", "gpuadam_backends"
+WHY_NOT = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser):
+    parser.getgroup("gpuadam").addoption(
+        OPTION,
+        metavar="NAME,NAME",
+        help=f"the backends that tests with the fixture {FIXTURE} run on: cupy, numba-cuda, numba-cpu; by default all. "
+        "With the environment variable GPUADAM_REQUIRE_GPU=1 tests fail where a GPU backend is not available, and do not skip",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", f"{MARKER}(*names): the backends that a test with the fixture {FIXTURE} is for")
+    if config.getoption(OPTION) is not None:
+        names, gpu = _chosen(config), _gpu_backends()
+        if os.environ.get("GPUADAM_REQUIRE_GPU") == "1" and not set(names) & set(gpu):
+            raise pytest.UsageError(
+                f"GPUADAM_REQUIRE_GPU=1, but {OPTION}={config.getoption(OPTION)} has no GPU backend: add {' or '.join(gpu)}"
+            )
+
+
+def pytest_report_header(config):
+    if config.getoption(OPTION) is not None:
+        return f"gpuadam: on {', '.join(_chosen(config))}, as {OPTION} says"
+    return None
+
+
+def pytest_generate_tests(metafunc):
+    if FIXTURE in metafunc.fixturenames:
+        names = _chosen(metafunc.config)
+        marker = metafunc.definition.get_closest_marker(MARKER)
+        if marker:
+            _known(marker.args, f"the marker {MARKER} of {metafunc.definition.nodeid}")
+            names = [name for name in names if name in marker.args]
+        metafunc.parametrize(FIXTURE, names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def gpuadam_backend(request):
+    """Each backend in turn, a `gpuadam.testing.ArrayBackend`: its name, and arrays in its memory.
+
+    Where a backend is not available the test skips with the reason, or fails if GPUADAM_REQUIRE_GPU=1.
+    """
+    from gpuadam import testing
+
+    return testing.array_backend(request.param)
+
+
+def pytest_runtest_setup(item):
+    name = _backend_of(item)
+    if name is not None:
+        from gpuadam.testing.required import require_backends, why_not
+
+        item.stash[WHY_NOT] = why_not(name)
+        require_backends(name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    name = _backend_of(item)
+    if name is not None:
+        report.gpuadam_backend = [name, item.stash.get(WHY_NOT, "")]  # which pytest-xdist sends on with the report
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    ran: dict[str, int] = {}
+    left_out: dict[tuple, int] = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        name, why_not = getattr(report, FIXTURE, (None, ""))
+        if name and why_not and report.when == "setup":
+            left_out[name, report.outcome, why_not] = left_out.get((name, report.outcome, why_not), 0) + 1
+        elif name and report.when == "call":
+            ran[name] = ran.get(name, 0) + 1
+    parts = [f"{count} ran on {name}" for name, count in ran.items()]
+    parts += [f"{count} {outcome} for want of {name} ({why})" for (name, outcome, why), count in left_out.items()]
+    if parts:
+        terminalreporter.write_line(f"gpuadam: {'; '.join(parts)}")
+
+
+def _backend_of(item):
+    """Return the name of the backend that a test is run on, or None if it does not use the fixture."""
+    callspec = getattr(item, "callspec", None)
+    return callspec and callspec.params.get(FIXTURE)
+
+
+def _chosen(config):
+    from gpuadam.backends import BACKENDS
+
+    given = config.getoption(OPTION)
+    if given is None:
+        return list(BACKENDS)
+    names = [name.strip() for name in given.split(",")]
+    _known(names, OPTION)
+    return list(dict.fromkeys(names))
+
+
+def _known(names, source):
+    from gpuadam.backends import BACKENDS
+
+    strange = [name for name in names if name not in BACKENDS]
+    if strange or not names:
+        raise pytest.UsageError(f"{source}: there is no backend {strange[:1] or names!r}, only {', '.join(BACKENDS)}")
+
+
+def _gpu_backends():
+    from gpuadam.backends import BACKENDS
+
+    return [name for name, backend in BACKENDS.items() if backend.memory == "CUDA"]

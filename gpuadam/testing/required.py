@@ -1,0 +1,35 @@
+"""Backends that a test needs: without them it skips, or fails where a GPU is required."""
+
+import os
+
+from .. import backends
+
+
+def gpu_is_required():
+    """Whether GPUADAM_REQUIRE_GPU=1 is set: a test that would skip for want of a GPU fails."""
+    return os.environ.get("GPUADAM_REQUIRE_GPU") == "1"
+
+
+def why_not(name):
+    """Return why a backend cannot run here, or an empty string if it can."""
+    status = backends._probe(name)
+    return "" if status.available else status.reason
+
+
+def require_backends(*names):
+    """Skip the test that calls it unless these backends can run here; the reason says what mends it. For tests under pytest.
+
+    With GPUADAM_REQUIRE_GPU=1 a GPU backend that cannot run is a failure. Raises ValueError for an unknown name.
+
+    >>> require_backends("numba-cpu")
+    """
+    import pytest
+
+    for name in names:
+        backends._known(name, "require_backends")
+        status = backends._probe(name)
+        reason = f"{name}: {status.reason}. To mend it: {status.fix}"
+        if not status.available and gpu_is_required() and backends.BACKENDS[name].memory == "CUDA":
+            pytest.fail(f"GPUADAM_REQUIRE_GPU=1, but {reason}", pytrace=False)
+        if not status.available:
+            pytest.skip(reason)
