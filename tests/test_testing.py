@@ -16,6 +16,7 @@ from gpuadam import backends, testing
 from gpuadam.testing import array_backends
 
 ROOT = Path(__file__).parent.parent
+PLUGIN = ROOT / "gpuadam" / "testing" / "pytest_plugin"
 SAMPLE = re.search(r"```python\n(.*?)```", testing.__doc__, re.S)[1]
 
 
@@ -29,9 +30,7 @@ def project(pytester, monkeypatch):
         folder = pytester.path / "broken" / package
         folder.mkdir(parents=True)
         (folder / "__init__.py").write_text(f"raise ImportError('no {package} here')")
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join(map(str, (pytester.path / "broken", ROOT, ROOT / "gpuadam/testing/pytest_plugin")))
-    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (pytester.path / "broken", ROOT, PLUGIN))))
     monkeypatch.delenv("GPUADAM_REQUIRE_GPU", raising=False)
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     pytester.makepyfile(test_training=SAMPLE)
@@ -130,7 +129,7 @@ def test_an_installed_gpuadam_brings_the_plugin_and_p_no_gpuadam_leaves_it_out(p
     installed = project.mkdir("gpuadam-0.0.dist-info")
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: gpuadam\nVersion: 0.0\n")
     (installed / "entry_points.txt").write_text(entry_points())
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(project.path), str(ROOT)]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (project.path, ROOT, PLUGIN))))
     project.makepyfile(
         test_training="def test(pytestconfig): assert pytestconfig.pluginmanager.has_plugin('pytest_gpuadam')"
     )

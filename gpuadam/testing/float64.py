@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .. import checks, reference
+from .. import checks, hyperparameters, reference
 from ..norm import named_arrays
 from .bits import FLOATS, on_host
 
@@ -44,6 +44,8 @@ class Reference:
         amsgrad=False,
         maximize=False,
         algorithm="adam",
+        formula="torch",
+        eps_root=0.0,
     ):
         self._lr = lr
         self._options = {
@@ -52,7 +54,9 @@ class Reference:
             "weight_decay": weight_decay,
             "decoupled": decoupled,
             "maximize": maximize,
-            "algorithm": checks.one_of(("adam", "nadam", "radam", "adamax"), "algorithm", algorithm),
+            "algorithm": checks.one_of(hyperparameters.ALGORITHMS, "algorithm", algorithm),
+            "formula": checks.one_of(hyperparameters.FORMULAS, "formula", formula),
+            "eps_root": eps_root,
         }
         given = {name: on_host(name, array) for name, array in named_arrays("params", params)}
         if not given:
@@ -112,8 +116,9 @@ class Reference:
         if self._options["algorithm"] == "adamax":
             denom = v
         else:
-            beta2 = self._options["betas"][1]
-            denom = np.sqrt((v if max_v is None else max_v) / (1 - beta2 ** self._count[name])) + self._options["eps"]
+            bias2 = 1 - self._options["betas"][1] ** self._count[name]
+            largest = v / bias2 if max_v is None else max_v / (1.0 if self._options["formula"] == "optax" else bias2)
+            denom = np.sqrt(largest + self._options["eps_root"]) + self._options["eps"]
         return FEEDBACK * lr * self._options["weight_decay"] / denom
 
     def assert_close(self, params, *, atol=0.0):
