@@ -4,7 +4,7 @@
 #     benchmarks/gpu.sh OUTDIR
 #
 # Needs no network and no installation: it runs from the tree with the CuPy, Numba and numba-cuda that it finds, and pytest, rich,
-# matplotlib and scikit-learn; torch, JAX and optax are measured beside it where they are there. OUTDIR gets results.csv (the rows of
+# matplotlib, scikit-learn and scikit-image; torch, JAX and optax are measured beside it where they are there. OUTDIR gets results.csv (the rows of
 # all benchmarks and backends), doctor.json, log.txt and a PNG each for large, small, many, narrow and amp_step: eight files. The
 # other scripts draw theirs from results.csv with --rows. A short table comes last. Ends within 8 minutes.
 # Exit status 0 if all tests passed and all benchmarks ran.
@@ -77,6 +77,12 @@ benchmark first_call cupy 45 --seconds 0.1 --peers "torch fused"
 benchmark first_call numba-cuda 30 --seconds 0.1 --peers none
 run launch_shapes 40 "$python" benchmarks/launch_shapes.py --seconds 3
 run demo 40 "$python" -m gpuadam demo
+example() { # name, options
+    run "example-$1" 25 "$python" -m "gpuadam.examples.$1" "${@:2}"
+}
+example thomson --arrays numba --plot "$this/thomson.png"
+example gaussians --arrays cupy --steps 50 --plot "$this/gaussians.png"
+example torch_digits --device cuda --steps 5
 
 section "summary"
 tail -n 2 "$this/tests.log"
