@@ -13,7 +13,11 @@ from ..cli.progress import counted
 
 def parser(text, *, steps, size):
     """Return a parser with the options that every example has. steps, size: as in `add_count`."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m gpuadam.examples.{Path(sys.argv[0]).stem}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_count(parser, "--steps", *steps)
     add_count(parser, "--size", *size)
     return parser
