@@ -5,6 +5,7 @@ from .backends import BackendUnavailableError, available_backends, backend_statu
 from .flat import Flat, flatten
 from .functional import adam_step
 from .norm import global_norm
+from .offload import OffloadAdam
 from .optimizer import Adam, AdaMax, AdamW, NAdam, RAdam
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "Bits",
     "Flat",
     "NAdam",
+    "OffloadAdam",
     "RAdam",
     "adam_step",
     "available_backends",

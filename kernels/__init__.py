@@ -25,6 +25,8 @@ A *backend* is a file that gives a rule its loop: `cupy_elementwise.py`, `numba_
     fill_zero(view)                                zeros in a gradient of a step that is left out
     copy, from_host, to_host                       for loading state, and for tests and measurements
     now, seconds_between                           the device's clock
+    pinned, device_bytes, send, receive            of a GPU: memory of both sides, and copies between them on a stream
+    new_stream, order, record, wait, finish        of a GPU: streams, and what waits for what
 
 `gpu_launch.py` has what both GPU backends do to launch, `pointer_table.py` the table by which one launch finds many arrays,
 `streams.py` which stream it goes on, and `device_scalars.py` the scalars of a step computed on the device, for captured graphs.

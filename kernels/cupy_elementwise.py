@@ -318,6 +318,23 @@ def send(address, pinned, n_bytes, stream):
     runtime.memcpyAsync(address, pinned.ctypes.data, n_bytes, runtime.memcpyHostToDevice, stream)
 
 
+def receive(array, address, n_bytes, stream):
+    """Copy from the device to memory of the host, on a stream."""
+    runtime = cupy.cuda.runtime
+    runtime.memcpyAsync(array.ctypes.data, address, n_bytes, runtime.memcpyDeviceToHost, stream)
+
+
+def new_stream():
+    """Return a stream of the current device that waits for no other: its owner, and its handle."""
+    stream = cupy.cuda.Stream(non_blocking=True)
+    return stream, stream.ptr
+
+
+def finish(event):
+    """Wait until an event is done."""
+    event.synchronize()
+
+
 LOOPS = {"contiguous": CONTIGUOUS, "table": TABLE, "strided": STRIDED}
 
 
