@@ -211,6 +211,7 @@ SUMMARY = {
     "amp_step": (STEP, f"{STEP}, bfloat16 copies"),
     "small": (CALL, STEP),
     "memory": (STEP, measure.TORCH_FUSED),
+    "offload": ("gpuadam.OffloadAdam.step", "limit: read and write calls", "limit: mapped pages", "limit: copies both ways"),
     "first_call": ("import gpuadam", CALL, measure.TORCH_FUSED),
 }
 

@@ -7,6 +7,7 @@ from .decay import decay_groups
 from .flat import Flat, flatten
 from .functional import adam_step
 from .norm import global_norm
+from .offload import OffloadAdam
 from .optimizer import Adam, AdaMax, AdamW, NAdam, RAdam
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [  # noqa: RUF022 - in the order of the reference
     "NAdam",
     "RAdam",
     "AdaMax",
+    "OffloadAdam",
     "decay_groups",
     "load",
     "CheckpointError",

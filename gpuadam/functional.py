@@ -231,7 +231,7 @@ def _checked(groups, backend):
         together: dict[tuple, list] = {}
         zero_grad = group.h.fixed.zero_grad
         for n, given in enumerate(zip(*group.columns, strict=True)):
-            named = _named(given, group.operands, None if group.names is None else group.names[n])
+            named = labelled(given, group.operands, None if group.names is None else group.names[n])
             for label, array in named:
                 checks.given(label, array)
             kernels, views = backends.choose(named, backend)
@@ -241,14 +241,14 @@ def _checked(groups, backend):
             written += [param, *others]
             (written if zero_grad else read).append(grad)
             one = Update(views, group.keys[n] if group.keys else 0)
-            together.setdefault((kernels, param.device, _formats(by_operand, group)), []).append(one)
+            together.setdefault((kernels, param.device, formats_of(by_operand, group)), []).append(one)
         for (kernels, _, formats), updates in together.items():
             batches += [(k, formats, batch) for batch in kernels.batches(updates, formats)]
     checks.overlap(written, read)
     return batches
 
 
-def _formats(views, group):
+def formats_of(views, group):
     param, grad, m = (views[name].format for name in ("param", "grad", "m"))
     param_copy, ema = (views[name].format if name in views else "" for name in ("param_copy", "ema"))
     stochastic = group.stochastic and param in ("bfloat16", "float16")
@@ -367,7 +367,7 @@ def _description(groups, backend):
     return None if any(one is None for one in described) else (backends.forced(backend), described)
 
 
-def _named(given, operands, name):
+def labelled(given, operands, name):
     """Return what errors call the arrays of an update, and the arrays."""
     labels = operands
     if name is not None:

@@ -109,7 +109,7 @@ def _listed(x):
 
 
 def is_sequence(x):
-    return type(x) in (list, tuple) or (isinstance(x, Sequence) and not isinstance(x, (str, bytes)))
+    return type(x) in (list, tuple) or (isinstance(x, Sequence) and not isinstance(x, (str, bytes, arrays.Bits)))
 
 
 def what_is(x):

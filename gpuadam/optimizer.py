@@ -108,6 +108,7 @@ class Adam:
             "maximize": maximize,
         }
         self.backend = backends.forced(backend)  # one that was in use when the moments were made stays in use
+        self._state_backend = self.backend
         self.steps = 0
         self.capturable = checks.flag("capturable", capturable)
         self._stochastic, self._seed = checks.flag("stochastic_rounding", stochastic_rounding), checks.seed(seed)
@@ -157,14 +158,9 @@ class Adam:
                 self.state[name] = {}
         checks.overlap([view for _, view, _ in views], [])
         self._kinds = {}  # name -> (the operands after v, whether m and v are bfloat16)
-        for (name, state), (kernels, view, kept) in zip(self.state.items(), views, strict=True):
-            in_memory = {"bfloat16": "uint16"}
+        for (name, state), of_name, (*_, kept) in zip(self.state.items(), self._new_state(views), views, strict=True):
             state["step"] = 0
-            for key, dtype in kept.items():
-                if key in ("m_scale", "v_scale"):
-                    state[key] = kernels.zeros(-(-view.size // GROUP), dtype, view.device)
-                else:
-                    state[key] = kernels.zeros_like(view, np.dtype(in_memory.get(dtype, dtype)))
+            state |= of_name
             operands = ("max_v", "remainder", "param_copy", "ema", "m_scale", "v_scale")
             further = [key for key in operands if key in kept or (key == "param_copy" and name in self._copies)]
             self._kinds[name] = tuple(further), kept["m"] == "bfloat16"
@@ -174,6 +170,19 @@ class Adam:
         self._keys = {name: device_scalars.step_key(self._seed ^ OF_PARAMETERS, k) for k, name in enumerate(self.state)}
         if self.capturable:
             self._start_clocks(iter(views))
+
+    def _new_state(self, views):
+        """Return {"m": zeros, ...} of each parameter. views: (kernels, view, name -> format) of each, in order."""
+        made = []
+        for kernels, view, kept in views:
+            arrays = {}
+            for key, format in kept.items():
+                if key in OF_GROUPS:
+                    arrays[key] = kernels.zeros(-(-view.size // GROUP), format, view.device)
+                else:
+                    arrays[key] = kernels.zeros_like(view, np.dtype(IN_MEMORY.get(format, format)))
+            made.append(arrays)
+        return made
 
     def _start_clocks(self, views):
         """Give each group its step count. views: (kernels, view, amsgrad) of every parameter, in order."""
@@ -309,13 +318,19 @@ class Adam:
             self._leave_out(updates)
             return
         if updates:
-            functional.update(updates, self.backend, stream, self._memo)
+            self._launch(updates, stream)
         for state in states:
             state["step"] += 1
         for clock in clocks:
             if clock.on_cpu:  # a GPU has counted by itself
                 clock.step += 1
         self.steps += 1
+
+    def _launch(self, updates, stream):
+        functional.update(updates, self.backend, stream, self._memo)
+
+    def _check(self, updates):
+        functional.check(updates, self.backend)
 
     def _alike(self, names, counts):
         """Return (which of them, step, kind) of the parameters that have taken as many steps and have state of one kind.
@@ -407,7 +422,7 @@ class Adam:
 
     def _leave_out(self, updates):
         """Check a step that is left out, and zero the gradients if a step would."""
-        functional.check(updates, self.backend)
+        self._check(updates)
         for group in updates:
             if group.h.fixed.zero_grad and torch_tensors.among(group.columns):
                 torch_tensors.wrote(group.columns[1])
@@ -448,12 +463,11 @@ class Adam:
                 label = f"{moment} of params[{name!r}]"
                 named = [(label, state[moment]), (f"the loaded {label}", states[name][moment])]
                 checks.given(*named[1])
-                kernels, (own, loaded) = backends.choose(named, self.backend)
+                kernels, (own, loaded) = backends.choose(named, self._state_backend)
                 checks.same_layout(own, loaded, kernels.copies_any_layout)
                 copies.append((kernels, own, loaded))
         checks.overlap([own for _, own, _ in copies], [loaded for _, _, loaded in copies])
-        for kernels, own, loaded in copies:
-            kernels.copy(own, loaded)
+        self._copy_state(copies)
         self._go_on_from(groups, states, steps)
 
     def save(self, path, *, with_params=False):
@@ -490,6 +504,10 @@ class Adam:
                     clock.fill(clock.step, states[name]["step"])
         self.steps = steps
 
+    def _copy_state(self, copies):
+        for kernels, own, loaded in copies:
+            kernels.copy(own, loaded)
+
 
 # What the constructor takes beside arrays, hyperparameters and backend: Adam.options, which checkpoints hold
 OPTIONS = tuple(
@@ -498,6 +516,9 @@ OPTIONS = tuple(
     if name not in ("params", "param_copies", "backend", *HYPERPARAMETERS)
 )
 
+
+IN_MEMORY = {"bfloat16": "uint16"}  # the dtype of a format that NumPy does not know
+OF_GROUPS = ("m_scale", "v_scale")  # of which there is one for each GROUP of neighbours
 OF_PARAMETERS = 0xD1B54A32D192ED03  # so that the keys of parameters are none of a step
 
 

@@ -24,8 +24,9 @@ A *backend* is a file that gives a rule its loop: `cupy_elementwise.py`, `numba_
     zeros_like(view, dtype), zeros(n, dtype, device)  memory for state, and for many parameters
     fill_zero(view)                                zeros in a gradient of a step that is left out
     copy, from_host, to_host                       for loading state, and for tests and measurements
-    on, send, receive, synchronize                 on a GPU: bytes from and to the host, for checkpoints
     now, seconds_between                           the device's clock
+    pinned, device_bytes, send, receive            of a GPU: memory of both sides, and copies between them on a stream
+    on, new_stream, order, record, wait, finish, synchronize   of a GPU: devices, streams, and what waits for what
 
 `gpu_launch.py` has what both GPU backends do to launch, `pointer_table.py` the table by which one launch finds many arrays,
 `streams.py` which stream it goes on, `synchronous.py` how GPUADAM_SYNC=1 waits for it, and `device_scalars.py` the scalars of a

@@ -329,6 +329,17 @@ def synchronize():
     cupy.cuda.runtime.deviceSynchronize()
 
 
+def new_stream():
+    """Return a stream of the current device that waits for no other: its owner, and its handle."""
+    stream = cupy.cuda.Stream(non_blocking=True)
+    return stream, stream.ptr
+
+
+def finish(event):
+    """Wait until an event is done."""
+    event.synchronize()
+
+
 LOOPS = {"contiguous": CONTIGUOUS, "table": TABLE, "strided": STRIDED}
 
 

@@ -311,6 +311,25 @@ def _n_threads():
     return numba.get_num_threads() if _threading_layer() else numba.config.NUMBA_NUM_THREADS
 
 
+def n_threads():
+    """Return how many threads an update may take."""
+    return _n_threads()
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Let updates that this thread launches take no others: there are as many of it as there are processors."""
+    if _threading_layer() is None:
+        yield
+        return
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+
+
 @functools.cache
 def _pool(n_threads):
     return ThreadPoolExecutor(n_threads, thread_name_prefix="gpuadam")

@@ -272,6 +272,25 @@ def synchronize():
     _ok(driver.cuCtxSynchronize())
 
 
+def new_stream():
+    """Return a stream of the current device that waits for no other: its owner, and its handle."""
+    (stream,) = _ok(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value))
+    return _Stream(stream), int(stream)
+
+
+class _Stream:
+    def __init__(self, handle):
+        self.handle = handle
+
+    def __del__(self, destroy=driver.cuStreamDestroy):
+        destroy(self.handle)
+
+
+def finish(event):
+    """Wait until an event is done."""
+    _ok(driver.cuEventSynchronize(event.handle))
+
+
 def _ok(result):
     status, *values = result
     if status != driver.CUresult.CUDA_SUCCESS:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import threading
 import weakref
 
 import cupy
@@ -30,6 +31,8 @@ class Driver:
         self.launches = []  # (loop, blocks or threads, stream)
         self.waits = []  # (stream whose event it was, stream that waits)
         self.sent = []  # (address, bytes, stream) to the device
+        self.received = []  # likewise from it
+        self.streams = 0  # that were made
         self.current = None  # CuPy's current stream
         self.capturing: set[int] = set()
         self.idle = True  # whether events are done
@@ -38,13 +41,15 @@ class Driver:
         self.waited_for = []  # streams, by the host
         self.errors = []  # what the next of these waits find: an exception, or None
         monkeypatch.setattr(pointer_table, "_free", [])
-        for name in ("record", "wait", "done", "pinned", "device_bytes", "send", "is_capturing", "current_stream", "on"):
-            monkeypatch.setattr(self.kernels, name, getattr(self, name))
-        for name in ("receive", "synchronize"):
+        for name in (
+            *("record", "wait", "done", "finish", "pinned", "device_bytes", "send", "receive", "is_capturing"),
+            *("synchronize", "new_stream", "current_stream", "on"),
+        ):
             monkeypatch.setattr(self.kernels, name, getattr(self, name))
         monkeypatch.setattr(
             self.kernels, "zeros_like", lambda view, dtype=None: self.array(np.zeros(view.shape, dtype or view.dtype))
         )
+        monkeypatch.setattr(self.kernels, "zeros", lambda n, dtype, device: self.array(np.zeros(n, dtype)))
         monkeypatch.setattr(self.kernels, "fill_zero", lambda view: self.numpy(view.array).fill(0))
         monkeypatch.setattr(self.kernels, "from_host", self.array)
         monkeypatch.setattr(self.kernels, "to_host", self.numpy)
@@ -124,11 +129,19 @@ class Driver:
         self.sent.append((address, n_bytes, stream))
         ctypes.memmove(address, pinned.ctypes.data, n_bytes)
 
-    def receive(self, host, address, n_bytes, stream):
-        ctypes.memmove(host.ctypes.data, address, n_bytes)
+    def receive(self, array, address, n_bytes, stream):
+        self.received.append((address, n_bytes, stream))
+        ctypes.memmove(array.ctypes.data, address, n_bytes)
 
     def synchronize(self):
         self.synchronized += 1
+
+    def new_stream(self):
+        self.streams += 1
+        return object(), 1000 + self.streams
+
+    def finish(self, event):
+        """All is done when it is asked for."""
 
     def is_capturing(self, stream):
         return stream in self.capturing
@@ -197,7 +210,8 @@ class CupyDriver(Driver):
 
     def __init__(self, monkeypatch):
         super().__init__(monkeypatch)
-        self.stream = self.current = 1
+        self.current = 1
+        self.of_thread = threading.local()  # the stream that is current there
         build, build_scalars = cupy_elementwise.build, cupy_elementwise.build_scalars
         monkeypatch.setattr(cupy_elementwise, "build", lambda rule, form, loop, on_device=False: functools.partial(
             self.kernel, build(rule, form, loop, on_device), loop
@@ -208,9 +222,10 @@ class CupyDriver(Driver):
 
     @contextlib.contextmanager
     def on(self, device, stream):
-        before, self.stream = self.stream, stream
+        before = getattr(self.of_thread, "stream", 1)
+        self.of_thread.stream = stream
         yield
-        self.stream = before
+        self.of_thread.stream = before
 
     def kernel(self, elementwise, loop, *arguments, size=None, block_size=pointer_table.BLOCK):
         """Check arguments as ElementwiseKernel does, then run: inputs, outputs, and the number of threads."""
@@ -235,7 +250,7 @@ class CupyDriver(Driver):
         else:
             assert size is not None and all(a.ndim == 1 for a in arguments if isinstance(a, cupy.ndarray))
             kernel, shape = compiled(elementwise), (size,)
-        self.launches.append((loop, math.ceil(size / block_size), self.stream))
+        self.launches.append((loop, math.ceil(size / block_size), getattr(self.of_thread, "stream", 1)))
         parameters.append(gpu_code.indexer(kernel, size, shape))
         if loop == "scalars":
             kernel.run(1, block_size, parameters, [(0, 1 << 62)])

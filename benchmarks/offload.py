@@ -1,0 +1,245 @@
+"""How fast is a step whose state is larger than the memory that it may take?
+
+    python benchmarks/offload.py [--backend numba-cpu] [--sizes 8/1] [--seconds 60] [--out FOLDER]
+
+A size is GB of state / GB of budget. Parameters and gradients are bfloat16, the state is float32: m, v and the master. Files go
+where TMPDIR says.
+
+On the CPU all of it is in files. The limit is to read and write the same bytes of the same files, in chunks of the same size and
+with as many under way, and to compute nothing: the faster of two ways, by calls that copy into memory and back, and by mapping
+pages and marking them as written. Before each turn the files are flushed to the disk, untimed.
+
+On a GPU all of it is in pinned memory of the host, and may be more than the GPU's. The limit is the copies alone, in chunks of
+the same size, in both directions at once; each direction by itself stands beside it.
+
+Places in every part of the arrays are compared with `adam_step` in memory, bit for bit.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import report
+
+import gpuadam
+from gpuadam import backends
+from gpuadam.cli import measure
+from gpuadam.kernels.storage import GROUP
+from gpuadam.offload import mapped, pipeline
+
+STEP = "gpuadam.OffloadAdam.step"
+CALLS, MAPPED, BOTH_WAYS = "limit: read and write calls", "limit: mapped pages", "limit: copies both ways"
+BYTES = {"m": 4, "v": 4, "master": 4, "param": 2, "grad": 2}
+READ, WRITTEN = ("m", "v", "master", "grad"), ("m", "v", "master", "param")
+LR = 1e-2
+PLACES, ELEMENTS = 64, 1 << 14  # that are compared
+FEWEST = 3  # turns
+
+
+def measure_rows(backend, options, notes):
+    for size in options.sizes:
+        state, budget = (int(float(part) * 1e9) for part in size.split("/"))
+        n = state // 12 // GROUP * GROUP
+        measured = in_files if backend.memory == "CPU" else on_gpu
+        with tempfile.TemporaryDirectory(prefix="gpuadam-offload-") as folder:
+            times, peaks, where = measured(backend, n, budget, options.seconds, Path(folder), notes)
+        fastest = min(np.median(seconds) for name, seconds in times.items() if name.startswith("limit"))
+        rows = []
+        for name, seconds in times.items():
+            moved = {"copies to the GPU": READ, "copies from the GPU": WRITTEN}.get(name, (*READ, *WRITTEN))
+            identity = {"state": where, "dtype": "bfloat16", "moved": n * sum(BYTES[array] for array in moved)}
+            row = measure.row("offload", name, backend.name, n, seconds=seconds, peak_bytes=peaks.get(name, ()), **identity)
+            rows.append(row | {"x_limit": float(f"{np.median(seconds) / fastest:.6g}")})
+        yield rows
+
+
+def in_files(backend, n, budget, seconds, folder, notes):
+    """Return the times and the peaks of memory of a step over files and of what bounds it, and where the state was."""
+    given = {name: np.memmap(folder / name, np.uint16, "w+", shape=(n,)) for name in ("param", "grad")}
+    fill(given)
+    param, grad = (gpuadam.Bits(array, "bfloat16") for array in given.values())
+    options = {"state": folder / "state", "budget": budget, "update": "host", "master": "float32", "backend": backend.name}
+    with gpuadam.OffloadAdam({"w": param}, lr=LR, **options) as opt:
+        arrays = given | {name: opt.state["w"][name] for name in ("m", "v", "master")}
+        before = sampled(arrays)
+        opt.step({"w": grad})  # compiles
+        size = opt._stages.room // sum(BYTES.values()) // GROUP * GROUP  # of a chunk, in elements
+        edges = [(start, min(start + size, n)) for start in range(0, n, size)]
+        paths = {name: (folder if name in given else folder / "state") / name for name in arrays}
+
+        def flush():
+            for array in arrays.values():
+                array.flush()
+
+        contenders = {
+            STEP: lambda: opt.step({"w": grad}),
+            CALLS: lambda: by_calls(paths, edges, size, opt._slots),
+            MAPPED: lambda: by_mapping(arrays, edges, opt._slots),
+        }
+        times, held = in_turn(contenders, seconds, flush)
+        opt.step({"w": grad})  # the limit by calls has written zeros over the parameter, which is not among what it reads
+        compare(before, sampled(arrays), opt, notes)
+    peak, more = held[STEP]
+    notes.append(
+        f"at its peak in a step the process held {peak / 1e6:,.0f} MB, {more / 1e6:,.0f} MB more than before; the budget is "
+        f"{budget / 1e6:,.0f} MB"
+    )
+    return times, {name: [more] for name, (_, more) in held.items()}, "files"
+
+
+def by_calls(paths, edges, size, slots):
+    """Read what a step reads into memory, and write what it writes from there."""
+    memory = [{name: np.zeros(size * BYTES[name], np.uint8) for name in paths} for _ in range(slots)]
+
+    def transfer(names, transferred):
+        def stage(edge, slot):
+            start, stop = edge
+            for name in names:
+                part = memory[slot][name][: (stop - start) * BYTES[name]]
+                if transferred(files[name].fileno(), part, start * BYTES[name]) != part.size:
+                    raise OSError(f"{paths[name]} was not transferred in one call")
+
+        return stage
+
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(path.open("r+b", buffering=0)) for name, path in paths.items()}
+        fetch = transfer(READ, lambda file, part, offset: os.preadv(file, [part], offset))
+        pipeline.run(edges, fetch, lambda edge, slot: None, transfer(WRITTEN, os.pwrite), slots)
+
+
+def by_mapping(arrays, edges, slots):
+    """Bring in the pages that a step reads and writes, marked as written if it writes them, and let them go."""
+    known: dict = {}
+    maps = {name: (mapped.mapping_of(array, known), array.ctypes.data) for name, array in arrays.items()}
+
+    def over(action):
+        def stage(edge, slot):
+            for name, (mapping, address) in maps.items():
+                action(mapping, name, *(address + k * BYTES[name] for k in edge))
+
+        return stage
+
+    fetch = over(lambda mapping, name, start, end: mapping.populate(start, end, name in WRITTEN))
+    store = over(lambda mapping, name, start, end: mapping.drop(start, end))
+    pipeline.run(edges, fetch, lambda edge, slot: None, store, slots)
+
+
+def on_gpu(backend, n, budget, seconds, folder, notes):
+    """Return the times of a step over pinned memory of the host and of its copies alone, no peaks, and where the state was."""
+    kernels = backends.load(backend.name)
+    given = {name: kernels.pinned(2 * n).view(np.uint16) for name in ("param", "grad")}
+    fill(given)
+    param, grad = (gpuadam.Bits(array, "bfloat16") for array in given.values())
+    opt = gpuadam.OffloadAdam({"w": param}, lr=LR, budget=budget, update="device", master="float32")
+    if opt._gpu is not kernels:
+        sys.exit(f"offload: arrays of the host are updated by {opt._gpu.NAME} here: give --backend {opt._gpu.NAME}")
+    arrays = given | {name: opt.state["w"][name] for name in ("m", "v", "master")}
+    before = sampled(arrays)
+    opt.step({"w": grad})
+    size = opt._stages.room // sum(BYTES.values()) // GROUP * GROUP
+    edges = [(start, min(start + size, n)) for start in range(0, n, size)]
+    memory = {name: [kernels.device_bytes(size * BYTES[name]) for _ in range(2)] for name in arrays}
+    (up, up_handle), (down, down_handle) = kernels.new_stream(), kernels.new_stream()
+    flat = {name: array.view(np.uint8) for name, array in arrays.items()}
+
+    def copies(read, written):
+        for start, stop in edges:
+            for name in read:
+                part = flat[name][start * BYTES[name] : stop * BYTES[name]]
+                kernels.send(memory[name][0][1], part, part.size, up_handle)
+            for name in written:  # to where nothing is lost
+                part = sink[name][: (stop - start) * BYTES[name]]
+                kernels.receive(part, memory[name][1][1], part.size, down_handle)
+        for handle in (up_handle, down_handle):
+            kernels.finish(kernels.record(handle))
+
+    sink = {name: kernels.pinned(size * BYTES[name]) for name in WRITTEN}
+    contenders = {
+        STEP: lambda: opt.step({"w": grad}),
+        BOTH_WAYS: lambda: copies(READ, WRITTEN),
+        "copies to the GPU": lambda: copies(READ, ()),
+        "copies from the GPU": lambda: copies((), WRITTEN),
+    }
+    times, _ = in_turn(contenders, seconds, lambda: None)
+    compare(before, sampled(arrays), opt, notes)
+    del up, down
+    return times, {}, "pinned memory"
+
+
+def in_turn(contenders, seconds, prepare):
+    """Return the seconds of each run of each contender, and of each (the process's peak, how much more that is than before)."""
+    times, held = {name: [] for name in contenders}, dict.fromkeys(contenders, (0, 0))
+    deadline = time.perf_counter() + seconds
+    while len(times[STEP]) < FEWEST or time.perf_counter() < deadline:
+        for name, function in contenders.items():
+            prepare()
+            before = resident()
+            began = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - began)
+            peak = resident("VmHWM")
+            held[name] = max(held[name], (peak, peak - before))
+    return times, held
+
+
+def resident(which="VmRSS"):
+    """Return the bytes that the process holds, and begin to watch its peak; or the peak since. 0 where there is no /proc."""
+    if not Path("/proc/self/status").exists():
+        return 0
+    if which == "VmRSS":
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return int(line.split()[1]) * 1024
+
+
+def fill(given):
+    """Fill arrays with bfloat16 numbers of the size of weights and gradients, a block repeated."""
+    block = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32) * np.float32(0.02)
+    block = (block.view(np.uint32) >> 16).astype(np.uint16)
+    for array in given.values():
+        block = np.roll(block, 1)
+        for start in range(0, array.size, block.size):
+            array[start : start + block.size] = block[: array.size - start]
+            if isinstance(array, np.memmap):
+                mapped.drop_mapped([array[start : start + block.size]])
+
+
+def sampled(arrays):
+    """Return copies of places in each array: the first, the last and some between."""
+    n = arrays["param"].size
+    length = min(ELEMENTS, n)
+    starts = np.linspace(0, n - length, PLACES).astype(np.int64)
+    copies = {name: np.stack([array[start : start + length] for start in starts]) for name, array in arrays.items()}
+    mapped.drop_mapped(arrays.values())
+    return copies
+
+
+def compare(before, after, opt, notes):
+    """Compare places with what `adam_step` makes of them, and end the process if a bit differs."""
+    param, grad = (gpuadam.Bits(before[name], "bfloat16") for name in ("param", "grad"))
+    for step in range(1, opt.steps + 1):
+        gpuadam.adam_step(before["master"], grad, before["m"], before["v"], step, lr=LR, param_copy=param)
+    different = sum(np.count_nonzero(before[name].view(np.uint8) != after[name].view(np.uint8)) for name in after)
+    notes += [opt.describe(), f"{different} different bytes in {PLACES} places of each array after {opt.steps} steps"]
+    if different or not np.count_nonzero(after["m"]):
+        sys.exit(f"offload: {notes[-1]}")
+
+
+def draw(rows, path):
+    """Draw, for each backend and size, the time of each contender."""
+
+    def title(backend, n, of_size):
+        return f"{backend}: {n:,} elements\n{12 * n / 1e9:.3g} GB of state in {of_size[0]['state']}"
+
+    report.draw_bars(rows, path, title, "median time of a step", width=6.5, height=2.8)
+
+
+if __name__ == "__main__":
+    sizes = dict.fromkeys(("CPU", "CUDA"), "8/1")
+    report.main("offload", __doc__, measure_rows, draw, seconds=60.0, sizes=sizes, sizes_help="GB of state / GB of budget")

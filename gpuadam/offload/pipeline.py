@@ -1,0 +1,66 @@
+"""Chunks go through three stages, several at once: while one is updated, another is fetched and a third stored.
+
+Each worker takes the next chunk and brings it through all of its stages. A thread for each stage instead would leave processors
+idle whenever the stages do not take equally long, and on a machine of few they never do.
+"""
+
+import contextlib
+import threading
+
+
+def run(chunks, fetch, update, store, slots):
+    """Call fetch(chunk, slot), update(chunk, slot) and store(chunk, slot) for each chunk, as many at once as there are slots.
+
+    Chunks begin in order. A slot, one of 0 ... slots - 1, is a chunk's own from its fetch to the end of its store. The calling
+    thread is a worker; the others are threads of this call, and none outlives it. If a stage raises, no further stage begins, and
+    when those that run have ended the first error is raised here.
+
+    >>> def said(stage):
+    ...     return lambda chunk, slot: print(stage, chunk, slot)
+    >>> run("ab", said("fetch"), said("update"), said("store"), slots=1)
+    fetch a 0
+    update a 0
+    store a 0
+    fetch b 0
+    update b 0
+    store b 0
+    """
+    chunks = list(chunks)
+    left, taking = iter(chunks), threading.Lock()
+    failures: list[BaseException] = []
+
+    def work(slot):
+        while not failures:
+            with taking:
+                chunk = next(left, None)
+            if chunk is None:
+                return
+            for stage in (fetch, update, store):
+                if failures:
+                    return
+                stage(chunk, slot)
+
+    def work_in_thread(slot):
+        try:
+            work(slot)
+        except BaseException as error:  # noqa: BLE001 - of a thread; it is raised in the calling one
+            failures.append(error)
+
+    threads = []
+    try:
+        with contextlib.suppress(RuntimeError):  # the system has no more threads, or the interpreter is ending
+            for slot in range(1, min(slots, len(chunks))):
+                thread = threading.Thread(target=work_in_thread, args=(slot,), name=f"gpuadam chunks {slot}")
+                thread.start()
+                threads.append(thread)
+        work(0)
+        for thread in threads:
+            thread.join()
+    except BaseException as error:
+        failures.append(error)
+        raise
+    finally:
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
