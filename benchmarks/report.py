@@ -24,7 +24,14 @@ TABLE = ("backend", "elements", "state", "clock")
 # Columns that some benchmarks have beyond measure.COLUMNS: the bytes that a step moves of each element; and of a form of the
 # step, how many times float32's time and bytes it takes.
 FURTHER = ("bytes_per_element", "x_float32", "x_float32_bytes")
-NUMBERS = {*measure.NUMBERS, *FURTHER}
+# Likewise of many ranks: the phases of a step, what a rank sends, and that over the least that it could.
+OF_RANKS = (
+    "ranks",
+    "sent_mb",
+    "x_minimum",
+    *(f"{p}_us" for p in ("agree", "reduce_scatter", "update", "all_gather", "rest")),
+)
+NUMBERS = {*measure.NUMBERS, *FURTHER, *OF_RANKS}
 
 
 def main(
@@ -212,6 +219,7 @@ SUMMARY = {
     "small": (CALL, STEP),
     "memory": (STEP, measure.TORCH_FUSED),
     "offload": ("gpuadam.OffloadAdam.step", "limit: read and write calls", "limit: mapped pages", "limit: copies both ways"),
+    "sharded": ("gpuadam.ShardedAdam, views", "gpuadam.Adam"),
     "first_call": ("import gpuadam", CALL, measure.TORCH_FUSED),
 }
 

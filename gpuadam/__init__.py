@@ -1,5 +1,6 @@
 """The fused Adam update for arrays: the same bits from CuPy, Numba CUDA and the CPU."""
 
+from . import transports
 from .arrays import Bits
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
 from .checkpoint import CheckpointError, load
@@ -9,6 +10,7 @@ from .functional import adam_step
 from .norm import global_norm
 from .offload import OffloadAdam
 from .optimizer import Adam, AdaMax, AdamW, NAdam, RAdam
+from .sharded import ShardedAdam, ShardedAdamW
 
 __version__ = "0.1.0"
 
@@ -20,6 +22,9 @@ __all__ = [  # noqa: RUF022 - in the order of the reference
     "RAdam",
     "AdaMax",
     "OffloadAdam",
+    "ShardedAdam",
+    "ShardedAdamW",
+    "transports",
     "decay_groups",
     "load",
     "CheckpointError",

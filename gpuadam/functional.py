@@ -123,6 +123,7 @@ class Updates(NamedTuple):
     stochastic: bool = False  # narrow params are rounded randomly
     seed: int = 0
     keys: list[int] | None = None  # of each param, for random rounding
+    starts: list[int] | None = None  # likewise the number of its first element, where a param is a part of one
 
     @property
     def operands(self):
@@ -240,7 +241,7 @@ def _checked(groups, backend):
             param, grad, *others = views
             written += [param, *others]
             (written if zero_grad else read).append(grad)
-            one = Update(views, group.keys[n] if group.keys else 0)
+            one = Update(views, group.keys[n] if group.keys else 0, group.starts[n] if group.starts else 0)
             together.setdefault((kernels, param.device, formats_of(by_operand, group)), []).append(one)
         for (kernels, _, formats), updates in together.items():
             batches += [(k, formats, batch) for batch in kernels.batches(updates, formats)]
@@ -327,7 +328,7 @@ class _NumpyArrays:
     def _of_group(group):
         """Return what the tables depend on beside the arrays."""
         formats = [arrays.bare(column)[1] for column in group.columns]
-        return group.operands, group.stochastic, group.keys, group.h.fixed.zero_grad, formats
+        return group.operands, group.stochastic, group.keys, group.starts, group.h.fixed.zero_grad, formats
 
     def same(self, groups):
         """Whether the arrays are what they were. Then the tables have the addresses of the gradients."""

@@ -74,6 +74,7 @@ class Adam:
 
     _decoupled = False
     _algorithm = "adam"
+    _starts: dict[str, int] | None = None  # where arrays are parts of parameters: the number of the first element of each
 
     def __init__(
         self,
@@ -167,7 +168,7 @@ class Adam:
         kinds = [{self._kinds[name] for name in structure.names} for structure in self._structures]
         self._kind_of_group = [found.pop() if len(found) == 1 else None for found in kinds]
         # parameters are rounded by random bits of their own
-        self._keys = {name: device_scalars.step_key(self._seed ^ OF_PARAMETERS, k) for k, name in enumerate(self.state)}
+        self._keys = {name: key_of_parameter(self._seed, k) for k, name in enumerate(self.state)}
         if self.capturable:
             self._start_clocks(iter(views))
 
@@ -356,7 +357,8 @@ class Adam:
         if not narrow and not self._stochastic and "m_scale" not in further:
             return functional.Updates(h, step, columns, names, now, further)
         keys = [self._keys[name] for name in names]
-        return functional.Updates(h, step, columns, names, now, further, self._stochastic, self._seed, keys)
+        starts = [self._starts[name] for name in names] if self._starts else None
+        return functional.Updates(h, step, columns, names, now, further, self._stochastic, self._seed, keys, starts)
 
     def _conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):
         """Return the grad_scale of a step, whether to leave it out, and what a device has to decide of that, for `Now`."""
@@ -520,6 +522,11 @@ OPTIONS = tuple(
 IN_MEMORY = {"bfloat16": "uint16"}  # the dtype of a format that NumPy does not know
 OF_GROUPS = ("m_scale", "v_scale")  # of which there is one for each GROUP of neighbours
 OF_PARAMETERS = 0xD1B54A32D192ED03  # so that the keys of parameters are none of a step
+
+
+def key_of_parameter(seed, number):
+    """Return the key of the number-th parameter of all groups, counted from 0, for random rounding."""
+    return device_scalars.step_key(seed ^ OF_PARAMETERS, number)
 
 
 def _state_format(view, given):

@@ -24,6 +24,7 @@ A *backend* is a file that gives a rule its loop: `cupy_elementwise.py`, `numba_
     zeros_like(view, dtype), zeros(n, dtype, device)  memory for state, and for many parameters
     fill_zero(view)                                zeros in a gradient of a step that is left out
     copy, from_host, to_host                       for loading state, and for tests and measurements
+    native(view)                                   the array in the backend's own library, for the buffers of many ranks
     now, seconds_between                           the device's clock
     pinned, device_bytes, send, receive            of a GPU: memory of both sides, and copies between them on a stream
     on, new_stream, order, record, wait, finish, synchronize   of a GPU: devices, streams, and what waits for what

@@ -118,7 +118,7 @@ def zeros_like(view, dtype=None):
 def fill_zero(view):
     """Store zeros in an array."""
     with cupy.cuda.Device(view.device):
-        _native(view).fill(0)
+        native(view).fill(0)
 
 
 def zeros(n, dtype, device):
@@ -152,13 +152,14 @@ copies_any_layout = True
 
 
 def copy(to, source):
-    """Copy one array into another of the same shape and dtype, on the current stream."""
+    """Copy one array into another of the same shape, of its dtype or of a wider one, on the current stream."""
     with cupy.cuda.Device(to.device):
         current = current_stream()
         others = {view.stream for view in (to, source)} - {None, current}
         for other in others:
             order(other, current)
-        _native(to)[...] = _native(source)
+        given = native(source)
+        native(to)[...] = given if to.dtype == source.dtype else storage.widened(given, source.format)
         for other in others:
             order(current, other)
 
@@ -220,7 +221,8 @@ def _in_and_out(operands, values):
 IN_MEMORY = {format: f"uint{8 * n}" if n < 4 else format for format, n in storage.FORMATS.items()}
 
 
-def _native(view):
+def native(view):
+    """Return an array as CuPy's."""
     if isinstance(view.array, cupy.ndarray):
         return view.array
     if view.size == 0:

@@ -158,6 +158,10 @@ def chunks_of(n):
     return -(-n // CHUNK)
 
 
+def chunks_of_all(views):
+    return sum(chunks_of(view.size) for view in views)
+
+
 def _bytes(n):
     return -(-8 * n // VECTOR_BYTES) * VECTOR_BYTES
 

@@ -15,6 +15,11 @@ def launch(views, out, device, stream):
     return global_norm_gpu.launch(cupy_elementwise, sys.modules[__name__], views, out, device, stream)
 
 
+def chunk_sums(views):
+    """Return the sums of all chunks in the host's memory, as `global_norm_gpu.chunk_sums` says."""
+    return global_norm_gpu.chunk_sums(cupy_elementwise, sys.modules[__name__], views)
+
+
 def current_device():
     """Return the number of the current device."""
     return cupy.cuda.runtime.getDevice()
@@ -24,6 +29,11 @@ def empty(device, stream):
     """Return a new result on the current device and stream, and its address."""
     result = cupy.empty((), np.float64)
     return result, result.data.ptr
+
+
+def on_host(address, n, device):
+    """Return a copy of n float64 in device memory, when the current stream has written them."""
+    return cupy.asnumpy(cupy_elementwise._unowned(address, (n,), np.float64, device))
 
 
 def run(form, stream, chunks, arguments):

@@ -58,6 +58,28 @@ def _what(views, plan, one, device):
     )
 
 
+def chunk_sums(backend, own, views):
+    """Return the sums of the squares of all chunks as a NumPy array, in their order. The host waits for them.
+
+    views: of arrays on one device, used on its current stream.
+    """
+    if not views:
+        return np.empty(0)
+    device = views[0].device
+    plan = global_norm.plan(views, VECTOR_BYTES)
+    table = _Table(backend, device, plan)
+    with backend.on(device, None):
+        stream = backend.current_stream() or streams.LEGACY_DEFAULT
+        at, workspace = table.addresses(stream)
+        for one in plan.passes:
+            if one.form.squares:
+                own.run(one.form, stream, one.chunks, (at, one.first_row, one.n_rows, workspace + one.out, one.chunks, 0))
+        table.used(stream)
+        sums = own.on_host(workspace, global_norm.chunks_of_all(views), device)
+    table.release()
+    return sums
+
+
 def _check_capture(out, others):
     """Refuse what a graph that is being captured cannot hold."""
     if out is None:

@@ -1,6 +1,7 @@
 """The sums of `global_norm.py` on the CPU, as Numba loops."""
 
 import functools
+import math
 import sys
 
 import numpy as np
@@ -38,6 +39,28 @@ def norm(views):
         last = one is plan.passes[-1]
         run(one, table, result.ctypes.data if last else workspace.ctypes.data + one.out, last)
     return result.item()
+
+
+def chunk_sums(views):
+    """Return the sums of the squares of all chunks of NumPy arrays, in their order: the norm's terms, before its levels."""
+    plan = global_norm.plan(views)
+    sums = np.empty(global_norm.chunks_of_all(views))
+    for one in plan.passes:
+        if one.form.squares:
+            run(one, plan.table, sums.ctypes.data, last=False)
+    return sums
+
+
+def norm_of_chunks(sums):
+    """Return the norm as a float. sums: float64, without gaps, of the chunks of all arrays in their order."""
+    form = global_norm.Form("float64", squares=False)
+    while sums.size != 1:
+        n = sums.size
+        above = np.empty(max(1, global_norm.chunks_of(n)))
+        table = np.array([sums.ctypes.data, n, 1, 1, COLUMNS, 0, 0, 0, n, sums.itemsize])
+        run(global_norm.Pass(form, 0, 1, above.size, n, 0), table, above.ctypes.data, last=False)
+        sums = above
+    return math.sqrt(sums[0])
 
 
 def run(one, table, out, last):

@@ -81,8 +81,13 @@ copies_any_layout = True
 
 
 def copy(to, source):
-    """Copy one array into another of the same shape and dtype."""
-    np.copyto(to.array, source.array)
+    """Copy one array into another of the same shape, of its dtype or of a wider one."""
+    np.copyto(to.array, source.array if to.dtype == source.dtype else storage.widened(source.array, source.format))
+
+
+def native(view):
+    """Return an array as NumPy's."""
+    return view.array
 
 
 def launch(form, views, scalars, rule=adam, stream=None, key=0):

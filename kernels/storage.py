@@ -97,6 +97,11 @@ def of_form(form):
     return operands(form.arrays, form.zero_grad)
 
 
+def widened(array, format):
+    """Return an array of NumPy or CuPy as one that they can widen: a bfloat16's bits are the upper half of a float32's."""
+    return (array.view("uint16").astype("uint32") << 16).view("float32") if format == "bfloat16" else array
+
+
 def lanes(form):
     """Return how many elements a thread of a GPU takes at once: 16 bytes of the narrowest array, but 8 codes of 8-bit state."""
     if form.arrays.grouped:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ import many
 import memory
 import peers
 import report
+import sharded
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 # those of them that are not installed are left out, and named
@@ -176,3 +178,39 @@ def test_a_backend_that_was_not_measured_at_a_size_leaves_its_panel_empty(tmp_pa
 
     large.draw([row("cupy", 1), row("cupy", 10), row("numba-cuda", 1)], tmp_path / "large.png")
     assert (tmp_path / "large.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# Many ranks
+
+
+def job(ranks, contender, n, seconds):
+    """What a job would have found that took a millisecond a step for each rank."""
+    phases = dict.fromkeys(sharded.PHASES, ranks * 0.0001)
+    return {"seconds": [ranks * 1e-3] * 5, "phases": phases, "n_bytes": 2 * (ranks - 1) * 4 * 8192 // ranks}
+
+
+def test_the_scaling_over_ranks_is_tabulated_and_drawn(monkeypatch, tmp_path):
+    monkeypatch.setattr(sharded, "timed_job", job)
+    notes, options = [], SimpleNamespace(sizes=["4096"], seconds=0.0)
+    strong, weak = sharded.measure_rows(backends.BACKENDS["numba-cpu"], options, notes)
+    of_views = [row for row in (*strong, *weak) if row["contender"] == sharded.VIEWS]
+    assert [(row["state"], row["ranks"], row["elements"]) for row in of_views] == [
+        *(("strong", ranks, 4096) for ranks in (1, 2, 4)),
+        *(("weak", ranks, ranks * 4096) for ranks in (1, 2, 4)),
+    ]
+    assert [row["x_minimum"] for row in of_views] == [None, 2.0, 2.0, None, 1.0, 0.5]  # 8192 elements are sent each time
+    output.write_csv(tmp_path / "sharded.csv", strong + weak)
+    assert output.read_csv(tmp_path / "sharded.csv", report.NUMBERS) == strong + weak
+    printed = run("sharded", "--rows", str(tmp_path / "sharded.csv"), "--out", str(tmp_path)).stdout
+    assert "strong scaling" in printed and "weak scaling" in printed
+    assert (tmp_path / "sharded.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_ranks_are_timed_and_send_the_padded_buffers():
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    if not (Path(sys.executable).parent / "mpiexec").exists():
+        pytest.skip(f"mpiexec is not installed beside {Path(sys.executable).name}: pip install mpich")
+    found = sharded.timed_job(2, sharded.VIEWS, 5000, 0.0)
+    assert len(found["seconds"]) == 5 and min(found["seconds"]) > 0
+    assert set(found["phases"]) == set(sharded.PHASES) and min(found["phases"].values()) > 0
+    assert found["n_bytes"] == 2 * 4 * 8192 // 2  # two cells, of which each rank sends the other's, twice

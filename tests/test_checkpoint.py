@@ -353,7 +353,7 @@ def test_state_goes_from_every_backend_to_the_cpu_and_back(library, tmp_path):
     on_cpu.step(grads(p, 1))
     on_cpu.save(tmp_path / "cpu", with_params=True)
     there = {name: library.array(np.zeros_like(a)) for name, a in p.items()}
-    opt = gpuadam.load(tmp_path / "cpu", there, backend=library.backend, with_params=True)
+    opt = gpuadam.load(tmp_path / "cpu", there, backend=library.name, with_params=True)
     assert all(library.numpy(there[name]).tobytes() == a.tobytes() for name, a in p.items())
     opt.save(tmp_path / "back", with_params=True)
     assert (tmp_path / "back").read_bytes() == (tmp_path / "cpu").read_bytes()

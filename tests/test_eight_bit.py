@@ -319,6 +319,18 @@ def test_a_table_of_many_arrays_gives_the_bits_of_each_alone():
 # Quality and cost
 
 
+def test_each_parameter_and_each_seed_has_random_bits_of_its_own():
+    def codes(seed):
+        params, grad = [np.ones(1000, "f4") for _ in range(2)], np.random.default_rng(0).standard_normal(1000).astype("f4")
+        opt = gpuadam.Adam(params, state_dtype="8bit", seed=seed)
+        opt.step([grad, grad])
+        return [opt.state[name]["m"] for name in "01"]
+
+    (one, other), (again, _), (other_seed, _) = codes(0), codes(0), codes(1)
+    assert (one == again).all()
+    assert (one != other).any() and (one != other_seed).any()
+
+
 def test_state_after_200_steps_is_near_float32s():
     """Root mean squares of the differences, of those of the numbers; the tolerances are twice what was measured.
 

@@ -1,5 +1,6 @@
 """`global_norm`: the order of the sum, its bits on every backend, errors, and what only a GPU can show."""
 
+import ctypes
 import math
 import os
 import re
@@ -299,7 +300,7 @@ gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 from gpu_drivers import CupyDriver, NumbaDriver  # noqa: E402
 from numba import types  # noqa: E402
 
-from gpuadam.kernels import global_norm_cupy, global_norm_numba_cuda  # noqa: E402
+from gpuadam.kernels import cupy_elementwise, global_norm_cupy, global_norm_numba_cuda  # noqa: E402
 
 SUM = order.Form("float64", squares=False)
 
@@ -469,6 +470,26 @@ def test_with_gpuadam_sync_an_error_names_the_pass_and_the_arrays(driver, monkey
     with pytest.raises(RuntimeError, match=said + "RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS"):
         global_norm(grads, backend=driver.backend)
     assert driver.waited_for == [1, 1, 1, 1]
+
+
+def test_the_sums_of_chunks_come_to_the_host_as_the_cpu_has_them(monkeypatch):
+    driver = CupyDriver(monkeypatch)
+
+    def launch(form, stream, chunks, arguments):
+        kernel = gpu_code.loaded(ptx("cupy", form, "sm_80"))
+        driver.execute(kernel, -(-chunks // 4), gpu_code.packed(kernel, *arguments))
+
+    def on_host(address, n, device):
+        return np.ctypeslib.as_array((ctypes.c_double * n).from_address(address)).copy()
+
+    monkeypatch.setattr(global_norm_cupy, "run", launch)
+    monkeypatch.setattr(global_norm_cupy, "on_host", on_host)
+    arrays = many()
+    expected = global_norm_numba_cpu.chunk_sums([gpuadam.arrays.on_cpu("", a) for a in arrays])
+    views = [cupy_elementwise.view("", a) for a in there(driver, arrays)]
+    assert expected.size > 4
+    assert global_norm_cupy.chunk_sums(views).tobytes() == expected.tobytes()
+    assert global_norm_numba_cpu.norm_of_chunks(expected) == global_norm(arrays)
 
 
 def test_out_on_the_device_is_written_and_returned(driver):

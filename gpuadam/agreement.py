@@ -1,0 +1,46 @@
+"""What all ranks must have in common: found out before anything is written, and raised on every one of them."""
+
+import hashlib
+import textwrap
+
+KINDS = {kind.__name__: kind for kind in (TypeError, ValueError)}
+
+
+def agreed(transport, prepare):
+    """Call prepare() on every rank; return (its result, whether its flag is set on any rank) where all agree.
+
+    prepare: returns (result, what must be the same on all ranks: a dict name -> value, flag). If it raises on one rank, every
+    rank raises. Raises ValueError, the same on every rank, for what differs.
+
+    >>> from gpuadam import transports
+    >>> agreed(transports.Local(), lambda: ("checked", {"lr": 0.1}, False))
+    ('checked', False)
+    """
+    result, described, flag, error = None, {}, False, None
+    try:
+        result, described, flag = prepare()
+    except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one; it is raised below
+        error = caught
+    problem = None if error is None else (type(error).__name__, str(error))
+    digest = hashlib.blake2b(repr(described).encode(), digest_size=16).digest()
+    found = transport.exchange((problem, digest, flag))
+    if error is not None:
+        raise error
+    for rank, (problem, _, _) in enumerate(found):
+        if problem is not None:
+            kind, message = problem
+            raise KINDS.get(kind, RuntimeError)(f"rank {rank} raised {kind}, so all ranks stop: {message}")
+    if len({digest for _, digest, _ in found}) > 1:
+        raise ValueError(_difference(transport.exchange(described)))
+    return result, any(flag for *_, flag in found)
+
+
+def _difference(descriptions):
+    """Return what the first thing is that is not the same on all ranks."""
+    first = descriptions[0]
+    for rank, other in enumerate(descriptions):
+        for name in [*first, *other]:
+            if name not in first or name not in other or repr(first[name]) != repr(other[name]):
+                ours, theirs = (textwrap.shorten(str(d.get(name, "not there")), 500) for d in (first, other))
+                return f"the ranks differ in {name}: {ours} on rank 0, {theirs} on rank {rank}. Give all ranks the same"
+    raise AssertionError("descriptions of different digests are the same")

@@ -1,0 +1,349 @@
+"""What the ranks of `test_sharded.py` do, and what they compare themselves with.
+
+A job is a function here that every rank runs. Rank 0 prints what was found as one line of JSON; then all step on for ever,
+until the test kills one of them.
+"""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+
+import gpuadam
+from gpuadam import transports
+
+STEPS = 2
+SHAPES = {
+    "large": (3, 5000),
+    "empty": (0,),
+    "scalar": (),
+    "one": (1,),
+    "seven": (7,),
+    "below a cell": (4095,),
+    "a cell": (4096,),
+    "above a cell": (4097,),
+    "larger": (20_011,),
+    "nothing, 2-D": (5, 0),
+}
+LAST = ("seven", "larger")  # in a group of their own, where there are groups
+
+
+def float32(shape, rng):
+    return rng.standard_normal(shape).astype("f4")
+
+
+def float64(shape, rng):
+    return rng.standard_normal(shape)
+
+
+def bfloat16(shape, rng):
+    bits = rng.standard_normal(shape).astype("f4").view("u4") >> 16
+    return gpuadam.Bits(np.asarray(bits, "u2"), "bfloat16")
+
+
+def strided(shape, rng):
+    """Arrays in F order, and with gaps."""
+    whole = rng.standard_normal((*shape[:-1], 2 * shape[-1]) if shape else shape).astype("f4")
+    return np.asfortranarray(whole)[..., ::2] if shape else whole
+
+
+# name: (an array of a parameter, arguments of the optimizer, arguments of the step)
+CASES = {
+    "any layout, some skipped": (strided, {}, {"skips": True}),
+    "groups, clipped": (float32, {"weight_decay": 0.1, "decoupled": True, "groups": True}, {"max_norm": 0.5}),
+    "views, clipped": (float32, {"views": True}, {"max_norm": 0.5}),
+    "float64, clipped": (float64, {}, {"max_norm": 0.5}),  # float32 would round the last bits of the norm away
+    "8 bits": (float32, {"state_dtype": "8bit", "seed": 3}, {}),
+    "bfloat16": (bfloat16, {"state_dtype": "bfloat16", "stochastic_rounding": True, "seed": 4}, {}),
+    "remainder": (bfloat16, {"master": "remainder", "ema_decay": 0.5}, {}),
+    "nadam": (float32, {"algorithm": "nadam"}, {}),
+}
+
+
+def params_of(case, rank=0):
+    """Return the parameters of a case. Only those of rank 0 count."""
+    rng = np.random.default_rng(rank)
+    return {name: CASES[case][0](shape, rng) for name, shape in SHAPES.items()}
+
+
+LARGEST = 2_000_000  # eight of them have 24 bits, as a float32; the sum of all squares has more than a float64's 53
+
+
+def grads_of(case, step, rank, ranks):
+    """Return a rank's gradients: numbers whose sum over all ranks is exact, and the same for any number of ranks."""
+    dtype = "f8" if CASES[case][0] is float64 else "f4"
+
+    def draw(name, rank):
+        rng = np.random.default_rng([step, list(SHAPES).index(name), rank])
+        return rng.integers(-LARGEST, LARGEST, SHAPES[name]) / 1024
+
+    grads = {}
+    for name in SHAPES:
+        whole = draw(name, 0)
+        others = sum((draw(name, k) for k in range(1, ranks)), np.zeros_like(whole))
+        grads[name] = np.asarray(whole - others if rank == 0 else draw(name, rank), dtype)
+    if "skips" in CASES[case][2]:
+        grads["large" if step == 1 else "seven"] = None
+    return grads
+
+
+def grouped(case, params):
+    """Return a dict of parameters or of gradients, in groups if the case has them."""
+    if "groups" not in CASES[case][1]:
+        return params
+    rest = {name: array for name, array in params.items() if name not in LAST}
+    return [{"params": rest}, {"params": {name: params[name] for name in LAST}, "lr": 0.05}]
+
+
+def grads_in_groups(case, grads):
+    found = grouped(case, grads)
+    return [group["params"] for group in found] if isinstance(found, list) else found
+
+
+def options_of(case):
+    return {key: value for key, value in CASES[case][1].items() if key != "groups"}
+
+
+def digest(*arrays):
+    """Return a name for the bits of arrays."""
+    found = hashlib.sha256()
+    for array in arrays:
+        array = array.array if isinstance(array, gpuadam.Bits) else array
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:16]
+
+
+STATE = ("m", "v", "ema", "remainder", "m_scale", "v_scale")
+
+
+def unsharded(case):
+    """Return the digest of parameters and state after the steps of one `gpuadam.Adam`."""
+    params, options = params_of(case), options_of(case)
+    options.pop("views", None)
+    decoupled, algorithm = options.pop("decoupled", False), options.pop("algorithm", "adam")
+    make = gpuadam.NAdam if algorithm == "nadam" else gpuadam.AdamW if decoupled else gpuadam.Adam
+    opt = make(grouped(case, params), lr=0.1, **options)
+    for step in range(1, STEPS + 1):
+        opt.step(grads_in_groups(case, grads_of(case, step, 0, 1)), **step_options(case))
+    state = [s[key] for key in STATE for name, s in opt.state.items() if key in s and np.prod(SHAPES[name])]
+    return digest(*params.values(), *state)
+
+
+def step_options(case):
+    return {key: value for key, value in CASES[case][2].items() if key != "skips"}
+
+
+def sharded(case, transport):
+    """Return the digest of this rank's parameters and of the state of all, after the same steps."""
+    params, options = params_of(case, transport.rank), options_of(case)
+    algorithm = {"lr": 0.1} | options
+    opt = gpuadam.ShardedAdam(grouped(case, params), transport, reduction="sum", bucket_bytes=40_000, **algorithm)
+    for step in range(1, STEPS + 1):
+        grads = grads_in_groups(case, grads_of(case, step, transport.rank, transport.size))
+        if options.get("views"):
+            for name, grad in grads.items():
+                opt.grads[name][...] = grad
+            grads = opt.grads
+        opt.step(grads, **step_options(case))
+    state = [array for key in STATE for array in in_order_of_names(opt, opt.gathered(key))]
+    return digest(*(opt.params if options.get("views") else params).values(), *state)
+
+
+def in_order_of_names(opt, by_name):
+    return [by_name[name] for group in opt.groups for name in group["names"] if name in by_name]
+
+
+# Jobs
+
+
+def bits():
+    """Every case on 8 ranks, and on parts of them: 4, 3, 1, and four times 2."""
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    found = {case: {} for case in CASES}
+    for color_of_rank in ([0] * 8, [0] * 4 + [1] * 3 + [2], [0, 0, 1, 1, 2, 2, 3, 3]):
+        transport = transports.MPI(world.Split(color_of_rank[world.rank], world.rank))
+        for case, of_case in found.items():
+            of_case.setdefault(transport.size, set()).add(sharded(case, transport))
+    everywhere = world.gather(found)
+    if world.rank == 0:
+        together = {case: {} for case in CASES}
+        for of_rank in everywhere:
+            for case, of_case in of_rank.items():
+                for ranks, digests in of_case.items():
+                    together[case].setdefault(str(ranks), set()).update(digests)
+        found = {case: {ranks: sorted(d) for ranks, d in of_case.items()} for case, of_case in together.items()}
+    go_on(transports.MPI(), found)
+
+
+def training_and_refusals():
+    """What four ranks learn, what they refuse, and when they leave a step out."""
+    transport = transports.MPI()
+    found = {
+        "accuracy": accuracy(transport, os.environ.get("DIGITS")),
+        "accuracy alone": accuracy(transports.Local(), os.environ.get("DIGITS")) if transport.rank == 0 else None,
+        "refused": {name: refused(transport, **differing(transport.rank)) for name, differing in DIFFERING.items()},
+        "refused steps": {name: refused_step(transport, of_rank) for name, of_rank in BAD_STEPS.items()},
+        "conditions": conditions(transport),
+        "mean": mean(transport),
+        "shards": shards(transport),
+    }
+    everywhere = transport.exchange(found)
+    go_on(transport, {key: [of_rank[key] for of_rank in everywhere] for key in found})
+
+
+def accuracy(transport, digits):
+    """Train two layers on handwritten digits for 100 steps, each rank with its part of them. Return what part it tells right.
+
+    digits: a file of "x" and "y", or None.
+    """
+    if digits is None:
+        return None
+    with np.load(digits) as arrays:
+        x, y = arrays["x"], arrays["y"]
+    mine = slice(len(x) * transport.rank // transport.size, len(x) * (transport.rank + 1) // transport.size)
+    rng = np.random.default_rng(0)
+    params = {"w1": rng.standard_normal((64, 64)).astype("f4") / 8, "w2": rng.standard_normal((64, 10)).astype("f4") / 8}
+    opt = gpuadam.ShardedAdamW(params, transport, lr=0.01)
+
+    def forward(x):
+        hidden = np.maximum(x @ params["w1"], 0)
+        return hidden, hidden @ params["w2"]
+
+    for _ in range(100):
+        hidden, scores = forward(x[mine])
+        p = np.exp(scores - scores.max(1, keepdims=True))
+        error = (p / p.sum(1, keepdims=True) - np.eye(10, dtype="f4")[y[mine]]) / len(x[mine])
+        of_hidden = error @ params["w2"].T * (hidden > 0)
+        opt.step({"w1": x[mine].T @ of_hidden, "w2": hidden.T @ error}, max_norm=1.0)
+    return float((forward(x)[1].argmax(1) == y).mean())
+
+
+def message(function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except Exception as error:  # noqa: BLE001 - what it is, the test says
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+W = np.ones((3, 4), "f4")
+# what each rank gives, by its number
+DIFFERING = {
+    "a shape": lambda rank: {"params": {"w": W if rank != 2 else W.T.copy()}},
+    "a dtype": lambda rank: {"params": {"w": W if rank != 1 else W.astype("f8")}},
+    "a name": lambda rank: {"params": {"w" if rank != 3 else "v": W}},
+    "lr": lambda rank: {"lr": 0.1 if rank != 2 else 0.2},
+    "betas": lambda rank: {"betas": (0.9, 0.99 if rank != 2 else 0.999)},
+    "the seed": lambda rank: {"seed": rank // 3},
+    "the state's dtype": lambda rank: {"state_dtype": None if rank != 1 else "bfloat16"},
+    "bucket_bytes": lambda rank: {"bucket_bytes": 1 << (20 if rank != 1 else 21)},
+    "a bad array": lambda rank: {"params": {"w": W if rank != 1 else W.astype("i4")}},
+    "state that does not fit": lambda rank: {"params": [np.ones(40_000), W.copy()], "state_dtype": "8bit"},
+}
+
+
+def refused(transport, params=None, **options):
+    """Return what the constructor raises, and whether an array was written to."""
+    params = {"w": W.copy()} if params is None else params
+    before = digest(*(params.values() if isinstance(params, dict) else params))
+    said = message(gpuadam.ShardedAdam, params, transport, **options)
+    after = digest(*(params.values() if isinstance(params, dict) else params))
+    return said, before == after
+
+
+G = np.ones((3, 4), "f4")
+# (gradients, options of the step) of each rank
+BAD_STEPS = {
+    "a gradient's shape": lambda rank: ({"w": G if rank != 2 else G[:2]}, {}),
+    "a gradient of one rank": lambda rank: ({"w": G if rank != 2 else None}, {}),
+    "max_norm": lambda rank: ({"w": G}, {"max_norm": 1.0 if rank else None}),
+    "grad_scale": lambda rank: ({"w": G}, {"grad_scale": 1.0 + (rank == 3)}),
+    "an lr that was changed": lambda rank: ({"w": G}, {"lr": 0.5 if rank == 1 else 0.1}),
+    "a clip that rounds to 0": lambda rank: ({"w": G}, {"max_norm": 1e-60}),
+}
+
+
+def refused_step(transport, of_rank):
+    """Return what a step raises, whether anything was changed, and whether the next step is as if it had not been."""
+    params, twin = {"w": W.copy()}, {"w": W.copy()}
+    opt = gpuadam.ShardedAdam(params, transport, lr=0.1)
+    grads, options = of_rank(transport.rank)
+    opt.groups[0]["lr"] = options.pop("lr", 0.1)
+    said = message(opt.step, grads, **options)
+    unchanged = opt.steps == 0 and (params["w"] == W).all()
+    opt.groups[0]["lr"] = 0.1
+    opt.step({"w": G})
+    gpuadam.ShardedAdam(twin, transport, lr=0.1).step({"w": G})
+    return said, bool(unchanged), digest(params["w"]) == digest(twin["w"])
+
+
+def conditions(transport):
+    """Return (steps taken, whether the parameter moved, the largest gradient after) of steps that one rank would leave out."""
+    found = {}
+    inf = np.full(5000, np.inf if transport.rank == 1 else 1, "f4")
+    one = np.ones(5000, "f4")
+    for name, grad, options in (
+        ("found_inf", one, {"found_inf": transport.rank == 2}),
+        ("infinite", inf, {"check_finite": True}),
+        ("finite", one, {"check_finite": True}),
+        ("not looked at", one, {}),
+    ):
+        param, grad = np.ones(5000, "f4"), grad.copy()
+        opt = gpuadam.ShardedAdam(param, transport, zero_grad=True)
+        opt.step(grad, **options)
+        found[name] = opt.steps, bool((param != 1).any()), float(np.abs(grad).max())
+    return found
+
+
+def mean(transport):
+    """Return whether a step by the mean is one by the sum that is divided in the same factor, and the caller's change counted."""
+    params = [np.linspace(-1, 1, 9000, dtype="f4"), np.ones(5, "f4")]
+    expected = [p.copy() for p in params]
+    opt, reference = gpuadam.ShardedAdam(params, transport), gpuadam.Adam(expected)
+    for step in range(STEPS):
+        for p in params + expected:
+            p[0] = step  # who owns the parameters may change them
+        opt.step([np.full(p.shape, transport.rank + step, "f4") for p in params], max_norm=0.01)
+        total = sum(rank + step for rank in range(transport.size))
+        reference.step([np.full(p.shape, total, "f4") for p in params], grad_scale=1 / transport.size, max_norm=0.01)
+    return [digest(*params), digest(*expected)]
+
+
+def shards(transport):
+    """Return (name, start, stop, shape of the state) of what this rank owns, and the bytes of its state."""
+    params = {"w": np.ones((100, 300), "f4"), "b": np.ones(300, "f4")}
+    opt = gpuadam.ShardedAdam(params, transport, bucket_bytes=40_000)
+    opt.step({"w": params["w"].copy(), "b": params["b"].copy()})
+    own = [(s.name, s.start, s.stop, list(s.state["m"].shape)) for s in opt.shards]
+    right = all((s.param == params[s.name].reshape(-1)[s.start : s.stop]).all() for s in opt.shards)
+    return own, sum(s.state["m"].nbytes + s.state["v"].nbytes for s in opt.shards), bool(right)
+
+
+def go_on(transport, found):
+    """Print what was found, then step for ever."""
+    pids = transport.exchange(os.getpid())
+    param = np.zeros(100_000, "f4")
+    opt = gpuadam.ShardedAdam(param, transport, bucket_bytes=40_000)
+    if transport.rank == 0:
+        print(json.dumps({"pids": pids, "found": found}), flush=True)
+    while True:
+        opt.step(np.ones(param.size, "f4"), max_norm=1.0)
+
+
+def stepping():
+    """Nothing else."""
+    go_on(transports.MPI(), None)
+
+
+def one_raises():
+    """One rank raises amid the steps, and nobody handles it."""
+    transport = transports.MPI()
+    param = np.zeros(10_000, "f4")
+    opt = gpuadam.ShardedAdam(param, transport)
+    for step in range(1000):
+        opt.step(np.ones(param.size, "f4"))
+        if (step, transport.rank) == (5, 1):
+            raise RuntimeError("a rank has had enough")

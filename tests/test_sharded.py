@@ -1,0 +1,552 @@
+"""Many ranks: the bits of one, whatever their number; one error for all; a clean end."""
+
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ranks
+from cases import different_bits
+
+import gpuadam
+from gpuadam import transports
+from gpuadam.kernels import global_norm_numba_cpu, numba_cpu
+from gpuadam.shard_layout import CELL, Layout, chunk_numbers, first_chunks
+
+ROOT = Path(__file__).parent.parent
+ENDED_WITHIN = 10  # seconds
+
+
+# The layout
+
+
+SIZES = [0, 1, 7, 4095, 4096, 4097, 15_000, 0, 20_011, 33, 64, 4000, 100]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 64])
+@pytest.mark.parametrize("bucket_cells", [0, 1, 5, 1000])
+def test_the_ranks_own_every_element_once(n, bucket_cells):
+    layout = Layout(SIZES, n, bucket_cells)
+    owners = [np.zeros(size, int) for size in SIZES]
+    in_buffer = np.zeros(layout.size, int)
+    for rank in range(n):
+        for shard in layout.shards(rank):
+            owners[shard.parameter][shard.start : shard.stop] += 1
+            in_buffer[shard.at : shard.at + shard.stop - shard.start] += 1
+            first, last = layout.buckets[shard.bucket].part_of(rank)
+            assert first <= shard.at < shard.at + shard.stop - shard.start <= last
+            assert shard.at == layout.starts[shard.parameter] + shard.start
+    assert all((owner == 1).all() for owner in owners) and in_buffer.max() == 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 64])
+def test_a_parameter_is_cut_at_multiples_of_a_cell_and_lies_at_the_same_place_for_any_number_of_ranks(n):
+    layout = Layout(SIZES, n, 3)
+    assert layout.starts == Layout(SIZES, 1, 1000).starts and all(start % 32 == 0 for start in layout.starts)
+    for rank in range(n):
+        for shard in layout.shards(rank):
+            assert shard.start % CELL == 0 and (shard.stop % CELL == 0 or shard.stop == SIZES[shard.parameter])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_each_rank_has_as_many_elements_and_less_than_a_cell_for_each_is_added_at_the_end(n):
+    layout = Layout(SIZES, n, 4)
+    end = layout.starts[-1] + SIZES[-1]
+    assert all(bucket.part * n == bucket.stop - bucket.start for bucket in layout.buckets)
+    assert end <= layout.size < end + (n + 1) * CELL
+    assert sum(bucket.part for bucket in layout.buckets) * n == layout.size
+
+
+def test_a_bucket_has_about_as_many_bytes_as_asked():
+    layout = Layout([10 * CELL], ranks=2, bucket_cells=4)
+    assert [bucket.part // CELL for bucket in layout.buckets] == [2, 2, 1]
+
+
+def test_parameters_without_elements_have_no_buckets():
+    assert (Layout([0, 0], 4, 8).size, Layout([0, 0], 4, 8).shards(2)) == (0, [])
+
+
+# The norm of what many ranks have
+
+
+@pytest.mark.parametrize(
+    "n, sizes",
+    [*((n, SIZES) for n in (1, 2, 3, 8)), (3, [3]), (2, [4096]), (2, [0]), (3, [4097 * CELL])],  # the last: three levels
+    ids=str,
+)
+def test_the_sums_of_all_ranks_make_the_norm_of_one(monkeypatch, n, sizes):
+    monkeypatch.setattr(numba_cpu, "_n_threads", lambda: 1)  # whose loop is on disk already
+    some = np.random.default_rng(n).standard_normal(40_009).astype("f4")
+    arrays = [np.resize(some, size) for size in sizes]
+    layout = Layout(sizes, n, 3)
+    firsts, count = first_chunks(sizes)
+    sums = np.full(count, np.nan)
+    for rank in range(n):
+        parts = [arrays[s.parameter][s.start : s.stop] for s in layout.shards(rank)]
+        views = [gpuadam.arrays.on_cpu("", part) for part in parts]
+        sums[chunk_numbers(layout, rank, firsts)] = global_norm_numba_cpu.chunk_sums(views)
+    assert global_norm_numba_cpu.norm_of_chunks(sums) == gpuadam.global_norm(arrays)
+
+
+# Ranks of MPI
+
+
+def mpiexec():
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    found = Path(sys.executable).parent / "mpiexec"
+    if not found.exists():
+        pytest.skip(f"mpiexec is not installed beside {Path(sys.executable).name}: pip install mpich")
+    return found
+
+
+def started(n, function, *, run=("-m", "mpi4py"), **environment):
+    """Return the process of a job in `ranks.py` on n ranks."""
+    one_thread = dict.fromkeys(("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.Popen(
+        [mpiexec(), "-n", str(n), sys.executable, *run, "-c", f"import ranks; ranks.{function}()"],
+        env=os.environ | one_thread | {"PYTHONPATH": path} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process):
+    """Return (its exit status, the seconds that it took to end, what it wrote)."""
+    began = time.monotonic()
+    try:
+        out, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, time.monotonic() - began, out + err
+
+
+def job(n, function, **environment):
+    """Return what a job found, and how it ended when one of its ranks was killed amid a step."""
+    process = started(n, function, **environment)
+    line = process.stdout.readline()
+    assert line, f"exit status and output: {ended(process)}"
+    found = json.loads(line)
+    chance = random.Random()
+    time.sleep(chance.uniform(0, 0.2))
+    os.kill(chance.choice(found["pids"]), signal.SIGKILL)
+    return found["found"], ended(process)
+
+
+def once(tmp_path_factory, name, make):
+    """Return what make() returns, as JSON has it. Of all processes of pytest-xdist one calls it, and the others wait."""
+    fcntl = pytest.importorskip("fcntl", reason="no file locks on this system")
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = folder / f"{name}.json"
+        if not path.exists():
+            path.write_text(json.dumps(make()))
+    return json.loads(path.read_text())
+
+
+@functools.cache
+def expected():
+    """The bits of every case by one optimizer. It compiles what the ranks then find on disk."""
+    return {case: ranks.unsharded(case) for case in ranks.CASES}
+
+
+@pytest.fixture(scope="module")
+def of_eight(tmp_path_factory):
+    """The bits of every case with several numbers of ranks; and how the job ended."""
+    expected()
+    return once(tmp_path_factory, "eight", lambda: job(8, "bits"))
+
+
+@pytest.mark.parametrize("case", ranks.CASES)
+def test_1_2_3_4_and_8_ranks_have_the_bits_of_one_optimizer(of_eight, case):
+    """Parameters on every rank, and all state."""
+    found, _ = of_eight
+    assert found[case] == {n: [expected()[case]] for n in ("8", "4", "3", "2", "1")}
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory):
+    """What each of four ranks found, by its name; and how the job ended."""
+    expected()
+    return once(tmp_path_factory, "four", lambda: job(4, "training_and_refusals", **digits(tmp_path_factory)))
+
+
+def digits(tmp_path_factory):
+    """Return where the ranks find the digits, if they are here."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        return {}
+    path = tmp_path_factory.mktemp("digits") / "digits.npz"
+    x, y = load_digits(return_X_y=True)
+    np.savez(path, x=x[:1796].astype("f4") / 16, y=y[:1796])
+    return {"DIGITS": str(path)}
+
+
+def test_four_ranks_learn_to_read_digits_as_well_as_one(of_four):
+    pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+    alone, together = of_four[0]["accuracy alone"][0], of_four[0]["accuracy"]
+    assert len(set(together)) == 1
+    assert together[0] == pytest.approx(alone, abs=0.003)  # 5 of 1796 digits: sums are rounded in another order
+    assert alone > 0.98
+
+
+SAID = {
+    "a shape": "ValueError: the ranks differ in params['w']: number 0, float32 of shape (3, 4) on rank 0, number 0, float32 of "
+    "shape (4, 3) on rank 2",
+    "a dtype": "float32 of shape (3, 4) on rank 0, number 0, float64 of shape (3, 4) on rank 1",
+    "a name": "ValueError: the ranks differ in params['w']: number 0, float32 of shape (3, 4) on rank 0, not there on rank 3",
+    "lr": "ValueError: the ranks differ in lr: 0.1 on rank 0, 0.2 on rank 2",
+    "betas": "ValueError: the ranks differ in betas: (0.9, 0.99) on rank 0, (0.9, 0.999) on rank 2",
+    "the seed": "ValueError: the ranks differ in seed: 0 on rank 0, 1 on rank 3",
+    "the state's dtype": "ValueError: the ranks differ in state_dtype: None on rank 0, bfloat16 on rank 1",
+    "bucket_bytes": "ValueError: the ranks differ in bucket_bytes: 1048576 on rank 0, 2097152 on rank 1",
+    "a bad array": "TypeError: rank 1 raised TypeError, so all ranks stop: params['w'] has dtype int32",
+    "state that does not fit": "TypeError: params['0'] has dtype float64, and 8-bit state",
+}
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_what_differs_between_ranks_is_named_on_all_of_them_before_anything_is_written(of_four, what):
+    for rank, found in enumerate(of_four[0]["refused"]):
+        said, untouched = found[what]
+        if (what, rank) == ("a bad array", 1):
+            assert said.startswith("TypeError: params['w'] has dtype int32")
+        else:
+            assert SAID[what] in said
+        assert untouched
+
+
+SAID_BY_STEPS = {
+    "a gradient's shape": "ValueError: rank 2 raised ValueError, so all ranks stop: the gradient of params['w'] has shape (2, 4)",
+    "a gradient of one rank": "the ranks differ in the parameters without a gradient: [] on rank 0, ['w'] on rank 2",
+    "max_norm": "ValueError: the ranks differ in max_norm: None on rank 0, 1.0 on rank 1",
+    "grad_scale": "ValueError: the ranks differ in grad_scale: 1.0 on rank 0, 2.0 on rank 3",
+    "an lr that was changed": "ValueError: the ranks differ in lr: 0.1 on rank 0, 0.5 on rank 1",
+    "a clip that rounds to 0": "rounds to 0 in float32",
+}
+
+
+@pytest.mark.parametrize("what", SAID_BY_STEPS)
+def test_a_step_that_is_wrong_on_one_rank_is_left_out_on_all_of_them(of_four, what):
+    for rank, found in enumerate(of_four[0]["refused steps"]):
+        said, unchanged, goes_on = found[what]
+        if (what, rank) == ("a gradient's shape", 2):
+            assert said.startswith("ValueError: the gradient of params['w'] has shape (2, 4), params['w'] has (3, 4)")
+        else:
+            assert SAID_BY_STEPS[what] in said
+        assert unchanged and goes_on
+
+
+@pytest.mark.parametrize("what, taken", [("found_inf", 0), ("infinite", 0), ("finite", 1), ("not looked at", 1)])
+def test_a_step_is_left_out_on_all_ranks_if_it_is_on_one(of_four, what, taken):
+    for found in of_four[0]["conditions"]:
+        steps, moved, largest_gradient = found[what]
+        assert (steps, moved) == (taken, bool(taken))
+        assert largest_gradient == 0  # zero_grad, as in a step
+
+
+def test_the_mean_is_the_sum_with_its_factor_in_grad_scale(of_four):
+    (found,) = {tuple(of_rank) for of_rank in of_four[0]["mean"]}
+    ours, expected = found
+    assert ours == expected
+
+
+def test_a_rank_knows_what_it_owns_and_has_no_other_state(of_four):
+    owned = {"w": np.zeros(30_000, int), "b": np.zeros(300, int)}
+    for shards, n_bytes, params_are_right in of_four[0]["shards"]:
+        for name, start, stop, shape in shards:
+            owned[name][start:stop] += 1
+            assert shape == [stop - start]
+        assert params_are_right
+        assert n_bytes <= 2 * 4 * 2 * CELL  # two moments of float32 in two of eight cells
+    assert all((of_name == 1).all() for of_name in owned.values())
+
+
+# How it ends
+
+
+def assert_ended_as_a_failure(end):
+    status, seconds, output = end
+    assert status != 0 and seconds < ENDED_WITHIN, output
+
+
+@pytest.mark.parametrize("of_job", ["of_eight", "of_four"])
+def test_a_job_ends_when_one_of_its_ranks_is_killed(of_job, request):
+    _, end = request.getfixturevalue(of_job)
+    assert_ended_as_a_failure(end)
+
+
+def test_a_job_that_only_steps_ends_when_one_of_its_ranks_is_killed():
+    expected()
+    _, end = job(4, "stepping")
+    assert_ended_as_a_failure(end)
+
+
+def test_a_job_ends_when_a_rank_raises_even_without_mpi4py_as_its_runner():
+    expected()
+    end = ended(started(2, "one_raises", run=()))
+    assert_ended_as_a_failure(end)
+    assert "RuntimeError: a rank has had enough" in end[2]
+
+
+# One rank
+
+
+def sharded(params, **options):
+    return gpuadam.ShardedAdam(params, transports.Local(), **options)
+
+
+w = np.ones((2, 3), "f4")
+
+
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        ({"params": []}, ValueError, "no parameters"),
+        ({"params": [w, w]}, ValueError, "share memory"),
+        ({"params": [w, None]}, TypeError, "None"),
+        ({"params": [w.astype("i4")]}, TypeError, "int32"),
+        ({"params": [{"params": {"a": w}}, {"params": {"a": w.copy()}}]}, ValueError, "two parameters are named 'a'"),
+        ({"transport": None}, TypeError, "transport is a NoneType, which has no rank"),
+        ({"transport": transports.Local}, TypeError, "the class Local"),
+        ({"lr": -1.0}, ValueError, "lr=-1.0"),
+        ({"reduction": "max"}, ValueError, "reduction='max' must be one of 'mean', 'sum'"),
+        ({"bucket_bytes": -1}, ValueError, "bucket_bytes must not be negative"),
+        ({"bucket_bytes": 1e6}, TypeError, "bucket_bytes must be an integer"),
+        ({"capturable": True}, TypeError, "no option .'capturable'"),
+        ({"algorithm": "sgd"}, ValueError, "algorithm='sgd'"),
+        ({"state_dtype": "int4"}, ValueError, "state_dtype='int4'"),
+        ({"algorithm": "adamax", "state_dtype": "8bit"}, ValueError, "AdaMax's v is none"),
+        ({"eps": 1e-60}, ValueError, "rounds to 0"),
+    ],
+)
+def test_what_is_wrong_at_construction_is_said(arguments, error, match):
+    arguments = {"params": [w.copy()], "transport": transports.Local()} | arguments
+    with pytest.raises(error, match=match):
+        gpuadam.ShardedAdam(**arguments)
+
+
+class OnGPUs(transports.Local):
+    memory = "CUDA"
+
+
+def test_arrays_of_another_memory_than_the_transports_are_refused():
+    with pytest.raises(TypeError, match=r"CPU memory, and transports\.OnGPUs takes arrays in CUDA memory"):
+        gpuadam.ShardedAdam(w.copy(), OnGPUs())
+
+
+@pytest.mark.parametrize(
+    "grad, options, error, match",
+    [
+        (np.ones(6, "f4"), {}, ValueError, r"has shape \(6,\)"),
+        (np.ones((2, 3)), {}, TypeError, "float64; it must be float32 or bfloat16 or float16"),
+        (np.broadcast_to(np.float32(1), (2, 3)), {}, ValueError, "elements share memory"),
+        ([w], {}, TypeError, "list"),
+        (w, {"max_norm": -1.0}, ValueError, "max_norm"),
+        (w, {"grad_scale": np.nan}, ValueError, "grad_scale"),
+        (w, {"check_finite": 1}, TypeError, "check_finite"),
+    ],
+)
+def test_a_bad_step_changes_nothing(grad, options, error, match):
+    param = w.copy()
+    opt = sharded(param)
+    with pytest.raises(error, match=match):
+        opt.step(grad, **options)
+    assert (param == 1).all() and opt.steps == 0 and opt.shards[0].state["step"] == 0
+
+
+def test_a_gradient_in_the_place_of_another_is_refused():
+    opt = sharded([w.copy(), w.copy()])
+    with pytest.raises(ValueError, match="in another place of the buffer of gradients than its own"):
+        opt.step(opt.grads[::-1])
+
+
+def test_gradients_in_their_places_are_not_copied(monkeypatch):
+    param = {"w": w.copy()}
+    opt = sharded(param, views=True)
+    opt.grads["w"][...] = 5.0
+    monkeypatch.setattr(opt._kernels, "copy", None)
+    opt.step(opt.grads)
+    assert (opt.params["w"] < 1).all() and (param["w"] == 1).all()
+
+
+def test_parameters_that_are_taken_over_are_not_kept():
+    given = [np.ones(5, "f4"), np.ones(3, "f8")]
+    alive = [weakref.ref(array) for array in given]
+    opt = sharded([{"params": given[:1]}, {"params": given[1:]}], views=True)
+    del given
+    gc.collect()
+    assert [array() for array in alive] == [None, None]
+    opt.step(opt.grads)
+    assert [group["params"][0] is own for group, (own,) in zip(opt.groups, opt.params, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("format", ["float16", "bfloat16"])
+def test_a_narrow_gradient_is_summed_in_float32(format):
+    given = np.arange(9, dtype="f4").reshape(3, 3) - 4  # which both formats hold
+    narrow = given.astype("f2") if format == "float16" else gpuadam.Bits((given.view("u4") >> 16).astype("u2"), "bfloat16")
+    params = [np.ones((3, 3), "f4") for _ in range(2)]
+    sharded(params[0]).step(narrow)
+    sharded(params[1]).step(given)
+    assert different_bits(*params) == 0 and (params[0] != 1).any()
+
+
+def test_a_schedule_is_called_with_the_number_of_the_step():
+    params = [w.copy(), w.copy()]
+    opt, expected = sharded(params[0], lr=lambda step: 0.1 / step), gpuadam.Adam(params[1], lr=lambda step: 0.1 / step)
+    for _ in range(3):
+        opt.step(w)
+        expected.step(w)
+    assert different_bits(*params) == 0
+
+
+def test_only_empty_parameters_are_fine():
+    opt = sharded([np.zeros((0, 3), "f4")])
+    opt.step([np.zeros((0, 3), "f4")], max_norm=1.0)
+    assert opt.steps == 1 and opt.shards == [] and opt.gathered("m") == {}
+
+
+# torch's process groups
+
+
+def of_gloo(rank, file, folder):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    transport = transports.Torch()
+    found = [ranks.sharded(case, transport) for case in ("groups, clipped", "8 bits")]
+    Path(folder, str(rank)).write_text(json.dumps([found, transport.exchange(rank)]))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_of_gloo_have_the_bits_of_one_optimizer(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without torch.distributed")
+    wanted = [expected()["groups, clipped"], expected()["8 bits"]]
+    torch.multiprocessing.spawn(of_gloo, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    for rank in ("0", "1"):
+        assert json.loads((tmp_path / rank).read_text()) == [wanted, [0, 1]]
+
+
+def test_a_transport_without_a_process_group_says_so():
+    pytest.importorskip("torch", reason="torch is not installed")
+    with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group first"):
+        transports.Torch()
+
+
+# NCCL, up to its calls
+
+
+class Stream:
+    """A CUDA stream that writes down what it is asked."""
+
+    def __init__(self, name, log):
+        self.ptr, self.log = name, log
+
+    def record(self, event):
+        return f"an event of {self.ptr}"
+
+    def wait_event(self, event):
+        self.log.append(f"{self.ptr} waits for {event}")
+
+
+class Communicator:
+    """CuPy's, of one rank, over the host's memory: methods, and the order of arguments, as CuPy documents them."""
+
+    def __init__(self, log, ndev, commId, rank):
+        self.log = log
+        assert (ndev, commId, rank) == (1, "a unique id", 0)
+
+    def reduceScatter(self, sendbuf, recvbuf, recvcount, datatype, op, stream):
+        self.log.append(f"reduceScatter on {stream}")
+        assert op == "sum"
+        ctypes.memmove(recvbuf, sendbuf, recvcount * {"f4": 4, "f8": 8}[datatype])
+
+    def allGather(self, sendbuf, recvbuf, count, datatype, stream):
+        self.log.append(f"allGather on {stream}")
+        assert sendbuf == recvbuf and datatype == "u1"
+        ctypes.memset(recvbuf, 7, count)  # so that what is gathered shows
+
+    def broadcast(self, sendbuff, recvbuff, count, datatype, root, stream):
+        self.log.append(f"broadcast on {stream}")
+        assert sendbuff == recvbuff and (datatype, root) == ("u1", 0)
+        ctypes.memset(recvbuff, 8, count)
+
+
+class Memory:
+    """What NCCL's transport asks of a CuPy array."""
+
+    def __init__(self, array):
+        self.array, self.size, self.nbytes, self.dtype = array, array.size, array.nbytes, array.dtype
+        self.data = SimpleNamespace(ptr=array.ctypes.data)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_nccl_moves_whole_buffers_on_a_stream_of_its_own_and_each_stream_waits_for_the_other(monkeypatch, dtype):
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    log = []
+    current, own = Stream("the current one", log), Stream("its own", log)
+    cuda = SimpleNamespace(
+        Stream=lambda non_blocking: own, get_current_stream=lambda: current, Event=lambda disable_timing: None
+    )
+    nccl = SimpleNamespace(
+        available=True,
+        get_unique_id=lambda: "a unique id",
+        NcclCommunicator=functools.partial(Communicator, log),
+        **{"NCCL_FLOAT32": "f4", "NCCL_FLOAT64": "f8", "NCCL_UINT8": "u1", "NCCL_SUM": "sum"},
+    )
+    monkeypatch.setattr(transports, "MPI", lambda comm: transports.Local())
+    fakes = {"cupy": SimpleNamespace(cuda=cuda), "cupy.cuda.nccl": nccl}
+    monkeypatch.setattr(transports, "_imported", lambda name, fix: fakes[name])
+    transport = transports.NCCL()
+    given, part = np.arange(100, dtype=dtype), np.zeros(100, dtype)
+    transport.reduce_scatter(Memory(given), Memory(part)).wait()
+    assert (part == given).all()
+    transport.all_gather(Memory(given)).wait()
+    assert (given.view("u1") == 7).all()
+    transport.broadcast(Memory(given))
+    assert (given.view("u1") == 8).all()
+    before, after = "its own waits for an event of the current one", "the current one waits for an event of its own"
+    calls = ("reduceScatter", "allGather", "broadcast")
+    assert log == [line for call in calls for line in (before, f"{call} on its own", after)]
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5}, {"check_finite": True}])
+@pytest.mark.parametrize("make", [transports.Local, transports.NCCL])
+def test_one_rank_on_a_gpu_has_the_bits_of_the_cpu(make, options):
+    cp = pytest.importorskip("cupy")
+    if make is transports.NCCL:
+        pytest.importorskip("mpi4py")
+        if not importlib.import_module("cupy_backends.cuda.libs.nccl").available:
+            pytest.skip("CuPy finds no NCCL")
+    results = []
+    for there, transport in ((np.asarray, transports.Local()), (cp.asarray, make())):
+        params = {name: there(p) for name, p in ranks.params_of("views, clipped").items()}
+        opt = gpuadam.ShardedAdam(params, transport, lr=0.1, bucket_bytes=40_000)
+        for step in (1, 2, 3):
+            grads = ranks.grads_of("views, clipped", step, 0, 1)
+            opt.step({name: there(grad) for name, grad in grads.items()}, **options)
+        results.append(ranks.digest(*map(opt._kernels.to_host, params.values()), *opt.gathered("m").values()))
+    assert results[0] == results[1]
