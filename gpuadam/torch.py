@@ -11,8 +11,7 @@ import torch
 
 from . import backends, checks, functional, hyperparameters, torch_state
 from . import capturable as capturable_
-from .kernels import device_scalars
-from .optimizer import OF_PARAMETERS, STATE_DTYPES
+from .optimizer import STATE_DTYPES, key_of_parameter
 
 
 class Options(NamedTuple):
@@ -179,8 +178,7 @@ class Adam(torch.optim.Optimizer):
                 f"a parameter of {names} has no {error} in its state: amsgrad or a dtype was changed after its first step"
             ) from None
         seed = self.options.seed
-        # parameters are rounded by random bits of their own
-        keys = [_key(seed ^ OF_PARAMETERS, n) for n in numbers] if self._is_random() else None
+        keys = [_key(seed, n) for n in numbers] if self._is_random() else None
         operands = tuple(torch_state.OPERANDS[key] for key in kept)
         return functional.Updates(h, step, columns, names, now, operands[2:], self.options.stochastic_rounding, seed, keys)
 
@@ -304,7 +302,7 @@ class AdamW(Adam):
             group["decoupled_weight_decay"] = True
 
 
-_key = functools.cache(device_scalars.step_key)
+_key = functools.cache(key_of_parameter)
 
 
 def _number(value):
