@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gpuadam
-from gpuadam.cli import measure
+from gpuadam.cli import forms, measure
 from gpuadam.kernels import adam, numba_cpu
 
 
@@ -25,7 +25,7 @@ def main():
     print(gpuadam.__version__, "float32, medians in us")
     print(f"{'elements':>12}{'serial':>10}{'parallel':>10}{'own pool':>10}{'parallel/serial':>17}")
     for n in [1 << k for k in range(11, 25)]:
-        launch = measure.launcher(numba_cpu, list(measure.data(n, "float32")), adam)
+        launch = forms.launcher(numba_cpu, forms.FORMS["float32"], measure.data(n, "float32"), adam)
         functions = [
             _launch_with(launch, parallel_from=n + 1, threads_are_safe=lambda: True),
             _launch_with(launch, parallel_from=0, threads_are_safe=lambda: True),

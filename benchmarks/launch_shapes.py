@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import gpuadam
 from gpuadam import hyperparameters
-from gpuadam.cli import measure, output
+from gpuadam.cli import forms, measure, output
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.storage import Arrays
 
@@ -159,8 +159,8 @@ def run_on_gpu(kernels, form, scalars, options):
 
     launchers = {name: launcher(name) for name in kernels}
     arrays = [param, grad, m, v]
-    launchers["the package's kernel"] = measure.launcher(cupy_elementwise, arrays, adam)
-    launchers["limit"] = measure.launcher(cupy_elementwise, arrays, limit)
+    launchers["the package's kernel"] = forms.launcher(cupy_elementwise, forms.FORMS["float32"], arrays, adam)
+    launchers["limit"] = forms.launcher(cupy_elementwise, forms.FORMS["float32"], arrays, limit)
     times = measure.in_turn(cupy_elementwise, list(launchers.values()), options.seconds)
     return {name: 1e6 * float(np.median(t)) for name, t in zip(launchers, times, strict=True)}
 

@@ -1,6 +1,6 @@
 """What do fewer bytes save? The time of one update in every format of its arrays, beside float32's.
 
-    python benchmarks/narrow.py [--backend numba-cpu] [--sizes 2e7] [--forms "8-bit state;EMA"] [--seconds 20] [--out FOLDER]
+    python benchmarks/narrow.py [--backend numba-cpu] [--sizes 2e7] [--forms "8-bit state,EMA"] [--seconds 20] [--out FOLDER]
 
 A step is bound by memory, so it should take as many times float32's time as it moves bytes: what it takes beyond that is
 arithmetic, mostly of conversions and random rounding. Each form's kernel runs in turn with all others and with the limit
@@ -8,51 +8,27 @@ rule in the same form, which converts and rounds the same numbers and computes n
 of `gpuadam.adam_step` are measured too for the forms that are used most.
 """
 
-import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import numpy as np
 import peers
 import report
 
-import gpuadam
-from gpuadam import backends, hyperparameters
-from gpuadam.cli import measure, output, plots
-from gpuadam.kernels import adam, limit, storage
-from gpuadam.kernels.layout import Update
-from gpuadam.kernels.storage import Arrays
+from gpuadam import backends
+from gpuadam.cli import forms, measure, output, plots
+from gpuadam.cli.measure import CALL, KERNEL
+from gpuadam.kernels import storage
 
-KERNEL, CALL = "gpuadam kernel + launch", "gpuadam.adam_step"
 FLOAT32 = "float32"
-BF16 = "bfloat16"
-
-
-class Case(NamedTuple):
-    arrays: Arrays
-    algorithm: str = "adam"
-    called: bool = False  # whether adam_step is measured too
-
-
-FORMS = {
-    FLOAT32: Case(Arrays(), called=True),
-    "bfloat16 state": Case(Arrays(state=BF16), called=True),
-    "8-bit state": Case(Arrays(state="8bit"), called=True),
-    "bfloat16 param, grad": Case(Arrays(BF16, BF16)),
-    "all bfloat16, stochastic": Case(Arrays(BF16, BF16, BF16, stochastic=True), called=True),
-    "float16 param, grad": Case(Arrays("float16", "float16")),
-    "bfloat16 param, grad + 16 bits": Case(Arrays(BF16, BF16, remainder=True), called=True),
-    "float32, bfloat16 copy, grad": Case(Arrays(grad=BF16, param_copy=BF16), called=True),
-    "AMSGrad": Case(Arrays(amsgrad=True)),
-    "EMA": Case(Arrays(ema="float32")),
-    "NAdam": Case(Arrays(), "nadam"),
-    "RAdam": Case(Arrays(), "radam"),
-    "AdaMax": Case(Arrays(), "adamax"),
-}
+# float64 has no fewer bytes, and eps-hat is float32's kernel.
+FORMS = {name: case for name, case in forms.FORMS.items() if name not in ("float64", "eps-hat")}
+CALLED = (
+    *(FLOAT32, "bfloat16 state", "8-bit state", "all bfloat16"),
+    *("bfloat16 param and grad + 16 bits", "float32 + bfloat16 copy and grad"),
+)
 
 
 def measure_rows(backend, options, notes):
@@ -63,12 +39,12 @@ def measure_rows(backend, options, notes):
         contenders: dict[tuple[str, str], Callable] = {}
         free = 0.85 * peers.free_bytes(backend)
         for name in names:
-            need = bytes_held(FORMS[name], n)
+            need = bytes_held(name, n)
             if need > free:
                 notes += report.listed({f"{name} at {n:,} elements": f"no memory left: it needs {need / 1e9:.1f} GB"})
                 continue
             free -= need
-            contenders |= {(name, contender): f for contender, f in contenders_of(kernels, FORMS[name], n).items()}
+            contenders |= {(name, contender): f for contender, f in contenders_of(kernels, name, n).items()}
         if (FLOAT32, KERNEL) not in contenders:  # the measure of all others
             continue
         times = measure.in_turn(kernels, list(contenders.values()), options.seconds)
@@ -82,10 +58,10 @@ def rows_of(backend, n, clock, measured):
     """Return the rows of one run. measured: {(name of the form, contender): seconds}."""
     rows = []
     for (name, contender), seconds in measured.items():
-        n_bytes = bytes_moved(FORMS[name])
+        n_bytes = forms.bytes_moved(FORMS[name])
         facts = {"state": "in turn", "clock": clock, "dtype": name, "seconds": seconds, "moved": n_bytes * n}
         row = measure.row("narrow", contender, backend.name, n, **facts) | dict.fromkeys(report.FURTHER)
-        rows.append(row | {"bytes_per_element": n_bytes, "x_float32_bytes": n_bytes / bytes_moved(FORMS[FLOAT32])})
+        rows.append(row | {"bytes_per_element": n_bytes, "x_float32_bytes": n_bytes / forms.bytes_moved(FORMS[FLOAT32])})
     float32 = {row["contender"]: row["p50_us"] for row in rows if row["dtype"] == FLOAT32}
     for row in rows:
         row["x_float32"] = float(f"{row['p50_us'] / float32[row['contender']]:.6g}")
@@ -95,74 +71,20 @@ def rows_of(backend, n, clock, measured):
     return rows
 
 
-def form_and_scalars(case):
-    h = hyperparameters.checked(
-        **peers.HYPERPARAMETERS, weight_decay=0.0, decoupled=False, maximize=False, algorithm=case.algorithm
-    )
-    return hyperparameters.form_and_scalars(h, 10, case.arrays)
-
-
-def bytes_moved(case):
-    """Return the bytes that a step reads and writes of each element."""
-    return storage.bytes_moved(form_and_scalars(case)[0])
-
-
-def bytes_held(case, n):
+def bytes_held(name, n):
     """Return the bytes of all arrays of all contenders of a form."""
-    an_element = sum(o.itemsize / (storage.GROUP if o.of_groups else 1) for o in storage.operands(case.arrays))
-    return an_element * n * (1 + case.called + case.arrays.grouped)
+    arrays = FORMS[name].arrays
+    an_element = sum(o.itemsize / (storage.GROUP if o.of_groups else 1) for o in storage.operands(arrays))
+    return an_element * n * (1 + (name in CALLED) + arrays.grouped)
 
 
-def contenders_of(kernels, case, n):
-    """Return {contender: function that does, or enqueues, one step}."""
-    arrays = own_arrays(kernels, case, n)
-    # The kernel and its limit share their arrays, because which pages an array has can matter. Not so of 8-bit state, where
-    # the limit would store v itself as the root of v.
-    of_limit = own_arrays(kernels, case, n) if case.arrays.grouped else arrays
-    found = {KERNEL: launcher(kernels, case, arrays, adam), measure.LIMIT: launcher(kernels, case, of_limit, limit)}
-    if case.called:
-        found[CALL] = caller(kernels, case, own_arrays(kernels, case, n))
+def contenders_of(kernels, name, n):
+    """Return {contender: function that does, or enqueues, one step} of a form."""
+    case = FORMS[name]
+    found = forms.kernel_and_limit(kernels, case, forms.own_arrays(kernels, case, n))
+    if name in CALLED:
+        found[CALL] = forms.caller(kernels, case, forms.own_arrays(kernels, case, n))
     return found
-
-
-def own_arrays(kernels, case, n):
-    """Return {operand: array}. The numbers are ordinary and stay so, however many steps are done. bfloat16 is in uint16."""
-    rng, arrays = np.random.default_rng(0), {}
-    for operand in storage.operands(case.arrays):
-        block = rng.standard_normal(min(n, 1 << 20)).astype("float32")
-        if operand.name in ("v", "max_v"):
-            block = 1 + block**2
-        if operand.of_groups:
-            array = np.zeros(-(-n // storage.GROUP), operand.format)
-        elif operand.format in ("int16", "uint8"):
-            array = np.zeros(n, operand.format)
-        else:
-            array = np.resize((block.view("uint32") >> 16).astype("uint16") if operand.format == BF16 else block, n)
-            array = array if operand.format == BF16 else array.astype(operand.format, copy=False)
-        arrays[operand.name] = kernels.from_host(array)
-    return arrays
-
-
-def launcher(kernels, case, arrays, rule):
-    """Return a function that launches a rule's kernel, without the checks of a call."""
-    form, scalars = form_and_scalars(case)
-    (batch,) = kernels.batches([Update([kernels.view(name, a) for name, a in arrays.items()])], case.arrays)
-    keys = itertools.count(1)  # of the steps, for random rounding
-
-    def launch(held=arrays):  # a batch on a GPU does not keep its arrays alive
-        batch.launch(form, scalars, rule, batch.place(None), next(keys))
-
-    return launch
-
-
-def caller(kernels, case, arrays):
-    """Return a function that calls adam_step."""
-    formats = {operand.name: operand.format for operand in storage.operands(case.arrays)}
-    given = {name: gpuadam.Bits(a, BF16) if formats[name] == BF16 else a for name, a in arrays.items()}
-    options = {**peers.HYPERPARAMETERS, "algorithm": case.algorithm, "stochastic_rounding": case.arrays.stochastic}
-    options["backend"] = kernels.NAME
-    steps = itertools.count(1)
-    return lambda: gpuadam.adam_step(**given, step=next(steps), **options)
 
 
 def table(rows):
@@ -192,7 +114,7 @@ def draw(rows, path):
         n = max(row["elements"] for row in of_backend)
         largest = [row for row in of_backend if row["elements"] == n]
         _draw_panel(axis, largest)
-        title = f"One update of {n:,} elements, {backend}: time over float32's"
+        title = f"{n:,} elements, {backend}: time over float32's"
         axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     plots.save(figure, path, rows)
 

@@ -21,11 +21,11 @@ import numpy as np
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import measure
+from gpuadam.cli import forms, measure
 from gpuadam.kernels import adam, limit
 
-LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
-HYPERPARAMETERS = {"lr": LR, "betas": BETAS, "eps": EPS}
+HYPERPARAMETERS = forms.HYPERPARAMETERS
+LR, BETAS, EPS = HYPERPARAMETERS.values()
 
 
 class Contender(NamedTuple):
@@ -113,7 +113,8 @@ def adam_class(backend, shapes):
 def _rule(rule):
     def build(backend, shapes):
         kernels = backends.load(backend.name)
-        launchers = [measure.launcher(kernels, arrays, rule) for arrays in _same_arrays(backend, tuple(shapes))]
+        case = forms.FORMS["float32"]
+        launchers = [forms.launcher(kernels, case, arrays, rule) for arrays in _same_arrays(backend, tuple(shapes))]
 
         def step():
             for launch in launchers:

@@ -8,6 +8,7 @@ adds to the notes what was left out, and a function draw(rows, path).
 """
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ import peers
 
 import gpuadam
 from gpuadam import backends
+from gpuadam.cli import forms as step_forms
 from gpuadam.cli import measure, output, plots
+from gpuadam.cli.measure import CALL, KERNEL
 
 TABLE = ("backend", "elements", "state", "clock")
 # Columns that some benchmarks have beyond measure.COLUMNS: the bytes that a step moves of each element; and of a form of the
@@ -60,7 +63,10 @@ def main(
     parser.add_argument("--seconds", type=float, default=seconds, help="for each table, about; default %(default)s")
     parser.add_argument("--peers", metavar="NAME,NAME", help="only these libraries; none for gpuadam alone; default all")
     if forms:
-        parser.add_argument("--forms", metavar="NAME;NAME", help=f"only these of {'; '.join(forms)}; default all")
+        chosen = functools.partial(step_forms.chosen, among=forms)
+        parser.add_argument(
+            "--forms", type=chosen, default=forms, metavar="NAME,NAME", help=f"only these of {', '.join(forms)}; default all"
+        )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help=f"write {name}.csv and {name}.png into it")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for standard output alone")
     parser.add_argument("--rows", metavar="CSV", help="measure nothing: print and draw the rows of this file")
@@ -70,23 +76,15 @@ def main(
         known = [peer.name for peer in peers.PEERS] + ["none"]
         if unknown := set(options.peers) - set(known):
             parser.error(f"there is no peer {', '.join(sorted(unknown))}, only {', '.join(known)}")
-    if forms:
-        options.forms = list(forms) if options.forms is None else options.forms.split(";")
-        if unknown := set(options.forms) - set(forms):
-            parser.error(f"there is no form {'; '.join(sorted(unknown))}, only {'; '.join(forms)}")
 
     try:
-        (rich_console,) = output.need("bench", "rich.console")
+        console = output.console("bench", options)
         if options.out:
             output.need("bench", "matplotlib")
         if not options.rows:
             backends.load(options.backend)
     except (gpuadam.BackendUnavailableError, output.MissingExtraError) as error:
         sys.exit(f"{name}: {error}")
-    console = rich_console.Console(stderr=options.json == "-")
-    if not console.is_terminal:
-        console = rich_console.Console(stderr=options.json == "-", width=130)  # a file has no width
-
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
     rows, notes = [], []
@@ -209,7 +207,7 @@ def merge(path, *sources):
     output.write_csv(path, [dict.fromkeys(columns) | row for row in rows])
 
 
-STEP, KERNEL, CALL = "gpuadam.Adam.step", "gpuadam kernel + launch", "gpuadam.adam_step"
+STEP = "gpuadam.Adam.step"
 SUMMARY = {
     "large": (STEP, KERNEL),
     "bench": (KERNEL,),

@@ -21,7 +21,11 @@ def main(argv=None):
     bench = commands.add_parser("bench", help="throughput, in GB/s and in percent of the measured limit")
     bench.add_argument("--sizes", type=_sizes, metavar="N,N", help="elements, such as 1e5,2e7; by default a sweep")
     bench.add_argument(
-        "--dtypes", type=_dtypes, default=("float32", "float64"), metavar="T,T", help="default float32,float64"
+        *("--forms", "--dtypes"),
+        type=_forms,
+        default=("float32", "float64"),
+        metavar="NAME,NAME",
+        help='formats, formulas and algorithms, such as "float32,8-bit state,NAdam", or all; default float32,float64',
     )
     bench.add_argument("--seconds", type=float, default=1.0, help="time spent on each row (default 1)")
     bench.add_argument("--plot", metavar="FILE", help="write throughput against size as PNG")
@@ -50,11 +54,10 @@ def _sizes(text):
     return sizes
 
 
-def _dtypes(text):
-    names = text.split(",")
-    if not set(names) <= {"float32", "float64"}:
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from float32,float64")
-    return names
+def _forms(text):
+    from .cli import forms  # which other commands do not need
+
+    return forms.chosen(text)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import pytest
 from test_benchmarks import run
 
 from gpuadam import backends
-from gpuadam.cli import measure, output
-from gpuadam.kernels import numba_cpu, storage
+from gpuadam.cli import forms, measure, output
+from gpuadam.kernels import adam, limit, numba_cpu, storage
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -23,7 +23,7 @@ import report
 
 CPU = backends.BACKENDS["numba-cpu"]
 QUICK = ("--backend", "numba-cpu", "--seconds", "0")
-FORMS = ("bfloat16 state", "8-bit state", "all bfloat16, stochastic")
+FORMS = ("bfloat16 state", "8-bit state", "all bfloat16")
 NEEDS_TORCH = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
 
@@ -47,7 +47,7 @@ def rows_of(script, folder, *arguments):
 @pytest.fixture(scope="module")
 def narrow_rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("narrow")
-    return rows_of(narrow, folder, "--sizes", "1000", "--forms", ";".join(FORMS)), folder
+    return rows_of(narrow, folder, "--sizes", "1000", "--forms", ",".join(FORMS)), folder
 
 
 def test_each_form_is_measured_beside_float32_and_its_limit(narrow_rows):
@@ -63,31 +63,52 @@ def test_each_form_is_measured_beside_float32_and_its_limit(narrow_rows):
 
 
 def test_the_bytes_of_every_form_are_known():
-    assert {name: narrow.bytes_moved(case) for name, case in narrow.FORMS.items()} == {
+    assert {name: forms.bytes_moved(case) for name, case in forms.FORMS.items()} == {
         "float32": 28,
+        "float64": 56,
         "bfloat16 state": 20,
         "8-bit state": 16.5,
-        "bfloat16 param, grad": 22,
-        "all bfloat16, stochastic": 14,
-        "float16 param, grad": 22,
-        "bfloat16 param, grad + 16 bits": 26,
-        "float32, bfloat16 copy, grad": 28,
+        "bfloat16 param and grad": 22,
+        "all bfloat16": 14,
+        "float16 param and grad": 22,
+        "bfloat16 param and grad + 16 bits": 26,
+        "float32 + bfloat16 copy and grad": 28,
         "AMSGrad": 36,
         "EMA": 36,
         "NAdam": 28,
         "RAdam": 28,
         "AdaMax": 28,
+        "optax's formula": 28,
+        "eps-hat": 28,
     }
+
+
+def test_the_bytes_of_every_form_are_those_of_the_arrays_that_it_is_measured_on():
+    n = 64
+    for name, case in forms.FORMS.items():
+        arrays = forms.own_arrays(numba_cpu, case, n)
+        # grad is read alone, a copy written alone, all others both
+        moved = sum(a.nbytes * (1 if operand in ("grad", "param_copy") else 2) for operand, a in arrays.items())
+        assert moved == n * forms.bytes_moved(case), name
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_a_call_does_the_same_step_as_the_kernel_of_its_form(form, monkeypatch):
+    launched = []
+    monkeypatch.setattr(numba_cpu, "build", lambda rule, form, loop: lambda *arguments: launched.append((rule, form)))
+    case = forms.FORMS[form]
+    arrays = forms.own_arrays(numba_cpu, case, 64)
+    forms.caller(numba_cpu, case, arrays)()
+    forms.launcher(numba_cpu, case, arrays.values(), adam)()
+    assert launched == 2 * [(adam, forms.form_and_scalars(case)[0])]
 
 
 @pytest.mark.parametrize("form", ["float32", *FORMS])
 def test_the_numbers_stay_ordinary_and_the_limit_changes_none(form):
-    case = narrow.FORMS[form]
-    arrays, of_limit = (narrow.own_arrays(numba_cpu, case, 100) for _ in range(2))
+    case = forms.FORMS[form]
+    arrays, of_limit = (forms.own_arrays(numba_cpu, case, 100) for _ in range(2))
     before = {name: array.copy() for name, array in of_limit.items()}
-    step, by_limit = (
-        narrow.launcher(numba_cpu, case, a, rule) for a, rule in ((arrays, narrow.adam), (of_limit, narrow.limit))
-    )
+    step, by_limit = (forms.launcher(numba_cpu, case, a.values(), rule) for a, rule in ((arrays, adam), (of_limit, limit)))
     for _ in range(100):
         step()
         by_limit()
@@ -118,7 +139,10 @@ def test_a_backend_that_was_measured_in_fewer_forms_is_drawn_beside_the_other(na
 
 
 def test_a_form_that_there_is_not_is_named():
-    assert "there is no form 4-bit state, only float32;" in run("narrow", *QUICK, "--forms", "4-bit state", code=2).stderr
+    assert (
+        "there is no form '4-bit state', only all or float32,"
+        in run("narrow", *QUICK, "--forms", "4-bit state", code=2).stderr
+    )
 
 
 @pytest.mark.parametrize("backend", ["cupy", "numba-cuda"])
@@ -127,7 +151,7 @@ def test_on_a_gpu_every_contender_launches(backend, monkeypatch):
     from gpu_drivers import DRIVERS
 
     driver = next(d for d in DRIVERS if d.backend == backend)(monkeypatch)
-    contenders = narrow.contenders_of(driver.kernels, narrow.FORMS["8-bit state"], 100)
+    contenders = narrow.contenders_of(driver.kernels, "8-bit state", 100)
     for launched, step in enumerate(contenders.values(), start=1):
         step()
         assert len(driver.launches) == launched

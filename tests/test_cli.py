@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam.cli import bench, doctor, measure
-from gpuadam.kernels import adam, limit, numba_cpu
+from gpuadam.cli import contract, doctor, forms, installed, output
+from gpuadam.kernels import adam, limit, numba_cpu, storage
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +53,27 @@ def test_doctor_works_and_says_so(tmp_path):
     report = json.loads((tmp_path / "doctor.json").read_text())
     assert "numba-cpu" in report["works"]
     assert report["versions"]["numpy"] == np.__version__
-    assert "bits of a 1,024-element step: as the contract says" in done.stdout
+    found = report["backends"]["numba-cpu"]
+    assert (
+        found["steps"] == dict.fromkeys(contract.CONTRACTS, "as the contract says")
+        and found["bits"] == found["steps"]["float32"]
+    )
+    for name in contract.CONTRACTS:
+        assert f"bits of a 1,024-element step, {name}: as the contract says" in done.stdout
+    assert report["parts"]["checkpoints"]["works"] is True
+    assert "state that was saved and loaded has the same bits" in done.stdout
+
+
+def test_doctor_imports_no_optional_package():
+    code = (
+        "import gpuadam.__main__ as m, sys\n"
+        "m.main(['doctor'])\n"
+        "print([n for n in ('torch', 'safetensors', 'rich', 'mpi4py', 'pytest', 'pytest_gpuadam') if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.endswith("numba-cpu\n[]\n"), done.stdout + done.stderr
 
 
 def test_doctor_fails_where_nothing_works():
@@ -67,19 +88,119 @@ def test_doctor_fails_where_nothing_works():
     assert done.returncode == 1 and "Works: nothing" in done.stdout
 
 
-def test_doctor_notices_wrong_bits(monkeypatch):
-    monkeypatch.setattr(doctor, "CONTRACT_BITS", "something else")
+@pytest.mark.parametrize("name", contract.CONTRACTS)
+def test_doctor_notices_wrong_bits(monkeypatch, name):
+    known = contract.CONTRACTS
+    monkeypatch.setattr(contract, "CONTRACTS", known | {name: known[name]._replace(bits="something else")})
     found = doctor._examine("numba-cpu")
-    assert not found["works"] and "wrong bits" in found["reason"]
+    assert not found["works"] and found["reason"] == f"a step ran and gave wrong bits ({name})" and found["fix"]
+    assert {label for label, bits in found["steps"].items() if bits == "as the contract says"} == set(known) - {name}
+    assert found["steps"][name] == f"differ: {known[name].bits}"
 
 
-def test_doctors_arrays_hold_every_kind_of_number():
-    for array in doctor.contract_arrays():
+def test_doctor_goes_on_after_a_step_that_fails(monkeypatch):
+    digest_on = contract.digest_on
+
+    def of_others(name, known):
+        if known.arrays.grouped:
+            raise RuntimeError("no registers left")
+        return digest_on(name, known)
+
+    monkeypatch.setattr(contract, "digest_on", of_others)
+    found = doctor._examine("numba-cpu")
+    assert not found["works"] and found["reason"] == "a step failed (8-bit state): RuntimeError: no registers left"
+    assert found["steps"] == {
+        "float32": doctor.AS_THE_CONTRACT,
+        "all bfloat16": doctor.AS_THE_CONTRACT,
+        "8-bit state": "failed",
+    }
+
+
+@pytest.mark.parametrize("name", contract.CONTRACTS)
+def test_doctors_arrays_hold_every_kind_of_number(name):
+    known = contract.CONTRACTS[name]
+    for operand, array in zip(storage.operands(known.arrays), contract.arrays_of(known), strict=True):
+        if known.arrays.grouped and operand.name not in ("param", "grad"):
+            assert not array.any()
+            continue
+        values = (array.astype("u4") << 16).view("f4") if operand.format == "bfloat16" else array
         tiny = np.finfo("f4").smallest_normal
-        assert np.isnan(array).any() and np.isinf(array).any() and (array == 0).any()
-        assert ((array != 0) & (np.abs(array) < tiny)).any()
-    _, _, _, v, max_v = doctor.contract_arrays()
-    assert not (np.signbit(v).any() or np.signbit(max_v).any())
+        assert np.isnan(values).any() and np.isinf(values).any() and (values == 0).any()
+        assert ((values != 0) & (np.abs(values) < tiny)).any()
+        assert np.signbit(values).any() != (operand.name in ("v", "max_v"))
+
+
+def test_every_nan_is_one_in_a_digest_and_every_other_bit_counts():
+    for known in contract.CONTRACTS.values():
+        arrays = contract.arrays_of(known)
+        before = contract.digest_of(known, arrays)
+        for operand, array in zip(storage.operands(known.arrays), arrays, strict=True):
+            bits = array.view(f"u{array.itemsize}")
+            bits[-1] ^= 1
+            assert contract.digest_of(known, arrays) != before
+            bits[-1] ^= 1
+            if operand.name == "param":
+                assert np.isnan((bits[3:4].astype("u4") << 16 if bits.itemsize == 2 else bits[3:4]).view("f4"))
+                bits[3] |= 1
+                assert contract.digest_of(known, arrays) == before
+
+
+def test_doctor_says_that_checkpoints_cannot_be_saved_and_why(monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(installed.tempfile, "TemporaryDirectory", full)
+    found = installed.parts()["checkpoints"]
+    assert found["works"] is False and "No space left" in found["reason"] and "TMPDIR" in found["fix"]
+
+
+def test_doctor_notices_state_that_comes_back_otherwise(monkeypatch):
+    load = installed.checkpoint.load
+
+    def one_bit_off(*arguments, **options):
+        opt = load(*arguments, **options)
+        opt.state["w"]["max_v"].view("u4")[7] ^= 1
+        return opt
+
+    monkeypatch.setattr(installed.checkpoint, "load", one_bit_off)
+    assert installed.parts()["checkpoints"]["works"] is False
+
+
+@pytest.mark.parametrize(
+    "version, works",
+    [(None, None), ("2.3.1", False), ("1.13.1+cu117", False), ("2.4.0a0+git1", True), ("2.13.0+cpu", True), ("3.0", True)],
+)
+def test_doctor_knows_which_torch_is_new_enough(monkeypatch, version, works):
+    monkeypatch.setattr(output, "versions_of", lambda packages: dict.fromkeys(packages, version))
+    found = installed.parts()["gpuadam.torch"]
+    assert found["works"] is works and str(version or "not installed") in found["reason"]
+    assert works or found["fix"] == 'pip install "gpuadam[torch]"'
+
+
+def test_doctor_names_what_an_extra_lacks(monkeypatch):
+    monkeypatch.setattr(output, "versions_of", lambda packages: {p: None if p == "matplotlib" else "1" for p in packages})
+    found = installed.parts()["bench"]
+    assert found == {"works": None, "reason": "matplotlib not installed", "fix": 'pip install "gpuadam[bench]"'}
+
+
+def test_doctor_finds_the_pytest_plugin_where_it_is_registered(monkeypatch):
+    metadata = installed.importlib.metadata
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: ())
+    assert installed.parts()["pytest plugin"]["works"] is None
+    registered = metadata.EntryPoint("pytest_gpuadam", "pytest_gpuadam", "pytest11")
+    monkeypatch.setattr(metadata, "entry_points", lambda **wanted: [registered] if registered.matches(**wanted) else [])
+    assert installed.parts()["pytest plugin"]["works"] is True
+
+
+def test_the_extras_are_those_of_pyproject():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["optional-dependencies"]
+    for extra, packages in installed.EXTRAS.items():
+        named = [r for needed in declared[extra] for r in (declared["demo"] if needed == "gpuadam[demo]" else [needed])]
+        assert sorted(re.match(r"[\w-]+", requirement)[0] for requirement in named) == sorted(packages)
+    assert declared["torch"] == [f"torch>={'.'.join(map(str, installed.TORCH))}"]
+    assert project["entry-points"]["pytest11"] == {"pytest_gpuadam": "pytest_gpuadam"}
 
 
 def test_bench_measures_and_draws(tmp_path):
@@ -93,9 +214,31 @@ def test_bench_measures_and_draws(tmp_path):
         assert r["p05_us"] <= r["p20_us"] <= r["p50_us"] <= r["p80_us"] <= r["p95_us"]
         assert r["device"] and r["date"] and r["python"] and r["numba"]
         if contender != "gpuadam.adam_step":
-            assert r["gb_per_s"] == pytest.approx(7 * np.dtype(dtype).itemsize * n / r["p50_us"] / 1e3, rel=1e-4)
+            assert r["bytes_per_element"] == 7 * np.dtype(dtype).itemsize
+            assert r["gb_per_s"] == pytest.approx(r["bytes_per_element"] * n / r["p50_us"] / 1e3, rel=1e-4)
             assert r["x_limit"] == pytest.approx(r["p50_us"] / by_case[dtype, n, "limit"]["p50_us"], rel=1e-4)
     assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bench_measures_forms_by_their_names_in_one_table_and_draws_bars(tmp_path):
+    plot, result = tmp_path / "bench.png", tmp_path / "bench.json"
+    names = ["8-bit state", "all bfloat16", "optax's formula"]
+    arguments = ("--backend", "numba-cpu", "--forms", ",".join(names), "--sizes", "1000", "--seconds", "0.01")
+    printed = run("bench", *arguments, "--plot", str(plot), "--json", str(result)).stdout
+    rows = json.loads(result.read_text())["rows"]
+    assert [r["dtype"] for r in rows if r["contender"] == "limit"] == names
+    lines = [re.split(r"  +", line.strip()) for line in printed.splitlines() if line.strip().startswith(tuple(names))]
+    assert [line[:2] for line in lines] == [["8-bit state", "16.5"], ["all bfloat16", "14"], ["optax's formula", "28"]]
+    assert printed.startswith("numba-cpu, 1,000 elements")
+    for r in rows:
+        if r["contender"] != "gpuadam.adam_step":
+            assert r["gb_per_s"] == pytest.approx(r["bytes_per_element"] * 1000 / r["p50_us"] / 1e3, rel=1e-4)
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_forms_are_chosen_by_name_once_each_or_all():
+    assert forms.chosen("8-bit state, float32,8-bit state") == ["8-bit state", "float32"]
+    assert forms.chosen("all") == list(forms.FORMS)
 
 
 def test_json_on_standard_output_is_json_alone():
@@ -104,14 +247,14 @@ def test_json_on_standard_output_is_json_alone():
 
 
 def test_the_benchmarks_data_stay_finite_under_both_kernels():
-    arrays = list(bench.data(1000, "float32"))
-    step, move = (measure.launcher(numba_cpu, arrays, rule) for rule in (adam, limit))
+    arrays = forms.own_arrays(numba_cpu, forms.FORMS["float32"], 1000)
+    step, move = (forms.launcher(numba_cpu, forms.FORMS["float32"], arrays.values(), rule) for rule in (adam, limit))
     for _ in range(20_000):
         step()
-    before = [a.copy() for a in arrays]
+    before = {name: a.copy() for name, a in arrays.items()}
     move()
-    assert all((a == b).all() for a, b in zip(arrays, before, strict=True))
-    assert (arrays[3] >= np.finfo("f4").smallest_normal).all() and all(np.isfinite(a).all() for a in arrays)
+    assert all((a == before[name]).all() for name, a in arrays.items())
+    assert (arrays["v"] >= np.finfo("f4").smallest_normal).all() and all(np.isfinite(a).all() for a in arrays.values())
 
 
 @pytest.mark.parametrize(
@@ -121,7 +264,8 @@ def test_the_benchmarks_data_stay_finite_under_both_kernels():
         (("train",), "invalid choice"),
         (("bench", "--sizes", "many"), "not a list of numbers"),
         (("bench", "--sizes", "0"), "at least 1"),
-        (("bench", "--dtypes", "float16"), "choose from"),
+        (("bench", "--dtypes", "float16"), "there is no form 'float16', only all or float32, float64"),
+        (("bench", "--forms", "float32,"), "there is no form ''"),
         (("demo", "--backend", "gpu"), "invalid choice"),
     ],
 )

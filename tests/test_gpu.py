@@ -5,7 +5,7 @@ import pytest
 from cases import FORMS, assert_same_bits, different_bits, wide_state
 
 import gpuadam
-from gpuadam.cli import doctor
+from gpuadam.cli import contract
 
 pytestmark = pytest.mark.gpu
 
@@ -14,8 +14,10 @@ def on_gpu(cp, arrays):
     return [None if a is None else cp.asarray(a) for a in arrays]
 
 
-def test_doctor_finds_the_contracts_bits(backend):
-    assert doctor.step_digest(backend) == doctor.CONTRACT_BITS
+@pytest.mark.parametrize("name", contract.CONTRACTS)
+def test_doctor_finds_the_contracts_bits(backend, name):
+    known = contract.CONTRACTS[name]
+    assert contract.digest_on(backend, known) == known.bits
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -10,7 +10,7 @@ from ptx import Refused
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
 from gpuadam.arrays import on_cpu  # noqa: E402
-from gpuadam.cli import doctor  # noqa: E402
+from gpuadam.cli import contract  # noqa: E402
 from gpuadam.kernels import numba_cpu  # noqa: E402
 from gpuadam.kernels.layout import split  # noqa: E402
 
@@ -140,10 +140,27 @@ def test_the_first_and_last_blocks_beyond_2_31_elements(compiler, arch):
 
 
 def test_the_steps_that_doctor_runs_have_the_digest_that_it_knows(compiler, arch):
-    arrays = doctor.contract_arrays()
-    for form, scalars in doctor.contract_steps():
+    known = contract.CONTRACTS["float32"]
+    arrays = contract.arrays_of(known)
+    for form, scalars, _ in contract.steps_of(known):
         gpu_code.run(compiler, form, arch, arrays, scalars)
-    assert doctor.digest_of(arrays) == doctor.CONTRACT_BITS
+    assert contract.digest_of(known, arrays) == known.bits
+
+
+def test_so_have_those_of_all_bfloat16(compiler):
+    known = contract.CONTRACTS["all bfloat16"]
+    arrays = contract.arrays_of(known)
+    for form, scalars, key in contract.steps_of(known):
+        gpu_code.run(compiler, form, "sm_90", arrays, scalars, key=key)
+    assert contract.digest_of(known, arrays) == known.bits
+
+
+def test_so_have_those_of_8_bit_state(compiler):
+    known = contract.CONTRACTS["8-bit state"]
+    arrays = contract.arrays_of(known)
+    for form, scalars, key in contract.steps_of(known):
+        gpu_code.run_table(compiler, form, "sm_90", [arrays], scalars, gpu_code.memory_of(arrays), key=key)
+    assert contract.digest_of(known, arrays) == known.bits
 
 
 def test_the_runner_refuses_what_it_should(compiler):

@@ -1,30 +1,29 @@
 """python -m gpuadam doctor: what is installed, what works, how to mend it.
 
-"Works" means that a real step ran on the backend and gave the bits that the arithmetic contract says, on every machine the
-same: subnormals, infinities and NaN are among the 1,024 elements.
+A backend works if real steps ran on it, in float32 and in narrow formats, and gave the bits that the arithmetic contract says
+(`contract.py`).
 """
 
-import hashlib
 import os
 import tempfile
+import textwrap
 from pathlib import Path
 
 import numpy as np
 
-from .. import backends, hyperparameters
-from ..kernels.storage import Arrays
-from . import output
+from .. import backends
+from . import contract, installed, output
 
-# sha256 of param, m, v and max_v after three steps, every NaN as one; the same on every backend and architecture.
-CONTRACT_BITS = "3e5f14bc758011dea89910eacd5030398b931ff4c01c79ec8709586f785e7b3a"
+AS_THE_CONTRACT = "as the contract says"
 
 
 def run(options):
     """Print the report; return 0 if at least one backend works."""
     report = {
         "machine": output.machine(),
-        "versions": output.versions(),
+        "versions": output.versions() | output.versions_of(installed.PACKAGES),
         "backends": {name: _examine(name) for name in backends.BACKENDS},
+        "parts": installed.parts(),
         "caches": _caches(),
         "warnings": _warnings(),
     }
@@ -38,58 +37,24 @@ def run(options):
 
 def _examine(name):
     status = backends.backend_status()[name]
-    found = {"works": False, "reason": status.reason, "fix": status.fix, "bits": None}
+    found = {"works": False, "reason": status.reason, "fix": status.fix, "bits": None, "steps": {}}
     if not status.available:
         return found
-    try:
-        digest = step_digest(name)
-    except Exception as error:  # noqa: BLE001 - whatever a driver or compiler raises is what the report is for
-        fix = "mend what the message names; reinstall with " + backends.GPU_EXTRA
-        return found | {"reason": f"a step failed: {type(error).__name__}: {error}", "fix": fix}
-    if digest == CONTRACT_BITS:
-        return found | {"works": True, "bits": "as the contract says"}
-    fix = "see the warnings below; if there are none, please report it with this page"
-    return found | {"reason": "a step ran and gave wrong bits", "bits": f"differ: {digest}", "fix": fix}
-
-
-def step_digest(name):
-    """Run three steps on a backend and return the sha256 of what they leave."""
-    kernels = backends.load(name)
-    arrays = [kernels.from_host(a) for a in contract_arrays()]
-    views = [kernels.view(label, a) for label, a in zip(("param", "grad", "m", "v", "max_v"), arrays, strict=True)]
-    for form, scalars in contract_steps():
-        kernels.launch(form, views, scalars)
-    return digest_of([kernels.to_host(a) for a in arrays])
-
-
-def contract_steps():
-    """Return (Form, Scalars) of the three steps."""
-    h = hyperparameters.checked(
-        lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, decoupled=True, maximize=True, grad_scale=0.7
-    )
-    return [hyperparameters.form_and_scalars(h, step, Arrays(amsgrad=True)) for step in (1, 2, 3)]
-
-
-def digest_of(arrays):
-    """Return the sha256 of float32 arrays in which every NaN is one."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        bits = array.view("u4")
-        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-        digest.update(np.where(is_nan, np.uint32(0x7FC00000), bits).astype("<u4").tobytes())
-    return digest.hexdigest()
-
-
-def contract_arrays(n=1024):
-    """Return param, grad, m, v and max_v: every kind of float32, the same on every machine."""
-    # multiples of odd constants run through all bit patterns evenly (Knuth's multiplicative hashing)
-    arrays = [(np.arange(1, n + 1, dtype="u4") * np.uint32(odd)).view("f4") for odd in (2654435761, 2246822519, 3266489917)]
-    arrays += [
-        (np.arange(1, n + 1, dtype="u4") * np.uint32(odd) >> np.uint32(1)).view("f4") for odd in (668265263, 374761393)
-    ]
-    for k, array in enumerate(arrays):
-        array[k * 8 : k * 8 + 4] = [0.0, np.inf, 1e-45, np.nan]
-    return arrays
+    wrong = []
+    for label, known in contract.CONTRACTS.items():
+        try:
+            digest = contract.digest_on(name, known)
+        except Exception as error:  # noqa: BLE001 - whatever a driver or compiler raises is what the report is for
+            found["steps"][label] = "failed"
+            wrong.append(f"a step failed ({label}): {type(error).__name__}: {error}")
+            found["fix"] = "mend what the message names; reinstall with " + backends.GPU_EXTRA
+            continue
+        found["steps"][label] = AS_THE_CONTRACT if digest == known.bits else f"differ: {digest}"
+        if digest != known.bits:
+            wrong.append(f"a step ran and gave wrong bits ({label})")
+            found["fix"] = found["fix"] or "see the warnings below; if there are none, please report it with this page"
+    found["bits"] = found["steps"]["float32"]
+    return found | ({"reason": "; ".join(wrong)} if wrong else {"works": True})
 
 
 def _caches():
@@ -140,14 +105,16 @@ def _warnings():
 def _print(report):
     versions = dict(report["versions"])
     print(f"gpuadam {versions.pop('gpuadam')} on {report['machine']['system']}, {report['machine']['cpu']}")
-    print("with " + ", ".join(f"{name} {version}" for name, version in versions.items() if version))
+    with_them = "with " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    print(textwrap.fill(with_them, 120, subsequent_indent="     ", break_on_hyphens=False))
     print()
     for name, found in report["backends"].items():
-        print(f"{'works' if found['works'] else 'NO':>7}  {name:<12} {found['reason']}")
-        if found["works"]:
-            print(f"{'':22}bits of a 1,024-element step: {found['bits']}")
-        else:
-            print(f"{'':22}to mend it: {found['fix']}")
+        _print_part(name, found)
+        for label, bits in found["steps"].items():
+            print(f"{'':23}bits of a 1,024-element step, {label}: {bits}")
+    print()
+    for name, found in report["parts"].items():
+        _print_part(name, found)
     print()
     for name, cache in report["caches"].items():
         state = "can be written" if cache["writable"] else f"CANNOT be written: {cache['fix']}"
@@ -155,3 +122,10 @@ def _print(report):
     for warning in report["warnings"]:
         print("Warning:", warning)
     print("Works:", ", ".join(report["works"]) or "nothing")
+
+
+def _print_part(name, found):
+    mark = {True: "works", False: "NO", None: "-"}[found["works"]]
+    print(f"{mark:>7}  {name:<13} {found['reason']}" + (f": {found['fix']}" if found["works"] is None else ""))
+    if found["works"] is False:
+        print(f"{'':23}to mend it: {found['fix']}")

@@ -11,12 +11,12 @@ import time
 
 import numpy as np
 
-from .. import backends, hyperparameters
-from ..kernels.storage import Arrays
+from .. import backends
 from . import output
 
 ARRAYS_READ_AND_WRITTEN = 7  # reads param, grad, m and v; writes param, m and v
 QUANTILES = (5, 20, 50, 80, 95)
+KERNEL, CALL = "gpuadam kernel + launch", "gpuadam.adam_step"
 LIMIT, TORCH_FUSED = "limit", "torch fused"
 MEASURED = ("samples", *(f"p{q:02}_us" for q in QUANTILES), "gb_per_s", "x_limit", "x_torch_fused", "peak_mb")
 # What identifies a row; what was measured; then what it was measured on and with.
@@ -28,19 +28,12 @@ COLUMNS = (
 NUMBERS = {"elements", "arrays", "cores", *MEASURED}
 
 
-def data(n, dtype):
-    """Yield param, grad, m and v: random numbers, repeated, that stay ordinary under both kernels, however often they run."""
-    block = np.random.default_rng(0).standard_normal((4, min(n, 1 << 20))).astype(dtype)
-    block[3] = 1 + block[3] ** 2
-    return (np.resize(row, n) for row in block)
-
-
-def launcher(kernels, arrays, rule):
-    """Return a function that launches a rule's kernel on param, grad, m and v, without the checks of a call."""
-    views = [kernels.view("", a) for a in arrays] + [None]
-    h = hyperparameters.checked(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False, maximize=False)
-    form, scalars = hyperparameters.form_and_scalars(h, 10, Arrays(*[views[0].dtype.name] * 3))
-    return lambda: kernels.launch(form, views, scalars, rule)
+def data(n, dtype, names=("param", "grad", "m", "v")):
+    """Yield an array for each name: random numbers, repeated, that stay ordinary under step and limit, however often they run."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        block = rng.standard_normal(min(n, 1 << 20)).astype(dtype)
+        yield np.resize(1 + block**2 if name in ("v", "max_v") else block, n)
 
 
 def in_turn(kernels, functions, seconds, at_least=11):

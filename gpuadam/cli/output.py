@@ -25,6 +25,13 @@ def need(extra, *modules):
         raise MissingExtraError(f'{error.name} is not installed: pip install "gpuadam[{extra}]"') from error
 
 
+def console(extra, options):
+    """Return a rich Console on standard output, or on standard error if that is where the JSON goes."""
+    (rich_console,) = need(extra, "rich.console")
+    found = rich_console.Console(stderr=options.json == "-")
+    return found if found.is_terminal else rich_console.Console(stderr=options.json == "-", width=130)  # a file has no width
+
+
 def write_json(path, data):
     """Write to a file, or to standard output if path is "-"."""
     text = json.dumps(data, indent=2) + "\n"
@@ -67,7 +74,12 @@ def versions():
         "optax",
         "deepspeed",
     ]
-    found: dict[str, str | None] = {"gpuadam": __version__, "python": platform.python_version()}
+    return {"gpuadam": __version__, "python": platform.python_version()} | versions_of(packages)
+
+
+def versions_of(packages):
+    """Return {package: version, or None if it is not installed}, without importing any."""
+    found: dict[str, str | None] = {}
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)

@@ -1,0 +1,95 @@
+"""Steps whose bits are known. They are the same on every backend, architecture and compiler: that is the arithmetic contract.
+
+Each is three steps on 1,024 elements, among them subnormals, infinities and NaN, and of the two narrow ones the random bits too.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import backends, hyperparameters
+from ..kernels import adam, device_scalars, storage
+from ..kernels.layout import Update
+from ..kernels.storage import Arrays
+
+
+class Contract(NamedTuple):
+    """The formats of the arrays, and the sha256 of all of them after the steps, every NaN as one."""
+
+    arrays: Arrays
+    bits: str
+
+
+CONTRACTS = {
+    "float32": Contract(Arrays(amsgrad=True), "3e5f14bc758011dea89910eacd5030398b931ff4c01c79ec8709586f785e7b3a"),
+    "all bfloat16": Contract(
+        Arrays("bfloat16", "bfloat16", "bfloat16", stochastic=True),
+        "538c8b89a1d660c717a3dc7cd580c40131ecaba400afdf97339c641fc9311687",
+    ),
+    "8-bit state": Contract(Arrays(state="8bit"), "fd5cb12bc6504cdc0ee018c5aed8b85a3e5efa035b1a5f998f95bbae4eabeb1d"),
+}
+ODD = (2654435761, 2246822519, 3266489917, 668265263, 374761393)
+NAN = {"float32": 0x7FC00000, "bfloat16": 0x7FC0}
+INFINITY = {"float32": 0x7F800000, "bfloat16": 0x7F80}
+
+
+def digest_on(name, contract):
+    """Do the steps on a backend and return the sha256 of what they leave."""
+    kernels = backends.load(name)
+    arrays = [kernels.from_host(a) for a in arrays_of(contract)]
+    batches = kernels.batches([Update([kernels.view("", a) for a in arrays])], contract.arrays)
+    for form, scalars, key in steps_of(contract):
+        for batch in batches:
+            batch.launch(form, scalars, adam, batch.place(None), key)
+    found = [kernels.to_host(a) for a in arrays]
+    for batch in batches:
+        batch.release()
+    return digest_of(contract, found)
+
+
+def steps_of(contract):
+    """Return (Form, Scalars, key for random rounding) of the three steps."""
+    h = hyperparameters.checked(
+        lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, decoupled=True, maximize=True, grad_scale=0.7
+    )
+    return [
+        (*hyperparameters.form_and_scalars(h, step, contract.arrays), device_scalars.step_key(0, step)) for step in (1, 2, 3)
+    ]
+
+
+def arrays_of(contract, n=1024):
+    """Return the arrays before the first step, in the order of the operands, the same on every machine. bfloat16 is in uint16.
+
+    They hold every kind of number. 8-bit state is zero, and most of its gradients are from 2**-15 to 2, because one that is
+    infinite, or whose square is, makes all its group NaN.
+    """
+    found = []
+    for k, operand in enumerate(storage.operands(contract.arrays)):
+        if contract.arrays.grouped and operand.name not in ("param", "grad"):
+            found.append(np.zeros(n // storage.GROUP if operand.of_groups else n, operand.format))
+            continue
+        # multiples of odd constants run through all bit patterns evenly (Knuth's multiplicative hashing)
+        bits = np.arange(1, n + 1, dtype="u4") * np.uint32(ODD[k])
+        if operand.name in ("v", "max_v"):
+            bits >>= np.uint32(1)
+        if contract.arrays.grouped and operand.name == "grad":
+            bits[n // 4 :] = bits[n // 4 :] & np.uint32(0x87FFFFFF) | np.uint32(0x38000000)
+        if operand.format == "bfloat16":
+            bits = (bits >> np.uint32(16)).astype("u2")
+        bits[k * 8 : k * 8 + 4] = [0, INFINITY[operand.format], 1, NAN[operand.format]]
+        found.append(bits if operand.format == "bfloat16" else bits.view(operand.format))
+    return found
+
+
+def digest_of(contract, arrays):
+    """Return the sha256 of arrays in the order of the operands, in which every NaN is one."""
+    digest = hashlib.sha256()
+    for operand, array in zip(storage.operands(contract.arrays), arrays, strict=True):
+        bits = array.view(f"u{operand.itemsize}")
+        if operand.format in NAN:
+            nan, infinity = (bits.dtype.type(of[operand.format]) for of in (NAN, INFINITY))
+            magnitude = bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
+            bits = np.where(magnitude > infinity, nan, bits)
+        digest.update(bits.astype(f"<u{operand.itemsize}").tobytes())
+    return digest.hexdigest()
