@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import numpy as np
 import peers
 import report
 
@@ -24,7 +23,6 @@ import gpuadam
 from gpuadam import backends, hyperparameters
 from gpuadam.cli import measure, output, plots
 from gpuadam.kernels import adam, limit, storage
-from gpuadam.kernels.layout import Update
 from gpuadam.kernels.storage import Arrays
 
 KERNEL, CALL = "gpuadam kernel + launch", "gpuadam.adam_step"
@@ -126,33 +124,11 @@ def contenders_of(kernels, case, n):
 
 
 def own_arrays(kernels, case, n):
-    """Return {operand: array}. The numbers are ordinary and stay so, however many steps are done. bfloat16 is in uint16."""
-    rng, arrays = np.random.default_rng(0), {}
-    for operand in storage.operands(case.arrays):
-        block = rng.standard_normal(min(n, 1 << 20)).astype("float32")
-        if operand.name in ("v", "max_v"):
-            block = 1 + block**2
-        if operand.of_groups:
-            array = np.zeros(-(-n // storage.GROUP), operand.format)
-        elif operand.format in ("int16", "uint8"):
-            array = np.zeros(n, operand.format)
-        else:
-            array = np.resize((block.view("uint32") >> 16).astype("uint16") if operand.format == BF16 else block, n)
-            array = array if operand.format == BF16 else array.astype(operand.format, copy=False)
-        arrays[operand.name] = kernels.from_host(array)
-    return arrays
+    return measure.arrays_of_form(kernels, case.arrays, n)
 
 
 def launcher(kernels, case, arrays, rule):
-    """Return a function that launches a rule's kernel, without the checks of a call."""
-    form, scalars = form_and_scalars(case)
-    (batch,) = kernels.batches([Update([kernels.view(name, a) for name, a in arrays.items()])], case.arrays)
-    keys = itertools.count(1)  # of the steps, for random rounding
-
-    def launch(held=arrays):  # a batch on a GPU does not keep its arrays alive
-        batch.launch(form, scalars, rule, batch.place(None), next(keys))
-
-    return launch
+    return measure.launcher_of_form(kernels, case.arrays, *form_and_scalars(case), arrays, rule)
 
 
 def caller(kernels, case, arrays):

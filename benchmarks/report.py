@@ -24,7 +24,9 @@ TABLE = ("backend", "elements", "state", "clock")
 # Columns that some benchmarks have beyond measure.COLUMNS: the bytes that a step moves of each element; and of a form of the
 # step, how many times float32's time and bytes it takes.
 FURTHER = ("bytes_per_element", "x_float32", "x_float32_bytes")
-NUMBERS = {*measure.NUMBERS, *FURTHER}
+# Those of a prediction: what binds it, the time, and how far it is from what was measured.
+PREDICTED = ("bound", "predicted_us", "error_percent")
+NUMBERS = {*measure.NUMBERS, *FURTHER, *PREDICTED} - {"bound"}
 
 
 def main(

@@ -19,7 +19,7 @@ from .measure import data, gpu, in_turn
 __all__ = ["data", "gpu", "in_turn", "run"]
 
 SIZES = {"CPU": (10**3, 10**4, 10**5, 10**6, 10**7, 2 * 10**7), "CUDA": tuple(1 << k for k in range(16, 27, 2))}
-KERNEL, CALL = "gpuadam kernel + launch", "gpuadam.adam_step"
+KERNEL, CALL = measure.KERNEL, "gpuadam.adam_step"
 
 
 def run(options):

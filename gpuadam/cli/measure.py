@@ -5,6 +5,7 @@ often than another after one that empties the caches.
 """
 
 import functools
+import itertools
 import shutil
 import subprocess
 import time
@@ -12,12 +13,13 @@ import time
 import numpy as np
 
 from .. import backends, hyperparameters
-from ..kernels.storage import Arrays
+from ..kernels.layout import Update
+from ..kernels.storage import GROUP, Arrays, operands
 from . import output
 
 ARRAYS_READ_AND_WRITTEN = 7  # reads param, grad, m and v; writes param, m and v
 QUANTILES = (5, 20, 50, 80, 95)
-LIMIT, TORCH_FUSED = "limit", "torch fused"
+KERNEL, LIMIT, TORCH_FUSED = "gpuadam kernel + launch", "limit", "torch fused"
 MEASURED = ("samples", *(f"p{q:02}_us" for q in QUANTILES), "gb_per_s", "x_limit", "x_torch_fused", "peak_mb")
 # What identifies a row; what was measured; then what it was measured on and with.
 COLUMNS = (
@@ -41,6 +43,39 @@ def launcher(kernels, arrays, rule):
     h = hyperparameters.checked(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False, maximize=False)
     form, scalars = hyperparameters.form_and_scalars(h, 10, Arrays(*[views[0].dtype.name] * 3))
     return lambda: kernels.launch(form, views, scalars, rule)
+
+
+def arrays_of_form(kernels, formats, n):
+    """Return {operand: array} of n elements, bfloat16 in uint16. formats: the `storage.Arrays` of the update.
+
+    The numbers are ordinary and stay so, however many steps are done.
+    """
+    rng, arrays = np.random.default_rng(0), {}
+    for operand in operands(formats):
+        block = rng.standard_normal(min(n, 1 << 20)).astype("float32")
+        if operand.name in ("v", "max_v"):
+            block = 1 + block**2
+        if operand.of_groups:
+            array = np.zeros(-(-n // GROUP), operand.format)
+        elif operand.format in ("int16", "uint8"):
+            array = np.zeros(n, operand.format)
+        elif operand.format == "bfloat16":
+            array = np.resize((block.view("uint32") >> 16).astype("uint16"), n)
+        else:
+            array = np.resize(block, n).astype(operand.format, copy=False)
+        arrays[operand.name] = kernels.from_host(array)
+    return arrays
+
+
+def launcher_of_form(kernels, formats, form, scalars, arrays, rule):
+    """Return a function that launches a rule's kernel on what `arrays_of_form` returned, without the checks of a call."""
+    (batch,) = kernels.batches([Update([kernels.view(name, a) for name, a in arrays.items()])], formats)
+    keys = itertools.count(1)  # of the steps, for random rounding
+
+    def launch(held=arrays):  # a batch on a GPU does not keep its arrays alive
+        batch.launch(form, scalars, rule, batch.place(None), next(keys))
+
+    return launch
 
 
 def in_turn(kernels, functions, seconds, at_least=11):
