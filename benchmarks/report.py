@@ -34,7 +34,9 @@ OF_RANKS = (
     "x_minimum",
     *(f"{p}_us" for p in ("agree", "reduce_scatter", "update", "all_gather", "rest")),
 )
-NUMBERS = {*measure.NUMBERS, *FURTHER, *OF_RANKS}
+# Those of a prediction: what binds it, the time, and how far it is from what was measured.
+PREDICTED = ("bound", "predicted_us", "error_percent")
+NUMBERS = {*measure.NUMBERS, *FURTHER, *OF_RANKS, *PREDICTED} - {"bound"}
 
 
 def main(

@@ -1,4 +1,4 @@
-"""python -m gpuadam: demo, bench, doctor."""
+"""python -m gpuadam: demo, bench, plan, doctor."""
 
 import argparse
 import importlib
@@ -6,6 +6,7 @@ import sys
 
 from . import __version__
 from .backends import BACKENDS, BackendUnavailableError
+from .cli import plan_options
 from .cli.output import MissingExtraError
 
 
@@ -13,7 +14,7 @@ def main(argv=None):
     """Run a command and return its exit status."""
     parser = argparse.ArgumentParser(prog="gpuadam", description="The fused Adam update: try it, time it, check it.")
     parser.add_argument("--version", action="version", version=f"gpuadam {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,bench,doctor}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,bench,plan,doctor}")
 
     demo = commands.add_parser("demo", help="train on real data, here and now, on the best backend there is")
     demo.add_argument("--plot", metavar="FILE", help="write the loss and accuracy curves as PNG")
@@ -30,10 +31,13 @@ def main(argv=None):
     bench.add_argument("--seconds", type=float, default=1.0, help="time spent on each row (default 1)")
     bench.add_argument("--plot", metavar="FILE", help="write throughput against size as PNG")
 
+    plan = commands.add_parser("plan", help="memory and time of a step in memory, sharded, offloaded, on up to 100,000 GPUs")
+    plan_options.add(plan)
+
     doctor = commands.add_parser("doctor", help="what is installed, what works, how to mend it")
     for command in (demo, bench):
         command.add_argument("--backend", choices=list(BACKENDS), help="default: the best available (bench: all)")
-    for command in (demo, bench, doctor):
+    for command in (demo, bench, plan, doctor):
         command.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output alone")
 
     options = parser.parse_args(argv)

@@ -42,6 +42,10 @@ class Operand(NamedTuple):
     def itemsize(self):
         return FORMATS[self.format]
 
+    def nbytes(self, n):
+        """Return its bytes for n elements of param."""
+        return self.itemsize * (-(-n // GROUP) if self.of_groups else n)
+
 
 class Arrays(NamedTuple):
     """The formats of an update's arrays; an empty one means that there is no such array."""
@@ -111,8 +115,12 @@ def lanes(form):
 
 def bytes_moved(form):
     """Return the bytes that an update reads and writes of each element."""
-    n_bytes = [o.itemsize * (o.loads + o.stores) / (GROUP if o.of_groups else 1) for o in of_form(form)]
-    return sum(n_bytes)
+    return bytes_moved_of(of_form(form), GROUP) / GROUP
+
+
+def bytes_moved_of(operands, n):
+    """Return the bytes that an update of n elements reads and writes, exactly."""
+    return sum(o.nbytes(n) * (o.loads + o.stores) for o in operands)
 
 
 def is_random(arrays, operand):

@@ -1,0 +1,204 @@
+"""The rates of this machine, for `performance_model`: measured, or read from what was measured before.
+
+    bandwidth   what the limit kernel moves (`kernels/limit.py`), on arrays that lie in no cache
+    rates       elements a second of the update itself, on arrays that lie in the caches of a core, times the cores that take part
+    launch      what an update of a few elements takes
+    disk        a file written until it is on the disk, and read again when it is in no cache
+
+Constants are a dict, as JSON has it: {"cpu": {...}, "gpu": {...}, "disk": {...}}, of which any may be missing.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from .. import backends
+from ..kernels import adam, limit
+from ..kernels.storage import Arrays
+from . import forms, measure
+
+LARGE, FEW = 20_000_000, 256  # elements
+IN_CACHE = 1 << 14  # elements: 256 kB of float32, which one core updates alone, so that it never waits for another
+WARMING_UP, ON_END = 2, 4  # runs
+DISK_BYTES, BLOCK = 1 << 28, 1 << 22
+
+
+def measured(formats, folder=None, seconds=1.0):
+    """Return the constants of this machine: of its CPU, of its GPU if a backend for one works, of the disk of a folder.
+
+    formats: the `storage.Arrays` whose rates are wanted. seconds: spent on each measurement, about.
+    """
+    found = {"cpu": of_processor("numba-cpu", formats, seconds)}
+    on_gpu = [name for name in backends.available_backends() if backends.BACKENDS[name].memory == "CUDA"]
+    if on_gpu:
+        found["gpu"] = of_processor(on_gpu[0], formats, seconds)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="gpuadam-plan-") as own:
+        found["disk"] = of_disk(Path(own))
+    return found
+
+
+def of_processor(backend, formats, seconds):
+    """Return the constants of the processor of a backend."""
+    kernels, on_cpu = backends.load(backend), backends.BACKENDS[backend].memory == "CPU"
+    plain = Arrays()
+    # a GPU's caches hold what it updates within a launch's time: what that takes says nothing of a rate
+    wanted = list(dict.fromkeys([plain, *formats])) if on_cpu else []
+    functions = [launcher(kernels, plain, LARGE, limit), launcher(kernels, plain, FEW, adam)]
+    functions += [launcher(kernels, arrays, IN_CACHE, adam) for arrays in wanted]
+    moving, *others = samples(kernels, functions, seconds)
+    launch, *each = map(min, others)
+    threads = _threads() if on_cpu else 1
+    rates = [
+        {"arrays": arrays._asdict(), "elements_per_second": threads * IN_CACHE / max(taken - launch, taken / 2)}
+        for arrays, taken in zip(wanted, each, strict=True)
+    ]
+    facts = measure.facts(backend)
+    found = {"name": facts["device"], "cores": facts["cores"], "date": facts["date"], "backend": backend}
+    found |= {
+        "bandwidth": 7 * 4 * LARGE / float(np.percentile(moving, 20)),
+        "launch": launch,
+        "rates": rates,
+        "memory": _memory(backend),
+    }
+    return found | {"cache": _cache() if on_cpu else 0}
+
+
+def samples(kernels, functions, seconds):
+    """Run each function several times on end, again and again, for about so many seconds. Return the seconds of the runs of each.
+
+    On end, so that what a function updates stays in the caches. Of runs there the fastest is the machine's own: other programs
+    only take away. Memory is shared with other programs and machines at all times, and its fastest run is luck.
+    """
+    times: list[list[float]] = [[] for _ in functions]
+    deadline = time.perf_counter() + seconds
+    while not times[0] or time.perf_counter() < deadline:
+        for function, own in zip(functions, times, strict=True):
+            for _ in range(WARMING_UP):
+                function()
+            moments = [kernels.now()]
+            for _ in range(ON_END):
+                function()
+                moments.append(kernels.now())
+            own += [kernels.seconds_between(start, end) for start, end in itertools.pairwise(moments)]
+    return times
+
+
+def _threads():
+    import numba
+
+    return numba.get_num_threads()
+
+
+def launcher(kernels, formats, n, rule):
+    """Return a function that launches a rule on arrays of its own."""
+    case = forms.Case(formats)
+    return forms.launcher(kernels, case, forms.own_arrays(kernels, case, n).values(), rule)
+
+
+def _memory(backend):
+    if backend == "numba-cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    if backend == "cupy":
+        import cupy
+
+        return cupy.cuda.runtime.memGetInfo()[1]
+    from numba import cuda
+
+    return cuda.current_context().get_memory_info().total
+
+
+def _cache():
+    """Return the bytes of the last cache of the first processor, as Linux says; 0 where it does not."""
+    sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    texts = [path.read_text().strip() for path in sizes]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=0)
+
+
+def of_disk(folder):
+    """Return the rates of the disk of a folder, and what is free on it."""
+    path, block = folder / "blocks", np.random.default_rng(0).bytes(BLOCK)  # random: some disks compress
+    began = time.perf_counter()
+    with path.open("wb", buffering=0) as file:
+        for _ in range(DISK_BYTES // BLOCK):
+            file.write(block)
+        os.fsync(file.fileno())
+        written = time.perf_counter() - began
+    buffer = bytearray(BLOCK)
+    with path.open("rb", buffering=0) as file:
+        cold = hasattr(os, "posix_fadvise")
+        if cold:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        began = time.perf_counter()
+        while file.readinto(buffer):
+            pass
+        read = time.perf_counter() - began
+    found = {"read": DISK_BYTES / read, "write": DISK_BYTES / written, "free": shutil.disk_usage(folder).free}
+    return found | {"read_from_disk": cold}
+
+
+def read(path):
+    """Return the constants in a file of `plan --measure --json` or of `bench --json`. Raises ValueError if there are none."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if isinstance(found, dict) and isinstance(found.get("constants"), dict):
+        return _checked(found["constants"], path)
+    if isinstance(found, dict) and isinstance(found.get("rows"), list):
+        return _checked(of_bench(found["rows"]), path)
+    raise ValueError(
+        f'{path} has neither "constants", as `plan --measure --json` writes, nor "rows", as `bench --json` does'
+    )
+
+
+def _checked(constants, path):
+    for part in ("cpu", "gpu"):
+        bandwidth = constants.get(part, {"bandwidth": 1}).get("bandwidth")
+        if not isinstance(bandwidth, (int, float)) or not bandwidth > 0:
+            raise ValueError(f"{path}: the bandwidth of its {part} is {bandwidth!r}, and must be a number above 0")
+        try:
+            rates_of(constants.get(part, {}))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: the rates of its {part} are not those of formats: {error}") from error
+        if part in constants and (missing := {"name", "launch", "rates", "memory", "cache"} - set(constants[part])):
+            raise ValueError(f"{path}: its {part} lacks {', '.join(sorted(missing))}")
+    if not {"cpu", "gpu"} & set(constants):
+        raise ValueError(f"{path} has no float32 rows of the limit kernel: run bench with --dtypes float32")
+    return constants
+
+
+def of_bench(rows):
+    """Return the constants that rows of `bench --json` say: of float32 alone, and of no cache."""
+    found = {}
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        own = [row for row in rows if row["backend"] == backend and row["dtype"] == "float32"]
+        limits = [row for row in own if row["contender"] == measure.LIMIT]
+        steps = [row for row in own if row["contender"] == measure.KERNEL]
+        if not limits or not steps:
+            continue
+        largest = max(limits, key=lambda row: row["elements"])
+        launch = min(row["p50_us"] for row in steps) / 1e6
+        on_cpu = backends.BACKENDS[backend].memory == "CPU"
+        rate = max(row["elements"] / row["p50_us"] * 1e6 for row in steps)
+        rates = [{"arrays": Arrays()._asdict(), "elements_per_second": rate}] if on_cpu else []
+        facts = {key: largest[key] for key in ("cores", "date", "backend")} | {"name": largest["device"]}
+        found["cpu" if on_cpu else "gpu"] = facts | {
+            "bandwidth": largest["gb_per_s"] * 1e9,
+            "launch": launch,
+            "rates": rates,
+            "memory": None,
+            "cache": 0,
+        }
+    return found
+
+
+def rates_of(processor):
+    """Return the rates of a processor's constants as `machines.Processor` takes them."""
+    return {Arrays(**rate["arrays"]): rate["elements_per_second"] for rate in processor.get("rates", [])}
