@@ -201,7 +201,12 @@ def _memory(name, array):
         device_type = device and int(device[0])
     except Exception as error:  # libraries refuse in their own ways; torch alone has two
         raise TypeError(f"{name}, a {arrays.kind(array)}, does not share its memory: {error}") from error
-    if device_type is None or isinstance(array, np.generic):
+    if isinstance(array, np.generic):
+        raise TypeError(
+            f"{name} is a {arrays.kind(array)}, a number and not an array, as NumPy's arithmetic makes of arrays of no "
+            "dimensions: pass np.asarray(x) as a gradient, and keep np.array(x) as a parameter"
+        )
+    if device_type is None:
         raise TypeError(
             f"{name} is a {arrays.kind(array)}, not an array: NumPy, CuPy, Numba device arrays and whatever has DLPack or "
             "__cuda_array_interface__ can be updated in place"

@@ -23,7 +23,7 @@ from functools import partial
 
 import numpy as np
 
-from . import array_bytes, backends, checks, groups, optimizer
+from . import array_bytes, backends, checks, groups, optimizer, torch_tensors
 from .arrays import Bits
 from .atomic_file import replacing
 from .capturable import is_array
@@ -105,7 +105,7 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
     given, structures, grouped = groups.parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False})
     names = [structure.names for structure in structures]
     # A header that was made to harm takes some 20 times its bytes in memory
-    longest = 2_000_000 + sum(1000 + 20 * len(name) for of_group in names for name in of_group)
+    longest = 2_000_000 + sum(1000 + 20 * _in_json(name) for of_group in names for name in of_group)
     with _about(path), open(path, "rb") as file:  # noqa: PTH123 - one line with what names the path in errors
         reader = Reader(file, longest)
         saved = parsed(reader.metadata)
@@ -204,6 +204,11 @@ def _not_fitting():
         raise CheckpointError(f"what it holds does not fit what was given: {error}") from error
 
 
+def _in_json(name):
+    """Return how many bytes a name has at most in a header, where there is JSON within JSON."""
+    return len(json.dumps(json.dumps(name)))
+
+
 def _learning_rates(lr, given, saved):
     """Return the learning rate that each group is made with."""
     if isinstance(lr, (list, tuple)) and len(lr) != len(saved):
@@ -268,5 +273,8 @@ def _fill(opt, reader, with_params):
             checks.no_gaps(view)
     for name in params if with_params else ():
         reader.verify(name)
+    given = [param for group in opt.groups for param in group["params"]]
+    if with_params and torch_tensors.among([given]):
+        torch_tensors.wrote(given)
     for name, (kernels, view) in wanted.items():
         reader.read(name, array_bytes.buffers(kernels, view))

@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 
 from . import arrays, checks
+from .groups import some
 
 
 def decay_groups(params, no_decay, weight_decay=1e-2):
@@ -42,16 +43,10 @@ def decay_groups(params, no_decay, weight_decay=1e-2):
             raise TypeError(f"the patterns of no_decay must be strings, not {pattern!r}")
         matched = [name for name in params if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
-            raise ValueError(f"no_decay: no parameter's name matches {pattern!r}; there are {_some(params)}")
+            raise ValueError(f"no_decay: no parameter's name matches {pattern!r}; there are {some(params)}")
         exempt.update(matched)
     weight_decay = checks.non_negative("weight_decay", weight_decay)
     return [
         {"params": {name: p for name, p in params.items() if name not in exempt}, "weight_decay": weight_decay},
         {"params": {name: p for name, p in params.items() if name in exempt}, "weight_decay": 0.0},
     ]
-
-
-def _some(names, most=12):
-    """Return names for an error message: of a large model, the first few."""
-    names = list(names)
-    return f"{names}" if len(names) <= most else f"{names[:most]} and {len(names) - most} more"

@@ -51,6 +51,8 @@ def from_torch(opt, state_dict, names=None):
         raise ValueError(f"the state_dict has {len(of_groups)} groups, the optimizer {len(own_groups)}")
     groups = []
     for own, group in zip(own_groups, of_groups, strict=True):
+        if missing := sorted({"lr", "betas", "eps", "weight_decay", "params"} - set(group)):
+            raise ValueError(f"a group of the state_dict has no {missing}: it is not one of torch.optim.Adam or AdamW")
         if group.get("decoupled_weight_decay", opt._decoupled) is not opt._decoupled:
             raise ValueError(
                 f"torch's decoupled_weight_decay is not that of {type(opt).__name__}: load Adam's into Adam, AdamW's into AdamW"
@@ -239,7 +241,7 @@ def _from_torch(name, state, opt):
         raise ValueError(
             f"the state of {name!r} has {sorted(state)} there and {sorted(own)} here: amsgrad and the like must agree"
         )
-    return {"step": _count(state["step"])} | {key: _held(key, name, state[TORCH[key]], opt) for key in own}
+    return {"step": _count(state["step"])} | {key: _held(key, name, state[TORCH.get(key, key)], opt) for key in own}
 
 
 def _to_torch(name, state, param, opt, torch):

@@ -80,11 +80,22 @@ def in_order(grads, structure, label):
     grads, names = _listed(grads), structure.names
     if structure.kind == MAPPING:
         if not isinstance(grads, Mapping) or grads.keys() != set(names):
-            raise ValueError(f"{label} must be a dict with the names {names} (None skips one); it is {what_is(grads)}")
+            raise ValueError(
+                f"{label} must be a dict with the names {some(names)} (None skips one); {_difference(grads, names)}"
+            )
         return [grads[name] for name in names]
     if not is_sequence(grads) or len(grads) != len(names):
         raise ValueError(f"{label} must be a sequence of {len(names)} (None skips one); it is {what_is(grads)}")
     return list(grads)
+
+
+def _difference(grads, names):
+    """Return what is wrong with a dict that should have some names, or is none."""
+    if not isinstance(grads, Mapping):
+        return f"it is {what_is(grads)}"
+    known = set(names)
+    missing, extra = [name for name in names if name not in grads], [name for name in grads if name not in known]
+    return " and ".join([f"it lacks {some(missing)}"] * bool(missing) + [f"only it has {some(extra)}"] * bool(extra))
 
 
 class OF_PARAMS:
@@ -112,9 +123,15 @@ def is_sequence(x):
     return type(x) in (list, tuple) or (isinstance(x, Sequence) and not isinstance(x, (str, bytes, arrays.Bits)))
 
 
+def some(names, most=12):
+    """Return names for an error message: of a large model, the first few."""
+    names = list(names)
+    return f"{names}" if len(names) <= most else f"{names[:most]} and {len(names) - most} more"
+
+
 def what_is(x):
     if isinstance(x, Mapping):
-        return f"a dict with the names {list(x)}"
+        return f"a dict with the names {some(x)}"
     return f"a sequence of {len(x)}" if is_sequence(x) else f"a {arrays.kind(x)}"
 
 

@@ -37,7 +37,7 @@ class Adam(torch.optim.Optimizer):
     State has torch's names and shapes: "step", "exp_avg", "exp_avg_sq" and "max_exp_avg_sq", in float32 unless a parameter is
     float64 or state_dtype says otherwise. It loads a state_dict of `torch.optim.Adam` or AdamW, and they load one of this;
     floating-point state becomes that of the dtypes of the optimizer that loads it. Beside it there may be "remainder", and for 8
-    bits "exp_avg_codes", "exp_avg_sq_codes", "exp_avg_scale" and "exp_avg_sq_scale", which only this class reads.
+    bits "exp_avg_codes", "exp_avg_sq_codes", "exp_avg_scale" and "exp_avg_sq_scale", which torch's Adam does not read.
 
     `torch.amp.GradScaler` leaves unscaling to the step, as it does for torch's fused optimizers. Everything is checked before
     anything is written, in all groups. Raises what `gpuadam.adam_step` raises, ValueError and TypeError above all.
@@ -117,7 +117,7 @@ class Adam(torch.optim.Optimizer):
         checks.combination("adam", [name for name, there in operands.items() if there], self.options.stochastic_rounding)
         return hyperparameters.checked(
             lr=_number(group["lr"]),
-            betas=tuple(map(_number, group["betas"])),
+            betas=_numbers(group["betas"]),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             decoupled=group["decoupled_weight_decay"],
@@ -163,9 +163,8 @@ class Adam(torch.optim.Optimizer):
         """Return (steps taken, parameters) of those that have taken as many steps and have the same kind of state."""
         bfloat16 = torch.bfloat16 if self.options.master else None  # of which some have a remainder
         kinds = [(state["step"].item(), param.dtype is bfloat16) for _, param, _, state in given]
-        return [
-            (int(kind[0]), list(itertools.compress(given, [kind == own for own in kinds]))) for kind in dict.fromkeys(kinds)
-        ]
+        alike = [list(itertools.compress(given, [kind == own for own in kinds])) for kind in dict.fromkeys(kinds)]
+        return [(torch_state.count(f"params[{own[0][2]!r}]", own[0][3]["step"]), own) for own in alike]
 
     def _updates(self, h, step, group, given, now=None):
         """Return the Updates of parameters of a group. given: (number, parameter, name, state) of each."""
@@ -312,6 +311,10 @@ def _number(value):
     if value.numel() != 1:
         raise ValueError(f"a hyperparameter is a tensor of shape {tuple(value.shape)}: it must be one number")
     return value.item()
+
+
+def _numbers(betas):
+    return tuple(map(_number, betas)) if isinstance(betas, (tuple, list)) else betas
 
 
 def _on_device(group):

@@ -1,6 +1,8 @@
 """The state of a parameter in `gpuadam.torch`: torch's names for it, its dtypes, and what a checkpoint becomes."""
 
 import functools
+import math
+import numbers
 
 import torch
 
@@ -40,6 +42,15 @@ def step(count, param, capturable):
     return torch.tensor(count, dtype=torch.float32, device=param.device if capturable else "cpu")
 
 
+def count(name, value):
+    """Return a step count, which torch keeps as a float, as an int. name: the parameter's, for the message."""
+    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    steps = float(number) if isinstance(number, numbers.Real) and not isinstance(number, bool) else math.nan
+    if not (steps >= 0 and steps.is_integer()):
+        raise ValueError(f"the step of {name} is {number!r}: it must be how many steps it has taken, 0, 1, 2, ...")
+    return int(steps)
+
+
 def zeros(key, dtype, param):
     if key.endswith("_scale"):
         return torch.zeros(-(-param.numel() // GROUP), dtype=dtype, device=param.device)
@@ -58,7 +69,7 @@ def converted(state, kept, param, capturable, name):
             f"the loaded state of {name} has {sorted(state)}, and this optimizer needs {['step', *kept]}: make one with the "
             "amsgrad and state_dtype of the one that was saved"
         )
-    own = {"step": step(float(state["step"]), param, capturable)}
+    own = {"step": step(count(name, state["step"]), param, capturable)}
     for key, dtype in kept.items():
         own[key] = zeros(key, dtype, param)
         if key in state:

@@ -116,7 +116,7 @@ BAD_ARRAYS = {
     "sliding": (lambda a: np.lib.stride_tricks.as_strided(a, (6,), (2,)), ValueError, "share memory"),
     "a list": (lambda a: a.tolist(), TypeError, "list"),
     "a number": (lambda a: 1.0, TypeError, "float"),
-    "a NumPy scalar": (lambda a: a[0], TypeError, "numpy.float32"),
+    "a NumPy scalar": (lambda a: a[0], TypeError, r"numpy.float32, a number .* pass np.asarray\(x\)"),
     "None": (lambda a: None, TypeError, "None"),
     "a masked array": (lambda a: np.ma.masked_array(a, a > 0.5), TypeError, "masked"),
     "a type": (lambda a: np.ndarray, TypeError, "not an array"),

@@ -347,6 +347,27 @@ def test_no_library_is_imported_to_save_and_load(tmp_path):
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.parametrize("character", ["\U0001f600", "\x01", '"', "\\"])
+def test_a_long_name_is_loaded_however_it_is_written_in_json(tmp_path, character):
+    p = {character * 500_000: np.ones(1, "f4")}
+    opt = gpuadam.Adam(p)
+    opt.save(tmp_path / "a", with_params=True)
+    assert content(gpuadam.load(tmp_path / "a", p, with_params=True)) == content(opt)
+
+
+def test_autograd_is_told_of_parameters_that_are_loaded(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    param = torch.nn.Parameter(torch.ones(3))
+    gpuadam.Adam({"w": param}).save(tmp_path / "a", with_params=True)
+    loss = (param**2).sum()
+    gpuadam.load(tmp_path / "a", {"w": param})
+    version = param._version
+    gpuadam.load(tmp_path / "a", {"w": param}, with_params=True)
+    assert version == 0 and param._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_state_goes_from_every_backend_to_the_cpu_and_back(library, tmp_path):
     p = params()
     on_cpu = gpuadam.Adam(p)

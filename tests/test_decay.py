@@ -122,6 +122,15 @@ def test_one_dict_with_other_names_is_refused(spoil):
     assert all((given[name] == start).all() for name, start in params().items()) and opt.steps == 0
 
 
+def test_of_many_names_the_message_says_which_differ():
+    given = {f"layers.{k}.weight": np.ones(1, "f4") for k in range(500)}
+    others = {name: np.ones(1, "f4") for name in given if name != "layers.7.weight"} | {"layer.7.weight": np.ones(1, "f4")}
+    with pytest.raises(ValueError, match="and 488 more") as error:
+        gpuadam.Adam(given).step(others)
+    assert str(error.value).endswith("it lacks ['layers.7.weight'] and only it has ['layer.7.weight']")
+    assert len(str(error.value)) < 500
+
+
 def test_groups_without_names_take_no_dict():
     p = params()
     opt = gpuadam.Adam([{"params": {"w": p["dense.weight"]}}, {"params": [p["dense.bias"]]}])

@@ -305,3 +305,9 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_explained(capsys, tmp_path, ex
 def test_wrong_arguments_are_explained_before_any_work(capsys, arguments, said):
     code, error = ended(lambda: thomson.main(arguments), capsys)
     assert code == 2 and said in error
+
+
+def test_torch_is_no_extra_and_asked_for_by_its_name(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, error = ended(lambda: torch_digits.main([]), capsys)
+    assert (code, error) == (2, "torch is not installed: pip install torch\n")

@@ -1,5 +1,6 @@
 """State from torch and optax and for them: the same bits, by name, or refused."""
 
+import importlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,6 +176,25 @@ def test_what_torch_never_stepped_has_no_moments_here(torch):
     foreign_state.from_torch(opt, theirs.state_dict(), NAMES)
     assert opt.state["s"]["step"] == 0 and not opt.state["s"]["m"].any() and opt.state["layer.w"]["step"] == 1
     assert set(foreign_state.to_torch(opt)["state"]) == {0}
+
+
+def test_a_remainder_of_gpuadams_own_optimizer_for_torch_is_taken_too(torch):
+    ours = importlib.import_module("gpuadam.torch")
+    param = torch.nn.Parameter(torch.linspace(-1, 1, 9, dtype=torch.bfloat16))
+    theirs = ours.Adam([param], lr=1e-3, master="remainder")
+    param.grad = torch.full_like(param, 0.5)
+    theirs.step()
+    opt = gpuadam.Adam({"w": param.detach().clone()}, master="remainder")
+    foreign_state.from_torch(opt, theirs.state_dict(), ["w"])
+    found = theirs.state[param]["remainder"].numpy()
+    assert found.any() and (opt.state["w"]["remainder"] == found).all() and opt.steps == 1
+
+
+def test_a_state_dict_of_another_optimizer_of_torchs_is_refused_by_what_it_lacks(torch):
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = gpuadam.Adam({"w": np.ones(3, "f4")})
+    with pytest.raises(ValueError, match=r"no \['betas', 'eps'\]: it is not one of torch.optim.Adam or AdamW"):
+        foreign_state.from_torch(opt, torch.optim.SGD([param], lr=0.1).state_dict(), ["w"])
 
 
 def test_what_torch_would_cast_is_refused(torch):

@@ -140,6 +140,11 @@ def test_an_installed_gpuadam_brings_the_plugin_and_p_no_gpuadam_leaves_it_out(p
     result.stdout.fnmatch_lines(["*fixture 'gpuadam_backend' not found"])
 
 
+def test_array_backend_refuses_an_unknown_name():
+    with pytest.raises(ValueError, match="array_backend: there is no backend 'cpu', only cupy, numba-cuda, numba-cpu"):
+        testing.array_backend("cpu")
+
+
 def test_require_backends_refuses_an_unknown_name():
     with pytest.raises(ValueError, match="require_backends: there is no backend 'gpu'"):
         testing.require_backends("gpu")

@@ -280,6 +280,11 @@ BAD_CHECKPOINTS = {
     "a wrong shape": (lambda d: changed(d, exp_avg=torch.zeros(8)), ValueError, r"exp_avg of params\[1\] has shape \(8,\)"),
     "integers": (lambda d: changed(d, exp_avg=torch.zeros(7, dtype=torch.int32)), TypeError, "int32, and cannot become"),
     "no tensor": (lambda d: changed(d, exp_avg=[0.0] * 7), TypeError, "is a list, not a tensor"),
+    "a negative step": (lambda d: changed(d, step=torch.tensor(-3.0)), ValueError, r"step of params\[1\] is -3.0"),
+    "half a step": (lambda d: changed(d, step=1.5), ValueError, r"step of params\[1\] is 1.5"),
+    "a step that is no number": (lambda d: changed(d, step=torch.tensor(torch.nan)), ValueError, "is nan"),
+    "endless steps": (lambda d: changed(d, step=torch.tensor(torch.inf)), ValueError, "is inf"),
+    "two steps in one": (lambda d: changed(d, step=torch.ones(2)), ValueError, r"is tensor\(\[1., 1.\]\)"),
     "8-bit state": (lambda d: stepped(gpuadam.torch.Adam, state_dtype="8bit")[1].state_dict(), ValueError, "exp_avg_codes"),
     "another group": (
         lambda d: d | {"param_groups": d["param_groups"] * 2},
@@ -306,6 +311,16 @@ def test_a_bad_checkpoint_changes_nothing(what):
     assert after["param_groups"] == before["param_groups"]
     for state, old in zip(after["state"].values(), before["state"].values(), strict=True):
         assert all(torch.equal(state[key], old[key]) for key in old)
+
+
+@pytest.mark.parametrize("count", [-5.0, 0.5, float("nan"), float("inf")])
+def test_a_step_count_that_somebody_spoiled_is_refused_and_not_waited_for(count):
+    params, opt = stepped(gpuadam.torch.Adam)
+    opt.state[params[1]]["step"].fill_(count)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=f"step of params\\['1'\\] is {count}"):
+        opt.step()
+    assert all(map(torch.equal, params, before))
 
 
 def test_8_bit_state_is_no_state_of_torchs():
@@ -532,6 +547,8 @@ def test_scaled_gradients_are_left_as_they_are_in_memory():
         ({"lr": -1.0}, ValueError, "lr=-1.0"),
         ({"lr": torch.tensor([0.1, 0.2])}, ValueError, r"tensor of shape \(2,\)"),
         ({"betas": (1.0, 0.9)}, ValueError, "beta1=1.0"),
+        ({"betas": 0.9}, ValueError, "betas must be two numbers"),
+        ({"betas": None}, ValueError, "betas must be two numbers"),
         ({"eps": -1.0}, ValueError, "eps"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay"),
         ({"differentiable": True}, ValueError, "Use torch.optim.Adam"),

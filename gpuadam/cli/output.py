@@ -18,11 +18,15 @@ class MissingExtraError(RuntimeError):
 
 
 def need(extra, *modules):
-    """Import modules of an extra, or raise MissingExtraError with the command that installs it."""
+    """Import modules of an extra, or raise MissingExtraError with the command that installs it.
+
+    extra: None for a package that no extra brings.
+    """
     try:
         return [importlib.import_module(module) for module in modules]
     except ModuleNotFoundError as error:
-        raise MissingExtraError(f'{error.name} is not installed: pip install "gpuadam[{extra}]"') from error
+        wanted = f'"gpuadam[{extra}]"' if extra else error.name
+        raise MissingExtraError(f"{error.name} is not installed: pip install {wanted}") from error
 
 
 def console(extra, options):

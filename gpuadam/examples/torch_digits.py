@@ -15,7 +15,7 @@ def main(argv=None):
     parser = command_line.parser(__doc__, steps=(20, "passes over the images"), size=(128, "units of the hidden layer"))
     parser.add_argument("--device", default="cpu", help="a torch device, such as cuda (default cpu)")
     options = parser.parse_args(argv)
-    torch, drop_in = command_line.need("torch", "torch", "gpuadam.torch")
+    torch, drop_in = command_line.need(None, "torch", "gpuadam.torch")
     command_line.need("examples", "sklearn.datasets")
     (x, y), (x_test, y_test) = [
         (torch.tensor(x, dtype=torch.float32, device=options.device), torch.tensor(y, device=options.device))

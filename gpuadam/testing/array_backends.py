@@ -146,5 +146,5 @@ def array_backend(name):
     >>> backend.numpy(param)
     array([1., 2.], dtype=float32)
     """
-    backends.load(name)
+    backends.load(backends._known(name, "array_backend"))
     return ARRAY_BACKENDS[name]()
