@@ -2,12 +2,13 @@
 
 import argparse
 import importlib
+import math
 import sys
 
 from . import __version__
 from .backends import BACKENDS, BackendUnavailableError
 from .cli import plan_options
-from .cli.output import MissingExtraError
+from .cli.output import MissingExtraError, writable
 
 
 def main(argv=None):
@@ -17,7 +18,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,bench,plan,doctor}")
 
     demo = commands.add_parser("demo", help="train on real data, here and now, on the best backend there is")
-    demo.add_argument("--plot", metavar="FILE", help="write the loss and accuracy curves as PNG")
+    demo.add_argument("--plot", type=writable, metavar="FILE", help="write the loss and accuracy curves as PNG")
 
     bench = commands.add_parser("bench", help="throughput, in GB/s and in percent of the measured limit")
     bench.add_argument("--sizes", type=_sizes, metavar="N,N", help="elements, such as 1e5,2e7; by default a sweep")
@@ -28,8 +29,8 @@ def main(argv=None):
         metavar="NAME,NAME",
         help='formats, formulas and algorithms, such as "float32,8-bit state,NAdam", or all; default float32,float64',
     )
-    bench.add_argument("--seconds", type=float, default=1.0, help="time spent on each row (default 1)")
-    bench.add_argument("--plot", metavar="FILE", help="write throughput against size as PNG")
+    bench.add_argument("--seconds", type=_seconds, default=1.0, help="time spent on each row (default 1)")
+    bench.add_argument("--plot", type=writable, metavar="FILE", help="write throughput against size as PNG")
 
     plan = commands.add_parser("plan", help="memory and time of a step in memory, sharded, offloaded, on up to 100,000 GPUs")
     plan_options.add(plan)
@@ -38,7 +39,7 @@ def main(argv=None):
     for command in (demo, bench):
         command.add_argument("--backend", choices=list(BACKENDS), help="default: the best available (bench: all)")
     for command in (demo, bench, plan, doctor):
-        command.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output alone")
+        command.add_argument("--json", type=writable, metavar="FILE", help="write the result as JSON; - for standard output")
 
     options = parser.parse_args(argv)
     try:
@@ -56,6 +57,16 @@ def _sizes(text):
     if min(sizes) < 1:
         raise argparse.ArgumentTypeError("sizes must be at least 1")
     return sizes
+
+
+def _seconds(text):
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0.0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return seconds
 
 
 def _forms(text):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import gpuadam
+from gpuadam.__main__ import main
 from gpuadam.cli import contract, doctor, forms, installed, output
 from gpuadam.kernels import adam, limit, numba_cpu, storage
 
@@ -286,3 +287,18 @@ def test_a_missing_extra_is_explained(tmp_path):
     (tmp_path / "rich" / "__init__.py").write_text("raise ModuleNotFoundError('no rich', name='rich')")
     error = run("demo", code=2, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)])).stderr
     assert error == 'gpuadam demo: rich is not installed: pip install "gpuadam[demo]"\n'
+
+
+@pytest.mark.parametrize("option", ["--plot", "--json"])
+@pytest.mark.parametrize("command", ["demo", "bench", "plan"])
+def test_a_folder_that_is_not_there_is_named_before_any_work(command, option, capsys):
+    with pytest.raises(SystemExit):
+        main([command, option, "no/such/x.png"])
+    assert "there is no folder 'no/such': make it first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "soon"])
+def test_a_time_that_is_none_is_refused(seconds, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--seconds", seconds])
+    assert "is no number of seconds" in capsys.readouterr().err

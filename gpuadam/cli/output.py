@@ -1,5 +1,6 @@
 """What the commands share: JSON and CSV files, tables and plots by libraries that are extras, and facts about the machine."""
 
+import argparse
 import csv
 import datetime
 import importlib
@@ -34,6 +35,13 @@ def console(extra, options):
     (rich_console,) = need(extra, "rich.console")
     found = rich_console.Console(stderr=options.json == "-")
     return found if found.is_terminal else rich_console.Console(stderr=options.json == "-", width=130)  # a file has no width
+
+
+def writable(text):
+    """Return the path of a file to write, whose folder is there: a type for argparse, so that it is known before the work."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(Path(text).parent)!r}: make it first")
+    return text
 
 
 def write_json(path, data):

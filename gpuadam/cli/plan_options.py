@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..machines import MACHINES
 from ..performance_model import COLLECTIVES, PARAMS, STATES
+from .output import writable
 from .plan_machine import CPU
 
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -68,7 +69,9 @@ def add(parser):
         ("disk-write", "GB/s", "of a node"),
     ):
         rates.add_argument(f"--{name}", type=whole if unit == "N" else positive, metavar=unit, help=said)
-    parser.add_argument("--plot", metavar="FILE", help="write time and memory against the number of devices as PNG")
+    parser.add_argument(
+        "--plot", type=writable, metavar="FILE", help="write time and memory against the number of devices as PNG"
+    )
 
 
 def whole(text):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..backends import BackendUnavailableError, load
-from ..cli.output import MissingExtraError, need
+from ..cli.output import MissingExtraError, need, writable
 from ..cli.progress import counted
 
 
@@ -42,9 +42,7 @@ def add_arrays(parser, on_gpu="cupy", default="numpy"):
 def add_plot(parser, name):
     def file(text):  # argparse passes the default too, so that what is missing is said before the work is done
         need("examples", "matplotlib")
-        if not Path(text).parent.is_dir():
-            raise argparse.ArgumentTypeError(f"there is no folder {str(Path(text).parent)!r}")
-        return text
+        return writable(text)
 
     parser.add_argument("--plot", type=file, metavar="FILE", default=name, help=f"the picture, as PNG (default {name})")
 
