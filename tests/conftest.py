@@ -1,6 +1,8 @@
+import os
+
 import numpy as np
 import pytest
-from cases import ARCHITECTURES, COMPILERS
+from cases import ARCHITECTURES, COMPILERS, FORMS, KEY_FORMS
 
 from gpuadam import testing
 from gpuadam.backends import BACKENDS
@@ -14,13 +16,29 @@ def pytest_configure(config):
         raise pytest.UsageError("this thread flushes subnormal numbers to zero (FTZ), so no bits can be compared")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    left_out = [item for item in items if os.environ.get("GPUADAM_EVERY_ARCHITECTURE") != "1" and _is_one_too_many(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if params.get("library") in ("cupy", "numba-cuda"):
             item.add_marker("gpu")
         if "compiler" in params:  # under pytest-xdist, what one process has compiled serves all its tests
             item.add_marker(pytest.mark.xdist_group(f"{params['compiler']} {params.get('arch')}"))
+
+
+def _is_one_too_many(item):
+    """Whether a form is left out for an architecture: KEY_FORMS, which have every option, are for all, the others for two.
+
+    GPUADAM_EVERY_ARCHITECTURE=1 leaves none out, and takes some minutes more.
+    """
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    name, arch = params.get("name"), params.get("arch")
+    if "compiler" not in params or arch is None or name not in FORMS or name in KEY_FORMS:
+        return False
+    return arch not in ("sm_90", ARCHITECTURES[list(FORMS).index(name) % len(ARCHITECTURES)])
 
 
 def pytest_runtest_setup(item):
