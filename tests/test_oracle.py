@@ -8,7 +8,7 @@ from reference import torch_for_loop_step
 import gpuadam
 from gpuadam import reference
 
-N = 100_000
+N = 40_000
 
 
 def run(steps, betas, gradients, dtype="float32", lr=1e-3, eps=1e-8):
@@ -38,7 +38,7 @@ def every_magnitude():
 
 @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.5, 0.5), (0.9, 0.95), (0.9, 0.999), (0.99, 0.9999), (0.9999, 0.9999)])
 def test_a_thousand_steps_are_as_close_to_float64_as_torchs_for_loop(betas):
-    # 1.2: both forms round about as often, and the errors of 1e5 elements differ by chance; bias would grow with the steps
+    # 1.2: both forms round about as often, and the errors of 40,000 elements differ by chance; bias would grow with the steps
     ours, torchs, exact = run(1000, betas, every_magnitude())
     error, torch_error = (r["param"].astype("f8") - exact["param"] for r in (ours, torchs))
     assert np.sqrt(np.mean(error**2)) <= 1.2 * np.sqrt(np.mean(torch_error**2))

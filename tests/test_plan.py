@@ -528,7 +528,7 @@ def test_a_plan_imports_no_library_of_arrays_and_compiles_nothing():
 def test_the_benchmark_measures_what_it_predicts(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(ROOT / "benchmarks" / "plan.py"), "--backend", "numba-cpu", "--seconds", "0.01"]
-    command += ["--sizes", "2000", "--forms", "float32;AMSGrad", "--out", str(tmp_path)]
+    command += ["--sizes", "2000", "--forms", "float32,AMSGrad", "--out", str(tmp_path)]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = output.read_csv(tmp_path / "plan.csv", {*measure.NUMBERS, "predicted_us", "error_percent"})
