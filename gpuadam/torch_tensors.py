@@ -4,6 +4,7 @@ torch is not imported here: where nobody has imported it, there are no tensors.
 """
 
 import contextlib
+import functools
 import itertools
 import operator
 import sys
@@ -134,9 +135,15 @@ def wrote(arrays):
     if not set(map(type, arrays)) <= {torch.Tensor, torch.nn.Parameter}:
         arrays = [a for a in (a.array if type(a) is Bits else a for a in arrays) if isinstance(a, torch.Tensor)]
     increment = torch.autograd.graph.increment_version
-    if torch.__version__ >= (2, 5):  # before it took one tensor
+    if _counts_many():
         increment(arrays)
     else:
         for tensor in arrays:
             if not tensor.is_inference():
                 increment(tensor)
+
+
+@functools.cache
+def _counts_many():
+    """Whether torch's increment_version takes many tensors: before 2.5 it took one. Versions take long to compare."""
+    return sys.modules["torch"].__version__ >= (2, 5)
