@@ -151,7 +151,7 @@ class Adam(torch.optim.Optimizer):
             if given and _on_device(group):
                 updates.append(self._captured(k, group, given, grad_scale, found_inf))
             elif given:
-                h = self._checked(group, 1.0 if grad_scale is None else 1.0 / grad_scale.item())
+                h = self._checked(group, 1.0 if grad_scale is None else _inverse(grad_scale.item()))
                 updates += [self._updates(h, step + 1, group, own) for step, own in self._alike(given)]
             steps += [(state["step"], _on_device(group)) for *_, state in given]
         if updates:
@@ -315,6 +315,13 @@ def _number(value):
 
 def _numbers(betas):
     return tuple(map(_number, betas)) if isinstance(betas, (tuple, list)) else betas
+
+
+def _inverse(scale):
+    """Return the factor that undoes a GradScaler's scale."""
+    if not scale:
+        raise ValueError("the GradScaler's scale is 0, after too many infinities: make another scaler")
+    return 1.0 / scale
 
 
 def _on_device(group):

@@ -51,6 +51,8 @@ def plain(name, tensor):
 
 def _memory(tensor):
     torch, bare = sys.modules["torch"], tensor.detach()
+    if tensor.numel() and not tensor.is_meta and not tensor.data_ptr():  # NumPy would take new memory in its place
+        raise TypeError("its storage was freed")
     is_bfloat16 = tensor.dtype is torch.bfloat16  # which NumPy and `__cuda_array_interface__` do not know
     if is_bfloat16:
         bare = bare.view(torch.int16)
@@ -85,7 +87,8 @@ def _all_in_numpy(column, written=True):
     torch = sys.modules["torch"]
     if set(map(type, column)) <= {torch.Tensor, torch.nn.Parameter} and not (written and any(map(why_immutable, column))):
         with contextlib.suppress(RuntimeError, TypeError):  # at once is quicker, if all are on the CPU and of NumPy's dtypes
-            return list(map(torch.Tensor.numpy, map(torch.Tensor.detach, column)))
+            if all(map(torch.Tensor.data_ptr, column)):  # else one has no elements, or its storage was freed
+                return list(map(torch.Tensor.numpy, map(torch.Tensor.detach, column)))
     converted = []
     for array in column:
         if isinstance(array, torch.Tensor) and array.is_cpu and not (written and why_immutable(array)):

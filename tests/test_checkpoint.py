@@ -165,7 +165,10 @@ def test_a_callable_learning_rate_is_given_again(tmp_path):
     gpuadam.Adam(params(), lr=lambda step: 0.1 / step).save(tmp_path / "a")
     with pytest.raises(gpuadam.CheckpointError, match="group 0 was a callable, which is not saved: give lr="):
         gpuadam.load(tmp_path / "a", params())
-    schedule = lambda step: 0.2  # noqa: E731
+
+    def schedule(step):
+        return 0.2
+
     assert gpuadam.load(tmp_path / "a", params(), lr=schedule).groups[0]["lr"] is schedule
     assert gpuadam.load(tmp_path / "a", params(), lr=0.5).groups[0]["lr"] == 0.5
     of_group = gpuadam.load(tmp_path / "a", [{"params": params(), "lr": schedule}])

@@ -525,6 +525,13 @@ def test_a_plan_imports_no_library_of_arrays_and_compiles_nothing():
     assert json.loads(done.stdout)["parameters"] == 7 * 10**9
 
 
+def test_what_is_planned_is_what_offload_does():
+    from gpuadam.offload import optimizer
+
+    own = planning.SLOTS, planning.CHUNKS, planning.SMALLEST_CHUNK
+    assert own == (optimizer.SLOTS_ON_GPU, optimizer.CHUNKS, optimizer.SMALLEST_CHUNK)
+
+
 def test_the_benchmark_measures_what_it_predicts(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(ROOT / "benchmarks" / "plan.py"), "--backend", "numba-cpu", "--seconds", "0.01"]

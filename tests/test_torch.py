@@ -762,3 +762,23 @@ def test_a_captured_step_replays_with_the_learning_rate_of_then(cuda):
         replay(reference, expected, [gradients(k)])
     torch.cuda.synchronize()
     assert all(torch.equal(p.cpu(), q) and opt.state[p]["step"] == 4 for p, q in zip(params, expected, strict=True))
+
+
+def test_a_tensor_whose_storage_was_freed_is_refused():
+    """NumPy would take memory of its own in its place, and the update would be of what happens to lie there."""
+    param = torch.nn.Parameter(torch.ones(5))
+    param.grad = torch.ones(5)
+    opt = gpuadam.torch.Adam([param])
+    param.grad.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="storage was freed"):
+        opt.step()
+    assert param.tolist() == [1.0] * 5
+
+
+def test_a_scale_of_zero_is_named():
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    opt = gpuadam.torch.Adam([param])
+    opt.grad_scale = torch.tensor(0.0)
+    with pytest.raises(ValueError, match="scale is 0"):
+        opt.step()
