@@ -11,6 +11,7 @@ from .norm import global_norm
 from .offload import OffloadAdam
 from .optimizer import Adam, AdaMax, AdamW, NAdam, RAdam
 from .sharded import ShardedAdam, ShardedAdamW
+from .sharded_checkpoint import load_sharded
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [  # noqa: RUF022 - in the order of the reference
     "transports",
     "decay_groups",
     "load",
+    "load_sharded",
     "CheckpointError",
     "global_norm",
     "flatten",

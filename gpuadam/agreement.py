@@ -3,7 +3,9 @@
 import hashlib
 import textwrap
 
-KINDS = {kind.__name__: kind for kind in (TypeError, ValueError)}
+from .safetensors_file import CheckpointError
+
+KINDS = {kind.__name__: kind for kind in (TypeError, ValueError, CheckpointError, FileNotFoundError, OSError)}
 
 
 def agreed(transport, prepare):
@@ -21,18 +23,33 @@ def agreed(transport, prepare):
         result, described, flag = prepare()
     except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one; it is raised below
         error = caught
-    problem = None if error is None else (type(error).__name__, str(error))
+    problem = None if error is None else (_known(error), type(error).__name__, str(error))
     digest = hashlib.blake2b(repr(described).encode(), digest_size=16).digest()
     found = transport.exchange((problem, digest, flag))
     if error is not None:
         raise error
     for rank, (problem, _, _) in enumerate(found):
         if problem is not None:
-            kind, message = problem
-            raise KINDS.get(kind, RuntimeError)(f"rank {rank} raised {kind}, so all ranks stop: {message}")
+            known, kind, message = problem
+            raise KINDS.get(known, RuntimeError)(f"rank {rank} raised {kind}, so all ranks stop: {message}")
     if len({digest for _, digest, _ in found}) > 1:
         raise ValueError(_difference(transport.exchange(described)))
     return result, any(flag for *_, flag in found)
+
+
+def on_all(transport, function):
+    """Call function() on every rank and return its result. If it raises on one rank, every rank raises.
+
+    >>> from gpuadam import transports
+    >>> on_all(transports.Local(), lambda: "done")
+    'done'
+    """
+    return agreed(transport, lambda: (function(), {}, False))[0]
+
+
+def _known(error):
+    """Return the name of the class of an error that other ranks raise."""
+    return next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in KINDS), "RuntimeError")
 
 
 def _difference(descriptions):

@@ -1,5 +1,11 @@
 """What the metadata of a checkpoint says, and whether it is of these parameters. `checkpoint.py` lists it."""
 
+import json
+import numbers
+import re
+
+import numpy as np
+
 from . import backends, checks, optimizer
 from .groups import HYPERPARAMETERS
 from .safetensors_file import CheckpointError, parsed_json
@@ -8,6 +14,49 @@ FORMAT, VERSION = "gpuadam.optimizer", "1"
 CLASSES = {
     cls.__name__: cls for cls in (optimizer.Adam, optimizer.AdamW, optimizer.NAdam, optimizer.RAdam, optimizer.AdaMax)
 }
+
+# class -> (algorithm, decoupled) of an optimizer over ranks. Those with a W that are not in CLASSES exist over ranks alone
+ALGORITHMS = {
+    name + "W" * decoupled: (name.lower(), decoupled)
+    for name in ("Adam", "NAdam", "RAdam", "AdaMax")
+    for decoupled in (False, True)
+}
+REDUCTIONS = ("mean", "sum")
+PART = "part-{}-of-{}-{}.safetensors"
+IS_PART = re.compile(PART.replace(".", r"\.").format("[0-9]+", "[0-9]+", "[0-9a-f]{16}"))
+
+
+def of_optimizer(name, options, groups, steps, params, copies=()):
+    """Return the metadata of an optimizer. name: of its class. groups, steps: as in a state_dict. params: as it is written."""
+    from . import __version__  # the package is not ready while this file is imported
+
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "class": name,
+        "gpuadam": __version__,
+        "options": as_json(options),
+        "groups": as_json(groups),
+        "steps": as_json(steps),
+        "params": as_json(params),
+        "copies": as_json(list(copies)),
+    }
+
+
+def of_param(view, step):
+    """Return what the metadata say of a parameter."""
+    return {"step": step, "dtype": view.format, "shape": view.shape}
+
+
+def as_json(value):
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def _plain(number):
+    """Return a number that JSON does not know, such as NumPy's, as one of Python's."""
+    if isinstance(number, np.bool_):
+        return bool(number)
+    return int(number) if isinstance(number, numbers.Integral) else float(number)
 
 
 def parsed(metadata):
@@ -18,11 +67,17 @@ def parsed(metadata):
         raise CheckpointError(
             f"it has version {metadata.get('version')!r} of the format, not {VERSION}: use a newer gpuadam"
         )
-    if metadata.get("class") not in CLASSES:
+    if metadata.get("class") not in ALGORITHMS:
         raise CheckpointError(
-            f"its class is {metadata.get('class')!r}, not one of {', '.join(CLASSES)}: use a newer gpuadam"
+            f"its class is {metadata.get('class')!r}, not one of {', '.join(ALGORITHMS)}: use a newer gpuadam"
         )
-    saved = {"class": metadata["class"]}
+    saved = {"class": metadata["class"], "reduction": metadata.get("reduction", "mean"), "parts": None}
+    if saved["reduction"] not in REDUCTIONS:
+        raise CheckpointError(f"reduction in its metadata is {saved['reduction']!r}, not one of {REDUCTIONS}")
+    if "parts" in metadata:
+        saved["parts"] = parsed_json(metadata["parts"], "parts in its metadata")
+        if not isinstance(saved["parts"], list) or not all(map(_is_part, saved["parts"])):
+            raise CheckpointError("each of the parts in its metadata must have file, n_bytes and crc32")
     for key, kind in (("options", dict), ("groups", list), ("steps", int), ("params", dict), ("copies", list)):
         saved[key] = parsed_json(metadata.get(key, ""), f"{key} in its metadata")
         if not isinstance(saved[key], kind):
@@ -40,6 +95,17 @@ def parsed(metadata):
     if not _are_strings(saved["copies"]):
         raise CheckpointError("copies in its metadata must be names")
     return saved
+
+
+def _is_part(part):
+    return (
+        isinstance(part, dict)
+        and part.keys() == {"file", "n_bytes", "crc32"}
+        and isinstance(part["file"], str)
+        and bool(IS_PART.fullmatch(part["file"]))
+        and type(part["n_bytes"]) is int
+        and part["n_bytes"] >= 0
+    )
 
 
 def _are_strings(names):

@@ -112,6 +112,12 @@ def grads_of_params(group):
     return [param.grad for param in group["params"]]
 
 
+def saved_settings(group):
+    """Return the names and hyperparameters of a group as a state_dict has them: None for an lr that is a callable."""
+    settings = {key: None if callable(group[key]) else group[key] for key in HYPERPARAMETERS}
+    return settings | {"names": list(group["names"]), "betas": tuple(group["betas"])}
+
+
 def _listed(x):
     """Return generators and the like, such as `model.parameters()` and `d.values()`, as lists."""
     if type(x) in (list, tuple, dict):  # what it mostly is; asking for the abstract types takes longer

@@ -20,6 +20,7 @@ from .groups import (
     in_order_of_groups,
     is_sequence,
     parsed_groups,
+    saved_settings,
     what_is,
 )
 from .kernels import device_scalars
@@ -442,13 +443,13 @@ class Adam:
         groups = []
         states = {name: dict(state) for name, state in self.state.items()}
         for k, group in enumerate(self.groups):
-            settings = {key: None if callable(group[key]) else group[key] for key in HYPERPARAMETERS}
+            settings = saved_settings(group)
             if self.capturable and self._clocks[k]:
                 if not callable(group["lr"]):
                     settings["lr"] = self._clocks[k].value(group["lr"])
                 for name in group["names"]:
                     states[name]["step"] = self._clocks[k].count()
-            groups.append(settings | {"names": list(group["names"]), "betas": tuple(group["betas"])})
+            groups.append(settings)
         return {"steps": self.steps, "state": states, "groups": groups}
 
     def load_state_dict(self, state_dict):
@@ -512,11 +513,12 @@ class Adam:
 
 
 # What the constructor takes beside arrays, hyperparameters and backend: Adam.options, which checkpoints hold
-OPTIONS = tuple(
-    name
-    for name in inspect.signature(Adam).parameters
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Adam).parameters.items()
     if name not in ("params", "param_copies", "backend", *HYPERPARAMETERS)
-)
+}
+OPTIONS = tuple(DEFAULTS)
 
 
 IN_MEMORY = {"bfloat16": "uint16"}  # the dtype of a format that NumPy does not know

@@ -5,9 +5,10 @@
     payload   the elements of every tensor in C order, little-endian, one after the other without gaps
 
 The package `safetensors` takes all tensors at once, and in the host's memory. It can read what is written here; what it writes is
-refused here, because it lacks the checksums that `write` adds to the metadata. They are CRC-32, as eight hexadecimal digits:
-"crc32" is JSON, with one for the payload of each tensor, and "header_crc32", which comes first of all, is the header's own,
-computed with zeros in its place. So no byte can change without being noticed.
+refused here, because it lacks the checksums that `write` adds to the metadata. They are CRC-32, of eight hexadecimal digits:
+"crc32" is JSON, with those of each tensor's payload in a row, one for every BLOCK bytes of it and one for the rest, and
+"header_crc32", which comes first of all, is the header's own, computed with zeros in its place. So no byte can change without
+being noticed, and a part of a tensor can be read and known to be right without the rest.
 """
 
 import json
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1}
 MAX_HEADER = 100_000_000  # bytes, as the format says
+BLOCK = 1 << 20  # bytes that have a checksum of their own
 ALIGNMENT = 8  # of the payload; every tensor is then aligned to its elements, because the widest come first
 FIRST = b'{"__metadata__":{"header_crc32":"'
 BLANK = "00000000"
@@ -45,41 +47,72 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int  # from the beginning of the file
     end: int
-    crc: str
+    crc: str  # of all blocks
 
 
 def size_of(tensors, metadata):
     """Return how many bytes a file has."""
     tensors = _in_order(tensors)
-    header = _header(tensors, metadata, dict.fromkeys((t.name for t in tensors), BLANK))
+    header = _header(tensors, metadata, _blank(tensors))
     return 8 + len(header) + sum(map(_nbytes, tensors))
 
 
 def write(file, tensors, metadata):
-    """Write tensors to a binary file that can seek, reading each of them once.
+    """Write tensors to a binary file that can seek, reading each of them once. Return the checksum of its header.
 
     metadata: string -> string. Raises CheckpointError for a header that is too long, OSError as the file does.
     """
     _needs_little_endian()
     tensors = _in_order(tensors)
-    crcs = dict.fromkeys((tensor.name for tensor in tensors), BLANK)
-    header = _header(tensors, metadata, crcs)
+    header = _header(tensors, metadata, _blank(tensors))
     if len(header) > MAX_HEADER:
         raise CheckpointError(
             f"{len(tensors)} tensors need a header of {len(header):,} bytes; the format allows {MAX_HEADER:,}"
         )
     file.write(len(header).to_bytes(8, "little") + header)
+    crcs = {}
     for tensor in tensors:
-        crc = written = 0
+        sums = _Sums()
         for chunk in tensor.chunks():
-            crc = zlib.crc32(chunk, crc)
-            written += len(chunk)
+            sums.add(chunk)
             file.write(chunk)
-        if written != _nbytes(tensor):
-            raise RuntimeError(f"{tensor.name!r} gave {written} bytes and has {_nbytes(tensor)}")
-        crcs[tensor.name] = _digits(crc)
+        if sums.n_bytes != _nbytes(tensor):
+            raise RuntimeError(f"{tensor.name!r} gave {sums.n_bytes} bytes and has {_nbytes(tensor)}")
+        crcs[tensor.name] = sums.digits()
+    header = _header(tensors, metadata, crcs)  # as long as the first was
     file.seek(8)
-    file.write(_header(tensors, metadata, crcs))  # as long as the first was
+    file.write(header)
+    return _own_crc(header)
+
+
+class _Sums:
+    """Checksums of the blocks of what comes in chunks of any size."""
+
+    def __init__(self):
+        self.n_bytes, self._whole, self._crc = 0, [], 0
+
+    def add(self, chunk):
+        chunk = memoryview(chunk)
+        while len(chunk):
+            room = BLOCK - self.n_bytes % BLOCK
+            self._crc = zlib.crc32(chunk[:room], self._crc)
+            self.n_bytes += min(room, len(chunk))
+            if self.n_bytes % BLOCK == 0:
+                self._whole.append(_digits(self._crc))
+                self._crc = 0
+            chunk = chunk[room:]
+
+    def digits(self):
+        return "".join(self._whole) + (_digits(self._crc) if self.n_bytes % BLOCK else "")
+
+
+def _blank(tensors):
+    """Return checksums as long as they will be."""
+    return {tensor.name: BLANK * _n_blocks(_nbytes(tensor)) for tensor in tensors}
+
+
+def _n_blocks(n_bytes):
+    return -(-n_bytes // BLOCK)
 
 
 def _in_order(tensors):
@@ -116,6 +149,11 @@ def _header(tensors, metadata, crcs):
     return _with_crc(header, _digits(zlib.crc32(header)))
 
 
+def _own_crc(header):
+    """Return the checksum that a header has of itself."""
+    return header[len(FIRST) : len(FIRST) + len(BLANK)].decode(errors="replace")
+
+
 def _with_crc(header, digits):
     return FIRST + digits.encode() + header[len(FIRST) + len(digits) :]
 
@@ -124,7 +162,8 @@ class Reader:
     """A file that `write` wrote. Making one checks all but the payload, against which nothing is allocated.
 
     file: a binary file that can seek. max_header: bytes that its header may have.
-    Attributes: `metadata`, string -> string; `tensors`, name -> Entry. Raises CheckpointError.
+    Attributes: `metadata`, string -> string; `tensors`, name -> Entry; `crc`, of the header; `n_bytes`, of the file.
+    Raises CheckpointError.
     """
 
     def __init__(self, file, max_header=MAX_HEADER):
@@ -142,17 +181,18 @@ class Reader:
                 f"its header has {length:,} bytes, and at most {min(max_header, MAX_HEADER):,} are expected"
             )
         header = file.read(length)
-        found = header[len(FIRST) : len(FIRST) + len(BLANK)]
         if len(header) != length or not header.startswith(FIRST):
             raise CheckpointError(
                 "it is no checkpoint of gpuadam: its metadata does not begin with a checksum of the header"
             )
-        if _digits(zlib.crc32(_with_crc(header, BLANK))).encode() != found:
+        self.n_bytes, self.crc = size, _own_crc(header)
+        if _digits(zlib.crc32(_with_crc(header, BLANK))) != self.crc:
             raise CheckpointError("its header is damaged: its checksum differs")
         entries = parsed_json(header, "its header")
-        self.metadata = entries.pop("__metadata__") if isinstance(entries, dict) else None
-        if not isinstance(self.metadata, dict) or not all(isinstance(value, str) for value in self.metadata.values()):
+        metadata = entries.pop("__metadata__") if isinstance(entries, dict) else None
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise CheckpointError("its metadata must be strings")
+        self.metadata: dict[str, str] = metadata
         crcs = parsed_json(self.metadata.get("crc32", ""), "crc32 in its metadata")
         if not isinstance(crcs, dict) or crcs.keys() != entries.keys():
             raise CheckpointError("crc32 in its metadata must have a checksum for each tensor, and no other")
@@ -167,27 +207,37 @@ class Reader:
         if end != size:
             raise CheckpointError(f"it is cut off or has bytes too many: it has {size:,}, and its tensors end at {end:,}")
 
-    def read(self, name, buffers, first=0):
-        """Read a tensor from byte `first` on into writable buffers, as they come.
 
-        If they take the whole tensor, its checksum is compared, and CheckpointError raised if it differs.
-        """
-        entry = self.tensors[name]
-        at, crc = entry.start + first, 0
-        self.file.seek(at)
-        for buffer in buffers:
-            if self.file.readinto(buffer) != len(buffer):
-                raise CheckpointError(f"it was cut off while it was read: {name!r} ends at byte {entry.end:,}")
-            crc = zlib.crc32(buffer, crc)
-            at += len(buffer)
-        if first == 0 and at == entry.end and _digits(crc) != entry.crc:
+def chunks(file, name, entry, first=0, last=None):
+    """Yield bytes first ... last - 1 of a tensor as buffers, each good until the next is asked for, and known to be right.
+
+    entry: the tensor's, of a Reader of the file. Raises CheckpointError where a checksum differs. Whole blocks are read.
+    """
+    last = entry.end - entry.start if last is None else last
+    scratch = memoryview(bytearray(min(BLOCK, entry.end - entry.start)))
+    for number in range(first // BLOCK, _n_blocks(last)):
+        at = number * BLOCK
+        block = scratch[: min(BLOCK, entry.end - entry.start - at)]
+        file.seek(entry.start + at)
+        if file.readinto(block) != len(block):
+            raise CheckpointError(f"it was cut off while it was read: {name!r} ends at byte {entry.end:,}")
+        if _digits(zlib.crc32(block)) != entry.crc[8 * number : 8 * number + 8]:
             raise CheckpointError(f"the tensor {name!r} is damaged: its checksum differs")
+        yield block[max(first - at, 0) : last - at]
 
-    def verify(self, name, chunk=1 << 22):
-        """Read a tensor and compare its checksum, keeping nothing."""
-        entry = self.tensors[name]
-        left, scratch = entry.end - entry.start, memoryview(bytearray(chunk))
-        self.read(name, (scratch[: min(chunk, left - done)] for done in range(0, left, chunk)))
+
+def copy(chunks, buffers):
+    """Fill writable buffers, in turn, with the bytes of chunks, of which there are as many."""
+    chunk = memoryview(b"")
+    chunks = iter(chunks)
+    for buffer in buffers:
+        buffer, done = memoryview(buffer), 0
+        while done < len(buffer):
+            if not len(chunk):
+                chunk = memoryview(next(chunks))
+            n = min(len(chunk), len(buffer) - done)
+            buffer[done : done + n] = chunk[:n]
+            chunk, done = chunk[n:], done + n
 
 
 def parsed_json(text, what):
@@ -225,8 +275,11 @@ def _entry(name, entry, crc, origin):
             )
     if len(shape) > 64 or len(offsets) != 2 or offsets[1] - offsets[0] != _nbytes(Tensor(name, dtype, tuple(shape), tuple)):
         raise CheckpointError(f"the tensor {name!r} has data_offsets {offsets}, which are not those of {dtype} and {shape}")
-    if not isinstance(crc, str) or not re.fullmatch("[0-9a-f]{8}", crc):
-        raise CheckpointError(f"the tensor {name!r} has the checksum {crc!r}, which is none")
+    n_digits = 8 * _n_blocks(offsets[1] - offsets[0])
+    if not isinstance(crc, str) or len(crc) != n_digits or not re.fullmatch("[0-9a-f]*", crc):
+        raise CheckpointError(
+            f"the tensor {name!r} has the checksum {str(crc)[:80]!r}, which is none of its {n_digits // 8} blocks"
+        )
     return Entry(dtype, tuple(shape), origin + offsets[0], origin + offsets[1], crc)
 
 

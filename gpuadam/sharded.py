@@ -10,6 +10,7 @@ from . import capturable, checks, functional, hyperparameters, shard_checks, tra
 from .agreement import agreed
 from .groups import HYPERPARAMETERS, MAPPING, ONE, checked_group, in_order, in_order_of_groups, parsed_groups
 from .kernels.storage import Arrays
+from .optimizer import DEFAULTS
 from .shard_buffer import Buffer
 from .sharded_norm import ShardedNorm
 
@@ -92,13 +93,15 @@ class ShardedAdam:
         def prepared():
             if strange := set(options) - set(OPTIONS):
                 raise TypeError(f"ShardedAdam has no option {sorted(strange)}; it has those of its signature and {OPTIONS}")
-            self._mean = checks.one_of(("mean", "sum"), "reduction", reduction) == "mean"
+            self._reduction = checks.one_of(("mean", "sum"), "reduction", reduction)
             self._decoupled, self._views = checks.flag("decoupled", decoupled), checks.flag("views", views)
             self._zero_grad = checks.flag("zero_grad", zero_grad)
             checks.count("bucket_bytes", bucket_bytes)
             self._further = _further(algorithm, options)
+            self._algorithm, self.options = algorithm, DEFAULTS | options | {"zero_grad": self._zero_grad}
             self.groups, self._structures, self._grouped = parsed_groups(params, defaults)
             self._names = [name for group in self.groups for name in group["names"]]
+            self._taken = dict.fromkeys(self._names, 0)  # how many steps each parameter has taken
             self._state_dtype = options.get("state_dtype")
             self._kernels, self._params = shard_checks.params(self.groups, transport, self._state_dtype, backend)
             self._formats = {name: view.format for name, view in zip(self._names, self._params, strict=True)}
@@ -210,7 +213,7 @@ class ShardedAdam:
         given = shard_checks.grads(listed, self._buffers, self.transport, self._zero_grad, self._backend)
         max_norm = None if max_norm is None else checks.non_negative("max_norm", max_norm)
         check_finite = checks.flag("check_finite", check_finite)
-        scale = checks.finite("grad_scale", grad_scale) / (self.transport.size if self._mean else 1)
+        scale = checks.finite("grad_scale", grad_scale) / (self.transport.size if self._reduction == "mean" else 1)
         hs = self._checked_groups(scale)
         described = {
             "the number of steps taken": self.steps,
@@ -268,7 +271,47 @@ class ShardedAdam:
             gathered.wait()
             if not self._views:
                 buffer.write_params(bucket, grads)
+        for name, grad in zip(self._names, given, strict=True):
+            self._taken[name] += grad is not None
         self.steps += 1
+
+    def save(self, path, *, with_params=False):
+        """Write a checkpoint into a folder, from which any number of ranks, or a single `Adam`, goes on bit for bit.
+
+        path: of the folder, which all ranks must see. It is made, but not the one it lies in; it is this checkpoint's alone.
+        with_params: the parameters too, as `with_params` of `gpuadam.load` and `gpuadam.load_sharded` needs them.
+
+        Every rank calls this, and writes what it owns, with checksums, in a few MB of memory. The last thing that is written says
+        which files belong to the checkpoint. So whatever happens, also to some ranks alone, the folder has the new checkpoint or
+        the one before. It has room for both while the new one is written. What a killed save leaves, the next one deletes.
+        The format: `gpuadam/stored_arrays.py`. A learning rate that is a callable is not saved.
+
+        Raises, on all ranks, CheckpointError if something cannot be written, and ValueError or TypeError for what could not be
+        loaded again.
+        """
+        from .sharded_checkpoint import save  # which needs this module
+
+        save(self, path, with_params=with_params)
+
+    def _read_params(self):
+        """Read what is this rank's of the parameters from the arrays of the caller, who may have changed them."""
+        for buffer in () if self._views else self._buffers:
+            for bucket in range(len(buffer.buckets)):
+                buffer.read_params(bucket)
+
+    def _collect_params(self):
+        """Make all parameters, on all ranks, what their owners have."""
+        for buffer in self._buffers:
+            for bucket in range(len(buffer.buckets)):
+                buffer.all_gather(bucket).wait()
+                if not self._views:
+                    buffer.write_params(bucket)
+
+    def _go_on_from(self, steps, taken):
+        """Take over how many steps there were, and how many each parameter has taken."""
+        self.steps, self._taken = steps, taken
+        for shard in self.shards:
+            shard.state["step"] = taken[shard.name]
 
     def _in_structure(self, columns):
         """Return arrays in the structure of params. columns: of each buffer, in its order."""

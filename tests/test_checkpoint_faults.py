@@ -126,7 +126,7 @@ WRONG_METADATA = {
     "a bad option": (lambda m: {"options": m["options"] | {"seed": "x"}}, "seed must be an integer"),
     "state of another dtype": (
         lambda m: {"options": m["options"] | {"state_dtype": "float64"}},
-        "'w.m' is F32 .*has to be F64",
+        "'w.m' is F32, and must be F64",
     ),
     "more state": (lambda m: {"options": m["options"] | {"ema_decay": 0.5}}, "does not have 'w.ema'"),
     "an unknown hyperparameter": (lambda m: {"groups": [m["groups"][0] | {"x": 1}]}, "hyperparameters 'x'"),
@@ -172,7 +172,10 @@ def with_tensor(header, name, **changes):
 
 WRONG_HEADERS = {
     "a huge shape": (lambda h: with_tensor(h, "w.m", shape=[1 << 62, 1 << 62]), "which are not those of"),
-    "huge offsets": (lambda h: with_tensor(h, "w.m", shape=[1 << 40], data_offsets=[0, 1 << 42]), "the one before ends"),
+    "huge offsets": (
+        lambda h: with_tensor(h, "w.m", shape=[1 << 40], data_offsets=[0, 1 << 42]),
+        "none of its 4194304 blocks",
+    ),
     "negative sizes": (lambda h: with_tensor(h, "w.m", shape=[-2, -3]), "no sizes"),
     "fractions": (lambda h: with_tensor(h, "w.m", shape=[2.0, 3.0]), "no sizes"),
     "overlapping tensors": (
@@ -183,8 +186,8 @@ WRONG_HEADERS = {
     "a list as dtype": (lambda h: with_tensor(h, "w.m", dtype=[]), r"dtype \[\]"),
     "an entry that is none": (lambda h: h | {"w.m": 3}, "must have dtype"),
     "a thousand dimensions": (lambda h: with_tensor(h, "w.m", shape=[1] * 1000 + [6]), "not those of"),
-    "another shape": (lambda h: with_tensor(h, "w.m", shape=[3, 2]), r"has to be F32 \(2, 3\)"),
-    "another dtype": (lambda h: with_tensor(h, "w.m", dtype="BF16", shape=[2, 6]), "has to be F32"),
+    "another shape": (lambda h: with_tensor(h, "w.m", shape=[3, 2]), r"has shape \(3, 2\), and must have \(2, 3\)"),
+    "another dtype": (lambda h: with_tensor(h, "w.m", dtype="BF16", shape=[2, 6]), r"has shape \(2, 6\)"),
 }
 
 
@@ -208,9 +211,9 @@ def test_a_name_that_comes_twice_is_refused(saved, tmp_path):
 
 def test_a_state_too_many_is_refused(saved, tmp_path):
     header, payload = taken_apart(saved)
-    crcs = json.loads(header["__metadata__"]["crc32"]) | {"w.max_v": "00000000"}
-    empty = {"dtype": "F32", "shape": [0], "data_offsets": [len(payload)] * 2}
-    content = sealed(with_metadata(header, crc32=crcs) | {"w.max_v": empty}, payload)
+    crcs = json.loads(header["__metadata__"]["crc32"]) | {"w.max_v": f"{zlib.crc32(bytes(24)):08x}"}
+    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [len(payload), len(payload) + 24]}
+    content = sealed(with_metadata(header, crc32=crcs) | {"w.max_v": entry}, payload + bytes(24))
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(gpuadam.CheckpointError, match=r"'w.max_v', for which this optimizer has no place"):
         gpuadam.load(tmp_path / "a", params())
@@ -301,7 +304,7 @@ def test_nothing_is_unpickled(tmp_path):
 def test_no_file_is_the_usual_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         gpuadam.load(tmp_path / "a", params())
-    with pytest.raises(gpuadam.CheckpointError, match="cannot be read: Is a directory"):
+    with pytest.raises(gpuadam.CheckpointError, match=r"without index\.safetensors: no checkpoint was ever finished there"):
         gpuadam.load(tmp_path, params())
 
 
