@@ -147,7 +147,9 @@ class Stored:
         wanted = {of: view for of, (_, view) in arrays.items() if with_params or of[1] != PARAM}
         needed = dict.fromkeys((own.param, key) for (own, key), view in wanted.items() if view.size)
         if missing := [array for array in needed if array not in self.pieces]:
-            advice = ": the parameters are saved by save(path, with_params=True)" if missing[0][1] == PARAM else ""
+            advice = (
+                ": the parameters are saved by save(path, with_params=True)" if all(k == PARAM for _, k in missing) else ""
+            )
             raise CheckpointError(f"it does not have {some([f'{param}.{key}' for param, key in missing])}{advice}")
         known = {(own.param, key) for own, key in arrays}
         params = {param for param, _ in known}

@@ -27,6 +27,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("gpu")
         if "compiler" in params:  # under pytest-xdist, what one process has compiled serves all its tests
             item.add_marker(pytest.mark.xdist_group(f"{params['compiler']} {params.get('arch')}"))
+        for job in {"of_eight", "of_four"} & {*getattr(item, "fixturenames", ()), params.get("of_job")}:
+            item.add_marker(pytest.mark.xdist_group(job))  # what one job of ranks has found serves all its tests
 
 
 def _is_one_too_many(item):

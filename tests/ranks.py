@@ -7,13 +7,14 @@ until the test kills one of them.
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 
 import gpuadam
 from gpuadam import transports
 
-STEPS = 2
+STEPS, MORE = 2, 10
 SHAPES = {
     "large": (3, 5000),
     "empty": (0,),
@@ -117,37 +118,75 @@ def digest(*arrays):
 STATE = ("m", "v", "ema", "remainder", "m_scale", "v_scale")
 
 
-def unsharded(case):
-    """Return the digest of parameters and state after the steps of one `gpuadam.Adam`."""
+def unsharded(case, folder=None):
+    """Return two digests of parameters and state by one optimizer: after STEPS, and after MORE. Between them it is saved."""
     params, options = params_of(case), options_of(case)
     options.pop("views", None)
     decoupled, algorithm = options.pop("decoupled", False), options.pop("algorithm", "adam")
     make = gpuadam.NAdam if algorithm == "nadam" else gpuadam.AdamW if decoupled else gpuadam.Adam
     opt = make(grouped(case, params), lr=0.1, **options)
-    for step in range(1, STEPS + 1):
-        opt.step(grads_in_groups(case, grads_of(case, step, 0, 1)), **step_options(case))
+    run(case, opt, range(1, STEPS + 1))
+    found = [of_unsharded(opt, params)]
+    if folder is not None:
+        opt.save(Path(folder, f"{case}.alone"), with_params=True)
+    run(case, opt, range(STEPS + 1, STEPS + MORE + 1))
+    return [*found, of_unsharded(opt, params)]
+
+
+def of_unsharded(opt, params):
     state = [s[key] for key in STATE for name, s in opt.state.items() if key in s and np.prod(SHAPES[name])]
     return digest(*params.values(), *state)
+
+
+def run(case, opt, steps):
+    """Take some steps with an optimizer of one or of many ranks."""
+    transport = getattr(opt, "transport", transports.Local())
+    for step in steps:
+        grads = grads_in_groups(case, grads_of(case, step, transport.rank, transport.size))
+        if hasattr(opt, "transport") and options_of(case).get("views"):
+            for name, grad in grads.items():
+                opt.grads[name][...] = grad
+            grads = opt.grads
+        opt.step(grads, **step_options(case))
 
 
 def step_options(case):
     return {key: value for key, value in CASES[case][2].items() if key != "skips"}
 
 
-def sharded(case, transport):
-    """Return the digest of this rank's parameters and of the state of all, after the same steps."""
+BUCKETS = {"bucket_bytes": 40_000}
+
+
+def sharded(case, transport, folder=None):
+    """Return the digest of this rank's parameters and of the state of all, after STEPS; and save them."""
     params, options = params_of(case, transport.rank), options_of(case)
-    algorithm = {"lr": 0.1} | options
-    opt = gpuadam.ShardedAdam(grouped(case, params), transport, reduction="sum", bucket_bytes=40_000, **algorithm)
-    for step in range(1, STEPS + 1):
-        grads = grads_in_groups(case, grads_of(case, step, transport.rank, transport.size))
-        if options.get("views"):
-            for name, grad in grads.items():
-                opt.grads[name][...] = grad
-            grads = opt.grads
-        opt.step(grads, **step_options(case))
+    opt = gpuadam.ShardedAdam(grouped(case, params), transport, reduction="sum", **BUCKETS, **{"lr": 0.1} | options)
+    run(case, opt, range(1, STEPS + 1))
+    if folder is not None:
+        opt.save(Path(folder, case), with_params=True)
+    return of_sharded(case, opt, params)
+
+
+def of_sharded(case, opt, params):
     state = [array for key in STATE for array in in_order_of_names(opt, opt.gathered(key))]
-    return digest(*(opt.params if options.get("views") else params).values(), *state)
+    return digest(*(opt.params if options_of(case).get("views") else params).values(), *state)
+
+
+def resumed(case, transport, path):
+    """Return the digest of what was saved and went on for MORE steps. The arrays that it is loaded into hold other numbers."""
+    params = params_of(case, 100 + transport.rank)
+    choices = BUCKETS | {"reduction": "sum", "views": "views" in options_of(case)}
+    opt = gpuadam.load_sharded(path, grouped(case, params), transport, with_params=True, **choices)
+    run(case, opt, range(STEPS + 1, STEPS + MORE + 1))
+    return of_sharded(case, opt, params)
+
+
+def resumed_alone(case, path):
+    """As `resumed`, by one optimizer that is not over ranks."""
+    params = params_of(case, 100)
+    opt = gpuadam.load(path, grouped(case, params), with_params=True)
+    run(case, opt, range(STEPS + 1, STEPS + MORE + 1))
+    return of_unsharded(opt, params)
 
 
 def in_order_of_names(opt, by_name):
@@ -158,24 +197,31 @@ def in_order_of_names(opt, by_name):
 
 
 def bits():
-    """Every case on 8 ranks, and on parts of them: 4, 3, 1, and four times 2."""
+    """Every case on 8 ranks, and on parts of them: 4, 3, 1, and four times 2. What 4 saved, and what one did, goes on on all."""
     from mpi4py import MPI
 
-    world = MPI.COMM_WORLD
-    found = {case: {} for case in CASES}
-    for color_of_rank in ([0] * 8, [0] * 4 + [1] * 3 + [2], [0, 0, 1, 1, 2, 2, 3, 3]):
-        transport = transports.MPI(world.Split(color_of_rank[world.rank], world.rank))
-        for case, of_case in found.items():
-            of_case.setdefault(transport.size, set()).add(sharded(case, transport))
-    everywhere = world.gather(found)
-    if world.rank == 0:
-        together = {case: {} for case in CASES}
-        for of_rank in everywhere:
-            for case, of_case in of_rank.items():
-                for ranks, digests in of_case.items():
-                    together[case].setdefault(str(ranks), set()).update(digests)
-        found = {case: {ranks: sorted(d) for ranks, d in of_case.items()} for case, of_case in together.items()}
-    go_on(transports.MPI(), found)
+    world, folder = MPI.COMM_WORLD, os.environ["CHECKPOINTS"]
+    splits = ([0] * 8, [0] * 4 + [1] * 3 + [2], [0, 0, 1, 1, 2, 2, 3, 3])
+    of_splits = [transports.MPI(world.Split(colors[world.rank], world.rank)) for colors in splits]
+    found = {}
+    for case in CASES:
+        for transport in of_splits:
+            saves = folder if transport.size == 4 else None
+            found.setdefault(f"{transport.size}", {}).setdefault(case, set()).add(sharded(case, transport, saves))
+    world.Barrier()
+    for case in CASES:
+        for transport in of_splits:
+            for saved, path in (("4", case), ("alone", f"{case}.alone")):
+                key = f"{saved} to {transport.size}"
+                found.setdefault(key, {}).setdefault(case, set()).add(resumed(case, transport, Path(folder, path)))
+        if world.rank == 0:
+            found.setdefault("4 to alone", {}).setdefault(case, set()).add(resumed_alone(case, Path(folder, case)))
+    together = {}
+    for of_rank in world.allgather(found):
+        for key, of_cases in of_rank.items():
+            for case, digests in of_cases.items():
+                together.setdefault(case, {}).setdefault(key, set()).update(digests)
+    go_on(transports.MPI(), {case: {key: sorted(d) for key, d in of_case.items()} for case, of_case in together.items()})
 
 
 def training_and_refusals():
@@ -333,9 +379,25 @@ def go_on(transport, found):
         opt.step(np.ones(param.size, "f4"), max_norm=1.0)
 
 
-def stepping():
-    """Nothing else."""
-    go_on(transports.MPI(), None)
+GOING_ON = 100_000  # elements
+
+
+def saving():
+    """Step and save for ever."""
+    transport = transports.MPI()
+    pids = transport.exchange(os.getpid())
+    param = np.zeros(GOING_ON, "f4")
+    opt = gpuadam.ShardedAdam(param, transport, bucket_bytes=40_000)
+    while True:
+        opt.step(going_on(opt.steps))
+        opt.save(os.environ["CHECKPOINTS"], with_params=True)
+        if transport.rank == 0 and opt.steps == 1:
+            print(json.dumps({"pids": pids, "found": None}), flush=True)
+
+
+def going_on(step):
+    """Return the gradient of a step that all ranks have."""
+    return np.full(GOING_ON, step % 7 - 3, "f4")
 
 
 def one_raises():

@@ -147,44 +147,45 @@ def job(n, function, **environment):
     return found["found"], ended(process)
 
 
-def once(tmp_path_factory, name, make):
-    """Return what make() returns, as JSON has it. Of all processes of pytest-xdist one calls it, and the others wait."""
-    fcntl = pytest.importorskip("fcntl", reason="no file locks on this system")
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    with (folder / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        path = folder / f"{name}.json"
-        if not path.exists():
-            path.write_text(json.dumps(make()))
-    return json.loads(path.read_text())
-
-
 @functools.cache
 def expected():
-    """The bits of every case by one optimizer. It compiles what the ranks then find on disk."""
+    """The bits of every case by one optimizer, twice. It compiles what the ranks then find on disk."""
     return {case: ranks.unsharded(case) for case in ranks.CASES}
+
+
+NUMBERS = ("8", "4", "3", "2", "1")
 
 
 @pytest.fixture(scope="module")
 def of_eight(tmp_path_factory):
-    """The bits of every case with several numbers of ranks; and how the job ended."""
-    expected()
-    return once(tmp_path_factory, "eight", lambda: job(8, "bits"))
+    """The bits of every case with several numbers of ranks, before and after it was saved; and how the job ended."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for case in ranks.CASES:
+        ranks.unsharded(case, folder)
+    return job(8, "bits", CHECKPOINTS=str(folder))
 
 
 @pytest.mark.parametrize("case", ranks.CASES)
 def test_1_2_3_4_and_8_ranks_have_the_bits_of_one_optimizer(of_eight, case):
     """Parameters on every rank, and all state."""
     found, _ = of_eight
-    assert found[case] == {n: [expected()[case]] for n in ("8", "4", "3", "2", "1")}
+    assert {n: found[case][n] for n in NUMBERS} == {n: [expected()[case][0]] for n in NUMBERS}
+
+
+@pytest.mark.parametrize("case", ranks.CASES)
+@pytest.mark.parametrize("saved", ["4", "alone"])
+def test_what_was_saved_goes_on_bit_for_bit_with_any_number_of_ranks(of_eight, case, saved):
+    """Saved by four ranks, or by one optimizer alone; the next ten steps as if it had not been."""
+    found, _ = of_eight
+    keys = [f"{saved} to {n}" for n in (*NUMBERS, *(["alone"] if saved == "4" else []))]
+    assert {key: found[case][key] for key in keys} == {key: [expected()[case][1]] for key in keys}
 
 
 @pytest.fixture(scope="module")
 def of_four(tmp_path_factory):
     """What each of four ranks found, by its name; and how the job ended."""
     expected()
-    return once(tmp_path_factory, "four", lambda: job(4, "training_and_refusals", **digits(tmp_path_factory)))
+    return job(4, "training_and_refusals", **digits(tmp_path_factory))
 
 
 def digits(tmp_path_factory):
@@ -293,10 +294,18 @@ def test_a_job_ends_when_one_of_its_ranks_is_killed(of_job, request):
     assert_ended_as_a_failure(end)
 
 
-def test_a_job_that_only_steps_ends_when_one_of_its_ranks_is_killed():
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_job_that_saves_at_each_step_ends_when_one_of_its_ranks_is_killed_and_its_checkpoint_is_whole(attempt, tmp_path):
     expected()
-    _, end = job(4, "stepping")
+    _, end = job(4, "saving", CHECKPOINTS=str(tmp_path))
     assert_ended_as_a_failure(end)
+    found, wanted = (np.zeros(ranks.GOING_ON, "f4") for _ in range(2))
+    opt, reference = gpuadam.load(tmp_path, found, with_params=True), gpuadam.Adam(wanted)
+    assert opt.steps >= 1
+    for step in range(opt.steps):
+        reference.step(ranks.going_on(step))
+    assert different_bits(found, wanted) == 0
+    assert all(different_bits(opt.state["0"][key], reference.state["0"][key]) == 0 for key in ("m", "v"))
 
 
 def test_a_job_ends_when_a_rank_raises_even_without_mpi4py_as_its_runner():
@@ -440,7 +449,7 @@ def test_two_ranks_of_gloo_have_the_bits_of_one_optimizer(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     if not torch.distributed.is_available():
         pytest.skip("torch is built without torch.distributed")
-    wanted = [expected()["groups, clipped"], expected()["8 bits"]]
+    wanted = [expected()["groups, clipped"][0], expected()["8 bits"][0]]
     torch.multiprocessing.spawn(of_gloo, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     for rank in ("0", "1"):
         assert json.loads((tmp_path / rank).read_text()) == [wanted, [0, 1]]
