@@ -16,6 +16,7 @@ def pytest_configure(config):
         raise pytest.UsageError("this thread flushes subnormal numbers to zero (FTZ), so no bits can be compared")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the groups there
 def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if os.environ.get("GPUADAM_EVERY_ARCHITECTURE") != "1" and _is_one_too_many(item)]
     if left_out:
