@@ -58,31 +58,44 @@ def needs_bytes(cp, n):
         pytest.skip(f"needs {n / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free")
 
 
-@pytest.mark.parametrize("n", [2**29 - 1, 2**29 + 1, 2**31 - 1, 2**31 + 5])
-def test_beyond_2_31_bytes_and_elements(cp, backend, n):
-    """Every element is updated, and the last ones have the CPU's bits; CuPy changes its index type at 2**31 bytes."""
+@pytest.mark.parametrize(
+    "n, format", [*((n, "float32") for n in (2**29 - 1, 2**29 + 1, 2**31 - 1, 2**31 + 5)), (2**31 + 5, "bfloat16")]
+)
+def test_beyond_2_31_bytes_and_elements(cp, backend, n, format):
+    """Every element is updated, and the last ones have the CPU's bits; CuPy changes its index type at 2**31 bytes.
+
+    format: of parameters and gradients.
+    """
     needs_bytes(cp, 4 * 4 * n + 2**30)
-    pattern = wide_state(4099, "float32", seed=3)[:4]
+    pattern = list(wide_state(4099, "float32", seed=3)[:4])
     for a in pattern:
         a[~np.isfinite(a)] = 1.0
+    if format == "bfloat16":
+        pattern[:2] = [(a.view("u4") >> 16).astype("u2") for a in pattern[:2]]
+
+    def given(arrays):
+        narrow = [gpuadam.Bits(a, format) for a in arrays[:2]] if format == "bfloat16" else arrays[:2]
+        return [*narrow, *arrays[2:]]
+
     arrays = []
     for a in pattern:
-        there = cp.empty(n, "f4")
+        there = cp.empty(n, a.dtype)
         block = cp.asarray(a)
         whole = n // 4099 * 4099
         there[:whole].reshape(-1, 4099)[...] = block
         there[whole:] = block[: n - whole]
         arrays.append(there)
-    gpuadam.adam_step(*arrays, 1, backend=backend)
+    gpuadam.adam_step(*given(arrays), 1, backend=backend)
     cp.cuda.Device().synchronize()
     expected = [a.copy() for a in pattern]
-    gpuadam.adam_step(*expected, 1)
+    gpuadam.adam_step(*given(expected), 1)
     try:
         for there, e in zip(arrays, expected, strict=True):
-            rows = there[: n // 4099 * 4099].reshape(-1, 4099).view("u4")
-            known = ~np.isnan(e)
+            bits = f"u{e.itemsize}"
+            rows = there[: n // 4099 * 4099].reshape(-1, 4099).view(bits)
+            known = ~np.isnan(e) if e.dtype.kind == "f" else e & 0x7FFF <= 0x7F80
             assert known.mean() > 0.99
-            wanted, known = cp.asarray(e).view("u4"), cp.asarray(known)
+            wanted, known = cp.asarray(e).view(bits), cp.asarray(known)
             for start in range(0, len(rows), 1 << 16):
                 assert bool(((rows[start : start + (1 << 16)] == wanted) | ~known).all())
             tail = there[n // 4099 * 4099 :].get()
