@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: the tests that are marked gpu, which must not skip for want of one, and the benchmarks.
+# Everything that needs a GPU: the tests, which must not skip for want of one, and the benchmarks.
 #
-#     benchmarks/gpu.sh OUTDIR
+#     benchmarks/gpu.sh OUTDIR             the tests that are marked gpu, and the figures
+#     benchmarks/gpu.sh OUTDIR inspect     the hardware's counters, and state that is larger than the GPU's memory
+#     benchmarks/gpu.sh OUTDIR sanitize    the tests of kernels under compute-sanitizer
 #
 # Needs no network and no installation: it runs from the tree with the CuPy, Numba and numba-cuda that it finds, and pytest, rich,
-# matplotlib, scikit-learn and scikit-image; torch, JAX and optax are measured beside it where they are there. OUTDIR gets results.csv (the rows of
-# all benchmarks and backends), doctor.json, log.txt and a PNG each for large, small, many, narrow and amp_step: eight files. The
-# other scripts draw theirs from results.csv with --rows. A short table comes last. Ends within 8 minutes.
-# Exit status 0 if all tests passed and all benchmarks ran.
+# matplotlib, scikit-learn and scikit-image; torch, JAX and optax are measured beside it where they are there; inspect needs
+# Nsight Compute's ncu. OUTDIR gets results.csv (the rows of all benchmarks and backends), doctor.json, log.txt and a PNG each for
+# large, small, many, narrow and amp_step: eight files. The other scripts draw theirs from results.csv with --rows. inspect adds
+# what_binds-BACKEND.json, offload.csv and inspect.txt, sanitize adds sanitize.txt. A short table comes last. Each ends within
+# 8 minutes. Exit status 0 if all tests passed and all benchmarks ran.
 set -u -o pipefail
-if [ $# -ne 1 ]; then
-    echo "usage: benchmarks/gpu.sh OUTDIR" >&2
+what=${2:-figures}
+if [ $# -lt 1 ] || [ $# -gt 2 ] || [[ ! $what =~ ^(figures|inspect|sanitize)$ ]]; then
+    echo "usage: benchmarks/gpu.sh OUTDIR [inspect | sanitize]" >&2
     exit 2
 fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
@@ -24,8 +28,10 @@ backends=(cupy numba-cuda)
 measure_until=445 # seconds: then there is time to draw and to print
 status=0
 
-section() { printf '\n== %s (%s s)\n' "$1" "$SECONDS" | tee -a "$out/log.txt"; }
-: >"$out/log.txt"
+log=$out/$what.txt
+[ $what != figures ] || log=$out/log.txt
+section() { printf '\n== %s (%s s)\n' "$1" "$SECONDS" | tee -a "$log"; }
+: >"$log"
 this=$(mktemp -d)
 trap 'rm -rf "$this"' EXIT
 run() { # name, limit in seconds, command: its output goes to log.txt; the run goes on after a failure
@@ -34,13 +40,13 @@ run() { # name, limit in seconds, command: its output goes to log.txt; the run g
     section "$name"
     [ "$limit" -lt "$left" ] || limit=$left
     if [ "$limit" -le 0 ]; then
-        echo "FAILED: no time was left for it" | tee -a "$out/log.txt"
+        echo "FAILED: no time was left for it" | tee -a "$log"
         status=1
         return
     fi
     timeout -k 5 "$limit" "$@" >"$this/$name.log" 2>&1
     result=$?
-    cat "$this/$name.log" >>"$out/log.txt"
+    cat "$this/$name.log" >>"$log"
     if [ $result = 0 ]; then
         tail -n 3 "$this/$name.log"
     else
@@ -54,6 +60,45 @@ benchmark() { # name, backend, limit in seconds, options
     shift 3
     run "$name-$backend" "$limit" "$python" "benchmarks/$name.py" --backend "$backend" --out "$this/$backend" "$@"
 }
+
+finish() {
+    [ $status = 0 ] && echo "all of it ran" || echo "something FAILED: see above"
+    exit $status
+}
+
+sanitized() { # tool, seconds for all of it, and the files of tests, each in a process of its own
+    local tool=$1 until=$((SECONDS + $2)) file name
+    shift 2
+    for file in "$@"; do
+        name=$tool-$file
+        # without a pool each array is an allocation, whose end the tool knows
+        GPUADAM_NO_POOL=1 run "$name" $((until - SECONDS)) compute-sanitizer --tool "$tool" --error-exitcode 99 \
+            --log-file "$this/$name.errors" "$python" -m pytest -q --maxfail=5 -m gpu -W default -p no:cacheprovider \
+            -k "not beyond and not 2_31" "tests/$file.py"
+        cat "$this/$name.errors" >>"$log"
+        summary+=("$name: $(tail -n 1 "$this/$name.log"); $(grep -o 'SUMMARY.*' "$this/$name.errors" || echo 'no summary')")
+    done
+}
+
+if [ $what = sanitize ]; then
+    summary=()
+    sanitized memcheck 200 test_gpu test_gpu_narrow test_global_norm test_adam test_flat test_offload_gpu
+    sanitized racecheck 120 test_global_norm test_gpu_narrow test_gpu
+    sanitized initcheck 120 test_global_norm test_gpu_narrow test_gpu
+    section "summary"
+    printf '%s\n' "${summary[@]}" | tee -a "$log"
+    finish
+fi
+
+if [ $what = inspect ]; then
+    for backend in "${backends[@]}"; do
+        run "what_binds-$backend" 75 "$python" benchmarks/what_binds.py --backend "$backend" --out "$out"
+    done
+    # the second is more than the GPU has: 72 GB of state, and 24 of parameters and gradients, in the host's memory
+    benchmark offload cupy 230 --sizes 8/1,72/8 --seconds 10
+    mv "$this/cupy/offload.csv" "$out" || status=1
+    finish
+fi
 
 run doctor 60 "$python" -m gpuadam doctor --json "$out/doctor.json"
 run tests 190 "$python" -m pytest -q --maxfail=20 -m gpu -W default -p no:cacheprovider --durations=10 tests
@@ -98,5 +143,4 @@ if [ ${#rows[@]} -gt 0 ]; then
     done
     "$python" benchmarks/report.py summary "$out/results.csv" | tee -a "$out/log.txt" || status=1
 fi
-[ $status = 0 ] && echo "all of it ran" || echo "something FAILED: see above"
-exit $status
+finish

@@ -3,9 +3,9 @@
     python benchmarks/killed_rank.py [TIMES]
 
 Starts four ranks of `gpuadam.ShardedAdam` that step and save for ever, and kills one of them; which one and when is drawn by
-chance. A job has ended well if mpiexec comes back with a status other than zero within 10 seconds. Its checkpoint is intact if one
-`gpuadam.Adam` loads it, if it is the last one whose save has ended or the one that was being saved, and if its parameters and
-state have the bits of as many steps of one optimizer.
+chance. A job has ended well if mpiexec comes back with a status other than zero within 10 seconds. Its checkpoint is intact if
+one `gpuadam.Adam` loads it, if it is the last one whose save has ended or the one that was being saved, and if its parameters
+and state have the bits of as many steps of one optimizer.
 """
 
 import os
@@ -17,13 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
 import gpuadam
 
+ROOT = Path(__file__).parent.parent
 LIMIT = 10.0  # seconds
 N = 300_000
 

@@ -11,6 +11,8 @@ pytest_plugins = ["pytester"]
 
 
 def pytest_configure(config):
+    if os.environ.get("GPUADAM_NO_POOL") == "1":  # each array is an allocation of its own, which compute-sanitizer watches
+        pytest.importorskip("cupy").cuda.set_allocator(None)
     config.addinivalue_line("markers", "xdist_group(name): tests that pytest-xdist runs in one process")
     if np.float32(1e-38) * np.float32(0.01) == 0:
         raise pytest.UsageError("this thread flushes subnormal numbers to zero (FTZ), so no bits can be compared")

@@ -25,6 +25,7 @@ import memory
 import peers
 import report
 import sharded
+import what_binds
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 # those of them that are not installed are left out, and named
@@ -214,3 +215,32 @@ def test_ranks_are_timed_and_send_the_padded_buffers():
     assert len(found["seconds"]) == 5 and min(found["seconds"]) > 0
     assert set(found["phases"]) == set(sharded.PHASES) and min(found["phases"].values()) > 0
     assert found["n_bytes"] == 2 * 4 * 8192 // 2  # two cells, of which each rank sends the other's, twice
+
+
+def test_what_binds_is_read_from_the_profilers_rows(monkeypatch, capsys, tmp_path):
+    """ncu is played: it writes its CSV, with a row for each counter of each launch, into the file that it is told."""
+    asked = []
+
+    def ncu(command, check):
+        asked.append(command)
+        counters = command[command.index("--metrics") + 1].split(",")
+        lines = [
+            f'"{k}","k","sec","{counter}","unit","{1000 * k + n:,}"' for k in range(4) for n, counter in enumerate(counters)
+        ]
+        head = '"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"'
+        Path(command[command.index("--log-file") + 1]).write_text("\n".join(["==PROF== connected", head, *lines]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(what_binds.subprocess, "run", ncu)
+    monkeypatch.setattr(what_binds.shutil, "which", lambda name: name)
+    monkeypatch.setattr(what_binds.backends, "load", lambda name: None)
+    monkeypatch.setattr(what_binds.measure, "facts", lambda backend: {"device": "no GPU"})
+    monkeypatch.setattr(sys, "argv", ["what_binds", "--forms", "float32,8-bit state", "--out", str(tmp_path)])
+    what_binds.main()
+    rows = json.loads((tmp_path / "what_binds-cupy.json").read_text())["rows"]
+    assert [(row["form"], row["kernel"]) for row in rows] == [
+        (form, kernel) for form in ("float32", "8-bit state") for kernel in ("step", "limit")
+    ]
+    assert [row["nanoseconds"] for row in rows] == [0, 1000, 2000, 3000] and rows[1]["dram_percent"] == 1001
+    assert {"--launch", "--backend", "cupy"} <= set(asked[0])
+    assert "8-bit state, limit" in capsys.readouterr().out
