@@ -120,8 +120,6 @@ def _fill(opt, stored, with_params):
     if with_params:
         for own, key in params:
             stored.verify(own.param, key)
-        given = [param for group in opt.groups for param in group["params"]]
-        if torch_tensors.among([given]):
-            torch_tensors.wrote(given)
+        torch_tensors.wrote([param for group in opt.groups for param in group["params"]])
         for of, found in params.items():
             stored.read(*of, *found)

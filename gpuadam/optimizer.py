@@ -427,7 +427,7 @@ class Adam:
         """Check a step that is left out, and zero the gradients if a step would."""
         self._check(updates)
         for group in updates:
-            if group.h.fixed.zero_grad and torch_tensors.among(group.columns):
+            if group.h.fixed.zero_grad:
                 torch_tensors.wrote(group.columns[1])
             for grad, name in zip(group.columns[1], group.names, strict=True):
                 kernels, (view,) = backends.choose([(f"the gradient of params[{name!r}]", grad)], self.backend)

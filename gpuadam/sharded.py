@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import capturable, checks, functional, hyperparameters, shard_checks, transports
+from . import capturable, checks, functional, hyperparameters, shard_checks, torch_tensors, transports
 from .agreement import agreed
 from .groups import HYPERPARAMETERS, MAPPING, ONE, checked_group, in_order, in_order_of_groups, parsed_groups
 from .kernels.storage import Arrays
@@ -195,13 +195,16 @@ class ShardedAdam:
 
         On a GPU the work goes to CuPy's current stream. With max_norm or check_finite the host waits for the norm.
         """
-        (given, settings, scale, max_norm, check_finite), left_out = agreed(
+        (listed, given, settings, scale, max_norm, check_finite), left_out = agreed(
             self.transport, lambda: self._prepared(grads, grad_scale, max_norm, check_finite, found_inf)
         )
         if not left_out:
             self._step(given, settings, scale, max_norm, check_finite)
-        for view in filter(None, given if self._zero_grad else ()):
-            self._kernels.fill_zero(view)
+            torch_tensors.wrote([param for param, grad in zip(self._listed(), given, strict=True) if grad is not None])
+        if self._zero_grad:
+            for view in filter(None, given):
+                self._kernels.fill_zero(view)
+            torch_tensors.wrote(listed)
 
     def _prepared(self, grads, grad_scale, max_norm, check_finite, found_inf):
         """Check a step. Return its arguments, what all ranks must have in common of them, and whether to leave it out."""
@@ -224,7 +227,7 @@ class ShardedAdam:
         }
         described |= _described(self.groups, hs)
         settings = [_settings(group, h) for group, h in zip(self.groups, hs, strict=True)]
-        return (given, settings, scale, max_norm, check_finite), described, checks.found_inf(found_inf)
+        return (listed, given, settings, scale, max_norm, check_finite), described, checks.found_inf(found_inf)
 
     def _checked_groups(self, scale):
         """Check the hyperparameters of all groups and return them for this step."""
@@ -306,12 +309,17 @@ class ShardedAdam:
                 buffer.all_gather(bucket).wait()
                 if not self._views:
                     buffer.write_params(bucket)
+        torch_tensors.wrote(self._listed())
 
     def _go_on_from(self, steps, taken):
         """Take over how many steps there were, and how many each parameter has taken."""
         self.steps, self._taken = steps, taken
         for shard in self.shards:
             shard.state["step"] = taken[shard.name]
+
+    def _listed(self):
+        """Return the parameters of all groups, as they were given."""
+        return [param for group in self.groups for param in group["params"]]
 
     def _in_structure(self, columns):
         """Return arrays in the structure of params. columns: of each buffer, in its order."""

@@ -133,8 +133,10 @@ _FIELDS = operator.attrgetter("shape", "dtype", "device", "is_leaf")
 
 
 def wrote(arrays):
-    """Tell autograd that tensors were written, so that a backward pass that needs what was in them before raises."""
-    torch = sys.modules["torch"]
+    """Tell autograd of the tensors among arrays that were written, so that a backward pass that needs what was in them raises."""
+    torch = _torch()
+    if torch is None:
+        return
     if not set(map(type, arrays)) <= {torch.Tensor, torch.nn.Parameter}:
         arrays = [a for a in (a.array if type(a) is Bits else a for a in arrays) if isinstance(a, torch.Tensor)]
     increment = torch.autograd.graph.increment_version

@@ -245,6 +245,28 @@ def test_parameters_are_updated_where_they_are_with_the_bits_of_numpy_arrays(tor
     assert [p.data_ptr() for p in params] == at
 
 
+def offload(params, folder):
+    return gpuadam.OffloadAdam(params, lr=0.1, state=folder, master="float32", zero_grad=True)
+
+
+def sharded(params, folder):
+    return gpuadam.ShardedAdam(params, gpuadam.transports.Local(), lr=0.1, zero_grad=True)
+
+
+@pytest.mark.parametrize("make", [offload, sharded])
+def test_autograd_is_told_by_every_optimizer(torch, make, tmp_path):
+    updated, skipped = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)), torch.nn.Parameter(torch.ones(3))
+    grad = torch.ones(3)
+    opt = make({"updated": updated, "skipped": skipped}, tmp_path)
+    versions = updated._version, skipped._version, grad._version
+    loss = (updated**2).sum()
+    opt.step({"updated": grad, "skipped": None})
+    assert (updated._version > versions[0], skipped._version, grad._version > versions[2]) == (True, versions[1], True)
+    assert (updated != 1).all() and (grad == 0).all()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_the_steps_of_torch_tensors_in_every_structure(torch):
     params = model(torch)
     with_gradients(params, torch)

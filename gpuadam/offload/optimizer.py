@@ -7,7 +7,7 @@ import weakref
 
 import numpy as np
 
-from .. import backends, capturable, checks
+from .. import backends, capturable, checks, torch_tensors
 from ..arrays import Bits, bare
 from ..groups import OF_PARAMS
 from ..kernels import streams
@@ -311,6 +311,8 @@ class OffloadAdam(Adam):
                 advance(sum(stop - start for _, start, stop in chunk))
 
             pipeline.run(work, stages.fetch, stages.update, store, self._slots)
+        for group in updates:
+            torch_tensors.wrote(group.written())
 
     def _jobs(self, updates):
         stages = OnHost if self._runs_on == "host" else OnDevice
