@@ -93,7 +93,7 @@ def _all_in_numpy(column, written=True):
     for array in column:
         if isinstance(array, torch.Tensor) and array.is_cpu and not (written and why_immutable(array)):
             with contextlib.suppress(RuntimeError, TypeError):  # the checks will say what it is
-                array = _memory(array)
+                array = plain("", array)
         converted.append(array)
     return converted
 
