@@ -5,9 +5,10 @@
 A size is GB of state / GB of budget. Parameters and gradients are bfloat16, the state is float32: m, v and the master. Files go
 where TMPDIR says.
 
-On the CPU all of it is in files. The limit is to read and write the same bytes of the same files, in chunks of the same size and
-with as many under way, and to compute nothing: the faster of two ways, by calls that copy into memory and back, and by mapping
-pages and marking them as written. Before each turn the files are flushed to the disk, untimed.
+On the CPU all of it is in files. The limit is to read and write the same bytes of the same files, with as many chunks under way,
+and to compute nothing: the fastest of three ways, by calls that copy them into memory and back, in chunks as large as the step's
+and in ones that stay in a core's cache, and by mapping them, where `kernels/limit.py` moves them. Before each turn the files are
+flushed to the disk, untimed. Files larger than the memory come from the disk and go there, others from the system's cache.
 
 On a GPU all of it is in pinned memory of the host, and may be more than the GPU's. The limit is the copies alone, in chunks of
 the same size, in both directions at once; each direction by itself stands beside it.
@@ -29,17 +30,20 @@ import report
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import measure
+from gpuadam.cli import forms, measure
+from gpuadam.kernels import limit
 from gpuadam.kernels.storage import GROUP
 from gpuadam.offload import mapped, pipeline
 
 STEP = "gpuadam.OffloadAdam.step"
-CALLS, MAPPED, BOTH_WAYS = "limit: read and write calls", "limit: mapped pages", "limit: copies both ways"
+CALLS, SMALL_CALLS = "limit: read and write calls", "limit: small read and write calls"
+MAPPED, BOTH_WAYS = "limit: mapped, no arithmetic", "limit: copies both ways"
 BYTES = {"m": 4, "v": 4, "master": 4, "param": 2, "grad": 2}
 READ, WRITTEN = ("m", "v", "master", "grad"), ("m", "v", "master", "param")
 LR = 1e-2
 PLACES, ELEMENTS = 64, 1 << 14  # that are compared
 FEWEST = 3  # turns
+IN_CACHE = 1 << 20  # bytes of a chunk
 
 
 def measure_rows(backend, options, notes):
@@ -68,9 +72,10 @@ def in_files(backend, n, budget, seconds, folder, notes):
     with gpuadam.OffloadAdam({"w": param}, lr=LR, **options) as opt:
         arrays = given | {name: opt.state["w"][name] for name in ("m", "v", "master")}
         before = sampled(arrays)
-        opt.step({"w": grad})  # compiles
+        for _ in range(FEWEST):
+            opt.step({"w": grad})
+        compare(before, sampled(arrays), opt, notes)
         size = opt._stages.room // sum(BYTES.values()) // GROUP * GROUP  # of a chunk, in elements
-        edges = [(start, min(start + size, n)) for start in range(0, n, size)]
         paths = {name: (folder if name in given else folder / "state") / name for name in arrays}
 
         def flush():
@@ -79,12 +84,11 @@ def in_files(backend, n, budget, seconds, folder, notes):
 
         contenders = {
             STEP: lambda: opt.step({"w": grad}),
-            CALLS: lambda: by_calls(paths, edges, size, opt._slots),
-            MAPPED: lambda: by_mapping(arrays, edges, opt._slots),
+            CALLS: lambda: by_calls(paths, n, size, opt._slots),
+            SMALL_CALLS: lambda: by_calls(paths, n, IN_CACHE // sum(BYTES.values()), opt._slots),
+            MAPPED: lambda: by_mapping(backends.load(backend.name), arrays, n, size, opt._slots),
         }
         times, held = in_turn(contenders, seconds, flush)
-        opt.step({"w": grad})  # the limit by calls has written zeros over the parameter, which is not among what it reads
-        compare(before, sampled(arrays), opt, notes)
     peak, more = held[STEP]
     notes.append(
         f"at its peak in a step the process held {peak / 1e6:,.0f} MB, {more / 1e6:,.0f} MB more than before; the budget is "
@@ -93,8 +97,13 @@ def in_files(backend, n, budget, seconds, folder, notes):
     return times, {name: [more] for name, (_, more) in held.items()}, "files"
 
 
-def by_calls(paths, edges, size, slots):
-    """Read what a step reads into memory, and write what it writes from there."""
+def edges_of(n, size):
+    """Return where chunks of some elements begin and end."""
+    return [(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def by_calls(paths, n, size, slots):
+    """Read what a step reads into memory, and write what it writes from there. size: of a chunk, in elements."""
     memory = [{name: np.zeros(size * BYTES[name], np.uint8) for name in paths} for _ in range(slots)]
 
     def transfer(names, transferred):
@@ -110,11 +119,11 @@ def by_calls(paths, edges, size, slots):
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(path.open("r+b", buffering=0)) for name, path in paths.items()}
         fetch = transfer(READ, lambda file, part, offset: os.preadv(file, [part], offset))
-        pipeline.run(edges, fetch, lambda edge, slot: None, transfer(WRITTEN, os.pwrite), slots)
+        pipeline.run(edges_of(n, size), fetch, lambda edge, slot: None, transfer(WRITTEN, os.pwrite), slots)
 
 
-def by_mapping(arrays, edges, slots):
-    """Bring in the pages that a step reads and writes, marked as written if it writes them, and let them go."""
+def by_mapping(kernels, arrays, n, size, slots):
+    """Map what a step reads and writes, move the bytes by the limit's kernel, and let them go."""
     known: dict = {}
     maps = {name: (mapped.mapping_of(array, known), array.ctypes.data) for name, array in arrays.items()}
 
@@ -125,9 +134,14 @@ def by_mapping(arrays, edges, slots):
 
         return stage
 
+    def update(edge, slot):
+        own = [arrays[name][slice(*edge)] for name in ("master", "grad", "m", "v", "param")]
+        with kernels.one_thread():
+            forms.launcher(kernels, forms.FORMS["float32 + bfloat16 copy and grad"], own, limit)()
+
     fetch = over(lambda mapping, name, start, end: mapping.populate(start, end, name in WRITTEN))
     store = over(lambda mapping, name, start, end: mapping.drop(start, end))
-    pipeline.run(edges, fetch, lambda edge, slot: None, store, slots)
+    pipeline.run(edges_of(n, size), fetch, update, store, slots)
 
 
 def on_gpu(backend, n, budget, seconds, folder, notes):
@@ -143,7 +157,7 @@ def on_gpu(backend, n, budget, seconds, folder, notes):
     before = sampled(arrays)
     opt.step({"w": grad})
     size = opt._stages.room // sum(BYTES.values()) // GROUP * GROUP
-    edges = [(start, min(start + size, n)) for start in range(0, n, size)]
+    edges = edges_of(n, size)
     memory = {name: [kernels.device_bytes(size * BYTES[name]) for _ in range(2)] for name in arrays}
     (up, up_handle), (down, down_handle) = kernels.new_stream(), kernels.new_stream()
     flat = {name: array.view(np.uint8) for name, array in arrays.items()}

@@ -33,8 +33,6 @@ class Mapping:
     def populate(self, start, end, writes):
         """Bring in the memory between two addresses. writes: whether it is to be written; else it is only read."""
         start, end = self._around(start, end, PAGE)
-        if _libc:
-            self._advise(start, end, mmap.MADV_WILLNEED)  # reads it all at once, where a fault reads a little
         try:
             populated = sys.platform == "linux" and self._advise(start, end, POPULATE[writes])
         except OSError as error:
