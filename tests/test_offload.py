@@ -500,7 +500,8 @@ def test_ten_times_the_budget_of_state_is_updated_within_the_budget(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["state"] == 10 * found["budget"] and all(found["same"])
-    assert found["more"] < found["budget"] + 8_000_000, found  # what Python and the threads' stacks take
+    huge_pages = 4 * 2 * (2 << 20)  # at the edge of each array of the chunks under way, where Linux caches files in those
+    assert found["more"] < found["budget"] + huge_pages + 8_000_000, found  # and what Python and the threads' stacks take
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit by calls is by those of Linux")
@@ -512,6 +513,7 @@ def test_the_benchmark_compares_its_bits_and_writes_its_rows(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
-    names = ["gpuadam.OffloadAdam.step", "limit: read and write calls", "limit: mapped pages"]
+    limits = ["read and write calls", "small read and write calls", "mapped, no arithmetic"]
+    names = ["gpuadam.OffloadAdam.step", *(f"limit: {name}" for name in limits)]
     assert [row["contender"] for row in rows] == names and all(row["samples"] == 3 for row in rows)
     assert "\n0 different bytes" in done.stderr

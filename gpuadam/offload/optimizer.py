@@ -42,7 +42,8 @@ class OffloadAdam(Adam):
         optimizer, with parameters and options of the same names and kinds, is continued where it was closed; the parameters
         themselves are the caller's to keep.
     budget: the bytes of the arrays that a step has under way at once: of files mapped into memory, and of copies on the other
-        side, in the host's memory and on the GPU each. No step needs more memory than this beside the arrays that stay.
+        side, in the host's memory and on the GPU each. No step needs more memory than this beside the arrays that stay; of
+        files that Linux caches in pages of 2 MB it may map the rest of those, too.
     update: "device", where the state goes through the GPU; "host", where gradients come down and parameters go up; or "auto":
         with a GPU both are measured once, and the faster is taken. `describe()` says which, and why.
     progress: show a bar during each step, by the package rich.
