@@ -171,7 +171,7 @@ def table(rows):
     rich_table, rich_box = output.need("bench", "rich.table", "rich.box")
     title = f"sharded: {rows[0]['state']} scaling, float32, {rows[0]['backend']}"
     shown = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD)
-    shown.add_column("")
+    shown.add_column("", no_wrap=True)
     for head in ("ranks", "elements", "median", *PHASES, "MB sent", "x minimum"):
         shown.add_column(head.replace("_", "-"), justify="right")
     for row in rows:
@@ -179,7 +179,7 @@ def table(rows):
         minimum = "" if row["x_minimum"] is None else f"{row['x_minimum']:.4f}"
         median, sent = report.time(row["p50_us"]), f"{row['sent_mb']:,.1f}"
         facts = (f"{row['ranks']:g}", f"{row['elements']:.3g}", median, *phases, sent, minimum)
-        shown.add_row(row["contender"], *facts)
+        shown.add_row(row["contender"].removeprefix("gpuadam."), *facts)
     return shown
 
 
@@ -198,7 +198,9 @@ def draw(rows, path):
                 report.time(row["p50_us"]), (left, at), (5, 0), textcoords="offset points", va="center", fontsize=8
             )
         axis.set_yticks(
-            range(len(of_state)), [f"{row['ranks']:g} ranks\n{row['elements']:,}" for row in of_state], fontsize=8
+            range(len(of_state)),
+            [f"{row['ranks']:g} rank{'s' * (row['ranks'] > 1)}\n{row['elements']:,}" for row in of_state],
+            fontsize=8,
         )
         axis.set_xlabel("milliseconds of a step")
         axis.margins(x=0.2)
