@@ -170,7 +170,7 @@ def table(rows):
     """Return the table of one kind of scaling: a line for each contender and number of ranks."""
     rich_table, rich_box = output.need("bench", "rich.table", "rich.box")
     title = f"sharded: {rows[0]['state']} scaling, float32, {rows[0]['backend']}"
-    shown = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD)
+    shown = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     shown.add_column("", no_wrap=True)
     for head in ("ranks", "elements", "median", *PHASES, "MB sent", "x minimum"):
         shown.add_column(head.replace("_", "-"), justify="right")
