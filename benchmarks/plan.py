@@ -1,18 +1,28 @@
 """Does `python -m gpuadam plan` predict what is then measured?
 
-    python benchmarks/plan.py [--backend numba-cpu] [--sizes 3e5,3e6,3e7] [--seconds 10] [--out FOLDER]
+    python benchmarks/plan.py [--backend numba-cpu] [--sizes 3e5,3e6,3e7] [--forms NAME,NAME] [--seconds 10] [--out FOLDER]
 
-`gpuadam/performance_model.py` predicts the step of every form and size from constants alone: for each form how many elements a
-second its conversions and arithmetic allow, which are measured first, on small arrays; and the memory's rate, which is what the
-limit kernel moves of float32, measured in turn with all the steps. So the rows say whether bytes, or else elements, explain the
-times of all forms. No constant is fitted to the steps. On a busy machine, NUMBA_NUM_THREADS=1 keeps threads from waiting for one
-another.
+In memory: `gpuadam/performance_model.py` predicts the step of every form and size from constants alone: for each form how many
+elements a second its conversions and arithmetic allow, which are measured first, on small arrays; and the memory's rate, which is
+what the limit kernel moves of float32, measured in turn with all the steps. So the rows say whether bytes, or else elements,
+explain the times of all forms. On a busy machine, NUMBA_NUM_THREADS=1 keeps threads from waiting for one another.
 
-error_percent is (predicted / measured - 1) * 100, of 20th percentiles: other programs take time from both. What is predicted and
-cannot be measured on one machine without ranks, collectives and PCIe, has no row.
+Over two ranks of MPI on this machine, of one thread each: `planning.predict` has the step from the rates of both processors while
+both work, and from the latency and the bandwidth of their collectives, which a program that does nothing else measures on 40
+million elements. With state in files, likewise: from how much longer the limit kernel takes over other files, of half a GB in the
+system's cache, than over memory. Both are measured at the largest size and at twice that: what fits in the processors' caches is
+faster, and of small steps in files most is what says on the disk that a step is under way.
+
+No constant is fitted to the steps. error_percent is (predicted / measured - 1) * 100, of 20th percentiles: other programs take
+time from both. GPUs, networks and disks are not in it: what they would add has no row here.
 """
 
+import json
+import os
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -20,12 +30,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import peers
 import report
+import sharded
 
-from gpuadam import backends, performance_model
-from gpuadam.cli import constants, measure, output, plots
+import gpuadam
+from gpuadam import backends, machines, performance_model, planning, transports
+from gpuadam.cli import constants, forms, measure, output, plots
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.storage import Arrays, bytes_moved_of, operands
-from gpuadam.machines import Processor
+from gpuadam.machines import Link, Processor
+from gpuadam.offload import folder as of_step
+from gpuadam.offload import mapped, pipeline
 
 # Forms of the step: what `performance_model.update` takes.
 FORMS = {
@@ -39,13 +53,17 @@ FORMS = {
     "EMA": {"ema": True},
     "float64": {"param": "float64"},
 }
+TWO_RANKS, IN_FILES = "float32 over 2 ranks", "float32 with state in files"
+MESSAGE, FILE = 40_000_000, 480_000_000  # elements of the collectives, and bytes of the files, that constants are of
 AIM = 25  # percent
 
 
 def in_memory(backend, options, notes):
     """Yield rows of steps in memory."""
     kernels = backends.load(backend.name)
-    updates = {name: performance_model.update(1, **FORMS[name]) for name in options.forms}
+    updates = {name: performance_model.update(1, **FORMS[name]) for name in options.forms if name in FORMS}
+    if not updates:
+        return
     found = constants.of_processor(backend.name, [u.arrays for u in updates.values()], options.seconds)
     processor = Processor(found["bandwidth"], found["launch"], constants.rates_of(found))
     notes.append(f"{1e6 * processor.launch:.1f} us a launch; elements a second of each form: {_rates(updates, processor)}")
@@ -72,8 +90,163 @@ def in_memory(backend, options, notes):
         peers.release(backend)
 
 
-# A function for each way of a step that can be measured; those of sharded and offloaded steps predict by `planning.predict`.
-MEASURED = (in_memory,)
+def over_ranks(backend, options, notes):
+    """Yield rows of sharded steps over two ranks."""
+    if TWO_RANKS not in options.forms or backend.memory != "CPU":
+        return
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    if not mpiexec.exists():
+        notes += report.listed({TWO_RANKS: f"there is no {mpiexec}: pip install mpi4py mpich"})
+        return
+    one_thread = dict.fromkeys(("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+    command = [mpiexec, "-n", "2", sys.executable, "-m", "mpi4py", __file__, "--rank", str(options.seconds)]
+    done = subprocess.run(command, env=os.environ | one_thread, capture_output=True, text=True, check=True, timeout=600)
+    found = json.loads(done.stdout)
+    own = found["processor"]
+    processor = Processor(own["bandwidth"], own["launch"], constants.rates_of(own))
+    link = Link(found["bandwidth"], found["latency"])
+    machine = machines.cpu_only("", processor, 1 << 40, 1 << 40, 1.0, 1.0)._replace(per_node=2, within=link)
+    notes.append(
+        f"two ranks: {own['bandwidth'] / 1e9:.1f} GB/s of memory each; a collective takes {1e6 * link.latency:.0f} us and "
+        f"moves {link.bandwidth / 1e9:.2f} GB/s"
+    )
+    for n in _large(options):
+        update = performance_model.update(n)
+        predicted = planning.predict(planning.Way(True, "device"), update, machine, planning.Settings(world=2))
+        measured = sharded.timed_job(2, sharded.VIEWS, n, options.seconds / 2)["seconds"]
+        yield [_compared(backend, TWO_RANKS, n, measured, predicted.seconds, "collectives")]
+
+
+def _large(options):
+    largest = max(report.numbers(options.sizes))
+    return largest, 2 * largest
+
+
+def rank_main(seconds):
+    """Measure, on a rank, what its collectives and its processor do while the others do the same; rank 0 prints it."""
+    transport = transports.MPI()
+    found = constants.of_processor("numba-cpu", [Arrays()], seconds / 4)
+    bandwidths = transport.exchange(found["bandwidth"])
+    small, large = (_collectives(transport, n) for n in (planning.CELL * transport.size, MESSAGE))
+    times: list[list[float]] = [[], []]
+    until = time.perf_counter() + seconds / 2
+    while transport.exchange(len(times[0]) < 5 or time.perf_counter() < until)[0]:
+        for function, own in zip((small, large), times, strict=True):
+            transport.exchange(None)
+            began = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - began)
+    (latency, _), (taken, buckets) = (
+        (float(np.percentile(own, 20)), f()) for own, f in zip(times, (small, large), strict=True)
+    )
+    messages = transport.size - 1
+    latency /= 2 * messages
+    moved = 2 * messages / transport.size * 4 * MESSAGE
+    found |= {"bandwidth": float(np.mean(bandwidths))}
+    if transport.rank == 0:
+        of_link = {"latency": latency, "bandwidth": moved / (taken - 2 * messages * buckets * latency)}
+        print(json.dumps(of_link | {"processor": found}), flush=True)
+
+
+def _collectives(transport, n):
+    """Return a function that sums and collects n elements as a step does, in buckets, and returns how many those are."""
+    part = planning.CELL * transport.size
+    n, bucket = -(-n // part) * part, min(planning.Settings().bucket // 4, n) // part * part
+    whole, sums = np.ones(n, np.float32), np.ones(n // transport.size, np.float32)
+    edges = [(start, min(start + bucket, n)) for start in range(0, n, bucket)]
+
+    def collect():
+        work = [
+            transport.reduce_scatter(whole[start:stop], sums[start // transport.size : stop // transport.size])
+            for start, stop in edges
+        ]
+        for one in work:
+            one.wait()
+        for one in [transport.all_gather(whole[start:stop]) for start, stop in edges]:
+            one.wait()
+        return len(edges)
+
+    return collect
+
+
+def in_files(backend, options, notes):
+    """Yield rows of steps whose state is in files, which the system has in its cache."""
+    if IN_FILES not in options.forms or backend.memory != "CPU":
+        return
+    own = constants.of_processor(backend.name, [Arrays()], options.seconds / 4)
+    with tempfile.TemporaryDirectory(prefix="gpuadam-plan-") as folder:
+        rate = _mapping_rate(backends.load(backend.name), Path(folder), options.seconds / 2)
+        processor = Processor(own["bandwidth"], own["launch"], constants.rates_of(own))
+        machine = machines.cpu_only("", processor, 1 << 40, 1 << 40, rate, rate)
+        notes.append(f"files in the cache are mapped and let go at {rate / 1e9:.0f} GB/s")
+        for n in _large(options):
+            update = performance_model.update(n)
+            predicted = planning.predict(planning.Way(False, "files"), update, machine, planning.Settings())
+            measured = _steps_in_files(n, Path(folder) / f"{n}", options.seconds / 2)
+            yield [_compared(backend, IN_FILES, n, measured, predicted.seconds, "bytes")]
+
+
+def _mapping_rate(kernels, folder, seconds):
+    """Return how many bytes a second are mapped, read, written and let go of files in the cache, beyond what memory takes.
+
+    It is the time of the limit's kernel over m and v in files, in chunks as a step has them, less its time over arrays in memory.
+    """
+    n, slots, case = FILE // 8, os.cpu_count() or 1, forms.FORMS["float32"]
+    arrays = dict(zip(("param", "grad", "m", "v"), measure.data(n, "float32"), strict=True))
+    in_files = dict(arrays)
+    for name in ("m", "v"):
+        of_step.reserve(folder / name, FILE // 2)
+        in_files[name] = np.memmap(folder / name, np.float32, "r+")
+        in_files[name][...] = arrays[name]
+    maps = [(mapped.mapping_of(in_files[name], {}), in_files[name].ctypes.data) for name in ("m", "v")]
+    mapped.drop_mapped([in_files["m"], in_files["v"]])
+    size = planning.SMALLEST_CHUNK // 8
+    edges = [(start, min(start + size, n)) for start in range(0, n, size)]
+
+    def fetch(edge, slot):
+        for mapping, start in maps:
+            mapping.populate(*(start + 4 * at for at in edge), writes=True)
+
+    def update(edge, slot):
+        with kernels.one_thread():
+            forms.launcher(kernels, case, [array[slice(*edge)] for array in in_files.values()], limit)()
+
+    def store(edge, slot):
+        for mapping, start in maps:
+            mapping.drop(*(start + 4 * at for at in edge))
+
+    in_memory = forms.launcher(kernels, case, arrays.values(), limit)
+    functions = [in_memory, lambda: pipeline.run(edges, fetch, update, store, slots)]
+    times: list[list[float]] = [[], []]
+    until = time.perf_counter() + seconds
+    while len(times[0]) < 5 or time.perf_counter() < until:
+        for function, own in zip(functions, times, strict=True):
+            for name in ("m", "v"):
+                in_files[name].flush()
+            began = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - began)
+    without, of_files = (float(np.percentile(own, 20)) for own in times)
+    return 2 * FILE / (of_files - without)
+
+
+def _steps_in_files(n, folder, seconds):
+    """Return the seconds of steps. Before each the files are flushed to the disk, untimed."""
+    (grad,) = measure.data(n, "float32", ("grad",))
+    times: list[float] = []
+    with gpuadam.OffloadAdam(np.zeros(n, np.float32), state=folder) as opt:
+        for _ in range(2):
+            opt.step(grad)
+        until = time.perf_counter() + seconds
+        while len(times) < 5 or time.perf_counter() < until:
+            opt.flush()
+            began = time.perf_counter()
+            opt.step(grad)
+            times.append(time.perf_counter() - began)
+    return times
+
+
+MEASURED = (in_memory, over_ranks, in_files)
 
 
 def measure_rows(backend, options, notes):
@@ -89,12 +262,18 @@ def _rates(updates, processor):
 def _row(backend, name, arrays, n, seconds, processor):
     predicted = performance_model.kernel_seconds(arrays, operands(arrays), n, processor)
     moved = bytes_moved_of(operands(arrays), n)
+    bound = "elements" if n / processor.rates.get(arrays, np.inf) > moved / processor.bandwidth else "bytes"
+    return _compared(backend, name, n, seconds, predicted, bound, moved=moved)
+
+
+def _compared(backend, name, n, seconds, predicted, bound, moved=None):
+    """Return the row of a step that was measured, beside its prediction."""
     clock = "device" if backend.memory == "CUDA" else "host"
+    contender = measure.KERNEL if name in FORMS else {TWO_RANKS: sharded.VIEWS, IN_FILES: "gpuadam.OffloadAdam"}[name]
     row = measure.row(
-        "plan", measure.KERNEL, backend.name, n, state="in turn", clock=clock, dtype=name, seconds=seconds, moved=moved
+        "plan", contender, backend.name, n, state="in turn", clock=clock, dtype=name, seconds=seconds, moved=moved
     )
     error = 100 * (predicted / float(np.percentile(seconds, 20)) - 1)
-    bound = "elements" if n / processor.rates.get(arrays, np.inf) > moved / processor.bandwidth else "bytes"
     return row | {"bound": bound, "predicted_us": float(f"{1e6 * predicted:.6g}"), "error_percent": float(f"{error:.4g}")}
 
 
@@ -137,5 +316,8 @@ def draw(rows, path):
 
 if __name__ == "__main__":
     sizes = {"CPU": "3e5,3e6,3e7", "CUDA": "4e6,6e7"}
-    arguments = {"seconds": 10.0, "sizes": sizes, "table": ("backend", "elements"), "forms": list(FORMS), "show": table}
-    report.main("plan", __doc__, measure_rows, draw, **arguments)
+    arguments = {"seconds": 10.0, "sizes": sizes, "table": ("backend", "elements"), "show": table}
+    if "--rank" in sys.argv[1:2]:
+        rank_main(float(sys.argv[2]))
+    else:
+        report.main("plan", __doc__, measure_rows, draw, **arguments, forms=[*FORMS, TWO_RANKS, IN_FILES])

@@ -17,7 +17,8 @@ MPICH); for other p, log2 is rounded up here. Over nodes they are hierarchical: 
 then each of them its share with its fellows in other nodes; all-gather is the reverse.
 
 Overlap. Buckets and chunks go through stages one behind the other, so that the slowest stage counts whole, and of the others what
-one of k pieces takes: max + (sum - max) / k.
+one of k pieces takes: max + (sum - max) / k. On a machine without GPUs the processors do all of it themselves, one after the
+other: sum. What a network or a disk does by itself there is not counted as overlapping.
 
 What is not in it: the norm of gradients, the backward pass, behind which a reduce-scatter can hide, contention of jobs or of a
 fabric with less than full bisection, and what a device's system keeps of its memory.

@@ -173,7 +173,7 @@ def predict(way, update, machine, settings):
         file_bytes,
         _short(machine, settings, sum(by_role.values()), host_bytes, file_bytes),
         stages,
-        _seconds(stages, chunks, buckets, way),
+        _seconds(stages, chunks, buckets, way) if machine.host else sum(stages.values()),
     )
 
 

@@ -65,7 +65,7 @@ class Folder:
             if total:
                 path = self.path / kind
                 if not self.existed:
-                    _reserve(path, total)
+                    reserve(path, total)
                 elif not path.exists() or path.stat().st_size != total:
                     raise ValueError(f"{path} should have {total:,} bytes: the state is not complete; {MEND}")
                 whole = np.memmap(path, np.uint8, "r+", shape=(total,))
@@ -129,7 +129,7 @@ class Folder:
             os.close(folder)
 
 
-def _reserve(path, n_bytes):
+def reserve(path, n_bytes):
     """Create a file of zeros. Its room on the disk is taken now: a full disk in the midst of a step would end the process.
 
     They are written, too: Linux then has the file in large pieces of its page cache, where memory that is touched first here and
