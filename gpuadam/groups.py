@@ -11,6 +11,29 @@ HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
 
 
+class _OfAGroup:
+    """In the place of a hyperparameter, as an attribute of an optimizer that would have no effect."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __get__(self, optimizer, _):
+        if optimizer is None:
+            return self
+        raise AttributeError(
+            f"{self.name} belongs to a group of parameters: read or set groups[0][{self.name!r}] of the optimizer, and so on"
+        )
+
+    def __set__(self, optimizer, _):
+        self.__get__(optimizer, None)
+
+
+class HasGroups:
+    """An optimizer whose hyperparameters are in its `groups`, where a step finds what they are now."""
+
+    lr, betas, eps, weight_decay, amsgrad, maximize = map(_OfAGroup, HYPERPARAMETERS)
+
+
 class Structure(NamedTuple):
     """What a group was when the optimizer was made; the gradients share it."""
 

@@ -14,6 +14,7 @@ from .arrays import Bits
 from .groups import (
     HYPERPARAMETERS,
     OF_PARAMS,
+    HasGroups,
     checked_group,
     grads_of_params,
     in_order,
@@ -30,7 +31,7 @@ from .norm import global_norm
 STATE_DTYPES = ("float32", "float64", "bfloat16", "8bit")
 
 
-class Adam:
+class Adam(HasGroups):
     """Adam with L2 decay, in place on the caller's arrays.   (Kingma & Ba 2015, arXiv:1412.6980)
 
     params: one array, a sequence of arrays, a dict name -> array, or a list of groups such as

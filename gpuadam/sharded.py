@@ -8,7 +8,7 @@ import numpy as np
 
 from . import capturable, checks, functional, hyperparameters, shard_checks, torch_tensors, transports
 from .agreement import agreed
-from .groups import HYPERPARAMETERS, MAPPING, ONE, checked_group, in_order, in_order_of_groups, parsed_groups
+from .groups import HYPERPARAMETERS, MAPPING, ONE, HasGroups, checked_group, in_order, in_order_of_groups, parsed_groups
 from .kernels.storage import Arrays
 from .optimizer import DEFAULTS
 from .shard_buffer import Buffer
@@ -29,7 +29,7 @@ class OwnedShard(NamedTuple):
     state: dict[str, Any]  # "step" and 1-D arrays, as in `Adam.state`
 
 
-class ShardedAdam:
+class ShardedAdam(HasGroups):
     """Adam for data-parallel ranks: each owns a part of the moments, and updates that part.   (Rajbhandari et al. 2020, ZeRO)
 
     params: as in `Adam`, the same on every rank: NumPy arrays or what shares the CPU's memory; with a transport of NCCL, CuPy

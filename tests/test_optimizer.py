@@ -403,3 +403,14 @@ def test_what_a_dtype_cannot_hold_is_refused_at_construction_and_on_loading():
     d["groups"][0]["eps"] = 1e-60
     with pytest.raises(ValueError, match="eps=1e-60 rounds to 0 in float32"):
         opt.load_state_dict(d)
+
+
+@pytest.mark.parametrize("make", [gpuadam.AdamW, lambda p: gpuadam.ShardedAdam(p, gpuadam.transports.Local())])
+@pytest.mark.parametrize("name", ["lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"])
+def test_a_hyperparameter_is_no_attribute_that_would_have_no_effect(make, name):
+    opt = make(np.ones(3, "f4"))
+    with pytest.raises(
+        AttributeError, match=rf"{name} belongs to a group of parameters: read or set groups\[0\]\['{name}'\]"
+    ):
+        setattr(opt, name, 0.5)
+    assert not hasattr(opt, name)
