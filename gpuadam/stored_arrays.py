@@ -57,14 +57,14 @@ class Stored:
     """
 
     def __init__(self, path, longest):
-        self._folder, self._longest = Path(path), longest
-        if not self._folder.is_dir():
-            self._folder = self._folder.parent
-        elif (Path(path) / INDEX).exists():
-            path = Path(path) / INDEX
-        else:
-            raise CheckpointError(f"it is a folder without {INDEX}: no checkpoint was ever finished there")
-        self._file = open(path, "rb")  # noqa: PTH123, SIM115 - a path may be no text; closed by `close`
+        path, self._longest = Path(path), longest
+        if path.is_dir():
+            path /= INDEX
+            if not path.exists():
+                raise CheckpointError(f"it is a folder without {INDEX}: no checkpoint was ever finished there")
+        if path.exists() and not path.is_file():
+            raise CheckpointError("it is a device, a pipe or a socket: give the path of a file, or of a folder")
+        self._folder, self._file = path.parent, path.open("rb")
         try:
             reader = Reader(self._file, longest)
             self.saved, self.crc, self._tensors = parsed(reader.metadata), reader.crc, reader.tensors

@@ -308,6 +308,12 @@ def test_no_file_is_the_usual_error(tmp_path):
         gpuadam.load(tmp_path, params())
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(gpuadam.CheckpointError, match="a device, a pipe or a socket"):
+        gpuadam.load(tmp_path / "pipe", params())
+
+
 # Saving
 
 
