@@ -77,7 +77,7 @@ def borrowed(name, array, **stream):
     try:
         return dlpack.Borrowed(array, **stream)
     except Exception as error:  # what a producer raises is up to it
-        raise TypeError(f"{name}, a {kind(array)}, cannot be shared by DLPack: {error}") from error
+        raise TypeError(f"{name}, {a_kind(array)}, cannot be shared by DLPack: {error}") from error
 
 
 def _address(array):
@@ -96,7 +96,7 @@ def on_cuda(name, array, device_of):
         strides = interface.get("strides")
     except Exception as error:  # what a producer raises is up to it
         raise TypeError(
-            f"{name}, a {kind(array)}, does not describe its CUDA memory by __cuda_array_interface__ ({error!r}): "
+            f"{name}, {a_kind(array)}, does not describe its CUDA memory by __cuda_array_interface__ ({error!r}): "
             "convert it, with cupy.from_dlpack for example"
         ) from error
     if interface.get("mask") is not None:
@@ -223,3 +223,9 @@ def kind(array):
     """Return what an error message calls an array: "numpy.ndarray", "list"."""
     cls = type(array)
     return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
+
+
+def a_kind(array):
+    """Return that with its article: "a numpy.ndarray", "an int"."""
+    name = kind(array)
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"

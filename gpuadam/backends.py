@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -200,21 +201,27 @@ def _memory(name, array):
         device = array.__dlpack_device__() if hasattr(array, "__dlpack_device__") else None
         device_type = device and int(device[0])
     except Exception as error:  # libraries refuse in their own ways; torch alone has two
-        raise TypeError(f"{name}, a {arrays.kind(array)}, does not share its memory: {error}") from error
+        raise TypeError(f"{name}, {arrays.a_kind(array)}, does not share its memory: {error}") from error
     if isinstance(array, np.generic):
         raise TypeError(
-            f"{name} is a {arrays.kind(array)}, a number and not an array, as NumPy's arithmetic makes of arrays of no "
+            f"{name} is {arrays.a_kind(array)}, a number and not an array, as NumPy's arithmetic makes of arrays of no "
             "dimensions: pass np.asarray(x) as a gradient, and keep np.array(x) as a parameter"
         )
     if device_type is None:
-        raise TypeError(
-            f"{name} is a {arrays.kind(array)}, not an array: NumPy, CuPy, Numba device arrays and whatever has DLPack or "
-            "__cuda_array_interface__ can be updated in place"
-        )
+        raise TypeError(f"{name} is {arrays.a_kind(array)}, not an array: {_instead(array)}")
     names = {1: "CPU", 3: "CPU", 2: "CUDA", 13: "CUDA"}  # DLDeviceType: kDLCPU, kDLCUDAHost, kDLCUDA, kDLCUDAManaged
     if device_type not in names:
         raise TypeError(f"{name} is on a device of DLPack type {device_type}; only CPU and CUDA memory can be updated")
     return names[device_type]
+
+
+def _instead(array):
+    """Return what to give in the place of what is no array."""
+    if isinstance(array, Mapping):
+        return "a dict of parameters holds arrays, not dicts; give all of them in one, with names such as 'layer.weight'"
+    if isinstance(array, (int, float, list, tuple)):
+        return "x = np.array(x, 'float32') is one, which can be updated in place"
+    return "NumPy, CuPy, Numba device arrays and whatever has DLPack or __cuda_array_interface__ can be updated in place"
 
 
 def _owner(array, memory):
@@ -228,7 +235,7 @@ def _owner(array, memory):
 
 
 def _listing(given, memory):
-    return ", ".join(f"{name} is a {arrays.kind(a)} in {memory[name]} memory" for name, a in given if name in memory)
+    return ", ".join(f"{name} is {arrays.a_kind(a)} in {memory[name]} memory" for name, a in given if name in memory)
 
 
 @functools.cache

@@ -213,8 +213,11 @@ def eight_bits(param):
 
 def one_format(view, allowed):
     if view.format not in allowed or not view.dtype.isnative:
-        wanted = " or ".join(allowed)
-        raise TypeError(f"{view.name} has dtype {_name(view)}; it must be {wanted}, in native byte order")
+        other = next(format for format in (view.format, "float32", allowed[0]) if format in allowed)
+        raise TypeError(
+            f"{view.name} has dtype {_name(view)}; it must be {' or '.join(allowed)}, in native byte order: "
+            f"x = x.astype({other!r})"
+        )
 
 
 def format_of_bits(name, given):

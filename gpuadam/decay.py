@@ -30,7 +30,7 @@ def decay_groups(params, no_decay, weight_decay=1e-2):
     [0.95 0.95] [1. 1.]
     """
     if not isinstance(params, Mapping):
-        raise TypeError(f"params is a {arrays.kind(params)}; patterns need names: pass a dict name -> array")
+        raise TypeError(f"params is {arrays.a_kind(params)}; patterns need names: pass a dict name -> array")
     for name in params:
         if not isinstance(name, str):
             raise TypeError(f"the names of parameters must be strings, not {name!r}")

@@ -197,7 +197,7 @@ def _format_here(key, name, opt):
 def _held(key, name, array, opt):
     """Return another library's array as the state here is held: bfloat16 as uint16."""
     if not hasattr(array, "dtype"):
-        raise TypeError(f"{key} of {name!r} is a {arrays.kind(array)}, not an array")
+        raise TypeError(f"{key} of {name!r} is {arrays.a_kind(array)}, not an array")
     if _format(array) != _format_here(key, name, opt):
         raise TypeError(
             f"{key} of {name!r} is {_format(array)} there and {_format_here(key, name, opt)} here, and nothing is cast: make the "
@@ -315,12 +315,12 @@ def _leaves(tree, separator):
 def _like(leaf, array, key, name, opt):
     """Return a copy of an array of the state, of a leaf's library and dtype."""
     if not hasattr(leaf, "dtype") or (tuple(leaf.shape), _format(leaf)) != (array.shape, _format_here(key, name, opt)):
-        what = f"{leaf.dtype} of shape {tuple(leaf.shape)}" if hasattr(leaf, "dtype") else f"a {arrays.kind(leaf)}"
+        what = f"{leaf.dtype} of shape {tuple(leaf.shape)}" if hasattr(leaf, "dtype") else f"{arrays.a_kind(leaf)}"
         raise TypeError(
             f"{key} of {name!r} is {what} in `like`, and {_format_here(key, name, opt)} of shape {array.shape} here"
         )
     if not hasattr(array, "copy"):
-        raise TypeError(f"{key} of {name!r} is a {arrays.kind(array)}: only NumPy and CuPy arrays go to optax")
+        raise TypeError(f"{key} of {name!r} is {arrays.a_kind(array)}: only NumPy and CuPy arrays go to optax")
     copy = array.copy()
     if _package(leaf) not in ("jax", "jaxlib"):
         return copy.view(leaf.dtype)

@@ -130,7 +130,7 @@ def grads_of_params(group):
     for name, param in zip(group["names"], group["params"], strict=False):
         if not hasattr(param, "grad"):
             raise TypeError(
-                f"params[{name!r}] is a {arrays.kind(param)}, which has no .grad: give the gradients, step(grads)"
+                f"params[{name!r}] is {arrays.a_kind(param)}, which has no .grad: give the gradients, step(grads)"
             )
     return [param.grad for param in group["params"]]
 
@@ -161,7 +161,7 @@ def some(names, most=12):
 def what_is(x):
     if isinstance(x, Mapping):
         return f"a dict with the names {some(x)}"
-    return f"a sequence of {len(x)}" if is_sequence(x) else f"a {arrays.kind(x)}"
+    return f"a sequence of {len(x)}" if is_sequence(x) else f"{arrays.a_kind(x)}"
 
 
 def checked_group(group, structure, decoupled, step, grad_scale=1.0, further=()):
@@ -181,7 +181,7 @@ def checked_group(group, structure, decoupled, step, grad_scale=1.0, further=())
     if type(lr) is not float:
         if capturable.is_array(lr):
             raise TypeError(
-                f"lr is a {arrays.kind(lr)}: it must be a number or a callable or, with capturable=True, an array of one number "
+                f"lr is {arrays.a_kind(lr)}: it must be a number or a callable or, with capturable=True, an array of one number "
                 "beside the parameters"
             )
         lr = checks.scheduled(lr(step)) if callable(lr) else lr

@@ -9,7 +9,7 @@ import itertools
 import operator
 import sys
 
-from .arrays import Bits, kind
+from .arrays import Bits, a_kind
 
 
 def _torch():
@@ -36,7 +36,7 @@ def plain(name, tensor):
     torch = sys.modules["torch"]
     if type(tensor).__torch_dispatch__ != torch.Tensor.__torch_dispatch__:
         raise TypeError(
-            f"{name} is a {kind(tensor)}, which only stands for memory, as a fake tensor or a DTensor does: pass a tensor "
+            f"{name} is {a_kind(tensor)}, which only stands for memory, as a fake tensor or a DTensor does: pass a tensor "
             "with its own, to_local() of a DTensor"
         )
     if tensor.layout is not torch.strided:
@@ -46,7 +46,7 @@ def plain(name, tensor):
     try:
         return _memory(tensor)
     except (RuntimeError, TypeError) as error:  # a meta tensor, a quantized one, one inside of vmap
-        raise TypeError(f"{name}, a {kind(tensor)}, does not share its memory: {error}") from error
+        raise TypeError(f"{name}, {a_kind(tensor)}, does not share its memory: {error}") from error
 
 
 def _memory(tensor):

@@ -293,10 +293,10 @@ def check(transport):
     for name in ("rank", "size", "memory", "reduce_scatter", "all_gather", "broadcast", "exchange"):
         if isinstance(transport, type) or not hasattr(transport, name):
             raise TypeError(
-                f"transport is {'the class ' if isinstance(transport, type) else 'a '}{_kind(transport)}, which has no {name}: "
+                f"transport is {_kind(transport)}, which has no {name}: "
                 "pass gpuadam.transports.MPI(), NCCL(), Torch() or Local()"
             )
 
 
 def _kind(transport):
-    return transport.__name__ if isinstance(transport, type) else arrays.kind(transport)
+    return f"the class {transport.__name__}" if isinstance(transport, type) else arrays.a_kind(transport)

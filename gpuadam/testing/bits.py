@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import backends
-from ..arrays import Bits, kind
+from ..arrays import Bits, a_kind
 from ..groups import is_sequence
 from .array_backends import array_backend
 
@@ -69,7 +69,7 @@ def _several(x):
 
 
 def _what(x):
-    return "None" if x is None else f"a {kind(x)}"
+    return "None" if x is None else f"{a_kind(x)}"
 
 
 def on_host(name, array):
