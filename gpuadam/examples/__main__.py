@@ -4,7 +4,7 @@ import ast
 import sys
 from pathlib import Path
 
-NAMES = ("digits", "gaussians", "tomography", "thomson", "torch_digits")
+NAMES = ("digits", "gaussians", "tomography", "thomson", "torch_digits", "sharded_digits")
 
 
 def main():
@@ -15,7 +15,7 @@ def main():
         module = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
         first, *_ = (ast.get_docstring(module) or "").splitlines()
         print(f"{name:{width}}  {first}")
-    print('\nWhat they need: pip install "gpuadam[examples]"; torch_digits needs torch too')
+    print('\nWhat they need: pip install "gpuadam[examples]"; torch_digits needs torch too, sharded_digits the extra mpi')
 
 
 if __name__ == "__main__":
