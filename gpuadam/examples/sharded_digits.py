@@ -3,8 +3,8 @@
     mpiexec -n 4 python -m mpi4py -m gpuadam.examples.sharded_digits --steps 60
     mpiexec -n 2 python -m mpi4py -m gpuadam.examples.sharded_digits --steps 60    # goes on where the four were
 
-Each rank has a part of the images of `digits`, and of the optimizer's state; all have the same parameters after each step. Without
-mpiexec it is one rank. Needs mpi4py and MPICH: pip install "gpuadam[mpi]".
+Each rank has a part of the images of `digits`, and of the optimizer's state; all have the same parameters after each step.
+Without mpiexec it is one rank. Needs mpi4py and MPICH: pip install "gpuadam[mpi]".
 """
 
 from pathlib import Path
