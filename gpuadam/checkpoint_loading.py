@@ -4,11 +4,12 @@ import contextlib
 import json
 from typing import Any, NamedTuple
 
-from . import groups
+from . import backends, checks, groups
 from .capturable import is_array
 from .checkpoint_metadata import check_names, check_params
 from .groups import HYPERPARAMETERS, MAPPING, ONE
 from .safetensors_file import CheckpointError
+from .shard_layout import CELL
 from .stored_arrays import Stored
 
 
@@ -26,10 +27,11 @@ def opened(path, params, backend, lr):
     """Open a checkpoint and compare it with the parameters that it is loaded for. lr: as in `checkpoint.load`."""
     given, structures, grouped = groups.parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False})
     names = [structure.names for structure in structures]
-    with contextlib.closing(Stored(path, _longest_header(names))) as stored:
+    views = _viewed(given, backend)
+    with contextlib.closing(Stored(path, _longest_header(views))) as stored:
         saved = stored.saved
         check_names([group["names"] for group in saved["groups"]], names)
-        check_params(saved["params"], given, backend)
+        check_params(saved["params"], views)
         members = [_as_given(group, structure) for group, structure in zip(given, structures, strict=True)]
         yield Given(stored, members, grouped, _learning_rates(lr, given, saved["groups"]))
 
@@ -37,7 +39,8 @@ def opened(path, params, backend, lr):
 def arguments(given):
     """Return the positional argument, parameters or groups of them, and the hyperparameters that an optimizer is made with."""
     settings = [
-        {key: tuple(value) if key == "betas" else value for key, value in group.items() if key != "names"} | {"lr": rate}
+        {key: tuple(value) if isinstance(value, list) else value for key, value in group.items() if key != "names"}
+        | {"lr": rate}
         for group, rate in zip(given.stored.saved["groups"], given.rates, strict=True)
     ]
     if given.grouped:
@@ -67,9 +70,21 @@ def not_fitting():
         raise CheckpointError(f"what it holds does not fit what was given: {error}") from error
 
 
-def _longest_header(names):
-    """Return how many bytes a header has at most. One that was made to harm takes some 20 times its bytes in memory."""
-    return 2_000_000 + sum(1000 + 20 * _in_json(name) for of_group in names for name in of_group)
+def _viewed(given, backend):
+    """Return name -> View of all parameters."""
+    labels = {name: (f"params[{name!r}]", p) for g in given for name, p in zip(g["names"], g["params"], strict=True)}
+    return {
+        name: backends.choose([(label, checks.given(label, param))], backend)[1][0]
+        for name, (label, param) in labels.items()
+    }
+
+
+def _longest_header(views):
+    """Return how many bytes a header has at most, a part's too, in which every CELL of a parameter may be a piece of its own.
+
+    One that was made to harm takes some 20 times its bytes in memory.
+    """
+    return 2_000_000 + sum((1 + view.size // CELL) * (1200 + 20 * _in_json(name)) for name, view in views.items())
 
 
 def _in_json(name):

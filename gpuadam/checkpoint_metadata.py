@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from . import backends, checks, optimizer
+from . import optimizer
 from .groups import HYPERPARAMETERS
 from .safetensors_file import CheckpointError, parsed_json
 
@@ -78,6 +78,8 @@ def parsed(metadata):
         saved["parts"] = parsed_json(metadata["parts"], "parts in its metadata")
         if not isinstance(saved["parts"], list) or not all(map(_is_part, saved["parts"])):
             raise CheckpointError("each of the parts in its metadata must have file, n_bytes and crc32")
+        if len({part["file"] for part in saved["parts"]}) < len(saved["parts"]):
+            raise CheckpointError("a file comes twice among the parts in its metadata")
     for key, kind in (("options", dict), ("groups", list), ("steps", int), ("params", dict), ("copies", list)):
         saved[key] = parsed_json(metadata.get(key, ""), f"{key} in its metadata")
         if not isinstance(saved[key], kind):
@@ -141,17 +143,12 @@ def check_names(saved, given):
         raise CheckpointError(f"the groups differ: those saved have {sizes[0]} parameters, those given {sizes[1]}")
 
 
-def check_params(saved, given, backend):
-    """Compare shapes and dtypes of the parameters, before any state is made for them."""
+def check_params(saved, views):
+    """Compare shapes and dtypes of the parameters, before any state is made for them. views: name -> View."""
     wrong = []
-    for group in given:
-        for name, param in zip(group["names"], group["params"], strict=True):
-            label = f"params[{name!r}]"
-            _, (view,) = backends.choose([(label, checks.given(label, param))], backend)
-            entry = saved[name]
-            if (entry["shape"], entry["dtype"]) != (list(view.shape), view.format):
-                wrong.append(
-                    f"{name!r} was {entry['dtype']} of shape {entry['shape']}, and is {view.format} {list(view.shape)}"
-                )
+    for name, view in views.items():
+        entry = saved[name]
+        if (entry["shape"], entry["dtype"]) != (list(view.shape), view.format):
+            wrong.append(f"{name!r} was {entry['dtype']} of shape {entry['shape']}, and is {view.format} {list(view.shape)}")
     if wrong:
         raise CheckpointError("; ".join(wrong[:8]) + ": nothing is cast or reshaped")

@@ -18,7 +18,7 @@ from .checkpoint_file import written
 from .checkpoint_loading import about, arguments, not_fitting, opened
 from .checkpoint_metadata import ALGORITHMS, IS_PART, PART, VERSION, as_json, of_optimizer, of_param, parsed
 from .groups import saved_settings
-from .safetensors_file import CheckpointError, Reader
+from .safetensors_file import FIRST, CheckpointError, Reader
 from .sharded import ShardedAdam, ShardedAdamW
 from .stored_arrays import INDEX, PART_FORMAT, piece_name
 
@@ -37,7 +37,8 @@ def save(opt, path, *, with_params=False):
     try:
         part = on_all(transport, lambda: _write_part(opt, file, with_params))
     except BaseException:
-        file.unlink(missing_ok=True)  # there is no use for it without the others
+        with contextlib.suppress(OSError):  # a read-only file system raises here, too; the error before is the one to report
+            file.unlink()  # there is no use for it without the others
         raise
     parts = transport.exchange(part)
     on_all(transport, lambda: _commit(folder, metadata, parts) if transport.rank == 0 else None)
@@ -62,22 +63,32 @@ def _cleared(folder):
         if not path.is_dir():
             path.mkdir()
         names = {found.name for found in path.iterdir()}
+        is_old = INDEX in names and _is_index(path / INDEX)
+        if not is_old and (strangers := sorted(name for name in names if not _is_ours(name))):
+            raise CheckpointError(
+                f"{folder!r} has files that are of no checkpoint, {strangers[:8]}, and was not saved: give a folder of its own"
+            )
+        with contextlib.suppress(CheckpointError):  # where the old index is damaged, nothing says what is without use
+            _delete_all_but(path, _parts_of(path / INDEX) if is_old else ())
     except FileExistsError as error:
         raise CheckpointError(f"{folder!r} is a file, and many ranks save into a folder: give another path") from error
     except OSError as error:
         raise CheckpointError(
-            f"{folder!r} was not saved: {error.strerror}. Give a folder that can be made and read"
+            f"{str(error.filename or folder)!r} was not saved: {error.strerror}. Give a folder that can be made and read"
         ) from error
-    if INDEX in names:
-        with contextlib.suppress(CheckpointError), path.joinpath(INDEX).open("rb") as file:
-            _delete_all_but(path, [part["file"] for part in parsed(Reader(file).metadata)["parts"] or ()])
-    elif strangers := sorted(name for name in names if not _is_ours(name)):
-        raise CheckpointError(
-            f"{folder!r} has files that are of no checkpoint, {strangers[:8]}, and was not saved: give a folder of its own"
-        )
-    else:
-        _delete_all_but(path, ())
     return secrets.token_hex(8)
+
+
+def _is_index(path):
+    """Whether a file begins as an index does, be the rest damaged: it may be somebody else's, which is not to be replaced."""
+    with path.open("rb") as file:
+        return file.read(8 + len(FIRST))[8:] == FIRST
+
+
+def _parts_of(path):
+    """Return the names of the parts of an index."""
+    with path.open("rb") as file:
+        return [part["file"] for part in parsed(Reader(file).metadata)["parts"] or ()]
 
 
 def _write_part(opt, file, with_params):

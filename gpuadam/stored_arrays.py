@@ -111,7 +111,7 @@ class Stored:
         """Read the header of a part. Return ((parameter, key), Piece) of all that it has."""
         part = self.saved["parts"][k]
         with self._part(k) as file:
-            reader = Reader(file, self._longest + part["n_bytes"] // 4)
+            reader = Reader(file, self._longest)
             if (reader.n_bytes, reader.crc) != (part["n_bytes"], part["crc32"]):
                 raise CheckpointError(f"its part {part['file']!r} is not the one that was written with its index")
             if not {"format": PART_FORMAT, "version": VERSION}.items() <= reader.metadata.items():

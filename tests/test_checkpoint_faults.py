@@ -130,6 +130,7 @@ WRONG_METADATA = {
     ),
     "more state": (lambda m: {"options": m["options"] | {"ema_decay": 0.5}}, "does not have 'w.ema'"),
     "an unknown hyperparameter": (lambda m: {"groups": [m["groups"][0] | {"x": 1}]}, "hyperparameters 'x'"),
+    "betas that are none": (lambda m: {"groups": [m["groups"][0] | {"betas": 5}]}, "betas must be two numbers"),
     "a bad hyperparameter": (lambda m: {"groups": [m["groups"][0] | {"eps": -1}]}, "eps=-1"),
     "a rate that is text": (lambda m: {"groups": [m["groups"][0] | {"lr": "fast"}]}, "lr must be a real number"),
     "an endless rate": (lambda m: {"groups": [m["groups"][0] | {"lr": 10**400}]}, "lr is too large"),
@@ -441,6 +442,15 @@ def test_a_file_system_that_cannot_flush_folders_is_no_error(tmp_path, monkeypat
     monkeypatch.setattr(atomic_file.os, "fsync", flush)
     optimizer().save(tmp_path / "a")
     gpuadam.load(tmp_path / "a", params())
+
+
+def test_the_checksums_of_a_large_file_are_no_header_too_long(tmp_path, monkeypatch):
+    """They are more than 2 MB in a file of 250 GB; here their blocks are smaller."""
+    monkeypatch.setattr(safetensors_file, "BLOCK", 256)
+    opt = gpuadam.Adam(np.zeros(9_000_000, "f4"))
+    opt.state["0"]["v"][-1] = 3
+    opt.save(tmp_path / "a")
+    assert gpuadam.load(tmp_path / "a", np.zeros(9_000_000, "f4")).state["0"]["v"][-1] == 3
 
 
 def test_a_failed_load_takes_no_file_descriptor(saved, tmp_path):

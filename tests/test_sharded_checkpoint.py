@@ -8,6 +8,7 @@ import json
 import os
 import random
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -295,7 +296,8 @@ def test_a_folder_with_nothing_but_the_rest_of_a_killed_save_is_taken(tmp_path):
 
 
 def test_nothing_is_deleted_beside_an_index_that_cannot_be_read(folder, monkeypatch):
-    (folder / "index.safetensors").write_bytes(b"damaged")
+    index = folder / "index.safetensors"
+    index.write_bytes(index.read_bytes()[:-1])
     before = parts_of(folder)
     monkeypatch.setattr(sharded_checkpoint, "written", None)
     (error,) = on_ranks(1, saves_to(folder))
@@ -352,7 +354,7 @@ def sealed_index(folder, change):
 
 WRONG_PARTS = {
     "a part less": (lambda parts: parts[1:], "the next one after element 0 begins at"),
-    "a part twice": (lambda parts: [*parts, parts[0]], "the next one after element"),
+    "a part twice": (lambda parts: [*parts, parts[0]], "a file comes twice among the parts"),
     "a way out": (lambda parts: [parts[0] | {"file": "../../etc/passwd"}, *parts[1:]], "must have file, n_bytes and crc32"),
     "no list": (lambda parts: {"a": 1}, "must have file, n_bytes and crc32"),
     "a size that is none": (lambda parts: [parts[0] | {"n_bytes": "3"}, *parts[1:]], "must have file, n_bytes"),
@@ -544,19 +546,45 @@ def test_a_file_that_rank_0_does_not_see_is_named(folder, monkeypatch):
     [
         (lambda path: path.write_text("mine"), "is a file, and many ranks save into a folder"),
         (lambda path: [path.mkdir(), (path / "mine").write_text("")], r"files that are of no checkpoint, \['mine'\]"),
+        (
+            lambda path: [path.mkdir(), (path / "index.safetensors").write_bytes(b"a model of somebody else's" * 9)],
+            r"files that are of no checkpoint, \['index\.safetensors'\]",
+        ),
     ],
 )
 def test_what_is_not_the_checkpoints_is_left_alone(make, match, tmp_path):
     make(tmp_path / "a")
-    before = sorted(tmp_path.rglob("*"))
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     with pytest.raises(CheckpointError, match=match):
         gpuadam.ShardedAdam(params(), LOCAL).save(tmp_path / "a")
-    assert sorted(tmp_path.rglob("*")) == before
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def test_a_folder_in_no_folder_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="was not saved: No such file or directory"):
         gpuadam.ShardedAdam(params(), LOCAL).save(tmp_path / "a" / "b")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda index: index.symlink_to("nowhere")])
+def test_an_index_that_cannot_be_opened_is_named_on_all_ranks(make, tmp_path):
+    make(tmp_path / "index.safetensors")
+    for error in on_ranks(2, saves_to(tmp_path)):
+        assert type(error) is CheckpointError and f"{str(tmp_path / 'index.safetensors')!r} was not saved" in str(error)
+
+
+def test_a_read_only_file_system_is_named(tmp_path, monkeypatch):
+    """There, other than elsewhere, what was never made cannot be deleted either."""
+    opened = os.open
+
+    def refuses(path, flags=os.O_CREAT, *mode, **options):
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, flags, *mode, **options)
+
+    monkeypatch.setattr(atomic_file.os, "open", refuses)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: refuses(path))
+    for error in on_ranks(2, saves_to(tmp_path)):
+        assert type(error) is CheckpointError and "Read-only file system. " in str(error)
 
 
 class Own(gpuadam.ShardedAdam):
@@ -584,6 +612,27 @@ def test_ranks_that_differ_are_told_before_anything_is_written(tmp_path):
 
 
 # Memory and time
+
+
+def test_long_names_in_many_pieces_come_back(tmp_path):
+    """Four tensors in each cell of 4096 elements, whose names are longer than their bytes."""
+    given = {"a" * 2000: np.zeros(2_000_000, "f4")}
+    opt = gpuadam.ShardedAdam(given, LOCAL, bucket_bytes=0, state_dtype="8bit")
+    opt.save(tmp_path / "a")
+    assert content(gpuadam.load_sharded(tmp_path / "a", given, LOCAL)) == content(opt)
+
+
+def test_a_hostile_part_takes_little_memory(folder):
+    """Its header is large and right, and the index says of it what it likes."""
+    part = parts_of(folder)[0]
+    header = safetensors_file.FIRST + b'00000000"},"x":[' + b"[]," * 4_000_000 + b"[]]}"
+    crc = f"{zlib.crc32(header):08x}"
+    part.write_bytes(len(header).to_bytes(8, "little") + header.replace(b"00000000", crc.encode(), 1))
+    sealed_index(folder, lambda parts: [parts[0] | {"n_bytes": 1 << 62, "crc32": crc}, *parts[1:]])
+    tracemalloc.start()
+    assert refused(folder, "its header has 12,")
+    assert tracemalloc.get_traced_memory()[1] < 64e6
+    tracemalloc.stop()
 
 
 def test_saving_and_loading_take_a_few_megabytes(tmp_path):
