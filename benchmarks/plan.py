@@ -3,9 +3,9 @@
     python benchmarks/plan.py [--backend numba-cpu] [--sizes 3e5,3e6,3e7] [--forms NAME,NAME] [--seconds 10] [--out FOLDER]
 
 In memory: `gpuadam/performance_model.py` predicts the step of every form and size from constants alone: for each form how many
-elements a second its conversions and arithmetic allow, which are measured first, on small arrays; and the memory's rate, which is
-what the limit kernel moves of float32, measured in turn with all the steps. So the rows say whether bytes, or else elements,
-explain the times of all forms. On a busy machine, NUMBA_NUM_THREADS=1 keeps threads from waiting for one another.
+elements a second its conversions and arithmetic allow, on small arrays; and the memory's rate, which is what the limit kernel
+moves of float32. So the rows say whether bytes, or else elements, explain the times of all forms. On a busy machine,
+NUMBA_NUM_THREADS=1 keeps threads from waiting for one another.
 
 Over two ranks of MPI on this machine, of one thread each: `planning.predict` has the step from the rates of both processors while
 both work, and from the latency and the bandwidth of their collectives, which a program that does nothing else measures on 40
@@ -13,10 +13,14 @@ million elements. With state in files, likewise: from how much longer the limit 
 system's cache, than over memory. Both are measured at the largest size and at twice that: what fits in the processors' caches is
 faster, and of small steps in files most is what says on the disk that a step is under way.
 
-No constant is fitted to the steps. error_percent is (predicted / measured - 1) * 100, of 20th percentiles: other programs take
-time from both. GPUs, networks and disks are not in it: what they would add has no row here.
+No constant is fitted to the steps. Constants and steps are measured in turn, those of two ranks within a minute: a machine that
+is shared is not as fast in one minute as in another. error_percent is (predicted / measured - 1) * 100, of 20th percentiles:
+other programs take time from both. GPUs, networks and disks are not in it: what they would add has no row here.
 """
 
+import contextlib
+import functools
+import itertools
 import json
 import os
 import subprocess
@@ -55,6 +59,7 @@ FORMS = {
 }
 TWO_RANKS, IN_FILES = "float32 over 2 ranks", "float32 with state in files"
 MESSAGE, FILE = 40_000_000, 480_000_000  # elements of the collectives, and bytes of the files, that constants are of
+SLICES, ROUNDS = 6, 4  # of the time: in each of the slices constants are measured, then that many rounds of steps, or more
 AIM = 25  # percent
 
 
@@ -64,9 +69,7 @@ def in_memory(backend, options, notes):
     updates = {name: performance_model.update(1, **FORMS[name]) for name in options.forms if name in FORMS}
     if not updates:
         return
-    found = constants.of_processor(backend.name, [u.arrays for u in updates.values()], options.seconds)
-    processor = Processor(found["bandwidth"], found["launch"], constants.rates_of(found))
-    notes.append(f"{1e6 * processor.launch:.1f} us a launch; elements a second of each form: {_rates(updates, processor)}")
+    plain = Arrays()
     for n in report.numbers(options.sizes):
         contenders = {}
         free = 0.85 * peers.free_bytes(backend) - 16 * n  # the limit's
@@ -77,17 +80,41 @@ def in_memory(backend, options, notes):
                 continue
             free -= need
             contenders[name] = constants.launcher(kernels, update.arrays, n, adam)
-        plain = Arrays()
-        limit_kernel = constants.launcher(kernels, plain, n, limit)
-        moving, *times = measure.in_turn(kernels, [limit_kernel, *contenders.values()], options.seconds)
-        bandwidth = bytes_moved_of(operands(plain), n) / float(np.percentile(moving, 20))
-        notes.append(f"{n:,} elements: the limit kernel moves {bandwidth / 1e9:.1f} GB/s")
+        functions = [constants.launcher(kernels, plain, n, limit), *contenders.values()]
+        formats = [updates[name].arrays for name in contenders]
+        processor, times = _processor_and_steps(backend, kernels, formats, functions, n, options.seconds)
+        rates = ", ".join(
+            f"{name} {processor.rates[updates[name].arrays] / 1e9:.2f}e9" for name in contenders if processor.rates
+        )
+        notes.append(
+            f"{n:,} elements: the limit kernel moves {processor.bandwidth / 1e9:.1f} GB/s; {1e6 * processor.launch:.1f} us a "
+            f"launch; elements a second of each form: {rates or 'none, on a GPU'}"
+        )
         yield [
-            _row(backend, name, updates[name].arrays, n, seconds, processor._replace(bandwidth=bandwidth))
+            _row(backend, name, updates[name].arrays, n, seconds, processor)
             for name, seconds in zip(contenders, times, strict=True)
         ]
-        del contenders, limit_kernel
+        del contenders, functions
         peers.release(backend)
+
+
+def _processor_and_steps(backend, kernels, formats, functions, n, seconds):
+    """Return the Processor and the seconds of the steps, all measured in turn. functions: the limit kernel, then the steps."""
+    on_cpu = backend.memory == "CPU"
+    small = [constants.launcher(kernels, Arrays(), constants.FEW, adam)]
+    # a GPU's caches hold what it updates within a launch's time: what that takes says nothing of a rate
+    small += [constants.launcher(kernels, arrays, constants.IN_CACHE, adam) for arrays in formats if on_cpu]
+    of_small: list[list[float]] = [[] for _ in small]
+    of_steps: list[list[float]] = [[] for _ in functions]
+    for _ in range(SLICES):
+        found = constants.samples(kernels, small, seconds / SLICES / 4)
+        found += measure.in_turn(kernels, functions, seconds / SLICES, at_least=ROUNDS)
+        for times, more in zip(of_small + of_steps, found, strict=True):
+            times += more
+    launch, *each = map(constants.typical, of_small)
+    rates = {arrays: constants.rate(taken, launch) for arrays, taken in zip(formats, each, strict=False)}
+    moving, *times = of_steps
+    return Processor(bytes_moved_of(operands(Arrays()), n) / constants.typical(moving), launch, rates), times
 
 
 def over_ranks(backend, options, notes):
@@ -136,9 +163,7 @@ def rank_main(seconds):
             began = time.perf_counter()
             function()
             own.append(time.perf_counter() - began)
-    (latency, _), (taken, buckets) = (
-        (float(np.percentile(own, 20)), f()) for own, f in zip(times, (small, large), strict=True)
-    )
+    (latency, _), (taken, buckets) = ((constants.typical(own), f()) for own, f in zip(times, (small, large), strict=True))
     messages = transport.size - 1
     latency /= 2 * messages
     moved = 2 * messages / transport.size * 4 * MESSAGE
@@ -173,23 +198,33 @@ def in_files(backend, options, notes):
     """Yield rows of steps whose state is in files, which the system has in its cache."""
     if IN_FILES not in options.forms or backend.memory != "CPU":
         return
+    kernels = backends.load(backend.name)
     own = constants.of_processor(backend.name, [Arrays()], options.seconds / 4)
-    with tempfile.TemporaryDirectory(prefix="gpuadam-plan-") as folder:
-        rate = _mapping_rate(backends.load(backend.name), Path(folder), options.seconds / 2)
-        processor = Processor(own["bandwidth"], own["launch"], constants.rates_of(own))
-        machine = machines.cpu_only("", processor, 1 << 40, 1 << 40, rate, rate)
-        notes.append(f"files in the cache are mapped and let go at {rate / 1e9:.0f} GB/s")
+    with tempfile.TemporaryDirectory(prefix="gpuadam-plan-") as folder, contextlib.ExitStack() as optimizers:
+        functions = _limits(kernels, Path(folder))
         for n in _large(options):
-            update = performance_model.update(n)
-            predicted = planning.predict(planning.Way(False, "files"), update, machine, planning.Settings())
-            measured = _steps_in_files(n, Path(folder) / f"{n}", options.seconds / 2)
-            yield [_compared(backend, IN_FILES, n, measured, predicted.seconds, "bytes")]
+            opt = gpuadam.OffloadAdam(np.zeros(n, np.float32), state=Path(folder) / f"{n}")
+            optimizers.enter_context(opt)
+            functions.append((opt.flush, functools.partial(opt.step, *measure.data(n, "float32", ("grad",)))))
+        in_memory, of_files, *steps = _in_turn(functions, 2 * options.seconds)
+    moving = constants.typical(in_memory)
+    rate = 2 * FILE / (constants.typical(of_files) - moving)
+    processor = Processor(7 * FILE / 2 / moving, own["launch"], constants.rates_of(own))
+    machine = machines.cpu_only("", processor, 1 << 40, 1 << 40, rate, rate)
+    notes.append(
+        f"over files: the limit kernel moves {processor.bandwidth / 1e9:.1f} GB/s of memory; files in the cache are mapped and "
+        f"let go at {rate / 1e9:.0f} GB/s"
+    )
+    for n, measured in zip(_large(options), steps, strict=True):
+        update = performance_model.update(n)
+        predicted = planning.predict(planning.Way(False, "files"), update, machine, planning.Settings())
+        yield [_compared(backend, IN_FILES, n, measured, predicted.seconds, "bytes")]
 
 
-def _mapping_rate(kernels, folder, seconds):
-    """Return how many bytes a second are mapped, read, written and let go of files in the cache, beyond what memory takes.
+def _limits(kernels, folder):
+    """Return pairs of what prepares a run of the limit kernel, and the run: over arrays in memory, then over m and v in files.
 
-    It is the time of the limit's kernel over m and v in files, in chunks as a step has them, less its time over arrays in memory.
+    In chunks, as a step has them. The difference is what mapping files in the cache and letting go of them takes.
     """
     n, slots, case = FILE // 8, os.cpu_count() or 1, forms.FORMS["float32"]
     arrays = dict(zip(("param", "grad", "m", "v"), measure.data(n, "float32"), strict=True))
@@ -215,34 +250,27 @@ def _mapping_rate(kernels, folder, seconds):
         for mapping, start in maps:
             mapping.drop(*(start + 4 * at for at in edge))
 
+    def flush():
+        for name in ("m", "v"):
+            in_files[name].flush()
+
     in_memory = forms.launcher(kernels, case, arrays.values(), limit)
-    functions = [in_memory, lambda: pipeline.run(edges, fetch, update, store, slots)]
-    times: list[list[float]] = [[], []]
+    return [(flush, in_memory), (flush, lambda: pipeline.run(edges, fetch, update, store, slots))]
+
+
+def _in_turn(pairs, seconds):
+    """Run pairs of functions one after the other. Return the seconds of the second ones. The first, before them, is not timed."""
+    times: list[list[float]] = [[] for _ in pairs]
+    for prepare, function in pairs:  # compile, and touch everything
+        prepare()
+        function()
     until = time.perf_counter() + seconds
     while len(times[0]) < 5 or time.perf_counter() < until:
-        for function, own in zip(functions, times, strict=True):
-            for name in ("m", "v"):
-                in_files[name].flush()
+        for (prepare, function), own in zip(pairs, times, strict=True):
+            prepare()
             began = time.perf_counter()
             function()
             own.append(time.perf_counter() - began)
-    without, of_files = (float(np.percentile(own, 20)) for own in times)
-    return 2 * FILE / (of_files - without)
-
-
-def _steps_in_files(n, folder, seconds):
-    """Return the seconds of steps. Before each the files are flushed to the disk, untimed."""
-    (grad,) = measure.data(n, "float32", ("grad",))
-    times: list[float] = []
-    with gpuadam.OffloadAdam(np.zeros(n, np.float32), state=folder) as opt:
-        for _ in range(2):
-            opt.step(grad)
-        until = time.perf_counter() + seconds
-        while len(times) < 5 or time.perf_counter() < until:
-            opt.flush()
-            began = time.perf_counter()
-            opt.step(grad)
-            times.append(time.perf_counter() - began)
     return times
 
 
@@ -252,11 +280,6 @@ MEASURED = (in_memory, over_ranks, in_files)
 def measure_rows(backend, options, notes):
     for measured in MEASURED:
         yield from measured(backend, options, notes)
-
-
-def _rates(updates, processor):
-    known = {name: processor.rates.get(update.arrays) for name, update in updates.items()}
-    return ", ".join(f"{name} {rate / 1e9:.2f}e9" for name, rate in known.items() if rate) or "none, on a GPU"
 
 
 def _row(backend, name, arrays, n, seconds, processor):
@@ -273,7 +296,7 @@ def _compared(backend, name, n, seconds, predicted, bound, moved=None):
     row = measure.row(
         "plan", contender, backend.name, n, state="in turn", clock=clock, dtype=name, seconds=seconds, moved=moved
     )
-    error = 100 * (predicted / float(np.percentile(seconds, 20)) - 1)
+    error = 100 * (predicted / constants.typical(seconds) - 1)
     return row | {"bound": bound, "predicted_us": float(f"{1e6 * predicted:.6g}"), "error_percent": float(f"{error:.4g}")}
 
 
@@ -301,10 +324,12 @@ def draw(rows, path):
     line = [ends[0] / 1.5, ends[1] * 1.5]
     axis.plot(line, line, color=plots.LIMIT, linewidth=1)
     axis.fill_between(line, [0.75 * x for x in line], [1.25 * x for x in line], color=plots.OTHER, alpha=0.25, linewidth=0)
-    colors = dict(zip(dict.fromkeys(row["dtype"] for row in rows), (plots.OURS, *plots.LINES, plots.OTHER), strict=False))
-    for name, color in colors.items():
+    styles = itertools.product("os", (plots.OURS, *plots.LINES, plots.OTHER))
+    for name, (marker, color) in zip(dict.fromkeys(row["dtype"] for row in rows), styles, strict=False):
         own = [row for row in rows if row["dtype"] == name]
-        axis.plot([r["p20_us"] for r in own], [r["predicted_us"] for r in own], "o", color=color, markersize=5, label=name)
+        axis.plot(
+            [r["p20_us"] for r in own], [r["predicted_us"] for r in own], marker, color=color, markersize=5, label=name
+        )
     axis.set(xscale="log", yscale="log", xlabel="measured us (20th percentile)", ylabel="predicted us")
     title = f"One update, predicted and measured; the band is {AIM} %"
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold")

@@ -6,8 +6,9 @@ from them and from the rates of a machine (`machines.py`), by this model:
 Update. It moves the bytes of its operands once: launches * launch + max(bytes / bandwidth, elements / rate). The rate is what
 conversions, random rounding and arithmetic allow; on a CPU it binds narrow formats, which have fewer bytes and more conversions.
 It depends on the formats and is measured, on arrays that lie in the caches; one that is not known does not bind. Arrays that stay
-in the caches from one step to the next are bound by the rate alone. (The roofline of Williams, Waterman & Patterson 2009, with
-elements in the place of operations.)
+in the caches from one step to the next are bound by the rate alone. Where both take about as long, a CPU hides the one behind the
+other in part only, and takes up to a third longer (benchmarks/plan.py). (The roofline of Williams, Waterman & Patterson 2009,
+with elements in the place of operations.)
 
 Collectives. A message of n bytes takes alpha + n / B over a link of latency alpha and bandwidth B. A ring of p ranks
 reduce-scatters or all-gathers n bytes in (p - 1) alpha + (p - 1)/p n/B, and all-reduces them in twice that: the factors (p - 1)/p

@@ -51,17 +51,15 @@ def of_processor(backend, formats, seconds):
     wanted = list(dict.fromkeys([plain, *formats])) if on_cpu else []
     functions = [launcher(kernels, plain, LARGE, limit), launcher(kernels, plain, FEW, adam)]
     functions += [launcher(kernels, arrays, IN_CACHE, adam) for arrays in wanted]
-    moving, *others = samples(kernels, functions, seconds)
-    launch, *each = map(min, others)
-    threads = _threads() if on_cpu else 1
+    moving, launch, *each = map(typical, samples(kernels, functions, seconds))
     rates = [
-        {"arrays": arrays._asdict(), "elements_per_second": threads * IN_CACHE / max(taken - launch, taken / 2)}
+        {"arrays": arrays._asdict(), "elements_per_second": rate(taken, launch)}
         for arrays, taken in zip(wanted, each, strict=True)
     ]
     facts = measure.facts(backend)
     found = {"name": facts["device"], "cores": facts["cores"], "date": facts["date"], "backend": backend}
     found |= {
-        "bandwidth": 7 * 4 * LARGE / float(np.percentile(moving, 20)),
+        "bandwidth": 7 * 4 * LARGE / moving,
         "launch": launch,
         "rates": rates,
         "memory": _memory(backend),
@@ -72,8 +70,7 @@ def of_processor(backend, formats, seconds):
 def samples(kernels, functions, seconds):
     """Run each function several times on end, again and again, for about so many seconds. Return the seconds of the runs of each.
 
-    On end, so that what a function updates stays in the caches. Of runs there the fastest is the machine's own: other programs
-    only take away. Memory is shared with other programs and machines at all times, and its fastest run is luck.
+    On end, so that what a function updates stays in the caches.
     """
     times: list[list[float]] = [[] for _ in functions]
     deadline = time.perf_counter() + seconds
@@ -87,6 +84,16 @@ def samples(kernels, functions, seconds):
                 moments.append(kernels.now())
             own += [kernels.seconds_between(start, end) for start, end in itertools.pairwise(moments)]
     return times
+
+
+def typical(times):
+    """Return the 20th percentile: other programs and machines only take away, and the fastest run of all is luck."""
+    return float(np.percentile(times, 20))
+
+
+def rate(taken, launch):
+    """Return how many elements a second all cores update. taken: by one of them for IN_CACHE elements, with the launch."""
+    return _threads() * IN_CACHE / max(taken - launch, taken / 2)
 
 
 def _threads():
