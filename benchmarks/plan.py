@@ -103,7 +103,7 @@ def _processor_and_steps(backend, kernels, formats, functions, n, seconds):
     on_cpu = backend.memory == "CPU"
     small = [constants.launcher(kernels, Arrays(), constants.FEW, adam)]
     # a GPU's caches hold what it updates within a launch's time: what that takes says nothing of a rate
-    small += [constants.launcher(kernels, arrays, constants.IN_CACHE, adam) for arrays in formats if on_cpu]
+    small += [constants.in_caches(kernels, arrays) for arrays in formats if on_cpu]
     of_small: list[list[float]] = [[] for _ in small]
     of_steps: list[list[float]] = [[] for _ in functions]
     for _ in range(SLICES):

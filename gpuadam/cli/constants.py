@@ -1,7 +1,7 @@
 """The rates of this machine, for `performance_model`: measured, or read from what was measured before.
 
     bandwidth   what the limit kernel moves (`kernels/limit.py`), on arrays that lie in no cache
-    rates       elements a second of the update itself, on arrays that lie in the caches of a core, times the cores that take part
+    rates       elements a second of the update itself, of all cores at once, on arrays that lie in their caches
     launch      what an update of a few elements takes
     disk        a file written until it is on the disk, and read again when it is in no cache
 
@@ -24,7 +24,7 @@ from ..kernels.storage import Arrays
 from . import forms, measure
 
 LARGE, FEW = 20_000_000, 256  # elements
-IN_CACHE = 1 << 14  # elements: 256 kB of float32, which one core updates alone, so that it never waits for another
+IN_CACHE, PASSES = 1 << 14, 16  # elements, 256 kB of float32, that each core updates so many times in a launch
 WARMING_UP, ON_END = 2, 4  # runs
 DISK_BYTES, BLOCK = 1 << 28, 1 << 22
 
@@ -50,7 +50,7 @@ def of_processor(backend, formats, seconds):
     # a GPU's caches hold what it updates within a launch's time: what that takes says nothing of a rate
     wanted = list(dict.fromkeys([plain, *formats])) if on_cpu else []
     functions = [launcher(kernels, plain, LARGE, limit), launcher(kernels, plain, FEW, adam)]
-    functions += [launcher(kernels, arrays, IN_CACHE, adam) for arrays in wanted]
+    functions += [in_caches(kernels, arrays) for arrays in wanted]
     moving, launch, *each = map(typical, samples(kernels, functions, seconds))
     rates = [
         {"arrays": arrays._asdict(), "elements_per_second": rate(taken, launch)}
@@ -92,8 +92,8 @@ def typical(times):
 
 
 def rate(taken, launch):
-    """Return how many elements a second all cores update. taken: by one of them for IN_CACHE elements, with the launch."""
-    return _threads() * IN_CACHE / max(taken - launch, taken / 2)
+    """Return how many elements a second all cores update. taken: by a launch of `in_caches`."""
+    return _threads() * PASSES * IN_CACHE / max(taken - launch, taken / 2)
 
 
 def _threads():
@@ -106,6 +106,16 @@ def launcher(kernels, formats, n, rule):
     """Return a function that launches a rule on arrays of its own."""
     case = forms.Case(formats)
     return forms.launcher(kernels, case, forms.own_arrays(kernels, case, n).values(), rule)
+
+
+def in_caches(kernels, formats):
+    """Return a function that launches an update in which each core has arrays of its own, which stay in its caches.
+
+    All cores at once: two of them are not twice as fast as one.
+    """
+    case = forms.Case(formats)
+    own = [list(forms.own_arrays(kernels, case, IN_CACHE).values()) for _ in range(_threads())]
+    return forms.launcher_of_all(kernels, case, [arrays for arrays in own for _ in range(PASSES)], adam)
 
 
 def _memory(backend):

@@ -114,12 +114,17 @@ def kernel_and_limit(kernels, case, arrays):
 
 def launcher(kernels, case, arrays, rule):
     """Return a function that launches a rule's kernel, without the checks of a call. arrays: in the order of the operands."""
+    return launcher_of_all(kernels, case, [list(arrays)], rule)
+
+
+def launcher_of_all(kernels, case, updates, rule):
+    """Likewise, of several updates in one launch. updates: the arrays of each; the same ones may come again."""
     form, scalars = form_and_scalars(case)
-    arrays = list(arrays)
-    (batch,) = kernels.batches([Update([kernels.view("", array) for array in arrays])], case.arrays)
+    views = [Update([kernels.view("", array) for array in arrays]) for arrays in updates]
+    (batch,) = kernels.batches(views, case.arrays)
     keys = itertools.count(1)  # of the steps, for random rounding
 
-    def launch(held=arrays):  # a batch on a GPU does not keep its arrays alive
+    def launch(held=updates):  # a batch on a GPU does not keep its arrays alive
         batch.launch(form, scalars, rule, batch.place(None), next(keys))
 
     return launch
