@@ -2,14 +2,14 @@
 # Everything that needs a GPU: the tests, which must not skip for want of one, and the benchmarks.
 #
 #     benchmarks/gpu.sh OUTDIR             the tests that are marked gpu, and the figures
-#     benchmarks/gpu.sh OUTDIR inspect     the hardware's counters, and state that is larger than the GPU's memory
+#     benchmarks/gpu.sh OUTDIR inspect     the hardware's counters, what a plan predicts, and state larger than the GPU's memory
 #     benchmarks/gpu.sh OUTDIR sanitize    the tests of kernels under compute-sanitizer
 #
 # Needs no network and no installation: it runs from the tree with the CuPy, Numba and numba-cuda that it finds, and pytest, rich,
 # matplotlib, scikit-learn and scikit-image; torch, JAX and optax are measured beside it where they are there; inspect needs
 # Nsight Compute's ncu. OUTDIR gets results.csv (the rows of all benchmarks and backends), doctor.json, log.txt and a PNG each for
 # large, small, many, narrow and amp_step: eight files. The other scripts draw theirs from results.csv with --rows. inspect adds
-# what_binds-BACKEND.json, offload.csv and inspect.txt, sanitize adds sanitize.txt. A short table comes last. Each ends within
+# what_binds-BACKEND.json, plan.csv, offload.csv and inspect.txt, sanitize adds sanitize.txt. A short table comes last. Each ends within
 # 8 minutes. Exit status 0 if all tests passed and all benchmarks ran.
 set -u -o pipefail
 what=${2:-figures}
@@ -94,9 +94,10 @@ if [ $what = inspect ]; then
     for backend in "${backends[@]}"; do
         run "what_binds-$backend" 75 "$python" benchmarks/what_binds.py --backend "$backend" --out "$out"
     done
+    benchmark plan cupy 40 --seconds 3
     # the second is more than the GPU has: 72 GB of state, and 24 of parameters and gradients, in the host's memory
     benchmark offload cupy 230 --sizes 8/1,72/8 --seconds 10
-    mv "$this/cupy/offload.csv" "$out" || status=1
+    mv "$this/cupy/plan.csv" "$this/cupy/offload.csv" "$out" || status=1
     finish
 fi
 
