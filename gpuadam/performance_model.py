@@ -41,6 +41,7 @@ ROLE_OF = {
     "grad": "gradients",
 }
 COLLECTIVES = ("ring", "halving")
+MOST_ELEMENTS = 10**18
 
 
 class Update(NamedTuple):
@@ -82,6 +83,8 @@ def update(
     sizes = (sizes,) if isinstance(sizes, int) else tuple(operator.index(size) for size in sizes)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"sizes={sizes[:5]}: at least one parameter, of at least one element each, is needed")
+    if sum(sizes) > MOST_ELEMENTS:
+        raise ValueError(f"the parameters have more than {MOST_ELEMENTS:.0e} elements, the most that a plan is made for")
     grad = grad or param
     wide = "float64" if param == "float64" else "float32"
     state = state or wide

@@ -2,8 +2,8 @@
 
 Sharding is ZeRO's stage 1 (Rajbhandari et al. 2020): each rank has all parameters and gradients of its piece of the model, and
 the state of its share; gradients are reduce-scattered, in float32 or wider, and parameters all-gathered, in buckets. Shares are
-whole cells of CELL elements; each parameter is taken to begin one. Without sharding gradients are all-reduced before the update,
-in buckets too.
+whole cells of CELL elements, in which parameters lie as in `shard_layout.py`; that of a rank whose cells are full is counted.
+Without sharding gradients are all-reduced before the update, in buckets too.
 
 Offload. State goes through the device once in each direction (update on the device), or gradients and parameters go to the host
 and back (update on the host), over PCIe; with files, state goes to the disk and back too. All devices of a node share its host's
@@ -20,10 +20,13 @@ import math
 from typing import NamedTuple
 
 from .kernels.global_norm import CHUNK as CELL
-from .kernels.storage import FORMATS, operands
+from .kernels.storage import FORMATS, GROUP, operands
 from .performance_model import COLLECTIVES, ROLES, Ranks, collective_seconds, kernel_seconds, overlapped
+from .shard_layout import placed
 
 SLOTS, CHUNKS, SMALLEST_CHUNK = 3, 256, 1 << 25  # of an offloaded step: chunks under way, how many, and their least bytes
+ALIGNMENT = 64  # bytes, of each parameter's state in files and in the host's memory
+LEAST_BUDGET = 1 << 15  # chunks of the fewest elements, of any formats, in as many slots as a CPU has, take no more
 MOST_DEVICES = 10**7
 
 
@@ -42,8 +45,10 @@ class Way(NamedTuple):
 
     def made_by(self, update):
         """Return the class that makes such steps; empty if none does."""
+        arrays = update.arrays
         if self.sharded:
-            return "" if self.state != "device" or update.arrays.param_copy else "gpuadam.ShardedAdam"
+            summed = arrays.grad != "float64" or arrays.param == "float64"  # ShardedAdam rounds no gradient
+            return "gpuadam.ShardedAdam" if self.state == "device" and summed and not arrays.param_copy else ""
         return "gpuadam.Adam" if self.state == "device" else "gpuadam.OffloadAdam"
 
 
@@ -97,25 +102,40 @@ class _Shape(NamedTuple):
     ranks: Ranks  # where they are
     neighbours: int  # devices of a node
     own: int  # elements whose state a device has
+    own_groups: int  # and groups of them that share scales, at most
     own_padded: int
     padded: int  # elements of a sharded buffer
 
 
 @functools.lru_cache(maxsize=256)
 def _pieces(sizes, model_parallel):
+    """Return the elements, cells and groups of what is left of parameters of these sizes."""
     cut = [-(-size // model_parallel) for size in sizes]
-    return sum(cut), sum(-(-size // CELL) for size in cut)
+    _, end = placed(cut)
+    return sum(cut), -(-end // CELL), sum(-(-size // GROUP) for size in cut)
+
+
+@functools.lru_cache(maxsize=256)
+def _apart(sizes, model_parallel, operand):
+    """Return the bytes of an array for each parameter, each array aligned."""
+    each = (operand.nbytes(-(-size // model_parallel)) for size in sizes)
+    return sum(-(-n_bytes // ALIGNMENT) * ALIGNMENT for n_bytes in each)
 
 
 def _shape(update, machine, settings, sharded):
-    n, cells = _pieces(update.sizes, settings.model_parallel)
+    n, cells, groups = _pieces(update.sizes, settings.model_parallel)
     alike = settings.world // settings.model_parallel
     within = min(max(machine.per_node // settings.model_parallel, 1), alike)
     ranks = Ranks(within, -(-alike // within))
     own_padded = -(-cells // alike) * CELL if sharded else n
     own = min(own_padded, n)
+    own_groups = min(own_padded // GROUP, groups) if sharded else groups
     neighbours = min(machine.per_node, settings.world)
-    return _Shape(n, cells, alike, ranks, neighbours, own, own_padded, alike * own_padded if sharded else n)
+    return _Shape(n, cells, alike, ranks, neighbours, own, own_groups, own_padded, alike * own_padded if sharded else n)
+
+
+def _own_bytes(operand, shape):
+    return operand.itemsize * (shape.own_groups if operand.of_groups else shape.own)
 
 
 def of_shard(arrays):
@@ -130,13 +150,16 @@ def predict(way, update, machine, settings):
     reduced = FORMATS[arrays.grad]
     own = operands(arrays, update.zero_grad)
     state = [o for o in own if update.is_state(o)]
-    n_state = sum(o.nbytes(shape.own) for o in state)
+    n_state = sum(_own_bytes(o, shape) for o in state)
+    offloaded = n_state
+    if way.state != "device" and not way.sharded:
+        offloaded = sum(_apart(update.sizes, settings.model_parallel, o) for o in state)
     by_role = _bytes_of_device(way, update, settings, shape, own, reduced)
-    host_bytes, file_bytes = _bytes_of_node(way, machine, settings, shape, n_state)
+    host_bytes, file_bytes = _bytes_of_node(way, machine, settings, shape, offloaded)
 
     here = way.updated_on == "device"
     moved = state if here else [o for o in own if not update.is_state(o)]
-    up, down = (sum(o.nbytes(shape.own) * which(o) for o in moved) for which in (lambda o: o.loads, lambda o: o.stores))
+    up, down = (sum(_own_bytes(o, shape) * which(o) for o in moved) for which in (lambda o: o.loads, lambda o: o.stores))
     up, down = (up, down) if here else (down, up)  # what the host stores goes up to the device
     chunks = 1 if way.state == "device" else _chunks(up + down if machine.host else 2 * n_state, settings.budget)
     buckets = _buckets(shape, settings.bucket // reduced) if way.sharded else 1
@@ -160,7 +183,7 @@ def predict(way, update, machine, settings):
             stages["host memory"] = shape.neighbours * (up + down) / machine.host.bandwidth
     if way.state == "files":
         read, written = (
-            sum(o.nbytes(shape.own) * flag for o, flag in zip(state, flags, strict=True)) for flags in _flags(state)
+            sum(_own_bytes(o, shape) * flag for o, flag in zip(state, flags, strict=True)) for flags in _flags(state)
         )
         stages["disk"] = shape.neighbours * (read / machine.disk_read + written / machine.disk_write)
 
@@ -190,7 +213,7 @@ def _bytes_of_device(way, update, settings, shape, own, reduced):
         elif not update.is_state(o):
             found["parameters"] += o.nbytes(shape.padded)
         elif way.state == "device":
-            found[update.role(o)] += o.nbytes(shape.own)
+            found[update.role(o)] += _own_bytes(o, shape)
     if way.sharded:
         whole = reduced * shape.padded  # gradients that are as wide lie in it, others are copied
         if reduced == FORMATS[update.arrays.grad]:
@@ -280,6 +303,8 @@ def _check(machine, settings):
             f"{settings.world:,} devices cannot hold a model in {settings.model_parallel:,} pieces equally often: "
             "model_parallel must divide world"
         )
+    if settings.budget < LEAST_BUDGET:
+        raise ValueError(f"budget={settings.budget:,} bytes is too little for a step in chunks: {LEAST_BUDGET:,} are enough")
     if not 0 <= settings.reserve < machine.memory:
         raise ValueError(
             f"reserve={settings.reserve:,} bytes must be at least 0 and less than the {machine.memory:,} of a device"

@@ -54,7 +54,7 @@ class Layout:
 
     def __init__(self, sizes, ranks, bucket_cells):
         self.sizes, self.ranks = list(sizes), ranks
-        self.starts, end = _placed(self.sizes)
+        self.starts, end = placed(self.sizes)
         self._used = [k for k, size in enumerate(self.sizes) if size]
         self._used_starts = [self.starts[k] for k in self._used]
         left = -(-end // CELL)
@@ -96,7 +96,7 @@ class Layout:
         return [k for k in self._within(start, stop) if self.starts[k] + self.sizes[k] <= stop]
 
 
-def _placed(sizes):
+def placed(sizes):
     """Return where each parameter begins, and the end of the last."""
     starts, end = [], 0
     for size in sizes:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import ml_dtypes
@@ -189,7 +190,73 @@ def test_a_folder_with_other_files_is_refused_and_they_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("all of it")
     with pytest.raises(ValueError, match=r"thesis.tex.*a folder of its own"):
         gpuadam.OffloadAdam(arrays(), state=tmp_path)
-    assert (tmp_path / "thesis.tex").read_text() == "all of it" and not (tmp_path / "m").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert (tmp_path / "thesis.tex").read_text() == "all of it"
+
+
+def test_files_that_only_have_the_names_of_state_are_refused_too(tmp_path):
+    (tmp_path / "m").write_text("masses")
+    for _ in range(2):  # the first attempt leaves nothing that lets the second through
+        with pytest.raises(ValueError, match=r"\['m'\] in it and no state.json"):
+            gpuadam.OffloadAdam(arrays(), state=tmp_path)
+    assert (tmp_path / "m").read_text() == "masses"
+    with pytest.raises(NotADirectoryError, match="state must be a folder"):
+        gpuadam.OffloadAdam(arrays(), state=tmp_path / "m")
+
+
+def test_files_of_a_process_that_was_killed_while_it_made_them_are_made_anew(tmp_path):
+    gpuadam.OffloadAdam(arrays(), state=tmp_path).close()
+    (tmp_path / "state.json").unlink()
+    (tmp_path / "state.new").write_text("{")
+    (tmp_path / "v").write_bytes(b"\xff" * 100)
+    with gpuadam.OffloadAdam(arrays(), state=tmp_path) as opt:
+        assert not opt.state["w"]["v"].any()
+
+
+def test_a_relative_path_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with gpuadam.OffloadAdam(arrays(), state="state") as opt:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        steps([opt], 1)
+    assert json.loads((tmp_path / "state" / "steps.json").read_text())["steps"] == 1
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+DAMAGE = {
+    "cut off": ("state.json", '{"layout"', r"state.json cannot be read: .*Delete the folder"),
+    "a list": ("state.json", "[]", "no JSON object"),
+    "without options": ("state.json", '{"layout": 1}', "does not say what the state belongs to"),
+    "of no counts": ("steps.json", "{}", "does not say how many steps"),
+    "of a negative count": (
+        "steps.json",
+        '{"steps": -1, "behind": {}, "under_way": false, "unflushed": null}',
+        "does not say how many steps",
+    ),
+    "cut off in the counts": ("steps.json", "", r"steps.json cannot be read: .*Delete the folder"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_description_is_named_with_what_mends_it(what, tmp_path):
+    gpuadam.OffloadAdam(arrays(), state=tmp_path).close()
+    file, content, match = DAMAGE[what]
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=match):
+        gpuadam.OffloadAdam(arrays(), state=tmp_path)
+    (tmp_path / file).unlink()
+    if file == "steps.json":
+        with pytest.raises(ValueError, match="No such file"):
+            gpuadam.OffloadAdam(arrays(), state=tmp_path)
+
+
+def test_numbers_of_any_type_are_described_in_files(tmp_path):
+    options = {"ema_decay": Fraction(9, 10), "formula": "optax", "eps_root": np.float32(0.5), "seed": np.int64(3)}
+    with gpuadam.OffloadAdam(arrays(), state=tmp_path, **options) as opt:
+        opt.steps = opt.state["w"]["step"] = np.int64(7)
+        steps([opt], 1)
+    with gpuadam.OffloadAdam(arrays(), state=tmp_path, **options | {"ema_decay": 0.9}) as opt:
+        assert (opt.steps, opt.state["w"]["step"], opt.state["b"]["step"]) == (8, 8, 1)
 
 
 def test_a_folder_that_is_open_is_refused(tmp_path):
@@ -203,6 +270,70 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path):
     os.truncate(tmp_path / "v", 64)
     with pytest.raises(ValueError, match="v should have"):
         gpuadam.OffloadAdam(arrays(), state=tmp_path)
+
+
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_without_room_for_the_state_is_left_as_it_was(tmp_path, monkeypatch):
+    reserve = folder.reserve
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "reserve", lambda path, n: full_disk() if path.name == "v" else reserve(path, n))
+        with pytest.raises(OSError, match=r"no file of [\d,]+ bytes can be made: No space left") as raised:
+            gpuadam.OffloadAdam(arrays(), state=tmp_path)
+    assert raised.value.errno == 28 and [path.name for path in tmp_path.iterdir()] == ["lock"]
+    gpuadam.OffloadAdam(arrays(), state=tmp_path).close()
+
+
+@pytest.mark.parametrize("call", ["step", "close"])
+def test_a_disk_that_is_full_at_a_mark_leaves_the_state_as_it_was(call, tmp_path, monkeypatch):
+    params = arrays()
+    opt = gpuadam.OffloadAdam(params, state=tmp_path)
+    steps([opt], 1)
+    before = {name: array.tobytes() for name, array in params.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.json, "dump", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            steps([opt], 1) if call == "step" else opt.close()
+    assert before == {name: array.tobytes() for name, array in params.items()}
+    opt.close()
+    with gpuadam.OffloadAdam(params, state=tmp_path) as opt:  # neither locked nor taken for one that was cut short
+        assert opt.steps == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_neither_steps_nor_keeps_the_folder(tmp_path):
+    code = """
+import os, sys, numpy as np, gpuadam
+params, grads = ({"w": np.ones(3, "f4")} for _ in range(2))
+opt = gpuadam.OffloadAdam(params, state=sys.argv[1])
+opt.step(grads)
+are_ready, go_on = os.pipe(), os.pipe()
+if not os.fork():
+    if os.fork():  # the other goes on to have the folder's files open
+        try:
+            opt.step(grads)
+        except ValueError as error:
+            print("forked" in str(error), flush=True)
+        opt.close()
+    os.close(go_on[1])
+    os.write(are_ready[1], b"x")
+    os.read(go_on[0], 1)
+    os._exit(0)
+os.read(are_ready[0], 1) + os.read(are_ready[0], 1)
+opt.step(grads)
+try:
+    gpuadam.OffloadAdam(params, state=sys.argv[1])
+except ValueError as error:
+    print("is open" in str(error), flush=True)
+opt.close()
+with gpuadam.OffloadAdam(params, state=sys.argv[1]) as opt:
+    print(opt.steps, flush=True)
+os.write(go_on[1], b"xx")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "True", "2"], done.stdout + done.stderr
 
 
 def fail_in_chunk(monkeypatch, number, stage="update"):

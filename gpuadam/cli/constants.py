@@ -27,6 +27,7 @@ LARGE, FEW = 20_000_000, 256  # elements
 IN_CACHE, PASSES = 1 << 14, 16  # elements, 256 kB of float32, that each core updates so many times in a launch
 WARMING_UP, ON_END = 2, 4  # runs
 DISK_BYTES, BLOCK = 1 << 28, 1 << 22
+SMALLEST, LARGEST = 1e-9, 1e30  # of what is read
 
 
 def measured(formats, folder=None, seconds=1.0):
@@ -163,32 +164,63 @@ def of_disk(folder):
 def read(path):
     """Return the constants in a file of `plan --measure --json` or of `bench --json`. Raises ValueError if there are none."""
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text(), parse_constant=_not_json)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if isinstance(found, dict) and isinstance(found.get("constants"), dict):
         return _checked(found["constants"], path)
     if isinstance(found, dict) and isinstance(found.get("rows"), list):
-        return _checked(of_bench(found["rows"]), path)
+        try:
+            return _checked(of_bench(found["rows"]), path)
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(f'{path}: its "rows" are not those of `bench --json`: {error!r}') from error
     raise ValueError(
         f'{path} has neither "constants", as `plan --measure --json` writes, nor "rows", as `bench --json` does'
     )
 
 
+def _not_json(name):
+    raise ValueError(f"{name} is no number")  # Python reads and writes it, others do not
+
+
 def _checked(constants, path):
-    for part in ("cpu", "gpu"):
-        bandwidth = constants.get(part, {"bandwidth": 1}).get("bandwidth")
-        if not isinstance(bandwidth, (int, float)) or not bandwidth > 0:
-            raise ValueError(f"{path}: the bandwidth of its {part} is {bandwidth!r}, and must be a number above 0")
+    for part in ("cpu", "gpu", "disk"):
+        if not isinstance(own := constants.get(part, {}), dict):
+            raise ValueError(f"{path}: its {part} is {own!r:.100}, and must be an object")
+    for part in [part for part in ("cpu", "gpu") if part in constants]:
+        own = constants[part]
+        _check_number(path, part, "bandwidth", own.get("bandwidth"), "above 0")
         try:
-            rates_of(constants.get(part, {}))
+            rates = rates_of(own)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: the rates of its {part} are not those of formats: {error}") from error
-        if part in constants and (missing := {"name", "launch", "rates", "memory", "cache"} - set(constants[part])):
+        if missing := {"name", "launch", "rates", "memory", "cache"} - set(own):
             raise ValueError(f"{path}: its {part} lacks {', '.join(sorted(missing))}")
+        if not isinstance(own["name"], str):
+            raise ValueError(f"{path}: the name of its {part} is {own['name']!r:.100}, and must be a string")
+        for rate in rates.values():
+            _check_number(path, part, "rate", rate, "above 0")
+        _check_number(path, part, "launch", own["launch"], "of at least 0")
+        _check_number(path, part, "cache", own["cache"], "of at least 0", int)
+        if own["memory"] is not None:
+            _check_number(path, part, "memory", own["memory"], "above 0", int)
+    if "disk" in constants:
+        for key in ("read", "write"):
+            _check_number(path, "disk", key, constants["disk"].get(key), "above 0")
+        _check_number(path, "disk", "free", constants["disk"].get("free"), "of at least 0", int)
     if not {"cpu", "gpu"} & set(constants):
         raise ValueError(f"{path} has no float32 rows of the limit kernel: run bench with --dtypes float32")
     return constants
+
+
+def _check_number(path, part, key, value, least, kind=float):
+    """Refuse what is no number, or one with which no time can be computed. kind: int for bytes, which are exact."""
+    number = type(value) in (int, kind)
+    if not number or not (0 if least == "of at least 0" else SMALLEST) <= value <= LARGEST:
+        a_number = "an integer" if kind is int else "a number"
+        raise ValueError(
+            f"{path}: the {key} of its {part} is {value!r:.100}, and must be {a_number} {least}, at most {LARGEST:g}"
+        )
 
 
 def of_bench(rows):

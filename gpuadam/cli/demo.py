@@ -173,7 +173,7 @@ def _plot(path, result):
     left.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150)
     pyplot.close(figure)
 
 

@@ -39,6 +39,8 @@ def console(extra, options):
 
 def writable(text):
     """Return the path of a file to write, whose folder is there: a type for argparse, so that it is known before the work."""
+    if not text or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file")
     if not Path(text).parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {str(Path(text).parent)!r}: make it first")
     return text

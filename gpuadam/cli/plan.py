@@ -36,7 +36,7 @@ def run(options):
     try:
         asked = Asked.of(options)
         predictions = planning.plan(asked.update, asked.machine, asked.settings, asked.auto)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: of the disk that is measured
         print(f"gpuadam plan: {error}", file=sys.stderr)
         return 2
     best = planning.best(predictions)

@@ -1,6 +1,7 @@
 """The options of `python -m gpuadam plan`."""
 
 import argparse
+import contextlib
 import decimal
 import json
 import math
@@ -12,6 +13,7 @@ from .output import writable
 from .plan_machine import CPU
 
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+LEAST, MOST = 1e-9, 1e15
 
 
 def add(parser):
@@ -42,7 +44,9 @@ def add(parser):
         metavar="N|auto",
         help="pieces that every parameter is cut into, each on devices of its own; auto: as few as fit; default 1",
     )
-    where.add_argument("--reserve", type=positive, default=0.0, metavar="GB", help="of a device, for activations; default 0")
+    where.add_argument(
+        "--reserve", type=zero_or_positive, default=0.0, metavar="GB", help="of a device, for activations; default 0"
+    )
     where.add_argument("--budget", type=positive, metavar="GB", help="of an offloaded step, as in OffloadAdam; default 0.27")
     where.add_argument("--bucket", type=positive, metavar="MB", help="of gradients in one collective; default 33.6")
     where.add_argument("--collective", choices=COLLECTIVES, default=COLLECTIVES[0], help="default %(default)s")
@@ -52,7 +56,9 @@ def add(parser):
     known.add_argument("--measure", action="store_true", help="measure this machine's memory, conversions and disk")
     known.add_argument("--constants", metavar="FILE", help="of plan --measure --json, or of bench --json")
     rates.add_argument("--seconds", type=positive, default=1.0, help="spent on each measurement (default 1)")
-    rates.add_argument("--folder", metavar="FOLDER", help="on the disk to measure; default that of temporary files")
+    rates.add_argument(
+        "--folder", type=folder, metavar="FOLDER", help="on the disk to measure; default that of temporary files"
+    )
     for name, unit, said in (
         ("memory", "GB", "of a device"),
         ("bandwidth", "GB/s", "of a device's memory"),
@@ -95,9 +101,24 @@ def positive(text):
         number = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 < number < math.inf:
+    if not number > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not LEAST <= number <= MOST:  # a byte of a GB; and more would make times that are infinite
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {LEAST:g} to {MOST:g}")
     return number
+
+
+def zero_or_positive(text):
+    with contextlib.suppress(ValueError):
+        if float(text) == 0:
+            return 0.0
+    return positive(text)
+
+
+def folder(text):
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
+    return text
 
 
 def pieces(text):

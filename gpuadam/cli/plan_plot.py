@@ -38,7 +38,7 @@ def draw(path, asked):
     rates = "rates of data sheets" if asked.constants is None else "rates in part measured"
     note = f"{asked.formats}. Predicted from {rates}; no figure of a step is measured"
     figure.suptitle(note, fontsize=9, color="#555555", x=0.01, ha="left")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150)
     pyplot.close(figure)
 
 

@@ -28,7 +28,7 @@ def save(figure, path, rows):
     characters = int(18 * figure.get_figwidth())  # that fit into a line
     figure.supxlabel(textwrap.fill(note, characters), fontsize=7, color="#555555")
     (pyplot,) = output.need("bench", "matplotlib.pyplot")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150)
     pyplot.close(figure)
 
 

@@ -10,6 +10,7 @@ A step writes steps.json before it changes the first byte and after it has chang
 system has written it, and parts of it may be, so a folder that was not flushed before the machine started anew is refused.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -18,11 +19,21 @@ import numpy as np
 
 from .chunks import aligned
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 LAYOUT = 1
 STATE, STEPS, LOCK = "state.json", "steps.json", "lock"
 MEND = (
     "the parameters and this state are of two different steps. Delete the folder, make the optimizer anew and load the last "
     "checkpoint into both, with load_state_dict"
+)
+
+DAMAGED = (
+    "the state is damaged. Delete the folder, make the optimizer anew and load the last checkpoint into it and the parameters, "
+    "with load_state_dict"
 )
 
 
@@ -31,28 +42,29 @@ class Folder:
 
     def __init__(self, path, description, kinds):
         """description: a dict for state.json. kinds: name -> [(name of the parameter, shape, dtype)] of each kind of state."""
-        self.path = Path(path)
+        self.path = Path(path).resolve()  # it stays there when the working directory becomes another
+        description = json.loads(json.dumps(description))
+        if self.path.exists():
+            _check_own(self.path, description, kinds)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path / LOCK)
+        self._lock, self._process = _locked(self.path / LOCK), os.getpid()
         try:
-            self.existed = (self.path / STATE).exists()
+            self.existed = _check_own(self.path, description, kinds)  # again, now that no other process changes it
             self.steps = {"steps": 0, "behind": {}, "under_way": True, "unflushed": _boot()}  # a new one is yet to be filled
             if self.existed:
-                _check_same(self.path, json.loads((self.path / STATE).read_text()), json.loads(json.dumps(description)))
                 self.steps = self._checked_steps()
-            elif strangers := sorted(
-                {p.name for p in self.path.iterdir()} - {LOCK, STEPS, "steps.new", "state.new", *kinds}
-            ):
-                raise ValueError(
-                    f"{self.path} has {strangers[:5]} in it and no {STATE}: give a folder of its own for the state"
-                )
             self.arrays, self._maps = self._opened(kinds)
             if not self.existed:
                 self._write(STEPS, self.steps)
                 self._write(STATE, description)  # last: with it the folder is one that can be opened
         except BaseException:
-            self._lock.close()
+            self._free()
             raise
+
+    @property
+    def is_of_this_process(self):
+        """Whether this process opened it. One that was forked from that has a copy of everything but the files."""
+        return self._process == os.getpid()
 
     def _opened(self, kinds):
         """Return parameter -> {kind: array} and the map of each kind's file."""
@@ -65,7 +77,7 @@ class Folder:
             if total:
                 path = self.path / kind
                 if not self.existed:
-                    reserve(path, total)
+                    self._reserve(path, total, kinds)
                 elif not path.exists() or path.stat().st_size != total:
                     raise ValueError(f"{path} should have {total:,} bytes: the state is not complete; {MEND}")
                 whole = np.memmap(path, np.uint8, "r+", shape=(total,))
@@ -76,8 +88,21 @@ class Folder:
                 at += aligned(size)
         return arrays, maps
 
+    def _reserve(self, path, n_bytes, kinds):
+        try:
+            reserve(path, n_bytes)
+        except OSError as error:
+            for kind in kinds:  # of which some may have taken all the room that there was
+                (self.path / kind).unlink(missing_ok=True)
+            raise OSError(error.errno, f"no file of {n_bytes:,} bytes can be made: {error.strerror}", str(path)) from error
+
     def _checked_steps(self):
-        found = json.loads((self.path / STEPS).read_text())
+        found = _read(self.path / STEPS)
+        behind = found.get("behind")
+        counts = [found.get("steps"), *(behind.values() if isinstance(behind, dict) else [None])]
+        marks = type(found.get("under_way")), type(found.get("unflushed", 0))
+        if not all(type(n) is int and n >= 0 for n in counts) or marks not in ((bool, str), (bool, type(None))):
+            raise ValueError(f"{self.path / STEPS} does not say how many steps were taken: {DAMAGED}")
         if found["under_way"]:
             raise ValueError(f"a step on the state in {self.path} was cut short: {MEND}")
         if found["unflushed"] not in (None, _boot()):
@@ -91,8 +116,9 @@ class Folder:
         """Mark the state as in flux, until `end`."""
         # what the disk has is what a power cut leaves: it must say "unflushed" before the first change after a flush
         durable = self.steps["unflushed"] is None
-        self.steps |= {"under_way": True, "unflushed": _boot()}
-        self._write(STEPS, self.steps, durable)
+        now = self.steps | {"under_way": True, "unflushed": _boot()}
+        self._write(STEPS, now, durable)
+        self.steps = now  # not before: what cannot be written has not begun
 
     def end(self, steps, behind):
         """Note how many steps were taken. behind: the parameters that took another number, and which."""
@@ -105,14 +131,26 @@ class Folder:
         """Wait until the files are on the disk."""
         for whole in self._maps:
             whole.flush()
-        self.steps["unflushed"] = None
-        self._write(STEPS, self.steps)
+        now = self.steps | {"unflushed": None}
+        self._write(STEPS, now)
+        self.steps = now
 
     def close(self):
-        """Flush, and let the folder be opened by another."""
+        """Flush, and let the folder be opened by another. If the disk fails, it is freed and stays "unflushed".
+
+        A process that was forked leaves both to the one that opened the folder.
+        """
         if not self._lock.closed:
-            self.flush()
-            self._lock.close()
+            try:
+                if self.is_of_this_process:
+                    self.flush()
+            finally:
+                self._free()
+
+    def _free(self):
+        if fcntl and self.is_of_this_process:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing it leaves the lock to processes that were forked meanwhile
+        self._lock.close()
 
     def _write(self, name, content, durable=True):
         path = self.path / name
@@ -145,9 +183,7 @@ def reserve(path, n_bytes):
 
 def _locked(path):
     file = path.open("a")
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if not fcntl:
         return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,19 +201,47 @@ def _boot():
     return path.read_text().strip() if path.exists() else "unknown"
 
 
+def _check_own(path, description, kinds):
+    """Refuse what holds other files or other state. Return whether this state is there already."""
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "state must be a folder, and this is none", str(path))
+    names = {p.name for p in path.iterdir()}
+    if STATE in names:
+        _check_same(path, _read(path / STATE), description)
+        return True
+    # a process that was killed while it made the files leaves some, and the lock, its first
+    own = {LOCK, STEPS, "steps.new", "state.new", *kinds} if LOCK in names else set()
+    if strangers := sorted(names - own):
+        raise ValueError(f"{path} has {strangers[:5]} in it and no {STATE}: give a folder of its own for the state")
+    return False
+
+
+def _read(path):
+    """Return the dict in a file of the folder."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. If an optimizer made the folder, {DAMAGED}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} has no JSON object in it. If an optimizer made the folder, {DAMAGED}")
+    return found
+
+
 def _check_same(path, found, wanted):
     """Refuse a folder that holds the state of something else, naming what differs first."""
     if found.get("layout") != LAYOUT:
         raise ValueError(
             f"{path} has a layout of files, {found.get('layout')!r}, that this version does not know: it writes {LAYOUT}"
         )
+    options, there, here = found.get("options"), found.get("parameters"), wanted["parameters"]
+    if not isinstance(options, dict) or not isinstance(there, dict) or not all(isinstance(x, dict) for x in there.values()):
+        raise ValueError(f"{path / STATE} does not say what the state belongs to: {DAMAGED}")
     for key in wanted["options"]:
-        if found["options"].get(key) != wanted["options"][key]:
+        if options.get(key) != wanted["options"][key]:
             raise ValueError(
-                f"the state in {path} was made with {key}={found['options'].get(key)!r}, this optimizer with "
+                f"the state in {path} was made with {key}={options.get(key)!r}, this optimizer with "
                 f"{key}={wanted['options'][key]!r}: give the same, or another folder"
             )
-    there, here = found["parameters"], wanted["parameters"]
     if list(there) != list(here):
         missing, extra = [n for n in here if n not in there], [n for n in there if n not in here]
         what = f"not there {missing}, only there {extra}" if missing or extra else "they are the same in another order"

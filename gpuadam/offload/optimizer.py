@@ -1,6 +1,7 @@
 """OffloadAdam: Adam whose moments lie in the host's memory or in files, and go through each step in chunks."""
 
 import contextlib
+import numbers
 import os
 import time
 import weakref
@@ -42,8 +43,9 @@ class OffloadAdam(Adam):
         optimizer, with parameters and options of the same names and kinds, is continued where it was closed; the parameters
         themselves are the caller's to keep.
     budget: the bytes of the arrays that a step has under way at once: of files mapped into memory, and of copies on the other
-        side, in the host's memory and on the GPU each. No step needs more memory than this beside the arrays that stay; of
-        files that Linux caches in pages of 2 MB it may map the rest of those, too.
+        side, in the host's memory and on the GPU each. No step needs more memory than this beside the arrays that stay; but
+        files are mapped in whole pages: of many small parameters in files of their own a page each, and where Linux caches files
+        in pages of 2 MB, the rest of those.
     update: "device", where the state goes through the GPU; "host", where gradients come down and parameters go up; or "auto":
         with a GPU both are measured once, and the faster is taken. `describe()` says which, and why.
     progress: show a bar during each step, by the package rich.
@@ -53,7 +55,8 @@ class OffloadAdam(Adam):
 
     If a step is cut short, by an error of the disk or Ctrl-C, parameters and state are of two steps: further steps are refused
     until `load_state_dict` has set all of the state. A folder that a process left in the midst of a step is refused.
-    `close()` flushes the files and frees the folder; it also works as a context manager.
+    `close()` flushes the files and frees the folder; it also works as a context manager. A process that is forked does not have
+    the folder: it takes no steps, and what it closes is left to the process that opened it.
 
     >>> import numpy as np, gpuadam, tempfile
     >>> param = np.full(3, 0.5, "float32")
@@ -167,7 +170,7 @@ class OffloadAdam(Adam):
         options = {"decoupled": self._decoupled, "master": self._master, "state_dtype": None, "amsgrad": False, "seed": 0}
         options |= {"stochastic_rounding": False, "formula": "torch", "eps_root": 0.0, "ema_decay": None}
         given = {key: value for key, value in self._options.items() if key in options}
-        options |= {key: value.item() if isinstance(value, np.generic) else value for key, value in given.items()}
+        options |= {key: _as_json_has_it(value) for key, value in given.items()}
         parameters = {
             name: {"shape": list(view.shape), "format": view.format, "state": dict(kept)}
             for name, (_, view, kept) in zip(self.state, views, strict=True)
@@ -257,13 +260,18 @@ class OffloadAdam(Adam):
 
     def _done(self):
         if self._folder:
-            counts = {name: state["step"] for name, state in self.state.items()}
-            self._folder.end(self.steps, {name: n for name, n in counts.items() if n != self.steps})
+            counts = {name: int(state["step"]) for name, state in self.state.items()}  # which may be NumPy's integers
+            self._folder.end(int(self.steps), {name: n for name, n in counts.items() if n != self.steps})
         self._cut_short = False
 
     def _check_open(self):
         if self._folder and not self._closing.alive:
             raise ValueError("this optimizer is closed: make another with the same folder, which continues where it was")
+        if self._folder and not self._folder.is_of_this_process:
+            raise ValueError(
+                f"this process was forked from the one that opened {self._folder.path}, whose files both would write: make the "
+                "optimizer in the process that takes the steps"
+            )
 
     def _conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):
         given = [grad for grads in grads_of_groups for grad in grads if grad is not None]
@@ -380,6 +388,15 @@ class OffloadAdam(Adam):
 
     def __reduce__(self):
         raise TypeError("an OffloadAdam is not copied or pickled, because its state is not in it alone: use state_dict()")
+
+
+def _as_json_has_it(option):
+    """Return an option that was checked as one that JSON can have: a number is any that is a numbers.Real."""
+    if option is None or isinstance(option, (str, bool)):
+        return option
+    if isinstance(option, np.bool_):
+        return bool(option)
+    return int(option) if isinstance(option, numbers.Integral) else float(option)
 
 
 def _checked_budget(budget):
