@@ -18,13 +18,13 @@ def agreed(transport, prepare):
     >>> agreed(transports.Local(), lambda: ("checked", {"lr": 0.1}, False))
     ('checked', False)
     """
-    result, described, flag, error = None, {}, False, None
+    result, described, digest, flag, error = None, {}, b"", False, None
     try:
         result, described, flag = prepare()
+        digest = hashlib.blake2b(repr(described).encode(), digest_size=16).digest()
     except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one; it is raised below
         error = caught
-    problem = None if error is None else (_known(error), type(error).__name__, str(error))
-    digest = hashlib.blake2b(repr(described).encode(), digest_size=16).digest()
+    problem = None if error is None else (_known(error), type(error).__name__, _text(error))
     found = transport.exchange((problem, digest, flag))
     if error is not None:
         raise error
@@ -33,7 +33,8 @@ def agreed(transport, prepare):
             known, kind, message = problem
             raise KINDS.get(known, RuntimeError)(f"rank {rank} raised {kind}, so all ranks stop: {message}")
     if len({digest for _, digest, _ in found}) > 1:
-        raise ValueError(_difference(transport.exchange(described)))
+        # as text: what cannot be pickled on one rank would leave the others waiting
+        raise ValueError(_difference(transport.exchange({name: _shown(value) for name, value in described.items()})))
     return result, any(flag for *_, flag in found)
 
 
@@ -52,12 +53,25 @@ def _known(error):
     return next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in KINDS), "RuntimeError")
 
 
+def _text(error):
+    """Return the message of an error, which may be a caller's own."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - whatever it is, the other ranks must hear of the error itself
+        return "its message cannot be read"
+
+
+def _shown(value):
+    """Return a value as messages show it."""
+    return value if type(value) is str else repr(value)
+
+
 def _difference(descriptions):
-    """Return what the first thing is that is not the same on all ranks."""
+    """Return what the first thing is that is not the same on all ranks. descriptions: of each, as `_shown`."""
     first = descriptions[0]
     for rank, other in enumerate(descriptions):
         for name in [*first, *other]:
-            if name not in first or name not in other or repr(first[name]) != repr(other[name]):
-                ours, theirs = (textwrap.shorten(str(d.get(name, "not there")), 500) for d in (first, other))
+            if first.get(name) != other.get(name):
+                ours, theirs = (textwrap.shorten(d.get(name, "not there"), 500) for d in (first, other))
                 return f"the ranks differ in {name}: {ours} on rank 0, {theirs} on rank {rank}. Give all ranks the same"
     raise AssertionError("descriptions of different digests are the same")

@@ -47,7 +47,7 @@ ONE, SEQUENCE, MAPPING = "one array", "a sequence", "a dict"
 
 def parsed_groups(params, defaults):
     """Return (groups with "params", "names" and hyperparameters; their structures; whether they were given as groups)."""
-    params = _listed(params)
+    params = as_list(params)
     grouped = is_sequence(params) and len(params) and all(isinstance(p, Mapping) for p in params)
     given = params if grouped else [{"params": params}]
     groups, structures, count = [], [], 0
@@ -56,7 +56,7 @@ def parsed_groups(params, defaults):
             raise ValueError(f'a group needs "params", and has only {sorted(map(str, group))}')
         if strange := set(group) - (GROUP_KEYS - {"names"}):
             raise ValueError(f"a group has unknown {sorted(map(str, strange))}; its hyperparameters are {HYPERPARAMETERS}")
-        members = _listed(group["params"])
+        members = as_list(group["params"])
         if isinstance(members, Mapping):
             names, members, kind = list(members), list(members.values()), MAPPING
             for name in names:
@@ -81,7 +81,7 @@ def in_order_of_groups(grads, structures, label="grads"):
 
     Where every group has names, they may be one dict, as what computes gradients knows of no groups.
     """
-    grads = _listed(grads)
+    grads = as_list(grads)
     if isinstance(grads, Mapping) and all(structure.kind == MAPPING for structure in structures):
         names = [name for structure in structures for name in structure.names]
         one = iter(in_order(grads, Structure(MAPPING, names, amsgrad=False), label))
@@ -100,7 +100,7 @@ def in_order(grads, structure, label):
     """Return the gradients or None, in the order of the parameters, of one group."""
     if structure.kind == ONE:
         return [grads]
-    grads, names = _listed(grads), structure.names
+    grads, names = as_list(grads), structure.names
     if structure.kind == MAPPING:
         if not isinstance(grads, Mapping) or grads.keys() != set(names):
             raise ValueError(
@@ -141,7 +141,7 @@ def saved_settings(group):
     return settings | {"names": list(group["names"]), "betas": tuple(group["betas"])}
 
 
-def _listed(x):
+def as_list(x):
     """Return generators and the like, such as `model.parameters()` and `d.values()`, as lists."""
     if type(x) in (list, tuple, dict):  # what it mostly is; asking for the abstract types takes longer
         return x

@@ -35,7 +35,7 @@ class Buffer:
         self.last_in = [self.layout.ending_in(k) for k in range(len(self.buckets))]
         self.shards_in = [[s for s in self.shards if s.bucket == k] for k in range(len(self.buckets))]
         self.sums = {s: self._sum_of(s) for s in self.shards}  # of the gradients, when a bucket's reduce-scatter is done
-        self._to_read = [list(map(self._own_and_given, shards)) for shards in self.shards_in]
+        self._to_read = self._own_and_given()
         self.optimizers: list[OfShards | None] = []
 
     def _in_shapes(self, buffer):
@@ -50,6 +50,9 @@ class Buffer:
             starts = {self._label(s): s.start for s in shards}
             own = OfShards(arrays, keys, starts, settings, seed=seed, **options) if shards else None
             self.optimizers.append(own)
+        # options are checked where nothing is owned, too
+        nothing = Bits(self.param[:0], self._bits) if self._bits else self.param[:0]
+        OfShards({self.names[0]: nothing}, {}, {}, settings, seed=seed, **options)
 
     def _label(self, shard):
         return f"{self.names[shard.parameter]}[{shard.start}:{shard.stop}]"
@@ -64,11 +67,26 @@ class Buffer:
         at = self._own_starts[shard.bucket] + shard.at - first
         return self._sums[at : at + shard.stop - shard.start]
 
-    def _own_and_given(self, shard):
-        """Return Views of a shard here and in the caller's array, or of the whole parameter if that has gaps or another order."""
+    def _own_and_given(self):
+        """Return for each bucket Views of its shards here and in the caller's arrays.
+
+        A parameter that has gaps or another order is read as a whole, with the first bucket that has a shard of it.
+        """
+        pairs: list[list] = []
+        whole = set()
+        for shards in self.shards_in:
+            pairs.append([])
+            for shard in shards:
+                k = shard.parameter
+                if self.views[k].contiguous:
+                    pairs[-1].append(self._shard_and_given(shard))
+                elif k not in whole:
+                    pairs[-1].append((self.param_views[k], self.views[k]))
+                    whole.add(k)
+        return pairs
+
+    def _shard_and_given(self, shard):
         view = self.views[shard.parameter]
-        if not view.contiguous:
-            return self.param_views[shard.parameter], view
         given = self.kernels.native(view).reshape(-1)[shard.start : shard.stop]
         own = self.param[shard.at : shard.at + shard.stop - shard.start]
         return self.kernels.view("", own), self.kernels.view("", given)._replace(stream=view.stream)
@@ -118,6 +136,14 @@ class Buffer:
         """Read this rank's shards in a bucket from the arrays of the caller, who may have changed them."""
         for own, given in self._to_read[bucket]:
             self.kernels.copy(own, given)
+
+    def written(self):
+        """Return Views of what a step writes here: parameters and state."""
+        arrays = [("the buffer of parameters", self.param)]
+        for shard in self.shards:
+            name = self.names[shard.parameter]
+            arrays += [(f"{key} of params[{name!r}]", a) for key, a in self.state_of(shard).items() if key != "step"]
+        return [self.kernels.view(*one) for one in arrays]
 
     def has(self, view):
         """Whether an array lies in the buffer of gradients."""

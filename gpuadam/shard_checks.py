@@ -1,5 +1,8 @@
 """What is checked of the arrays of a `ShardedAdam`: its parameters, and the gradients of a step."""
 
+import bisect
+import itertools
+
 from . import backends, checks
 
 MEMORY = {"numba-cpu": "CPU", "cupy": "CUDA"}
@@ -42,8 +45,11 @@ def _memory(kernels, transport):
         )
 
 
-def grads(given, buffers, transport, zero_grad, backend):
-    """Return a View of each gradient, or None, in the order of all parameters. buffers: `shard_buffer.Buffer`s."""
+def grads(given, buffers, transport, zero_grad, written, backend):
+    """Return a View of each gradient, or None, in the order of all parameters.
+
+    buffers: `shard_buffer.Buffer`s. written: Written, what a gradient that is zeroed must not share memory with.
+    """
     views = [None] * len(given)
     elsewhere = []
     for buffer in buffers:
@@ -57,14 +63,33 @@ def grads(given, buffers, transport, zero_grad, backend):
         kernels, found = backends.choose(named, backend)
         _memory(kernels, transport)
         for (number, buffer, k), view in zip(elsewhere, found, strict=True):
-            _grad(view, buffer.views[k], buffer.grad_views[k], buffer)
+            _grad(view, buffer.views[k], buffer.grad_views[k], buffers)
             if zero_grad and not view.writeable:
                 checks.read_only(view)
+            if zero_grad:  # else a gradient may be what is written: it is copied first
+                written.check(view)
             views[number] = view
     return views
 
 
-def _grad(grad, param, place, buffer):
+class Written:
+    """What a step writes beside gradients: Views that stay where they are, and do not share memory with one another."""
+
+    def __init__(self, views):
+        self._views = sorted((view for view in views if view.size), key=checks.bounds)
+        extents = [checks.bounds(view) for view in self._views]
+        self._starts = [start for start, _ in extents]
+        self._ends = list(itertools.accumulate((end for _, end in extents), max))  # arrays with gaps may interlock
+
+    def check(self, grad):
+        """Refuse a gradient that shares memory with one of them."""
+        start, end = checks.bounds(grad)
+        before = bisect.bisect_left(self._starts, end)
+        if before and self._ends[before - 1] > start:
+            checks.overlap(self._views, [grad])
+
+
+def _grad(grad, param, place, buffers):
     """Check a gradient that is to be copied. place: its View in the buffer."""
     checks.one_format(grad, checks.FORMATS if place.format == "float64" else NARROWER)
     if grad.shape != param.shape:
@@ -72,6 +97,6 @@ def _grad(grad, param, place, buffer):
     if grad.device != param.device and param.size:
         raise ValueError(f"{grad.name} is on device {grad.device}, {param.name} on {param.device}: move one of them")
     checks.layout(grad)
-    in_place = (grad.pointer, grad.strides, grad.dtype) == (place.pointer, place.strides, place.dtype)
-    if not in_place and grad.size and buffer.has(grad):
+    in_place = grad.contiguous and (grad.pointer, grad.dtype) == (place.pointer, place.dtype)
+    if not in_place and grad.size and any(buffer.has(grad) for buffer in buffers):
         raise ValueError(f"{grad.name} lies in another place of the buffer of gradients than its own: pass a copy")

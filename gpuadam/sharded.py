@@ -8,7 +8,17 @@ import numpy as np
 
 from . import capturable, checks, functional, hyperparameters, shard_checks, torch_tensors, transports
 from .agreement import agreed
-from .groups import HYPERPARAMETERS, MAPPING, ONE, HasGroups, checked_group, in_order, in_order_of_groups, parsed_groups
+from .groups import (
+    HYPERPARAMETERS,
+    MAPPING,
+    ONE,
+    HasGroups,
+    as_list,
+    checked_group,
+    in_order,
+    in_order_of_groups,
+    parsed_groups,
+)
 from .kernels.storage import Arrays
 from .optimizer import DEFAULTS
 from .shard_buffer import Buffer
@@ -85,10 +95,10 @@ class ShardedAdam(HasGroups):
         **options,
     ):
         transports.check(transport)
-        self.transport, self.steps, self._backend = transport, 0, backend
+        self.transport, self.steps, self._backend, self._cut_short = transport, 0, backend, False
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"amsgrad": amsgrad, "maximize": maximize}
-        choices = {"decoupled": decoupled, "algorithm": algorithm, "reduction": reduction, "bucket_bytes": bucket_bytes}
+        choices = {"decoupled": decoupled, "algorithm": algorithm, "reduction": reduction}
 
         def prepared():
             if strange := set(options) - set(OPTIONS):
@@ -96,48 +106,61 @@ class ShardedAdam(HasGroups):
             self._reduction = checks.one_of(("mean", "sum"), "reduction", reduction)
             self._decoupled, self._views = checks.flag("decoupled", decoupled), checks.flag("views", views)
             self._zero_grad = checks.flag("zero_grad", zero_grad)
-            checks.count("bucket_bytes", bucket_bytes)
+            choices["bucket_bytes"] = checks.count("bucket_bytes", bucket_bytes)
+            seed = checks.seed(options.get("seed", 0))
             self._further = _further(algorithm, options)
             self._algorithm, self.options = algorithm, DEFAULTS | options | {"zero_grad": self._zero_grad}
-            self.groups, self._structures, self._grouped = parsed_groups(params, defaults)
+            self.params = as_list(params)  # an iterator can be read once
+            self.groups, self._structures, self._grouped = parsed_groups(self.params, defaults)
             self._names = [name for group in self.groups for name in group["names"]]
             self._taken = dict.fromkeys(self._names, 0)  # how many steps each parameter has taken
             self._state_dtype = options.get("state_dtype")
             self._kernels, self._params = shard_checks.params(self.groups, transport, self._state_dtype, backend)
-            self._formats = {name: view.format for name, view in zip(self._names, self._params, strict=True)}
+            formats = {name: view.format for name, view in zip(self._names, self._params, strict=True)}
+            wide = ("float64" in (one, self._state_dtype) for one in formats.values())
+            self._computed_in = dict(zip(formats, ("float64" if one else "float32" for one in wide), strict=True))
+            hs = self._checked_groups(1.0)
             described = {
                 "the number of ranks": transport.size,
                 **{v.name: f"number {k}, {v.format} of shape {v.shape}" for k, v in enumerate(self._params)},
-                **_described(self.groups, self._checked_groups(1.0)),
+                **_described(self.groups, hs),
                 **choices,
                 **{key: options.get(key) for key in OPTIONS},
+                "seed": seed,
             }
-            return None, described, False
+            return (hs, seed), described, False
 
         def built():  # state that does not fit its parameters is found where it is
             state = {key: value for key, value in options.items() if key != "seed"}
-            state |= {"algorithm": algorithm, "decoupled": decoupled, "backend": backend}
-            self._buffers = self._made_buffers(bucket_bytes, checks.seed(options.get("seed", 0)), state)
+            # one backend for good: one in use in a step would end the step of those ranks alone that own something
+            state |= {"algorithm": algorithm, "decoupled": decoupled, "backend": self._kernels.NAME}
+            self._buffers = self._made_buffers(choices["bucket_bytes"], seed, hs, state)
             return None, {}, False
 
-        agreed(transport, prepared)
+        (hs, seed), _ = agreed(transport, prepared)
         agreed(transport, built)
         for buffer in self._buffers:
             buffer.broadcast()
             for bucket in range(0 if self._views else len(buffer.buckets)):
                 buffer.write_params(bucket)
-        self.grads, self.params = self._in_structure([buffer.grads for buffer in self._buffers]), params
+        self.grads = self._in_structure([buffer.grads for buffer in self._buffers])
         if self._views:
             self._take_over()
+        else:
+            torch_tensors.wrote(self._listed())
+        self._as_given = self._listed(), torch_tensors.places(self._listed())
+        written = [] if self._views else list(self._params)
+        written += itertools.chain.from_iterable(buffer.written() for buffer in self._buffers)
+        self._written = shard_checks.Written(written)
         self._norm = ShardedNorm(self._kernels, self._buffers, transport)
 
-    def _made_buffers(self, bucket_bytes, seed, state):
-        """Return a Buffer for the parameters of each group and dtype. state: options of `Adam`."""
+    def _made_buffers(self, bucket_bytes, seed, hs, state):
+        """Return a Buffer for the parameters of each group and dtype. hs: of each group. state: options of `Adam`."""
         alike: dict[tuple, list[int]] = {}
         groups = [k for k, group in enumerate(self.groups) for _ in group["names"]]
         for number, (k, view) in enumerate(zip(groups, self._params, strict=True)):
             alike.setdefault((k, view.format, view.dtype), []).append(number)
-        settings = [_settings(group, h) for group, h in zip(self.groups, self._checked_groups(1.0), strict=True)]
+        settings = [_settings(group, h) for group, h in zip(self.groups, hs, strict=True)]
         buffers = []
         for (k, *_), numbers in alike.items():
             names, views = ([column[n] for n in numbers] for column in (self._names, self._params))
@@ -172,6 +195,8 @@ class ShardedAdam(HasGroups):
 
         key: "m", "v" or what else there is, such as "ema". Parameters without it, or without elements, are left out.
         """
+        self._check_whole()
+        agreed(self.transport, lambda: (None, {"the key of what is gathered": key}, False))
         whole = {}
         own: dict[str, list] = {name: [] for name in self._names}
         for shard in self.shards:
@@ -194,7 +219,10 @@ class ShardedAdam(HasGroups):
         found_inf: leave the step out on all ranks if this is not zero on any of them: a number of the host.
 
         On a GPU the work goes to CuPy's current stream. With max_norm or check_finite the host waits for the norm.
+
+        Where something ends a step amid its collectives, Ctrl-C say, the state is of no step: what follows raises ValueError.
         """
+        self._check_whole()
         (listed, given, settings, scale, max_norm, check_finite), left_out = agreed(
             self.transport, lambda: self._prepared(grads, grad_scale, max_norm, check_finite, found_inf)
         )
@@ -213,11 +241,17 @@ class ShardedAdam(HasGroups):
         else:
             ordered = [in_order(grads, self._structures[0], "grads")]
         listed = list(itertools.chain.from_iterable(ordered))
-        given = shard_checks.grads(listed, self._buffers, self.transport, self._zero_grad, self._backend)
+        given = shard_checks.grads(listed, self._buffers, self.transport, self._zero_grad, self._written, self._backend)
         max_norm = None if max_norm is None else checks.non_negative("max_norm", max_norm)
         check_finite = checks.flag("check_finite", check_finite)
         scale = checks.finite("grad_scale", grad_scale) / (self.transport.size if self._reduction == "mean" else 1)
         hs = self._checked_groups(scale)
+        self._check_params()
+        have = {name for name, grad in zip(self._names, given, strict=True) if grad is not None}
+        for h, structure in zip(hs, self._structures, strict=True):
+            # one that was skipped has taken fewer steps: its bias correction is larger, and not every rank has a part of it
+            for dtype, taken in {(self._computed_in[n], self._taken[n]) for n in structure.names if n in have}:
+                hyperparameters.form_and_scalars(h, taken + 1, Arrays(*[dtype] * 3))
         described = {
             "the number of steps taken": self.steps,
             "the parameters without a gradient": [n for n, grad in zip(self._names, given, strict=True) if grad is None],
@@ -230,23 +264,43 @@ class ShardedAdam(HasGroups):
         return (listed, given, settings, scale, max_norm, check_finite), described, checks.found_inf(found_inf)
 
     def _checked_groups(self, scale):
-        """Check the hyperparameters of all groups and return them for this step."""
+        """Check the hyperparameters of all groups and return them for the next step."""
         if len(self.groups) != len(self._structures):
             raise ValueError("groups cannot be added to an optimizer or removed from it after it is made: make another")
-        hs = []
-        for group, structure in zip(self.groups, self._structures, strict=True):
-            h = checked_group(group, structure, self._decoupled, self.steps + 1, scale, self._further)
-            for dtype in self._computed_in(structure):
-                hyperparameters.form_and_scalars(h, self.steps + 1, Arrays(*[dtype] * 3))
-            hs.append(h)
-        return hs
+        return [self._checked(*one, scale) for one in zip(self.groups, self._structures, strict=True)]
 
-    def _computed_in(self, structure):
-        """Return the types that the parameters of a group are computed in."""
-        formats = {self._formats[name] for name in structure.names}
-        return {"float64" if "float64" in (one, self._state_dtype) else "float32" for one in formats}
+    def _checked(self, group, structure, scale):
+        h = checked_group(group, structure, self._decoupled, self.steps + 1, scale, self._further)
+        for dtype in {self._computed_in[name] for name in structure.names}:
+            hyperparameters.check_rounding(h, dtype)
+        return h
+
+    def _check_params(self):
+        """Refuse parameters that are not where they were: a step would go on with the old ones."""
+        listed, places = self._as_given
+        now = self._listed()
+        if len(now) != len(listed) or not all(map(operator.is_, now, listed)):
+            raise ValueError('the "params" of a group cannot be changed after the optimizer is made: make another')
+        if torch_tensors.places(now) != places:
+            raise ValueError(
+                "a tensor among the parameters has other memory, or another shape or dtype, than when the optimizer was made, as "
+                "by tensor.data = x or module.to(): write in place, tensor.data.copy_(x), or make another optimizer"
+            )
+
+    def _check_whole(self):
+        """Raise if a step was cut short. The ranks are then not at the same collective, and this one cannot tell the others."""
+        if self._cut_short:
+            raise ValueError(
+                "a step was cut short, and this is the state that it left: make another optimizer of a checkpoint"
+            )
+
+    def __reduce__(self):
+        raise TypeError(
+            f"a {type(self).__name__} is not copied or pickled, because its state is on all ranks: use save(folder)"
+        )
 
     def _step(self, given, settings, scale, max_norm, check_finite):
+        self._cut_short = True
         work = []  # (buffer, bucket, gradients of the buffer's parameters, the sum that is under way)
         for buffer in self._buffers:
             grads = [given[number] for number in buffer.numbers]
@@ -258,12 +312,15 @@ class ShardedAdam(HasGroups):
             for *_, reduced in work:
                 reduced.wait()
             norm = self._norm.norm([None if grad is None else grad.size for grad in given])
-            largest = min(capturable.LARGEST_NORM[np.dtype(d)] for s in self._structures for d in self._computed_in(s))
+            self._cut_short = False  # nothing is written yet, and all ranks are here
+            largest = min(capturable.LARGEST_NORM[np.dtype(d)] for d in self._computed_in.values())
             if check_finite and not norm * abs(scale) <= largest:
                 return
             if max_norm is not None:
                 scale = capturable.clipped(scale, norm, max_norm)
-                self._checked_groups(scale)  # the same on every rank, and so is what it raises
+                for group, structure, now in zip(self.groups, self._structures, settings, strict=True):
+                    self._checked(group | now, structure, scale)  # the same on every rank, and so is what it raises
+            self._cut_short = True
         collected = []
         for buffer, bucket, grads, reduced in work:
             if max_norm is None and not check_finite:
@@ -277,6 +334,7 @@ class ShardedAdam(HasGroups):
         for name, grad in zip(self._names, given, strict=True):
             self._taken[name] += grad is not None
         self.steps += 1
+        self._cut_short = False
 
     def save(self, path, *, with_params=False):
         """Write a checkpoint into a folder, from which any number of ranks, or a single `Adam`, goes on bit for bit.

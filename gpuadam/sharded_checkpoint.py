@@ -29,6 +29,7 @@ SHARED = "The folder must be on a file system that all ranks share"
 
 def save(opt, path, *, with_params=False):
     """Save a ShardedAdam: see `ShardedAdam.save`."""
+    opt._check_whole()
     transport = opt.transport
     folder, metadata = agreed(transport, lambda: _prepared(opt, path, with_params))[0]
     token = on_all(transport, lambda: _cleared(folder) if transport.rank == 0 else None)
@@ -50,6 +51,7 @@ def _prepared(opt, path, with_params):
         raise TypeError(f"{type(opt).__name__} is not ShardedAdam or ShardedAdamW, which alone can be loaded")
     folder, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
     opt._checked_groups(1.0)  # what could not be loaded is not saved either
+    opt._check_params()
     params = {name: of_param(view, opt._taken[name]) for name, view in zip(opt._names, opt._params, strict=True)}
     groups, name = [saved_settings(group) for group in opt.groups], CLASS_OF[opt._algorithm, opt._decoupled]
     metadata = of_optimizer(name, opt.options, groups, opt.steps, params) | {"reduction": opt._reduction}

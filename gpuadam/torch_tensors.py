@@ -132,6 +132,15 @@ def _read(tensors):
 _FIELDS = operator.attrgetter("shape", "dtype", "device", "is_leaf")
 
 
+def places(arrays):
+    """Return where the memory of each tensor among arrays is, and how it lies there."""
+    torch = _torch()
+    if torch is None:
+        return []
+    tensors = [a for a in (a.array if type(a) is Bits else a for a in arrays) if isinstance(a, torch.Tensor)]
+    return [(t.data_ptr(), t.stride(), t.shape, t.dtype) for t in tensors]
+
+
 def wrote(arrays):
     """Tell autograd of the tensors among arrays that were written, so that a backward pass that needs what was in them raises."""
     torch = _torch()

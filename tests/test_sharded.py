@@ -1,11 +1,13 @@
 """Many ranks: the bits of one, whatever their number; one error for all; a clean end."""
 
+import copy
 import ctypes
 import functools
 import gc
 import importlib
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -18,7 +20,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ranks
+import thread_ranks
 from cases import different_bits
+from thread_ranks import all_well, on_ranks
 
 import gpuadam
 from gpuadam import transports
@@ -344,6 +348,10 @@ w = np.ones((2, 3), "f4")
         ({"state_dtype": "int4"}, ValueError, "state_dtype='int4'"),
         ({"algorithm": "adamax", "state_dtype": "8bit"}, ValueError, "AdaMax's v is none"),
         ({"eps": 1e-60}, ValueError, "rounds to 0"),
+        ({"params": [w[:0]], "state_dtype": "int4"}, ValueError, "state_dtype='int4'"),  # of which no rank has state
+        ({"params": [w[:0]], "master": "float32"}, ValueError, "master='float32'"),
+        ({"params": [w[:0]], "stochastic_rounding": 1}, TypeError, "stochastic_rounding must be True or False"),
+        ({"params": [w[:0]], "state_dtype": "8bit", "amsgrad": True}, ValueError, "8-bit state has no max_v"),
     ],
 )
 def test_what_is_wrong_at_construction_is_said(arguments, error, match):
@@ -381,10 +389,39 @@ def test_a_bad_step_changes_nothing(grad, options, error, match):
     assert (param == 1).all() and opt.steps == 0 and opt.shards[0].state["step"] == 0
 
 
-def test_a_gradient_in_the_place_of_another_is_refused():
-    opt = sharded([w.copy(), w.copy()])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])  # in the same buffer, and in one of its own
+def test_a_gradient_in_the_place_of_another_is_refused(dtype):
+    params = [w.astype("f8"), w.astype(dtype)]
+    opt = sharded(params)
     with pytest.raises(ValueError, match="in another place of the buffer of gradients than its own"):
         opt.step(opt.grads[::-1])
+    assert all((param == 1).all() for param in params) and opt.steps == 0
+
+
+def test_the_place_of_a_gradient_is_known_whatever_the_strides_of_dimensions_of_one():
+    params = np.ones((1, 3), "f4"), np.ones((1, 3), "f4")
+    opt, expected = map(sharded, params)
+    opt.grads[...] = expected.grads[...] = 2.0
+    opt.step(np.lib.stride_tricks.as_strided(opt.grads, (1, 3), (4, 4)))
+    expected.step(expected.grads)
+    assert different_bits(*params) == 0
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_a_gradient_that_is_a_parameter_is_refused_if_it_is_to_be_zeroed(views):
+    opt = sharded({"w": w.copy(), "b": w.copy()}, views=views, zero_grad=True)
+    with pytest.raises(ValueError, match=r"the gradient of params\['b'\] share memory"):
+        opt.step({"w": w.copy(), "b": opt.params["w"]})
+    with pytest.raises(ValueError, match=r"m of params\['w'\] and the gradient of params\['w'\] share memory"):
+        opt.step({"w": opt.shards[0].state["m"].reshape(w.shape), "b": None})
+    assert (opt.params["w"] == 1).all() and opt.steps == 0
+
+
+def test_a_gradient_that_is_a_parameter_is_fine_if_it_is_only_read():
+    params = w.copy(), w.copy()
+    sharded(params[0]).step(params[0])
+    sharded(params[1]).step(w)
+    assert different_bits(*params) == 0 and (params[0] < 1).all()
 
 
 def test_gradients_in_their_places_are_not_copied(monkeypatch):
@@ -430,6 +467,185 @@ def test_only_empty_parameters_are_fine():
     opt = sharded([np.zeros((0, 3), "f4")])
     opt.step([np.zeros((0, 3), "f4")], max_norm=1.0)
     assert opt.steps == 1 and opt.shards == [] and opt.gathered("m") == {}
+
+
+def test_a_schedule_is_called_once_in_a_step():
+    """Also where the step is clipped, and its scale checked again."""
+    called = []
+    opt = sharded(w.copy(), lr=lambda step: called.append(step) or 0.1)
+    called.clear()
+    for _ in range(2):
+        opt.step(w, max_norm=0.1)
+    assert called == [1, 2]
+
+
+def test_a_parameter_in_another_order_is_read_once_in_a_step(monkeypatch):
+    opt = sharded(np.ones((100, 300), "f4", order="F"), bucket_bytes=0)
+    copied = []
+    monkeypatch.setattr(opt._kernels, "copy", lambda to, source: copied.append(to.size))
+    opt.step(opt.grads)
+    assert copied == [30_000, 30_000]  # there, and back
+
+
+def test_bucket_bytes_may_be_any_integer():
+    opt = sharded(w.copy(), bucket_bytes=np.uint8(200))
+    opt.step(w)
+    assert opt.steps == 1
+
+
+def test_an_optimizer_over_ranks_is_not_copied():
+    opt = sharded(w.copy())
+    for function in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"a ShardedAdam is not copied or pickled.*save\(folder\)"):
+            function(opt)
+
+
+def test_parameters_may_come_from_an_iterator():
+    given = [w.copy(), w.copy()]
+    opt = sharded(iter(given))
+    assert all(own is param for own, param in zip(opt.params, given, strict=True))
+
+
+def test_parameters_of_a_group_cannot_be_changed():
+    opt = sharded([w.copy()])
+    opt.groups[0]["params"][0] = w.copy()
+    for call in (lambda: opt.step([w]), lambda: opt.save("not made")):
+        with pytest.raises(ValueError, match="cannot be changed after the optimizer is made"):
+            call()
+
+
+# torch's tensors
+
+
+@pytest.mark.parametrize("change", [lambda p: p.data.clone(), lambda p: p.data.T, lambda p: p.data.double()])
+def test_a_tensor_that_has_got_other_memory_is_refused(change):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    param = torch.ones((3, 3), requires_grad=True)
+    opt = sharded([param])
+    param.data = change(param)
+    for call in (lambda: opt.step([torch.ones(3, 3)]), lambda: opt.save("not made")):
+        with pytest.raises(ValueError, match=r"has other memory, or another shape or dtype.*tensor\.data\.copy_\(x\)"):
+            call()
+    assert (param == 1).all()
+
+
+def test_autograd_is_told_that_parameters_become_those_of_rank_0():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    param = torch.ones(3, requires_grad=True)
+    loss = (param * param).sum()
+    sharded([param])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# Ranks that are threads: what one of them does wrong, all of them raise
+
+
+@pytest.fixture
+def _soon(monkeypatch):
+    monkeypatch.setattr(thread_ranks, "SECONDS", 10)  # without the error, the others would wait
+    monkeypatch.setattr(numba_cpu, "_n_threads", lambda: 1)
+
+
+@pytest.mark.usefixtures("_soon")
+def test_a_learning_rate_that_is_too_large_for_those_skipped_before_stops_all_ranks():
+    """Their bias correction is that of an earlier step, and they are not on every rank."""
+
+    def of_rank(transport):
+        params = [np.ones(5000, "f4"), np.ones(5000, "f4")]
+        opt = gpuadam.ShardedAdam(params, transport, bucket_bytes=0)
+        for _ in range(20):
+            opt.step([params[0].copy(), None])
+        before = [param.copy() for param in params]
+        opt.groups[0]["lr"] = 1e38
+        said = ranks.message(opt.step, [param.copy() for param in params])
+        assert all(different_bits(*pair) == 0 for pair in zip(params, before, strict=True)) and opt.steps == 20
+        opt.step([params[0].copy(), None])  # whose step it fits
+        return said
+
+    for said in all_well(on_ranks(4, of_rank)):
+        assert "ValueError" in said and "overflows float32" in said
+
+
+class Unreadable(float):
+    def __repr__(self):
+        raise KeyError("no text")
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise KeyError("no text")
+
+
+def raising(step):
+    raise Mute
+
+
+@pytest.mark.parametrize(
+    "name, own, other, said",
+    [
+        ("state_dtype", lambda: None, None, "the ranks differ in state_dtype: None on rank 0, <function"),
+        ("bucket_bytes", 10**5000, 1, "Exceeds the limit"),
+        ("weight_decay", Unreadable(0.5), 0.5, "no text"),
+        ("weight_decay", np.float64(0.5), 0.5, "the ranks differ in weight_decay: 0.5 on rank 0, np.float64(0.5) on rank 1"),
+        ("lr", raising, 0.1, "rank 1 raised Mute, so all ranks stop: its message cannot be read"),
+    ],
+    ids=["a function", "too many digits", "an unreadable number", "another type", "an error without words"],
+)
+@pytest.mark.usefixtures("_soon")
+def test_what_cannot_be_told_to_other_ranks_stops_all_of_them(name, own, other, said, monkeypatch):
+    exchange = thread_ranks.Threads.exchange  # between processes, what is exchanged is pickled
+    monkeypatch.setattr(thread_ranks.Threads, "exchange", lambda t, item: exchange(t, pickle.loads(pickle.dumps(item))))
+
+    def of_rank(transport):
+        return gpuadam.ShardedAdam([w.copy()], transport, **{name: own if transport.rank == 1 else other})
+
+    first, second = on_ranks(2, of_rank)
+    assert said in str(first)
+    assert type(second) is Mute or said in str(second)
+
+
+@pytest.mark.usefixtures("_soon")
+def test_a_backend_in_use_in_a_step_is_not_that_of_the_ranks_that_own_something_alone():
+    def of_rank(transport):
+        opt = gpuadam.ShardedAdam([w.copy()], transport)
+        with gpuadam.use_backend("cupy"):
+            opt.step(opt.grads)
+        return opt.steps
+
+    assert on_ranks(2, of_rank) == [1, 1]
+
+
+@pytest.mark.usefixtures("_soon")
+def test_ranks_that_gather_different_state_or_do_something_else_are_told():
+    def of_rank(transport):
+        opt = gpuadam.ShardedAdam(w.copy(), transport)
+        said = [ranks.message(opt.gathered, "v" if transport.rank else "m")]
+        return [*said, ranks.message(*((opt.gathered, "m") if transport.rank else (opt.step, w)))]
+
+    for gathered, other in all_well(on_ranks(2, of_rank)):
+        assert gathered.startswith("ValueError: the ranks differ in the key of what is gathered: m on rank 0, v on rank 1")
+        assert other.startswith("ValueError: the ranks differ in the number of steps taken")
+
+
+@pytest.mark.parametrize("collective", ["reduce_scatter", "all_gather"])
+def test_nothing_follows_a_step_that_was_cut_short(collective, tmp_path, monkeypatch):
+    opt = sharded(np.ones(9000, "f4"), bucket_bytes=0)
+    original, calls = getattr(opt.transport, collective), iter(range(10))
+
+    def interrupted(*arguments):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opt.transport, collective, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step(np.ones(9000, "f4"))
+    for call in (lambda: opt.step(opt.grads), lambda: opt.save(tmp_path / "a"), lambda: opt.gathered("m")):
+        with pytest.raises(ValueError, match="a step was cut short"):
+            call()
+    assert list(tmp_path.iterdir()) == []
 
 
 # torch's process groups

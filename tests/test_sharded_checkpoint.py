@@ -601,6 +601,17 @@ def test_nothing_is_saved_that_could_not_be_loaded(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_learning_rate_that_fits_later_steps_alone_comes_back(tmp_path):
+    """lr / (1 - beta1**step) is too large for a float32 in the first steps."""
+    opt = gpuadam.ShardedAdam(params(), LOCAL)
+    for _ in range(20):
+        opt.step(params())
+    opt.groups[0]["lr"] = 1e38
+    opt.save(tmp_path / "a")
+    for found in (gpuadam.load_sharded(tmp_path / "a", params(), LOCAL), gpuadam.load(tmp_path / "a", params())):
+        assert found.groups[0]["lr"] == 1e38 and found.steps == 20
+
+
 def test_ranks_that_differ_are_told_before_anything_is_written(tmp_path):
     def of_rank(transport):
         opt = optimizer(transport)
