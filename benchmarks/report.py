@@ -221,6 +221,7 @@ SUMMARY = {
     "offload": ("gpuadam.OffloadAdam.step", "limit: read and write calls", "limit: mapped pages", "limit: copies both ways"),
     "sharded": ("gpuadam.ShardedAdam, views", "gpuadam.Adam"),
     "first_call": ("import gpuadam", CALL, measure.TORCH_FUSED),
+    "plan": (KERNEL, "gpuadam.ShardedAdam, views", "gpuadam.OffloadAdam"),
 }
 
 
@@ -232,6 +233,7 @@ def summary(path):
         "x_torch_fused": "x torch",
         "x_float32": "x float32",
         "peak_mb": "MB",
+        "error_percent": "% error",
     }
     print(f"{'elements':>14}{'':85}{'median':>9}" + "".join(f"{head:>10}" for head in columns.values()))
     rows = output.read_csv(path, NUMBERS)

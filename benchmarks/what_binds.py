@@ -103,13 +103,13 @@ def counters(text):
     """Return name -> number of each launch in what ncu has written as CSV.
 
     >>> lines = ["==PROF== Connected", '"ID","Metric Name","Metric Unit","Metric Value"', '"0","a.sum","ns","1,234"']
-    >>> counters("\\n".join(lines))
+    >>> counters("\\n".join([*lines, "==PROF== Disconnected"]))
     [{'a.sum': 1234.0}]
     """
     lines = text.splitlines()
     start = next((k for k, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     found: dict[str, dict[str, float]] = {}
-    for line in csv.DictReader(lines[start:]):
+    for line in csv.DictReader(line for line in lines[start:] if line.startswith('"')):  # not ncu's own, ==PROF==
         value = line["Metric Value"].replace(",", "")
         found.setdefault(line["ID"], {})[line["Metric Name"]] = float(value) if value != "n/a" else float("nan")
     return list(found.values())

@@ -23,6 +23,8 @@ def chunks(kernels, view, start=0, stop=None):
     [b'\\x03\\x00\\x02\\x00\\x04\\x00']
     """
     ranges = _ranges(view, start, stop)
+    if not ranges:
+        return  # an empty array on a GPU has no device either
     if view.device is None:
         yield from _chunks_of(view.array, ranges)
     elif not view.contiguous:
@@ -55,6 +57,8 @@ def buffers(kernels, view, start=0, stop=None):
            [1, 2]], dtype=uint16)
     """
     ranges = _ranges(view, start, stop)
+    if not ranges:
+        return
     if view.device is None:
         yield from _buffers_of(view.array, ranges)
     elif not view.contiguous:

@@ -116,7 +116,8 @@ def on_cuda(name, array, device_of):
         elif torch is not None and isinstance(array, torch.Tensor):
             stream = torch_stream(device)
     bits = array.bits if type(array) is dlpack.Borrowed else ""
-    return View(name, array, pointer, shape, strides, dtype, not read_only, strides == in_c_order, device, stream, bits)
+    contiguous = strides == in_c_order or device is None  # an empty array may have any strides
+    return View(name, array, pointer, shape, strides, dtype, not read_only, contiguous, device, stream, bits)
 
 
 def torch_stream(device):

@@ -133,8 +133,12 @@ def from_host(array):
 
 
 def to_host(array):
-    """Return a copy of an array of this backend as a NumPy array."""
-    return cupy.asnumpy(array)
+    """Return a copy of an array of this backend, or of another library, as a NumPy array."""
+    if isinstance(array, cupy.ndarray):
+        return cupy.asnumpy(array)
+    found = view("", array)
+    with on(found.device or 0, found.stream):  # that of its library: its work may be on another than CuPy's current one
+        return cupy.asnumpy(native(found))
 
 
 def now():
@@ -303,9 +307,16 @@ def done(event):
     return event.done
 
 
+MOST_OF_POOL = 1 << 20  # bytes of pinned memory
+
+
 def pinned(n_bytes):
     """Return pinned memory of the host, as an array of bytes."""
-    return np.frombuffer(cupy.cuda.alloc_pinned_memory(n_bytes), np.uint8, n_bytes)
+    if n_bytes <= MOST_OF_POOL:
+        memory = cupy.cuda.alloc_pinned_memory(n_bytes)
+    else:  # CuPy's pool rounds up to a power of two, and keeps what was freed: of state that fills the host's memory
+        memory = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(n_bytes, cupy.cuda.runtime.hostAllocPortable), 0)
+    return np.frombuffer(memory, np.uint8, n_bytes)
 
 
 def device_bytes(n_bytes):

@@ -4,6 +4,8 @@ A backend's own file brings `current_device()`, `empty(device, stream)`, a new r
 `run(form, stream, chunks, arguments)`, a launch on the current device.
 """
 
+import contextlib
+
 import numpy as np
 
 from gpuadam.kernels import global_norm, gpu_launch, pointer_table, streams, synchronous
@@ -22,7 +24,8 @@ def launch(backend, own, views, out, device, given):
     with backend.on(device, None):
         stream, others = streams.choose(given, backend.current_stream(), named)
         others = gpu_launch.to_order(backend, stream, others)
-        if backend.is_capturing(stream):
+        capturing = backend.is_capturing(stream)
+        if capturing:
             _check_capture(out, others)
     plan = global_norm.plan(views, VECTOR_BYTES)
     table = _Table(backend, device, plan)
@@ -30,7 +33,8 @@ def launch(backend, own, views, out, device, given):
         result, address = own.empty(device, stream) if out is None else (out.array, out.pointer)
         for other in others:
             backend.order(other, stream)
-        at, workspace = table.addresses(stream)
+        with gpu_launch.allowed_while_capturing() if capturing else contextlib.nullcontext():
+            at, workspace = table.addresses(stream)
         for one in plan.passes:
             last = one is plan.passes[-1]
             arguments = (at, one.first_row, one.n_rows, address if last else workspace + one.out, one.chunks, int(last))
@@ -42,7 +46,7 @@ def launch(backend, own, views, out, device, given):
         table.used(stream)
         for other in others:
             backend.order(stream, other)
-        if not backend.is_capturing(stream):
+        if not capturing:
             gpu_launch.keep_until_done(backend, stream, gpu_launch.borrowed(views))
     table.release()
     return result

@@ -7,7 +7,10 @@ the streams of its own device.
 """
 
 import collections
+import contextlib
+import ctypes
 import itertools
+import os
 import threading
 from typing import NamedTuple
 
@@ -49,6 +52,28 @@ def to_order(backend, stream, others):
         # nothing that is captured can wait for the default stream, and a graph is ordered where it is launched
         return [other for other in others if other != streams.LEGACY_DEFAULT]
     return others
+
+
+RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+
+@contextlib.contextmanager
+def allowed_while_capturing():
+    """Let this thread allocate and query events during a capture of CUDA's mode "global", torch's, which they would end.
+
+    They are no part of the graph.
+    """
+    try:
+        exchange = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    except OSError:  # there is no driver to refuse it
+        yield
+        return
+    mode = ctypes.c_int(RELAXED)
+    exchange(ctypes.byref(mode))  # which gives the one of before
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
 
 
 def borrowed(views):

@@ -6,6 +6,7 @@ from cases import ARCHITECTURES, COMPILERS, FORMS, KEY_FORMS
 
 from gpuadam import testing
 from gpuadam.backends import BACKENDS
+from gpuadam.testing import required
 
 pytest_plugins = ["pytester"]
 
@@ -67,6 +68,15 @@ def backend(request):
 @pytest.fixture
 def cp():
     return pytest.importorskip("cupy")
+
+
+@pytest.fixture
+def cuda_torch():
+    """PyTorch with CUDA, for tests with the marker gpu."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        (pytest.fail if required.gpu_is_required() else pytest.skip)("this torch has no CUDA")
+    return torch
 
 
 @pytest.fixture(params=ARCHITECTURES)

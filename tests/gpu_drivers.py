@@ -177,7 +177,8 @@ class NumbaDriver(Driver):
 
     @staticmethod
     def view(name, array):
-        return cupy_elementwise.view(name, array)
+        found = cupy_elementwise.view(name, array)
+        return found if found.size else found._replace(device=None)  # the driver knows no device of an empty array
 
     def configured(self, rule, form, loop, on_device, blocks, stream):
         kernel = gpu_code.loaded(gpu_code.ptx("numba-cuda", form, ARCH, rule=rule, loop=loop, on_device=on_device))

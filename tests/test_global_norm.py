@@ -584,14 +584,15 @@ def test_numba_arrays_there(cp):
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_replays_with_what_is_there(cp, backend):
+@pytest.mark.parametrize("mode", ["Relaxed", "Global"])  # CuPy's and torch's
+def test_a_captured_graph_replays_with_what_is_there(cp, backend, mode):
     grads, out = [cp.zeros(9000, "f4"), cp.zeros((5, 3), "f8")], cp.zeros(())
     stream = cp.cuda.Stream(non_blocking=True)
     cp.cuda.Device().synchronize()
     with stream:
         global_norm(grads, out=out, backend=backend)  # compiles
         stream.synchronize()
-        stream.begin_capture()
+        stream.begin_capture(getattr(cp.cuda.runtime, f"streamCaptureMode{mode}"))
         global_norm(grads, out=out, backend=backend)
         graph = stream.end_capture()
         for seed in range(3):

@@ -139,10 +139,8 @@ def test_a_numba_device_array_and_a_cupy_array_that_shares_it(cp):
         gpuadam.adam_step(cp.asarray(arrays[0]), *arrays[1:], 2)
 
 
-def test_torch_cuda_tensors(backend):
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("this torch has no CUDA")
+def test_torch_cuda_tensors(cuda_torch, backend):
+    torch = cuda_torch
     given = wide_state(1003)[:4]
     expected = [a.copy() for a in given]
     gpuadam.adam_step(*expected, 1)
@@ -156,11 +154,9 @@ def test_torch_cuda_tensors(backend):
     assert_same_bits([a.cpu().numpy() for a in arrays], expected)
 
 
-def test_torchs_current_stream_is_heeded(cp, backend):
+def test_torchs_current_stream_is_heeded(cp, cuda_torch, backend):
     """The gradient is still being made on torch's stream when the step is asked for, and the result is used there at once."""
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("this torch has no CUDA")
+    torch = cuda_torch
     n = 1 << 24
     param, m, v = (torch.zeros(n, device="cuda") for _ in range(3))
     torch.cuda.synchronize()
@@ -197,7 +193,7 @@ def test_empty_arrays_of_every_library(cp, backend, shape):
 
 
 def test_state_is_loaded_on_the_device(cp, backend):
-    params = [cp.ones((3, 5), "f4"), cp.asfortranarray(cp.ones((4, 6), "f4")), cp.ones(20, "f4")[1::2]]
+    params = [cp.ones((3, 5), "f4"), cp.ones((6, 4), "f4").T, cp.ones(20, "f4")[1::2]]
     grads = [cp.full(p.shape, 0.5, "f4") for p in params]
     opt = gpuadam.Adam(params, amsgrad=True, backend=backend)
     opt.step(grads)

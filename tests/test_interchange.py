@@ -457,15 +457,6 @@ def test_torch_and_numpy_arrays_share_an_update(torch):
 # PyTorch on a GPU
 
 
-@pytest.fixture
-def cuda_torch(torch):
-    from conftest import unavailable
-
-    if not torch.cuda.is_available():
-        unavailable("this torch has no CUDA")
-    return torch
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", ["cupy", "numba-cuda"])

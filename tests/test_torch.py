@@ -682,14 +682,6 @@ def test_a_group_is_one_launch_and_found_inf_leaves_a_step_out(on_the_cpu, stand
     assert [loop for loop, *_ in stand_in.launches] == loops * (4 if capturable else 3)
 
 
-@pytest.fixture
-def cuda():
-    from conftest import unavailable
-
-    if not torch.cuda.is_available():
-        unavailable("this torch has no CUDA")
-
-
 def on_gpu(opt, params, grads):
     for given in grads:
         for p, g in zip(params, given, strict=True):
@@ -700,7 +692,7 @@ def on_gpu(opt, params, grads):
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"capturable": True}, {"state_dtype": "8bit"}], ids=str)
 @pytest.mark.parametrize("backend", ["cupy", "numba-cuda"])
-def test_cuda_parameters_have_the_bits_of_cpu_parameters(cuda, backend, options):
+def test_cuda_parameters_have_the_bits_of_cpu_parameters(cuda_torch, backend, options):
     expected, _ = stepped(gpuadam.torch.AdamW, **options)
     params = [torch.nn.Parameter(p.detach().cuda()) for p in small()]
     opt = gpuadam.torch.AdamW(params, backend=backend, **options)
@@ -711,7 +703,7 @@ def test_cuda_parameters_have_the_bits_of_cpu_parameters(cuda, backend, options)
 
 
 @pytest.mark.gpu
-def test_parameters_on_two_devices_share_an_optimizer(cuda):
+def test_parameters_on_two_devices_share_an_optimizer(cuda_torch):
     expected, _ = stepped(gpuadam.torch.AdamW)
     params = small()
     params[1] = torch.nn.Parameter(params[1].detach().cuda())
@@ -722,7 +714,7 @@ def test_parameters_on_two_devices_share_an_optimizer(cuda):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("capturable", [False, True])
-def test_the_gradient_scaler_on_a_gpu_leaves_out_what_overflowed(cuda, capturable):
+def test_the_gradient_scaler_on_a_gpu_leaves_out_what_overflowed(cuda_torch, capturable):
     params = [torch.nn.Parameter(p.detach().cuda()) for p in small()]
     opt, scaler = gpuadam.torch.Adam(params, lr=0.1, capturable=capturable), torch.amp.GradScaler("cuda", init_scale=1024.0)
     others = small()
@@ -740,7 +732,7 @@ def test_the_gradient_scaler_on_a_gpu_leaves_out_what_overflowed(cuda, capturabl
 
 
 @pytest.mark.gpu
-def test_a_captured_step_replays_with_the_learning_rate_of_then(cuda):
+def test_a_captured_step_replays_with_the_learning_rate_of_then(cuda_torch):
     lr = torch.tensor(0.1, device="cuda")
     params, expected = [torch.nn.Parameter(p.detach().cuda()) for p in small()], small()
     opt, reference = gpuadam.torch.AdamW(params, lr=lr, capturable=True), gpuadam.torch.AdamW(expected, lr=0.1)

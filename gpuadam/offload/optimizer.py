@@ -122,7 +122,11 @@ class OffloadAdam(Adam):
         return {name: param for name, param in named if formats[name] in ("bfloat16", "float16")}
 
     def _new_state(self, views):
-        places = {(kernels.NAME, view.device) for kernels, view, _ in views if view.size or view.device is None}
+        # an empty array of Numba or of torch says of no device where it is
+        on_cpu = [backends.BACKENDS[kernels.NAME].memory == "CPU" for kernels, *_ in views]
+        places = {
+            (kernels.NAME, view.device) for (kernels, view, _), on in zip(views, on_cpu, strict=True) if view.size or on
+        }
         if len(places) > 1:
             raise ValueError(f"all parameters of an OffloadAdam are on one device and of one library; these are on {places}")
         self._params_in: str

@@ -15,6 +15,7 @@ import numpy as np
 from ..kernels import adam
 from ..kernels.gpu_launch import Place
 from ..kernels.layout import Update
+from ..kernels.streams import LEGACY_DEFAULT
 from .chunks import ALIGNMENT, aligned
 from .mapped import merged
 
@@ -156,6 +157,8 @@ class OnDevice:
             pinned = [_aligned_bytes(kernels.pinned, room) for _ in range(slots if maps else 0)]
             self.pinned = [Slot(one, one.ctypes.data) for one in pinned]
             self.streams = [kernels.new_stream() for _ in range(slots)]
+            # what a pool gives out may still be in use by what is on the stream that it is given on
+            self.after(kernels.current_stream() or LEGACY_DEFAULT)
 
     @staticmethod
     def moves(view, mapping):
