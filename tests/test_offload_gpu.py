@@ -5,7 +5,7 @@ import pytest
 
 import gpuadam
 from gpuadam import testing
-from gpuadam.offload import optimizer
+from gpuadam.offload import optimizer, stages
 
 SHAPES = {"w": (61, 77), "b": (5,), "empty": (0, 3), "u": (1234,)}
 
@@ -84,6 +84,24 @@ def test_slots_wait_for_the_stream_that_their_memory_was_given_on(driver):
     opt.step(arrays(1))
     own = {stream for *_, stream in driver.received}
     assert own and {(77, stream) for stream in own} <= set(driver.waits)
+
+
+@pytest.mark.parametrize("update", ["device", "host"])
+def test_a_step_that_fails_ends_when_nothing_uses_its_memory_any_more(driver, update, monkeypatch):
+    params, grads = (there(driver, arrays(seed)) for seed in (0, 1))
+    opt = gpuadam.OffloadAdam(params, update=update, budget=50_000, backend=driver.backend)
+    opt.step(grads)
+    finished = []
+    monkeypatch.setattr(driver.kernels, "finish", finished.append)
+
+    def failing(*arguments, **options):
+        raise MemoryError("of the launch")
+
+    monkeypatch.setattr(stages, "_launch", failing)
+    with pytest.raises(MemoryError, match="of the launch"):
+        opt.step(grads)
+    own = [handle for _, handle in opt._stages.streams]
+    assert finished[-len(own) :] == own  # an event of the stand-in is its stream
 
 
 def test_parameters_of_the_host_go_through_the_gpu(driver, tmp_path):

@@ -323,7 +323,11 @@ class OffloadAdam(Adam):
                 stages.store(chunk, slot)
                 advance(sum(stop - start for _, start, stop in chunk))
 
-            pipeline.run(work, stages.fetch, stages.update, store, self._slots)
+            try:
+                pipeline.run(work, stages.fetch, stages.update, store, self._slots)
+            except BaseException:
+                stages.wait()  # what was begun still uses memory that its owner may give up now
+                raise
         for group in updates:
             torch_tensors.wrote(group.written())
 

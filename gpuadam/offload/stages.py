@@ -104,6 +104,11 @@ class OnHost:
         """Let all copies wait for what is on a stream."""
         _after(self.gpu, self.device, stream, self.streams)
 
+    def wait(self):
+        """Wait for copies that are under way."""
+        if self.gpu:
+            _wait(self.gpu, self.device, self.streams)
+
     def fetch(self, chunk, slot):
         for mapping, start, end, writes in _mapped(chunk):
             mapping.populate(start, end, writes)
@@ -169,6 +174,10 @@ class OnDevice:
         """Let all chunks wait for what is on a stream."""
         _after(self.kernels, self.device, stream, self.streams)
 
+    def wait(self):
+        """Wait for copies and updates that are under way."""
+        _wait(self.kernels, self.device, self.streams)
+
     @staticmethod
     def copied(operand):
         return operand.view.device is None
@@ -230,3 +239,9 @@ def _after(kernels, device, stream, own):
         event = kernels.record(stream)
         for _, handle in own:
             kernels.wait(handle, event)
+
+
+def _wait(kernels, device, own):
+    with kernels.on(device, None):
+        for _, handle in own:
+            kernels.finish(kernels.record(handle))
