@@ -516,6 +516,18 @@ def test_pieces_cover_every_element_once_in_order_and_fit():
     assert chunks.smallest(jobs) <= 320
 
 
+def test_large_arrays_are_cut_at_the_edges_of_large_pages_and_fill_their_chunks():
+    edge, itemsizes = chunks.EDGE, [4, 4, 4, 4]
+    cuts = list(chunks.cut([job(itemsizes, (True,) * 4, 10 * edge + 7)], 4 * edge * sum(itemsizes)))
+    assert [(piece.start, piece.stop) for chunk in cuts for piece in chunk] == [
+        (0, 4 * edge),
+        (4 * edge, 8 * edge),
+        (8 * edge, 10 * edge + 7),
+    ]
+    cuts = list(chunks.cut([job(itemsizes, (True,) * 4, n) for n in (1000, 3 * edge)], 2 * edge * sum(itemsizes)))
+    assert [[piece.stop for piece in chunk] for chunk in cuts] == [[1000, edge], [3 * edge]]
+
+
 def test_what_does_not_move_is_one_chunk():
     assert len(list(chunks.cut([job([4, 4], (False, False), n) for n in (10**9, 3, 7)], 1))) == 1
 
@@ -631,8 +643,7 @@ def test_ten_times_the_budget_of_state_is_updated_within_the_budget(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["state"] == 10 * found["budget"] and all(found["same"])
-    huge_pages = 4 * 2 * (2 << 20)  # at the edge of each array of the chunks under way, where Linux caches files in those
-    assert found["more"] < found["budget"] + huge_pages + 8_000_000, found  # and what Python and the threads' stacks take
+    assert found["more"] < found["budget"] + 8_000_000, found  # what Python and the threads' stacks take
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit by calls is by those of Linux")

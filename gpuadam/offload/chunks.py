@@ -7,6 +7,8 @@ from ..kernels.storage import GROUP
 from .mapped import Mapping
 
 ALIGNMENT = 64  # bytes, of an array in a slot
+# Elements, 2 MB of float32: the large pages in which Linux may map files. Where a part of one is asked for, all of it comes.
+EDGE = 1 << 19
 
 
 class Operand(NamedTuple):
@@ -43,11 +45,14 @@ class Job(NamedTuple):
         return sum(aligned(n_bytes) for n_bytes in each)
 
     def fitting(self, room):
-        """Return how many elements fit in a room: all, or a multiple of GROUP."""
+        """Return how many elements fit in a room: all, or the largest multiple of GROUP."""
         if self.bytes_of(self.size) <= room:
             return self.size
         of_group = sum(o.view.dtype.itemsize * (1 if o.of_groups else GROUP) for o in self._moved())
-        return max(room - ALIGNMENT * sum(self.moved), 0) // of_group * GROUP
+        n = room // of_group * GROUP
+        while self.bytes_of(n) > room:  # by what lies between the arrays
+            n -= GROUP
+        return n
 
     def _moved(self):
         return [operand for operand, moved in zip(self.operands, self.moved, strict=True) if moved]
@@ -76,9 +81,12 @@ def cut(jobs, room):
     left = room
     for job in jobs:
         start = 0
+        edge = EDGE if job.fitting(room) >= EDGE else GROUP
         while start < job.size:
             rest = job._replace(size=job.size - start)
             n = rest.fitting(left)
+            if n < rest.size:
+                n = n // edge * edge
             if not n or (chunk and n < rest.size and left < room // 4):  # no slivers of what does not fit anyway
                 yield chunk
                 chunk, left = [], room
