@@ -4,6 +4,7 @@ A job is a function here that every rank runs. Rank 0 prints what was found as o
 until the test kills one of them.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -71,19 +72,20 @@ def params_of(case, rank=0):
 LARGEST = 2_000_000  # eight of them have 24 bits, as a float32; the sum of all squares has more than a float64's 53
 
 
+@functools.cache
+def draw(step, name, rank):
+    rng = np.random.default_rng([step, list(SHAPES).index(name), rank])
+    return rng.integers(-LARGEST, LARGEST, SHAPES[name]) / 1024
+
+
 def grads_of(case, step, rank, ranks):
     """Return a rank's gradients: numbers whose sum over all ranks is exact, and the same for any number of ranks."""
     dtype = "f8" if CASES[case][0] is float64 else "f4"
-
-    def draw(name, rank):
-        rng = np.random.default_rng([step, list(SHAPES).index(name), rank])
-        return rng.integers(-LARGEST, LARGEST, SHAPES[name]) / 1024
-
     grads = {}
     for name in SHAPES:
-        whole = draw(name, 0)
-        others = sum((draw(name, k) for k in range(1, ranks)), np.zeros_like(whole))
-        grads[name] = np.asarray(whole - others if rank == 0 else draw(name, rank), dtype)
+        drawn = draw(step, name, rank)
+        others = sum(draw(step, name, k) for k in range(1, ranks)) if rank == 0 else 0
+        grads[name] = np.array(drawn - others, dtype)
     if "skips" in CASES[case][2]:
         grads["large" if step == 1 else "seven"] = None
     return grads
