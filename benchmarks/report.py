@@ -218,7 +218,12 @@ SUMMARY = {
     "amp_step": (STEP, f"{STEP}, bfloat16 copies"),
     "small": (CALL, STEP),
     "memory": (STEP, measure.TORCH_FUSED),
-    "offload": ("gpuadam.OffloadAdam.step", "limit: read and write calls", "limit: mapped pages", "limit: copies both ways"),
+    "offload": (
+        "gpuadam.OffloadAdam.step",
+        "limit: read and write calls",
+        "limit: mapped, no arithmetic",
+        "limit: copies both ways",
+    ),
     "sharded": ("gpuadam.ShardedAdam, views", "gpuadam.Adam"),
     "first_call": ("import gpuadam", CALL, measure.TORCH_FUSED),
     "plan": (KERNEL, "gpuadam.ShardedAdam, views", "gpuadam.OffloadAdam"),

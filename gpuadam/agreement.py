@@ -62,8 +62,8 @@ def _text(error):
 
 
 def _shown(value):
-    """Return a value as messages show it."""
-    return value if type(value) is str else repr(value)
+    """Return (whether a value is text, the value as text)."""
+    return (True, value) if type(value) is str else (False, repr(value))
 
 
 def _difference(descriptions):
@@ -72,6 +72,9 @@ def _difference(descriptions):
     for rank, other in enumerate(descriptions):
         for name in [*first, *other]:
             if first.get(name) != other.get(name):
-                ours, theirs = (textwrap.shorten(d.get(name, "not there"), 500) for d in (first, other))
+                both = [d.get(name, (True, "not there")) for d in (first, other)]
+                look_alike = both[0][1] == both[1][1]  # "1" and 1
+                shown = (repr(text) if look_alike and is_text else text for is_text, text in both)
+                ours, theirs = (textwrap.shorten(text, 500) for text in shown)
                 return f"the ranks differ in {name}: {ours} on rank 0, {theirs} on rank {rank}. Give all ranks the same"
     raise AssertionError("descriptions of different digests are the same")

@@ -2,16 +2,19 @@
 
 import contextlib
 import ctypes
+import importlib
 from unittest import mock
 
 import numpy as np
 import pytest
 
+from gpuadam.arrays import on_cuda
+from gpuadam.kernels import gpu_launch
+
 cupy = pytest.importorskip("cupy")
 pytest.importorskip("numba_cuda")
-
-from gpuadam.arrays import on_cuda  # noqa: E402
-from gpuadam.kernels import cupy_elementwise, gpu_launch, numba_cuda  # noqa: E402
+cupy_elementwise = importlib.import_module("gpuadam.kernels.cupy_elementwise")
+numba_cuda = importlib.import_module("gpuadam.kernels.numba_cuda")
 
 
 class Foreign:

@@ -66,8 +66,11 @@ STATES = {
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("where", ["memory", "files"])
-def test_a_step_in_chunks_has_the_bits_of_adam(state, where, tmp_path):
+@pytest.mark.parametrize(
+    "where, edge", [("memory", chunks.EDGE), ("files", chunks.EDGE), ("files", 96)]
+)  # 96: of tiny pages
+def test_a_step_in_chunks_has_the_bits_of_adam(state, where, edge, tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "EDGE", edge)
     options = STATES[state] | {"lr": 0.1}
     make = gpuadam.AdamW if "decoupled" in options else gpuadam.Adam
     expected, params = arrays(), arrays()
@@ -659,3 +662,8 @@ def test_the_benchmark_compares_its_bits_and_writes_its_rows(tmp_path):
     names = ["gpuadam.OffloadAdam.step", *(f"limit: {name}" for name in limits)]
     assert [row["contender"] for row in rows] == names and all(row["samples"] == 3 for row in rows)
     assert "\n0 different bytes" in done.stderr
+    (tmp_path / "rows.json").write_text(done.stdout)
+    report = [sys.executable, script.with_name("report.py")]
+    subprocess.run([*report, "merge", tmp_path / "rows.csv", tmp_path / "rows.json"], check=True)
+    summary = subprocess.run([*report, "summary", tmp_path / "rows.csv"], capture_output=True, text=True, check=True).stdout
+    assert all(name in summary for name in (names[0], names[1], names[3]))

@@ -618,6 +618,16 @@ def test_a_backend_in_use_in_a_step_is_not_that_of_the_ranks_that_own_something_
 
 
 @pytest.mark.usefixtures("_soon")
+def test_what_only_looks_the_same_on_all_ranks_is_told_apart():
+    def of_rank(transport):
+        opt = gpuadam.ShardedAdam(w.copy(), transport)
+        return ranks.message(opt.gathered, "None" if transport.rank else None)
+
+    for said in all_well(on_ranks(2, of_rank)):
+        assert "ValueError: the ranks differ in the key of what is gathered: None on rank 0, 'None' on rank 1" in said
+
+
+@pytest.mark.usefixtures("_soon")
 def test_ranks_that_gather_different_state_or_do_something_else_are_told():
     def of_rank(transport):
         opt = gpuadam.ShardedAdam(w.copy(), transport)

@@ -7,7 +7,8 @@ from ..kernels.storage import GROUP
 from .mapped import Mapping
 
 ALIGNMENT = 64  # bytes, of an array in a slot
-# Elements, 2 MB of float32: the large pages in which Linux may map files. Where a part of one is asked for, all of it comes.
+# Elements, 2 MB of float32: the large pages in which Linux may map files. Where a part of one is asked for, all of it comes:
+# so an array that begins with one has its chunks end with one.
 EDGE = 1 << 19
 
 
