@@ -300,9 +300,9 @@ def test_a_norm_that_is_not_finite_or_too_large_leaves_the_step_out(compiler, cl
     assert out[device_scalars.SKIP_AT // 8] == 1
 
 
-@pytest.mark.parametrize("algorithm, n", [("adam", 34_000), ("radam", 6_000), ("adamax", 2_000)])
+@pytest.mark.parametrize("algorithm, n", [("adam", 26_000), ("radam", 6_000), ("adamax", 2_000)])
 def test_a_hundred_thousand_random_steps_give_the_hosts_bits(compiler, algorithm, n):
-    """betas, t, lr and decay over their ranges; a third of the cases for each compiler, in float32, which rounds."""
+    """betas, t, lr and decay over their ranges; a third of the 102,000 for each compiler, in float32, which rounds."""
     rng = np.random.default_rng({"cupy": 0, "cupy-cuda12": 1, "numba-cuda": 2}[compiler])
     dtype = np.dtype("float32")
     beta = np.repeat(1 - 10 ** rng.uniform(-6, 0, (n // 4, 2)), 4, axis=0)  # the host's powers of a new beta take longest
