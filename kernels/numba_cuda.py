@@ -110,8 +110,11 @@ def zeros(n, dtype, device):
 
 
 def from_host(array):
-    """Return a copy of a NumPy array in this backend's memory."""
-    return cuda.to_device(array)
+    """Return a copy of a NumPy array in this backend's memory, which is there when this returns."""
+    there = cuda.to_device(array)
+    # what is copied from pageable memory may still be on its way, and only the default stream waits for it
+    synchronize_stream(LEGACY_DEFAULT)
+    return there
 
 
 def to_host(array):

@@ -2,6 +2,14 @@ import os
 
 import numpy as np
 import pytest
+
+if os.environ.get("GPUADAM_GPU") == "host":  # before anything asks CuPy or numba-cuda for a device
+    import stand_in
+
+    DRIVER = stand_in.start()
+else:
+    DRIVER = None
+
 from cases import ARCHITECTURES, COMPILERS, FORMS, KEY_FORMS
 
 from gpuadam import testing
@@ -45,6 +53,17 @@ def _is_one_too_many(item):
     if "compiler" not in params or arch is None or name not in FORMS or name in KEY_FORMS:
         return False
     return arch not in ("sm_90", ARCHITECTURES[list(FORMS).index(name) % len(ARCHITECTURES)])
+
+
+@pytest.fixture(autouse=True)
+def nothing_a_gpu_would_not_do():
+    """On the stand-in for the driver: what a test has enqueued is done at its end, and all of it was allowed."""
+    if DRIVER is None:
+        yield
+        return
+    DRIVER.begin()
+    yield
+    assert not DRIVER.end()
 
 
 def pytest_runtest_setup(item):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from ptx import Kernel
+from ptx import loaded
 
 from gpuadam.arrays import View
 from gpuadam.kernels import adam, device_scalars, pointer_table, storage
@@ -167,16 +167,6 @@ def scalars_ptx(backend, form, arch):
     lr, grad_scale = (f64 if dtype is None else i64 for dtype in (form.lr, form.grad_scale))
     settings = [i64, i64, *[f64] * (len(device_scalars.SETTINGS) - 2)]
     return compile_numba(numba_cuda.build_scalars(form), (i64, i64, i64, lr, grad_scale, i64, *settings), arch)
-
-
-@functools.cache
-def _loaded(body):
-    return Kernel(body)
-
-
-def loaded(text):
-    """Return the PTX as a callable kernel. Equal code for several architectures is translated once."""
-    return _loaded(re.sub(r"\.(version|target)[^\n]*|//[^\n]*", "", text))
 
 
 def run(backend, form, arch, arrays, scalars, rule=adam, text=None, key=0, start=0):

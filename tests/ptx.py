@@ -13,6 +13,7 @@ an error if one does not come: a lane that its mask names and that has exited, w
 """
 
 import ctypes
+import functools
 import re
 from collections import Counter
 from typing import NamedTuple
@@ -33,7 +34,9 @@ WARP = 32
 ROUNDINGS = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}  # to an integer, and LLVM's names
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 UNSIGNED_COMPARISONS = {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
-COUNTERS = ("misaligned", "outside", "outside_shared", "by_zero", "loaded", "stored")
+COUNTERS = ("misaligned", "outside", "outside_shared", "by_zero", "loaded", "stored", "outside_at", "stops", "loops")
+MOST_LOOPS = 1 << 30  # branches back in one run: a kernel that takes more never ends
+GRAIN = 256  # bytes that an entry of a map of allocations stands for
 SHARED_GAP = 32  # bytes
 THREADS_TOGETHER = 8192  # as many as the caches hold the registers of
 
@@ -66,6 +69,26 @@ class Incomplete(Exception):
     """Threads wait at a shuffle, a vote or a barrier for others that do not come."""
 
 
+class Endless(Exception):
+    """A kernel that loops for ever."""
+
+
+class OutsideError(MemoryError):
+    """Accesses outside the memory of a kernel. address: that of the first of them."""
+
+    def __init__(self, text, address):
+        super().__init__(text)
+        self.address = address
+
+
+class Guarded(NamedTuple):
+    """A range of memory that holds allocations. map: the address of a uint16 for each GRAIN bytes: how many of them there are."""
+
+    start: int
+    end: int
+    map: int
+
+
 def width(kind):
     """Return the bits of a PTX type: 32 for "f32", "u32", "b32"."""
     if kind not in WIDTHS:
@@ -73,14 +96,28 @@ def width(kind):
     return WIDTHS[kind]
 
 
+def loaded(ptx, name=None, strict=True):
+    """Return the Kernel of a text. Equal code for several architectures is translated once."""
+    return _loaded(re.sub(r"\.(version|target)[^\n]*|//[^\n]*", "", ptx), name, strict)
+
+
+@functools.cache
+def _loaded(ptx, name, strict):
+    return Kernel(ptx, name, strict)
+
+
 class Kernel:
-    """The one `.entry` of a PTX text.
+    """One `.entry` of a PTX text: that of a name, or the only one.
+
+    strict: refuse float operations that ptxas could contract. Code of other libraries has them; they are then rounded one by one.
 
     name, opcodes (a Counter), parameter_sizes (bytes of each). After `run`: loaded_bytes and stored_bytes of global memory.
     """
 
-    def __init__(self, ptx):
+    def __init__(self, ptx, name=None, strict=True):
         text = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.S)
+        if name is not None:
+            text = _only(text, name)
         entries = re.findall(r"^(.*?)\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{(.*)\}", text, re.S)
         if len(entries) != 1 or ".func" in text or text.count(".entry") != 1:
             raise Refused("expected exactly one .entry and no .func")
@@ -89,7 +126,7 @@ class Kernel:
         declared = re.findall(r"\.param\s+\.(\w+)\s+(\w+)(?:\[(\d+)\])?", parameters)
         self.parameter_sizes = [width(kind) // 8 * int(count or 1) for kind, _, count in declared]
         shared = [" ".join(x.split()) for x in re.findall(r"(?<!\w)\.shared\b[^;]*", before + body)]
-        translation = _Translation([name for _, name, _ in declared], shared, body)
+        translation = _Translation([name for _, name, _ in declared], shared, body, strict)
         self.opcodes = translation.opcodes
         self._points, self._shared_bytes = translation.points, translation.shared_bytes
         self._frame_words = translation.frame_words
@@ -104,28 +141,34 @@ class Kernel:
         """Run blocks first_block ... last_block - 1 (all by default) of a grid. parameters: bytes of each.
 
         backwards: run the last thread of a block first. A kernel that lacks a barrier may give something else then.
-        Raises Incomplete if threads wait in vain; at the end, MemoryError if accesses were off. Those outside are not done.
+        Raises Incomplete if threads wait in vain, Endless if they loop without end; at the end, MemoryError if accesses were off. Those outside are not done.
         """
         sizes = [len(p) for p in parameters]
         if sizes != self.parameter_sizes:
             raise ValueError(f"parameters have {sizes} bytes, {self.name} takes {self.parameter_sizes}")
         buffers = [ctypes.create_string_buffer(p, len(p)) for p in parameters]
         addresses = (ctypes.c_void_p * len(buffers))(*map(ctypes.addressof, buffers))
-        edges = [edge for start, end in memory if start < end for edge in (start, end)]
-        bounds = (ctypes.c_int64 * (len(edges) + 2))(*edges, 0, 0)
+        ranges = [edge if type(edge) is Guarded else Guarded(*edge, 0) for edge in memory]
+        edges = [x for edge in ranges if edge.start < edge.end for x in edge]
+        bounds = (ctypes.c_int64 * (len(edges) + 3))(*edges, 0, 0, 0)
         counters = {name: self._counter(name) for name in COUNTERS}
         for counter in counters.values():
             counter.value = 0
+        # on allocations an access outside ends its thread, as it ends a kernel on a GPU: what it read might be a loop's end
+        counters["stops"].value = any(edge.map for edge in ranges)
         last_block = grid if last_block is None else last_block
         if self._suspends:
             self._run_together(addresses, bounds, grid, block, first_block, last_block, backwards)
         else:
             self._launch(addresses, bounds, grid, block, first_block, last_block, backwards)
         self.loaded_bytes, self.stored_bytes = counters["loaded"].value, counters["stored"].value
+        if counters["loops"].value > MOST_LOOPS:
+            raise Endless(f"{self.name} does not end")
         if counters["misaligned"].value:
             raise MemoryError(f"{counters['misaligned'].value} misaligned accesses")
         if counters["outside"].value:
-            raise MemoryError(f"{counters['outside'].value} accesses outside the arrays")
+            text = f"{counters['outside'].value} accesses outside the arrays"
+            raise OutsideError(text, counters["outside_at"].value)
         if counters["outside_shared"].value:
             raise MemoryError(f"{counters['outside_shared'].value} accesses outside the variables of shared memory")
         if counters["by_zero"].value:
@@ -153,6 +196,23 @@ class Kernel:
 
     def _counter(self, name):
         return ctypes.c_int64.from_address(self._engine.get_global_value_address(name))
+
+
+def _only(text, name):
+    """Return a PTX text without the kernels of other names."""
+    starts = [m.start() for m in re.finditer(r"(?:\.visible\s+|\.weak\s+)?\.entry\s+\w+", text)]
+    ends = []
+    for start in starts:
+        depth = 0
+        for m in re.finditer(r"[{}]", text[text.index("{", start) :]):
+            depth += 1 if m[0] == "{" else -1
+            if not depth:
+                ends.append(text.index("{", start) + m.end())
+                break
+    for start, end in reversed(list(zip(starts, ends, strict=True))):
+        if re.match(r"(?:\.visible\s+|\.weak\s+)?\.entry\s+(\w+)", text[start:])[1] != name:
+            text = text[:start] + text[end:]
+    return text
 
 
 # Where threads wait for each other
@@ -290,8 +350,8 @@ class _Translation:
     frame of its own, and so is where to go on.
     """
 
-    def __init__(self, parameter_names, shared, body):
-        self.parameter_names = parameter_names
+    def __init__(self, parameter_names, shared, body, strict=True):
+        self.parameter_names, self.strict = parameter_names, strict
         self.opcodes = Counter()
         self.module = ir.Module()
         self.counters = {}
@@ -313,9 +373,10 @@ class _Translation:
         self.lane, self.frame, self.shared = state or [None] * 3
         self.special = dict(zip(SPECIAL, self.thread.args[-4:], strict=True))
         self.entry = ir.IRBuilder(self.thread.append_basic_block("entry"))
+        self.clock = None
         self.special["laneid"] = self.entry.and_(self.special["tid.x"], I32(WARP - 1))
         self.b = ir.IRBuilder(self.thread.append_basic_block("body"))
-        first, self.labels, self.scopes = self.b.block, {}, [{}]
+        first, self.labels, self.passed, self.scopes = self.b.block, {}, set(), [{}]
         for statement in _statements(body):
             self.statement(statement)
         if not self.b.block.is_terminated:
@@ -337,6 +398,7 @@ class _Translation:
             self.scopes.pop()
         elif text.endswith(":"):
             block = self.label(text[:-1])
+            self.passed.add(text[:-1])
             if not self.b.block.is_terminated:
                 self.b.branch(block)
             self.b.position_at_end(block)
@@ -374,9 +436,9 @@ class _Translation:
             # a gap before each variable, so that what runs over the end of another is noticed
             start = -(-(self.shared_bytes + SHARED_GAP) // align) * align
             self.symbols[name], self.shared_bytes = start, start + size
-            edges += [start, start + size]
-        table = ir.GlobalVariable(self.module, ir.ArrayType(I64, len(edges) + 2), "shared_ranges")
-        table.initializer = ir.Constant(table.value_type, [*edges, 0, 0])
+            edges += [start, start + size, 0]
+        table = ir.GlobalVariable(self.module, ir.ArrayType(I64, len(edges) + 3), "shared_ranges")
+        table.initializer = ir.Constant(table.value_type, [*edges, 0, 0, 0])
         return table.bitcast(I64.as_pointer())
 
     def guarded(self, text):
@@ -416,6 +478,8 @@ class _Translation:
         """Return an operand as an integer of `kind`: a register (its low bits), a special register or a constant."""
         if operand.startswith("%") and operand[1:] in self.special:
             value = self.special[operand[1:]]
+        elif operand == "%clock64":
+            value = self.ticked()
         elif operand == "WARP_SZ":
             return kind(WARP)
         elif operand in self.symbols:
@@ -427,6 +491,15 @@ class _Translation:
         else:
             value = self.b.load(self.slot(operand))
         return self.resized(value, kind)
+
+    def ticked(self):
+        """Return the time, which goes on by a second or so between two looks: a thread that waits for it waits no longer."""
+        if self.clock is None:
+            self.clock = ir.GlobalVariable(self.module, I64, "clock")
+            self.clock.initializer = I64(0)
+        now = self.b.add(self.b.load(self.clock), I64(1 << 31))
+        self.b.store(now, self.clock)
+        return now
 
     def condition(self, operand):
         """Return a predicate, or the opposite of a "!predicate"."""
@@ -473,7 +546,13 @@ class _Translation:
         if operation in ("ret", "exit"):
             self.exit()
         elif operation == "bra":
-            self.b.branch(self.label(operands[0]))
+            label = self.label(operands[0])
+            if operands[0] in self.passed:
+                self.count("loops", I64(1))
+                endless = self.b.icmp_unsigned(">", self.b.load(self.counters["loops"]), I64(MOST_LOOPS))
+                with self.b.if_then(endless, likely=False):
+                    self.exit()
+            self.b.branch(label)
         elif operation in ("ld", "st"):
             self.memory(opcode, operation, modifiers, operands)
         elif operation == "mov":
@@ -548,6 +627,13 @@ class _Translation:
         b, ranges = self.b, self.shared_ranges if shared else self.ranges
         inside = b.call(self.inside, [ranges, at, I64(n_bytes)])
         self.count("outside_shared" if shared else "outside", b.zext(b.not_(inside), I64))
+        if not shared:
+            first = b.load(self.counters["outside_at"])
+            here = b.or_(inside, b.icmp_unsigned("!=", first, I64(0)))
+            b.store(b.select(here, first, at), self.counters["outside_at"])
+            stops = b.and_(b.not_(inside), b.icmp_unsigned("!=", b.load(self.counters["stops"]), I64(0)))
+            with b.if_then(stops, likely=False):
+                self.exit()
         off = b.icmp_unsigned("!=", b.and_(at, I64(n_bytes - 1)), I64(0))
         self.count("misaligned", b.zext(off, I64))
         if shared:
@@ -565,25 +651,36 @@ class _Translation:
         return self.module.globals[name]
 
     def _inside_function(self):
-        """inside(ranges, at, n_bytes): whether one of the ranges, which a (0, 0) ends, holds these bytes."""
+        """inside(ranges, at, n_bytes): whether one of the ranges, which one of zeros ends, holds these bytes.
+
+        Of a range with a map of its allocations, whether the map has them. They are aligned, so that one entry holds them all.
+        """
         pointers = I64.as_pointer()
         function = ir.Function(self.module, ir.FunctionType(I1, [pointers, I64, I64]), "inside")
         function.linkage = "internal"
         ranges, at, n_bytes = function.args
-        start_block, head, body, found, lost = (function.append_basic_block() for _ in range(5))
+        start_block, head, body, found, mapped, yes, lost = (function.append_basic_block() for _ in range(7))
         ir.IRBuilder(start_block).branch(head)
         b = ir.IRBuilder(head)
         k = b.phi(I32)
         k.add_incoming(I32(0), start_block)
-        start, end = (b.load(b.gep(ranges, [b.add(k, I32(j))])) for j in range(2))
+        start, end, map = (b.load(b.gep(ranges, [b.add(k, I32(j))])) for j in range(3))
         b.cbranch(b.icmp_unsigned("==", end, I64(0)), lost, body)
         b.position_at_end(body)
         size = b.sub(end, start)
         # no sum of an address, which could wrap; an address before the start is far behind it
         within = b.and_(b.icmp_unsigned("<=", n_bytes, size), b.icmp_unsigned("<=", b.sub(at, start), b.sub(size, n_bytes)))
-        k.add_incoming(b.add(k, I32(2)), body)
+        k.add_incoming(b.add(k, I32(3)), body)
         b.cbranch(within, found, head)
-        ir.IRBuilder(found).ret(I1(1))
+        b.position_at_end(found)
+        past = b.sub(at, start)
+        b.cbranch(b.icmp_unsigned("!=", map, I64(0)), mapped, yes)
+        ir.IRBuilder(yes).ret(I1(1))
+        b.position_at_end(mapped)
+        shift = I64(GRAIN.bit_length() - 1)
+        entry = b.inttoptr(b.add(map, b.shl(b.lshr(past, shift), I64(1))), I16.as_pointer())
+        last = b.add(b.and_(past, I64(GRAIN - 1)), n_bytes)
+        b.ret(b.icmp_unsigned("<=", last, b.zext(b.load(entry), I64)))
         ir.IRBuilder(lost).ret(I1(0))
         return function
 
@@ -660,13 +757,13 @@ class _Translation:
     def convert(self, opcode, modifiers, operands):
         *rounding, to, source = modifiers
         plain = [m for m in rounding if m != "ftz"]
-        if plain != rounding and source != "f32":
+        if plain != rounding and source != "f32" and (self.strict or to != "f32"):
             raise Refused(opcode)
         if to in INTEGERS and source in INTEGERS and not rounding:
             value = self.read(operands[1], _integer(source, opcode))
             value = self.resized(value, _integer(to, opcode), signed=source[0] == "s")
             self.write(operands[0], value, signed=to[0] == "s")
-        elif to in FLOATS and source in INTEGERS and rounding == ["rn"]:
+        elif to in FLOATS and source in INTEGERS and plain == ["rn"]:
             value = self.read(operands[1], _integer(source, opcode))
             converted = (self.b.sitofp if source[0] == "s" else self.b.uitofp)(value, FLOATS[to])
             self.write_float(operands[0], converted, to, False)
@@ -677,11 +774,11 @@ class _Translation:
         elif to == source and to in FLOATS and len(plain) == 1 and plain[0] in ROUNDINGS:
             x = self.read_float(operands[1], source, "ftz" in rounding)
             self.write_float(operands[0], self.intrinsic(f"llvm.{ROUNDINGS[plain[0]]}", x.type, x), to, False)
-        elif opcode in ("cvt.rn.f32.f64", "cvt.f64.f32"):
-            x = self.read_float(operands[1], source, False)
+        elif (to, source, *plain) in (("f32", "f64", "rn"), ("f64", "f32")):
+            x = self.read_float(operands[1], source, "ftz" in rounding and source == "f32")
             converted = self.b.fptrunc(x, FLOATS[to]) if to == "f32" else self.b.fpext(x, FLOATS[to])
-            self.write_float(operands[0], converted, to, False)
-        elif opcode in ("cvt.f32.f16", "cvt.f32.bf16"):
+            self.write_float(operands[0], converted, to, "ftz" in rounding and to == "f32")
+        elif opcode in ("cvt.f32.f16", "cvt.f32.bf16", "cvt.ftz.f32.f16"):  # no half is subnormal as a float32
             self.write(operands[0], self.widened(self.read(operands[1], I16), source))
         elif opcode in ("cvt.rn.f16.f32", "cvt.rn.bf16.f32"):
             self.write(operands[0], self.narrowed(self.read(operands[1], I32), to))
@@ -754,6 +851,9 @@ class _Translation:
         rounded = {"fma", "add", "sub", "mul", "div", "sqrt", "rcp"}
         expected = {"rn"} if operation in rounded else set()
         known = kind in FLOATS and operation in rounded | {"neg", "abs"}
+        if not self.strict and operation in ("add", "sub", "mul", "div", "sqrt", "rcp") and "rn" not in modifiers:
+            # bare ones, rounded by themselves; approximate ones, as exactly as can be
+            modifiers = ["rn", *(m for m in modifiers if m not in ("full", "approx"))]
         if set(modifiers[:-1]) - {"ftz"} != expected or not known:
             raise Refused(f"{opcode}: each operation must be one that the contract knows, rounded to nearest even by .rn")
         x = [self.read_float(o, k, ftz) for o, k in zip(operands[1:], kinds, strict=True)]

@@ -377,6 +377,7 @@ def test_capturing_what_would_be_frozen_is_refused(cp, backend):
         finally:
             stream.end_capture()
     assert opt.state["w"]["step"] == 1
+    stream.synchronize()
 
 
 def test_a_hundred_steps_take_no_more_memory(cp, backend):

@@ -1,0 +1,34 @@
+"""A stand-in for the CUDA driver: the real CuPy, numba-cuda and cuda-bindings run to the end on a machine with no GPU.
+
+    driver = stand_in.start()      # before CuPy and numba-cuda are used
+
+`GPUADAM_GPU=host pytest -m gpu` does so for the tests. Kernels are the PTX that these libraries compile and load, executed on the
+host by `ptx.py`; `driver.py` has the functions of libcuda, `runtime.py` those of CuPy's runtime, `memory.py` what may be touched,
+`work.py` in which order things are done, `graphs.py` what is captured, and `pool.py` a
+pool for CuPy's arrays.
+
+What it shows: that our launch path calls these libraries as they are to be called, waits for what it has to wait for, and touches
+what is its own. It knows no time, no chip, and none of torch's CUDA.
+"""
+
+import atexit
+import functools
+import os
+
+
+@functools.cache
+def start():
+    """Put a Driver in libcuda's place, for the rest of the process, and return it."""
+    os.environ["CUPY_COMPILE_WITH_PTX"] = "1"  # machine code is not executed here
+    os.environ["CUPY_ACCELERATORS"] = ""  # nor is CUB's, which CuPy has compiled in
+    from . import library, pool, runtime
+    from .driver import Driver
+
+    driver = Driver()
+    driver.library = library.Library(driver.functions())
+    driver.library.missing = driver.missing
+    atexit.register(driver.close)
+    runtime.lead_here(driver.library)
+    pool.take_over(driver)
+    driver.work.reseed(int(os.environ.get("GPUADAM_SEED", "0")))
+    return driver
