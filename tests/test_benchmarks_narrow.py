@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_benchmarks import run
 
-from gpuadam import backends
+from gpuadam import backends, testing
 from gpuadam.cli import forms, measure, output
 from gpuadam.kernels import adam, limit, numba_cpu, storage
 
@@ -145,16 +145,35 @@ def test_a_form_that_there_is_not_is_named():
     )
 
 
-@pytest.mark.parametrize("backend", ["cupy", "numba-cuda"])
-def test_on_a_gpu_every_contender_launches(backend, monkeypatch):
-    pytest.importorskip("gpu_code", exc_type=ImportError)
-    from gpu_drivers import DRIVERS
+@pytest.mark.gpu
+def test_on_a_gpu_every_contender_is_measured_by_its_clock(backend):
+    options = argparse.Namespace(sizes=["100"], seconds=0, forms=["8-bit state"])
+    notes = []
+    (rows,) = narrow.measure_rows(backends.BACKENDS[backend], options, notes)
+    contenders = (narrow.KERNEL, measure.LIMIT, narrow.CALL)
+    assert [(row["dtype"], row["contender"]) for row in rows] == [
+        (f, c) for f in ("float32", "8-bit state") for c in contenders
+    ]
+    assert all(row["clock"] == "device" and row["p50_us"] > 0 for row in rows) and not notes
 
-    driver = next(d for d in DRIVERS if d.backend == backend)(monkeypatch)
-    contenders = narrow.contenders_of(driver.kernels, "8-bit state", 100)
-    for launched, step in enumerate(contenders.values(), start=1):
-        step()
-        assert len(driver.launches) == launched
+
+DONE = {
+    narrow.KERNEL: lambda kernels, case, arrays: forms.launcher(kernels, case, arrays.values(), adam),
+    measure.LIMIT: lambda kernels, case, arrays: forms.launcher(kernels, case, arrays.values(), limit),
+    narrow.CALL: forms.caller,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("contender", DONE)
+def test_a_contender_does_on_a_gpu_what_it_does_on_the_cpu(backend, contender):
+    case, written = forms.FORMS["8-bit state"], []
+    for kernels in (backends.load(backend), numba_cpu):
+        written.append(forms.own_arrays(kernels, case, 100))
+        step = DONE[contender](kernels, case, written[-1])
+        for _ in range(2):
+            step()
+    testing.assert_same_bits(*written)
 
 
 @NEEDS_TORCH

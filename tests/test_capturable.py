@@ -1,5 +1,6 @@
 """Device mode: the step count and the scalars on the device, the same bits as the host's, and what a captured graph may hold."""
 
+import contextlib
 import copy
 import dataclasses
 from types import SimpleNamespace
@@ -7,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cases import ARCHITECTURES, DEFAULTS, DTYPES, assert_same_bits, form_and_scalars, state
+from test_gpu import spin
 
 import gpuadam
-from gpuadam import capturable, functional, hyperparameters
+from gpuadam import capturable, functional, hyperparameters, testing
 from gpuadam.kernels import device_scalars
 from gpuadam.kernels.storage import Arrays
 
@@ -138,8 +140,6 @@ def test_counts_that_differ_cannot_be_loaded_into_a_group_that_shares_one():
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
-from gpu_drivers import DRIVERS  # noqa: E402
-
 SAME = {name: Arrays(name, name, name) for name in DTYPES}
 
 
@@ -190,8 +190,8 @@ ON_ALL = ("arrays", "arrays in float64", "RAdam", "AdaMax", "optax in float64, a
 
 
 @pytest.mark.parametrize("name", SCALARS)
-def test_the_device_computes_the_hosts_scalars(compiler, name):
-    for arch in ARCHITECTURES if name in ON_ALL else ("sm_90",):
+def test_the_device_computes_the_hosts_scalars(compiler, name, examples):
+    for arch in ARCHITECTURES if name in ON_ALL and examples(False, True) else ("sm_90",):
         check_scalars(compiler, arch, name)
 
 
@@ -301,8 +301,11 @@ def test_a_norm_that_is_not_finite_or_too_large_leaves_the_step_out(compiler, cl
 
 
 @pytest.mark.parametrize("algorithm, n", [("adam", 26_000), ("radam", 6_000), ("adamax", 2_000)])
-def test_a_hundred_thousand_random_steps_give_the_hosts_bits(compiler, algorithm, n):
-    """betas, t, lr and decay over their ranges; a third of the 102,000 for each compiler, in float32, which rounds."""
+def test_a_hundred_thousand_random_steps_give_the_hosts_bits(compiler, algorithm, n, examples):
+    """betas, t, lr and decay over their ranges; a third of the 102,000 for each compiler, in float32, which rounds.
+
+    In the short run it is one step of fifty.
+    """
     rng = np.random.default_rng({"cupy": 0, "cupy-cuda12": 1, "numba-cuda": 2}[compiler])
     dtype = np.dtype("float32")
     beta = np.repeat(1 - 10 ** rng.uniform(-6, 0, (n // 4, 2)), 4, axis=0)  # the host's powers of a new beta take longest
@@ -310,7 +313,7 @@ def test_a_hundred_thousand_random_steps_give_the_hosts_bits(compiler, algorithm
     lr, decay = 10 ** rng.uniform(-9, 1, n), 10 ** rng.uniform(-6, 1, n)
     form = device_scalars.Form(dtype, np.dtype("float64"), None, True, algorithm)
     step, rate = np.zeros(1, "i8"), np.zeros(1)
-    for k in range(n):
+    for k in range(0, n, examples(50, 1)):
         h = hyperparameters.Hyperparameters(
             float(lr[k]), hyperparameters.Fixed(*map(float, beta[k]), 1e-8, float(decay[k]), True, False, 1.0, algorithm)
         )
@@ -322,188 +325,222 @@ def test_a_hundred_thousand_random_steps_give_the_hosts_bits(compiler, algorithm
         assert gpu_code.reals_of(out, form).tolist() == list(expected), (k, h, steps[k])
 
 
-# The optimizer on a stand-in for the driver
-
-
-@pytest.fixture(params=DRIVERS)
-def driver(request, monkeypatch):
-    return request.param(monkeypatch)
-
-
-def on_gpu(driver, arrays):
-    return {name: driver.array(a) for name, a in arrays.items()}
-
-
-def optimizer(driver, given, cls=gpuadam.Adam, **options):
-    return cls(given, backend=driver.backend, **options)
-
-
-def test_the_step_on_a_gpu_gives_the_cpus_bits(driver):
-    there, here = on_gpu(driver, params()), params()
-    lr, scale = driver.array(np.zeros(1)), driver.array(np.array([2.0], "f4"))
-    on_device = optimizer(driver, there, gpuadam.AdamW, lr=lr, amsgrad=True, maximize=True, capturable=True)
-    on_host = gpuadam.AdamW(here, amsgrad=True, maximize=True)
-    for k in range(4):
-        driver.numpy(lr)[0] = on_host.groups[0]["lr"] = 0.1 / (k + 1)
-        given = on_gpu(driver, grads(k))
-        on_device.step(given, grad_scale=scale)
-        on_host.step(grads(k), grad_scale=2.0)
-    assert [loop for loop, *_ in driver.launches] == ["scalars", "table"] * 4
-    assert_same_bits([driver.numpy(a) for a in there.values()], list(here.values()))
-    assert driver.numpy(on_device.state["w"]["step"]).tolist() == [4]
-
-
-def test_two_dtypes_in_a_group_advance_the_count_once(driver):
-    there = {"w": driver.array(params()["w"]), "d": driver.array(params("float64")["b"])}
-    opt = optimizer(driver, there, capturable=True)
-    opt.step({"w": driver.array(grads(0)["w"]), "d": driver.array(grads(0, "float64")["b"])})
-    assert driver.numpy(opt.state["w"]["step"]).tolist() == [1]
-    assert sorted(loop for loop, *_ in driver.launches) == ["contiguous", "contiguous", "scalars", "scalars"]
-
-
-def test_a_captured_step_is_the_kernels_and_nothing_else(driver):
-    there = on_gpu(driver, params())
-    opt = optimizer(driver, there, lr=driver.array(np.array([0.1])), capturable=True)
-    given = on_gpu(driver, grads(0))
-    opt.step(given, stream=7)
-    driver.capturing.add(7)
-    driver.launches.clear(), driver.sent.clear(), driver.waits.clear()
-    opt.step(given, stream=7)
-    assert [(loop, stream) for loop, _, stream in driver.launches] == [("scalars", 7), ("table", 7)]
-    assert driver.sent == [] and driver.waits == []
-
-
-def both(driver, cls=gpuadam.Adam, on_host=None, **options):
-    """Return an optimizer and its arrays on the device, and likewise on the host."""
-    there, here = on_gpu(driver, params()), params()
-    return optimizer(driver, there, cls, **options), there, cls(here, **(options if on_host is None else on_host)), here
-
-
-def assert_state(driver, opt, there, host, here):
-    assert_same_bits([driver.numpy(a) for a in there.values()], list(here.values()))
-    for name, expected in host.state.items():
-        for moment in ("m", "v"):
-            assert_same_bits([driver.numpy(opt.state[name][moment])], [expected[moment]], f"{moment} of {name}")
-
-
-@pytest.mark.parametrize("cls", [gpuadam.RAdam, gpuadam.AdaMax], ids=["RAdam", "AdaMax"])
-def test_another_algorithm_in_device_mode_gives_the_hosts_bits(driver, cls):
-    opt, there, host, here = both(driver, cls, {"lr": 0.01}, lr=0.01, capturable=True)
-    for k in range(8):
-        opt.step(on_gpu(driver, grads(k)))
-        host.step(grads(k))
-    assert_state(driver, opt, there, host, here)
-
-
-def test_a_flag_on_the_device_leaves_the_step_out(driver):
-    """Parameters, moments and the count stay; the host does not know of it."""
-    opt, there, host, here = both(driver, on_host={}, capturable=True)
-    flag = driver.array(np.zeros(1, "f4"))
-    for k, found in enumerate([0.0, 1.0, 0.0, np.inf, np.nan, 0.0]):
-        driver.numpy(flag)[0] = found
-        opt.step(on_gpu(driver, grads(k)), found_inf=flag)
-        host.step(grads(k), found_inf=found)
-    assert_state(driver, opt, there, host, here)
-    assert driver.numpy(opt.state["w"]["step"]).tolist() == [3] == [host.state["w"]["step"]]
-
-
-def test_a_step_that_is_left_out_still_zeroes_the_gradients(driver):
-    opt, there, *_ = both(driver, on_host={}, capturable=True, zero_grad=True)
-    given = on_gpu(driver, grads(0))
-    opt.step(given, found_inf=driver.array(np.ones(1, "u1")))
-    assert not any(driver.numpy(a).any() for a in given.values())
-    assert_same_bits([driver.numpy(a) for a in there.values()], list(params().values()))
-
-
-@pytest.mark.parametrize("capturable", [False, True])
-def test_gradients_are_clipped_by_a_norm_on_the_device(driver, capturable):
-    opt, there, host, here = both(driver, gpuadam.AdamW, {"maximize": True}, maximize=True, capturable=capturable)
-    norm = driver.array(np.zeros(1))
-    for k, value in enumerate([0.5, 7.0, 1e10]):
-        driver.numpy(norm)[0] = value
-        opt.step(on_gpu(driver, grads(k)), norm=norm, max_norm=2.0, grad_scale=0.7)
-        host.step(grads(k), norm=value, max_norm=2.0, grad_scale=0.7)
-    assert_state(driver, opt, there, host, here)
-    assert [loop for loop, *_ in driver.launches] == ["scalars", "table"] * 3
-
-
-def test_a_norm_on_the_device_is_checked_there(driver):
-    opt, there, host, here = both(driver, on_host={}, capturable=True)
-    norm = driver.array(np.zeros(1))
-    for k, value in enumerate([1.0, np.inf, 2.0, 1e20, np.nan, 3.0]):  # squares of 1e20 overflow float32
-        driver.numpy(norm)[0] = value
-        opt.step(on_gpu(driver, grads(k)), norm=norm, check_finite=True)
-        host.step(grads(k), norm=value, check_finite=True)
-    assert_state(driver, opt, there, host, here)
-    assert driver.numpy(opt.state["w"]["step"]).tolist() == [3] == [host.state["w"]["step"]]
-
-
-def test_what_a_step_would_have_to_wait_for_is_refused(driver):
-    opt = optimizer(driver, on_gpu(driver, params()))
-    flag, norm = driver.array(np.zeros(1, "f4")), driver.array(np.ones(1))
-    with pytest.raises(ValueError, match=r"found_inf is an array on a GPU.*capturable=True"):
-        opt.step(on_gpu(driver, grads(0)), found_inf=flag)
-    with pytest.raises(ValueError, match="check_finite on a GPU needs an optimizer with capturable=True"):
-        opt.step(on_gpu(driver, grads(0)), norm=norm, check_finite=True)
-    assert driver.launches == [] and opt.steps == 0
-
-
-def capture(driver, opt, given, warm=True, **options):
-    if warm:
-        opt.step(given, stream=7)
-    driver.capturing.add(7)
-    before = [driver.numpy(p).copy() for p in opt.groups[0]["params"]]
-    driver.launches.clear()
-    try:
-        opt.step(given, stream=7, **options)
-    finally:
-        assert driver.launches == []
-        assert_same_bits([driver.numpy(p) for p in opt.groups[0]["params"]], before)
-
-
-FROZEN = {
-    "a step count of the host": ({}, {}, "capturable=True"),
-    "a learning rate of the host": ({"capturable": True}, {}, "with lr=0.1 for ever: give lr as an array"),
-    "a gradient scale of the host": ({"capturable": True, "lr": None}, {"grad_scale": 2.0}, "with grad_scale=2.0 for ever"),
-}
-
-
-@pytest.mark.parametrize("what", FROZEN)
-def test_what_a_graph_would_freeze_is_refused_with_the_way_to_do_it(driver, what):
-    options, in_step, said = FROZEN[what]
-    options = {"lr": 0.1} | options
-    if options["lr"] is None:
-        options["lr"] = driver.array(np.array([0.1]))
-    opt = optimizer(driver, on_gpu(driver, params()), **options)
-    with pytest.raises(RuntimeError, match=said):
-        capture(driver, opt, on_gpu(driver, grads(0)), **in_step)
-
-
-def test_arrays_whose_table_is_not_on_the_device_cannot_be_captured(driver):
-    opt = optimizer(driver, on_gpu(driver, params()), lr=driver.array(np.array([0.1])), capturable=True)
-    with pytest.raises(RuntimeError, match="take a step with the same arrays"):
-        capture(driver, opt, on_gpu(driver, grads(0)), warm=False)
-
-
-def test_adam_step_cannot_be_captured(driver):
-    arrays = [driver.array(a) for a in state(8)[:4]]
-    driver.capturing.add(7)
-    with pytest.raises(RuntimeError, match="capturable=True"):
-        gpuadam.adam_step(*arrays, 1, stream=7, backend=driver.backend)
-
-
-def test_a_learning_rate_on_another_stream_is_waited_for(driver):
-    opt = optimizer(driver, on_gpu(driver, params()), lr=driver.array(np.array([0.1])), capturable=True)
-    now = capturable.Now(opt._clocks[0], opt.groups[0]["lr"], 1.0)
-    now.lr = now.lr._replace(stream=9)
-    h = hyperparameters.checked(lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False, maximize=False)
-    scalars = capturable.Scalars(functional.Updates(h, 1, [], None, now), 7)
-    scalars.of(Arrays())
-    scalars.launch()
-    assert driver.waits == [(9, 7), (7, 9)]
-
-
 def test_a_small_form_is_free_of_local_memory(compiler, arch):
     form, _ = form_and_scalars("all with adamw", "float32")
     for loop in ("contiguous", "table"):
         assert gpu_code.resources(compiler, form, arch, loop=loop, on_device=True).local_bytes == 0
+
+
+# On a GPU
+
+
+def there(cp, arrays):
+    """Return arrays on the GPU, which are there when this returns, whichever stream is the next."""
+    on_gpu = {name: cp.asarray(a) for name, a in arrays.items()}
+    cp.cuda.Device().synchronize()
+    return on_gpu
+
+
+def both(cp, backend, cls=gpuadam.Adam, on_host=None, **options):
+    """Return an optimizer and its parameters on the GPU, and likewise on the CPU. on_host: the options there, if others."""
+    on_gpu, here = there(cp, params()), params()
+    host = cls(here, **(options if on_host is None else on_host))
+    return cls(on_gpu, backend=backend, **options), on_gpu, host, here
+
+
+def assert_state(opt, on_gpu, host, here):
+    testing.assert_same_bits(on_gpu, here, "params")
+    for name, expected in host.state.items():
+        moments = {key: array for key, array in expected.items() if key != "step"}
+        testing.assert_same_bits({key: opt.state[name][key] for key in moments}, moments, f"state[{name!r}]")
+        assert opt.state_dict()["state"][name]["step"] == host.state_dict()["state"][name]["step"]
+
+
+@pytest.mark.gpu
+def test_a_learning_rate_and_a_scale_on_a_gpu_give_the_bits_of_the_cpus_numbers(cp, backend):
+    lr, scale = cp.zeros(1), cp.full(1, 2.0, "f4")
+    further = {"amsgrad": True, "maximize": True}
+    opt, on_gpu, host, here = both(cp, backend, gpuadam.AdamW, further, lr=lr, capturable=True, **further)
+    for k in range(4):
+        host.groups[0]["lr"] = 0.1 / (k + 1)
+        lr.fill(0.1 / (k + 1))
+        opt.step(there(cp, grads(k)), grad_scale=scale)
+        host.step(grads(k), grad_scale=2.0)
+    assert_state(opt, on_gpu, host, here)
+
+
+@pytest.mark.gpu
+def test_two_dtypes_in_a_group_advance_the_count_once(cp, backend):
+    given, new = ({"w": a["w"], "d": b["b"]} for a, b in ((params(), params("float64")), (grads(0), grads(0, "float64"))))
+    on_gpu = there(cp, given)
+    opt, host = gpuadam.Adam(on_gpu, capturable=True, backend=backend), gpuadam.Adam(given)
+    for _ in range(2):
+        opt.step(there(cp, new))
+        host.step(new)
+    assert_state(opt, on_gpu, host, given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cls", [gpuadam.RAdam, gpuadam.AdaMax], ids=["RAdam", "AdaMax"])
+def test_another_algorithm_in_device_mode_gives_the_cpus_bits(cp, backend, cls):
+    opt, on_gpu, host, here = both(cp, backend, cls, {"lr": 0.01}, lr=0.01, capturable=True)
+    for k in range(8):  # RAdam rectifies from the sixth on
+        opt.step(there(cp, grads(k)))
+        host.step(grads(k))
+    assert_state(opt, on_gpu, host, here)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capturable", [False, True])
+def test_gradients_are_clipped_by_a_norm_on_the_device(cp, backend, capturable):
+    opt, on_gpu, host, here = both(cp, backend, gpuadam.AdamW, {"maximize": True}, maximize=True, capturable=capturable)
+    norm = cp.zeros(1)
+    for k, value in enumerate([0.5, 7.0, 1e10]):
+        norm.fill(value)
+        opt.step(there(cp, grads(k)), norm=norm, max_norm=2.0, grad_scale=0.7)
+        host.step(grads(k), norm=value, max_norm=2.0, grad_scale=0.7)
+    assert_state(opt, on_gpu, host, here)
+
+
+@pytest.mark.gpu
+def test_a_norm_on_the_device_is_checked_there(cp, backend):
+    """A step that is left out changes neither parameters nor state nor the count, and zeroes its gradients."""
+    opt, on_gpu, host, here = both(cp, backend, on_host={}, capturable=True, zero_grad=True)
+    norm = cp.zeros(1)
+    for k, value in enumerate([1.0, np.inf, 2.0, 1e20, np.nan, 3.0]):  # squares of 1e20 overflow float32
+        norm.fill(value)
+        given = there(cp, grads(k))
+        opt.step(given, norm=norm, check_finite=True)
+        host.step(grads(k), norm=value, check_finite=True)
+        assert not any(a.any() for a in given.values())
+    assert_state(opt, on_gpu, host, here)
+    assert host.steps == 3
+
+
+@pytest.mark.gpu
+def test_what_a_step_would_have_to_wait_for_is_refused(cp, backend):
+    on_gpu = there(cp, params())
+    opt = gpuadam.Adam(on_gpu, backend=backend)
+    flag, norm = cp.zeros(1, "f4"), cp.ones(1)
+    with testing.unchanged(params=on_gpu, opt=opt):
+        with pytest.raises(ValueError, match=r"found_inf is an array on a GPU.*capturable=True"):
+            opt.step(there(cp, grads(0)), found_inf=flag)
+        with pytest.raises(ValueError, match="check_finite on a GPU needs an optimizer with capturable=True"):
+            opt.step(there(cp, grads(0)), norm=norm, check_finite=True)
+    assert opt.steps == 0
+
+
+# What a graph holds
+
+
+@contextlib.contextmanager
+def capture(stream):
+    """Capture what a stream is given. The list that this yields has the graph and the number of its nodes afterwards."""
+    found = []
+    stream.begin_capture()
+    try:
+        yield found
+    finally:
+        graph = stream.end_capture()
+        status, _, n = pytest.importorskip("cuda.bindings.driver").cuGraphGetNodes(graph.graph)
+        assert not int(status)
+        found += [graph, n]
+
+
+@pytest.mark.gpu
+def test_a_captured_step_is_two_kernels_and_nothing_else(cp, backend):
+    """One computes the scalars, the other updates all arrays; no copy and no memset is repeated with them."""
+    lr = cp.full(1, 0.1)
+    opt, on_gpu, host, here = both(cp, backend, on_host={"lr": 0.1}, lr=lr, capturable=True)
+    given = there(cp, grads(0))
+    with cp.cuda.Stream(non_blocking=True) as stream:
+        opt.step(given)
+        with capture(stream) as found:
+            opt.step(given)
+        graph, n = found
+        assert n == 2
+        graph.launch(stream)
+        stream.synchronize()
+    for _ in range(2):
+        host.step(grads(0))
+    assert_state(opt, on_gpu, host, here)
+
+
+FROZEN = {
+    "a learning rate": ({"lr": 0.1}, {}, "with lr=0.1 for ever: give lr as an array"),
+    "a gradient scale": ({}, {"grad_scale": 2.0}, "with grad_scale=2.0 for ever"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", FROZEN)
+def test_a_number_that_a_graph_would_freeze_is_refused_with_the_way_to_do_it(cp, backend, what):
+    options, in_step, said = FROZEN[what]
+    assert_refused(cp, backend, said, {"lr": cp.full(1, 0.1)} | options, in_step)
+
+
+@pytest.mark.gpu
+def test_arrays_whose_table_is_not_on_the_device_cannot_be_captured(cp, backend):
+    assert_refused(cp, backend, "take a step with the same arrays", {"lr": cp.full(1, 0.1)}, warm=False)
+
+
+def assert_refused(cp, backend, said, options, in_step=(), warm=True):
+    """Look whether a step that is captured is refused, and leaves the graph and all numbers as they were.
+
+    warm: whether a step is taken before the capture.
+    """
+    on_gpu, given = there(cp, params()), there(cp, grads(0))
+    opt = gpuadam.Adam(on_gpu, backend=backend, capturable=True, **options)
+    with cp.cuda.Stream(non_blocking=True) as stream:
+        if warm:
+            opt.step(given)
+        with testing.unchanged(params=on_gpu, opt=opt):
+            with capture(stream) as found, pytest.raises(RuntimeError, match=said):
+                opt.step(given, **dict(in_step))
+            graph, n = found
+            assert n == 0
+            graph.launch(stream)
+            stream.synchronize()
+
+
+@pytest.mark.gpu
+def test_adam_step_cannot_be_captured(cp, backend):
+    arrays = [cp.asarray(a) for a in state(8)[:4]]
+    cp.cuda.Device().synchronize()
+    with cp.cuda.Stream(non_blocking=True) as stream:
+        with capture(stream) as found, pytest.raises(RuntimeError, match="capturable=True"):
+            gpuadam.adam_step(*arrays, 1, backend=backend)
+        assert found[1] == 0
+
+
+# A learning rate on another stream
+
+
+class OnStream:
+    """An array of another library than CuPy, which names the stream that it was last used on."""
+
+    def __init__(self, array, stream):
+        self.array, self.stream = array, stream
+
+    @property
+    def __cuda_array_interface__(self):
+        return self.array.__cuda_array_interface__ | {"stream": self.stream.ptr}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", ["the step's", "the learning rate's"])
+def test_a_step_reads_the_learning_rate_between_the_writes_of_its_stream(cp, backend, last):
+    """The write before is late, and the one after it is asked for at once; whichever stream is waited for."""
+    lr, stream, other = cp.zeros(1), cp.cuda.Stream(non_blocking=True), cp.cuda.Stream(non_blocking=True)
+    opt, on_gpu, host, here = both(cp, backend, on_host={"lr": 0.1}, lr=OnStream(lr, other), capturable=True)
+    given = there(cp, grads(0))
+    with other:
+        spin(cp, 20_000_000)
+        lr.fill(0.1)
+    opt.step(given, stream=stream)
+    with other:
+        lr.fill(7.0)
+    (stream if last == "the step's" else other).synchronize()
+    cp.cuda.Device().synchronize()
+    host.step(grads(0))
+    assert_state(opt, on_gpu, host, here)

@@ -58,6 +58,7 @@ def needs_bytes(cp, n):
         pytest.skip(f"needs {n / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free")
 
 
+@pytest.mark.real_gpu("arrays of 2 to 32 GiB, executed on the host, would take hours")
 @pytest.mark.parametrize(
     "n, format", [*((n, "float32") for n in (2**29 - 1, 2**29 + 1, 2**31 - 1, 2**31 + 5)), (2**31 + 5, "bfloat16")]
 )

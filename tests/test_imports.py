@@ -25,7 +25,7 @@ OPTIONAL = {
         "ml_dtypes",
         "safetensors",
     ),
-    *("matplotlib", "rich", "scipy", "skimage", "sklearn", "gpu_code", "gpu_drivers"),
+    *("matplotlib", "rich", "scipy", "skimage", "sklearn", "gpu_code"),
 }
 
 

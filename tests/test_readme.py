@@ -18,9 +18,11 @@ NEEDS = [[pytest.mark.gpu] if "import cupy" in block else [] for block in BLOCKS
 def test_a_block_runs_and_prints_what_its_comments_say(block):
     if "import torch" in block:
         pytest.importorskip("torch")
-    printed = io.StringIO()
+    printed, names = io.StringIO(), {}
     with contextlib.redirect_stdout(printed):
-        exec(compile(block, str(README), "exec"), {})
+        exec(compile(block, str(README), "exec"), names)
+    if "cupy" in names:
+        names["cupy"].cuda.Device().synchronize()  # before its arrays go
     said = re.findall(r"^print\(.*?\)\s+# (.*)$", block, re.M)
     assert printed.getvalue().splitlines() == said
 

@@ -12,8 +12,7 @@ import pytest
 from cases import FORMS, state
 
 import gpuadam
-from gpuadam import backends, testing
-from gpuadam.testing import array_backends
+from gpuadam import testing
 
 ROOT = Path(__file__).parent.parent
 PLUGIN = ROOT / "gpuadam" / "testing" / "pytest_plugin"
@@ -360,44 +359,24 @@ def test_a_step_that_is_not_left_out_is_noticed():
         w[:] = np.nan
 
 
-# On stand-ins for the drivers
-
-gpu_drivers = pytest.importorskip("gpu_drivers", exc_type=ImportError)
+# On every backend
 
 
-@pytest.fixture(params=gpu_drivers.DRIVERS)
-def gpu(request, monkeypatch):
-    """A GPU backend's arrays, in the host's memory."""
-    driver = request.param(monkeypatch)
-    home = backends.home
-    monkeypatch.setattr(backends, "home", lambda name, a: home(name, a) if isinstance(a, np.ndarray) else driver.backend)
-    cls = array_backends.ARRAY_BACKENDS[driver.backend]
-    monkeypatch.setattr(cls, "_copy", lambda self, a: driver.array(a))
-    monkeypatch.setattr(cls, "_read", lambda self, a: driver.numpy(a).copy())
-    return cls()
-
-
-def test_faults_and_flags_on_a_gpu(gpu):
-    there = grads(gpu.array)
-    testing.inject(there, math.inf, at={"w": (2, 1), "b": 1, "s": ()})
-    expected = grads()
-    expected["w"][2, 1] = expected["b"][1] = expected["s"][()] = math.inf
-    testing.assert_same_bits(there, expected)
-    bits = gpuadam.Bits(gpu.array(np.zeros(4, "u2")), "bfloat16")
+def test_a_fault_goes_into_bfloat16_of_every_backend(library):
+    bits = gpuadam.Bits(library.array(np.zeros(4, "u2")), "bfloat16")
     testing.inject(bits, at=3)
-    assert np.isnan(gpu.numpy(bits)).tolist() == [False, False, False, True]
+    assert np.isnan(library.numpy(bits)).tolist() == [False, False, False, True]
 
 
-@pytest.mark.parametrize("gpu", [gpu_drivers.CupyDriver], indirect=True)
-def test_a_flag_on_a_gpu_leaves_the_step_out_and_no_bit_changes(gpu):
-    params = {"w": gpu.array(np.ones((3, 4), "f4"))}
-    opt = gpuadam.Adam(params, lr=0.1, capturable=True, backend=gpu.name)
-    given = {"w": gpu.array(np.full((3, 4), 0.5, "f4"))}
+def test_a_flag_leaves_the_step_out_and_no_bit_changes(library):
+    params = {"w": library.array(np.ones((3, 4), "f4"))}
+    opt = gpuadam.Adam(params, lr=0.1, capturable=True, backend=library.name)
+    given = {"w": library.array(np.full((3, 4), 0.5, "f4"))}
     testing.inject(given, at={"w": (0, 0)})
     with testing.unchanged(params=params, opt=opt):
-        opt.step(given, found_inf=gpu.flag(1))
+        opt.step(given, found_inf=library.flag(1))
     with pytest.raises(AssertionError, match=r"params\['w'\]: 12 of 12"), testing.unchanged(params=params):
-        opt.step(given, found_inf=gpu.flag(0))
+        opt.step(given, found_inf=library.flag(0))
 
 
 # The reference

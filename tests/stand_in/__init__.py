@@ -4,8 +4,7 @@
 
 `GPUADAM_GPU=host pytest -m gpu` does so for the tests. Kernels are the PTX that these libraries compile and load, executed on the
 host by `ptx.py`; `driver.py` has the functions of libcuda, `runtime.py` those of CuPy's runtime, `memory.py` what may be touched,
-`work.py` in which order things are done, `graphs.py` what is captured, and `pool.py` a
-pool for CuPy's arrays.
+`work.py` in which order things are done, and `graphs.py` what is captured.
 
 What it shows: that our launch path calls these libraries as they are to be called, waits for what it has to wait for, and touches
 what is its own. It knows no time, no chip, and none of torch's CUDA.
@@ -13,6 +12,7 @@ what is its own. It knows no time, no chip, and none of torch's CUDA.
 
 import atexit
 import functools
+import importlib
 import os
 
 
@@ -21,7 +21,7 @@ def start():
     """Put a Driver in libcuda's place, for the rest of the process, and return it."""
     os.environ["CUPY_COMPILE_WITH_PTX"] = "1"  # machine code is not executed here
     os.environ["CUPY_ACCELERATORS"] = ""  # nor is CUB's, which CuPy has compiled in
-    from . import library, pool, runtime
+    from . import library, runtime
     from .driver import Driver
 
     driver = Driver()
@@ -29,6 +29,7 @@ def start():
     driver.library.missing = driver.missing
     atexit.register(driver.close)
     runtime.lead_here(driver.library)
-    pool.take_over(driver)
+    cuda = importlib.import_module("cupy").cuda
+    cuda.set_allocator(cuda.malloc_async)
     driver.work.reseed(int(os.environ.get("GPUADAM_SEED", "0")))
     return driver

@@ -26,6 +26,7 @@ ERRORS = {
     "PEER_ACCESS_ALREADY_ENABLED": 704, "PEER_ACCESS_NOT_ENABLED": 705, "HOST_MEMORY_ALREADY_REGISTERED": 712,
     "HOST_MEMORY_NOT_REGISTERED": 713,
     "NOT_FOUND": 500, "NOT_READY": 600, "ILLEGAL_ADDRESS": 700, "LAUNCH_FAILED": 719, "MISALIGNED_ADDRESS": 716,
+    "LAUNCH_OUT_OF_RESOURCES": 701,
     "NOT_SUPPORTED": 801, "STREAM_CAPTURE_UNSUPPORTED": 900, "STREAM_CAPTURE_INVALIDATED": 901, "STREAM_CAPTURE_MERGE": 902,
     "STREAM_CAPTURE_UNMATCHED": 903, "STREAM_CAPTURE_UNJOINED": 904, "STREAM_CAPTURE_ISOLATION": 905,
     "STREAM_CAPTURE_IMPLICIT": 906, "CAPTURED_EVENT": 907, "STREAM_CAPTURE_WRONG_THREAD": 908, "UNKNOWN": 999,
@@ -52,7 +53,7 @@ PAGEABLE_STAGED = 65536  # bytes: a smaller copy from pageable memory returns be
 
 ENTRIES = {}  # name -> (kinds of its arguments, function of the Driver and these)
 UNSAFE = set()  # what a capture forbids, because it may wait for all streams
-UNCOUNTED = set()  # what cannot fail, or is asked for only to put an error into words
+UNCOUNTED = set()  # what does not fail: it reads or sets what this thread knows, or puts an error into words
 
 
 def entry(name, kinds, *, unsafe=False, counted=True):
@@ -78,7 +79,9 @@ class Failure(Exception):
 class Driver:
     """All state. `problems` are what a GPU would have done wrong or not at all: a test that leaves one has failed.
 
-    fail(n): make the n-th counted call from now on fail. calls: the names of the counted calls, if `listening`.
+    fail(n): make the n-th counted call from now on fail. While a test is `listening`, `calls` are the names of the counted calls,
+    `launches` are (kernel, handle of its stream) of those that no graph captures, and `copies` are (from, to, bytes), with "device"
+    or "host" for each place.
     """
 
     def __init__(self, n_devices=2, total=2 << 30, seed=0):
@@ -88,7 +91,7 @@ class Driver:
         self.work = work.Work(seed)
         self.modules = kernels.Modules()
         self.problems, self.closed = [], False
-        self.listening, self.calls = False, []
+        self.listening, self.calls, self.launches, self.copies = False, [], [], []
         self._failing = None  # (calls until it, error, names it may be)
         self.events, self.graphs, self.executables, self.links, self.kept = {}, {}, {}, {}, []
         self.captures = []
@@ -119,6 +122,11 @@ class Driver:
         self.work.reseed(self.work.seed)
         self.problems.clear()
         self.fail_no_more()
+        self.listen(False)
+
+    def listen(self, listening=True):
+        """Begin to write down what is called, or end it, with nothing written down so far."""
+        self.listening, self.calls, self.launches, self.copies = listening, [], [], []
 
     def end(self):
         """Do everything that is enqueued. Return the problems since `begin`, and forget them and what was left open."""
@@ -295,6 +303,9 @@ class Driver:
             if self.memory.arena(address) is not None and self.memory.block(address) is None:
                 self.problem(f"a copy of {n_bytes:,} bytes of memory that is freed: {self.memory.where(address)}")
                 raise Failure("INVALID_VALUE")
+        if self.listening:
+            places = ("device" if self.is_device(address) else "host" for address in (source, to))
+            self.copies.append((*places, n_bytes))
         from_pageable = not self.is_device(source) and not self.memory.is_pinned(source, n_bytes)
         to_pageable = not self.is_device(to) and not self.memory.is_pinned(to, n_bytes)
         what = f"a copy of {n_bytes:,} bytes from {source:#x} to {to:#x}"
@@ -324,11 +335,8 @@ class Driver:
         if not self.is_device(to) and stream.capture is None:
             self.work.finish([operation])
 
-    def chance(self):
-        return self._random.random() < 0.5
-
     def allocate(self, device, n_bytes, made_by, again=False):
-        block = self.memory.allocate(device, n_bytes, made_by, again)
+        block = self.memory.allocate(device, n_bytes, made_by, again and self._random.random() < 0.5)
         if block is None:
             raise Failure("OUT_OF_MEMORY")
         return block
@@ -344,13 +352,19 @@ class Driver:
         """Free at once, after waiting for everything, as the driver does."""
         if not address:
             return
+        block = self.block_to_free(address, of_host)
+        block.freed = True
+        try:
+            self.work.finish(list(self.work.pending.values()))
+        finally:
+            self.memory.arena(address).close(block)
+
+    def block_to_free(self, address, of_host):
         block = self.memory.block(address)
         if block is None or block.address != address or (block.device == memory.HOST) != of_host:
             self.problem(f"a free of {address:#x}, {self.memory.where(address)}")
             raise Failure("INVALID_VALUE")
-        block.freed = True
-        self.work.finish(list(self.work.pending.values()))
-        self.memory.arena(address).close(block)
+        return block
 
     def guarded_ranges(self, device):
         """Return the ranges that a kernel may touch, with the maps of their allocations."""
@@ -369,6 +383,8 @@ class Driver:
         values = (ctypes.c_void_p * len(sizes)).from_address(parameters) if sizes else []
         copies = [ctypes.string_at(address, size) for address, size in zip(values, sizes, strict=True)]
         device = stream.device
+        if self.listening and stream.capture is None:
+            self.launches.append((kernel, stream.handle))
 
         def run():
             kernel.run(grid, block, shared, copies, self.guarded_ranges(device), self.memory.where)
@@ -457,18 +473,18 @@ def get_export_table(d, out, identity):
 # Devices and contexts
 
 
-@entry("cuDeviceGetCount", "p")
+@entry("cuDeviceGetCount", "p", counted=False)
 def device_count(d, out):
     write(out, I32, d.n_devices)
 
 
-@entry("cuDeviceGet", "pi")
+@entry("cuDeviceGet", "pi", counted=False)
 def device_get(d, out, number):
     d.context_of(number)
     write(out, I32, number)
 
 
-@entry("cuDeviceGetName", "pii")
+@entry("cuDeviceGetName", "pii", counted=False)
 def device_name(d, out, size, device):
     ctypes.memmove(out, NAME + b"\0", min(size, len(NAME) + 1))
 
@@ -483,7 +499,7 @@ def device_total(d, out, device):
     write(out, U64, d.memory.total)
 
 
-@entry("cuDeviceGetAttribute", "pii")
+@entry("cuDeviceGetAttribute", "pii", counted=False)
 def device_attribute(d, out, attribute, device):
     d.context_of(device)
     write(out, I32, _attributes().get(attribute, 0))
@@ -536,12 +552,12 @@ def primary_flags(d, device, flags):
     pass
 
 
-@entry("cuCtxGetCurrent", "p")
+@entry("cuCtxGetCurrent", "p", counted=False)
 def context_current(d, out):
     write(out, U64, d.contexts[-1] if d.contexts else 0)
 
 
-@entry("cuCtxSetCurrent", "p")
+@entry("cuCtxSetCurrent", "p", counted=False)
 def context_set(d, context):
     if d.contexts:
         d.contexts.pop()
@@ -549,24 +565,24 @@ def context_set(d, context):
         d.contexts.append(context)
 
 
-@entry("cuCtxPushCurrent_v2", "p")
+@entry("cuCtxPushCurrent_v2", "p", counted=False)
 def context_push(d, context):
     d.contexts.append(context)
 
 
-@entry("cuCtxPopCurrent_v2", "p")
+@entry("cuCtxPopCurrent_v2", "p", counted=False)
 def context_pop(d, out):
     if not d.contexts:
         return ERRORS["INVALID_CONTEXT"]
     write(out, U64, d.contexts.pop())
 
 
-@entry("cuCtxGetDevice_v2", "pp")
+@entry("cuCtxGetDevice_v2", "pp", counted=False)
 def context_device_of(d, out, context):
     write(out, I32, context - CONTEXT_AT if context else d.device)
 
 
-@entry("cuCtxGetDevice", "p")
+@entry("cuCtxGetDevice", "p", counted=False)
 def context_device(d, out):
     write(out, I32, d.device)
 
@@ -709,19 +725,16 @@ def _allocate_in_order(d, out, n_bytes, handle):
         raise Failure("INVALID_VALUE")
     block = d.allocate(stream.device, n_bytes, "cuMemAllocAsync", again=d.work.seed != 0)
     arena = d.memory.arena(block.address)
-    d.enqueue(stream, lambda: arena.open(block), f"{block}")
+    d.work.enqueue(stream, lambda: arena.open(block), f"the start of {block}", always=True)
     write(out, U64, block.address)
 
 
 @entry("cuMemFreeAsync", "pp")
 def mem_free_async(d, address, handle):
     stream = d.stream(handle)
-    block = d.memory.block(address)
-    if block is None or block.address != address:
-        d.problem(f"a free of {address:#x}, {d.memory.where(address)}")
-        raise Failure("INVALID_VALUE")
+    block = d.block_to_free(address, False)
     arena = d.memory.arena(address)
-    d.enqueue(stream, lambda: arena.close(block), f"the end of {block}")
+    d.work.enqueue(stream, lambda: arena.close(block), f"the end of {block}", always=True)
     block.freed = True
 
 

@@ -22,7 +22,9 @@ class Modules:
         """Load the PTX at an address, up to its end."""
         text = ctypes.string_at(image)
         if b".entry" not in text:
-            raise KernelError(f"a module that is no PTX was loaded: {text[:16]!r}. CUPY_COMPILE_WITH_PTX=1 makes CuPy load PTX")
+            raise KernelError(
+                f"a module that is no PTX was loaded: {text[:16]!r}. CUPY_COMPILE_WITH_PTX=1 makes CuPy load PTX"
+            )
         handle = next(self._handles)
         self._modules[handle] = text.decode()
         return handle

@@ -14,7 +14,14 @@ import subprocess
 import tempfile
 import traceback
 
-KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_size_t, "u": ctypes.c_uint, "i": ctypes.c_int, "b": ctypes.c_ubyte, "h": ctypes.c_ushort}
+KINDS = {
+    "p": ctypes.c_void_p,
+    "n": ctypes.c_size_t,
+    "u": ctypes.c_uint,
+    "i": ctypes.c_int,
+    "b": ctypes.c_ubyte,
+    "h": ctypes.c_ushort,
+}
 # `name` jumps to the address in its slot. When Python has gone, that is `gone`: there is nothing left that could be freed.
 SOURCE = """
 int gone(void) {{ return 0; }}
@@ -48,7 +55,9 @@ def build(names):
     if not path.exists():
         cc = compiler()
         if cc is None:
-            raise NoCompilerError("no C compiler (cc, gcc or clang): it makes the library that stands in for the CUDA driver")
+            raise NoCompilerError(
+                "no C compiler (cc, gcc or clang): it makes the library that stands in for the CUDA driver"
+            )
         with tempfile.TemporaryDirectory(dir=folder) as made:
             part = pathlib.Path(made) / "libcuda.so.1"
             command = [cc, "-shared", "-fPIC", "-x", "c", "-", "-o", part, "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymbolic"]

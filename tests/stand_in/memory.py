@@ -42,6 +42,7 @@ class Allocation:
     def __init__(self, address, n_bytes, device, made_by, number):
         self.address, self.n_bytes, self.device, self.made_by, self.number = address, n_bytes, device, made_by, number
         self.live = self.freed = False
+        self.again = False  # whether its address is that of one that was freed before
         self.stream = None  # of CuPy's allocations, the one whose order they keep
 
     def __str__(self):
@@ -68,7 +69,8 @@ class Arena:
     def allocate(self, n_bytes, made_by, number, again):
         """Return an Allocation that nothing may touch yet. again: whether to use the address of a freed one."""
         room = -(-n_bytes // (2 * GRAIN)) * 2 * GRAIN + 2 * GRAIN
-        if again and self.free.get(room):
+        reused = bool(again and self.free.get(room))
+        if reused:
             address = self.free[room].pop()
         else:
             address, self.next = self.next, self.next + room
@@ -76,6 +78,7 @@ class Arena:
                 raise MemoryError("the stand-in has used all of its addresses")
             bisect.insort(self.starts, address)
         block = self.blocks[address] = Allocation(address, n_bytes, self.device, made_by, number)
+        block.again = reused
         self.used += n_bytes
         return block
 

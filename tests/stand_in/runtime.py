@@ -46,17 +46,17 @@ def same(name, of, kinds, **options):
     runtime(name, kinds, **options)(ready(driver.ENTRIES[of][1]))
 
 
-@runtime("cudaGetDeviceCount", "p")
+@runtime("cudaGetDeviceCount", "p", counted=False)
 def get_device_count(d, out):
     write(out, I32, d.n_devices)
 
 
-@runtime("cudaGetDevice", "p")
+@runtime("cudaGetDevice", "p", counted=False)
 def get_device(d, out):
     write(out, I32, device(d))
 
 
-@runtime("cudaSetDevice", "i")
+@runtime("cudaSetDevice", "i", counted=False)
 def set_device(d, number):
     driver.context_set(d, d.context_of(number))
 
@@ -101,7 +101,7 @@ def device_properties(d, out, number):
 
 
 same("cudaDriverGetVersion", "cuDriverGetVersion", "p", counted=False)
-same("cudaDeviceGetAttribute", "cuDeviceGetAttribute", "pii")
+same("cudaDeviceGetAttribute", "cuDeviceGetAttribute", "pii", counted=False)
 same("cudaDeviceGetPCIBusId", "cuDeviceGetPCIBusId", "pii")
 same("cudaDeviceCanAccessPeer", "cuDeviceCanAccessPeer", "pii")
 same("cudaDeviceSynchronize", "cuCtxSynchronize", "")
@@ -115,9 +115,6 @@ same("cudaProfilerStop", "cuProfilerStop", "")
 same("cudaMemGetInfo", "cuMemGetInfo_v2", "pp")
 same("cudaMalloc", "cuMemAlloc_v2", "pn")
 same("cudaFree", "cuMemFree_v2", "p")
-same("cudaMallocAsync", "cuMemAllocAsync", "pnp")
-same("cudaMallocFromPoolAsync", "cuMemAllocFromPoolAsync", "pnpp")
-same("cudaFreeAsync", "cuMemFreeAsync", "pp")
 same("cudaHostAlloc", "cuMemHostAlloc", "pnu")
 same("cudaFreeHost", "cuMemFreeHost", "p")
 same("cudaHostRegister", "cuMemHostRegister_v2", "pnu")
@@ -202,6 +199,34 @@ def memset_async(d, to, value, n_bytes, stream):
     d.fill(to, bytes([value & 0xFF]), n_bytes, stream)
 
 
+# A pool for CuPy's arrays. CuPy's own rounds sizes up and gives out again what was freed, in the order of the stream that it was
+# allocated on: here each array ends where it ends, and is no more once what was on that stream before its end is done. So an
+# access beyond an array, or after its end, is seen. `cupy.cuda.malloc_async` leads CuPy's arrays here.
+
+
+@runtime("cudaMallocAsync", "pnp", unsafe=True)  # a pool that has to grow calls cudaMalloc
+@ready
+def pool_allocate(d, out, n_bytes, handle):
+    stream = d.stream(handle)
+    again = d.work.seed != 0 and stream.capture is None
+    block = d.allocate(stream.device, n_bytes, "CuPy's pool", again)
+    block.stream, arena = stream, d.memory.arena(block.address)
+    if block.again:
+        d.work.enqueue(stream, lambda: arena.open(block), f"the start of {block}", always=True)
+    else:
+        arena.open(block)
+    write(out, U64, block.address)
+
+
+@runtime("cudaFreeAsync", "pp")
+@ready
+def pool_free(d, address, handle):
+    block = d.block_to_free(address, False)
+    # not through `enqueue`: what is freed while a graph is captured is no part of the graph
+    d.work.enqueue(block.stream, lambda: d.memory.arena(address).close(block), f"the end of {block}", always=True)
+    block.freed = True
+
+
 class PointerAttributes(ctypes.Structure):
     """cudaPointerAttributes."""
 
@@ -273,5 +298,3 @@ def _write(address, code):
         raise OSError(ctypes.get_errno(), "the code of CuPy's runtime cannot be led to the stand-in")
     ctypes.memmove(address, code, len(code))
     _libc.mprotect(first, size, mmap.PROT_READ | mmap.PROT_EXEC)
-
-

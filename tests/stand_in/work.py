@@ -11,12 +11,12 @@ LEGACY, PER_THREAD = 1, 2
 
 
 class Operation:
-    """Something to do on a device, once what it needs is done."""
+    """Something to do on a device, once what it needs is done. always: also after an error, which ends all else."""
 
-    __slots__ = ("done", "needs", "number", "run", "what")
+    __slots__ = ("always", "done", "needs", "number", "run", "what")
 
-    def __init__(self, run, what, needs, number):
-        self.run, self.what, self.number = run, what, number
+    def __init__(self, run, what, needs, number, always):
+        self.run, self.what, self.number, self.always = run, what, number, always
         self.needs = [need for need in needs if need is not None and not need.done]
         self.done = False
 
@@ -89,14 +89,14 @@ class Work:
             needs.append(self.legacy[stream.device].last)
         return needs
 
-    def operation(self, run, what, needs):
+    def operation(self, run, what, needs, always=False):
         self.count += 1
-        operation = self.pending[self.count] = Operation(run, what, needs, self.count)
+        operation = self.pending[self.count] = Operation(run, what, needs, self.count, always)
         return operation
 
-    def enqueue(self, stream, run, what, needs=()):
+    def enqueue(self, stream, run, what, needs=(), always=False):
         """Put something on a stream, to be done after what is there and after other operations. Returns the Operation."""
-        stream.last = self.operation(run, f"{what} on {stream}", [*self.before(stream), *needs])
+        stream.last = self.operation(run, f"{what} on {stream}", [*self.before(stream), *needs], always)
         return stream.last
 
     def finish(self, operations):
@@ -116,17 +116,21 @@ class Work:
             for need in before:
                 followers[need].append(number)
         ready = sorted(number for number, n in missing.items() if not n)
-        while ready:
-            k = self.random.randrange(len(ready)) if self.seed else 0
-            operation = needed[ready.pop(k)]
-            self._do(operation)
-            for follower in followers[operation.number]:
+
+        def after(operation):
+            for follower in followers.pop(operation.number, ()):
                 missing[follower] -= 1
                 if not missing[follower]:
                     ready.append(follower)
+
+        while ready:
+            k = self.random.randrange(len(ready)) if self.seed else 0
+            operation = needed[ready.pop(k)]
+            if not operation.done:
+                self._do(operation)
+            after(operation)
             if self.eagerness and self.random.random() < self.eagerness:
                 self.progress()
-                ready = [number for number in ready if not needed[number].done]
 
     def progress(self, of=None):
         """Do one operation that could be done: one that comes before `of`, or any."""
@@ -141,9 +145,21 @@ class Work:
     def _do(self, operation):
         if operation.done:
             return
-        operation.done = True  # also if it fails: what comes after it is not stuck for ever
+        operation.done = True
         self.pending.pop(operation.number, None)
         self.clock += 1
         run, operation.run, operation.needs = operation.run, None, []
         if run is not None:
-            run()
+            try:
+                run()
+            except Exception:
+                self.abandon()
+                raise
+
+    def abandon(self):
+        """Do nothing more of what is enqueued, as after an error on a GPU: the memory of the host that it names may be gone."""
+        for operation in list(self.pending.values()):
+            run, operation.done, operation.run, operation.needs = operation.run, True, None, []
+            if operation.always and run is not None:
+                run()
+        self.pending.clear()

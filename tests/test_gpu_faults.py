@@ -1,0 +1,188 @@
+"""Each call of the driver that a call of ours makes fails in turn: either nothing has changed, or the error says what has.
+
+On the stand-in for the driver alone, which makes one call fail. Whatever failed, nothing is left behind: no capture, no event, no
+memory. The next call works, and gives what it would have given.
+"""
+
+import gc
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import gpuadam
+from gpuadam.offload import optimizer as offload
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+
+SHAPES = {"w": (33, 7), "b": (5,), "u": (300,)}
+
+
+def host(seed):
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype("f4") for name, shape in SHAPES.items()}
+
+
+class Steps:
+    """An optimizer and gradients. `act` takes a step; `everything` is what it may change."""
+
+    maker: type = gpuadam.Adam
+    names: tuple = tuple(SHAPES)
+    options: dict = {}
+    step_options: dict = {}
+    counts_on_device = False
+
+    def __init__(self, cp, backend, folder):
+        self.cp, self.backend, self.folder = cp, backend, folder
+        self.params = {name: cp.asarray(a) for name, a in host(0).items() if name in self.names}
+        self.grads = {name: cp.asarray(a) for name, a in host(1).items() if name in self.names}
+        self.opt = self.maker(self.params, backend=backend, **self.made_with())
+        self.more = self.at_the_step()
+
+    def made_with(self):
+        return self.options
+
+    def at_the_step(self):
+        return self.step_options
+
+    def act(self):
+        self.opt.step(self.grads, **self.more)
+
+    def everything(self):
+        self.cp.cuda.Device().synchronize()
+        arrays = [*self.params.values(), *self.grads.values()]
+        counts = []
+        for state in self.opt.state.values():
+            for key, value in state.items():
+                (counts if isinstance(value, int) else arrays).append(value)
+        found = [self.cp.asarray(a) if not isinstance(a, np.ndarray) else a for a in arrays]
+        return [*(self.cp.asnumpy(a).tobytes() for a in found), *counts, self.opt.steps]
+
+
+class OneArray(Steps):
+    names = ("w",)
+
+
+class Capturable(Steps):
+    options = {"capturable": True}
+
+    def at_the_step(self):
+        return {"grad_scale": self.cp.full(1, 0.5)}
+
+
+class Clipped(Steps):
+    step_options = {"max_norm": 1.0}
+
+
+class LeftOut(Steps):
+    options = {"zero_grad": True}
+    step_options = {"found_inf": 1}
+
+
+class WholeStep(Steps):
+    maker = gpuadam.AdamW
+    options = {"capturable": True, "zero_grad": True, "state_dtype": "8bit", "ema_decay": 0.9}
+
+    def at_the_step(self):
+        return {"max_norm": 1.0, "check_finite": True, "found_inf": self.cp.zeros(1, "f4")}
+
+
+class OnAnotherStream(Steps):
+    """The arrays are used on one stream, the step is taken on another."""
+
+    def at_the_step(self):
+        self.cp.cuda.Device().synchronize()
+        return {"stream": self.cp.cuda.Stream(non_blocking=True)}
+
+
+class Strided(Steps):
+    def __init__(self, cp, backend, folder):
+        super().__init__(cp, backend, folder)
+        self.params = {"s": cp.zeros((9, 10), "f4")[:, ::2]}
+        self.grads = {"s": cp.ones((9, 10), "f4")[:, ::2]}
+        self.opt = self.maker(self.params, backend=backend)
+
+
+class Saving(Steps):
+    def act(self):
+        self.opt.save(self.folder / "state", with_params=True)
+
+
+class Loading(Steps):
+    def __init__(self, cp, backend, folder):
+        super().__init__(cp, backend, folder)
+        other = gpuadam.Adam(host(2))
+        other.step(host(3))
+        other.save(folder / "other")
+
+    def act(self):
+        self.loaded = gpuadam.load(self.folder / "other", self.params, self.backend)
+
+
+class StateDict(Steps):
+    def act(self):
+        self.opt.load_state_dict(self.opt.state_dict())
+
+
+class Making(Steps):
+    def act(self):
+        self.made = self.maker(self.params, backend=self.backend, amsgrad=True, capturable=True)
+
+
+class Norm(Steps):
+    def act(self):
+        self.norm = gpuadam.global_norm(self.grads, backend=self.backend)
+
+
+class Offloaded(Steps):
+    maker = gpuadam.OffloadAdam
+    options = {"update": "device", "budget": 50_000}
+
+
+CASES = [
+    *(OneArray, Steps, Strided, Capturable, Clipped, LeftOut, WholeStep, OnAnotherStream),
+    *(Saving, Loading, StateDict, Making, Norm, Offloaded),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_call_that_fails_changes_nothing_or_says_what(cp, driver, backend, case, tmp_path, monkeypatch, record_property):
+    monkeypatch.setattr(offload, "SMALLEST_CHUNK", 1 << 14)
+    subject = case(cp, backend, tmp_path)
+    subject.act()  # compiles
+    driver.calls.clear()
+    driver.listening = True
+    subject.act()
+    driver.listening = False
+    calls, held, outcomes = list(driver.calls), in_use(driver), Counter()
+    for n, name in enumerate(calls):
+        subject = case(cp, backend, tmp_path)
+        subject.act()
+        before = subject.everything()
+        driver.fail(n)
+        try:
+            subject.act()
+            error = ""
+        except Exception as raised:
+            error = str(raised)
+        not_reached = driver.fail_no_more()
+        context = f"call {n} of {len(calls)}, {name}: {error}"
+        changed, told = subject.everything() != before, "cut short" in error
+        assert not driver.captures, context
+        if not error:
+            outcomes["not reached" if not_reached else "went on"] += 1
+            continue
+        assert told == changed, context
+        outcomes["told" if told else "nothing changed"] += 1
+        try:
+            subject.act()
+        except ValueError as refused:
+            assert told and "cut short" in str(refused), context
+    gc.collect()
+    assert not in_use(driver) - held - Counter(events=8), "what is left of failures grows with them"
+    print(f"{case.__name__} on {backend}: {len(calls)} calls, {dict(outcomes)}")
+
+
+def in_use(driver):
+    """Return how much there is of each thing that a failure could leave behind."""
+    return Counter(events=len(driver.events), streams=len(driver.work.streams), graphs=len(driver.graphs))
