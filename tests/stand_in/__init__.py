@@ -3,8 +3,13 @@
     driver = stand_in.start()      # before CuPy and numba-cuda are used
 
 `GPUADAM_GPU=host pytest -m gpu` does so for the tests. Kernels are the PTX that these libraries compile and load, executed on the
-host by `ptx.py`; `driver.py` has the functions of libcuda, `runtime.py` those of CuPy's runtime, `memory.py` what may be touched,
-`work.py` in which order things are done, and `graphs.py` what is captured.
+host by `ptx.py`. Here
+
+- `driver.py` has the state, and how a call goes;
+- `starting`, `devices`, `allocations`, `copies`, `ordering`, `capturing` and `loading` have the functions of libcuda, and
+  `runtime.py` those of CuPy's runtime;
+- `memory.py` says what may be touched, `work.py` in which order things are done, `graphs.py` what a capture forbids;
+- `kernels.py` executes, and `library.py` is the library that the others open.
 
 What it shows: that our launch path calls these libraries as they are to be called, waits for what it has to wait for, and touches
 what is its own. It knows no time, no chip, and none of torch's CUDA.

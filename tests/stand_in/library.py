@@ -12,7 +12,6 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
-import traceback
 
 KINDS = {
     "p": ctypes.c_void_p,
@@ -96,17 +95,3 @@ def write(address, kind, value):
     """Write a C number at an address; a null pointer asks for nothing."""
     if address:
         kind.from_address(address).value = value
-
-
-def guarded(function, failed):
-    """Return a function that gives `failed()` for an exception, which C could not take."""
-
-    @functools.wraps(function)
-    def call(*arguments):
-        try:
-            return function(*arguments)
-        except BaseException:
-            traceback.print_exc()
-            return failed()
-
-    return call

@@ -1,8 +1,8 @@
 """The CUDA runtime of CuPy, over the stand-in's driver.
 
-CuPy's wheel has the runtime inside `cupy_backends.cuda.api.runtime`, which starts only on NVIDIA's own driver. So the functions of
-its documented interface that CuPy calls are led here, in the memory of this process, by a jump at the start of each. All that CuPy
-itself does is the wheel's own code.
+CuPy's wheel has the runtime inside `cupy_backends.cuda.api.runtime`, which starts only on NVIDIA's own driver. So the functions
+of its documented interface that CuPy calls are led here, in the memory of this process, by a jump at the start of each. All that
+CuPy itself does is the wheel's own code.
 """
 
 import ctypes
@@ -10,8 +10,9 @@ import functools
 import importlib
 import mmap
 import struct
+from pathlib import Path
 
-from . import driver
+from . import allocations, capturing, copies, devices, driver, loading, ordering, starting  # noqa: F401 - for ENTRIES
 from .driver import I32, U64, entry
 from .library import write
 
@@ -58,7 +59,7 @@ def get_device(d, out):
 
 @runtime("cudaSetDevice", "i", counted=False)
 def set_device(d, number):
-    driver.context_set(d, d.context_of(number))
+    devices.context_set(d, d.context_of(number))
 
 
 @runtime("cudaRuntimeGetVersion", "p", counted=False)
@@ -148,19 +149,19 @@ same("cudaGraphExecDestroy", "cuGraphExecDestroy", "p")
 @runtime("cudaEventCreate", "p")
 @ready
 def event_create(d, out):
-    return driver.event_create(d, out, 0)
+    return ordering.event_create(d, out, 0)
 
 
 @runtime("cudaStreamCreate", "p")
 @ready
 def stream_create(d, out):
-    return driver.stream_create(d, out, 0)
+    return ordering.stream_create(d, out, 0)
 
 
 @runtime("cudaDeviceEnablePeerAccess", "iu")
 @ready
 def enable_peer(d, peer, flags):
-    return driver.enable_peer(d, d.context_of(peer), flags)
+    return devices.enable_peer(d, d.context_of(peer), flags)
 
 
 @runtime("cudaMemcpy", "ppni", unsafe=True)
@@ -240,7 +241,7 @@ def pointer_attributes(d, out, address):
     on_device = block is not None and block.device >= 0
     known = on_device or d.memory.is_pinned(address, 1)
     at = PointerAttributes.from_address(out)
-    at.type = driver.MEMORY_TYPE_DEVICE if on_device else driver.MEMORY_TYPE_HOST if known else 0
+    at.type = allocations.MEMORY_TYPE_DEVICE if on_device else allocations.MEMORY_TYPE_HOST if known else 0
     at.device = block.device if on_device else d.device if known else -2
     at.device_pointer, at.host_pointer = address if known else 0, 0 if on_device else address
 
@@ -266,7 +267,7 @@ def lead_here(library):
 
 def _symbols(path):
     """Return name -> address of the functions of an ELF file, local ones too."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as elf:
+    with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as elf:
         start, size, count = struct.unpack_from("<Q", elf, 40)[0], *struct.unpack_from("<HH", elf, 58)
         sections = [struct.unpack_from("<IIQQQQIIQQ", elf, start + k * size) for k in range(count)]
         found = {}
@@ -282,7 +283,7 @@ def _symbols(path):
 
 def _loaded_at(path):
     """Return where the dynamic linker has put a library."""
-    with open("/proc/self/maps") as maps:
+    with Path("/proc/self/maps").open() as maps:
         return min(int(line.partition("-")[0], 16) for line in maps if line.rstrip().endswith(path))
 
 
