@@ -1,7 +1,8 @@
 """The bytes of an array, in C order and in small pieces, whatever its strides and wherever it lies.
 
 `chunks` reads them and `buffers` writes them, each over any range of elements, with a few MB of memory. Only arrays on a GPU that
-are not C-contiguous are held on the host whole, one at a time.
+are not C-contiguous are held on the host whole, one at a time. Each copy from or to a GPU waits for all work that is enqueued on
+the device, on whatever stream, and the host waits for the copy.
 """
 
 import numpy as np
@@ -33,13 +34,10 @@ def chunks(kernels, view, start=0, stop=None):
     else:
         itemsize = view.dtype.itemsize
         host = np.empty(min(CHUNK, view.nbytes), np.uint8)
-        with kernels.on(view.device, None):
-            kernels.synchronize()  # whatever stream wrote it last
-            for a, b in ranges:
-                part = host[: (b - a) * itemsize]
-                kernels.receive(part, view.pointer + a * itemsize, part.nbytes, LEGACY_DEFAULT)
-                kernels.synchronize()
-                yield part.data
+        for a, b in ranges:
+            part = host[: (b - a) * itemsize]
+            _receive(kernels, view.device, part, view.pointer + a * itemsize)
+            yield part.data
 
 
 def buffers(kernels, view, start=0, stop=None):
@@ -64,19 +62,56 @@ def buffers(kernels, view, start=0, stop=None):
     elif not view.contiguous:
         low, host = _whole(kernels, view)
         yield from _buffers_of(_strided(view, low, host), ranges)
-        with kernels.on(view.device, None):
-            kernels.send(low, host, host.nbytes, LEGACY_DEFAULT)
-            kernels.synchronize()
+        _send(kernels, view.device, low, host)
     else:
         itemsize = view.dtype.itemsize
         host = np.empty(min(CHUNK, view.nbytes), np.uint8)
+        for a, b in ranges:
+            part = host[: (b - a) * itemsize]
+            yield part.data
+            _send(kernels, view.device, view.pointer + a * itemsize, part)
+
+
+def number(kernels, view):
+    """Return the number in an array of one.
+
+    >>> from gpuadam import backends
+    >>> kernels, (view,) = backends.choose([("x", np.array([3]))])
+    >>> store_number(kernels, view, 4)
+    >>> number(kernels, view)
+    4
+    """
+    return np.frombuffer(b"".join(chunks(kernels, view)), view.dtype).item()
+
+
+def store_number(kernels, view, value):
+    """Write a number into an array of one."""
+    for buffer in buffers(kernels, view):
+        buffer[:] = np.array(value, view.dtype).tobytes()
+
+
+def wait(kernels, view):
+    """Wait for all that is enqueued on the device of an array, on whatever stream."""
+    if view.device is not None:
         with kernels.on(view.device, None):
             kernels.synchronize()
-            for a, b in ranges:
-                part = host[: (b - a) * itemsize]
-                yield part.data
-                kernels.send(view.pointer + a * itemsize, part, part.nbytes, LEGACY_DEFAULT)
-                kernels.synchronize()
+
+
+# The device is the current one only within these two: between the pieces that a generator gives, the caller's code runs.
+
+
+def _receive(kernels, device, host, address):
+    with kernels.on(device, None):
+        kernels.synchronize()
+        kernels.receive(host, address, host.nbytes, LEGACY_DEFAULT)
+        kernels.synchronize()
+
+
+def _send(kernels, device, address, host):
+    with kernels.on(device, None):
+        kernels.synchronize()
+        kernels.send(address, host, host.nbytes, LEGACY_DEFAULT)
+        kernels.synchronize()
 
 
 def _ranges(view, start, stop):
@@ -116,10 +151,7 @@ def _whole(kernels, view):
     """Return the lowest address of an array on a GPU, and all bytes from there to its highest."""
     low, high = checks.bounds(view)
     host = np.empty(high - low, np.uint8)
-    with kernels.on(view.device, None):
-        kernels.synchronize()
-        kernels.receive(host, low, host.nbytes, LEGACY_DEFAULT)
-        kernels.synchronize()
+    _receive(kernels, view.device, host, low)
     return low, host
 
 

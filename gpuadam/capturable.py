@@ -8,7 +8,8 @@ import contextlib
 
 import numpy as np
 
-from . import backends, hyperparameters
+from . import array_bytes, backends, hyperparameters
+from .arrays import View
 from .kernels import device_scalars, gpu_launch, synchronous
 
 NUMBERS = (np.dtype("float32"), np.dtype("float64"))
@@ -56,22 +57,19 @@ class Clock:
         return view
 
     def value(self, number, dtypes=NUMBERS):
-        """Return a hyperparameter as a number. An array on a GPU is read, which waits for what is enqueued."""
+        """Return a hyperparameter as a number. An array on a GPU is read, after waiting for the device."""
         if not is_array(number):
             return number
-        self.number("lr, grad_scale, norm or found_inf", number, dtypes)
-        return float(np.asarray(self.kernels.to_host(number)).reshape(()))
+        view = self.number("lr, grad_scale, norm or found_inf", number, dtypes)
+        return float(array_bytes.number(self.kernels, view))
 
     def count(self):
-        """Return the step count as an int. On a GPU this waits for what is enqueued."""
-        return int(self.kernels.to_host(self.step)[0])
+        """Return the step count as an int. On a GPU this waits for the device: graphs may count on any stream."""
+        return array_bytes.number(self.kernels, self.kernels.view("", self.step))
 
     def fill(self, array, value):
-        """Write a number into an array of one, in place, so that captured graphs see it."""
-        own = self.kernels.view("", array)
-        with self._here():
-            source = self.kernels.from_host(np.full(own.shape, value, own.dtype))
-            self.kernels.copy(own, self.kernels.view("", source))
+        """Write a number into an array of one, in place, so that captured graphs see it. On a GPU this waits for the device."""
+        array_bytes.store_number(self.kernels, self.kernels.view("", array), value)
 
 
 class Now:
@@ -79,26 +77,30 @@ class Now:
 
     counts: whether the clock counts the steps; else the host does. found_inf: a flag that leaves the step out.
     norm, max_norm: clip gradients of this norm, an array of one float64. largest_norm: a larger one, or NaN, leaves the step out.
+    on_host: name -> number, of the conditions that the host has decided.
     """
 
-    def __init__(self, clock, lr, grad_scale, *, counts=True, found_inf=None, norm=None, max_norm=None, largest_norm=None):
-        self.clock, self.counts = clock, counts
+    def __init__(
+        self, clock, lr, grad_scale, *, counts=True, found_inf=None, norm=None, max_norm=None, largest_norm=None, on_host=()
+    ):
+        self.clock, self.counts, self.on_host = clock, counts, dict(on_host)
         self.lr, self.grad_scale = clock.number("lr", lr), clock.number("grad_scale", grad_scale)
         self.found_inf = None if found_inf is None else clock.number("found_inf", found_inf, FLAGS)
         self.norm = None if norm is None else clock.number("norm", norm, NUMBERS[1:])
         self.max_norm, self.largest_norm = max_norm, largest_norm
 
     def check_capture(self, h):
-        """Refuse what a captured graph would freeze."""
-        if self.lr is None:
-            raise RuntimeError(
-                f"a graph is being captured, and it would repeat this step with lr={h.lr} for ever: give lr as an array of one "
-                "float64 on the device, and change what is in it"
-            )
+        """Refuse the numbers that a captured graph would freeze, and that are others in each step.
+
+        A graph also keeps max_norm, betas, eps, weight_decay and the like: they belong to the training, not to a step.
+        """
+        frozen = self.on_host | ({"lr": h.lr} if self.lr is None else {})
         if self.grad_scale is None and h.fixed.grad_scale != 1.0:
+            frozen["grad_scale"] = h.fixed.grad_scale
+        for name, value in frozen.items():
             raise RuntimeError(
-                f"a graph is being captured, and it would repeat this step with grad_scale={h.fixed.grad_scale} for ever: give "
-                "it as an array of one float64 on the device"
+                f"a graph is being captured, and it would repeat this step with {name}={value} for ever: give {name} as an array "
+                "of one float64 on the device, and change what is in it"
             )
 
 
@@ -155,24 +157,41 @@ class Scalars:
         self._launches[dtype] = own, settings, out
         return form, out
 
-    def launch(self):
-        now, clock, h = self.group.now, self.group.now.clock, self.group.h
-        kernels, stream = clock.kernels, self.stream
+    def prepare(self):
+        """Compile what `launch` launches, before anything is written."""
+        kernels, device = self.group.now.clock.kernels, self.group.now.clock.device
+        given = self._given()
+        with kernels.on(device, self.stream):
+            if kernels.is_capturing(self.stream):
+                return
+            for form, settings, out in self._launches.values():
+                gpu_launch.rehearse(
+                    kernels,
+                    device,
+                    form,
+                    lambda stream, launch=(form, settings, given, out): kernels.launch_scalars(*launch, stream),
+                )
+
+    def _given(self):
+        """Return what the scalars are made from by name: a View of one number on the device, or a number."""
+        now, h = self.group.now, self.group.h
         given = {
             "lr": h.lr if now.lr is None else now.lr,
             "grad_scale": h.fixed.grad_scale if now.grad_scale is None else now.grad_scale,
         }
         given |= {"found_inf": now.found_inf} if now.found_inf is not None else {}
         given |= {"norm": now.norm} if now.norm is not None else {}
-        views = [view for view in (now.lr, now.grad_scale, now.found_inf, now.norm) if view is not None]
         if now.counts:
-            given["step"] = kernels.view("step", clock.step)
-        with kernels.on(clock.device, None):
-            current = kernels.current_stream() or stream
-            named = {view.stream or current for view in views}
-            others = gpu_launch.to_order(kernels, stream, list(named - {stream}))
-            for other in others:
-                kernels.order(other, stream)
+            given["step"] = now.clock.kernels.view("step", now.clock.step)
+        return given
+
+    def launch(self, counted):
+        """Enqueue them. counted: a list that gets these Scalars as soon as the step is counted."""
+        clock, given = self.group.now.clock, self._given()
+        kernels, stream = clock.kernels, self.stream
+        views = [value for value in given.values() if isinstance(value, View)]
+        # after the step before, which may be on another stream: it reads the memory that is written here
+        with gpu_launch.ordered(kernels, clock.device, views, stream):
             for form, settings, out in self._launches.values():
                 launched = form, settings, given, out, stream
                 if synchronous.ON:
@@ -180,8 +199,7 @@ class Scalars:
                     synchronous.launch(kernels, stream, what, kernels.launch_scalars, *launched)
                 else:
                     kernels.launch_scalars(*launched)
-            for other in others:
-                kernels.order(stream, other)
+                counted.append(self)
 
 
 # The norm of gradients from which one of their squares may overflow the type that is computed with

@@ -6,6 +6,7 @@ import operator
 
 import numpy as np
 
+from .kernels.layout import bounds
 from .kernels.storage import GROUP
 
 
@@ -301,19 +302,6 @@ def overlap(written, read):
                     )
         end_of_any = max(end_of_any, end)
         end_of_written = max(end_of_written, end) if is_written else end_of_written
-
-
-def bounds(view):
-    """Return the addresses of the first byte and of the byte after the last."""
-    if view.contiguous:
-        return view.pointer, view.pointer + view.nbytes
-    start = end = view.pointer
-    for stride, n in zip(view.strides, view.shape, strict=True):
-        if stride < 0:
-            start += stride * (n - 1)
-        else:
-            end += stride * (n - 1)
-    return start, end + view.dtype.itemsize
 
 
 _start = operator.itemgetter(0)

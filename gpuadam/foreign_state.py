@@ -8,6 +8,7 @@ imports anything.
     foreign_state.from_torch(opt, torch_optimizer.state_dict(), [name for name, _ in model.named_parameters()])
 """
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Mapping
@@ -258,10 +259,17 @@ def _to_torch(name, state, param, opt, torch):
             if format_ != view.format:
                 raise TypeError(f"{key} of {name!r} is {format_}, and torch would cast it to the parameter's {view.format}")
             array = state[key].view(np.int16) if format_ == "bfloat16" else state[key]
-            tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.as_tensor(array, device="cuda")
-            tensor = tensor.clone()
+            _, (own,) = backends.choose([(f"{key} of params[{name!r}]", array)], opt._state_backend)
+            tensor = _tensor(torch, own).clone()
             found[theirs] = tensor.view(torch.bfloat16) if format_ == "bfloat16" else tensor
     return found
+
+
+def _tensor(torch, view):
+    """Return a tensor over the memory of an array. On a GPU torch would else move it to its own current device."""
+    if view.device is None:
+        return torch.from_numpy(view.array)
+    return torch.as_tensor(view.array, device=f"cuda:{view.device}")
 
 
 # optax
@@ -321,7 +329,8 @@ def _like(leaf, array, key, name, opt):
         )
     if not hasattr(array, "copy"):
         raise TypeError(f"{key} of {name!r} is {arrays.a_kind(array)}: only NumPy and CuPy arrays go to optax")
-    copy = array.copy()
+    with contextlib.nullcontext() if isinstance(array, np.ndarray) else array.device:  # CuPy copies to the current one
+        copy = array.copy()
     if _package(leaf) not in ("jax", "jaxlib"):
         return copy.view(leaf.dtype)
     jax = sys.modules["jax"]

@@ -172,26 +172,72 @@ def _update(groups, backend, stream, memo):
     for k, formats, batch in batches:
         group = groups[k]
         # the arrays of a group in device mode go where its scalars are computed
-        place = batch.place(scalars_of[k].stream if k in scalars_of else stream)
-        batch.check(place, group.now is not None and group.now.counts)
+        place = _placed(group, batch, scalars_of[k].stream if k in scalars_of else stream)
         if group.now is None:
             key = device_scalars.step_key(group.seed, group.step) if formats.random else 0
             work.append((batch, place, *hyperparameters.form_and_scalars(group.h, group.step, formats), key))
         else:
-            if place.capturing:
-                group.now.check_capture(group.h)
             if k not in scalars_of:
                 scalars_of[k] = capturable.Scalars(group, place.stream)
             work.append((batch, place, *scalars_of[k].of(formats), 0))
+    if stream is not None:
+        _check_devices([batch for _, _, batch in batches])
     for scalars in scalars_of.values():
-        scalars.launch()
+        scalars.prepare()
     for batch, place, form, scalars, key in work:
-        batch.launch(form, scalars, adam, place, key)
+        batch.prepare(form, scalars, adam, place, key)
+    # from here on nothing is allocated, compiled or refused
+    counted: list[capturable.Scalars] = []
+    launched: list[Any] = []
+    try:
+        for scalars in scalars_of.values():
+            scalars.launch(counted)
+        for batch, place, form, scalars, key in work:
+            batch.launch(form, scalars, adam, place, key, launched)
+    except Exception as error:
+        if counted or launched:
+            raise _cut_short(error, counted, launched, [batch for batch, *_ in work]) from error
+        raise
     if memo is not None and fresh:
         memo.keep(groups, backend, batches)
     elif fresh:
         for *_, batch in batches:
             batch.release()
+
+
+def _check_devices(batches):
+    """Refuse a stream for arrays on several devices: it is of one."""
+    devices = sorted({batch.device for batch in batches})
+    if len(devices) > 1:
+        raise ValueError(
+            f"stream is of one device, and the parameters are on devices {devices}: leave stream out, make a stream of each "
+            "device the current one there, or take a step for the parameters of each device"
+        )
+
+
+def _cut_short(error, counted, launched, batches):
+    """Return the error of a step of which a part is done."""
+    missing = [batch for batch in batches if batch not in launched]
+    done, not_done = (_names_of(some) for some in (launched, missing))
+    count = "; the step count on the device has advanced" if counted else ""
+    return RuntimeError(
+        f"the step was cut short ({type(error).__name__}: {error}). Updated: {done}; not updated: {not_done}{count}. What the host "
+        "counts has not advanced. Go on from a state that was saved before"
+    )
+
+
+def _names_of(batches):
+    names = [name for batch in batches for name in batch.names]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8:,} more" if len(names) > 8 else "") if names else "nothing"
+
+
+def _placed(group, batch, stream):
+    """Return the Place of a launch, or raise what a graph that is captured there would freeze or cannot hold."""
+    place = batch.place(stream)
+    if group.now is not None and place.capturing:
+        group.now.check_capture(group.h)
+    batch.check(place, group.now is not None and group.now.counts)
+    return place
 
 
 # by the bytes of an element and the number of columns
@@ -257,9 +303,11 @@ def formats_of(views, group):
     return storage.Arrays(param, grad, m, "max_v" in views, "remainder" in views, param_copy, ema, stochastic)
 
 
-def check(groups, backend=None):
-    """Raise what `update` would raise of the arrays, and do nothing else."""
-    for *_, batch in _checked(groups, backend):
+def check(groups, backend=None, stream=None):
+    """Raise what `update` would raise of the arrays and of a graph that is captured, and do nothing else."""
+    stream = streams.handle(stream)
+    for k, _, batch in _checked(groups, backend):
+        _placed(groups[k], batch, stream)
         batch.release()
 
 

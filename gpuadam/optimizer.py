@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import backends, checks, functional, hyperparameters, torch_tensors
+from . import array_bytes, backends, checks, functional, hyperparameters, torch_tensors
 from . import capturable as capturable_
 from .arrays import Bits
 from .groups import (
@@ -24,7 +24,7 @@ from .groups import (
     saved_settings,
     what_is,
 )
-from .kernels import device_scalars
+from .kernels import device_scalars, streams
 from .kernels.storage import GROUP
 from .norm import global_norm
 
@@ -44,9 +44,10 @@ class Adam(HasGroups):
     betas, eps, weight_decay, maximize: as in `adam_step`. amsgrad: keep the running maximum of v (Reddi et al. 2018).
     capturable: keep the step count on the device, so that a CUDA graph that captures `step` counts on when it is replayed.
         lr, and grad_scale in `step`, may then be arrays of one float32 or float64 on that device, whose values are read there
-        when the step runs; in a captured graph they have to be, because a graph freezes numbers. All parameters of a group
-        share a device and a step count, so none of them can be skipped alone. On the CPU it works the same, without graphs.
-        Take a step with the same arrays on the same stream before the capture.
+        when the step runs; in a captured graph they have to be, and norm and found_inf too, because a graph freezes numbers.
+        betas, eps, weight_decay, max_norm and which parameters have gradients stay in a graph what they were at the capture.
+        All parameters of a group share a device and a step count, so none of them can be skipped alone. On the CPU it works
+        the same, without graphs. Take a step with the same arrays on the same stream before the capture.
     backend: "cupy", "numba-cuda" or "numba-cpu"; by default the arrays decide.
 
     state_dtype: "float32", "float64", "bfloat16" or "8bit", of m, v and max_v; by default float64 for float64 parameters, else
@@ -318,7 +319,7 @@ class Adam(HasGroups):
         if on_device and not self.capturable:
             updates = self._with_norm_clocks(updates, grad_scale, on_device)
         if left_out:
-            self._leave_out(updates)
+            self._leave_out(updates, stream)
             return
         if updates:
             self._launch(updates, stream)
@@ -332,8 +333,8 @@ class Adam(HasGroups):
     def _launch(self, updates, stream):
         functional.update(updates, self.backend, stream, self._memo)
 
-    def _check(self, updates):
-        functional.check(updates, self.backend)
+    def _check(self, updates, stream):
+        functional.check(updates, self.backend, stream)
 
     def _alike(self, names, counts):
         """Return (which of them, step, kind) of the parameters that have taken as many steps and have state of one kind.
@@ -376,15 +377,19 @@ class Adam(HasGroups):
         in_device_mode = self.capturable and not all(clock is None or clock.on_cpu for clock in self._clocks)
         if isinstance(norm, np.ndarray):
             norm = float(norm)
+        on_device: dict[str, Any] = {}
+        on_host = {} if norm is None or capturable_.is_array(norm) else {"norm": norm}
         if not capturable_.is_array(found_inf) or isinstance(found_inf, np.ndarray):
-            left_out, found_inf = checks.found_inf(found_inf), None
+            left_out = checks.found_inf(found_inf)
+            on_host |= {} if found_inf is None else {"found_inf": found_inf}
         elif in_device_mode:
-            left_out = False
+            left_out, on_device["found_inf"] = False, found_inf
         else:
             raise ValueError(
                 "found_inf is an array on a GPU, which the step does not wait for: make the optimizer capturable=True"
             )
-        on_device = {} if found_inf is None else {"found_inf": found_inf}
+        if in_device_mode:
+            on_device["on_host"] = on_host
         if capturable_.is_array(norm):
             on_device |= {"norm": norm, "max_norm": max_norm}
             if check_finite and not in_device_mode:
@@ -424,21 +429,22 @@ class Adam(HasGroups):
             changed.append(group._replace(now=now))
         return changed
 
-    def _leave_out(self, updates):
+    def _leave_out(self, updates, stream):
         """Check a step that is left out, and zero the gradients if a step would."""
-        self._check(updates)
+        self._check(updates, stream)
         for group in updates:
             if group.h.fixed.zero_grad:
                 torch_tensors.wrote(group.columns[1])
             for grad, name in zip(group.columns[1], group.names, strict=True):
                 kernels, (view,) = backends.choose([(f"the gradient of params[{name!r}]", grad)], self.backend)
                 if group.h.fixed.zero_grad:
-                    kernels.fill_zero(view)
+                    kernels.fill_zero(view, streams.handle(stream))
 
     def state_dict(self):
         """Return {"steps", "state", "groups"}: by name, the moments themselves and not copies, and each group's settings.
 
-        With capturable, step counts and learning rates are read from the device, as numbers.
+        With capturable, step counts and learning rates are read from the device, as numbers, after waiting for all that is
+        enqueued there, graphs included: the moments are then those of the counts.
         A learning rate that is a callable is not state: None stands in its place.
         """
         groups = []
@@ -448,8 +454,9 @@ class Adam(HasGroups):
             if self.capturable and self._clocks[k]:
                 if not callable(group["lr"]):
                     settings["lr"] = self._clocks[k].value(group["lr"])
+                count = self._clocks[k].count()
                 for name in group["names"]:
-                    states[name]["step"] = self._clocks[k].count()
+                    states[name]["step"] = count
             groups.append(settings)
         return {"steps": self.steps, "state": states, "groups": groups}
 
@@ -501,16 +508,18 @@ class Adam(HasGroups):
                 clock.fill(group["lr"], settings["lr"])  # in place: a captured graph knows this array
                 settings["lr"] = group["lr"]
             group.update(settings)
-            for name in group["names"]:
-                if clock is None:
+            if clock:
+                clock.fill(clock.step, states[group["names"][0]]["step"])
+            else:
+                for name in group["names"]:
                     self.state[name]["step"] = states[name]["step"]
-                else:
-                    clock.fill(clock.step, states[name]["step"])
         self.steps = steps
 
     def _copy_state(self, copies):
         for kernels, own, loaded in copies:
+            array_bytes.wait(kernels, own)  # graphs may write it on any stream
             kernels.copy(own, loaded)
+            array_bytes.wait(kernels, own)  # and may read it
 
 
 # What the constructor takes beside arrays, hyperparameters and backend: Adam.options, which checkpoints hold

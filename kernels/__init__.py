@@ -22,7 +22,7 @@ A *backend* is a file that gives a rule its loop: `cupy_elementwise.py`, `numba_
     launch(form, views, scalars, rule, stream, key)   one update, in place
     build(rule, form, loop)                        the kernel, cached
     zeros_like(view, dtype), zeros(n, dtype, device)  memory for state, and for many parameters
-    fill_zero(view)                                zeros in a gradient of a step that is left out
+    fill_zero(view, stream)                        zeros in a gradient of a step that is left out
     copy, from_host, to_host                       for loading state, and for tests and measurements
     native(view)                                   the array in the backend's own library, for the buffers of many ranks
     now, seconds_between                           the device's clock

@@ -108,23 +108,23 @@ def zeros_like(view, dtype=None):
     dtype: another one than the array's.
     """
     dtype = view.dtype if dtype is None else dtype
-    with cupy.cuda.Device(view.device):
-        offset = offset_like(view, dtype, VECTOR_BYTES)
-        flat = cupy.zeros(offset + view.size, dtype)[offset:]
-        cupy.cuda.get_current_stream().synchronize()  # the first step may be on another
-        return cupy.ndarray(view.shape, dtype, flat.data, strides_like(view, dtype))
-
-
-def fill_zero(view):
-    """Store zeros in an array."""
-    with cupy.cuda.Device(view.device):
-        native(view).fill(0)
+    offset = offset_like(view, dtype, VECTOR_BYTES)
+    flat = zeros(offset + view.size, dtype, view.device)[offset:]
+    return cupy.ndarray(view.shape, dtype, flat.data, strides_like(view, dtype))
 
 
 def zeros(n, dtype, device):
-    """Return a 1-D array of n zeros."""
+    """Return a 1-D array of n zeros, which are there, for any stream, when this returns."""
     with cupy.cuda.Device(device):
-        return cupy.zeros(n, dtype)
+        array = cupy.zeros(n, dtype)
+        cupy.cuda.get_current_stream().synchronize()
+        return array
+
+
+def fill_zero(view, stream=None):
+    """Store zeros in an array, in the order of a launch. stream: the handle of one, or None."""
+    with gpu_launch.ordered(_this_module, view.device or 0, [view], stream):
+        native(view).fill(0)
 
 
 def from_host(array):
@@ -133,11 +133,10 @@ def from_host(array):
 
 
 def to_host(array):
-    """Return a copy of an array of this backend, or of another library, as a NumPy array."""
-    if isinstance(array, cupy.ndarray):
-        return cupy.asnumpy(array)
+    """Return a copy of an array of this backend, or of another library, as a NumPy array. It waits for its device."""
     found = view("", array)
-    with on(found.device or 0, found.stream):  # that of its library: its work may be on another than CuPy's current one
+    with on(found.device or 0, None):
+        synchronize()  # whichever stream writes it
         return cupy.asnumpy(native(found))
 
 
@@ -156,16 +155,10 @@ copies_any_layout = True
 
 
 def copy(to, source):
-    """Copy one array into another of the same shape, of its dtype or of a wider one, on the current stream."""
-    with cupy.cuda.Device(to.device):
-        current = current_stream()
-        others = {view.stream for view in (to, source)} - {None, current}
-        for other in others:
-            order(other, current)
+    """Copy one array into another of the same shape, of its dtype or of a wider one, in the order of a launch."""
+    with gpu_launch.ordered(_this_module, to.device or 0, [to, source]):
         given = native(source)
         native(to)[...] = given if to.dtype == source.dtype else storage.widened(given, source.format)
-        for other in others:
-            order(current, other)
 
 
 def launch(form, views, scalars, rule=adam, stream=None, key=0):
@@ -192,7 +185,7 @@ def run(batch, form, scalars, rule, stream, key):
     else:
         given = [*scalars, *([key] if random else [])]
     if batch.loop == "table":
-        rows, owners = batch.table.addresses(stream)
+        rows, owners = batch.at
         rows = _unowned(rows, (batch.table.rows.size,), np.int64, batch.device)
         owners = _unowned(owners, batch.table.owners.shape, np.int32, batch.device)
         kernel(owners, *given, rows, size=owners.size * pointer_table.BLOCK, block_size=pointer_table.BLOCK)
@@ -278,6 +271,16 @@ def current_stream():
 def is_capturing(stream):
     """Whether a graph is being captured on a stream; it cannot be on the default one."""
     return stream != LEGACY_DEFAULT and cupy.cuda.runtime.streamIsCapturing(stream)
+
+
+def begin_capture(stream):
+    """Begin to capture a graph of what is enqueued on a stream of the current device, and forbid nothing meanwhile."""
+    cupy.cuda.runtime.streamBeginCapture(stream, cupy.cuda.runtime.streamCaptureModeRelaxed)
+
+
+def drop_capture(stream):
+    """End a capture and throw the graph away."""
+    cupy.cuda.runtime.graphDestroy(cupy.cuda.runtime.streamEndCapture(stream))
 
 
 def synchronize_stream(stream):

@@ -25,8 +25,11 @@ def current_device():
     return cupy.cuda.runtime.getDevice()
 
 
-def empty(device, stream):
-    """Return a new result on the current device and stream, and its address."""
+NAMED = None
+
+
+def empty():
+    """Return a new result, whose memory is of the current device and stream, and its address."""
     result = cupy.empty((), np.float64)
     return result, result.data.ptr
 

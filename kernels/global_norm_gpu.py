@@ -1,7 +1,7 @@
 """What both GPU backends do to launch the passes of `global_norm.py`: on which stream they go, where table and sums lie.
 
-A backend's own file brings `current_device()`, `empty(device, stream)`, a new result and its address, and
-`run(form, stream, chunks, arguments)`, a launch on the current device.
+A backend's own file brings `current_device()`, `empty()`, a new result on the current device and its address, `NAMED`, the stream
+that a new result names, and `run(form, stream, chunks, arguments)`, a launch on the current device.
 """
 
 import contextlib
@@ -20,17 +20,18 @@ def launch(backend, own, views, out, device, given):
     """
     if device is None:
         device = own.current_device() if out is None or out.device is None else out.device
-    named = list(dict.fromkeys(view.stream for view in [*views, *([out] if out else [])]))
+    # a new result is there for the current stream, and for the one that it names, wherever the work goes
+    named = [view.stream for view in views] + ([out.stream] if out else [None, own.NAMED])
     with backend.on(device, None):
         stream, others = streams.choose(given, backend.current_stream(), named)
         others = gpu_launch.to_order(backend, stream, others)
         capturing = backend.is_capturing(stream)
         if capturing:
             _check_capture(out, others)
+        result, address = own.empty() if out is None else (out.array, out.pointer)
     plan = global_norm.plan(views, VECTOR_BYTES)
     table = _Table(backend, device, plan)
     with backend.on(device, stream):
-        result, address = own.empty(device, stream) if out is None else (out.array, out.pointer)
         for other in others:
             backend.order(other, stream)
         with gpu_launch.allowed_while_capturing() if capturing else contextlib.nullcontext():

@@ -5,7 +5,7 @@ import math
 import sys
 
 import numpy as np
-from numba import carray, njit, prange, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache, global_norm, numba_cpu, primitives
@@ -70,18 +70,15 @@ def run(one, table, out, last):
     n_threads = 1 if elements < PARALLEL_FROM else min(numba_cpu._n_threads(), chunks)
     if n_threads == 1:
         build(form, "serial")(table, 0, chunks, *rest)
-    elif numba_cpu._numba_threads_are_safe():
-        with numba_cpu._one_at_a_time:
-            build(form, "parallel")(table, chunks, n_threads, *rest)
     else:
-        numba_cpu._in_own_threads(build(form, "serial"), table, chunks, n_threads, rest)
+        numba_cpu.in_threads(functools.partial(build, form), table, chunks, n_threads, rest)
 
 
 @functools.cache
 def build(form, loop):
     """Return the compiled kernel of a form. loop: "serial" or "parallel"."""
     if loop == "parallel":
-        return _parallel(form)
+        return numba_cpu.parallel_of(build(form, "serial"), "first_row, n_rows, out, last")
     this = sys.modules[__name__]
 
     def compiled(function):
@@ -152,17 +149,6 @@ def build(form, loop):
             store(out + 8 * (table[row + FIRST_SUM] + k), sqrt(total) if last else total)
 
     return compiled_cache.stored(compiled(serial), __name__, form)
-
-
-def _parallel(form):
-    serial = build(form, "serial")
-
-    def parallel(table, chunks, n_threads, first_row, n_rows, out, last):
-        for k in prange(n_threads):
-            serial(table, chunks * k // n_threads, chunks * (k + 1) // n_threads, first_row, n_rows, out, last)
-
-    # Not kept on disk: Numba names the body of a parallel loop by an address, which two processes may have in common.
-    return njit(error_model="numpy", nogil=True, parallel=True)(parallel)
 
 
 def _accesses(format):

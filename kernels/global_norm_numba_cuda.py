@@ -29,6 +29,7 @@ from gpuadam.kernels.global_norm import (
     WIDTH,
 )
 from gpuadam.kernels.layout import VECTOR_BYTES
+from gpuadam.kernels.streams import LEGACY_DEFAULT
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
@@ -43,9 +44,12 @@ def current_device():
     return cuda.get_current_device().id
 
 
-def empty(device, stream):
-    """Return a new result on the current device, which names the stream that it is made on, and its address."""
-    result = cuda.device_array((), np.float64, stream=numba_cuda._stream(stream))
+NAMED = LEGACY_DEFAULT
+
+
+def empty():
+    """Return a new result on the current device, which may outlive every stream but the default one, and its address."""
+    result = cuda.device_array((), np.float64)
     return result, result.device_ctypes_pointer.value
 
 

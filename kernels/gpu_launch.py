@@ -1,7 +1,7 @@
 """What both GPU backends do to launch: which arrays share a launch, on which stream it goes, what a captured graph may hold.
 
 A backend module brings what differs: `on(device, stream)`, `current_stream()`, `is_capturing(stream)`, `order(before, after)`,
-`synchronize_stream(stream)`, the memory for `pointer_table`, and `run(batch, form, scalars, rule, stream, key)`. All but `on` are
+`synchronize_stream(stream)`, `begin_capture(stream)`, `drop_capture(stream)`, the memory for `pointer_table`, and `run(batch, form, scalars, rule, stream, key)`. All but `on` are
 about the current device: each device has a current stream of its own and a default stream of the same name, and an event serves
 the streams of its own device.
 """
@@ -15,7 +15,7 @@ import threading
 from typing import NamedTuple
 
 from gpuadam.dlpack import Borrowed
-from gpuadam.kernels import pointer_table, storage, streams, synchronous
+from gpuadam.kernels import device_scalars, pointer_table, storage, streams, synchronous
 from gpuadam.kernels.layout import Update, dense, split
 
 
@@ -52,6 +52,26 @@ def to_order(backend, stream, others):
         # nothing that is captured can wait for the default stream, and a graph is ordered where it is launched
         return [other for other in others if other != streams.LEGACY_DEFAULT]
     return others
+
+
+@contextlib.contextmanager
+def ordered(backend, device, views, given=None):
+    """Make a device current and the stream for work on arrays there, which is chosen and ordered as a launch's. Gives its handle.
+
+    The work is also ordered with what was the current stream, where others may have used the same memory. given: the handle of a
+    stream, or None.
+    """
+    with backend.on(device, None):
+        stream, others = streams.choose(given, backend.current_stream(), [*(view.stream for view in views), None])
+        others = to_order(backend, stream, others)
+        with backend.on(device, stream):
+            for other in others:
+                backend.order(other, stream)
+            yield stream
+            for other in others:
+                backend.order(stream, other)
+            if not backend.is_capturing(stream):
+                keep_until_done(backend, stream, borrowed(views))
 
 
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
@@ -96,6 +116,31 @@ def keep_until_done(backend, stream, borrowed):
             _in_use.append((backend, backend.record(stream), borrowed))
 
 
+MOST_OF_32_BITS = 2**31  # bytes of an array that CuPy counts in 32 bits
+
+_rehearsed: set = set()  # (backend, device, kernel)
+
+
+def rehearse(backend, device, kernel, launch):
+    """Launch a kernel into a graph that is thrown away: what can fail in the compiler or the loader fails before a write.
+
+    Nothing runs. device: the current one. kernel: what tells one that is compiled from others; the first launch of each is
+    rehearsed. launch(stream): enqueues it.
+    """
+    key = backend.NAME, device, kernel
+    if key in _rehearsed:
+        return
+    owner, stream = backend.new_stream()
+    with backend.on(device, stream):
+        backend.begin_capture(stream)
+        try:
+            launch(stream)
+        finally:
+            backend.drop_capture(stream)
+    del owner
+    _rehearsed.add(key)
+
+
 class Place(NamedTuple):
     """Where a launch goes."""
 
@@ -121,6 +166,10 @@ class Batch:
         self.borrowed = borrowed(view for update in updates for view in update.views)
         self.arguments = None  # what a backend makes of the arrays at the first launch
         self.what = synchronous.updates_of(updates, loop) if synchronous.ON else ""
+        self.names = [update.views[0].name for update in updates]
+        # what CuPy compiles a kernel for, beside its form
+        self.kernel = loop, *((view.contiguous, len(view.shape), view.nbytes > MOST_OF_32_BITS) for view in first)
+        self.at = None  # where the table is
         if loop != "table":
             self.updates = [updates[0]._replace(views=[view._replace(array=None) for view in first])]
         if loop == "contiguous":
@@ -155,15 +204,31 @@ class Batch:
                 "arrays, gradients included, on this stream before the capture"
             )
 
-    def launch(self, form, scalars, rule, place, key=0):
+    def prepare(self, form, scalars, rule, place, key=0):
+        """Do what may fail before anything is written: put the table on the device, and compile the kernel."""
+        with self.backend.on(self.device, place.stream):
+            if self.loop == "table":
+                self.at = self.table.addresses(place.stream)
+            if not place.capturing:
+                kernel = rule, form, isinstance(scalars, device_scalars.Memory), self.kernel
+                rehearse(
+                    self.backend, self.device, kernel, lambda s: self.backend.run(self, form, scalars, rule, s, key)
+                )
+
+    def launch(self, form, scalars, rule, place, key=0, launched=None):
+        """Enqueue the updates. launched: a list that gets the Batch as soon as they cannot be taken back."""
         stream, others, _ = place
         with self.backend.on(self.device, stream):
+            if self.loop == "table":
+                self.at = self.table.addresses(stream)
             for other in others:
                 self.backend.order(other, stream)
             if synchronous.ON:
                 synchronous.launch(self.backend, stream, self.what, self.backend.run, self, form, scalars, rule, stream, key)
             else:
                 self.backend.run(self, form, scalars, rule, stream, key)
+            if launched is not None:
+                launched.append(self)
             if self.loop == "table":
                 self.table.used(stream)
             for other in others:

@@ -86,6 +86,19 @@ def strides_like(view, dtype):
     return tuple(stride // view.dtype.itemsize * dtype.itemsize for stride in view.strides)
 
 
+def bounds(view):
+    """Return the addresses of the first byte and of the byte after the last."""
+    if view.contiguous:
+        return view.pointer, view.pointer + view.nbytes
+    start = end = view.pointer
+    for stride, n in zip(view.strides, view.shape, strict=True):
+        if stride < 0:
+            start += stride * (n - 1)
+        else:
+            end += stride * (n - 1)
+    return start, end + view.dtype.itemsize
+
+
 def collapse(shape, strides, in_c_order=False):
     """Merge the dimensions that all arrays step through as one, and drop those of one element.
 

@@ -5,14 +5,13 @@ LLVM vectorises the loop, and the vector body, the scalar tail and any split bet
 operation is rounded by itself.
 """
 
-import collections
 import contextlib
 import functools
 import itertools
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numba
 import numpy as np
@@ -47,8 +46,8 @@ def zeros_like(view, dtype=None):
     return np.ndarray(view.shape, dtype, memory, start, strides_like(view, dtype))
 
 
-def fill_zero(view):
-    """Store zeros in an array."""
+def fill_zero(view, stream=None):
+    """Store zeros in an array. stream: only GPUs have them."""
     view.array[...] = 0
 
 
@@ -121,6 +120,7 @@ class Batch:
 
     def __init__(self, table, updates):
         self.table, self.updates = table, updates  # which keep the arrays alive
+        self.names = [update.views[0].name for update in updates or ()]
 
     def place(self, given):
         if given is not None:
@@ -129,7 +129,12 @@ class Batch:
     def check(self, place, on_device):
         """A GPU's batch refuses here what a captured graph cannot hold."""
 
-    def launch(self, form, scalars, rule, place, key=0):
+    def prepare(self, form, scalars, rule, place, key=0):
+        """A GPU's batch compiles here, and puts its table on the device."""
+
+    def launch(self, form, scalars, rule, place, key=0, launched=None):
+        if launched is not None:
+            launched.append(self)  # from here on some elements may be written
         if self.table is None:
             (update,) = self.updates
             views = update.views
@@ -153,18 +158,15 @@ def launch_table(form, table, n, scalars, rule=adam, key=0):
     n_threads = 1 if n < PARALLEL_FROM else _n_threads()
     if n_threads == 1:
         build(rule, form, "serial")(table, 0, n, key, *scalars)
-    elif _numba_threads_are_safe():
-        with _one_at_a_time:
-            build(rule, form, "parallel")(table, n, n_threads, key, *scalars)
     else:
-        _in_own_threads(build(rule, form, "serial"), table, n, n_threads, (key, *scalars))
+        in_threads(functools.partial(build, rule, form), table, n, n_threads, (key, *scalars))
 
 
 @functools.cache
 def build(rule, form, loop):
     """Return the compiled kernel of a form. loop: "serial", "parallel" or "strided"."""
     if loop == "parallel":
-        return _parallel(rule, form)
+        return parallel_of(build(rule, form, "serial"), ", ".join(["key", *adam.scalars(form)]))
     # Numba's default error model tests every divisor for zero: the loop would not vectorise, and would raise half-way
     # through the arrays.
     compiled = njit(error_model="numpy", nogil=True)
@@ -268,13 +270,18 @@ def _over_groups(form, update, operands_at):
     return serial
 
 
-def _parallel(rule, form):
-    serial = build(rule, form, "serial")
-    listed = ", ".join(adam.scalars(form))
+def parallel_of(serial, names):
+    """Return a loop that runs the parts of a serial one in Numba's threads, and how many of them ended without an error.
+
+    names: of the arguments after the three that say which part.
+    """
     text = f"""
-def parallel(table, n, n_threads, key, {listed}):
+def parallel(table, n, n_threads, {names}):
+    ended = 0
     for k in prange(n_threads):
-        serial(table, n * k // n_threads, n * (k + 1) // n_threads, key, {listed})
+        serial(table, n * k // n_threads, n * (k + 1) // n_threads, {names})
+        ended += 1
+    return ended
 """
     namespace = {"serial": serial, "prange": prange}
     exec(compile(text, __file__, "exec"), namespace)
@@ -335,30 +342,59 @@ def one_thread():
         numba.set_num_threads(before)
 
 
+def in_threads(build, table, n, n_threads, rest):
+    """Run a loop over n elements in several threads. build(loop): its kernel. rest: what a kernel takes beside table and part."""
+    if not _numba_threads_are_safe():
+        _in_own_threads(build("serial"), table, n, n_threads, rest)
+        return
+    with _one_at_a_time:
+        ended = build("parallel")(table, n, n_threads, *rest)
+    # Numba drops what its threads raise. These loops raise nothing but a MemoryError.
+    if ended < n_threads:
+        raise MemoryError(
+            f"{n_threads - ended} of {n_threads} parts of a loop were not done, because a thread found no memory for itself. If "
+            "it was a step, parameters and state are of two steps: go on from a state that was saved before"
+        )
+
+
 @functools.cache
 def _pool(n_threads):
     return ThreadPoolExecutor(n_threads, thread_name_prefix="gpuadam")
 
 
 def _in_own_threads(serial, table, n, n_threads, scalars):
-    """Run the parts of the serial loop in the calling thread and in those of a pool, as far as there are any."""
+    """Run the parts of the serial loop in the calling thread and in those of a pool, as far as there are any.
+
+    What a part raises is raised here, when no part runs any more. Parts that were not begun are then left out.
+    """
     edges = [n * k // n_threads for k in range(n_threads + 1)]
-    parts, finished = collections.deque(itertools.pairwise(edges)), threading.Semaphore(0)
+    parts: list[tuple[Future, int, int]] = [(Future(), first, last) for first, last in itertools.pairwise(edges)]
 
-    def work():
-        while parts:
+    def work(future, first, last):
+        if future.set_running_or_notify_cancel():  # else the calling thread has taken the part
             try:
-                first, last = parts.popleft()
-            except IndexError:  # another thread has taken the last
-                return
-            try:
+                future.set_result(serial(table, first, last, *scalars))
+            except BaseException as error:  # noqa: BLE001 - of a thread; it is raised in the calling one
+                future.set_exception(error)
+
+    try:
+        with contextlib.suppress(RuntimeError):  # the system has no more threads, or the interpreter is ending
+            for part in parts[1:]:
+                _pool(n_threads).submit(work, *part)
+        for future, first, last in parts:
+            if future.cancel():  # no thread has begun the part
                 serial(table, first, last, *scalars)
-            finally:
-                finished.release()
+    finally:
+        begun = [future for future, *_ in parts if not future.cancel()]
+        _wait(begun)
+    for future in begun:
+        future.result()
 
-    with contextlib.suppress(RuntimeError):  # the system has no more threads, or the interpreter is ending
-        for _ in range(n_threads - 1):
-            _pool(n_threads).submit(work)
-    work()
-    for _ in range(n_threads):
-        finished.acquire()
+
+def _wait(begun):
+    """Wait until all Futures are done, also if Ctrl-C is raised meanwhile: their threads still write arrays."""
+    try:
+        wait(begun)
+    finally:
+        if not all(future.done() for future in begun):
+            _wait(begun)

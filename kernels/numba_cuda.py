@@ -20,9 +20,9 @@ from numba.cuda.cudadrv.error import CudaSupportError
 from numba.cuda.extending import intrinsic
 
 from gpuadam.arrays import View, on_cuda, on_device
-from gpuadam.kernels import adam, device_scalars, gpu_launch, primitives, storage, storage_numba, streams
+from gpuadam.kernels import adam, device_scalars, gpu_launch, primitives, storage, storage_numba
 from gpuadam.kernels.device_scalars import KEY_AT, REALS_AT, SKIP_AT
-from gpuadam.kernels.layout import VECTOR_BYTES, collapse, offset_like, strides_like
+from gpuadam.kernels.layout import VECTOR_BYTES, bounds, collapse, offset_like, strides_like
 from gpuadam.kernels.pointer_table import BLOCK, CHUNK, FIRST_CHUNK, HEAD, ITEMS, KEY, OPERANDS, SIZE, START, VECTORS
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 
@@ -80,33 +80,35 @@ def zeros_like(view, dtype=None):
         if view.size == 0:
             return cuda.device_array(view.shape, dtype)
         offset = offset_like(view, dtype, VECTOR_BYTES)
-        flat = cuda.device_array(offset + view.size, dtype)
-        stream, _ = streams.choose(None, current_stream(), [view.stream])
-        device_memset(flat, 0, flat.nbytes, _stream(stream))
-        zeros = flat[offset:].reshape(*view.shape)
+        like = zeros(offset + view.size, dtype, view.device)[offset:].reshape(*view.shape)
         strides = strides_like(view, dtype)
         if strides is None:
-            return zeros  # the array has gaps; its moments need none
-        described = zeros.__cuda_array_interface__ | {"strides": strides}
-        return cuda.from_cuda_array_interface(described, owner=zeros, sync=False)
-
-
-def fill_zero(view):
-    """Store zeros in an array."""
-    with cuda.gpus[view.device or 0]:
-        if view.size:
-            stream, _ = streams.choose(None, current_stream(), [view.stream])
-            device_memset(cuda.as_cuda_array(view.array, sync=False), 0, view.nbytes, _stream(stream))
+            return like  # the array has gaps; its moments need none
+        described = like.__cuda_array_interface__ | {"strides": strides}
+        return cuda.from_cuda_array_interface(described, owner=like, sync=False)
 
 
 def zeros(n, dtype, device):
-    """Return a 1-D array of n zeros."""
+    """Return a 1-D array of n zeros, which are there, for any stream, when this returns."""
     with cuda.gpus[device or 0]:
         array = cuda.device_array(n, dtype)
         if n:
-            stream, _ = streams.choose(None, current_stream(), [])
-            device_memset(array, 0, array.nbytes, _stream(stream))
+            device_memset(array, 0, array.nbytes)
+            synchronize_stream(LEGACY_DEFAULT)
         return array
+
+
+def fill_zero(view, stream=None):
+    """Store zeros in an array, in the order of a launch. stream: the handle of one, or None."""
+    if not view.size:
+        return
+    shape, (strides,) = collapse(view.shape, [view.strides])
+    with gpu_launch.ordered(_this_module, view.device, [view], stream) as stream:
+        if strides in ((), (view.dtype.itemsize,)):
+            _ok(driver.cuMemsetD8Async(view.pointer, 0, view.nbytes, stream))
+        else:
+            kernel = _with_grid(_fill_zero(view.dtype.itemsize, len(shape)), -(-view.size // BLOCK), BLOCK, stream)
+            kernel(view.pointer, shape, strides, view.size)
 
 
 def from_host(array):
@@ -118,17 +120,17 @@ def from_host(array):
 
 
 def to_host(array):
-    """Return a copy of an array of this backend as a NumPy array; of other libraries' arrays, those without gaps."""
-    if hasattr(array, "copy_to_host"):
-        return array.copy_to_host()
+    """Return a copy of an array of this backend, or of another library, as a NumPy array. It waits for its device."""
     found = view("", array)
-    result = np.empty(found.shape, found.dtype)
-    if found.size:
-        with on(found.device, None):
-            stream, _ = streams.choose(None, current_stream(), [found.stream])
-            receive(result, found.pointer, found.nbytes, stream)
-            synchronize_stream(stream)
-    return result
+    if not found.size:
+        return np.empty(found.shape, found.dtype)
+    start, end = bounds(found)
+    memory = np.empty(end - start, np.uint8)
+    with on(found.device, None):
+        synchronize()  # whichever stream writes it
+        receive(memory, start, memory.nbytes, LEGACY_DEFAULT)
+        synchronize_stream(LEGACY_DEFAULT)
+    return np.ndarray(found.shape, found.dtype, memory, found.pointer - start, found.strides)
 
 
 def now():
@@ -148,15 +150,10 @@ copies_any_layout = False
 
 
 def copy(to, source):
-    """Copy one array into another of the same shape, strides and dtype."""
+    """Copy one array into another of the same shape, strides and dtype, without gaps, in the order of a launch."""
     if to.size:
-        with cuda.gpus[to.device]:
-            stream, others = streams.choose(None, current_stream(), [to.stream, source.stream])
-            for other in others:
-                order(other, stream)
+        with gpu_launch.ordered(_this_module, to.device, [to, source]) as stream:
             _ok(driver.cuMemcpyDtoDAsync(to.pointer, source.pointer, to.nbytes, stream))
-            for other in others:
-                order(stream, other)
 
 
 def launch(form, views, scalars, rule=adam, stream=None, key=0):
@@ -176,7 +173,7 @@ def run(batch, form, scalars, rule, stream, key):
     given = scalars.address if on_device else tuple(map(form.dtype.type, scalars))
     if batch.loop == "table":
         kernel = _configured(rule, form, "table", on_device, batch.table.owners.size, stream)
-        kernel(*batch.table.addresses(stream), key, given)
+        kernel(*batch.at, key, given)
         return
     (update,) = batch.updates
     if batch.loop == "contiguous":
@@ -217,6 +214,17 @@ def is_capturing(stream):
         return False
     (status,) = _ok(driver.cuStreamIsCapturing(stream))
     return status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+
+
+def begin_capture(stream):
+    """Begin to capture a graph of what is enqueued on a stream of the current device, and forbid nothing meanwhile."""
+    _ok(driver.cuStreamBeginCapture(stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+
+
+def drop_capture(stream):
+    """End a capture and throw the graph away."""
+    (graph,) = _ok(driver.cuStreamEndCapture(stream))
+    _ok(driver.cuGraphDestroy(graph))
 
 
 def synchronize_stream(stream):
@@ -317,6 +325,23 @@ def _ok(result):
 def _stream(handle):
     # one object for each stream: Numba caches launch configurations by its identity
     return 0 if handle == LEGACY_DEFAULT else cuda.external_stream(handle)
+
+
+@functools.cache
+def _fill_zero(itemsize, ndim):
+    """Return the kernel that stores zeros in elements of some bytes, whatever lies between them."""
+    bits = {1: types.uint8, 2: types.uint16, 4: types.uint32, 8: types.uint64}[itemsize]
+    store = _store(bits)
+
+    def fill_zero(address, shape, strides, size):
+        i = cuda.grid(1)
+        if i < size:
+            for d in range(ndim):
+                address += strides[ndim - 1 - d] * (i % shape[ndim - 1 - d])
+                i = i // shape[ndim - 1 - d]
+            store(address, bits(0))
+
+    return cuda.jit(fill_zero)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -47,11 +47,11 @@ class Table:
     """
 
     def __init__(self, backend, device, updates, group_lanes=0):
-        self.backend, self.device = backend, device
-        self.rows, self.owners = rows_and_owners(updates, group_lanes)
-        self.streams: dict[int, Any] = {}  # that it was used on, and the event after its last use there
+        self.streams: dict[int, Any] = {}  # on which it is there, and the event after its last use there
         self._buffer: Any = None
         self._sent: Any = None
+        self.backend, self.device = backend, device
+        self.rows, self.owners = rows_and_owners(updates, group_lanes)
 
     def addresses(self, stream):
         """Return where rows and owners are, for work on a stream."""
@@ -59,6 +59,7 @@ class Table:
             self._send(stream)
         elif stream not in self.streams:
             self.backend.wait(stream, self._sent)
+            self.streams[stream] = self._sent
         return self._buffer.address, self._buffer.address + self.rows.nbytes
 
     def _send(self, stream):
@@ -67,7 +68,7 @@ class Table:
         self._buffer.pinned[:n_rows] = self.rows.view(np.uint8).ravel()
         self._buffer.pinned[n_rows:n_bytes] = self.owners.view(np.uint8)
         self.backend.send(self._buffer.address, self._buffer.pinned, n_bytes, stream)
-        self._sent = self.backend.record(stream)
+        self.streams[stream] = self._sent = self.backend.record(stream)
 
     def used(self, stream):
         """Take note that work on a stream reads the table. Later the stream may be gone, and with it a way to ask it."""
@@ -88,6 +89,10 @@ class Table:
                     _free.append(buffer)
         self.streams = {}
 
+    def __del__(self):  # with its optimizer: work on streams that the buffer's allocator does not know may still read it
+        if _lock is not None:  # else Python ends
+            self.release()
+
 
 class _Buffer:
     """Pinned memory of the host and as much memory of a device."""
@@ -102,7 +107,7 @@ class _Buffer:
 
 _free: list[_Buffer] = []
 _captured: list[_Buffer] = []
-_lock = threading.Lock()
+_lock = threading.RLock()  # Python may end a Table in a thread that holds it
 
 
 def _take(backend, device, n_bytes):

@@ -6,11 +6,14 @@ import pytest
 if os.environ.get("GPUADAM_GPU") == "host":  # before anything asks CuPy or numba-cuda for a device
     import stand_in
 
-    DRIVER = stand_in.start()
+    DRIVER, WHY_NO_DRIVER = stand_in.start_or_say_why_not()
 else:
-    DRIVER = None
+    DRIVER, WHY_NO_DRIVER = None, ""
 
-from cases import ARCHITECTURES, COMPILERS, FORMS, KEY_FORMS
+import cases
+import kept
+import short_run
+from cases import ARCHITECTURES, COMPILERS
 
 from gpuadam import testing
 from gpuadam.backends import BACKENDS
@@ -19,7 +22,14 @@ from gpuadam.testing import required
 pytest_plugins = ["pytester"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="also run what takes long: see CONTRIBUTING.md")
+
+
 def pytest_configure(config):
+    cases.exhaustive = config.getoption("--exhaustive")
+    if not hasattr(config, "workerinput"):  # in one process
+        kept.tidy()
     if os.environ.get("GPUADAM_NO_POOL") == "1":  # each array is an allocation of its own, which compute-sanitizer watches
         pytest.importorskip("cupy").cuda.set_allocator(None)
     config.addinivalue_line("markers", "xdist_group(name): tests that pytest-xdist runs in one process")
@@ -29,30 +39,18 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the groups there
 def pytest_collection_modifyitems(config, items):
-    left_out = [item for item in items if os.environ.get("GPUADAM_EVERY_ARCHITECTURE") != "1" and _is_one_too_many(item)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    for item in items:
+        if hasattr(item, "callspec") and item.callspec.params.get("library") in ("cupy", "numba-cuda"):
+            item.add_marker("gpu")
+    short_run.select(config, items)
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if params.get("library") in ("cupy", "numba-cuda"):
-            item.add_marker("gpu")
+        if "cuda_torch" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.real_gpu("torch's CUDA runtime is its own"))
         if "compiler" in params:  # under pytest-xdist, what one process has compiled serves all its tests
             item.add_marker(pytest.mark.xdist_group(f"{params['compiler']} {params.get('arch')}"))
         for job in {"of_eight", "of_four"} & {*getattr(item, "fixturenames", ()), params.get("of_job")}:
             item.add_marker(pytest.mark.xdist_group(job))  # what one job of ranks has found serves all its tests
-
-
-def _is_one_too_many(item):
-    """Whether a form is left out for an architecture: KEY_FORMS, which have every option, are for all, the others for two.
-
-    GPUADAM_EVERY_ARCHITECTURE=1 leaves none out, and takes some minutes more.
-    """
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    name, arch = params.get("name"), params.get("arch")
-    if "compiler" not in params or arch is None or name not in FORMS or name in KEY_FORMS:
-        return False
-    return arch not in ("sm_90", ARCHITECTURES[list(FORMS).index(name) % len(ARCHITECTURES)])
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +65,12 @@ def nothing_a_gpu_would_not_do():
 
 
 def pytest_runtest_setup(item):
+    real = item.get_closest_marker("real_gpu")
+    if real and DRIVER is not None:
+        pytest.skip(f"only on a real GPU: {real.args[0]}")
     if item.get_closest_marker("gpu"):
+        if WHY_NO_DRIVER:
+            pytest.skip(WHY_NO_DRIVER)
         name = getattr(item, "callspec", None) and item.callspec.params.get("library")
         testing.require_backends(*([name] if name else ["cupy", "numba-cuda"]))
 
@@ -90,12 +93,26 @@ def cp():
 
 
 @pytest.fixture
+def driver():
+    """The stand-in for the CUDA driver, for tests with the marker gpu that only it can tell the answer of."""
+    if DRIVER is None:
+        pytest.skip("looks into the stand-in for the driver: GPUADAM_GPU=host")
+    return DRIVER
+
+
+@pytest.fixture
 def cuda_torch():
     """PyTorch with CUDA, for tests with the marker gpu."""
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         (pytest.fail if required.gpu_is_required() else pytest.skip)("this torch has no CUDA")
     return torch
+
+
+@pytest.fixture(scope="session")
+def examples():
+    """examples(few, many): how many examples of something a test looks at: few, or many with --exhaustive."""
+    return cases.examples
 
 
 @pytest.fixture(params=ARCHITECTURES)

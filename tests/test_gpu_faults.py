@@ -186,3 +186,43 @@ def test_a_call_that_fails_changes_nothing_or_says_what(cp, driver, backend, cas
 def in_use(driver):
     """Return how much there is of each thing that a failure could leave behind."""
     return Counter(events=len(driver.events), streams=len(driver.work.streams), graphs=len(driver.graphs))
+
+
+# Everything is prepared before the first launch
+
+
+def test_a_stream_is_refused_for_parameters_on_two_devices_before_anything_is_written(cp, backend):
+    if cp.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two GPUs")
+    params, grads = [], []
+    for device in range(2):
+        with cp.cuda.Device(device):
+            params.append(cp.ones(100, "f4"))
+            grads.append(cp.ones(100, "f4"))
+            cp.cuda.Device().synchronize()
+    opt = gpuadam.Adam(params, backend=backend)
+    with pytest.raises(ValueError, match=r"the parameters are on devices \[0, 1\]: leave stream out"):
+        opt.step(grads, stream=cp.cuda.Stream(non_blocking=True))
+    for device, param in enumerate(params):
+        with cp.cuda.Device(device):
+            assert (param.get() == 1).all()
+    assert opt.state["0"]["step"] == opt.state["1"]["step"] == 0
+    opt.step(grads)
+    for device, param in enumerate(params):
+        with cp.cuda.Device(device):
+            assert (param.get() < 1).all()
+
+
+def test_a_kernel_that_cannot_be_loaded_leaves_the_devices_step_count(cp, driver, backend):
+    """The kernel that counts the step is loaded first, and is not launched before that of the update is there, too."""
+    param, grad = cp.ones(100), cp.ones(100)
+    unusual = {"formula": "eps-hat", "amsgrad": True, "ema_decay": 0.75, "zero_grad": True}  # compiled by no other test
+    opt = gpuadam.AdamW([param], capturable=True, backend=backend, **unusual)
+    driver.fail(1, "OUT_OF_MEMORY", names=["cuModuleLoadData", "cuModuleLoadDataEx", "cuLibraryLoadData"])
+    with pytest.raises(Exception, match="OUT_OF_MEMORY"):
+        opt.step([grad])
+    assert not driver.fail_no_more()
+    assert int(opt.state["0"]["step"].get()[0] if backend == "cupy" else opt.state["0"]["step"].copy_to_host()[0]) == 0
+    assert (param.get() == 1).all()
+    opt.step([grad])
+    assert (param.get() < 1).all()

@@ -8,7 +8,7 @@ import weakref
 
 import numpy as np
 
-from .. import backends, capturable, checks, torch_tensors
+from .. import array_bytes, backends, capturable, checks, torch_tensors
 from ..arrays import Bits, bare
 from ..groups import OF_PARAMS
 from ..kernels import streams
@@ -288,22 +288,27 @@ class OffloadAdam(Adam):
     def _on_host(self, x):
         """Return a number that may be on the GPU as one of the host: a step waits for the GPU anyway."""
         if capturable.is_array(x) and not isinstance(x, np.ndarray):
-            kernels, _ = backends.choose([("a condition of the step", x)], self.backend)
-            return kernels.to_host(x).reshape(()).item()
+            kernels, (view,) = backends.choose([("a condition of the step", x)], self.backend)
+            return array_bytes.number(kernels, view)
         return x
 
     def _updates(self, h, step, params, grads, names, kind, now=None):
         params = [self.state[name].get("master", param) for name, param in zip(names, params, strict=True)]
         return super()._updates(h, step, params, grads, names, kind, now)
 
-    def _check(self, updates):
-        self._jobs(updates)
-
-    def _launch(self, updates, stream):
-        stream = streams.handle(stream)
+    def _check(self, updates, stream):
         if stream is not None and self._device is None:
             raise TypeError("stream is for parameters on a GPU; these are on the CPU, which has no streams")
-        jobs = self._jobs(updates)
+        return self._jobs(updates)
+
+    def _leave_out(self, updates, stream):
+        super()._leave_out(updates, stream)
+        if self._device is not None:
+            with self._gpu.on(self._device, None):
+                self._gpu.synchronize()
+
+    def _launch(self, updates, stream):
+        jobs = self._check(updates, stream)
         room = self._room(jobs)
         work = list(chunks.cut(jobs, room))
         self._last = len(work), room
@@ -312,7 +317,12 @@ class OffloadAdam(Adam):
         if self._device is not None:
             named = [operand.view.stream for job in jobs for operand in job.operands if operand.view.device is not None]
             with self._gpu.on(self._device, None):
-                target, others = streams.choose(stream, self._gpu.current_stream(), named)
+                target, others = streams.choose(streams.handle(stream), self._gpu.current_stream(), named)
+                if self._gpu.is_capturing(target):
+                    raise RuntimeError(
+                        "a graph is being captured on this stream, and no graph can hold a step of OffloadAdam, whose launches "
+                        "and copies the host orders: take the step outside of the capture"
+                    )
             for one in (target, *others):
                 stages.after(one)
         elements = sum(job.size for job in jobs)

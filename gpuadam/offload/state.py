@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from ..kernels import streams
-from .chunks import ALIGNMENT, Operand, aligned
+from .. import array_bytes
+from .chunks import ALIGNMENT, aligned
 from .mapped import drop_mapped
-from .stages import host_bytes
 
 COPIED_AT_ONCE = 1 << 22  # elements
 
@@ -34,18 +33,10 @@ def _zeros(n_bytes, gpu, device):
 
 def fill_master(master, view, kernels):
     """Set a float32 master to the numbers of a narrow parameter."""
-    bits, flat = np.empty(min(view.size, COPIED_AT_ONCE), np.uint16), master.reshape(-1)
-    param = Operand(view, True, False, False, None)
-    for start in range(0, view.size, COPIED_AT_ONCE):
-        part = param.part(start, min(start + COPIED_AT_ONCE, view.size))
-        own, to = bits[: part.size], flat[start : start + part.size]
-        if view.device is None:
-            own[:] = host_bytes(part).view(np.uint16)
-        else:
-            with kernels.on(view.device, None):
-                stream, _ = streams.choose(None, kernels.current_stream(), [view.stream])
-                kernels.receive(own, part.pointer, part.nbytes, stream)
-                kernels.finish(kernels.record(stream))
+    rest = master.reshape(-1)
+    for chunk in array_bytes.chunks(kernels, view):
+        own = np.frombuffer(chunk, np.uint16)
+        to, rest = rest[: own.size], rest[own.size :]
         to[:] = own.view(np.float16) if view.format == "float16" else (own.astype(np.uint32) << 16).view(np.float32)
         drop_mapped([to])
 

@@ -91,7 +91,8 @@ class Work:
 
     def operation(self, run, what, needs, always=False):
         self.count += 1
-        operation = self.pending[self.count] = Operation(run, what, needs, self.count, always)
+        number = self.count
+        operation = self.pending[number] = Operation(run, what, needs, number, always)
         return operation
 
     def enqueue(self, stream, run, what, needs=(), always=False):
