@@ -221,8 +221,8 @@ def _cut_short(error, counted, launched, batches):
     done, not_done = (_names_of(some) for some in (launched, missing))
     count = "; the step count on the device has advanced" if counted else ""
     return RuntimeError(
-        f"the step was cut short ({type(error).__name__}: {error}). Updated: {done}; not updated: {not_done}{count}. What the host "
-        "counts has not advanced. Go on from a state that was saved before"
+        f"the step was cut short ({type(error).__name__}: {error}). Updated: {done}; not updated: {not_done}{count}. The step "
+        "count on the host has not. Go on from a state that was saved before"
     )
 
 

@@ -114,8 +114,5 @@ class _Table(pointer_table.Table):
         table = self.plan.placed(workspace)
         self._buffer.pinned[: table.nbytes] = table.view(np.uint8)
         self.backend.send(self._buffer.address, self._buffer.pinned, table.nbytes, stream)
+        self._buffer.in_use = True
         return self._buffer.address, workspace
-
-    def used(self, stream):
-        super().used(stream)
-        self._sent = self.streams.get(stream)  # all was on one stream

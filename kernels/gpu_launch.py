@@ -1,9 +1,9 @@
 """What both GPU backends do to launch: which arrays share a launch, on which stream it goes, what a captured graph may hold.
 
 A backend module brings what differs: `on(device, stream)`, `current_stream()`, `is_capturing(stream)`, `order(before, after)`,
-`synchronize_stream(stream)`, `begin_capture(stream)`, `drop_capture(stream)`, the memory for `pointer_table`, and `run(batch, form, scalars, rule, stream, key)`. All but `on` are
-about the current device: each device has a current stream of its own and a default stream of the same name, and an event serves
-the streams of its own device.
+`synchronize_stream(stream)`, `begin_capture(stream)`, `drop_capture(stream)`, the memory for `pointer_table`, and
+`run(batch, form, scalars, rule, stream, key)`. All but `on` are about the current device: each device has a current stream of its
+own and a default stream of the same name, and an event serves the streams of its own device.
 """
 
 import collections
@@ -211,9 +211,7 @@ class Batch:
                 self.at = self.table.addresses(place.stream)
             if not place.capturing:
                 kernel = rule, form, isinstance(scalars, device_scalars.Memory), self.kernel
-                rehearse(
-                    self.backend, self.device, kernel, lambda s: self.backend.run(self, form, scalars, rule, s, key)
-                )
+                rehearse(self.backend, self.device, kernel, lambda s: self.backend.run(self, form, scalars, rule, s, key))
 
     def launch(self, form, scalars, rule, place, key=0, launched=None):
         """Enqueue the updates. launched: a list that gets the Batch as soon as they cannot be taken back."""

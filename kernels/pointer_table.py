@@ -68,25 +68,30 @@ class Table:
         self._buffer.pinned[:n_rows] = self.rows.view(np.uint8).ravel()
         self._buffer.pinned[n_rows:n_bytes] = self.owners.view(np.uint8)
         self.backend.send(self._buffer.address, self._buffer.pinned, n_bytes, stream)
+        self._buffer.in_use = True
         self.streams[stream] = self._sent = self.backend.record(stream)
+        self._buffer.in_use = False
 
     def used(self, stream):
         """Take note that work on a stream reads the table. Later the stream may be gone, and with it a way to ask it."""
         if self.backend.is_capturing(stream):
             self._buffer.captured = True
         else:
+            self._buffer.in_use = True
             self.streams[stream] = self.backend.record(stream)
+            self._buffer.in_use = False
 
     def release(self):
         """Give the buffer back, for when all that was enqueued so far is done. A captured graph keeps its own for ever."""
         buffer, self._buffer = self._buffer, None
-        if buffer is not None:
-            if buffer.captured:
-                _captured.append(buffer)
-            else:
-                buffer.events = [self._sent, *self.streams.values()]
-                with _lock:
-                    _free.append(buffer)
+        if buffer is not None and not buffer.captured:  # which stays lent
+            if buffer.in_use:  # the event failed that would tell when it is no more
+                with self.backend.on(self.device, None):
+                    self.backend.synchronize()
+            buffer.in_use, buffer.events = False, [*self.streams.values()]
+            with _lock:
+                _lent.discard(buffer)
+                _free.append(buffer)
         self.streams = {}
 
     def __del__(self):  # with its optimizer: work on streams that the buffer's allocator does not know may still read it
@@ -103,10 +108,12 @@ class _Buffer:
         self.owner, self.address = backend.device_bytes(n_bytes)
         self.events: list = []
         self.captured = False
+        self.in_use = False  # by work that no event is recorded behind
 
 
 _free: list[_Buffer] = []
-_captured: list[_Buffer] = []
+# Of those in use, too, so that none is garbage together with its Table: Numba would have freed its memory before `__del__`
+_lent: set[_Buffer] = set()
 _lock = threading.RLock()  # Python may end a Table in a thread that holds it
 
 
@@ -116,5 +123,9 @@ def _take(backend, device, n_bytes):
         for k, buffer in enumerate(_free):
             fits = buffer.backend is backend and buffer.device == device and buffer.n_bytes >= n_bytes
             if fits and all(backend.done(event) for event in buffer.events):
-                return _free.pop(k)
-    return _Buffer(backend, device, max(1 << 12, 1 << (n_bytes - 1).bit_length()))
+                _lent.add(_free.pop(k))
+                return buffer
+    buffer = _Buffer(backend, device, max(1 << 12, 1 << (n_bytes - 1).bit_length()))
+    with _lock:
+        _lent.add(buffer)
+    return buffer

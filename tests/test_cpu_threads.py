@@ -14,16 +14,17 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numba
 import numpy as np
 import pytest
-from cases import assert_same_bits, form_and_scalars, state, table_of, wide_state
+from cases import assert_same_bits, few, form_and_scalars, state, table_of, wide_state
 
 import gpuadam
 from gpuadam.arrays import on_cpu
-from gpuadam.kernels import adam, numba_cpu
+from gpuadam.kernels import adam, global_norm_numba_cpu, numba_cpu
 
 N, STEPS, AT_ONCE = 100_003, 200, 4
 SIZES = (0, 1, 7, 1_000, 20_011, 60_013)
@@ -168,7 +169,9 @@ def found(layer):
 
 def over(*layers):
     """Parametrize over threading layers; under pytest-xdist, the tests of one are in one process, which asks once."""
-    return pytest.mark.parametrize("layer", [pytest.param(layer, marks=pytest.mark.xdist_group(layer)) for layer in layers])
+    more = {"safe": [pytest.mark.exhaustive]}  # it is one of the others
+    marks = {layer: [pytest.mark.xdist_group(layer), *more.get(layer, [])] for layer in layers}
+    return pytest.mark.parametrize("layer", [pytest.param(layer, marks=marks[layer]) for layer in layers])
 
 
 # Numba's own; its name for those safe in every way, which is tbb if it is there; and one that it does not know
@@ -263,7 +266,7 @@ def test_the_number_of_threads_follows_numbas(layer):
     assert used == [4, 1, 2, 4, 1, 3]
 
 
-@pytest.mark.parametrize("layer", ["default", "workqueue", "nonsense"])
+@pytest.mark.parametrize("layer", few(["default", "workqueue", "nonsense"], "default"))
 def test_one_thread_is_the_caller_itself(layer):
     found = process("launches_of_a_step()", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="1")
     assert found == [["serial", "MainThread", 0, N]]
@@ -295,6 +298,69 @@ def test_our_own_threads_give_the_bits_of_the_serial_loop(monkeypatch, n_threads
     assert_same_bits(ours, serial)
 
 
+# What a thread raises
+
+
+@pytest.mark.parametrize("fails", ["a thread of the pool", "the calling thread", "both"])
+def test_an_error_of_a_part_is_raised_when_no_part_runs_any_more(fails):
+    at_once, ended, pool = threading.Barrier(3), [], itertools.count()
+
+    def serial(table, first, last):
+        at_once.wait(timeout=60)  # each part has a thread of its own
+        caller = threading.current_thread() is threading.main_thread()
+        if (caller and fails != "a thread of the pool") or (not caller and not next(pool) and fails != "the calling thread"):
+            raise ArithmeticError(f"of elements {first} to {last}")
+        if not caller:
+            time.sleep(0.3)
+        ended.append((first, last))
+
+    with pytest.raises(ArithmeticError, match="of elements"):
+        numba_cpu._in_own_threads(serial, None, 30, 3, ())
+    assert len(ended) == (1 if fails == "both" else 2)
+
+
+def a_step_without_memory_in_the_last_thread():
+    """What a step raises whose loop, in Numba's threads, finds no memory in its last part."""
+
+    @numba.njit(nogil=True)
+    def serial(table, first, last, key, *scalars):
+        if last == N:
+            raise MemoryError
+
+    parallel = numba_cpu.parallel_of(serial, ", ".join(["key", *adam.scalars(form_and_scalars("adam", "float32")[0])]))
+    numba_cpu.build = lambda rule, form, loop: parallel
+    try:
+        steps_of_one(1)
+    except MemoryError as error:
+        return str(error)
+
+
+def test_an_error_that_numba_drops_in_its_threads_is_raised():
+    found = process("a_step_without_memory_in_the_last_thread()", NUMBA_THREADING_LAYER="omp", NUMBA_NUM_THREADS="3")
+    assert "1 of 3 parts of a loop were not done" in found
+
+
+@pytest.mark.parametrize("call", ["a step", "a norm"])
+def test_a_part_that_fails_in_a_thread_fails_the_call(monkeypatch, call):
+    monkeypatch.setattr(numba_cpu, "_numba_threads_are_safe", lambda: False)
+    monkeypatch.setattr(numba_cpu, "_n_threads", lambda: 2)
+    both = threading.Barrier(2)
+
+    def build(*form):
+        def serial(*arguments):
+            both.wait(timeout=60)
+            if threading.current_thread() is not threading.main_thread():
+                raise MemoryError("no room")
+
+        return serial
+
+    for module in (numba_cpu, global_norm_numba_cpu):
+        monkeypatch.setattr(module, "build", build)
+    arrays = [np.ones(1 << 19, "f4") for _ in range(4)]
+    with pytest.raises(MemoryError, match="no room"):
+        gpuadam.adam_step(*arrays, 1) if call == "a step" else gpuadam.global_norm(arrays)
+
+
 # When no thread can be had
 
 
@@ -314,7 +380,7 @@ def a_step_when_no_thread_starts():
     return digest(arrays[:1])
 
 
-@pytest.mark.parametrize("layer", ["default", "workqueue"])
+@pytest.mark.parametrize("layer", few(["default", "workqueue"], "workqueue"))
 def test_a_step_is_whole_when_the_system_gives_no_more_threads(layer):
     param = np.ones(1, "f4")
     gpuadam.adam_step(param, *(np.ones(1, "f4") for _ in range(3)), 1)
@@ -322,7 +388,7 @@ def test_a_step_is_whole_when_the_system_gives_no_more_threads(layer):
     assert got == digest([np.repeat(param, N)])
 
 
-@pytest.mark.parametrize("layer", ["default", "workqueue"])
+@pytest.mark.parametrize("layer", few(["default", "workqueue"], "workqueue"))
 def test_a_step_at_exit_is_done(layer):
     found = process("steps_at_exit()", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
     assert found == [None, expected()[0]]
@@ -341,7 +407,10 @@ def _steps_into(queue):
     queue.put(steps())
 
 
-@pytest.mark.parametrize("method", [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()])
+METHODS = [method for method in ("fork", "spawn") if method in multiprocessing.get_all_start_methods()]
+
+
+@pytest.mark.parametrize("method", few(METHODS, METHODS[0]))
 def test_a_process_of_multiprocessing_gets_the_bits_of_the_serial_loop(method):
     found = process(f"steps_of_a_process({method!r})", NUMBA_THREADING_LAYER="default", NUMBA_NUM_THREADS="2")
     assert found == [expected(), 0]
@@ -369,7 +438,7 @@ if comm.rank == 0:
 """
 
 
-@pytest.mark.parametrize("layer", ["default", "workqueue"])
+@pytest.mark.parametrize("layer", few(["default", "workqueue"], "workqueue"))
 def test_ranks_of_mpi_get_the_bits_of_the_serial_loop(layer):
     pytest.importorskip("mpi4py", reason="mpi4py is not installed")
     mpiexec = Path(sys.executable).parent / "mpiexec"

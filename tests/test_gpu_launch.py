@@ -1,97 +1,120 @@
-"""The launch code of both GPU backends, up to the driver: what it hands to a kernel, and that it hands over the right thing."""
+"""A launch on a GPU: what is updated and what is left alone, on which stream the launch goes, and which streams wait."""
 
 import numpy as np
 import pytest
-from cases import DTYPES, KEY_FORMS, assert_same_bits, at_offset, form_and_scalars, wide_state
+from cases import DTYPES, FORMS, KEY_FORMS, assert_same_bits, form_and_scalars, state, wide_state
+from gpu_work import STREAM_WAITS, busy_stream
 
-gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
-
-from gpu_code import cuda_view  # noqa: E402
-from gpu_drivers import DRIVERS, NumbaDriver  # noqa: E402
-
-from gpuadam.arrays import View, on_cpu  # noqa: E402
-from gpuadam.kernels import adam, cupy_elementwise, limit, numba_cpu  # noqa: E402
+import gpuadam
 
 
-@pytest.fixture(params=DRIVERS)
-def driver(request, monkeypatch):
-    return request.param(monkeypatch)
+def assert_a_step_gives_the_cpus_bits(cp, backend, wholes, views, step=3, **options):
+    """wholes: NumPy arrays or None. views: functions of a whole that return the array to update, whose neighbours must stay."""
+    on_gpu = [None if whole is None else cp.asarray(whole) for whole in wholes]
+    on_cpu = [None if whole is None else whole.copy() for whole in wholes]
+    for arrays, name in ((on_gpu, backend), (on_cpu, "numba-cpu")):
+        *used, max_v = [None if whole is None else view(whole) for view, whole in zip(views, arrays, strict=True)]
+        gpuadam.adam_step(*used, step, max_v=max_v, backend=name, **options)
+    assert_same_bits([None if whole is None else whole.get() for whole in on_gpu], on_cpu)
 
 
-def assert_launch_gives_the_cpus_bits(driver, form, scalars, arrays):
-    expected = [None if a is None else a.copy(order="K") for a in arrays]
-    numba_cpu.launch(form, [None if a is None else on_cpu("", a) for a in expected], scalars)
-    driver.launch(form, [None if a is None else cuda_view("", a) for a in arrays], scalars)
-    assert_same_bits(arrays, expected)
-
-
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", KEY_FORMS)
-def test_any_size_and_start(driver, name, dtype):
-    form, scalars = form_and_scalars(name, dtype)
+def test_arrays_of_any_size_and_start_are_updated_and_nothing_beside_them(cp, backend, name, dtype):
+    options = dict(FORMS[name])
+    amsgrad = options.pop("amsgrad", False)
     for n in (0, 1, 5, 1003):
         for offsets in ((0,) * 5, (1,) * 5, (0, 1, 0, 1, 0)):
-            placed = [at_offset(a, o)[0] for a, o in zip(wide_state(n, dtype, form.amsgrad), offsets, strict=True)]
-            assert_launch_gives_the_cpus_bits(driver, form, scalars, placed)
+            arrays = zip(wide_state(n, dtype, amsgrad), offsets, strict=True)
+            wholes = [None if a is None else np.pad(a, (offset, 8), constant_values=7) for a, offset in arrays]
+            views = [lambda whole, offset=offset, n=n: whole[offset : offset + n] for offset in offsets]
+            assert_a_step_gives_the_cpus_bits(cp, backend, wholes, views, **options)
 
 
+@pytest.mark.gpu
+def test_arrays_that_are_each_laid_out_differently_are_updated_and_nothing_beside_them(cp, backend):
+    views = [
+        lambda whole: whole[:153].reshape(17, 9).T,
+        lambda whole: whole[:153].reshape(9, 17),
+        lambda whole: whole[:306:2].reshape(9, 17),
+        lambda whole: whole[:400].reshape(20, 20)[3:12, 1:18],
+        lambda whole: whole[152::-1].reshape(9, 17)[::-1],
+    ]
+    assert_a_step_gives_the_cpus_bits(cp, backend, wide_state(400, amsgrad=True), views, **FORMS["adamw"])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("order", "CF")
-def test_arrays_of_one_order_of_memory_are_one_dimension_to_the_kernel(driver, order):
-    form, scalars = form_and_scalars("amsgrad", "float32")
-    arrays = [np.array(a.reshape(9, 17), order=order) for a in wide_state(153, "float32", True)]
-    assert_launch_gives_the_cpus_bits(driver, form, scalars, arrays)
-    assert driver.launches[0][0] == "contiguous"
+def test_arrays_of_one_order_of_memory_are_read_by_16_bytes(cp, backend, driver, order):
+    arrays = [cp.asarray(np.array(a.reshape(9, 17), order=order)) for a in state(153)[:4]]
+    driver.listen()
+    gpuadam.adam_step(*arrays, 1, backend=backend)
+    ((kernel, _),) = driver.launches
+    assert "ld.global.v4.f32" in kernel.text.replace(".nc.", ".").replace(".b32", ".f32").replace(".u32", ".f32")
 
 
-LAYOUTS = {
-    "every other": lambda a: np.repeat(a, 2)[::2],
-    "reversed": lambda a: a[::-1].copy()[::-1],
-    "F order beside C": lambda a: np.asfortranarray(a.reshape(9, 17)),
-    "a block": lambda a: np.pad(a.reshape(9, 17), 2)[2:-2, 2:-2],
-    "3-D": lambda a: np.repeat(a.reshape(3, 3, 17), 2, axis=1)[:, ::2].transpose(2, 0, 1),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided_arrays(driver, layout):
-    form, scalars = form_and_scalars("all with adamw", "float32")
-    given = wide_state(153, "float32", True)
-    arrays = [LAYOUTS[layout](a) for a in given]
-    arrays[1] = np.ascontiguousarray(arrays[1])
-    assert_launch_gives_the_cpus_bits(driver, form, scalars, arrays)
-    assert driver.launches[0][0].startswith("strided")
-
-
-def test_streams_are_ordered_before_and_after(driver):
-    form, scalars = form_and_scalars("adam", "float32")
-    arrays = wide_state(64)[:4]
-    views = [cuda_view("", a, stream) for a, stream in zip(arrays, (1, 77, None, 77), strict=True)]
-    driver.launch(form, [*views, None], scalars)
-    assert driver.waits == [(77, 1), (1, 77)]  # the update after what was on 77, and what comes next on 77 after the update
-
-
-def test_one_stream_needs_no_ordering(driver):
-    form, scalars = form_and_scalars("adam", "float32")
-    views = [cuda_view("", a, 1) for a in wide_state(64)[:4]]
-    driver.launch(form, [*views, None], scalars)
-    assert driver.waits == []
-
-
-def test_nothing_is_launched_for_no_elements(driver):
-    form, scalars = form_and_scalars("adam", "float32")
-    views = [View("", np.zeros(0, "f4"), 0, (0,), (4,), np.dtype("f4"), True, True, None) for _ in range(4)]
-    driver.launch(form, [*views, None], scalars)
+@pytest.mark.gpu
+def test_an_update_of_no_elements_launches_nothing(cp, backend, driver):
+    arrays = [cp.zeros(0, "f4") for _ in range(4)]
+    driver.listen()
+    gpuadam.adam_step(*arrays, 1, backend=backend)
     assert driver.launches == []
 
 
-def test_numba_launches_on_the_stream_that_the_arrays_name(monkeypatch):
-    driver = NumbaDriver(monkeypatch)
-    form, scalars = form_and_scalars("adam", "float32")
-    driver.launch(form, [*(cuda_view("", a, 77) for a in wide_state(64)[:4]), None], scalars)
-    assert driver.launches == [("contiguous", 1, 77)]
+class OnStream:
+    """A CuPy array of another library that says on which stream it was last used. stream: a handle, or None."""
+
+    def __init__(self, array, stream):
+        self.array = array
+        self.__cuda_array_interface__ = array.__cuda_array_interface__ | {"stream": stream}
+
+
+LEGACY_DEFAULT = 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("read_on", ["current", "named"])
+def test_an_update_waits_for_the_streams_that_arrays_name_and_they_wait_for_the_update(cp, backend, read_on):
+    given = wide_state(1003)[:4]
+    expected = [a.copy() for a in given]
+    gpuadam.adam_step(*expected, 1)
+    made, arrays = [cp.asarray(a) for a in given], [cp.zeros(1003, "f4") for _ in given]
+    stream = busy_stream(cp)
+    with stream:
+        for array, values in zip(arrays[1::2], made[1::2], strict=True):
+            array[...] = values
+    for array, values in zip(arrays[::2], made[::2], strict=True):
+        array[...] = values
+    named = [OnStream(a, s) for a, s in zip(arrays, (LEGACY_DEFAULT, stream.ptr, None, stream.ptr), strict=True)]
+    gpuadam.adam_step(*named, 1, backend=backend)
+    with stream if read_on == "named" else cp.cuda.Stream.null:
+        assert_same_bits([a.get() for a in arrays], expected)
+
+
+@pytest.mark.gpu
+def test_an_update_goes_to_the_one_stream_that_its_arrays_name_and_nothing_waits(cp, backend, driver):
+    stream = busy_stream(cp)
+    arrays = [OnStream(cp.ones(64, "f4"), stream.ptr) for _ in range(4)]
+    driver.listen()
+    gpuadam.adam_step(*arrays, 1, backend=backend)
+    assert [handle for _, handle in driver.launches] == [stream.ptr]
+    assert not set(driver.calls) & set(STREAM_WAITS)
+
+
+@pytest.mark.gpu
+def test_arrays_of_the_current_stream_are_waited_for_by_none(cp, backend, driver):
+    arrays = [cp.ones(64, "f4") for _ in range(4)]
+    driver.listen()
+    gpuadam.adam_step(*arrays, 1, backend=backend)
+    assert [handle for _, handle in driver.launches] == [LEGACY_DEFAULT]
+    assert not set(driver.calls) & set(STREAM_WAITS)
 
 
 def test_the_kernels_are_named_for_what_is_in_them():
+    pytest.importorskip("cupy")
+    from gpuadam.kernels import adam, cupy_elementwise, limit
+
     form, _ = form_and_scalars("adam", "float32")
     assert cupy_elementwise.build(adam, form, "contiguous").name == "gpuadam_adam_float32_contiguous"
     assert cupy_elementwise.build(limit, form, "strided").name == "gpuadam_limit_float32_strided"

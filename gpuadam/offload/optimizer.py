@@ -27,6 +27,7 @@ from .stages import OnDevice, OnHost
 SMALLEST_CHUNK, CHUNKS = 1 << 25, 256
 # How many chunks are under way at once. On a GPU one is copied to it, one updated, one copied back; on the host each has a core.
 SLOTS_ON_GPU, MOST_SLOTS = 3, 8
+TORN = "parameters and state are of two different steps: load a checkpoint into both, with load_state_dict"
 TRIAL = 1 << 22  # elements, to measure which update is faster
 
 
@@ -249,10 +250,7 @@ class OffloadAdam(Adam):
         """Update every parameter that has a gradient, in place. As `Adam.step`, but on a GPU too it returns when all is done."""
         self._check_open()
         if self._cut_short:
-            raise ValueError(
-                "a step before this one was cut short, so parameters and state are of two different steps: load a checkpoint "
-                "into both, with load_state_dict"
-            )
+            raise ValueError(f"a step before this one was cut short: {TORN}")
         super().step(grads, **options)
         self._done()
 
@@ -335,8 +333,10 @@ class OffloadAdam(Adam):
 
             try:
                 pipeline.run(work, stages.fetch, stages.update, store, self._slots)
-            except BaseException:
+            except BaseException as error:
                 stages.wait()  # what was begun still uses memory that its owner may give up now
+                if isinstance(error, (RuntimeError, MemoryError)):  # of the driver, which does not know what it was for
+                    raise RuntimeError(f"the step was cut short ({type(error).__name__}: {error}): {TORN}") from error
                 raise
         for group in updates:
             torch_tensors.wrote(group.written())

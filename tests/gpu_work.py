@@ -1,0 +1,28 @@
+"""What tests with the marker gpu share: a stream that is busy, and the names that the driver's calls have on the stand-in."""
+
+import random
+
+import conftest
+import numpy as np
+
+SPIN = r'extern "C" __global__ void spin(long long n) { long long t = clock64(); while (clock64() - t < n); }'
+
+# The names of `driver.calls`
+LAUNCHES = ("cuLaunchKernel", "cuLaunchKernelEx")
+STREAM_WAITS = ("cuStreamWaitEvent", "runtime_cudaStreamWaitEvent")  # of one stream for another
+SYNCHRONIZATIONS = ("cuStreamSynchronize", "runtime_cudaStreamSynchronize")  # of the host with one stream
+
+
+def busy_stream(cp):
+    """Return a new stream that waits for no other and has some 0.05 s of work, so that what is enqueued there comes late."""
+    cp.cuda.Device().synchronize()
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.RawKernel(SPIN, "spin")((1,), (1,), (np.int64(100_000_000),), stream=stream)
+    return stream
+
+
+def any_order(monkeypatch):
+    """On the stand-in, do what no stream and no event orders in an order by chance, not as it was enqueued."""
+    if conftest.DRIVER is not None:
+        monkeypatch.setattr(conftest.DRIVER.work, "seed", 1)
+        monkeypatch.setattr(conftest.DRIVER.work, "random", random.Random(1))
