@@ -1,162 +1,370 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: the tests, which must not skip for want of one, and the benchmarks.
+# The tests and the benchmarks that need a GPU, in sections that can be run by name.
 #
-#     benchmarks/gpu.sh OUTDIR             the tests that are marked gpu, and the figures of steps
-#     benchmarks/gpu.sh OUTDIR inspect     the hardware's counters, state larger than the GPU's memory, what a plan predicts,
-#                                          memory, first calls, shapes of launches, the demo and the examples
-#     benchmarks/gpu.sh OUTDIR sanitize    the tests of kernels under compute-sanitizer
+#     benchmarks/gpu.sh OUTDIR                          the five that matter most, in order, within 6 minutes
+#     benchmarks/gpu.sh OUTDIR SECTION ...              these sections; `all` is every one
+#     benchmarks/gpu.sh --within SECONDS OUTDIR ...     likewise, and end by then
+#     benchmarks/gpu.sh --list                          the sections, and how long each may take
 #
 # Needs no network and no installation: it runs from the tree with the CuPy, Numba and numba-cuda that it finds, and pytest, rich,
-# matplotlib, scikit-learn and scikit-image; torch, JAX and optax are measured beside it where they are there; with pytest-xdist
-# the tests, of which most compile, run four at a time; inspect needs Nsight Compute's ncu. OUTDIR gets results.csv (the rows of all
-# benchmarks and backends), doctor.json, log.txt and a PNG each for large, small, many, narrow and amp_step: eight files. The other
-# scripts draw theirs from rows with --rows. inspect adds inspect.csv, what_binds-BACKEND.json and inspect.txt, sanitize adds
-# sanitize.txt. A short table comes last. Each ends within 8 minutes. Exit status 0 if all tests passed and all benchmarks ran.
+# matplotlib, scikit-learn and scikit-image. Torch, JAX and optax are measured beside it where they are there. With pytest-xdist
+# the tests, of which most compile, run side by side. what_binds needs Nsight Compute's ncu, sanitize needs compute-sanitizer.
+#
+# OUTDIR gets results.csv (the rows of all benchmarks and backends), doctor.json, log.txt, a PNG each for large, many, small, narrow
+# and amp_step, launch_shapes.json and what_binds-BACKEND.json. A later call adds to results.csv and log.txt; a row that is
+# measured again takes the old one's place. What each section did and a short table of all rows come last.
+#
+# A section that fails, or reaches its limit, does not cost the others. The exit status is 0 if every section that was asked for
+# passed or is not to be had here, and at least one passed.
+#
+# With GPUADAM_GPU=host it is a dry run, to the end: every process of Python has the stand-in for the CUDA driver (tests/stand_in),
+# arrays are tiny, and times mean nothing.
 set -u -o pipefail
-what=${2:-figures}
-if [ $# -lt 1 ] || [ $# -gt 2 ] || [[ ! $what =~ ^(figures|inspect|sanitize)$ ]]; then
-    echo "usage: benchmarks/gpu.sh OUTDIR [inspect | sanitize]" >&2
+
+# -- the sections: name, seconds that it may take, what it is
+
+names=() of_default=(doctor tests-gpu large many small)
+declare -A limit about
+section() { names+=("$1") limit[$1]=$2 about[$1]=$3; }
+section doctor 45 "both GPU backends work and give the contract's bits"
+section tests-gpu 120 "tests that only a real GPU can run: 2^31 elements and bytes, torch's CUDA; and a spread of the others"
+section large 90 "one large array on both backends, beside torch's fused Adam"
+section many 55 "GPT-2's 148 arrays and 1,000 arrays, on both backends"
+section small 40 "the host's time of a call, on both backends"
+section tests 420 "every test that is marked gpu"
+section narrow 150 "every format of the arrays, on both backends"
+section amp_step 80 "the whole step of mixed-precision training, on both backends"
+section peers 90 "one large array and small ones on CuPy, beside every library that is there"
+section what_binds 200 "the hardware's counters of a launch, by ncu"
+section launch_shapes 45 "other block sizes, more vectors a thread, a grid-stride loop, cache hints"
+section offload 230 "state in the host's memory: 8 GB, and 72 GB, more than a GPU of 80 GB has left"
+section plan 45 "does python -m gpuadam plan predict the times?"
+section memory 100 "what a step allocates beyond its state, on both backends"
+section first_call 75 "the first step of a process, with cold and warm compile caches, on both backends"
+section examples 120 "the demo, and the examples that have arrays on a GPU"
+section bench 80 "python -m gpuadam bench, on both backends"
+section sanitize-memcheck 200 "tests of kernels under compute-sanitizer: accesses outside of arrays"
+section sanitize-racecheck 120 "likewise: races in shared memory"
+section sanitize-initcheck 120 "likewise: reads of memory that nothing wrote"
+sanitize=(sanitize-memcheck sanitize-racecheck sanitize-initcheck) # by the name sanitize, too
+
+listed() {
+    local name mark
+    for name in "${names[@]}"; do
+        mark=" "
+        [[ " ${of_default[*]} " != *" $name "* ]] || mark="*"
+        printf '%s %-20s%4s s  %s\n' "$mark" "$name" "${limit[$name]}" "${about[$name]}"
+    done
+    printf '  %-28s%s\n' sanitize "the three" all "every section" "" "* without names"
+}
+refuse() {
+    printf 'gpu.sh: %s\nusage: benchmarks/gpu.sh [--within SECONDS] OUTDIR [SECTION ...], or --list. The sections:\n' "$1" >&2
+    listed >&2
     exit 2
-fi
-mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
+}
+
+within=""
+while [[ ${1:-} == -* ]]; do
+    case $1 in
+        --list) listed && exit 0 ;;
+        --within) within=${2:-} && shift $(($# > 1 ? 2 : 1)) && [[ $within =~ ^[1-9][0-9]*$ ]] || refuse "--within needs seconds" ;;
+        *) refuse "there is no option $1" ;;
+    esac
+done
+[ $# -gt 0 ] || refuse "where do the results go?"
+outdir=$1 chosen=()
+shift
+choose() { [[ " ${chosen[*]:-} " == *" $1 "* ]] || chosen+=("$1"); }
+for name in "$@"; do
+    case $name in
+        all) for each in "${names[@]}"; do choose "$each"; done ;;
+        sanitize) for each in "${sanitize[@]}"; do choose "$each"; done ;;
+        *) [ -n "${limit[$name]:-}" ] || refuse "there is no section $name" && choose "$name" ;;
+    esac
+done
+[ $# -gt 0 ] || { chosen=("${of_default[@]}") within=${within:-360}; }
+
+# -- where everything is
+
+python=$(command -v "${PYTHON:-python3}") || refuse "there is no ${PYTHON:-python3}"
+[[ $python == /* ]] || python=$PWD/$python
+mkdir -p "$outdir" && out=$(cd "$outdir" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
-export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD GPUADAM_REQUIRE_GPU=1
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} GPUADAM_REQUIRE_GPU=1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # else JAX takes most of the memory
 # an unwritable home must not cost the compile caches
 export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-${TMPDIR:-/tmp}/gpuadam-cupy-cache}
-python=${PYTHON:-python3}
+PATH=$PATH:/usr/local/cuda/bin # ncu and compute-sanitizer
 backends=(cupy numba-cuda)
-measure_until=445 # seconds: then there is time to draw and to print
-status=0
-
-log=$out/$what.txt
-[ $what != figures ] || log=$out/log.txt
-section() { printf '\n== %s (%s s)\n' "$1" "$SECONDS" | tee -a "$log"; }
-: >"$log"
+log=$out/log.txt results=$out/results.csv
 this=$(mktemp -d)
 trap 'rm -rf "$this"' EXIT
-run() { # name, limit in seconds, command: its output goes to log.txt; the run goes on after a failure
-    local name=$1 limit=$2 left=$((measure_until - SECONDS)) result
+
+# -- sizes and seconds
+
+# tests of the clock and of free memory, which run alone; under a tool both are the tool's
+of_time="overtake or nothing_waits or no_more_memory or no_device_memory"
+spread_files=(tests/test_gpu.py tests/test_gpu_narrow.py)
+spread="test_gpu.py or else or remainder or mean or rounded or RAdam or captured"
+every_file=(tests) every="" # all names
+host="" slower=1
+if [ "${GPUADAM_GPU:-}" != host ]; then
+    large=(--seconds 2 --sizes $((1 << 20)),$((1 << 26)),$((1 << 28)))
+    many=(--seconds 3)
+    small=(--seconds 1)
+    narrow=(--seconds 3) narrow_numba=(--seconds 2 --forms "bfloat16 state,8-bit state,all bfloat16")
+    amp_step=(--seconds 2) amp_step_numba=(--seconds 2 --sizes gpt2)
+    peers_large=(--seconds 3 --sizes $((1 << 26)))
+    launch_shapes=(--seconds 3)
+    offload=(--sizes 8/1,72/8 --seconds 10)
+    plan=(--seconds 3)
+    memory=(--sizes 5e7)
+    first_call=(--seconds 0.1)
+    bench=(--seconds 0.2)
+    demo=() arrays=cupy thomson=() gaussians=(--steps 50) digits=() tomography=(--steps 100)
+else
+    host="the stand-in for the CUDA driver, not a GPU: all times are meaningless"
+    PYTHONPATH=$PWD/tests/stand_in/site:$PWD/tests:$PYTHONPATH # its sitecustomize.py starts the stand-in in every process
+    CUPY_CACHE_DIR+=-host # PTX, no machine code
+    slower=3 # that many times as long may everything take
+    of_time="overtake or no_device_memory" spread="doctor or remainder"
+    every_file=(tests/test_gpu.py tests/test_flat.py tests/test_offload_gpu.py) every="flat or empty or overtake"
+    large=(--seconds 0 --sizes 4096,8192)
+    many=(--seconds 0 --sizes 20x1000)
+    small=(--seconds 0 --sizes 1000)
+    narrow=(--seconds 0 --sizes 4096 --forms "8-bit state") narrow_numba=("${narrow[@]}")
+    amp_step=(--seconds 0 --sizes 3x1000) amp_step_numba=("${amp_step[@]}")
+    peers_large=(--seconds 0 --sizes 4096)
+    launch_shapes=(--seconds 0 --elements 65536)
+    what_binds=(--elements 4096)
+    offload=(--sizes 0.001/0.0005,0.002/0.0005 --seconds 0)
+    plan=(--seconds 0 --sizes 4096 --forms float32)
+    memory=(--sizes 4096)
+    first_call=(--seconds 0)
+    bench=(--seconds 0 --sizes 4096)
+    # CuPy's matrix products and exponentials are not executed there
+    demo=(--backend numba-cpu) arrays=numpy thomson=(--steps 5) gaussians=(--steps 5) digits=(--steps 2) tomography=(--steps 5)
+fi
+
+# -- how a section runs
+
+said() { printf '%s\n' "$@" | tee -a "$log"; }
+run() { # name, seconds that it may take, command: what it prints goes to log.txt; the section goes on after a failure
+    local name=$1 most=$(($2 * slower)) left=$((section_until - SECONDS)) began=$SECONDS result
     shift 2
-    section "$name"
-    [ "$limit" -lt "$left" ] || limit=$left
-    if [ "$limit" -le 0 ]; then
-        echo "FAILED: no time was left for it" | tee -a "$log"
-        status=1
-        return
+    [ "$most" -lt "$left" ] || most=$left
+    printf '\n-- %s: %s\n' "$name" "$*" >>"$log"
+    if [ "$most" -le 0 ]; then
+        said "   $name FAILED: no time was left for it"
+        outcome=FAILED
+        return 1
     fi
-    timeout -k 5 "$limit" "$@" >"$this/$name.log" 2>&1
+    timeout -k 5 "$most" "$@" >"$this/$name.log" 2>&1
     result=$?
     cat "$this/$name.log" >>"$log"
     if [ $result = 0 ]; then
-        tail -n 3 "$this/$name.log"
-    else
-        echo "FAILED ($result); the end of what it printed:"
-        tail -n 60 "$this/$name.log"
-        status=1
+        said "   $name: $((SECONDS - began)) s"
+        return 0
+    fi
+    [ $result != 124 ] || result="stopped after $most s"
+    said "   $name FAILED ($result) after $((SECONDS - began)) s; the end of what it printed:"
+    tail -n 40 "$this/$name.log"
+    outcome=FAILED
+    return 1
+}
+lacking() { # what is not there, of which the section consists
+    said "   not to be had here: $1"
+    [ "$outcome" = FAILED ] || outcome="not to be had here: $1"
+}
+benchmark() { # name, backend, seconds, options: its rows are added to results.csv, those of a run that was cut short too
+    local name=$1 backend=$2 most=$3
+    shift 3
+    run "$name-$backend" "$most" "$python" "benchmarks/$name.py" --backend "$backend" --out "$this/$backend" "$@"
+    add "$this/$backend/$name.csv"
+}
+add() { # file of rows
+    [ ! -f "$1" ] || "$python" benchmarks/report.py add "$results" "$1" >>"$log" 2>&1 || outcome=FAILED
+}
+drawn() { # name: the plot of all its rows in results.csv, with a panel for each backend
+    if [ -f "$results" ]; then
+        "$python" "benchmarks/$1.py" --rows "$results" --out "$this/drawn" >>"$log" 2>&1 || outcome=FAILED
+        [ ! -f "$this/drawn/$1.png" ] || mv "$this/drawn/$1.png" "$out"
     fi
 }
-benchmark() { # name, backend, limit in seconds, options
-    local name=$1 backend=$2 limit=$3
-    shift 3
-    run "$name-$backend" "$limit" "$python" "benchmarks/$name.py" --backend "$backend" --out "$this/$backend" "$@"
+tests() { # name, seconds, options
+    run "$1" "$2" "$python" -m pytest -q --maxfail=20 -W default -p no:cacheprovider --durations=10 "${@:3}"
+    [ ! -f "$this/$1.log" ] || tail -n 1 "$this/$1.log"
+}
+at_once() { # options that let tests run side by side, where pytest-xdist is there
+    "$python" -c "import xdist" 2>/dev/null && [ -z "$host" ] || return
+    printf '%s\n' -n $(($(nproc) < 16 ? 4 : 8)) --dist loadgroup
+}
+example() { # name, options
+    run "example-$1" 40 "$python" -m "gpuadam.examples.$1" "${@:2}"
 }
 
-finish() {
-    [ $status = 0 ] && echo "all of it ran" || echo "something FAILED: see above"
-    exit $status
-}
+# -- what each section does
 
-# tests of how long the host waits and of how much memory is free: under a tool both are the tool's
-of_time="overtake nothing_waits no_more_memory no_device_memory"
-sanitized() { # tool, seconds for all of it, and the files of tests, each in a process of its own
-    local tool=$1 until=$((SECONDS + $2)) file name
-    shift 2
+section_doctor() {
+    run doctor 900 "$python" -m gpuadam doctor --json "$out/doctor.json" || return
+    grep '  works\|failed\|wrong' "$this/doctor.log"
+    run both-backends 20 "$python" -c 'import json, sys
+works = json.load(open(sys.argv[1]))["works"]
+sys.exit(", ".join(f"{name} does not work" for name in sys.argv[2:] if name not in works) or 0)' "$out/doctor.json" "${backends[@]}"
+}
+section_tests-gpu() {
+    local real side_by_side
+    mapfile -t real < <(grep -lE 'real_gpu|cuda_torch' tests/test_*.py)
+    mapfile -t side_by_side < <(at_once)
+    tests tests-gpu-alone 80 -m gpu -k "real_gpu or $of_time" tests/test_gpu.py "${real[@]}"
+    tests tests-gpu-spread 900 ${side_by_side[@]+"${side_by_side[@]}"} -m "gpu and not real_gpu" \
+        -k "($spread) and not ($of_time)" "${spread_files[@]}"
+}
+section_large() {
+    benchmark large cupy 52 "${large[@]}" --peers "torch fused"
+    benchmark large numba-cuda 52 "${large[@]}" --peers "torch fused"
+    drawn large
+}
+section_many() {
+    benchmark many cupy 30 "${many[@]}" --peers "torch fused,torch foreach"
+    benchmark many numba-cuda 30 "${many[@]}" --peers "torch fused,torch foreach"
+    drawn many
+}
+section_small() {
+    benchmark small cupy 22 "${small[@]}" --peers "torch fused,torch foreach"
+    benchmark small numba-cuda 22 "${small[@]}" --peers "torch fused,torch foreach"
+    drawn small
+}
+section_tests() {
+    local side_by_side k=${every:+($every) and }
+    mapfile -t side_by_side < <(at_once)
+    tests tests-alone 150 -m gpu -k "${k}(real_gpu or $of_time)" "${every_file[@]}"
+    tests tests-others 900 ${side_by_side[@]+"${side_by_side[@]}"} -m gpu -k "${k}not (real_gpu or $of_time)" "${every_file[@]}"
+}
+section_narrow() {
+    benchmark narrow cupy 110 "${narrow[@]}"
+    benchmark narrow numba-cuda 50 "${narrow_numba[@]}"
+    drawn narrow
+}
+section_amp_step() {
+    benchmark amp_step cupy 45 "${amp_step[@]}"
+    benchmark amp_step numba-cuda 40 "${amp_step_numba[@]}"
+    drawn amp_step
+}
+section_peers() {
+    benchmark large cupy 55 "${peers_large[@]}"
+    benchmark small cupy 40 "${small[@]}"
+    drawn large
+    drawn small
+}
+section_what_binds() {
+    local backend
+    for backend in "${backends[@]}"; do
+        if [ -n "$host" ]; then # what ncu would watch
+            run "launches-$backend" 90 "$python" benchmarks/what_binds.py --launch --backend "$backend" "${what_binds[@]}"
+        elif command -v ncu >/dev/null; then
+            run "what_binds-$backend" 105 "$python" benchmarks/what_binds.py --backend "$backend" --out "$out" &&
+                tail -n 20 "$this/what_binds-$backend.log"
+        fi
+    done
+    if [ -n "$host" ]; then
+        lacking "a GPU's counters; the launches alone ran"
+    else
+        command -v ncu >/dev/null || lacking "ncu, of NVIDIA Nsight Compute"
+    fi
+}
+section_launch_shapes() {
+    run launch_shapes 900 "$python" benchmarks/launch_shapes.py "${launch_shapes[@]}" --out "$out" &&
+        cat "$this/launch_shapes.log"
+}
+section_offload() { benchmark offload cupy 900 "${offload[@]}"; }
+section_plan() { benchmark plan cupy 900 "${plan[@]}"; }
+section_memory() {
+    benchmark memory cupy 65 "${memory[@]}" --peers "torch fused,torch foreach,plain CuPy"
+    benchmark memory numba-cuda 40 "${memory[@]}" --peers none
+}
+section_first_call() {
+    benchmark first_call cupy 45 "${first_call[@]}" --peers "torch fused"
+    benchmark first_call numba-cuda 30 "${first_call[@]}" --peers none
+}
+section_examples() {
+    run demo 40 "$python" -m gpuadam demo "${demo[@]}"
+    example thomson --arrays numba "${thomson[@]}" --plot "$this/thomson.png"
+    example gaussians --arrays "$arrays" "${gaussians[@]}" --plot "$this/gaussians.png"
+    example digits --arrays "$arrays" "${digits[@]}"
+    example tomography --arrays "$arrays" "${tomography[@]}" --plot "$this/tomography.png"
+    if "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then
+        example torch_digits --device cuda --steps 5
+    else
+        said "   example-torch_digits was left out: there is no torch with CUDA"
+    fi
+}
+section_bench() {
+    local backend
+    for backend in "${backends[@]}"; do
+        run "bench-$backend" 45 "$python" -m gpuadam bench --backend "$backend" "${bench[@]}" --json "$this/bench-$backend.json"
+        add "$this/bench-$backend.json"
+    done
+}
+sanitized() { # tool, and the files of tests, each in a process of its own
+    local tool=$1 file name
+    shift
+    if [ -n "$host" ] || ! command -v compute-sanitizer >/dev/null; then
+        lacking "${host:+a GPU for }compute-sanitizer${host:+ to watch}"
+        return
+    fi
     for file in "$@"; do
         name=$tool-$file
         # without a pool each array is an allocation, whose end the tool knows
-        GPUADAM_NO_POOL=1 run "$name" $((until - SECONDS)) compute-sanitizer --tool "$tool" --error-exitcode 99 \
-            --log-file "$this/$name.errors" "$python" -m pytest -q --maxfail=5 -m gpu -W default -p no:cacheprovider \
-            -k "not beyond and not 2_31 and not ${of_time// / and not }" "tests/$file.py"
+        GPUADAM_NO_POOL=1 run "$name" 900 compute-sanitizer --tool "$tool" --error-exitcode 99 --log-file "$this/$name.errors" \
+            "$python" -m pytest -q --maxfail=5 -m "gpu and not real_gpu" -W default -p no:cacheprovider -k "not ($of_time)" \
+            "tests/$file.py"
+        [ -f "$this/$name.errors" ] || continue
         cat "$this/$name.errors" >>"$log"
-        summary+=("$name: $(tail -n 1 "$this/$name.log"); $(grep -o 'SUMMARY.*' "$this/$name.errors" || echo 'no summary')")
+        said "   $(tail -n 1 "$this/$name.log"); $(grep -o 'SUMMARY.*' "$this/$name.errors" || echo 'no summary')"
     done
 }
-
-if [ $what = sanitize ]; then
-    summary=()
-    sanitized memcheck 200 test_gpu test_gpu_narrow test_global_norm test_adam test_flat test_offload_gpu
-    sanitized racecheck 120 test_global_norm test_gpu_narrow test_gpu
-    sanitized initcheck 120 test_global_norm test_gpu_narrow test_gpu
-    section "summary"
-    printf '%s\n' "${summary[@]}" | tee -a "$log"
-    finish
-fi
-
-example() { # name, options
-    run "example-$1" 25 "$python" -m "gpuadam.examples.$1" "${@:2}"
+section_sanitize-memcheck() {
+    sanitized memcheck test_gpu test_gpu_narrow test_global_norm test_adam test_flat test_offload_gpu
 }
-merged() { # file: the rows of all that was measured go there
-    shopt -s nullglob
-    local rows=("$this"/*/*.csv "$this"/bench-*.json)
-    [ ${#rows[@]} -gt 0 ] || return 0
-    "$python" benchmarks/report.py merge "$1" "${rows[@]}" || status=1
-}
+section_sanitize-racecheck() { sanitized racecheck test_global_norm test_gpu_narrow test_gpu; }
+section_sanitize-initcheck() { sanitized initcheck test_global_norm test_gpu_narrow test_gpu; }
 
-if [ $what = inspect ]; then
-    for backend in "${backends[@]}"; do
-        run "what_binds-$backend" 90 "$python" benchmarks/what_binds.py --backend "$backend" --out "$out"
-    done
-    # the second is more than the GPU has: 72 GB of state, and 24 of parameters and gradients, in the host's memory
-    benchmark offload cupy 230 --sizes 8/1,72/8 --seconds 10
-    benchmark plan cupy 40 --seconds 3
-    run launch_shapes 40 "$python" benchmarks/launch_shapes.py --seconds 3
-    benchmark memory cupy 45 --sizes 5e7 --peers "torch fused,torch foreach,plain CuPy"
-    benchmark first_call cupy 45 --seconds 0.1 --peers "torch fused"
-    benchmark memory numba-cuda 30 --sizes 5e7 --peers none
-    benchmark first_call numba-cuda 30 --seconds 0.1 --peers none
-    run demo 40 "$python" -m gpuadam demo
-    example thomson --arrays numba --plot "$this/thomson.png"
-    example gaussians --arrays cupy --steps 50 --plot "$this/gaussians.png"
-    example torch_digits --device cuda --steps 5
-    for backend in "${backends[@]}"; do
-        run "bench-$backend" 40 "$python" -m gpuadam bench --backend "$backend" --seconds 0.2 --json "$this/bench-$backend.json"
-    done
-    section "summary"
-    merged "$out/inspect.csv"
-    "$python" benchmarks/report.py summary "$out/inspect.csv" | tee -a "$log" || status=1
-    finish
-fi
+# -- all that was chosen
 
-run doctor 60 "$python" -m gpuadam doctor --json "$out/doctor.json"
-tests() { # name, limit in seconds, options
-    run "$1" "$2" "$python" -m pytest -q --maxfail=20 -m gpu -W default -p no:cacheprovider --durations=10 "${@:3}"
-}
-tests tests-alone 120 tests/test_gpu.py # of which some look at free memory and at the clock
-"$python" -c "import xdist" 2>/dev/null && at_once=(-n 4 --dist loadgroup) || at_once=()
-tests tests 190 "${at_once[@]}" --ignore=tests/test_gpu.py tests
-# What matters most comes first. The others are measured in full beside cupy; beside numba-cuda only torch's fused Adam, the measure.
-benchmark large cupy 100 --seconds 2
-benchmark large numba-cuda 60 --seconds 2 --peers "torch fused"
-for backend in "${backends[@]}"; do
-    benchmark small "$backend" 35 --seconds 1
-    benchmark many "$backend" 45 --seconds 3 --peers "torch fused,torch foreach"
+last=${within:+$((within - 10))} # then there is time for the table
+said "" "== $(date -u +%F' '%T) ${chosen[*]}${within:+, within $within s}${host:+; $host}"
+declare -A state took
+passed=0 failed=() not_reached=() not_here=()
+for name in "${chosen[@]}"; do
+    if [ -n "$last" ] && [ $((last - SECONDS)) -lt 5 ]; then
+        not_reached+=("$name") state[$name]="not reached: no time was left"
+        continue
+    fi
+    began=$SECONDS section_until=$((SECONDS + slower * limit[$name])) outcome=passed
+    [ -z "$last" ] || [ $section_until -le "$last" ] || section_until=$last
+    said "" "== $name: ${about[$name]} (at most $((section_until - SECONDS)) s)"
+    "section_$name"
+    state[$name]=$outcome took[$name]=$((SECONDS - began))
+    said "   $name ${outcome%%:*}: ${took[$name]} s, $SECONDS s so far"
+    case $outcome in
+        passed) passed=$((passed + 1)) ;;
+        FAILED) failed+=("$name") ;;
+        *) not_here+=("$name") ;;
+    esac
 done
-benchmark narrow cupy 75 --seconds 3
-benchmark amp_step cupy 45 --seconds 2
-benchmark narrow numba-cuda 50 --seconds 2 --forms "bfloat16 state,8-bit state,all bfloat16"
-benchmark amp_step numba-cuda 40 --seconds 2 --sizes gpt2
 
-section "summary"
-tail -n 2 "$this/tests-alone.log" "$this/tests.log"
-merged "$out/results.csv"
-if [ -f "$out/results.csv" ]; then
-    for name in large small many narrow amp_step; do
-        for measured in "$this"/*/"$name.csv"; do # of any backend: the plot has a panel for each
-            "$python" "benchmarks/$name.py" --rows "$out/results.csv" --out "$out" >>"$out/log.txt" || status=1
-            break
-        done
-    done
-    "$python" benchmarks/report.py summary "$out/results.csv" | tee -a "$out/log.txt" || status=1
+said "" "== summary"
+if [ -f "$results" ]; then
+    "$python" benchmarks/report.py summary "$results" | tee -a "$log" || failed+=("the table")
 fi
-finish
+for name in "${chosen[@]}"; do
+    said "$(printf '%-20s%5s  %s' "$name" "${took[$name]:+${took[$name]} s}" "${state[$name]}")"
+done
+[ -z "$host" ] || said "This was $host."
+verdict="$passed of ${#chosen[@]} sections passed"
+[ ${#not_here[@]} = 0 ] || verdict+="; not to be had here: ${not_here[*]}"
+[ ${#not_reached[@]} = 0 ] || verdict+="; NOT REACHED: ${not_reached[*]}"
+[ ${#failed[@]} = 0 ] || verdict+="; FAILED: ${failed[*]}"
+said "$verdict; $SECONDS s"
+[ $passed -gt 0 ] && [ ${#failed[@]} = 0 ] && [ ${#not_reached[@]} = 0 ]

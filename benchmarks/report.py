@@ -1,6 +1,7 @@
 """What every benchmark does with its rows: options, tables on the terminal, a CSV file, JSON and a plot.
 
     python benchmarks/report.py merge RESULTS.csv ROWS...    merges CSV and JSON files of rows into one CSV file
+    python benchmarks/report.py add RESULTS.csv ROWS...      adds them to one that is there, or makes it
     python benchmarks/report.py summary RESULTS.csv          prints a short table: gpuadam and torch's fused Adam
 
 A benchmark is a function measure_rows(backend, options, notes), which yields lists of rows that were measured together and
@@ -199,12 +200,28 @@ def _print_machine(console, row):
 
 def merge(path, *sources):
     """Write the rows of CSV and JSON files into one CSV file."""
-    rows = []
-    for source in sources:
-        if source.endswith(".json"):
-            rows += json.loads(Path(source).read_text())["rows"]
-        else:
-            rows += output.read_csv(source, NUMBERS)
+    _write([row for source in sources for row in _read(source)], path)
+
+
+# What a row is of: a benchmark that is run again measures the same anew.
+IDENTITY = (*measure.COLUMNS[: measure.COLUMNS.index("clock") + 1], "ranks")
+
+
+def add(path, *sources):
+    """Likewise add them to the rows that are in the file. What was measured again takes the old row's place."""
+    rows = {}
+    for source in (*([path] if Path(path).exists() else []), *sources):
+        rows |= {tuple(row.get(key) for key in IDENTITY): row for row in _read(source)}
+    _write(rows.values(), path)
+
+
+def _read(source):
+    if str(source).endswith(".json"):
+        return json.loads(Path(source).read_text())["rows"]
+    return output.read_csv(source, NUMBERS)
+
+
+def _write(rows, path):
     columns = dict.fromkeys(column for row in rows for column in row)
     output.write_csv(path, [dict.fromkeys(columns) | row for row in rows])
 
@@ -254,4 +271,4 @@ def summary(path):
 
 
 if __name__ == "__main__":
-    {"merge": merge, "summary": summary}[sys.argv[1]](*sys.argv[2:])
+    {"merge": merge, "add": add, "summary": summary}[sys.argv[1]](*sys.argv[2:])

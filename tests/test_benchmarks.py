@@ -4,6 +4,8 @@ import doctest
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +55,13 @@ def run(script, *arguments, code=0, **env):
     return done
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=ON_LINUX) if name == "memory" else name for name in SCRIPTS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[ON_LINUX] * (name == "memory") + [pytest.mark.exhaustive] * (name != "small"))
+        for name in SCRIPTS
+    ],
+)
 def test_a_script_writes_its_rows_and_a_plot_and_can_draw_them_again(name, tmp_path):
     printed = json.loads(run(name, *QUICK, *SCRIPTS[name], "--out", str(tmp_path), "--json", "-").stdout)
     rows = output.read_csv(tmp_path / f"{name}.csv", measure.NUMBERS)
@@ -97,6 +105,19 @@ def test_files_of_rows_are_merged_and_summed_up(tmp_path):
     rows = output.read_csv(results, measure.NUMBERS)
     assert len(rows) == 6 and rows[:3] == rows[3:]
     assert run("report", "summary", results).stdout.count("gpuadam.Adam.step, one flat array") == 2
+
+
+def test_rows_are_added_and_those_measured_again_take_the_place_of_the_old(tmp_path):
+    def row(n, seconds, ranks=None):
+        return measure.row("large", "limit", "numba-cpu", n, state="in turn", seconds=[seconds]) | {"ranks": ranks}
+
+    files = []
+    for rows in ([row(1, 1e-3), row(2, 2e-3)], [row(2, 3e-3), row(2, 4e-3, ranks=2)]):
+        files.append(tmp_path / f"{len(files)}.csv")
+        output.write_csv(files[-1], rows)
+        run("report", "add", str(tmp_path / "results.csv"), str(files[-1]))
+    found = output.read_csv(tmp_path / "results.csv", report.NUMBERS)
+    assert [(r["elements"], r["ranks"], r["p50_us"]) for r in found] == [(1, None, 1e3), (2, None, 3e3), (2, 2, 4e3)]
 
 
 def test_what_is_not_there_is_explained(tmp_path):
@@ -244,3 +265,85 @@ def test_what_binds_is_read_from_the_profilers_rows(monkeypatch, capsys, tmp_pat
     assert [row["nanoseconds"] for row in rows] == [0, 1000, 2000, 3000] and rows[1]["dram_percent"] == 1001
     assert {"--launch", "--backend", "cupy"} <= set(asked[0])
     assert "8-bit state, limit" in capsys.readouterr().out
+
+
+# gpu.sh
+
+BASH = pytest.mark.skipif(sys.platform != "linux", reason="gpu.sh is for Linux")
+NOT_ON_A_GPU = {"cpu_threads", "killed_rank", "peers", "quality", "report", "sharded"}
+
+
+def gpu_sh(*arguments, code=0, **env):
+    command = ["bash", str(FOLDER / "gpu.sh"), *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@BASH
+def test_the_list_of_sections_is_complete_and_a_wrong_name_is_refused(tmp_path):
+    text = (FOLDER / "gpu.sh").read_text()
+    listed = gpu_sh("--list").stdout
+    sections = re.findall(r"^[* ] ([\w-]+) +\d+ s  \S", listed, re.M)
+    assert sections == re.findall(r"^section ([\w-]+) \d+ ", text, re.M)
+    assert sorted(sections) == sorted(re.findall(r"^section_([\w-]+)\(\)", text, re.M))
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - NOT_ON_A_GPU
+    assert scripts == {name for name in scripts if f"benchmark {name} " in text or f"benchmarks/{name}.py" in text}
+    of_default = re.findall(r"^\* ([\w-]+) +(\d+) s", listed, re.M)
+    assert sum(int(seconds) for _, seconds in of_default) <= 350  # of the 360 that all may take
+    for wrong in (("out", "larg"), ("--with", "out"), ("--within", "soon", "out"), ()):
+        error = gpu_sh(*(tmp_path / a if a == "out" else a for a in wrong), code=2).stderr
+        assert error.endswith(listed) and "usage" in error
+    assert "no section larg" in gpu_sh(tmp_path / "out", "large", "larg", code=2).stderr
+    assert not (tmp_path / "out").exists()
+
+
+@BASH
+def test_a_section_that_fails_does_not_cost_the_others(tmp_path):
+    """Python, ncu and compute-sanitizer are played: they write down what they are asked for."""
+    for name in ("python", "ncu", "compute-sanitizer"):
+        played = tmp_path / name
+        lines = f'echo "{name} $*" >>"{tmp_path}/asked"', 'case "$*" in *small.py*) echo broken; exit 3; esac'
+        played.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+        played.chmod(0o755)
+    env = {"PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "GPUADAM_GPU": ""}
+    done = gpu_sh(tmp_path / "out", "all", code=1, **env)
+    names = re.findall(r"^section ([\w-]+) \d+ ", (FOLDER / "gpu.sh").read_text(), re.M)
+    assert re.findall(r"^== ([\w-]+):", done.stdout, re.M) == names
+    assert f"{len(names) - 2} of {len(names)} sections passed; FAILED: small peers;" in done.stdout.splitlines()[-1]
+    asked = (tmp_path / "asked").read_text()
+    for name in ("large", "many", "small", "narrow", "amp_step", "memory", "first_call"):
+        assert all(f"{name}.py --backend {backend} " in asked for backend in ("cupy", "numba-cuda"))
+    assert all(f"compute-sanitizer --tool {tool} " in asked for tool in ("memcheck", "racecheck", "initcheck"))
+    again = gpu_sh(tmp_path / "out", "many", "large", "many", **env)
+    assert again.stdout.count("\n== ") == 4  # with its head and the summary
+    assert "broken" in (tmp_path / "out" / "log.txt").read_text()  # which later calls add to
+    late = gpu_sh("--within", "12", tmp_path / "out", "many", "large", code=1, **env)
+    assert "0 of 2 sections passed; NOT REACHED: many large;" in late.stdout
+
+
+@BASH
+def test_what_is_not_to_be_had_has_not_passed(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for tool in ("bash", "cat", "date", "dirname", "mkdir", "mktemp", "rm", "tee", "timeout"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    (tmp_path / "bin" / "python3").symlink_to(shutil.which("true"))
+    env = {"PATH": str(tmp_path / "bin"), "PYTHON": "python3", "GPUADAM_GPU": ""}
+    done = gpu_sh(tmp_path / "out", "launch_shapes", "what_binds", "sanitize-racecheck", **env)
+    assert "1 of 3 sections passed; not to be had here: what_binds sanitize-racecheck;" in done.stdout
+    assert "not to be had here: ncu" in done.stdout and "not to be had here: compute-sanitizer" in done.stdout
+    gpu_sh(tmp_path / "out", "what_binds", code=1, **env)
+
+
+@BASH
+@pytest.mark.exhaustive
+def test_without_a_gpu_it_runs_over_the_stand_in(tmp_path):
+    pytest.importorskip("cupy")
+    done = gpu_sh("--within", "115", tmp_path, "small", "sanitize-initcheck", GPUADAM_GPU="host", PYTHON=sys.executable)
+    assert "1 of 2 sections passed; not to be had here: sanitize-initcheck;" in done.stdout
+    assert "all times are meaningless" in done.stdout
+    rows = output.read_csv(tmp_path / "results.csv", measure.NUMBERS)
+    assert {(row["backend"], row["device"]) for row in rows} == {
+        (backend, "gpuadam's stand-in for a GPU") for backend in ("cupy", "numba-cuda")
+    }
+    assert (tmp_path / "small.png").read_bytes()[:4] == b"\x89PNG"

@@ -221,6 +221,7 @@ def test_bench_measures_and_draws(tmp_path):
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.exhaustive
 def test_bench_measures_forms_by_their_names_in_one_table_and_draws_bars(tmp_path):
     plot, result = tmp_path / "bench.png", tmp_path / "bench.json"
     names = ["8-bit state", "all bfloat16", "optax's formula"]
