@@ -335,7 +335,8 @@ class OffloadAdam(Adam):
                 pipeline.run(work, stages.fetch, stages.update, store, self._slots)
             except BaseException as error:
                 stages.wait()  # what was begun still uses memory that its owner may give up now
-                if isinstance(error, (RuntimeError, MemoryError)):  # of the driver, which does not know what it was for
+                # one of the disk or Ctrl-C stays what it is; one of the driver does not know what it was for
+                if isinstance(error, Exception) and not isinstance(error, OSError):
                     raise RuntimeError(f"the step was cut short ({type(error).__name__}: {error}): {TORN}") from error
                 raise
         for group in updates:
