@@ -1,12 +1,27 @@
 """The variants of an update and the data that the tests share."""
 
 import numpy as np
+import pytest
 
 from gpuadam import hyperparameters, testing
 from gpuadam.kernels.storage import Arrays
 from gpuadam.testing import bits
 
 DTYPES = ("float32", "float64")
+
+exhaustive = False  # whether pytest was given --exhaustive; set by conftest.py
+
+
+def examples(few, many):
+    """Return how many examples of something a test looks at. A test that asks uses the fixture of this name."""
+    return many if exhaustive else few
+
+
+def few(values, *kept):
+    """Return the values of a parameter of which only those `kept` are in the short run, the others behind --exhaustive."""
+    assert all(value in values for value in kept)
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
+
 
 # What the GPU code is compiled for, and by what: NVRTC of CUDA 13 and of CUDA 12 for CuPy, NVVM for Numba.
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
@@ -36,6 +51,7 @@ FORMS = {
 
 # Between them, every option and every arm. Where a kernel is only compiled once more, these stand for all.
 KEY_FORMS = ("adam", "all with l2", "all with adamw")
+OTHER_ALGORITHMS = ("nadam", "adamax", "optax")  # whose rule differs from Adam's; RAdam's does not
 
 DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "decoupled": False, "maximize": False}
 

@@ -6,7 +6,10 @@ CUDA 12 and of CUDA 13 for CuPy, NVVM for Numba, ptxas and nvdisasm for the mach
 
 import ctypes
 import functools
+import hashlib
+import importlib.metadata
 import math
+import os
 import pathlib
 import re
 import subprocess
@@ -16,12 +19,13 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import kept
 import numpy as np
 import pytest
 from ptx import loaded
 
 from gpuadam.arrays import View
-from gpuadam.kernels import adam, device_scalars, pointer_table, storage
+from gpuadam.kernels import adam, device_scalars, pointer_table, primitives, storage
 from gpuadam.kernels.layout import Update, collapse, split
 
 BLOCK = pointer_table.BLOCK
@@ -33,7 +37,9 @@ from cupy._core import _carray, _kernel, _scalar, core  # noqa: E402
 from numba import cuda, types  # noqa: E402
 from numba.cuda import dispatcher  # noqa: E402
 
-from gpuadam.kernels import cupy_elementwise, numba_cuda  # noqa: E402
+from gpuadam.kernels import cupy_elementwise, limit, numba_cuda  # noqa: E402
+
+PRIMITIVES = dict(primitives.PRIMITIVES)  # before a test replaces one
 
 
 def find(pattern):
@@ -44,6 +50,28 @@ def find(pattern):
     pytest.skip(f"no nvidia/{pattern} is installed: pip install -e '.[test]' has it on Linux")
 
 
+# What is compiled is kept for later runs, by its source, the options and the compiler
+
+OF_COMPILERS = ("cuda", "cupy", "llvmlite", "numba", "nvidia")
+
+
+@functools.cache
+def versions():
+    """Return all packages that have a part in compiling, with their versions, and the settings that they heed."""
+    found = {f"{d.name} {d.version}" for d in importlib.metadata.distributions() if d.name.lower().startswith(OF_COMPILERS)}
+    settings = {f"{name}={value}" for name, value in os.environ.items() if name.startswith(("CUDA_", "CUPY_", "NUMBA_"))}
+    return " ".join([sys.version, *sorted(found), *sorted(settings)])
+
+
+@functools.cache
+def package_text():
+    """Return the hash of all of gpuadam: the source of a kernel of Numba is functions that call others."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(adam.__file__).parent.parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 # CuPy: the generated CUDA C, then NVRTC
 
 
@@ -51,9 +79,14 @@ class Nvrtc:
     """The few functions of one NVRTC library that a compile takes."""
 
     def __init__(self, pattern):
-        self.lib = ctypes.CDLL(str(find(pattern)))
+        self.path = str(find(pattern))
+        self.lib = ctypes.CDLL(self.path)
 
     def compile(self, source, options, output):
+        key = (source, *options, output, self.path, versions())
+        return kept.data("nvrtc", key, lambda: self._compile(source, options, output))
+
+    def _compile(self, source, options, output):
         program = ctypes.c_void_p()
         self._check(self.lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
         encoded = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
@@ -147,11 +180,20 @@ def ptx(backend, form, arch, ndim=None, rule=adam, loop=None, on_device=False):
 @functools.cache
 def _ptx(backend, form, arch, loop, rule, on_device):
     if backend == "numba-cuda":
-        return compile_numba(numba_cuda.build(rule, form, loop, on_device), signature(form, loop, on_device), arch)
+        return _numba_ptx(form, arch, loop, rule, on_device)
     name, _, ndim = loop.partition(" ")
     kernel = cupy_elementwise.build(rule, form, name, on_device)
     version = 12 if backend == "cupy-cuda12" else 13
     return compile_cupy(kernel, arch, "PTX", version, int(ndim or 1)).rstrip(b"\0").decode()
+
+
+def _numba_ptx(form, arch, loop, rule, on_device):
+    def make():
+        return compile_numba(numba_cuda.build(rule, form, loop, on_device), signature(form, loop, on_device), arch)
+
+    if rule not in (adam, limit) or PRIMITIVES != primitives.PRIMITIVES:  # a test's own, whose text is in no key
+        return make()
+    return kept.text("nvvm", (repr(form), arch, loop, rule.__name__, str(on_device), package_text(), versions()), make)
 
 
 @functools.cache
@@ -166,7 +208,12 @@ def scalars_ptx(backend, form, arch):
     i64, f64 = types.int64, types.float64
     lr, grad_scale = (f64 if dtype is None else i64 for dtype in (form.lr, form.grad_scale))
     settings = [i64, i64, *[f64] * (len(device_scalars.SETTINGS) - 2)]
-    return compile_numba(numba_cuda.build_scalars(form), (i64, i64, i64, lr, grad_scale, i64, *settings), arch)
+    types_of_arguments = (i64, i64, i64, lr, grad_scale, i64, *settings)
+    return kept.text(
+        "nvvm-scalars",
+        (repr(form), arch, package_text(), versions()),
+        lambda: compile_numba(numba_cuda.build_scalars(form), types_of_arguments, arch),
+    )
 
 
 def run(backend, form, arch, arrays, scalars, rule=adam, text=None, key=0, start=0):
@@ -380,12 +427,16 @@ def resources(backend, form, arch, ndim=None, rule=adam, loop=None, on_device=Fa
 
 @functools.cache
 def _on_cubin(tool, backend, form, arch, ndim, rule, loop, on_device, *options):
-    loop = loop or ("contiguous" if ndim is None else f"strided {ndim}")
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = pathlib.Path(folder) / "kernel.cubin"
-        cubin.write_bytes(_cubin(backend, form, arch, loop, rule, on_device))
-        command = [find(f"cu13/bin/{tool}"), *options, cubin]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    code = _cubin(backend, form, arch, loop or ("contiguous" if ndim is None else f"strided {ndim}"), rule, on_device)
+
+    def make():
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = pathlib.Path(folder) / "kernel.cubin"
+            cubin.write_bytes(code)
+            command = [find(f"cu13/bin/{tool}"), *options, cubin]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    return kept.text(tool, (*options, code, versions()), make)
 
 
 @functools.cache
@@ -394,8 +445,13 @@ def _cubin(backend, form, arch, loop, rule, on_device):
         name, _, ndim = loop.partition(" ")
         kernel = cupy_elementwise.build(rule, form, name, on_device)
         return compile_cupy(kernel, arch, "CUBIN", 12 if backend == "cupy-cuda12" else 13, int(ndim or 1))
-    with tempfile.TemporaryDirectory() as folder:
-        source, cubin = pathlib.Path(folder) / "kernel.ptx", pathlib.Path(folder) / "kernel.cubin"
-        source.write_text(_ptx(backend, form, arch, loop, rule, on_device))
-        subprocess.run([find("cu13/bin/ptxas"), f"-arch={arch}", source, "-o", cubin], check=True, capture_output=True)
-        return cubin.read_bytes()
+    text = _ptx(backend, form, arch, loop, rule, on_device)
+
+    def make():
+        with tempfile.TemporaryDirectory() as folder:
+            source, cubin = pathlib.Path(folder) / "kernel.ptx", pathlib.Path(folder) / "kernel.cubin"
+            source.write_text(text)
+            subprocess.run([find("cu13/bin/ptxas"), f"-arch={arch}", source, "-o", cubin], check=True, capture_output=True)
+            return cubin.read_bytes()
+
+    return kept.data("ptxas", (text, arch, versions()), make)

@@ -14,10 +14,13 @@ an error if one does not come: a lane that its mask names and that has exited, w
 
 import ctypes
 import functools
+import hashlib
 import re
 from collections import Counter
 from typing import NamedTuple
 
+import kept
+import llvmlite
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
@@ -141,7 +144,8 @@ class Kernel:
         """Run blocks first_block ... last_block - 1 (all by default) of a grid. parameters: bytes of each.
 
         backwards: run the last thread of a block first. A kernel that lacks a barrier may give something else then.
-        Raises Incomplete if threads wait in vain, Endless if they loop without end; at the end, MemoryError if accesses were off. Those outside are not done.
+        Raises Incomplete if threads wait in vain, Endless if they loop without end; at the end, MemoryError if accesses were off.
+        Those outside are not done.
         """
         sizes = [len(p) for p in parameters]
         if sizes != self.parameter_sizes:
@@ -336,9 +340,14 @@ def _compile(module):
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=0
     )
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
-    parsed = llvm.parse_assembly(str(module))
+    text = str(module)
+    parsed = llvm.parse_assembly(text)
     parsed.verify()
     engine = llvm.create_mcjit_compiler(parsed, machine)
+    # the engine holds on to its key, not to megabytes of text
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    key = (digest, llvmlite.__version__, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+    engine.set_object_cache(lambda _, code: kept.put("llvm", key, code), lambda _: kept.get("llvm", key))
     engine.finalize_object()
     return engine
 
@@ -598,6 +607,7 @@ class _Translation:
 
     def memory(self, opcode, operation, modifiers, operands):
         kind, known = modifiers[-1], {"param", "global", "shared", "v2", "v4", "nc"}
+        known |= set() if self.strict else {"cs"}  # a hint to the caches
         space = {"param", "global", "shared"} & set(modifiers)
         if not set(modifiers[:-1]) <= known or len(space) != 1 or (operation == "st" and "param" in space):
             raise Refused(f"{opcode}: not a plain access of global or shared memory or of a parameter")
@@ -759,6 +769,12 @@ class _Translation:
         plain = [m for m in rounding if m != "ftz"]
         if plain != rounding and source != "f32" and (self.strict or to != "f32"):
             raise Refused(opcode)
+        if "sat" in rounding and not self.strict and (to, source) == ("f32", "f32"):
+            x = self.read_float(operands[1], source, True)
+            zero, one = x.type(0.0), x.type(1.0)
+            x = self.b.select(self.b.fcmp_ordered(">", x, zero), x, zero)  # NaN becomes 0
+            self.write_float(operands[0], self.b.select(self.b.fcmp_ordered("<", x, one), x, one), to, True)
+            return
         if to in INTEGERS and source in INTEGERS and not rounding:
             value = self.read(operands[1], _integer(source, opcode))
             value = self.resized(value, _integer(to, opcode), signed=source[0] == "s")

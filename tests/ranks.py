@@ -199,11 +199,17 @@ def in_order_of_names(opt, by_name):
 
 
 def bits():
-    """Every case on 8 ranks, and on parts of them: 4, 3, 1, and four times 2. What 4 saved, and what one did, goes on on all."""
+    """Every case on 8 ranks, and on parts of them: 4, 3, 1, and four times 2. What 4 saved, and what one did, goes on on all.
+
+    Or on 4 ranks, and on 3, 1, and two times 2.
+    """
     from mpi4py import MPI
 
     world, folder = MPI.COMM_WORLD, os.environ["CHECKPOINTS"]
-    splits = ([0] * 8, [0] * 4 + [1] * 3 + [2], [0, 0, 1, 1, 2, 2, 3, 3])
+    splits = {
+        8: ([0] * 8, [0] * 4 + [1] * 3 + [2], [0, 0, 1, 1, 2, 2, 3, 3]),
+        4: ([0] * 4, [0] * 3 + [1], [0, 0, 1, 1]),
+    }[world.size]
     of_splits = [transports.MPI(world.Split(colors[world.rank], world.rank)) for colors in splits]
     found = {}
     for case in CASES:

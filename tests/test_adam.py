@@ -20,6 +20,7 @@ def step(arrays, library=None, **options):
     return [a if a is None else library.numpy(a) if library else a for a in there]
 
 
+@pytest.mark.in_short("name")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FORMS)
 def test_every_backend_gives_the_cpus_bits(library, name, dtype):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import assert_same_bits, state
+from cases import assert_same_bits, examples, state
 
 import gpuadam
 
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(30, 150), deadline=None)
+@pytest.mark.usefixtures("examples")
 def test_any_layouts_whatever_agree_with_contiguous_arrays(data):
     """Random slices with random steps of random buffers, one for each array, on the CPU."""
     shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=3), label="shape"))

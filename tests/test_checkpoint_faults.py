@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ import gpuadam
 from gpuadam import atomic_file, safetensors_file
 
 ROOT = Path(__file__).parent.parent
-KILLS = 50
+KILLS = examples(8, 50)
 
 
 def params():
@@ -64,17 +65,20 @@ def test_the_whole_file_is_taken(saved, tmp_path):
     assert not refused(tmp_path / "a", saved)
 
 
+@pytest.mark.usefixtures("examples")
 def test_a_file_cut_off_anywhere_is_refused(saved, tmp_path):
-    assert all(refused(tmp_path / "a", saved[:length]) for length in range(len(saved)))
+    assert all(refused(tmp_path / "a", saved[:length]) for length in range(0, len(saved), examples(17, 1)))
 
 
 def test_bytes_too_many_are_refused(saved, tmp_path):
     assert refused(tmp_path / "a", saved + b"\0") and refused(tmp_path / "a", saved + saved)
 
 
+@pytest.mark.usefixtures("examples")
 def test_every_changed_byte_is_noticed(saved, tmp_path):
     rng, start = random.Random(0), time.monotonic()
-    for at in itertools.chain(range(len(saved)), (rng.randrange(len(saved)) for _ in range(10_000 - len(saved)))):
+    every = itertools.chain(range(len(saved)), (rng.randrange(len(saved)) for _ in range(10_000 - len(saved))))
+    for at in examples(sorted(rng.sample(range(len(saved)), 500)), every):
         other = bytearray(saved)
         other[at] ^= rng.randrange(1, 256)
         assert refused(tmp_path / "a", bytes(other)), f"byte {at}"
@@ -227,7 +231,8 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@pytest.mark.usefixtures("examples")
+@settings(max_examples=examples(40, 200), deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_no_header_gives_another_error(data, saved, tmp_path_factory):
     """Any one value of the header, and of what is JSON in the metadata, is replaced by another, and the header sealed again."""
@@ -255,7 +260,8 @@ def test_no_header_gives_another_error(data, saved, tmp_path_factory):
     refused(path, sealed(tree, payload))  # or it is taken, and is a checkpoint of something else
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@pytest.mark.usefixtures("examples")
+@settings(max_examples=examples(30, 100), deadline=None, derandomize=True, database=None)
 @given(content=st.binary(max_size=300), cut=st.integers(0, 60))
 def test_no_bytes_give_another_error(content, cut, tmp_path_factory):
     path = tmp_path_factory.mktemp("bytes") / "a"
@@ -486,8 +492,9 @@ for _ in sys.stdin:  # each line asks for a process that saves until it is kille
 """
 
 
+@pytest.mark.usefixtures("examples")
 def test_a_killed_save_leaves_the_old_file_or_the_new_one(tmp_path):
-    """3 MB are saved over and over in another process, which is killed at random; 50 times."""
+    """3 MB are saved over and over in another process, which is killed at random, KILLS times."""
     rng, path, within = random.Random(0), tmp_path / "a", 0
     command, env = [sys.executable, "-c", SAVES, str(path)], os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:

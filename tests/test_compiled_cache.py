@@ -13,7 +13,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from cases import DTYPES, form_and_scalars, state, strided_arguments, table_of
+from cases import DTYPES, few, form_and_scalars, state, strided_arguments, table_of
 
 from gpuadam.kernels import adam, compiled_cache, numba_cpu
 
@@ -219,6 +219,7 @@ def test_a_folder_that_becomes_unusable_brings_a_warning_of_ours(tmp_path):
     )
 
 
+@pytest.mark.exhaustive
 def test_the_disk_that_fills_up_brings_a_warning_and_leaves_no_half_file(tmp_path):
     """Written by way of a limit on the size of files, which fails as a full disk does."""
     resource = pytest.importorskip("resource", reason="this system limits no file's size")
@@ -278,6 +279,7 @@ def test_the_users_cache_folder_is_taken_where_the_packages_cannot_be_written(no
 # Several processes
 
 
+@pytest.mark.exhaustive
 def test_processes_that_fill_one_cache_at_once_get_their_own_forms(tmp_path):
     """Through Numba's index, one of two that store at once may be given the other's kernel ever after."""
     folder, forms = tmp_path / "not" / "there", {"adam": "", "l2": ", weight_decay=0.1"}
@@ -339,7 +341,7 @@ def test_the_text_of_every_file_in_the_folder_is_in_the_key(tmp_path, monkeypatc
     assert len(keys) == len(texts) + 1 > 10
 
 
-@pytest.mark.parametrize("package", ["numba", "llvmlite"])
+@pytest.mark.parametrize("package", few(["numba", "llvmlite"], "numba"))
 def test_another_version_of_the_compiler_is_another_key(here, monkeypatch, package):
     run()
     monkeypatch.setattr(getattr(compiled_cache, package), "__version__", "0.0")
@@ -354,11 +356,11 @@ def test_kernels_whose_text_cannot_be_read_are_not_kept(here, monkeypatch):
     assert files(here) == []
 
 
-def test_a_rule_that_is_not_of_this_package_is_never_kept(here):
+def test_a_rule_that_is_not_of_this_package_is_never_kept(here, examples):
     """Its text is not in the key: a broken one could take the good one's place."""
     broken = types.ModuleType("broken")
     broken.in_python = adam.in_python
-    for loop in ("serial", "parallel", "strided"):
+    for loop in ("serial", *examples((), ("parallel", "strided"))):
         run(loop=loop, rule=broken)
     assert files(here) == []
     own, _ = run()

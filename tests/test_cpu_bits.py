@@ -6,8 +6,11 @@ import pytest
 from cases import (
     DTYPES,
     FORMS,
+    KEY_FORMS,
+    OTHER_ALGORITHMS,
     assert_same_bits,
     at_offset,
+    few,
     form_and_scalars,
     strided_arguments,
     table_of,
@@ -39,8 +42,9 @@ def through(loop, form, arrays, scalars):
     return arrays
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", few(FORMS, *KEY_FORMS, *OTHER_ALGORITHMS))
 def test_every_loop_gives_the_same_bits(name, dtype):
     form, scalars = form_and_scalars(name, dtype)
     given = wide_state(N, dtype, form.amsgrad)

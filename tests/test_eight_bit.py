@@ -473,11 +473,12 @@ GPU_COMPILERS = ["cupy", "numba-cuda"]
 
 @pytest.mark.parametrize("compiler", GPU_COMPILERS)
 @pytest.mark.parametrize("where", OFFSETS)
-def test_gpu_code_gives_the_cpus_bits_at_every_size(compiler, where):
-    for n in (*range(1, 101), 1003):
+def test_gpu_code_gives_the_cpus_bits_at_every_size(compiler, where, examples):
+    for n in (*range(1, 101, examples(11, 1)), 1003):
         assert_gpu_code_gives_the_cpus_bits(compiler, "sm_90", "float32", [n], where)
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("compiler", GPU_COMPILERS)
 @pytest.mark.parametrize("name", FORMS)
 def test_gpu_code_gives_the_cpus_bits_in_every_form(compiler, name):

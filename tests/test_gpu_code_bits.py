@@ -81,6 +81,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.in_short("compiler", "layout")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_arrays_are_updated_where_they_lie(compiler, arch, layout, dtype):

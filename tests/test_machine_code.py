@@ -4,13 +4,11 @@ import re
 from collections import Counter
 
 import pytest
-from cases import DTYPES, FORMS, KEY_FORMS, form_and_scalars
+from cases import DTYPES, FORMS, KEY_FORMS, OTHER_ALGORITHMS, form_and_scalars
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
 from gpuadam.kernels import limit  # noqa: E402
-
-OTHER_ALGORITHMS = ("nadam", "adamax", "optax")  # whose rule differs from Adam's; RAdam's does not
 
 
 def contract_operations(form):
@@ -43,6 +41,7 @@ def test_the_ptx_has_the_contracts_operations_and_no_others(compiler, arch, name
     assert gpu_code.rounded_operations(kernel) == {op: times * n for op, n in contract_operations(form).items()}
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", (*KEY_FORMS, *OTHER_ALGORITHMS))
 def test_loads_and_stores_are_16_bytes_and_no_more_than_the_byte_model(compiler, arch, name, dtype):
@@ -59,6 +58,7 @@ def test_loads_and_stores_are_16_bytes_and_no_more_than_the_byte_model(compiler,
     assert sum(scalar.values()) == 2 * n_arrays - 1, accesses
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", (*KEY_FORMS, *OTHER_ALGORITHMS))
 def test_a_thread_takes_no_local_memory_and_at_most_64_registers(compiler, arch, name, dtype):

@@ -89,6 +89,7 @@ def assert_like_one_by_one(opt, params, start, grads_of_steps, amsgrad=False, **
             assert_same_bits([np.ascontiguousarray(a)], [b], f"{what} of array {k}, of shape {b.shape}")
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("layouts", [*([layout] for layout in LAYOUTS), list(LAYOUTS)], ids=" and ".join)
 def test_a_step_over_many_gives_each_the_bits_of_its_own(layouts, amsgrad):
@@ -289,6 +290,7 @@ def test_a_moment_that_is_another_parameter_is_refused_by_both_names():
 # Memory
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("kind", ["one", "many", "strided", "unaligned", "both dtypes"])
 @pytest.mark.parametrize("n", [1_000_000, 10_000_000])
 def test_a_step_allocates_less_than_a_megabyte_whatever_the_size(kind, n):

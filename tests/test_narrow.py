@@ -241,6 +241,7 @@ def bytes_of(form, n):
     return loaded, stored
 
 
+@pytest.mark.in_short()
 @gpu_compilers
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_gpu_code_gives_the_cpus_bits_and_moves_each_byte_once(compiler, name):
@@ -347,6 +348,7 @@ def test_strided_arrays_of_several_item_sizes_are_updated_where_they_lie(compile
         assert all((whole[j::3] == 42).all() for j in range(3) if j != k % 3)
 
 
+@pytest.mark.in_short()
 @gpu_compilers
 @pytest.mark.parametrize("on_device", [False, True], ids=["numbers", "scalars in memory"])
 @pytest.mark.parametrize("name", KEY_COMBINATIONS[1:])
@@ -418,6 +420,7 @@ MACHINE_CODE = [
 ]
 
 
+@pytest.mark.in_short()
 @gpu_compilers
 @pytest.mark.parametrize("name, arch", MACHINE_CODE)
 def test_a_thread_moves_16_bytes_at_a_time_and_enough_are_on_their_way(compiler, name, arch):
@@ -468,6 +471,7 @@ def conversions(form):
     return found
 
 
+@pytest.mark.in_short()
 @gpu_compilers
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_the_ptx_has_the_contracts_operations_and_the_documented_conversions(compiler, name):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -266,7 +267,8 @@ def disjoint_byte_by_byte(rows):
     return not any(a & b and (a_written or b_written) for (a, a_written), (b, b_written) in itertools.combinations(taken, 2))
 
 
-@settings(max_examples=500, deadline=None)
+@pytest.mark.usefixtures("examples")
+@settings(max_examples=examples(100, 500), deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import few
 from thread_ranks import all_well, on_ranks
 
 import gpuadam
@@ -117,6 +118,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("what", OPTIONS)
 @pytest.mark.parametrize("n, to", [(1, 3), (3, 1), (2, 5), (5, 2)])
 def test_everything_comes_back(what, n, to, tmp_path):
@@ -139,7 +141,7 @@ def test_everything_comes_back(what, n, to, tmp_path):
     assert all((given[name] == p).all() for name, p in of_params.items())
 
 
-@pytest.mark.parametrize("chance", range(12))
+@pytest.mark.parametrize("chance", few(range(12), 0, 1, 2))
 def test_any_shapes_and_buckets_come_back(chance, tmp_path):
     """Shapes, buckets, ranks and blocks of checksums at random."""
     rng = random.Random(chance)
@@ -307,10 +309,10 @@ def test_nothing_is_deleted_beside_an_index_that_cannot_be_read(folder, monkeypa
 # What is refused
 
 
-def test_every_changed_byte_is_noticed(folder):
+def test_every_changed_byte_is_noticed(folder, examples):
     rng = random.Random(1)
     paths = [folder / "index.safetensors", *parts_of(folder)]
-    for _ in range(150):
+    for _ in range(examples(30, 150)):
         path = rng.choice(paths)
         right = path.read_bytes()
         at = rng.randrange(len(right)) if rng.random() < 0.7 else rng.randrange(1000)
@@ -494,7 +496,7 @@ def test_a_rank_that_cannot_write_stops_all_and_the_old_checkpoint_stays(folder,
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("calls", range(1, 6))
+@pytest.mark.parametrize("calls", few(range(1, 6), 1, 4, 5))
 def test_a_crash_at_any_renaming_leaves_the_old_checkpoint(folder, calls, monkeypatch):
     """Of four parts and an index, each comes into its place by being renamed. Afterwards a save does as ever."""
     wanted, count, replace = content(gpuadam.load(folder, params())), [0], Path.replace

@@ -265,6 +265,7 @@ def made(name, params, **more):
     return gpuadam.Adam(params, lr=1e-2, **STATES[name][1], **more)
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("name", STATES)
 def test_state_that_is_saved_and_loaded_goes_on_with_the_same_bits(name, capturable):

@@ -1,0 +1,67 @@
+"""What of the tests is left for `pytest --exhaustive`: the rule that conftest.py follows.
+
+A test of many parameters has many combinations of them. Marked by `@pytest.mark.in_short(...)`, it has in the short run each
+value of each parameter, each combination of the parameters that the marker names, and no more. What is compiled for several
+architectures is so without being marked: each combination of a compiler and a form (`name`).
+"""
+
+import itertools
+from collections import Counter, defaultdict
+
+import cases
+from cases import DTYPES, FORMS
+
+
+def select(config, items):
+    """Mark the tests, and leave those marked `exhaustive` out of the short run."""
+    mark(items, cases.exhaustive)
+    if not cases.exhaustive:
+        left_out = {item for item in items if item.get_closest_marker("exhaustive")}
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
+def mark(items, exhaustive):
+    """Mark what the short run leaves out by `exhaustive`, and in the other run what looks at more examples there."""
+    functions = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("gpu"):  # there are few, and most runs skip them
+            continue
+        if exhaustive and "examples" in getattr(item, "fixturenames", ()):
+            item.add_marker("exhaustive")
+        elif hasattr(item, "callspec") and not item.get_closest_marker("exhaustive"):
+            functions[item.nodeid.partition("[")[0]].append(item)
+    for alike in functions.values():
+        marker, places = alike[0].get_closest_marker("in_short"), [item.callspec.params for item in alike]
+        if marker or {"compiler", "arch"} <= set(places[0]):
+            kept = cover(places, marker.args if marker else ("compiler", "name"))
+            for k in set(range(len(alike))) - kept:
+                alike[k].add_marker("exhaustive")
+
+
+def cover(places, together=()):
+    """Return which of some combinations of parameters have, between them, each value of each, and each combination of some.
+
+    places: dicts of a parameter's name and its value. together: names of parameters. All values come up about as often.
+    """
+    facts = []
+    for place in places:
+        values = {name: id(value) for name, value in place.items()}  # some values cannot be compared
+        combined = tuple((name, values.pop(name)) for name in together if name in values)
+        facts.append({*values.items(), combined})
+    missing, kept, seen = set(itertools.chain(*facts)), set(), Counter()
+    while missing:
+        best = max(
+            range(len(facts)),
+            key=lambda k: (len(facts[k] & missing), _is_of_its_dtype(places[k]), -sum(seen[fact] for fact in facts[k])),
+        )
+        kept.add(best)
+        missing -= facts[best]
+        seen.update(facts[best])
+    return kept
+
+
+def _is_of_its_dtype(place):
+    """Whether a form meets the dtype that it has in all tests if possible: the kernel of the CPU is compiled for each."""
+    name, dtype = place.get("name"), place.get("dtype")
+    return name in FORMS and dtype == DTYPES[list(FORMS).index(name) % len(DTYPES)]
