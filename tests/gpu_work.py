@@ -1,4 +1,4 @@
-"""What tests with the marker gpu share: a stream that is busy, and the names that the driver's calls have on the stand-in."""
+"""What tests with the marker gpu share: a busy stream, arrays that are lent, and what the driver's calls are called."""
 
 import random
 
@@ -26,3 +26,16 @@ def any_order(monkeypatch):
     if conftest.DRIVER is not None:
         monkeypatch.setattr(conftest.DRIVER.work, "seed", 1)
         monkeypatch.setattr(conftest.DRIVER.work, "random", random.Random(1))
+
+
+class Lent:
+    """An array that DLPack alone lends."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()

@@ -34,22 +34,25 @@ def mark(items, exhaustive):
     for alike in functions.values():
         marker, places = alike[0].get_closest_marker("in_short"), [item.callspec.params for item in alike]
         if marker or {"compiler", "arch"} <= set(places[0]):
-            kept = cover(places, marker.args if marker else ("compiler", "name"))
+            any_of = () if marker or "name" in places[0] else ("arch",)  # forms go over the architectures, others take a few
+            kept = cover(places, marker.args if marker else ("compiler", "name"), any_of)
             for k in set(range(len(alike))) - kept:
                 alike[k].add_marker("exhaustive")
 
 
-def cover(places, together=()):
+def cover(places, together=(), any_of=()):
     """Return which of some combinations of parameters have, between them, each value of each, and each combination of some.
 
-    places: dicts of a parameter's name and its value. together: names of parameters. All values come up about as often.
+    places: dicts of a parameter's name and its value. together: names of parameters. any_of: names of those of which not all
+    values have to be there. Values come up about as often as each other.
     """
     facts = []
     for place in places:
         values = {name: id(value) for name, value in place.items()}  # some values cannot be compared
         combined = tuple((name, values.pop(name)) for name in together if name in values)
         facts.append({*values.items(), combined})
-    missing, kept, seen = set(itertools.chain(*facts)), set(), Counter()
+    missing = {fact for fact in itertools.chain(*facts) if not fact or fact[0] not in any_of}
+    kept, seen = set(), Counter()
     while missing:
         best = max(
             range(len(facts)),

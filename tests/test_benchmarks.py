@@ -91,6 +91,7 @@ def test_ratios_and_throughput_are_of_the_medians_of_one_run(tmp_path):
         assert row["x_torch_fused"] is None
 
 
+@pytest.mark.exhaustive
 def test_small_arrays_are_measured_in_two_states(tmp_path):
     run("small", *QUICK, "--sizes", "10", "--peers", "none", "--out", str(tmp_path))
     rows = output.read_csv(tmp_path / "small.csv", measure.NUMBERS)
@@ -228,6 +229,7 @@ def test_the_scaling_over_ranks_is_tabulated_and_drawn(monkeypatch, tmp_path):
     assert (tmp_path / "sharded.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.exhaustive
 def test_ranks_are_timed_and_send_the_padded_buffers():
     pytest.importorskip("mpi4py", reason="mpi4py is not installed")
     if not (Path(sys.executable).parent / "mpiexec").exists():

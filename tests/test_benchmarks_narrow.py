@@ -50,6 +50,7 @@ def narrow_rows(tmp_path_factory):
     return rows_of(narrow, folder, "--sizes", "1000", "--forms", ",".join(FORMS)), folder
 
 
+@pytest.mark.exhaustive
 def test_each_form_is_measured_beside_float32_and_its_limit(narrow_rows):
     rows, _ = narrow_rows
     by_name = {(row["dtype"], row["contender"]): row for row in rows}

@@ -169,7 +169,7 @@ def found(layer):
 
 def over(*layers):
     """Parametrize over threading layers; under pytest-xdist, the tests of one are in one process, which asks once."""
-    more = {"safe": [pytest.mark.exhaustive]}  # it is one of the others
+    more = dict.fromkeys(("tbb", "safe", "nonsense"), [pytest.mark.exhaustive])  # they do as omp, omp and workqueue do
     marks = {layer: [pytest.mark.xdist_group(layer), *more.get(layer, [])] for layer in layers}
     return pytest.mark.parametrize("layer", [pytest.param(layer, marks=marks[layer]) for layer in layers])
 
@@ -259,7 +259,7 @@ def threads_used(numbers):
     return used
 
 
-@pytest.mark.parametrize("layer", ["default", "workqueue"])
+@pytest.mark.parametrize("layer", few(["default", "workqueue"], "default"))
 def test_the_number_of_threads_follows_numbas(layer):
     asked = [None, 1, 2, 4, 1, 3]
     used = process(f"threads_used({asked})", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="4")

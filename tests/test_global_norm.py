@@ -351,8 +351,8 @@ def test_the_code_of_a_gpu_gives_the_bits_of_the_cpu(compiler, arch):
 @pytest.mark.in_short()
 @pytest.mark.parametrize("format", FORMATS[1:])
 @pytest.mark.parametrize("compiler", ["cupy", "numba-cuda"])
-def test_so_it_does_in_every_format(compiler, format):
-    for n in (1, 255, 4097, 9_003):
+def test_so_it_does_in_every_format(compiler, format, examples):
+    for n in examples((255, 4097), (1, 255, 4097, 9_003)):
         for offset in (0, 8):
             x = at_offset(values(n, format), offset)
             assert_bits(run(compiler, "sm_80", [x])[0], global_norm(x))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from cases import FORMS, assert_same_bits, different_bits, wide_state
+from gpu_work import Lent
 
 import gpuadam
 from gpuadam.cli import contract
@@ -422,19 +423,9 @@ def test_a_flat_buffer_and_its_views(cp):
 
 
 def test_arrays_that_only_have_dlpack(cp):
-    class Foreign:
-        def __init__(self, array):
-            self.array = array
-
-        def __dlpack__(self, **options):
-            return self.array.__dlpack__(**options)
-
-        def __dlpack_device__(self):
-            return self.array.__dlpack_device__()
-
     given = wide_state(1003)[:4]
     expected = [a.copy() for a in given]
     gpuadam.adam_step(*expected, 1)
     arrays = on_gpu(cp, given)
-    gpuadam.adam_step(*map(Foreign, arrays), 1)
+    gpuadam.adam_step(*map(Lent, arrays), 1)
     assert_same_bits([a.get() for a in arrays], expected)

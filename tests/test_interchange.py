@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from gpu_work import Lent
 
 import gpuadam
 from gpuadam import arrays, dlpack, functional
@@ -501,20 +502,10 @@ def test_the_stream_of_torch_may_be_another_at_each_step(cuda_torch, backend):
 def test_a_cuda_producer_that_is_gone_after_the_call_was_read_in_time(cuda_torch):
     import cupy
 
-    class Producer:
-        def __init__(self, array):
-            self.array = array
-
-        def __dlpack__(self, **options):
-            return self.array.__dlpack__(**options)
-
-        def __dlpack_device__(self):
-            return self.array.__dlpack_device__()
-
     for backend in ("cupy", "numba-cuda"):
         param, m, v = (cupy.zeros(1 << 22, "f4") for _ in range(3))
         cuda_torch.cuda._sleep(100_000_000)
-        gpuadam.adam_step(param, Producer(cupy.ones(1 << 22, "f4")), m, v, 1, lr=0.5, backend=backend)
+        gpuadam.adam_step(param, Lent(cupy.ones(1 << 22, "f4")), m, v, 1, lr=0.5, backend=backend)
         other = cupy.full(1 << 22, -1, "f4")  # would get the memory that was given back
         cupy.cuda.Device().synchronize()
         assert bool(cupy.allclose(param, -0.5)) and bool((other == -1).all())

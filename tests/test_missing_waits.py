@@ -8,6 +8,7 @@ import contextlib
 
 import numpy as np
 import pytest
+from gpu_work import Lent
 
 import gpuadam
 from gpuadam import testing
@@ -53,19 +54,6 @@ def steps_by_turns_on_two_streams(cp, backend):
     second.synchronize()
     first.synchronize()
     return [a.get() for a in params.values()]
-
-
-class Lent:
-    """An array that DLPack alone lends."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **options):
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
 
 
 def a_borrowed_gradient(cp, backend):

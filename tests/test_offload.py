@@ -650,6 +650,7 @@ def test_ten_times_the_budget_of_state_is_updated_within_the_budget(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit by calls is by those of Linux")
+@pytest.mark.exhaustive
 def test_the_benchmark_compares_its_bits_and_writes_its_rows(tmp_path):
     pytest.importorskip("rich")
     script = Path(__file__).parent.parent / "benchmarks" / "offload.py"

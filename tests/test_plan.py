@@ -630,6 +630,7 @@ def test_what_is_planned_is_what_offload_does():
     assert optimizer.MOST_SLOTS * least <= planning.LEAST_BUDGET
 
 
+@pytest.mark.exhaustive
 def test_the_benchmark_measures_what_it_predicts(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(ROOT / "benchmarks" / "plan.py"), "--backend", "numba-cpu", "--seconds", "0.01"]

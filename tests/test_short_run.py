@@ -25,6 +25,12 @@ def test_each_value_is_there_once_if_nothing_is_asked_for():
         assert {p[name] for p in found} == set(values)
 
 
+def test_a_few_of_the_values_will_do_where_that_is_said():
+    found = [PLACES[k] for k in short_run.cover(PLACES, ("compiler",), any_of=("name", "arch"))]
+    assert {p["compiler"] for p in found} == set(COMPILERS) and len(found) == len(COMPILERS)
+    assert {p["dtype"] for p in found} == set(DTYPES) and len({p["arch"] for p in found}) == len(COMPILERS)
+
+
 def test_a_combination_that_is_missing_loses_no_value():
     places = [p for p in PLACES if p["compiler"] != "cupy" or p["arch"] == "sm_90"]
     found = [places[k] for k in short_run.cover(places)]

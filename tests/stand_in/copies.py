@@ -3,44 +3,19 @@
 from .driver import entry
 
 
-@entry("cuMemcpy", "ppn", unsafe=True)
 def memcpy(d, to, source, n_bytes):
     d.copy_async(to, source, n_bytes, 0, waits=True)
 
 
-@entry("cuMemcpyHtoD_v2", "ppn", unsafe=True)
-def memcpy_to_device(d, to, source, n_bytes):
-    d.copy_async(to, source, n_bytes, 0, waits=True)
-
-
-@entry("cuMemcpyDtoH_v2", "ppn", unsafe=True)
-def memcpy_to_host(d, to, source, n_bytes):
-    d.copy_async(to, source, n_bytes, 0, waits=True)
-
-
-@entry("cuMemcpyDtoD_v2", "ppn", unsafe=True)
-def memcpy_on_device(d, to, source, n_bytes):
-    d.copy_async(to, source, n_bytes, 0, waits=True)
-
-
-@entry("cuMemcpyAsync", "ppnp")
 def memcpy_async(d, to, source, n_bytes, stream):
     d.copy_async(to, source, n_bytes, stream)
 
 
-@entry("cuMemcpyHtoDAsync_v2", "ppnp")
-def memcpy_to_device_async(d, to, source, n_bytes, stream):
-    d.copy_async(to, source, n_bytes, stream)
-
-
-@entry("cuMemcpyDtoHAsync_v2", "ppnp")
-def memcpy_to_host_async(d, to, source, n_bytes, stream):
-    d.copy_async(to, source, n_bytes, stream)
-
-
-@entry("cuMemcpyDtoDAsync_v2", "ppnp")
-def memcpy_on_device_async(d, to, source, n_bytes, stream):
-    d.copy_async(to, source, n_bytes, stream)
+# Where memory lies is seen from its address
+for kinds in ("", "HtoD", "DtoH", "DtoD"):
+    version = "_v2" if kinds else ""
+    entry(f"cuMemcpy{kinds}{version}", "ppn", unsafe=True)(memcpy)
+    entry(f"cuMemcpy{kinds}Async{version}", "ppnp")(memcpy_async)
 
 
 @entry("cuMemcpyPeer", "ppppn", unsafe=True)
