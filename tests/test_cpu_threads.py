@@ -169,7 +169,7 @@ def found(layer):
 
 def over(*layers):
     """Parametrize over threading layers; under pytest-xdist, the tests of one are in one process, which asks once."""
-    more = dict.fromkeys(("tbb", "safe", "nonsense"), [pytest.mark.exhaustive])  # they do as omp, omp and workqueue do
+    more = {layer: [pytest.mark.exhaustive] for layer in ("tbb", "safe", "nonsense")}  # they do as omp, omp and workqueue do
     marks = {layer: [pytest.mark.xdist_group(layer), *more.get(layer, [])] for layer in layers}
     return pytest.mark.parametrize("layer", [pytest.param(layer, marks=marks[layer]) for layer in layers])
 

@@ -1,6 +1,5 @@
-"""How both GPU backends come by memory of the host and by numbers of other libraries, over stand-ins for the driver."""
+"""What of the GPU backends needs no GPU: what is said of arrays of other libraries, pinned memory, the mode of captures."""
 
-import contextlib
 import ctypes
 import importlib
 from unittest import mock
@@ -14,11 +13,10 @@ from gpuadam.kernels import gpu_launch
 cupy = pytest.importorskip("cupy")
 pytest.importorskip("numba_cuda")
 cupy_elementwise = importlib.import_module("gpuadam.kernels.cupy_elementwise")
-numba_cuda = importlib.import_module("gpuadam.kernels.numba_cuda")
 
 
 class Foreign:
-    """An array of another library, in what the stand-ins take for a GPU's memory."""
+    """An array of another library."""
 
     def __init__(self, array, stream=None):
         self.array = array
@@ -30,37 +28,6 @@ def test_an_empty_array_is_contiguous_whatever_its_strides():
     empty = Foreign(np.zeros((0, 3), "f4"))
     empty.__cuda_ndarray__, empty.strides = True, (0, 0)
     assert on_cuda("param", empty, None).contiguous
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (0, 2)])
-def test_numba_reads_arrays_of_other_libraries_after_their_streams_work(monkeypatch, shape):
-    log = []
-
-    def receive(host, address, n_bytes, stream):
-        log.append(("receive", stream))
-        ctypes.memmove(host.ctypes.data, address, n_bytes)
-
-    monkeypatch.setattr(numba_cuda, "_device_of", lambda pointer: 0)
-    monkeypatch.setattr(numba_cuda, "on", lambda device, stream: contextlib.nullcontext())
-    monkeypatch.setattr(numba_cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(numba_cuda, "receive", receive)
-    monkeypatch.setattr(numba_cuda, "synchronize_stream", lambda stream: log.append(("wait", stream)))
-    given = np.random.default_rng(0).standard_normal(shape)
-    found = numba_cuda.to_host(Foreign(given, stream=77))
-    assert found.shape == shape and (found == given).all()
-    assert log == ([("receive", 77), ("wait", 77)] if given.size else [])
-
-
-def test_cupy_reads_arrays_of_other_libraries_on_their_streams(monkeypatch):
-    log = []
-    monkeypatch.setattr(cupy_elementwise, "_device_of", lambda pointer: 0)
-    monkeypatch.setattr(
-        cupy_elementwise, "on", lambda device, stream: log.append((device, stream)) or contextlib.nullcontext()
-    )
-    monkeypatch.setattr(cupy, "asnumpy", lambda array: log.append(array.data.ptr))
-    given = np.ones(3)
-    cupy_elementwise.to_host(Foreign(given, stream=77))
-    assert log == [(0, 77), given.ctypes.data]
 
 
 def test_pinned_memory_is_not_rounded_up_to_a_power_of_two(monkeypatch):
