@@ -100,6 +100,7 @@ def test_an_update_goes_to_the_one_stream_that_its_arrays_name_and_nothing_waits
     gpuadam.adam_step(*arrays, 1, backend=backend)
     assert [handle for _, handle in driver.launches] == [stream.ptr]
     assert not set(driver.calls) & set(STREAM_WAITS)
+    stream.synchronize()  # before the arrays go
 
 
 @pytest.mark.gpu

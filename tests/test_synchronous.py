@@ -41,6 +41,7 @@ def test_a_step_is_waited_for_on_its_stream_only_if_that_is_asked_for(cp, backen
     with stream:
         gpuadam.adam_step(*arrays, 2, backend=backend)
     assert stream.done == on
+    stream.synchronize()  # before the arrays go
 
 
 @pytest.mark.gpu
