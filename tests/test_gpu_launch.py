@@ -94,8 +94,9 @@ def test_an_update_waits_for_the_streams_that_arrays_name_and_they_wait_for_the_
 
 @pytest.mark.gpu
 def test_an_update_goes_to_the_one_stream_that_its_arrays_name_and_nothing_waits(cp, backend, driver):
-    stream = busy_stream(cp)
-    arrays = [OnStream(cp.ones(64, "f4"), stream.ptr) for _ in range(4)]
+    ones = [cp.ones(64, "f4") for _ in range(4)]
+    stream = busy_stream(cp)  # when they are there
+    arrays = [OnStream(one, stream.ptr) for one in ones]
     driver.listen()
     gpuadam.adam_step(*arrays, 1, backend=backend)
     assert [handle for _, handle in driver.launches] == [stream.ptr]
