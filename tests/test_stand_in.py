@@ -89,6 +89,20 @@ def test_the_legacy_default_stream_and_blocking_streams_wait_for_each_other(cp, 
     assert (array == 3).all()
 
 
+def test_a_threads_default_stream_and_the_legacy_one_wait_for_each_other(cp, driver, fill):
+    array, own = cp.zeros(100, "f4"), cp.cuda.Stream.ptds
+    fill(array, 1, stream=own)
+    fill(array, 2)
+    fill(array, 3, stream=own)
+    own.synchronize()
+    assert (array == 3).all()
+    names = []
+    thread = threading.Thread(target=lambda: names.append(driver.work.stream(2, 0)))
+    thread.start()
+    thread.join()
+    assert names[0] is not driver.work.stream(2, 0)
+
+
 def test_a_seed_chooses_the_order_and_the_same_seed_the_same(cp, driver, fill, streams, monkeypatch):
     array = cp.zeros(1, "f4")
     monkeypatch.setattr(driver.work, "seed", driver.work.seed)
