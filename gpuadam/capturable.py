@@ -187,7 +187,7 @@ class Scalars:
 
     def launch(self, counted):
         """Enqueue them. counted: a list that gets these Scalars as soon as the step is counted."""
-        clock, given = self.group.now.clock, self._given()
+        now, clock, given = self.group.now, self.group.now.clock, self._given()
         kernels, stream = clock.kernels, self.stream
         views = [value for value in given.values() if isinstance(value, View)]
         # after the step before, which may be on another stream: it reads the memory that is written here
@@ -199,7 +199,8 @@ class Scalars:
                     synchronous.launch(kernels, stream, what, kernels.launch_scalars, *launched)
                 else:
                     kernels.launch_scalars(*launched)
-                counted.append(self)
+                if now.counts:
+                    counted.append(self)
 
 
 # The norm of gradients from which one of their squares may overflow the type that is computed with
