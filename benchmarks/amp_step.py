@@ -31,7 +31,7 @@ import report
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import measure, plots
+from gpuadam.cli.measuring import measure, plots
 
 SCALE, MAX_NORM = 65536.0, 1.0
 OURS, THEIRS, COPIES = "gpuadam.Adam.step", measure.TORCH_FUSED, ", bfloat16 copies"

@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gpuadam
-from gpuadam.cli import forms, measure
+from gpuadam.cli.measuring import forms, measure
 from gpuadam.kernels import adam, numba_cpu
 
 

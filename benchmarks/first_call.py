@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import peers
 import report
 
-from gpuadam.cli import measure, plots
+from gpuadam.cli.measuring import measure, plots
 
 ROOT = Path(__file__).parent.parent
 N = 1000

@@ -15,7 +15,7 @@ import peers
 import report
 
 from gpuadam import backends
-from gpuadam.cli import measure, plots
+from gpuadam.cli.measuring import measure, plots
 
 
 def measure_rows(backend, options, notes):

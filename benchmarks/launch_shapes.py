@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import gpuadam
 from gpuadam import hyperparameters
-from gpuadam.cli import forms, measure, output
+from gpuadam.cli import output
+from gpuadam.cli.measuring import forms, measure
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.storage import Arrays
 

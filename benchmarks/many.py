@@ -17,7 +17,7 @@ import peers
 import report
 
 from gpuadam import backends
-from gpuadam.cli import measure
+from gpuadam.cli.measuring import measure
 
 SLOW_PASSES = 10  # a handful of microseconds for each pass over each of a thousand arrays
 

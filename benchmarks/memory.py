@@ -24,7 +24,7 @@ import peers
 import report
 
 from gpuadam import backends
-from gpuadam.cli import measure, plots
+from gpuadam.cli.measuring import measure, plots
 
 ROOT = Path(__file__).parent.parent
 OURS = ("gpuadam.adam_step", "gpuadam.Adam.step")

@@ -18,8 +18,9 @@ import peers
 import report
 
 from gpuadam import backends
-from gpuadam.cli import forms, measure, output, plots
-from gpuadam.cli.measure import CALL, KERNEL
+from gpuadam.cli import output
+from gpuadam.cli.measuring import forms, measure, plots
+from gpuadam.cli.measuring.measure import CALL, KERNEL
 from gpuadam.kernels import storage
 
 FLOAT32 = "float32"

@@ -30,7 +30,7 @@ import report
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import forms, measure
+from gpuadam.cli.measuring import forms, measure
 from gpuadam.kernels import limit
 from gpuadam.kernels.storage import GROUP
 from gpuadam.offload import mapped, pipeline
@@ -152,7 +152,7 @@ def on_gpu(backend, n, budget, seconds, folder, notes):
     param, grad = (gpuadam.Bits(array, "bfloat16") for array in given.values())
     opt = gpuadam.OffloadAdam({"w": param}, lr=LR, budget=budget, update="device", master="float32")
     if opt._gpu is not kernels:
-        sys.exit(f"offload: arrays of the host are updated by {opt._gpu.NAME} here: give --backend {opt._gpu.NAME}")
+        sys.exit(f"offload: arrays of the host are updated by {opt._gpu.name} here: give --backend {opt._gpu.name}")
     arrays = given | {name: opt.state["w"][name] for name in ("m", "v", "master")}
     before = sampled(arrays)
     opt.step({"w": grad})

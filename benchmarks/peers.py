@@ -21,7 +21,7 @@ import numpy as np
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import forms, measure
+from gpuadam.cli.measuring import forms, measure
 from gpuadam.kernels import adam, limit
 
 HYPERPARAMETERS = forms.HYPERPARAMETERS

@@ -37,13 +37,16 @@ import report
 import sharded
 
 import gpuadam
-from gpuadam import backends, machines, performance_model, planning, transports
-from gpuadam.cli import constants, forms, measure, output, plots
+from gpuadam import backends, planning, transports
+from gpuadam.cli import output
+from gpuadam.cli.measuring import constants, forms, measure, plots
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.storage import Arrays, bytes_moved_of, operands
-from gpuadam.machines import Link, Processor
 from gpuadam.offload import folder as of_step
 from gpuadam.offload import mapped, pipeline
+from gpuadam.planning import machines
+from gpuadam.planning import model as performance_model
+from gpuadam.planning.machines import Link, Processor
 
 # Forms of the step: what `performance_model.update` takes.
 FORMS = {

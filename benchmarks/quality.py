@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 import gpuadam
-from gpuadam.cli import measure, output
+from gpuadam.cli import output
+from gpuadam.cli.measuring import measure
 
 LR = 1e-3
 FLOAT32 = "float32"

@@ -20,9 +20,10 @@ import peers
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import forms as step_forms
-from gpuadam.cli import measure, output, plots
-from gpuadam.cli.measure import CALL, KERNEL
+from gpuadam.cli import output
+from gpuadam.cli.measuring import forms as step_forms
+from gpuadam.cli.measuring import measure, plots
+from gpuadam.cli.measuring.measure import CALL, KERNEL
 
 TABLE = ("backend", "elements", "state", "clock")
 # Columns that some benchmarks have beyond measure.COLUMNS: the bytes that a step moves of each element; and of a form of the

@@ -29,7 +29,8 @@ import report
 
 import gpuadam
 from gpuadam import transports
-from gpuadam.cli import measure, output, plots
+from gpuadam.cli import output
+from gpuadam.cli.measuring import measure, plots
 
 RANKS = (1, 2, 4)
 VIEWS, ARRAYS, ADAM = "gpuadam.ShardedAdam, views", "gpuadam.ShardedAdam", "gpuadam.Adam"

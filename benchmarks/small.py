@@ -18,7 +18,7 @@ import peers
 import report
 
 from gpuadam import backends
-from gpuadam.cli import measure
+from gpuadam.cli.measuring import measure
 
 CALLS = {"warm": 50, "in turn": 1}
 N_SCALARS = 7

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import forms, measure, output
+from gpuadam.cli import output
+from gpuadam.cli.measuring import forms, measure
 from gpuadam.kernels import adam, limit
 
 METRICS = {

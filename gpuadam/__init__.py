@@ -1,17 +1,17 @@
 """The fused Adam update for arrays: the same bits from CuPy, Numba CUDA and the CPU."""
 
-from . import transports
-from .arrays import Bits
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
-from .checkpoint import CheckpointError, load
+from .checkpoint.saving import CheckpointError, load
+from .clipping import global_norm
 from .decay import decay_groups
 from .flat import Flat, flatten
 from .functional import adam_step
-from .norm import global_norm
+from .kernels.view import Bits
 from .offload import OffloadAdam
 from .optimizer import Adam, AdaMax, AdamW, NAdam, RAdam
-from .sharded import ShardedAdam, ShardedAdamW
-from .sharded_checkpoint import load_sharded
+from .sharded import transports
+from .sharded.checkpoint import load_sharded
+from .sharded.optimizer import ShardedAdam, ShardedAdamW
 
 __version__ = "0.1.0"
 

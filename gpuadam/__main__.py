@@ -7,8 +7,8 @@ import sys
 
 from . import __version__
 from .backends import BACKENDS, BackendUnavailableError
-from .cli import plan_options
 from .cli.output import MissingExtraError, writable
+from .cli.plan import options as plan_options
 
 
 def main(argv=None):
@@ -70,7 +70,7 @@ def _seconds(text):
 
 
 def _forms(text):
-    from .cli import forms  # which other commands do not need
+    from .cli.measuring import forms  # which other commands do not need
 
     return forms.chosen(text)
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import arrays, checks, torch_tensors
+from . import checks, torch_tensors
+from .kernels import view as arrays
 
 GPU_EXTRA = 'pip install "gpuadam[cuda13]" (or cuda12: `nvidia-smi` shows what the driver takes)'
 DRIVER = "on a machine with an NVIDIA GPU, install its driver; `nvidia-smi` should then list the GPU"

@@ -3,8 +3,9 @@
 import fnmatch
 from collections.abc import Iterable, Mapping
 
-from . import arrays, checks
+from . import checks
 from .groups import some
+from .kernels import view as arrays
 
 
 def decay_groups(params, no_decay, weight_decay=1e-2):

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, backends, checks
+from . import backends, checks
+from .kernels import view as arrays
 
 TORCH = {"m": "exp_avg", "v": "exp_avg_sq", "max_v": "max_exp_avg_sq"}
 HYPERPARAMETERS_OF_TORCH = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")

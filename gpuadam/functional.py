@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arrays, backends, capturable, checks, hyperparameters, torch_tensors
+from . import backends, checks, hyperparameters, torch_tensors
+from . import step_counts as capturable
 from .kernels import adam, device_scalars, storage, streams
+from .kernels import view as arrays
 from .kernels.layout import Update
 
 

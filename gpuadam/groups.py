@@ -5,7 +5,9 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from typing import NamedTuple
 
-from . import arrays, capturable, checks, hyperparameters
+from . import checks, hyperparameters
+from . import step_counts as capturable
+from .kernels import view as arrays
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from . import array_bytes, backends, checks, functional, hyperparameters, torch_tensors
-from . import capturable as capturable_
-from .arrays import Bits
+from . import backends, checks, functional, hyperparameters, torch_tensors
+from . import step_counts as capturable_
+from .clipping import global_norm
 from .groups import (
     HYPERPARAMETERS,
     OF_PARAMS,
@@ -24,9 +24,9 @@ from .groups import (
     saved_settings,
     what_is,
 )
-from .kernels import device_scalars, streams
+from .kernels import array_bytes, device_scalars, streams
 from .kernels.storage import GROUP
-from .norm import global_norm
+from .kernels.view import Bits
 
 STATE_DTYPES = ("float32", "float64", "bfloat16", "8bit")
 
@@ -492,7 +492,7 @@ class Adam(HasGroups):
 
         Raises CheckpointError if the file cannot be written; ValueError or TypeError for what could not be loaded again.
         """
-        from .checkpoint import save  # which needs this module
+        from .checkpoint.saving import save  # which needs this module
 
         save(self, path, with_params=with_params)
 

@@ -9,7 +9,7 @@ import itertools
 import operator
 import sys
 
-from .arrays import Bits, a_kind
+from .kernels.view import Bits, a_kind
 
 
 def _torch():

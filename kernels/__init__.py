@@ -17,7 +17,7 @@ write their loads and stores: a loop knows nothing of formats.
 
 A *backend* is a file that gives a rule its loop: `cupy_elementwise.py`, `numba_cuda.py`, `numba_cpu.py`. Each has
 
-    view(name, array)                              what `gpuadam.arrays.View` needs to know of an array; nothing is copied
+    view(name, array)                              what `gpuadam.kernels.view.View` needs to know of an array; nothing is copied
     batches(updates, arrays)                       the launches that several updates take: one for all dense arrays
     launch(form, views, scalars, rule, stream, key)   one update, in place
     build(rule, form, loop)                        the kernel, cached

@@ -13,12 +13,12 @@ import warnings
 import cupy
 import numpy as np
 
-from gpuadam.arrays import View, on_cuda, on_device
 from gpuadam.kernels import adam, device_scalars, gpu_launch, pointer_table, primitives, storage, storage_cuda_c
 from gpuadam.kernels.layout import VECTOR_BYTES, offset_like, strides_like
 from gpuadam.kernels.streams import LEGACY_DEFAULT
+from gpuadam.kernels.view import View, on_cuda, on_device
 
-NAME = "cupy"
+name = "cupy"
 
 # i is CuPy's: the number of this thread, 64 bits wide.
 CONTIGUOUS = r"""

@@ -14,8 +14,8 @@ import os
 import threading
 from typing import NamedTuple
 
-from gpuadam.dlpack import Borrowed
 from gpuadam.kernels import device_scalars, pointer_table, storage, streams, synchronous
+from gpuadam.kernels.dlpack import Borrowed
 from gpuadam.kernels.layout import Update, dense, split
 
 
@@ -127,7 +127,7 @@ def rehearse(backend, device, kernel, launch):
     Nothing runs. device: the current one. kernel: what tells one that is compiled from others; the first launch of each is
     rehearsed. launch(stream): enqueues it.
     """
-    key = backend.NAME, device, kernel
+    key = backend.name, device, kernel
     if key in _rehearsed:
         return
     owner, stream = backend.new_stream()

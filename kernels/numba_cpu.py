@@ -18,13 +18,13 @@ import numpy as np
 from numba import njit, prange
 from numba.extending import intrinsic
 
-from gpuadam.arrays import on_cpu
 from gpuadam.kernels import adam, compiled_cache, primitives, storage, storage_numba
 from gpuadam.kernels import numpy_struct as numpy_struct
 from gpuadam.kernels.layout import Update, dense, offset_like, strides_like
 from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
+from gpuadam.kernels.view import on_cpu
 
-NAME = "numba-cpu"
+name = "numba-cpu"
 
 # Elements from which two threads finish sooner than one. `benchmarks/cpu_threads.py` shows where the lines cross.
 PARALLEL_FROM = 1 << 16

@@ -19,12 +19,12 @@ from numba.cuda.cudadrv.driver import device_memset
 from numba.cuda.cudadrv.error import CudaSupportError
 from numba.cuda.extending import intrinsic
 
-from gpuadam.arrays import View, on_cuda, on_device
 from gpuadam.kernels import adam, device_scalars, gpu_launch, primitives, storage, storage_numba
 from gpuadam.kernels.device_scalars import KEY_AT, REALS_AT, SKIP_AT
 from gpuadam.kernels.layout import VECTOR_BYTES, bounds, collapse, offset_like, strides_like
 from gpuadam.kernels.pointer_table import BLOCK, CHUNK, FIRST_CHUNK, HEAD, ITEMS, KEY, OPERANDS, SIZE, START, VECTORS
 from gpuadam.kernels.streams import LEGACY_DEFAULT
+from gpuadam.kernels.view import View, on_cuda, on_device
 
 if not hasattr(np, "row_stack"):
     # numba-cuda up to 0.30.4 names np.row_stack when it first loads its array functions. NumPy 2.5 has it no more, so no kernel
@@ -32,7 +32,7 @@ if not hasattr(np, "row_stack"):
     with mock.patch.object(np, "row_stack", np.vstack, create=True):
         importlib.import_module("numba.cuda.cudaimpl")
 
-NAME = "numba-cuda"
+name = "numba-cuda"
 
 REALS = {"float32": types.float32, "float64": types.float64}
 LLVM_TYPES = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()} | {

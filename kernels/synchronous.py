@@ -22,7 +22,7 @@ def launch(backend, stream, what, run, *arguments):
         backend.synchronize_stream(stream)
     except Exception as error:  # CuPy's and the driver's, which differ
         raise RuntimeError(
-            f"work on stream {stream} had failed before {backend.NAME} launched {what}: {_reported(error)}. The error is of "
+            f"work on stream {stream} had failed before {backend.name} launched {what}: {_reported(error)}. The error is of "
             "something enqueued before; CUDA_LAUNCH_BLOCKING=1 or `compute-sanitizer python ...` finds it"
         ) from error
     try:
@@ -30,7 +30,7 @@ def launch(backend, stream, what, run, *arguments):
         backend.synchronize_stream(stream)
     except Exception as error:  # likewise, and Numba's
         raise RuntimeError(
-            f"{what} failed on {backend.NAME}, stream {stream}: {_reported(error)}. If that is of an address, the memory of an "
+            f"{what} failed on {backend.name}, stream {stream}: {_reported(error)}. If that is of an address, the memory of an "
             "array was freed, or is smaller than the array says (`compute-sanitizer python ...` finds where), and CUDA is of no "
             "more use in this process: start another"
         ) from error

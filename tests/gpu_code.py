@@ -24,9 +24,9 @@ import numpy as np
 import pytest
 from ptx import loaded
 
-from gpuadam.arrays import View
 from gpuadam.kernels import adam, device_scalars, pointer_table, primitives, storage
 from gpuadam.kernels.layout import Update, collapse, split
+from gpuadam.kernels.view import View
 
 BLOCK = pointer_table.BLOCK
 

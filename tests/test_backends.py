@@ -249,7 +249,7 @@ def test_all_backends_have_the_same_functions():
     import ast
 
     wanted = {
-        "NAME",
+        "name",
         "view",
         "zeros_like",
         "copy",

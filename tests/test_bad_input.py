@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam import arrays, checks
+from gpuadam import checks
+from gpuadam.kernels import view as arrays
 
 inf, nan = float("inf"), float("nan")
 

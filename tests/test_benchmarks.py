@@ -16,7 +16,8 @@ import pytest
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import measure, output
+from gpuadam.cli import output
+from gpuadam.cli.measuring import measure
 from gpuadam.kernels import numba_cpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

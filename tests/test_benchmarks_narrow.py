@@ -11,7 +11,8 @@ import pytest
 from test_benchmarks import run
 
 from gpuadam import backends, testing
-from gpuadam.cli import forms, measure, output
+from gpuadam.cli import output
+from gpuadam.cli.measuring import forms, measure
 from gpuadam.kernels import adam, limit, numba_cpu, storage
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

@@ -7,8 +7,8 @@ from ptx import Refused
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
-from gpuadam.arrays import on_cpu  # noqa: E402
 from gpuadam.kernels import adam, cupy_elementwise, numba_cpu, numba_cuda, primitives  # noqa: E402
+from gpuadam.kernels.view import on_cpu  # noqa: E402
 
 ARCH = "sm_100"
 

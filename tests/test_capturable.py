@@ -11,7 +11,8 @@ from cases import ARCHITECTURES, DEFAULTS, DTYPES, assert_same_bits, form_and_sc
 from test_gpu import spin
 
 import gpuadam
-from gpuadam import capturable, functional, hyperparameters, testing
+from gpuadam import functional, hyperparameters, testing
+from gpuadam import step_counts as capturable
 from gpuadam.kernels import device_scalars
 from gpuadam.kernels.storage import Arrays
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam import array_bytes, backends, groups
+from gpuadam import backends, groups
+from gpuadam.kernels import array_bytes
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes, which has NumPy's bfloat16, is not installed")
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -295,7 +296,7 @@ def test_the_file_is_what_its_page_says(tmp_path):
 
 def test_payloads_are_aligned_to_their_elements(tmp_path):
     gpuadam.Adam({"w": np.ones(3, "f2"), "x": np.ones(5, "f8")}).save(tmp_path / "a", with_params=True)
-    from gpuadam.safetensors_file import ITEMSIZE, Reader
+    from gpuadam.checkpoint.safetensors import ITEMSIZE, Reader
 
     with (tmp_path / "a").open("rb") as file:
         assert all(entry.start % ITEMSIZE[entry.dtype] == 0 for entry in Reader(file).tensors.values())

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpuadam
-from gpuadam import atomic_file, safetensors_file
+from gpuadam.checkpoint import atomic_file
+from gpuadam.checkpoint import safetensors as safetensors_file
 
 ROOT = Path(__file__).parent.parent
 KILLS = examples(8, 50)

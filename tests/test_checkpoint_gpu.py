@@ -5,7 +5,7 @@ import pytest
 from gpu_work import any_order, busy_stream
 
 import gpuadam
-from gpuadam import array_bytes
+from gpuadam.kernels import array_bytes
 
 pytestmark = pytest.mark.gpu
 

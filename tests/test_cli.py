@@ -12,7 +12,8 @@ import pytest
 
 import gpuadam
 from gpuadam.__main__ import main
-from gpuadam.cli import contract, doctor, forms, installed, output
+from gpuadam.cli import contract, doctor, installed, output
+from gpuadam.cli.measuring import forms
 from gpuadam.kernels import adam, limit, numba_cpu, storage
 
 ROOT = Path(__file__).parent.parent

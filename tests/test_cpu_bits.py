@@ -17,8 +17,8 @@ from cases import (
     wide_state,
 )
 
-from gpuadam.arrays import on_cpu
 from gpuadam.kernels import adam, numba_cpu
+from gpuadam.kernels.view import on_cpu
 
 N = 100_003
 

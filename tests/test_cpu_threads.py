@@ -23,8 +23,8 @@ import pytest
 from cases import assert_same_bits, few, form_and_scalars, state, table_of, wide_state
 
 import gpuadam
-from gpuadam.arrays import on_cpu
 from gpuadam.kernels import adam, global_norm_numba_cpu, numba_cpu
+from gpuadam.kernels.view import on_cpu
 
 N, STEPS, AT_ONCE = 100_003, 200, 4
 SIZES = (0, 1, 7, 1_000, 20_011, 60_013)

@@ -14,10 +14,10 @@ import pytest
 from gpu_work import SYNCHRONIZATIONS, busy_stream
 
 import gpuadam
-import gpuadam.norm
+import gpuadam.clipping
+from gpuadam.clipping import global_norm
 from gpuadam.kernels import compiled_cache, global_norm_numba_cpu, numba_cpu, synchronous
 from gpuadam.kernels import global_norm as order
-from gpuadam.norm import global_norm
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes, which has NumPy's bfloat16, is not installed")
 
@@ -283,8 +283,9 @@ def test_the_loop_is_vectorised(monkeypatch):
 def test_another_process_need_not_compile():
     global_norm(values(9000))
     asked = (
-        "import numpy, gpuadam.norm, gpuadam.kernels.global_norm_numba_cpu as n; from gpuadam.kernels.global_norm import Form;"
-        "gpuadam.norm.global_norm(numpy.ones(9000, 'f4'));"
+        "import numpy, gpuadam.clipping, gpuadam.kernels.global_norm_numba_cpu as n;"
+        "from gpuadam.kernels.global_norm import Form;"
+        "gpuadam.clipping.global_norm(numpy.ones(9000, 'f4'));"
         "stats = [n.build(f, 'serial').stats for f in (Form(), Form('float64', False))];"
         "print([(sum(s.cache_hits.values()), sum(s.cache_misses.values())) for s in stats])"
     )
@@ -583,7 +584,7 @@ def test_the_sums_of_chunks_come_to_the_host_as_the_cpu_has_them(cp):
     from gpuadam.kernels import cupy_elementwise, global_norm_cupy
 
     arrays = many()
-    expected = global_norm_numba_cpu.chunk_sums([gpuadam.arrays.on_cpu("", a) for a in arrays])
+    expected = global_norm_numba_cpu.chunk_sums([gpuadam.kernels.view.on_cpu("", a) for a in arrays])
     views = [cupy_elementwise.view("", cp.asarray(a)) for a in arrays]
     assert expected.size > 4
     assert global_norm_cupy.chunk_sums(views).tobytes() == expected.tobytes()

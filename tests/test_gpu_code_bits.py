@@ -9,10 +9,10 @@ from ptx import Refused
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
-from gpuadam.arrays import on_cpu  # noqa: E402
 from gpuadam.cli import contract  # noqa: E402
 from gpuadam.kernels import numba_cpu  # noqa: E402
 from gpuadam.kernels.layout import split  # noqa: E402
+from gpuadam.kernels.view import on_cpu  # noqa: E402
 
 SIZES = (0, 1, 3, 4, 127)
 SHARED = [(k,) * 5 for k in range(4)]

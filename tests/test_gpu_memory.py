@@ -7,8 +7,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from gpuadam.arrays import on_cuda
 from gpuadam.kernels import gpu_launch
+from gpuadam.kernels.view import on_cuda
 
 cupy = pytest.importorskip("cupy")
 pytest.importorskip("numba_cuda")

@@ -9,7 +9,8 @@ import pytest
 from cases import assert_same_bits, state
 
 import gpuadam
-from gpuadam import array_bytes, backends, foreign_state
+from gpuadam import backends, foreign_state
+from gpuadam.kernels import array_bytes
 
 pytestmark = pytest.mark.gpu
 

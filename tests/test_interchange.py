@@ -13,8 +13,9 @@ import pytest
 from gpu_work import Lent
 
 import gpuadam
-from gpuadam import arrays, dlpack, functional
-from gpuadam.kernels import gpu_launch
+from gpuadam import functional
+from gpuadam.kernels import dlpack, gpu_launch
+from gpuadam.kernels import view as arrays
 
 
 class Producer:

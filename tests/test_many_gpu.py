@@ -9,8 +9,8 @@ import pytest
 from cases import DTYPES, KEY_FORMS, assert_same_bits, form_and_scalars, state, wide_state
 
 import gpuadam
-from gpuadam.arrays import on_cpu
 from gpuadam.kernels import numba_cpu, pointer_table, streams
+from gpuadam.kernels.view import on_cpu
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from cases import form_and_scalars
 
-from gpuadam.arrays import on_cpu
 from gpuadam.kernels import adam, numba_cpu, pointer_table, storage
 from gpuadam.kernels.layout import Update
 from gpuadam.kernels.storage import Arrays
+from gpuadam.kernels.view import on_cpu
 
 KEY, STEP_KEY = -0x0123456789ABCDEF, 0x5DEECE66D0000001
 

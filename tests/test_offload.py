@@ -501,7 +501,7 @@ def test_a_bar_is_shown_if_asked_for(tmp_path, capsys):
 
 def job(sizes, moved, n):
     operands = [
-        chunks.Operand(gpuadam.arrays.on_cpu("", np.zeros(0, f"u{size}")), True, True, False, None) for size in sizes
+        chunks.Operand(gpuadam.kernels.view.on_cpu("", np.zeros(0, f"u{size}")), True, True, False, None) for size in sizes
     ]
     return chunks.Job(operands, n, 0, None, moved)
 

@@ -14,14 +14,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import gpuadam
-from gpuadam import backends, hyperparameters, machines, performance_model, planning, transports
+from gpuadam import backends, hyperparameters, planning, transports
 from gpuadam.__main__ import main
-from gpuadam.cli import measure, output
+from gpuadam.cli import output
+from gpuadam.cli.measuring import measure
 from gpuadam.kernels import storage
 from gpuadam.kernels.storage import Arrays, operands
-from gpuadam.machines import MACHINES, Link, Processor
-from gpuadam.performance_model import Ranks, collective_seconds, kernel_seconds, update
-from gpuadam.planning import CELL, Settings, Way, best, plan, predict
+from gpuadam.planning import CELL, Settings, Way, best, machines, plan, predict
+from gpuadam.planning import model as performance_model
+from gpuadam.planning.machines import MACHINES, Link, Processor
+from gpuadam.planning.model import Ranks, collective_seconds, kernel_seconds, update
 
 ROOT = Path(__file__).parent.parent
 H100 = MACHINES["h100"]
@@ -123,7 +125,7 @@ def test_bytes_are_those_that_optimizers_hold(options, tmp_path):
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("options", OF_OPTIMIZERS)
 def test_bytes_of_ranks_are_no_more_than_planned(options, world):
-    from gpuadam.shard_buffer import Buffer
+    from gpuadam.sharded.buffer import Buffer
 
     params, _, own, planned = made(options)
     kernels, views = backends.choose([*params.items()])
@@ -492,7 +494,7 @@ def test_constants_are_read_from_bench(capsys, tmp_path):
 
 
 def test_this_machine_is_measured(capsys, monkeypatch, tmp_path):
-    from gpuadam.cli import constants
+    from gpuadam.cli.measuring import constants
 
     monkeypatch.setattr(constants, "LARGE", 100_000)
     monkeypatch.setattr(constants, "IN_CACHE", 1000)

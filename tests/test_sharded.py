@@ -28,7 +28,7 @@ from thread_ranks import all_well, on_ranks
 import gpuadam
 from gpuadam import transports
 from gpuadam.kernels import global_norm_numba_cpu, numba_cpu
-from gpuadam.shard_layout import CELL, Layout, chunk_numbers, first_chunks
+from gpuadam.sharded.layout import CELL, Layout, chunk_numbers, first_chunks
 
 ROOT = Path(__file__).parent.parent
 ENDED_WITHIN = 10  # seconds
@@ -100,7 +100,7 @@ def test_the_sums_of_all_ranks_make_the_norm_of_one(monkeypatch, n, sizes):
     sums = np.full(count, np.nan)
     for rank in range(n):
         parts = [arrays[s.parameter][s.start : s.stop] for s in layout.shards(rank)]
-        views = [gpuadam.arrays.on_cpu("", part) for part in parts]
+        views = [gpuadam.kernels.view.on_cpu("", part) for part in parts]
         sums[chunk_numbers(layout, rank, firsts)] = global_norm_numba_cpu.chunk_sums(views)
     assert global_norm_numba_cpu.norm_of_chunks(sums) == gpuadam.global_norm(arrays)
 

@@ -17,8 +17,12 @@ from cases import few
 from thread_ranks import all_well, on_ranks
 
 import gpuadam
-from gpuadam import CheckpointError, atomic_file, safetensors_file, sharded_checkpoint, stored_arrays, transports
+from gpuadam import CheckpointError, transports
+from gpuadam.checkpoint import atomic_file
+from gpuadam.checkpoint import safetensors as safetensors_file
+from gpuadam.checkpoint import stored as stored_arrays
 from gpuadam.kernels import numba_cpu
+from gpuadam.sharded import checkpoint as sharded_checkpoint
 
 SHAPES = {"large": (3, 9000), "empty": (0, 2), "scalar": (), "small": (37,), "cells": (8192,)}
 LOCAL = transports.Local()

@@ -11,8 +11,9 @@ import time
 import gpuadam
 
 from .. import backends
-from . import forms, measure, output, plots
-from .measure import CALL, KERNEL
+from . import output
+from .measuring import forms, measure, plots
+from .measuring.measure import CALL, KERNEL
 
 SIZES = {"CPU": (10**3, 10**4, 10**5, 10**6, 10**7, 2 * 10**7), "CUDA": tuple(1 << k for k in range(16, 27, 2))}
 PANELS = 3  # beside each other, in a plot

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import backends, checkpoint, optimizer
+from .. import backends, optimizer
+from ..checkpoint import saving as checkpoint
 from . import contract, output
 
 TORCH = (2, 4)  # the oldest that gpuadam.torch takes

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from ..arrays import View
 from ..kernels.storage import GROUP
+from ..kernels.view import View
 from .mapped import Mapping
 
 ALIGNMENT = 64  # bytes, of an array in a slot

@@ -1,8 +1,8 @@
 """From the arrays of a step to what is cut into chunks: checked, and each with what is known of where it lies."""
 
 from .. import backends, checks, functional, hyperparameters
-from ..arrays import View, bare
 from ..kernels import device_scalars, storage
+from ..kernels.view import View, bare
 from .chunks import Job, Operand
 from .mapped import mapping_of
 from .stages import Launch

@@ -8,12 +8,13 @@ import weakref
 
 import numpy as np
 
-from .. import array_bytes, backends, capturable, checks, torch_tensors
-from ..arrays import Bits, bare
+from .. import backends, checks, torch_tensors
+from .. import step_counts as capturable
+from ..clipping import global_norm
 from ..groups import OF_PARAMS
-from ..kernels import streams
+from ..kernels import array_bytes, streams
 from ..kernels.storage import GROUP
-from ..norm import global_norm
+from ..kernels.view import Bits, bare
 from ..optimizer import IN_MEMORY, OF_GROUPS, Adam
 from . import chunks, pipeline
 from . import progress as progress_
@@ -124,15 +125,15 @@ class OffloadAdam(Adam):
 
     def _new_state(self, views):
         # an empty array of Numba or of torch says of no device where it is
-        on_cpu = [backends.BACKENDS[kernels.NAME].memory == "CPU" for kernels, *_ in views]
+        on_cpu = [backends.BACKENDS[kernels.name].memory == "CPU" for kernels, *_ in views]
         places = {
-            (kernels.NAME, view.device) for (kernels, view, _), on in zip(views, on_cpu, strict=True) if view.size or on
+            (kernels.name, view.device) for (kernels, view, _), on in zip(views, on_cpu, strict=True) if view.size or on
         }
         if len(places) > 1:
             raise ValueError(f"all parameters of an OffloadAdam are on one device and of one library; these are on {places}")
         self._params_in: str
         self._device: int | None
-        self._params_in, self._device = next(iter(places), (views[0][0].NAME, None))
+        self._params_in, self._device = next(iter(places), (views[0][0].name, None))
         self._gpu = self._found_gpu()
         kinds: dict = {}
         for name, (_, view, kept) in zip(self.state, views, strict=True):

@@ -27,7 +27,7 @@ class Launch:
         self.formats, self.form, self.scalars, self.key = formats, form, scalars, key
 
     def run(self, kernels, updates, place):
-        kernel = kernels.NAME, self.form, len(updates) > 1
+        kernel = kernels.name, self.form, len(updates) > 1
         with contextlib.nullcontext() if kernel in _compiled else _compiling:
             for batch in kernels.batches(updates, self.formats):
                 batch.launch(self.form, self.scalars, adam, place, self.key)

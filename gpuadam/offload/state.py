@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .. import array_bytes
+from ..kernels import array_bytes
 from .chunks import ALIGNMENT, aligned
 from .mapped import drop_mapped
 

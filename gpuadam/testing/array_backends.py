@@ -6,7 +6,7 @@ import functools
 import numpy as np
 
 from .. import backends
-from ..arrays import Bits
+from ..kernels.view import Bits
 
 
 class ArrayBackend:

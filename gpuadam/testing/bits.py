@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import backends
-from ..arrays import Bits, a_kind
 from ..groups import is_sequence
+from ..kernels.view import Bits, a_kind
 from .array_backends import array_backend
 
 # format -> (its bits as integers, those of infinity)
@@ -83,8 +83,8 @@ def on_host(name, array):
         array = np.asarray(array)
     kernels, (view,) = backends.choose([(name, array)], backends.home(name, array))
     values = view.array
-    if kernels.NAME != "numba-cpu":
-        values = array_backend(kernels.NAME).numpy(values)
+    if kernels.name != "numba-cpu":
+        values = array_backend(kernels.name).numpy(values)
     if view.format in FLOATS:
         native = values.astype(values.dtype.newbyteorder("="), copy=False)
         return Host(native.view(FLOATS[view.format][0]), view.format)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import backends, checks
+from ..clipping import named_arrays
 from ..groups import is_sequence
-from ..norm import named_arrays
 
 HUGE = "huge"
 LARGEST = {name: float(np.finfo(name).max) for name in ("float16", "float32", "float64")}

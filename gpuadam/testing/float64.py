@@ -3,7 +3,7 @@
 import numpy as np
 
 from .. import checks, hyperparameters, reference
-from ..norm import named_arrays
+from ..clipping import named_arrays
 from .bits import FLOATS, on_host
 
 # What one rounding to nearest may change, relative to the number

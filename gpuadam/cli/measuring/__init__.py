@@ -1,0 +1,1 @@
+"""Timing, and the rows and plots of the benchmarks."""

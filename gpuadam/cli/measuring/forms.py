@@ -1,0 +1,140 @@
+"""The forms of the step that are measured: by format, formula and algorithm, with arrays, launchers and calls of each.
+
+Shared by `python -m gpuadam bench` and the scripts in benchmarks/.
+"""
+
+import argparse
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+import gpuadam
+
+from ... import hyperparameters
+from ...kernels import adam, limit, storage
+from ...kernels.layout import Update
+from ...kernels.storage import Arrays
+from . import measure
+
+BF16 = "bfloat16"
+HYPERPARAMETERS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+
+
+class Case(NamedTuple):
+    arrays: Arrays
+    algorithm: str = "adam"
+    formula: str = "torch"
+
+
+FORMS = {
+    "float32": Case(Arrays()),
+    "float64": Case(Arrays("float64", "float64", "float64")),
+    "bfloat16 state": Case(Arrays(state=BF16)),
+    "8-bit state": Case(Arrays(state="8bit")),
+    "bfloat16 param and grad": Case(Arrays(BF16, BF16)),
+    "all bfloat16": Case(Arrays(BF16, BF16, BF16, stochastic=True)),
+    "float16 param and grad": Case(Arrays("float16", "float16")),
+    "bfloat16 param and grad + 16 bits": Case(Arrays(BF16, BF16, remainder=True)),
+    "float32 + bfloat16 copy and grad": Case(Arrays(grad=BF16, param_copy=BF16)),
+    "AMSGrad": Case(Arrays(amsgrad=True)),
+    "EMA": Case(Arrays(ema="float32")),
+    "NAdam": Case(Arrays(), "nadam"),
+    "RAdam": Case(Arrays(), "radam"),
+    "AdaMax": Case(Arrays(), "adamax"),
+    "optax's formula": Case(Arrays(), formula="optax"),
+    "eps-hat": Case(Arrays(), formula="eps-hat"),  # the kernel of float32 with other scalars; so is apex
+}
+
+
+def chosen(text, among=FORMS):
+    """Return the names in a list such as "float32,8-bit state"; "all" is all of them. A type for argparse."""
+    if text == "all":
+        return list(among)
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if unknown := [name for name in names if name not in among]:
+        raise argparse.ArgumentTypeError(f"there is no form {', '.join(map(repr, unknown))}, only all or {', '.join(among)}")
+    return names
+
+
+def form_and_scalars(case):
+    """Return the Form and the Scalars of a step."""
+    h = hyperparameters.checked(
+        **HYPERPARAMETERS,
+        weight_decay=0.0,
+        decoupled=False,
+        maximize=False,
+        algorithm=case.algorithm,
+        formula=case.formula,
+    )
+    return hyperparameters.form_and_scalars(h, 10, case.arrays)
+
+
+def bytes_moved(case):
+    """Return the bytes that a step reads and writes of each element.
+
+    >>> bytes_moved(FORMS["float32"]), bytes_moved(FORMS["8-bit state"])
+    (28.0, 16.5)
+    """
+    return storage.bytes_moved(form_and_scalars(case)[0])
+
+
+def own_arrays(kernels, case, n):
+    """Return {operand: array}. The numbers are ordinary and stay so, however many steps are done. bfloat16 is in uint16."""
+    operands = storage.operands(case.arrays)
+    values = measure.data(n, case.arrays.compute, [operand.name for operand in operands])
+    return {
+        operand.name: kernels.from_host(_stored(operand, array, n)) for operand, array in zip(operands, values, strict=True)
+    }
+
+
+def _stored(operand, values, n):
+    """Return numbers as an operand holds them; of codes, scales and remainders zeros, as at the first step."""
+    if operand.of_groups:
+        return np.zeros(-(-n // storage.GROUP), operand.format)
+    if operand.format in ("int16", "uint8"):
+        return np.zeros(n, operand.format)
+    if operand.format == BF16:
+        return (values.astype("float32", copy=False).view("uint32") >> 16).astype("uint16")
+    return values.astype(operand.format, copy=False)
+
+
+def kernel_and_limit(kernels, case, arrays):
+    """Return {contender: function that launches it}: the step on these arrays, and its limit.
+
+    They share their arrays, because which pages an array has can matter. Not so of 8-bit state, where the limit would store v
+    itself as the root of v.
+    """
+    of_limit = own_arrays(kernels, case, arrays["param"].size) if case.arrays.grouped else arrays
+    return {
+        measure.KERNEL: launcher(kernels, case, arrays.values(), adam),
+        measure.LIMIT: launcher(kernels, case, of_limit.values(), limit),
+    }
+
+
+def launcher(kernels, case, arrays, rule):
+    """Return a function that launches a rule's kernel, without the checks of a call. arrays: in the order of the operands."""
+    return launcher_of_all(kernels, case, [list(arrays)], rule)
+
+
+def launcher_of_all(kernels, case, updates, rule):
+    """Likewise, of several updates in one launch. updates: the arrays of each; the same ones may come again."""
+    form, scalars = form_and_scalars(case)
+    views = [Update([kernels.view("", array) for array in arrays]) for arrays in updates]
+    (batch,) = kernels.batches(views, case.arrays)
+    keys = itertools.count(1)  # of the steps, for random rounding
+
+    def launch(held=updates):  # a batch on a GPU does not keep its arrays alive
+        batch.launch(form, scalars, rule, batch.place(None), next(keys))
+
+    return launch
+
+
+def caller(kernels, case, arrays):
+    """Return a function that calls adam_step, each time for the next step. arrays: {operand: array}."""
+    formats = {operand.name: operand.format for operand in storage.operands(case.arrays)}
+    given = {name: gpuadam.Bits(a, BF16) if formats[name] == BF16 else a for name, a in arrays.items()}
+    options = {**HYPERPARAMETERS, "algorithm": case.algorithm, "formula": case.formula, "backend": kernels.name}
+    options["stochastic_rounding"] = case.arrays.stochastic
+    steps = itertools.count(1)
+    return lambda: gpuadam.adam_step(**given, step=next(steps), **options)

@@ -1,0 +1,166 @@
+"""How many bytes a step of Adam touches, and how long its parts take on a machine. `planning.py` makes whole steps of them.
+
+Bytes are exact integers, from the operands of `kernels/storage.py`, which the kernels themselves are built from. Seconds follow
+from them and from the rates of a machine (`machines.py`), by this model:
+
+Update. It moves the bytes of its operands once: launches * launch + max(bytes / bandwidth, elements / rate). The rate is what
+conversions, random rounding and arithmetic allow; on a CPU it binds narrow formats, which have fewer bytes and more conversions.
+It depends on the formats and is measured, on arrays that lie in the caches; one that is not known does not bind. Arrays that stay
+in the caches from one step to the next are bound by the rate alone. Where both take about as long, a CPU hides the one behind the
+other in part only, and takes up to a third longer (benchmarks/plan.py). (The roofline of Williams, Waterman & Patterson 2009,
+with elements in the place of operations.)
+
+Collectives. A message of n bytes takes alpha + n / B over a link of latency alpha and bandwidth B. A ring of p ranks
+reduce-scatters or all-gathers n bytes in (p - 1) alpha + (p - 1)/p n/B, and all-reduces them in twice that: the factors (p - 1)/p
+and 2 (p - 1)/p of NCCL's bus bandwidth (nccl-tests, doc/PERFORMANCE.md). Recursive halving and doubling take log2 p alpha and the
+same bytes, p being a power of two (Thakur, Rabenseifner & Gropp 2005, Optimization of Collective Communication Operations in
+MPICH); for other p, log2 is rounded up here. Over nodes they are hierarchical: the ranks of a node reduce-scatter all n bytes,
+then each of them its share with its fellows in other nodes; all-gather is the reverse.
+
+Overlap. Buckets and chunks go through stages one behind the other, so that the slowest stage counts whole, and of the others what
+one of k pieces takes: max + (sum - max) / k. On a machine without GPUs the processors do all of it themselves, one after the
+other: sum. What a network or a disk does by itself there is not counted as overlapping.
+
+What is not in it: the norm of gradients, the backward pass, behind which a reduce-scatter can hide, contention of jobs or of a
+fabric with less than full bisection, and what a device's system keeps of its memory.
+"""
+
+import math
+import operator
+from typing import NamedTuple
+
+from ..kernels.storage import Arrays, bytes_moved_of
+
+PARAMS, NARROW = ("float32", "float64", "bfloat16", "float16"), ("bfloat16", "float16")
+STATES = ("float32", "float64", "bfloat16", "8bit")
+ROLES = ("parameters", "gradients", "moments", "masters", "mean", "buffers")
+ROLE_OF = {
+    **dict.fromkeys(("m", "v", "max_v", "m_scale", "v_scale"), "moments"),
+    "remainder": "masters",
+    "ema": "mean",
+    "grad": "gradients",
+}
+COLLECTIVES = ("ring", "halving")
+MOST_ELEMENTS = 10**18
+
+
+class Update(NamedTuple):
+    """What is updated. sizes: the elements of each parameter."""
+
+    sizes: tuple[int, ...]
+    arrays: Arrays = Arrays()
+    zero_grad: bool = False
+
+    @property
+    def of_model(self):
+        """The operand that is the model's parameter: with a float32 master, the copy."""
+        return "param_copy" if self.arrays.param_copy else "param"
+
+    def role(self, operand):
+        """Return which of ROLES an operand has."""
+        if operand.name in ("param", "param_copy"):
+            return "parameters" if operand.name == self.of_model else "masters"
+        return ROLE_OF[operand.name]
+
+    def is_state(self, operand):
+        """Whether an operand is of the optimizer alone, and so can be sharded and offloaded."""
+        return operand.name not in (self.of_model, "grad")
+
+
+def update(
+    sizes, param="float32", grad=None, state=None, master=None, amsgrad=False, ema=False, zero_grad=False, stochastic=False
+):
+    """Return the Update of parameters. The options are those of `Adam`; master may be "float32" too.
+
+    sizes: a number of elements, or one for each parameter. param, grad: formats; grad is param's by default.
+    ema: whether a running mean is kept. stochastic: whether a narrow param without a master is rounded randomly.
+
+    Raises ValueError for what there is not.
+
+    >>> update(10**13, "bfloat16", master="float32").arrays.param_copy
+    'bfloat16'
+    """
+    sizes = (sizes,) if isinstance(sizes, int) else tuple(operator.index(size) for size in sizes)
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"sizes={sizes[:5]}: at least one parameter, of at least one element each, is needed")
+    if sum(sizes) > MOST_ELEMENTS:
+        raise ValueError(f"the parameters have more than {MOST_ELEMENTS:.0e} elements, the most that a plan is made for")
+    grad = grad or param
+    wide = "float64" if param == "float64" else "float32"
+    state = state or wide
+    for name, given, known in (("param", param, PARAMS), ("grad", grad, PARAMS), ("state", state, STATES)):
+        if given not in known:
+            raise ValueError(f"{name}={given!r}: choose from {', '.join(known)}")
+    if state == "8bit" and (amsgrad or "float64" in (param, grad)):
+        raise ValueError("8-bit state goes with neither AMSGrad nor float64: choose another state")
+    if master == "remainder" and param != "bfloat16":
+        raise ValueError(f"master='remainder' goes with bfloat16 parameters, not with {param}")
+    if master == "float32" and param not in NARROW:
+        raise ValueError(f"master='float32' goes with bfloat16 and float16 parameters, not with {param}")
+    if master not in (None, "remainder", "float32"):
+        raise ValueError(f"master={master!r}: choose 'remainder' or 'float32', or leave it out")
+    if stochastic and (master or param not in NARROW):
+        raise ValueError("stochastic rounding is of bfloat16 and float16 parameters without a master")
+    arrays = Arrays(
+        "float32" if master == "float32" else param,
+        grad,
+        state,
+        bool(amsgrad),
+        master == "remainder",
+        param if master == "float32" else "",
+        wide if ema else "",
+        bool(stochastic),
+    )
+    return Update(sizes, arrays, bool(zero_grad))
+
+
+# Seconds
+
+
+def kernel_seconds(arrays, operands, n, processor, launches=1, share=1):
+    """Return how long a processor takes to update n elements. share: of how many that do the same at once it is one.
+
+    >>> from gpuadam.planning.machines import Processor
+    >>> from gpuadam.kernels.storage import operands
+    >>> a_gpu = Processor(bandwidth=2.8e12)
+    >>> kernel_seconds(Arrays(), operands(Arrays()), 10**9, a_gpu)  # 28 bytes an element
+    0.01
+    """
+    rate = processor.rates.get(arrays)
+    by_rate = share * n / rate if rate else 0.0
+    held = share * sum(o.nbytes(n) for o in operands)
+    by_bytes = share * bytes_moved_of(operands, n) / processor.bandwidth
+    in_cache = rate and held <= processor.cache
+    return launches * processor.launch + (by_rate if in_cache else max(by_rate, by_bytes))
+
+
+class Ranks(NamedTuple):
+    """Ranks that take part in a collective: so many in each of so many nodes."""
+
+    within: int
+    nodes: int
+
+
+def collective_seconds(n_bytes, ranks, machine, algorithm="ring", calls=1):
+    """Return how long it takes to reduce-scatter, or to all-gather, n_bytes in all, in so many calls.
+
+    >>> from gpuadam.planning.machines import MACHINES
+    >>> round(collective_seconds(8 * 10**9, Ranks(8, 1), MACHINES["h100"]), 6)  # 7/8 of 8 GB at 450 GB/s, and 7 latencies
+    0.015579
+    """
+    seconds = 0.0
+    for p, link in ((ranks.within, machine.within), (ranks.nodes, machine.across)):
+        messages = p - 1 if algorithm == "ring" else math.ceil(math.log2(p))
+        seconds += calls * messages * link.latency + (p - 1) / p * n_bytes / link.bandwidth
+        n_bytes /= p
+    return seconds
+
+
+def overlapped(stages, pieces):
+    """Return how long stages take, of these seconds each, through which so many equal pieces go one behind the other.
+
+    >>> overlapped([4.0, 2.0, 2.0], pieces=4)
+    5.0
+    """
+    longest = max(stages)
+    return longest + (sum(stages) - longest) / pieces

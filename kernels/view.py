@@ -1,0 +1,232 @@
+"""What the rest of the package needs to know of an array, whichever library made it."""
+
+import ctypes
+import functools
+import itertools
+import math
+import operator
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpuadam.kernels import dlpack
+from gpuadam.kernels.streams import LEGACY_DEFAULT
+
+
+class View(NamedTuple):
+    """An array as the checks and the kernels see it. Nothing is copied: the memory is the caller's."""
+
+    name: str  # as the caller knows it: "grad", "params['w1']"
+    array: Any  # a numpy.ndarray or cupy.ndarray, or the caller's object, which it keeps alive
+    pointer: int
+    shape: tuple
+    strides: tuple  # in bytes
+    dtype: np.dtype
+    writeable: bool
+    contiguous: bool  # in C order, without gaps
+    device: int | None  # the CUDA device's number; None for the CPU
+    stream: int | None = None  # the CUDA stream that wrote it last, if its library says so
+    bits: str = ""  # the format that the elements of an array of integers stand for, if the caller or its library named one
+    immutable: str = ""  # why it must not be written, beyond being read-only
+
+    @property
+    def format(self):
+        """The name of what an element is: "float32", "bfloat16"."""
+        return self.bits or _name(self.dtype)
+
+    @property
+    def size(self):
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self):
+        return self.size * self.dtype.itemsize
+
+
+_name = functools.cache(operator.attrgetter("name"))  # which NumPy puts together anew each time
+
+
+class Bits(NamedTuple):
+    """An array of 16-bit integers whose bits are numbers of a format that its library may not know: "bfloat16" or "float16".
+
+    >>> import numpy as np, gpuadam
+    >>> ones = np.full(3, 0x3F80, "uint16")
+    >>> param = gpuadam.Bits(ones, "bfloat16")
+    """
+
+    array: Any
+    format: str
+
+
+def on_cpu(name, array):
+    """View a NumPy array, or anything that shares CPU memory through DLPack."""
+    bits = ""
+    if type(array) is not np.ndarray:
+        if not isinstance(array, np.ndarray):
+            shared = borrowed(name, array)
+            array, bits = np.asarray(shared), shared.bits
+        array = array.view(np.ndarray)  # a subclass may have its own idea of shape: a matrix is always 2-D
+    pointer, flags = _address(array), array.flags
+    writeable, contiguous = flags.writeable, flags.c_contiguous
+    return View(name, array, pointer, array.shape, array.strides, array.dtype, writeable, contiguous, None, bits=bits)
+
+
+def borrowed(name, array, **stream):
+    """Return the dlpack.Borrowed memory of an array. stream: of the GPU that is to wait for the array's library."""
+    try:
+        return dlpack.Borrowed(array, **stream)
+    except Exception as error:  # what a producer raises is up to it
+        raise TypeError(f"{name}, {a_kind(array)}, cannot be shared by DLPack: {error}") from error
+
+
+def _address(array):
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # a fifth of the time of the interface's dict
+    except (TypeError, ValueError):  # read-only, empty or not C-contiguous
+        return array.__array_interface__["data"][0]
+
+
+def on_cuda(name, array, device_of):
+    """View an array with `__cuda_array_interface__`. device_of(pointer) asks the driver for the device's number."""
+    try:
+        interface = array.__cuda_array_interface__
+        pointer, read_only = interface["data"]
+        shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
+        strides = interface.get("strides")
+    except Exception as error:  # what a producer raises is up to it
+        raise TypeError(
+            f"{name}, {a_kind(array)}, does not describe its CUDA memory by __cuda_array_interface__ ({error!r}): "
+            "convert it, with cupy.from_dlpack for example"
+        ) from error
+    if interface.get("mask") is not None:
+        raise TypeError(f"{name} has a mask, which an update cannot heed. Pass an array without one")
+    pointer = pointer or 0  # None, in some libraries, where there are no elements
+    in_c_order = contiguous_strides(shape, dtype.itemsize)
+    if hasattr(array, "__cuda_ndarray__"):  # Numba's interface says None, contiguous, of a broadcast array too
+        strides = array.strides
+    strides = tuple(strides or in_c_order)
+    device = device_of(pointer) if math.prod(shape) else None
+    stream = interface.get("stream")
+    if stream is None and device is not None:
+        # two libraries do not name the stream that their work is on. 1 is the interface's name for the default stream
+        torch = sys.modules.get("torch")
+        if hasattr(array, "__cuda_ndarray__"):
+            stream = LEGACY_DEFAULT
+        elif torch is not None and isinstance(array, torch.Tensor):
+            stream = torch_stream(device)
+    bits = array.bits if type(array) is dlpack.Borrowed else ""
+    contiguous = strides == in_c_order or device is None  # an empty array may have any strides
+    return View(name, array, pointer, shape, strides, dtype, not read_only, contiguous, device, stream, bits)
+
+
+def torch_stream(device):
+    """Return the handle of torch's current stream on a device."""
+    return sys.modules["torch"].cuda.current_stream(device).cuda_stream or LEGACY_DEFAULT
+
+
+def on_device(name, array, backend):
+    """Return an array with `__cuda_array_interface__` as it is, and what a GPU backend has to borrow by DLPack so."""
+    # JAX's interface names no stream, and its work is on one of its own, which DLPack waits for
+    if hasattr(array, "__cuda_array_interface__") and not is_jax(array):
+        return array
+    _, device = array.__dlpack_device__()
+    with backend.on(device, None):
+        return borrowed(name, array, stream=backend.current_stream() or LEGACY_DEFAULT)
+
+
+def is_jax(array):
+    return type(array).__module__.partition(".")[0] in ("jax", "jaxlib")
+
+
+_CUPY = "cupy.ndarray"
+_NUMBA = "numba.cuda.cudadrv.devicearray.DeviceNDArray"
+_NUMBA_DESCRIBED = operator.attrgetter("device_ctypes_pointer.value", "shape", "strides", "dtype", "stream")
+_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter")
+
+
+def _tensor(t):
+    return t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.is_leaf
+
+
+# By type, so that nothing is imported: all that checks and launches depend on of an array in CUDA memory; and what of that can
+# change while it is the same object.
+_OF_TENSORS = dict.fromkeys(_TENSORS, _tensor)
+_DESCRIBED = {_CUPY: operator.attrgetter("data.ptr", "shape", "strides", "dtype"), _NUMBA: _NUMBA_DESCRIBED} | _OF_TENSORS
+_CHANGING = {_CUPY: operator.attrgetter("shape"), _NUMBA: _NUMBA_DESCRIBED} | _OF_TENSORS
+
+
+class Description(NamedTuple):
+    """What was found of the arrays of many updates, to be compared with what is found later."""
+
+    held: list[Any]  # params and state, compared by identity
+    changing: list[Any]
+    grads: list[Any]
+
+    def same(self, other):
+        return (
+            len(self.held) == len(other.held)
+            and all(map(operator.is_, self.held, other.held))
+            and self.changing == other.changing
+            and self.grads == other.grads
+        )
+
+
+def description(columns):
+    """Return the Description of the params, grads and state of updates, or None if one is of a type that is not known here."""
+    params, grads, *state = columns
+    held, formats = bare([*params, *itertools.chain.from_iterable(state)])
+    grads, formats_of_grads = bare(grads)
+    changing, described = _read(held, _CHANGING), _read(grads, _DESCRIBED)
+    if changing is None or described is None:
+        return None
+    return Description(held, changing + formats, described + formats_of_grads)
+
+
+def bare(arrays):
+    """Return the arrays, those in Bits without them, and the formats that Bits named."""
+    if Bits not in set(map(type, arrays)):
+        return arrays, []
+    formats = [a.format if type(a) is Bits else None for a in arrays]
+    return [a.array if type(a) is Bits else a for a in arrays], formats
+
+
+def _read(arrays, getters):
+    read: list[Any] = []
+    for kind, group in itertools.groupby(arrays, type):
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if name not in getters:
+            return None
+        run = list(group)
+        read.append(kind)
+        read += map(getters[name], run)
+        if name in _TENSORS:
+            read += map(torch_stream, {t.device for t in run if t.is_cuda})
+    return read
+
+
+def always_cuda(array):
+    """Whether an array is of a type whose memory is a GPU's, known without asking for its interface."""
+    kind = type(array)
+    return f"{kind.__module__}.{kind.__qualname__}" in (_CUPY, _NUMBA)
+
+
+def contiguous_strides(shape, itemsize):
+    """Return the strides, in bytes, of a C-contiguous array.
+
+    >>> contiguous_strides((2, 3), 4)
+    (12, 4)
+    """
+    return tuple(itemsize * math.prod(shape[k + 1 :]) for k in range(len(shape)))
+
+
+def kind(array):
+    """Return what an error message calls an array: "numpy.ndarray", "list"."""
+    cls = type(array)
+    return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
+
+
+def a_kind(array):
+    """Return that with its article: "a numpy.ndarray", "an int"."""
+    name = kind(array)
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
