@@ -4,11 +4,12 @@ from .backends import BackendUnavailableError, available_backends, backend_statu
 from .checkpoint.saving import CheckpointError, load
 from .clipping import global_norm
 from .decay import decay_groups
+from .family import AdaMax, AdamW, NAdam, RAdam
 from .flat import Flat, flatten
 from .functional import adam_step
 from .kernels.view import Bits
 from .offload import OffloadAdam
-from .optimizer import Adam, AdaMax, AdamW, NAdam, RAdam
+from .optimizer import Adam
 from .sharded import transports
 from .sharded.checkpoint import load_sharded
 from .sharded.optimizer import ShardedAdam, ShardedAdamW
