@@ -1,0 +1,65 @@
+"""Narrow numbers: state, parameters and gradients in fewer bytes.
+
+A step is bound by the memory: the way past this limit is to move fewer bytes. Parameters and gradients are float16,
+bfloat16, float32 or float64, each independently of the others. The arithmetic is float64 if one of the arrays is float64,
+and float32 otherwise. NumPy has no bfloat16 of its own: use the dtype of the package `ml_dtypes`, or
+`gpuadam.Bits(array_of_uint16, "bfloat16")`.
+
+| option | bytes an element | meaning |
+|---|---:|---|
+| `state_dtype="float32"` | 8 | m and v in float32: the default |
+| `state_dtype="bfloat16"` | 4 | m and v in bfloat16, rounded randomly |
+| `state_dtype="8bit"` | 2.25 | codes of 8 bits, and two scales for each 32 neighbours |
+| `master="remainder"` | + 2 | 16 more bits make a bfloat16 parameter an exact float32 |
+| `param_copies=...` | + 2 | a bfloat16 or float16 copy of float32 parameters, written in the same pass |
+| `stochastic_rounding=True` | 0 | a 16-bit parameter without a master, rounded up or down at random |
+
+`gpuadam.guide.options` says which of them go together. What they cost in training loss is in `benchmarks/README.md`: over
+five seeds, final losses with narrow state are within 0.2 % of float32's on two tasks. What they cost in time:
+`gpuadam.guide.how_fast`.
+
+## State
+
+bfloat16 state is rounded randomly. If it were rounded to nearest, v would not move: the change of a step, a thousandth of v,
+is less than half a unit in the last place of a bfloat16. 8-bit state is rounded randomly too. It is for C-contiguous
+parameters of 16 or 32 bits.
+
+>>> import numpy as np, gpuadam
+>>> w = np.zeros(1024, "float32")
+>>> opt = gpuadam.AdamW({"w": w}, state_dtype="8bit")
+>>> for name in ("m", "v", "m_scale", "v_scale"):
+...     print(name, opt.state["w"][name].dtype, opt.state["w"][name].size)
+m uint8 1024
+v uint8 1024
+m_scale float32 32
+v_scale float32 32
+
+## Parameters of 16 bits
+
+An update that is smaller than half a unit in the last place of its parameter is lost when the result is rounded to nearest.
+The sum of a hundred such updates is lost too. There are three ways out.
+
+**A remainder.** `master="remainder"` keeps 16 bits beside each bfloat16 parameter. Together they are an exact float32; the
+model reads the bfloat16 part. There is no third copy of the parameter.
+
+>>> one = np.full(3, 0x3F80, "uint16")  # 1.0 in bfloat16
+>>> nearest, exact = one.copy(), one.copy()
+>>> plain = gpuadam.Adam({"w": gpuadam.Bits(nearest, "bfloat16")}, lr=1e-4)
+>>> master = gpuadam.Adam({"w": gpuadam.Bits(exact, "bfloat16")}, lr=1e-4, master="remainder")
+>>> for step in range(100):
+...     for opt in (plain, master):
+...         opt.step({"w": np.ones(3, "float32")})
+>>> def value(bfloat16, remainder=0):
+...     return ((bfloat16.astype("int32") << 16) + remainder).view("float32")
+>>> print(value(nearest), value(exact, master.state["w"]["remainder"]).round(4))
+[1. 1. 1.] [0.99 0.99 0.99]
+
+**Copies.** `param_copies=` is for float32 parameters: the model reads a bfloat16 or float16 copy, which each step writes
+anew.
+
+**Random rounding.** `stochastic_rounding=True` needs no memory. The parameter is rounded up or down at random, so that it is
+right on average.
+
+Random bits are a function of the seed, the step, the parameter, and the element's place in the parameter. So they are the
+same on every backend, in any number of threads, and however the arrays are cut up.
+"""
