@@ -1,4 +1,4 @@
-"""The guide: one page a subject. README.md is the first ten minutes; these pages are the rest.
+"""The guide: one page a subject. Each module here holds a page and no code; pytest runs the examples.
 
 | page | subject |
 |---|---|
@@ -9,8 +9,8 @@
 | `gpuadam.guide.pytorch` | the drop-in for `torch.optim`; tensors of torch and arrays of JAX |
 | `gpuadam.guide.how_exact` | the arithmetic, its evidence, its limits |
 | `gpuadam.guide.how_fast` | what has been measured, and on which machine |
+| `gpuadam.guide.examples` | six short programs |
 
-Subjects that have a folder of code have their page there: `gpuadam.checkpoint`, `gpuadam.sharded` (many ranks),
-`gpuadam.offload`, `gpuadam.planning`, `gpuadam.testing`. Each module here holds a page and no code. pytest runs the
-examples.
+A subject that has a folder of code has its page there: `gpuadam.checkpoint`, `gpuadam.sharded` (many ranks), `gpuadam.offload`,
+`gpuadam.planning`, `gpuadam.testing`.
 """

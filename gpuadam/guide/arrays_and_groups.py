@@ -66,7 +66,7 @@ counts from 0; `lr=lambda step: schedule(step - 1)` is the same as in optax.
 
 `gpuadam.decay_groups` makes two groups by patterns of names. It refuses a pattern that matches no name.
 
->>> params = {"dense.weight": np.ones((2, 2)), "dense.bias": np.ones(2), "norm.scale": np.ones(2)}
+>>> params = {name: np.ones(2) for name in ("dense.weight", "dense.bias", "norm.scale")}
 >>> groups = gpuadam.decay_groups(params, no_decay=("*.bias", "norm*"), weight_decay=0.01)
 >>> [list(group["params"]) for group in groups]
 [['dense.weight'], ['dense.bias', 'norm.scale']]

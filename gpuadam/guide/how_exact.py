@@ -10,19 +10,19 @@ numbers are kept. Every multiplication that meets an addition is one explicit `f
 rounding. So a compiler has nothing left to contract. m and v are torch's `exp_avg` and `exp_avg_sq`, and optax's `mu` and
 `nu`.
 
-    g      = grad_scale * grad                      only with grad_scale or maximize, which makes it negative
+    g      = grad_scale * grad                      only with grad_scale or maximize
     g      = fma(weight_decay, param, g)            only with L2 decay: Adam
     param  = fma(-lr * weight_decay, param, param)  only with decoupled decay: AdamW
     m      = lerp(m, g, 1 - beta1)
-    v      = lerp(v, g*g, 1 - beta2)                the difference g*g - v is one fma(g, g, -v)
+    v      = lerp(v, g*g, 1 - beta2)                g*g - v is one fma(g, g, -v)
     max_v  = the larger of max_v and v              only with AMSGrad; NaN wins
     denom  = fma(sqrt(v or max_v), 1 / sqrt(1 - beta2**t), eps)
     param  = fma(-lr / (1 - beta1**t), m / denom, param)
     ema    = lerp(ema, param, 1 - ema_decay)        only with ema
 
-`lerp(x, y, w)` starts from the nearer end, as torch's does: `fma(w, y - x, x)` if w < 1/2, else `fma(w - 1, y - x, y)`. When
-state is stored, m, v and max_v below the smallest normal number become 0. So does m where the divisor (v, or max_v with
-AMSGrad) is below it.
+`maximize` makes `grad_scale` negative. `lerp(x, y, w)` starts from the nearer end, as torch's does: `fma(w, y - x, x)` if w
+< 1/2, else `fma(w - 1, y - x, y)`. When state is stored, m, v and max_v below the smallest normal number become 0. So does m
+where the divisor (v, or max_v with AMSGrad) is below it.
 
 Scalars such as `1 - beta2` and the bias corrections are computed once a step, in float64, and rounded once. `beta**t` is a
 fixed loop of multiplications, because `**` would give other bits. With `capturable=True` a kernel of one thread computes the
@@ -82,9 +82,9 @@ form.
 
 **One set of bits on the CPU.** Serial and parallel, vector body and tail, in pieces, strided, unaligned.
 
-**The same bits in the GPU's code.** NVRTC (CUDA 12 and 13) and NVVM compile the kernels to PTX for sm_75, 80, 90, 100 and
-120. The PTX is executed on the CPU: 0 different bits for every option, size and alignment tried, and for the first and last
-blocks of arrays of more than 2^31 elements.
+**The same bits in the GPU's code.** NVRTC (CUDA 12 and 13) and NVVM compile the kernels to PTX for five architectures,
+sm_75, sm_80, sm_90, sm_100 and sm_120. The PTX is executed on the CPU: 0 different bits for every option, size and alignment
+tried, and for the first and last blocks of arrays of more than 2^31 elements.
 
 **Many arrays in one launch change nothing.** The kernels that read a table of arrays are executed likewise, on arrays of
 every size and alignment mixed. Each array gets the bits that it gets alone, and nothing is written between the arrays.

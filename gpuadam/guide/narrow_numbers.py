@@ -20,8 +20,8 @@ five seeds, final losses with narrow state are within 0.2 % of float32's on two 
 
 ## State
 
-bfloat16 state is rounded randomly. If it were rounded to nearest, v would not move: the change of a step, a thousandth of v,
-is less than half a unit in the last place of a bfloat16. 8-bit state is rounded randomly too. It is for C-contiguous
+bfloat16 state is rounded randomly. If it were rounded to nearest, v would not move: the change of a step, about a thousandth
+of v, is less than half a unit in the last place of a bfloat16. 8-bit state is rounded randomly too. It is for C-contiguous
 parameters of 16 or 32 bits.
 
 >>> import numpy as np, gpuadam
@@ -44,14 +44,15 @@ model reads the bfloat16 part. There is no third copy of the parameter.
 
 >>> one = np.full(3, 0x3F80, "uint16")  # 1.0 in bfloat16
 >>> nearest, exact = one.copy(), one.copy()
->>> plain = gpuadam.Adam({"w": gpuadam.Bits(nearest, "bfloat16")}, lr=1e-4)
->>> master = gpuadam.Adam({"w": gpuadam.Bits(exact, "bfloat16")}, lr=1e-4, master="remainder")
+>>> params = {"w": gpuadam.Bits(nearest, "bfloat16")}, {"w": gpuadam.Bits(exact, "bfloat16")}
+>>> plain = gpuadam.Adam(params[0], lr=1e-4)
+>>> with_master = gpuadam.Adam(params[1], lr=1e-4, master="remainder")
 >>> for step in range(100):
-...     for opt in (plain, master):
+...     for opt in (plain, with_master):
 ...         opt.step({"w": np.ones(3, "float32")})
 >>> def value(bfloat16, remainder=0):
 ...     return ((bfloat16.astype("int32") << 16) + remainder).view("float32")
->>> print(value(nearest), value(exact, master.state["w"]["remainder"]).round(4))
+>>> print(value(nearest), value(exact, with_master.state["w"]["remainder"]).round(4))
 [1. 1. 1.] [0.99 0.99 0.99]
 
 **Copies.** `param_copies=` is for float32 parameters: the model reads a bfloat16 or float16 copy, which each step writes

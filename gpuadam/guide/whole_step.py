@@ -5,7 +5,8 @@ a low-precision copy, goes on with a running mean of the parameters, and zeroes 
 
 >>> import numpy as np, gpuadam
 >>> rng = np.random.default_rng(0)
->>> params = {"w": rng.standard_normal((64, 32)).astype("float32"), "b": np.zeros(32, "float32")}
+>>> w, b = rng.standard_normal((64, 32)).astype("float32"), np.zeros(32, "float32")
+>>> params = {"w": w, "b": b}
 >>> opt = gpuadam.AdamW(params, lr=1e-2, state_dtype="8bit", ema_decay=0.99, zero_grad=True)
 >>> grads = {name: np.zeros_like(p) for name, p in params.items()}
 >>> loss_scale = 1024.0
