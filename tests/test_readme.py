@@ -1,4 +1,4 @@
-"""The Python of README.md and of the guide runs, and prints what it says."""
+"""The Python of README.md and of the guide runs and prints what it says; links and paths lead to files."""
 
 import contextlib
 import io

@@ -11,6 +11,6 @@
 | `gpuadam.guide.how_fast` | what has been measured, and on which machine |
 | `gpuadam.guide.examples` | six short programs |
 
-A subject that has a folder of code has its page there: `gpuadam.checkpoint`, `gpuadam.sharded` (many ranks), `gpuadam.offload`,
-`gpuadam.planning`, `gpuadam.testing`.
+A subject that has a folder of code has its page there: `gpuadam.checkpoint`, `gpuadam.sharded` (many ranks),
+`gpuadam.offload`, `gpuadam.planning`, `gpuadam.testing`.
 """

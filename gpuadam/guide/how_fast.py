@@ -62,4 +62,13 @@ limit: two cores share the work on pages and the arithmetic.
 MPI's ranks on these two cores share one memory, so nothing can become faster: 20 million elements take 24 ms with one rank,
 63 ms with two, and 79 ms with four, of which 45 are MPI's reduce-scatter. Each rank sends 1.0002 times the least number of
 bytes.
+
+## What is expected of a GPU
+
+No time on a GPU has been measured. `benchmarks/launch_shapes.py` reads the machine code, which needs no GPU. For sm_90 the
+kernel takes 39 registers, so 1,536 threads fit on a multiprocessor and have 96 KiB of loads on their way. An H100's memory,
+at 3.35 TB/s (its data sheet) and a latency of some 700 ns, needs 18 KiB on each of 132 multiprocessors: a fifth of what the
+kernel has, whatever the block size. So two or four vectors a thread (56 and 88 registers; 144 and 160 KiB) gain nothing, and
+a grid-stride loop costs 6 registers and a branch. What is left are the DRAM's read/write turnaround, which all shapes share,
+and the last wave of blocks. `benchmarks/gpu.sh OUTDIR launch_shapes` measures the variants in turn on the same arrays.
 """
