@@ -3,8 +3,8 @@
 >>> import numpy as np
 >>> import gpuadam
 >>> params = {"w": np.float32([0.5, -1.0, 2.0]), "b": np.float32([0.0])}
->>> opt = gpuadam.AdamW(params, lr=0.1)  # for the sum of squares, whose gradient is 2 * p:
->>> opt.step({name: 2 * p for name, p in params.items()})
+>>> opt = gpuadam.AdamW(params, lr=0.1)
+>>> opt.step({name: 2 * p for name, p in params.items()})  # a gradient
 
 This is the reference. It has a guide, pages about larger subjects, and below the classes and functions.
 

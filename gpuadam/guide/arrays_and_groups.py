@@ -50,7 +50,8 @@ A group is a dict with parameters and hyperparameters of its own. `opt.groups` i
 changed between steps. A gradient of `None` skips its array.
 
 >>> w, b = np.ones(2, "float32"), np.ones(2, "float32")
->>> opt = gpuadam.Adam([{"params": {"w": w}, "lr": 0.1}, {"params": {"b": b}, "lr": 0.2}])
+>>> groups = [{"params": {"w": w}, "lr": 0.1}, {"params": {"b": b}, "lr": 0.2}]
+>>> opt = gpuadam.Adam(groups)
 >>> opt.groups[0]["lr"] = 0.4
 >>> opt.step({"w": np.ones(2, "float32"), "b": None})
 >>> print(w, b)
@@ -67,7 +68,7 @@ counts from 0; `lr=lambda step: schedule(step - 1)` is the same as in optax.
 `gpuadam.decay_groups` makes two groups by patterns of names. It refuses a pattern that matches no name.
 
 >>> params = {name: np.ones(2) for name in ("dense.weight", "dense.bias", "norm.scale")}
->>> groups = gpuadam.decay_groups(params, no_decay=("*.bias", "norm*"), weight_decay=0.01)
+>>> groups = gpuadam.decay_groups(params, ("*.bias", "norm*"), weight_decay=0.01)
 >>> [list(group["params"]) for group in groups]
 [['dense.weight'], ['dense.bias', 'norm.scale']]
 

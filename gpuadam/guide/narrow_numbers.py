@@ -42,7 +42,7 @@ model reads the bfloat16 part. There is no third copy of the parameter.
 
 >>> one = np.full(3, 0x3F80, "uint16")  # 1.0 in bfloat16
 >>> nearest, exact = one.copy(), one.copy()
->>> params = {"w": gpuadam.Bits(nearest, "bfloat16")}, {"w": gpuadam.Bits(exact, "bfloat16")}
+>>> params = [{"w": gpuadam.Bits(w, "bfloat16")} for w in (nearest, exact)]
 >>> plain = gpuadam.Adam(params[0], lr=1e-4)
 >>> with_master = gpuadam.Adam(params[1], lr=1e-4, master="remainder")
 >>> for step in range(100):

@@ -9,7 +9,9 @@ need `pip install torch`.
 import torch
 import gpuadam.torch
 
-model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+model = torch.nn.Sequential(
+    torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+)
 opt = gpuadam.torch.AdamW(model.parameters(), lr=1e-2)  # was torch.optim.AdamW
 x = torch.randn(64, 8)
 for step in range(300):

@@ -7,7 +7,8 @@ a low-precision copy, goes on with a running mean of the parameters, and zeroes 
 >>> rng = np.random.default_rng(0)
 >>> w, b = rng.standard_normal((64, 32)).astype("float32"), np.zeros(32, "float32")
 >>> params = {"w": w, "b": b}
->>> opt = gpuadam.AdamW(params, lr=1e-2, state_dtype="8bit", ema_decay=0.99, zero_grad=True)
+>>> options = {"state_dtype": "8bit", "ema_decay": 0.99, "zero_grad": True}
+>>> opt = gpuadam.AdamW(params, lr=1e-2, **options)
 >>> grads = {name: np.zeros_like(p) for name, p in params.items()}
 >>> loss_scale = 1024.0
 >>> for step in range(100):
@@ -61,7 +62,7 @@ graph reads them at each replay. Capturing a step whose numbers the graph would 
 import cupy
 import gpuadam
 
-params, grads = {"w": cupy.ones((3, 5), "float32")}, {"w": cupy.ones((3, 5), "float32")}
+params, grads = ({"w": cupy.ones((3, 5), "float32")} for _ in range(2))
 lr = cupy.full(1, 1e-3)
 opt = gpuadam.AdamW(params, lr=lr, capturable=True)
 with cupy.cuda.Stream(non_blocking=True) as stream:
