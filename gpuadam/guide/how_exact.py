@@ -1,7 +1,7 @@
 """How exact an update is, how that is shown, and where the limits are.
 
 Every backend gives the same bits. So a test that passes on a laptop says what a GPU will compute. **No GPU has run this code
-yet.** What is shown below is shown on machines without a GPU, by executing the code that the GPU's compilers emit.
+yet.** The evidence below comes from machines without a GPU, which execute the code that the GPU's compilers emit.
 
 ## The arithmetic
 
@@ -21,8 +21,8 @@ rounding. So a compiler has nothing left to contract. m and v are torch's `exp_a
     ema    = lerp(ema, param, 1 - ema_decay)        only with ema
 
 `maximize` makes `grad_scale` negative. `lerp(x, y, w)` starts from the nearer end, as torch's does: `fma(w, y - x, x)` if w
-< 1/2, else `fma(w - 1, y - x, y)`. When state is stored, m, v and max_v below the smallest normal number become 0. So does m
-where the divisor (v, or max_v with AMSGrad) is below it.
+< 1/2, else `fma(w - 1, y - x, y)`. When state is stored, values of m, v and max_v below the smallest normal number become 0.
+m also becomes 0 where the divisor (v, or max_v with AMSGrad) is below that number.
 
 Scalars such as `1 - beta2` and the bias corrections are computed once a step, in float64, and rounded once. `beta**t` is a
 fixed loop of multiplications, because `**` would give other bits. With `capturable=True` a kernel of one thread computes the

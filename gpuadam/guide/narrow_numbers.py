@@ -1,9 +1,9 @@
 """Narrow numbers: state, parameters and gradients in fewer bytes.
 
-A step is bound by the memory: the way past this limit is to move fewer bytes. Parameters and gradients are float16,
-bfloat16, float32 or float64, each independently of the others. The arithmetic is float64 if one of the arrays is float64,
-and float32 otherwise. NumPy has no bfloat16 of its own: use the dtype of the package `ml_dtypes`, or
-`gpuadam.Bits(array_of_uint16, "bfloat16")`.
+The memory bounds the speed of a step, so a faster step moves fewer bytes. Parameters and gradients are float16, bfloat16,
+float32 or float64, each independently of the others. The arithmetic is float64 if one of the arrays is float64, and float32
+otherwise. NumPy has no bfloat16 of its own: use the dtype of the package `ml_dtypes`, or `gpuadam.Bits(array_of_uint16,
+"bfloat16")`.
 
 | option | bytes an element | meaning |
 |---|---:|---|
@@ -68,7 +68,7 @@ The mean final training loss of two tasks, in percent of float32's, and the rang
 thread. digits is a small network that reads handwritten digits; text is a character language model. `benchmarks/results` has
 each loss.
 
-| | digits | | text | |
+| | digits | range | text | range |
 |---|---:|---|---:|---|
 | float32, lr x 1.001: chance | 99.85 | 99.74 to 99.92 | 100.05 | 99.77 to 100.26 |
 | bfloat16 state | 99.89 | 99.09 to 100.52 | 100.11 | 99.70 to 100.48 |

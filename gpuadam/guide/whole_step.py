@@ -1,7 +1,9 @@
 """The whole step of mixed-precision training, in two passes over the gradients and one over everything else.
 
-The first pass computes the norm of all gradients. The second unscales, clips, updates the parameters and their state, writes
-a low-precision copy, goes on with a running mean of the parameters, and zeroes the gradients.
+The first pass reads the gradients and computes the norm of all of them. The second pass unscales and clips the gradients,
+updates the parameters and their state, writes a low-precision copy, updates a running mean of the parameters, and zeroes the
+gradients. Every part is optional: an option that is not used costs no instruction and no byte, because options are constants
+when the kernel is compiled.
 
 >>> import numpy as np, gpuadam
 >>> rng = np.random.default_rng(0)
@@ -17,8 +19,6 @@ a low-precision copy, goes on with a running mean of the parameters, and zeroes 
 ...     opt.step(grads, grad_scale=1 / loss_scale, max_norm=1.0, check_finite=True)
 >>> print(opt.steps, np.abs(grads["w"]).max(), opt.state["w"]["ema"].dtype)
 100 0.0 float32
-
-An option that is not used costs no instruction and no byte: options are constants when the kernel is compiled.
 
 ## Unscaling and clipping
 
@@ -75,5 +75,6 @@ with cupy.cuda.Stream(non_blocking=True) as stream:
         graph.launch(stream)
 ```
 
-`gpuadam.Adam` says which of a step's numbers stay in a graph what they were at the capture.
+Other numbers of a step (betas, eps, weight_decay, max_norm) keep in the graph the values that they had at the capture. Take
+one step with the same arrays on the same stream before the capture.
 """
