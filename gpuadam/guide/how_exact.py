@@ -96,8 +96,8 @@ learning rates and decays, 0 different bits.
 that they load. It has memory with bounds, streams that do their work as late as their order allows, captures, and calls that
 fail.
 
-**The memory's limit.** The machine code of each kernel has four 16-byte loads and three 16-byte stores a thread, no local
-memory, and at most 64 registers.
+**The memory's limit.** The machine code of both float32 kernels has, for each thread, four 16-byte loads, three 16-byte
+stores, no local memory, and at most 64 registers.
 
 **Training resumes.** k steps, save, load and k steps have the bits of 2k steps, in twelve forms of state.
 
