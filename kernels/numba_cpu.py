@@ -122,7 +122,7 @@ class Batch:
     alive; None where the caller does.
     """
 
-    lasts = False
+    lasts, device = False, None
 
     __slots__ = ("arrays", "begun", "group", "is_random", "n", "names", "prepared", "table", "updates")
 
