@@ -1,19 +1,20 @@
 """The fused Adam update for arrays: the same bits from CuPy, Numba CUDA and the CPU."""
 
+__version__ = "0.1.0"  # before the imports, because a checkpoint names the version that wrote it
+
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
-from .checkpoint.saving import CheckpointError, load
+from .checkpoint import CheckpointError
+from .checkpoint.loading import load
 from .clipping import global_norm
-from .decay import decay_groups
 from .flat import Flat, flatten
 from .functional import adam_step
+from .groups import decay_groups
 from .kernels.view import Bits
 from .offload import OffloadAdam
 from .optimizer import Adam, AdaMax, AdamW, NAdam, RAdam
 from .sharded import transports
-from .sharded.checkpoint import load_sharded
+from .sharded.loading import load_sharded
 from .sharded.optimizer import ShardedAdam, ShardedAdamW
-
-__version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 - in the order of the reference
     "adam_step",

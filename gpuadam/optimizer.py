@@ -10,6 +10,7 @@ import numpy as np
 
 from . import backends, checks, functional, hyperparameters, torch_tensors
 from . import step_counts as capturable_
+from .checkpoint import saving
 from .clipping import global_norm
 from .groups import (
     HYPERPARAMETERS,
@@ -27,6 +28,7 @@ from .groups import (
 from .kernels import array_bytes, device_scalars, streams
 from .kernels.storage import GROUP
 from .kernels.view import Bits
+from .state import OF_GROUPS
 
 STATE_DTYPES = ("float32", "float64", "bfloat16", "8bit")
 
@@ -488,13 +490,13 @@ class Adam(HasGroups):
 
         Whatever happens, the file is the new one or as it was before: it is written beside its place, flushed to the disk and
         renamed. A killed save leaves ".gpuadam-*.tmp" in that folder, which may be deleted. It takes a few MB of memory, from a
-        GPU too, which is waited for. A learning rate that is a callable is not saved. The format: `gpuadam/checkpoint.py`.
+        GPU too, which is waited for. A learning rate that is a callable is not saved. The format: `gpuadam.checkpoint`.
 
         Raises CheckpointError if the file cannot be written; ValueError or TypeError for what could not be loaded again.
         """
-        from .checkpoint.saving import save  # which needs this module
-
-        save(self, path, with_params=with_params)
+        state_dict = self.state_dict()
+        checked_state_dict(state_dict, self)  # what could not be loaded is not saved either
+        saving.save(self, state_dict, path, with_params=with_params)
 
     def is_bfloat16(self, name, key):
         """Whether an array of the state of a parameter, "m" say, holds bfloat16 numbers as integers."""
@@ -532,7 +534,6 @@ OPTIONS = tuple(DEFAULTS)
 
 
 IN_MEMORY = {"bfloat16": "uint16"}  # the dtype of a format that NumPy does not know
-OF_GROUPS = ("m_scale", "v_scale")  # of which there is one for each GROUP of neighbours
 OF_PARAMETERS = 0xD1B54A32D192ED03  # so that the keys of parameters are none of a step
 
 

@@ -1,1 +1,5 @@
-"""Saving and loading optimizers."""
+"""Checkpoints."""
+
+from .safetensors import CheckpointError
+
+__all__ = ["CheckpointError"]
