@@ -142,8 +142,8 @@ WRONG_METADATA = {
     "a bad hyperparameter": (lambda m: {"groups": [m["groups"][0] | {"eps": -1}]}, "eps=-1"),
     "a rate that is text": (lambda m: {"groups": [m["groups"][0] | {"lr": "fast"}]}, "lr must be a real number"),
     "an endless rate": (lambda m: {"groups": [m["groups"][0] | {"lr": 10**400}]}, "lr is too large"),
-    "groups that are none": (lambda m: {"groups": {}}, "groups in its metadata must be a list"),
-    "a group without names": (lambda m: {"groups": [{"lr": 1}]}, "a list of dicts with names and lr"),
+    "groups that are none": (lambda m: {"groups": {}}, "groups in its metadata is not as gpuadam writes it"),
+    "a group without names": (lambda m: {"groups": [{"lr": 1}]}, "groups in its metadata is not as gpuadam writes it"),
     "a negative step": (lambda m: {"params": m["params"] | {"w": m["params"]["w"] | {"step": -1}}}, "step of 'w'"),
     "a step of 2^63": (
         lambda m: {
@@ -360,7 +360,7 @@ def test_a_full_disk_leaves_the_old_file(room, saved, tmp_path, monkeypatch):
     monkeypatch.undo()
     optimizer(ema_decay=0.5).save(tmp_path / "other")
     needed = (tmp_path / "other").stat().st_size
-    for part in (str(tmp_path / "a"), "No space left", f"{needed:,} bytes: make room", "is as it was"):
+    for part in (str(tmp_path / "a"), "No space left", f"{needed:,} bytes: make room", "Nothing there has changed"):
         assert part in str(raised.value)
     assert raised.value.__cause__.errno == errno.ENOSPC
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "other"] and (tmp_path / "a").read_bytes() == saved
@@ -377,7 +377,7 @@ def test_a_limit_of_the_system_leaves_the_old_file(saved, tmp_path):
     except gpuadam.CheckpointError as error:
         print(error)
     """
-    assert "was not saved: File too large. A file that was there is as it was. The new one has 8,3" in printed(code)
+    assert "was not saved: File too large. Nothing there has changed. The new one has 8,3" in printed(code)
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == saved
 
 
@@ -406,12 +406,12 @@ def test_a_folder_that_cannot_be_written_is_named(number, tmp_path, monkeypatch)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(gpuadam.CheckpointError, match=r"No such file or directory\. Make its folder first"):
+    with pytest.raises(gpuadam.CheckpointError, match=r"No such file or directory\. .* Make its folder first"):
         optimizer().save(tmp_path / "folder" / "a")
 
 
 def test_only_files_are_replaced(tmp_path):
-    with pytest.raises(gpuadam.CheckpointError, match=r"Is a directory\. Give the path of a file"):
+    with pytest.raises(gpuadam.CheckpointError, match=r"Is a directory\. .* Give the path of a file"):
         optimizer().save(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(gpuadam.CheckpointError, match="it is a device, a pipe or a socket"):

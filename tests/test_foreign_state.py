@@ -70,7 +70,12 @@ WRONG = {
     "no names": (lambda d: d, None, ValueError, "numbers and no names: give names="),
     "too few names": (lambda d: d, NAMES[:2], ValueError, "names must be 3 different names"),
     "a name twice": (lambda d: d, ["s", "s", "layer.w"], ValueError, "names must be 3 different names"),
-    "another name": (lambda d: d, ["layer.w", "layer.b", "t"], ValueError, r"it does not have \['s'\] and only it has \['t'\]"),
+    "another name": (
+        lambda d: d,
+        ["layer.w", "layer.b", "t"],
+        ValueError,
+        r"it does not have \['s'\] and only it has \['t'\]",
+    ),
     "permuted names": (lambda d: d, ["layer.b", "layer.w", "s"], ValueError, "shape"),
     "no state_dict": (lambda d: {}, NAMES, ValueError, "state_dict of torch"),
     "state of nobody": (lambda d: d | {"state": d["state"] | {9: {}}}, NAMES, ValueError, r"state of \[9\]"),

@@ -362,9 +362,9 @@ def sealed_index(folder, change):
 WRONG_PARTS = {
     "a part less": (lambda parts: parts[1:], "8,192 are missing or come twice"),
     "a part twice": (lambda parts: [*parts, parts[0]], "a file comes twice among the parts"),
-    "a way out": (lambda parts: [parts[0] | {"file": "../../etc/passwd"}, *parts[1:]], "dicts with file, n_bytes and crc32"),
-    "no list": (lambda parts: {"a": 1}, "a list of dicts with file, n_bytes and crc32"),
-    "a size that is none": (lambda parts: [parts[0] | {"n_bytes": "3"}, *parts[1:]], "a list of dicts with file, n_bytes"),
+    "a way out": (lambda parts: [parts[0] | {"file": "../../etc/passwd"}, *parts[1:]], "or is no part"),
+    "no list": (lambda parts: {"a": 1}, "parts in its metadata is not as gpuadam writes it"),
+    "a size that is none": (lambda parts: [parts[0] | {"n_bytes": "3"}, *parts[1:]], "parts in its metadata is not as"),
     "a huge size": (lambda parts: [parts[0] | {"n_bytes": 1 << 70}, *parts[1:]], "is not the one that was written"),
     "no parts": (lambda parts: [], "it does not have ['large.param', 'large.m'"),
 }

@@ -22,7 +22,7 @@ ALGORITHMS: dict[str, tuple[str, bool]] = {
 INDEX = "index.safetensors"
 PART = "part-{}-of-{}-{}.safetensors"
 PART_FORMAT = f"{FORMAT}.part"
-IS_PART = re.compile(PART.replace(".", r"\.").format("[0-9]+", "[0-9]+", "[0-9a-f]{16}"))
+IS_PART: re.Pattern[str] = re.compile(PART.replace(".", r"\.").format("[0-9]+", "[0-9]+", "[0-9a-f]{16}"))
 
 
 class Saved(NamedTuple):
@@ -35,7 +35,7 @@ class Saved(NamedTuple):
     steps: int
     params: dict[str, dict[str, Any]]  # name -> {"step", "dtype", "shape"}
     copies: list[str]
-    parts: list[dict[str, Any]] | None  # {"file", "n_bytes", "crc32"}, in the index of a folder
+    parts: list[dict[str, Any]] | None = None  # {"file", "n_bytes", "crc32"}, in the index of a folder
 
 
 def check_class(opt, names):
@@ -69,65 +69,51 @@ def _plain(number):
     return int(number) if isinstance(number, numbers.Integral) else float(number)
 
 
-def _is_group(group):
-    return isinstance(group, dict) and {"names", "lr"} <= group.keys() and _are_names(group["names"])
-
-
-def _is_param(param):
-    return isinstance(param, dict) and param.keys() == {"step", "dtype", "shape"}
-
-
-def _is_part(part):
-    return (
-        isinstance(part, dict)
-        and part.keys() == {"file", "n_bytes", "crc32"}
-        and isinstance(part["file"], str)
-        and bool(IS_PART.fullmatch(part["file"]))
-        and type(part["n_bytes"]) is int
-    )
-
-
-def _are_names(names):
-    return isinstance(names, list) and all(isinstance(name, str) for name in names)
-
-
 # key -> the texts that this version knows
 TEXTS = {"format": (FORMAT,), "version": (VERSION,), "class": tuple(ALGORITHMS), "reduction": ("mean", "sum")}
-# key -> (whether a value decoded from JSON is right, the words for a right one). The optimizer checks what is not checked here
-VALUES = {
-    "options": (lambda value: isinstance(value, dict), "a dict"),
-    "groups": (lambda value: isinstance(value, list) and all(map(_is_group, value)), "a list of dicts with names and lr"),
-    "steps": (lambda value: isinstance(value, int), "an integer"),
-    "params": (
-        lambda value: isinstance(value, dict) and all(map(_is_param, value.values())),
-        "a dict of dicts with step, dtype and shape",
-    ),
-    "copies": (_are_names, "a list of names"),
-    "parts": (
-        lambda value: value is None or (isinstance(value, list) and all(map(_is_part, value))),
-        "a list of dicts with file, n_bytes and crc32",
-    ),
+# key -> the schema of a value in JSON: a type, [schema of all members] or {key: schema}, where ... stands for any other key.
+# What has the schema `object` here is checked where it is used.
+SCHEMAS: dict[str, Any] = {
+    "options": dict,
+    "groups": [{"names": [str], "lr": object, ...: object}],
+    "steps": int,
+    "params": {...: {"step": object, "dtype": object, "shape": object}},
+    "copies": [str],
+    "parts": [{"file": str, "n_bytes": int, "crc32": str}],
 }
 
 
 def decoded(metadata):
     """Return metadata as Saved. Raises CheckpointError where they are not as `encoded` makes them."""
-    metadata = {"reduction": "mean", "parts": "null"} | metadata  # only what many ranks saved has these
     for key, known in TEXTS.items():
+        text = metadata.get(key, "mean" if key == "reduction" else None)
         advice = "it holds no optimizer of gpuadam" if key == "format" else "use a newer gpuadam"
-        require(metadata.get(key) in known, f"its {key} is {metadata.get(key)!r}, not {' or '.join(known)}: {advice}")
+        require(text in known, f"its {key} is {text!r}, not {' or '.join(known)}: {advice}")
     values = {}
-    for key, (is_right, words) in VALUES.items():
-        values[key] = parsed_json(metadata.get(key, ""), f"{key} in its metadata")
-        require(is_right(values[key]), f"{key} in its metadata must be {words}")
-    saved = Saved(metadata["class"], metadata["reduction"], **values)
+    for key, schema in SCHEMAS.items():
+        if key != "parts" or key in metadata:  # which only an index has
+            values[key] = parsed_json(metadata.get(key, ""), f"{key} in its metadata")
+            require(_fits(values[key], schema), f"{key} in its metadata is not as gpuadam writes it")
+    saved = Saved(metadata["class"], metadata.get("reduction", "mean"), **values)
     files = [part["file"] for part in saved.parts or ()]
-    require(len(set(files)) == len(files), "a file comes twice among the parts in its metadata")
+    right = all(map(IS_PART.fullmatch, files)) and len(set(files)) == len(files)
+    require(right, "a file comes twice among the parts in its metadata, or is no part")
     for group in saved.groups:
         check_known("hyperparameters", group, {"names", *HYPERPARAMETERS})
     in_groups = [name for group in saved.groups for name in group["names"]]
     require(sorted(saved.params) == sorted(in_groups), "groups and params in its metadata must have the same names")
     return saved
+
+
+def _fits(value, schema):
+    """Whether a value is as a schema says."""
+    if isinstance(schema, list):
+        return isinstance(value, list) and all(_fits(member, schema[0]) for member in value)
+    if isinstance(schema, dict):
+        needed, others = schema.keys() - {...}, schema.get(..., ())
+        has_all = isinstance(value, dict) and needed <= value.keys()
+        return has_all and all(_fits(member, schema.get(key, others)) for key, member in value.items())
+    return isinstance(value, schema)
 
 
 def check_known(what, names, known):

@@ -9,6 +9,16 @@ from .format import CLASSES, check_class, encoded
 from .safetensors import CheckpointError, size_of, write
 from .tensors import PARAM, chosen, sections
 
+# the number of an error -> what to do about it
+ADVICE: dict[int | None, str] = {
+    errno.ENOENT: "Make its folder first",
+    **dict.fromkeys((errno.EISDIR, errno.EEXIST), "Give the path of a file"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Save into a folder that can be read and written"),
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "The new one has {:,} bytes: make room for them, or save elsewhere"
+    ),
+}
+
 
 def save(opt, state_dict, path, *, with_params=False):
     """Save an `Adam`: see `Adam.save`. state_dict: the optimizer's own, which has been checked."""
@@ -37,21 +47,8 @@ def write_file(path, tensors, metadata):
             crc = write(file, tensors, metadata)
             return file.seek(0, os.SEEK_END), crc
     except OSError as error:
-        advice = _advice(error, lambda: size_of(tensors, metadata))
-        raise CheckpointError(f"{path!r} was not saved: {error.strerror or error}. {advice}") from error
+        advice = ADVICE.get(error.errno, "See to the disk, or save elsewhere").format(size_of(tensors, metadata))
+        reason = f"{error.strerror or error}. Nothing there has changed. {advice}"
+        raise CheckpointError(f"{path!r} was not saved: {reason}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path!r} was not saved: {error}") from error.__cause__
-
-
-def _advice(error, n_bytes):
-    """Return what to do about an OSError of writing."""
-    if error.errno == errno.ENOENT:
-        return "Make its folder first"
-    if error.errno in (errno.EISDIR, errno.EEXIST):
-        return "Give the path of a file"
-    unchanged = "A file that was there is as it was"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{unchanged}. The new one has {n_bytes():,} bytes: make room for them, or save elsewhere"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{unchanged}. Save into a folder that can be read and written"
-    return f"{unchanged}. See to the disk, or save elsewhere"

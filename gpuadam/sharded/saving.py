@@ -31,7 +31,7 @@ from ..groups import saved_settings, some
 from .agreement import agreed, on_all
 
 CLASS_OF = {algorithm: name for name, algorithm in ALGORITHMS.items()}
-IS_TEMPORARY = re.compile(r"\.gpuadam-[0-9a-f]{16}\.tmp")
+OURS = re.compile(rf"{IS_PART.pattern}|\.gpuadam-[0-9a-f]{{16}}\.tmp")  # parts, and files that were not finished
 SHARED = "The folder must be on a file system that all ranks share"
 
 
@@ -74,15 +74,12 @@ def _cleared(folder):
     path = Path(folder)
     try:
         path.mkdir(exist_ok=True)
-        names = {found.name for found in path.iterdir()}
-        has_index = INDEX in names and _is_index(path / INDEX)
-        strangers = [] if has_index else sorted(name for name in names if not _is_ours(name))
+        names = sorted(found.name for found in path.iterdir())
+        known = _files_of(path / INDEX) if INDEX in names else None
+        strangers = [name for name in names if not OURS.fullmatch(name)] if known is None else []
         advice = "and was not saved: give a folder of its own"
         require(not strangers, f"{folder!r} has files that are of no checkpoint, {some(strangers)}, {advice}")
-        with contextlib.suppress(
-            CheckpointError
-        ):  # where the old index is damaged, nothing says which parts are without use
-            _delete_all_but(path, _parts_of(path / INDEX) if has_index else ())
+        _delete_all_but(path, known or ())
     except FileExistsError as error:
         raise CheckpointError(f"{folder!r} is a file, and many ranks save into a folder: give another path") from error
     except OSError as error:
@@ -91,16 +88,15 @@ def _cleared(folder):
     return secrets.token_hex(8)
 
 
-def _is_index(path):
-    """Whether a file begins as an index does, be the rest damaged. Another file may be a stranger's, and is not replaced."""
-    with path.open("rb") as file:
-        return file.read(8 + len(FIRST))[8:] == FIRST
-
-
-def _parts_of(path):
-    """Return the names of the parts of an index."""
-    with path.open("rb") as file:
-        return [part["file"] for part in decoded(Reader(file).metadata).parts or ()]
+def _files_of(index):
+    """Return the names of the parts of an index, or None if the file is none: then it is a stranger's, and is not replaced."""
+    with index.open("rb") as file:
+        if file.read(8 + len(FIRST))[8:] != FIRST:
+            return None
+        try:
+            return [part["file"] for part in decoded(Reader(file).metadata).parts or ()]
+        except CheckpointError:  # it is damaged, and does not say which parts are without use
+            return [found.name for found in index.parent.iterdir()]
 
 
 def _write_part(opt, file, with_params):
@@ -123,14 +119,10 @@ def _commit(folder, metadata, parts):
     _delete_all_but(Path(folder), [part["file"] for part in parts])
 
 
-def _is_ours(name):
-    return IS_PART.fullmatch(name) or IS_TEMPORARY.fullmatch(name)
-
-
 def _delete_all_but(path, names):
     """Delete the parts in a folder that have other names, and files that were not finished."""
     for found in path.iterdir():
-        if found.name not in names and _is_ours(found.name):
+        if found.name not in names and OURS.fullmatch(found.name):
             with contextlib.suppress(OSError):  # it does no harm, and the next save tries again
                 found.unlink()
 
