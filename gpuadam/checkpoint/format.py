@@ -47,15 +47,15 @@ def check_class(opt, names):
         )
 
 
-def encoded(name, *, options, groups, steps, params, copies=(), **texts):
+def encoded(opt, name, groups, params, copies=()):
     """Return the metadata of an optimizer: string -> string.
 
-    name: of its class. groups: as in a state_dict. params: name -> (View, steps taken). copies: names. texts: as they are.
+    name: of its class, in ALGORITHMS. groups: as in a state_dict. params: name -> (View, steps taken). copies: names.
     """
     params = {name: {"step": step, "dtype": view.format, "shape": view.shape} for name, (view, step) in params.items()}
-    decoded = {"options": options, "groups": groups, "steps": steps, "params": params, "copies": list(copies)}
-    in_json = {key: as_json(value) for key, value in decoded.items()}
-    return {"format": FORMAT, "version": VERSION, "class": name, "gpuadam": __version__} | in_json | texts
+    values = {"options": opt.options, "groups": groups, "steps": opt.steps, "params": params, "copies": list(copies)}
+    in_json = {key: as_json(value) for key, value in values.items()}
+    return {"format": FORMAT, "version": VERSION, "class": name, "gpuadam": __version__} | in_json
 
 
 def as_json(value):
@@ -77,7 +77,7 @@ SCHEMAS: dict[str, Any] = {
     "options": dict,
     "groups": [{"names": [str], "lr": object, ...: object}],
     "steps": int,
-    "params": {...: {"step": object, "dtype": object, "shape": object}},
+    "params": {...: {"step": object, "dtype": str, "shape": [int]}},
     "copies": [str],
     "parts": [{"file": str, "n_bytes": int, "crc32": str}],
 }
@@ -94,12 +94,14 @@ def decoded(metadata):
         if key != "parts" or key in metadata:  # which only an index has
             values[key] = parsed_json(metadata.get(key, ""), f"{key} in its metadata")
             require(_fits(values[key], schema), f"{key} in its metadata is not as gpuadam writes it")
+    for group in values["groups"]:
+        check_known("hyperparameters", group, {"names", *HYPERPARAMETERS})
+        if isinstance(group.get("betas"), list):
+            group["betas"] = tuple(group["betas"])
     saved = Saved(metadata["class"], metadata.get("reduction", "mean"), **values)
     files = [part["file"] for part in saved.parts or ()]
     right = all(map(IS_PART.fullmatch, files)) and len(set(files)) == len(files)
     require(right, "a file comes twice among the parts in its metadata, or is no part")
-    for group in saved.groups:
-        check_known("hyperparameters", group, {"names", *HYPERPARAMETERS})
     in_groups = [name for group in saved.groups for name in group["names"]]
     require(sorted(saved.params) == sorted(in_groups), "groups and params in its metadata must have the same names")
     return saved

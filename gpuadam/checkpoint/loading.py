@@ -44,14 +44,14 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
     """
     path, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
     with about(path), opened(path, params, backend, lr) as checkpoint:
-        stored = checkpoint.stored
-        name, copies = stored.saved.name, stored.saved.copies
+        stored, saved = checkpoint.stored, checkpoint.stored.saved
         stored.arrange(stored.read_headers())
-        require(name in CLASSES, f"its class {name} is one of gpuadam.ShardedAdam alone: load it with gpuadam.load_sharded")
-        enough = param_copies is not None or not copies
-        require(enough, f"{some(copies)} had copies: give param_copies=, with None for those without one now")
+        single = saved.name in CLASSES
+        require(single, f"its class {saved.name} is one of gpuadam.ShardedAdam alone: load it with gpuadam.load_sharded")
+        enough = param_copies is not None or not saved.copies
+        require(enough, f"{some(saved.copies)} had copies: give param_copies=, with None for those without one now")
         with not_fitting():
-            make, settings = getattr(optimizer, name), checkpoint.hyperparameters | stored.saved.options
+            make, settings = getattr(optimizer, saved.name), checkpoint.hyperparameters | saved.options
             opt = make(checkpoint.params, **settings, param_copies=param_copies, backend=backend)
         arrays = sections(opt)
         state, of_params = chosen(arrays, False), [section for section in arrays if with_params and section.key == PARAM]
@@ -64,7 +64,7 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
         for section in of_params:
             stored.verify(section.array)
         with not_fitting():
-            opt.load_state_dict(_state_dict(opt, checkpoint))  # all but the arrays, which are those that it has
+            opt.load_state_dict(_state_dict(opt, saved))  # its arrays are in place
         if with_params:  # now that nothing can be wrong
             torch_tensors.wrote([param for group in opt.groups for param in group["params"]])
         for section in of_params:
@@ -72,12 +72,12 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
     return opt
 
 
-def _state_dict(opt, checkpoint):
-    """Return the state_dict of an optimizer with the saved counts, and with the saved rates where an array is to receive them."""
-    saved, state_dict = checkpoint.stored.saved, opt.state_dict()
-    for group, saved_group, rate in zip(state_dict["groups"], saved.groups, checkpoint.rates, strict=True):
-        if is_array(rate) and saved_group["lr"] is not None:
-            group["lr"] = saved_group["lr"]
+def _state_dict(opt, saved):
+    """Return the state_dict of an optimizer with the saved counts, and the saved learning rates for arrays to receive."""
+    state_dict = opt.state_dict()
+    for settings, group, saved_group in zip(state_dict["groups"], opt.groups, saved.groups, strict=True):
+        if is_array(group["lr"]) and saved_group["lr"] is not None:
+            settings["lr"] = saved_group["lr"]
     for name, state in state_dict["state"].items():
         state["step"] = saved.params[name]["step"]
     return state_dict | {"steps": saved.steps}
@@ -87,7 +87,6 @@ class Opened(NamedTuple):
     """A checkpoint that is open, and the arguments that its optimizer is made with."""
 
     stored: Stored
-    rates: list[Any]  # the learning rate of each group
     params: Any  # the parameters or, with the hyperparameters of each, groups of them
     hyperparameters: dict[str, Any]
 
@@ -109,11 +108,9 @@ def opened(path, params, backend, lr):
         arguments = []
         for group, structure, rate, saved_group in zip(groups, structures, rates, saved.groups, strict=True):
             members = as_given(structure.kind, structure.names, group["params"])
-            hyperparameters = {
-                key: tuple(x) if isinstance(x, list) else x for key, x in saved_group.items() if key != "names"
-            }
-            arguments.append(hyperparameters | {"lr": rate, "params": members})
-        yield Opened(stored, rates, *((arguments, {}) if grouped else (arguments[0].pop("params"), arguments[0])))
+            arguments.append(saved_group | {"lr": rate, "params": members})
+            del arguments[-1]["names"]
+        yield Opened(stored, *((arguments, {}) if grouped else (arguments[0].pop("params"), arguments[0])))
 
 
 @contextlib.contextmanager
@@ -161,11 +158,9 @@ def _check_params(saved, names, views):
     require(not moved, f"the parameters come in {order}")
     sizes, saved_sizes = ([len(of_group) for of_group in groups] for groups in (names, saved_names))
     require(sizes == saved_sizes, f"the groups differ: those saved have {saved_sizes} parameters, those given {sizes}")
-    wrong = [
-        f"{name!r} was {entry['dtype']} of shape {entry['shape']}, and is {view.format} {list(view.shape)}"
-        for (name, view), entry in zip(views.items(), map(saved.params.get, views), strict=True)
-        if (entry["shape"], entry["dtype"]) != (list(view.shape), view.format)
-    ]
+    was = {name: f"{entry['dtype']} of shape {entry['shape']}" for name, entry in saved.params.items()}
+    now = {name: f"{view.format} of shape {list(view.shape)}" for name, view in views.items()}
+    wrong = [f"{name!r} was {was[name]}, and is {now[name]}" for name in ours if was[name] != now[name]]
     require(not wrong, "; ".join(wrong[:8]) + ": nothing is cast or reshaped")
 
 

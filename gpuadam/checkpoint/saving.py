@@ -24,17 +24,10 @@ def save(opt, state_dict, path, *, with_params=False):
     """Save an `Adam`: see `Adam.save`. state_dict: the optimizer's own, which has been checked."""
     path, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
     check_class(opt, CLASSES)
-    arrays = sections(opt)
-    metadata = encoded(
-        type(opt).__name__,
-        options=opt.options,
-        groups=state_dict["groups"],
-        steps=state_dict["steps"],
-        params={of.param: (of.view, state_dict["state"][of.param]["step"]) for of in arrays if of.key == PARAM},
-        copies=opt._copies,
-    )
-    tensors = [section.tensor(section.array) for section in chosen(arrays, with_params)]
-    write_file(path, tensors, metadata)
+    arrays, states = sections(opt), state_dict["state"]
+    params = {section.param: (section.view, states[section.param]["step"]) for section in arrays if section.key == PARAM}
+    metadata = encoded(opt, type(opt).__name__, state_dict["groups"], params, opt._copies)
+    write_file(path, [section.tensor(section.array) for section in chosen(arrays, with_params)], metadata)
 
 
 def write_file(path, tensors, metadata):

@@ -58,14 +58,9 @@ def _prepared(opt, path, with_params):
     folder, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
     opt._checked_groups(1.0)  # what could not be loaded is not saved either
     opt._check_params()
-    metadata = encoded(
-        CLASS_OF[opt._algorithm, opt._decoupled],
-        options=opt.options,
-        groups=[saved_settings(group) for group in opt.groups],
-        steps=opt.steps,
-        params={name: (view, opt._taken[name]) for name, view in zip(opt._names, opt._params, strict=True)},
-        reduction=opt._reduction,
-    )
+    params = {name: (view, opt._taken[name]) for name, view in zip(opt._names, opt._params, strict=True)}
+    name, groups = CLASS_OF[opt._algorithm, opt._decoupled], [saved_settings(group) for group in opt.groups]
+    metadata = encoded(opt, name, groups, params) | {"reduction": opt._reduction}
     return (folder, metadata), {"path": folder, "with_params": with_params, **metadata}, False
 
 
