@@ -150,19 +150,21 @@ def to_optax(opt, like, separator="."):
 
     def tree_of(key, tree):
         """Return a tree of copies of the state, like a tree of optax."""
+
+        def copied(path, node):
+            return _like(node, key, _name(path, separator), opt) if _is_leaf(node) else node
+
         _check_names(_leaves(tree, separator), opt)
-        return _mapped(
-            tree, lambda path, leaf: _like(leaf, key, separator.join(path) or "0", opt) if _is_leaf(leaf) else leaf
-        )
+        return _mapped(tree, copied)
 
-    new = adam._replace(count=_count_like(adam.count, counts[0]), mu=tree_of("m", adam.mu), nu=tree_of("v", adam.nu))
+    m, v = tree_of("m", adam.mu), tree_of("v", adam.nu)
 
-    def replaced(path, node):
+    def replaced(_, node):
         fields = getattr(node, "_fields", ())
-        if set(fields) == {"count", "mu", "nu"}:
-            return new
-        has_count = fields == ("count",) or "hyperparams" in fields  # of a schedule
-        return node._replace(count=_count_like(node.count, counts[0])) if has_count else node
+        if not ({"count", "mu", "nu"} == set(fields) or fields == ("count",) or "hyperparams" in fields):
+            return node
+        count = _count_like(node.count, counts[0])  # a schedule has one, too
+        return node._replace(count=count, mu=m, nu=v) if "mu" in fields else node._replace(count=count)
 
     return _mapped(like, replaced)
 
@@ -260,11 +262,11 @@ def _to_torch(name, state, param, opt, torch):
             raise TypeError(f"{key} of {name!r} is {format_}, and torch would cast it to the parameter's {view.format}")
         array = state[key].view(np.int16) if format_ == "bfloat16" else state[key]
         _, (own,) = backends.choose([(f"{key} of params[{name!r}]", array)], opt._state_backend)
-        # on a GPU torch would else move the memory to its own current device
-        tensor = (
-            torch.from_numpy(own.array) if own.device is None else torch.as_tensor(own.array, device=f"cuda:{own.device}")
-        )
-        tensors[TORCH[key]] = tensor.clone().view(torch.bfloat16) if format_ == "bfloat16" else tensor.clone()
+        device = (
+            "cpu" if own.device is None else f"cuda:{own.device}"
+        )  # without it torch moves the memory to its current one
+        tensor = torch.as_tensor(own.array, device=device).clone()
+        tensors[TORCH[key]] = tensor.view(torch.bfloat16) if format_ == "bfloat16" else tensor
     return tensors
 
 
@@ -301,9 +303,13 @@ def _mapped(node, function, path=()):
     return function(path, node)
 
 
+def _name(path, separator):
+    return separator.join(path) or "0"
+
+
 def _leaves(tree, separator):
     """Return name -> leaf."""
-    pairs = [(separator.join(path) or "0", node) for path, node in _nodes(tree) if _is_leaf(node)]
+    pairs = [(_name(path, separator), node) for path, node in _nodes(tree) if _is_leaf(node)]
     if len(dict(pairs)) != len(pairs):
         raise ValueError(f"two parameters of the tree get the same name: choose another separator than {separator!r}")
     return dict(pairs)
