@@ -1,8 +1,8 @@
-"""State of Adam and AdamW from torch and optax, and for them: exact, by name, or refused.
+"""The state of Adam and AdamW, exchanged with torch and optax: by name, exactly, or not at all.
 
-torch's exp_avg, exp_avg_sq and max_exp_avg_sq are m, v and max_v, and so are optax's mu and nu m and v. Nothing is cast: the
-state's dtype here has to be theirs, `state_dtype="bfloat16"` for bfloat16. Nothing is copied between devices. Only `to_torch`
-imports anything.
+torch's exp_avg, exp_avg_sq and max_exp_avg_sq are m, v and max_v; optax's mu and nu are m and v. Nothing is cast: the optimizer
+must have the other library's dtype of state, with `state_dtype="bfloat16"` for bfloat16. Nothing is copied between devices. Only
+`to_torch` imports another library.
 
     from gpuadam import foreign_state
     foreign_state.from_torch(opt, torch_optimizer.state_dict(), [name for name, _ in model.named_parameters()])
@@ -28,11 +28,12 @@ COUNTS_OF_OPTAX = 1 << 31  # int32
 def from_torch(opt, state_dict, names=None):
     """Load a `state_dict()` of torch.optim.Adam or AdamW into an optimizer, in place: state, step counts, hyperparameters.
 
-    names: the names here of torch's parameters, in its order, through all groups; by default those that torch was given, with
-        `torch.optim.Adam(model.named_parameters())`. The groups have to be the same.
+    names: this optimizer's names of torch's parameters, in torch's order, through all groups. By default the names in the
+        state_dict, which it has if torch's optimizer was made by `torch.optim.Adam(model.named_parameters())`. Both optimizers
+        must have the same groups.
 
-    A learning rate that is a callable here stays, as torch's schedulers are not in its state. `opt.steps` becomes the largest
-    step count. Raises ValueError or TypeError if anything differs, and then nothing has changed.
+    If this optimizer's learning rate is a callable, it stays: torch's schedulers are not in its state. `opt.steps` becomes the
+    largest step count. Raises ValueError or TypeError if anything differs, and then nothing has changed.
 
     >>> import numpy as np, gpuadam
     >>> opt = gpuadam.Adam({"w": np.zeros(2, "float32")})
@@ -72,8 +73,8 @@ def from_torch(opt, state_dict, names=None):
 def to_torch(opt, names=None):
     """Return the state as a `state_dict()` that torch.optim.Adam or AdamW loads, of tensors that are copies on the same device.
 
-    names: the names here of torch's parameters, in its order, through all groups; by default the optimizer's own order. It may
-        permute within a group. Parameters have to be of the state's dtype, because torch would cast the state to theirs.
+    names: this optimizer's names of torch's parameters, in torch's order, through all groups; by default in this optimizer's
+        order. The order may differ within a group. Parameters must have the state's dtype, because torch would cast the state.
 
     Raises ValueError or TypeError for what torch's Adam cannot hold. Nothing changes here.
     """
@@ -103,9 +104,9 @@ def to_torch(opt, names=None):
 def from_optax(opt, state, separator="."):
     """Load the state of optax.adam or optax.adamw into an optimizer, in place: m, v and the step counts.
 
-    state: what `init` or `update` returned, alone or inside the states of `optax.chain` and others. It has one ScaleByAdamState.
-    separator: a nested tree's parameter is named by its keys, or places in a list, with this between them; a tree that is one
-        array is "0", as in `Adam`.
+    state: a state that `init` or `update` returned, also one of `optax.chain` and the like. It has one ScaleByAdamState.
+    separator: goes between the keys, or places in lists, that name a parameter of a nested tree. A tree that is one array is
+        named "0", as in `Adam`.
 
     optax holds no hyperparameters in its state, so those of the optimizer stay. Raises ValueError or TypeError if anything
     differs, and then nothing has changed.
@@ -120,7 +121,7 @@ def from_optax(opt, state, separator="."):
     (array([3., 4.], dtype=float32), 3)
     """
     _only_adam(opt)
-    adam = _adam_state(state)
+    _, adam = _adam_state(state)
     count = _count(adam.count)
     states: dict[str, dict] = {name: {"step": count} for name in opt.state}
     for key, tree in (("m", adam.mu), ("v", adam.nu)):
@@ -134,37 +135,30 @@ def from_optax(opt, state, separator="."):
 def to_optax(opt, like, separator="."):
     """Return the state of optax.adam or optax.adamw with m, v and the step count of an optimizer.
 
-    like: a state of the same tree, such as `optax.adam(lr).init(params)`. What is returned is a copy of it, in which the
-        ScaleByAdamState and the counts of schedules are replaced, with JAX arrays where it has them and NumPy arrays elsewhere.
+    like: a state of the same tree, such as `optax.adam(lr).init(params)`. The returned state is a copy of it, in which the
+        moments and all counts are replaced, by JAX arrays in the place of JAX arrays and by NumPy arrays elsewhere.
     separator: as in `from_optax`.
 
-    All parameters must have taken as many steps: optax has one count. Raises ValueError or TypeError if anything differs.
+    All parameters must have taken the same number of steps, because optax has one count. Raises ValueError or TypeError if
+    anything differs.
     """
     _only_adam(opt)
-    adam, ours = _adam_state(like), opt.state_dict()["state"]
+    (where, adam), ours = _adam_state(like), opt.state_dict()["state"]
     for name, state in ours.items():
         _check_keys(name, state, ("m", "v"), "optax")
+    for tree in (adam.mu, adam.nu):
+        _check_names(_leaves(tree, separator), opt)
     counts = sorted({state["step"] for state in ours.values()})
     if len(counts) > 1 or counts[0] >= COUNTS_OF_OPTAX:
         raise ValueError(f"optax has one step count, an int32, for all parameters; here they are {counts}")
+    trees, depth = {(*where, "mu"): "m", (*where, "nu"): "v"}, len(where) + 1
 
-    def tree_of(key, tree):
-        """Return a tree of copies of the state, like a tree of optax."""
-
-        def copied(path, node):
-            return _like(node, key, _name(path, separator), opt) if _is_leaf(node) else node
-
-        _check_names(_leaves(tree, separator), opt)
-        return _mapped(tree, copied)
-
-    m, v = tree_of("m", adam.mu), tree_of("v", adam.nu)
-
-    def replaced(_, node):
+    def replaced(path, node):
+        if key := trees.get(path[:depth]):
+            return _like(node, key, _name(path[depth:], separator), opt) if _is_leaf(node) else node
         fields = getattr(node, "_fields", ())
-        if not ({"count", "mu", "nu"} == set(fields) or fields == ("count",) or "hyperparams" in fields):
-            return node
-        count = _count_like(node.count, counts[0])  # a schedule has one, too
-        return node._replace(count=count, mu=m, nu=v) if "mu" in fields else node._replace(count=count)
+        has_count = path == where or fields == ("count",) or "hyperparams" in fields  # schedules have one
+        return node._replace(count=_count_like(node.count, counts[0])) if has_count else node
 
     return _mapped(like, replaced)
 
@@ -237,16 +231,16 @@ def _names_of_torch(groups, names):
 
 def _from_torch(name, state, opt):
     """Return the state of a parameter as `load_state_dict` takes it. torch has none of a parameter that took no step."""
-    own = {key: array for key, array in opt.state[name].items() if key != "step"}
+    ours = {key: array for key, array in opt.state[name].items() if key != "step"}
     if state is None:
-        named = [(f"{key} of params[{name!r}]", array) for key, array in own.items()]
+        named = [(f"{key} of params[{name!r}]", array) for key, array in ours.items()]
         backend, views = backends.choose(named, opt._state_backend)
-        return {"step": 0} | {key: backend.zeros_like(view) for key, view in zip(own, views, strict=True)}
-    if set(state) != {"step"} | {TORCH.get(key, key) for key in own}:
+        return {"step": 0} | {key: backend.zeros_like(view) for key, view in zip(ours, views, strict=True)}
+    if set(state) != {"step"} | {TORCH.get(key, key) for key in ours}:
         raise ValueError(
-            f"the state of {name!r} has {sorted(state)} there and {sorted(own)} here: amsgrad and the like must agree"
+            f"the state of {name!r} has {sorted(state)} there and {sorted(ours)} here: amsgrad and the like must agree"
         )
-    return {"step": _count(state["step"])} | {key: _held(key, name, state[TORCH.get(key, key)], opt) for key in own}
+    return {"step": _count(state["step"])} | {key: _held(key, name, state[TORCH.get(key, key)], opt) for key in ours}
 
 
 def _to_torch(name, state, param, opt, torch):
@@ -261,11 +255,11 @@ def _to_torch(name, state, param, opt, torch):
         if format_ != view.format:
             raise TypeError(f"{key} of {name!r} is {format_}, and torch would cast it to the parameter's {view.format}")
         array = state[key].view(np.int16) if format_ == "bfloat16" else state[key]
-        _, (own,) = backends.choose([(f"{key} of params[{name!r}]", array)], opt._state_backend)
+        _, (of_state,) = backends.choose([(f"{key} of params[{name!r}]", array)], opt._state_backend)
         device = (
-            "cpu" if own.device is None else f"cuda:{own.device}"
+            "cpu" if of_state.device is None else f"cuda:{of_state.device}"
         )  # without it torch moves the memory to its current one
-        tensor = torch.as_tensor(own.array, device=device).clone()
+        tensor = torch.as_tensor(of_state.array, device=device).clone()
         tensors[TORCH[key]] = tensor.view(torch.bfloat16) if format_ == "bfloat16" else tensor
     return tensors
 
@@ -316,12 +310,12 @@ def _leaves(tree, separator):
 
 
 def _adam_state(state):
-    """Return the one ScaleByAdamState in a state."""
-    found = [node for _, node in _nodes(state) if {"count", "mu", "nu"} <= set(getattr(node, "_fields", ()))]
-    if len(found) != 1 or set(found[0]._fields) != {"count", "mu", "nu"}:
-        kinds = [type(node).__name__ for node in found]
+    """Return (path, node) of the one ScaleByAdamState in a state."""
+    states = [(path, node) for path, node in _nodes(state) if {"count", "mu", "nu"} <= set(getattr(node, "_fields", ()))]
+    kinds = [type(node).__name__ for _, node in states]
+    if len(states) != 1 or set(states[0][1]._fields) != {"count", "mu", "nu"}:
         raise ValueError(f"the state must have one ScaleByAdamState, with count, mu and nu; it has {kinds or 'none'}")
-    return found[0]
+    return states[0]
 
 
 def _like(leaf, key, name, opt):

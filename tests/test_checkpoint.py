@@ -214,7 +214,7 @@ MISFITS = {
     ),
     "transposed": (lambda p: p | {"w": p["w"].T.copy()}, r"'w' was .* nothing is cast or reshaped"),
     "another dtype": (lambda p: p | {"b": p["b"].astype("f8")}, r"'b' was float32 .*, and is float64"),
-    "shared memory": (lambda p: p | {"s": p["w"][0, 0:1].reshape(())}, "does not fit what was given: .*share memory"),
+    "shared memory": (lambda p: p | {"s": p["w"][0, 0:1].reshape(())}, "does not fit the arguments: .*share memory"),
 }
 
 

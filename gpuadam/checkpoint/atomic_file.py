@@ -11,11 +11,11 @@ from pathlib import Path
 def replacing(path):
     """Open a new binary file that takes the place of `path` when the block ends without an error.
 
-    It is written beside the file, as ".gpuadam-", random digits and ".tmp", flushed to the disk and renamed; then the folder is
-    flushed. On an error it is removed and the old file is as it was; after a kill it is left, and nothing reads it. A symbolic
-    link stays one: what it leads to is replaced. The file has the mode of the umask.
+    The new file is written beside the old one, as ".gpuadam-", random digits and ".tmp", flushed to the disk and renamed; then
+    the folder is flushed. On an error the new file is removed and the old one is as it was; after a kill the new file is left,
+    and nothing reads it. A symbolic link stays one: its target is replaced. The new file has the mode of the umask.
 
-    Raises OSError, and nothing has changed then. Only if the last flush, of the folder, fails is the new file in place.
+    Raises OSError, and then nothing has changed, unless the error is of the last flush, that of the folder.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "a")

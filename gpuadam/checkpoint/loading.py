@@ -1,4 +1,4 @@
-"""Loading an `Adam`, and what loading many ranks shares with it: a checkpoint is opened and compared with given parameters."""
+"""Loading an `Adam`. `opened`, `about` and `not_fitting` also serve the loading of many ranks."""
 
 import contextlib
 import itertools
@@ -23,14 +23,15 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
     params: the parameters, of the same names, shapes and dtypes, in the same groups and order; in any form that `Adam` takes, and
         on any backend. Hyperparameters in groups give way to those that were saved.
     backend, param_copies: as in `Adam`; the copies themselves are not saved.
-    lr: goes before the saved learning rates; for several groups a list, in which None stands for the saved one. One that was a
-        callable is not saved, so it has to be given, here or in its group. Into an array of one number, which `capturable` takes,
-        the saved one is written.
+    lr: a learning rate instead of the saved ones; for several groups a list, in which None stands for the saved one. A callable
+        is not saved, so it has to be given again, here or in its group. If lr is an array of one number, which `capturable`
+        takes, the saved learning rate is written into it.
     with_params: overwrite the parameters with those that were saved.
 
     The arrays of the file go straight into the state; a few MB are used beside it. Nothing is cast, and nothing is executed.
-    Raises CheckpointError, a ValueError, if the checkpoint is damaged, incomplete or none, or does not fit the parameters, and
-    what `Adam` raises for bad parameters; nothing of yours has changed then. FileNotFoundError if there is no such file.
+    Raises CheckpointError, a ValueError, if the checkpoint is damaged, incomplete or no checkpoint at all, or does not fit the
+    parameters; FileNotFoundError if there is no such file; for bad parameters the errors of `Adam`. Nothing of the caller's has
+    changed then.
 
     >>> import numpy as np, gpuadam, os, tempfile
     >>> path = os.path.join(tempfile.mkdtemp(), "adam.safetensors")
@@ -128,11 +129,11 @@ def about(path):
 
 @contextlib.contextmanager
 def not_fitting():
-    """Say in errors that what was saved does not fit what was given."""
+    """Say in errors that a checkpoint does not fit the arguments that it is loaded with."""
     try:
         yield
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"what it holds does not fit what was given: {error}") from error
+        raise CheckpointError(f"its content does not fit the arguments: {error}") from error
 
 
 def _longest_header(views):

@@ -109,8 +109,8 @@ def _header(tensors, metadata, crcs=None):
     """Return the header of a file. crcs: name -> checksums of the payload; without them their places have zeros."""
     if crcs is None:
         crcs = {tensor.name: _digits(0) * _n_blocks(tensor.n_bytes) for tensor in tensors}
-    own = {"header_crc32": _digits(0), **metadata, "crc32": json.dumps(crcs, ensure_ascii=False)}
-    entries: dict[str, Any] = {"__metadata__": own}
+    metadata = {"header_crc32": _digits(0), **metadata, "crc32": json.dumps(crcs, ensure_ascii=False)}
+    entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for tensor in tensors:
         end = start + tensor.n_bytes
@@ -164,8 +164,8 @@ class Reader:
         require(length <= self.n_bytes - 8, cut_off)
         require(length <= most, f"its header has {length:,} bytes, and at most {most:,} are expected")
         header = file.read(length)
-        self.crc, own = _crc_in(header), header.startswith(FIRST)
-        require(own, "it is no checkpoint of gpuadam: its metadata does not begin with a checksum of the header")
+        self.crc, begins_as_ours = _crc_in(header), header.startswith(FIRST)
+        require(begins_as_ours, "it is no checkpoint of gpuadam: its metadata does not begin with a checksum of the header")
         require(self.crc == _crc_of(header), "its header is damaged: its checksum differs")
         entries = parsed_json(header, "its header")
         self.metadata: dict[str, str] = entries.pop("__metadata__")

@@ -70,8 +70,8 @@ class Stored:
         part = self.saved.parts[k]
         with self._open(k) as file:
             reader = Reader(file, self._longest)
-        own = (reader.n_bytes, reader.crc) == (part["n_bytes"], part["crc32"])
-        require(own, f"its part {part['file']!r} is not the one that was written with its index")
+        belongs = (reader.n_bytes, reader.crc) == (part["n_bytes"], part["crc32"])
+        require(belongs, f"its part {part['file']!r} is not the one that was written with its index")
         is_part = {"format": PART_FORMAT, "version": VERSION}.items() <= reader.metadata.items()
         require(is_part, f"its part {part['file']!r} holds no part of an optimizer of gpuadam")
         return [self._piece(k, *item) for item in reader.tensors.items()]
@@ -109,17 +109,18 @@ class Stored:
     def check(self, sections, with_params):
         """Compare what there is with the Sections of an optimizer."""
         wanted = chosen(sections, with_params)
-        missing = dict.fromkeys(of.array for of in wanted if of.view.size and of.array not in self.pieces)
+        needed = dict.fromkeys(section.array for section in wanted if section.view.size)
+        missing = [array for array in needed if array not in self.pieces]
         only_params = all(array.endswith(f".{PARAM}") for array in missing)
         hint = ": the parameters are saved by save(path, with_params=True)" if only_params else ""
         require(not missing, f"it does not have {some(missing)}{hint}")
-        params, known = {of.param for of in sections}, {of.array for of in sections}
+        params, known = {section.param for section in sections}, {section.array for section in sections}
         extra = [array for array in self.pieces if array not in known and array.rpartition(".")[0] in params]
         require(not extra, f"it has {some(extra)}, for which this optimizer has no place")
-        for of in wanted:
-            for piece in self.pieces.get(of.array, [])[:1]:  # they are alike
-                dtype = DTYPES[of.view.format]
-                require(piece.entry.dtype == dtype, f"{of.array!r} is {piece.entry.dtype}, and must be {dtype}")
+        for section in wanted:
+            for piece in self.pieces.get(section.array, [])[:1]:  # they are alike
+                dtype = DTYPES[section.view.format]
+                require(piece.entry.dtype == dtype, f"{section.array!r} is {piece.entry.dtype}, and must be {dtype}")
 
     def read(self, section):
         """Read the elements of a Section. Raises CheckpointError where they are damaged."""

@@ -53,18 +53,18 @@ def sections(opt, ranges=None):
 
     ranges: of an optimizer whose parameters are parts of others, name -> (the whole parameter's name, start, stop).
     """
-    found = []
+    listed = []
     for group in opt.groups:
         for name, param in zip(group["names"], group["params"], strict=True):
             backend, (view,) = backends.choose([(f"params[{name!r}]", param)], opt.backend)
             whole, start, stop = ranges[name] if ranges else (name, 0, view.size)
-            found.append(Section(whole, start, stop, PARAM, backend, view))
+            listed.append(Section(whole, start, stop, PARAM, backend, view))
             for key, array in opt.state[name].items():
                 if key != "step":
                     array = Bits(array, "bfloat16") if opt.is_bfloat16(name, key) else array
                     backend, (view,) = backends.choose([(f"{key} of params[{name!r}]", array)], opt.backend)
-                    found.append(Section(whole, start, stop, key, backend, view))
-    return found
+                    listed.append(Section(whole, start, stop, key, backend, view))
+    return listed
 
 
 def chosen(sections, with_params):

@@ -46,7 +46,7 @@ def save(opt, path, *, with_params=False):
         part = on_all(transport, lambda: _write_part(opt, file, with_params))
     except BaseException:
         with contextlib.suppress(OSError):  # a read-only file system raises here, too; the error before is the one to report
-            file.unlink()  # there is no use for it without the others
+            file.unlink()  # a part without the others has no use
         raise
     parts = transport.exchange(part)
     on_all(transport, lambda: _commit(folder, metadata, parts) if transport.rank == 0 else None)
@@ -69,7 +69,7 @@ def _cleared(folder):
     path = Path(folder)
     try:
         path.mkdir(exist_ok=True)
-        names = sorted(found.name for found in path.iterdir())
+        names = sorted(file.name for file in path.iterdir())
         known = _files_of(path / INDEX) if INDEX in names else None
         strangers = [name for name in names if not OURS.fullmatch(name)] if known is None else []
         advice = "and was not saved: give a folder of its own"
@@ -84,14 +84,14 @@ def _cleared(folder):
 
 
 def _files_of(index):
-    """Return the names of the parts of an index, or None if the file is none: then it is a stranger's, and is not replaced."""
+    """Return the names of the parts of an index, or None if the file is another program's, which is not to be replaced."""
     with index.open("rb") as file:
         if file.read(8 + len(FIRST))[8:] != FIRST:
             return None
         try:
             return [part["file"] for part in decoded(Reader(file).metadata).parts or ()]
         except CheckpointError:  # it is damaged, and does not say which parts are without use
-            return [found.name for found in index.parent.iterdir()]
+            return [other.name for other in index.parent.iterdir()]
 
 
 def _write_part(opt, file, with_params):
@@ -105,7 +105,7 @@ def _write_part(opt, file, with_params):
 
 
 def _commit(folder, metadata, parts):
-    """Write the index, from when on this is the checkpoint, and delete the parts of the one before."""
+    """Write the index, which makes the new parts the checkpoint, and delete the parts of the old one."""
     for rank, part in enumerate(parts):
         path = Path(folder, part["file"])
         is_here = path.exists() and path.stat().st_size == part["n_bytes"]
@@ -116,18 +116,18 @@ def _commit(folder, metadata, parts):
 
 def _delete_all_but(path, names):
     """Delete the parts in a folder that have other names, and files that were not finished."""
-    for found in path.iterdir():
-        if found.name not in names and OURS.fullmatch(found.name):
-            with contextlib.suppress(OSError):  # it does no harm, and the next save tries again
-                found.unlink()
+    for file in path.iterdir():
+        if file.name not in names and OURS.fullmatch(file.name):
+            with contextlib.suppress(OSError):  # a file that stays does no harm, and the next save tries again
+                file.unlink()
 
 
 def sections_of_rank(opt):
     """Return the Sections of the arrays that this rank owns."""
-    found = []
+    listed = []
     for buffer in opt._buffers:
-        for shards, own in zip(buffer.shards_in, buffer.optimizers, strict=True):
-            if own is not None:
+        for shards, optimizer in zip(buffer.shards_in, buffer.optimizers, strict=True):
+            if optimizer is not None:
                 ranges = [(buffer.names[shard.parameter], shard.start, shard.stop) for shard in shards]
-                found += sections(own, dict(zip(own.state, ranges, strict=True)))
-    return found
+                listed += sections(optimizer, dict(zip(optimizer.state, ranges, strict=True)))
+    return listed
