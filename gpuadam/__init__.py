@@ -1,7 +1,5 @@
 """The fused Adam update for arrays: the same bits from CuPy, Numba CUDA and the CPU."""
 
-__version__ = "0.1.0"  # before the imports, because a checkpoint names the version that wrote it
-
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
 from .checkpoint import CheckpointError
 from .checkpoint.loading import load
@@ -15,6 +13,7 @@ from .optimizer import Adam, AdaMax, AdamW, NAdam, RAdam
 from .sharded import transports
 from .sharded.loading import load_sharded
 from .sharded.optimizer import ShardedAdam, ShardedAdamW
+from .version import __version__ as __version__
 
 __all__ = [  # noqa: RUF022 - in the order of the reference
     "adam_step",

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import __version__
 from ..groups import HYPERPARAMETERS, some
+from ..version import __version__
 from .safetensors import parsed_json, require
 
 FORMAT, VERSION = "gpuadam.optimizer", "1"

@@ -26,15 +26,15 @@ def load_sharded(
     bucket_bytes=1 << 25,
     views=False,
 ):
-    """Make a `ShardedAdam` of what `ShardedAdam.save` or `Adam.save` saved, with its options, hyperparameters and step counts.
+    """Make a `ShardedAdam` from a checkpoint of `ShardedAdam` or `Adam`, with its options, hyperparameters and step counts.
 
-    path: of the folder, or of the file that `Adam.save` made. It does not matter how many ranks saved it.
+    path: of the folder that `ShardedAdam.save` made, from any number of ranks, or of the file that `Adam.save` made.
     params, backend, lr, with_params: as in `gpuadam.load`. transport, bucket_bytes, views: as in `ShardedAdam`.
-    reduction: by default that which was saved; "mean" for one that `Adam` saved.
+    reduction: as in `ShardedAdam`; by default the saved one, and "mean" for a checkpoint of `Adam`.
 
-    Every rank calls this, and reads what it owns, so that together they read the checkpoint about once. A ShardedAdam has no
-    copies and is never capturable, whatever was saved. ShardedAdamW is made of what AdamW saved.
-    Raises, on all ranks, what `gpuadam.load` raises; by then the parameters of all ranks may have become those of rank 0.
+    Every rank calls this, and reads the part that it owns, so that together they read the checkpoint about once. A ShardedAdam
+    has no copies and is never capturable, whatever was saved. A checkpoint of AdamW gives a ShardedAdamW.
+    Raises, on all ranks, the errors of `gpuadam.load`; by then the parameters of all ranks may have become those of rank 0.
 
     >>> import numpy as np, gpuadam, os, tempfile
     >>> path = os.path.join(tempfile.mkdtemp(), "step-1")
