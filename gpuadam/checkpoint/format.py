@@ -85,20 +85,20 @@ SCHEMAS: dict[str, Any] = {
 
 def decoded(metadata):
     """Return metadata as Saved. Raises CheckpointError where they are not as `encoded` makes them."""
+    metadata = {"reduction": "mean", **metadata}  # an optimizer of one process has none
     for key, known in TEXTS.items():
-        text = metadata.get(key, "mean" if key == "reduction" else None)
         advice = "it holds no optimizer of gpuadam" if key == "format" else "use a newer gpuadam"
-        require(text in known, f"its {key} is {text!r}, not {' or '.join(known)}: {advice}")
+        require(metadata.get(key) in known, f"its {key} is {metadata.get(key)!r}, not {' or '.join(known)}: {advice}")
     values = {}
     for key, schema in SCHEMAS.items():
-        if key != "parts" or key in metadata:  # which only an index has
+        if key != "parts" or key in metadata:  # only an index has parts
             values[key] = parsed_json(metadata.get(key, ""), f"{key} in its metadata")
             require(_fits(values[key], schema), f"{key} in its metadata is not as gpuadam writes it")
     for group in values["groups"]:
         check_known("hyperparameters", group, {"names", *HYPERPARAMETERS})
         if isinstance(group.get("betas"), list):
             group["betas"] = tuple(group["betas"])
-    saved = Saved(metadata["class"], metadata.get("reduction", "mean"), **values)
+    saved = Saved(metadata["class"], metadata["reduction"], **values)
     files = [part["file"] for part in saved.parts or ()]
     right = all(map(IS_PART.fullmatch, files)) and len(set(files)) == len(files)
     require(right, "a file comes twice among the parts in its metadata, or is no part")

@@ -63,7 +63,7 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
         for section in state:
             stored.read(section)
         for section in of_params:
-            stored.verify(section.array)
+            stored.verify(section.array_name)
         with not_fitting():
             opt.load_state_dict(_state_dict(opt, saved))  # its arrays are in place
         if with_params:  # now that nothing can be wrong

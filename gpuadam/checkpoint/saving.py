@@ -27,7 +27,7 @@ def save(opt, state_dict, path, *, with_params=False):
     arrays, states = sections(opt), state_dict["state"]
     params = {section.param: (section.view, states[section.param]["step"]) for section in arrays if section.key == PARAM}
     metadata = encoded(opt, type(opt).__name__, state_dict["groups"], params, opt._copies)
-    write_file(path, [section.tensor(section.array) for section in chosen(arrays, with_params)], metadata)
+    write_file(path, [section.tensor(section.array_name) for section in chosen(arrays, with_params)], metadata)
 
 
 def write_file(path, tensors, metadata):

@@ -22,7 +22,7 @@ PIECE = re.compile(r"(?P<param>.*)\[(?P<first>[0-9]{1,19}):(?P<last>[0-9]{1,19})
 class Piece(NamedTuple):
     """Where some elements of an array are. They are counted in the array: there are fewer scales of 8-bit state than elements."""
 
-    array: str  # "w.m"
+    array_name: str  # "w.m"
     start: int
     stop: int
     part: int | None  # the number of the file, None for the checkpoint's own
@@ -95,7 +95,7 @@ class Stored:
     def arrange(self, pieces):
         """Put the Pieces of all files in order. Every array must be there from its first element to its last."""
         for piece in sorted(pieces):
-            self.pieces.setdefault(piece.array, []).append(piece)
+            self.pieces.setdefault(piece.array_name, []).append(piece)
         for array, of_array in self.pieces.items():
             param, _, key = array.rpartition(".")
             _, size = place(key, 0, math.prod(self.saved.params[param]["shape"]))
@@ -109,23 +109,23 @@ class Stored:
     def check(self, sections, with_params):
         """Compare what there is with the Sections of an optimizer."""
         wanted = chosen(sections, with_params)
-        needed = dict.fromkeys(section.array for section in wanted if section.view.size)
+        needed = dict.fromkeys(section.array_name for section in wanted if section.view.size)
         missing = [array for array in needed if array not in self.pieces]
         only_params = all(array.endswith(f".{PARAM}") for array in missing)
         hint = ": the parameters are saved by save(path, with_params=True)" if only_params else ""
         require(not missing, f"it does not have {some(missing)}{hint}")
-        params, known = {section.param for section in sections}, {section.array for section in sections}
+        params, known = {section.param for section in sections}, {section.array_name for section in sections}
         extra = [array for array in self.pieces if array not in known and array.rpartition(".")[0] in params]
         require(not extra, f"it has {some(extra)}, for which this optimizer has no place")
         for section in wanted:
-            for piece in self.pieces.get(section.array, [])[:1]:  # they are alike
+            for piece in self.pieces.get(section.array_name, [])[:1]:  # they are alike
                 dtype = DTYPES[section.view.format]
-                require(piece.entry.dtype == dtype, f"{section.array!r} is {piece.entry.dtype}, and must be {dtype}")
+                require(piece.entry.dtype == dtype, f"{section.array_name!r} is {piece.entry.dtype}, and must be {dtype}")
 
     def read(self, section):
         """Read the elements of a Section. Raises CheckpointError where they are damaged."""
         first, last = place(section.key, section.start, section.stop)
-        pieces = self.pieces.get(section.array, [])
+        pieces = self.pieces.get(section.array_name, [])
         before = bisect.bisect_right(pieces, first, key=lambda piece: piece.stop)  # of pieces that end before the section
         after = bisect.bisect_left(pieces, last, key=lambda piece: piece.start)
         for piece in pieces[before:after]:

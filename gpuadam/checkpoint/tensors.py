@@ -25,12 +25,12 @@ class Section(NamedTuple):
     view: View
 
     @property
-    def array(self):
-        """The name of the whole array, which is also its tensor's."""
+    def array_name(self):
+        """The name of the whole array: "w.m"."""
         return f"{self.param}.{self.key}"
 
     @property
-    def piece(self):
+    def piece_name(self):
         """The name of a tensor with this section alone: "w[4096:8192].m"."""
         return f"{self.param}[{self.start}:{self.stop}].{self.key}"
 
@@ -68,5 +68,5 @@ def sections(opt, ranges=None):
 
 
 def chosen(sections, with_params):
-    """Return the Sections of the state, and with_params those of the parameters too."""
+    """Return the Sections of the state, and also those of the parameters if with_params is true."""
     return [section for section in sections if with_params or section.key != PARAM]

@@ -99,7 +99,7 @@ def _write_part(opt, file, with_params):
     require(file.parent.is_dir(), f"the folder {str(file.parent)!r}, which rank 0 has made, is not here. {SHARED}")
     if with_params:
         opt._read_params()
-    tensors = [section.tensor(section.piece) for section in chosen(sections_of_rank(opt), with_params)]
+    tensors = [section.tensor(section.piece_name) for section in chosen(sections_of_rank(opt), with_params)]
     n_bytes, crc = write_file(str(file), tensors, {"format": PART_FORMAT, "version": VERSION})
     return {"file": file.name, "n_bytes": n_bytes, "crc32": crc}
 
