@@ -8,6 +8,7 @@ import numpy as np
 
 from . import backends, checks, clipping, hyperparameters, step_counts, torch_tensors
 from . import state as state_
+from .checkpoint import saving
 from .groups import (
     HYPERPARAMETERS,
     OF_PARAMS,
@@ -21,7 +22,7 @@ from .groups import (
     what_is,
 )
 from .kernels import array_bytes, device_scalars, streams
-from .kernels.view import View, is_array
+from .kernels.view import Bits, View, is_array
 from .options import Options
 from .remembered import Remembered
 from .state import Kind, Parameter
@@ -445,14 +446,15 @@ class Adam(HasGroups):
 
         Raises CheckpointError if the file cannot be written; ValueError or TypeError for what could not be loaded again.
         """
-        from .checkpoint import saving
+        state_dict = self.state_dict()
+        self.checked_state_dict(state_dict)  # what could not be loaded is not saved either
+        saving.save(self, state_dict, path, with_params=with_params)
 
-        saving.save(self, path, with_params=with_params)
-
-    def format_of_state(self, name, key):
-        """Return the format of an array of the state, such as "bfloat16" for one that holds these numbers as integers."""
-        kind = self.parameters[name].kind
-        return kind.bits[kind.operands.index(key)] or self.state[name][key].dtype.name
+    def array_of_state(self, name, key):
+        """Return an array of the state of a parameter, in `Bits` if it is of integers that stand for other numbers."""
+        kind, array = self.parameters[name].kind, self.state[name][key]
+        bits = dict(zip(kind.operands, kind.bits, strict=True)).get(key)
+        return Bits(array, bits) if bits else array
 
     def go_on_from(self, groups, states, steps):
         """Take over what `checked_state_dict` returned: all but the arrays."""

@@ -22,7 +22,7 @@ from ..groups import (
 from ..kernels.storage import Arrays
 from ..optimizer import DEFAULTS
 from . import checks as shard_checks
-from . import transports
+from . import saving, transports
 from .agreement import agreed
 from .buffer import Buffer
 from .norm import ShardedNorm
@@ -348,14 +348,12 @@ class ShardedAdam(HasGroups):
         Every rank calls this, and writes what it owns, with checksums, in a few MB of memory. The last thing that is written says
         which files belong to the checkpoint. So whatever happens, also to some ranks alone, the folder has the new checkpoint or
         the one before. It has room for both while the new one is written. What a killed save leaves, the next one deletes.
-        The format: `gpuadam/stored_arrays.py`. A learning rate that is a callable is not saved.
+        The format: `gpuadam.checkpoint`. A learning rate that is a callable is not saved.
 
         Raises, on all ranks, CheckpointError if something cannot be written, and ValueError or TypeError for what could not be
         loaded again.
         """
-        from .checkpoint import save  # which needs this module
-
-        save(self, path, with_params=with_params)
+        saving.save(self, path, with_params=with_params)
 
     def _read_params(self):
         """Read what is this rank's of the parameters from the arrays of the caller, who may have changed them."""
