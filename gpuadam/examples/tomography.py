@@ -24,30 +24,24 @@ def main(argv=None):
     command_line.add_plot(parser, "tomography.png")
     options = parser.parse_args(argv)
     xp = command_line.array_module(options.arrays)
-    truth = xp.asarray(phantom(options.size))
+    truth = xp.asarray(command_line.picture("shepp_logan_phantom", options.size))
     rays = Rays(xp, options.size, options.angles)
     readings = rays.project(truth)
     noise = np.random.default_rng(0).standard_normal(readings.shape, dtype="float32")
     readings += 0.01 * readings.max() * xp.asarray(noise)
 
     classical = rays.filtered_back_projection(readings)
-    found = reconstruct(rays, readings, options.smoothing, options.steps)
+    reconstructed = reconstruct(rays, readings, options.smoothing, options.steps)
     print(
         f"{options.angles} projections of {rays.bins} readings for {truth.size} pixels, noise of 1 %: relative error "
-        f"{error(classical, truth):.1%} by filtered back-projection, {error(found, truth):.1%} after {options.steps} steps"
+        f"{error(classical, truth):.1%} by filtered back-projection, {error(reconstructed, truth):.1%} after {options.steps} steps"
     )
     shown = {
         "slice": truth,
         f"filtered back-projection, error {error(classical, truth):.0%}": classical,
-        f"{options.steps} steps, error {error(found, truth):.0%}": found,
+        f"{options.steps} steps, error {error(reconstructed, truth):.0%}": reconstructed,
     }
     command_line.save_pictures(options.plot, shown, f"A slice from {options.angles} noisy projections, by gpuadam.Adam")
-
-
-def phantom(size):
-    """Return the slice, float32 from 0 to 1, of shape (size, size)."""
-    data, transform = command_line.need("examples", "skimage.data", "skimage.transform")
-    return transform.resize(data.shepp_logan_phantom(), (size, size), anti_aliasing=True).astype("float32")
 
 
 class Rays:
@@ -88,7 +82,7 @@ def reconstruct(rays, readings, smoothing, steps):
     """Return the slice that Adam finds from a black one. Negative density is cut off after each step, in place."""
     xp = rays.xp
     image = xp.zeros((rays.size, rays.size), "float32")
-    opt = gpuadam.Adam(image, lr=lambda step: 0.1 * (0.51 + 0.49 * math.cos(math.pi * step / steps)), betas=(0.9, 0.99))
+    opt = gpuadam.Adam(image, lr=command_line.cosine(0.1, steps), betas=(0.9, 0.99))
     for _ in command_line.steps(steps, lambda: f"readings met within {error(rays.project(image), readings):.2%}"):
         residual = rays.project(image) - readings
         opt.step(rays.back_project(residual) + smoothing * total_variation(xp, image)[1])

@@ -1,4 +1,4 @@
-"""What `performance_model` needs to know of a machine, and what is known of some GPUs and the servers they come in.
+"""What a plan needs to know of a machine, and what is known of some GPUs and the servers they come in.
 
 All rates are bytes a second in one direction; a GB is 10^9 bytes. They are data sheets' rates, which no program quite reaches:
 times predicted from them are what can be hoped for. `python -m gpuadam plan --measure` puts measured ones in their place.
@@ -36,9 +36,7 @@ class Processor(NamedTuple):
 
     bandwidth: float  # bytes a second of its memory
     launch: float = 0.0  # seconds of an update of nothing
-    rates: Mapping[
-        Arrays, float
-    ] = {}  # formats -> elements a second that conversions and arithmetic allow, where that is known
+    rates: Mapping[Arrays, float] = {}  # formats -> elements a second that conversions and arithmetic allow, where known
     cache: int = 0  # bytes that stay in its caches from one step to the next; 0 if that cannot be relied on
 
 
@@ -57,6 +55,24 @@ class Machine(NamedTuple):
     disk: int  # bytes of a node
     disk_read: float  # bytes a second of a node
     disk_write: float
+
+    def figures(self):
+        """Return {name: number}, of names such as "memory" and "device bandwidth"."""
+        figures = {}
+        for field, value in self._asdict().items():
+            if isinstance(value, (Processor, Link)):
+                of_part = {key: number for key, number in value._asdict().items() if key not in ("rates", "cache")}
+                figures |= {f"{field} {key}": number for key, number in of_part.items()}
+            elif isinstance(value, (int, float)):
+                figures[field] = value
+        return figures
+
+    def with_figure(self, name, number):
+        """Return a machine with another figure, named as in `figures`."""
+        part, _, key = name.rpartition(" ")
+        if not part:
+            return self._replace(**{key: number})
+        return self._replace(**{part: getattr(self, part)._replace(**{key: number})})
 
 
 def _dgx(name, memory, bandwidth, nvlink, pcie, network, host_bandwidth):
@@ -95,6 +111,18 @@ MACHINES = {
         disk_write=4.0 * GB,
     ),
 }
+
+# Where the figures of MACHINES are from.
+DATA_SHEET = ("memory", "device bandwidth", "per_node", "within bandwidth", "pcie bandwidth")
+DATA_SHEET_OF_DGX = ("across bandwidth", "host_memory", "host bandwidth", "disk")
+NCCL = ("within latency", "across latency", "pcie latency")
+
+
+def sources(kind):
+    """Return {figure: where it is from} of one of MACHINES."""
+    of_dgx = () if kind in ("l40s", "rtx4090") else DATA_SHEET_OF_DGX
+    known = dict.fromkeys(MACHINES[kind].figures(), "assumed") | dict.fromkeys((*DATA_SHEET, *of_dgx), "data sheet")
+    return known | dict.fromkeys(NCCL, "NCCL's tuning")
 
 
 def cpu_only(name, processor, memory, disk, disk_read, disk_write):
