@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import gpuadam
 from gpuadam import hyperparameters
 from gpuadam.cli import output
-from gpuadam.cli.measuring import forms, measure
+from gpuadam.cli.measuring import facts, forms, measure
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.storage import Arrays
 
@@ -204,9 +204,7 @@ def main():
         print("no GPU here: nothing was timed")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        output.write_json(
-            options.out / "launch_shapes.json", {"rows": rows, "elements": options.elements} | output.machine()
-        )
+        output.write_json(options.out / "launch_shapes.json", {"rows": rows, "elements": options.elements} | facts.machine())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import pytest
 from test_benchmarks import run
 
 from gpuadam import backends, testing
-from gpuadam.cli import output
 from gpuadam.cli.measuring import forms, measure
 from gpuadam.kernels import adam, limit, numba_cpu, storage
 
@@ -33,7 +32,7 @@ def rows_of(script, folder, *arguments):
     name = script.__name__
     one_thread = {"OMP_NUM_THREADS": "1"}  # of torch, whose threads spin while they wait
     printed = json.loads(run(name, *QUICK, *arguments, "--out", str(folder), "--json", "-", **one_thread).stdout)
-    rows = output.read_csv(folder / f"{name}.csv", report.NUMBERS)
+    rows = report.read_csv(folder / f"{name}.csv", report.NUMBERS)
     assert rows == printed["rows"]
     for row in rows:
         assert list(row) == [*measure.COLUMNS, *report.FURTHER]
@@ -125,9 +124,9 @@ def test_the_numbers_stay_ordinary_and_the_limit_changes_none(form):
 def test_rows_with_further_columns_are_merged_and_summed_up(narrow_rows, tmp_path, capsys):
     rows, folder = narrow_rows
     of_large = measure.row("large", "gpuadam.Adam.step", "numba-cpu", 10, state="in turn", seconds=[1e-3])
-    output.write_csv(tmp_path / "large.csv", [of_large])
+    report.write_csv(tmp_path / "large.csv", [of_large])
     report.merge(tmp_path / "results.csv", str(tmp_path / "large.csv"), str(folder / "narrow.csv"))
-    merged = output.read_csv(tmp_path / "results.csv", report.NUMBERS)
+    merged = report.read_csv(tmp_path / "results.csv", report.NUMBERS)
     assert merged == [of_large | dict.fromkeys(report.FURTHER), *rows]
     report.summary(tmp_path / "results.csv")
     assert capsys.readouterr().out.count("8-bit state") == 1
@@ -237,7 +236,7 @@ def test_gpuadam_and_torch_do_the_same_mixed_precision_step(one_torch_thread):
 def test_quality_has_a_row_for_each_optimizer_and_its_percentages(tmp_path):
     pytest.importorskip("sklearn")
     printed = run("quality", "--tasks", "digits", "--seeds", "2", "--steps", "3", "--out", str(tmp_path)).stdout
-    rows = output.read_csv(tmp_path / "quality.csv", quality.NUMBERS)
+    rows = report.read_csv(tmp_path / "quality.csv", quality.NUMBERS)
     assert [row["contender"] for row in rows] == list(quality.CANDIDATES)
     for row in rows:
         losses = [float(loss) for loss in row["losses"].split()]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam.cli import progress
+from gpuadam.cli import output
 from gpuadam.examples import __main__ as listing
 from gpuadam.examples import command_line, digits, gaussians, thomson, tomography, torch_digits
 
@@ -225,7 +225,7 @@ def test_the_cuda_kernel_computes_what_the_loop_does(charges):
 def counted(terminal):
     console = command_line.need("examples", "rich.console")[0].Console(file=io.StringIO(), force_terminal=terminal, width=60)
     asked: list[int] = []
-    turns = list(progress.counted(console, 100, lambda n: asked.append(n) or f"turn {n}", every=25))
+    turns = list(output.counted(console, 100, lambda n: asked.append(n) or f"turn {n}", every=25))
     assert turns == list(range(1, 101))
     return asked, console.file.getvalue()
 
@@ -329,9 +329,9 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_explained(capsys, tmp_path, ex
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--steps", "0"], "'0' is not an integer of at least 1"),
-        (["--steps", "1e3"], "'1e3' is not an integer of at least 1"),
-        (["--size", "3"], "'3' is not an integer of at least 4"),
+        (["--steps", "0"], "'0' is not a whole number from 1"),
+        (["--steps", "1.5"], "'1.5' is not a whole number from 1"),
+        (["--size", "3"], "'3' is not a whole number from 4"),
         (["--arrays", "torch"], "invalid choice"),
         (["--plot", "no/such/folder/x.png"], "there is no folder 'no/such/folder'"),
     ],

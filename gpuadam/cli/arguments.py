@@ -21,7 +21,7 @@ def whole(text, least=1):
     except decimal.InvalidOperation:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 124439808, 7e9 or 70B") from None
     if not number.is_finite() or number != number.to_integral_value() or not least <= number <= MOST:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {MOST:.0e}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 1e18")
     return int(number)
 
 

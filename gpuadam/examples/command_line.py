@@ -67,9 +67,9 @@ def picture(name, size):
     return transform.resize(getattr(data, name)(), (size, size), anti_aliasing=True).astype("float32")
 
 
-def cosine(lr, steps):
-    """Return a learning rate that falls from lr to a fiftieth of it, along half a cosine."""
-    return lambda step: lr * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+def cosine(lr, steps, end=0.02):
+    """Return a learning rate that falls from lr to a fraction of it, along half a cosine."""
+    return lambda step: lr * (end + (1 - end) * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 def steps(total, describe):

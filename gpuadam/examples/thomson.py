@@ -41,7 +41,7 @@ def main(argv=None):
         points, gradient, energies = start.copy(), np.empty_like(start), np.empty(n, "float32")
         compute = gradient_loop()
 
-    opt = gpuadam.Adam(points, lr=command_line.cosine(0.05, steps))
+    opt = gpuadam.Adam(points, lr=command_line.cosine(0.05, steps, end=0.01))
     for _ in command_line.steps(steps, lambda: f"energy {command_line.on_host(energies).sum() / 2:.4f}"):
         compute(points, gradient, energies)
         opt.step(gradient)

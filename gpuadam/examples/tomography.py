@@ -32,15 +32,13 @@ def main(argv=None):
 
     classical = rays.filtered_back_projection(readings)
     reconstructed = reconstruct(rays, readings, options.smoothing, options.steps)
+    errors = error(classical, truth), error(reconstructed, truth)
     print(
         f"{options.angles} projections of {rays.bins} readings for {truth.size} pixels, noise of 1 %: relative error "
-        f"{error(classical, truth):.1%} by filtered back-projection, {error(reconstructed, truth):.1%} after {options.steps} steps"
+        f"{errors[0]:.1%} by filtered back-projection, {errors[1]:.1%} after {options.steps} steps"
     )
-    shown = {
-        "slice": truth,
-        f"filtered back-projection, error {error(classical, truth):.0%}": classical,
-        f"{options.steps} steps, error {error(reconstructed, truth):.0%}": reconstructed,
-    }
+    shown = {"slice": truth, f"filtered back-projection, error {errors[0]:.0%}": classical}
+    shown[f"{options.steps} steps, error {errors[1]:.0%}"] = reconstructed
     command_line.save_pictures(options.plot, shown, f"A slice from {options.angles} noisy projections, by gpuadam.Adam")
 
 
