@@ -9,9 +9,9 @@ NUMBA_NUM_THREADS=1 keeps threads from waiting for one another.
 
 Over two ranks of MPI on this machine, of one thread each: `planning.Prediction` has the step from the rates of both processors
 while both work, and from the latency and the bandwidth of their collectives, which a program that does nothing else measures on
-40 million elements. With state in files, likewise: from how much longer the limit kernel takes over other files, of half a GB in the
-system's cache, than over memory. Both are measured at the largest size and at twice that: what fits in the processors' caches is
-faster, and of small steps in files most is what says on the disk that a step is under way.
+40 million elements. With state in files, likewise: from how much longer the limit kernel takes over other files, of half a GB in
+the system's cache, than over memory. Both are measured at the largest size and at twice that: what fits in the processors' caches
+is faster, and of small steps in files most is what says on the disk that a step is under way.
 
 No constant is fitted to the steps. Constants and steps are measured in turn, those of two ranks within a minute: a machine that
 is shared is not as fast in one minute as in another. error_percent is (predicted / measured - 1) * 100, of 20th percentiles:

@@ -59,7 +59,8 @@ def run(options):
         return f"{name} {form} {n:,}"
 
     for number in output.counted(console, len(cases), described, every=len(cases) + 1):
-        rows += rows_of(*cases[number - 1], options.seconds)
+        name, form, n = cases[number - 1]
+        rows += rows_of(name, form, n, options.seconds)
     for table in tables(rows):
         console.print(table)
     console.print(FOOTNOTE, highlight=False)
@@ -119,23 +120,22 @@ def plot(rows):
 
 
 def _bars(rows):
+    """Return a figure with a bar for each form, in the frame of its limit."""
     of_backends = measure.groups(rows, "backend")
     n_forms = len({row["dtype"] for row in rows})
     figure, axes = plots.panels(1, len(of_backends), width=8, height=1.2 + 0.34 * n_forms)
     for axis, ((name,), of_backend) in zip(axes.flat, of_backends.items(), strict=True):
         steps, limits = ([row for row in of_backend if row["contender"] == of] for of in (KERNEL, measure.LIMIT))
-        for at, (step, limit) in enumerate(zip(reversed(steps), reversed(limits), strict=True)):
-            axis.barh(at, step["gb_per_s"], 0.62, color=plots.OURS)
-            label = "its limit" if at == 0 else None
-            axis.plot([limit["gb_per_s"]] * 2, [at - 0.42, at + 0.42], color=plots.LIMIT, linewidth=2, label=label)
-            ratio = f"{100 / step['x_limit']:.0f} % of its limit, {step['bytes_per_element']:g} B each"
-            end = max(step["gb_per_s"], limit["gb_per_s"]), at
-            text = f"{step['gb_per_s']:.3g}   {ratio}"
-            axis.annotate(text, end, (7, 0), textcoords="offset points", va="center", fontsize=8)
-        axis.set_yticks(range(n_forms), [step["dtype"] for step in reversed(steps)], fontsize=9)
-        axis.set_ylim(-0.6, n_forms + 0.5)  # the legend's place
-        axis.set_xlim(0, 1.8 * max(row["gb_per_s"] for row in of_backend))
-        axis.set_xticks([])
+        forms_of_axis = [step["dtype"] for step in steps]
+        axis.barh(forms_of_axis, [step["gb_per_s"] for step in steps], 0.62, color=plots.OURS)
+        frame = {"facecolor": "none", "edgecolor": plots.LIMIT, "linestyle": "--", "label": "its limit"}
+        frames = axis.barh(forms_of_axis, [limit["gb_per_s"] for limit in limits], 0.84, **frame)
+        texts = [
+            f"{step['gb_per_s']:.3g}   {100 / step['x_limit']:.0f} % of its limit, {step['bytes_per_element']:g} B each"
+            for step in steps
+        ]
+        axis.bar_label(frames, texts, padding=7, fontsize=8)
+        axis.set(xticks=[], xlim=(0, 1.8 * max(row["gb_per_s"] for row in of_backend)), ylim=(n_forms - 0.4, -1.5))
         axis.set_title(f"{name}, {rows[0]['elements']:,} elements: GB/s")
         axis.spines["bottom"].set_visible(False)
         axis.tick_params(axis="y", length=0)

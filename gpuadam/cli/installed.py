@@ -12,9 +12,10 @@ from ..checkpoint import saving as checkpoint
 from . import contract
 from .measuring import facts
 
-TORCH = (2, 4)  # the oldest that gpuadam.torch takes
+OLDEST = {"torch": (2, 4)}
 # As in pyproject.toml: the extras whose packages a user imports through gpuadam.
 EXTRAS = {
+    "gpuadam.torch": ("torch",),
     "demo": ("rich", "scikit-learn", "matplotlib"),
     "bench": ("rich", "matplotlib", "ml_dtypes"),
     "examples": ("rich", "scikit-learn", "matplotlib", "scikit-image"),
@@ -27,9 +28,8 @@ def parts():
     """Return {name: `part`} of all parts."""
     return {
         "checkpoints": _checkpoints(),
-        "gpuadam.torch": _torch(),
         "pytest plugin": _pytest_plugin(),
-        **{extra: _extra(extra) for extra in EXTRAS},
+        **{name: _extra(name) for name in EXTRAS},
     }
 
 
@@ -59,16 +59,6 @@ def _checkpoints():
     return part(False, "state that was saved and loaded has other bits", "please report it with this page")
 
 
-def _torch():
-    version = facts.versions_of(["torch"])["torch"]
-    install = 'pip install "gpuadam[torch]"'
-    if version is None:
-        return part(None, "torch is not installed", install)
-    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < TORCH:
-        return part(False, f"torch {version} is older than {'.'.join(map(str, TORCH))}", install)
-    return part(True, f"torch {version}")
-
-
 def _pytest_plugin():
     plugins = importlib.metadata.entry_points(group="pytest11", name="pytest_gpuadam")
     if not plugins:
@@ -78,6 +68,10 @@ def _pytest_plugin():
 
 def _extra(name):
     versions = facts.versions_of(EXTRAS[name])
+    install = f'pip install "gpuadam[{name.removeprefix("gpuadam.")}]"'
     if missing := [package for package, version in versions.items() if version is None]:
-        return part(None, f"{', '.join(missing)} not installed", f'pip install "gpuadam[{name}]"')
+        return part(None, f"{', '.join(missing)} not installed", install)
+    for package, oldest in OLDEST.items():
+        if package in versions and tuple(map(int, re.findall(r"\d+", versions[package])[:2])) < oldest:
+            return part(False, f"{package} {versions[package]} is older than {'.'.join(map(str, oldest))}", install)
     return part(True, ", ".join(f"{package} {version}" for package, version in versions.items()))

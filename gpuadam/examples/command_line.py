@@ -14,35 +14,34 @@ from ..cli.measuring import plots
 from ..cli.output import MissingExtraError, counted, need
 
 
-def parser(text, *, steps, size):
-    """Return a parser with the options that every example has. steps, size: as in `add_count`."""
+def parser(text, *, arrays="", plot="", **counts):
+    """Return a parser with the options of an example.
+
+    counts: option -> (default, its meaning, the least number if that is not 1).
+    arrays: the library of the arrays on a GPU; Numba's are the default where there is a GPU.
+    plot: the default name of the picture. Without `arrays` or `plot` there is no such option.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m gpuadam.examples.{Path(sys.argv[0]).stem}",
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_count(parser, "--steps", *steps)
-    add_count(parser, "--size", *size)
+    for option, (default, what, *least) in counts.items():
+        count, help = functools.partial(whole, least=least[0] if least else 1), f"{what} (default {default})"
+        parser.add_argument(f"--{option}", type=count, default=default, metavar="N", help=help)
+    if arrays:
+        by_default = None if arrays == "numba" else "numpy"
+        help = f"{arrays} is a GPU, and {'numpy the default' if by_default else 'the default where there is one'}"
+        parser.add_argument("--arrays", choices=("numpy", arrays), default=by_default, help=help)
+    if plot:
+        help = f"the picture, as PNG (default {plot})"
+        parser.add_argument("--plot", type=_picture_file, metavar="FILE", default=plot, help=help)
     return parser
 
 
-def add_count(parser, option, default, what, least=1):
-    """Add an option that is a whole number of at least `least`."""
-    count = functools.partial(whole, least=least)
-    parser.add_argument(option, type=count, default=default, metavar="N", help=f"{what} (default {default})")
-
-
-def add_arrays(parser, on_gpu="cupy", default="numpy"):
-    help = f"{on_gpu} is a GPU, and " + ("numpy the default" if default else "the default where there is one")
-    parser.add_argument("--arrays", choices=("numpy", on_gpu), default=default, help=help)
-
-
-def add_plot(parser, name):
-    def file(text):  # argparse passes the default too, so that what is missing is said before the work is done
-        need("examples", "matplotlib")
-        return writable(text)
-
-    parser.add_argument("--plot", type=file, metavar="FILE", default=name, help=f"the picture, as PNG (default {name})")
+def _picture_file(text):
+    need("examples", "matplotlib")  # argparse passes the default too, so that it is missed before the work is done
+    return writable(text)
 
 
 def array_module(name):

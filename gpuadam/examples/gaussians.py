@@ -16,11 +16,9 @@ from . import command_line
 
 def main(argv=None):
     """Fit, print the PSNR before and after, save a picture."""
-    parser = command_line.parser(__doc__, steps=(300, "updates"), size=(160, "width of the picture in pixels"))
-    command_line.add_count(parser, "--count", 1200, "number of Gaussians")
-    command_line.add_arrays(parser)
-    command_line.add_plot(parser, "gaussians.png")
-    options = parser.parse_args(argv)
+    counts = {"steps": (300, "updates"), "size": (160, "width of the picture in pixels")}
+    counts["count"] = (1200, "number of Gaussians")
+    options = command_line.parser(__doc__, **counts, arrays="cupy", plot="gaussians.png").parse_args(argv)
     xp = command_line.array_module(options.arrays)
     target = xp.asarray(command_line.picture("camera", options.size))
     params = {name: xp.asarray(p) for name, p in initial_parameters(command_line.on_host(target), options.count).items()}

@@ -22,10 +22,8 @@ LEAST_KNOWN = {12: 49.165253, 32: 412.261275, 72: 2255.001191, 100: 4448.350634}
 
 def main(argv=None):
     """Find places for the charges, print the energy, save a picture."""
-    parser = command_line.parser(__doc__, steps=(600, "updates"), size=(32, "number of charges", 4))
-    command_line.add_arrays(parser, "numba", default=None)
-    command_line.add_plot(parser, "thomson.png")
-    options = parser.parse_args(argv)
+    counts = {"steps": (600, "updates"), "size": (32, "number of charges", 4)}
+    options = command_line.parser(__doc__, **counts, arrays="numba", plot="thomson.png").parse_args(argv)
     n, steps, status = options.size, options.steps, gpuadam.backend_status()["numba-cuda"]
     if options.arrays is None and not status.available:
         print(f"no GPU for Numba CUDA, so this is --arrays numpy: {status.reason}")

@@ -17,11 +17,10 @@ from . import command_line
 
 def main(argv=None):
     """Project, add noise, reconstruct; print the errors and save a picture."""
-    parser = command_line.parser(__doc__, steps=(300, "updates"), size=(128, "width of the slice in pixels"))
-    command_line.add_count(parser, "--angles", 30, "directions of projection")
+    counts = {"steps": (300, "updates"), "size": (128, "width of the slice in pixels")}
+    counts["angles"] = (30, "directions of projection")
+    parser = command_line.parser(__doc__, **counts, arrays="cupy", plot="tomography.png")
     parser.add_argument("--smoothing", type=float, default=1.0, help="weight of the total variation (default 1.0)")
-    command_line.add_arrays(parser)
-    command_line.add_plot(parser, "tomography.png")
     options = parser.parse_args(argv)
     xp = command_line.array_module(options.arrays)
     truth = xp.asarray(command_line.picture("shepp_logan_phantom", options.size))

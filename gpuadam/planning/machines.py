@@ -58,7 +58,7 @@ class Machine(NamedTuple):
 
     def figures(self):
         """Return {name: number}, of names such as "memory" and "device bandwidth"."""
-        figures = {}
+        figures: dict[str, float] = {}
         for field, value in self._asdict().items():
             if isinstance(value, (Processor, Link)):
                 of_part = {key: number for key, number in value._asdict().items() if key not in ("rates", "cache")}
@@ -76,22 +76,14 @@ class Machine(NamedTuple):
 
 
 def _dgx(name, memory, bandwidth, nvlink, pcie, network, host_bandwidth):
-    return Machine(
-        name,
-        Processor(bandwidth * GB, launch=10e-6),
-        memory * GB,
-        8,
-        Link(nvlink * GB, NVLINK_LATENCY),
-        Link(network * GB, NETWORK_LATENCY),
-        Processor(host_bandwidth * GB),
-        2000 * GB,
-        Link(pcie * GB, PCIE_LATENCY),
-        8 * 3840 * GB,
-        8 * 6.5 * GB,
-        8 * 3.5 * GB,
-    )
+    device, host = Processor(bandwidth * GB, launch=10e-6), Processor(host_bandwidth * GB)
+    within, across = Link(nvlink * GB, NVLINK_LATENCY), Link(network * GB, NETWORK_LATENCY)
+    disks = 8 * 3840 * GB, 8 * 6.5 * GB, 8 * 3.5 * GB
+    return Machine(name, device, memory * GB, 8, within, across, host, 2000 * GB, Link(pcie * GB, PCIE_LATENCY), *disks)
 
 
+OVER_PCIE = Link(32 * GB, PCIE_LATENCY)
+DESKTOP = {"per_node": 1, "host_memory": 128 * GB, "disk": 2000 * GB, "disk_read": 5.0 * GB, "disk_write": 4.0 * GB}
 # DDR4-3200 in 16 channels is 409.6 GB/s, DDR5-4800 614.4, DDR5-5600 716.8
 MACHINES = {
     "a100-40gb": _dgx("A100 SXM 40 GB", 40, 1555, 300, 32, 25, 409.6),
@@ -99,19 +91,9 @@ MACHINES = {
     "h100": _dgx("H100 SXM 80 GB", 80, 3350, 450, 64, 50, 614.4),
     "h200": _dgx("H200 SXM 141 GB", 141, 4800, 450, 64, 50, 614.4),
     "b200": _dgx("B200 SXM 180 GB", 180, 8000, 900, 64, 50, 716.8),
-    "l40s": _dgx("L40S 48 GB", 48, 864, 32, 32, 12.5, 614.4)._replace(
-        within=Link(32 * GB, PCIE_LATENCY), host_memory=1000 * GB
-    ),
-    "rtx4090": _dgx("RTX 4090 24 GB", 24, 1008, 32, 32, 1.25, 83.2)._replace(
-        per_node=1,
-        within=Link(32 * GB, PCIE_LATENCY),
-        host_memory=128 * GB,
-        disk=2000 * GB,
-        disk_read=5.0 * GB,
-        disk_write=4.0 * GB,
-    ),
+    "l40s": _dgx("L40S 48 GB", 48, 864, 32, 32, 12.5, 614.4)._replace(within=OVER_PCIE, host_memory=1000 * GB),
+    "rtx4090": _dgx("RTX 4090 24 GB", 24, 1008, 32, 32, 1.25, 83.2)._replace(within=OVER_PCIE, **DESKTOP),
 }
-
 # Where the figures of MACHINES are from.
 DATA_SHEET = ("memory", "device bandwidth", "per_node", "within bandwidth", "pcie bandwidth")
 DATA_SHEET_OF_DGX = ("across bandwidth", "host_memory", "host bandwidth", "disk")

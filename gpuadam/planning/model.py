@@ -98,16 +98,10 @@ def update(
         raise ValueError(f"master={master!r} goes with {' and '.join(MASTERS[master])} parameters, not with {param}")
     if stochastic and (master or param not in NARROW):
         raise ValueError("stochastic rounding is of bfloat16 and float16 parameters without a master")
-    arrays = Arrays(
-        "float32" if master == "float32" else param,
-        grad,
-        state,
-        bool(amsgrad),
-        master == "remainder",
-        param if master == "float32" else "",
-        wide if ema else "",
-        bool(stochastic),
-    )
+    options = {"amsgrad": bool(amsgrad), "remainder": master == "remainder", "stochastic": bool(stochastic)}
+    arrays = Arrays(param, grad, state, ema=wide if ema else "", **options)
+    if master == "float32":  # the parameters of the model are copies of their masters
+        arrays = arrays._replace(param="float32", param_copy=param)
     return Update(sizes, arrays, bool(zero_grad))
 
 

@@ -143,33 +143,33 @@ class Prediction:
         self.neighbours = min(machine.per_node, settings.world)  # devices of a node
         self.elements, self.cells, self.groups = _piece(update.sizes, settings.model_parallel)
         self.part = self.buffer = self.elements  # of the flat buffer: what a device updates, and all
-        self.arrays = update.arrays
+        self.arrays, self.buckets = update.arrays, 1
         if way.sharded:
             self.part = -(-self.cells // self.ranks) * CELL
             self.buffer = self.ranks * self.part
             self.groups = min(self.part // GROUP, self.groups)
             self.arrays = of_shard(update.arrays)
-        self.reduced = FORMATS[self.arrays.grad]  # bytes of a gradient in a collective
+            of_bucket = max(settings.bucket // FORMATS[self.arrays.grad] // CELL // self.ranks, 1) * self.ranks
+            self.buckets = -(-self.cells // of_bucket)
         self.operands = operands(self.arrays, update.zero_grad)
         self.state = [operand for operand in self.operands if update.is_state(operand)]
+        self.others = [operand for operand in self.operands if not update.is_state(operand)]
 
     @functools.cached_property
     def bytes(self):
-        by_role = dict.fromkeys(ROLES, 0)
-        for operand in self.operands:
-            if operand.name == "grad":
-                by_role["gradients"] += FORMATS[self.update.arrays.grad] * self.elements
-            elif operand not in self.state:
-                by_role["parameters"] += operand.nbytes(self.buffer)
-            elif self.way.state == "device":
-                by_role[self.update.role(operand)] += self._nbytes(operand)
-        if self.way.sharded:
-            by_role["buffers"] += self.reduced * self.part  # the sums
-            if self.reduced == FORMATS[self.update.arrays.grad]:  # the gradients lie in the buffer
-                by_role["gradients"] = self.reduced * self.buffer
-            else:  # they are copied into it
-                by_role["buffers"] += self.reduced * self.buffer
-        if self.way.state != "device" and self.way.updated_on == "device":
+        way, by_role = self.way, dict.fromkeys(ROLES, 0)
+        gradient, summed = FORMATS[self.update.arrays.grad], FORMATS[self.arrays.grad]  # bytes
+        by_role["gradients"] = gradient * self.elements
+        by_role["parameters"] = sum(operand.nbytes(self.buffer) for operand in self.others if operand.name != "grad")
+        for operand in self.state if way.state == "device" else ():
+            by_role[self.update.role(operand)] += self._nbytes(operand)
+        if way.sharded:
+            by_role["buffers"] += summed * self.part
+            if summed == gradient:  # the gradients lie in the buffer; others are copied into it
+                by_role["gradients"] = summed * self.buffer
+            else:
+                by_role["buffers"] += summed * self.buffer
+        if way.state != "device" and way.updated_on == "device":
             by_role["buffers"] += self.settings.budget
         return by_role
 
@@ -190,11 +190,13 @@ class Prediction:
 
     @property
     def short(self):
-        needs = {"device": (self.device_bytes, self.machine.memory - self.settings.reserve)}
-        needs["files"] = (self.file_bytes, self.machine.disk)
-        if self.machine.host:
-            needs["host"] = (self.host_bytes, self.machine.host_memory)
-        return {where: need - available for where, (need, available) in needs.items() if need > available}
+        machine = self.machine
+        needs = [
+            ("device", self.device_bytes, machine.memory - self.settings.reserve),
+            ("files", self.file_bytes, machine.disk),
+        ]
+        needs += [("host", self.host_bytes, machine.host_memory)] if machine.host else []
+        return {memory: need - available for memory, need, available in needs if need > available}
 
     @property
     def fits(self):
@@ -203,16 +205,17 @@ class Prediction:
     @functools.cached_property
     def stages(self):
         machine, stages = self.machine, {}
+        summed = FORMATS[self.arrays.grad]  # bytes
         if self.way.sharded:
-            model = next(operand for operand in self.operands if operand.name == self.update.of_model)
-            stages["reduce-scatter"] = self._collective(self.buffer * self.reduced, self._buckets)
-            stages["all-gather"] = self._collective(model.nbytes(self.buffer), self._buckets)
+            model = next(operand for operand in self.others if operand.name != "grad")
+            stages["reduce-scatter"] = self._collective(self.buffer * summed, self.buckets)
+            stages["all-gather"] = self._collective(model.nbytes(self.buffer), self.buckets)
         elif self.ranks > 1:
-            n_bytes = self.elements * self.reduced
+            n_bytes = self.elements * summed
             stages["all-reduce"] = 2 * self._collective(n_bytes, -(-n_bytes // self.settings.bucket))
         on_device = self.way.updated_on == "device"
         processor, sharing = (machine.device, 1) if on_device else (machine.host, self.neighbours)
-        launches, n = max(self._chunks, self._buckets), min(self.part, self.elements)
+        launches, n = max(self._chunks, self.buckets), min(self.part, self.elements)
         stages["update"] = kernel_seconds(self.arrays, self.operands, n, processor, launches, sharing)
         if self.way.state != "device" and machine.host:
             up, down = self._over_pcie
@@ -232,7 +235,7 @@ class Prediction:
         stages = dict(self.stages)
         before = stages.pop("all-reduce", 0.0)
         links = stages.pop("reduce-scatter", 0.0) + stages.pop("all-gather", 0.0)  # both take the same link
-        pieces = [self._buckets] * self.way.sharded + [self._chunks] * (self.way.state != "device")
+        pieces = [self.buckets] * self.way.sharded + [self._chunks] * (self.way.state != "device")
         return before + overlapped([links, *stages.values()], min(pieces, default=1))
 
     def _nbytes(self, operand):
@@ -246,19 +249,18 @@ class Prediction:
 
     @property
     def _over_pcie(self):
-        """The bytes that go up to the device, and those that come down from it. Of a CPU's own files too."""
+        """The bytes that go up to the device, and those that come down from it; of a machine without GPUs, to files and back."""
         if self.way.updated_on == "device":
             return self._traffic(self.state)
-        loaded, stored = self._traffic([operand for operand in self.operands if operand not in self.state])
+        loaded, stored = self._traffic(self.others)
         return stored, loaded
 
     @property
     def _state_of_node(self):
-        """The bytes of the state of all devices of a node, outside of their memories."""
+        """The bytes of the state of all devices of a node, where it is not in their memories."""
         if self.way.sharded:
             return self.neighbours * sum(map(self._nbytes, self.state))
-        held = (_aligned_bytes(self.update.sizes, self.model_parallel, operand) for operand in self.state)
-        return self.neighbours * sum(held)
+        return self.neighbours * sum(_aligned(self.update.sizes, self.model_parallel, operand) for operand in self.state)
 
     @property
     def _chunks(self):
@@ -268,14 +270,6 @@ class Prediction:
         n_bytes = sum(self._over_pcie)
         room = min(max(n_bytes // CHUNKS, SMALLEST_CHUNK), max(self.settings.budget // SLOTS_ON_GPU, 1))
         return max(-(-n_bytes // room), 1)
-
-    @property
-    def _buckets(self):
-        """Into how many buckets the flat buffer is cut, as by ShardedAdam."""
-        if not self.way.sharded:
-            return 1
-        cells = max(self.settings.bucket // self.reduced // CELL // self.ranks, 1) * self.ranks
-        return -(-self.cells // cells)
 
     def _collective(self, n_bytes, calls):
         within = min(max(self.machine.per_node // self.model_parallel, 1), self.ranks)
@@ -292,7 +286,7 @@ def _piece(sizes, model_parallel):
 
 
 @functools.lru_cache(maxsize=256)
-def _aligned_bytes(sizes, model_parallel, operand):
+def _aligned(sizes, model_parallel, operand):
     """Return the bytes of an operand of a piece whose parameters lie one by one, aligned, as OffloadAdam has them."""
     return sum(aligned(operand.nbytes(-(-size // model_parallel))) for size in sizes)
 

@@ -28,8 +28,13 @@ ON_END = {"untimed": 2, "timed": 4}  # runs, so that the arrays of a function st
 DISK_BYTES, BLOCK = 1 << 28, 1 << 22
 # {key: (least, type)} of the numbers that are read. No time can be computed with what is smaller; bytes are exact.
 SMALLEST, LARGEST = 1e-9, 1e30
-PROCESSOR = {"bandwidth": (SMALLEST, float), "launch": (0, float), "cache": (0, int), "memory": (SMALLEST, int)}
-DISK = {"read": (SMALLEST, float), "write": (SMALLEST, float), "free": (0, int)}
+PROCESSOR: dict[str, tuple[float, type]] = {
+    "bandwidth": (SMALLEST, float),
+    "launch": (0, float),
+    "cache": (0, int),
+    "memory": (SMALLEST, int),
+}
+DISK: dict[str, tuple[float, type]] = {"read": (SMALLEST, float), "write": (SMALLEST, float), "free": (0, int)}
 
 
 def measured(formats, folder=None, seconds=1.0):
@@ -55,21 +60,17 @@ def of_processor(backend, formats, seconds):
     functions = [launcher(kernels, plain, LARGE, limit), launcher(kernels, plain, FEW, adam)]
     functions += [in_caches(kernels, arrays) for arrays in wanted]
     moving, launch, *each = map(typical, measure.in_turn(kernels, functions, seconds, **ON_END))
-    of_machine = facts.of_backend(backend)
-    return {
-        "name": of_machine["device"],
-        "cores": of_machine["cores"],
-        "date": of_machine["date"],
-        "backend": backend,
-        "bandwidth": 7 * 4 * LARGE / moving,
-        "launch": launch,
-        "rates": [
-            {"arrays": arrays._asdict(), "elements_per_second": rate(taken, launch)}
-            for arrays, taken in zip(wanted, each, strict=True)
-        ],
-        "memory": _memory(backend),
-        "cache": _cache() if on_cpu else 0,
-    }
+    numbers = {"bandwidth": 7 * 4 * LARGE / moving, "launch": launch, "rates": []}
+    for arrays, taken in zip(wanted, each, strict=True):
+        numbers["rates"].append({"arrays": arrays._asdict(), "elements_per_second": rate(taken, launch)})
+    return (
+        _of(backend, facts.of_backend(backend)) | numbers | {"memory": _memory(backend), "cache": _cache() if on_cpu else 0}
+    )
+
+
+def _of(backend, measured_on):
+    """Return what a processor's constants are of. measured_on: as in a row of `bench`."""
+    return {"name": measured_on["device"], "cores": measured_on["cores"], "date": measured_on["date"], "backend": backend}
 
 
 def typical(times):
@@ -169,7 +170,7 @@ def _checked(constants, path):
         if not isinstance(values, dict):
             raise ValueError(f"{path}: its {part} is {values!r:.100}, and must be an object")
         try:
-            checked = [("rate", rate, SMALLEST, float) for rate in rates_of(values).values()]
+            checked: list[tuple] = [("rate", rate, SMALLEST, float) for rate in rates_of(values).values()]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: the rates of its {part} are not those of formats: {error}") from error
         checked += [(key, values.get(key), *least_and_type) for key, least_and_type in numbers.items()]
@@ -200,17 +201,10 @@ def of_bench(rows):
         largest = max(limits, key=lambda row: row["elements"])
         on_cpu = backends.BACKENDS[backend].memory == "CPU"
         rate = max(row["elements"] / row["p50_us"] * 1e6 for row in steps)
-        constants["cpu" if on_cpu else "gpu"] = {
-            "name": largest["device"],
-            "cores": largest["cores"],
-            "date": largest["date"],
-            "backend": backend,
-            "bandwidth": largest["gb_per_s"] * 1e9,
-            "launch": min(row["p50_us"] for row in steps) / 1e6,
-            "rates": [{"arrays": Arrays()._asdict(), "elements_per_second": rate}] if on_cpu else [],
-            "memory": None,
-            "cache": 0,
-        }
+        rates = [{"arrays": Arrays()._asdict(), "elements_per_second": rate}] if on_cpu else []
+        numbers = {"bandwidth": largest["gb_per_s"] * 1e9, "launch": min(row["p50_us"] for row in steps) / 1e6}
+        numbers |= {"rates": rates, "memory": None, "cache": 0}
+        constants["cpu" if on_cpu else "gpu"] = _of(backend, largest) | numbers
     return constants
 
 

@@ -19,6 +19,7 @@ from . import measure
 
 BF16 = "bfloat16"
 HYPERPARAMETERS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+UNUSED = {"weight_decay": 0.0, "decoupled": False, "maximize": False}
 
 
 class Case(NamedTuple):
@@ -59,14 +60,7 @@ def chosen(text, among=FORMS):
 
 def form_and_scalars(case):
     """Return the Form and the Scalars of a step."""
-    h = hyperparameters.checked(
-        **HYPERPARAMETERS,
-        weight_decay=0.0,
-        decoupled=False,
-        maximize=False,
-        algorithm=case.algorithm,
-        formula=case.formula,
-    )
+    h = hyperparameters.checked(**HYPERPARAMETERS, **UNUSED, algorithm=case.algorithm, formula=case.formula)
     return hyperparameters.form_and_scalars(h, 10, case.arrays)
 
 
@@ -132,9 +126,9 @@ def launcher_of_all(kernels, case, updates, rule):
 
 def caller(kernels, case, arrays):
     """Return a function that calls adam_step, each time for the next step. arrays: {operand: array}."""
-    formats = {operand.name: operand.format for operand in storage.operands(case.arrays)}
-    given = {name: gpuadam.Bits(a, BF16) if formats[name] == BF16 else a for name, a in arrays.items()}
-    options = {**HYPERPARAMETERS, "algorithm": case.algorithm, "formula": case.formula, "backend": kernels.name}
-    options["stochastic_rounding"] = case.arrays.stochastic
+    narrow = [operand.name for operand in storage.operands(case.arrays) if operand.format == BF16]
+    arguments = HYPERPARAMETERS | arrays | {name: gpuadam.Bits(arrays[name], BF16) for name in narrow}
+    arguments |= {"algorithm": case.algorithm, "formula": case.formula, "backend": kernels.name}
+    arguments["stochastic_rounding"] = case.arrays.stochastic
     steps = itertools.count(1)
-    return lambda: gpuadam.adam_step(**given, step=next(steps), **options)
+    return lambda: gpuadam.adam_step(**arguments, step=next(steps))

@@ -64,14 +64,14 @@ def throughput(axis, rows, title):
     for name in sorted(names, key=is_ours):  # ours last, on top
         points = sorted((row["elements"], row["gb_per_s"]) for row in rows if row["contender"] == name)
         if name == measure.LIMIT:
-            style = {"color": LIMIT, "linestyle": "--", "linewidth": 1.6, "zorder": 4}
+            style: dict = {"color": LIMIT, "linestyle": "--", "linewidth": 1.6, "zorder": 4}
         elif is_ours(name):
             style = {"color": OURS, "marker": next(markers), "markersize": 6, "linewidth": 2, "zorder": 5}
         else:
             style = {"color": next(muted), "marker": ".", "linewidth": 1.2}
         axis.plot(*zip(*points, strict=True), **style)
         _, last = points[-1]
-        text = f"{MARKERS.get(style.get('marker'), '')}{name}  {last:.3g}"
+        text = f"{MARKERS.get(style.get('marker', ''), '')}{name}  {last:.3g}"
         ends.append((last, text, {"color": style["color"], "fontweight": "bold" if is_ours(name) else "normal"}))
     name_ends(axis, ends, at=1.02, fontsize=8)
 

@@ -1,19 +1,13 @@
 """What `python -m gpuadam plan` prints: a table of memory, one of time, and sentences."""
 
 from ... import planning
-from ...planning.model import ROLES
+from ...planning import model
 from ..output import BYTES, SECONDS, scaled, table
 
-STAGES = ("all-reduce", "reduce-scatter", "all-gather", "update", "to the device", "to the host", "host memory", "disk")
-SHORT = {
-    "parameters": "params",
-    "gradients": "grads",
-    "reduce-scatter": "reduce",
-    "all-gather": "gather",
-    "to the device": "up",
-    "to the host": "down",
-    "host memory": "host mem",
-}
+# stages and roles, and the heads of their columns
+STAGES = {"all-reduce": "all-reduce", "reduce-scatter": "reduce", "all-gather": "gather", "update": "update"}
+STAGES |= {"to the device": "up", "to the host": "down", "host memory": "host mem", "disk": "disk"}
+ROLES = dict(zip(model.ROLES, ("params", "grads", "moments", "masters", "mean", "buffers"), strict=True))
 
 
 def size(n_bytes):
@@ -36,7 +30,7 @@ def show(console, asked, predictions, best, cut):
 
 def memory_table(asked, predictions):
     used = [role for role in ROLES if any(p.bytes[role] for p in predictions)]
-    heads = ["", *["pieces"] * asked.auto, *(SHORT.get(role, role) for role in used), "in all", "host", "files", "fits"]
+    heads = ["", *["pieces"] * asked.auto, *(ROLES[role] for role in used), "in all", "host", "files", "fits"]
     lines = []
     for p in predictions:
         short = ", ".join(f"{size(n)} short{'' if where == 'device' else f' ({where})'}" for where, n in p.short.items())
@@ -47,7 +41,7 @@ def memory_table(asked, predictions):
 
 def time_table(predictions, best):
     used = [stage for stage in STAGES if any(stage in p.stages for p in predictions)]
-    heads = ["", *(SHORT.get(stage, stage) for stage in used), "a step", "by"]
+    heads = ["", *(STAGES[stage] for stage in used), "a step", "by"]
     lines, styles = [], []
     for p in predictions:
         stages = [time(p.stages[stage]) if stage in p.stages else "" for stage in used]
