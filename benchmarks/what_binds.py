@@ -62,7 +62,7 @@ def launch(backend, elements, chosen):
     for name in chosen:
         case = forms.FORMS[name]
         for rule in RULES.values():
-            function = forms.launcher(kernels, case, forms.own_arrays(kernels, case, elements).values(), rule)
+            function = forms.launcher(kernels, case, forms.new_arrays(kernels, case, elements).values(), rule)
             function()
             function()
             timing.drain(kernels)

@@ -1,4 +1,4 @@
-"""python -m gpuadam: demo, bench, plan, doctor."""
+"""python -m gpuadam COMMAND: the commands are the modules of `gpuadam/cli/`."""
 
 import argparse
 import importlib
@@ -16,10 +16,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="gpuadam", description="The fused Adam update: try it, time it, check it.")
     parser.add_argument("--version", action="version", version=f"gpuadam {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for found in pkgutil.iter_modules(cli.__path__):
-        module = importlib.import_module(f"{cli.__name__}.{found.name}")
+    for _, name, _ in pkgutil.iter_modules(cli.__path__):
+        module = importlib.import_module(f"{cli.__name__}.{name}")
         if hasattr(module, "run"):
-            command = commands.add_parser(found.name, help=module.HELP)
+            command = commands.add_parser(name, help=module.HELP)
             module.add_options(command)
             command.add_argument(
                 "--json", type=writable, metavar="FILE", help="write the result as JSON; - for standard output"

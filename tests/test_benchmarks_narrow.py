@@ -87,7 +87,7 @@ def test_the_bytes_of_every_form_are_known():
 def test_the_bytes_of_every_form_are_those_of_the_arrays_that_it_is_measured_on():
     n = 64
     for name, case in forms.FORMS.items():
-        arrays = forms.own_arrays(numba_cpu, case, n)
+        arrays = forms.new_arrays(numba_cpu, case, n)
         # grad is read alone, a copy written alone, all others both
         moved = sum(a.nbytes * (1 if operand in ("grad", "param_copy") else 2) for operand, a in arrays.items())
         assert moved == n * forms.bytes_moved(case), name
@@ -98,7 +98,7 @@ def test_a_call_does_the_same_step_as_the_kernel_of_its_form(form, monkeypatch):
     launched = []
     monkeypatch.setattr(numba_cpu, "build", lambda rule, form, loop: lambda *arguments: launched.append((rule, form)))
     case = forms.FORMS[form]
-    arrays = forms.own_arrays(numba_cpu, case, 64)
+    arrays = forms.new_arrays(numba_cpu, case, 64)
     forms.caller(numba_cpu, case, arrays)()
     forms.launcher(numba_cpu, case, arrays.values(), adam)()
     assert launched == 2 * [(adam, forms.form_and_scalars(case)[0])]
@@ -107,7 +107,7 @@ def test_a_call_does_the_same_step_as_the_kernel_of_its_form(form, monkeypatch):
 @pytest.mark.parametrize("form", ["float32", *FORMS])
 def test_the_numbers_stay_ordinary_and_the_limit_changes_none(form):
     case = forms.FORMS[form]
-    arrays, of_limit = (forms.own_arrays(numba_cpu, case, 100) for _ in range(2))
+    arrays, of_limit = (forms.new_arrays(numba_cpu, case, 100) for _ in range(2))
     before = {name: array.copy() for name, array in of_limit.items()}
     step, by_limit = (forms.launcher(numba_cpu, case, a.values(), rule) for a, rule in ((arrays, adam), (of_limit, limit)))
     for _ in range(100):
@@ -170,7 +170,7 @@ DONE = {
 def test_a_contender_does_on_a_gpu_what_it_does_on_the_cpu(backend, contender):
     case, written = forms.FORMS["8-bit state"], []
     for kernels in (backends.load(backend), numba_cpu):
-        written.append(forms.own_arrays(kernels, case, 100))
+        written.append(forms.new_arrays(kernels, case, 100))
         step = DONE[contender](kernels, case, written[-1])
         for _ in range(2):
             step()

@@ -254,7 +254,7 @@ def test_json_on_standard_output_is_json_alone():
 
 
 def test_the_benchmarks_data_stay_finite_under_both_kernels():
-    arrays = forms.own_arrays(numba_cpu, forms.FORMS["float32"], 1000)
+    arrays = forms.new_arrays(numba_cpu, forms.FORMS["float32"], 1000)
     step, move = (forms.launcher(numba_cpu, forms.FORMS["float32"], arrays.values(), rule) for rule in (adam, limit))
     for _ in range(20_000):
         step()

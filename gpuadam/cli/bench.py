@@ -75,7 +75,7 @@ def run(options):
 def rows_of(name, form, n, seconds):
     """Return the rows of one size: the step and the limit kernel in turn, for about `seconds`, and the host's time of a call."""
     kernels, case = backends.load(name), forms.FORMS[form]
-    arrays = forms.own_arrays(kernels, case, n)
+    arrays = forms.new_arrays(kernels, case, n)
     contenders = forms.kernel_and_limit(kernels, case, arrays)
     times = measure.in_turn(kernels, list(contenders.values()), seconds)
     call, calls = forms.caller(kernels, case, arrays), []

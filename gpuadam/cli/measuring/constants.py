@@ -60,12 +60,13 @@ def of_processor(backend, formats, seconds):
     functions = [launcher(kernels, plain, LARGE, limit), launcher(kernels, plain, FEW, adam)]
     functions += [in_caches(kernels, arrays) for arrays in wanted]
     moving, launch, *each = map(typical, measure.in_turn(kernels, functions, seconds, **ON_END))
-    numbers = {"bandwidth": 7 * 4 * LARGE / moving, "launch": launch, "rates": []}
-    for arrays, taken in zip(wanted, each, strict=True):
-        numbers["rates"].append({"arrays": arrays._asdict(), "elements_per_second": rate(taken, launch)})
-    return (
-        _of(backend, facts.of_backend(backend)) | numbers | {"memory": _memory(backend), "cache": _cache() if on_cpu else 0}
-    )
+    rates = [
+        {"arrays": arrays._asdict(), "elements_per_second": rate(taken, launch)}
+        for arrays, taken in zip(wanted, each, strict=True)
+    ]
+    numbers = {"bandwidth": 7 * 4 * LARGE / moving, "launch": launch, "rates": rates}
+    numbers |= {"memory": _memory(backend), "cache": _cache() if on_cpu else 0}
+    return _of(backend, facts.of_backend(backend)) | numbers
 
 
 def _of(backend, measured_on):
@@ -86,7 +87,7 @@ def rate(taken, launch):
 def launcher(kernels, formats, n, rule):
     """Return a function that launches a rule on arrays of its own."""
     case = forms.Case(formats)
-    return forms.launcher(kernels, case, forms.own_arrays(kernels, case, n).values(), rule)
+    return forms.launcher(kernels, case, forms.new_arrays(kernels, case, n).values(), rule)
 
 
 def in_caches(kernels, formats):
@@ -95,7 +96,7 @@ def in_caches(kernels, formats):
     All cores at once: two of them are not twice as fast as one.
     """
     case = forms.Case(formats)
-    of_cores = [list(forms.own_arrays(kernels, case, IN_CACHE).values()) for _ in range(kernels.n_threads())]
+    of_cores = [list(forms.new_arrays(kernels, case, IN_CACHE).values()) for _ in range(kernels.n_threads())]
     return forms.launcher_of_all(kernels, case, [arrays for arrays in of_cores for _ in range(PASSES)], adam)
 
 

@@ -73,7 +73,7 @@ def bytes_moved(case):
     return storage.bytes_moved(form_and_scalars(case)[0])
 
 
-def own_arrays(kernels, case, n):
+def new_arrays(kernels, case, n):
     """Return {operand: array}. The numbers are ordinary and stay so, however many steps are done. bfloat16 is in uint16."""
     operands = storage.operands(case.arrays)
     values = measure.data(n, case.arrays.compute, [operand.name for operand in operands])
@@ -99,7 +99,7 @@ def kernel_and_limit(kernels, case, arrays):
     They share their arrays, because which pages an array has can matter. Not so of 8-bit state, where the limit would store v
     itself as the root of v.
     """
-    of_limit = own_arrays(kernels, case, arrays["param"].size) if case.arrays.grouped else arrays
+    of_limit = new_arrays(kernels, case, arrays["param"].size) if case.arrays.grouped else arrays
     return {
         measure.KERNEL: launcher(kernels, case, arrays.values(), adam),
         measure.LIMIT: launcher(kernels, case, of_limit.values(), limit),

@@ -103,10 +103,10 @@ def add_ratios(rows):
 
 def groups(rows, *keys):
     """Return {values of the keys: the rows that have them}, in the order of the rows."""
-    found: dict[tuple, list[dict]] = {}
+    of_values: dict[tuple, list[dict]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return found
+        of_values.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return of_values
 
 
 def _short(x):
