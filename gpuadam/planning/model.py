@@ -35,7 +35,7 @@ PARAMS, NARROW = ("float32", "float64", "bfloat16", "float16"), ("bfloat16", "fl
 MASTERS = {"remainder": ("bfloat16",), "float32": NARROW}  # -> the parameters that may have one
 STATES = ("float32", "float64", "bfloat16", "8bit")
 ROLES = ("parameters", "gradients", "moments", "masters", "mean", "buffers")
-ROLE_OF = {"grad": "gradients", "remainder": "masters", "ema": "mean"}  # of operands; all others are moments
+ROLE_OF = {"param": "masters", "remainder": "masters", "ema": "mean"}  # of state; all other state is moments
 COLLECTIVES = ("ring", "halving")
 MOST_ELEMENTS = 10**18
 
@@ -51,12 +51,6 @@ class Update(NamedTuple):
     def of_model(self):
         """The operand that is the model's parameter: with a float32 master, the copy."""
         return "param_copy" if self.arrays.param_copy else "param"
-
-    def role(self, operand):
-        """Return which of ROLES an operand has."""
-        if operand.name in ("param", "param_copy"):
-            return "parameters" if operand.name == self.of_model else "masters"
-        return ROLE_OF.get(operand.name, "moments")
 
     def is_state(self, operand):
         """Whether an operand is of the optimizer alone, and so can be sharded and offloaded."""

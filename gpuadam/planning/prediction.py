@@ -12,7 +12,7 @@ from ..kernels.storage import FORMATS, GROUP, operands
 from ..offload.chunks import aligned
 from ..offload.optimizer import CHUNKS, SLOTS_ON_GPU, SMALLEST_CHUNK
 from ..sharded.layout import CELL, placed
-from .model import COLLECTIVES, ROLES, Ranks, collective_seconds, kernel_seconds, overlapped
+from .model import COLLECTIVES, ROLE_OF, ROLES, Ranks, collective_seconds, kernel_seconds, overlapped
 
 LEAST_BUDGET = 1 << 15  # chunks of the fewest elements, of any formats, in as many slots as a CPU has, take no more
 MOST_DEVICES = 10**7
@@ -162,7 +162,7 @@ class Prediction:
         by_role["gradients"] = gradient * self.elements
         by_role["parameters"] = sum(operand.nbytes(self.buffer) for operand in self.others if operand.name != "grad")
         for operand in self.state if way.state == "device" else ():
-            by_role[self.update.role(operand)] += self._nbytes(operand)
+            by_role[ROLE_OF.get(operand.name, "moments")] += self._nbytes(operand)
         if way.sharded:
             by_role["buffers"] += summed * self.part
             if summed == gradient:  # the gradients lie in the buffer; others are copied into it

@@ -19,7 +19,7 @@ UNITS = {
     "GB/s": lambda text: number(LEAST)(text) * 10**9,
     "us": lambda text: number(LEAST)(text) * 1e-6,
 }
-# option -> (figure of a machine, unit, help)
+# option -> (figure of a machine, its unit, help)
 RATES = {
     "memory": ("memory", "GB", "of a device"),
     "bandwidth": ("device bandwidth", "GB/s", "of a device's memory"),
@@ -64,11 +64,10 @@ def add(parser):
         metavar="N|auto",
         help="pieces that every parameter is cut into, each on devices of its own; auto: as few as fit; default 1",
     )
-    gigabytes_or_none = number(0, unit=10**9)
-    where.add_argument("--reserve", type=gigabytes_or_none, metavar="GB", help="of a device, for activations; default 0")
-    where.add_argument(
-        "--budget", type=UNITS["GB"], metavar="GB", help="of an offloaded step, as in OffloadAdam; default 0.27"
-    )
+    activations = {"type": number(0, unit=10**9), "metavar": "GB"}
+    where.add_argument("--reserve", **activations, help="of a device, for activations; default 0")
+    chunks = {"type": UNITS["GB"], "metavar": "GB"}
+    where.add_argument("--budget", **chunks, help="of an offloaded step, as in OffloadAdam; default 0.27")
     where.add_argument("--bucket", type=UNITS["MB"], metavar="MB", help="of gradients in one collective; default 33.6")
     where.add_argument("--collective", choices=COLLECTIVES, help="default %(default)s")
     parser.set_defaults(**Settings()._asdict())
