@@ -18,10 +18,10 @@ import peers
 import report
 
 from gpuadam import backends
-from gpuadam.cli import output
 from gpuadam.cli.measuring import forms, measure, plots
 from gpuadam.cli.measuring.measure import CALL, KERNEL
 from gpuadam.kernels import storage
+from gpuadam.terminal import figures, output
 
 FLOAT32 = "float32"
 # float64 has no fewer bytes, and eps-hat is float32's kernel.
@@ -106,7 +106,7 @@ def table(rows):
 def draw(rows, path):
     """Draw, for each backend and its largest size, each form's time, with marks at its bytes and its limit's time."""
     backends_of = measure.groups(rows, "backend")
-    figure, axes = plots.panels(1, len(backends_of), width=8, height=4.6)
+    figure, axes = figures.panels(1, len(backends_of), width=8, height=4.6)
     for axis, ((backend,), of_backend) in zip(axes[0], backends_of.items(), strict=True):
         n = max(row["elements"] for row in of_backend)
         largest = [row for row in of_backend if row["elements"] == n]

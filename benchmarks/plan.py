@@ -38,7 +38,6 @@ import sharded
 
 import gpuadam
 from gpuadam import backends, planning, transports
-from gpuadam.cli import output
 from gpuadam.cli.measuring import constants, forms, measure, plots
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.storage import Arrays, bytes_moved_of, operands
@@ -49,6 +48,7 @@ from gpuadam.planning import machines
 from gpuadam.planning.machines import Link, Processor
 from gpuadam.planning.model import kernel_seconds
 from gpuadam.sharded.layout import CELL
+from gpuadam.terminal import figures, output
 
 # Forms of the step: the arguments of `planning.update`.
 FORMS = {
@@ -322,7 +322,7 @@ def table(rows):
 
 def draw(rows, path):
     """Draw predicted against measured times of all sizes and forms; within the band is within the aim."""
-    figure, axes = plots.panels(1, 1, width=7, height=6)
+    figure, axes = figures.panels(1, 1, width=7, height=6)
     axis = axes[0][0]
     ends = [f(row[key] for row in rows for key in ("p20_us", "predicted_us")) for f in (min, max)]
     line = [ends[0] / 1.5, ends[1] * 1.5]

@@ -28,8 +28,8 @@ import numpy as np
 import report
 
 import gpuadam
-from gpuadam.cli import output
 from gpuadam.cli.measuring import facts
+from gpuadam.terminal import output
 
 LR = 1e-3
 FLOAT32 = "float32"

@@ -21,10 +21,10 @@ import peers
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import output
 from gpuadam.cli.measuring import facts, measure, plots
 from gpuadam.cli.measuring import forms as step_forms
 from gpuadam.cli.measuring.measure import CALL, KERNEL
+from gpuadam.terminal import figures, output
 
 TABLE = ("backend", "elements", "state", "clock")
 # Columns that some benchmarks have beyond measure.COLUMNS: the bytes that a step moves of each element; and of a form of the
@@ -132,7 +132,7 @@ def draw_bars(rows, path, title, label, *, width, height):
     """Draw, for each backend and number of elements, the time of each contender. title: of (backend, elements, rows)."""
     backends_of = measure.groups(rows, "backend")
     sizes = list(dict.fromkeys(row["elements"] for row in rows))
-    figure, axes = plots.panels(len(backends_of), len(sizes), width=width, height=height)
+    figure, axes = figures.panels(len(backends_of), len(sizes), width=width, height=height)
     for line, ((backend,), of_backend) in zip(axes, backends_of.items(), strict=True):
         for axis, n in zip(line, sizes, strict=True):
             of_size = [row for row in of_backend if row["elements"] == n]

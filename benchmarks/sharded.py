@@ -29,8 +29,8 @@ import report
 
 import gpuadam
 from gpuadam import transports
-from gpuadam.cli import output
 from gpuadam.cli.measuring import facts, measure, plots
+from gpuadam.terminal import figures, output
 
 RANKS = (1, 2, 4)
 VIEWS, ARRAYS, ADAM = "gpuadam.ShardedAdam, views", "gpuadam.ShardedAdam", "gpuadam.Adam"
@@ -184,7 +184,7 @@ def table(rows):
 
 def draw(rows, path):
     """Draw the phases of ShardedAdam's step against the number of ranks, for both kinds of scaling."""
-    figure, axes = plots.panels(1, 2, width=5.2, height=3.8)
+    figure, axes = figures.panels(1, 2, width=5.2, height=3.8)
     for axis, state in zip(axes[0], ("strong", "weak"), strict=True):
         of_state = [row for row in rows if (row["state"], row["contender"]) == (state, VIEWS)]
         for at, row in enumerate(of_state):

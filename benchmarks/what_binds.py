@@ -28,9 +28,9 @@ import timing
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import output
 from gpuadam.cli.measuring import facts, forms
 from gpuadam.kernels import adam, limit
+from gpuadam.terminal import output
 
 METRICS = {
     "nanoseconds": "gpu__time_duration.sum",

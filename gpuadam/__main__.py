@@ -7,8 +7,8 @@ import sys
 
 from . import __version__, cli
 from .backends import BackendUnavailableError
-from .cli.arguments import writable
-from .cli.output import CommandError
+from .terminal.arguments import writable
+from .terminal.output import CommandError
 
 
 def main(argv=None):

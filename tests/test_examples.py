@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam.cli import output
 from gpuadam.examples import __main__ as listing
 from gpuadam.examples import command_line, digits, gaussians, thomson, tomography, torch_digits
+from gpuadam.terminal import output
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(listing.__file__).parent

@@ -8,8 +8,8 @@ A command is a module or a package of this folder that has
 
 `gpuadam/__main__.py` finds it, so a new command is one new file. Every command has the option `--json` without adding it. An
 error that the user can mend is a `CommandError`. Nothing but the standard library, NumPy and gpuadam is imported before `run`:
-`output.need` imports an optional package, or says how to install it.
+`terminal.output.need` imports an optional package, or says how to install it.
 
-`arguments.py` has the types of options, `output.py` consoles, tables and files. `measuring/` is shared with the scripts in
-benchmarks/.
+`gpuadam/terminal/` has what the commands share with the examples: types of options, tables, files and figures. `measuring/` is
+shared with the scripts in benchmarks/.
 """

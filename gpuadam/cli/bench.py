@@ -11,7 +11,7 @@ import time
 import gpuadam
 
 from .. import backends
-from . import arguments, output
+from ..terminal import arguments, figures, output
 from .measuring import forms, measure, plots
 from .measuring.measure import CALL, KERNEL
 
@@ -123,7 +123,7 @@ def _bars(rows):
     """Return a figure with a bar for each form, in the frame of its limit."""
     of_backends = measure.groups(rows, "backend")
     n_forms = len({row["dtype"] for row in rows})
-    figure, axes = plots.panels(1, len(of_backends), width=8, height=1.2 + 0.34 * n_forms)
+    figure, axes = figures.panels(1, len(of_backends), width=8, height=1.2 + 0.34 * n_forms)
     for axis, ((name,), of_backend) in zip(axes.flat, of_backends.items(), strict=True):
         steps, limits = ([row for row in of_backend if row["contender"] == of] for of in (KERNEL, measure.LIMIT))
         forms_of_axis = [step["dtype"] for step in steps]
@@ -146,7 +146,7 @@ def _bars(rows):
 def _curves(rows):
     of_panels = measure.groups(rows, "backend", "dtype")
     columns = min(len(of_panels), PANELS)
-    figure, axes = plots.panels(-(-len(of_panels) // columns), columns, width=6, height=4)
+    figure, axes = figures.panels(-(-len(of_panels) // columns), columns, width=6, height=4)
     for axis in axes.flat[len(of_panels) :]:
         axis.set_axis_off()
     for axis, (of_panel, of_rows) in zip(axes.flat, of_panels.items(), strict=False):

@@ -16,8 +16,8 @@ import gpuadam
 from .. import backends, reference
 from ..examples import command_line
 from ..examples import digits as example
-from . import arguments, output
-from .measuring import facts, plots
+from ..terminal import arguments, figures, output
+from .measuring import facts
 
 HELP = "train on real data, here and now, on the best backend there is"
 TEXTBOOK_STEPS = 1000
@@ -44,7 +44,7 @@ def run(options):
     result["digits"] = digits(xp, backend, console)
     _print_digits(console, result["digits"])
     if options.plot:
-        plots.save(_plot(backend, result["digits"]), options.plot)
+        figures.save(_plot(backend, result["digits"]), options.plot)
         console.print(f"curves: {options.plot}")
     output.write_json(options.json, result | {"versions": facts.versions(), "machine": facts.machine()})
     return 0 if result["digits"]["test_accuracy"] >= 0.97 else 1
@@ -142,7 +142,7 @@ def _print_digits(console, result):
 
 
 def _plot(backend, curves):
-    figure, ((left, right),) = plots.panels(1, 2, width=4.5, height=3.25)
+    figure, ((left, right),) = figures.panels(1, 2, width=4.5, height=3.25)
     epochs = range(1, curves["epochs"] + 1)
     left.semilogy(epochs, curves["loss"], label=f"gpuadam, float32 ({backend})")
     left.semilogy(epochs, curves["reference_loss"], "--", label="reference, float64")

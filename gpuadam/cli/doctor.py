@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import backends
-from . import contract, installed, output
+from ..terminal import output
+from . import contract, installed
 from .measuring import facts
 
 HELP = "what is installed, what works, how to mend it"
@@ -66,8 +67,7 @@ def _caches():
     cupy = os.environ.get("CUPY_CACHE_DIR") or str(Path("~/.cupy/kernel_cache").expanduser())
     caches = {"CuPy": {"folder": cupy, "writable": _writable(Path(cupy)), "fix": "set CUPY_CACHE_DIR"}}
     if "numba-cpu" in backends.available_backends():
-        from ..kernels import compiled_cache  # which imports Numba
-
+        (compiled_cache,) = output.need(None, "gpuadam.kernels.compiled_cache")  # not before: it imports Numba
         folder = compiled_cache.folder()
         caches["Numba"] = {"folder": folder or "(no folder)", "writable": folder is not None, "fix": "set NUMBA_CACHE_DIR"}
     return caches

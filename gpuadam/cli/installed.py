@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import backends, optimizer
-from ..checkpoint import saving as checkpoint
+import gpuadam
+
+from .. import backends
 from . import contract
 from .measuring import facts
 
@@ -43,16 +44,16 @@ def _checkpoints():
     param, _, *moments = contract.arrays_of(contract.CONTRACTS["float32"])
     saved = dict(zip(("m", "v", "max_v"), moments, strict=True))
     try:
-        opt = optimizer.Adam({"w": param}, amsgrad=True, backend="numba-cpu")
+        opt = gpuadam.Adam({"w": param}, amsgrad=True, backend="numba-cpu")
         for name, values in saved.items():
             opt.state["w"][name][...] = values
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "adam.safetensors")
             opt.save(path)
-            loaded = checkpoint.load(path, {"w": param}, backend="numba-cpu").state["w"]
+            loaded = gpuadam.load(path, {"w": param}, backend="numba-cpu").state["w"]
     except backends.BackendUnavailableError as error:
         return part(False, f"not tried: {error}", backends.backend_status()["numba-cpu"].fix)
-    except (OSError, checkpoint.CheckpointError) as error:
+    except (OSError, gpuadam.CheckpointError) as error:
         return part(False, f"a save and a load failed: {error}", "set TMPDIR to a folder that can be written, and has room")
     if all(np.array_equal(loaded[name].view("u4"), values.view("u4")) for name, values in saved.items()):
         return part(True, "state that was saved and loaded has the same bits")

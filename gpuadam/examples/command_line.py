@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ..backends import BackendUnavailableError, load
-from ..cli.arguments import whole, writable
-from ..cli.measuring import plots
-from ..cli.output import MissingExtraError, counted, need
+from ..terminal import figures
+from ..terminal.arguments import whole, writable
+from ..terminal.output import MissingExtraError, counted, need
 
 
 def parser(text, *, arrays="", plot="", **counts):
@@ -81,15 +81,15 @@ def steps(total, describe):
 def save_panels(path, shown, draw, title, **of_panels):
     """Write square panels side by side as PNG, and say where.
 
-    shown: title -> what is drawn. draw: called with a panel and that. of_panels: as in `plots.panels`.
+    shown: title -> what is drawn. draw: called with a panel and that. of_panels: as in `figures.panels`.
     """
-    figure, (axes,) = plots.panels(1, len(shown), width=3.2, height=3.5, **of_panels)
+    figure, (axes,) = figures.panels(1, len(shown), width=3.2, height=3.5, **of_panels)
     figure.suptitle(title, fontsize=12, fontweight="bold")
     for axis, (name, each) in zip(axes, shown.items(), strict=True):
         draw(axis, on_host(each))
         axis.set_title(name, loc="center", fontweight="normal")
         axis.set_axis_off()
-    plots.save(figure, path)
+    figures.save(figure, path)
     print(f"picture: {path}")
 
 

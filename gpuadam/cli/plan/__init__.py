@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from ... import planning
 from ...planning.prediction import of_shard
-from .. import output
-from ..measuring import facts, plots
+from ...terminal import figures, output
+from ..measuring import facts
 from . import machine as plan_machine
 from . import options as plan_options
 from . import plot, tables
@@ -31,7 +31,7 @@ def run(options):
     cut = [] if best or asked.auto else asked._replace(auto=True).predictions()
     tables.show(console, asked, predictions, best, planning.best(cut))
     if options.plot:
-        plots.save(plot.draw(asked), options.plot)
+        figures.save(plot.draw(asked), options.plot)
         console.print(f"plot: {options.plot}")
     output.write_json(options.json, as_json(asked, predictions, best, cut))
     return 0 if best else 1

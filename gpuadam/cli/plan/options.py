@@ -8,7 +8,7 @@ from pathlib import Path
 from ...planning.machines import MACHINES
 from ...planning.model import COLLECTIVES, MASTERS, PARAMS, STATES
 from ...planning.prediction import Settings
-from ..arguments import folder, number, whole, writable
+from ...terminal.arguments import folder, number, whole, writable
 
 CPU = "cpu"  # in the place of a kind of GPU
 LEAST = 1e-9  # a byte of a GB

@@ -5,7 +5,7 @@ models of many sizes, each by its fastest way and in as few pieces as let that w
 """
 
 from ... import planning
-from .. import output
+from ...terminal import figures, output
 from ..measuring import plots
 
 MOST = 100_000
@@ -18,7 +18,7 @@ NUMBERS = {"T": 10**12, "B": 10**9, "M": 10**6, "k": 10**3, "": 1}
 
 def draw(asked):
     """Return the figure."""
-    figure, axes = plots.panels(2, 2, width=7.6, height=4.2)
+    figure, axes = figures.panels(2, 2, width=7.6, height=4.2)
     pieces = asked.settings.model_parallel
     cut = ", the model in as few pieces as fit" if asked.auto else f", the model in {pieces:,} pieces" if pieces > 1 else ""
     _draw_ways(axes[:, 0], asked)
@@ -33,7 +33,7 @@ def draw(asked):
         memory.annotate(f"{limit:,.0f} GB of a device", (0.9, limit), (0, 4), textcoords="offset points", fontsize=8)
         memory.set_xlabel(f"devices: {asked.machine.name}")
     for axis, of_axis in zip(axes[:, 1], ends, strict=True):
-        plots.name_ends(axis, of_axis, at=0.915, fontsize=9, fontweight="bold")
+        figures.name_ends(axis, of_axis, at=0.915, fontsize=9, fontweight="bold")
     rates = "rates of data sheets" if asked.constants is None else "rates in part measured"
     note = f"{asked.formats}. Predicted from {rates}; no figure of a step is measured"
     figure.suptitle(note, fontsize=9, color="#555555", x=0.01, ha="left")
@@ -82,7 +82,7 @@ def _draw_ways(axes, asked):
 
 
 def _draw_sizes(axes, asked):
-    """Draw a line for each size; return the ends of the lines in each panel, as `plots.name_ends` takes them."""
+    """Draw a line for each size; return the ends of the lines in each panel, as `figures.name_ends` takes them."""
     ends: tuple[list, list] = [], []
     for n, color in zip(SIZES, COLORS, strict=True):
         predictions = best_of_size(asked, n)

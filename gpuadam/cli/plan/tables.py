@@ -2,7 +2,7 @@
 
 from ... import planning
 from ...planning import model
-from ..output import BYTES, SECONDS, scaled, table
+from ...terminal.output import BYTES, SECONDS, scaled, table
 
 # stages and roles, and the heads of their columns
 STAGES = {"all-reduce": "all-reduce", "reduce-scatter": "reduce", "all-gather": "gather", "update": "update"}
