@@ -43,10 +43,10 @@ def digest_on(name, contract):
     for form, scalars, key in steps_of(contract):
         for batch in batches:
             batch.launch(form, scalars, adam, batch.place(None), key)
-    updated = [kernels.to_host(a) for a in arrays]
+    found = [kernels.to_host(a) for a in arrays]
     for batch in batches:
         batch.release()
-    return digest_of(contract, updated)
+    return digest_of(contract, found)
 
 
 def steps_of(contract):
