@@ -1,6 +1,5 @@
 """The examples: each runs in small and finds what it looks for, and the gradients written by hand are gradients."""
 
-import io
 import os
 import re
 import subprocess
@@ -13,7 +12,6 @@ import pytest
 import gpuadam
 from gpuadam.examples import __main__ as listing
 from gpuadam.examples import command_line, digits, gaussians, thomson, tomography, torch_digits
-from gpuadam.terminal import output
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(listing.__file__).parent
@@ -220,23 +218,6 @@ def test_the_cuda_kernel_computes_what_the_loop_does(charges):
 
 
 # What the examples share
-
-
-def counted(terminal):
-    console = command_line.need("examples", "rich.console")[0].Console(file=io.StringIO(), force_terminal=terminal, width=60)
-    asked: list[int] = []
-    turns = list(output.counted(console, 100, lambda n: asked.append(n) or f"turn {n}", every=25))
-    assert turns == list(range(1, 101))
-    return asked, console.file.getvalue()
-
-
-def test_in_a_pipe_a_long_loop_prints_some_plain_lines():
-    assert counted(terminal=False) == ([25, 50, 75, 100], "turn 25\nturn 50\nturn 75\nturn 100\n")
-
-
-def test_on_a_terminal_a_long_loop_has_a_bar():
-    asked, shown = counted(terminal=True)
-    assert len(asked) == 50 and "turn 100" in shown and "100%" in shown
 
 
 def test_all_examples_are_listed_with_a_line_each():

@@ -42,7 +42,7 @@ def run(options):
 
 
 def _examine(name):
-    """Do the steps of the contract on a backend, and return what came of it."""
+    """Do the steps of the contract on a backend, and return the report on it."""
     status = backends.backend_status()[name]
     if not status.available:
         return installed.part(False, status.reason, status.fix) | {"bits": None, "steps": {}}

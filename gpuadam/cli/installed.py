@@ -35,7 +35,7 @@ def parts():
 
 
 def part(works, reason, fix=""):
-    """Return what a report says of a part. works: None if it is not installed. fix: how to mend it."""
+    """Return the report on a part. works: None if it is not installed. fix: how to mend it."""
     return {"works": works, "reason": reason, "fix": fix}
 
 

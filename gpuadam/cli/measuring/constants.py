@@ -66,16 +66,16 @@ def of_processor(backend, formats, seconds):
     ]
     numbers = {"bandwidth": 7 * 4 * LARGE / moving, "launch": launch, "rates": rates}
     numbers |= {"memory": _memory(backend), "cache": _cache() if on_cpu else 0}
-    return _of(backend, facts.of_backend(backend)) | numbers
+    return _processor(backend, facts.of_backend(backend)) | numbers
 
 
-def _of(backend, measured_on):
-    """Return what a processor's constants are of. measured_on: as in a row of `bench`."""
-    return {"name": measured_on["device"], "cores": measured_on["cores"], "date": measured_on["date"], "backend": backend}
+def _processor(backend, row):
+    """Return the part of a processor's constants that names it. row: a row of `bench`, or the facts in one."""
+    return {"name": row["device"], "cores": row["cores"], "date": row["date"], "backend": backend}
 
 
 def typical(times):
-    """Return the 20th percentile: other programs and machines only take away, and the fastest run of all is luck."""
+    """Return the 20th percentile: other programs only make a run slower, and the fastest run of all is luck."""
     return float(np.percentile(times, 20))
 
 
@@ -191,7 +191,7 @@ def _checked(constants, path):
 
 
 def of_bench(rows):
-    """Return the constants that rows of `bench --json` say: of float32 alone, and of no cache."""
+    """Return the constants that follow from rows of `bench --json`: of float32 alone, and of no cache."""
     constants = {}
     for backend in dict.fromkeys(row["backend"] for row in rows):
         of_float32 = [row for row in rows if row["backend"] == backend and row["dtype"] == "float32"]
@@ -205,7 +205,7 @@ def of_bench(rows):
         rates = [{"arrays": Arrays()._asdict(), "elements_per_second": rate}] if on_cpu else []
         numbers = {"bandwidth": largest["gb_per_s"] * 1e9, "launch": min(row["p50_us"] for row in steps) / 1e6}
         numbers |= {"rates": rates, "memory": None, "cache": 0}
-        constants["cpu" if on_cpu else "gpu"] = _of(backend, largest) | numbers
+        constants["cpu" if on_cpu else "gpu"] = _processor(backend, largest) | numbers
     return constants
 
 

@@ -1,4 +1,4 @@
-"""What a measurement was made on and with: the processor, the GPU, and the version of everything that has a say in it."""
+"""The facts of a measurement: the processor, the GPU, and the version of every package that can change the result."""
 
 import contextlib
 import datetime
@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def versions():
-    """Return {package: version} of all that can have a say in a result; None for a package that is not installed."""
+    """Return {package: version} of every package that can change a result; None for one that is not installed."""
     return {"gpuadam": __version__, "python": platform.python_version()} | versions_of(PACKAGES)
 
 
@@ -51,11 +51,10 @@ def _cpu_name():
 
 @functools.cache
 def of_backend(name):
-    """Return what a row says of the machine, of the GPU if the backend has one, and of the versions."""
+    """Return the facts in a row: of the machine, of the GPU if the backend has one, and the versions."""
     facts = machine()
     device, driver = _gpu(name) if backends.BACKENDS[name].memory == "CUDA" else (facts["cpu"], None)
-    ordered = {key: facts[key] for key in ("cpu", "cores", "system")}
-    return {"device": device, **ordered, "driver": driver, "date": facts["date"]} | versions()
+    return facts | {"device": device, "driver": driver} | versions()
 
 
 def _gpu(backend):

@@ -1,7 +1,7 @@
 """Timing, and the rows in which the benchmarks report: shared by `python -m gpuadam bench` and the scripts in benchmarks/.
 
-Contenders take turns in one run, in a new order each round: what else the machine does touches all of them, and none runs more
-often than another after one that empties the caches.
+Contenders take turns in one run, in a new order each round. So the machine's other work touches all of them alike, and each runs
+equally often after one that empties the caches.
 """
 
 import itertools
@@ -16,7 +16,7 @@ QUANTILES = (5, 20, 50, 80, 95)
 KERNEL, CALL = "gpuadam kernel + launch", "gpuadam.adam_step"
 LIMIT, TORCH_FUSED = "limit", "torch fused"
 MEASURED = ("samples", *(f"p{q:02}_us" for q in QUANTILES), "gb_per_s", "x_limit", "x_torch_fused", "peak_mb")
-# What identifies a row; what was measured; then what it was measured on and with.
+# The columns of a row: its identity, then its figures, then the facts of the measurement.
 IDENTITY = ("benchmark", "contender", "backend", "dtype", "elements", "arrays", "state", "clock")
 COLUMNS = (*IDENTITY, *MEASURED, "device", "cpu", "cores", "system", "driver", "date", *facts.versions())
 NUMBERS = {"elements", "arrays", "cores", *MEASURED}
@@ -74,9 +74,8 @@ def row(
 ):
     """Return one row of the report, with the machine and the versions in it.
 
-    state: in what state of caches, or of what, it was measured. clock: "host" or "device".
-    seconds: samples of the time. moved: bytes that a step moves, if its throughput is of interest.
-    peak_bytes: samples of the memory that was allocated at the peak.
+    state: of the caches, such as "warm". clock: "host" or "device". seconds: samples of the time.
+    moved: bytes that a step moves, if its throughput is of interest. peak_bytes: samples of the memory allocated at the peak.
     """
     identity = (benchmark, contender, backend, dtype, elements, arrays, state, clock)
     result = dict.fromkeys(COLUMNS) | facts.of_backend(backend) | dict(zip(IDENTITY, identity, strict=True))
@@ -92,7 +91,7 @@ def row(
 
 
 def add_ratios(rows):
-    """Fill in how many times the limit's time and torch fused's each row of one run took, by the medians."""
+    """Fill in the median of each row over the limit's, and over torch fused's, of the same run."""
     by_name = {row["contender"]: row["p50_us"] for row in rows}
     for column, base in (("x_limit", LIMIT), ("x_torch_fused", TORCH_FUSED)):
         if base in by_name:
