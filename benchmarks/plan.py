@@ -236,7 +236,7 @@ def _limits(kernels, folder):
         of_step.reserve(folder / name, FILE // 2)
         in_files[name] = np.memmap(folder / name, np.float32, "r+")
         in_files[name][...] = arrays[name]
-    maps = [(mapped.mapping_of(in_files[name], {}), in_files[name].ctypes.data) for name in ("m", "v")]
+    maps = [(mapped.mapping_of(in_files[name]), in_files[name].ctypes.data) for name in ("m", "v")]
     mapped.drop_mapped([in_files["m"], in_files["v"]])
     size = planning.SMALLEST_CHUNK // 8
     edges = [(start, min(start + size, n)) for start in range(0, n, size)]

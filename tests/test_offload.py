@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam.offload import chunks, folder, mapped, optimizer, pipeline, stages
+from gpuadam.offload import chunks, folder, mapped, pipeline, stages
 
 ODD = {"w": (301, 77), "empty": (0, 3), "b": (5,), "scalar": (), "u": (64, 33)}
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(optimizer, "SMALLEST_CHUNK", 1 << 12)
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 1 << 12)
 
 
 def arrays(seed=0, shapes=ODD, dtype="float32"):
@@ -499,11 +499,10 @@ def test_a_bar_is_shown_if_asked_for(tmp_path, capsys):
 # The chunk's way: pieces, stages, pages
 
 
-def job(sizes, moved, n):
-    operands = [
-        chunks.Operand(gpuadam.kernels.view.on_cpu("", np.zeros(0, f"u{size}")), True, True, False, None) for size in sizes
-    ]
-    return chunks.Job(operands, n, 0, None, moved)
+def job(sizes, copied, n):
+    views = [gpuadam.kernels.view.on_cpu("", np.zeros(0, f"u{size}")) for size in sizes]
+    operands = [chunks.Operand(view, True, True, False, None, of) for view, of in zip(views, copied, strict=True)]
+    return chunks.Job(operands, n, 0, None)
 
 
 def test_pieces_cover_every_element_once_in_order_and_fit():
@@ -516,7 +515,7 @@ def test_pieces_cover_every_element_once_in_order_and_fit():
                 assert piece.start == seen.get(id(piece.job), 0) and piece.start % 32 == 0 < piece.stop - piece.start
                 seen[id(piece.job)] = piece.stop
         assert [seen.get(id(one), 0) for one in jobs] == [one.size for one in jobs]
-    assert chunks.smallest(jobs) <= 320
+    assert max(one.least() for one in jobs) <= 320
 
 
 def test_large_arrays_are_cut_at_the_edges_of_large_pages_and_fill_their_chunks():
@@ -585,7 +584,7 @@ def test_an_error_of_a_stage_is_raised_and_no_thread_is_left(stage, error):
 
 def test_pages_that_are_dropped_keep_what_was_written(tmp_path):
     array = np.memmap(tmp_path / "file", np.uint8, "w+", shape=(1 << 20,))
-    part = mapped.mapping_of(np.asarray(array)[5:].reshape(-1), {})
+    part = mapped.mapping_of(np.asarray(array)[5:].reshape(-1))
     start = array.ctypes.data
     part.populate(start + 5, start + 300_000, writes=True)
     array[:] = 7
@@ -596,14 +595,14 @@ def test_pages_that_are_dropped_keep_what_was_written(tmp_path):
 def test_an_older_system_has_its_pages_touched_instead(tmp_path, monkeypatch):
     array = np.memmap(tmp_path / "file", np.uint8, "w+", shape=(1 << 20,))
     monkeypatch.setattr(mapped, "POPULATE", {False: 9999, True: 9999})
-    mapped.mapping_of(array, {}).populate(array.ctypes.data, array.ctypes.data + array.size, writes=True)
+    mapped.mapping_of(array).populate(array.ctypes.data, array.ctypes.data + array.size, writes=True)
 
 
 def test_a_private_map_is_ordinary_memory(tmp_path):
     (tmp_path / "file").write_bytes(bytes(4096))
-    assert mapped.mapping_of(np.memmap(tmp_path / "file", np.uint8, "c"), {}) is None
-    assert mapped.mapping_of(np.memmap(tmp_path / "file", np.uint8, "r"), {}) is not None
-    assert mapped.mapping_of(np.zeros(3), {}) is None
+    assert mapped.mapping_of(np.memmap(tmp_path / "file", np.uint8, "c")) is None
+    assert mapped.mapping_of(np.memmap(tmp_path / "file", np.uint8, "r")) is not None
+    assert mapped.mapping_of(np.zeros(3)) is None
 
 
 LIMITED = """

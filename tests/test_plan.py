@@ -623,13 +623,13 @@ def test_a_plan_imports_no_library_of_arrays_and_compiles_nothing():
 
 
 def test_what_is_planned_is_what_offload_does():
-    from gpuadam.offload import chunks, optimizer
+    from gpuadam.offload import chunks
 
     own = planning.SLOTS, planning.CHUNKS, planning.SMALLEST_CHUNK, planning.ALIGNMENT
-    assert own == (optimizer.SLOTS_ON_GPU, optimizer.CHUNKS, optimizer.SMALLEST_CHUNK, chunks.ALIGNMENT)
+    assert own == (chunks.SLOTS_ON_GPU, chunks.CHUNKS, chunks.SMALLEST_CHUNK, chunks.ALIGNMENT)
     widest = operands(Arrays("float64", "float64", "float64", amsgrad=True, param_copy="float64", ema="float64"))
     least = sum(chunks.aligned(operand.nbytes(storage.GROUP)) + chunks.ALIGNMENT for operand in widest)
-    assert optimizer.MOST_SLOTS * least <= planning.LEAST_BUDGET
+    assert chunks.MOST_SLOTS * least <= planning.LEAST_BUDGET
 
 
 @pytest.mark.exhaustive

@@ -1,10 +1,10 @@
-"""The bar of a long step, by rich."""
+"""The bar of a long step, by the package rich."""
 
 import contextlib
 
 
-def bars():
-    """Return a function that makes the bar of a step of so many elements: a context that gives what advances it."""
+def bar_by_rich():
+    """Return the context of a step's bar: it takes a number of elements, and gives the function that counts them."""
     try:
         import rich.progress
     except ModuleNotFoundError as error:
@@ -17,3 +17,8 @@ def bars():
             yield lambda n: progress.advance(task, n)
 
     return bar
+
+
+def no_bar(elements):
+    """Show nothing."""
+    return contextlib.nullcontext(lambda n: None)

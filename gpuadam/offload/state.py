@@ -1,48 +1,72 @@
-"""State in memory, and the first values of a master."""
+"""The arrays of state: how they lie in memory or in a file, and the copies that fill them."""
+
+import math
+from typing import NamedTuple
 
 import numpy as np
 
-from ..kernels import array_bytes
-from .chunks import ALIGNMENT, aligned
+from ..kernels import array_bytes, storage
+from .chunks import aligned, aligned_memory
 from .mapped import drop_mapped
 
 COPIED_AT_ONCE = 1 << 22  # elements
 
 
-def in_memory(kinds, gpu, device):
-    """Return parameter -> {kind: zeros}. kinds: as of a `Folder`. The memory is pinned if a GPU takes part, gpu: its kernels."""
-    arrays: dict = {}
-    for kind, of_parameters in kinds.items():
-        sizes = [int(np.prod(shape)) * dtype.itemsize for _, shape, dtype in of_parameters]
-        memory = _zeros(sum(map(aligned, sizes)) + ALIGNMENT, gpu, device)
-        at = -memory.ctypes.data % ALIGNMENT
-        for (name, shape, dtype), size in zip(of_parameters, sizes, strict=True):
-            arrays.setdefault(name, {})[kind] = memory[at : at + size].view(dtype).reshape(shape)
-            at += aligned(size)
-    return arrays
+class StateArray(NamedTuple):
+    """An array of a parameter's state."""
+
+    param: str  # the parameter's name
+    kind: str  # "m"
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _zeros(n_bytes, gpu, device):
-    if gpu is None:
-        return np.zeros(n_bytes, np.uint8)
-    with gpu.on(device or 0, None):
-        memory = gpu.pinned(n_bytes)
-    memory[:] = 0
-    return memory
+def laid_out(arrays, memory_of):
+    """Return parameter -> {kind: array}. The arrays of a kind lie one after the other, each at a multiple of ALIGNMENT.
+
+    arrays: StateArrays. memory_of(kind, n_bytes): the memory for all arrays of a kind, as an aligned array of bytes.
+    """
+    result: dict[str, dict[str, np.ndarray]] = {}
+    for kind in dict.fromkeys(array.kind for array in arrays):
+        of_kind = [array for array in arrays if array.kind == kind]
+        memory, start = memory_of(kind, sum(aligned(array.nbytes) for array in of_kind)), 0
+        for array in of_kind:
+            part = memory[start : start + array.nbytes]
+            result.setdefault(array.param, {})[kind] = part.view(array.dtype).reshape(array.shape)
+            start += aligned(array.nbytes)
+    return result
+
+
+def in_memory(arrays, gpu, device):
+    """Return parameter -> {kind: zeros}. If a GPU takes part the memory is pinned. gpu: the kernels of its backend, or None."""
+
+    def zeros(kind, n_bytes):
+        if gpu is None:
+            return aligned_memory(lambda n: np.zeros(n, np.uint8), n_bytes)
+        with gpu.on(device or 0, None):
+            memory = aligned_memory(gpu.pinned, n_bytes)
+        memory[:] = 0
+        return memory
+
+    return laid_out(arrays, zeros)
 
 
 def fill_master(master, view, kernels):
     """Set a float32 master to the numbers of a narrow parameter."""
     rest = master.reshape(-1)
     for chunk in array_bytes.chunks(kernels, view):
-        own = np.frombuffer(chunk, np.uint16)
-        to, rest = rest[: own.size], rest[own.size :]
-        to[:] = own.view(np.float16) if view.format == "float16" else (own.astype(np.uint32) << 16).view(np.float32)
-        drop_mapped([to])
+        narrow = np.frombuffer(chunk, np.float16)
+        part, rest = rest[: narrow.size], rest[narrow.size :]
+        part[:] = storage.widened(narrow, view.format)
+        drop_mapped([part])
 
 
 def copy(to, source):
-    """Copy an array into another, a part at a time: neither becomes the process's memory if it is in a file."""
+    """Copy an array into another, a part at a time, so that neither becomes the process's memory if it lies in a file."""
     to, source = to.reshape(-1), source.reshape(-1)
     for start in range(0, to.size, COPIED_AT_ONCE):
         part = slice(start, start + COPIED_AT_ONCE)
