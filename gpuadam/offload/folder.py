@@ -48,7 +48,7 @@ class Folder:
         try:
             self.existed = _check_content(self.path, description, self._kinds)  # again, now that no other process changes it
             if self.existed:
-                self.steps = _checked_steps(self.path / STEPS)
+                self.steps = _checked_marks(self.path / STEPS)
             else:
                 self.steps = {
                     "steps": 0,
@@ -148,7 +148,7 @@ def _plain_number(number):
 
 
 def reserve(path, n_bytes):
-    """Create a file of zeros. It takes its room on the disk now: a disk that is full in the midst of a step would end the process.
+    """Create a file of zeros. Its room on the disk is taken now: a full disk in the midst of a step would end the process.
 
     The zeros are written, too: Linux then has the file in large pieces of its page cache. Memory that is first touched here and
     there would have single pages for good, and steps would take twice as long.
@@ -168,9 +168,7 @@ def _locked(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise ValueError(
-            f"{path.parent} is the state of an optimizer that is open, here or in another process: close() it first"
-        ) from error
+        raise ValueError(f"{path.parent} is the state of an optimizer that is open: close() that one first") from error
     return file
 
 
@@ -209,43 +207,40 @@ def _read(path):
 def _check_same(path, there, here):
     """Refuse a folder whose description is not that of this optimizer. The error names the first difference."""
     if there.get("layout") != LAYOUT:
-        raise ValueError(
-            f"{path} has a layout of files, {there.get('layout')!r}, that this version does not know: it writes {LAYOUT}"
-        )
-    options, params = there.get("options"), there.get("parameters")
-    if not all(
-        isinstance(table, dict) for table in (options, params, *(params.values() if isinstance(params, dict) else ()))
-    ):
-        raise ValueError(f"{path / STATE} does not say what the state belongs to: {DAMAGED}")
-    for key, value in here["options"].items():
-        if options.get(key) != value:
+        raise ValueError(f"{path} has files of a layout that is unknown here: {there.get('layout')!r}, not {LAYOUT}")
+    try:
+        facts = _facts(there)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / STATE} does not say what the state belongs to: {DAMAGED}") from error
+    for fact, value in _facts(here).items():
+        if facts.get(fact) != value:
             raise ValueError(
-                f"the state in {path} was made with {key}={options.get(key)!r}, this optimizer with {key}={value!r}: give the "
+                f"the state in {path} was made with {fact}={facts.get(fact)!r}, this optimizer with {fact}={value!r}: give the "
                 "same, or another folder"
             )
-    names, names_here = list(params), list(here["parameters"])
-    if names != names_here:
-        missing, extra = [n for n in names_here if n not in names], [n for n in names if n not in names_here]
-        what = f"not there {missing}, only there {extra}" if missing or extra else "they are the same in another order"
-        raise ValueError(f"the state in {path} is of parameters with other names: {what}")
-    for name, key in ((name, key) for name in names for key in here["parameters"][name]):
-        was, is_here = params[name].get(key), here["parameters"][name][key]
-        if was != is_here:
-            raise ValueError(f"the state in {path} is of a params[{name!r}] with {key} {was}; here it has {is_here}")
 
 
-def _checked_steps(path):
-    """Return the marks in steps.json, or refuse state that cannot be relied on."""
+def _facts(description):
+    """Return all that optimizers of the same state have in common, by the names for error messages."""
+    params = description["parameters"]
+    of_params = {f"params[{name!r}].{key}": value for name, param in params.items() for key, value in param.items()}
+    return {**description["options"], "the names of parameters": list(params), **of_params}
+
+
+def _checked_marks(path):
+    """Return what steps.json says, or refuse state that cannot be relied on."""
     marks = _read(path)
-    types = {"steps": int, "behind": dict, "under_way": bool, "unflushed": str | None}
-    known = all(key in marks and isinstance(marks[key], kind) for key, kind in types.items())
-    if not known or not all(type(n) is int and n >= 0 for n in (marks["steps"], *marks["behind"].values())):
+    try:
+        counts = marks["steps"], *marks["behind"].values()
+    except (AttributeError, KeyError):
+        counts = (None,)
+    if not all(type(n) is int and n >= 0 for n in counts) or not {"under_way", "unflushed"} <= marks.keys():
         raise ValueError(f"{path} does not say how many steps were taken: {DAMAGED}")
     if marks["under_way"]:
         raise ValueError(f"a step on the state in {path.parent} was cut short: {TORN}")
     if marks["unflushed"] not in (None, _boot()):
         raise ValueError(
-            f"the state in {path.parent} was not flushed before the machine stopped (or on another machine), so some of it may not "
-            f"have reached the disk: {TORN}. flush() or close() make it safe"
+            f"the state in {path.parent} was not flushed before the machine stopped (or on another machine), so some of it may "
+            f"not have reached the disk: {TORN}. flush() or close() make it safe"
         )
     return marks

@@ -1,7 +1,7 @@
-"""Files that are mapped into memory: their pages come before they are used and go afterwards, so that a process holds few of them.
+"""Files that are mapped into memory: pages come before they are used and go afterwards, so that a process holds few of them.
 
-The pages of a mapped file that a process has touched count as its memory. `Mapping.populate` brings pages in, ahead of the update
-and in a thread of its own. `Mapping.drop` takes them out of the process again, and the system writes the changed ones to the disk.
+The pages of a mapped file that a process has touched count as its memory. `Mapping.populate` brings pages in, ahead of the
+update and in a thread of its own. `Mapping.drop` takes them out of the process again; the system writes the changed ones to disk.
 """
 
 import ctypes
@@ -43,9 +43,10 @@ class Mapping(NamedTuple):
         np.frombuffer(self.map, np.uint8, end - start, start - self.start)[::PAGE].max()
 
     def drop(self, start, end):
-        """Take the memory between two addresses out of the process. Neighbours that go with it come back when they are touched."""
+        """Take the memory between two addresses out of the process. Neighbours that go with it come back when touched."""
         if _libc:
-            self._advise(*self._around(start, end, AROUND), mmap.MADV_DONTNEED)
+            start, end = self._around(start, end, AROUND)
+            self._advise(start, end, mmap.MADV_DONTNEED)
 
     def _around(self, start, end, boundary):
         start, end = start - self.start, end - self.start
@@ -90,6 +91,10 @@ class Extent(NamedTuple):
     end: int
     writes: bool  # whether it is written, or only read
 
+    def reaches(self, other):
+        """Whether an extent that does not begin before this one touches it, or nearly."""
+        return (self.mapping, self.writes) == (other.mapping, other.writes) and other.start <= self.end + PAGE
+
 
 def merged(extents):
     """Return fewer Extents: those of one file that touch, or nearly do, become one.
@@ -101,10 +106,8 @@ def merged(extents):
     """
     result: list[Extent] = []
     for extent in sorted(extents, key=operator.attrgetter("writes", "start")):
-        last = result[-1] if result else None
-        same = last and (last.mapping, last.writes) == (extent.mapping, extent.writes)
-        if same and extent.start <= last.end + PAGE:
-            result[-1] = last._replace(end=max(last.end, extent.end))
-        else:
-            result.append(extent)
+        if result and result[-1].reaches(extent):
+            last = result.pop()
+            extent = last._replace(end=max(last.end, extent.end))
+        result.append(extent)
     return result
