@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .state import laid_out
+from .state import Store, laid_out
 
 try:
     import fcntl
@@ -31,7 +31,7 @@ TORN = f"the parameters and this state are of two different steps. {MEND}"
 DAMAGED = f"the state is damaged. {MEND}"
 
 
-class Folder:
+class Folder(Store):
     """The files of an optimizer. They are created, or opened if they are there; `existed` says which.
 
     description: a dict for state.json. arrays: the StateArrays to keep.
@@ -39,6 +39,7 @@ class Folder:
 
     def __init__(self, path, description, arrays):
         self.path = Path(path).resolve()  # which stays when the working directory becomes another
+        self.place = f"files in {self.path}"
         description = json.loads(json.dumps(description, default=_plain_number))
         self._kinds, self._maps = {array.kind for array in arrays}, []
         if self.path.exists():
@@ -47,27 +48,22 @@ class Folder:
         self._lock, self._process = _locked(self.path / LOCK), os.getpid()
         try:
             self.existed = _check_content(self.path, description, self._kinds)  # again, now that no other process changes it
-            if self.existed:
-                self.steps = _checked_marks(self.path / STEPS)
-            else:
-                self.steps = {
-                    "steps": 0,
-                    "behind": {},
-                    "under_way": True,
-                    "unflushed": _boot(),
-                }  # until the arrays are filled
+            # under way until the arrays are filled
+            new = {"steps": 0, "behind": {}, "under_way": True, "unflushed": _boot()}
+            self.marks = _checked_marks(self.path / STEPS) if self.existed else new
             self.arrays = laid_out(arrays, self._memory_of)
             if not self.existed:
-                self._write(STEPS, self.steps)
+                self._write(STEPS, self.marks)
                 self._write(STATE, description)  # last: with it the folder is complete
         except BaseException:
             self._free()
             raise
 
-    @property
-    def is_of_this_process(self):
-        """Whether this process opened the folder, and is not one that was forked from the process that did."""
-        return self._process == os.getpid()
+    def check_open(self):
+        if self._lock.closed:
+            raise ValueError("this optimizer is closed: make another with the same folder, which continues where it was")
+        if self._process != os.getpid():
+            raise ValueError(f"this process was forked from the one that opened {self.path}, which alone can take steps")
 
     def _memory_of(self, kind, n_bytes):
         """Return the bytes of the file of a kind, mapped into memory."""
@@ -89,16 +85,15 @@ class Folder:
         return self._maps[-1]
 
     def begin(self):
-        """Mark the state as changing, until `end`."""
         # after a power cut the disk must say "unflushed" if anything was changed since the last flush
-        self._mark(durable=self.steps["unflushed"] is None, under_way=True, unflushed=_boot())
+        self._mark(durable=self.marks["unflushed"] is None, under_way=True, unflushed=_boot())
+        super().begin()
 
     def end(self, steps, behind):
-        """Note how many steps were taken. behind: name -> the number of steps of each parameter that took another number."""
         self._mark(durable=False, steps=steps, behind=behind, under_way=False)
+        super().end(steps, behind)
 
     def flush(self):
-        """Wait until the files are on the disk."""
         for whole in self._maps:
             whole.flush()
         self._mark(durable=True, unflushed=None)
@@ -110,22 +105,22 @@ class Folder:
         """
         if not self._lock.closed:
             try:
-                if self.is_of_this_process:
+                if self._process == os.getpid():
                     self.flush()
             finally:
                 self._free()
 
     def _free(self):
-        if fcntl and self.is_of_this_process:
+        if fcntl and self._process == os.getpid():
             fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing it would leave the lock to processes that were forked meanwhile
         self._lock.close()
 
     def _mark(self, durable, **changes):
-        """Change steps.json. If it cannot be written, `steps` stays what it was."""
-        steps = self.steps | changes
-        if durable or steps != self.steps:
-            self._write(STEPS, steps, durable)
-            self.steps = steps
+        """Change steps.json. If it cannot be written, `marks` stay what they were."""
+        marks = self.marks | changes
+        if durable or marks != self.marks:
+            self._write(STEPS, marks, durable)
+            self.marks = marks
 
     def _write(self, name, content, durable=True):
         path = self.path / name

@@ -8,11 +8,11 @@ from .mapped import mapping_of
 from .stages import Launch
 
 
-def jobs_of(updates, on_device, masters, backend):
+def jobs_of(updates, state, on_device, backend):
     """Check all arrays of a step, and return its Jobs. updates: `functional.Updates`.
 
-    on_device: whether the update runs on a GPU. masters: the names of the parameters that are copies of a master. backend: of the
-    caller's arrays, or None.
+    state: name -> the state of the parameter. If it has a master, the master is updated, and the parameter is its copy.
+    on_device: whether the update runs on a GPU. backend: of the caller's arrays, or None.
     """
     jobs: list[Job] = []
     written: list[View] = []
@@ -20,9 +20,10 @@ def jobs_of(updates, on_device, masters, backend):
     for group in updates:
         zero_grad = group.h.fixed.zero_grad
         launches: dict[storage.Arrays, Launch] = {}
-        for n, arrays in enumerate(zip(*group.columns, strict=True)):
-            named = dict(zip(group.operands, functional.labelled(arrays, group.operands, group.names[n]), strict=True))
-            views = _views(named, group.names[n] in masters, zero_grad, backend)
+        for n, (name, (param, *others)) in enumerate(zip(group.names, zip(*group.columns, strict=True), strict=True)):
+            arrays = [state[name].get("master", param), *others]
+            named = dict(zip(group.operands, functional.labelled(arrays, group.operands, name), strict=True))
+            views = _views(named, "master" in state[name], zero_grad, backend)
             (written if zero_grad else read).append(views["grad"])
             written += [view for operand, view in views.items() if operand != "grad"]
             formats = functional.formats_of(views, group)
@@ -31,7 +32,7 @@ def jobs_of(updates, on_device, masters, backend):
                 key = device_scalars.step_key(group.seed, group.step) if formats.random else 0
                 launches[formats] = Launch(formats, form, scalars, key)
             operands = []
-            in_memory, _ = bare(list(arrays))
+            in_memory, _ = bare(arrays)
             for kind, view, array in zip(storage.operands(formats, zero_grad), views.values(), in_memory, strict=True):
                 copied = on_device == (view.device is None)
                 operands.append(Operand(view, kind.loads, kind.stores, kind.of_groups, mapping_of(array), copied))
@@ -46,7 +47,7 @@ def _views(named, has_master, zero_grad, backend):
         checks.given(label, array)
     callers = [operand for operand in named if operand in ("grad", "param_copy") or (operand == "param" and not has_master)]
     state = [operand for operand in named if operand not in callers]
-    views = {}
+    views: dict[str, View] = {}
     for operands, of_backend in ((callers, backend), (state, "numba-cpu")):
         views |= zip(operands, backends.choose([named[operand] for operand in operands], of_backend)[1], strict=True)
     for view in views.values():

@@ -13,12 +13,12 @@ from ..kernels import array_bytes
 from ..kernels.storage import GROUP
 from ..kernels.view import Bits, bare
 from ..optimizer import IN_MEMORY, OF_GROUPS, Adam
-from . import state as state_
 from .folder import LAYOUT, Folder
 from .jobs import check_contiguous, jobs_of
 from .mapped import drop_mapped
 from .progress import bar_by_rich, no_bar
 from .runner import TORN, Runner
+from .state import StateArray, Store, copy, fill_master
 
 TRIAL = 1 << 22  # elements of the update by which the faster side is found
 # The options that decide what the numbers of state mean: a folder of state belongs to an optimizer with the same ones
@@ -76,16 +76,14 @@ class OffloadAdam(Adam):
         budget=1 << 28,
         update="auto",
         master=None,
-        param_copies=None,
-        capturable=False,
         progress=False,
         **options,
     ):
-        if capturable:
+        if options.get("capturable"):
             raise ValueError("OffloadAdam cannot be capturable: its steps are many launches and copies that the host orders")
         if master is not None:
             checks.one_of(("float32", "remainder"), "master", master)
-        if master == "float32" and param_copies is not None:
+        if master == "float32" and options.get("param_copies") is not None:
             raise ValueError("with master='float32' the parameters are the copies: leave param_copies out")
         if master == "float32" and options.get("stochastic_rounding"):
             raise ValueError("with a float32 master nothing of a parameter is lost: leave stochastic_rounding out")
@@ -96,17 +94,15 @@ class OffloadAdam(Adam):
         self._update = checks.one_of(("auto", "device", "host"), "update", update)
         self._decoupled = checks.flag("decoupled", decoupled)
         self._master, self._state_in, self._amsgrad = master, state, options.get("amsgrad", False)
-        self._folder: Folder | None = None
-        self._cut_short = False
         bar = bar_by_rich() if checks.flag("progress", progress) else no_bar
-        of_adam = options | {"master": master if master == "remainder" else None, "param_copies": param_copies}
-        super().__init__(params, lr, betas, eps, weight_decay, **of_adam)
+        of_adam = master if master == "remainder" else None
+        super().__init__(params, lr, betas, eps, weight_decay, master=of_adam, **options)
         self._state_backend = "numba-cpu"
-        if self._folder and self._folder.existed:
-            self.steps = self._folder.steps["steps"]
+        if self._store.existed:
+            self.steps = self._store.marks["steps"]
             for name, arrays in self.state.items():
-                arrays["step"] = self._folder.steps["behind"].get(name, self.steps)
-        like_this = options | {"decoupled": self._decoupled, "budget": int(budget), "master": master}
+                arrays["step"] = self._store.marks["behind"].get(name, self.steps)
+        like_this = options | {"decoupled": self._decoupled, "budget": int(budget), "master": master, "param_copies": None}
         on_device, self._why = self._chosen_side(like_this)
         self._runner = Runner(self._gpu, self._device, on_device, int(budget), bar)
 
@@ -123,20 +119,19 @@ class OffloadAdam(Adam):
                 kept["master"] = "float32"
             for kind, format in kept.items():
                 shape = (-(-view.size // GROUP),) if kind in OF_GROUPS else view.shape
-                wanted.append(state_.StateArray(name, kind, shape, np.dtype(IN_MEMORY.get(format, format))))
+                wanted.append(StateArray(name, kind, shape, np.dtype(IN_MEMORY.get(format, format))))
         if self._state_in == "memory":
-            arrays = state_.in_memory(wanted, self._gpu, self._device)
+            self._store = Store(wanted, self._gpu, self._device)
         else:
-            self._folder = Folder(self._state_in, self._description(views), wanted)
-            self._closing = weakref.finalize(self, self._folder.close)
-            arrays = self._folder.arrays
-        if not (self._folder and self._folder.existed):
-            for name, (kernels, view, _) in zip(self.state, views, strict=True):
-                if "master" in arrays[name]:
-                    state_.fill_master(arrays[name]["master"], view, kernels)
-            if self._folder:
-                self._folder.end(0, {})
-        return [arrays[name] for name in self.state]
+            self._store = Folder(self._state_in, self._description(views), wanted)
+            weakref.finalize(self, self._store.close)
+        arrays = [self._store.arrays[name] for name in self.state]
+        if not self._store.existed:
+            for of_param, (kernels, view, _) in zip(arrays, views, strict=True):
+                if "master" in of_param:
+                    fill_master(of_param["master"], view, kernels)
+            self._store.end(0, {})
+        return arrays
 
     def _description(self, views):
         """Return what the state in files belongs to, for `Folder`."""
@@ -169,10 +164,8 @@ class OffloadAdam(Adam):
             return None, None
         names = [name for name in backends.available_backends() if backends.BACKENDS[name].memory == "CUDA"]
         if not names and self._update == "device":
-            raise backends.BackendUnavailableError(
-                "update='device' needs a GPU, and no backend for one is available here: `python -m gpuadam doctor` says why. "
-                "update='host' needs none"
-            )
+            why = "update='device' needs a GPU, and none can be used here: `python -m gpuadam doctor` says why"
+            raise backends.BackendUnavailableError(why)
         return (backends.load(names[0]) if names else None), None
 
     def _chosen_side(self, like_this):
@@ -203,53 +196,26 @@ class OffloadAdam(Adam):
         """Return a text: how much state there is and where, where the update runs and why, and the chunks of the last step."""
         arrays = [array for state in self.state.values() for key, array in state.items() if key != "step"]
         n = sum(state["m"].size for state in self.state.values())
-        memory = "pinned memory" if self._gpu else "memory"
-        place = f"files in {self._folder.path}" if self._folder else memory
-        runner = self._runner
+        n_bytes = sum(array.nbytes for array in arrays)
         lines = [
-            f"{len(self.state)} parameters of {n:,} elements, {sum(array.nbytes for array in arrays):,} bytes of state in {place}",
-            f"updated on the {'device' if runner.on_device else 'host'}: {self._why}",
+            f"{len(self.state)} parameters of {n:,} elements, {n_bytes:,} bytes of state in {self._store.place}",
+            f"updated on the {'device' if self._runner.on_device else 'host'}: {self._why}",
         ]
-        if runner.stages:
-            lines.append(
-                f"the last step in {runner.n_chunks} chunks of up to {runner.stages.room:,} bytes, {runner.slots} of them under way "
-                "at once"
-            )
-        return "\n".join(lines)
+        return "\n".join(lines + self._runner.describe())
 
     # A step
 
     def step(self, grads=OF_PARAMS, **options):
         """Update every parameter that has a gradient, in place. As `Adam.step`, but on a GPU too it returns when all is done."""
-        self._check_open()
-        if self._cut_short:
+        self._store.check_open()
+        if self._store.changing:
             raise ValueError(f"a step before this one was cut short: {TORN}")
         super().step(grads, **options)
         self._end()
 
-    def _begin(self):
-        """Note, here and in the folder, that the state is about to change."""
-        if self._folder:
-            self._folder.begin()
-        self._cut_short = True
-
     def _end(self):
-        """Note that parameters and state are of one step."""
-        if self._folder:
-            counts = {
-                name: int(state["step"]) for name, state in self.state.items()
-            }  # a caller may have set NumPy's integers
-            self._folder.end(int(self.steps), {name: n for name, n in counts.items() if n != self.steps})
-        self._cut_short = False
-
-    def _check_open(self):
-        if self._folder and not self._closing.alive:
-            raise ValueError("this optimizer is closed: make another with the same folder, which continues where it was")
-        if self._folder and not self._folder.is_of_this_process:
-            raise ValueError(
-                f"this process was forked from the one that opened {self._folder.path}, whose files both would write: make the "
-                "optimizer in the process that takes the steps"
-            )
+        counts = {name: int(state["step"]) for name, state in self.state.items()}  # a caller may have set NumPy's integers
+        self._store.end(int(self.steps), {name: n for name, n in counts.items() if n != self.steps})
 
     def _conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):
         present = [grad for grads in grads_of_groups for grad in grads if grad is not None]
@@ -266,15 +232,10 @@ class OffloadAdam(Adam):
             return array_bytes.number(kernels, view)
         return number
 
-    def _updates(self, h, step, params, grads, names, kind, now=None):
-        params = [self.state[name].get("master", param) for name, param in zip(names, params, strict=True)]
-        return super()._updates(h, step, params, grads, names, kind, now)
-
     def _check(self, updates, stream):
         if stream is not None and self._device is None:
             raise TypeError("stream is for parameters on a GPU; these are on the CPU, which has no streams")
-        masters = {name for name, state in self.state.items() if "master" in state}
-        return jobs_of(updates, self._runner.on_device, masters, self.backend)
+        return jobs_of(updates, self.state, self._runner.on_device, self.backend)
 
     def _leave_out(self, updates, stream):
         super()._leave_out(updates, stream)
@@ -283,7 +244,7 @@ class OffloadAdam(Adam):
                 self._gpu.synchronize()
 
     def _launch(self, updates, stream):
-        self._runner.run(self._check(updates, stream), stream, self._begin)
+        self._runner.run(self._check(updates, stream), stream, self._store.begin)
         for group in updates:
             torch_tensors.wrote(group.written())
 
@@ -291,28 +252,25 @@ class OffloadAdam(Adam):
 
     def load_state_dict(self, state_dict):
         """Copy a `state_dict()`, of this class or, but for a float32 master, of `Adam` on the CPU, into this optimizer."""
-        self._check_open()
+        self._store.check_open()
         super().load_state_dict(state_dict)
         self._end()
 
     def _copy_state(self, copies):
-        n_arrays = sum(len(state) - 1 for state in self.state.values())
-        if self._cut_short and len(copies) < n_arrays:
+        if self._store.changing and len(copies) < sum(len(state) - 1 for state in self.state.values()):
             raise ValueError("a step was cut short, and this is the state that it left: load a checkpoint")
-        self._begin()
+        self._store.begin()
         for _, to, source in copies:
-            state_.copy(to.array, source.array)
+            copy(to.array, source.array)
 
     def flush(self):
         """Wait until the state in files is on the disk."""
-        self._check_open()
-        if self._folder:
-            self._folder.flush()
+        self._store.check_open()
+        self._store.flush()
 
     def close(self):
         """Flush the files and free the folder. No step can follow."""
-        if self._folder:
-            self._closing()
+        self._store.close()
 
     def __enter__(self):
         return self

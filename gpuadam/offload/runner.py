@@ -23,6 +23,13 @@ class Runner:
         self.stages = None
         self.n_chunks = 0  # of the last step
 
+    def describe(self):
+        """Return lines on the last step, if there was one."""
+        if not self.n_chunks:
+            return []
+        size = f"{self.n_chunks} chunks of up to {self.stages.room:,} bytes"
+        return [f"the last step in {size}, {self.slots} of them under way at once"]
+
     def run(self, jobs, stream, begin):
         """Run the jobs of a step, and return when they are done. begin(): is called when nothing can be refused any more.
 

@@ -1,7 +1,7 @@
 """The arrays of state: how they lie in memory or in a file, and the copies that fill them."""
 
 import math
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -41,18 +41,48 @@ def laid_out(arrays, memory_of):
     return result
 
 
-def in_memory(arrays, gpu, device):
-    """Return parameter -> {kind: zeros}. If a GPU takes part the memory is pinned. gpu: the kernels of its backend, or None."""
+class Store:
+    """The state of an optimizer, in memory. A `Folder` is one whose memory is files.
 
-    def zeros(kind, n_bytes):
-        if gpu is None:
-            return aligned_memory(lambda n: np.zeros(n, np.uint8), n_bytes)
-        with gpu.on(device or 0, None):
-            memory = aligned_memory(gpu.pinned, n_bytes)
-        memory[:] = 0
-        return memory
+    arrays: the StateArrays to keep, which begin at zero. gpu: the kernels of the backend of a GPU that takes part, for which the
+    memory is pinned, or None. device: the GPU's number, or None.
 
-    return laid_out(arrays, zeros)
+    Attributes: `arrays`, parameter -> {kind: array}; `place`, a text; `changing`, whether the state is in the midst of a step;
+    `existed`, whether the state is that of an earlier optimizer, whose step counts are in `marks` then.
+    """
+
+    existed = changing = False
+    marks: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, arrays, gpu, device):
+        self.place = "memory" if gpu is None else "pinned memory"
+
+        def zeros(kind, n_bytes):
+            if gpu is None:
+                return aligned_memory(lambda n: np.zeros(n, np.uint8), n_bytes)
+            with gpu.on(device or 0, None):
+                memory = aligned_memory(gpu.pinned, n_bytes)
+            memory[:] = 0
+            return memory
+
+        self.arrays = laid_out(arrays, zeros)
+
+    def check_open(self):
+        """Raise ValueError if the state cannot be changed any more."""
+
+    def begin(self):
+        """Note that the state is about to change."""
+        self.changing = True
+
+    def end(self, steps, behind):
+        """Note that so many steps were taken. behind: name -> the steps of each parameter that took another number of them."""
+        self.changing = False
+
+    def flush(self):
+        """Wait until the state is where it outlasts the process."""
+
+    def close(self):
+        """Flush the state, and let another optimizer have it."""
 
 
 def fill_master(master, view, kernels):
