@@ -40,13 +40,24 @@ class Mapping(NamedTuple):
             except OSError as error:
                 if error.errno != errno.EINVAL:  # of an older Linux
                     raise
-        np.frombuffer(self.map, np.uint8, end - start, start - self.start)[::PAGE].max()
+        self._bytes(start, end)[::PAGE].max()
 
     def drop(self, start, end):
         """Take the memory between two addresses out of the process. Neighbours that go with it come back when touched."""
         if _libc:
             start, end = self._around(start, end, AROUND)
             self._advise(start, end, mmap.MADV_DONTNEED)
+
+    def copy(self, start, memory, writes):
+        """Copy between the map, from an address on, and other memory, an array of bytes. writes: into the map."""
+        self.populate(start, start + memory.size, writes)
+        of_file = self._bytes(start, start + memory.size)
+        to, source = (of_file, memory) if writes else (memory, of_file)
+        to[:] = source
+        self.drop(start, start + memory.size)
+
+    def _bytes(self, start, end):
+        return np.frombuffer(self.map, np.uint8, end - start, start - self.start)
 
     def _around(self, start, end, boundary):
         start, end = start - self.start, end - self.start

@@ -21,13 +21,13 @@ class Runner:
         if not on_device:
             self.slots = min(max(backends.load("numba-cpu").n_threads(), 2), chunks.MOST_SLOTS)
         self.stages = None
-        self.n_chunks = 0  # of the last step
+        self.n_chunks = self.room = 0  # of the last step
 
     def describe(self):
         """Return lines on the last step, if there was one."""
-        if not self.n_chunks:
+        if self.stages is None:
             return []
-        size = f"{self.n_chunks} chunks of up to {self.stages.room:,} bytes"
+        size = f"{self.n_chunks} chunks of up to {self.room:,} bytes"
         return [f"the last step in {size}, {self.slots} of them under way at once"]
 
     def run(self, jobs, stream, begin):
@@ -39,7 +39,7 @@ class Runner:
         room = chunks.room_of(jobs, self.budget, self.slots)
         work = list(chunks.cut(jobs, room))
         stages = self._stages_for(jobs, room)
-        self.n_chunks, stages.alone = len(work), len(work) == 1
+        self.n_chunks, self.room, stages.alone = len(work), room, len(work) == 1
         for one in self._streams_before(jobs, stream):
             stages.after(one)
         begin()

@@ -1,8 +1,8 @@
-"""The stages of a chunk: fetch, update, store. `OnHost` has those of an update by the CPU, `OnDevice` those of an update by a GPU.
+"""The stages of a chunk: `fetch`, `update` and `store`. `OnHost` updates by the CPU, `OnDevice` by a GPU.
 
 Arrays that are already on the updating side are updated in place. The others are copied there and back, through the memory of a
-slot. On the host, files are mapped before the update and let go after it. Each slot has a stream of its own, so that a copy to the
-GPU, a kernel and a copy from it, of three chunks, run at once.
+slot. On the host, the pages of files are brought in before the update and let go after it. Each slot has a stream of its own, so
+that a copy to the GPU, a kernel and a copy from it, of three chunks, run at once.
 """
 
 import contextlib
@@ -25,25 +25,12 @@ from .mapped import Extent, merged
 
 
 class Launch(NamedTuple):
-    """The arguments of a kernel that all updates of a launch share."""
+    """What the updates have in common that one launch can make."""
 
     formats: Arrays
     form: Form
     scalars: Any
     key: int  # of the step, for random rounding
-
-    def run(self, kernels, updates, place):
-        kernel = kernels.name, self.form, len(updates) > 1
-        with contextlib.nullcontext() if kernel in _compiled else _compiling:
-            for batch in kernels.batches(updates, self.formats):
-                batch.launch(self.form, self.scalars, adam, place, self.key)
-                batch.release()
-        _compiled.add(kernel)
-
-
-# The first launch of a kernel compiles it. Without the lock several threads would do so at once.
-_compiled: set = set()
-_compiling = threading.Lock()
 
 
 class Slot(NamedTuple):
@@ -71,8 +58,10 @@ class Stages:
     gpu: the kernels of the GPU's backend, or None if no array is on a GPU. device: its number. room: the bytes of a chunk. slots:
     how many chunks are under way at once. files: whether some arrays lie in files.
 
-    A subclass has `new_slot()` and the stages `fetch`, `update` and `store`, which take a chunk and the number of its slot.
+    A subclass has the stages. Each takes a chunk and the number of its slot.
     """
+
+    on_gpu: bool  # whether updates run on the GPU
 
     def __init__(self, gpu, device, room, slots, files):
         self.gpu, self.device, self.room, self.files = gpu, device, room, files
@@ -80,9 +69,15 @@ class Stages:
         self.slots = [Slot()] * slots
         if gpu:
             with gpu.on(device, None):
-                self.slots = [self.new_slot() for _ in range(slots)]
+                self.slots = [self._new_slot() for _ in range(slots)]
                 # a pool may give out memory that is still in use by work on the current stream
                 self.after(gpu.current_stream() or LEGACY_DEFAULT)
+
+    def _new_slot(self):
+        gpu_owner, address = self.gpu.device_bytes(self.room + ALIGNMENT) if self.on_gpu else (None, 0)
+        pinned = aligned_memory(self.gpu.pinned, self.room) if self.files or not self.on_gpu else None
+        stream_owner, stream = self.gpu.new_stream()
+        return Slot(stream_owner, stream, pinned, gpu_owner, aligned(address))
 
     def after(self, stream):
         """Let the copies and updates that follow wait for the work on a stream."""
@@ -99,25 +94,32 @@ class Stages:
 
     def parts(self, chunk, number):
         """Return (piece, Parts of its operands) for each piece of a chunk. The copies lie one after the other in the slot."""
-        slot, offset, found = self.slots[number], 0, []
+        slot, offset, parts_of_pieces = self.slots[number], 0, []
         for piece in chunk:
             parts = []
             for operand in piece.job.operands:
                 array = host = gpu = operand.part(piece.start, piece.stop)
                 if operand.copied:
-                    if slot.pinned is not None and (array.device is not None or operand.mapping):
+                    if not self.on_gpu or operand.mapping:
                         pointer = slot.pinned.ctypes.data + offset
                         host = array._replace(array=slot.pinned, pointer=pointer, device=None, stream=None)
-                    if array.device is None:
+                    if self.on_gpu:
                         pointer = slot.gpu_address + offset
                         gpu = array._replace(array=slot.gpu_owner, pointer=pointer, device=self.device, stream=None)
                     offset += aligned(array.nbytes)
                 parts.append(Part(operand, array, host, gpu))
-            found.append((piece, parts))
-        return found
+            parts_of_pieces.append((piece, parts))
+        return parts_of_pieces
 
-    def copies(self, chunk, number):
-        """Return the Parts that are copied."""
+    def loaded(self, chunk, number):
+        """Return the Parts to copy before the update."""
+        return [part for part in self._copies(chunk, number) if part.operand.loads]
+
+    def stored(self, chunk, number):
+        """Return the Parts to copy back after the update."""
+        return [part for part in self._copies(chunk, number) if part.operand.stores]
+
+    def _copies(self, chunk, number):
         return [part for _, parts in self.parts(chunk, number) for part in parts if part.operand.copied]
 
     def to_gpu(self, parts, number):
@@ -132,23 +134,24 @@ class Stages:
             for part in parts:
                 self.gpu.receive(host_bytes(part.host), part.gpu.pointer, part.host.nbytes, self.slots[number].stream)
 
+    def launch(self, kernels, chunk, number, place):
+        """Launch the updates of a chunk: those that share a Launch at once."""
+        updates_of: dict[Launch, list[Update]] = {}
+        for piece, parts in self.parts(chunk, number):
+            views = [part.gpu if self.on_gpu else part.host for part in parts]
+            updates_of.setdefault(piece.job.launch, []).append(Update(views, piece.job.key, piece.start))
+        for (formats, form, scalars, key), updates in updates_of.items():
+            kernel = kernels.name, form, len(updates) > 1
+            with contextlib.nullcontext() if kernel in _compiled else _compiling:
+                for batch in kernels.batches(updates, formats):
+                    batch.launch(form, scalars, adam, place, key)
+                    batch.release()
+            _compiled.add(kernel)
 
-def _loaded(parts):
-    return [part for part in parts if part.operand.loads]
 
-
-def _stored(parts):
-    return [part for part in parts if part.operand.stores]
-
-
-def _launch(kernels, parts_of_pieces, side, place):
-    """Launch the updates of a chunk. parts_of_pieces: from `Stages.parts`. side: "host" or "gpu"."""
-    updates_of: dict[Launch, list[Update]] = {}
-    for piece, parts in parts_of_pieces:
-        update = Update([getattr(part, side) for part in parts], piece.job.key, piece.start)
-        updates_of.setdefault(piece.job.launch, []).append(update)
-    for launch, updates in updates_of.items():
-        launch.run(kernels, updates, place)
+# The first launch of a kernel compiles it. Without the lock several threads would do so at once.
+_compiled: set = set()
+_compiling = threading.Lock()
 
 
 def host_bytes(view):
@@ -159,26 +162,25 @@ def host_bytes(view):
 class OnHost(Stages):
     """The stages of an update by the CPU. Arrays on a GPU are copied to pinned memory and back."""
 
-    def new_slot(self):
-        return Slot(*self.gpu.new_stream(), aligned_memory(self.gpu.pinned, self.room))
+    on_gpu = False
 
     def fetch(self, chunk, number):
         for extent in _extents(chunk):
             extent.mapping.populate(extent.start, extent.end, extent.writes)
         if self.gpu:
-            self.to_host(_loaded(self.copies(chunk, number)), number)
+            self.to_host(self.loaded(chunk, number), number)
             self.finish(number)
 
     def update(self, chunk, number):
         cpu = backends.load("numba-cpu")
         with contextlib.nullcontext() if self.alone else cpu.one_thread():
-            _launch(cpu, self.parts(chunk, number), "host", None)
+            self.launch(cpu, chunk, number, None)
 
     def store(self, chunk, number):
         for extent in _extents(chunk):
             extent.mapping.drop(extent.start, extent.end)
         if self.gpu:
-            self.to_gpu(_stored(self.copies(chunk, number)), number)
+            self.to_gpu(self.stored(chunk, number), number)
             self.finish(number)
 
 
@@ -194,34 +196,22 @@ def _extents(chunk):
 
 
 class OnDevice(Stages):
-    """The stages of an update by a GPU. Arrays of the host are copied to its memory and back, those in files by pinned memory."""
+    """The stages of an update by a GPU. Arrays of the host are copied to it and back, those in files through pinned memory."""
 
-    def new_slot(self):
-        owner, address = self.gpu.device_bytes(self.room + ALIGNMENT)
-        pinned = aligned_memory(self.gpu.pinned, self.room) if self.files else None
-        return Slot(*self.gpu.new_stream(), pinned, owner, aligned(address))
+    on_gpu = True
 
     def fetch(self, chunk, number):
-        for part in _loaded(self.copies(chunk, number)):
+        for part in self.loaded(chunk, number):
             if part.operand.mapping:
-                _copy(part, part.host, part.array, writes=False)
+                part.operand.mapping.copy(part.array.pointer, host_bytes(part.host), writes=False)
 
     def update(self, chunk, number):
-        copies = self.copies(chunk, number)
-        self.to_gpu(_loaded(copies), number)
-        _launch(self.gpu, self.parts(chunk, number), "gpu", Place(self.slots[number].stream, [], False))
-        self.to_host(_stored(copies), number)
+        self.to_gpu(self.loaded(chunk, number), number)
+        self.launch(self.gpu, chunk, number, Place(self.slots[number].stream, [], False))
+        self.to_host(self.stored(chunk, number), number)
 
     def store(self, chunk, number):
         self.finish(number)
-        for part in _stored(self.copies(chunk, number)):
+        for part in self.stored(chunk, number):
             if part.operand.mapping:
-                _copy(part, part.array, part.host, writes=True)
-
-
-def _copy(part, to, source, writes):
-    """Copy between a file and pinned memory. The pages of the file come and go. writes: whether the file is written."""
-    start, end, mapping = part.array.pointer, part.array.pointer + part.array.nbytes, part.operand.mapping
-    mapping.populate(start, end, writes)
-    np.copyto(host_bytes(to), host_bytes(source))
-    mapping.drop(start, end)
+                part.operand.mapping.copy(part.array.pointer, host_bytes(part.host), writes=True)

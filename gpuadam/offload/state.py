@@ -1,7 +1,7 @@
 """The arrays of state: how they lie in memory or in a file, and the copies that fill them."""
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class Store:
     """
 
     existed = changing = False
-    marks: ClassVar[dict[str, Any]] = {}
+    marks: dict[str, Any]
 
     def __init__(self, arrays, gpu, device):
         self.place = "memory" if gpu is None else "pinned memory"
