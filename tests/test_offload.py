@@ -173,10 +173,22 @@ CHANGED = {
     "decoupled": ({"decoupled": True}, "decoupled=False, this optimizer with decoupled=True"),
     "state": ({"state_dtype": "bfloat16"}, "state_dtype=None, this optimizer with state_dtype='bfloat16'"),
     "seed": ({"seed": 3}, "seed=0"),
-    "shape": ({"params": arrays(shapes=ODD | {"b": (6,)})}, r"params\['b'\].shape=\[5\], this optimizer with params\['b'\].shape=\[6\]"),
-    "dtype": ({"params": arrays(dtype="float64")}, r"params\['w'\].format='float32', this optimizer with params\['w'\].format='float64'"),
-    "names": ({"params": {"v": np.zeros(3, "f4")}}, r"names of parameters=\['w', 'empty'.*, this optimizer with the names of parameters=\['v'\]"),
-    "order": ({"params": dict(reversed(arrays().items()))}, r"names of parameters=\['w'.*, this optimizer with the names of parameters=\['u'"),
+    "shape": (
+        {"params": arrays(shapes=ODD | {"b": (6,)})},
+        r"params\['b'\].shape=\[5\], this optimizer with params\['b'\].shape=\[6\]",
+    ),
+    "dtype": (
+        {"params": arrays(dtype="float64")},
+        r"params\['w'\].format='float32', this optimizer with params\['w'\].format='float64'",
+    ),
+    "names": (
+        {"params": {"v": np.zeros(3, "f4")}},
+        r"names of parameters=\['w', 'empty'.*, this optimizer with the names of parameters=\['v'\]",
+    ),
+    "order": (
+        {"params": dict(reversed(arrays().items()))},
+        r"names of parameters=\['w'.*, this optimizer with the names of parameters=\['u'",
+    ),
 }
 
 
@@ -228,7 +240,7 @@ def test_a_relative_path_stays_where_it_was(tmp_path, monkeypatch):
 
 DAMAGE = {
     "cut off": ("state.json", '{"layout"', r"state.json cannot be read: .*Delete the folder"),
-    "a list": ("state.json", "[]", "no JSON object"),
+    "a list": ("state.json", "[]", "is no JSON object"),
     "without options": ("state.json", '{"layout": 1}', "does not say what the state belongs to"),
     "of no counts": ("steps.json", "{}", "does not say how many steps"),
     "of a negative count": (

@@ -446,7 +446,7 @@ def test_what_does_not_fit_the_reference_is_refused():
     exact = testing.Reference([np.ones(3, "f4")])
     for given, said in (
         ([np.ones(2, "f4")], "has shape"),
-        ([None, np.ones(3, "f4")], r"grads\[1\]: there is no such parameter"),
+        ([None, np.ones(3, "f4")], r"gradient of params\[1\]: there is no such parameter"),
     ):
         with pytest.raises(ValueError, match=said):
             exact.step(given)

@@ -37,7 +37,7 @@ class Operand(NamedTuple):
         return self.view.dtype.itemsize * (-(-n // GROUP) if self.of_groups else n)
 
     def part(self, start, stop):
-        """Return a View of the part that belongs to the elements start ... stop - 1 of the parameter. start: a multiple of GROUP."""
+        """Return a View of the part for the elements start ... stop - 1 of the parameter. start: a multiple of GROUP."""
         itemsize = self.view.dtype.itemsize
         shape = (self.nbytes(stop - start) // itemsize,)
         pointer = self.view.pointer + self.nbytes(start)

@@ -76,9 +76,8 @@ class Folder(Store):
             except OSError as error:
                 for made in self._kinds:  # which may have taken all the room that there was
                     (self.path / made).unlink(missing_ok=True)
-                raise OSError(
-                    error.errno, f"no file of {n_bytes:,} bytes can be made: {error.strerror}", str(path)
-                ) from error
+                why = f"no file of {n_bytes:,} bytes can be made: {error.strerror}"
+                raise OSError(error.errno, why, str(path)) from error
         elif not path.exists() or path.stat().st_size != n_bytes:
             raise ValueError(f"{path} should have {n_bytes:,} bytes, so the state is not complete: {TORN}")
         self._maps.append(np.memmap(path, np.uint8, "r+", shape=(n_bytes,)))
@@ -192,10 +191,10 @@ def _read(path):
     """Return the dict in a file of the folder."""
     try:
         content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}. If an optimizer made the folder, {DAMAGED}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} has no JSON object in it. If an optimizer made the folder, {DAMAGED}")
     return content
 
 
@@ -209,10 +208,8 @@ def _check_same(path, there, here):
         raise ValueError(f"{path / STATE} does not say what the state belongs to: {DAMAGED}") from error
     for fact, value in _facts(here).items():
         if facts.get(fact) != value:
-            raise ValueError(
-                f"the state in {path} was made with {fact}={facts.get(fact)!r}, this optimizer with {fact}={value!r}: give the "
-                "same, or another folder"
-            )
+            made = f"the state in {path} was made with {fact}={facts.get(fact)!r}"
+            raise ValueError(f"{made}, this optimizer with {fact}={value!r}: give the same, or another folder")
 
 
 def _facts(description):
@@ -234,8 +231,6 @@ def _checked_marks(path):
     if marks["under_way"]:
         raise ValueError(f"a step on the state in {path.parent} was cut short: {TORN}")
     if marks["unflushed"] not in (None, _boot()):
-        raise ValueError(
-            f"the state in {path.parent} was not flushed before the machine stopped (or on another machine), so some of it may "
-            f"not have reached the disk: {TORN}. flush() or close() make it safe"
-        )
+        why = f"{path.parent} was not flushed before the machine stopped, so some of it may not have reached the disk"
+        raise ValueError(f"the state in {why}: {TORN}. flush() or close() make it safe")
     return marks

@@ -16,8 +16,7 @@ from ..optimizer import IN_MEMORY, OF_GROUPS, Adam
 from .folder import LAYOUT, Folder
 from .jobs import check_contiguous, jobs_of
 from .mapped import drop_mapped
-from .progress import bar_by_rich, no_bar
-from .runner import TORN, Runner
+from .runner import TORN, Runner, rich_bar
 from .state import StateArray, Store, copy, fill_master
 
 TRIAL = 1 << 22  # elements of the update by which the faster side is found
@@ -41,8 +40,8 @@ class OffloadAdam(Adam):
     budget: bytes of the arrays that are under way at once: of mapped files, and of copies, in the host's memory and on the GPU
         each. A step needs no more memory than this beside the arrays that stay, but for the rounding to pages: small parameters
         in files of their own take a page each, and where Linux caches files in pages of 2 MB, chunks take whole ones.
-    update: "device": the state goes through the GPU; "host": gradients come down and parameters go up; "auto": with a GPU both are
-        measured once, and the faster is taken. `describe()` says which, and why.
+    update: "device": the state goes through the GPU; "host": gradients come down and parameters go up; "auto": with a GPU, both
+        are measured once, and the faster is taken. `describe()` says which, and why.
     progress: show a bar during each step, by the package rich.
 
     `step` is that of `Adam`, but returns when everything is done, on a GPU too. With max_norm or check_finite, gradients in files
@@ -94,7 +93,7 @@ class OffloadAdam(Adam):
         self._update = checks.one_of(("auto", "device", "host"), "update", update)
         self._decoupled = checks.flag("decoupled", decoupled)
         self._master, self._state_in, self._amsgrad = master, state, options.get("amsgrad", False)
-        bar = bar_by_rich() if checks.flag("progress", progress) else no_bar
+        bar = rich_bar() if checks.flag("progress", progress) else None
         of_adam = master if master == "remainder" else None
         super().__init__(params, lr, betas, eps, weight_decay, master=of_adam, **options)
         self._state_backend = "numba-cpu"
@@ -150,15 +149,12 @@ class OffloadAdam(Adam):
 
     def _found_gpu(self, views):
         """Return (the kernels of the backend on whose GPU an update can run, or None; the device of the parameters, or None)."""
-        of_backend = {kernels.name: backends.BACKENDS[kernels.name].memory for kernels, *_ in views}
         # an empty array of Numba or of torch has no device, wherever it is
-        places = {
-            (kernels.name, view.device) for kernels, view, _ in views if view.size or of_backend[kernels.name] == "CPU"
-        }
+        places = {(kernels.name, view.device) for kernels, view, _ in views if view.size or kernels.name == "numba-cpu"}
         if len(places) > 1:
             raise ValueError(f"all parameters of an OffloadAdam are on one device and of one library; these are on {places}")
         name, device = next(iter(places), (views[0][0].name, None))
-        if of_backend[name] == "CUDA":
+        if name != "numba-cpu":
             return backends.load(name), device
         if self._update == "host" or (self._update == "auto" and self.backend == "numba-cpu"):
             return None, None

@@ -1,5 +1,7 @@
 """A step in chunks: its jobs are cut to the budget and go through the stages, after the streams that wrote their arrays."""
 
+import contextlib
+
 from .. import backends
 from ..kernels import streams
 from . import chunks, pipeline
@@ -8,11 +10,20 @@ from .stages import OnDevice, OnHost
 TORN = "parameters and state are of two different steps: load a checkpoint into both, with load_state_dict"
 
 
+def rich_bar():
+    """Return the class of rich's progress bars."""
+    try:
+        import rich.progress
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('progress=True needs the package rich: pip install "gpuadam[progress]"') from error
+    return rich.progress.Progress
+
+
 class Runner:
     """Runs steps. It keeps its slots from step to step, and with them their memory.
 
     gpu: the kernels of the GPU's backend, or None. device: of the parameters; None if they are on the host. on_device: whether
-    the update runs on the GPU. budget: bytes. bar: a context for a number of elements, which gives the function that counts them.
+    the update runs on the GPU. budget: bytes. bar: `rich_bar`, or None to show nothing.
     """
 
     def __init__(self, gpu, device, on_device, budget, bar):
@@ -43,11 +54,13 @@ class Runner:
         for one in self._streams_before(jobs, stream):
             stages.after(one)
         begin()
-        with self.bar(sum(job.size for job in jobs)) as advance:
+        with self.bar(transient=True) if self.bar else contextlib.nullcontext() as bar:
+            task = bar and bar.add_task("step", total=sum(job.size for job in jobs))
 
             def store(chunk, slot):
                 stages.store(chunk, slot)
-                advance(sum(piece.stop - piece.start for piece in chunk))
+                if bar:
+                    bar.advance(task, sum(piece.stop - piece.start for piece in chunk))
 
             try:
                 pipeline.run(work, stages.fetch, stages.update, store, self.slots)

@@ -57,15 +57,15 @@ class Store:
     def __init__(self, arrays, gpu, device):
         self.place = "memory" if gpu is None else "pinned memory"
 
-        def zeros(kind, n_bytes):
+        def zeros(n_bytes):
             if gpu is None:
-                return aligned_memory(lambda n: np.zeros(n, np.uint8), n_bytes)
+                return np.zeros(n_bytes, np.uint8)
             with gpu.on(device or 0, None):
-                memory = aligned_memory(gpu.pinned, n_bytes)
+                memory = gpu.pinned(n_bytes)
             memory[:] = 0
             return memory
 
-        self.arrays = laid_out(arrays, zeros)
+        self.arrays = laid_out(arrays, lambda kind, n_bytes: aligned_memory(zeros, n_bytes))
 
     def check_open(self):
         """Raise ValueError if the state cannot be changed any more."""

@@ -82,14 +82,15 @@ class Reference:
 
         A step that your loop leaves out must be left out here too.
         """
-        grad_of = {name.replace("grads", "params", 1): (name, grad) for name, grad in named_arrays("grads", grads)}
-        if strange := [grad_of[name][0] for name in grad_of if name not in self._trained]:
-            raise ValueError(f"{', '.join(strange)}: there is no such parameter, only {', '.join(self._trained)}")
-        numbers = {name: _numbers(label, on_host(label, grad)) for name, (label, grad) in grad_of.items()}
+        numbers = {name: _numbers(name, on_host(name, grad)) for name, grad in named_arrays("params", grads)}
+        if strange := [name for name in numbers if name not in self._trained]:
+            raise ValueError(
+                f"a gradient of {', '.join(strange)}: there is no such parameter, only {', '.join(self._trained)}"
+            )
         for name, grad in numbers.items():
-            if grad.shape != self._trained[name].value.shape:
+            if grad.shape != self.params[name].shape:
                 raise ValueError(
-                    f"{grad_of[name][0]} has shape {grad.shape}, the parameter has {self._trained[name].value.shape}"
+                    f"the gradient of {name} has shape {grad.shape}, the parameter has {self.params[name].shape}"
                 )
         self.steps += 1
         lr = self._lr(self.steps) if callable(self._lr) else self._lr
@@ -149,24 +150,18 @@ class Reference:
         for name, host in hosts.items():
             param = self._trained[name]
             if (host.format, host.bits.shape) != (param.format, param.value.shape):
-                raise AssertionError(
-                    f"{name} is {host.format} of shape {host.bits.shape}; the reference began with {param.format} of "
-                    f"{param.value.shape}"
-                )
+                began = f"began with {param.format} of {param.value.shape}"
+                raise AssertionError(f"{name} is {host.format} of shape {host.bits.shape}; the reference {began}")
             exact, actual = param.value, _numbers(name, host)
             tolerance = param.tolerance + np.full(exact.shape, param.count * atol)
             with np.errstate(invalid="ignore"):  # inf - inf
                 far = ~(np.abs(actual - exact) <= tolerance) & ~((actual == exact) | (np.isnan(actual) & np.isnan(exact)))
             if far.any():
-                lines = [
-                    f"{name}: {int(far.sum()):,} of {far.size:,} elements differ from the float64 reference by more than "
-                    f"roundings make in {param.count:,} steps"
-                ]
+                count = f"{int(far.sum()):,} of {far.size:,} elements"
+                lines = [f"{name}: {count} differ from float64 by more than roundings make in {param.count:,} steps"]
                 for at in map(tuple, np.argwhere(far)[:5].tolist()):
-                    lines.append(
-                        f"  at {list(at)}: {actual[at]:.9g}, reference {exact[at]:.9g}, difference {actual[at] - exact[at]:.2g}, "
-                        f"tolerance {tolerance[at]:.2g}"
-                    )
+                    apart = f"difference {actual[at] - exact[at]:.2g}, tolerance {tolerance[at]:.2g}"
+                    lines.append(f"  at {list(at)}: {actual[at]:.9g}, reference {exact[at]:.9g}, {apart}")
                 raise AssertionError("\n".join(lines))
 
 
