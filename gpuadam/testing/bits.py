@@ -159,7 +159,7 @@ def unchanged(**things):
 
 def _arrays_in(things):
     """Return the Hosts of all arrays and numbers in things, by name."""
-    hosts = {}
+    hosts: dict[str, Host] = {}
     for name, thing in things.items():
         if hasattr(thing, "state_dict"):
             # an optimizer's `steps` counts calls: it cannot know of a step that the device leaves out
