@@ -1,7 +1,7 @@
 """# Offloading: state larger than the device's memory, or than the machine's
 
-`OffloadAdam` is `Adam` whose moments, and float32 masters if there are any, lie in the host's memory or in files. A step takes them
-through memory of a fixed budget, in chunks. The result has the same bits as that of `Adam`.
+`OffloadAdam` is `Adam` whose moments, and float32 masters if there are any, lie in the host's memory or in files. A step
+takes them through memory of a fixed budget, in chunks. The result has the same bits as that of `Adam`.
 
 | state | parameters | the update runs | moved in each step |
 |---|---|---|---|
@@ -12,15 +12,15 @@ through memory of a fixed budget, in chunks. The result has the same bits as tha
 
 With `update="auto"` both ways are measured once, and the faster is taken. `describe()` says which one, and why.
 
-**Memory.** Beside the arrays that stay where they are, a step holds at most `budget` bytes of mapped files and copies on the host, and
-as many on the GPU. State takes 8 bytes an element (m and v in float32), 4 with `state_dtype="bfloat16"`, 2.25 with `"8bit"`, and 4
-more with `master="float32"`.
+**Memory.** Beside the arrays that stay where they are, a step holds at most `budget` bytes of mapped files and copies on the
+host, and as many on the GPU. State takes 8 bytes an element (m and v in float32), 4 with `state_dtype="bfloat16"`, 2.25 with
+`"8bit"`, and 4 more with `master="float32"`.
 
-**Speed.** The slowest of PCIe, the disk and the update decides, because copies and updates of different chunks overlap. An update
-on the GPU moves 8 bytes of an element's float32 state in each direction; one on the host moves 4 in each, in float32. Files that the
-system's cache holds are as fast as memory mapping: 2 GB of state take 0.26 s a step on two cores, 8 GB that do not fit take
-1.95 s, 1.2 times as long as moving the bytes without arithmetic. `python -m gpuadam plan` predicts a step, and
-`benchmarks/offload.py` measures it.
+**Speed.** The slowest of PCIe, the disk and the update decides, because copies and updates of different chunks overlap. An
+update on the GPU moves the float32 state of an element, 8 bytes, in each direction. An update on the host moves 4: the gradient
+down and the parameter up. On two cores, 2 GB of state in files that the system's cache holds take 0.26 s a step, and 8 GB that
+it does not hold 1.95 s, 1.2 times as long as moving the same bytes without arithmetic. `python -m gpuadam plan` predicts a
+step, and `benchmarks/offload.py` measures it.
 
 **Example.** Parameters and state in files, trained, closed and continued:
 
@@ -39,26 +39,27 @@ system's cache holds are as fast as memory mapping: 2 GB of state take 0.26 s a 
 >>> sorted(path.name for path in (folder / "state").iterdir())
 ['lock', 'm', 'state.json', 'steps.json', 'v']
 
-**What happens on a crash.** State is changed in place, so a step that is cut short leaves parameters and state of two different
-steps. That is noticed, and refused with an error that says how to go on:
+**What happens on a crash.** State is changed in place, so a step that is cut short leaves parameters and state of two
+different steps. That is noticed, and refused with an error that says how to go on:
 
-- *An error of the disk, or Ctrl-C, during a step*: this optimizer takes no further step until `load_state_dict` has set all of the
-  state. Set the parameters to those of the same checkpoint.
-- *The process is killed during a step*: the folder cannot be opened again. Delete it, make the optimizer anew and load a checkpoint.
+- *An error of the disk, or Ctrl-C, during a step*: this optimizer takes no further step until `load_state_dict` has set all
+  of the state. Set the parameters to those of the same checkpoint.
+- *The process is killed during a step*: the folder cannot be opened again. Delete it, make the optimizer anew and load a
+  checkpoint.
 - *The process is killed between two steps*: the folder is continued.
-- *The machine stops*: the folder is continued if no step was taken since `flush()` or `close()`, which wait for the disk. Else it is
-  refused, because some of the last changes may be missing.
+- *The machine stops*: the folder is continued if no step was taken since `flush()` or `close()`, which wait for the disk.
+  Else it is refused, because some of the last changes may be missing.
 - *The disk is full*: the constructor says so, and takes all the room that is needed. A step needs no more.
 
 So take checkpoints, of `state_dict()` and the parameters, as often as you can afford to lose the steps between.
 
 ---
 
-For those who change this package: `optimizer.py` is `OffloadAdam`. `state.py` holds state in memory, `folder.py` in files that say
-whether they can be relied on. `jobs.py` checks the arrays of a step. `chunks.py` cuts them into *chunks*: pieces of one or more
-parameters that fit in a part of the budget. `runner.py` takes the chunks through their stages *fetch*, *update* and *store*, several
-at once by `pipeline.py`; `stages.py` has the stages of an update on the host and of one on a GPU. `mapped.py` is memory that is a
-file.
+For those who change this package: `optimizer.py` is `OffloadAdam`. `state.py` holds state in memory, `folder.py` in files
+that say whether they can be relied on. `jobs.py` checks the arrays of a step. `chunks.py` cuts them into *chunks*: pieces of
+one or more parameters that fit in a part of the budget. `runner.py` takes the chunks through their stages *fetch*, *update*
+and *store*, several at once by `pipeline.py`; `stages.py` has the stages of an update on the host and of one on a GPU.
+`mapped.py` is memory that is a file.
 """
 
 from .optimizer import OffloadAdam

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from ..kernels import storage
+from ..kernels.adam import Form
 from ..kernels.storage import GROUP
 from ..kernels.view import View
 from .mapped import Mapping
@@ -20,10 +22,8 @@ EDGE = 1 << 19
 class Operand(NamedTuple):
     """An array of a parameter's update."""
 
+    kind: storage.Operand
     view: View
-    loads: bool
-    stores: bool
-    of_groups: bool  # the array has one element for each GROUP of the parameter's
     mapping: Mapping | None  # of the file that the array lies in
     copied: bool  # the update runs on a copy, because the array is on the other side of the bus
 
@@ -32,16 +32,20 @@ class Operand(NamedTuple):
         """Whether the budget counts the array: as a copy, or as pages of a file."""
         return self.copied or self.mapping is not None
 
-    def nbytes(self, n):
-        """Return the bytes for n elements of the parameter."""
-        return self.view.dtype.itemsize * (-(-n // GROUP) if self.of_groups else n)
-
     def part(self, start, stop):
         """Return a View of the part for the elements start ... stop - 1 of the parameter. start: a multiple of GROUP."""
-        itemsize = self.view.dtype.itemsize
-        shape = (self.nbytes(stop - start) // itemsize,)
-        pointer = self.view.pointer + self.nbytes(start)
-        return self.view._replace(pointer=pointer, shape=shape, strides=(itemsize,), contiguous=True)
+        itemsize, n_bytes = self.kind.itemsize, self.kind.nbytes(stop - start)
+        pointer = self.view.pointer + self.kind.nbytes(start)
+        return self.view._replace(pointer=pointer, shape=(n_bytes // itemsize,), strides=(itemsize,), contiguous=True)
+
+
+class Launch(NamedTuple):
+    """What the updates have in common that one launch can make."""
+
+    formats: storage.Arrays
+    form: Form
+    scalars: Any
+    key: int  # of the step, for random rounding
 
 
 class Job(NamedTuple):
@@ -50,11 +54,11 @@ class Job(NamedTuple):
     operands: list[Operand]
     size: int
     key: int  # for random rounding
-    launch: Any  # the stages.Launch that the updates of several parameters may share
+    launch: Launch
 
     def bytes_of(self, n):
         """Return the room that n elements take in a chunk."""
-        return sum(aligned(operand.nbytes(n)) for operand in self.operands if operand.takes_room)
+        return sum(aligned(operand.kind.nbytes(n)) for operand in self.operands if operand.takes_room)
 
     def least(self):
         """Return the least room in which the parameter can be cut."""
@@ -64,7 +68,7 @@ class Job(NamedTuple):
         """Return how many elements fit in a room: all, or the largest multiple of GROUP."""
         if self.bytes_of(self.size) <= room:
             return self.size
-        n = room // sum(operand.nbytes(GROUP) for operand in self.operands if operand.takes_room) * GROUP
+        n = room // sum(operand.kind.nbytes(GROUP) for operand in self.operands if operand.takes_room) * GROUP
         while self.bytes_of(n) > room:  # by the gaps between the arrays
             n -= GROUP
         return n

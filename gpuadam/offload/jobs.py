@@ -1,11 +1,10 @@
-"""The Jobs of a step: its arrays are checked, and each is known with where it lies."""
+"""From the arrays of a step to its Jobs: every array is checked, and it is found out where it lies."""
 
 from .. import backends, checks, functional, hyperparameters
 from ..kernels import device_scalars, storage
 from ..kernels.view import View, bare
-from .chunks import Job, Operand
+from .chunks import Job, Launch, Operand
 from .mapped import mapping_of
-from .stages import Launch
 
 
 def jobs_of(updates, state, on_device, backend):
@@ -34,8 +33,7 @@ def jobs_of(updates, state, on_device, backend):
             operands = []
             in_memory, _ = bare(arrays)
             for kind, view, array in zip(storage.operands(formats, zero_grad), views.values(), in_memory, strict=True):
-                copied = on_device == (view.device is None)
-                operands.append(Operand(view, kind.loads, kind.stores, kind.of_groups, mapping_of(array), copied))
+                operands.append(Operand(kind, view, mapping_of(array), copied=on_device == (view.device is None)))
             jobs.append(Job(operands, views["param"].size, group.keys[n] if group.keys else 0, launches[formats]))
     checks.overlap(written, read)
     return jobs

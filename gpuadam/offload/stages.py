@@ -14,23 +14,12 @@ import numpy as np
 
 from .. import backends
 from ..kernels import adam
-from ..kernels.adam import Form
 from ..kernels.gpu_launch import Place
 from ..kernels.layout import Update
-from ..kernels.storage import Arrays
 from ..kernels.streams import LEGACY_DEFAULT
 from ..kernels.view import View
-from .chunks import ALIGNMENT, Operand, aligned, aligned_memory
+from .chunks import ALIGNMENT, Launch, Operand, aligned, aligned_memory
 from .mapped import Extent, merged
-
-
-class Launch(NamedTuple):
-    """What the updates have in common that one launch can make."""
-
-    formats: Arrays
-    form: Form
-    scalars: Any
-    key: int  # of the step, for random rounding
 
 
 class Slot(NamedTuple):
@@ -113,11 +102,11 @@ class Stages:
 
     def loaded(self, chunk, number):
         """Return the Parts to copy before the update."""
-        return [part for part in self._copies(chunk, number) if part.operand.loads]
+        return [part for part in self._copies(chunk, number) if part.operand.kind.loads]
 
     def stored(self, chunk, number):
         """Return the Parts to copy back after the update."""
-        return [part for part in self._copies(chunk, number) if part.operand.stores]
+        return [part for part in self._copies(chunk, number) if part.operand.kind.stores]
 
     def _copies(self, chunk, number):
         return [part for _, parts in self.parts(chunk, number) for part in parts if part.operand.copied]
@@ -191,7 +180,7 @@ def _extents(chunk):
         for operand in job.operands:
             if operand.mapping:
                 part = operand.part(start, stop)
-                extents.append(Extent(operand.mapping, part.pointer, part.pointer + part.nbytes, operand.stores))
+                extents.append(Extent(operand.mapping, part.pointer, part.pointer + part.nbytes, operand.kind.stores))
     return merged(extents)
 
 

@@ -1,8 +1,9 @@
 '''# Testing: training loops for GPUs, tested on a CPU
 
-Every backend of gpuadam gives the same bits. If your training loop is right on NumPy arrays, then everything that gpuadam computes
-in it is right on a GPU, too. Only errors of the loop itself remain: an array in the wrong memory, a gradient that overflowed. These
-tools find them. Write each test once. It runs on every backend, and where there is no GPU it skips and says why:
+Every backend of gpuadam gives the same bits. If your training loop is right on NumPy arrays, then everything that gpuadam
+computes in it is right on a GPU, too. Only errors of the loop itself remain: an array in the wrong memory, a gradient that
+overflowed. These tools find them. Write each test once. It runs on every backend, and where there is no GPU it skips and
+says why:
 
 ```python
 # test_training.py
@@ -71,8 +72,9 @@ def test_only_a_gpu_can_show_this(gpuadam_backend):
     assert gpuadam_backend.on_gpu
 ```
 
-`pip install gpuadam` installs the pytest plugin, too. In a test run that does not use the plugin, it imports neither gpuadam nor
-NumPy, and prints nothing. `-p no:gpuadam` leaves it out. Where PYTEST_DISABLE_PLUGIN_AUTOLOAD is set, `-p pytest_gpuadam` loads it.
+`pip install gpuadam` installs the pytest plugin, too. In a test run that does not use the plugin, it imports neither gpuadam
+nor NumPy, and prints nothing. `-p no:gpuadam` leaves it out. `-p pytest_gpuadam` loads it where
+PYTEST_DISABLE_PLUGIN_AUTOLOAD is set.
 
 | | |
 |---|---|
@@ -88,12 +90,12 @@ NumPy, and prints nothing. `-p no:gpuadam` leaves it out. Where PYTEST_DISABLE_P
 | `inject(grads, ...)`, `Faults` | NaN, infinities and huge numbers in gradients, in given or random places |
 | `Reference` | the same training in float64, and a tolerance |
 
-A CI without a GPU needs no settings: `python -m pytest` runs the tests on the CPU backend and says what it skipped. On a machine
-with a GPU run `GPUADAM_REQUIRE_GPU=1 python -m pytest`, so that a broken driver is a failure and not a skip.
+A CI without a GPU needs no settings: `python -m pytest` runs the tests on the CPU backend and says what it skipped. On a
+machine with a GPU run `GPUADAM_REQUIRE_GPU=1 python -m pytest`, so that a broken driver is a failure and not a skip.
 
-A GPU reports the error of a launch late, often to another library. If `GPUADAM_SYNC=1` is set when gpuadam is imported, gpuadam
-waits for each of its launches, and its error names the operation, the parameters and their sizes. This is slow, and for debugging
-only, as CUDA_LAUNCH_BLOCKING=1 is for all of CUDA.
+A GPU reports the error of a launch late, often to another library. If `GPUADAM_SYNC=1` is set when gpuadam is imported,
+gpuadam waits for each of its launches, and its error names the operation, the parameters and their sizes. This is slow, and
+for debugging only, as CUDA_LAUNCH_BLOCKING=1 is for all of CUDA.
 '''
 
 from .array_backends import ArrayBackend, array_backend
