@@ -34,9 +34,12 @@ class Operand(NamedTuple):
 
     def part(self, start, stop):
         """Return a View of the part for the elements start ... stop - 1 of the parameter. start: a multiple of GROUP."""
-        itemsize, n_bytes = self.kind.itemsize, self.kind.nbytes(stop - start)
-        pointer = self.view.pointer + self.kind.nbytes(start)
-        return self.view._replace(pointer=pointer, shape=(n_bytes // itemsize,), strides=(itemsize,), contiguous=True)
+        if self.kind.of_groups:
+            start, stop = start // GROUP, -(-stop // GROUP)
+        pointer, itemsize = self.view.pointer, self.view.dtype.itemsize
+        return self.view._replace(
+            pointer=pointer + start * itemsize, shape=(stop - start,), strides=(itemsize,), contiguous=True
+        )
 
 
 class Launch(NamedTuple):

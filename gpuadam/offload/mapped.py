@@ -10,6 +10,7 @@ import mmap
 import operator
 import os
 import sys
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,10 @@ class Mapping(NamedTuple):
             raise OSError(code, f"the system cannot provide {end - start:,} bytes of a mapped file: {os.strerror(code)}")
 
 
+# Of each map, the address, which takes NumPy long to say
+_starts: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
+
+
 def mapping_of(array):
     """Return the Mapping of an array that shares its memory with a file, or None.
 
@@ -79,8 +84,9 @@ def mapping_of(array):
         if file_map is not None:
             if getattr(array, "mode", "c") == "c":
                 return None
-            whole = np.frombuffer(file_map, np.uint8)
-            return Mapping(file_map, whole.ctypes.data, whole.ctypes.data + whole.size)
+            if file_map not in _starts:
+                _starts[file_map] = np.frombuffer(file_map, np.uint8).__array_interface__["data"][0]
+            return Mapping(file_map, _starts[file_map], _starts[file_map] + len(file_map))
         array = array.base
     return None
 
@@ -102,10 +108,6 @@ class Extent(NamedTuple):
     end: int
     writes: bool  # whether it is written, or only read
 
-    def reaches(self, other):
-        """Whether an extent that does not begin before this one touches it, or nearly."""
-        return (self.mapping, self.writes) == (other.mapping, other.writes) and other.start <= self.end + PAGE
-
 
 def merged(extents):
     """Return fewer Extents: those of one file that touch, or nearly do, become one.
@@ -116,9 +118,10 @@ def merged(extents):
     [(10000000, 10000005), (0, 70), (1000000, 10000000)]
     """
     result: list[Extent] = []
-    for extent in sorted(extents, key=operator.attrgetter("writes", "start")):
-        if result and result[-1].reaches(extent):
-            last = result.pop()
-            extent = last._replace(end=max(last.end, extent.end))
-        result.append(extent)
+    for mapping, start, end, writes in sorted(extents, key=operator.itemgetter(3, 1)):
+        last = result[-1] if result else None
+        if last and (last.mapping, last.writes) == (mapping, writes) and start <= last.end + PAGE:
+            result[-1] = Extent(mapping, last.start, max(last.end, end), writes)
+        else:
+            result.append(Extent(mapping, start, end, writes))
     return result

@@ -51,8 +51,8 @@ class Runner:
         work = list(chunks.cut(jobs, room))
         stages = self._stages_for(jobs, room)
         self.n_chunks, self.room, stages.alone = len(work), room, len(work) == 1
-        for one in self._streams_before(jobs, stream):
-            stages.after(one)
+        for earlier in self._streams_before(jobs, stream):
+            stages.after(earlier)
         begin()
         with self.bar(transient=True) if self.bar else contextlib.nullcontext() as bar:
             task = bar and bar.add_task("step", total=sum(job.size for job in jobs))

@@ -55,6 +55,7 @@ class Stages:
     def __init__(self, gpu, device, room, slots, files):
         self.gpu, self.device, self.room, self.files = gpu, device, room, files
         self.alone = True  # whether the step is one chunk, which may take all threads
+        self.extents: list[list[Extent]] = [[] for _ in range(slots)]  # of files, for the chunk in each slot
         self.slots = [Slot()] * slots
         if gpu:
             with gpu.on(device, None):
@@ -154,7 +155,8 @@ class OnHost(Stages):
     on_gpu = False
 
     def fetch(self, chunk, number):
-        for extent in _extents(chunk):
+        self.extents[number] = _extents(chunk)
+        for extent in self.extents[number]:
             extent.mapping.populate(extent.start, extent.end, extent.writes)
         if self.gpu:
             self.to_host(self.loaded(chunk, number), number)
@@ -166,7 +168,7 @@ class OnHost(Stages):
             self.launch(cpu, chunk, number, None)
 
     def store(self, chunk, number):
-        for extent in _extents(chunk):
+        for extent in self.extents[number]:
             extent.mapping.drop(extent.start, extent.end)
         if self.gpu:
             self.to_gpu(self.stored(chunk, number), number)
@@ -179,8 +181,8 @@ def _extents(chunk):
     for job, start, stop in chunk:
         for operand in job.operands:
             if operand.mapping:
-                part = operand.part(start, stop)
-                extents.append(Extent(operand.mapping, part.pointer, part.pointer + part.nbytes, operand.kind.stores))
+                first, n_bytes = operand.part(start, stop).pointer, operand.kind.nbytes(stop - start)
+                extents.append(Extent(operand.mapping, first, first + n_bytes, operand.kind.stores))
     return merged(extents)
 
 
