@@ -36,10 +36,9 @@ class Operand(NamedTuple):
         """Return a View of the part for the elements start ... stop - 1 of the parameter. start: a multiple of GROUP."""
         if self.kind.of_groups:
             start, stop = start // GROUP, -(-stop // GROUP)
-        pointer, itemsize = self.view.pointer, self.view.dtype.itemsize
-        return self.view._replace(
-            pointer=pointer + start * itemsize, shape=(stop - start,), strides=(itemsize,), contiguous=True
-        )
+        itemsize = self.view.dtype.itemsize
+        pointer = self.view.pointer + start * itemsize
+        return self.view._replace(pointer=pointer, shape=(stop - start,), strides=(itemsize,), contiguous=True)
 
 
 class Launch(NamedTuple):

@@ -26,9 +26,7 @@ except ImportError:  # Windows
 
 LAYOUT = 1
 STATE, STEPS, LOCK = "state.json", "steps.json", "lock"
-MEND = (
-    "Delete the folder, make the optimizer anew, and set it, with load_state_dict, and the parameters to the last checkpoint"
-)
+MEND = "Delete the folder, make the optimizer anew, and set it (load_state_dict) and the parameters to a checkpoint"
 TORN = f"the parameters and this state are of two different steps. {MEND}"
 DAMAGED = f"the state is damaged. {MEND}"
 

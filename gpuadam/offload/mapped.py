@@ -118,7 +118,7 @@ def merged(extents):
     [(10000000, 10000005), (0, 70), (1000000, 10000000)]
     """
     result: list[Extent] = []
-    for mapping, start, end, writes in sorted(extents, key=operator.itemgetter(3, 1)):
+    for mapping, start, end, writes in sorted(extents, key=operator.attrgetter("writes", "start")):
         last = result[-1] if result else None
         if last and (last.mapping, last.writes) == (mapping, writes) and start <= last.end + PAGE:
             result[-1] = Extent(mapping, last.start, max(last.end, end), writes)

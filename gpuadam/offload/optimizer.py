@@ -101,13 +101,8 @@ class OffloadAdam(Adam):
             self.steps = self._store.marks["steps"]
             for name, arrays in self.state.items():
                 arrays["step"] = self._store.marks["behind"].get(name, self.steps)
-        same_options = options | {
-            "decoupled": self._decoupled,
-            "budget": int(budget),
-            "master": master,
-            "param_copies": None,
-        }
-        on_device, self._why = self._chosen_side(same_options)
+        of_trial = {"decoupled": self._decoupled, "budget": int(budget), "master": master, "param_copies": None}
+        on_device, self._why = self._chosen_side(options | of_trial)
         self._runner = Runner(self._gpu, self._device, on_device, int(budget), bar)
 
     # The state
@@ -169,24 +164,24 @@ class OffloadAdam(Adam):
             raise backends.BackendUnavailableError(why)
         return (backends.load(names[0]) if names else None), None
 
-    def _chosen_side(self, same_options):
-        """Return whether the update runs on the GPU, and why. same_options: of an optimizer to measure."""
+    def _chosen_side(self, options):
+        """Return whether the update runs on the GPU, and why. options: of an optimizer to measure."""
         if self._update != "auto":
             return self._update == "device", f"update={self._update!r} was asked for"
         if self._gpu is None:
             return False, "no backend for a GPU is available"
-        seconds = {side: self._seconds(side, same_options) for side in ("host", "device")}
+        seconds = {side: self._seconds(side, options) for side in ("host", "device")}
         times = ", ".join(f"{1e3 * value:.3g} ms on the {side}" for side, value in seconds.items())
         return seconds["device"] < seconds["host"], f"measured with {TRIAL:,} elements: {times}"
 
-    def _seconds(self, side, same_options):
+    def _seconds(self, side, options):
         """Return how long an update of TRIAL elements takes, in the memories and formats of the largest parameter."""
         name = max(self.state, key=lambda name: self.state[name]["m"].size)
         kernels, (view,) = backends.choose([(name, self._named_params()[name])], self.backend)
         param, grad = (kernels.zeros(TRIAL, view.dtype, view.device) for _ in range(2))
         if view.bits:
             param, grad = Bits(param, view.bits), Bits(grad, view.bits)
-        trial = OffloadAdam(param, update=side, **same_options)
+        trial = OffloadAdam(param, update=side, **options)
         moments = [time.perf_counter()]
         for _ in range(4):
             trial.step(grad)
