@@ -43,7 +43,7 @@ from gpuadam.kernels import adam, limit
 from gpuadam.kernels.storage import Arrays, bytes_moved_of, operands
 from gpuadam.offload import folder as of_step
 from gpuadam.offload import mapped, pipeline
-from gpuadam.offload.optimizer import SMALLEST_CHUNK
+from gpuadam.offload.chunks import SMALLEST_CHUNK
 from gpuadam.planning import machines
 from gpuadam.planning.machines import Link, Processor
 from gpuadam.planning.model import kernel_seconds
@@ -238,7 +238,7 @@ def _limits(kernels, folder):
         of_step.reserve(folder / name, FILE // 2)
         in_files[name] = np.memmap(folder / name, np.float32, "r+")
         in_files[name][...] = arrays[name]
-    maps = [(mapped.mapping_of(in_files[name], {}), in_files[name].ctypes.data) for name in ("m", "v")]
+    maps = [(mapped.mapping_of(in_files[name]), in_files[name].ctypes.data) for name in ("m", "v")]
     mapped.drop_mapped([in_files["m"], in_files["v"]])
     size = SMALLEST_CHUNK // 8
     edges = [(start, min(start + size, n)) for start in range(0, n, size)]

@@ -375,11 +375,11 @@ def test_settings_that_make_no_sense_are_refused(given_, said):
 
 
 def test_the_least_budget_is_enough_for_offload():
-    from gpuadam.offload import chunks, optimizer
+    from gpuadam.offload import chunks
 
     widest = operands(Arrays("float64", "float64", "float64", amsgrad=True, param_copy="float64", ema="float64"))
     least = sum(chunks.aligned(operand.nbytes(storage.GROUP)) + chunks.ALIGNMENT for operand in widest)
-    assert optimizer.MOST_SLOTS * least <= prediction.LEAST_BUDGET
+    assert chunks.MOST_SLOTS * least <= prediction.LEAST_BUDGET
 
 
 def test_on_a_cpu_the_processors_do_all_of_it_one_after_the_other():

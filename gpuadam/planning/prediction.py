@@ -9,8 +9,7 @@ import math
 from typing import NamedTuple
 
 from ..kernels.storage import FORMATS, GROUP, operands
-from ..offload.chunks import aligned
-from ..offload.optimizer import CHUNKS, SLOTS_ON_GPU, SMALLEST_CHUNK
+from ..offload.chunks import CHUNKS, SLOTS_ON_GPU, SMALLEST_CHUNK, aligned
 from ..sharded.layout import CELL, placed
 from .model import COLLECTIVES, ROLE_OF, ROLES, Ranks, collective_seconds, kernel_seconds, overlapped
 
