@@ -66,9 +66,10 @@ def versions():
 @functools.cache
 def package_text():
     """Return the hash of all of gpuadam: the source of a kernel of Numba is functions that call others."""
-    digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(adam.__file__).parent.parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    digest, kernels = hashlib.sha256(), pathlib.Path(adam.__file__).parent
+    for folder in (kernels.parent, kernels.resolve()):  # which is a link, and rglob follows none
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
