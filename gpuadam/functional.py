@@ -8,9 +8,11 @@ import numpy as np
 
 from . import backends, checks, hyperparameters, torch_tensors
 from . import step_counts as capturable
-from .kernels import adam, device_scalars, storage, streams
+from .kernels import adam, streams
 from .kernels import view as arrays
 from .kernels.layout import Update
+from .kernels.operands import Arrays
+from .kernels.scalars import step_key
 
 
 def adam_step(
@@ -121,7 +123,7 @@ class Updates(NamedTuple):
     columns: list[list[Any]]  # the params of all updates, their grads, m's, v's, and those of `further`
     names: list[str] | None  # of each param; None for the one that adam_step was given
     now: Any = None  # a capturable.Now, if scalars are computed on the device
-    further: tuple[str, ...] = ()  # the operands after v that there are, in the order of `storage.operands`
+    further: tuple[str, ...] = ()  # the operands after v that there are, in the order of `operands.operands_of`
     stochastic: bool = False  # narrow params are rounded randomly
     seed: int = 0
     keys: list[int] | None = None  # of each param, for random rounding
@@ -176,7 +178,7 @@ def _update(groups, backend, stream, memo):
         # the arrays of a group in device mode go where its scalars are computed
         place = _placed(group, batch, scalars_of[k].stream if k in scalars_of else stream)
         if group.now is None:
-            key = device_scalars.step_key(group.seed, group.step) if formats.random else 0
+            key = step_key(group.seed, group.step) if formats.random else 0
             work.append((batch, place, *hyperparameters.form_and_scalars(group.h, group.step, formats), key))
         else:
             if k not in scalars_of:
@@ -244,7 +246,7 @@ def _placed(group, batch, stream):
 
 # by the bytes of an element and the number of columns
 _PLAIN = {
-    (n_bytes, n): storage.Arrays(name, name, name, amsgrad=n == 5)
+    (n_bytes, n): Arrays(name, name, name, amsgrad=n == 5)
     for n_bytes, name in ((4, "float32"), (8, "float64"))
     for n in (4, 5)
 }
@@ -273,7 +275,7 @@ def _numpy_way(groups):
 
 
 def _checked(groups, backend):
-    """Return (number of the group, its `storage.Arrays`, batch) of every launch, or raise what is wrong with an array."""
+    """Return (number of the group, its `operands.Arrays`, batch) of every launch, or raise what is wrong with an array."""
     batches, written = [], []
     read: list[Any] = []
     for k, group in enumerate(groups):
@@ -302,7 +304,7 @@ def formats_of(views, group):
     param_copy, ema = (views[name].format if name in views else "" for name in ("param_copy", "ema"))
     stochastic = group.stochastic and param in ("bfloat16", "float16")
     m = "8bit" if m == "uint8" else m
-    return storage.Arrays(param, grad, m, "max_v" in views, "remainder" in views, param_copy, ema, stochastic)
+    return Arrays(param, grad, m, "max_v" in views, "remainder" in views, param_copy, ema, stochastic)
 
 
 def check(groups, backend=None, stream=None):

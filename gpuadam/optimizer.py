@@ -24,8 +24,9 @@ from .groups import (
     saved_settings,
     what_is,
 )
-from .kernels import array_bytes, device_scalars, streams
-from .kernels.storage import GROUP
+from .kernels import array_bytes, streams
+from .kernels.operands import GROUP
+from .kernels.scalars import step_key
 from .kernels.view import Bits
 
 STATE_DTYPES = ("float32", "float64", "bfloat16", "8bit")
@@ -538,7 +539,7 @@ OF_PARAMETERS = 0xD1B54A32D192ED03  # so that the keys of parameters are none of
 
 def key_of_parameter(seed, number):
     """Return the key of the number-th parameter of all groups, counted from 0, for random rounding."""
-    return device_scalars.step_key(seed ^ OF_PARAMETERS, number)
+    return step_key(seed ^ OF_PARAMETERS, number)
 
 
 def _state_format(view, given):

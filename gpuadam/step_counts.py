@@ -1,7 +1,7 @@
 """Device mode: the step count, the learning rate and the gradient scale on the device, for steps that a CUDA graph captures.
 
 What a kernel gets by value is frozen in a graph. So one thread computes the step's scalars on the device, from what is there when
-the graph runs (`kernels/device_scalars.py`), and the update loads them.
+the graph runs (`kernels/scalars.py`), and the update loads them.
 """
 
 import contextlib
@@ -9,7 +9,8 @@ import contextlib
 import numpy as np
 
 from . import backends, hyperparameters
-from .kernels import array_bytes, device_scalars, gpu_launch, synchronous
+from .kernels import array_bytes, gpu_launch, synchronous
+from .kernels.scalars import MEMORY_BYTES, ScalarsForm, ScalarsMemory, Settings, on_host
 from .kernels.view import View
 
 NUMBERS = (np.dtype("float32"), np.dtype("float64"))
@@ -28,11 +29,11 @@ class Clock:
     def __init__(self, kernels, device, dtypes):
         self.backend, self.device = kernels.name, device
         self.on_cpu = self.backend == "numba-cpu"
-        self.memory: dict[np.dtype, device_scalars.Memory] = {}  # always the same places, which captured graphs know
+        self.memory: dict[np.dtype, ScalarsMemory] = {}  # always the same places, which captured graphs know
         with self._here():
             for dtype in () if self.on_cpu else dtypes:
-                owner, address = kernels.device_bytes(device_scalars.MEMORY_BYTES)
-                self.memory[dtype] = device_scalars.Memory(owner, address, dtype, device)
+                owner, address = kernels.device_bytes(MEMORY_BYTES)
+                self.memory[dtype] = ScalarsMemory(owner, address, dtype, device)
             self.step = kernels.from_host(np.zeros(1, np.int64))
 
     @property
@@ -115,33 +116,35 @@ class Scalars:
         self._launches: dict[np.dtype, tuple] = {}
 
     def of(self, formats):
-        """Return the Form of the step for arrays of some formats, and the `device_scalars.Memory` where its scalars will be."""
+        """Return the Form of the step for arrays of some formats, and the `scalars.ScalarsMemory` where its scalars will be."""
         now, h, fixed = self.group.now, self.group.h, self.group.h.fixed
-        form, scalars = hyperparameters.form_and_scalars(h, 1, formats)
-        _, later = hyperparameters.form_and_scalars(h, 2, formats)
+        form, scalars = hyperparameters.form_and_scalars(
+            h, 1, formats
+        )  # it refuses what overflows, which it does most at step 1
+        constants = hyperparameters.constants(fixed, formats)
         skips = now.found_inf is not None or now.largest_norm is not None
         scaled = form.scaled or now.grad_scale is not None or now.max_norm is not None
         form = form._replace(scaled=scaled, skips=skips)
         dtype = form.dtype
         out = now.clock.memory[dtype]
         first = not self._launches or next(iter(self._launches)) == dtype
-        settings = device_scalars.Settings(
+        settings = Settings(
             advance=(1 if first else 0) if now.counts else self.group.step,
             seed=self.group.seed - (self.group.seed >> 63 << 64),
             sign=-1.0 if fixed.maximize else 1.0,
             beta1=fixed.beta1,
             beta2=fixed.beta2,
             weight_decay=fixed.weight_decay,
-            w1=scalars.w1,
-            w2=scalars.w2,
-            eps=fixed.eps if form.algorithm == "radam" else scalars.eps,
+            w1=constants.w1,
+            w2=constants.w2,
+            eps=constants.eps,
             eps_root=getattr(scalars, "eps_root", 0.0),
-            w_ema=later[-1] if formats.ema else 0.0,
-            first_w_ema=scalars[-1] if formats.ema else 0.0,
+            w_ema=constants.later[-1] if formats.ema else 0.0,
+            first_w_ema=constants.first[-1] if formats.ema else 0.0,
             max_norm=np.inf if now.max_norm is None else now.max_norm,
             largest_norm=np.inf if now.largest_norm is None else now.largest_norm,
         )
-        own = device_scalars.Form(
+        own = ScalarsForm(
             dtype,
             None if now.lr is None else now.lr.dtype,
             None if now.grad_scale is None else now.grad_scale.dtype,
@@ -213,8 +216,7 @@ def clipped(grad_scale, norm, max_norm):
     >>> round(clipped(0.5, norm=4.0, max_norm=1.0), 6)  # scaled, the norm is 2
     0.25
     """
-    clip = max_norm / (norm * abs(grad_scale) + device_scalars.CLIP_EPS)
-    return grad_scale * clip if clip < 1.0 else grad_scale
+    return on_host().clipped(grad_scale, norm, max_norm)
 
 
 def is_array(value):

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from gpuadam.kernels import compiled_cache
 
 # The columns of a table, of int64: how many elements each array of an update has, and of how many bytes; the key and the number
-# of the first element, for random rounding; and from PARAM on the addresses of its operands (see storage.py). A row is an update.
+# of the first element, for random rounding; and from PARAM on the addresses of its operands. A row is an update.
 SIZE, ITEMSIZE, KEY, START, PARAM = range(5)
 GRAD, M, V, MAX_V = range(PARAM + 1, PARAM + 5)
 COLUMNS = MAX_V + 1

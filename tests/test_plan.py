@@ -18,8 +18,7 @@ from gpuadam import backends, hyperparameters, planning, transports
 from gpuadam.__main__ import main
 from gpuadam.cli import output
 from gpuadam.cli.measuring import measure
-from gpuadam.kernels import storage
-from gpuadam.kernels.storage import Arrays, operands
+from gpuadam.kernels.operands import GROUP, Arrays, bytes_per_element, operands_of
 from gpuadam.planning import CELL, Settings, Way, best, machines, plan, predict
 from gpuadam.planning import model as performance_model
 from gpuadam.planning.machines import MACHINES, Link, Processor
@@ -71,7 +70,7 @@ def test_bytes_are_those_of_the_kernels_operands():
     for arrays in (Arrays(), Arrays(state="8bit"), Arrays("bfloat16", "bfloat16", remainder=True, ema="float32")):
         h = hyperparameters.checked(1e-3, (0.9, 0.999), 1e-8, 0.0, False, False)
         form, _ = hyperparameters.form_and_scalars(h, 1, arrays)
-        assert performance_model.bytes_moved_of(operands(arrays), 32_000) == 32_000 * storage.bytes_moved(form)
+        assert performance_model.bytes_moved_of(operands_of(arrays), 32_000) == 32_000 * bytes_per_element(form)
 
 
 def test_a_sharded_device_has_its_share_of_the_state_in_whole_cells():
@@ -180,7 +179,7 @@ def test_what_does_not_fit_says_where_and_how_much():
 def test_a_kernel_takes_the_slower_of_bytes_and_elements():
     arrays = Arrays(state="bfloat16")  # 20 bytes
     seconds = [
-        kernel_seconds(arrays, operands(arrays), 10**9, Processor(1e12, rates={arrays: rate})) for rate in (1e12, 1e10)
+        kernel_seconds(arrays, operands_of(arrays), 10**9, Processor(1e12, rates={arrays: rate})) for rate in (1e12, 1e10)
     ]
     assert seconds == pytest.approx([0.02, 0.1])
 
@@ -188,8 +187,8 @@ def test_a_kernel_takes_the_slower_of_bytes_and_elements():
 def test_what_stays_in_the_caches_is_bound_by_elements_alone():
     arrays = Arrays()
     processor = Processor(1e9, launch=1e-6, rates={arrays: 1e9}, cache=16_000)
-    assert kernel_seconds(arrays, operands(arrays), 1000, processor) == pytest.approx(2e-6)
-    assert kernel_seconds(arrays, operands(arrays), 1001, processor) == pytest.approx(1e-6 + 28_028e-9)
+    assert kernel_seconds(arrays, operands_of(arrays), 1000, processor) == pytest.approx(2e-6)
+    assert kernel_seconds(arrays, operands_of(arrays), 1001, processor) == pytest.approx(1e-6 + 28_028e-9)
 
 
 def test_a_ring_takes_the_bus_bandwidth_of_nccl():
@@ -627,8 +626,8 @@ def test_what_is_planned_is_what_offload_does():
 
     own = planning.SLOTS, planning.CHUNKS, planning.SMALLEST_CHUNK, planning.ALIGNMENT
     assert own == (optimizer.SLOTS_ON_GPU, optimizer.CHUNKS, optimizer.SMALLEST_CHUNK, chunks.ALIGNMENT)
-    widest = operands(Arrays("float64", "float64", "float64", amsgrad=True, param_copy="float64", ema="float64"))
-    least = sum(chunks.aligned(operand.nbytes(storage.GROUP)) + chunks.ALIGNMENT for operand in widest)
+    widest = operands_of(Arrays("float64", "float64", "float64", amsgrad=True, param_copy="float64", ema="float64"))
+    least = sum(chunks.aligned(operand.nbytes(GROUP)) + chunks.ALIGNMENT for operand in widest)
     assert optimizer.MOST_SLOTS * least <= planning.LEAST_BUDGET
 
 

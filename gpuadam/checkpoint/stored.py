@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..kernels import array_bytes
-from ..kernels.storage import GROUP
+from ..kernels.operands import GROUP
 from ..optimizer import OF_GROUPS
 from ..sharded.agreement import on_all
 from .format import FORMAT, VERSION, parsed, some

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from ..kernels.storage import GROUP
+from ..kernels.operands import GROUP
 from ..kernels.view import View
 from .mapped import Mapping
 

@@ -1,7 +1,8 @@
 """From the arrays of a step to what is cut into chunks: checked, and each with what is known of where it lies."""
 
 from .. import backends, checks, functional, hyperparameters
-from ..kernels import device_scalars, storage
+from ..kernels.operands import operands_of
+from ..kernels.scalars import step_key
 from ..kernels.view import View, bare
 from .chunks import Job, Operand
 from .mapped import mapping_of
@@ -33,11 +34,11 @@ def jobs_of(updates, stages, has_master, backend):
             formats = functional.formats_of(views, group)
             if formats not in launches:
                 form, scalars = hyperparameters.form_and_scalars(group.h, group.step, formats)
-                key = device_scalars.step_key(group.seed, group.step) if formats.random else 0
+                key = step_key(group.seed, group.step) if formats.random else 0
                 launches[formats] = Launch(formats, form, scalars, key)
             operands = []
             given_bare, _ = bare(list(given))
-            for o, array, view in zip(storage.operands(formats, zero_grad), given_bare, views.values(), strict=True):
+            for o, array, view in zip(operands_of(formats, zero_grad), given_bare, views.values(), strict=True):
                 mapping = mapping_of(array, maps)
                 operands.append(Operand(view, o.loads, o.stores, o.of_groups, mapping))
             moved = tuple(stages.moves(operand.view, operand.mapping) for operand in operands)

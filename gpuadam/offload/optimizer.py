@@ -13,7 +13,7 @@ from .. import step_counts as capturable
 from ..clipping import global_norm
 from ..groups import OF_PARAMS
 from ..kernels import array_bytes, streams
-from ..kernels.storage import GROUP
+from ..kernels.operands import GROUP
 from ..kernels.view import Bits, bare
 from ..optimizer import IN_MEMORY, OF_GROUPS, Adam
 from . import chunks, pipeline

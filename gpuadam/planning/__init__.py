@@ -20,7 +20,7 @@ import math
 from typing import NamedTuple
 
 from ..kernels.global_norm import CHUNK as CELL
-from ..kernels.storage import FORMATS, GROUP, operands
+from ..kernels.operands import FORMATS, GROUP, operands_of
 from ..sharded.layout import placed
 from .model import COLLECTIVES, ROLES, Ranks, collective_seconds, kernel_seconds, overlapped
 
@@ -148,7 +148,7 @@ def predict(way, update, machine, settings):
     shape = _shape(update, machine, settings, way.sharded)
     arrays = of_shard(update.arrays) if way.sharded else update.arrays
     reduced = FORMATS[arrays.grad]
-    own = operands(arrays, update.zero_grad)
+    own = operands_of(arrays, update.zero_grad)
     state = [o for o in own if update.is_state(o)]
     n_state = sum(_own_bytes(o, shape) for o in state)
     offloaded = n_state

@@ -20,7 +20,7 @@ import numpy as np
 
 from ... import backends
 from ...kernels import adam, limit
-from ...kernels.storage import Arrays
+from ...kernels.operands import Arrays
 from . import forms, measure
 
 LARGE, FEW = 20_000_000, 256  # elements
@@ -33,7 +33,7 @@ SMALLEST, LARGEST = 1e-9, 1e30  # of what is read
 def measured(formats, folder=None, seconds=1.0):
     """Return the constants of this machine: of its CPU, of its GPU if a backend for one works, of the disk of a folder.
 
-    formats: the `storage.Arrays` whose rates are wanted. seconds: spent on each measurement, about.
+    formats: the `operands.Arrays` whose rates are wanted. seconds: spent on each measurement, about.
     """
     found = {"cpu": of_processor("numba-cpu", formats, seconds)}
     on_gpu = [name for name in backends.available_backends() if backends.BACKENDS[name].memory == "CUDA"]

@@ -12,9 +12,9 @@ import numpy as np
 import gpuadam
 
 from ... import hyperparameters
-from ...kernels import adam, limit, storage
+from ...kernels import adam, limit
 from ...kernels.layout import Update
-from ...kernels.storage import Arrays
+from ...kernels.operands import GROUP, Arrays, bytes_per_element, operands_of
 from . import measure
 
 BF16 = "bfloat16"
@@ -76,12 +76,12 @@ def bytes_moved(case):
     >>> bytes_moved(FORMS["float32"]), bytes_moved(FORMS["8-bit state"])
     (28.0, 16.5)
     """
-    return storage.bytes_moved(form_and_scalars(case)[0])
+    return bytes_per_element(form_and_scalars(case)[0])
 
 
 def own_arrays(kernels, case, n):
     """Return {operand: array}. The numbers are ordinary and stay so, however many steps are done. bfloat16 is in uint16."""
-    operands = storage.operands(case.arrays)
+    operands = operands_of(case.arrays)
     values = measure.data(n, case.arrays.compute, [operand.name for operand in operands])
     return {
         operand.name: kernels.from_host(_stored(operand, array, n)) for operand, array in zip(operands, values, strict=True)
@@ -91,7 +91,7 @@ def own_arrays(kernels, case, n):
 def _stored(operand, values, n):
     """Return numbers as an operand holds them; of codes, scales and remainders zeros, as at the first step."""
     if operand.of_groups:
-        return np.zeros(-(-n // storage.GROUP), operand.format)
+        return np.zeros(-(-n // GROUP), operand.format)
     if operand.format in ("int16", "uint8"):
         return np.zeros(n, operand.format)
     if operand.format == BF16:
@@ -132,7 +132,7 @@ def launcher_of_all(kernels, case, updates, rule):
 
 def caller(kernels, case, arrays):
     """Return a function that calls adam_step, each time for the next step. arrays: {operand: array}."""
-    formats = {operand.name: operand.format for operand in storage.operands(case.arrays)}
+    formats = {operand.name: operand.format for operand in operands_of(case.arrays)}
     given = {name: gpuadam.Bits(a, BF16) if formats[name] == BF16 else a for name, a in arrays.items()}
     options = {**HYPERPARAMETERS, "algorithm": case.algorithm, "formula": case.formula, "backend": kernels.name}
     options["stochastic_rounding"] = case.arrays.stochastic
