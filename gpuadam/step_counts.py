@@ -118,9 +118,7 @@ class Scalars:
     def of(self, formats):
         """Return the Form of the step for arrays of some formats, and the `scalars.ScalarsMemory` where its scalars will be."""
         now, h, fixed = self.group.now, self.group.h, self.group.h.fixed
-        form, scalars = hyperparameters.form_and_scalars(
-            h, 1, formats
-        )  # it refuses what overflows, which it does most at step 1
+        form, scalars = hyperparameters.form_and_scalars(h, 1, formats)  # or an error if a scalar of step 1 overflows
         constants = hyperparameters.constants(fixed, formats)
         skips = now.found_inf is not None or now.largest_norm is not None
         scaled = form.scaled or now.grad_scale is not None or now.max_norm is not None
@@ -144,7 +142,7 @@ class Scalars:
             max_norm=np.inf if now.max_norm is None else now.max_norm,
             largest_norm=np.inf if now.largest_norm is None else now.largest_norm,
         )
-        own = ScalarsForm(
+        scalars_form = ScalarsForm(
             dtype,
             None if now.lr is None else now.lr.dtype,
             None if now.grad_scale is None else now.grad_scale.dtype,
@@ -157,7 +155,7 @@ class Scalars:
             norm=now.max_norm is not None,
             checks=now.largest_norm is not None,
         )
-        self._launches[dtype] = own, settings, out
+        self._launches[dtype] = scalars_form, settings, out
         return form, out
 
     def prepare(self):

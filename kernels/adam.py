@@ -67,10 +67,9 @@ class Scalars(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def scalars_type(form):
     """Return the type of a form's scalars: Scalars, or a named tuple with more fields."""
-    more = {"nadam": ("of_m", "of_g"), "optax": ("eps_root",)}.get(
-        form.algorithm, ()
-    )  # NAdam's shares of m and g in its direction
-    more += ("w_ema",) if form.arrays.ema else ()  # 1 - ema_decay if near_ema, else that minus 1
+    # of_m and of_g are the shares in NAdam's direction; w_ema is 1 - ema_decay if near_ema, else that minus 1
+    more = {"nadam": ("of_m", "of_g"), "optax": ("eps_root",)}.get(form.algorithm, ())
+    more += ("w_ema",) if form.arrays.ema else ()
     return collections.namedtuple("MoreScalars", Scalars._fields + more) if more else Scalars
 
 
