@@ -35,7 +35,7 @@ def narrowed(b, rn, x):
 
 # bfloat16: the upper half of a float32.
 
-_FROM_X = "setp.nan.f32 p, %1, %1; selp.b32 %0, 0x7FC0, x, p; }"
+_UNLESS_NAN = "setp.nan.f32 p, %1, %1; selp.b32 %0, 0x7FC0, x, p; }"
 
 
 @conversion("u32 -> f32", "{ .reg .b32 x; shl.b32 x, %1, 16; mov.b32 %0, x; }")
@@ -47,7 +47,7 @@ def from_bfloat16(b, rn, u):
     "f32 -> u32",
     "{ .reg .pred p; .reg .b32 x, t; mov.b32 x, %1; shr.u32 t, x, 16; and.b32 t, t, 1; add.u32 x, x, 0x7FFF;",
     "add.u32 x, x, t; shr.u32 x, x, 16;",
-    _FROM_X,
+    _UNLESS_NAN,
 )
 def to_bfloat16(b, rn, x):
     u = b.bitcast(x, U32)
@@ -59,7 +59,7 @@ def to_bfloat16(b, rn, x):
 @conversion(
     "f32, u32 -> u32",
     "{ .reg .pred p; .reg .b32 x, t; mov.b32 x, %1; and.b32 t, %2, 0xFFFF; add.u32 x, x, t; shr.u32 x, x, 16;",
-    _FROM_X,
+    _UNLESS_NAN,
 )
 def to_bfloat16_randomly(b, rn, x, h):
     u = b.bitcast(x, U32)
@@ -141,7 +141,7 @@ def _for_float16(b, x):
 # A float32 in two parts of 16 bits: the nearest bfloat16, ties away from zero, and the signed difference from it. If ties went to
 # even, the difference would not fit.
 
-_PART = "{ .reg .pred p; .reg .b32 x; mov.b32 x, %1; setp.nan.f32 p, %1, %1; selp.b32 x, 0x7FC00000, x, p;"
+_ONE_NAN = "{ .reg .pred p; .reg .b32 x; mov.b32 x, %1; setp.nan.f32 p, %1, %1; selp.b32 x, 0x7FC00000, x, p;"
 
 
 @conversion(
@@ -153,12 +153,12 @@ def from_parts(b, rn, high, low):
     return b.bitcast(b.add(b.shl(high, U32(16)), signed), F32)
 
 
-@conversion("f32 -> u32", _PART, "add.u32 x, x, 0x8000; shr.u32 %0, x, 16; }")
+@conversion("f32 -> u32", _ONE_NAN, "add.u32 x, x, 0x8000; shr.u32 %0, x, 16; }")
 def high_part(b, rn, x):
     return b.lshr(b.add(_one_nan(b, x), U32(0x8000)), U32(16))
 
 
-@conversion("f32 -> u32", _PART, "and.b32 %0, x, 0xFFFF; }")
+@conversion("f32 -> u32", _ONE_NAN, "and.b32 %0, x, 0xFFFF; }")
 def low_part(b, rn, x):
     return b.and_(_one_nan(b, x), U32(0xFFFF))
 
