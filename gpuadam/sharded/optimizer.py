@@ -19,7 +19,7 @@ from ..groups import (
     in_order_of_groups,
     parsed_groups,
 )
-from ..kernels.storage import Arrays
+from ..kernels.operands import Arrays
 from ..optimizer import DEFAULTS
 from . import checks as shard_checks
 from . import saving, transports

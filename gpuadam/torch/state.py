@@ -6,7 +6,7 @@ import numbers
 
 import torch
 
-from ..kernels.storage import GROUP
+from ..kernels.operands import GROUP
 
 # What gpuadam calls it. 8-bit codes have names of their own, so that torch's Adam does not take them for numbers.
 OPERANDS = {
@@ -23,7 +23,7 @@ OPERANDS = {
 
 @functools.cache
 def kept(state_dtype, master, amsgrad, dtype):
-    """Return name -> dtype of the state of a parameter of some dtype, in the order of `storage.operands`."""
+    """Return name -> dtype of the state of a parameter of some dtype, in the order of `operands.operands_of`."""
     remainder = {"remainder": torch.int16} if master and dtype is torch.bfloat16 else {}
     if state_dtype == "8bit":
         codes = dict.fromkeys(("exp_avg_codes", "exp_avg_sq_codes"), torch.uint8)
