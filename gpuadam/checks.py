@@ -7,7 +7,7 @@ import operator
 import numpy as np
 
 from .kernels.layout import bounds
-from .kernels.operands import GROUP
+from .kernels.operands import GROUP, KINDS
 
 
 def real(name, value):
@@ -146,19 +146,7 @@ def given(name, array):
     return array
 
 
-FORMATS = ("float32", "float64", "bfloat16", "float16")  # of parameters and gradients
-ALLOWED = {
-    "param": FORMATS,
-    "grad": FORMATS,
-    "m": ("float32", "float64", "bfloat16", "uint8"),  # v would underflow in float16
-    "m_scale": ("float32",),
-    "remainder": ("int16", "uint16"),
-    "param_copy": FORMATS,
-    "ema": ("float32", "float64"),  # a running mean would not move in fewer bits
-}
-
-
-LIKE = {"v": "m", "max_v": "m", "v_scale": "m_scale"}
+FORMATS = KINDS["param"].formats  # of parameters and gradients
 
 
 def update(views, zero_grad=False):
@@ -167,7 +155,7 @@ def update(views, zero_grad=False):
     scales = (-(-param.size // GROUP),)
     formats(views)
     for operand, view in views.items():
-        if operand in ("m_scale", "v_scale"):
+        if KINDS[operand].of_groups:
             if view.shape != scales:
                 raise ValueError(
                     f"{view.name} has shape {view.shape}; for {param.size} elements there are scales of shape {scales}, one for "
@@ -187,7 +175,7 @@ def update(views, zero_grad=False):
 def formats(views):
     """Check the formats of the operands of one update. views: name of the operand -> View, or what has its name and format."""
     for operand, view in views.items():
-        one_format(view, ALLOWED[LIKE.get(operand, operand)])
+        one_format(view, KINDS[operand].formats)
     param, m = views["param"], views["m"]
     for operand in ("v", "max_v"):
         if operand in views and views[operand].format != m.format:

@@ -8,11 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .kernels.operands import GROUP
+from .kernels.operands import GROUP, KINDS
 
-# The order in which kernels take the operands of an update
-OPERANDS = ("param", "grad", "m", "v", "max_v", "remainder", "param_copy", "ema", "m_scale", "v_scale")
-OF_GROUPS = ("m_scale", "v_scale")  # the operands with one element for each GROUP neighbours of the parameter
+OF_GROUPS = tuple(kind.name for kind in KINDS.values() if kind.of_groups)
 IN_MEMORY = {"bfloat16": "uint16"}  # the dtype of a format that NumPy does not know
 MOMENTS = ("m", "v", "max_v")
 
@@ -66,7 +64,7 @@ class Kind(NamedTuple):
     def of(cls, param, kept, has_copy, stochastic):
         """Return the Kind of a parameter of some format, whose state is `kept`: key -> format."""
         there = {"param", "grad", *kept, *(["param_copy"] if has_copy else [])}
-        operands = tuple(name for name in OPERANDS if name in there)
+        operands = tuple(name for name in KINDS if name in there)
         bits = tuple("bfloat16" if kept.get(name) == "bfloat16" else "" for name in operands)
         return cls(param, operands, bits, stochastic or "bfloat16" in bits or "m_scale" in kept)
 

@@ -20,7 +20,7 @@ from .kernels.operands import Arrays
 from .kernels.scalars import step_key
 from .kernels.view import Bits
 
-OPERANDS = ("param", "grad", "m", "v")
+OPERANDS = ("param", "grad", "m", "v")  # that every update has
 
 
 class Updates(NamedTuple):

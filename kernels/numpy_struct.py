@@ -16,7 +16,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache
-from gpuadam.kernels.operands import GROUP
+from gpuadam.kernels.operands import GROUP, KINDS
 
 # A row of a table, of int64, is an update: how many elements it has; the key and the number of the first element, for random
 # rounding; and from PARAM on the addresses of its operands, in their order.
@@ -67,7 +67,7 @@ def columns_like(operands, arrays, zero_grad):
             list(map(id, dtypes)),
             [ALIGNED | WRITEABLE * is_written for is_written in written],
             [dtype.itemsize for dtype in dtypes],
-            [name in ("m_scale", "v_scale") for name in operands],
+            [KINDS[name].of_groups for name in operands],
             written,
         ]
         names = tuple(dtype.name for dtype in dtypes)

@@ -513,7 +513,8 @@ def test_a_bar_is_shown_if_asked_for(tmp_path, capsys):
 
 
 def job(sizes, copied, n):
-    kinds = [Operand("", {4: "float32", 2: "bfloat16"}[size]) for size in sizes]
+    formats = {4: "float32", 2: "bfloat16"}
+    kinds = [Operand("", formats[size], True, True, False, "", "", None) for size in sizes]
     view = gpuadam.kernels.view.on_cpu("", np.zeros(0))
     operands = [chunks.Operand(kind, view, None, of) for kind, of in zip(kinds, copied, strict=True)]
     return chunks.Job(operands, n, 0, None)
