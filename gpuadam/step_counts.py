@@ -9,7 +9,7 @@ import contextlib
 import numpy as np
 
 from . import backends, hyperparameters
-from .kernels import array_bytes, device_scalars, gpu_launch, synchronous
+from .kernels import array_bytes, device_scalars, synchronous
 from .kernels.view import View
 
 NUMBERS = (np.dtype("float32"), np.dtype("float64"))
@@ -27,7 +27,7 @@ class Clock:
 
     def __init__(self, kernels, device, dtypes):
         self.backend, self.device = kernels.name, device
-        self.on_cpu = self.backend == "numba-cpu"
+        self.on_cpu = kernels.memory == "CPU"
         self.memory: dict[np.dtype, device_scalars.Memory] = {}  # always the same places, which captured graphs know
         with self._here():
             for dtype in () if self.on_cpu else dtypes:
@@ -165,8 +165,7 @@ class Scalars:
             if kernels.is_capturing(self.stream):
                 return
             for form, settings, out in self._launches.values():
-                gpu_launch.rehearse(
-                    kernels,
+                kernels.rehearse(
                     device,
                     form,
                     lambda stream, launch=(form, settings, given, out): kernels.launch_scalars(*launch, stream),
@@ -191,14 +190,14 @@ class Scalars:
         kernels, stream = clock.kernels, self.stream
         views = [value for value in given.values() if isinstance(value, View)]
         # after the step before, which may be on another stream: it reads the memory that is written here
-        with gpu_launch.ordered(kernels, clock.device, views, stream):
+        with kernels.ordered(clock.device, views, stream):
             for form, settings, out in self._launches.values():
                 launched = form, settings, given, out, stream
-                if synchronous.ON:
-                    what = f"the computation of a step's scalars from {sorted(given)} ({form.dtype}, device {clock.device})"
-                    synchronous.launch(kernels, stream, what, kernels.launch_scalars, *launched)
-                else:
-                    kernels.launch_scalars(*launched)
+
+                def what(form=form):
+                    return f"the computation of a step's scalars from {sorted(given)} ({form.dtype}, device {clock.device})"
+
+                synchronous.launch(kernels, stream, what, kernels.launch_scalars, *launched)
                 if now.counts:
                     counted.append(self)
 

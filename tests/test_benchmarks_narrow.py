@@ -13,7 +13,8 @@ from test_benchmarks import run
 from gpuadam import backends, testing
 from gpuadam.cli import output
 from gpuadam.cli.measuring import forms, measure
-from gpuadam.kernels import adam, limit, numba_cpu, storage
+from gpuadam.kernels import adam, limit, storage
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -14,7 +14,8 @@ import gpuadam
 from gpuadam.__main__ import main
 from gpuadam.cli import contract, doctor, installed, output
 from gpuadam.cli.measuring import forms
-from gpuadam.kernels import adam, limit, numba_cpu, storage
+from gpuadam.kernels import adam, limit, storage
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpuadam
-from gpuadam.kernels import numba_cpu, numpy_struct
+from gpuadam.kernels import numpy_struct
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.numpy_struct import COLUMNS, GRAD, ITEMSIZE, KEY, MAX_V, MIXED, PARAM, SIZE, START, M, V
 
 F4, F8 = np.dtype("float32"), np.dtype("float64")

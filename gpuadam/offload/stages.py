@@ -13,7 +13,7 @@ import threading
 import numpy as np
 
 from ..kernels import adam
-from ..kernels.gpu_launch import Place
+from ..kernels.gpu_batch import Place
 from ..kernels.layout import Update
 from ..kernels.streams import LEGACY_DEFAULT
 from .chunks import ALIGNMENT, aligned

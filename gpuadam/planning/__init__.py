@@ -19,7 +19,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from ..kernels.global_norm import CHUNK as CELL
+from ..kernels.norm_order import CHUNK as CELL
 from ..kernels.storage import FORMATS, GROUP, operands
 from ..sharded.layout import placed
 from .model import COLLECTIVES, ROLES, Ranks, collective_seconds, kernel_seconds, overlapped

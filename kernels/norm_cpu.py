@@ -1,4 +1,4 @@
-"""The sums of `global_norm.py` on the CPU, as Numba loops."""
+"""The sums of `norm_order.py` on the CPU, as Numba loops."""
 
 import functools
 import math
@@ -8,31 +8,19 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from gpuadam.kernels import compiled_cache, global_norm, numba_cpu, primitives
-from gpuadam.kernels.global_norm import (
-    CHUNK,
-    COLUMNS,
-    DIMS,
-    FIRST_CHUNK,
-    FIRST_SUM,
-    LANES,
-    NDIM,
-    POINTER,
-    QUARTER,
-    RUN,
-    SIZE,
-    WIDTH,
-)
+from gpuadam.kernels import compiled_cache, cpu_threads, primitives
+from gpuadam.kernels import norm_order as order
+from gpuadam.kernels.norm_elements import RAW, widened
+from gpuadam.kernels.norm_order import LANES, QUARTER, WIDTH
+from gpuadam.kernels.numba_addresses import load_at, store_at
 
 # Elements from which two threads finish sooner than one.
 PARALLEL_FROM = 1 << 18
 
-RAW = {"float64": types.float64, "float32": types.float32, "bfloat16": types.uint16, "float16": types.uint16}
-
 
 def norm(views):
     """Return the norm of NumPy arrays as a float."""
-    plan = global_norm.plan(views)
+    plan = order.plan(views)
     workspace, result = np.empty(plan.workspace // 8), np.empty(1)
     table = plan.placed(workspace.ctypes.data)
     for one in plan.passes:
@@ -43,8 +31,8 @@ def norm(views):
 
 def chunk_sums(views):
     """Return the sums of the squares of all chunks of NumPy arrays, in their order: the norm's terms, before its levels."""
-    plan = global_norm.plan(views)
-    sums = np.empty(global_norm.chunks_of_all(views))
+    plan = order.plan(views)
+    sums = np.empty(order.chunks_of_all(views))
     for one in plan.passes:
         if one.form.squares:
             run(one, plan.table, sums.ctypes.data, last=False)
@@ -53,32 +41,27 @@ def chunk_sums(views):
 
 def norm_of_chunks(sums):
     """Return the norm as a float. sums: float64, without gaps, of the chunks of all arrays in their order."""
-    form = global_norm.Form("float64", squares=False)
+    form = order.Form("float64", squares=False)
     while sums.size != 1:
         n = sums.size
-        above = np.empty(max(1, global_norm.chunks_of(n)))
-        table = np.array([sums.ctypes.data, n, 1, 1, COLUMNS, 0, 0, 0, n, sums.itemsize])
-        run(global_norm.Pass(form, 0, 1, above.size, n, 0), table, above.ctypes.data, last=False)
+        above = np.empty(max(1, order.chunks_of(n)))
+        table = np.array([sums.ctypes.data, n, 1, 1, order.COLUMNS, 0, 0, 0, n, sums.itemsize])
+        run(order.Pass(form, 0, 1, above.size, n, 0), table, above.ctypes.data, last=False)
         sums = above
     return math.sqrt(sums[0])
 
 
 def run(one, table, out, last):
     """Make a pass, in threads if there is much to sum."""
-    form, first_row, n_rows, chunks, elements, _ = one
-    rest = (first_row, n_rows, out, last)
-    n_threads = 1 if elements < PARALLEL_FROM else min(numba_cpu._n_threads(), chunks)
-    if n_threads == 1:
-        build(form, "serial")(table, 0, chunks, *rest)
-    else:
-        numba_cpu.in_threads(functools.partial(build, form), table, chunks, n_threads, rest)
+    parts = 1 if one.elements < PARALLEL_FROM else min(cpu_threads.n_threads(), one.chunks)
+    cpu_threads.run(functools.partial(build, one.form), table, one.chunks, parts, (one.first_row, one.n_rows, out, last))
 
 
 @functools.cache
 def build(form, loop):
     """Return the compiled kernel of a form. loop: "serial" or "parallel"."""
     if loop == "parallel":
-        return numba_cpu.parallel_of(build(form, "serial"), "first_row, n_rows, out, last")
+        return cpu_threads.parallel_of(build(form, "serial"), "first_row, n_rows, out, last")
     this = sys.modules[__name__]
 
     def compiled(function):
@@ -87,7 +70,9 @@ def build(form, loop):
     op = primitives.for_numba(intrinsic)
     fma, add, sqrt = op.fma, op.add, op.sqrt
     ITEMSIZE, SQUARES = form.itemsize, form.squares
-    pointer, widened, element, store = _accesses(form.format)
+    raw = RAW[form.format]
+    pointer, raw_at = _pointer_to(raw), load_at(intrinsic, raw, align=1)
+    as_float64, store = widened(intrinsic, form.format, on_gpu=False), store_at(intrinsic, types.float64)
 
     @compiled
     def plus(s, x):
@@ -99,23 +84,23 @@ def build(form, loop):
         x, r = carray(pointer(address), n), 0
         while r + 4 * WIDTH <= n:
             for j in range(s.size):  # a constant would be unrolled, which is no faster
-                two = plus(plus(s[j], widened(x[r + j])), widened(x[r + WIDTH + j]))
-                s[j] = plus(plus(two, widened(x[r + 2 * WIDTH + j])), widened(x[r + 3 * WIDTH + j]))
+                two = plus(plus(s[j], as_float64(x[r + j])), as_float64(x[r + WIDTH + j]))
+                s[j] = plus(plus(two, as_float64(x[r + 2 * WIDTH + j])), as_float64(x[r + 3 * WIDTH + j]))
             r += 4 * WIDTH
         for i in range(r, n):
-            s[i % WIDTH] = plus(s[i % WIDTH], widened(x[i]))
+            s[i % WIDTH] = plus(s[i % WIDTH], as_float64(x[i]))
 
     @compiled
     def add_strided(s, table, row, start, n):
         """Add the elements start ... start + n - 1, in C order, of an array of any strides and alignment to the lanes."""
-        ndim, dims = table[row + NDIM], table[row + DIMS]
+        ndim, dims = table[row + order.NDIM], table[row + order.DIMS]
         for i in range(n):
-            address, rest = table[row + POINTER], start + i
+            address, rest = table[row + order.POINTER], start + i
             for d in range(ndim - 1, 0, -1):
                 address += rest % table[dims + 2 * d] * table[dims + 2 * d + 1]
                 rest //= table[dims + 2 * d]
             lane = i // QUARTER * WIDTH + i % WIDTH
-            s[lane] = plus(s[lane], element(address + rest * table[dims + 1]))
+            s[lane] = plus(s[lane], as_float64(raw_at(address + rest * table[dims + 1])))
 
     @compiled
     def tree(s):
@@ -129,60 +114,36 @@ def build(form, loop):
     def serial(table, first, end, first_row, n_rows, out, last):
         """Sum the chunks first ... end - 1."""
         s = np.empty(LANES)
-        row, after = first_row * COLUMNS, (first_row + n_rows) * COLUMNS
+        row, after = first_row * order.COLUMNS, (first_row + n_rows) * order.COLUMNS
         for chunk in range(first, end):
-            while row + COLUMNS < after and table[row + COLUMNS + FIRST_CHUNK] <= chunk:
-                row += COLUMNS
-            k = chunk - table[row + FIRST_CHUNK]
-            start = k * CHUNK
-            n = min(table[row + SIZE] - start, CHUNK)
+            while row + order.COLUMNS < after and table[row + order.COLUMNS + order.FIRST_CHUNK] <= chunk:
+                row += order.COLUMNS
+            k = chunk - table[row + order.FIRST_CHUNK]
+            start = k * order.CHUNK
+            n = min(table[row + order.SIZE] - start, order.CHUNK)
             for j in range(LANES):
                 s[j] = 0.0
-            if table[row + RUN]:
-                address = table[row + POINTER] + start * ITEMSIZE
+            if table[row + order.RUN]:
+                address = table[row + order.POINTER] + start * ITEMSIZE
                 for q in range(-(-n // QUARTER)):
                     here = min(n - q * QUARTER, QUARTER)
                     add_quarter(s[q * WIDTH : (q + 1) * WIDTH], address + q * QUARTER * ITEMSIZE, here)
             else:
                 add_strided(s, table, row, start, n)
             total = tree(s)
-            store(out + 8 * (table[row + FIRST_SUM] + k), sqrt(total) if last else total)
+            store(out + 8 * (table[row + order.FIRST_SUM] + k), sqrt(total) if last else total)
 
     return compiled_cache.stored(compiled(serial), __name__, form)
 
 
-def _accesses(format):
-    """Return functions: an address as a pointer to elements, a raw element as float64, the element at any address, a store."""
-    raw = RAW[format]
+def _pointer_to(element):
+    """Return a function that makes a pointer of an address."""
 
     @intrinsic
     def pointer(typingctx, address):
         def codegen(context, builder, signature, args):
             return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-        return types.CPointer(raw)(types.int64), codegen
+        return types.CPointer(element)(types.int64), codegen
 
-    @intrinsic
-    def widened(typingctx, x):
-        def codegen(context, builder, signature, args):
-            return global_norm.to_float64(builder, format, args[0], on_gpu=False)
-
-        return types.float64(raw), codegen
-
-    @intrinsic
-    def element(typingctx, address):
-        def codegen(context, builder, signature, args):
-            at = builder.inttoptr(args[0], context.get_value_type(types.CPointer(raw)))
-            return global_norm.to_float64(builder, format, builder.load(at, align=1), on_gpu=False)
-
-        return types.float64(types.int64), codegen
-
-    @intrinsic
-    def store(typingctx, address, x):
-        def codegen(context, builder, signature, args):
-            builder.store(args[1], builder.inttoptr(args[0], context.get_value_type(types.CPointer(types.float64))))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.float64), codegen
-
-    return pointer, widened, element, store
+    return pointer

@@ -1,0 +1,119 @@
+"""The backend `numba-cpu`: NumPy arrays, and all arrays that share CPU memory by DLPack."""
+
+import functools
+import time
+
+import numba
+import numpy as np
+
+from gpuadam.kernels import adam, cpu_kernels, cpu_threads, norm_cpu, storage
+from gpuadam.kernels import numpy_struct as numpy_struct
+from gpuadam.kernels.backend import Backend, Batch, refuse_stream
+from gpuadam.kernels.cpu_kernels import CACHE_LINE
+from gpuadam.kernels.layout import dense
+from gpuadam.kernels.numpy_struct import SIZE
+from gpuadam.kernels.view import on_cpu
+
+
+class CpuBatch(Batch):
+    """Updates that one launch makes: those of a table (see `numpy_struct.py`), or without one a single update of any strides."""
+
+    def __init__(self, backend, updates, table=None):
+        super().__init__(updates)  # which keep the arrays alive
+        self.backend, self.table = backend, table
+
+    def launch(self, form, scalars, rule, place, key=0, launched=None):
+        if launched is not None:
+            launched.append(self)
+        if self.table is None:
+            (update,) = self.updates
+            views = update.views
+            shape = np.array(views[0].shape, np.int64)
+            strides = np.array([view.strides for view in views], np.int64).reshape(len(views), shape.size).T.copy()
+            at = tuple(view.pointer for view in views)
+            self.backend.build(rule, form, "strided")(at, shape, strides, update.start, update.key ^ key, *scalars)
+        else:
+            self.backend.launch_table(form, self.table, self.table[:, SIZE].sum().item(), scalars, rule, key)
+
+    def without_arrays(self):
+        """Return a Batch that may be launched again as long as its arrays are where they were, and keeps none alive."""
+        return CpuBatch(self.backend, [], self.table)
+
+
+class NumbaCpu(Backend):
+    """Loops that Numba compiles for the CPU (`cpu_kernels.py`), in one thread or in several (`cpu_threads.py`)."""
+
+    name, memory, boundary = "numba-cpu", "CPU", CACHE_LINE
+
+    # Elements from which two threads finish sooner than one. `benchmarks/cpu_threads.py` shows where the lines cross.
+    PARALLEL_FROM = 1 << 16
+
+    numpy_struct = numpy_struct
+    build = staticmethod(cpu_kernels.build)
+    n_threads = staticmethod(cpu_threads.n_threads)
+    one_thread = staticmethod(cpu_threads.one_thread)
+    view = staticmethod(on_cpu)
+
+    def found(self):
+        return True, f"Numba {numba.__version__}"
+
+    def batches(self, updates, arrays):
+        rows, together, apart = [], [], []
+        for update in updates:
+            views = update.views
+            if dense(views, arrays.random) and all(view.array.flags.aligned for view in views):
+                pointers = [view.pointer for view in views]
+                rows.append([views[0].size, views[0].dtype.itemsize, update.key, update.start, *pointers])
+                together.append(update)
+            else:
+                apart.append(CpuBatch(self, [update]))
+        return ([CpuBatch(self, together, np.array(rows))] if rows else []) + apart
+
+    def launch_table(self, form, table, n, scalars, rule=adam, key=0):
+        """Update the n elements of a table (`numpy_struct.py`) of arrays without gaps, at multiples of their elements' size."""
+        if n < self.PARALLEL_FROM:
+            self.build(rule, form, "serial")(table, 0, n, key, *scalars)
+        else:
+            cpu_threads.run(functools.partial(self.build, rule, form), table, n, cpu_threads.n_threads(), (key, *scalars))
+
+    def norm(self, views, out, device, stream):
+        refuse_stream(stream)
+        result = np.empty(()) if out is None else out.array
+        result[...] = norm_cpu.norm(views)
+        return result
+
+    chunk_sums = staticmethod(norm_cpu.chunk_sums)
+    norm_of_chunks = staticmethod(norm_cpu.norm_of_chunks)
+
+    def zeros(self, n, dtype, device):
+        dtype = np.dtype(dtype)
+        memory = np.zeros(n * dtype.itemsize + CACHE_LINE, np.uint8)
+        start = -memory.ctypes.data % CACHE_LINE
+        return memory[start : start + n * dtype.itemsize].view(dtype)
+
+    def shaped(self, memory, shape, strides):
+        return np.ndarray(shape, memory.dtype, memory, strides=strides)
+
+    def fill_zero(self, view, stream=None):
+        view.array[...] = 0
+
+    def copy(self, to, source):
+        np.copyto(to.array, source.array if to.dtype == source.dtype else storage.widened(source.array, source.format))
+
+    def from_host(self, array):
+        return np.array(array)
+
+    def to_host(self, array):
+        return np.array(array)
+
+    def native(self, view):
+        return view.array
+
+    def now(self):
+        return time.perf_counter()
+
+    def seconds_between(self, start, end):
+        return end - start
+
+
+backend = NumbaCpu()

@@ -1,0 +1,329 @@
+"""A rule as a Numba CUDA kernel.
+
+Numba has no vector type for array elements, and passing an array to a kernel takes it longer than launching one. So a kernel
+here takes addresses, and loads and stores 16 bytes by LLVM.
+"""
+
+import functools
+import importlib
+from unittest import mock
+
+import numpy as np
+from numba import cuda, types
+from numba.cuda.extending import intrinsic
+
+from gpuadam.kernels import adam, device_scalars, norm_numba_cuda, primitives, storage, storage_numba
+from gpuadam.kernels.device_scalars import KEY_AT, REALS_AT, SKIP_AT
+from gpuadam.kernels.gpu_table import BLOCK, CHUNK, FIRST_CHUNK, HEAD, ITEMS, KEY, OPERANDS, SIZE, START, VECTORS
+from gpuadam.kernels.numba_addresses import load_at, store_at, written_out
+
+if not hasattr(np, "row_stack"):
+    # numba-cuda up to 0.30.4 names np.row_stack when it first loads its array functions. NumPy 2.5 has it no more, so no kernel
+    # could be compiled. It was another name for vstack, and is one again while they load.
+    with mock.patch.object(np, "row_stack", np.vstack, create=True):
+        importlib.import_module("numba.cuda.cudaimpl")
+
+REALS = {"float32": types.float32, "float64": types.float64}
+UNSIGNED = {1: types.uint8, 2: types.uint16, 4: types.uint32, 8: types.uint64}  # by bytes
+
+# functions from an element's type to a load or a store of one in global memory
+global_load = functools.partial(load_at, intrinsic, addrspace=1)
+global_store = functools.partial(store_at, intrinsic, addrspace=1)
+
+
+@functools.cache
+def compiled(rule, form, loop, on_device=False):
+    """Return the kernel of a form as a Numba dispatcher, which compiles it at its first launch."""
+    return cuda.jit(build(rule, form, loop, on_device))
+
+
+@functools.cache
+def compiled_scalars(form):
+    """Return the kernel of a `device_scalars.Form` as a Numba dispatcher."""
+    return cuda.jit(build_scalars(form))
+
+
+@functools.cache
+def compiled_sums(form):
+    """Return the kernel of a `norm_order.Form` as a Numba dispatcher."""
+    return cuda.jit(norm_numba_cuda.build(form))
+
+
+def build(rule, form, loop, on_device=False):
+    """Return the kernel of a form as a Python function.
+
+    loop: "contiguous", "table" or "strided N", N the number of dimensions. on_device: whether the scalars are in device memory,
+    and the kernel's last argument is their address.
+    """
+    update = cuda.jit(device=True)(rule.in_python(form, primitives.for_numba(intrinsic, contracts=True)))
+    if form.arrays.grouped:
+        return _over_groups(form, update, on_device)
+    operands, LANES = storage.of_form(form), storage.lanes(form)
+    N, SKIPS, ZERO_GRAD, RANDOM = len(operands), form.skips, form.zero_grad, form.arrays.random
+    one, several = (storage_numba.for_numba(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
+    scalars_of = _scalars_in_memory(form) if on_device else _scalars_as_arguments
+    moved, stepped = one.moved, one.stepped
+
+    def updating(access, lanes):
+        load, store, zero_grad, *_ = access
+        update_lanes = _over_lanes(update, lanes)
+
+        @cuda.jit(device=True)
+        def update_at(at, i, start, key, s):
+            scalars, step_key, skip = s
+            if SKIPS and skip:
+                if ZERO_GRAD:
+                    zero_grad(at, i)
+            else:
+                store(at, i, update_lanes(load(at, i), scalars), start, (start + i) >> 32, key ^ step_key)
+
+        return update_at
+
+    update_element, update_vector = updating(one, 1), updating(several, LANES)
+
+    if loop == "contiguous":
+
+        def contiguous(at, head, vectors, threads, start, key, scalars):
+            i = cuda.grid(1)
+            if i < vectors:
+                k = head + i * LANES
+                update_vector(at, k, start, key, scalars_of(scalars))
+            elif i < threads:
+                k = i - vectors
+                k = k if k < head else k + vectors * LANES
+                update_element(at, k, start, key, scalars_of(scalars))
+
+        return contiguous
+
+    if loop == "table":
+        load_int32 = global_load(types.int32)
+        load_int64 = global_load(types.int64)
+        load_operands = storage_numba.tuple_at(intrinsic, N, addrspace=1)
+        COLUMNS = OPERANDS + N
+
+        def table(rows, owners, key, scalars):
+            chunk = cuda.blockIdx.x
+            row = rows + 8 * COLUMNS * types.int64(load_int32(owners + 4 * chunk))
+            first = (chunk - load_int64(row + 8 * FIRST_CHUNK)) * CHUNK
+            vectors_here = min(load_int64(row + 8 * VECTORS) - first, CHUNK)
+            items_here = min(load_int64(row + 8 * ITEMS) - first, CHUNK)
+            begin = load_int64(row + 8 * HEAD) + first * LANES
+            at = moved(load_operands(row + 8 * OPERANDS), begin)
+            s = scalars_of(scalars)
+            start, row_key = types.int64(0), types.int64(0)
+            if RANDOM:
+                start, row_key = load_int64(row + 8 * START), load_int64(row + 8 * KEY) ^ key
+            item = types.int64(cuda.threadIdx.x)
+            while item < items_here:
+                if item < vectors_here:
+                    k = item * LANES
+                    update_vector(at, k, start + begin, row_key, s)
+                else:
+                    # read from the row again, so that it takes no registers
+                    head, vectors = load_int64(row + 8 * HEAD), load_int64(row + 8 * VECTORS)
+                    k = item + first - vectors
+                    k = k if k < head else k + vectors * LANES
+                    update_element(at, k - begin, start + begin, row_key, s)
+                item += BLOCK
+
+        return table
+
+    NDIM = int(loop.split()[1])
+
+    def strided(at, shape, strides, size, start, key, scalars):
+        i = cuda.grid(1)
+        if i < size:
+            rest = i
+            for d in range(NDIM):
+                # the last dimension varies fastest
+                at = stepped(at, strides[NDIM - 1 - d], rest % shape[NDIM - 1 - d])
+                rest = rest // shape[NDIM - 1 - d]
+            update_element(at, 0, start + i, key, scalars_of(scalars))
+
+    return strided
+
+
+def _over_groups(form, update, on_device):
+    """Return the kernel of 8-bit state: an item is a part of a group, and whole warps go through the loop together."""
+    operands, LANES, GROUP = storage.of_form(form), storage.GROUP_LANES, storage.GROUP
+    N, SKIPS, ZERO_GRAD = len(operands), form.skips, form.zero_grad
+    one, several = (storage_numba.for_groups(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
+    load, store, encode = one.load, one.store, one.encode
+    units, codec, scales = one.units, one.codec, one.scales
+    load_lanes, store_lanes, magnitudes, encode_lanes = several.load, several.store, several.magnitudes, several.encode
+    update_lanes = _over_lanes(update, LANES)
+    zero_grad = storage_numba.for_numba(form, intrinsic, addrspace=1).zero_grad
+    scalars_of = _scalars_in_memory(form) if on_device else _scalars_as_arguments
+    load_int32, load_int64 = global_load(types.int32), global_load(types.int64)
+    load_operands = storage_numba.tuple_at(intrinsic, N, addrspace=1)
+    COLUMNS = OPERANDS + N
+
+    @cuda.jit(device=True)
+    def store_one(at, i, size, new, how, start, key):
+        if i < size:
+            store(at, i, new, start, (start + i) >> 32, key)
+            encode(at, i, new, how, start, (start + i) >> 32, key)
+
+    some = (
+        written_out("at, i, last, unit", "load(at, min(i + {k}, last), unit)", LANES, load=load),
+        written_out(
+            "at, i, size, new, how, start, key",
+            "store_one(at, i + {k}, size, new[{k}], how, start, key)",
+            LANES,
+            store_one=store_one,
+        ),
+    )
+    load_some, store_some = map(cuda.jit(device=True), some)
+
+    def table(rows, owners, key, scalars):
+        chunk = cuda.blockIdx.x
+        row = rows + 8 * COLUMNS * types.int64(load_int32(owners + 4 * chunk))
+        first = (chunk - load_int64(row + 8 * FIRST_CHUNK)) * CHUNK
+        vectors_here = min(load_int64(row + 8 * VECTORS) - first, CHUNK)
+        items_here = min(load_int64(row + 8 * ITEMS) - first, CHUNK)
+        size, at = load_int64(row + 8 * SIZE), load_operands(row + 8 * OPERANDS)
+        s, step_key, skip = scalars_of(scalars)
+        start, row_key = load_int64(row + 8 * START), load_int64(row + 8 * KEY) ^ key ^ step_key
+        item = types.int64(cuda.threadIdx.x)
+        while item < (items_here + 31) // 32 * 32:
+            i = (first + item) * LANES
+            if SKIPS and skip:
+                if ZERO_GRAD:
+                    for k in range(LANES):
+                        if i + k < size:
+                            zero_grad(at, i + k)
+            else:
+                group = min(i, size - 1) // GROUP
+                unit = units(at, group)
+                whole = item < vectors_here
+                old = load_lanes(at, i, unit) if whole else load_some(at, i, size - 1, unit)
+                new = update_lanes(old, s)
+                m, root = magnitudes(new, size - i)
+                for k in range(2):  # among the four threads of a group
+                    m = max(m, cuda.shfl_xor_sync(0xFFFFFFFF, m, 1 << k))
+                    root = max(root, cuda.shfl_xor_sync(0xFFFFFFFF, root, 1 << k))
+                how = codec(m, root)
+                if i < size and i % GROUP == 0:
+                    scales(at, group, m, root)
+                if whole:
+                    store_lanes(at, i, new, start, (start + i) >> 32, row_key)
+                    encode_lanes(at, i, new, how, start, (start + i) >> 32, row_key)
+                else:
+                    store_some(at, i, size, new, how, start, row_key)
+            item += BLOCK
+
+    return table
+
+
+@cuda.jit(device=True)
+def _scalars_as_arguments(scalars):
+    return scalars, types.int64(0), types.int64(0)
+
+
+def _scalars_in_memory(form):
+    """Return a function from the address of a `device_scalars.Memory` to the scalars, the step's key and whether to skip it."""
+    real, RANDOM, SKIPS = REALS[form.dtype.name], form.arrays.random, form.skips
+    load_word, load_real, n = global_load(types.int64), global_load(real), len(adam.scalars(form))
+    load = written_out("a", "load_real(a + {k} * ITEMSIZE)", n, load_real=load_real, ITEMSIZE=form.dtype.itemsize)
+    load_scalars = cuda.jit(device=True)(load)
+
+    @cuda.jit(device=True)
+    def scalars_at(address):
+        key, skip = types.int64(0), types.int64(0)
+        if RANDOM:
+            key = load_word(address + KEY_AT)
+        if SKIPS:
+            skip = load_word(address + SKIP_AT)
+        return load_scalars(address + REALS_AT), key, skip
+
+    return scalars_at
+
+
+def _over_lanes(update, n):
+    """Return the rule over the values of n elements: of one alone, or a tuple of those of several."""
+    if n > 1:
+        return cuda.jit(device=True)(written_out("values, s", "update(*values[{k}], s)", n, update=update))
+
+    @cuda.jit(device=True)
+    def update_one(values, s):
+        return update(*values, s)
+
+    return update_one
+
+
+def build_scalars(form):
+    """Return the kernel of a `device_scalars.Form` as a Python function. An lr or grad_scale on the device is its address."""
+    real = REALS[form.dtype.name]
+    # Numba's casts between float32 and float64 round to nearest and keep subnormal numbers
+    op = primitives.for_numba(intrinsic, contracts=True)
+    compute, key_of, too_large = map(cuda.jit(device=True), device_scalars.in_python(form, op, real))
+    load_word, store_word = global_load(types.int64), global_store(types.int64)
+    load_norm, store_real = global_load(types.float64), global_store(real)
+    lr_of, grad_scale_of = (
+        _number if dtype is None else _number_at(REALS[dtype.name]) for dtype in (form.lr, form.grad_scale)
+    )
+    NORM, CHECKS, COUNTS, WORDS = form.norm or form.checks, form.checks, form.counts, form.random or form.skips
+    ITEMSIZE, FLAG = form.dtype.itemsize, form.found_inf is not None
+    flag = form.found_inf or np.dtype("u1")
+    load_flag = global_load(UNSIGNED[flag.itemsize])
+    MAGNITUDE = types.uint64((1 << (8 * flag.itemsize - (flag.kind == "f"))) - 1)
+
+    def scalars(
+        step, found_inf, norm, lr, grad_scale, out,
+        advance, seed, sign, beta1, beta2, weight_decay, w1, w2, eps, eps_root, w_ema, first_w_ema, max_norm, largest_norm,
+    ):  # fmt: skip
+        scale, norm_is, skip = grad_scale_of(grad_scale), 0.0, False
+        if NORM:
+            norm_is = load_norm(norm)
+        if FLAG:
+            skip = (types.uint64(load_flag(found_inf)) & MAGNITUDE) != 0
+        if CHECKS:
+            skip = skip or too_large(norm_is, scale, largest_norm)
+        t = advance
+        if COUNTS:
+            t = load_word(step)
+            if not skip:
+                t += advance
+            store_word(step, t)
+        results = compute(
+            t, lr_of(lr), scale, norm_is, sign, beta1, beta2, weight_decay, w1, w2, eps, eps_root, w_ema, first_w_ema, max_norm,
+        )  # fmt: skip
+        for k in range(len(results)):
+            store_real(out + REALS_AT + k * ITEMSIZE, results[k])
+        if WORDS:
+            store_word(out + KEY_AT, key_of(seed, t))
+            store_word(out + SKIP_AT, types.int64(skip))
+
+    return scalars
+
+
+@cuda.jit(device=True)
+def _number(x):
+    return x
+
+
+def _number_at(real):
+    load = global_load(real)
+
+    @cuda.jit(device=True)
+    def number_at(address):
+        return types.float64(load(address))
+
+    return number_at
+
+
+@functools.cache
+def compiled_fill_zero(itemsize, ndim):
+    """Return the kernel that stores zeros in elements of some bytes, whatever lies between them."""
+    bits = UNSIGNED[itemsize]
+    store = global_store(bits)
+
+    def fill_zero(address, shape, strides, size):
+        i = cuda.grid(1)
+        if i < size:
+            for d in range(ndim):
+                address += strides[ndim - 1 - d] * (i % shape[ndim - 1 - d])
+                i = i // shape[ndim - 1 - d]
+            store(address, bits(0))
+
+    return cuda.jit(fill_zero)
