@@ -24,9 +24,6 @@ class Cupy(GpuBackend):
 
     name = "cupy"
 
-    build = staticmethod(cupy_kernels.build)
-    build_scalars = staticmethod(cupy_kernels.build_scalars)
-
     def found(self):
         try:
             count = cupy.cuda.runtime.getDeviceCount()
@@ -47,7 +44,7 @@ class Cupy(GpuBackend):
 
     def run(self, batch, form, scalars, rule, stream, key):
         on_device, random = isinstance(scalars, device_scalars.Memory), form.arrays.random
-        kernel = self.build(rule, form, batch.loop, on_device)
+        kernel = cupy_kernels.build(rule, form, batch.loop, on_device)
         if on_device:
             reals = _unowned(
                 scalars.address + device_scalars.REALS_AT, (len(adam.scalars(form)),), scalars.dtype, batch.device
@@ -64,22 +61,18 @@ class Cupy(GpuBackend):
             kernel(owners, *numbers, rows, size=owners.size * gpu_table.BLOCK, block_size=gpu_table.BLOCK)
             return
         (update,) = batch.updates
-        of_row = [update.key, update.start] if random else []
-        operands = storage.of_form(form)
-        if batch.loop == "contiguous":
-            if batch.arguments is None:
-                batch.arguments = [
-                    _unowned(pointer, (batch.size,), IN_MEMORY[operand.format], batch.device)
-                    for pointer, operand in zip(batch.pointers, operands, strict=True)
-                ]
-            head, vectors, threads = batch.split
-            read, written = in_and_out(operands, batch.arguments)
-            kernel(*read, head, vectors, *of_row, *numbers, *written, size=threads)
-        else:
-            views = zip(update.views, operands, strict=True)
-            arrays = [_unowned(v.pointer, v.shape, IN_MEMORY[o.format], v.device, v.strides) for v, o in views]
-            read, written = in_and_out(operands, arrays)
-            kernel(*read, *of_row, *numbers, *written)
+        operands, flat = storage.of_form(form), batch.loop == "contiguous"
+        if batch.arguments is None:
+            batch.arguments = [
+                _unowned(
+                    v.pointer, (v.size,) if flat else v.shape, IN_MEMORY[o.format], v.device, None if flat else v.strides
+                )
+                for v, o in zip(update.views, operands, strict=True)
+            ]
+        head_and_vectors, size = (batch.split[:2], {"size": batch.split.threads}) if flat else ((), {})
+        of_row = (update.key, update.start) if random else ()
+        read, written = in_and_out(operands, batch.arguments)
+        kernel(*read, *head_and_vectors, *of_row, *numbers, *written, **size)
 
     def launch_scalars(self, form, settings, numbers, out, stream):
         inputs, outputs = cupy_kernels.scalar_arguments(form)
@@ -92,7 +85,7 @@ class Cupy(GpuBackend):
         for name, x in numbers.items():
             values[name] = _unowned(x.pointer, (1,), dtypes.get(name, x.dtype), x.device) if isinstance(x, View) else x
         with self.on(out.device, stream):
-            self.build_scalars(form)(*(values[name] for _, name in [*inputs, *outputs]), size=1)
+            cupy_kernels.build_scalars(form)(*(values[name] for _, name in [*inputs, *outputs]), size=1)
 
     def launch_sums(self, form, chunks, arguments, stream):
         blocks = -(-chunks // (norm_order.BLOCK // norm_order.WARP))

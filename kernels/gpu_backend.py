@@ -223,43 +223,39 @@ class GpuBackend(Backend):
         place.check_capture()
         with self.on(device, None):
             result, address = self.empty_number() if out is None else (out.array, out.pointer)
-        plan = norm_order.plan(views, VECTOR_BYTES)
-        table = _NormTable(self, device, plan)
-        with self.ordered_at(device, place, self.borrowed(views)):
-            with allowed_while_capturing() if place.capturing else contextlib.nullcontext():
-                table.on_stream(place.stream)
-            for number, one in enumerate(plan.passes, 1):
-                last = number == len(plan.passes)
-                synchronous.launch(
-                    self,
-                    place.stream,
-                    lambda n=number: synchronous.text_of_norm(views, plan, n, device),
-                    self.launch_sums,
-                    one.form,
-                    one.chunks,
-                    table.arguments(one, address if last else table.workspace + one.out, last),
-                    place.stream,
-                )
-            table.used(place.stream)
-        table.release()
+        self._sum(views, device, place, norm_at=address)
         return result
 
     def chunk_sums(self, views):
         if not views:
             return np.empty(0)
         device = views[0].device
-        plan = norm_order.plan(views, VECTOR_BYTES)
-        sums = np.empty(norm_order.chunks_of_all(views))
-        table = _NormTable(self, device, plan)
         with self.on(device, None):
-            stream = self.current_stream() or LEGACY_DEFAULT
-            table.on_stream(stream)
-            for one in plan.passes:
-                if one.form.squares:
-                    self.launch_sums(one.form, one.chunks, table.arguments(one, table.workspace + one.out, False), stream)
-            table.used(stream)
-            self.receive(sums, table.workspace, sums.nbytes, stream)
-            self.synchronize_stream(stream)
+            place = Place(self.current_stream() or LEGACY_DEFAULT, [], False)
+        return self._sum(views, device, place)
+
+    def _sum(self, views, device, place, norm_at=None):
+        """Enqueue the passes of a norm. norm_at: its address; None: return the sums of all chunks, after waiting for them."""
+        plan = norm_order.plan(views, VECTOR_BYTES)
+        table, sums = _NormTable(self, device, plan), None
+        with self.ordered_at(device, place, self.borrowed(views)):
+            with allowed_while_capturing() if place.capturing else contextlib.nullcontext():
+                table.on_stream(place.stream)
+            for number, one in enumerate(plan.passes if norm_at else [one for one in plan.passes if one.form.squares], 1):
+
+                def what(number=number):
+                    return synchronous.text_of_norm(views, plan, number, device)
+
+                last = norm_at is not None and number == len(plan.passes)
+                out = norm_at if last else table.workspace + one.out
+                arguments = table.address, one.first_row, one.n_rows, out, one.chunks, int(last)
+                launched = one.form, one.chunks, arguments, place.stream
+                synchronous.launch(self, place.stream, what, self.launch_sums, *launched)
+            table.used(place.stream)
+            if norm_at is None:
+                sums = np.empty(norm_order.chunks_of_all(views))
+                self.receive(sums, table.workspace, sums.nbytes, place.stream)
+                self.synchronize_stream(place.stream)
         table.release()
         return sums
 
@@ -296,7 +292,3 @@ class _NormTable(Table):
     def contents(self, address):
         self.address, self.workspace = address, address + self._n_table
         return self.plan.placed(self.workspace).view(np.uint8)
-
-    def arguments(self, one, out, last):
-        """Return the arguments of a pass's kernel. out: the address of its sums. last: whether the result is the norm."""
-        return self.address, one.first_row, one.n_rows, out, one.chunks, int(last)

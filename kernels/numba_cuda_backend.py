@@ -12,10 +12,11 @@ from numba import cuda
 from numba.cuda.cudadrv.driver import device_memset
 from numba.cuda.cudadrv.error import CudaSupportError
 
-from gpuadam.kernels import device_scalars, norm_order, numba_cuda_kernels
+from gpuadam.kernels import device_scalars, norm_numba_cuda, norm_order
 from gpuadam.kernels.gpu_backend import GpuBackend
 from gpuadam.kernels.gpu_table import BLOCK
 from gpuadam.kernels.layout import collapse
+from gpuadam.kernels.numba_cuda_kernels import build, build_fill_zero, build_scalars, compiled
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 from gpuadam.kernels.view import View, on_cuda, on_device
 
@@ -28,9 +29,6 @@ class NumbaCuda(GpuBackend):
     name = "numba-cuda"
     copies_any_layout = False
     default_named = LEGACY_DEFAULT
-
-    build = staticmethod(numba_cuda_kernels.build)
-    build_scalars = staticmethod(numba_cuda_kernels.build_scalars)
 
     def found(self):
         version = importlib.import_module("numba_cuda").__version__
@@ -55,31 +53,35 @@ class NumbaCuda(GpuBackend):
     def run(self, batch, form, scalars, rule, stream, key):
         on_device = isinstance(scalars, device_scalars.Memory)
         numbers = scalars.address if on_device else tuple(map(form.dtype.type, scalars))
+
+        def kernel(loop, blocks):
+            return _configured(compiled(build, rule, form, loop, on_device), blocks, BLOCK, stream)
+
         if batch.loop == "table":
-            kernel = _configured(rule, form, "table", on_device, batch.table.owners.size, stream)
-            kernel(batch.address, batch.address + batch.table.rows.nbytes, key, numbers)
+            owners = batch.address + batch.table.rows.nbytes
+            kernel("table", batch.table.owners.size)(batch.address, owners, key, numbers)
             return
         (update,) = batch.updates
+        rest = update.start, update.key ^ key, numbers
         if batch.loop == "contiguous":
-            head, vectors, threads = batch.split
-            kernel = _configured(rule, form, "contiguous", on_device, -(-threads // BLOCK), stream)
-            kernel(tuple(batch.pointers), head, vectors, threads, update.start, update.key ^ key, numbers)
+            kernel("contiguous", -(-batch.split.threads // BLOCK))(tuple(batch.pointers), *batch.split, *rest)
         else:
             views = update.views
             shape, strides = collapse(views[0].shape, [view.strides for view in views], form.arrays.random)
-            kernel = _configured(rule, form, f"strided {len(shape)}", on_device, -(-batch.size // BLOCK), stream)
             steps = tuple(zip(*strides, strict=True))  # by dimension
-            kernel(tuple(batch.pointers), shape, steps, batch.size, update.start, update.key ^ key, numbers)
+            launch = kernel(f"strided {len(shape)}", -(-batch.size // BLOCK))
+            launch(tuple(batch.pointers), shape, steps, batch.size, *rest)
 
     def launch_scalars(self, form, settings, numbers, out, stream):
         # an array is passed as its address, an array that is not there as 0
         values = {name: x.pointer if isinstance(x, View) else float(x) for name, x in numbers.items()}
         arguments = [values.get(name, 0) for name in ("step", "found_inf", "norm", "lr", "grad_scale")]
         with self.on(out.device, stream):
-            _configured_scalars(form, stream)(*arguments, out.address, *settings)
+            _configured(compiled(build_scalars, form), 1, 1, stream)(*arguments, out.address, *settings)
 
     def launch_sums(self, form, chunks, arguments, stream):
-        _configured_sums(form, -(-chunks // (norm_order.BLOCK // norm_order.WARP)), stream)(*arguments)
+        blocks = -(-chunks // (norm_order.BLOCK // norm_order.WARP))
+        _configured(compiled(norm_numba_cuda.build, form), blocks, norm_order.BLOCK, stream)(*arguments)
 
     # Memory
 
@@ -109,8 +111,8 @@ class NumbaCuda(GpuBackend):
             if strides in ((), (view.dtype.itemsize,)):
                 _ok(driver.cuMemsetD8Async(view.pointer, 0, view.nbytes, stream))
             else:
-                kernel = numba_cuda_kernels.compiled_fill_zero(view.dtype.itemsize, len(shape))
-                _with_grid(kernel, -(-view.size // BLOCK), BLOCK, stream)(view.pointer, shape, strides, view.size)
+                kernel = compiled(build_fill_zero, view.dtype.itemsize, len(shape))
+                _configured(kernel, -(-view.size // BLOCK), BLOCK, stream)(view.pointer, shape, strides, view.size)
 
     def copy(self, to, source):
         if to.size:
@@ -244,25 +246,11 @@ def _stream(handle):
     return 0 if handle == LEGACY_DEFAULT else cuda.external_stream(handle)
 
 
-def _with_grid(kernel, blocks, threads, stream):
+@functools.lru_cache(maxsize=1024)
+def _configured(kernel, blocks, threads, stream):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Grid size")  # Numba would warn of every array too small to fill a GPU
         return kernel[blocks, threads, _stream(stream)]
-
-
-@functools.lru_cache(maxsize=1024)
-def _configured(rule, form, loop, on_device, blocks, stream):
-    return _with_grid(numba_cuda_kernels.compiled(rule, form, loop, on_device), blocks, BLOCK, stream)
-
-
-@functools.lru_cache(maxsize=1024)
-def _configured_scalars(form, stream):
-    return _with_grid(numba_cuda_kernels.compiled_scalars(form), 1, 1, stream)
-
-
-@functools.lru_cache(maxsize=1024)
-def _configured_sums(form, blocks, stream):
-    return _with_grid(numba_cuda_kernels.compiled_sums(form), blocks, norm_order.BLOCK, stream)
 
 
 backend = NumbaCuda()

@@ -12,7 +12,7 @@ import numpy as np
 from numba import cuda, types
 from numba.cuda.extending import intrinsic
 
-from gpuadam.kernels import adam, device_scalars, norm_numba_cuda, primitives, storage, storage_numba
+from gpuadam.kernels import adam, device_scalars, primitives, storage, storage_numba
 from gpuadam.kernels.device_scalars import KEY_AT, REALS_AT, SKIP_AT
 from gpuadam.kernels.gpu_table import BLOCK, CHUNK, FIRST_CHUNK, HEAD, ITEMS, KEY, OPERANDS, SIZE, START, VECTORS
 from gpuadam.kernels.numba_addresses import load_at, store_at, written_out
@@ -32,21 +32,9 @@ global_store = functools.partial(store_at, intrinsic, addrspace=1)
 
 
 @functools.cache
-def compiled(rule, form, loop, on_device=False):
-    """Return the kernel of a form as a Numba dispatcher, which compiles it at its first launch."""
-    return cuda.jit(build(rule, form, loop, on_device))
-
-
-@functools.cache
-def compiled_scalars(form):
-    """Return the kernel of a `device_scalars.Form` as a Numba dispatcher."""
-    return cuda.jit(build_scalars(form))
-
-
-@functools.cache
-def compiled_sums(form):
-    """Return the kernel of a `norm_order.Form` as a Numba dispatcher."""
-    return cuda.jit(norm_numba_cuda.build(form))
+def compiled(build, *arguments):
+    """Return the kernel build(*arguments) as a Numba dispatcher, which compiles it at its first launch."""
+    return cuda.jit(build(*arguments))
 
 
 def build(rule, form, loop, on_device=False):
@@ -259,9 +247,7 @@ def build_scalars(form):
     compute, key_of, too_large = map(cuda.jit(device=True), device_scalars.in_python(form, op, real))
     load_word, store_word = global_load(types.int64), global_store(types.int64)
     load_norm, store_real = global_load(types.float64), global_store(real)
-    lr_of, grad_scale_of = (
-        _number if dtype is None else _number_at(REALS[dtype.name]) for dtype in (form.lr, form.grad_scale)
-    )
+    lr_of, grad_scale_of = map(_number_of, (form.lr, form.grad_scale))
     NORM, CHECKS, COUNTS, WORDS = form.norm or form.checks, form.checks, form.counts, form.random or form.skips
     ITEMSIZE, FLAG = form.dtype.itemsize, form.found_inf is not None
     flag = form.found_inf or np.dtype("u1")
@@ -297,23 +283,15 @@ def build_scalars(form):
     return scalars
 
 
-@cuda.jit(device=True)
-def _number(x):
-    return x
+def _number_of(dtype):
+    """Return a function from an argument to a float64. dtype: of the array whose address the argument is; None of a number."""
+    if dtype is None:
+        return cuda.jit(device=True)(lambda number: number)
+    load = global_load(REALS[dtype.name])
+    return cuda.jit(device=True)(lambda address: types.float64(load(address)))
 
 
-def _number_at(real):
-    load = global_load(real)
-
-    @cuda.jit(device=True)
-    def number_at(address):
-        return types.float64(load(address))
-
-    return number_at
-
-
-@functools.cache
-def compiled_fill_zero(itemsize, ndim):
+def build_fill_zero(itemsize, ndim):
     """Return the kernel that stores zeros in elements of some bytes, whatever lies between them."""
     bits = UNSIGNED[itemsize]
     store = global_store(bits)
@@ -326,4 +304,4 @@ def compiled_fill_zero(itemsize, ndim):
                 i = i // shape[ndim - 1 - d]
             store(address, bits(0))
 
-    return cuda.jit(fill_zero)
+    return fill_zero
