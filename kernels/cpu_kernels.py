@@ -21,7 +21,7 @@ CACHE_LINE = 64  # bytes
 def build(rule, form, loop):
     """Return the compiled kernel of a form. loop: "serial", "parallel" or "strided"."""
     if loop == "parallel":
-        return cpu_threads.parallel_of(build(rule, form, "serial"), ", ".join(["key", *adam.scalars(form)]))
+        return cpu_threads.parallel_of(build(rule, form, "serial"))
     # Numba's default error model tests every divisor for zero: the loop would not vectorise, and would raise half-way
     # through the arrays.
     compiled = njit(error_model="numpy", nogil=True)

@@ -63,23 +63,19 @@ def one_thread():
         numba.set_num_threads(before)
 
 
-def parallel_of(serial, names):
-    """Return a loop that runs the parts of a serial one in Numba's threads, and how many of them ended without an error.
+def parallel_of(serial):
+    """Return a loop that runs the parts of a serial one in Numba's threads, and how many of them ended without an error."""
 
-    names: of the arguments after the three that say which part.
-    """
-    text = f"""
-def parallel(table, n, n_threads, {names}):
-    ended = 0
-    for k in prange(n_threads):
-        serial(table, n * k // n_threads, n * (k + 1) // n_threads, {names})
-        ended += 1
-    return ended
-"""
-    namespace = {"serial": serial, "prange": prange}
-    exec(compile(text, __file__, "exec"), namespace)
     # Not kept on disk: Numba names the body of a parallel loop by an address, which two processes may have in common.
-    return njit(error_model="numpy", nogil=True, parallel=True)(namespace["parallel"])
+    @njit(error_model="numpy", nogil=True, parallel=True)
+    def parallel(table, n, n_threads, *arguments):
+        ended = 0
+        for k in prange(n_threads):
+            serial(table, n * k // n_threads, n * (k + 1) // n_threads, *arguments)
+            ended += 1
+        return ended
+
+    return parallel
 
 
 def run(build, table, n, parts, arguments):

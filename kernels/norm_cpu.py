@@ -61,7 +61,7 @@ def run(one, table, out, last):
 def build(form, loop):
     """Return the compiled kernel of a form. loop: "serial" or "parallel"."""
     if loop == "parallel":
-        return cpu_threads.parallel_of(build(form, "serial"), "first_row, n_rows, out, last")
+        return cpu_threads.parallel_of(build(form, "serial"))
     this = sys.modules[__name__]
 
     def compiled(function):

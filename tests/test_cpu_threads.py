@@ -328,7 +328,7 @@ def a_step_without_memory_in_the_last_thread():
         if last == N:
             raise MemoryError
 
-    parallel = cpu_threads.parallel_of(serial, ", ".join(["key", *adam.scalars(form_and_scalars("adam", "float32")[0])]))
+    parallel = cpu_threads.parallel_of(serial)
     numba_cpu.build = lambda rule, form, loop: parallel
     try:
         steps_of_one(1)
