@@ -268,8 +268,8 @@ def _probe(name):
     try:
         if row.needs and importlib.util.find_spec(row.needs) is None:
             return Status(False, f"{row.library} is not installed", GPU_EXTRA)
-        available, found = importlib.import_module(row.module).backend.found()
-        return Status(available, found, "" if available else DRIVER)
+        available, reason = importlib.import_module(row.module).backend.status()
+        return Status(available, reason, "" if available else DRIVER)
     except Exception as error:  # noqa: BLE001 - a GPU library can fail in any way when imported; the reason is kept
         fix = (
             "set CUPY_CACHE_DIR to a folder that can be written"

@@ -35,7 +35,7 @@ memory and a float. `storage.py` says which operands an update has and in which 
 **A backend** is a subclass of `backend.Backend`, whose docstrings are the interface in full. In short:
 
     name, memory, boundary                         "numba-cpu"; "CPU" or "CUDA"; where state is aligned, in bytes
-    found()                                        whether it can run here, and what was found or is missing
+    status()                                       whether it can run here, and its version or what is missing
     view(name, array)                              the View of an array; nothing is copied
     batches(updates, arrays)                       `Batch`es, which do `place`, `check`, `prepare`, `launch`, `release`
     norm(...), chunk_sums(views)                   the global norm, whose bits follow from the order in `norm_order.py`

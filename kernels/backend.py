@@ -62,7 +62,7 @@ class Backend:
     def __reduce__(self):
         return "backend"  # copies and pickles are the one instance, which its module has under this name
 
-    def found(self):
+    def status(self):
         """Return (whether the backend can run on this machine, its version or what is missing)."""
 
     def view(self, name, array):

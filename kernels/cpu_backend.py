@@ -54,7 +54,7 @@ class NumbaCpu(Backend):
     one_thread = staticmethod(cpu_threads.one_thread)
     view = staticmethod(on_cpu)
 
-    def found(self):
+    def status(self):
         return True, f"Numba {numba.__version__}"
 
     def batches(self, updates, arrays):

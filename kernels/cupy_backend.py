@@ -24,7 +24,7 @@ class Cupy(GpuBackend):
 
     name = "cupy"
 
-    def found(self):
+    def status(self):
         try:
             count = cupy.cuda.runtime.getDeviceCount()
         except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -21,15 +21,20 @@ if (i < vectors) {
 }
 """
 
-# With BLOCK threads in each block and enough blocks, i / BLOCK is the number of the block. What the few elements before and after
-# the vectors need is read from the row again, so that it takes no registers.
-TABLE = r"""
+# With BLOCK threads in each block and enough blocks, i / BLOCK is the number of the block.
+CHUNK_OF_TABLE = r"""
 const long long chunk = i / BLOCK;
 const long long* const row = &rows[owners[chunk] * (ptrdiff_t)COLUMNS];
 const long long first = (chunk - row[FIRST_CHUNK]) * CHUNK;
 // clamped before they are narrowed: after the vectors the difference is negative, and may be below -2^31
 const int vectors_here = max(min(row[VECTORS] - first, (long long)CHUNK), 0LL);
 const int items_here = min(row[ITEMS] - first, (long long)CHUNK);
+"""
+
+# The few elements before and after the vectors read what they need from the row again, so that it takes no registers.
+TABLE = (
+    CHUNK_OF_TABLE
+    + r"""
 const long long begin = row[HEAD] + first * LANES;
 %(pointers)s
 #pragma unroll 1
@@ -44,14 +49,12 @@ for (int item = i %% BLOCK; item < items_here; item += BLOCK) {
 }
 break;  // there are as many blocks as chunks: a thread has only one i
 """
+)
 
 # Groups of 8-bit state: an item is a part of a group, and whole warps go through the loop together, because they exchange maxima.
-GROUPS = r"""
-const long long chunk = i / BLOCK;
-const long long* const row = &rows[owners[chunk] * (ptrdiff_t)COLUMNS];
-const long long first = (chunk - row[FIRST_CHUNK]) * CHUNK;
-const int vectors_here = max(min(row[VECTORS] - first, (long long)CHUNK), 0LL);
-const int items_here = min(row[ITEMS] - first, (long long)CHUNK);
+GROUPS = (
+    CHUNK_OF_TABLE
+    + r"""
 const long long size = row[SIZE];
 %(pointers)s
 #pragma unroll 1
@@ -61,6 +64,7 @@ for (int item = i %% BLOCK; item < (items_here + 31) / 32 * 32; item += BLOCK) {
 }
 break;
 """
+)
 
 # A plain cast of an address to a pointer makes generic loads.
 TABLE_PREAMBLE = """

@@ -128,13 +128,13 @@ def plan(views, alignment=None):
     for format, members in by_format.items():
         form, chunks, elements = Form(format), 0, 0
         for view, first_sum in members:
-            shape, (strides,) = collapse(view.shape, [view.strides], in_c_order=True)
-            dimensions = list(zip(shape, strides, strict=True)) or [(1, form.itemsize)]
-            run = (
-                len(dimensions) == 1
-                and strides in ((), (form.itemsize,))
-                and view.pointer % (alignment or form.itemsize) == 0
-            )
+            if view.contiguous:
+                dimensions = [(view.size, form.itemsize)]
+            else:
+                shape, (strides,) = collapse(view.shape, [view.strides], in_c_order=True)
+                dimensions = list(zip(shape, strides, strict=True)) or [(1, form.itemsize)]
+            run = len(dimensions) == 1 and dimensions[0][1] == form.itemsize
+            run = run and view.pointer % (alignment or form.itemsize) == 0
             rows.append([view.pointer, view.size, run, len(dimensions), len(dims), chunks, first_sum, 0])
             dims += itertools.chain.from_iterable(dimensions)
             chunks += chunks_of(view.size)

@@ -30,7 +30,7 @@ class NumbaCuda(GpuBackend):
     copies_any_layout = False
     default_named = LEGACY_DEFAULT
 
-    def found(self):
+    def status(self):
         version = importlib.import_module("numba_cuda").__version__
         try:
             problem = "" if len(cuda.gpus) else "the driver lists none"

@@ -152,16 +152,10 @@ def _over_groups(form, update, on_device):
             store(at, i, new, start, (start + i) >> 32, key)
             encode(at, i, new, how, start, (start + i) >> 32, key)
 
-    some = (
-        written_out("at, i, last, unit", "load(at, min(i + {k}, last), unit)", LANES, load=load),
-        written_out(
-            "at, i, size, new, how, start, key",
-            "store_one(at, i + {k}, size, new[{k}], how, start, key)",
-            LANES,
-            store_one=store_one,
-        ),
-    )
-    load_some, store_some = map(cuda.jit(device=True), some)
+    load_some = _tuple_of("at, i, last, unit", "load(at, min(i + {k}, last), unit)", LANES, load=load)
+    arguments = "at, i, size, new, how, start, key"
+    item = "store_one(at, i + {k}, size, new[{k}], how, start, key)"
+    store_some = _tuple_of(arguments, item, LANES, store_one=store_one)
 
     def table(rows, owners, key, scalars):
         chunk = cuda.blockIdx.x
@@ -212,8 +206,8 @@ def _scalars_in_memory(form):
     """Return a function from the address of a `device_scalars.Memory` to the scalars, the step's key and whether to skip it."""
     real, RANDOM, SKIPS = REALS[form.dtype.name], form.arrays.random, form.skips
     load_word, load_real, n = global_load(types.int64), global_load(real), len(adam.scalars(form))
-    load = written_out("a", "load_real(a + {k} * ITEMSIZE)", n, load_real=load_real, ITEMSIZE=form.dtype.itemsize)
-    load_scalars = cuda.jit(device=True)(load)
+    item = f"load_real(address + {{k}} * {form.dtype.itemsize})"
+    load_scalars = _tuple_of("address", item, n, load_real=load_real)
 
     @cuda.jit(device=True)
     def scalars_at(address):
@@ -227,10 +221,15 @@ def _scalars_in_memory(form):
     return scalars_at
 
 
+def _tuple_of(head, item, n, **names):
+    """Return a device function whose value is a tuple, as `written_out` says."""
+    return cuda.jit(device=True)(written_out(head, item, n, **names))
+
+
 def _over_lanes(update, n):
     """Return the rule over the values of n elements: of one alone, or a tuple of those of several."""
     if n > 1:
-        return cuda.jit(device=True)(written_out("values, s", "update(*values[{k}], s)", n, update=update))
+        return _tuple_of("values, s", "update(*values[{k}], s)", n, update=update)
 
     @cuda.jit(device=True)
     def update_one(values, s):

@@ -60,7 +60,7 @@ class NumpyBatch(Batch):
 class PlainNumpy(Backend):
     name, memory, boundary = "numpy", "CPU", 64
 
-    def found(self):
+    def status(self):
         return True, f"NumPy {np.__version__}"
 
     def view(self, name, array):
