@@ -1,4 +1,4 @@
-"""What both GPU backends share: which arrays share a launch, on which stream it goes, what waits for what, and the global norm.
+"""The base of both GPU backends: which arrays share a launch, on which stream it goes, which streams wait, and the global norm.
 
 `cupy_backend.py` and `numba_cuda_backend.py` bring what differs: memory, streams, events, copies, and the launch of a kernel.
 """
@@ -204,7 +204,7 @@ class GpuBackend(Backend):
         start, end = bounds(view)
         memory = np.empty(end - start, np.uint8)
         with self.on(view.device, None):
-            self.synchronize()  # whichever stream writes it
+            self.synchronize()  # any stream may write it
             self.receive(memory, start, memory.nbytes, LEGACY_DEFAULT)
             self.synchronize_stream(LEGACY_DEFAULT)
         return np.ndarray(view.shape, view.dtype, memory, view.pointer - start, view.strides)
@@ -280,7 +280,7 @@ def allowed_while_capturing():
 
 
 class _NormTable(Table):
-    """The table of a norm's plan in device memory, and after it the workspace for the sums, which belongs to this call alone."""
+    """The table of a norm's plan in device memory, and behind it a workspace for the sums. It belongs to one call."""
 
     once = True
 

@@ -95,6 +95,6 @@ class GpuBatch(Batch):
                 self.table.used(stream)
 
     def release(self):
-        """Give the table's memory back, for when the device is done with it."""
+        """Give the table's memory back. It is used again when the device is done with it."""
         if self.table:
             self.table.release()

@@ -13,7 +13,7 @@ import numpy as np
 from gpuadam.kernels.layout import split, split_groups
 
 BLOCK = 128  # threads
-CHUNK = 8 * BLOCK  # items of a block. It reads its row once; with 8 items a thread that is 1 byte in 1,500 that it moves.
+CHUNK = 8 * BLOCK  # items of a block. With 8 items a thread, reading the row is 1 byte in 1,500 that a block moves.
 
 # The columns of a row, of int64; from OPERANDS on the addresses of the arrays.
 HEAD, VECTORS, ITEMS, FIRST_CHUNK, KEY, START, SIZE, OPERANDS = range(8)
@@ -89,7 +89,7 @@ class Table:
         """Give the buffer back, for when all that was enqueued so far is done. A captured graph keeps its own for ever."""
         buffer, self._buffer = self._buffer, None
         if buffer is not None and not buffer.captured:  # a captured one stays lent
-            if buffer.in_use:  # the event failed that would tell when it is no more
+            if buffer.in_use:  # no event could be recorded behind the work
                 with self.backend.on(self.device, None):
                     self.backend.synchronize()
             buffer.in_use, buffer.events = False, [*self.streams.values()]
@@ -98,7 +98,9 @@ class Table:
                 free_buffers.append(buffer)
         self.streams = {}
 
-    def __del__(self):  # with its optimizer: work on streams that the buffer's allocator does not know may still read it
+    def __del__(
+        self,
+    ):  # goes with its optimizer. Work on streams that the buffer's allocator does not know may still read it
         if _lock is not None:  # else Python ends
             self.release()
 

@@ -20,13 +20,7 @@ PARALLEL_FROM = 1 << 18
 
 def norm(views):
     """Return the norm of NumPy arrays as a float."""
-    plan = order.plan(views)
-    workspace, result = np.empty(plan.workspace // 8), np.empty(1)
-    table = plan.placed(workspace.ctypes.data)
-    for one in plan.passes:
-        last = one is plan.passes[-1]
-        run(one, table, result.ctypes.data if last else workspace.ctypes.data + one.out, last)
-    return result.item()
+    return norm_of_chunks(chunk_sums(views))
 
 
 def chunk_sums(views):
@@ -35,7 +29,7 @@ def chunk_sums(views):
     sums = np.empty(order.chunks_of_all(views))
     for one in plan.passes:
         if one.form.squares:
-            run(one, plan.table, sums.ctypes.data, last=False)
+            run(one, plan.table, sums)
     return sums
 
 
@@ -46,15 +40,16 @@ def norm_of_chunks(sums):
         n = sums.size
         above = np.empty(max(1, order.chunks_of(n)))
         table = np.array([sums.ctypes.data, n, 1, 1, order.COLUMNS, 0, 0, 0, n, sums.itemsize])
-        run(order.Pass(form, 0, 1, above.size, n, 0), table, above.ctypes.data, last=False)
+        run(order.Pass(form, 0, 1, above.size, n, 0), table, above)
         sums = above
     return math.sqrt(sums[0])
 
 
-def run(one, table, out, last):
-    """Make a pass, in threads if there is much to sum."""
+def run(one, table, sums):
+    """Make a pass, in threads if there is much to sum. sums: an array for those of all chunks."""
     parts = 1 if one.elements < PARALLEL_FROM else min(cpu_threads.n_threads(), one.chunks)
-    cpu_threads.run(functools.partial(build, one.form), table, one.chunks, parts, (one.first_row, one.n_rows, out, last))
+    arguments = one.first_row, one.n_rows, sums.ctypes.data
+    cpu_threads.run(functools.partial(build, one.form), table, one.chunks, parts, arguments)
 
 
 @functools.cache
@@ -68,7 +63,7 @@ def build(form, loop):
         return njit(error_model="numpy", nogil=True)(compiled_cache.named(function, this, form))
 
     op = primitives.for_numba(intrinsic)
-    fma, add, sqrt = op.fma, op.add, op.sqrt
+    fma, add = op.fma, op.add
     ITEMSIZE, SQUARES = form.itemsize, form.squares
     raw = RAW[form.format]
     pointer, raw_at = _pointer_to(raw), load_at(intrinsic, raw, align=1)
@@ -111,7 +106,7 @@ def build(form, loop):
             half //= 2
         return s[0]
 
-    def serial(table, first, end, first_row, n_rows, out, last):
+    def serial(table, first, end, first_row, n_rows, out):
         """Sum the chunks first ... end - 1."""
         s = np.empty(LANES)
         row, after = first_row * order.COLUMNS, (first_row + n_rows) * order.COLUMNS
@@ -130,8 +125,7 @@ def build(form, loop):
                     add_quarter(s[q * WIDTH : (q + 1) * WIDTH], address + q * QUARTER * ITEMSIZE, here)
             else:
                 add_strided(s, table, row, start, n)
-            total = tree(s)
-            store(out + 8 * (table[row + order.FIRST_SUM] + k), sqrt(total) if last else total)
+            store(out + 8 * (table[row + order.FIRST_SUM] + k), tree(s))
 
     return compiled_cache.stored(compiled(serial), __name__, form)
 

@@ -1,4 +1,4 @@
-"""GPUADAM_SYNC=1: wait for each launch, so that what goes wrong in it is raised by the call that made it, under its name.
+"""GPUADAM_SYNC=1: wait for each launch, so that its error is raised by the call that made it, under its name.
 
 A launch returns before the GPU begins. An error there, such as an access to memory that was freed, is reported by whatever asks
 the driver next, often another library. This is what CUDA_LAUNCH_BLOCKING is to CUDA, for the launches of this package alone.
@@ -29,7 +29,7 @@ def launch(backend, stream, what, run, *arguments):
     try:
         run(*arguments)
         backend.synchronize_stream(stream)
-    except Exception as error:  # likewise, and Numba's
+    except Exception as error:  # CuPy's, the driver's, and Numba's
         raise RuntimeError(
             f"{what()} failed on {backend.name}, stream {stream}: {_reported(error)}. If that is of an address, the memory of an "
             "array was freed, or is smaller than the array says (`compute-sanitizer python ...` finds where), and CUDA is of no "
