@@ -45,14 +45,16 @@ class NumbaCpu(Backend):
 
     name, memory, boundary = "numba-cpu", "CPU", CACHE_LINE
 
-    # Elements from which two threads finish sooner than one. `benchmarks/cpu_threads.py` shows where the lines cross.
-    PARALLEL_FROM = 1 << 16
-
     numpy_struct = numpy_struct
-    build = staticmethod(cpu_kernels.build)
     n_threads = staticmethod(cpu_threads.n_threads)
     one_thread = staticmethod(cpu_threads.one_thread)
     view = staticmethod(on_cpu)
+
+    def __init__(self):
+        # of the instance, because Python looks them up at each step of a small array
+        self.build = cpu_kernels.build
+        # Elements from which two threads finish sooner than one. `benchmarks/cpu_threads.py` shows where the lines cross.
+        self.PARALLEL_FROM = 1 << 16
 
     def status(self):
         return True, f"Numba {numba.__version__}"
