@@ -3,7 +3,8 @@
 The route of one update, from a call to the memory:
 
     gpuadam.adam_step(...)                 gpuadam/functional.py: checks, and the hyperparameters as a form and scalars
-      backends.choose(arrays)              gpuadam/backends.py: the arrays decide; each becomes a View (view.py)
+      backends.choose(arrays)              gpuadam/backends.py: the arrays decide; each becomes a View (view.py). For plain NumPy
+                                           arrays compiled code finds out the same, faster (numpy_struct.py)
         backend.batches(updates, arrays)   one Batch for all dense arrays, one for each other
           batch.place(stream)              on a GPU: which stream, and which other streams wait (streams.py)
           batch.prepare(form, ...)         on a GPU: compile; send the table of addresses (gpu_table.py)
