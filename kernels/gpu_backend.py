@@ -138,31 +138,29 @@ class GpuBackend(Backend):
                 others = [other for other in others if other != LEGACY_DEFAULT]
             return Place(target, others, capturing)
 
-    @contextlib.contextmanager
-    def ordered_at(self, device, place, borrowed=()):
-        """Make a device and the stream of a Place current, and order the work of the block with the other streams.
+    def before(self, place):
+        """Make the next work at a Place, whose stream is current, wait for the other streams."""
+        for other in place.others:
+            self.order(other, place.stream)
 
-        borrowed: the arrays of the work that have to be kept until it is done.
-        """
-        stream, others, capturing = place
-        with self.on(device, stream):
-            for other in others:
-                self.order(other, stream)
-            yield
-            for other in others:
-                self.order(stream, other)
-            if not capturing:
-                self.keep_until_done(stream, borrowed)
+    def after(self, place, borrowed):
+        """Make the other streams wait for the work at a Place. borrowed: arrays that have to be kept until it is done."""
+        for other in place.others:
+            self.order(place.stream, other)
+        if not place.capturing:
+            self.keep_until_done(place.stream, borrowed)
 
     @contextlib.contextmanager
     def ordered(self, device, views, stream=None):
-        """Likewise for work on arrays outside a Batch, and give the stream that was chosen.
+        """Make a device and a stream current for work on arrays outside a Batch, order the work, and give the stream.
 
         The work is also ordered with the current stream, where others may have used the same memory.
         """
         place = self.place(device, stream, [*(view.stream for view in views), None])
-        with self.ordered_at(device, place, self.borrowed(views)):
+        with self.on(device, place.stream):
+            self.before(place)
             yield place.stream
+            self.after(place, self.borrowed(views))
 
     @staticmethod
     def borrowed(views):
@@ -238,7 +236,8 @@ class GpuBackend(Backend):
         """Enqueue the passes of a norm. norm_at: its address; None: return the sums of all chunks, after waiting for them."""
         plan = norm_order.plan(views, VECTOR_BYTES)
         table, sums = _NormTable(self, device, plan), None
-        with self.ordered_at(device, place, self.borrowed(views)):
+        with self.on(device, place.stream):
+            self.before(place)
             with allowed_while_capturing() if place.capturing else contextlib.nullcontext():
                 table.on_stream(place.stream)
             for number, one in enumerate(plan.passes if norm_at else [one for one in plan.passes if one.form.squares], 1):
@@ -252,6 +251,7 @@ class GpuBackend(Backend):
                 launched = one.form, one.chunks, arguments, place.stream
                 synchronous.launch(self, place.stream, what, self.launch_sums, *launched)
             table.used(place.stream)
+            self.after(place, self.borrowed(views))
             if norm_at is None:
                 sums = np.empty(norm_order.chunks_of_all(views))
                 self.receive(sums, table.workspace, sums.nbytes, place.stream)

@@ -83,16 +83,17 @@ class GpuBatch(Batch):
 
     def launch(self, form, scalars, rule, place, key=0, launched=None):
         """Enqueue the updates. scalars: `adam.Scalars`, or the `device_scalars.Memory` that holds them."""
-        stream = place.stream
-        with self.backend.ordered_at(self.device, place, self.borrowed):
+        backend, stream = self.backend, place.stream
+        with backend.on(self.device, stream):
             if self.table:
                 self.address = self.table.on_stream(stream)
-            run = self.backend.run
-            synchronous.launch(self.backend, stream, lambda: self.text, run, self, form, scalars, rule, stream, key)
+            backend.before(place)
+            synchronous.launch(backend, stream, lambda: self.text, backend.run, self, form, scalars, rule, stream, key)
             if launched is not None:
                 launched.append(self)
             if self.table:
                 self.table.used(stream)
+            backend.after(place, self.borrowed)
 
     def release(self):
         """Give the table's memory back. It is used again when the device is done with it."""
