@@ -64,8 +64,9 @@ devices, streams, events, copies, and `run`, `launch_scalars` and `launch_sums`,
     cpu_backend.py, cpu_kernels.py, cpu_threads.py, numpy_struct.py, compiled_cache.py    `numba-cpu`
     gpu_backend.py, gpu_batch.py, gpu_table.py, streams.py, device_scalars.py    both GPU backends
     cupy_backend.py, cupy_kernels.py               `cupy`
-    numba_cuda_backend.py, numba_cuda_kernels.py, numba_addresses.py    `numba-cuda`
+    numba_cuda_backend.py, numba_cuda_kernels.py   `numba-cuda`
+    numba_memory.py                                numbers in memory, for Numba's code on the CPU and on a GPU
     norm_order.py                                  THE ORDER of the global norm, and its plan
-    norm_cpu.py, norm_cuda_c.py, norm_numba_cuda.py, norm_elements.py    its kernels
+    norm_cpu.py, norm_cuda_c.py, norm_numba_cuda.py    its kernels
     synchronous.py                                 GPUADAM_SYNC=1
 """

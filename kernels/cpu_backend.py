@@ -6,20 +6,18 @@ import time
 import numba
 import numpy as np
 
-from gpuadam.kernels import adam, cpu_kernels, cpu_threads, norm_cpu, storage
-from gpuadam.kernels import numpy_struct as numpy_struct
+from gpuadam.kernels import adam, cpu_kernels, cpu_threads, norm_cpu, numpy_struct, storage
 from gpuadam.kernels.backend import Backend, Batch, refuse_stream
 from gpuadam.kernels.cpu_kernels import CACHE_LINE
 from gpuadam.kernels.layout import dense
-from gpuadam.kernels.numpy_struct import SIZE
 from gpuadam.kernels.view import on_cpu
 
 
 class CpuBatch(Batch):
-    """Updates that one launch makes: those of a table (see `numpy_struct.py`), or without one a single update of any strides."""
+    """Updates that one launch makes: those of a table (`numpy_struct.py`), or without a table one update of any strides."""
 
     def __init__(self, backend, updates, table=None):
-        super().__init__(updates)  # which keep the arrays alive
+        super().__init__(updates)  # they keep the arrays alive
         self.backend, self.table = backend, table
 
     def launch(self, form, scalars, rule, place, key=0, launched=None):
@@ -33,7 +31,7 @@ class CpuBatch(Batch):
             at = tuple(view.pointer for view in views)
             self.backend.build(rule, form, "strided")(at, shape, strides, update.start, update.key ^ key, *scalars)
         else:
-            self.backend.launch_table(form, self.table, self.table[:, SIZE].sum().item(), scalars, rule, key)
+            self.backend.launch_table(form, self.table, self.table[:, numpy_struct.SIZE].sum().item(), scalars, rule, key)
 
     def without_arrays(self):
         """Return a Batch that may be launched again as long as its arrays are where they were, and keeps none alive."""

@@ -10,9 +10,8 @@ from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache, cpu_threads, primitives
 from gpuadam.kernels import norm_order as order
-from gpuadam.kernels.norm_elements import RAW, widened
 from gpuadam.kernels.norm_order import LANES, QUARTER, WIDTH
-from gpuadam.kernels.numba_addresses import load_at, store_at
+from gpuadam.kernels.numba_memory import RAW, load_at, store_at, widened
 
 # Elements from which two threads finish sooner than one.
 PARALLEL_FROM = 1 << 18

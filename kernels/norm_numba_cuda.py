@@ -12,9 +12,8 @@ from numba.cuda.extending import intrinsic
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels import primitives
 from gpuadam.kernels.layout import VECTOR_BYTES
-from gpuadam.kernels.norm_elements import RAW, to_float64, widened
 from gpuadam.kernels.norm_order import LANES_PER_THREAD, WARP, WIDTH
-from gpuadam.kernels.numba_addresses import load_at, store_at, written_out
+from gpuadam.kernels.numba_memory import RAW, load_at, store_at, to_float64, widened, written_out
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 LANES_OF_A_THREAD = types.UniTuple(types.float64, LANES_PER_THREAD)

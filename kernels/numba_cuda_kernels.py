@@ -15,7 +15,7 @@ from numba.cuda.extending import intrinsic
 from gpuadam.kernels import adam, device_scalars, primitives, storage, storage_numba
 from gpuadam.kernels.device_scalars import KEY_AT, REALS_AT, SKIP_AT
 from gpuadam.kernels.gpu_table import BLOCK, CHUNK, FIRST_CHUNK, HEAD, ITEMS, KEY, OPERANDS, SIZE, START, VECTORS
-from gpuadam.kernels.numba_addresses import load_at, store_at, written_out
+from gpuadam.kernels.numba_memory import load_at, store_at, written_out
 
 if not hasattr(np, "row_stack"):
     # numba-cuda up to 0.30.4 names np.row_stack when it first loads its array functions. NumPy 2.5 has it no more, so no kernel
