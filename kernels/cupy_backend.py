@@ -46,10 +46,8 @@ class Cupy(GpuBackend):
         on_device, random = isinstance(scalars, device_scalars.Memory), form.arrays.random
         kernel = cupy_kernels.build(rule, form, batch.loop, on_device)
         if on_device:
-            reals = _unowned(
-                scalars.address + device_scalars.REALS_AT, (len(adam.scalars(form)),), scalars.dtype, batch.device
-            )
-            numbers = [reals]
+            address, n = scalars.address + device_scalars.REALS_AT, len(adam.scalars(form))
+            numbers = [_unowned(address, (n,), scalars.dtype, batch.device)]
             if random or form.skips:
                 numbers.append(_unowned(scalars.address, (2,), np.int64, batch.device))
         else:
@@ -61,15 +59,12 @@ class Cupy(GpuBackend):
             kernel(owners, *numbers, rows, size=owners.size * gpu_table.BLOCK, block_size=gpu_table.BLOCK)
             return
         (update,) = batch.updates
-        operands, flat = storage.of_form(form), batch.loop == "contiguous"
+        operands = storage.of_form(form)
         if batch.arguments is None:
-            batch.arguments = [
-                _unowned(
-                    v.pointer, (v.size,) if flat else v.shape, IN_MEMORY[o.format], v.device, None if flat else v.strides
-                )
-                for v, o in zip(update.views, operands, strict=True)
-            ]
-        head_and_vectors, size = (batch.split[:2], {"size": batch.split.threads}) if flat else ((), {})
+            views = zip(update.views, operands, strict=True)
+            batch.arguments = [_unowned(v.pointer, v.shape, IN_MEMORY[o.format], v.device, v.strides) for v, o in views]
+        contiguous = batch.loop == "contiguous"
+        head_and_vectors, size = (batch.split[:2], {"size": batch.split.threads}) if contiguous else ((), {})
         of_row = (update.key, update.start) if random else ()
         read, written = in_and_out(operands, batch.arguments)
         kernel(*read, *head_and_vectors, *of_row, *numbers, *written, **size)

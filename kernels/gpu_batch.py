@@ -49,9 +49,11 @@ class GpuBatch(Batch):
         self.kernel = loop, *((view.contiguous, len(view.shape), view.nbytes > MOST_OF_32_BITS) for view in first)
         self.table = UpdateTable(backend, self.device, updates, group_lanes) if loop == "table" else None
         self.address = None  # of the table
-        self.updates = [] if self.table else [updates[0]._replace(views=[view._replace(array=None) for view in first])]
+        first = [view._replace(array=None) for view in first]
         if loop == "contiguous":
             self.split = split(self.pointers, [view.dtype.itemsize for view in first], self.size)
+            first = [view._replace(shape=(self.size,), strides=(view.dtype.itemsize,)) for view in first]
+        self.updates = [] if self.table else [updates[0]._replace(views=first)]
 
     def place(self, stream):
         return self.backend.place(self.device, stream, self.streams)
