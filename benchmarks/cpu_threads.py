@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_threads.py [--seconds 1]
 
-`PARALLEL_FROM` in kernels/numba_cpu.py is set from it. "own pool" is the Python threads that run where Numba's cannot.
+`PARALLEL_FROM` in kernels/cpu_backend.py is set from it. "own pool" is the Python threads that run where Numba's cannot.
 """
 
 import argparse
@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gpuadam
 from gpuadam.cli.measuring import forms, measure
-from gpuadam.kernels import adam, numba_cpu
+from gpuadam.kernels import adam, cpu_threads
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
 
 def main():
@@ -39,7 +40,7 @@ def _launch_with(launch, parallel_from, threads_are_safe):
     """Return a function that makes the backend choose one of its three ways, and launches."""
 
     def run():
-        numba_cpu.PARALLEL_FROM, numba_cpu._numba_threads_are_safe = parallel_from, threads_are_safe
+        numba_cpu.PARALLEL_FROM, cpu_threads.numba_threads_are_safe = parallel_from, threads_are_safe
         launch()
 
     return run

@@ -97,9 +97,9 @@ def build(variant, form):
     """Return a variant as an ElementwiseKernel."""
     import cupy
 
-    from gpuadam.kernels import cupy_elementwise
+    from gpuadam.kernels import cupy_kernels
 
-    base = cupy_elementwise.build(adam, form, "contiguous")
+    base = cupy_kernels.build(adam, form, "contiguous")
     names = [(p.raw, np.dtype(p.dtype).name, p.name) for p in base.params[:-1]]
     declared = [f"{'raw ' if raw else ''}{dtype} {name}" for raw, dtype, name in names]
     body = LOOP % {
@@ -144,7 +144,7 @@ def run_on_gpu(kernels, form, scalars, options):
     """Return the median microseconds of every variant, of the package's kernel and of the limit, in turn on the same arrays."""
     import cupy
 
-    from gpuadam.kernels import cupy_elementwise
+    from gpuadam.kernels.cupy_backend import backend
 
     n = options.elements // 2048 * 2048
     param, grad, m, v = (cupy.asarray(a) for a in measure.data(n, "float32"))
@@ -160,9 +160,9 @@ def run_on_gpu(kernels, form, scalars, options):
 
     launchers = {name: launcher(name) for name in kernels}
     arrays = [param, grad, m, v]
-    launchers["the package's kernel"] = forms.launcher(cupy_elementwise, forms.FORMS["float32"], arrays, adam)
-    launchers["limit"] = forms.launcher(cupy_elementwise, forms.FORMS["float32"], arrays, limit)
-    times = measure.in_turn(cupy_elementwise, list(launchers.values()), options.seconds)
+    launchers["the package's kernel"] = forms.launcher(backend, forms.FORMS["float32"], arrays, adam)
+    launchers["limit"] = forms.launcher(backend, forms.FORMS["float32"], arrays, limit)
+    times = measure.in_turn(backend, list(launchers.values()), options.seconds)
     return {name: 1e6 * float(np.median(t)) for name, t in zip(launchers, times, strict=True)}
 
 

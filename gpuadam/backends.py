@@ -1,7 +1,7 @@
 """Which arrays belong to which backend; a backend is loaded on first use; why one is unavailable.
 
 `cupy` and `numba-cuda` update arrays in CUDA memory, `numba-cpu` arrays in the CPU's. The arrays decide: there is no copy between
-devices, and no fallback from one to the other. To add a backend: a row in BACKENDS, a probe here, a file in kernels/.
+devices, and no fallback from one to the other. To add a backend: a class in kernels/ and a row in BACKENDS, or `register`.
 """
 
 import contextlib
@@ -34,22 +34,45 @@ class Status(NamedTuple):
     fix: str = ""
 
 
-class Backend(NamedTuple):
+class Row(NamedTuple):
+    """What is known of a backend before it is loaded."""
+
     name: str
-    module: str
+    module: str  # whose `backend` is the instance of `kernels.backend.Backend`
     memory: str  # "CUDA" or "CPU"
-    package: str  # whose arrays are its own
+    package: str = ""  # whose arrays are its own
+    needs: str = ""  # a module that has to be installed
+    library: str = ""  # the module's name in errors
 
 
 # Most preferred first.
 BACKENDS = {
-    b.name: b
-    for b in (
-        Backend("cupy", "gpuadam.kernels.cupy_elementwise", "CUDA", "cupy"),
-        Backend("numba-cuda", "gpuadam.kernels.numba_cuda", "CUDA", "numba"),
-        Backend("numba-cpu", "gpuadam.kernels.numba_cpu", "CPU", "numpy"),
+    row.name: row
+    for row in (
+        Row("cupy", "gpuadam.kernels.cupy_backend", "CUDA", "cupy", "cupy", "CuPy"),
+        Row("numba-cuda", "gpuadam.kernels.numba_cuda_backend", "CUDA", "numba", "numba_cuda", "numba-cuda"),
+        Row("numba-cpu", "gpuadam.kernels.cpu_backend", "CPU", "numpy", "numba", "Numba"),
     )
 }
+
+
+def register(backend, package=""):
+    """Make a backend known, after those that there are: `backend=`, `use_backend` and GPUADAM_BACKEND then take its name.
+
+    backend: an instance of a subclass of `gpuadam.kernels.backend.Backend`, which its module calls `backend`. package: the
+    top-level package whose arrays go to it by themselves. Raises ValueError if there is a backend of this name.
+    """
+    if backend.name in BACKENDS:
+        raise ValueError(f"there is a backend {backend.name!r} already")
+    BACKENDS[backend.name] = Row(backend.name, type(backend).__module__, backend.memory, package)
+
+
+def unregister(name):
+    """Forget a backend that was registered."""
+    del BACKENDS[_known(name, "unregister")]
+    load.cache_clear()
+    _probe.cache_clear()
+
 
 _environment = os.environ.get("GPUADAM_BACKEND")
 _chosen: ContextVar[str | None] = ContextVar("gpuadam_backend", default=None)
@@ -93,14 +116,14 @@ def use_backend(name):
 
 @functools.cache
 def load(name):
-    """Import a backend's kernels and return them, or raise BackendUnavailableError."""
+    """Import a backend and return it, an instance of `kernels.backend.Backend`, or raise BackendUnavailableError."""
     status = _probe(name)
     if not status.available:
         others = ", ".join(available_backends()) or "none"
         raise BackendUnavailableError(
             f"backend {name!r} is not available: {status.reason}. To mend it: {status.fix}. Available: {others}."
         )
-    return importlib.import_module(BACKENDS[name].module)
+    return importlib.import_module(BACKENDS[name].module).backend
 
 
 def forced(backend=None):
@@ -114,7 +137,7 @@ def takes_numpy(backend=None):
 
 
 def choose(named_arrays, backend=None):
-    """Return (the backend's kernels, a View of each array; None stays None).
+    """Return (the backend, a View of each array; None stays None).
 
     named_arrays: (name, array or None) pairs. Raises TypeError if no one backend holds them all, ValueError for an unknown
     name, BackendUnavailableError if the backend cannot run here.
@@ -241,8 +264,12 @@ def _listing(given, memory):
 
 @functools.cache
 def _probe(name):
+    row = BACKENDS[name]
     try:
-        return {"cupy": _probe_cupy, "numba-cuda": _probe_numba_cuda, "numba-cpu": _probe_numba_cpu}[name]()
+        if row.needs and importlib.util.find_spec(row.needs) is None:
+            return Status(False, f"{row.library} is not installed", GPU_EXTRA)
+        available, reason = importlib.import_module(row.module).backend.status()
+        return Status(available, reason, "" if available else DRIVER)
     except Exception as error:  # noqa: BLE001 - a GPU library can fail in any way when imported; the reason is kept
         fix = (
             "set CUPY_CACHE_DIR to a folder that can be written"
@@ -250,35 +277,3 @@ def _probe(name):
             else f"reinstall it: {GPU_EXTRA}"
         )
         return Status(False, f"it cannot be loaded: {type(error).__name__}: {error}", fix)
-
-
-def _probe_cupy():
-    if importlib.util.find_spec("cupy") is None:
-        return Status(False, "CuPy is not installed", GPU_EXTRA)
-    import cupy
-
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return Status(False, f"CuPy {cupy.__version__} finds no usable CUDA driver: {error}", DRIVER)
-    if count == 0:
-        return Status(False, f"CuPy {cupy.__version__} finds no CUDA device", DRIVER)
-    return Status(True, f"CuPy {cupy.__version__}, {count} CUDA device(s)")
-
-
-def _probe_numba_cuda():
-    if importlib.util.find_spec("numba_cuda") is None:
-        return Status(False, "numba-cuda is not installed", GPU_EXTRA)
-    from .kernels import numba_cuda
-
-    version = importlib.import_module("numba_cuda").__version__
-    problem = numba_cuda.driver_problem()
-    if problem:
-        return Status(False, f"numba-cuda {version} finds no usable CUDA device: {problem}", DRIVER)
-    return Status(True, f"numba-cuda {version}")
-
-
-def _probe_numba_cpu():
-    import numba
-
-    return Status(True, f"Numba {numba.__version__}")

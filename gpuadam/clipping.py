@@ -1,6 +1,5 @@
 """The norm of all gradients as one vector, and what a step does by it: clip, or leave itself out."""
 
-import importlib
 from collections.abc import Iterator, Mapping, ValuesView
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from . import backends, checks
 from .groups import is_sequence
-from .kernels import global_norm as order
+from .kernels import norm_order as order
 from .kernels import streams
 from .kernels.scalars import on_host
 from .kernels.view import Bits, is_array
@@ -25,7 +24,7 @@ def global_norm(grads, *, out=None, backend=None, stream=None):
     backend: "cupy", "numba-cuda" or "numba-cpu"; by default the arrays decide.
     stream: on a GPU, where to enqueue the work, as in `adam_step`.
 
-    The sum is float64, in an order that depends on nothing but the places of the elements (`gpuadam/kernels/global_norm.py`): the
+    The sum is float64, in an order that depends on nothing but the places of the elements (`gpuadam/kernels/norm_order.py`): the
     bits are the same on every backend and with any number of threads. If an element is infinite or NaN, the norm is not finite.
     It is also infinite where the sum of squares is more than float64 holds, which only float64 elements can reach.
 
@@ -51,17 +50,8 @@ def global_norm(grads, *, out=None, backend=None, stream=None):
     device = _one_device(views)
     if place is not None:
         _check_out(place, views, device)
-    sums = importlib.import_module(f"{order.__name__}_{kernels.name.replace('-', '_')}")
-    if kernels.name != "numba-cpu":
-        result = sums.launch(views, place, device, streams.handle(stream))
-        return result if out is None else out
-    if stream is not None:
-        raise TypeError("stream is for arrays on a GPU; these are on the CPU, which has no streams")
-    norm = sums.norm(views)
-    if place is None:
-        return np.array(norm)
-    place.array[...] = norm
-    return out
+    result = kernels.norm(views, place, device, streams.handle(stream))
+    return result if out is None else out
 
 
 def named_arrays(name, x):

@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 
 from . import backends, checks, hyperparameters
-from .kernels import array_bytes, gpu_launch, synchronous
+from .kernels import array_bytes, synchronous
 from .kernels.scalars import MEMORY_BYTES, ScalarsForm, ScalarsMemory, Settings
 from .kernels.view import View, is_array
 
@@ -174,7 +174,7 @@ class OnDevice(InArray):
 
 def in_array(kernels, device):
     """Return the count for arrays of a backend: OnDevice, or InArray on the CPU."""
-    return InArray(kernels) if kernels.name == "numba-cpu" else OnDevice(kernels, device or 0)
+    return InArray(kernels) if kernels.memory == "CPU" else OnDevice(kernels, device or 0)
 
 
 class Now:
@@ -270,8 +270,7 @@ class Scalars:
             if kernels.is_capturing(self.stream):
                 return
             for form, settings, out in self._launches.values():
-                gpu_launch.rehearse(
-                    kernels,
+                kernels.rehearse(
                     device,
                     form,
                     lambda stream, launch=(form, settings, given, out): kernels.launch_scalars(*launch, stream),
@@ -296,12 +295,12 @@ class Scalars:
         kernels, stream = clock.kernels, self.stream
         views = [value for value in given.values() if isinstance(value, View)]
         # after the step before, which may be on another stream: it reads the memory that is written here
-        with gpu_launch.ordered(kernels, clock.device, views, stream):
+        with kernels.ordered(clock.device, views, stream):
             for form, settings, out in self._launches.values():
                 launched = form, settings, given, out, stream
-                if synchronous.ON:
-                    what = f"the computation of a step's scalars from {sorted(given)} ({form.dtype}, device {clock.device})"
-                    synchronous.launch(kernels, stream, what, kernels.launch_scalars, *launched)
-                else:
-                    kernels.launch_scalars(*launched)
+
+                def what(form=form):
+                    return f"the computation of a step's scalars from {sorted(given)} ({form.dtype}, device {clock.device})"
+
+                synchronous.launch(kernels, stream, what, kernels.launch_scalars, *launched)
                 self.begun = now.counts

@@ -1,13 +1,31 @@
-"""The update itself. This page is for those who add to it.
+"""The update itself, for contributors: what a rule is, what a backend is, and how to add either.
 
-A *rule* is one update of one element: a module with `in_python(form, op)`, which returns a Python function for Numba, and
+The route of one update, from a call to the memory:
+
+    gpuadam.adam_step(...)                 gpuadam/functional.py: checks, and the hyperparameters as a form and scalars
+      backends.choose(arrays)              gpuadam/backends.py: the arrays decide; each becomes a View (view.py). For plain NumPy
+                                           arrays compiled code finds out the same, faster (numpy_struct.py)
+        backend.batches(updates, arrays)   one Batch for all dense arrays, one for each other
+          batch.place(stream)              on a GPU: which stream, and which other streams wait (streams.py)
+          batch.prepare(form, ...)         on a GPU: compile; send the table of addresses (gpu_table.py)
+          batch.launch(form, ...)          the kernel, built once for each rule and form:
+            build(rule, form, loop)          a loop over elements (cpu_kernels.py, cupy_kernels.py, numba_cuda_kernels.py)
+              load, convert                  *_access.py, conversions.py: from the formats in memory
+              update                         adam.py: THE RULE
+              convert, store                 and back
+
+**Words.** An *operand* is an array that a kernel touches. A *view* is what is known of an array. An *update* is one parameter's
+operands. A *batch* is what one launch takes. A *form* is what is known when a kernel is compiled. *Scalars* are the numbers of a
+step.
+
+**A rule** is the update of one element: a module with `in_python(form, op)`, which returns a Python function for Numba, and
 `in_cuda_c(form)`, which returns the same in CUDA C for CuPy. Both take (param, grad, m, v, max_v, ema) and the scalars of
-`adam.scalar_names(form)`; Python returns the new (param, m, v, max_v, ema), C writes through references. The differences between
-variants are in the `Form`, known when a kernel is compiled: a rule tests it outside the arithmetic, so that unused parts cost
-nothing. `adam.py` is the rule; `limit.py` is one that only moves the bytes.
+`adam.scalar_names(form)`. Python returns the new (param, m, v, max_v, ema), C writes through references. A rule tests the `Form`
+outside the arithmetic, so that an unused option costs nothing. `adam.py` is the rule; `limit.py` only moves the bytes.
 
-    To add a variant: a field of `Form`, its line in both texts of `adam.py`, a public name, its line in `gpuadam/reference.py`, a
-    row in FORMS of `tests/cases.py`. The tests then compare it on every backend and architecture.
+    To add a variant of the rule, in four edits: a field of `Form` and its line in both texts of `adam.py`; a public name; its
+    line in `gpuadam/reference.py`; a row in FORMS of `tests/cases.py`. The tests then compare it on every backend and
+    architecture.
 
 An *operation* of a rule is a row of `primitives.py`: LLVM for Numba beside PTX for CuPy. A *conversion* between a format in
 memory and a float is a row of `conversions.py`. `operands.py` says which arrays an update has, in which formats, and by which
@@ -17,25 +35,40 @@ has the formula of a step's scalars, for the host and for a device.
     To add a format: a row of FORMATS in `operands.py`, its conversions in `conversions.py`, and in KINDS the operands that may
     have it.
 
-A *backend* is a file that gives a rule its loop: `cupy_elementwise.py`, `numba_cuda.py`, `numba_cpu.py`. Each has
+**A backend** is a subclass of `backend.Backend`, whose docstrings are the interface in full. In short:
 
-    view(name, array)                              what `gpuadam.kernels.view.View` needs to know of an array; nothing is copied
-    batches(updates, arrays)                       the launches that several updates take: one for all dense arrays
-    launch(form, views, scalars, rule, stream, key)   one update, in place
-    build(rule, form, loop)                        the kernel, cached
-    zeros_like(view, dtype), zeros(n, dtype, device)  memory for state, and for many parameters
-    fill_zero(view, stream)                        zeros in a gradient of a step that is left out
-    copy, from_host, to_host                       for loading state, and for tests and measurements
-    native(view)                                   the array in the backend's own library, for the buffers of many ranks
-    now, seconds_between                           the device's clock
-    pinned, device_bytes, send, receive            of a GPU: memory of both sides, and copies between them on a stream
-    on, new_stream, order, record, wait, finish, synchronize   of a GPU: devices, streams, and what waits for what
+    name, memory, boundary                         "numba-cpu"; "CPU" or "CUDA"; where state is aligned, in bytes
+    status()                                       whether it can run here, and its version or what is missing
+    view(name, array)                              the View of an array; nothing is copied
+    batches(updates, arrays)                       `Batch`es, which do `place`, `check`, `prepare`, `launch`, `release`
+    norm(...), chunk_sums(views)                   the global norm, whose bits follow from the order in `norm_order.py`
+    zeros, shaped, fill_zero, copy                 memory for state
+    from_host, to_host, native                     copies from and to NumPy; an array as one of the backend's library
+    now, seconds_between                           the clock of the device
 
-`gpu_launch.py` has what both GPU backends do to launch, `pointer_table.py` the table by which one launch finds many arrays,
-`streams.py` which stream it goes on, and `synchronous.py` how GPUADAM_SYNC=1 waits for it.
-`global_norm.py` is the order in which squares are summed, with a file for each backend.
-On the CPU `numpy_struct.py` reads what arrays are in compiled code, and `compiled_cache.py` keeps kernels on disk.
+`Backend` itself has `launch`, for one update, and `zeros_like`. `gpu_backend.GpuBackend` adds what two libraries share on a GPU:
+batches, the choice and the order of streams, rehearsals, captured graphs, and the passes of the norm. A GPU backend brings
+devices, streams, events, copies, and `run`, `launch_scalars` and `launch_sums`, which launch a kernel.
 
-    To add a backend: such a file, and in `gpuadam/backends.py` a row and a probe. The bench picks it up from there, and the tests
-    over the fixture `library` once `gpuadam/testing/array_backends.py` can make its arrays.
+    To add a backend: one class, in a file that ends with `backend = TheClass()`, and one row in BACKENDS of
+    `gpuadam/backends.py`. Outside this package `gpuadam.backends.register(backend)` takes the place of the row. Then
+    `python -m gpuadam doctor` compares its bits with the arithmetic contract, the bench measures it, and the tests over the
+    fixture `library` include it once `gpuadam/testing/array_backends.py` can make its arrays. `tests/test_fourth_backend.py`
+    has a complete one, in plain NumPy and under 80 lines.
+
+**The files**
+
+    adam.py, limit.py                              the rules
+    primitives.py                                  operations and conversions
+    operands.py, numba_access.py, cuda_c_access.py    operands and formats; loads and stores
+    view.py, dlpack.py, layout.py, array_bytes.py  what is known of an array; how it lies in memory; its bytes
+    backend.py                                     the interface
+    cpu_backend.py, cpu_kernels.py, cpu_threads.py, numpy_struct.py, compiled_cache.py    `numba-cpu`
+    gpu_backend.py, gpu_batch.py, gpu_table.py, streams.py, scalars.py    both GPU backends
+    cupy_backend.py, cupy_kernels.py               `cupy`
+    numba_cuda_backend.py, numba_cuda_kernels.py   `numba-cuda`
+    numba_memory.py                                numbers in memory, for Numba's code on the CPU and on a GPU
+    norm_order.py                                  THE ORDER of the global norm, and its plan
+    norm_cpu.py, norm_cuda_c.py, norm_numba_cuda.py    its kernels
+    synchronous.py                                 GPUADAM_SYNC=1
 """

@@ -1,8 +1,8 @@
 """Numba's cache on disk for kernels, so that one is compiled once per machine and not once per process.
 
 Numba's own key of a function that closes over others is made of their pickles, which differ in every process. Here the key is
-what a kernel is made of: its rule and form, and the text of every file in this folder. Where the cache is (NUMBA_CACHE_DIR, the
-`__pycache__` beside this file, or the user's cache folder), and that a file in it is replaced in one step, are Numba's.
+made of the kernel's rule and form, and the text of every file in this folder. Numba decides where the cache is (NUMBA_CACHE_DIR,
+the `__pycache__` beside this file, or the user's cache folder), and replaces a file in it in one step.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 
 def stored(dispatcher, *key):
-    """Return a Numba dispatcher with the cache on disk. key: what tells it from others made by the same lines."""
+    """Return a Numba dispatcher with the cache on disk. key: tells it from others that the same lines make."""
     with contextlib.suppress(RuntimeError):  # Numba's "no locator available": no folder can be written, so nothing is kept
         dispatcher._cache = KernelCache(dispatcher.py_func, (*map(repr, key), _sources()))
     return dispatcher
 
 
 def of_rule(dispatcher, rule, form):
-    """Likewise for the kernel of a rule, if the rule is one of this folder: another one's text is not in the key."""
-    own = getattr(rule, "__name__", "").startswith(__package__ + ".")
-    return stored(dispatcher, rule.__name__, form) if own else dispatcher
+    """Return the kernel of a rule likewise, if the rule is in this folder: the text of another rule is not in the key."""
+    in_this_folder = getattr(rule, "__name__", "").startswith(__package__ + ".")
+    return stored(dispatcher, rule.__name__, form) if in_this_folder else dispatcher
 
 
 def named(function, rule, form):
@@ -46,7 +46,7 @@ def folder():
     """Return the folder where compiled kernels are kept, or None if none can be written."""
     try:
         return FunctionCache(stored).cache_path
-    except RuntimeError:  # likewise
+    except RuntimeError:  # no folder can be written
         return None
 
 

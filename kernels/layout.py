@@ -54,10 +54,8 @@ class Update(NamedTuple):
     """The arrays of one update: Views in the order of `operands.operands_of`."""
 
     views: list
-    key: int = (
-        0  # for random rounding: an int64 that tells this parameter from others, and the number of its first element here
-    )
-    start: int = 0
+    key: int = 0  # for random rounding: an int64 that tells this parameter from others
+    start: int = 0  # likewise the number of its first element here
 
 
 def dense(views, in_c_order=False):
@@ -74,7 +72,7 @@ def dense(views, in_c_order=False):
 
 
 def offset_like(view, dtype, boundary):
-    """Return after how many elements of dtype, from a boundary on, an array starts whose later boundaries are at a view's."""
+    """Return how many elements of dtype after a boundary an array must start, so that its boundaries are at a view's elements."""
     head = -view.pointer % boundary // view.dtype.itemsize
     return -head * dtype.itemsize % boundary // dtype.itemsize
 

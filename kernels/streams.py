@@ -1,4 +1,4 @@
-"""On which CUDA stream a launch goes, and which other streams have to wait for it or it for them. Streams are driver handles."""
+"""On which CUDA stream a launch goes, and with which other streams it is ordered. Streams are driver handles."""
 
 LEGACY_DEFAULT = 1  # the default stream's name in __cuda_array_interface__; 0 names it elsewhere
 
@@ -16,12 +16,12 @@ def handle(stream):
     return stream or LEGACY_DEFAULT
 
 
-def choose(given, current, named):
+def choose(asked, current, named):
     """Return the stream of a launch, and the other streams to order it with.
 
-    given: what the caller asked for, or None. current: CuPy's current stream, or None without CuPy. named: the streams that the
-    arrays name; None for those that name none, whose stream is the current one. A stream that the caller chose goes before one
-    that an array was last used on.
+    asked: the stream that the caller asks for, or None. current: CuPy's current stream, or None without CuPy. named: the streams
+    that the arrays name; None for those that name none, whose stream is the current one. A stream that the caller chose goes
+    before one that an array was last used on.
 
     >>> choose(None, 1, [77, 77])
     (77, [])
@@ -31,6 +31,6 @@ def choose(given, current, named):
     (8, [5])
     """
     named = list(dict.fromkeys(stream or current or LEGACY_DEFAULT for stream in named))
-    chosen = given or (current if current not in (None, LEGACY_DEFAULT) else None)
+    chosen = asked or (current if current not in (None, LEGACY_DEFAULT) else None)
     target = chosen or (named[0] if named else LEGACY_DEFAULT)
     return target, [stream for stream in named if stream != target]

@@ -24,13 +24,13 @@ import numpy as np
 import pytest
 from ptx import loaded
 
-from gpuadam.kernels import adam, pointer_table, primitives
+from gpuadam.kernels import adam, gpu_table, primitives
 from gpuadam.kernels.layout import Update, collapse, split
 from gpuadam.kernels.operands import GROUP_LANES, operands_of_form
 from gpuadam.kernels.scalars import MEMORY_BYTES, REALS_AT, Settings
 from gpuadam.kernels.view import View
 
-BLOCK = pointer_table.BLOCK
+BLOCK = gpu_table.BLOCK
 
 cupy = pytest.importorskip("cupy", reason="CuPy, whose generated source is compiled here, is not installed")
 pytest.importorskip("numba_cuda", reason="numba-cuda, whose PTX is run here, is not installed")
@@ -39,7 +39,7 @@ from cupy._core import _carray, _kernel, _scalar, core  # noqa: E402
 from numba import cuda, types  # noqa: E402
 from numba.cuda import dispatcher  # noqa: E402
 
-from gpuadam.kernels import cupy_elementwise, limit, numba_cuda  # noqa: E402
+from gpuadam.kernels import cupy_kernels, limit, numba_cuda_kernels  # noqa: E402
 
 PRIMITIVES = dict(primitives.PRIMITIVES)  # before a test replaces one
 
@@ -162,7 +162,7 @@ ARRAYS = ("param", "grad", "m", "v", "max_v", "remainder", "param_copy", "ema", 
 def signature(form, loop, on_device):
     """Return the types of the arguments of a Numba kernel."""
     i64 = types.int64
-    scalars = i64 if on_device else types.UniTuple(numba_cuda.REALS[form.dtype.name], len(adam.scalar_names(form)))
+    scalars = i64 if on_device else types.UniTuple(numba_cuda_kernels.REALS[form.dtype.name], len(adam.scalar_names(form)))
     addresses = types.UniTuple(i64, len(operands_of_form(form)))
     if loop == "table":
         return (i64, i64, i64, scalars)
@@ -185,14 +185,14 @@ def _ptx(backend, form, arch, loop, rule, on_device):
     if backend == "numba-cuda":
         return _numba_ptx(form, arch, loop, rule, on_device)
     name, _, ndim = loop.partition(" ")
-    kernel = cupy_elementwise.build(rule, form, name, on_device)
+    kernel = cupy_kernels.build(rule, form, name, on_device)
     version = 12 if backend == "cupy-cuda12" else 13
     return compile_cupy(kernel, arch, "PTX", version, int(ndim or 1)).rstrip(b"\0").decode()
 
 
 def _numba_ptx(form, arch, loop, rule, on_device):
     def make():
-        return compile_numba(numba_cuda.build(rule, form, loop, on_device), signature(form, loop, on_device), arch)
+        return compile_numba(numba_cuda_kernels.build(rule, form, loop, on_device), signature(form, loop, on_device), arch)
 
     if rule not in (adam, limit) or PRIMITIVES != primitives.PRIMITIVES:  # a test's own, whose text is in no key
         return make()
@@ -204,7 +204,7 @@ def scalars_ptx(backend, form, arch):
     """Return the PTX of the kernel of a `scalars.ScalarsForm`."""
     if backend != "numba-cuda":
         return (
-            compile_cupy(cupy_elementwise.build_scalars(form), arch, "PTX", 12 if backend == "cupy-cuda12" else 13)
+            compile_cupy(cupy_kernels.build_scalars(form), arch, "PTX", 12 if backend == "cupy-cuda12" else 13)
             .rstrip(b"\0")
             .decode()
         )
@@ -215,7 +215,7 @@ def scalars_ptx(backend, form, arch):
     return kept.text(
         "nvvm-scalars",
         (repr(form), arch, package_text(), versions()),
-        lambda: compile_numba(numba_cuda.build_scalars(form), types_of_arguments, arch),
+        lambda: compile_numba(numba_cuda_kernels.build_scalars(form), types_of_arguments, arch),
     )
 
 
@@ -279,7 +279,7 @@ def run_table(backend, form, arch, updates, scalars, memory, on_device=False, ke
     """
     keys = keys or [0] * len(updates)
     views = [Update([cuda_view("", a) for a in arrays if a is not None], k) for arrays, k in zip(updates, keys, strict=True)]
-    rows, owners = pointer_table.rows_and_owners(views, GROUP_LANES if form.arrays.grouped else 0)
+    rows, owners = gpu_table.rows_and_owners(views, GROUP_LANES if form.arrays.grouped else 0)
     kernel = loaded(ptx(backend, form, arch, loop="table", on_device=on_device))
     given = words_of(form, scalars)
     in_memory = np.zeros(MEMORY_BYTES // 8, "i8")
@@ -292,14 +292,14 @@ def run_table(backend, form, arch, updates, scalars, memory, on_device=False, ke
             kernel, rows.ctypes.data, owners.ctypes.data, 0 if on_device else key, address if on_device else tuple(given)
         )
     else:
-        threads = owners.size * pointer_table.BLOCK
+        threads = owners.size * gpu_table.BLOCK
         if on_device:
             given = [carray(reals)] + [carray(in_memory[:2])] * (form.arrays.random or form.skips)
         elif form.arrays.random:
             given = [*given, key]
         parameters = packed(kernel, carray(owners), *given, carray(rows.reshape(-1)), indexer(kernel, threads))
     memory = [*memory, *memory_of([rows, owners, in_memory])]
-    kernel.run(owners.size, pointer_table.BLOCK, parameters, memory)
+    kernel.run(owners.size, gpu_table.BLOCK, parameters, memory)
     return kernel
 
 
@@ -446,7 +446,7 @@ def _on_cubin(tool, backend, form, arch, ndim, rule, loop, on_device, *options):
 def _cubin(backend, form, arch, loop, rule, on_device):
     if backend != "numba-cuda":
         name, _, ndim = loop.partition(" ")
-        kernel = cupy_elementwise.build(rule, form, name, on_device)
+        kernel = cupy_kernels.build(rule, form, name, on_device)
         return compile_cupy(kernel, arch, "CUBIN", 12 if backend == "cupy-cuda12" else 13, int(ndim or 1))
     text = _ptx(backend, form, arch, loop, rule, on_device)
 

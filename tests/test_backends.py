@@ -1,5 +1,6 @@
 """Dispatch: what is loaded when, which backend is chosen, and what is said where one is missing."""
 
+import ast
 import json
 import os
 import subprocess
@@ -245,30 +246,25 @@ def test_a_numba_cuda_that_cannot_be_imported_is_a_reason_and_no_error(tmp_path)
     assert said.startswith("False it cannot be loaded: ImportError") and "libnvvm.so.4" in said and "reinstall it" in said
 
 
-def test_all_backends_have_the_same_functions():
-    import ast
-
-    wanted = {
-        "name",
-        "view",
-        "zeros_like",
-        "copy",
-        "launch",
-        "batches",
-        "build",
-        "from_host",
-        "to_host",
-        "now",
-        "seconds_between",
+def methods(file):
+    """Return the methods of the backend's class in a file, and the names of those that are nothing but a docstring."""
+    classes = {
+        node.name: node for node in ast.parse((ROOT / "kernels" / file).read_text()).body if isinstance(node, ast.ClassDef)
     }
-    for name in ("cupy_elementwise", "numba_cuda", "numba_cpu"):
-        tree = ast.parse((ROOT / "kernels" / f"{name}.py").read_text())
-        defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-        assigned = {
-            t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
-        }
-        assert wanted <= set(defined) | assigned
-        assert [a.arg for a in defined["launch"].args.args] == ["form", "views", "scalars", "rule", "stream", "key"]
+    (name,) = classes.keys() & {"Backend", "GpuBackend", "NumbaCpu", "Cupy", "NumbaCuda"}
+    functions = [node for node in classes[name].body if isinstance(node, ast.FunctionDef)]
+    assigned = {ast.unparse(node.targets[0]) for node in classes[name].body if isinstance(node, ast.Assign)}
+    empty = {f.name for f in functions if len(f.body) == 1 and ast.get_docstring(f)}
+    return assigned | {f.name for f in functions}, empty
+
+
+def test_every_backend_has_every_method_of_the_interface():
+    (_, interface), (of_gpus, interface_of_gpus) = methods("backend.py"), methods("gpu_backend.py")
+    assert {"view", "batches", "norm", "zeros", "copy", "from_host", "to_host", "now"} <= interface
+    assert {"on", "run", "launch_scalars", "launch_sums", "record", "wait", "send", "receive"} <= interface_of_gpus
+    assert interface <= methods("cpu_backend.py")[0]
+    for file in ("cupy_backend.py", "numba_cuda_backend.py"):
+        assert interface | interface_of_gpus <= methods(file)[0] | (of_gpus - interface_of_gpus)
 
 
 def test_foreign_arrays_that_are_mixed_are_listed():

@@ -17,7 +17,7 @@ import pytest
 import gpuadam
 from gpuadam import backends
 from gpuadam.cli.measuring import measure
-from gpuadam.kernels import numba_cpu
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

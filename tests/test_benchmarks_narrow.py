@@ -12,7 +12,8 @@ from test_benchmarks import run
 
 from gpuadam import backends, testing
 from gpuadam.cli.measuring import forms, measure
-from gpuadam.kernels import adam, limit, numba_cpu
+from gpuadam.kernels import adam, limit
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.operands import Arrays, operands_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

@@ -7,7 +7,8 @@ from ptx import Refused
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
-from gpuadam.kernels import adam, cupy_elementwise, numba_cpu, numba_cuda, primitives  # noqa: E402
+from gpuadam.kernels import adam, cupy_kernels, numba_cuda_kernels, primitives  # noqa: E402
+from gpuadam.kernels.cpu_backend import backend as numba_cpu  # noqa: E402
 from gpuadam.kernels.view import on_cpu  # noqa: E402
 
 ARCH = "sm_100"
@@ -43,7 +44,7 @@ def found(compiler, form, scalars, text):
 
 
 def cupy_text(rule, form, operation=None):
-    kernel = cupy_elementwise.build(rule, form, "contiguous")
+    kernel = cupy_kernels.build(rule, form, "contiguous")
     if operation:
         import cupy
 
@@ -164,7 +165,7 @@ def test_a_primitive_broken_in_numba_cuda_is_found(monkeypatch, what, primitive,
     )
     monkeypatch.setitem(primitives.PRIMITIVES, primitive, primitives.PRIMITIVES[primitive]._replace(llvm=emit))
     text = gpu_code.compile_numba(
-        numba_cuda.build(adam, form, "contiguous"), gpu_code.signature(form, "contiguous", False), ARCH
+        numba_cuda_kernels.build(adam, form, "contiguous"), gpu_code.signature(form, "contiguous", False), ARCH
     )
     assert found("numba-cuda", form, scalars, text) in ways
 
@@ -176,7 +177,7 @@ def test_a_swapped_scalar_in_numbas_rule_is_found():
         __name__ = "swapped"
 
         def in_python(self, form, op):
-            update = numba_cuda.cuda.jit(device=True)(adam.in_python(form, op))
+            update = numba_cuda_kernels.cuda.jit(device=True)(adam.in_python(form, op))
             assert adam.scalar_names(form)[2:4] == ("w1", "w2")
 
             def swapped(param, grad, m, v, max_v, ema, s):
@@ -185,6 +186,6 @@ def test_a_swapped_scalar_in_numbas_rule_is_found():
             return swapped
 
     text = gpu_code.compile_numba(
-        numba_cuda.build(Swapped(), form, "contiguous"), gpu_code.signature(form, "contiguous", False), ARCH
+        numba_cuda_kernels.build(Swapped(), form, "contiguous"), gpu_code.signature(form, "contiguous", False), ARCH
     )
     assert found("numba-cuda", form, scalars, text) == "bits"

@@ -14,7 +14,8 @@ import gpuadam
 from gpuadam.__main__ import main
 from gpuadam.cli import contract, doctor, installed
 from gpuadam.cli.measuring import facts, forms
-from gpuadam.kernels import adam, limit, numba_cpu
+from gpuadam.kernels import adam, limit
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.operands import operands_of
 
 ROOT = Path(__file__).parent.parent

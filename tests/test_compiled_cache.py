@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from cases import DTYPES, few, form_and_scalars, state, strided_arguments, table_of
 
-from gpuadam.kernels import adam, compiled_cache, numba_cpu
+from gpuadam.kernels import adam, compiled_cache
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +39,7 @@ with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     import numpy as np
     import gpuadam
-    from gpuadam.kernels import numba_cpu
+    from gpuadam.kernels.cpu_backend import backend as numba_cpu
     {before}
     param, grad, m, v = (np.linspace(0.1, 1, 9, dtype="f4") for _ in range(4))
     gpuadam.adam_step(param, grad, m, v, 3{options})

@@ -11,7 +11,7 @@ import pytest
 from numba import types
 from numba.extending import intrinsic
 
-from gpuadam.kernels import conversions, llvm, numba_cuda
+from gpuadam.kernels import conversions, llvm, numba_cuda_kernels
 from gpuadam.kernels.conversions import CONVERSIONS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -341,8 +341,8 @@ def numba_kernel():
     kinds_of = {"f32": 4, "f64": 8, "u32": 4}
     namespace = {"cuda": cuda}
     for kind in kinds_of:
-        namespace[f"load_{kind}"] = numba_cuda._load(NUMBA[kind])
-        namespace[f"store_{kind}"] = numba_cuda._store(NUMBA[kind])
+        namespace[f"load_{kind}"] = numba_cuda_kernels.global_load(NUMBA[kind])
+        namespace[f"store_{kind}"] = numba_cuda_kernels.global_store(NUMBA[kind])
     for j, name in enumerate(NAMES):
         result, kinds, *_ = CONVERSIONS[name]
         namespace[name] = of_conversion(name, cuda_intrinsic, contracts=True)

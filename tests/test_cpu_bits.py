@@ -17,7 +17,8 @@ from cases import (
     wide_state,
 )
 
-from gpuadam.kernels import adam, numba_cpu
+from gpuadam.kernels import adam
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.view import on_cpu
 
 N = 100_003

@@ -23,7 +23,8 @@ import pytest
 from cases import assert_same_bits, few, form_and_scalars, state, table_of, wide_state
 
 import gpuadam
-from gpuadam.kernels import adam, global_norm_numba_cpu, numba_cpu
+from gpuadam.kernels import adam, cpu_threads, norm_cpu
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.view import on_cpu
 
 N, STEPS, AT_ONCE = 100_003, 200, 4
@@ -122,7 +123,7 @@ def everything():
     launches.clear()
     found = {"at once": steps_at_once()}
     found["launches"] = sorted({launch[:2] for launch in launches})
-    found["layer"] = numba_cpu._threading_layer()
+    found["layer"] = cpu_threads.threading_layer()
     if hasattr(os, "fork"):
         found["fork"] = steps_in_a_fork()
         found["after the fork"] = steps()
@@ -288,8 +289,8 @@ def test_a_small_step_stays_in_the_callers_thread(monkeypatch):
 
 @pytest.mark.parametrize("n_threads", [2, 3, 7])
 def test_our_own_threads_give_the_bits_of_the_serial_loop(monkeypatch, n_threads):
-    monkeypatch.setattr(numba_cpu, "_numba_threads_are_safe", lambda: False)
-    monkeypatch.setattr(numba_cpu, "_n_threads", lambda: n_threads)
+    monkeypatch.setattr(cpu_threads, "numba_threads_are_safe", lambda: False)
+    monkeypatch.setattr(cpu_threads, "n_threads", lambda: n_threads)
     form, scalars = form_and_scalars("amsgrad", "float32")
     given = wide_state(N, amsgrad=True)
     serial, ours = [a.copy() for a in given], [a.copy() for a in given]
@@ -315,7 +316,7 @@ def test_an_error_of_a_part_is_raised_when_no_part_runs_any_more(fails):
         ended.append((first, last))
 
     with pytest.raises(ArithmeticError, match="of elements"):
-        numba_cpu._in_own_threads(serial, None, 30, 3, ())
+        cpu_threads.in_python_threads(serial, None, 30, 3, ())
     assert len(ended) == (1 if fails == "both" else 2)
 
 
@@ -327,7 +328,7 @@ def a_step_without_memory_in_the_last_thread():
         if last == N:
             raise MemoryError
 
-    parallel = numba_cpu.parallel_of(serial, ", ".join(["key", *adam.scalar_names(form_and_scalars("adam", "float32")[0])]))
+    parallel = cpu_threads.parallel_of(serial)
     numba_cpu.build = lambda rule, form, loop: parallel
     try:
         steps_of_one(1)
@@ -342,8 +343,8 @@ def test_an_error_that_numba_drops_in_its_threads_is_raised():
 
 @pytest.mark.parametrize("call", ["a step", "a norm"])
 def test_a_part_that_fails_in_a_thread_fails_the_call(monkeypatch, call):
-    monkeypatch.setattr(numba_cpu, "_numba_threads_are_safe", lambda: False)
-    monkeypatch.setattr(numba_cpu, "_n_threads", lambda: 2)
+    monkeypatch.setattr(cpu_threads, "numba_threads_are_safe", lambda: False)
+    monkeypatch.setattr(cpu_threads, "n_threads", lambda: 2)
     both = threading.Barrier(2)
 
     def build(*form):
@@ -354,7 +355,7 @@ def test_a_part_that_fails_in_a_thread_fails_the_call(monkeypatch, call):
 
         return serial
 
-    for module in (numba_cpu, global_norm_numba_cpu):
+    for module in (numba_cpu, norm_cpu):
         monkeypatch.setattr(module, "build", build)
     arrays = [np.ones(1 << 19, "f4") for _ in range(4)]
     with pytest.raises(MemoryError, match="no room"):
@@ -366,7 +367,7 @@ def test_a_part_that_fails_in_a_thread_fails_the_call(monkeypatch, call):
 
 def a_step_when_no_thread_starts():
     """What a step raises where the second thread of a pool cannot be started, and the array."""
-    _ = steps_of_one(0), numba_cpu._n_threads()
+    _ = steps_of_one(0), cpu_threads.n_threads()
     arrays, start, started = [np.ones(N, "f4") for _ in range(4)], threading.Thread.start, []
 
     def refuses(thread):

@@ -11,7 +11,8 @@ import pytest
 from cases import form_and_scalars
 
 import gpuadam
-from gpuadam.kernels import adam, numba_cpu, pointer_table
+from gpuadam.kernels import adam, gpu_table
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.layout import Update
 from gpuadam.kernels.operands import GROUP, GROUP_LANES, Arrays, bytes_per_element, operands_of_form
 from gpuadam.kernels.view import on_cpu
@@ -498,7 +499,7 @@ def test_gpu_code_gives_the_cpus_bits_on_other_architectures(compiler, arch):
 @pytest.mark.parametrize("compiler", GPU_COMPILERS)
 @pytest.mark.parametrize("on_device", [False, True], ids=["numbers", "scalars in memory"])
 def test_many_arrays_are_one_launch(compiler, on_device):
-    chunk = pointer_table.CHUNK * GROUP_LANES
+    chunk = gpu_table.CHUNK * GROUP_LANES
     sizes = [1, 33, chunk - 1, 7, chunk + 1, 100, 2 * chunk + 300]
     assert_gpu_code_gives_the_cpus_bits(
         compiler, "sm_90", "bfloat16, rounded randomly", sizes, ordinary=True, on_device=on_device
@@ -569,9 +570,9 @@ def test_codes_move_8_bytes_at_a_time_and_the_rest_16(compiler, arch, name):
     if compiler == "numba-cuda":
         assert resources.registers <= 72
     # NVRTC interleaves the lanes, which takes more registers; what counts is the bytes that are on their way at once
-    blocks = min(65536 // (-(-resources.registers // 8) * 8 * pointer_table.BLOCK), 12)
+    blocks = min(65536 // (-(-resources.registers // 8) * 8 * gpu_table.BLOCK), 12)
     loaded = sum(o.itemsize * lanes for o in each if o.loads)
-    assert blocks * pointer_table.BLOCK * loaded >= 24 * 1024
+    assert blocks * gpu_table.BLOCK * loaded >= 24 * 1024
 
 
 @pytest.mark.parametrize("compiler", GPU_COMPILERS)

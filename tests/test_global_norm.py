@@ -16,8 +16,9 @@ from gpu_work import SYNCHRONIZATIONS, busy_stream
 import gpuadam
 import gpuadam.clipping
 from gpuadam.clipping import global_norm
-from gpuadam.kernels import compiled_cache, global_norm_numba_cpu, numba_cpu, synchronous
-from gpuadam.kernels import global_norm as order
+from gpuadam.kernels import compiled_cache, cpu_threads, norm_cpu, synchronous
+from gpuadam.kernels import norm_order as order
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes, which has NumPy's bfloat16, is not installed")
 
@@ -39,7 +40,7 @@ def values(n, format="float32", seed=0):
 
 
 def model(arrays):
-    """Return the norm of some arrays in the order that `kernels/global_norm.py` documents."""
+    """Return the norm of some arrays in the order that `kernels/norm_order.py` documents."""
     sums = np.array([sum_of_chunk(c, squares=True) for a in arrays for c in chunks(np.ravel(a, order="C").astype("f8"))])
     while len(sums) != 1:
         sums = np.array([sum_of_chunk(c, squares=False) for c in chunks(sums)] or [0.0])
@@ -178,10 +179,10 @@ def test_a_broadcast_array_counts_every_element():
 def test_every_number_of_threads_gives_the_bits_of_one(monkeypatch, n_threads, safe):
     x = [values(300_000), values(5), values(123_457)]
     expected = model(x)
-    safe = safe and numba_cpu._numba_threads_are_safe()
-    monkeypatch.setattr(numba_cpu, "_numba_threads_are_safe", lambda: safe)
+    safe = safe and cpu_threads.numba_threads_are_safe()
+    monkeypatch.setattr(cpu_threads, "numba_threads_are_safe", lambda: safe)
     for n in (1, n_threads):
-        monkeypatch.setattr(numba_cpu, "_n_threads", lambda n=n: n)
+        monkeypatch.setattr(cpu_threads, "n_threads", lambda n=n: n)
         assert_bits(global_norm(x), expected)
 
 
@@ -274,8 +275,8 @@ def test_the_loop_is_vectorised(monkeypatch):
         pytest.skip("this CPU has no AVX2 and FMA")
     monkeypatch.setattr(compiled_cache, "stored", lambda dispatcher, *key: dispatcher)  # what is loaded cannot be inspected
     form = order.Form("float32")
-    kernel = global_norm_numba_cpu.build.__wrapped__(form, "serial")
-    kernel(np.zeros(order.COLUMNS, np.int64), 0, 0, 0, 1, 0, False)
+    kernel = norm_cpu.build.__wrapped__(form, "serial")
+    kernel(np.zeros(order.COLUMNS, np.int64), 0, 0, 0, 1, 0)
     code = "".join(kernel.inspect_asm().values())
     assert re.search(r"vfmadd\d+pd\s.*%[yz]mm", code) and re.search(r"vcvtps2pd\s.*%[yz]mm", code)
 
@@ -283,8 +284,8 @@ def test_the_loop_is_vectorised(monkeypatch):
 def test_another_process_need_not_compile():
     global_norm(values(9000))
     asked = (
-        "import numpy, gpuadam.clipping, gpuadam.kernels.global_norm_numba_cpu as n;"
-        "from gpuadam.kernels.global_norm import Form;"
+        "import numpy, gpuadam.clipping, gpuadam.kernels.norm_cpu as n;"
+        "from gpuadam.kernels.norm_order import Form;"
         "gpuadam.clipping.global_norm(numpy.ones(9000, 'f4'));"
         "stats = [n.build(f, 'serial').stats for f in (Form(), Form('float64', False))];"
         "print([(sum(s.cache_hits.values()), sum(s.cache_misses.values())) for s in stats])"
@@ -300,7 +301,7 @@ gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
 from numba import types  # noqa: E402
 
-from gpuadam.kernels import global_norm_numba_cuda  # noqa: E402
+from gpuadam.kernels import norm_cuda_c, norm_numba_cuda  # noqa: E402
 
 SUM = order.Form("float64", squares=False)
 
@@ -309,8 +310,8 @@ SUM = order.Form("float64", squares=False)
 def ptx(compiler, form, arch):
     """Return the PTX of a kernel, compiled as CuPy and Numba do."""
     if compiler == "numba-cuda":
-        return gpu_code.compile_numba(global_norm_numba_cuda.build(form), (types.int64,) * 6, arch)
-    source, _ = order.in_cuda_c(form)
+        return gpu_code.compile_numba(norm_numba_cuda.build(form), (types.int64,) * 6, arch)
+    source, _ = norm_cuda_c.text_and_name(form)
     nvrtc = gpu_code.nvrtc(12 if compiler == "cupy-cuda12" else 13)
     options = ["-ftz=true", f"-arch={arch.replace('sm', 'compute')}"]
     return nvrtc.compile(source, options, "PTX").rstrip(b"\0").decode()
@@ -581,14 +582,14 @@ def test_with_gpuadam_sync_an_error_names_the_pass_and_the_arrays(cp, backend, d
 @pytest.mark.gpu
 def test_the_sums_of_chunks_come_to_the_host_as_the_cpu_has_them(cp):
     """A sharded optimizer adds them up on the host. It runs on CuPy's arrays."""
-    from gpuadam.kernels import cupy_elementwise, global_norm_cupy
+    from gpuadam.kernels.cupy_backend import backend as kernels
 
     arrays = many()
-    expected = global_norm_numba_cpu.chunk_sums([gpuadam.kernels.view.on_cpu("", a) for a in arrays])
-    views = [cupy_elementwise.view("", cp.asarray(a)) for a in arrays]
+    expected = norm_cpu.chunk_sums([gpuadam.kernels.view.on_cpu("", a) for a in arrays])
+    views = [kernels.view("", cp.asarray(a)) for a in arrays]
     assert expected.size > 4
-    assert global_norm_cupy.chunk_sums(views).tobytes() == expected.tobytes()
-    assert global_norm_numba_cpu.norm_of_chunks(expected) == global_norm(arrays)
+    assert kernels.chunk_sums(views).tobytes() == expected.tobytes()
+    assert norm_cpu.norm_of_chunks(expected) == global_norm(arrays)
 
 
 @pytest.mark.gpu

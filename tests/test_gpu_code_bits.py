@@ -10,7 +10,7 @@ from ptx import Refused
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
 from gpuadam.cli import contract  # noqa: E402
-from gpuadam.kernels import numba_cpu  # noqa: E402
+from gpuadam.kernels.cpu_backend import backend as numba_cpu  # noqa: E402
 from gpuadam.kernels.layout import split  # noqa: E402
 from gpuadam.kernels.view import on_cpu  # noqa: E402
 

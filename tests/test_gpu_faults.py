@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam.kernels import pointer_table
+from gpuadam.kernels import gpu_table
 from gpuadam.offload import chunks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
@@ -198,7 +198,7 @@ def test_a_call_that_fails_changes_nothing_or_says_what(cp, driver, backend, cas
 def in_use(driver):
     """Return how much there is of each thing that a failure could leave behind, without the buffers kept for reuse."""
     driver.finish_device(0)
-    pointer_table._free.clear()
+    gpu_table.free_buffers.clear()
     gc.collect()
     return Counter(events=len(driver.events), streams=len(driver.work.streams), graphs=len(driver.graphs))
 

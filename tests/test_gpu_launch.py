@@ -115,8 +115,8 @@ def test_arrays_of_the_current_stream_are_waited_for_by_none(cp, backend, driver
 
 def test_the_kernels_are_named_for_what_is_in_them():
     pytest.importorskip("cupy")
-    from gpuadam.kernels import adam, cupy_elementwise, limit
+    from gpuadam.kernels import adam, cupy_kernels, limit
 
     form, _ = form_and_scalars("adam", "float32")
-    assert cupy_elementwise.build(adam, form, "contiguous").name == "gpuadam_adam_float32_contiguous"
-    assert cupy_elementwise.build(limit, form, "strided").name == "gpuadam_limit_float32_strided"
+    assert cupy_kernels.build(adam, form, "contiguous").name == "gpuadam_adam_float32_contiguous"
+    assert cupy_kernels.build(limit, form, "strided").name == "gpuadam_limit_float32_strided"

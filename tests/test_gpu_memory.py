@@ -7,12 +7,12 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from gpuadam.kernels import gpu_launch
+from gpuadam.kernels import gpu_backend
 from gpuadam.kernels.view import on_cuda
 
 cupy = pytest.importorskip("cupy")
 pytest.importorskip("numba_cuda")
-cupy_elementwise = importlib.import_module("gpuadam.kernels.cupy_elementwise")
+cupy_backend = importlib.import_module("gpuadam.kernels.cupy_backend")
 
 
 class Foreign:
@@ -40,7 +40,7 @@ def test_pinned_memory_is_not_rounded_up_to_a_power_of_two(monkeypatch):
             self.ptr, self.size = ctypes.addressof(self.memory), size
 
     monkeypatch.setattr(cupy.cuda, "PinnedMemory", Pinned)
-    memory = cupy_elementwise.pinned(1_200_000)
+    memory = cupy_backend.backend.pinned(1_200_000)
     memory[:] = 7
     assert asked == [memory.nbytes] == [1_200_000]
 
@@ -53,13 +53,13 @@ def test_the_mode_of_captures_is_set_and_set_back(monkeypatch):
             current[0], mode._obj.value = mode._obj.value, current[0]
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
-    with pytest.raises(ValueError), gpu_launch.allowed_while_capturing():
+    with pytest.raises(ValueError), gpu_backend.allowed_while_capturing():
         seen.append(current[0])
         raise ValueError
-    assert seen == [gpu_launch.RELAXED] and current == [0]
+    assert seen == [gpu_backend.RELAXED] and current == [0]
 
 
 def test_without_a_driver_nothing_has_to_be_allowed(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", mock.Mock(side_effect=OSError))
-    with gpu_launch.allowed_while_capturing():
+    with gpu_backend.allowed_while_capturing():
         pass

@@ -14,7 +14,7 @@ from gpu_work import Lent
 
 import gpuadam
 from gpuadam import functional
-from gpuadam.kernels import dlpack, gpu_launch
+from gpuadam.kernels import dlpack, gpu_backend
 from gpuadam.kernels import view as arrays
 
 
@@ -166,20 +166,21 @@ def test_bfloat16_of_a_cuda_producer_is_known():
 
 def test_what_was_borrowed_is_kept_until_the_device_is_done_with_it():
     events, finished = itertools.count(), set()
-    backend = SimpleNamespace(record=lambda stream: next(events), done=finished.__contains__)
+    backend = gpu_backend.GpuBackend()
+    backend.record, backend.done = lambda stream: next(events), finished.__contains__
     alive = []
     for _ in range(2):
         view = on_gpu(described(np.ones(4, "f4"), tensor__device__type=dlpack.CUDA))
         alive.append(weakref.ref(view.array))
-        gpu_launch.keep_until_done(backend, 77, gpu_launch.borrowed([view]))
+        backend.keep_until_done(77, backend.borrowed([view]))
         del view
     gc.collect()
     assert [ref() is None for ref in alive] == [False, False]
     finished.add(0)
-    gpu_launch.keep_until_done(backend, 77, [])
+    backend.keep_until_done(77, [])
     assert [ref() is None for ref in alive] == [True, False]
     finished.add(1)
-    gpu_launch.keep_until_done(backend, 77, [])
+    backend.keep_until_done(77, [])
     assert [ref() is None for ref in alive] == [True, True]
 
 

@@ -8,7 +8,7 @@ import pytest
 from cases import assert_same_bits, state
 
 import gpuadam
-from gpuadam.kernels import numba_cpu
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
 
 def at_odd_offset(a):

@@ -9,12 +9,13 @@ import pytest
 from cases import DTYPES, KEY_FORMS, assert_same_bits, form_and_scalars, state, wide_state
 
 import gpuadam
-from gpuadam.kernels import numba_cpu, pointer_table, streams
+from gpuadam.kernels import gpu_table, streams
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.view import on_cpu
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
-CHUNK = pointer_table.CHUNK
+CHUNK = gpu_table.CHUNK
 
 
 def sizes(dtype):
@@ -106,11 +107,11 @@ def test_each_byte_is_loaded_and_stored_once(compiler):
 def test_a_wrong_table_is_noticed(compiler, monkeypatch):
     """The comparison can fail: chunks that are off by one, or a row whose first chunk is another's."""
     form, scalars = form_and_scalars("adam", "float32")
-    correct = pointer_table.rows_and_owners
+    correct = gpu_table.rows_and_owners
 
     def shifted(*given):
         rows, owners = correct(*given)
-        rows[3:, pointer_table.FIRST_CHUNK] -= 1
+        rows[3:, gpu_table.FIRST_CHUNK] -= 1
         return rows, owners
 
     def short(*given):
@@ -120,7 +121,7 @@ def test_a_wrong_table_is_noticed(compiler, monkeypatch):
     for wrong in (shifted, short):
         arena, updates, _ = laid_out(form, sizes("float32"), OFFSETS["aligned"])
         expected = one_by_one(form, updates, scalars)
-        monkeypatch.setattr(pointer_table, "rows_and_owners", wrong)
+        monkeypatch.setattr(gpu_table, "rows_and_owners", wrong)
         with pytest.raises((AssertionError, MemoryError)):
             gpu_code.run_table(compiler, form, "sm_90", updates, scalars, gpu_code.memory_of([arena]))
             for arrays, wanted in zip(updates, expected, strict=True):

@@ -12,7 +12,7 @@ from gpu_work import Lent
 
 import gpuadam
 from gpuadam import testing
-from gpuadam.kernels import gpu_launch, pointer_table
+from gpuadam.kernels import gpu_table
 from gpuadam.offload import chunks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
@@ -98,7 +98,7 @@ def nothing(*arguments, **options):
 MISSING = {
     "an event between streams": (a_step_on_another_stream, lambda k: (k, "order")),
     "the table's upload": (steps_by_turns_on_two_streams, lambda k: (k, "wait")),
-    "borrowed memory": (a_borrowed_gradient, lambda k: (gpu_launch, "keep_until_done")),
+    "borrowed memory": (a_borrowed_gradient, lambda k: (k, "keep_until_done")),
     "a norm's copy to the host": (a_norm_that_the_host_reads, lambda k: (k, "order")),
     "offload's slots": (an_offloaded_step, lambda k: (k, "finish")),
 }
@@ -107,7 +107,7 @@ MISSING = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 1 << 14)
-    monkeypatch.setattr(pointer_table, "_free", [])
+    monkeypatch.setattr(gpu_table, "free_buffers", [])
 
 
 def run(driver, cp, backend, action, seed):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from cases import form_and_scalars
 
-from gpuadam.kernels import adam, numba_cpu, pointer_table
+from gpuadam.kernels import adam, gpu_table
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.layout import Update
 from gpuadam.kernels.operands import Arrays, bytes_per_element, lanes_of, operands_of_form
 from gpuadam.kernels.view import on_cpu
@@ -356,7 +357,7 @@ def test_strided_arrays_of_several_item_sizes_are_updated_where_they_lie(compile
 def test_arrays_in_a_table_get_the_bits_that_each_gets_alone(compiler, name, on_device):
     form, scalars = form_of(name)
     keys = [KEY, 7, -9, 2**50, 0, 1, 2]
-    chunk = pointer_table.CHUNK * lanes_of(form)
+    chunk = gpu_table.CHUNK * lanes_of(form)
     for where in ("after 0", "after 3", "unshared"):
         updates = [given(form, n, seed=n) for n in (1, 7, 16, 1003, chunk - 1, chunk + 9, 30)]
         expected = [launched(form, copies(a), scalars, key=key) for a, key in zip(updates, keys, strict=True)]
@@ -375,12 +376,12 @@ def test_a_table_has_the_number_of_each_first_element(compiler, monkeypatch):
     form, scalars = form_of("bfloat16, randomly")
     arrays = given(form, 1003, ordinary=True)
     expected = launched(form, copies(arrays), scalars)
-    correct = pointer_table.rows_and_owners
+    correct = gpu_table.rows_and_owners
 
     def with_starts(updates, *rest):
         return correct([updates[0], updates[1]._replace(start=500)], *rest)
 
-    monkeypatch.setattr(pointer_table, "rows_and_owners", with_starts)
+    monkeypatch.setattr(gpu_table, "rows_and_owners", with_starts)
     own = [a[:500] for a in arrays], [a[500:] for a in arrays]
     gpu_code.run_table(compiler, form, "sm_90", own, scalars, gpu_code.memory_of(arrays), False, STEP_KEY, [KEY, KEY])
     assert_same(form, arrays, expected)

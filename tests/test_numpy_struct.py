@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import gpuadam
 from gpuadam import hyperparameters, update
-from gpuadam.kernels import numba_cpu, numpy_struct
+from gpuadam.kernels import numpy_struct
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.numpy_struct import BYTES, IS_SCALE, KEY, PARAM, SIZE, START, WRITTEN
 
 F4, F8 = np.dtype("float32"), np.dtype("float64")

@@ -27,7 +27,7 @@ from thread_ranks import all_well, on_ranks
 
 import gpuadam
 from gpuadam import transports
-from gpuadam.kernels import global_norm_numba_cpu, numba_cpu
+from gpuadam.kernels import cpu_threads, norm_cpu
 from gpuadam.sharded.layout import CELL, Layout, chunk_numbers, first_chunks
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def test_parameters_without_elements_have_no_buckets():
     ids=str,
 )
 def test_the_sums_of_all_ranks_make_the_norm_of_one(monkeypatch, n, sizes):
-    monkeypatch.setattr(numba_cpu, "_n_threads", lambda: 1)  # whose loop is on disk already
+    monkeypatch.setattr(cpu_threads, "n_threads", lambda: 1)  # whose loop is on disk already
     some = np.random.default_rng(n).standard_normal(40_009).astype("f4")
     arrays = [np.resize(some, size) for size in sizes]
     layout = Layout(sizes, n, 3)
@@ -101,8 +101,8 @@ def test_the_sums_of_all_ranks_make_the_norm_of_one(monkeypatch, n, sizes):
     for rank in range(n):
         parts = [arrays[s.parameter][s.start : s.stop] for s in layout.shards(rank)]
         views = [gpuadam.kernels.view.on_cpu("", part) for part in parts]
-        sums[chunk_numbers(layout, rank, firsts)] = global_norm_numba_cpu.chunk_sums(views)
-    assert global_norm_numba_cpu.norm_of_chunks(sums) == gpuadam.global_norm(arrays)
+        sums[chunk_numbers(layout, rank, firsts)] = norm_cpu.chunk_sums(views)
+    assert norm_cpu.norm_of_chunks(sums) == gpuadam.global_norm(arrays)
 
 
 # Ranks of MPI
@@ -549,7 +549,7 @@ def test_autograd_is_told_that_parameters_become_those_of_rank_0():
 @pytest.fixture
 def _soon(monkeypatch):
     monkeypatch.setattr(thread_ranks, "SECONDS", 10)  # without the error, the others would wait
-    monkeypatch.setattr(numba_cpu, "_n_threads", lambda: 1)
+    monkeypatch.setattr(cpu_threads, "n_threads", lambda: 1)
 
 
 @pytest.mark.usefixtures("_soon")

@@ -21,7 +21,7 @@ from gpuadam import CheckpointError, transports
 from gpuadam.checkpoint import atomic_file, tensors
 from gpuadam.checkpoint import safetensors as safetensors_file
 from gpuadam.checkpoint import stored as stored_arrays
-from gpuadam.kernels import numba_cpu
+from gpuadam.kernels import cpu_threads
 from gpuadam.sharded import loading as sharded_loading
 from gpuadam.sharded import saving as sharded_saving
 
@@ -31,7 +31,7 @@ LOCAL = transports.Local()
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    monkeypatch.setattr(numba_cpu, "_n_threads", lambda: 1)  # ranks are threads already
+    monkeypatch.setattr(cpu_threads, "n_threads", lambda: 1)  # ranks are threads already
 
 
 def params(seed=0):
@@ -77,7 +77,7 @@ def content(opt):
 def by_four(tmp_path_factory):
     """A checkpoint of four ranks: its folder, and what is in its files."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(numba_cpu, "_n_threads", lambda: 1)
+    patch.setattr(cpu_threads, "n_threads", lambda: 1)
     folder = tmp_path_factory.mktemp("saved") / "a"
     saved_by(4, folder)
     patch.undo()

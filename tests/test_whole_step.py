@@ -12,7 +12,7 @@ import pytest
 
 import gpuadam
 from gpuadam import testing
-from gpuadam.kernels import numba_cpu
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.step_counts import FLAGS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

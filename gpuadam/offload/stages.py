@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import backends
 from ..kernels import adam
-from ..kernels.gpu_launch import Place
+from ..kernels.gpu_batch import Place
 from ..kernels.layout import Update
 from ..kernels.streams import LEGACY_DEFAULT
 from ..kernels.view import View

@@ -13,7 +13,7 @@ import bisect
 import itertools
 from typing import NamedTuple
 
-from ..kernels.global_norm import CHUNK
+from ..kernels.norm_order import CHUNK
 from ..kernels.operands import GROUP
 
 CELL = CHUNK

@@ -4,11 +4,9 @@ A rank sums its own chunks, which are whole ones (`shard_layout.py`). All ranks 
 elements, and add them up in the order of the parameters. On a GPU the sums come to the host, which waits for them.
 """
 
-import importlib
-
 import numpy as np
 
-from ..kernels import global_norm
+from .. import backends
 from .layout import chunk_numbers, first_chunks
 
 
@@ -25,11 +23,11 @@ class ShardedNorm:
         for buffer in self._buffers:
             shards = [shard for shard in buffer.shards if sizes[buffer.numbers[shard.parameter]] is not None]
             own += [self._kernels.view("", buffer.sums[shard]) for shard in shards]
-        parts = self._transport.exchange(_sums_by(self._kernels.name).chunk_sums(own))
+        parts = self._transport.exchange(self._kernels.chunk_sums(own))
         sums = np.empty(sum(part.size for part in parts))
         for numbers, part in zip(self._chunk_numbers(sizes), parts, strict=True):
             sums[numbers] = part
-        return _sums_by("numba-cpu").norm_of_chunks(sums)
+        return backends.load("numba-cpu").norm_of_chunks(sums)
 
     def _chunk_numbers(self, sizes):
         """Return, for each rank, the numbers of its chunks in the norm."""
@@ -40,7 +38,3 @@ class ShardedNorm:
                 of_buffers = [chunk_numbers(b.layout, rank, [firsts[n] for n in b.numbers]) for b in self._buffers]
                 self._numbers.append(np.concatenate(of_buffers).astype(np.int64))
         return self._numbers
-
-
-def _sums_by(backend):
-    return importlib.import_module(f"{global_norm.__name__}_{backend.replace('-', '_')}")

@@ -1,7 +1,7 @@
 """One launch for many arrays: the table by which a block of a GPU finds its array and its place in it.
 
 An update's work is counted in items: a 16-byte vector of each array, or one element of each before and after the vectors
-(`layout.split`). A block takes a chunk of CHUNK items of one array. `owners` has the row of each chunk, and a row where
+(`layout.split`). A block takes a chunk of CHUNK items of one array. `owners` has the row of each chunk, and a row says where
 the arrays are, how they are split, and which chunk is its first.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from gpuadam.kernels.layout import split, split_groups
 
 BLOCK = 128  # threads
-CHUNK = 8 * BLOCK  # items of a block. It reads its row once; with 8 items a thread that is 1 byte in 1,500 that it moves.
+CHUNK = 8 * BLOCK  # items of a block. With 8 items a thread, reading the row is 1 byte in 1,500 that a block moves.
 
 # The columns of a row, of int64; from OPERANDS on the addresses of the arrays.
 HEAD, VECTORS, ITEMS, FIRST_CHUNK, KEY, START, SIZE, OPERANDS = range(8)
@@ -46,31 +46,31 @@ class Table:
     Nothing waits for the device: buffers go back to be used again once the device has passed them.
     """
 
-    def __init__(self, backend, device, updates, group_lanes=0):
-        self.streams: dict[int, Any] = {}  # on which it is there, and the event after its last use there
-        self._buffer: Any = None
-        self._sent: Any = None
-        self.backend, self.device = backend, device
-        self.rows, self.owners = rows_and_owners(updates, group_lanes)
+    once = False  # whether one stream uses it once, so that no other waits for the copy
+    _buffer: Any = None
+    _sent: Any = None  # the event after the copy
 
-    def addresses(self, stream):
-        """Return where rows and owners are, for work on a stream."""
+    def __init__(self, backend, device, n_bytes):
+        self.backend, self.device, self.n_bytes = backend, device, n_bytes
+        self.streams: dict[int, Any] = {}  # on which it is there, and the event after its last use there
+
+    def contents(self, address):
+        """Return the bytes of a table that will be at an address."""
+
+    def on_stream(self, stream):
+        """Return the table's address, for work on a stream."""
         if self._buffer is None:
-            self._send(stream)
+            self._buffer = _take(self.backend, self.device, self.n_bytes)
+            contents = self.contents(self._buffer.address)
+            self._buffer.pinned[: contents.size] = contents
+            self.backend.send(self._buffer.address, self._buffer.pinned, contents.size, stream)
+            self._buffer.in_use = True
+            if not self.once:
+                self._sent = self._record(stream)
         elif stream not in self.streams:
             self.backend.wait(stream, self._sent)
             self.streams[stream] = self._sent
-        return self._buffer.address, self._buffer.address + self.rows.nbytes
-
-    def _send(self, stream):
-        n_rows, n_bytes = self.rows.nbytes, self.rows.nbytes + self.owners.nbytes
-        self._buffer = _take(self.backend, self.device, n_bytes)
-        self._buffer.pinned[:n_rows] = self.rows.view(np.uint8).ravel()
-        self._buffer.pinned[n_rows:n_bytes] = self.owners.view(np.uint8)
-        self.backend.send(self._buffer.address, self._buffer.pinned, n_bytes, stream)
-        self._buffer.in_use = True
-        self.streams[stream] = self._sent = self.backend.record(stream)
-        self._buffer.in_use = False
+        return self._buffer.address
 
     def used(self, stream):
         """Take note that work on a stream reads the table. Later the stream may be gone, and with it a way to ask it."""
@@ -78,25 +78,42 @@ class Table:
             self._buffer.captured = True
         else:
             self._buffer.in_use = True
-            self.streams[stream] = self.backend.record(stream)
-            self._buffer.in_use = False
+            self._record(stream)
+
+    def _record(self, stream):
+        event = self.streams[stream] = self.backend.record(stream)
+        self._buffer.in_use = False
+        return event
 
     def release(self):
         """Give the buffer back, for when all that was enqueued so far is done. A captured graph keeps its own for ever."""
         buffer, self._buffer = self._buffer, None
-        if buffer is not None and not buffer.captured:  # which stays lent
-            if buffer.in_use:  # the event failed that would tell when it is no more
+        if buffer is not None and not buffer.captured:  # a captured one stays lent
+            if buffer.in_use:  # no event could be recorded behind the work
                 with self.backend.on(self.device, None):
                     self.backend.synchronize()
             buffer.in_use, buffer.events = False, [*self.streams.values()]
             with _lock:
                 _lent.discard(buffer)
-                _free.append(buffer)
+                free_buffers.append(buffer)
         self.streams = {}
 
-    def __del__(self):  # with its optimizer: work on streams that the buffer's allocator does not know may still read it
+    def __del__(
+        self,
+    ):  # goes with its optimizer. Work on streams that the buffer's allocator does not know may still read it
         if _lock is not None:  # else Python ends
             self.release()
+
+
+class UpdateTable(Table):
+    """The table of a batch: rows, then owners."""
+
+    def __init__(self, backend, device, updates, group_lanes=0):
+        self.rows, self.owners = rows_and_owners(updates, group_lanes)
+        super().__init__(backend, device, self.rows.nbytes + self.owners.nbytes)
+
+    def contents(self, address):
+        return np.concatenate([self.rows.view(np.uint8).ravel(), self.owners.view(np.uint8)])
 
 
 class _Buffer:
@@ -111,7 +128,7 @@ class _Buffer:
         self.in_use = False  # by work that no event is recorded behind
 
 
-_free: list[_Buffer] = []
+free_buffers: list[_Buffer] = []
 # Of those in use, too, so that none is garbage together with its Table: Numba would have freed its memory before `__del__`
 _lent: set[_Buffer] = set()
 _lock = threading.RLock()  # Python may end a Table in a thread that holds it
@@ -120,10 +137,10 @@ _lock = threading.RLock()  # Python may end a Table in a thread that holds it
 def _take(backend, device, n_bytes):
     """Return a buffer that nothing on the device uses any more, or a new one."""
     with _lock:
-        for k, buffer in enumerate(_free):
+        for k, buffer in enumerate(free_buffers):
             fits = buffer.backend is backend and buffer.device == device and buffer.n_bytes >= n_bytes
             if fits and all(backend.done(event) for event in buffer.events):
-                _lent.add(_free.pop(k))
+                _lent.add(free_buffers.pop(k))
                 return buffer
     buffer = _Buffer(backend, device, max(1 << 12, 1 << (n_bytes - 1).bit_length()))
     with _lock:

@@ -1,0 +1,152 @@
+"""What a backend is: the interface that the rest of gpuadam uses, and what all backends share.
+
+A backend updates the arrays of one library in one kind of memory. `gpu_backend.GpuBackend` adds what the two GPU backends share;
+`cpu_backend.py`, `cupy_backend.py` and `numba_cuda_backend.py` each hold one backend, the module's `backend`.
+"""
+
+from gpuadam.kernels import adam
+from gpuadam.kernels.layout import Update, offset_like, strides_like
+
+
+class Batch:
+    """Updates that one launch makes, known but for the form and the scalars.
+
+    `begun` says whether elements may have been written since `prepare`. `group` is the caller's, to tell batches apart.
+    """
+
+    # whether it can be launched again, without its arrays being checked, while they stay where they are
+    lasts = False
+    device: int | None = None  # the number of the GPU
+
+    def __init__(self, updates, arrays):
+        """updates: `layout.Update`s. arrays: the `operands.Arrays` of all."""
+        self.updates, self.arrays, self.is_random = updates, arrays, arrays.random
+        self.names = [update.views[0].name for update in updates]  # of the parameters, for errors
+        self.group, self.begun = 0, False
+
+    def place(self, stream):
+        """Return where a launch goes, for `check` and `prepare`. stream: the handle of a CUDA stream, or None."""
+        refuse_stream(stream)
+
+    def check(self, place, on_device):
+        """Refuse what a CUDA graph that is being captured cannot hold. on_device: whether the scalars are in device memory."""
+
+    def prepare(self, rule, form, scalars, place, key=0):
+        """Do what may fail before anything is written, and keep the arguments for `launch`.
+
+        rule: `adam` or `limit`. form: an `adam.Form`. scalars: `adam.Scalars` of form.dtype, or on a GPU the
+        `scalars.ScalarsMemory` that will hold them. key: of the step, for random rounding.
+        """
+        self.prepared, self.begun = (rule, form, scalars, place, key), False
+
+    def launch(self):
+        """Make the updates that were prepared, or enqueue them on a GPU."""
+
+    def release(self):
+        """Give back what the Batch holds on a device."""
+
+
+def refuse_stream(stream):
+    """Raise TypeError if a stream was given for arrays of the CPU."""
+    if stream is not None:
+        raise TypeError("stream is for arrays on a GPU; these are on the CPU, which has no streams")
+
+
+class Backend:
+    """A backend. There is one instance of each class, the attribute `backend` of its module.
+
+    A method without code is the interface: every backend has to have its own.
+
+    `view` is a `gpuadam.kernels.view.View`: what is known of an array. `array` is an array of the backend's library. `stream` is
+    the handle of a CUDA stream; None stands for the current one, or the one that the arrays name.
+    """
+
+    name: str  # as in `backend="numba-cpu"`
+    memory: str  # which arrays it can update: those in "CPU" or in "CUDA" memory
+    boundary: int  # bytes: where state begins, counted from such a boundary, is where the parameter begins
+    copies_any_layout = True  # whether `copy` takes arrays of different strides
+
+    def __reduce__(self):
+        return "backend"  # copies and pickles are the one instance, which its module has under this name
+
+    def status(self):
+        """Return (whether the backend can run on this machine, its version or what is missing)."""
+
+    def view(self, name, array):
+        """Return the View of an array of any library that shares this memory. Nothing is copied. name: for errors."""
+
+    # Updates
+
+    def batches(self, updates, arrays):
+        """Return the `Batch`es of several updates, of any shapes: one for all dense arrays, one for each other.
+
+        updates: `layout.Update`s of arrays on one device, which were checked. arrays: the `operands.Arrays` of all.
+        """
+
+    def launch(self, form, views, scalars, rule=adam, stream=None, key=0):
+        """Make one update in place.
+
+        views: in the order of `operands.operands_of`, of one shape and device, checked. None stands for an array that is not
+        there.
+        The other arguments are those of `Batch.prepare`.
+        """
+        for batch in self.batches([Update([view for view in views if view is not None])], form.arrays):
+            batch.prepare(rule, form, scalars, batch.place(stream), key)
+            batch.launch()
+
+    # The global norm, in the order of norm_order.py
+
+    def norm(self, views, out, device, stream):
+        """Return the norm of arrays, an array of shape () and dtype float64, or on a GPU enqueue it.
+
+        out: the View of an array that the norm is written to and that is returned; or None, for a new one. device: the number of
+        the arrays' device; None for the CPU, or if no array has elements.
+        """
+
+    def chunk_sums(self, views):
+        """Return the sums of squares of all chunks of arrays on one device, as a NumPy array. The host waits for a GPU."""
+
+    # Memory
+
+    def zeros(self, n, dtype, device):
+        """Return a 1-D array of n zeros, at a boundary. They are there, for any stream, when this returns."""
+
+    def shaped(self, memory, shape, strides):
+        """Return an array of a shape and of strides (in bytes; None for C order) over a 1-D array."""
+
+    def zeros_like(self, view, dtype=None):
+        """Return zeros for the state of an array: its shape and order of memory, its boundaries at the same elements.
+
+        dtype: of the state, by default the array's.
+        """
+        dtype = view.dtype if dtype is None else dtype
+        offset = offset_like(view, dtype, self.boundary)
+        memory = self.zeros(offset + view.size, dtype, view.device)[offset:]
+        return self.shaped(memory, view.shape, strides_like(view, dtype))
+
+    def fill_zero(self, view, stream=None):
+        """Store zeros in an array, in the order of a launch."""
+
+    def copy(self, to, source):
+        """Copy one array, given as a View, to another of the same shape, in the order of a launch.
+
+        If `copies_any_layout` the strides may differ, and the dtype of `to` may be wider. Otherwise both must be equal, and the
+        arrays without gaps.
+        """
+
+    def from_host(self, array):
+        """Return a copy of a NumPy array in this backend's memory. It is there when this returns."""
+
+    def to_host(self, array):
+        """Return a NumPy copy of an array in this backend's memory, of any library, after waiting for its device."""
+
+    def native(self, view):
+        """Return an array as one of the backend's library, over the same memory."""
+
+    # Time
+
+    def now(self):
+        """Return a moment for `seconds_between`; on a GPU it is of the current stream."""
+
+    def seconds_between(self, start, end):
+        """Return the seconds between two moments, after waiting for the later one."""

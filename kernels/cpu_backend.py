@@ -1,0 +1,128 @@
+"""The backend `numba-cpu`: NumPy arrays, and all arrays that share CPU memory by DLPack."""
+
+import functools
+import time
+
+import numba
+import numpy as np
+
+from gpuadam.kernels import adam, cpu_kernels, cpu_threads, norm_cpu, numpy_struct
+from gpuadam.kernels.backend import Backend, Batch, refuse_stream
+from gpuadam.kernels.cpu_kernels import CACHE_LINE
+from gpuadam.kernels.layout import dense
+from gpuadam.kernels.operands import widened
+from gpuadam.kernels.view import on_cpu
+
+
+class CpuBatch(Batch):
+    """Updates that one launch makes: those of a table (`numpy_struct.py`), or without a table one update of any strides.
+
+    n: how many elements a table has. updates: `layout.Update`s, which keep the arrays alive; None where the caller does.
+    """
+
+    __slots__ = ("arrays", "begun", "group", "is_random", "n", "names", "prepared", "table", "updates")
+
+    def __init__(self, arrays, is_random, updates, table=None, n=0, names=(), group=0):  # faster than by super().__init__
+        self.arrays, self.is_random, self.updates, self.table, self.n = arrays, is_random, updates, table, n
+        self.names, self.group, self.begun = names, group, False
+
+    def launch(self):
+        rule, form, scalars, _, key = self.prepared
+        self.begun = True
+        if self.table is not None:
+            backend.launch_table(form, self.table, self.n, scalars, rule, key)
+            return
+        (update,) = self.updates
+        views = update.views
+        shape = np.array(views[0].shape, np.int64)
+        strides = np.array([view.strides for view in views], np.int64).reshape(len(views), shape.size).T.copy()
+        at = tuple(view.pointer for view in views)
+        backend.build(rule, form, "strided")(at, shape, strides, update.start, update.key ^ key, *scalars)
+
+
+class NumbaCpu(Backend):
+    """Loops that Numba compiles for the CPU (`cpu_kernels.py`), in one thread or in several (`cpu_threads.py`)."""
+
+    name, memory, boundary = "numba-cpu", "CPU", CACHE_LINE
+
+    numpy_struct = numpy_struct
+    n_threads = staticmethod(cpu_threads.n_threads)
+    one_thread = staticmethod(cpu_threads.one_thread)
+    view = staticmethod(on_cpu)
+
+    def __init__(self):
+        # of the instance, because Python looks them up at each step of a small array
+        self.build = cpu_kernels.build
+        # Elements from which two threads finish sooner than one. `benchmarks/cpu_threads.py` shows where the lines cross.
+        self.PARALLEL_FROM = 1 << 16
+
+    def status(self):
+        return True, f"Numba {numba.__version__}"
+
+    def batches(self, updates, arrays):
+        rows, together, apart = [], [], []
+        for update in updates:
+            views, random = update.views, arrays.random
+            if dense(views, random) and all(view.array.flags.aligned for view in views):
+                rows.append([views[0].size, update.key, update.start, *(view.pointer for view in views)])
+                together.append(update)
+            else:
+                apart.append(CpuBatch(arrays, random, [update], names=[views[0].name]))
+        if not rows:
+            return apart
+        table, names = np.array(rows), [update.views[0].name for update in together]
+        n = table[:, numpy_struct.SIZE].sum().item()
+        return [CpuBatch(arrays, arrays.random, together, table, n, names), *apart]
+
+    def batch_of(self, table, n, arrays, is_random, group=0, names=None):
+        """Return the Batch of a table (`numpy_struct.py`) with n elements, whose arrays the caller keeps alive."""
+        return CpuBatch(arrays, is_random, None, table, n, names or ("param",), group)
+
+    def launch_table(self, form, table, n, scalars, rule=adam, key=0):
+        """Update the n elements of a table (`numpy_struct.py`) of arrays without gaps, at multiples of their elements' size."""
+        if n < self.PARALLEL_FROM:
+            self.build(rule, form, "serial")(table, 0, n, key, *scalars)
+        else:
+            cpu_threads.run(functools.partial(self.build, rule, form), table, n, cpu_threads.n_threads(), (key, *scalars))
+
+    def norm(self, views, out, device, stream):
+        refuse_stream(stream)
+        result = np.empty(()) if out is None else out.array
+        result[...] = norm_cpu.norm(views)
+        return result
+
+    chunk_sums = staticmethod(norm_cpu.chunk_sums)
+    norm_of_chunks = staticmethod(norm_cpu.norm_of_chunks)
+
+    def zeros(self, n, dtype, device):
+        dtype = np.dtype(dtype)
+        memory = np.zeros(n * dtype.itemsize + CACHE_LINE, np.uint8)
+        start = -memory.ctypes.data % CACHE_LINE
+        return memory[start : start + n * dtype.itemsize].view(dtype)
+
+    def shaped(self, memory, shape, strides):
+        return np.ndarray(shape, memory.dtype, memory, strides=strides)
+
+    def fill_zero(self, view, stream=None):
+        view.array[...] = 0
+
+    def copy(self, to, source):
+        np.copyto(to.array, source.array if to.dtype == source.dtype else widened(source.array, source.format))
+
+    def from_host(self, array):
+        return np.array(array)
+
+    def to_host(self, array):
+        return np.array(array)
+
+    def native(self, view):
+        return view.array
+
+    def now(self):
+        return time.perf_counter()
+
+    def seconds_between(self, start, end):
+        return end - start
+
+
+backend = NumbaCpu()

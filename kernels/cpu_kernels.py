@@ -1,0 +1,126 @@
+"""A rule as a Numba loop over memory of the CPU.
+
+A launch takes a table of arrays and goes through it as through one long array, so that one array and a thousand cost one call.
+LLVM vectorises the loop, and the vector body, the scalar tail and any split between threads give the same bits, because every
+operation is rounded by itself.
+"""
+
+import functools
+
+import numpy as np
+from numba import njit
+from numba.extending import intrinsic
+
+from gpuadam.kernels import adam, compiled_cache, cpu_threads, numba_access, primitives
+from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
+from gpuadam.kernels.operands import GROUP, operands_of_form
+
+CACHE_LINE = 64  # bytes
+
+
+@functools.cache
+def build(rule, form, loop):
+    """Return the compiled kernel of a form. loop: "serial", "parallel" or "strided"."""
+    if loop == "parallel":
+        return cpu_threads.parallel_of(build(rule, form, "serial"))
+    # Numba's default error model tests every divisor for zero: the loop would not vectorise, and would raise half-way
+    # through the arrays.
+    compiled = njit(error_model="numpy", nogil=True)
+    element = compiled_cache.named(rule.in_python(form, primitives.for_numba(intrinsic)), rule, form)
+    update = njit(error_model="numpy")(element)
+    access = numba_access.functions(form, intrinsic)
+    load, store, moved, stepped = access.load, access.store, access.moved, access.stepped
+    operands_at = numba_access.tuple_at(intrinsic, len(operands_of_form(form)))
+    PARAM_SIZE = operands_of_form(form)[0].itemsize
+
+    def serial(table, first, last, key, s):
+        """Update the elements first ... last - 1, counted through all rows. s: the scalars."""
+        end = 0
+        for row in range(table.shape[0]):
+            begin, end = end, end + table[row, SIZE]
+            start, stop = max(first, begin) - begin, min(last, end) - begin
+            if start < stop:
+                at = operands_at(table.ctypes.data + (row * table.shape[1] + PARAM) * 8)
+                row_key, index = key ^ table[row, KEY], table[row, START]
+                # NumPy's large arrays start 16 bytes after a cache line, and half of LLVM's vectors would lie across two lines:
+                # a tenth slower. So what is before the first line of param is a part of its own.
+                line = start + min(-(table[row, PARAM] + start * PARAM_SIZE) % CACHE_LINE // PARAM_SIZE, stop - start)
+                while start < stop:
+                    high = (index + start) >> 32
+                    end_of_part = min(line if start < line else stop, ((high + 1) << 32) - index)
+                    here, first_here = moved(at, start), index + start
+                    for i in range(end_of_part - start):
+                        store(here, i, update(*load(here, i), s), first_here, high, row_key)
+                    start = end_of_part
+
+    def strided(at, shape, strides, index, key, s):
+        """Update every element. strides: bytes, by dimension and operand. Elements are counted in C order."""
+        ndim, size = shape.size, 1
+        for d in range(ndim):
+            size *= shape[d]
+        for i in range(size):
+            here, rest = at, i
+            for d in range(ndim - 1, -1, -1):
+                here = stepped(here, operands_at(strides.ctypes.data + d * strides.shape[1] * 8), rest % shape[d])
+                rest //= shape[d]
+            store(here, 0, update(*load(here, 0), s), index + i, (index + i) >> 32, key)
+
+    arguments, body = {
+        "strided": ("at, shape, strides, index, key", strided),
+        "serial": ("table, first, last, key", _over_groups(form, update, operands_at) if form.arrays.grouped else serial),
+    }[loop]
+    body = njit(error_model="numpy")(compiled_cache.named(body, rule, form))
+    function = compiled_cache.named(_taking(arguments, form, body=body), rule, form)
+    return compiled_cache.of_rule(compiled(function), rule, form)
+
+
+def _taking(arguments, form, **names):
+    """Return a function that calls body with its arguments and a tuple of its scalars.
+
+    Each scalar is an argument: to pass a tuple, or some for `*scalars`, takes Python longer than the update of a small array.
+    They come as Python floats, which Numba is quicker to take than NumPy's.
+    """
+    listed = ", ".join(adam.scalar_names(form))
+    text = f"def kernel({arguments}, {listed}):\n    body({arguments}, to_reals(({listed},)))"
+    # a kernel is found in the cache by the name of its module
+    namespace = {"__name__": __name__, "to_reals": numba_access.to_reals(form, intrinsic)} | names
+    exec(compile(text, __file__, "exec"), namespace)
+    return namespace["kernel"]
+
+
+def _over_groups(form, update, operands_at):
+    groups = numba_access.functions(form, intrinsic)
+    load, units, store, magnitudes, codec = groups.load, groups.units, groups.store, groups.magnitudes, groups.codec
+    scales, encode, keep, kept = groups.scales, groups.encode, groups.keep, groups.kept
+    moved, ZERO = groups.moved, np.int32(0)
+
+    def serial(table, first, last, key, s):
+        """Update the groups that begin among the elements first ... last - 1, counted through all rows. s: the scalars."""
+        memory = np.empty(3 * GROUP, np.float32)
+        scratch = memory.ctypes.data
+        end = 0
+        for row in range(table.shape[0]):
+            size = table[row, SIZE]
+            begin, end = end, end + size
+            start, stop = max(first, begin) - begin, min(last, end) - begin
+            if start < stop:
+                at = operands_at(table.ctypes.data + (row * table.shape[1] + PARAM) * 8)
+                row_key, index = key ^ table[row, KEY], table[row, START]
+                for group in range((start + GROUP - 1) // GROUP, (stop + GROUP - 1) // GROUP):
+                    i = group * GROUP
+                    high = (index + i) >> 32  # of all: a parameter's groups begin at multiples of GROUP
+                    unit, here, first_here = units(at, group), moved(at, i), index + i
+                    n = min(GROUP, size - i)
+                    m, root = ZERO, ZERO
+                    for j in range(n):
+                        new = update(*load(here, j, unit), s)
+                        store(here, j, new, first_here, high, row_key)
+                        keep(scratch, j, new)
+                        own_m, own_root = magnitudes(new, 1)
+                        m, root = max(m, own_m), max(root, own_root)
+                    scales(at, group, m, root)
+                    how = codec(m, root)
+                    for j in range(n):
+                        encode(here, j, kept(scratch, j), how, first_here, high, row_key)
+
+    return serial

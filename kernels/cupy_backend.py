@@ -1,0 +1,227 @@
+"""The backend `cupy`: CuPy's arrays, and all arrays in CUDA memory."""
+
+import contextlib
+import functools
+import math
+import warnings
+
+import cupy
+import numpy as np
+
+from gpuadam.kernels import adam, cupy_kernels, gpu_table, norm_order
+from gpuadam.kernels.cupy_kernels import IN_MEMORY, in_and_out
+from gpuadam.kernels.gpu_backend import GpuBackend
+from gpuadam.kernels.operands import operands_of_form, widened
+from gpuadam.kernels.scalars import REALS_AT, ScalarsMemory
+from gpuadam.kernels.streams import LEGACY_DEFAULT
+from gpuadam.kernels.view import View, on_cuda, on_device
+
+MOST_OF_POOL = 1 << 20  # bytes of pinned memory
+
+_UNCHANGED = contextlib.nullcontext()
+
+
+class Cupy(GpuBackend):
+    """Kernels in CUDA C (`cupy_kernels.py`, `norm_cuda_c.py`), launched by CuPy."""
+
+    name = "cupy"
+
+    def status(self):
+        try:
+            count = cupy.cuda.runtime.getDeviceCount()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            return False, f"CuPy {cupy.__version__} finds no usable CUDA driver: {error}"
+        if count == 0:
+            return False, f"CuPy {cupy.__version__} finds no CUDA device"
+        return True, f"CuPy {cupy.__version__}, {count} CUDA device(s)"
+
+    def view(self, name, array):
+        if not isinstance(array, cupy.ndarray):
+            return on_cuda(name, on_device(name, array, self), _device_of)
+        memory = array.data
+        contiguous = array.flags.c_contiguous
+        return View(name, array, memory.ptr, array.shape, array.strides, array.dtype, True, contiguous, memory.device_id)
+
+    # Launches
+
+    def run(self, batch, form, scalars, rule, stream, key):
+        on_device, random = isinstance(scalars, ScalarsMemory), form.arrays.random
+        kernel = cupy_kernels.build(rule, form, batch.loop, on_device)
+        if on_device:
+            address, n = scalars.address + REALS_AT, len(adam.scalar_names(form))
+            numbers = [_unowned(address, (n,), scalars.dtype, batch.device)]
+            if random or form.skips:
+                numbers.append(_unowned(scalars.address, (2,), np.int64, batch.device))
+        else:
+            numbers = [*scalars, *([key] if random else [])]
+        if batch.loop == "table":
+            table = batch.table
+            rows = _unowned(batch.address, (table.rows.size,), np.int64, batch.device)
+            owners = _unowned(batch.address + table.rows.nbytes, table.owners.shape, np.int32, batch.device)
+            kernel(owners, *numbers, rows, size=owners.size * gpu_table.BLOCK, block_size=gpu_table.BLOCK)
+            return
+        (update,) = batch.updates
+        operands = operands_of_form(form)
+        if batch.arguments is None:
+            views = zip(update.views, operands, strict=True)
+            batch.arguments = [_unowned(v.pointer, v.shape, IN_MEMORY[o.format], v.device, v.strides) for v, o in views]
+        contiguous = batch.loop == "contiguous"
+        head_and_vectors, size = (batch.split[:2], {"size": batch.split.threads}) if contiguous else ((), {})
+        of_row = (update.key, update.start) if random else ()
+        read, written = in_and_out(operands, batch.arguments)
+        kernel(*read, *head_and_vectors, *of_row, *numbers, *written, **size)
+
+    def launch_scalars(self, form, settings, numbers, out, stream):
+        inputs, outputs = cupy_kernels.scalar_arguments(form)
+        # a flag is read as bits
+        dtypes = {"found_inf": cupy_kernels.bits_of(form.found_inf)} if form.found_inf is not None else {}
+        values = settings._asdict() | {
+            "scalars": _unowned(out.address + REALS_AT, (form.reals,), out.dtype, out.device),
+            "words": _unowned(out.address, (2,), np.int64, out.device),
+        }
+        for name, x in numbers.items():
+            values[name] = _unowned(x.pointer, (1,), dtypes.get(name, x.dtype), x.device) if isinstance(x, View) else x
+        with self.on(out.device, stream):
+            cupy_kernels.build_scalars(form)(*(values[name] for _, name in [*inputs, *outputs]), size=1)
+
+    def launch_sums(self, form, chunks, arguments, stream):
+        blocks = -(-chunks // (norm_order.BLOCK // norm_order.WARP))
+        cupy_kernels.build_sums(form)((blocks,), (norm_order.BLOCK,), tuple(map(np.int64, arguments)))
+
+    # Memory
+
+    def zeros(self, n, dtype, device):
+        with cupy.cuda.Device(device):
+            array = cupy.zeros(n, dtype)
+            cupy.cuda.get_current_stream().synchronize()
+            return array
+
+    def shaped(self, memory, shape, strides):
+        return cupy.ndarray(shape, memory.dtype, memory.data, strides)
+
+    def fill_zero(self, view, stream=None):
+        with self.ordered(view.device or 0, [view], stream):
+            self.native(view).fill(0)
+
+    def copy(self, to, source):
+        with self.ordered(to.device or 0, [to, source]):
+            array = self.native(source)
+            self.native(to)[...] = array if to.dtype == source.dtype else widened(array, source.format)
+
+    def from_host(self, array):
+        return cupy.asarray(array, blocking=True)
+
+    def native(self, view):
+        if isinstance(view.array, cupy.ndarray):
+            return view.array
+        if view.size == 0:
+            return cupy.empty(view.shape, view.dtype)
+        return _unowned(view.pointer, view.shape, view.dtype, view.device, view.strides)
+
+    def empty_number(self):
+        result = cupy.empty((), np.float64)
+        return result, result.data.ptr
+
+    def pinned(self, n_bytes):
+        if n_bytes <= MOST_OF_POOL:
+            memory = cupy.cuda.alloc_pinned_memory(n_bytes)
+        else:  # CuPy's pool rounds up to a power of two, and keeps freed memory: of state that fills the host's memory
+            memory = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(n_bytes, cupy.cuda.runtime.hostAllocPortable), 0)
+        return np.frombuffer(memory, np.uint8, n_bytes)
+
+    def device_bytes(self, n_bytes):
+        memory = cupy.cuda.alloc(n_bytes)
+        return memory, memory.ptr
+
+    def send(self, address, host, n_bytes, stream):
+        runtime = cupy.cuda.runtime
+        runtime.memcpyAsync(address, host.ctypes.data, n_bytes, runtime.memcpyHostToDevice, stream)
+
+    def receive(self, host, address, n_bytes, stream):
+        runtime = cupy.cuda.runtime
+        runtime.memcpyAsync(host.ctypes.data, address, n_bytes, runtime.memcpyDeviceToHost, stream)
+
+    # Devices, streams and events
+
+    def on(self, device, stream):
+        if cupy.cuda.runtime.getDevice() == device:
+            return _UNCHANGED if stream is None or self.current_stream() == stream else _stream(stream)
+        return self._on_another(device, stream)
+
+    @contextlib.contextmanager
+    def _on_another(self, device, stream):
+        with cupy.cuda.Device(device), self.on(device, stream):
+            yield
+
+    def current_device(self):
+        return cupy.cuda.runtime.getDevice()
+
+    def current_stream(self):
+        return cupy.cuda.get_current_stream().ptr or LEGACY_DEFAULT
+
+    def new_stream(self):
+        stream = cupy.cuda.Stream(non_blocking=True)
+        return stream, stream.ptr
+
+    def record(self, stream):
+        event = cupy.cuda.Event(disable_timing=True)
+        cupy.cuda.runtime.eventRecord(event.ptr, stream)
+        return event
+
+    def wait(self, stream, event):
+        cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
+
+    def done(self, event):
+        return event.done
+
+    def finish(self, event):
+        event.synchronize()
+
+    def synchronize_stream(self, stream):
+        cupy.cuda.runtime.streamSynchronize(stream)
+
+    def synchronize(self):
+        cupy.cuda.runtime.deviceSynchronize()
+
+    def is_capturing(self, stream):
+        return stream != LEGACY_DEFAULT and cupy.cuda.runtime.streamIsCapturing(stream)
+
+    def begin_capture(self, stream):
+        cupy.cuda.runtime.streamBeginCapture(stream, cupy.cuda.runtime.streamCaptureModeRelaxed)
+
+    def drop_capture(self, stream):
+        cupy.cuda.runtime.graphDestroy(cupy.cuda.runtime.streamEndCapture(stream))
+
+    def now(self):
+        return cupy.cuda.get_current_stream().record()
+
+    def seconds_between(self, start, end):
+        end.synchronize()
+        return cupy.cuda.get_elapsed_time(start, end) / 1e3
+
+
+def _device_of(pointer):
+    device = cupy.cuda.runtime.pointerGetAttributes(pointer).device
+    if device < 0:
+        raise ValueError(f"address {pointer:#x} is not CUDA memory")
+    return device
+
+
+@functools.lru_cache(maxsize=1024)
+def _unowned(address, shape, dtype, device, strides=None):
+    """Return a CuPy array over memory that others keep: the caller its arrays, a table its buffer, until it is enqueued."""
+    dtype = np.dtype(dtype)
+    memory = cupy.cuda.UnownedMemory(address, math.prod(shape) * dtype.itemsize, None, device)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+
+
+@functools.cache
+def _stream(handle):
+    """Return a CuPy stream of any device for a handle. It is only to be entered: other calls take the handle."""
+    with warnings.catch_warnings():
+        # The class that CuPy names instead takes an object, asks for the current device and keeps to it. Handle 1 has several.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return cupy.cuda.ExternalStream(handle)
+
+
+backend = Cupy()

@@ -1,0 +1,203 @@
+"""The CUDA C of a rule, as `cupy.ElementwiseKernel`s.
+
+CuPy's own indexing gives each thread one element and 4-byte accesses. Here the arrays are `raw`, or addresses in a table, and a
+thread takes 16 bytes of each, so `size` counts threads, not elements.
+"""
+
+import functools
+
+import cupy
+
+from gpuadam.kernels import adam, cuda_c_access, gpu_table, norm_cuda_c, primitives
+from gpuadam.kernels.operands import FORMATS, lanes_of, operands_of_form
+from gpuadam.kernels.scalars import Settings, formula_in_cuda_c
+
+# i is CuPy's: the number of this thread, 64 bits wide.
+CONTIGUOUS = r"""
+if (i < vectors) {
+    const ptrdiff_t at = head + i * LANES;
+    update_lanes<LANES>(%(at)s, start + at, row_key ^ step_key, skip, %(scalars)s);
+} else {
+    const ptrdiff_t k = i - vectors, at = k < head ? k : k + vectors * LANES;
+    update_lanes<1>(%(at)s, start + at, row_key ^ step_key, skip, %(scalars)s);
+}
+"""
+
+# With BLOCK threads in each block and enough blocks, i / BLOCK is the number of the block.
+CHUNK_OF_TABLE = r"""
+const long long chunk = i / BLOCK;
+const long long* const row = &rows[owners[chunk] * (ptrdiff_t)COLUMNS];
+const long long first = (chunk - row[FIRST_CHUNK]) * CHUNK;
+// clamped before they are narrowed: after the vectors the difference is negative, and may be below -2^31
+const int vectors_here = max(min(row[VECTORS] - first, (long long)CHUNK), 0LL);
+const int items_here = min(row[ITEMS] - first, (long long)CHUNK);
+"""
+
+# The few elements before and after the vectors read what they need from the row again, so that it takes no registers.
+TABLE = (
+    CHUNK_OF_TABLE
+    + r"""
+const long long begin = row[HEAD] + first * LANES;
+%(pointers)s
+#pragma unroll 1
+for (int item = i %% BLOCK; item < items_here; item += BLOCK) {
+    if (item < vectors_here) {
+        const int at = item * LANES;
+        update_lanes<LANES>(%(at)s, START_OF_ROW + begin + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
+    } else {
+        const long long k = item + first - row[VECTORS], at = k < row[HEAD] ? k : k + row[VECTORS] * LANES;
+        update_lanes<1>(%(at_row)s, START_OF_ROW + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
+    }
+}
+break;  // there are as many blocks as chunks: a thread has only one i
+"""
+)
+
+# Groups of 8-bit state: an item is a part of a group, and whole warps go through the loop together, because they exchange maxima.
+GROUPS = (
+    CHUNK_OF_TABLE
+    + r"""
+const long long size = row[SIZE];
+%(pointers)s
+#pragma unroll 1
+for (int item = i %% BLOCK; item < (items_here + 31) / 32 * 32; item += BLOCK) {
+    const long long at = (first + item) * LANES;
+    update_group(%(names)s, at, size, item < vectors_here, START_OF_ROW + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
+}
+break;
+"""
+)
+
+# A plain cast of an address to a pointer makes generic loads.
+TABLE_PREAMBLE = """
+template <class S> __device__ __forceinline__ S* at_address(long long a) { return (S*)__cvta_global_to_generic((size_t)a); }
+""" + "".join(
+    f"#define {name} {getattr(gpu_table, name)}\n"
+    for name in ("BLOCK", "CHUNK", "HEAD", "VECTORS", "ITEMS", "FIRST_CHUNK", "KEY", "START", "SIZE", "OPERANDS")
+)
+
+# Not raw: CuPy finds the element of each array, whatever its strides. i counts them in C order.
+STRIDED = r"""
+update_lanes<1>(%(element)s, start + i, row_key ^ step_key, skip, %(scalars)s);
+"""
+
+
+def in_and_out(operands, values):
+    """Return what belongs to the operands that are only read, and to the others."""
+    pairs = list(zip(operands, values, strict=True))
+    return [x for operand, x in pairs if not operand.stores], [x for operand, x in pairs if operand.stores]
+
+
+# CuPy has no arithmetic on what a rule converts from bits
+IN_MEMORY = {format: f"uint{8 * n}" if n < 4 else format for format, n in FORMATS.items()}
+
+
+LOOPS = {"contiguous": CONTIGUOUS, "table": TABLE, "strided": STRIDED}
+
+
+@functools.cache
+def build(rule, form, loop, on_device=False):
+    """Return the ElementwiseKernel of a form; CuPy compiles it at its first call.
+
+    loop: "contiguous", "table" or "strided". on_device: whether the scalars are in device memory.
+    """
+    operands, names = operands_of_form(form), adam.scalar_names(form)
+    random = form.arrays.random
+    kinds = {o.name: cuda_c_access.C_TYPES[o.format] for o in operands}
+    raw = "" if loop == "strided" else "raw "
+    arrays = [] if loop == "table" else [f"{raw}{IN_MEMORY[o.format]} {o.name}" for o in operands]
+    inputs, outputs = in_and_out(operands, arrays) if arrays else (["raw int32 owners"], ["raw int64 rows"])
+    if loop == "contiguous":
+        inputs += ["int64 head", "int64 vectors"]
+    body = ""
+    if loop != "table":
+        inputs += ["int64 row_key", "int64 start"] if random else []
+        body += "" if random else "const long long row_key = 0, start = 0;\n"
+    if on_device:
+        inputs.append(f"raw {form.dtype} device_scalars")
+        body += "".join(f"const T {name} = device_scalars[{k}];\n" for k, name in enumerate(names))
+        if random or form.skips:
+            inputs.append("raw int64 device_words")
+        body += f"const long long step_key = {'device_words[0]' if random else 0};\n"
+        body += f"const long long skip = {'device_words[1]' if form.skips else 0};\n"
+    else:
+        inputs += [f"{form.dtype} {name}" for name in names] + (["int64 step_key"] if random else [])
+        body += ("" if random else "const long long step_key = 0;\n") + "const long long skip = 0;\n"
+    pointers = {o.name: f"at_address<{kinds[o.name]}>(row[OPERANDS + {k}])" for k, o in enumerate(operands)}
+    begin = "" if form.arrays.grouped else " + begin"
+    conversions, update = cuda_c_access.for_cuda_c(form, names)
+    parts = {
+        "scalars": ", ".join(names),
+        "pointers": "\n".join(
+            f"{'' if o.stores else 'const '}{kinds[o.name]}* const {o.name} = {pointers[o.name]}{begin};" for o in operands
+        ),
+        "names": ", ".join(o.name for o in operands),
+        "at": ", ".join(f"{o.name} + at" if loop == "table" else f"as<{kinds[o.name]}>(&{o.name}[at])" for o in operands),
+        "at_row": ", ".join(f"{pointers[o.name]} + at" for o in operands),
+        "element": ", ".join(f"as<{kinds[o.name]}>(&{o.name})" for o in operands),
+    }
+    defined = {
+        "COLUMNS": gpu_table.OPERANDS + len(operands),
+        "KEY_OF_ROW": "row[KEY]" if random else "0LL",
+        "START_OF_ROW": "row[START]" if random else "0LL",
+    }
+    return cupy.ElementwiseKernel(
+        ", ".join(inputs),
+        ", ".join(outputs),
+        body + (GROUPS if form.arrays.grouped else LOOPS[loop]) % parts,
+        f"gpuadam_{rule.__name__.rpartition('.')[2]}_{form.dtype}_{loop}{'_device' * on_device}",
+        preamble=f"typedef {CTYPES[form.dtype.name]} T;\nconstexpr int LANES = {lanes_of(form)};\n"
+        + "".join(f"#define {name} {value}\n" for name, value in defined.items())
+        + TABLE_PREAMBLE * (loop == "table")
+        + primitives.for_cuda_c(form.dtype)
+        + conversions
+        + rule.in_cuda_c(form)
+        + update,
+    )
+
+
+CTYPES = {"float32": "float", "float64": "double"}
+
+
+def bits_of(dtype):
+    """Return the name of the unsigned integers of a dtype's size: a flag is read as bits."""
+    return f"uint{8 * dtype.itemsize}"
+
+
+def scalar_arguments(form):
+    """Return the (type, name) of the inputs and of the outputs of the kernel that `build_scalars` returns."""
+
+    def number(name, dtype):
+        return ("float64" if dtype is None else f"raw {dtype}", name)
+
+    inputs = [number("lr", form.lr), number("grad_scale", form.grad_scale)]
+    if form.found_inf is not None:
+        inputs.append((f"raw {bits_of(form.found_inf)}", "found_inf"))
+    if form.norm or form.checks:
+        inputs.append(("raw float64", "norm"))
+    inputs += [("int64" if k < 2 else "float64", name) for k, name in enumerate(Settings._fields)]
+    outputs = [("raw int64", "step")] if form.counts else []
+    outputs.append((f"raw {form.dtype}", "scalars"))
+    if form.random or form.skips:
+        outputs.append(("raw int64", "words"))
+    return inputs, outputs
+
+
+@functools.cache
+def build_scalars(form):
+    """Return the ElementwiseKernel of a `scalars.ScalarsForm`."""
+    inputs, outputs = scalar_arguments(form)
+    before, body = formula_in_cuda_c(form)
+    return cupy.ElementwiseKernel(
+        ", ".join(map(" ".join, inputs)),
+        ", ".join(map(" ".join, outputs)),
+        body,
+        f"gpuadam_scalars_{form.dtype}",
+        preamble="typedef double T;\n" + primitives.for_cuda_c("float64") + before,
+    )
+
+
+@functools.cache
+def build_sums(form):
+    """Return the RawKernel of a `norm_order.Form`; CuPy compiles it at its first call."""
+    return cupy.RawKernel(*norm_cuda_c.text_and_name(form))

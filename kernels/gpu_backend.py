@@ -1,0 +1,296 @@
+"""The base of both GPU backends: which arrays share a launch, on which stream it goes, which streams wait, and the global norm.
+
+`cupy_backend.py` and `numba_cuda_backend.py` bring what differs: memory, streams, events, copies, and the launch of a kernel.
+"""
+
+import collections
+import contextlib
+import ctypes
+import itertools
+import os
+import threading
+
+import numpy as np
+
+from gpuadam.kernels import norm_order, streams, synchronous
+from gpuadam.kernels.backend import Backend
+from gpuadam.kernels.dlpack import Borrowed
+from gpuadam.kernels.gpu_batch import GpuBatch, Place
+from gpuadam.kernels.gpu_table import Table
+from gpuadam.kernels.layout import VECTOR_BYTES, bounds, dense
+from gpuadam.kernels.streams import LEGACY_DEFAULT
+
+RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+
+class GpuBackend(Backend):
+    """A backend of arrays in CUDA memory. A method without code is for the two backends to have.
+
+    Methods without a device are about the current one: each device has a current stream of its own and a default stream of the
+    same name, and an event serves the streams of its own device. Streams are driver handles.
+    """
+
+    memory = "CUDA"
+    boundary = VECTOR_BYTES
+    default_named: int | None = None  # the stream that the library names for a new array
+
+    def __init__(self):
+        self._rehearsed: set = set()  # (device, kernel)
+        self._in_use: collections.deque = collections.deque()  # (event, borrowed arrays), in the order of launches
+        self._in_use_lock = threading.Lock()
+
+    # Devices, streams and events
+
+    def on(self, device, stream):
+        """Return a context in which a device and a stream are the current ones. stream: None for the device's current one."""
+
+    def current_device(self):
+        """Return the number of the current device."""
+
+    def current_stream(self):
+        """Return the program's current stream, that of CuPy; None if CuPy is not in use."""
+
+    def new_stream(self):
+        """Return a stream that waits for no other: its owner, and its handle."""
+
+    def record(self, stream):
+        """Return an event that is done when the work that is on a stream so far is."""
+
+    def wait(self, stream, event):
+        """Make the next work on a stream wait for an event."""
+
+    def done(self, event):
+        """Whether an event is done."""
+
+    def finish(self, event):
+        """Wait until an event is done."""
+
+    def synchronize_stream(self, stream):
+        """Wait for the work on a stream."""
+
+    def synchronize(self):
+        """Wait for all work on the device."""
+
+    def is_capturing(self, stream):
+        """Whether a graph is being captured on a stream; it cannot be on the default one."""
+
+    def begin_capture(self, stream):
+        """Begin to capture a graph of the work that is enqueued on a stream, and forbid nothing meanwhile."""
+
+    def drop_capture(self, stream):
+        """End a capture and throw the graph away."""
+
+    # Memory
+
+    def pinned(self, n_bytes):
+        """Return pinned memory of the host, as an array of bytes."""
+
+    def device_bytes(self, n_bytes):
+        """Return memory of the current device and stream: its owner, and its address."""
+
+    def send(self, address, host, n_bytes, stream):
+        """Copy from an array of the host, in pinned memory, to the device, on a stream."""
+
+    def receive(self, host, address, n_bytes, stream):
+        """Copy from the device to an array of the host, on a stream."""
+
+    def empty_number(self):
+        """Return a new array of shape () and dtype float64 on the current device and stream, and its address."""
+
+    # Launches
+
+    def run(self, batch, form, scalars, rule, stream, key):
+        """Launch a `GpuBatch`. Its device and the stream are the current ones."""
+
+    def launch_scalars(self, form, settings, numbers, out, stream):
+        """Enqueue the kernel that advances the step count and computes the scalars of a step on the device.
+
+        form: a `scalars.ScalarsForm`. settings: its `Settings`. numbers: name -> View of one number on the device, or a number:
+        "lr", "grad_scale", and those of "step", "found_inf" and "norm" that the form has. out: the `scalars.ScalarsMemory` to
+        write.
+        """
+
+    def launch_sums(self, form, chunks, arguments, stream):
+        """Launch a pass of a norm. The stream is the current one. arguments: those of the kernel, integers."""
+
+    # From here on, the part that both backends share
+
+    def batches(self, updates, arrays):
+        updates = [update for update in updates if update.views[0].size]
+        is_dense = [dense(update.views, in_c_order=arrays.random) for update in updates]
+        together = list(itertools.compress(updates, is_dense))
+        apart = [
+            GpuBatch(self, "strided", arrays, [update]) for update, one in zip(updates, is_dense, strict=True) if not one
+        ]
+        if not together:
+            return apart
+        loop = "table" if len(together) > 1 or arrays.grouped else "contiguous"
+        return [GpuBatch(self, loop, arrays, together), *apart]
+
+    def order(self, before, after):
+        """Make the next work on one stream wait for the work that is on another."""
+        self.wait(after, self.record(before))
+
+    def place(self, device, stream, named):
+        """Return the Place of work on a device. stream: the one that the caller asks for. named: those that the arrays name."""
+        with self.on(device, None):
+            target, others = streams.choose(stream, self.current_stream(), named)
+            capturing = self.is_capturing(target)
+            if capturing:  # captured work cannot wait for the default stream: a graph is ordered where it is launched
+                others = [other for other in others if other != LEGACY_DEFAULT]
+            return Place(target, others, capturing)
+
+    def before(self, place):
+        """Make the next work at a Place, whose stream is current, wait for the other streams."""
+        for other in place.others:
+            self.order(other, place.stream)
+
+    def after(self, place, borrowed):
+        """Make the other streams wait for the work at a Place. borrowed: arrays that have to be kept until it is done."""
+        for other in place.others:
+            self.order(place.stream, other)
+        if not place.capturing:
+            self.keep_until_done(place.stream, borrowed)
+
+    @contextlib.contextmanager
+    def ordered(self, device, views, stream=None):
+        """Make a device and a stream current for work on arrays outside a Batch, order the work, and give the stream.
+
+        The work is also ordered with the current stream, where others may have used the same memory.
+        """
+        place = self.place(device, stream, [*(view.stream for view in views), None])
+        with self.on(device, place.stream):
+            self.before(place)
+            yield place.stream
+            self.after(place, self.borrowed(views))
+
+    @staticmethod
+    def borrowed(views):
+        """Return those arrays of Views that were borrowed by DLPack."""
+        return [view.array for view in views if type(view.array) is Borrowed]
+
+    def keep_until_done(self, stream, borrowed):
+        """Keep borrowed arrays until the work that is on a stream is done: their producer does not know of it."""
+        if not borrowed and not self._in_use:
+            return
+        with self._in_use_lock:
+            while self._in_use and self.done(self._in_use[0][0]):
+                self._in_use.popleft()
+            if borrowed:
+                self._in_use.append((self.record(stream), borrowed))
+
+    def rehearse(self, device, kernel, launch):
+        """Launch a kernel into a graph that is thrown away: an error of the compiler or the loader comes before any write.
+
+        Nothing runs. device: the current one. kernel: tells one that is compiled from others; the first launch of each is
+        rehearsed. launch(stream): enqueues it.
+        """
+        if (device, kernel) in self._rehearsed:
+            return
+        owner, stream = self.new_stream()
+        with self.on(device, stream):
+            self.begin_capture(stream)
+            try:
+                launch(stream)
+            finally:
+                self.drop_capture(stream)
+        del owner
+        self._rehearsed.add((device, kernel))
+
+    def to_host(self, array):
+        view = self.view("", array)
+        if not view.size:
+            return np.empty(view.shape, view.dtype)
+        start, end = bounds(view)
+        memory = np.empty(end - start, np.uint8)
+        with self.on(view.device, None):
+            self.synchronize()  # any stream may write it
+            self.receive(memory, start, memory.nbytes, LEGACY_DEFAULT)
+            self.synchronize_stream(LEGACY_DEFAULT)
+        return np.ndarray(view.shape, view.dtype, memory, view.pointer - start, view.strides)
+
+    def norm(self, views, out, device, stream):
+        if device is None:
+            device = self.current_device() if out is None or out.device is None else out.device
+        # a new result is there for the current stream, and for the one that its library names, wherever the work goes
+        named = [view.stream for view in views] + ([out.stream] if out else [None, self.default_named])
+        place = self.place(device, stream, named)
+        if place.capturing and out is None:
+            raise RuntimeError(
+                "a graph is being captured, and a new array for the norm would not outlive this call for it: give out=, an "
+                "array of shape () and dtype float64 that you keep"
+            )
+        place.check_capture()
+        with self.on(device, None):
+            result, address = self.empty_number() if out is None else (out.array, out.pointer)
+        self._sum(views, device, place, norm_at=address)
+        return result
+
+    def chunk_sums(self, views):
+        if not views:
+            return np.empty(0)
+        device = views[0].device
+        with self.on(device, None):
+            place = Place(self.current_stream() or LEGACY_DEFAULT, [], False)
+        return self._sum(views, device, place)
+
+    def _sum(self, views, device, place, norm_at=None):
+        """Enqueue the passes of a norm. norm_at: its address; None: return the sums of all chunks, after waiting for them."""
+        plan = norm_order.plan(views, VECTOR_BYTES)
+        table, sums = _NormTable(self, device, plan), None
+        with self.on(device, place.stream):
+            self.before(place)
+            with allowed_while_capturing() if place.capturing else contextlib.nullcontext():
+                table.on_stream(place.stream)
+            for number, one in enumerate(plan.passes if norm_at else [one for one in plan.passes if one.form.squares], 1):
+
+                def what(number=number):
+                    return synchronous.text_of_norm(views, plan, number, device)
+
+                last = norm_at is not None and number == len(plan.passes)
+                out = norm_at if last else table.workspace + one.out
+                arguments = table.address, one.first_row, one.n_rows, out, one.chunks, int(last)
+                launched = one.form, one.chunks, arguments, place.stream
+                synchronous.launch(self, place.stream, what, self.launch_sums, *launched)
+            table.used(place.stream)
+            self.after(place, self.borrowed(views))
+            if norm_at is None:
+                sums = np.empty(norm_order.chunks_of_all(views))
+                self.receive(sums, table.workspace, sums.nbytes, place.stream)
+                self.synchronize_stream(place.stream)
+        table.release()
+        return sums
+
+
+@contextlib.contextmanager
+def allowed_while_capturing():
+    """Let this thread allocate and query events during a capture of CUDA's mode "global", torch's, which they would end.
+
+    They are no part of the graph.
+    """
+    try:
+        exchange = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    except OSError:  # there is no driver to refuse it
+        yield
+        return
+    mode = ctypes.c_int(RELAXED)
+    exchange(ctypes.byref(mode))  # stores the former mode in its place
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
+
+
+class _NormTable(Table):
+    """The table of a norm's plan in device memory, and behind it a workspace for the sums. It belongs to one call."""
+
+    once = True
+
+    def __init__(self, backend, device, plan):
+        self.plan, self.workspace = plan, 0
+        self._n_table = -(-plan.table.nbytes // VECTOR_BYTES) * VECTOR_BYTES
+        super().__init__(backend, device, self._n_table + plan.workspace)
+
+    def contents(self, address):
+        self.address, self.workspace = address, address + self._n_table
+        return self.plan.placed(self.workspace).view(np.uint8)

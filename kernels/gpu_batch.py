@@ -1,0 +1,107 @@
+"""What one launch on a GPU updates, and where it goes."""
+
+from typing import NamedTuple
+
+from gpuadam.kernels import synchronous
+from gpuadam.kernels.backend import Batch
+from gpuadam.kernels.gpu_table import UpdateTable
+from gpuadam.kernels.layout import split
+from gpuadam.kernels.operands import GROUP_LANES
+from gpuadam.kernels.scalars import ScalarsMemory
+
+MOST_OF_32_BITS = 2**31  # bytes of an array that CuPy indexes in 32 bits
+
+
+class Place(NamedTuple):
+    """Where a launch goes."""
+
+    stream: int
+    others: list[int]  # streams to order the launch with
+    capturing: bool  # whether a graph is being captured on the stream
+
+    def check_capture(self):
+        """Refuse to capture work that would have to wait for streams outside the graph."""
+        if self.capturing and self.others:
+            raise RuntimeError(
+                f"a graph is being captured, and arrays were last used on other streams ({self.others}): make the stream that "
+                "is captured the current one, in their library too, and use them there first"
+            )
+
+
+class GpuBatch(Batch):
+    """Updates that one launch makes, in one of three loops: "contiguous", "table" or "strided".
+
+    It can be launched again and again for as long as the arrays stay where they are, and keeps none of them alive.
+    """
+
+    lasts = True
+
+    def __init__(self, backend, loop, arrays, updates):
+        super().__init__(updates, arrays)
+        self.backend, self.loop = backend, loop
+        first = updates[0].views
+        views = [view for update in updates for view in update.views]
+        self.device, self.size = first[0].device, first[0].size
+        self.streams = list(dict.fromkeys(view.stream for view in views))  # that the arrays name
+        self.pointers = [view.pointer for view in first]
+        self.borrowed = backend.borrowed(views)
+        self.arguments = None  # the arrays as CuPy's, made at the first launch
+        self.text = synchronous.text_of_updates(updates, loop) if synchronous.ON else ""
+        # what CuPy compiles a kernel for, beside its form
+        self.kernel = loop, *((view.contiguous, len(view.shape), view.nbytes > MOST_OF_32_BITS) for view in first)
+        self.table = None
+        if loop == "table":
+            self.table = UpdateTable(backend, self.device, updates, GROUP_LANES if arrays.grouped else 0)
+        self.address = None  # of the table
+        first = [view._replace(array=None) for view in first]
+        if loop == "contiguous":
+            self.split = split(self.pointers, [view.dtype.itemsize for view in first], self.size)
+            first = [view._replace(shape=(self.size,), strides=(view.dtype.itemsize,)) for view in first]
+        self.updates = [] if self.table else [updates[0]._replace(views=first)]
+
+    def place(self, stream):
+        return self.backend.place(self.device, stream, self.streams)
+
+    def check(self, place, on_device):
+        if not place.capturing:
+            return
+        if not on_device:
+            raise RuntimeError(
+                "a graph is being captured on this stream, and it would repeat this step with the learning rate and the step "
+                "count of now. Make the optimizer with capturable=True: it counts the steps on the device; give it the "
+                "learning rate as an array there"
+            )
+        place.check_capture()
+        if self.table and place.stream not in self.table.streams:
+            raise RuntimeError(
+                "a graph is being captured, and the table of these arrays is not on the device yet: take a step with the same "
+                "arrays, gradients included, on this stream before the capture"
+            )
+
+    def prepare(self, rule, form, scalars, place, key=0):
+        """Put the table on the device, and compile the kernel."""
+        super().prepare(rule, form, scalars, place, key)
+        with self.backend.on(self.device, place.stream):
+            if self.table:
+                self.address = self.table.on_stream(place.stream)
+            if not place.capturing:
+                kernel = rule, form, isinstance(scalars, ScalarsMemory), self.kernel
+                self.backend.rehearse(self.device, kernel, lambda s: self.backend.run(self, form, scalars, rule, s, key))
+
+    def launch(self):
+        rule, form, scalars, place, key = self.prepared
+        backend, stream = self.backend, place.stream
+        with backend.on(self.device, stream):
+            if self.table:
+                self.address = self.table.on_stream(stream)
+            backend.before(place)
+            synchronous.launch(backend, stream, lambda: self.text, backend.run, self, form, scalars, rule, stream, key)
+            self.begun = True
+            if self.table:
+                self.table.used(stream)
+            backend.after(place, self.borrowed)
+
+    def release(self):
+        """Give the table's memory back. It is used again when the device is done with it."""
+        if self.table:
+            self.table.release()

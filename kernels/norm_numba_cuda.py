@@ -1,0 +1,180 @@
+"""The sums of `norm_order.py` as Numba CUDA kernels.
+
+Line by line they are IN_CUDA_C of `norm_cuda_c.py`. Where that loops over the lanes of a thread, LLVM is written here.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import cuda, types
+from numba.cuda.extending import intrinsic
+
+from gpuadam.kernels import llvm, primitives
+from gpuadam.kernels import norm_order as order
+from gpuadam.kernels.layout import VECTOR_BYTES
+from gpuadam.kernels.norm_order import LANES_PER_THREAD, WARP, WIDTH
+from gpuadam.kernels.numba_memory import RAW, load_at, store_at, to_float64, widened, written_out
+
+I32, I64 = ir.IntType(32), ir.IntType(64)
+LANES_OF_A_THREAD = types.UniTuple(types.float64, LANES_PER_THREAD)
+
+
+def build(form):
+    """Return the kernel of a form as a Python function."""
+    op = primitives.for_numba(intrinsic, contracts=True)
+    fma, add, sqrt = op.fma, op.add, op.sqrt
+    PER_VECTOR, ITEMSIZE, SQUARES, ROWS_AT_ONCE = form.lanes, form.itemsize, form.squares, form.rows_at_once
+    int64_at, raw_at = (load_at(intrinsic, kind, addrspace=1) for kind in (types.int64, RAW[form.format]))
+    as_float64, store = widened(intrinsic, form.format, on_gpu=True), store_at(intrinsic, types.float64, addrspace=1)
+    add_rows, tree = _add_rows(form), _tree(form)
+
+    @cuda.jit(device=True)
+    def plus(s, x):
+        return fma(x, x, s) if SQUARES else add(s, x)
+
+    @cuda.jit(device=True)
+    def address_of(table, row, i):
+        """Return the address of element i of an array, in C order. Sums of chunks have no gaps."""
+        address = int64_at(row + 8 * order.POINTER)
+        if not SQUARES:
+            return address + i * ITEMSIZE
+        first = table + 8 * int64_at(row + 8 * order.DIMS)
+        dimension = first + 16 * (int64_at(row + 8 * order.NDIM) - 1)
+        while dimension > first:
+            length = int64_at(dimension)
+            rest = types.int64(types.uint64(i) // types.uint64(length))
+            address += (i - rest * length) * int64_at(dimension + 8)
+            i = rest
+            dimension -= 16
+        return address + i * int64_at(first + 8)
+
+    @cuda.jit(device=True)
+    def add_element(s, table, row, start, i, n):
+        """Add element i of a chunk to its lane, if the chunk has it."""
+        return plus(s, as_float64(raw_at(address_of(table, row, start + i)))) if i < n else s
+
+    add_elements = cuda.jit(device=True)(
+        written_out(
+            "s, table, row, start, i, n",
+            "add_element(s[{k}], table, row, start, i + PLACES[{k}], n)",
+            LANES_PER_THREAD,
+            add_element=add_element,
+            # from the first element of a thread in a row to those of its lanes
+            PLACES=tuple(k // PER_VECTOR * form.part + k % PER_VECTOR for k in range(LANES_PER_THREAD)),
+        )
+    )
+
+    def sums(table, first_row, n_rows, out, chunks, last):
+        thread = types.int64(cuda.threadIdx.x) % WARP
+        chunk = types.int64(cuda.blockIdx.x) * (order.BLOCK // WARP) + types.int64(cuda.threadIdx.x) // WARP
+        if chunk >= chunks:
+            return  # the whole warp
+        low, high = first_row, first_row + n_rows
+        while high - low > 1:
+            middle = (low + high) // 2
+            if int64_at(table + 8 * (middle * order.COLUMNS + order.FIRST_CHUNK)) <= chunk:
+                low = middle
+            else:
+                high = middle
+        row = table + 8 * order.COLUMNS * low
+        k = chunk - int64_at(row + 8 * order.FIRST_CHUNK)
+        start = k * order.CHUNK
+        n = min(int64_at(row + 8 * order.SIZE) - start, order.CHUNK)
+
+        s = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        first = thread * PER_VECTOR // WIDTH * order.QUARTER + thread * PER_VECTOR % WIDTH
+        if int64_at(row + 8 * order.RUN) and n == order.CHUNK:
+            at = int64_at(row + 8 * order.POINTER) + (start + first) * ITEMSIZE
+            for r in range(0, order.QUARTER // WIDTH, ROWS_AT_ONCE):
+                s = add_rows(s, at + r * WIDTH * ITEMSIZE)
+        else:
+            for r in range(order.QUARTER // WIDTH):
+                s = add_elements(s, table, row, start, first + r * WIDTH, n)
+        total = tree(s)
+        if thread == 0:
+            store(out + 8 * (int64_at(row + 8 * order.FIRST_SUM) + k), sqrt(total) if last else total)
+
+    return sums
+
+
+def _add_rows(form):
+    """Return a function that adds the elements of some rows to the lanes of a thread. It loads all, then adds the first."""
+    parts = LANES_PER_THREAD // form.lanes
+
+    @intrinsic
+    def add_rows(typingctx, s, at):
+        def codegen(context, b, signature, args):
+            s, at = args
+            lanes = [b.extract_value(s, k) for k in range(LANES_PER_THREAD)]
+            places = [
+                (r * WIDTH + part * form.part) * form.itemsize for r in range(form.rows_at_once) for part in range(parts)
+            ]
+            vectors = [_vector_at(context, b, form, b.add(at, I64(place))) for place in places]
+            for k, vector in enumerate(vectors):
+                for e in range(form.lanes):
+                    x = to_float64(b, form.format, vector[e], on_gpu=True)
+                    lane = k % parts * form.lanes + e
+                    lanes[lane] = _emit(b, "fma", x, x, lanes[lane]) if form.squares else _emit(b, "add", lanes[lane], x)
+            return context.make_tuple(b, signature.return_type, lanes)
+
+        return LANES_OF_A_THREAD(LANES_OF_A_THREAD, types.int64), codegen
+
+    return add_rows
+
+
+def _vector_at(context, b, form, address):
+    """Return the elements in 16 bytes. A vector of 8 short ones would be two loads of 8 bytes: they come in words."""
+    halves = form.itemsize == 2
+    kind = ir.VectorType(I32, 4) if halves else ir.VectorType(context.get_value_type(RAW[form.format]), form.lanes)
+    vector = b.load(b.inttoptr(address, ir.PointerType(kind, addrspace=1)), align=VECTOR_BYTES)
+    if not halves:
+        return [b.extract_element(vector, I32(k)) for k in range(form.lanes)]
+    words = [b.extract_element(vector, I32(k)) for k in range(4)]
+    return [b.trunc(x, ir.IntType(16)) for word in words for x in (word, b.lshr(word, I32(16)))]
+
+
+def _tree(form):
+    """Return a function that adds all lanes of a warp, of which a thread has (part * WARP + thread) * form.lanes + k."""
+    parts = LANES_PER_THREAD // form.lanes
+
+    @intrinsic
+    def tree(typingctx, s):
+        def codegen(context, b, signature, args):
+            lanes = [b.extract_value(args[0], k) for k in range(LANES_PER_THREAD)]
+            for half in _halves(parts):
+                lanes = _folded(b, lanes, half * form.lanes)
+            for half in _halves(WARP):
+                lanes = [_emit(b, "add", x, _from_other_thread(b, x, half)) for x in lanes]
+            for half in _halves(form.lanes):
+                lanes = _folded(b, lanes, half)
+            return lanes[0]
+
+        return types.float64(LANES_OF_A_THREAD), codegen
+
+    return tree
+
+
+def _halves(n):
+    return [1 << k for k in reversed(range(n.bit_length() - 1))]
+
+
+def _folded(b, lanes, half):
+    return [_emit(b, "add", lanes[k], lanes[k + half]) for k in range(half)]
+
+
+def _emit(b, primitive, *operands):
+    emit: Any = primitives.PRIMITIVES[primitive].llvm
+    return emit(b, llvm.nvvm_rn(b), *operands)
+
+
+def _from_other_thread(b, x, mask):
+    """Return the x of the thread whose number differs in a bit: a shuffle of both halves."""
+    result = ir.LiteralStructType((I32, ir.IntType(1)))
+    name = "llvm.nvvm.shfl.sync.i32"
+    shuffle = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(result, [I32] * 5), name)
+    bits = b.bitcast(x, I64)
+    low, high = (
+        b.extract_value(b.call(shuffle, [I32(0xFFFFFFFF), I32(3), b.trunc(part, I32), I32(mask), I32(WARP - 1)]), 0)
+        for part in (bits, b.lshr(bits, I64(32)))
+    )
+    return b.bitcast(b.or_(b.zext(low, I64), b.shl(b.zext(high, I64), I64(32))), x.type)

@@ -1,0 +1,166 @@
+"""THE ORDER: the square root of the sum of the squares of all elements of many arrays, in an order that no machine can change.
+
+A sum in floating point depends on its order. Here the order follows from the place of an element alone, in its array in C order
+and among the arrays in the order of the list. So every backend, alignment, layout and number of threads gives the same bits.
+
+    chunk     CHUNK = 4096 neighbours of one array, the last one of an array shorter; no chunk has elements of two arrays
+    lane      a chunk is 4 quarters of QUARTER = 1024, and a quarter has WIDTH = 64 lanes: element i of a chunk belongs to lane
+              i // QUARTER * WIDTH + i % WIDTH of LANES = 256. A lane starts at +0 and takes its 16 elements in order:
+                  s = fma(x, x, s)
+    tree      the lanes are added in halves, until one is left:
+                  s[j] = s[j] + s[j + half]   for j < half = 128, 64, 32, 16, 8, 4, 2, 1
+    level     the sums of all chunks, in the order of the arrays, are an array of their own, which is summed likewise, by chunks,
+              lanes and the tree, with s = s + x in place of the fma; so are its sums, until one is left
+    norm      sqrt of that
+
+All of it is float64, and elements become float64 exactly. What a lane has no element for counts as +0, which changes nothing: no
+sum is ever -0. Squares of float32, bfloat16 and float16 are exact and far from overflow. Squares of float64 overflow from
+1.3e154, and the norm is then infinite; below 1.5e-162 they are 0. A NaN makes the norm NaN.
+
+On a GPU a chunk is summed by a warp. A thread holds 8 lanes, those of the elements that it loads 16 bytes at a time, and the
+middle of the tree goes through shuffles. On a CPU the lanes lie in memory, and the loop over a quarter's is LLVM's to vectorise;
+four rows of WIDTH are neighbours, so that it goes through memory in order.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from gpuadam.kernels.layout import VECTOR_BYTES, collapse
+
+CHUNK = 4096
+QUARTER = 1024
+WIDTH = 64
+LANES = CHUNK // QUARTER * WIDTH
+
+BLOCK = 128  # threads of a GPU
+WARP = 32
+LANES_PER_THREAD = LANES // WARP
+
+FORMATS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # name: bytes of an element
+
+
+def format_of(view):
+    """Return the format of a View's elements, or None if a norm does not take it. NumPy's bfloat16 is that of ml_dtypes."""
+    return view.bits or _format(view.dtype)
+
+
+@functools.lru_cache(maxsize=64)  # a dtype takes longer to say its name than the rest of a view takes
+def _format(dtype):
+    return dtype.name if dtype.name in FORMATS and dtype.isnative else None
+
+
+class Form(NamedTuple):
+    """What is known when a kernel is compiled."""
+
+    format: str = "float32"
+    squares: bool = True  # whether to sum the squares of the elements, or the elements
+
+    @property
+    def itemsize(self):
+        return FORMATS[self.format]
+
+    @property
+    def lanes(self):
+        """How many elements 16 bytes hold."""
+        return VECTOR_BYTES // self.itemsize
+
+    @property
+    def part(self):
+        """How many elements lie between two vectors of a thread in a row: a warp takes some quarters at once."""
+        return WARP * self.lanes // WIDTH * QUARTER
+
+    @property
+    def rows_at_once(self):
+        """How many rows of all quarters a warp loads before it adds the first: 8 vectors of 16 bytes a thread."""
+        return self.lanes
+
+
+# The table of the arrays, of int64: a row for each array, then the length and the stride in bytes of each dimension. A kernel
+# takes rows first_row ... first_row + n_rows - 1, whose chunks it counts from 0. RUN: whether vectors can be loaded. DIMS: where
+# the dimensions start.
+POINTER, SIZE, RUN, NDIM, DIMS, FIRST_CHUNK, FIRST_SUM, _UNUSED, COLUMNS = range(9)
+
+
+class Pass(NamedTuple):
+    """One launch: some rows of the table, and where the sums of their chunks go, in bytes from the start of the workspace."""
+
+    form: Form
+    first_row: int
+    n_rows: int
+    chunks: int
+    elements: int
+    out: int
+
+
+class Plan(NamedTuple):
+    """The passes of a norm. The last pass writes the norm, and not a sum.
+
+    Each level of sums is one row of the table, with an offset for an address until the workspace's address is known.
+    """
+
+    table: np.ndarray
+    passes: list[Pass]
+    levels: list[int]  # numbers of those rows
+    workspace: int  # bytes
+
+    def placed(self, workspace):
+        """Return the table for a workspace at an address."""
+        table = self.table.copy()
+        for row in self.levels:
+            table[row * COLUMNS + POINTER] += workspace
+        return table
+
+
+def plan(views, alignment=None):
+    """Return the Plan of a norm. alignment: of the address of a vector; by default that of the elements."""
+    rows: list[list[int]] = []
+    dims: list[int] = []
+    passes, levels = [], []
+    by_format: dict[str, list[tuple]] = {}  # one launch for the arrays of a format
+    total = 0
+    for view in views:
+        if view.size:
+            by_format.setdefault(format_of(view), []).append((view, total))
+            total += chunks_of(view.size)
+    for format, members in by_format.items():
+        form, chunks, elements = Form(format), 0, 0
+        for view, first_sum in members:
+            if view.contiguous:
+                dimensions = [(view.size, form.itemsize)]
+            else:
+                shape, (strides,) = collapse(view.shape, [view.strides], in_c_order=True)
+                dimensions = list(zip(shape, strides, strict=True)) or [(1, form.itemsize)]
+            run = len(dimensions) == 1 and dimensions[0][1] == form.itemsize
+            run = run and view.pointer % (alignment or form.itemsize) == 0
+            rows.append([view.pointer, view.size, run, len(dimensions), len(dims), chunks, first_sum, 0])
+            dims += itertools.chain.from_iterable(dimensions)
+            chunks += chunks_of(view.size)
+            elements += view.size
+        passes.append(Pass(form, len(rows) - len(members), len(members), chunks, elements, 0))
+    sums, n = 0, total
+    workspace = _bytes(n)
+    while n != 1:  # no chunks at all are an array of no elements, whose sum is +0
+        levels.append(len(rows))
+        rows.append([sums, n, 1, 1, len(dims), 0, 0, 0])
+        dims += [n, 8]
+        elements, n = n, max(1, chunks_of(n))
+        passes.append(Pass(Form("float64", squares=False), len(rows) - 1, 1, n, elements, workspace))
+        sums, workspace = workspace, workspace + _bytes(n)
+    table = np.array([*itertools.chain.from_iterable(rows), *dims], np.int64)
+    table[DIMS : len(rows) * COLUMNS : COLUMNS] += len(rows) * COLUMNS
+    return Plan(table, passes, levels, workspace)
+
+
+def chunks_of(n):
+    return -(-n // CHUNK)
+
+
+def chunks_of_all(views):
+    return sum(chunks_of(view.size) for view in views)
+
+
+def _bytes(n):
+    return -(-8 * n // VECTOR_BYTES) * VECTOR_BYTES

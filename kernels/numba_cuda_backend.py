@@ -1,0 +1,257 @@
+"""The backend `numba-cuda`: Numba's device arrays, and all arrays in CUDA memory."""
+
+import contextlib
+import functools
+import importlib
+import sys
+import warnings
+
+import numpy as np
+from cuda.bindings import driver
+from numba import cuda
+from numba.cuda.cudadrv.driver import device_memset
+from numba.cuda.cudadrv.error import CudaSupportError
+
+from gpuadam.kernels import norm_numba_cuda, norm_order
+from gpuadam.kernels.gpu_backend import GpuBackend
+from gpuadam.kernels.gpu_table import BLOCK
+from gpuadam.kernels.layout import collapse
+from gpuadam.kernels.numba_cuda_kernels import build, build_fill_zero, build_scalars, compiled
+from gpuadam.kernels.scalars import ScalarsMemory
+from gpuadam.kernels.streams import LEGACY_DEFAULT
+from gpuadam.kernels.view import View, on_cuda, on_device
+
+_UNCHANGED = contextlib.nullcontext()
+
+
+class NumbaCuda(GpuBackend):
+    """Kernels that Numba compiles (`numba_cuda_kernels.py`, `norm_numba_cuda.py`) and launches."""
+
+    name = "numba-cuda"
+    copies_any_layout = False
+    default_named = LEGACY_DEFAULT
+
+    def status(self):
+        version = importlib.import_module("numba_cuda").__version__
+        try:
+            problem = "" if len(cuda.gpus) else "the driver lists none"
+        except CudaSupportError as error:
+            problem = " ".join(str(error).split()).strip(" :.")
+        return not problem, f"numba-cuda {version}" + (f" finds no usable CUDA device: {problem}" if problem else "")
+
+    def device_name(self):
+        """Return the name of the current device."""
+        name = cuda.get_current_device().name
+        return name if isinstance(name, str) else name.decode()  # bytes before numba-cuda used cuda.core
+
+    def view(self, name, array):
+        view = on_cuda(name, on_device(name, array, self), _device_of)
+        # CuPy's arrays name whatever stream is current when they are asked
+        return view._replace(stream=None) if type(array).__module__.startswith("cupy") else view
+
+    # Launches. A kernel takes all scalars as one argument; Numba takes a Python float for a float64.
+
+    def run(self, batch, form, scalars, rule, stream, key):
+        on_device = isinstance(scalars, ScalarsMemory)
+        numbers = scalars.address if on_device else tuple(map(form.dtype.type, scalars))
+
+        def kernel(loop, blocks):
+            return _configured(compiled(build, rule, form, loop, on_device), blocks, BLOCK, stream)
+
+        if batch.loop == "table":
+            owners = batch.address + batch.table.rows.nbytes
+            kernel("table", batch.table.owners.size)(batch.address, owners, key, numbers)
+            return
+        (update,) = batch.updates
+        rest = update.start, update.key ^ key, numbers
+        if batch.loop == "contiguous":
+            kernel("contiguous", -(-batch.split.threads // BLOCK))(tuple(batch.pointers), *batch.split, *rest)
+        else:
+            views = update.views
+            shape, strides = collapse(views[0].shape, [view.strides for view in views], form.arrays.random)
+            steps = tuple(zip(*strides, strict=True))  # by dimension
+            launch = kernel(f"strided {len(shape)}", -(-batch.size // BLOCK))
+            launch(tuple(batch.pointers), shape, steps, batch.size, *rest)
+
+    def launch_scalars(self, form, settings, numbers, out, stream):
+        # an array is passed as its address, an array that is not there as 0
+        values = {name: x.pointer if isinstance(x, View) else float(x) for name, x in numbers.items()}
+        arguments = [values.get(name, 0) for name in ("step", "found_inf", "norm", "lr", "grad_scale")]
+        with self.on(out.device, stream):
+            _configured(compiled(build_scalars, form), 1, 1, stream)(*arguments, out.address, *settings)
+
+    def launch_sums(self, form, chunks, arguments, stream):
+        blocks = -(-chunks // (norm_order.BLOCK // norm_order.WARP))
+        _configured(compiled(norm_numba_cuda.build, form), blocks, norm_order.BLOCK, stream)(*arguments)
+
+    # Memory
+
+    def zeros(self, n, dtype, device):
+        with cuda.gpus[device or 0]:
+            array = cuda.device_array(n, dtype)
+            if n:
+                device_memset(array, 0, array.nbytes)
+                self.synchronize_stream(LEGACY_DEFAULT)
+            return array
+
+    def shaped(self, memory, shape, strides):
+        if not memory.size:
+            return cuda.device_array(shape, memory.dtype)
+        array = memory.reshape(*shape)
+        if strides is None:
+            return array
+        described = array.__cuda_array_interface__ | {"strides": strides}
+        with self.on(self.view("", memory).device, None):
+            return cuda.from_cuda_array_interface(described, owner=array, sync=False)
+
+    def fill_zero(self, view, stream=None):
+        if not view.size:
+            return
+        shape, (strides,) = collapse(view.shape, [view.strides])
+        with self.ordered(view.device, [view], stream) as stream:
+            if strides in ((), (view.dtype.itemsize,)):
+                _ok(driver.cuMemsetD8Async(view.pointer, 0, view.nbytes, stream))
+            else:
+                kernel = compiled(build_fill_zero, view.dtype.itemsize, len(shape))
+                _configured(kernel, -(-view.size // BLOCK), BLOCK, stream)(view.pointer, shape, strides, view.size)
+
+    def copy(self, to, source):
+        if to.size:
+            with self.ordered(to.device, [to, source]) as stream:
+                _ok(driver.cuMemcpyDtoDAsync(to.pointer, source.pointer, to.nbytes, stream))
+
+    def from_host(self, array):
+        there = cuda.to_device(array)
+        # a copy from pageable memory may still be under way, and only the default stream waits for it
+        self.synchronize_stream(LEGACY_DEFAULT)
+        return there
+
+    def native(self, view):
+        return cuda.as_cuda_array(view.array, sync=False)
+
+    def empty_number(self):
+        result = cuda.device_array((), np.float64)  # which may outlive every stream but the default one
+        return result, result.device_ctypes_pointer.value
+
+    def pinned(self, n_bytes):
+        return cuda.pinned_array(n_bytes, np.uint8)
+
+    def device_bytes(self, n_bytes):
+        memory = cuda.device_array(n_bytes, np.uint8)
+        return memory, memory.__cuda_array_interface__["data"][0]
+
+    def send(self, address, host, n_bytes, stream):
+        _ok(driver.cuMemcpyHtoDAsync(address, host.ctypes.data, n_bytes, stream))
+
+    def receive(self, host, address, n_bytes, stream):
+        _ok(driver.cuMemcpyDtoHAsync(host.ctypes.data, address, n_bytes, stream))
+
+    # Devices, streams and events
+
+    def on(self, device, stream):
+        """Return a context in which a device is the current one. Kernels name their stream."""
+        gpu = cuda.gpus[device]
+        (current,) = _ok(driver.cuCtxGetCurrent())
+        # Numba's own context manager calls more of the driver, which takes as long as a launch
+        return _UNCHANGED if int(current) == int(gpu.get_primary_context().handle) else gpu
+
+    def current_device(self):
+        return cuda.get_current_device().id
+
+    def current_stream(self):
+        cupy = sys.modules.get("cupy")
+        return cupy and (cupy.cuda.get_current_stream().ptr or LEGACY_DEFAULT)
+
+    def new_stream(self):
+        (stream,) = _ok(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value))
+        return _Owner(stream, driver.cuStreamDestroy), int(stream)
+
+    def record(self, stream):
+        # Numba puts its own events into the queue of the memory it has to free, and frees that, which waits for the device, at
+        # every tenth
+        (handle,) = _ok(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING.value))
+        event = _Owner(handle, driver.cuEventDestroy)
+        _ok(driver.cuEventRecord(handle, stream))
+        return event
+
+    def wait(self, stream, event):
+        _ok(driver.cuStreamWaitEvent(stream, event.handle, 0))
+
+    def done(self, event):
+        (status,) = driver.cuEventQuery(event.handle)
+        return status == driver.CUresult.CUDA_SUCCESS
+
+    def finish(self, event):
+        _ok(driver.cuEventSynchronize(event.handle))
+
+    def synchronize_stream(self, stream):
+        _ok(driver.cuStreamSynchronize(stream))
+
+    def synchronize(self):
+        _ok(driver.cuCtxSynchronize())
+
+    def is_capturing(self, stream):
+        if stream == LEGACY_DEFAULT:
+            return False
+        (status,) = _ok(driver.cuStreamIsCapturing(stream))
+        return status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+
+    def begin_capture(self, stream):
+        _ok(driver.cuStreamBeginCapture(stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+
+    def drop_capture(self, stream):
+        (graph,) = _ok(driver.cuStreamEndCapture(stream))
+        _ok(driver.cuGraphDestroy(graph))
+
+    def now(self):
+        event = cuda.event()
+        event.record()
+        return event
+
+    def seconds_between(self, start, end):
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+class _Owner:
+    """The owner of a stream or an event of the driver."""
+
+    def __init__(self, handle, destroy):
+        self.handle, self._destroy = handle, destroy
+
+    def __del__(self):
+        self._destroy(self.handle)
+
+
+def _device_of(pointer):
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    status, device = driver.cuPointerGetAttribute(attribute, pointer)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise ValueError(f"address {pointer:#x} is not CUDA memory: {status.name}")
+    return int(device)
+
+
+def _ok(result):
+    status, *values = result
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(
+            f"the CUDA driver reports {status.name}. It may be of work enqueued earlier: with the environment variable "
+            "GPUADAM_SYNC=1 gpuadam waits for each of its launches and names the one that failed"
+        )
+    return values
+
+
+@functools.cache
+def _stream(handle):
+    # one object for each stream: Numba caches launch configurations by its identity
+    return 0 if handle == LEGACY_DEFAULT else cuda.external_stream(handle)
+
+
+@functools.lru_cache(maxsize=1024)
+def _configured(kernel, blocks, threads, stream):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Grid size")  # Numba would warn of every array too small to fill a GPU
+        return kernel[blocks, threads, _stream(stream)]
+
+
+backend = NumbaCuda()

@@ -1,0 +1,311 @@
+"""A rule as a Numba CUDA kernel.
+
+Numba has no vector type for array elements, and passing an array to a kernel takes it longer than launching one. So a kernel
+here takes addresses, and loads and stores 16 bytes by LLVM.
+"""
+
+import functools
+import importlib
+from unittest import mock
+
+import numpy as np
+from numba import cuda, types
+from numba.cuda.extending import intrinsic
+
+from gpuadam.kernels import adam, numba_access, primitives
+from gpuadam.kernels.gpu_table import BLOCK, CHUNK, FIRST_CHUNK, HEAD, ITEMS, KEY, OPERANDS, SIZE, START, VECTORS
+from gpuadam.kernels.numba_memory import load_at, store_at, written_out
+from gpuadam.kernels.operands import GROUP, GROUP_LANES, lanes_of, operands_of_form
+from gpuadam.kernels.scalars import KEY_AT, REALS_AT, SKIP_AT, formula_in_python
+
+if not hasattr(np, "row_stack"):
+    # numba-cuda up to 0.30.4 names np.row_stack when it first loads its array functions. NumPy 2.5 has it no more, so no kernel
+    # could be compiled. It was another name for vstack, and is one again while they load.
+    with mock.patch.object(np, "row_stack", np.vstack, create=True):
+        importlib.import_module("numba.cuda.cudaimpl")
+
+REALS = {"float32": types.float32, "float64": types.float64}
+UNSIGNED = {1: types.uint8, 2: types.uint16, 4: types.uint32, 8: types.uint64}  # by bytes
+
+# functions from an element's type to a load or a store of one in global memory
+global_load = functools.partial(load_at, intrinsic, addrspace=1)
+global_store = functools.partial(store_at, intrinsic, addrspace=1)
+
+
+@functools.cache
+def compiled(build, *arguments):
+    """Return the kernel build(*arguments) as a Numba dispatcher, which compiles it at its first launch."""
+    return cuda.jit(build(*arguments))
+
+
+def build(rule, form, loop, on_device=False):
+    """Return the kernel of a form as a Python function.
+
+    loop: "contiguous", "table" or "strided N", N the number of dimensions. on_device: whether the scalars are in device memory,
+    and the kernel's last argument is their address.
+    """
+    update = cuda.jit(device=True)(rule.in_python(form, primitives.for_numba(intrinsic, contracts=True)))
+    if form.arrays.grouped:
+        return _over_groups(form, update, on_device)
+    operands, LANES = operands_of_form(form), lanes_of(form)
+    N, SKIPS, ZERO_GRAD, RANDOM = len(operands), form.skips, form.zero_grad, form.arrays.random
+    one, several = (numba_access.functions(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
+    scalars_of = _scalars_in_memory(form) if on_device else _scalars_as_arguments
+    moved, stepped = one.moved, one.stepped
+
+    def updating(access, lanes):
+        load, store, zero_grad = access.load, access.store, access.zero_grad
+        update_lanes = _over_lanes(update, lanes)
+
+        @cuda.jit(device=True)
+        def update_at(at, i, start, key, s):
+            scalars, step_key, skip = s
+            if SKIPS and skip:
+                if ZERO_GRAD:
+                    zero_grad(at, i)
+            else:
+                store(at, i, update_lanes(load(at, i), scalars), start, (start + i) >> 32, key ^ step_key)
+
+        return update_at
+
+    update_element, update_vector = updating(one, 1), updating(several, LANES)
+
+    if loop == "contiguous":
+
+        def contiguous(at, head, vectors, threads, start, key, scalars):
+            i = cuda.grid(1)
+            if i < vectors:
+                k = head + i * LANES
+                update_vector(at, k, start, key, scalars_of(scalars))
+            elif i < threads:
+                k = i - vectors
+                k = k if k < head else k + vectors * LANES
+                update_element(at, k, start, key, scalars_of(scalars))
+
+        return contiguous
+
+    if loop == "table":
+        load_int32 = global_load(types.int32)
+        load_int64 = global_load(types.int64)
+        load_operands = numba_access.tuple_at(intrinsic, N, addrspace=1)
+        COLUMNS = OPERANDS + N
+
+        def table(rows, owners, key, scalars):
+            chunk = cuda.blockIdx.x
+            row = rows + 8 * COLUMNS * types.int64(load_int32(owners + 4 * chunk))
+            first = (chunk - load_int64(row + 8 * FIRST_CHUNK)) * CHUNK
+            vectors_here = min(load_int64(row + 8 * VECTORS) - first, CHUNK)
+            items_here = min(load_int64(row + 8 * ITEMS) - first, CHUNK)
+            begin = load_int64(row + 8 * HEAD) + first * LANES
+            at = moved(load_operands(row + 8 * OPERANDS), begin)
+            s = scalars_of(scalars)
+            start, row_key = types.int64(0), types.int64(0)
+            if RANDOM:
+                start, row_key = load_int64(row + 8 * START), load_int64(row + 8 * KEY) ^ key
+            item = types.int64(cuda.threadIdx.x)
+            while item < items_here:
+                if item < vectors_here:
+                    k = item * LANES
+                    update_vector(at, k, start + begin, row_key, s)
+                else:
+                    # read from the row again, so that it takes no registers
+                    head, vectors = load_int64(row + 8 * HEAD), load_int64(row + 8 * VECTORS)
+                    k = item + first - vectors
+                    k = k if k < head else k + vectors * LANES
+                    update_element(at, k - begin, start + begin, row_key, s)
+                item += BLOCK
+
+        return table
+
+    NDIM = int(loop.split()[1])
+
+    def strided(at, shape, strides, size, start, key, scalars):
+        i = cuda.grid(1)
+        if i < size:
+            rest = i
+            for d in range(NDIM):
+                # the last dimension varies fastest
+                at = stepped(at, strides[NDIM - 1 - d], rest % shape[NDIM - 1 - d])
+                rest = rest // shape[NDIM - 1 - d]
+            update_element(at, 0, start + i, key, scalars_of(scalars))
+
+    return strided
+
+
+def _over_groups(form, update, on_device):
+    """Return the kernel of 8-bit state: an item is a part of a group, and whole warps go through the loop together."""
+    operands, LANES = operands_of_form(form), GROUP_LANES
+    N, SKIPS, ZERO_GRAD = len(operands), form.skips, form.zero_grad
+    one, several = (numba_access.functions(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
+    load, store, encode = one.load, one.store, one.encode
+    units, codec, scales = one.units, one.codec, one.scales
+    load_lanes, store_lanes, magnitudes, encode_lanes = several.load, several.store, several.magnitudes, several.encode
+    update_lanes = _over_lanes(update, LANES)
+    zero_grad = one.zero_grad
+    scalars_of = _scalars_in_memory(form) if on_device else _scalars_as_arguments
+    load_int32, load_int64 = global_load(types.int32), global_load(types.int64)
+    load_operands = numba_access.tuple_at(intrinsic, N, addrspace=1)
+    COLUMNS = OPERANDS + N
+
+    @cuda.jit(device=True)
+    def store_one(at, i, size, new, how, start, key):
+        if i < size:
+            store(at, i, new, start, (start + i) >> 32, key)
+            encode(at, i, new, how, start, (start + i) >> 32, key)
+
+    load_some = _tuple_of("at, i, last, unit", "load(at, min(i + {k}, last), unit)", LANES, load=load)
+    arguments = "at, i, size, new, how, start, key"
+    item = "store_one(at, i + {k}, size, new[{k}], how, start, key)"
+    store_some = _tuple_of(arguments, item, LANES, store_one=store_one)
+
+    def table(rows, owners, key, scalars):
+        chunk = cuda.blockIdx.x
+        row = rows + 8 * COLUMNS * types.int64(load_int32(owners + 4 * chunk))
+        first = (chunk - load_int64(row + 8 * FIRST_CHUNK)) * CHUNK
+        vectors_here = min(load_int64(row + 8 * VECTORS) - first, CHUNK)
+        items_here = min(load_int64(row + 8 * ITEMS) - first, CHUNK)
+        size, at = load_int64(row + 8 * SIZE), load_operands(row + 8 * OPERANDS)
+        s, step_key, skip = scalars_of(scalars)
+        start, row_key = load_int64(row + 8 * START), load_int64(row + 8 * KEY) ^ key ^ step_key
+        item = types.int64(cuda.threadIdx.x)
+        while item < (items_here + 31) // 32 * 32:
+            i = (first + item) * LANES
+            if SKIPS and skip:
+                if ZERO_GRAD:
+                    for k in range(LANES):
+                        if i + k < size:
+                            zero_grad(at, i + k)
+            else:
+                group = min(i, size - 1) // GROUP
+                unit = units(at, group)
+                whole = item < vectors_here
+                old = load_lanes(at, i, unit) if whole else load_some(at, i, size - 1, unit)
+                new = update_lanes(old, s)
+                m, root = magnitudes(new, size - i)
+                for k in range(2):  # among the four threads of a group
+                    m = max(m, cuda.shfl_xor_sync(0xFFFFFFFF, m, 1 << k))
+                    root = max(root, cuda.shfl_xor_sync(0xFFFFFFFF, root, 1 << k))
+                how = codec(m, root)
+                if i < size and i % GROUP == 0:
+                    scales(at, group, m, root)
+                if whole:
+                    store_lanes(at, i, new, start, (start + i) >> 32, row_key)
+                    encode_lanes(at, i, new, how, start, (start + i) >> 32, row_key)
+                else:
+                    store_some(at, i, size, new, how, start, row_key)
+            item += BLOCK
+
+    return table
+
+
+@cuda.jit(device=True)
+def _scalars_as_arguments(scalars):
+    return scalars, types.int64(0), types.int64(0)
+
+
+def _scalars_in_memory(form):
+    """Return a function from the address of a `scalars.ScalarsMemory` to the scalars, the step's key and whether to skip it."""
+    real, RANDOM, SKIPS = REALS[form.dtype.name], form.arrays.random, form.skips
+    load_word, load_real, n = global_load(types.int64), global_load(real), len(adam.scalar_names(form))
+    item = f"load_real(address + {{k}} * {form.dtype.itemsize})"
+    load_scalars = _tuple_of("address", item, n, load_real=load_real)
+
+    @cuda.jit(device=True)
+    def scalars_at(address):
+        key, skip = types.int64(0), types.int64(0)
+        if RANDOM:
+            key = load_word(address + KEY_AT)
+        if SKIPS:
+            skip = load_word(address + SKIP_AT)
+        return load_scalars(address + REALS_AT), key, skip
+
+    return scalars_at
+
+
+def _tuple_of(head, item, n, **names):
+    """Return a device function whose value is a tuple, as `written_out` says."""
+    return cuda.jit(device=True)(written_out(head, item, n, **names))
+
+
+def _over_lanes(update, n):
+    """Return the rule over the values of n elements: of one alone, or a tuple of those of several."""
+    if n > 1:
+        return _tuple_of("values, s", "update(*values[{k}], s)", n, update=update)
+
+    @cuda.jit(device=True)
+    def update_one(values, s):
+        return update(*values, s)
+
+    return update_one
+
+
+def build_scalars(form):
+    """Return the kernel of a `scalars.ScalarsForm` as a Python function. An lr or grad_scale on the device is its address."""
+    # Numba's casts between float32 and float64 round to nearest and keep subnormal numbers
+    op, real = primitives.for_numba(intrinsic, contracts=True), REALS[form.dtype.name]
+    op.u64, op.i64 = types.uint64, types.int64
+    formula = formula_in_python(form.algorithm, form.decoupled, op)
+    powers, of_step, clipped, too_large, key_of = map(cuda.jit(device=True), formula)
+    load_word, store_word = global_load(types.int64), global_store(types.int64)
+    load_norm, store_real = global_load(types.float64), global_store(real)
+    lr_of, grad_scale_of = map(_number_of, (form.lr, form.grad_scale))
+    CLIPS, CHECKS, COUNTS, WORDS = form.norm, form.checks, form.counts, form.random or form.skips
+    ITEMSIZE, FLAG, OPTAX, N_SCALARS = form.dtype.itemsize, form.found_inf is not None, form.algorithm == "optax", form.reals
+    flag, mul = form.found_inf or np.dtype("u1"), op.mul
+    load_flag = global_load(UNSIGNED[flag.itemsize])
+    MAGNITUDE = types.uint64((1 << (8 * flag.itemsize - (flag.kind == "f"))) - 1)
+
+    def scalars(
+        step, found_inf, norm, lr, grad_scale, out,
+        advance, seed, sign, beta1, beta2, weight_decay, w1, w2, eps, eps_root, w_ema, first_w_ema, max_norm, largest_norm,
+    ):  # fmt: skip
+        scale, skip = grad_scale_of(grad_scale), False
+        if FLAG:
+            skip = (types.uint64(load_flag(found_inf)) & MAGNITUDE) != 0
+        if CHECKS:
+            skip = skip or too_large(load_norm(norm), scale, largest_norm)
+        t = advance
+        if COUNTS:
+            t = load_word(step)
+            if not skip:
+                t += advance
+            store_word(step, t)
+        power1, power2 = powers(t, beta1, beta2)
+        decay, inv_sqrt_bias2, epsilon, neg_lr = of_step(t, power1, power2, lr_of(lr), beta2, weight_decay, eps)
+        scale = mul(sign, scale)
+        if CLIPS:
+            scale = clipped(scale, load_norm(norm), max_norm)
+        of_ema = first_w_ema if t == 1 else w_ema
+        last = eps_root if OPTAX else of_ema
+        numbers = scale, decay, w1, w2, inv_sqrt_bias2, epsilon, neg_lr, last, of_ema
+        for k in range(N_SCALARS):
+            store_real(out + REALS_AT + k * ITEMSIZE, real(numbers[k]))
+        if WORDS:
+            store_word(out + KEY_AT, key_of(seed, t))
+            store_word(out + SKIP_AT, types.int64(skip))
+
+    return scalars
+
+
+def _number_of(dtype):
+    """Return a function from an argument to a float64. dtype: of the array whose address the argument is; None of a number."""
+    if dtype is None:
+        return cuda.jit(device=True)(lambda number: number)
+    load = global_load(REALS[dtype.name])
+    return cuda.jit(device=True)(lambda address: types.float64(load(address)))
+
+
+def build_fill_zero(itemsize, ndim):
+    """Return the kernel that stores zeros in elements of some bytes, whatever lies between them."""
+    bits = UNSIGNED[itemsize]
+    store = global_store(bits)
+
+    def fill_zero(address, shape, strides, size):
+        i = cuda.grid(1)
+        if i < size:
+            for d in range(ndim):
+                address += strides[ndim - 1 - d] * (i % shape[ndim - 1 - d])
+                i = i // shape[ndim - 1 - d]
+            store(address, bits(0))
+
+    return fill_zero
