@@ -125,19 +125,20 @@ def test_bytes_are_those_that_optimizers_hold(options, tmp_path):
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("options", OF_OPTIMIZERS)
 def test_bytes_of_ranks_are_no_more_than_planned(options, world):
-    from gpuadam.sharded.buffer import Buffer
+    from gpuadam.sharded.adam import ShardAdam
+    from gpuadam.sharded.buffer import Buffer, Member
 
     params, _, own, planned = made(options)
     kernels, views = backends.choose([*params.items()])
-    settings_ = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 0.1, "weight_decay": 0.0, "amsgrad": own.pop("amsgrad")}
+    make = functools.partial(ShardAdam, "adam", False, lr=0.1, **own)
     found = predict(SHARDED, planned, H100, Settings(world)).bytes
     held = []
     for rank in range(world):
         transport = SimpleNamespace(size=world, rank=rank)
-        buffer = Buffer(kernels, 0, list(range(len(views))), list(params), views, transport, 1 << 25)
-        buffer.make_state(settings_ | {"maximize": False}, 0, algorithm="adam", decoupled=False, backend=None, **own)
+        members = [Member(k, 0, name, np.dtype("f4"), view) for k, (name, view) in enumerate(zip(params, views, strict=True))]
+        buffer = Buffer(kernels, members, transport, 1 << 25, make)
         assert buffer.param.nbytes == found["parameters"]
-        states = [state for one in buffer.optimizers if one for state in one.state.values()]
+        states = [state for bucket in buffer.buckets if bucket.optimizer for state in bucket.optimizer.state.values()]
         held.append(sum(array.nbytes for state in states for key, array in state.items() if key != "step"))
     assert max(held) <= found["moments"] + found["mean"]
 

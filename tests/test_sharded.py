@@ -586,16 +586,26 @@ def raising(step):
     raise Mute
 
 
+def unpicklable():
+    """Return 0.5, of a class that pickle cannot find."""
+
+    class Half(float):
+        def __repr__(self):
+            return "a half"
+
+    return Half(0.5)
+
+
 @pytest.mark.parametrize(
     "name, own, other, said",
     [
-        ("state_dtype", lambda: None, None, "the ranks differ in state_dtype: None on rank 0, <function"),
+        ("weight_decay", unpicklable(), 0.5, "the ranks differ in weight_decay: 0.5 on rank 0, a half on rank 1"),
         ("bucket_bytes", 10**5000, 1, "Exceeds the limit"),
         ("weight_decay", Unreadable(0.5), 0.5, "no text"),
         ("weight_decay", np.float64(0.5), 0.5, "the ranks differ in weight_decay: 0.5 on rank 0, np.float64(0.5) on rank 1"),
         ("lr", raising, 0.1, "rank 1 raised Mute, so all ranks stop: its message cannot be read"),
     ],
-    ids=["a function", "too many digits", "an unreadable number", "another type", "an error without words"],
+    ids=["what cannot be pickled", "too many digits", "an unreadable number", "another type", "an error without words"],
 )
 @pytest.mark.usefixtures("_soon")
 def test_what_cannot_be_told_to_other_ranks_stops_all_of_them(name, own, other, said, monkeypatch):

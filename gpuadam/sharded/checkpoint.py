@@ -30,7 +30,7 @@ SHARED = "The folder must be on a file system that all ranks share"
 
 def save(opt, path, *, with_params=False):
     """Save a ShardedAdam: see `ShardedAdam.save`."""
-    opt._check_whole()
+    opt.check_whole()
     transport = opt.transport
     folder, metadata = agreed(transport, lambda: _prepared(opt, path, with_params))[0]
     token = on_all(transport, lambda: _cleared(folder) if transport.rank == 0 else None)
@@ -51,11 +51,10 @@ def _prepared(opt, path, with_params):
     if type(opt) not in (ShardedAdam, ShardedAdamW):
         raise TypeError(f"{type(opt).__name__} is not ShardedAdam or ShardedAdamW, which alone can be loaded")
     folder, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
-    opt._checked_groups(1.0)  # what could not be loaded is not saved either
-    opt._check_params()
-    params = {name: of_param(view, opt._taken[name]) for name, view in zip(opt._names, opt._params, strict=True)}
-    groups, name = [saved_settings(group) for group in opt.groups], CLASS_OF[opt._algorithm, opt._decoupled]
-    metadata = of_optimizer(name, opt.options, groups, opt.steps, params) | {"reduction": opt._reduction}
+    opt.checked_groups()  # what could not be loaded is not saved either
+    params = {member.name: of_param(member.view, member.taken) for member in opt.members}
+    groups, name = [saved_settings(group) for group in opt.groups], CLASS_OF[opt.algorithm, opt.decoupled]
+    metadata = of_optimizer(name, opt.options, groups, opt.steps, params) | {"reduction": opt.reduction}
     return (folder, metadata), {"path": folder, "with_params": with_params, **metadata}, False
 
 
@@ -99,7 +98,7 @@ def _write_part(opt, file, with_params):
     if not file.parent.is_dir():
         raise CheckpointError(f"the folder {str(file.parent)!r}, which rank 0 has made, is not here. {SHARED}")
     if with_params:
-        opt._read_params()
+        opt.read_params()
     kept = [(of, found) for of, found in arrays_of_rank(opt).items() if with_params or of[1] != PARAM]
     tensors = [tensor(piece_name(own, key), *found) for (own, key), found in kept]
     n_bytes, crc = written(str(file), tensors, {"format": PART_FORMAT, "version": VERSION})
@@ -131,11 +130,10 @@ def _delete_all_but(path, names):
 def arrays_of_rank(opt):
     """Return (Range, key) -> (backend, View) of what this rank owns, as `arrays_of`."""
     found: dict = {}
-    for buffer in opt._buffers:
-        for shards, own in zip(buffer.shards_in, buffer.optimizers, strict=True):
-            if own is not None:
-                ranges = [Range(buffer.names[s.parameter], s.start, s.stop) for s in shards]
-                found |= arrays_of(own, dict(zip(own.state, ranges, strict=True)))
+    for bucket in opt.buckets:
+        if bucket.optimizer is not None:
+            ranges = {p.label: Range(p.member.name, p.shard.start, p.shard.stop) for p in bucket.parts}
+            found |= arrays_of(bucket.optimizer, ranges)
     return found
 
 
@@ -195,7 +193,7 @@ def load_sharded(
             opt = make(positional, transport, **settings, **options, bucket_bytes=bucket_bytes, views=views)
         on_all(transport, lambda: _fill(opt, stored, with_params))
     if with_params:
-        opt._collect_params()
+        opt.collect_params()
     return opt
 
 
@@ -210,4 +208,4 @@ def _fill(opt, stored, with_params):
     for of, found in arrays.items():
         if with_params or of[1] != PARAM:
             stored.read(*of, *found)
-    opt._go_on_from(steps, taken)
+    opt.go_on_from(steps, taken)
