@@ -1,5 +1,6 @@
 """`python -m gpuadam plan` and the model behind it: cases worked out by hand, what must hold of all, exactness, the command."""
 
+import functools
 import importlib
 import json
 import os
@@ -135,7 +136,7 @@ def test_bytes_of_ranks_are_no_more_than_planned(options, world):
     held = []
     for rank in range(world):
         transport = SimpleNamespace(size=world, rank=rank)
-        members = [Member(k, 0, name, np.dtype("f4"), view) for k, (name, view) in enumerate(zip(params, views, strict=True))]
+        members = [Member(k, 0, name, view) for k, (name, view) in enumerate(zip(params, views, strict=True))]
         buffer = Buffer(kernels, members, transport, 1 << 25, make)
         assert buffer.param.nbytes == found["parameters"]
         states = [state for bucket in buffer.buckets if bucket.optimizer for state in bucket.optimizer.state.values()]

@@ -16,7 +16,6 @@ class Member:
     number: int  # among all parameters
     group: int  # the number of its group
     name: str
-    dtype: np.dtype  # of the arithmetic of its update
     view: View  # the caller's array
     taken: int = 0  # how many steps it has taken
     param: Any = None  # a View of its place in the buffer of parameters
@@ -94,10 +93,10 @@ class BucketOfRank:
         self.parts = [self._part(buffer, shard, is_first, shard.at - first) for shard, is_first in shards]
         params = {part.label: part.param for part in self.parts}
         places = {part.label: (part.member.number, part.shard.start) for part in self.parts}
-        self.optimizer = make(params, places) if params else None
+        self.optimizer: Any = make(params, places) if params else None
 
     def _part(self, buffer, shard, is_first, at):
-        """Return the Part of a shard. is_first: whether it is this rank's first one of its parameter. at: its place in the sums."""
+        """Return the Part of a shard. is_first: whether it is the first of its parameter here. at: its place in the sums."""
         member, param = buffer.members[shard.parameter], buffer.param[shard.place]
         copies = []
         if not buffer.views and member.view.contiguous:

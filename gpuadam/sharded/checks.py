@@ -72,7 +72,7 @@ def grads(listed, buffers, transport, written, backend):
 
 
 class Written:
-    """The arrays that a step writes beside gradients: Views that stay where they are, and do not share memory with one another."""
+    """The arrays that a step writes beside gradients. They stay where they are, and share no memory with one another."""
 
     def __init__(self, views):
         self._views = sorted((view for view in views if view.size), key=checks.bounds)

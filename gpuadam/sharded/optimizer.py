@@ -68,8 +68,8 @@ class ShardedAdam(HasGroups):
     sums are exact, the bits do not depend on the number of ranks. The norm, random rounding and the groups of 8-bit state never
     depend on it: they go by an element's place in its parameter (`gpuadam/sharded/layout.py`).
 
-    Attributes: `groups` and `steps`, as in `Adam`; `options`, as in `Adam`; `grads`, of the structure of params, the places where
-    gradients need no copy; `params`; `shards`, a list of OwnedShard, the parts of parameters that this rank owns, with their state.
+    Attributes: `groups`, `steps` and `options`, as in `Adam`; `grads`, of the structure of params, the places where gradients
+    need no copy; `params`; `shards`, a list of OwnedShard, the parts of parameters that this rank owns, with their state.
 
     Every rank calls the same methods in the same order. An error on one rank, or an argument that is not the same on all ranks,
     raises on all of them before anything is written. Raises what `Adam` raises, and ValueError for arguments that differ.
@@ -135,15 +135,13 @@ class ShardedAdam(HasGroups):
         self.params = as_list(params)  # an iterator can be read once
         self.groups, self._structures, self._grouped = parsed_groups(self.params, defaults)
         self._kernels, views = shard_checks.params(self.groups, self.transport, self._backend)
+        names = [(k, name) for k, group in enumerate(self.groups) for name in group["names"]]
+        self.members = [Member(n, *name, view) for n, (name, view) in enumerate(zip(names, views, strict=True))]
         # one backend for good: a backend in use in a step would be an error on those ranks alone that own something
-        options = {"zero_grad": False} | options | {"backend": self._kernels.name}
-        make = functools.partial(ShardAdam, self.algorithm, self.decoupled)
-        self._pattern = make(self._without_elements(views), **options)
+        make = functools.partial(ShardAdam, self.algorithm, self.decoupled, backend=self._kernels.name)
+        self._pattern = make(self._without_elements(), **options)
         self._make = functools.partial(make, **options | {"zero_grad": False})
         self.options = self._pattern.options
-        groups = (k for k, group in enumerate(self.groups) for _ in group["names"])
-        columns = zip(groups, self._pattern.computed_in.items(), views, strict=True)
-        self.members = [Member(n, group, *name_and_dtype, view) for n, (group, name_and_dtype, view) in enumerate(columns)]
         settings = self._settings(self._pattern.checked(self.groups, 1, 1.0))
         described = {
             "the number of ranks": self.transport.size,
@@ -156,15 +154,12 @@ class ShardedAdam(HasGroups):
         }
         return settings, described, False
 
-    def _without_elements(self, views):
-        """Return the groups with parameters of no elements. An optimizer of these checks groups and options on every rank alike."""
-        views, groups = iter(views), []
-        for group in self.groups:
-            params = {}
-            for name, view in zip(group["names"], views, strict=False):
-                array = self._kernels.zeros(0, view.dtype, view.device)
-                params[name] = Bits(array, view.bits) if view.bits else array
-            groups.append({key: group[key] for key in HYPERPARAMETERS} | {"params": params})
+    def _without_elements(self):
+        """Return the groups with parameters of no elements, in whose optimizer every rank finds the same errors."""
+        groups: list[Any] = [{key: group[key] for key in HYPERPARAMETERS} | {"params": {}} for group in self.groups]
+        for member in self.members:
+            array = self._kernels.zeros(0, member.view.dtype, member.view.device)
+            groups[member.group]["params"][member.name] = Bits(array, member.view.bits) if member.view.bits else array
         return groups
 
     def _made_buffers(self, settings):
@@ -228,8 +223,8 @@ class ShardedAdam(HasGroups):
 
         On a GPU the work goes to CuPy's current stream. With max_norm or check_finite the host waits for the norm.
 
-        An exception amid the collectives, such as Ctrl-C, leaves parameters and state of different steps on the ranks. Whatever is
-        called afterwards raises ValueError.
+        An exception amid the collectives, such as Ctrl-C, leaves parameters and state of different steps. Every later call
+        raises ValueError.
         """
         self.check_whole()
         step, left_out = agreed(
@@ -255,10 +250,11 @@ class ShardedAdam(HasGroups):
         check_finite = checks.flag("check_finite", check_finite)
         scale = checks.finite("grad_scale", grad_scale) / (self.transport.size if self.reduction == "mean" else 1)
         hs = self.checked_groups(scale)
-        # a parameter that was skipped before has taken fewer steps: its bias correction is larger, and its shards not on all ranks
-        steps = {(m.group, m.dtype, m.taken + 1) for m in self.members if views[m.number] is not None}
+        # a parameter that was skipped has taken fewer steps, so its bias correction is larger; not every rank has a part of it
+        dtypes = self._pattern.computed_in
+        steps = {(m.group, dtypes[m.name], m.taken + 1) for m in self.members if views[m.number] is not None}
         for group, dtype, number in steps:
-            hyperparameters.form_and_scalars(hs[group], number, Arrays(*[dtype] * 3))
+            hyperparameters.form_and_scalars(hs[group], number, Arrays(*[dtype.name] * 3))
         settings = self._settings(hs)
         described = {
             "the number of steps taken": self.steps,
@@ -283,7 +279,8 @@ class ShardedAdam(HasGroups):
                 work.wait()
             norm = self._norm.norm([None if grad is None else grad.size for grad in step.grads])
             self._cut_short = False  # nothing is written yet, and all ranks are here
-            if step.check_finite and not norm * abs(scale) <= min(LARGEST_NORM[member.dtype] for member in self.members):
+            largest = min(LARGEST_NORM[dtype] for dtype in self._pattern.computed_in.values())
+            if step.check_finite and not norm * abs(scale) <= largest:
                 return
             if step.max_norm is not None:
                 scale = clipped(scale, norm, step.max_norm)
@@ -378,7 +375,9 @@ class ShardedAdam(HasGroups):
 
     def _settings(self, hs):
         """Return the hyperparameters of each group, its lr as the number that it is in a step. hs: of each group."""
-        return [{key: group[key] for key in HYPERPARAMETERS} | {"lr": h.lr} for group, h in zip(self.groups, hs, strict=True)]
+        return [
+            {key: group[key] for key in HYPERPARAMETERS} | {"lr": h.lr} for group, h in zip(self.groups, hs, strict=True)
+        ]
 
     def _described(self, settings):
         """Return what all ranks must have in common of their groups."""
