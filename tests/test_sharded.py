@@ -29,6 +29,7 @@ import gpuadam
 from gpuadam import transports
 from gpuadam.kernels import global_norm_numba_cpu, numba_cpu
 from gpuadam.sharded.layout import CELL, Layout, chunk_numbers, first_chunks
+from gpuadam.sharded.transports import nccl as nccl_transport
 
 ROOT = Path(__file__).parent.parent
 ENDED_WITHIN = 10  # seconds
@@ -763,9 +764,9 @@ def test_nccl_moves_whole_buffers_on_a_stream_of_its_own_and_each_stream_waits_f
         NcclCommunicator=functools.partial(Communicator, log),
         **{"NCCL_FLOAT32": "f4", "NCCL_FLOAT64": "f8", "NCCL_UINT8": "u1", "NCCL_SUM": "sum"},
     )
-    monkeypatch.setattr(transports, "MPI", lambda comm: transports.Local())
+    monkeypatch.setattr(nccl_transport, "MPI", lambda comm: transports.Local())
     fakes = {"cupy": SimpleNamespace(cuda=cuda), "cupy.cuda.nccl": nccl}
-    monkeypatch.setattr(transports, "_imported", lambda name, fix: fakes[name])
+    monkeypatch.setattr(nccl_transport, "imported", lambda name, fix: fakes[name])
     transport = transports.NCCL()
     given, part = np.arange(100, dtype=dtype), np.zeros(100, dtype)
     transport.reduce_scatter(Memory(given), Memory(part)).wait()
