@@ -218,14 +218,15 @@ def test_four_ranks_learn_to_read_digits_as_well_as_one(of_four):
 
 
 SAID = {
-    "a shape": "ValueError: the ranks differ in params['w']: number 0, float32 of shape (3, 4) on rank 0, number 0, float32 of "
-    "shape (4, 3) on rank 2",
-    "a dtype": "float32 of shape (3, 4) on rank 0, number 0, float64 of shape (3, 4) on rank 1",
-    "a name": "ValueError: the ranks differ in params['w']: number 0, float32 of shape (3, 4) on rank 0, not there on rank 3",
+    "a shape": "ValueError: the ranks differ in params['w']: 'number 0, float32 of shape (3, 4)' on rank 0, "
+    "'number 0, float32 of shape (4, 3)' on rank 2",
+    "a dtype": "float32 of shape (3, 4)' on rank 0, 'number 0, float64 of shape (3, 4)' on rank 1",
+    "a name": "ValueError: the ranks differ in params['w']: 'number 0, float32 of shape (3, 4)' on rank 0, "
+    "not there on rank 3",
     "lr": "ValueError: the ranks differ in lr: 0.1 on rank 0, 0.2 on rank 2",
     "betas": "ValueError: the ranks differ in betas: (0.9, 0.99) on rank 0, (0.9, 0.999) on rank 2",
     "the seed": "ValueError: the ranks differ in seed: 0 on rank 0, 1 on rank 3",
-    "the state's dtype": "ValueError: the ranks differ in state_dtype: None on rank 0, bfloat16 on rank 1",
+    "the state's dtype": "ValueError: the ranks differ in state_dtype: None on rank 0, 'bfloat16' on rank 1",
     "bucket_bytes": "ValueError: the ranks differ in bucket_bytes: 1048576 on rank 0, 2097152 on rank 1",
     "a bad array": "TypeError: rank 1 raised TypeError, so all ranks stop: params['w'] has dtype int32",
     "state that does not fit": "TypeError: params['0'] has dtype float64, and 8-bit state",
@@ -639,7 +640,7 @@ def test_what_only_looks_the_same_on_all_ranks_is_told_apart():
         return ranks.message(opt.gathered, "None" if transport.rank else None)
 
     for said in all_well(on_ranks(2, of_rank)):
-        assert "ValueError: the ranks differ in the key of what is gathered: None on rank 0, 'None' on rank 1" in said
+        assert "ValueError: the ranks differ in the key to gather: None on rank 0, 'None' on rank 1" in said
 
 
 @pytest.mark.usefixtures("_soon")
@@ -650,7 +651,7 @@ def test_ranks_that_gather_different_state_or_do_something_else_are_told():
         return [*said, ranks.message(*((opt.gathered, "m") if transport.rank else (opt.step, w)))]
 
     for gathered, other in all_well(on_ranks(2, of_rank)):
-        assert gathered.startswith("ValueError: the ranks differ in the key of what is gathered: m on rank 0, v on rank 1")
+        assert gathered.startswith("ValueError: the ranks differ in the key to gather: 'm' on rank 0, 'v' on rank 1")
         assert other.startswith("ValueError: the ranks differ in the number of steps taken")
 
 

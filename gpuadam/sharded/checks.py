@@ -11,13 +11,9 @@ NARROWER = tuple(format for format in checks.FORMATS if format != "float64")
 
 def params(groups, transport, backend):
     """Return the backend of all parameters and their Views, in order."""
-    names = [name for group in groups for name in group["names"]]
-    if len(set(names)) < len(names):
-        twice = next(name for k, name in enumerate(names) if name in names[:k])
-        raise ValueError(f"two parameters are named {twice!r}: names must differ")
-    labels = [f"params[{name!r}]" for name in names]
-    arrays = itertools.chain.from_iterable(group["params"] for group in groups)
-    named = [(label, checks.given(label, param)) for label, param in zip(labels, arrays, strict=True)]
+    named = [(f"params[{name!r}]", p) for g in groups for name, p in zip(g["names"], g["params"], strict=True)]
+    for label, param in named:
+        checks.given(label, param)
     kernels, views = backends.choose(named, backend)
     _memory(kernels, transport)
     for view in views:

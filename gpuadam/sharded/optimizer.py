@@ -146,8 +146,11 @@ class ShardedAdam(HasGroups):
         described = {
             "the number of ranks": self.transport.size,
             **{m.view.name: f"number {m.number}, {m.view.format} of shape {m.view.shape}" for m in self.members},
+            "the group of each parameter": [member.group for member in self.members],
             **self._described(settings),
-            **{name: getattr(self, name) for name in ("decoupled", "algorithm", "reduction")},
+            "decoupled": self.decoupled,
+            "algorithm": self.algorithm,
+            "reduction": self.reduction,
             "bucket_bytes": self._bucket_bytes,
             **self.options,
             "seed": checks.seed(self.options["seed"]),
@@ -175,10 +178,9 @@ class ShardedAdam(HasGroups):
 
     def _take_over(self):
         """Make the views of the buffers the parameters, and let go of the arrays that were given."""
-        arrays = [member.param.array for member in self.members]
-        self.params, in_order_of_members = self._in_structure(arrays), iter(arrays)
-        for group in self.groups:
-            group["params"] = list(itertools.islice(in_order_of_members, len(group["names"])))
+        self.params = self._in_structure([member.param.array for member in self.members])
+        for k, group in enumerate(self.groups):
+            group["params"] = [member.param.array for member in self.members if member.group == k]
         for member in self.members:
             member.view = member.view._replace(array=None)
 
@@ -199,7 +201,7 @@ class ShardedAdam(HasGroups):
         key: a key of the state, such as "m", "v" or "ema". Parameters without it, or without elements, are left out.
         """
         self.check_whole()
-        agreed(self.transport, lambda: (None, {"the key of what is gathered": key}, False))
+        agreed(self.transport, lambda: (None, {"the key to gather": key}, False))
         own: dict[str, list] = {member.name: [] for member in self.members}
         for shard in self.shards:
             if key != "step" and key in shard.state:
@@ -381,7 +383,7 @@ class ShardedAdam(HasGroups):
 
     def _described(self, settings):
         """Return what all ranks must have in common of their groups."""
-        described: dict[str, Any] = {"how many parameters each group has": [len(group["names"]) for group in self.groups]}
+        described: dict[str, Any] = {}
         for k, of_group in enumerate(settings):
             where = f" of group {k}" if len(settings) > 1 else ""
             described |= {f"{key}{where}": value for key, value in of_group.items()}
