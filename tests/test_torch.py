@@ -567,7 +567,7 @@ def test_scaled_gradients_are_left_as_they_are_in_memory():
 def test_bad_options_are_refused_in_the_constructor_and_in_groups(options, error, match):
     with pytest.raises(error, match=match):
         gpuadam.torch.Adam(small(), **options)
-    if not options.keys() & gpuadam.torch.Options._fields:
+    if not options.keys() & gpuadam.torch.optimizer.Options._fields:
         opt = gpuadam.torch.Adam(small())
         with pytest.raises(error, match=match):
             opt.add_param_group({"params": torch.ones(2), **options})
@@ -673,7 +673,7 @@ def tensors_of_a_gpu(driver, cp, on_the_cpu, monkeypatch):
 
     monkeypatch.setattr(torch_tensors, "_memory", memory)
     monkeypatch.setattr(backends, "takes_numpy", lambda backend: False)
-    monkeypatch.setattr(gpuadam.torch, "_on_device", lambda group: group["capturable"])
+    monkeypatch.setattr(gpuadam.torch.optimizer, "_on_device", lambda group: group["capturable"])
     monkeypatch.setattr(synchronous, "ON", True)
     yield
     for address in alive:
