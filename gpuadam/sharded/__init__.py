@@ -1,4 +1,4 @@
-"""Many ranks: data-parallel training in which each rank keeps and updates a part of Adam's state.   (Rajbhandari et al. 2020, ZeRO)
+"""Many ranks: each keeps and updates a part of Adam's state, for data-parallel training.   (Rajbhandari et al. 2020, ZeRO)
 
 A rank is a process with its own part of the data and a copy of the parameters. With `Adam` on every rank, all of them would keep
 the same m and v, and make the same update. `ShardedAdam` divides both: with N ranks, each has 1/N of the state, and makes 1/N of
@@ -10,10 +10,11 @@ there, and collects the new parameters on all ranks (an all-gather).
     mpiexec -n 4 python -m mpi4py train.py      transports.MPI() on CPUs, transports.NCCL() on GPUs
     torchrun --nproc-per-node 4 train.py        transports.Torch(), after torch.distributed.init_process_group
 
-Tests and programs of one rank use `transports.Local()`. `gpuadam.transports` says what each transport needs, and how to write one.
+Tests and programs of one rank use `transports.Local()`. `gpuadam.transports` says what each transport needs, and how to write
+another one.
 
-**A complete example.** The ranks fit a line, each to its own part of the points. With `MPI()` in the place of `Local()` any number
-of ranks can run this program:
+**A complete example.** The ranks fit a line, each to its own part of the points. With `MPI()` in the place of `Local()`, any
+number of ranks can run this program:
 
 >>> import numpy as np, gpuadam
 >>> transport = gpuadam.transports.Local()
@@ -32,12 +33,12 @@ of ranks can run this program:
 gradients. The only thing that depends on the number of ranks is how these sums are rounded: where they are exact, parameters and
 state are the same for any number. The norm for clipping, random rounding and 8-bit state never depend on it.
 
-**Checkpoints.** `save(folder)` is called on all ranks; each writes its own part. `gpuadam.load_sharded(folder, params, transport)`
-goes on from it on any number of ranks, and `gpuadam.load(folder, params)` on a single `Adam`; both have the bits of an optimizer
-that was never stopped. A save that is killed leaves the checkpoint before it.
+**Checkpoints.** All ranks call `save(folder)`, and each writes its own part. `gpuadam.load_sharded(folder, params, transport)`
+goes on from the checkpoint on any number of ranks, and `gpuadam.load(folder, params)` in a single `Adam`. Both have the bits of
+an optimizer that was never stopped. A save that is killed leaves the checkpoint before it.
 
-**Errors.** Arguments are compared between ranks, and checked on each, before anything is written. What is wrong on one rank
-raises on all of them, so that none waits for ever.
+**Errors.** Arguments are checked on each rank, and compared between ranks, before anything is written. An error on one rank is
+raised on all of them, so that none waits for ever.
 
 The files, from the bottom: `layout` says which rank owns which elements; `transports` move arrays between ranks; `agreement`
 compares ranks; `buffer` has parameters and gradients in a row, and `adam` updates this rank's part of them; `norm` and `checks`

@@ -1,12 +1,12 @@
 """The parameters of one group and dtype in a row, their gradients, and this rank's part of the state, bucket by bucket."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..kernels.view import Bits, View
-from .layout import CELL, Layout, Shard
+from .layout import CELL, Layout
 
 
 @dataclasses.dataclass
@@ -20,23 +20,34 @@ class Member:
     taken: int = 0  # how many steps it has taken
     param: Any = None  # a View of its place in the buffer of parameters
     grad: Any = None  # a View of its place in the buffer of gradients
+    shards: list["OwnedShard"] = dataclasses.field(default_factory=list)
 
 
-class Part(NamedTuple):
-    """A shard that this rank owns."""
+@dataclasses.dataclass(eq=False)
+class OwnedShard:
+    """A part of a parameter whose state is on this rank."""
 
-    member: Member
-    shard: Shard
-    label: str  # its name in the optimizer of its bucket
-    param: Any  # its elements in the buffer of parameters, 1-D
-    sums: Any  # the sums of all ranks' gradients, as soon as its bucket is reduced
-    copies: list  # (View here, View of the caller's array) that a step reads first
+    name: str
+    shape: tuple  # of the whole parameter
+    format: str  # of the parameter's elements: "float32", "bfloat16"
+    start: int  # the shard has the elements start ... stop - 1 of the parameter, in C order
+    stop: int
+    param: Any  # 1-D: those elements, as of the last step
+    sums: Any  # 1-D: the sums of all ranks' gradients, as soon as they are reduced
+    number: int  # of the parameter among all
+    sources: list  # what a step reads first: (View of elements here, View of the same elements of the caller's array)
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)  # "step" and 1-D arrays, as in `Adam.state`
+
+    @property
+    def label(self):
+        """The name of the shard in the optimizer of its bucket."""
+        return f"{self.name}[{self.start}:{self.stop}]"
 
 
 class Buffer:
     """Flat buffers of some members, which share group and dtype, and of their gradients.
 
-    make: makes a `ShardAdam` from a dict label -> array and a dict label -> (number of the member, number of the first element).
+    make: makes a `ShardAdam` from a dict name -> array and a dict name -> (number of the parameter, number of the first element).
     views: the caller's arrays are read once, by `broadcast`, and not used from then on.
     """
 
@@ -64,10 +75,8 @@ class Buffer:
     def written(self):
         """Return Views of what a step writes here: parameters and state."""
         arrays = [("the buffer of parameters", self.param)]
-        for bucket in self.buckets:
-            for part in bucket.parts:
-                state = bucket.optimizer.state[part.label]
-                arrays += [(f"{key} of params[{part.member.name!r}]", a) for key, a in state.items() if key != "step"]
+        for shard in (shard for bucket in self.buckets for shard in bucket.shards):
+            arrays += [(f"{key} of params[{shard.name!r}]", a) for key, a in shard.state.items() if key != "step"]
         return [self.kernels.view(*named) for named in arrays]
 
     def has(self, view):
@@ -76,7 +85,7 @@ class Buffer:
 
 
 class BucketOfRank:
-    """A bucket of a Buffer, and an optimizer over this rank's part of it: `optimizer`, None if no parameter has a part there.
+    """A bucket of a Buffer, this rank's `shards` in it, and an `optimizer` over them, None if there are none.
 
     In its methods `grads` are Views of the gradients of all parameters, by number; None for a parameter without a gradient.
     """
@@ -90,32 +99,37 @@ class BucketOfRank:
         self._beginning = [members[k] for k in layout.beginning_in(bucket)]
         self._written = [] if buffer.views else [members[k] for k in layout.ending_in(bucket)]
         first, _ = bucket.part_of(self._transport.rank)
-        self.parts = [self._part(buffer, shard, is_first, shard.at - first) for shard, is_first in shards]
-        params = {part.label: part.param for part in self.parts}
-        places = {part.label: (part.member.number, part.shard.start) for part in self.parts}
-        self.optimizer: Any = make(params, places) if params else None
+        self.shards = [self._owned(buffer, shard, is_first, shard.at - first) for shard, is_first in shards]
+        self.optimizer: Any = None
+        if self.shards:
+            places = {shard.label: (shard.number, shard.start) for shard in self.shards}
+            self.optimizer = make({shard.label: shard.param for shard in self.shards}, places)
+        for shard in self.shards:
+            shard.state = self.optimizer.state[shard.label]
 
-    def _part(self, buffer, shard, is_first, at):
-        """Return the Part of a shard. is_first: whether it is the first of its parameter here. at: its place in the sums."""
+    def _owned(self, buffer, shard, is_first, at):
+        """Return the OwnedShard of a Shard. is_first: its parameter has none before it here. at: its place in the sums."""
         member, param = buffer.members[shard.parameter], buffer.param[shard.place]
-        copies = []
+        sources = []
         if not buffer.views and member.view.contiguous:
-            theirs = self._kernels.native(member.view).reshape(-1)[shard.start : shard.stop]
-            theirs = self._kernels.view("", theirs)._replace(stream=member.view.stream)
-            copies = [(self._kernels.view("", param), theirs)]
+            source = self._kernels.native(member.view).reshape(-1)[shard.start : shard.stop]
+            source = self._kernels.view("", source)._replace(stream=member.view.stream)
+            sources = [(self._kernels.view("", param), source)]
         elif not buffer.views and is_first:  # an array that has gaps or another order is read as a whole
-            copies = [(member.param, member.view)]
-        label = f"{member.name}[{shard.start}:{shard.stop}]"
+            sources = [(member.param, member.view)]
+        view, sums = member.view, self._sums[at : at + len(param)]
         array = Bits(param, buffer.bits) if buffer.bits else param
-        return Part(member, shard, label, array, self._sums[at : at + len(param)], copies)
+        about = member.name, view.shape, view.format, shard.start, shard.stop
+        member.shards.append(OwnedShard(*about, array, sums, member.number, sources))
+        return member.shards[-1]
 
     # What a step does, in this order
 
     def read_params(self):
         """Copy this rank's shards from the arrays of the caller, who may have changed them."""
-        for part in self.parts:
-            for own, theirs in part.copies:
-                self._kernels.copy(own, theirs)
+        for shard in self.shards:
+            for own, source in shard.sources:
+                self._kernels.copy(own, source)
 
     def reduce_scatter(self, grads):
         """Copy the gradients that begin in the bucket into it, and start the sum over all ranks. Return its Work."""
@@ -128,7 +142,7 @@ class BucketOfRank:
     def update(self, grads, settings, grad_scale):
         """Update this rank's shards by the sums. settings: the hyperparameters of each group."""
         if self.optimizer is not None:
-            sums = {part.label: None if grads[part.member.number] is None else part.sums for part in self.parts}
+            sums = {shard.label: None if grads[shard.number] is None else shard.sums for shard in self.shards}
             self.optimizer.groups[0].update(settings[self.group])
             self.optimizer.step(sums, grad_scale=grad_scale)
 

@@ -132,7 +132,7 @@ def arrays_of_rank(opt):
     found: dict = {}
     for bucket in opt.buckets:
         if bucket.optimizer is not None:
-            ranges = {p.label: Range(p.member.name, p.shard.start, p.shard.stop) for p in bucket.parts}
+            ranges = {shard.label: Range(shard.name, shard.start, shard.stop) for shard in bucket.shards}
             found |= arrays_of(bucket.optimizer, ranges)
     return found
 

@@ -39,20 +39,16 @@ def _memory(kernels, transport):
         )
 
 
-def grads(listed, buffers, transport, written, backend):
-    """Return a View of each gradient, or None, in the order of all parameters.
+def grads(members, listed, buffers, transport, written, backend):
+    """Return a View of each gradient, or None, in the order of the parameters.
 
-    listed: the gradients, None included. buffers: of type `buffer.Buffer`. written: a Written, with which a gradient must not
-    share memory; None where gradients are only read.
+    members: all parameters. listed: their gradients, None included. buffers: a list of `Buffer`. written: a Written, with which
+    gradients must not share memory; None where they are only read.
     """
-    views = [None] * len(listed)
-    elsewhere = []
-    for member in itertools.chain.from_iterable(buffer.members for buffer in buffers):
-        grad = listed[member.number]
-        if grad is member.grad.array:
-            views[member.number] = member.grad  # in its place, and known
-        elif grad is not None:
-            elsewhere.append((member, grad))
+    # a gradient that is the array of its place is known
+    views = [member.grad if grad is member.grad.array else None for member, grad in zip(members, listed, strict=True)]
+    triples = zip(members, listed, views, strict=True)
+    elsewhere = [(member, grad) for member, grad, view in triples if grad is not None and view is None]
     if elsewhere:
         named = [(f"the gradient of {member.view.name}", grad) for member, grad in elsewhere]
         kernels, their_views = backends.choose(named, backend)

@@ -21,8 +21,8 @@ class ShardedNorm:
 
     def norm(self, sizes):
         """Return the norm of the reduced gradients. sizes: of all gradients, by number; None for a parameter without one."""
-        parts = (part for buffer in self._buffers for bucket in buffer.buckets for part in bucket.parts)
-        views = [self._kernels.view("", part.sums) for part in parts if sizes[part.member.number] is not None]
+        shards = (shard for buffer in self._buffers for bucket in buffer.buckets for shard in bucket.shards)
+        views = [self._kernels.view("", shard.sums) for shard in shards if sizes[shard.number] is not None]
         sums_of_ranks = self._transport.exchange(_sums_by(self._kernels.name).chunk_sums(views))
         sums = np.empty(sum(of_rank.size for of_rank in sums_of_ranks))
         for numbers, of_rank in zip(self._chunk_numbers(sizes), sums_of_ranks, strict=True):

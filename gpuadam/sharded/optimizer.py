@@ -22,18 +22,6 @@ from .norm import ShardedNorm
 OPTIONS = tuple(name for name in optimizer.OPTIONS if name != "capturable")
 
 
-class OwnedShard(NamedTuple):
-    """A part of a parameter whose state is on this rank."""
-
-    name: str
-    shape: tuple  # of the whole parameter
-    format: str  # of the parameter's elements: "float32", "bfloat16"
-    start: int  # the shard has the elements start ... stop - 1 of the parameter, in C order
-    stop: int
-    param: Any  # 1-D: those elements, as of the last step
-    state: dict[str, Any]  # "step" and 1-D arrays, as in `Adam.state`
-
-
 class Step(NamedTuple):
     """The arguments of a step, checked."""
 
@@ -187,13 +175,7 @@ class ShardedAdam(HasGroups):
     @property
     def shards(self):
         """The parts of parameters that this rank owns, and their state: a list of OwnedShard."""
-        shards = []
-        for bucket in self.buckets:
-            for part in bucket.parts:
-                member, shard = part.member, part.shard
-                about = member.name, member.view.shape, member.view.format, shard.start, shard.stop
-                shards.append(OwnedShard(*about, part.param, bucket.optimizer.state[part.label]))
-        return shards
+        return [shard for bucket in self.buckets for shard in bucket.shards]
 
     def gathered(self, key):
         """Return name -> the whole array of each parameter's state, as NumPy arrays in the host's memory, on every rank.
@@ -202,13 +184,10 @@ class ShardedAdam(HasGroups):
         """
         self.check_whole()
         agreed(self.transport, lambda: (None, {"the key to gather": key}, False))
-        own: dict[str, list] = {member.name: [] for member in self.members}
-        for shard in self.shards:
-            if key != "step" and key in shard.state:
-                own[shard.name].append((shard.start, shard.state[key]))
         whole = {}
         for member in self.members:
-            on_host = [(start, self._kernels.to_host(array)) for start, array in own[member.name]]
+            own = [shard for shard in member.shards if key != "step" and key in shard.state]
+            on_host = [(shard.start, self._kernels.to_host(shard.state[key])) for shard in own]
             parts = sorted(itertools.chain.from_iterable(self.transport.exchange(on_host)), key=operator.itemgetter(0))
             if parts:
                 array = np.concatenate([part for _, part in parts])
@@ -247,7 +226,7 @@ class ShardedAdam(HasGroups):
         else:
             ordered = [in_order(grads, self._structures[0], "grads")]
         listed = list(itertools.chain.from_iterable(ordered))
-        views = shard_checks.grads(listed, self._buffers, self.transport, self._written, self._backend)
+        views = shard_checks.grads(self.members, listed, self._buffers, self.transport, self._written, self._backend)
         max_norm = None if max_norm is None else checks.non_negative("max_norm", max_norm)
         check_finite = checks.flag("check_finite", check_finite)
         scale = checks.finite("grad_scale", grad_scale) / (self.transport.size if self.reduction == "mean" else 1)
@@ -368,8 +347,8 @@ class ShardedAdam(HasGroups):
         self.steps = steps
         for member in self.members:
             member.taken = taken[member.name]
-        for shard in self.shards:
-            shard.state["step"] = taken[shard.name]
+            for shard in member.shards:
+                shard.state["step"] = member.taken
 
     def _listed(self):
         """Return the parameters of all groups, as they were given."""

@@ -23,11 +23,6 @@ class Options(NamedTuple):
     seed: int
     backend: str | None
 
-    @property
-    def random(self):
-        """Whether arrays are rounded randomly."""
-        return self.stochastic_rounding or self.state_dtype in ("bfloat16", "8bit")
-
 
 class Member(NamedTuple):
     """A parameter that has a gradient."""
@@ -184,7 +179,8 @@ class Adam(torch.optim.Optimizer):
                 f"a parameter of {names} has no {error} in its state: amsgrad or a dtype was changed after its first step"
             ) from None
         stochastic, seed = self.options.stochastic_rounding, self.options.seed
-        keys = [_key(seed, number) for number in numbers] if self.options.random else None
+        is_random = stochastic or self.options.state_dtype in ("bfloat16", "8bit")
+        keys = [_key(seed, number) for number in numbers] if is_random else None
         operands = tuple(a.operand for a in arrays if a.operand not in ("m", "v"))
         return functional.Updates(h, step, columns, names, now, operands, stochastic, seed, keys)
 

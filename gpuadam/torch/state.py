@@ -38,12 +38,8 @@ def kept(state_dtype, master, amsgrad, dtype):
 
 def new(arrays, param, capturable):
     """Return the state that a parameter begins with: zeros in its order of memory."""
-    return {"step": step(0.0, param, capturable)} | {array.name: zeros(array, param) for array in arrays}
-
-
-def step(count, param, capturable):
-    """Return a step count as torch's Adam keeps it."""
-    return torch.tensor(count, dtype=torch.float32, device=param.device if capturable else "cpu")
+    step = torch.zeros((), dtype=torch.float32, device=param.device if capturable else "cpu")
+    return {"step": step} | {array.name: zeros(array, param) for array in arrays}
 
 
 def count(name, value):

@@ -21,14 +21,14 @@ A transport of your own is any object with the attributes and methods of `Transp
     broadcast(buffer)                       make the buffer that of rank 0
     exchange(item) -> list                  the items of all ranks, in the order of the ranks
 
-The first two start a collective, and `wait()` of their Work returns when it is done. `Done()` is a Work for a collective that was
-done when its call returned, as those of `Local` are.
+The first two start a collective, and `wait()` of their Work returns when it is done. `Work()` is that of a collective which was
+done when its call returned, as with `Local`; `Work(wait)` calls a function of yours.
 """
 
 from .local import Local
 from .mpi import MPI
 from .nccl import NCCL
-from .protocol import Done, Transport, Work, check
+from .protocol import Transport, Work, check
 from .torch import Torch
 
-__all__ = ["MPI", "NCCL", "Done", "Local", "Torch", "Transport", "Work", "check"]
+__all__ = ["MPI", "NCCL", "Local", "Torch", "Transport", "Work", "check"]

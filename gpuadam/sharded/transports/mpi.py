@@ -1,12 +1,13 @@
 """The transport of MPI, through mpi4py."""
 
+import itertools
 import pickle
 import sys
 import time
 
 import numpy as np
 
-from .protocol import Enqueued, imported
+from .protocol import Work, imported
 
 FIRST = 248  # bytes of an object that go through the first collective of `exchange`
 
@@ -31,13 +32,13 @@ class MPI:
         _abort_all_ranks_on_an_exception(self._comm)
 
     def reduce_scatter(self, buffer, part):
-        return Enqueued(_wait, self._comm.Ireduce_scatter_block(buffer, part, self._mpi.SUM))
+        return _work(self._comm.Ireduce_scatter_block(buffer, part, self._mpi.SUM))
 
     def all_gather(self, buffer):
-        return Enqueued(_wait, self._comm.Iallgather(self._mpi.IN_PLACE, buffer.view(np.uint8)))
+        return _work(self._comm.Iallgather(self._mpi.IN_PLACE, buffer.view(np.uint8)))
 
     def broadcast(self, buffer):
-        _wait(self._comm.Ibcast(buffer.view(np.uint8)))
+        _work(self._comm.Ibcast(buffer.view(np.uint8))).wait()
 
     def exchange(self, item):
         pickled = np.frombuffer(pickle.dumps(item), np.uint8)
@@ -49,17 +50,22 @@ class MPI:
         if sizes.max() <= FIRST:  # the objects of most steps are that small
             return [pickle.loads(bytes(row[:size])) for row, size in zip(first, sizes, strict=True)]
         everything = np.empty(sizes.sum(), np.uint8)
-        _wait(self._comm.Iallgatherv(pickled, [everything, sizes]))
+        _work(self._comm.Iallgatherv(pickled, [everything, sizes])).wait()
         return [pickle.loads(bytes(part)) for part in np.split(everything, np.cumsum(sizes)[:-1])]
 
 
-def _wait(request):
-    # MPI_Wait would spin, deaf to Ctrl-C. Where there are more ranks than cores, sleeping for a moment lets another rank run
-    polls = 0
-    while not request.Test():
-        polls += 1
-        if polls % 64 == 0:
-            time.sleep(0)
+def _work(request):
+    """Return the Work of a request of MPI."""
+
+    def wait():
+        # MPI_Wait would spin, deaf to Ctrl-C. Where there are more ranks than cores, sleeping for a moment lets another rank run
+        for polls in itertools.count(1):
+            if request.Test():
+                return
+            if polls % 64 == 0:
+                time.sleep(0)
+
+    return Work(wait)
 
 
 def _abort_all_ranks_on_an_exception(comm):

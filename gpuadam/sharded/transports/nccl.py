@@ -1,7 +1,7 @@
 """The transport of NCCL, through CuPy."""
 
 from .mpi import MPI
-from .protocol import Enqueued, imported
+from .protocol import Work, imported
 
 
 class NCCL:
@@ -47,7 +47,7 @@ class NCCL:
         self._stream.wait_event(self._event(self._current()))
         collective(*arguments, self._stream.ptr)
         event = self._event(self._stream)
-        return Enqueued(lambda: self._current().wait_event(event))
+        return Work(lambda: self._current().wait_event(event))
 
     def _current(self):
         return self._cupy.cuda.get_current_stream()

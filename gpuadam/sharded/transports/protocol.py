@@ -1,16 +1,19 @@
 """The methods that `ShardedAdam` needs of a transport, and what the transports share."""
 
 import importlib
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from ...kernels import view as arrays
 
 
-class Work(Protocol):
-    """A collective under way."""
+class Work(NamedTuple):
+    """A collective under way. A Work without arguments is one that was done when its call returned.
 
-    def wait(self):
-        """Return when the collective is done; on a GPU, make CuPy's current stream wait for it. More calls do nothing."""
+    wait: returns when the collective is done; on a GPU, makes CuPy's current stream wait for it. More calls do nothing.
+    """
+
+    wait: Callable[[], Any] = lambda: None
 
 
 class Transport(Protocol):
@@ -35,23 +38,6 @@ class Transport(Protocol):
 
     def exchange(self, item) -> list:
         """Return the items of all ranks, in the order of the ranks: Python objects that can be pickled, and NumPy arrays."""
-
-
-class Done:
-    """A Work that was done when its call returned."""
-
-    def wait(self):
-        pass
-
-
-class Enqueued:
-    """A Work that is done when wait(*arguments) has returned."""
-
-    def __init__(self, wait, *arguments):
-        self._wait, self._arguments = wait, arguments
-
-    def wait(self):
-        self._wait(*self._arguments)
 
 
 def imported(name, fix):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .protocol import Enqueued, imported
+from .protocol import Work, imported
 
 
 class Torch:
@@ -51,11 +51,13 @@ class Torch:
 
     def _enqueued(self, collective, *arguments):
         with self._stream():
-            return Enqueued(self._wait, collective(*arguments, group=self._group, async_op=True))
+            work = collective(*arguments, group=self._group, async_op=True)
 
-    def _wait(self, work):
-        with self._stream():
-            work.wait()
+        def wait():
+            with self._stream():
+                work.wait()
+
+        return Work(wait)
 
     def _stream(self):
         """Make CuPy's current stream torch's."""
