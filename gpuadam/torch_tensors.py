@@ -1,7 +1,7 @@
 """PyTorch's tensors as arrays: their memory, whether autograd lets it be written, and what autograd is told afterwards.
 
-This file does not import torch, because every step asks it whether there are tensors among its arrays: there are none where
-nobody has imported torch. So it is not in the package `gpuadam.torch`, which imports torch.
+This file does not import torch, and is therefore not in the package `gpuadam.torch`, which does. Every step asks whether there
+are tensors among its arrays. Where nobody has imported torch, there are none.
 """
 
 import contextlib

@@ -1,7 +1,6 @@
 """`Adam` over parts of parameters: what a rank updates its shards with, and what all ranks check their options with."""
 
 from .. import hyperparameters
-from ..groups import checked_group
 from ..optimizer import Adam, key_of_parameter
 
 
@@ -31,7 +30,7 @@ class ShardAdam(Adam):
         """
         checked = []
         for group, structure in zip(groups, self._structures, strict=True):
-            h = checked_group(group, structure, self._decoupled, step, grad_scale, self._further)
+            h = self._checked(group, structure, step, grad_scale)
             for dtype in {self._computed_in[name] for name in structure.names}:
                 hyperparameters.check_rounding(h, dtype)
             checked.append(h)

@@ -17,7 +17,7 @@ class Member:
     group: int  # the number of its group
     name: str
     view: View  # the caller's array
-    taken: int = 0  # how many steps it has taken
+    taken: int = 0  # how many steps the parameter has taken
     param: Any = None  # a View of its place in the buffer of parameters
     grad: Any = None  # a View of its place in the buffer of gradients
     shards: list["OwnedShard"] = dataclasses.field(default_factory=list)
@@ -35,13 +35,9 @@ class OwnedShard:
     param: Any  # 1-D: those elements, as of the last step
     sums: Any  # 1-D: the sums of all ranks' gradients, as soon as they are reduced
     number: int  # of the parameter among all
+    label: str  # the name of the shard in the optimizer of its bucket
     sources: list  # what a step reads first: (View of elements here, View of the same elements of the caller's array)
     state: dict[str, Any] = dataclasses.field(default_factory=dict)  # "step" and 1-D arrays, as in `Adam.state`
-
-    @property
-    def label(self):
-        """The name of the shard in the optimizer of its bucket."""
-        return f"{self.name}[{self.start}:{self.stop}]"
 
 
 class Buffer:
@@ -108,7 +104,7 @@ class BucketOfRank:
             shard.state = self.optimizer.state[shard.label]
 
     def _owned(self, buffer, shard, is_first, at):
-        """Return the OwnedShard of a Shard. is_first: its parameter has none before it here. at: its place in the sums."""
+        """Return the OwnedShard of a Shard. is_first: no shard of its parameter is before it here. at: its place in the sums."""
         member, param = buffer.members[shard.parameter], buffer.param[shard.place]
         sources = []
         if not buffer.views and member.view.contiguous:
@@ -120,7 +116,8 @@ class BucketOfRank:
         view, sums = member.view, self._sums[at : at + len(param)]
         array = Bits(param, buffer.bits) if buffer.bits else param
         about = member.name, view.shape, view.format, shard.start, shard.stop
-        member.shards.append(OwnedShard(*about, array, sums, member.number, sources))
+        label = f"{member.name}[{shard.start}:{shard.stop}]"
+        member.shards.append(OwnedShard(*about, array, sums, member.number, label, sources))
         return member.shards[-1]
 
     # What a step does, in this order
@@ -128,8 +125,8 @@ class BucketOfRank:
     def read_params(self):
         """Copy this rank's shards from the arrays of the caller, who may have changed them."""
         for shard in self.shards:
-            for own, source in shard.sources:
-                self._kernels.copy(own, source)
+            for place, source in shard.sources:
+                self._kernels.copy(place, source)
 
     def reduce_scatter(self, grads):
         """Copy the gradients that begin in the bucket into it, and start the sum over all ranks. Return its Work."""

@@ -116,7 +116,7 @@ class ShardedAdam(HasGroups):
     def _parsed(self, params, defaults, options):
         """Check the arguments of the constructor, as `agreed` needs it. Return the settings of each group for the first step."""
         if strange := set(options) - set(OPTIONS):
-            raise TypeError(f"ShardedAdam has no option {sorted(strange)}; it has those of its signature and {OPTIONS}")
+            raise TypeError(f"ShardedAdam has no option {sorted(strange)}; beside those of its signature it has {OPTIONS}")
         checks.one_of(("mean", "sum"), "reduction", self.reduction)
         self._views = checks.flag("views", self._views)
         self._bucket_bytes = checks.count("bucket_bytes", self._bucket_bytes)
@@ -125,7 +125,7 @@ class ShardedAdam(HasGroups):
         self._kernels, views = shard_checks.params(self.groups, self.transport, self._backend)
         names = [(k, name) for k, group in enumerate(self.groups) for name in group["names"]]
         self.members = [Member(n, *name, view) for n, (name, view) in enumerate(zip(names, views, strict=True))]
-        # one backend for good: a backend in use in a step would be an error on those ranks alone that own something
+        # one backend for good: `use_backend` around a step would raise only on the ranks that own something
         make = functools.partial(ShardAdam, self.algorithm, self.decoupled, backend=self._kernels.name)
         self._pattern = make(self._without_elements(), **options)
         self._make = functools.partial(make, **options | {"zero_grad": False})
@@ -186,8 +186,8 @@ class ShardedAdam(HasGroups):
         agreed(self.transport, lambda: (None, {"the key to gather": key}, False))
         whole = {}
         for member in self.members:
-            own = [shard for shard in member.shards if key != "step" and key in shard.state]
-            on_host = [(shard.start, self._kernels.to_host(shard.state[key])) for shard in own]
+            shards = [shard for shard in member.shards if key != "step" and key in shard.state]
+            on_host = [(shard.start, self._kernels.to_host(shard.state[key])) for shard in shards]
             parts = sorted(itertools.chain.from_iterable(self.transport.exchange(on_host)), key=operator.itemgetter(0))
             if parts:
                 array = np.concatenate([part for _, part in parts])
@@ -310,7 +310,7 @@ class ShardedAdam(HasGroups):
         """Raise if a step was cut short. The ranks are then not at the same collective, and this one cannot tell the others."""
         if self._cut_short:
             raise ValueError(
-                "a step was cut short, and this is the state that it left: make another optimizer of a checkpoint"
+                "a step was cut short, and left ranks in different states: make another optimizer of a checkpoint"
             )
 
     def checked_groups(self, grad_scale=1.0):

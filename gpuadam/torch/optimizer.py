@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import backends, checks, functional, hyperparameters, step_counts
+from .. import backends, checks, hyperparameters
+from ..functional import Memo, Updates, update
 from ..optimizer import STATE_DTYPES, key_of_parameter
+from ..step_counts import NUMBERS, Clock, Now
 from . import state as torch_state
 
 # The settings of a group: those that torch's Adam has
@@ -93,7 +95,7 @@ class Adam(torch.optim.Optimizer):
         )
         if self.options.backend:
             backends.choose([], self.options.backend)  # refuses a backend that is not there
-        self._memo, self._clocks = functional.Memo(), {}
+        self._memo, self._clocks = Memo(), {}
         super().__init__(params, {name: arguments[name] for name in SETTINGS})
 
     def add_param_group(self, param_group):
@@ -139,7 +141,7 @@ class Adam(torch.optim.Optimizer):
                 updates += [self._update(h, count + 1, group, alike) for count, alike in self._alike(members)]
             counts += [member.state["step"] for member in members]
         if updates:
-            functional.update(updates, self.options.backend, memo=self._memo)
+            update(updates, self.options.backend, memo=self._memo)
             torch._foreach_add_(counts, 1)  # one call for all, as torch's own optimizers make
         if found_inf is not None and counts:  # on the device, which knows whether the step was left out
             torch._foreach_sub_(counts, [found_inf.to(count.device, non_blocking=True) for count in counts])
@@ -182,7 +184,7 @@ class Adam(torch.optim.Optimizer):
         is_random = stochastic or self.options.state_dtype in ("bfloat16", "8bit")
         keys = [_key(seed, number) for number in numbers] if is_random else None
         operands = tuple(a.operand for a in arrays if a.operand not in ("m", "v"))
-        return functional.Updates(h, step, columns, names, now, operands, stochastic, seed, keys)
+        return Updates(h, step, columns, names, now, operands, stochastic, seed, keys)
 
     # State
 
@@ -229,10 +231,10 @@ class Adam(torch.optim.Optimizer):
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             return {}  # torch refuses these groups, in its words
         loaded = {}
-        for own, saved in zip(self.param_groups, groups, strict=True):
+        for present, saved in zip(self.param_groups, groups, strict=True):
             group = self.defaults | saved
             self._checked(group)
-            for key, param in zip(saved["params"], own["params"], strict=True):
+            for key, param in zip(saved["params"], present["params"], strict=True):
                 if state := states.pop(key, None):
                     arrays = self._kept(group, param.dtype)
                     loaded[param] = torch_state.converted(state, arrays, param, group["capturable"], f"params[{key!r}]")
@@ -243,7 +245,7 @@ class Adam(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._memo, self._clocks = functional.Memo(), {}
+        self._memo, self._clocks = Memo(), {}
         for group in self.param_groups:  # those of other versions of torch have fewer settings
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
@@ -262,7 +264,7 @@ class Adam(torch.optim.Optimizer):
         h = self._checked(group | {"lr": 0.0} if lr_is_there else group)
         scale = 1.0 if grad_scale is None else grad_scale.to(device, non_blocking=True).double().reciprocal()
         skip = None if found_inf is None else found_inf.to(device, non_blocking=True)
-        now = step_counts.Now(self._clocks[k], lr if lr_is_there else h.lr, scale, found_inf=skip)
+        now = Now(self._clocks[k], lr if lr_is_there else h.lr, scale, found_inf=skip)
         return self._update(h, 1, group, members, now)
 
     def _clock(self, k, members):
@@ -271,7 +273,7 @@ class Adam(torch.optim.Optimizer):
         _share(len(alike) == 1, k, "share a step count and have the same kinds of state")
         named = [(f"params[{members[0].name!r}]", members[0].param)]
         kernels, (view,) = backends.choose(named, self.options.backend)
-        clock = step_counts.Clock(kernels, view.device or 0, step_counts.NUMBERS)
+        clock = Clock(kernels, view.device or 0, NUMBERS)
         clock.fill(clock.step, alike[0][0])
         return clock
 

@@ -70,17 +70,17 @@ def converted(state, arrays, param, capturable, name):
             f"the loaded state of {name} has {sorted(state)}, and this optimizer needs {needed}: make one with the "
             "amsgrad and state_dtype of the one that was saved"
         )
-    own = new(arrays, param, capturable)
-    own["step"].fill_(count(name, state["step"]))
+    result = new(arrays, param, capturable)
+    result["step"].fill_(count(name, state["step"]))
     for key, _, dtype in arrays:
         if key not in state:
             continue
         value = state[key]
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"the loaded {key} of {name} is a {type(value).__name__}, not a tensor")
-        if value.shape != own[key].shape:
-            raise ValueError(f"the loaded {key} of {name} has shape {tuple(value.shape)}, not {tuple(own[key].shape)}")
+        if value.shape != result[key].shape:
+            raise ValueError(f"the loaded {key} of {name} has shape {tuple(value.shape)}, not {tuple(result[key].shape)}")
         if value.dtype != dtype and not (value.is_floating_point() and dtype.is_floating_point):
             raise TypeError(f"the loaded {key} of {name} is {value.dtype}, and cannot become {dtype}")
-        own[key].copy_(value)
-    return own
+        result[key].copy_(value)
+    return result

@@ -35,8 +35,8 @@ class NCCL:
 
     def all_gather(self, buffer):
         n_bytes = buffer.nbytes // self.size
-        own = buffer.data.ptr + self.rank * n_bytes  # NCCL knows from this address that it works in place
-        return self._enqueued(self._comm.allGather, own, buffer.data.ptr, n_bytes, self._nccl.NCCL_UINT8)
+        part = buffer.data.ptr + self.rank * n_bytes  # NCCL knows from this address that it works in place
+        return self._enqueued(self._comm.allGather, part, buffer.data.ptr, n_bytes, self._nccl.NCCL_UINT8)
 
     def broadcast(self, buffer):
         at = buffer.data.ptr

@@ -63,6 +63,6 @@ class Torch:
         """Make CuPy's current stream torch's."""
         if self.memory == "CPU":
             return contextlib.nullcontext()
-        cupy = imported("cupy", "it has the arrays of this transport")
+        cupy = imported("cupy", "the arrays of this transport are CuPy's")
         cuda = self._torch.cuda
         return cuda.stream(cuda.ExternalStream(cupy.cuda.get_current_stream().ptr))
