@@ -1,14 +1,41 @@
-"""The fused Adam update for arrays: the same bits from CuPy, Numba CUDA and the CPU."""
+"""The fused Adam update for arrays: the same bits from CuPy, Numba CUDA and the CPU.
+
+>>> import numpy as np
+>>> import gpuadam
+>>> params = {"w": np.float32([0.5, -1.0, 2.0]), "b": np.float32([0.0])}
+>>> opt = gpuadam.AdamW(params, lr=0.1)
+>>> opt.step({name: 2 * p for name, p in params.items()})  # a gradient
+
+This is the reference. It has a guide, pages about larger subjects, and below the classes and functions.
+
+| subject | page |
+|---|---|
+| arrays, backends, streams; groups, schedules, weight decay | `gpuadam.guide.arrays_and_groups` |
+| bfloat16, float16 and 8-bit state | `gpuadam.guide.narrow_numbers` |
+| unscaling, clipping, running means, CUDA graphs | `gpuadam.guide.whole_step` |
+| which options go together | `gpuadam.guide.options` |
+| PyTorch and JAX | `gpuadam.guide.pytorch` |
+| the arithmetic, its evidence, its limits | `gpuadam.guide.how_exact` |
+| what has been measured | `gpuadam.guide.how_fast` |
+| six short programs | `gpuadam.guide.examples` |
+| saving and loading; the state of torch and optax | `gpuadam.checkpoint`, `gpuadam.foreign_state` |
+| many ranks | `gpuadam.sharded` |
+| state larger than a memory | `gpuadam.offload` |
+| bytes and time of a step, before a machine is rented | `gpuadam.planning` |
+| testing without a GPU; the float64 reference | `gpuadam.testing`, `gpuadam.reference` |
+| adding a variant, a format or a backend | `gpuadam.kernels` |
+"""
 
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
 from .checkpoint.saving import CheckpointError, load
 from .clipping import global_norm
 from .decay import decay_groups
+from .family import AdaMax, AdamW, NAdam, RAdam
 from .flat import Flat, flatten
 from .functional import adam_step
 from .kernels.view import Bits
 from .offload import OffloadAdam
-from .optimizer import Adam, AdaMax, AdamW, NAdam, RAdam
+from .optimizer import Adam
 from .sharded import transports
 from .sharded.checkpoint import load_sharded
 from .sharded.optimizer import ShardedAdam, ShardedAdamW

@@ -111,6 +111,8 @@ def flag(name, value):
 
 def seed(value):
     """Return a seed for random rounding as an int of 64 bits."""
+    if type(value) is int and 0 <= value < 2**64:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"seed must be an integer, not {value!r} ({type(value).__name__})")
     return int(value) % 2**64
@@ -163,8 +165,8 @@ def update(views, zero_grad=False):
     """Check the arrays of one update. views: name of the operand -> View, in the order of `storage.operands`."""
     param = views["param"]
     scales = (-(-param.size // GROUP),)
+    formats(views)
     for operand, view in views.items():
-        one_format(view, ALLOWED[LIKE.get(operand, operand)])
         if operand in ("m_scale", "v_scale"):
             if view.shape != scales:
                 raise ValueError(
@@ -178,34 +180,37 @@ def update(views, zero_grad=False):
         layout(view)
         if not view.writeable and (operand != "grad" or zero_grad):
             read_only(view)
-    m = views["m"]
+        if views["m"].format == "uint8" and not view.contiguous:
+            raise ValueError(f"{view.name} is not C-contiguous, which the groups of 8-bit state need: pass a copy")
+
+
+def formats(views):
+    """Check the formats of the operands of one update. views: name of the operand -> View, or what has its name and format."""
+    for operand, view in views.items():
+        one_format(view, ALLOWED[LIKE.get(operand, operand)])
+    param, m = views["param"], views["m"]
     for operand in ("v", "max_v"):
         if operand in views and views[operand].format != m.format:
             raise TypeError(f"{views[operand].name} has dtype {_name(views[operand])}, {m.name} has {_name(m)}: use one")
     if m.format == "uint8":
-        _eight_bits(views)
+        if not {"m_scale", "v_scale"} <= set(views):
+            raise TypeError(f"{m.name} has dtype uint8, so it is 8-bit state, which needs m_scale and v_scale too")
+        for view in views.values():
+            _not_wide(view)
     elif "m_scale" in views or "v_scale" in views:
         raise TypeError(f"m_scale and v_scale belong to 8-bit state, and {m.name} has dtype {_name(m)}: it must be uint8")
     if "remainder" in views and param.format != "bfloat16":
         raise TypeError(f"{param.name} has dtype {_name(param)}: only a bfloat16 parameter has a remainder")
 
 
-def _eight_bits(views):
-    """Check what 8-bit state needs beyond other state."""
-    m = views["m"]
-    if not {"m_scale", "v_scale"} <= set(views):
-        raise TypeError(f"{m.name} has dtype uint8, so it is 8-bit state, which needs m_scale and v_scale too")
-    for view in views.values():
-        if view.format == "float64":
-            raise TypeError(f"{view.name} has dtype float64, and 8-bit state is computed with in float32: use float64 state")
-        if not view.contiguous:
-            raise ValueError(f"{view.name} is not C-contiguous, which the groups of 8-bit state need: pass a copy")
+def _not_wide(view):
+    if view.format == "float64":
+        raise TypeError(f"{view.name} has dtype float64, and 8-bit state is computed with in float32: use float64 state")
 
 
 def eight_bits(param):
     """Check a parameter that is to have 8-bit state."""
-    if param.format == "float64":
-        raise TypeError(f"{param.name} has dtype float64, and 8-bit state is computed with in float32: use float64 state")
+    _not_wide(param)
     if not param.contiguous:
         raise ValueError(
             f"{param.name} is not C-contiguous, which the groups of 8-bit state need: pass a copy, or another state"

@@ -1,15 +1,16 @@
-"""The norm of all gradients as one vector, on their device, for clipping by it."""
+"""The norm of all gradients as one vector, and what a step does by it: clip, or leave itself out."""
 
 import importlib
 from collections.abc import Iterator, Mapping, ValuesView
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import backends, checks
 from .groups import is_sequence
+from .kernels import device_scalars, streams
 from .kernels import global_norm as order
-from .kernels import streams
-from .kernels import view as arrays
+from .kernels.view import Bits, is_array
 
 
 def global_norm(grads, *, out=None, backend=None, stream=None):
@@ -66,7 +67,7 @@ def named_arrays(name, x):
     """Give what errors call each array, and the array."""
     if x is None:
         return
-    if type(x) is arrays.Bits:  # a tuple, and one array
+    if type(x) is Bits:  # a tuple, and one array
         yield name, x
     elif isinstance(x, Mapping):
         for key, value in x.items():
@@ -110,3 +111,64 @@ def _check_out(out, views, device):
     if out.device is not None and out.pointer % out.dtype.itemsize:
         raise ValueError("out is not aligned to its 8-byte elements, which a GPU needs. Pass another array")
     checks.overlap([out], views)
+
+
+# The norm of gradients from which one of their squares may overflow the type that is computed with
+LARGEST_NORM = {np.dtype(name): float(np.sqrt(np.float64(np.finfo(name).max))) for name in ("float32", "float64")}
+
+
+class Conditions(NamedTuple):
+    """What becomes of a step, as far as the host knows."""
+
+    grad_scale: Any
+    left_out: bool = False
+    on_device: dict[str, Any] | None = None  # what a device has to decide of it: arguments of `step_counts.Now`
+
+
+def conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, device_mode, largest_norm):
+    """Return the Conditions of a step: see `Adam.step` for the arguments, which are checked.
+
+    device_mode: whether the step's scalars are computed on a device, which only a capturable optimizer's are.
+    largest_norm: that is taken for finite.
+    """
+    left_out = False
+    on_device: dict[str, Any] = {}
+    on_host: dict[str, Any] = {}
+    if isinstance(norm, np.ndarray):
+        norm = float(norm)
+    if not is_array(found_inf) or isinstance(found_inf, np.ndarray):
+        left_out = checks.found_inf(found_inf)
+        on_host |= {} if found_inf is None else {"found_inf": found_inf}
+    elif device_mode:
+        on_device["found_inf"] = found_inf
+    else:
+        raise ValueError(
+            "found_inf is an array on a GPU, which the step does not wait for: make the optimizer capturable=True"
+        )
+    if is_array(norm):
+        if check_finite and not device_mode:
+            raise ValueError("check_finite on a GPU needs an optimizer with capturable=True: the step does not wait to know")
+        on_device |= {"norm": norm, "max_norm": max_norm} | ({"largest_norm": largest_norm} if check_finite else {})
+    elif norm is not None:
+        on_host["norm"] = norm
+        norm, scale = checks.norm(norm), grad_scale
+        if capturable and is_array(scale):
+            if device_mode:
+                raise TypeError("grad_scale is on the device and norm is a number: give both there, or both as numbers")
+            scale = float(np.asarray(scale).reshape(()))
+        left_out = left_out or (check_finite and not norm * abs(scale) <= largest_norm)
+        if max_norm is not None:
+            grad_scale = clipped(checks.finite("grad_scale", scale), norm, max_norm)
+    if device_mode:
+        on_device["on_host"] = on_host
+    return Conditions(grad_scale, left_out, on_device or None)
+
+
+def clipped(grad_scale, norm, max_norm):
+    """Return the grad_scale that clips gradients of a norm, as a device does it.
+
+    >>> round(clipped(0.5, norm=4.0, max_norm=1.0), 6)  # scaled, the norm is 2
+    0.25
+    """
+    clip = max_norm / (norm * abs(grad_scale) + device_scalars.CLIP_EPS)
+    return grad_scale * clip if clip < 1.0 else grad_scale

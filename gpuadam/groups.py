@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from typing import NamedTuple
 
 from . import checks, hyperparameters
-from . import step_counts as capturable
-from .kernels import view as arrays
+from .kernels.view import Bits, a_kind, is_array
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
@@ -36,6 +35,9 @@ class HasGroups:
     lr, betas, eps, weight_decay, amsgrad, maximize = map(_OfAGroup, HYPERPARAMETERS)
 
 
+ONE, SEQUENCE, MAPPING = "one array", "a sequence", "a dict"
+
+
 class Structure(NamedTuple):
     """What a group was when the optimizer was made; the gradients share it."""
 
@@ -44,11 +46,26 @@ class Structure(NamedTuple):
     amsgrad: bool
 
 
-ONE, SEQUENCE, MAPPING = "one array", "a sequence", "a dict"
+class Arrangement(NamedTuple):
+    """How an optimizer's parameters were given. Gradients and copies are given likewise."""
+
+    structures: list[Structure]
+    in_groups: bool  # as a list of groups
+
+    def in_order(self, arrays, label="grads"):
+        """Return arrays or None, in the order of the parameters, of each group. label: what errors call them."""
+        if self.in_groups:
+            return in_order_of_groups(arrays, self.structures, label)
+        return [in_order(arrays, self.structures[0], label)]
+
+    def check(self, groups):
+        """Refuse a list of groups in which there are more or fewer than when the optimizer was made."""
+        if len(groups) != len(self.structures):
+            raise ValueError("groups cannot be added to an optimizer or removed from it after it is made: make another")
 
 
 def parsed_groups(params, defaults):
-    """Return (groups with "params", "names" and hyperparameters; their structures; whether they were given as groups)."""
+    """Return the groups, dicts with "params", "names" and hyperparameters, and their Arrangement."""
     params = as_list(params)
     grouped = is_sequence(params) and len(params) and all(isinstance(p, Mapping) for p in params)
     given = params if grouped else [{"params": params}]
@@ -75,7 +92,7 @@ def parsed_groups(params, defaults):
         structures.append(Structure(kind, list(names), settings["amsgrad"]))
     if not count:
         raise ValueError("there are no parameters to update")
-    return groups, structures, grouped
+    return groups, Arrangement(structures, bool(grouped))
 
 
 def in_order_of_groups(grads, structures, label="grads"):
@@ -131,9 +148,7 @@ def grads_of_params(group):
     """Return the `.grad` of each parameter of a group, None included."""
     for name, param in zip(group["names"], group["params"], strict=False):
         if not hasattr(param, "grad"):
-            raise TypeError(
-                f"params[{name!r}] is {arrays.a_kind(param)}, which has no .grad: give the gradients, step(grads)"
-            )
+            raise TypeError(f"params[{name!r}] is {a_kind(param)}, which has no .grad: give the gradients, step(grads)")
     return [param.grad for param in group["params"]]
 
 
@@ -151,7 +166,7 @@ def as_list(x):
 
 
 def is_sequence(x):
-    return type(x) in (list, tuple) or (isinstance(x, Sequence) and not isinstance(x, (str, bytes, arrays.Bits)))
+    return type(x) in (list, tuple) or (isinstance(x, Sequence) and not isinstance(x, (str, bytes, Bits)))
 
 
 def some(names, most=12):
@@ -163,11 +178,14 @@ def some(names, most=12):
 def what_is(x):
     if isinstance(x, Mapping):
         return f"a dict with the names {some(x)}"
-    return f"a sequence of {len(x)}" if is_sequence(x) else f"{arrays.a_kind(x)}"
+    return f"a sequence of {len(x)}" if is_sequence(x) else f"{a_kind(x)}"
 
 
-def checked_group(group, structure, decoupled, step, grad_scale=1.0, further=()):
-    """Check a group and return its Hyperparameters for a step, lr called if it is a callable. further: see `checked`."""
+def checked_group(group, structure, options, step, grad_scale=1.0):
+    """Check a group and return its Hyperparameters for a step, lr called if it is a callable.
+
+    options: `Options`. Raises TypeError or ValueError.
+    """
     try:
         lr, betas, eps, weight_decay, amsgrad, maximize, names, params = _values(group)
     except KeyError:
@@ -181,13 +199,13 @@ def checked_group(group, structure, decoupled, step, grad_scale=1.0, further=())
     if amsgrad is not structure.amsgrad and checks.flag("amsgrad", amsgrad) != structure.amsgrad:
         raise ValueError("amsgrad cannot be changed after the optimizer is made: it decides which moments there are")
     if type(lr) is not float:
-        if capturable.is_array(lr):
+        if is_array(lr):
             raise TypeError(
-                f"lr is {arrays.a_kind(lr)}: it must be a number or a callable or, with capturable=True, an array of one number "
-                "beside the parameters"
+                f"lr is {a_kind(lr)}: it must be a number or a callable or, with capturable=True, an array of one number beside "
+                "the parameters"
             )
         lr = checks.scheduled(lr(step)) if callable(lr) else lr
-    return hyperparameters.checked(lr, betas, eps, weight_decay, decoupled, maximize, grad_scale, further)
+    return hyperparameters.with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, options.formulas)
 
 
 _values = operator.itemgetter(*HYPERPARAMETERS, "names", "params")

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import struct
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,22 +17,55 @@ FORMULAS = ("torch", "apex", "eps-hat", "optax")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)  # told apart by identity, which is quick to hash
-class Fixed:
-    """What seldom changes between the steps of a program, checked."""
+class Formulas:
+    """What decides about the formulas of a step beside the hyperparameters of a group, checked."""
 
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    decoupled: bool
-    maximize: bool
-    grad_scale: float
     algorithm: str = "adam"
-    ema_decay: float = 0.999
-    zero_grad: bool = False
-    ema_starts: bool = False  # the first step sets ema to param
     formula: str = "torch"
     eps_root: float = 0.0
+    ema_decay: float = 0.999
+    ema_starts: bool = False  # the first step sets ema to param
+    zero_grad: bool = False
+    decoupled: bool = False
+
+
+def formulas(algorithm, formula, eps_root, ema_decay, ema_starts, zero_grad, decoupled):
+    """Return Formulas, or raise TypeError or ValueError naming the one that is wrong."""
+    arguments = algorithm, formula, eps_root, ema_decay, ema_starts, zero_grad, decoupled
+    try:
+        return _formulas(*arguments)
+    except TypeError:  # a value that no cache can have as its key
+        return _formulas.__wrapped__(*arguments)
+
+
+@functools.lru_cache(maxsize=256, typed=True)  # typed: 1 and True are equal, and one of them is no zero_grad
+def _formulas(algorithm, formula, eps_root, ema_decay, ema_starts, zero_grad, decoupled):
+    checked = Formulas(
+        checks.one_of(ALGORITHMS, "algorithm", algorithm),
+        checks.one_of(FORMULAS, "formula", formula),
+        checks.non_negative("eps_root", eps_root),
+        checks.beta("ema_decay", ema_decay),
+        checks.flag("ema_starts", ema_starts),
+        checks.flag("zero_grad", zero_grad),
+        checks.flag("decoupled", decoupled),
+    )
+    checks.formula(checked)
+    return checked
+
+
+ADAM = Formulas()
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Fixed(Formulas):
+    """What seldom changes between the steps of a program, checked."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    maximize: bool = False
+    grad_scale: float = 1.0
 
     @property
     def variant(self):
@@ -48,54 +80,39 @@ class Hyperparameters(NamedTuple):
     fixed: Fixed
 
 
-def checked(lr, betas, eps, weight_decay, decoupled, maximize, grad_scale=1.0, further=(), **rest):
+def checked(lr, betas, eps, weight_decay, decoupled=False, maximize=False, grad_scale=1.0, **options):
     """Return Hyperparameters, or raise TypeError or ValueError naming the one that is wrong.
 
-    further: (name, value) of those further fields of Fixed that are not as usual. rest: more of them, by name.
+    options: fields of `Formulas`.
+
+    >>> checked(0.1, (0.9, 0.999), 1e-8, 0.0, algorithm="radam").fixed.algorithm
+    'radam'
     """
-    if rest:
-        further = (*further, *rest.items())
+    of_options = formulas(**dataclasses.asdict(ADAM) | options | {"decoupled": decoupled})
+    return with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, of_options)
+
+
+def with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas):
+    """Return Hyperparameters likewise; formulas: checked before."""
     lr = checks.non_negative("lr", lr)
     try:
         beta1, beta2 = betas
-        types = further and tuple(
-            [type(value) for _, value in further]
-        )  # the cache tells 1 from True, but not within tuples
-        fixed = _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, further, types)
-    except (
-        TypeError,
-        ValueError,
-    ):  # two betas, and values that can be keys of a cache, are the usual case and not the only one
-        fixed = _fixed.__wrapped__(*checks.betas(betas), eps, weight_decay, decoupled, maximize, grad_scale, further, ())
-    return Hyperparameters(lr, fixed)
+        return Hyperparameters(lr, _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas))
+    except (TypeError, ValueError):  # not two betas, a value that no cache can have as its key, or a wrong one
+        betas = checks.betas(betas)
+        return Hyperparameters(lr, _fixed.__wrapped__(*betas, eps, weight_decay, maximize, grad_scale, formulas))
 
 
-@functools.lru_cache(maxsize=256, typed=True)  # typed: 1 and True are equal, and one of them is no weight_decay
-def _fixed(beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, further, types):
-    beta1, beta2 = checks.betas((beta1, beta2))
-    fixed = Fixed(
-        beta1,
-        beta2,
+@functools.lru_cache(maxsize=256, typed=True)
+def _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas):
+    return Fixed(
+        *(getattr(formulas, field.name) for field in dataclasses.fields(Formulas)),
+        *checks.betas((beta1, beta2)),
         checks.non_negative("eps", eps),
         checks.non_negative("weight_decay", weight_decay),
-        checks.flag("decoupled", decoupled),
         checks.flag("maximize", maximize),
         checks.finite("grad_scale", grad_scale),
     )
-    if further:
-        fixed = dataclasses.replace(fixed, **{name: _FURTHER[name](name, value) for name, value in further})
-        checks.formula(fixed)
-    return fixed
-
-
-_FURTHER: dict[str, Callable] = {
-    "algorithm": functools.partial(checks.one_of, ALGORITHMS),
-    "ema_decay": checks.beta,
-    "zero_grad": checks.flag,
-    "ema_starts": checks.flag,
-    "formula": functools.partial(checks.one_of, FORMULAS),
-    "eps_root": checks.non_negative,
-}
 
 
 def form_and_scalars(h, step, arrays):

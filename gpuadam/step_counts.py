@@ -1,48 +1,120 @@
-"""Device mode: the step count, the learning rate and the gradient scale on the device, for steps that a CUDA graph captures.
+"""Where an optimizer counts its steps: on the host, in an array of the CPU, or on the device, for graphs that count on.
 
-What a kernel gets by value is frozen in a graph. So one thread computes the step's scalars on the device, from what is there when
-the graph runs (`kernels/device_scalars.py`), and the update loads them.
+What a kernel gets by value is frozen in a captured CUDA graph. In device mode one thread computes the step's scalars, from what
+is on the device when the graph runs (`kernels/device_scalars.py`), and the update loads them.
+
+The three counts have one interface: `alike` says which parameters take which step next, `advance` counts it, `read` and `set` are
+for state_dicts, and `numbers` makes of lr and grad_scale what a step takes.
 """
 
-import contextlib
+import itertools
 
 import numpy as np
 
-from . import backends, hyperparameters
+from . import backends, checks, hyperparameters
 from .kernels import array_bytes, device_scalars, gpu_launch, synchronous
-from .kernels.view import View
+from .kernels.view import View, is_array
 
 NUMBERS = (np.dtype("float32"), np.dtype("float64"))
-
-
 FLAGS = (*NUMBERS, *map(np.dtype, ("bool", "uint8", "int32", "int64")))
 
 
-class Clock:
-    """The step count of the arrays of one group, one int64 beside them, and room for the scalars that are made from it.
+class OnHost:
+    """A count for each parameter, a Python int: "step" in its state."""
 
-    kernels, device, dtypes: the backend, the device and the compute types of the arrays. On the CPU the count is a NumPy array,
-    and nothing else differs.
-    """
+    on_device = False
 
-    def __init__(self, kernels, device, dtypes):
-        self.backend, self.device = kernels.name, device
-        self.on_cpu = self.backend == "numba-cpu"
-        self.memory: dict[np.dtype, device_scalars.Memory] = {}  # always the same places, which captured graphs know
-        with self._here():
-            for dtype in () if self.on_cpu else dtypes:
-                owner, address = kernels.device_bytes(device_scalars.MEMORY_BYTES)
-                self.memory[dtype] = device_scalars.Memory(owner, address, dtype, device)
-            self.step = kernels.from_host(np.zeros(1, np.int64))
+    def alike(self, parameters, kind):
+        """Return (step, parameters) of those that have taken as many steps and are of one kind.
+
+        Parameters that were skipped before are at another step. kind: of all of them, or None if they are of several.
+        """
+        counts = [parameter.state["step"] for parameter in parameters]
+        first = counts[0] if counts else 0
+        if kind and type(first) is int and first >= 0 and counts.count(first) == len(counts):
+            return [(first + 1, parameters)] if parameters else []
+        pairs = [
+            (checks.count(f"the step of params[{parameter.name!r}]", n), parameter.kind)
+            for parameter, n in zip(parameters, counts, strict=True)
+        ]
+        chosen = [(pair, [pair == other for other in pairs]) for pair in dict.fromkeys(pairs)]
+        return [(checks.step_number(n + 1), list(itertools.compress(parameters, some))) for (n, _), some in chosen]
+
+    def check_present(self, parameters, present):
+        """Refuse gradients for some parameters if these cannot be counted alone. Here they can."""
+
+    def check_counts(self, counts, parameters):
+        """Refuse counts that cannot be set. Here every one can."""
+
+    def advance(self, parameters):
+        """Count a step of these parameters."""
+        for parameter in parameters:
+            parameter.state["step"] += 1
+
+    def read(self, parameters):
+        """Return how many steps each parameter has taken."""
+        return [parameter.state["step"] for parameter in parameters]
+
+    def set(self, parameters, counts):
+        """Set the counts of parameters."""
+        for parameter, n in zip(parameters, counts, strict=True):
+            parameter.state["step"] = n
+
+    def numbers(self, lr, grad_scale, conditions):
+        """Return the lr and the grad_scale of a step for `checked_group`, and the Now of its scalars on the device, or None."""
+        return lr, grad_scale, None
+
+
+class InArray:
+    """One count for all parameters of a group, in an int64 array of one element on the CPU: device mode without a device."""
+
+    on_device = False
+
+    def __init__(self, kernels):
+        self.backend, self.device = kernels.name, None
+        self.step = np.zeros(1, np.int64)
 
     @property
     def kernels(self):
-        return backends.load(self.backend)  # not held: a module cannot be copied with its optimizer
+        return backends.load(self.backend)
 
-    def _here(self):
-        if self.on_cpu:
-            return contextlib.nullcontext()
-        return self.kernels.on(self.device, None)
+    def alike(self, parameters, kind):
+        """Return (step, parameters): all of them take the same step."""
+        return [(self.count() + 1, parameters)] if parameters else []
+
+    def check_present(self, parameters, present):
+        """Refuse gradients for some parameters and not for all."""
+        skipped = [parameter.name for parameter, there in zip(parameters, present, strict=True) if not there]
+        if len(skipped) < len(parameters):
+            raise ValueError(
+                f"with capturable=True the parameters of a group share a step count, and {skipped} have no gradient: "
+                "give zeros, put them into a group of their own, or skip the whole group"
+            )
+
+    def check_counts(self, counts, parameters):
+        """Refuse counts that differ, or are too large."""
+        names = [parameter.name for parameter in parameters]
+        if len(set(counts)) > 1:
+            raise ValueError(f"with capturable=True the parameters {names} share a step count; the state_dict's differ")
+        if any(n >= 1 << 63 for n in counts):
+            raise ValueError("with capturable=True a step count is an int64; the state_dict's is larger")
+
+    def advance(self, parameters):
+        """Count a step, if a parameter takes one."""
+        if parameters:
+            self.step += 1
+
+    def read(self, parameters):
+        """Return how many steps each parameter has taken."""
+        return [self.count()] * len(parameters)
+
+    def set(self, parameters, counts):
+        """Set the count, in place: captured graphs know the array."""
+        self.fill(self.step, counts[0])
+
+    def numbers(self, lr, grad_scale, conditions):
+        """Return the lr and the grad_scale of a step as numbers, and None."""
+        return self.value(lr), self.value(grad_scale), None
 
     def number(self, name, value, dtypes=NUMBERS):
         """Return a View of an array of one number beside the arrays, or None if value is a number of the host."""
@@ -52,7 +124,7 @@ class Clock:
         if view.size != 1 or view.dtype not in dtypes:
             wanted = " or ".join(map(str, dtypes))
             raise ValueError(f"{name} has shape {view.shape} and dtype {view.dtype}: it must be one {wanted}")
-        if view.device != self.device and not self.on_cpu:
+        if self.device is not None and view.device != self.device:
             raise ValueError(f"{name} is on device {view.device}, the parameters are on {self.device}: move it")
         return view
 
@@ -72,10 +144,38 @@ class Clock:
         array_bytes.store_number(self.kernels, self.kernels.view("", array), value)
 
 
-class Now:
-    """What a step's scalars are made from on the device: a clock, and numbers, or arrays of one number there.
+class OnDevice(InArray):
+    """One count for all parameters of a group, an int64 beside them, and room for the scalars that are made from it."""
 
-    counts: whether the clock counts the steps; else the host does. found_inf: a flag that leaves the step out.
+    on_device = True
+
+    def __init__(self, kernels, device):
+        self.backend, self.device = kernels.name, device
+        self.memory: dict[np.dtype, device_scalars.Memory] = {}  # always the same places, which captured graphs know
+        with kernels.on(device, None):
+            for dtype in NUMBERS:
+                owner, address = kernels.device_bytes(device_scalars.MEMORY_BYTES)
+                self.memory[dtype] = device_scalars.Memory(owner, address, dtype, device)
+            self.step = kernels.from_host(np.zeros(1, np.int64))
+
+    def advance(self, parameters):
+        """A step counts itself, on the device."""
+
+    def numbers(self, lr, grad_scale, conditions):
+        """Return numbers that can be checked in the place of those on the device, and the Now of a step."""
+        now = Now(self, lr, grad_scale, **(conditions or {}))
+        return (0.0 if now.lr else lr), (1.0 if now.grad_scale else grad_scale), now
+
+
+def in_array(kernels, device):
+    """Return the count for arrays of a backend: OnDevice, or InArray on the CPU."""
+    return InArray(kernels) if kernels.name == "numba-cpu" else OnDevice(kernels, device or 0)
+
+
+class Now:
+    """What a step's scalars are made from on the device: a count, and numbers, or arrays of one number there.
+
+    counts: whether the device counts the steps; else the host does. found_inf: a flag that leaves the step out.
     norm, max_norm: clip gradients of this norm, an array of one float64. largest_norm: a larger one, or NaN, leaves the step out.
     on_host: name -> number, of the conditions that the host has decided.
     """
@@ -111,7 +211,7 @@ class Scalars:
     """
 
     def __init__(self, group, stream):
-        self.group, self.stream = group, stream
+        self.group, self.stream, self.begun = group, stream, False
         self._launches: dict[np.dtype, tuple] = {}
 
     def of(self, formats):
@@ -185,8 +285,8 @@ class Scalars:
             given["step"] = now.clock.kernels.view("step", now.clock.step)
         return given
 
-    def launch(self, counted):
-        """Enqueue them. counted: a list that gets these Scalars as soon as the step is counted."""
+    def launch(self):
+        """Enqueue them. `begun` says from then on that the device has counted the step."""
         now, clock, given = self.group.now, self.group.now.clock, self._given()
         kernels, stream = clock.kernels, self.stream
         views = [value for value in given.values() if isinstance(value, View)]
@@ -199,25 +299,4 @@ class Scalars:
                     synchronous.launch(kernels, stream, what, kernels.launch_scalars, *launched)
                 else:
                     kernels.launch_scalars(*launched)
-                if now.counts:
-                    counted.append(self)
-
-
-# The norm of gradients from which one of their squares may overflow the type that is computed with
-LARGEST_NORM = {dtype: float(np.sqrt(np.float64(np.finfo(dtype).max))) for dtype in NUMBERS}
-
-
-def clipped(grad_scale, norm, max_norm):
-    """Return the grad_scale that clips gradients of a norm, as a device does it.
-
-    >>> round(clipped(0.5, norm=4.0, max_norm=1.0), 6)  # scaled, the norm is 2
-    0.25
-    """
-    clip = max_norm / (norm * abs(grad_scale) + device_scalars.CLIP_EPS)
-    return grad_scale * clip if clip < 1.0 else grad_scale
-
-
-def is_array(value):
-    """Whether a hyperparameter is given as an array rather than as a number."""
-    kind = type(value)
-    return kind is not float and (hasattr(kind, "__dlpack__") or hasattr(kind, "__cuda_array_interface__"))
+                self.begun = now.counts

@@ -7,7 +7,6 @@ are tensors among its arrays. Where nobody has imported torch, there are none.
 import contextlib
 import functools
 import itertools
-import operator
 import sys
 
 from .kernels.view import Bits, a_kind
@@ -69,22 +68,27 @@ def why_immutable(tensor):
     return "is not a leaf: autograd computed it from other tensors. Pass those, or its detach()"
 
 
-def in_numpy(columns, views=None):
-    """Return lists of arrays with NumPy arrays in the place of the tensors in CPU memory that pass the checks of `plain`.
+def in_numpy(columns, remembered=None, group=0):
+    """Return columns of Updates with NumPy arrays in the place of the tensors in CPU memory that pass the checks of `plain`.
 
-    columns: those of `functional.Updates`. views: a function that gives `_all_in_numpy` of the params and of the state, likewise.
+    remembered: what keeps the arrays for the next step, under the number of the group.
     """
-    views = views or (lambda k, column: _all_in_numpy(column))
-    return [
-        column if not among([column]) else _all_in_numpy(column, written=False) if k == GRAD else views(k, column)
-        for k, column in enumerate(columns)
-    ]
+
+    def converted(k, column):
+        if not among([column]):
+            return column
+        if k == GRAD or remembered is None:
+            return all_in_numpy(column, written=k != GRAD)
+        return remembered.in_numpy(group, k, column)
+
+    return [converted(k, column) for k, column in enumerate(columns)]
 
 
 GRAD = 1  # its place among the columns
 
 
-def _all_in_numpy(column, written=True):
+def all_in_numpy(column, written=True):
+    """Return the NumPy arrays over tensors. written: whether an update writes them, so that the rule of torch.optim holds."""
     torch = sys.modules["torch"]
     if set(map(type, column)) <= {torch.Tensor, torch.nn.Parameter} and not (written and any(map(why_immutable, column))):
         with contextlib.suppress(RuntimeError, TypeError):  # at once is quicker, if all are on the CPU and of NumPy's dtypes
@@ -97,40 +101,6 @@ def _all_in_numpy(column, written=True):
                 array = plain("", array)
         converted.append(array)
     return converted
-
-
-class NumpyViews:
-    """The NumPy arrays of the params and state of an optimizer, made anew where a tensor is not what it was.
-
-    A tensor can get other memory, another shape or dtype and remain the same object, by `tensor.data = ...` for one.
-    """
-
-    def __init__(self):
-        self._known = {}
-
-    def __call__(self, key, tensors):
-        now = _read(tensors)
-        before, views = self._known.get(key, (None, None))
-        if now is None or now != before:
-            views = _all_in_numpy(tensors)
-            self._known[key] = now, views
-        return views
-
-
-def _read(tensors):
-    """Return all of tensors that decides about their views, or None if one is no tensor or has no such memory."""
-    torch = sys.modules["torch"]
-    if not set(map(type, tensors)) <= {torch.Tensor, torch.nn.Parameter}:
-        return None
-    try:
-        return [
-            list(map(read, tensors)) for read in (torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.is_neg, _FIELDS)
-        ]
-    except RuntimeError:
-        return None
-
-
-_FIELDS = operator.attrgetter("shape", "dtype", "device", "is_leaf")
 
 
 def places(arrays):

@@ -28,7 +28,8 @@ def launch(backend, form, views, scalars, rule, stream, key=0):
     key: of the step, for random rounding.
     """
     for batch in batches(backend, [Update([view for view in views if view is not None])], form.arrays):
-        batch.launch(form, scalars, rule, batch.place(stream), key)
+        batch.prepare(rule, form, scalars, batch.place(stream), key)
+        batch.launch()
 
 
 def batches(backend, updates, arrays):
@@ -39,11 +40,11 @@ def batches(backend, updates, arrays):
     updates = [update for update in updates if update.views[0].size]
     is_dense = [dense(update.views, in_c_order=arrays.random) for update in updates]
     together = list(itertools.compress(updates, is_dense))
-    apart = [Batch(backend, "strided", [update]) for update, one in zip(updates, is_dense, strict=True) if not one]
+    apart = [Batch(backend, "strided", arrays, [update]) for update, one in zip(updates, is_dense, strict=True) if not one]
     if not together:
         return apart
     loop = "table" if len(together) > 1 or arrays.grouped else "contiguous"
-    return [Batch(backend, loop, together, storage.GROUP_LANES if arrays.grouped else 0), *apart]
+    return [Batch(backend, loop, arrays, together), *apart]
 
 
 def to_order(backend, stream, others):
@@ -157,8 +158,9 @@ class Batch:
 
     lasts = True
 
-    def __init__(self, backend, loop, updates, group_lanes=0):
-        self.backend, self.loop = backend, loop
+    def __init__(self, backend, loop, arrays, updates):
+        self.backend, self.loop, self.arrays, self.is_random = backend, loop, arrays, arrays.random
+        self.group, self.begun = 0, False
         first = updates[0].views
         self.device, self.size = first[0].device, first[0].size
         self.named = list(dict.fromkeys(view.stream for update in updates for view in update.views))
@@ -175,7 +177,7 @@ class Batch:
         if loop == "contiguous":
             self.split = split(self.pointers, [view.dtype.itemsize for view in first], self.size)
         elif loop == "table":
-            self.table = pointer_table.Table(backend, self.device, updates, group_lanes)
+            self.table = pointer_table.Table(backend, self.device, updates, storage.GROUP_LANES if arrays.grouped else 0)
 
     def place(self, given):
         """Return the Place of a launch. given: the handle of a stream, or None."""
@@ -204,8 +206,9 @@ class Batch:
                 "arrays, gradients included, on this stream before the capture"
             )
 
-    def prepare(self, form, scalars, rule, place, key=0):
+    def prepare(self, rule, form, scalars, place, key=0):
         """Do what may fail before anything is written: put the table on the device, and compile the kernel."""
+        self.prepared, self.begun = (rule, form, scalars, place, key), False
         with self.backend.on(self.device, place.stream):
             if self.loop == "table":
                 self.at = self.table.addresses(place.stream)
@@ -213,8 +216,9 @@ class Batch:
                 kernel = rule, form, isinstance(scalars, device_scalars.Memory), self.kernel
                 rehearse(self.backend, self.device, kernel, lambda s: self.backend.run(self, form, scalars, rule, s, key))
 
-    def launch(self, form, scalars, rule, place, key=0, launched=None):
-        """Enqueue the updates. launched: a list that gets the Batch as soon as they cannot be taken back."""
+    def launch(self):
+        """Enqueue the updates that were prepared. `begun` says from then on that they cannot be taken back."""
+        rule, form, scalars, place, key = self.prepared
         stream, others, _ = place
         with self.backend.on(self.device, stream):
             if self.loop == "table":
@@ -225,8 +229,7 @@ class Batch:
                 synchronous.launch(self.backend, stream, self.what, self.backend.run, self, form, scalars, rule, stream, key)
             else:
                 self.backend.run(self, form, scalars, rule, stream, key)
-            if launched is not None:
-                launched.append(self)
+            self.begun = True
             if self.loop == "table":
                 self.table.used(stream)
             for other in others:

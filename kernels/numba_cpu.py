@@ -96,7 +96,8 @@ def launch(form, views, scalars, rule=adam, stream=None, key=0):
     scalars: `adam.Scalars` of form.dtype. stream: only GPUs have them. key: of the step, for random rounding.
     """
     for batch in batches([Update([view for view in views if view is not None])], form.arrays):
-        batch.launch(form, scalars, rule, batch.place(stream), key)
+        batch.prepare(rule, form, scalars, batch.place(stream), key)
+        batch.launch()
 
 
 def batches(updates, arrays):
@@ -105,22 +106,29 @@ def batches(updates, arrays):
     for update in updates:
         views = update.views
         if dense(views, arrays.random) and all(view.array.flags.aligned for view in views):
-            rows.append(
-                [views[0].size, views[0].dtype.itemsize, update.key, update.start, *(view.pointer for view in views)]
-            )
+            rows.append([views[0].size, update.key, update.start, *(view.pointer for view in views)])
         else:
-            apart.append(Batch(None, [update]))
-    return ([Batch(np.array(rows), updates)] if rows else []) + apart
+            apart.append(Batch(arrays, arrays.random, [update], names=[views[0].name]))
+    if not rows:
+        return apart
+    table, names = np.array(rows), [update.views[0].name for update in updates]
+    return [Batch(arrays, arrays.random, updates, table, table[:, SIZE].sum().item(), names), *apart]
 
 
 class Batch:
-    """Updates that one launch makes, short of the form and the scalars. Without a table, one update of arrays of any strides."""
+    """Updates that one launch makes, short of the form and the scalars.
 
-    lasts = False
+    Their arrays are in a table, or they are one update of arrays of any strides. updates: `layout.Update`s, which keep the arrays
+    alive; None where the caller does.
+    """
 
-    def __init__(self, table, updates):
-        self.table, self.updates = table, updates  # which keep the arrays alive
-        self.names = [update.views[0].name for update in updates or ()]
+    lasts, device = False, None
+
+    __slots__ = ("arrays", "begun", "group", "is_random", "n", "names", "prepared", "table", "updates")
+
+    def __init__(self, arrays, is_random, updates, table=None, n=0, names=(), group=0):
+        self.arrays, self.is_random, self.updates, self.table, self.n = arrays, is_random, updates, table, n
+        self.names, self.group, self.begun = names, group, False
 
     def place(self, given):
         if given is not None:
@@ -129,28 +137,29 @@ class Batch:
     def check(self, place, on_device):
         """A GPU's batch refuses here what a captured graph cannot hold."""
 
-    def prepare(self, form, scalars, rule, place, key=0):
-        """A GPU's batch compiles here, and puts its table on the device."""
+    def prepare(self, rule, form, scalars, place, key=0):
+        self.prepared, self.begun = (rule, form, scalars, key), False
 
-    def launch(self, form, scalars, rule, place, key=0, launched=None):
-        if launched is not None:
-            launched.append(self)  # from here on some elements may be written
-        if self.table is None:
-            (update,) = self.updates
-            views = update.views
-            shape = np.array(views[0].shape, np.int64)
-            strides = np.array([view.strides for view in views], np.int64).reshape(len(views), shape.size).T.copy()
-            at = tuple(view.pointer for view in views)
-            build(rule, form, "strided")(at, shape, strides, update.start, update.key ^ key, *scalars)
-        else:
-            launch_table(form, self.table, self.table[:, SIZE].sum().item(), scalars, rule, key)
+    def launch(self):
+        rule, form, scalars, key = self.prepared
+        self.begun = True
+        if self.table is not None:
+            launch_table(form, self.table, self.n, scalars, rule, key)
+            return
+        (update,) = self.updates
+        views = update.views
+        shape = np.array(views[0].shape, np.int64)
+        strides = np.array([view.strides for view in views], np.int64).reshape(len(views), shape.size).T.copy()
+        at = tuple(view.pointer for view in views)
+        build(rule, form, "strided")(at, shape, strides, update.start, update.key ^ key, *scalars)
 
     def release(self):
         """Nothing is held."""
 
-    def without_arrays(self):
-        """Return a Batch that may be launched again as long as its arrays are where they were, and keeps none alive."""
-        return Batch(self.table, None)
+
+def batch_of(table, n, arrays, is_random, group=0, names=None):
+    """Return the Batch of a table of numpy_struct.py with n elements, whose arrays the caller keeps alive."""
+    return Batch(arrays, is_random, None, table, n, names or ("param",), group)
 
 
 def launch_table(form, table, n, scalars, rule=adam, key=0):

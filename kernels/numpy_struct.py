@@ -9,54 +9,95 @@ import ctypes
 import functools
 import itertools
 import sys
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache
+from gpuadam.kernels.storage import GROUP
 
-# The columns of a table, of int64: how many elements each array of an update has, and of how many bytes; the key and the number
-# of the first element, for random rounding; and from PARAM on the addresses of its operands (see storage.py). A row is an update.
-SIZE, ITEMSIZE, KEY, START, PARAM = range(5)
-GRAD, M, V, MAX_V = range(PARAM + 1, PARAM + 5)
-COLUMNS = MAX_V + 1
+# A row of a table, of int64, is an update: how many elements it has; the key and the number of the first element, for random
+# rounding; and from PARAM on the addresses of its operands, in their order.
+SIZE, KEY, START, PARAM = range(4)
 
 TYPE = object.__basicsize__ - 8  # the last field of every Python object's head
 DATA, NDIM, SHAPE, STRIDES, _BASE, DTYPE, FLAGS = (object.__basicsize__ + 8 * k for k in range(7))
-C_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x100, 0x400
+C_CONTIGUOUS, F_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x2, 0x100, 0x400
 
-MIXED = 4 | 8
-DTYPES = {4: np.dtype("float32"), 8: np.dtype("float64")}
-# What a field must hold, by its address: NumPy has one object for each dtype in native byte order. An equal one is not plain.
-# Then the flags that a gradient must have.
-IDENTITIES = np.array([id(np.ndarray), id(DTYPES[4]), id(DTYPES[8]), C_CONTIGUOUS | ALIGNED])
-GRADS_WRITTEN = IDENTITIES | [0, 0, 0, WRITEABLE]
+_formats = {
+    id(dtype): dtype  # by the object: NumPy has one for each dtype in native byte order
+    for dtype in map(np.dtype, ("float64", "float32", "float16", "int16", "uint16", "uint8"))
+}
+
+# The rows of `Columns.expected`
+DTYPE_OBJECT, FLAGS_NEEDED, BYTES, IS_SCALE, WRITTEN = range(5)
 
 
-def tables(columns, zero_grad=False):
-    """Return (itemsize, table, how many elements) of the updates of each dtype; None if an array is not plain or two overlap.
+class Columns(NamedTuple):
+    """What the arrays of updates must be to share a table: something for each operand, in the order of the columns."""
 
-    columns: the params of all updates, their grads, m's, v's and, with AMSGrad, max_v's: lists of one length. Plain are
-    NumPy's own arrays, C-contiguous, aligned, of float32 or float64 in native byte order, all but the grads writeable (and
-    these too with zero_grad), and of one shape and dtype in each update.
+    dtypes: tuple[str, ...]
+    expected: np.ndarray  # int64: a column for each operand
+
+
+_known_columns: dict[tuple, Columns] = {}
+
+
+def columns_like(operands, arrays, zero_grad):
+    """Return the Columns of updates whose first arrays are these; None if the dtype of one can be in no table.
+
+    operands: their names.
+    """
+    try:
+        dtypes = [array.dtype for array in arrays]
+    except AttributeError:
+        return None
+    key = operands, zero_grad, *map(id, dtypes)
+    columns = _known_columns.get(key)
+    if columns is None:
+        for dtype in dtypes:
+            if id(dtype) not in _formats:
+                if not _is_bfloat16_of_ml_dtypes(dtype):
+                    return None
+                _formats[id(dtype)] = dtype  # kept alive, so that no other object gets its number
+        written = [name != "grad" or zero_grad for name in operands]
+        expected = [
+            list(map(id, dtypes)),
+            [ALIGNED | WRITEABLE * is_written for is_written in written],
+            [dtype.itemsize for dtype in dtypes],
+            [name in ("m_scale", "v_scale") for name in operands],
+            written,
+        ]
+        names = tuple(dtype.name for dtype in dtypes)
+        columns = _known_columns[key] = Columns(names, np.array(expected, np.int64))
+    return columns
+
+
+def _is_bfloat16_of_ml_dtypes(dtype):
+    ml_dtypes = sys.modules.get("ml_dtypes")
+    return ml_dtypes is not None and dtype is np.dtype(ml_dtypes.bfloat16)
+
+
+def table(columns, like, any_order=True):
+    """Return the table of updates, if arrays are `known`.
+
+    None if an array is not like the first ones, is not plain, or shares memory with another.
+
+    columns: the params of all updates, their grads, m's, v's and so on: lists of one length. like: their Columns. Plain are
+    NumPy's own arrays, aligned, of one shape in each update, writeable where an update writes, and in C order without gaps.
+    any_order: all arrays of an update may be in Fortran's order instead.
     A table holds no references: the arrays must outlive it.
     """
-    if not known():
-        return None
     n, width = len(columns[0]), len(columns)
-    identities = GRADS_WRITTEN if zero_grad else IDENTITIES
-    rows = np.zeros((n, COLUMNS), np.int64)
-    if n == 1:
+    rows = np.zeros((n, PARAM + width), np.int64)
+    if n == 1 and width <= 5:
         (param,), (grad,), (m,), (v,), *max_v = columns
-        found = read_one(id(param), id(grad), id(m), id(v), id(max_v[0][0]) if max_v else 0, width, identities, rows)
-        return [(found, rows, param.size)] if found else None
+        objects = id(param), id(grad), id(m), id(v), id(max_v[0][0]) if max_v else 0
+        return rows if read_one(*objects, id(np.ndarray), like.expected, any_order, rows) else None
     objects = np.fromiter(map(id, itertools.chain.from_iterable(columns)), np.int64, n * width)
-    found = read(objects, width, identities, rows)
-    if not found:
-        return None
-    parts = [rows] if found != MIXED else [rows[rows[:, ITEMSIZE] == itemsize] for itemsize in DTYPES]
-    return [(part[0, ITEMSIZE].item(), part, part[:, SIZE].sum().item()) for part in parts]
+    return rows if read(objects, id(np.ndarray), like.expected, any_order, rows) else None
 
 
 @functools.cache
@@ -125,111 +166,78 @@ def apart(starts, ends, written):
 
 
 @_stored
-def disjoint(rows, grads_written=False):
-    """Return whether no array that an update writes shares memory with another; two that are only read may."""
-    starts, ends = np.empty(5 * rows.shape[0], np.int64), np.empty(5 * rows.shape[0], np.int64)
-    written = np.empty(5 * rows.shape[0], np.bool_)
+def extents(rows, expected, starts, ends, written):
+    """Fill in the extent of each array of a table, and whether an update writes it."""
     n = 0
     for row in range(rows.shape[0]):
-        n_bytes = rows[row, SIZE] * rows[row, ITEMSIZE]
-        for k in range(PARAM, COLUMNS):
-            if n_bytes and rows[row, k]:
-                starts[n], ends[n], written[n] = rows[row, k], rows[row, k] + n_bytes, k != GRAD or grads_written
-                n += 1
-    return apart(starts[:n], ends[:n], written[:n])
+        for k in range(expected.shape[1]):
+            size = rows[row, SIZE]
+            if expected[IS_SCALE, k]:
+                size = (size + GROUP - 1) // GROUP
+            starts[n], ends[n] = rows[row, PARAM + k], rows[row, PARAM + k] + size * expected[BYTES, k]
+            written[n] = expected[WRITTEN, k] != 0
+            n += 1
 
 
 @_stored
-def read(objects, width, identities, rows):
-    """Fill rows and return the arrays' itemsize, or MIXED; or 0 if an array is not plain, or overlaps another.
+def disjoint(rows, expected):
+    """Return whether no array that an update writes shares memory with another; two that are only read may."""
+    n = rows.shape[0] * expected.shape[1]
+    starts, ends, written = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.bool_)
+    extents(rows, expected, starts, ends, written)
+    return apart(starts, ends, written)
 
-    objects: the addresses of the arrays' structs.
+
+def all_disjoint(tables):
+    """Return likewise of several tables. tables: (table, its Columns) pairs."""
+    sizes = [rows.shape[0] * like.expected.shape[1] for rows, like in tables]
+    starts, ends, written = (np.empty(sum(sizes), dtype) for dtype in (np.int64, np.int64, np.bool_))
+    at = 0
+    for (rows, like), n in zip(tables, sizes, strict=True):
+        extents(rows, like.expected, starts[at : at + n], ends[at : at + n], written[at : at + n])
+        at += n
+    return apart(starts, ends, written)
+
+
+@_stored
+def read(objects, ndarray, expected, any_order, rows):
+    """Fill rows; return whether every array is as expected, and none that is written shares memory with another.
+
+    objects: the addresses of the arrays' structs, column by column. ndarray: the address of their type.
     """
-    itemsizes = 0
     for row in range(rows.shape[0]):
-        first, dtype, ndim, n = objects[row], 0, 0, 1
-        for k in range(width):
+        first, ndim, n, orders = objects[row], 0, 1, C_CONTIGUOUS | F_CONTIGUOUS
+        for k in range(expected.shape[1]):
             array = objects[k * rows.shape[0] + row]
-            needed = identities[3] if k == GRAD - PARAM else C_CONTIGUOUS | ALIGNED | WRITEABLE
             # of what is no array, nothing but the head may be read: it may be shorter
-            if _int64_at(array + TYPE) != identities[0] or _int32_at(array + FLAGS) & needed != needed:
-                return 0
-            if k == 0:
-                dtype, ndim = _int64_at(first + DTYPE), _int32_at(first + NDIM)
-            if _int64_at(array + DTYPE) != dtype or _int32_at(array + NDIM) != ndim:
-                return 0
-            for d in range(ndim):
-                length = _int64_at(_int64_at(array + SHAPE) + 8 * d)
-                if length != _int64_at(_int64_at(first + SHAPE) + 8 * d):
-                    return 0
-                if k == 0:
-                    n *= length
-            rows[row, PARAM + k] = _int64_at(array + DATA)
-        if dtype != identities[1] and dtype != identities[2]:
-            return 0
-        if width == MAX_V - PARAM:
-            rows[row, MAX_V] = 0
-        rows[row, SIZE] = n
-        rows[row, ITEMSIZE] = 4 if dtype == identities[1] else 8
-        itemsizes |= rows[row, ITEMSIZE]
-    return itemsizes if disjoint(rows, identities[3] & WRITEABLE != 0) else 0
-
-
-@_stored
-def read_one(param, grad, m, v, max_v, width, identities, rows):
-    """Likewise for one update, whose arrays' structs are at these addresses: it takes Python less time to pass them."""
-    return read(np.array((param, grad, m, v, max_v)), width, identities, rows)
-
-
-# What is written down of an array, to be compared at the next step: where and what it is, and up to MAX_NDIM lengths and strides.
-MAX_NDIM = 4
-DESCRIBED = 4 + 2 * MAX_NDIM
-_COMPARED = C_CONTIGUOUS | ALIGNED | WRITEABLE | 0x2  # and Fortran's order
-
-
-def described(arrays):
-    """Return what is written down of arrays, a row for each; None if one is not NumPy's own, or has too many dimensions."""
-    rows = np.empty((len(arrays), DESCRIBED), np.int64)
-    objects = np.fromiter(map(id, arrays), np.int64, len(arrays))
-    return rows if known() and describe(objects, IDENTITIES, rows) else None
-
-
-@_stored
-def describe(objects, identities, rows):
-    """Fill rows; return whether all are NumPy arrays of at most MAX_NDIM dimensions."""
-    for k in range(objects.size):
-        array = objects[k]
-        if _int64_at(array + TYPE) != identities[0] or _int32_at(array + NDIM) > MAX_NDIM:
-            return False
-        ndim = _int32_at(array + NDIM)
-        rows[k, 0], rows[k, 1] = _int64_at(array + DATA), ndim
-        rows[k, 2], rows[k, 3] = _int64_at(array + DTYPE), _int32_at(array + FLAGS) & _COMPARED
-        for d in range(MAX_NDIM):
-            rows[k, 4 + d] = _int64_at(_int64_at(array + SHAPE) + 8 * d) if d < ndim else 0
-            rows[k, 4 + MAX_NDIM + d] = _int64_at(_int64_at(array + STRIDES) + 8 * d) if d < ndim else 0
-    return True
-
-
-@_stored
-def again(objects, identities, before, rows, table, itemsizes, grads_written, starts, ends, written):
-    """Return whether arrays are what they were, gradients perhaps elsewhere; then table has the addresses of the gradients.
-
-    objects: the addresses of the arrays' structs, column by column. before: what was written down of them. rows: room for it.
-    itemsizes: of the columns. starts, ends, written: filled with the extent of each array, for `apart`.
-    """
-    if not describe(objects, identities, rows):
-        return False
-    n = table.shape[0]
-    for k in range(itemsizes.size):
-        for row in range(n):
-            i = k * n + row
-            for field in range(DESCRIBED):
-                if rows[i, field] != before[i, field] and (field or k != GRAD - PARAM):
+            if _int64_at(array + TYPE) != ndarray or _int64_at(array + DTYPE) != expected[DTYPE_OBJECT, k]:
+                return False
+            flags = _int32_at(array + FLAGS)
+            if flags & expected[FLAGS_NEEDED, k] != expected[FLAGS_NEEDED, k]:
+                return False
+            orders &= flags
+            if expected[IS_SCALE, k]:
+                if _int32_at(array + NDIM) != 1 or _int64_at(_int64_at(array + SHAPE)) != (n + GROUP - 1) // GROUP:
                     return False
-            n_bytes = itemsizes[k]
-            for d in range(rows[i, 1]):
-                n_bytes *= rows[i, 4 + d]
-            starts[i], ends[i], written[i] = rows[i, 0], rows[i, 0] + n_bytes, k != GRAD - PARAM or grads_written
-            if k == GRAD - PARAM:
-                table[row, GRAD] = rows[i, 0]
-    return True
+            else:
+                if k == 0:
+                    ndim = _int32_at(first + NDIM)
+                if _int32_at(array + NDIM) != ndim:
+                    return False
+                for d in range(ndim):
+                    length = _int64_at(_int64_at(array + SHAPE) + 8 * d)
+                    if length != _int64_at(_int64_at(first + SHAPE) + 8 * d):
+                        return False
+                    if k == 0:
+                        n *= length
+            rows[row, PARAM + k] = _int64_at(array + DATA)
+        if not (orders & C_CONTIGUOUS or (any_order and orders)):
+            return False
+        rows[row, SIZE] = n
+    return disjoint(rows, expected)
+
+
+@_stored
+def read_one(param, grad, m, v, max_v, ndarray, expected, any_order, rows):
+    """Likewise for one update, whose arrays' structs are at these addresses: it takes Python less time to pass them."""
+    return read(np.array((param, grad, m, v, max_v)), ndarray, expected, any_order, rows)

@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import itertools
 import math
 import operator
 import sys
@@ -139,76 +138,20 @@ def is_jax(array):
     return type(array).__module__.partition(".")[0] in ("jax", "jaxlib")
 
 
-_CUPY = "cupy.ndarray"
-_NUMBA = "numba.cuda.cudadrv.devicearray.DeviceNDArray"
-_NUMBA_DESCRIBED = operator.attrgetter("device_ctypes_pointer.value", "shape", "strides", "dtype", "stream")
-_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter")
+def type_name(cls):
+    """Return the full name of a type, by which one is known without importing its library."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _tensor(t):
-    return t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.is_leaf
-
-
-# By type, so that nothing is imported: all that checks and launches depend on of an array in CUDA memory; and what of that can
-# change while it is the same object.
-_OF_TENSORS = dict.fromkeys(_TENSORS, _tensor)
-_DESCRIBED = {_CUPY: operator.attrgetter("data.ptr", "shape", "strides", "dtype"), _NUMBA: _NUMBA_DESCRIBED} | _OF_TENSORS
-_CHANGING = {_CUPY: operator.attrgetter("shape"), _NUMBA: _NUMBA_DESCRIBED} | _OF_TENSORS
-
-
-class Description(NamedTuple):
-    """What was found of the arrays of many updates, to be compared with what is found later."""
-
-    held: list[Any]  # params and state, compared by identity
-    changing: list[Any]
-    grads: list[Any]
-
-    def same(self, other):
-        return (
-            len(self.held) == len(other.held)
-            and all(map(operator.is_, self.held, other.held))
-            and self.changing == other.changing
-            and self.grads == other.grads
-        )
-
-
-def description(columns):
-    """Return the Description of the params, grads and state of updates, or None if one is of a type that is not known here."""
-    params, grads, *state = columns
-    held, formats = bare([*params, *itertools.chain.from_iterable(state)])
-    grads, formats_of_grads = bare(grads)
-    changing, described = _read(held, _CHANGING), _read(grads, _DESCRIBED)
-    if changing is None or described is None:
-        return None
-    return Description(held, changing + formats, described + formats_of_grads)
-
-
-def bare(arrays):
-    """Return the arrays, those in Bits without them, and the formats that Bits named."""
-    if Bits not in set(map(type, arrays)):
-        return arrays, []
-    formats = [a.format if type(a) is Bits else None for a in arrays]
-    return [a.array if type(a) is Bits else a for a in arrays], formats
-
-
-def _read(arrays, getters):
-    read: list[Any] = []
-    for kind, group in itertools.groupby(arrays, type):
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        if name not in getters:
-            return None
-        run = list(group)
-        read.append(kind)
-        read += map(getters[name], run)
-        if name in _TENSORS:
-            read += map(torch_stream, {t.device for t in run if t.is_cuda})
-    return read
+def is_array(value):
+    """Whether a hyperparameter is given as an array rather than as a number."""
+    cls = type(value)
+    return cls is not float and (hasattr(cls, "__dlpack__") or hasattr(cls, "__cuda_array_interface__"))
 
 
 def always_cuda(array):
     """Whether an array is of a type whose memory is a GPU's, known without asking for its interface."""
-    kind = type(array)
-    return f"{kind.__module__}.{kind.__qualname__}" in (_CUPY, _NUMBA)
+    return type_name(type(array)) in ("cupy.ndarray", "numba.cuda.cudadrv.devicearray.DeviceNDArray")
 
 
 def contiguous_strides(shape, itemsize):

@@ -81,7 +81,8 @@ def copies(arrays):
 def launched(form, arrays, scalars, start=0):
     """Update arrays on the CPU backend, and return them."""
     for batch in numba_cpu.batches([Update([on_cpu("", a) for a in arrays], KEY, start)], form.arrays):
-        batch.launch(form, scalars, adam, None, STEP_KEY)
+        batch.prepare(adam, form, scalars, None, STEP_KEY)
+        batch.launch()
     return arrays
 
 
@@ -311,7 +312,8 @@ def test_a_table_of_many_arrays_gives_the_bits_of_each_alone():
     expected = [launched(form, copies(arrays), scalars) for arrays in updates]
     views = [Update([on_cpu("", a) for a in arrays], KEY) for arrays in updates]
     (batch,) = numba_cpu.batches(views, form.arrays)
-    batch.launch(form, scalars, adam, None, STEP_KEY)
+    batch.prepare(adam, form, scalars, None, STEP_KEY)
+    batch.launch()
     for arrays, wanted in zip(updates, expected, strict=True):
         assert_same(form, arrays, wanted)
 

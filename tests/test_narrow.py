@@ -82,7 +82,8 @@ def copies(arrays):
 def launched(form, arrays, scalars, start=0, key=KEY, step_key=STEP_KEY):
     """Update arrays on the CPU backend, and return them."""
     for batch in numba_cpu.batches([Update([on_cpu("", a) for a in arrays], key, start)], form.arrays):
-        batch.launch(form, scalars, adam, None, step_key)
+        batch.prepare(adam, form, scalars, None, step_key)
+        batch.launch()
     return arrays
 
 

@@ -14,20 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpuadam
+from gpuadam import hyperparameters, update
 from gpuadam.kernels import numba_cpu, numpy_struct
-from gpuadam.kernels.numpy_struct import COLUMNS, GRAD, ITEMSIZE, KEY, MAX_V, MIXED, PARAM, SIZE, START, M, V
+from gpuadam.kernels.numpy_struct import BYTES, IS_SCALE, KEY, PARAM, SIZE, START, WRITTEN
 
 F4, F8 = np.dtype("float32"), np.dtype("float64")
 NAMES = ("param", "grad", "m", "v", "max_v")
+GRAD, M, V, MAX_V = range(PARAM + 1, PARAM + 5)
+ADAM = hyperparameters.checked(1e-3, (0.9, 0.999), 1e-8, 0.0)
 
 
 def plain(shape=(6,), dtype="f4", width=4):
     return [np.ones(shape, dtype) for _ in range(width)]
 
 
-def tables(*updates):
-    """What `tables` finds of updates, each a list of param, grad, m, v and perhaps max_v."""
-    return numpy_struct.tables([list(column) for column in zip(*updates, strict=True)])
+def table(*updates):
+    """The table of updates, each a list of param, grad, m, v and perhaps max_v; None if there is none."""
+    columns = [list(column) for column in zip(*updates, strict=True)]
+    batches = update._in_numpy_structs([update.Updates(ADAM, 1, columns, NAMES[: len(columns)])])
+    return batches and batches[0].table
 
 
 def frozen(a):
@@ -59,31 +64,49 @@ def test_a_layout_that_is_not_the_known_one_is_noticed(monkeypatch):
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (2, 3), (3, 0, 2), (2, 3, 4), (1, 2, 3, 4), (2, 1, 2, 1, 2)])
 def test_a_row_is_what_python_says_of_plain_arrays(shape, width, dtype):
     arrays = plain(shape, dtype, width)
-    ((itemsize, rows, n),) = tables(arrays)
-    assert (itemsize, n) == (dtype.itemsize, arrays[0].size)
-    of_elements = [arrays[0].size, dtype.itemsize, 0, 0]  # nothing is rounded randomly here: no key, no start
-    assert rows.tolist() == [[*of_elements, *(a.ctypes.data for a in arrays), *[0] * (5 - width)]]
-    assert (SIZE, ITEMSIZE, KEY, START, PARAM, MAX_V, COLUMNS) == (0, 1, 2, 3, 4, 8, 9)
+    of_elements = [arrays[0].size, 0, 0]  # nothing is rounded randomly here: no key, no start
+    assert table(arrays).tolist() == [[*of_elements, *(a.ctypes.data for a in arrays)]]
+    assert (SIZE, KEY, START, PARAM) == (0, 1, 2, 3)
 
 
 def test_rows_come_in_the_order_of_the_updates():
     updates = [plain((n,)) for n in (3, 0, 5, 1)]
-    ((_, rows, n),) = tables(*updates)
-    assert rows[:, SIZE].tolist() == [3, 0, 5, 1] and n == 9
+    rows = table(*updates)
+    assert rows[:, SIZE].tolist() == [3, 0, 5, 1]
     assert rows[:, PARAM].tolist() == [arrays[0].ctypes.data for arrays in updates]
 
 
-def test_dtypes_may_be_mixed_between_updates():
-    updates = [plain((k + 1,), dtype) for k, dtype in enumerate(["f8", "f4", "f4", "f8"])]
-    found = tables(*updates)
-    assert [(itemsize, rows[:, SIZE].tolist(), n) for itemsize, rows, n in found] == [(4, [2, 3], 5), (8, [1, 4], 5)]
-    assert MIXED == 4 | 8
+def test_updates_of_several_dtypes_have_no_table_together():
+    assert table(plain((2,), "f8"), plain((2,), "f4")) is None
+
+
+def test_scales_are_one_for_each_group():
+    codes = [np.ones((5, 20), dtype) for dtype in ("f4", "f4", "u1", "u1")]
+
+    def of_scales(n):
+        columns = [[a] for a in (*codes, np.ones(n, "f4"), np.ones(n, "f4"))]
+        group = update.Updates(ADAM, 1, columns, (*NAMES[:4], "m_scale", "v_scale"), keys=[7], starts=[32])
+        return update._in_numpy_structs([group])
+
+    (batch,) = of_scales(4)
+    assert batch.table[0, [SIZE, KEY, START]].tolist() == [100, 7, 32] and batch.is_random
+    assert of_scales(3) is None and of_scales(5) is None
+
+
+def test_bits_are_read_as_what_they_stand_for():
+    arrays = [np.ones(6, dtype) for dtype in ("u2", "f4", "u2", "u2")]
+    assert table(*[arrays]) is None
+    for k in (0, 2, 3):
+        arrays[k] = gpuadam.Bits(arrays[k], "bfloat16")
+    assert table(arrays)[0, PARAM] == arrays[0].array.ctypes.data
+    arrays[2] = gpuadam.Bits(arrays[2].array, "float16")
+    assert table(arrays) is None
 
 
 def test_a_read_only_gradient_is_plain():
     arrays = plain()
     frozen(arrays[GRAD - PARAM])
-    assert tables(arrays) is not None
+    assert table(arrays) is not None
 
 
 def test_one_gradient_may_serve_several_updates():
@@ -91,7 +114,7 @@ def test_one_gradient_may_serve_several_updates():
     updates = [plain() for _ in range(3)]
     for arrays in updates:
         arrays[GRAD - PARAM] = grad
-    assert tables(*updates) is not None
+    assert table(*updates) is not None
 
 
 # What is not: what takes an array's place. `a` is a plain array of float32 and shape (4, 6).
@@ -154,7 +177,8 @@ NOT_PLAIN = {
     "0-d": lambda a: np.ones((), "f4"),
     "empty": lambda a: np.ones((4, 0), "f4"),
 }
-PLAIN_IF_ALL_ARE = list(NOT_PLAIN)[list(NOT_PLAIN).index("float64") :]
+PLAIN_IF_ALL_ARE = [*list(NOT_PLAIN)[list(NOT_PLAIN).index("float64") :], "in Fortran's order", "transposed"]
+OF_ANY_FLOAT = [(what, k) for what in ("float16", "float64") for k in (0, 1)]  # param and grad are of formats of their own
 
 
 @pytest.mark.parametrize("k", range(5), ids=NAMES)
@@ -162,26 +186,26 @@ PLAIN_IF_ALL_ARE = list(NOT_PLAIN)[list(NOT_PLAIN).index("float64") :]
 def test_what_is_not_plain_has_no_table(what, k):
     arrays = plain((4, 6), width=5)
     arrays[k] = NOT_PLAIN[what](arrays[k])
-    assert tables(arrays) is None
-    assert tables(plain((4, 6), width=5), arrays) is None
+    assert (table(arrays) is not None) == ((what, k) in OF_ANY_FLOAT)
+    assert table(plain((4, 6), width=5), arrays) is None
 
 
 @pytest.mark.parametrize("what", [w for w in NOT_PLAIN if w not in PLAIN_IF_ALL_ARE])
 def test_what_is_not_plain_has_no_table_if_all_arrays_are_like_it(what):
-    assert tables([NOT_PLAIN[what](a) for a in plain((4, 6))]) is None
+    assert table([NOT_PLAIN[what](a) for a in plain((4, 6))]) is None
 
 
 def test_a_memmap_has_no_table(tmp_path):
     arrays = plain()
     arrays[M - PARAM] = np.memmap(tmp_path / "m", "f4", "w+", shape=(6,))
-    assert tables(arrays) is None
+    assert table(arrays) is None
 
 
 @pytest.mark.parametrize("k", [PARAM, M, V, MAX_V])
 def test_a_read_only_array_that_is_written_has_no_table(k):
     arrays = plain(width=5)
     frozen(arrays[k - PARAM])
-    assert tables(arrays) is None
+    assert table(arrays) is None
 
 
 SHORT = """
@@ -196,7 +220,7 @@ end = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + mmap.PAGESIZE
 assert mprotect(end, mmap.PAGESIZE, 0) == 0  # from here on, reading ends the process
 head = end - object.__basicsize__
 ctypes.c_int64.from_address(head + numpy_struct.TYPE).value = id(object)
-print(numpy_struct.read(np.array([head] * 4), 4, numpy_struct.IDENTITIES, np.zeros((1, numpy_struct.COLUMNS), np.int64)))
+print(numpy_struct.read(np.array([head] * 4), id(np.ndarray), np.zeros((5, 4), np.int64), True, np.zeros((1, 7), np.int64)))
 """
 
 
@@ -205,7 +229,7 @@ def test_nothing_is_read_beyond_the_head_of_what_is_no_array():
     """A number is shorter than an array, and may lie at the end of the memory that there is."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", SHORT], env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 # What changes between two calls
@@ -213,33 +237,32 @@ def test_nothing_is_read_beyond_the_head_of_what_is_no_array():
 
 def test_a_flag_that_changes_is_seen():
     arrays = plain()
-    assert tables(arrays)
+    assert table(arrays) is not None
     arrays[V - PARAM].flags.writeable = False
-    assert tables(arrays) is None
+    assert table(arrays) is None
     arrays[V - PARAM].flags.writeable = True
-    assert tables(arrays)
+    assert table(arrays) is not None
 
 
 @pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
 def test_a_shape_that_changes_is_seen():
     arrays = plain((6,))
-    assert tables(arrays)
+    assert table(arrays) is not None
     arrays[0].shape = (2, 3)
-    assert tables(arrays) is None
+    assert table(arrays) is None
     for a in arrays[1:]:
         a.shape = (2, 3)
-    assert tables(arrays)[0][1][0, SIZE] == 6
+    assert table(arrays)[0, SIZE] == 6
 
 
 def test_a_size_and_an_address_that_change_are_seen():
     arrays = plain((6,))
-    assert tables(arrays)[0][1][0, SIZE] == 6
+    assert table(arrays)[0, SIZE] == 6
     arrays[0].resize(100_000, refcheck=False)
-    assert tables(arrays) is None
+    assert table(arrays) is None
     for a in arrays[1:]:
         a.resize(100_000, refcheck=False)
-    ((_, rows, _),) = tables(arrays)
-    assert rows[0].tolist() == [100_000, 4, 0, 0, *(a.ctypes.data for a in arrays), 0]
+    assert table(arrays)[0].tolist() == [100_000, 0, 0, *(a.ctypes.data for a in arrays)]
 
 
 def test_an_object_at_the_address_of_one_that_is_gone_is_read_anew():
@@ -252,18 +275,27 @@ def test_an_object_at_the_address_of_one_that_is_gone_is_read_anew():
             break
     else:
         pytest.skip("no address was used again")
-    assert tables(arrays) is None
+    assert table(arrays) is None
 
 
 # Overlap
 
 
-def disjoint_byte_by_byte(rows):
+def expected_of(itemsizes, scales=()):
+    """What `columns_like` says of five columns of elements of some bytes."""
+    expected = np.zeros((5, 5), np.int64)
+    expected[BYTES] = itemsizes
+    expected[WRITTEN] = [name != "grad" for name in NAMES]
+    expected[IS_SCALE] = [name in scales for name in NAMES]
+    return expected
+
+
+def disjoint_byte_by_byte(rows, expected):
     taken = []  # (addresses, whether they are written)
     for row in rows:
-        for k in range(PARAM, COLUMNS):
-            if row[k]:
-                taken.append((set(range(row[k], row[k] + row[SIZE] * row[ITEMSIZE])), k != GRAD))
+        for k in range(5):
+            n = -(-row[SIZE] // 32) if expected[IS_SCALE, k] else row[SIZE]
+            taken.append((set(range(row[PARAM + k], row[PARAM + k] + n * expected[BYTES, k])), expected[WRITTEN, k]))
     return not any(a & b and (a_written or b_written) for (a, a_written), (b, b_written) in itertools.combinations(taken, 2))
 
 
@@ -273,54 +305,56 @@ def disjoint_byte_by_byte(rows):
     st.lists(
         st.tuples(
             st.integers(0, 3),
-            st.sampled_from([4, 8]),
             *[st.integers(0, 400)] * 2,  # a key and a start, which are no addresses
-            *[st.integers(1, 400)] * 4,
-            st.integers(0, 400),
+            *[st.integers(1, 400)] * 5,
         ),
         min_size=1,
         max_size=8,
-    )
+    ),
+    st.lists(st.sampled_from([1, 2, 4, 8]), min_size=5, max_size=5),
+    st.sets(st.sampled_from(NAMES)),
 )
-def test_disjoint_is_what_comparing_all_bytes_says(rows):
-    assert numpy_struct.disjoint(np.array(rows, np.int64)) == disjoint_byte_by_byte(rows)
+def test_disjoint_is_what_comparing_all_bytes_says(rows, itemsizes, scales):
+    rows, expected = np.array(rows, np.int64), expected_of(itemsizes, scales)
+    assert numpy_struct.disjoint(rows, expected) == disjoint_byte_by_byte(rows, expected)
+    like = numpy_struct.Columns((), expected)
+    assert numpy_struct.all_disjoint([(rows[:1], like), (rows[1:], like)]) == disjoint_byte_by_byte(rows, expected)
 
 
 def test_disjoint_is_what_comparing_all_bytes_says_of_arrays_side_by_side():
     """Every order of five arrays and one more, each beginning where another ends, or a byte before."""
-    found = set()
+    found, expected = set(), expected_of(4)
     for order in itertools.permutations(range(5)):
         for shift in (0, 1):
-            row = [0] * COLUMNS
-            row[SIZE], row[ITEMSIZE] = 2, 4
+            row = [2] + [0] * 7
             for place, k in enumerate(order):
                 row[PARAM + k] = 100 + 8 * place - shift * (place == 3)
-            found.add(numpy_struct.disjoint(np.array([row])))
-            assert numpy_struct.disjoint(np.array([row])) == disjoint_byte_by_byte([row]) == (not shift)
+            found.add(numpy_struct.disjoint(np.array([row]), expected))
+            assert numpy_struct.disjoint(np.array([row]), expected) == disjoint_byte_by_byte([row], expected) == (not shift)
     assert found == {True, False}
 
 
 def test_disjoint_is_right_for_many_arrays():
     """So many that sorting takes several gaps."""
-    rng, n = np.random.default_rng(0), 700
+    rng, n, expected = np.random.default_rng(0), 700, expected_of(4)
     addresses = rng.permutation(5 * n).reshape(n, 5) * 16 + 64
-    rows = np.column_stack([np.full((n, 2), 4), np.zeros((n, 2), int), addresses])
-    assert numpy_struct.disjoint(rows)
+    rows = np.column_stack([np.full((n, 1), 4), np.zeros((n, 2), int), addresses])
+    assert numpy_struct.disjoint(rows, expected)
     for row, column in [(0, PARAM), (n // 2, V), (n - 1, MAX_V)]:
         moved = rows.copy()
         moved[row, column] += 1
-        assert numpy_struct.disjoint(moved) == (moved[row, column] + 15 == addresses.max() + 16)
+        assert numpy_struct.disjoint(moved, expected) == (moved[row, column] + 15 == addresses.max() + 16)
 
 
 def test_gradients_may_overlap_whatever_lies_between_them():
     """One that is long and read only, and behind its beginning others that begin and end."""
-    base = np.zeros((3, COLUMNS), np.int64)
-    base[:, SIZE], base[:, ITEMSIZE] = [100, 1, 1], 4
-    base[:, [PARAM, M, V]] = np.arange(9).reshape(3, 3) * 1000 + 10_000
+    base, expected = np.zeros((3, 8), np.int64), expected_of(4)
+    base[:, SIZE] = [100, 1, 1]
+    base[:, [PARAM, M, V, MAX_V]] = np.arange(12).reshape(3, 4) * 1000 + 10_000
     base[:, GRAD] = [100, 120, 300]
-    assert numpy_struct.disjoint(base)
+    assert numpy_struct.disjoint(base, expected)
     base[2, M] = 496  # within the first gradient, behind the others
-    assert not numpy_struct.disjoint(base)
+    assert not numpy_struct.disjoint(base, expected)
 
 
 # With this way or without it, the outcome is the same
@@ -384,7 +418,7 @@ def arrays_of(case):
 def test_the_outcome_is_the_same_without_this_way(monkeypatch, case):
     options = OPTIONS.get(case, {})
     with_it = outcome_of(arrays_of(case), options)
-    monkeypatch.setattr(numpy_struct, "known", lambda: False)
+    monkeypatch.setattr(update, "_in_numpy_structs", lambda groups: None)
     assert outcome_of(arrays_of(case), options) == with_it
 
 
@@ -395,6 +429,7 @@ def test_this_way_is_the_one_that_is_taken(monkeypatch):
     gpuadam.adam_step(*plain(), 1)
     gpuadam.Adam(np.ones(6, "f4")).step(np.ones(6, "f4"))
     assert taken == []
+    monkeypatch.setattr(update, "_last_likes", {})
     monkeypatch.setattr(numpy_struct, "known", lambda: False)
     gpuadam.adam_step(*plain(), 1)
     assert taken == ["the other way"]
@@ -405,7 +440,7 @@ def test_this_way_is_the_one_that_is_taken(monkeypatch):
 
 def test_no_reference_is_kept_or_lost():
     arrays, others = plain(), plain()
-    others[M - PARAM] = np.ones(6, "f8")
+    others[M - PARAM] = np.ones(6, "i8")
     objects = [*arrays, *others, F4, F8, np.ndarray]
     opt = gpuadam.Adam(arrays[0])
 
@@ -413,7 +448,7 @@ def test_no_reference_is_kept_or_lost():
         for _ in range(1000):
             gpuadam.adam_step(*arrays, 1)
             opt.step(arrays[1])
-            tables(others)
+            table(others)
 
     calls()
     gc.collect()
@@ -426,5 +461,5 @@ def test_no_reference_is_kept_or_lost():
 def test_nothing_is_written_when_one_update_of_many_is_refused():
     updates = [plain((n,)) for n in (5, 7, 9)]
     frozen(updates[2][M - PARAM])
-    assert tables(*updates) is None
+    assert table(*updates) is None
     assert all((a == 1).all() for arrays in updates for a in arrays)

@@ -1,4 +1,4 @@
-"""The README's Python runs, and prints what it says."""
+"""The Python of README.md and of the guide runs and prints what it says; links and paths lead to files."""
 
 import contextlib
 import io
@@ -7,25 +7,45 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.S | re.M)
+ROOT = Path(__file__).parent.parent
+GUIDE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gpuadam/guide").glob("*.py"))
 
 
-NEEDS = [[pytest.mark.gpu] if "import cupy" in block else [] for block in BLOCKS]
+def blocks():
+    """Yield each fenced block of Python, marked with what it needs."""
+    for page in ("README.md", *GUIDE):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)):
+            marks = [pytest.mark.gpu] if "import cupy" in block else []
+            yield pytest.param(block, marks=marks, id=f"{page}-{number}")
 
 
-@pytest.mark.parametrize("block", [pytest.param(block, marks=marks) for block, marks in zip(BLOCKS, NEEDS, strict=True)])
+@pytest.mark.parametrize("block", list(blocks()))
 def test_a_block_runs_and_prints_what_its_comments_say(block):
     if "import torch" in block:
         pytest.importorskip("torch")
     printed, names = io.StringIO(), {}
     with contextlib.redirect_stdout(printed):
-        exec(compile(block, str(README), "exec"), names)
+        exec(compile(block, "a block", "exec"), names)
     if "cupy" in names:
         names["cupy"].cuda.Device().synchronize()  # before its arrays go
     said = re.findall(r"^print\(.*?\)\s+# (.*)$", block, re.M)
     assert printed.getvalue().splitlines() == said
 
 
-def test_there_is_python_in_the_readme():
-    assert BLOCKS
+def test_readme_and_guide_have_python():
+    pages = {param.id.rpartition("-")[0] for param in blocks()}
+    assert pages == {"README.md", "gpuadam/guide/pytorch.py", "gpuadam/guide/whole_step.py"}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only a clone has every file that the pages name")
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", *GUIDE])
+def test_links_lead_to_files_and_paths_exist(page):
+    text, folder = (ROOT / page).read_text(encoding="utf-8"), (ROOT / page).parent
+    links = [folder / link for link in re.findall(r"\]\(([^)#]+)\)", text)]
+    paths = [ROOT / path for path in re.findall(r"`((?:kernels|gpuadam|tests|benchmarks|\.pdoc|\.ci)/[\w./-]*)", text)]
+    assert [str(path) for path in links + paths if not path.exists()] == []
+
+
+def test_the_readme_is_ten_minutes():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

@@ -41,7 +41,8 @@ def digest_on(name, contract):
     batches = kernels.batches([Update([kernels.view("", a) for a in arrays])], contract.arrays)
     for form, scalars, key in steps_of(contract):
         for batch in batches:
-            batch.launch(form, scalars, adam, batch.place(None), key)
+            batch.prepare(adam, form, scalars, batch.place(None), key)
+            batch.launch()
     found = [kernels.to_host(a) for a in arrays]
     for batch in batches:
         batch.release()

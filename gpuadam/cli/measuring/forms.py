@@ -125,7 +125,8 @@ def launcher_of_all(kernels, case, updates, rule):
     keys = itertools.count(1)  # of the steps, for random rounding
 
     def launch(held=updates):  # a batch on a GPU does not keep its arrays alive
-        batch.launch(form, scalars, rule, batch.place(None), next(keys))
+        batch.prepare(rule, form, scalars, batch.place(None), next(keys))
+        batch.launch()
 
     return launch
 

@@ -1,0 +1,49 @@
+"""Make the reference: python .pdoc/build.py FOLDER, then open FOLDER/index.html. Needs pdoc. A warning is an error."""
+
+import importlib.util
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pdoc
+
+HERE = Path(__file__).parent
+PACKAGES = ("testing", "checkpoint", "foreign_state", "sharded", "offload", "planning", "torch", "reference", "kernels")
+INNER = ("planning.model", "sharded.transports")  # every other file of these packages is internal
+NAMES = r"\w+(?:,\s+\w+)*"  # of arguments
+
+
+def main(folder):
+    """Write the pages into a folder."""
+    packages = [name for name in PACKAGES if name != "torch" or importlib.util.find_spec("torch")]
+    names = ["gpuadam", "gpuadam.guide"] + [f"gpuadam.{name}" for name in packages]
+    names += [rf"!gpuadam\.({'|'.join(packages)})\."]
+    for name in INNER:
+        names += [f"gpuadam.{name}", rf"!gpuadam\.{name}\."]
+    pdoc.render.env.filters["arguments_apart"] = arguments_apart
+    pdoc.render.configure(template_directory=HERE)
+    pdoc.pdoc(*names, output_directory=Path(folder))
+
+
+def arguments_apart(docstring):
+    r"""Return the docstring of a function or a class as Markdown, in which each argument begins a line.
+
+    A line that begins with names and a colon is an argument; every other line continues the line above it.
+
+    >>> arguments_apart("Add.\n\na, b: two numbers, such as\n    2**3.\nout: where the\nsum goes.\n\n>>> add(1, 2, 3)\n3")
+    'Add.\n\n**a, b:** two numbers, such as 2\\*\\*3.  \n**out:** where the sum goes.\n\n>>> add(1, 2, 3)\n3'
+    """
+    paragraphs = docstring.split("\n\n")
+    for k, paragraph in enumerate(paragraphs):
+        if not paragraph.startswith((">>>", "    ", "|", "* ", "- ", "```")):
+            text = re.sub(rf"\n(?!{NAMES}: ) *", " ", paragraph).replace("\n", "  \n")
+            text = re.sub(r"(`[^`]*`)|\*\*", lambda match: match[1] or r"\*\*", text)  # powers, not bold
+            paragraphs[k] = re.sub(rf"^({NAMES}:) ", r"**\1** ", text, flags=re.MULTILINE)
+    return "\n\n".join(paragraphs)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    sys.path.insert(0, str(HERE.parent))
+    main(*sys.argv[1:])

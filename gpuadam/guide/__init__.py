@@ -1,0 +1,16 @@
+"""The guide: one page a subject. Each module here holds a page and no code; pytest runs the examples.
+
+| page | subject |
+|---|---|
+| `gpuadam.guide.arrays_and_groups` | which arrays, backends and streams; groups, schedules, weight decay |
+| `gpuadam.guide.narrow_numbers` | bfloat16, float16 and 8-bit state; remainders; random rounding |
+| `gpuadam.guide.whole_step` | unscaling, clipping, leaving a step out, running means, CUDA graphs |
+| `gpuadam.guide.options` | which options go together |
+| `gpuadam.guide.pytorch` | the drop-in for `torch.optim`; tensors of torch and arrays of JAX |
+| `gpuadam.guide.how_exact` | the arithmetic, its evidence, its limits |
+| `gpuadam.guide.how_fast` | what has been measured, and on which machine |
+| `gpuadam.guide.examples` | six short programs |
+
+A subject that has a folder of code has its page there: `gpuadam.checkpoint`, `gpuadam.sharded` (many ranks),
+`gpuadam.offload`, `gpuadam.planning`, `gpuadam.testing`.
+"""

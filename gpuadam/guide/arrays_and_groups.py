@@ -1,0 +1,82 @@
+"""Which arrays gpuadam updates, where it updates them, and how parameters are put into groups.
+
+`gpuadam.adam_step` updates one parameter; you keep its moments. `gpuadam.Adam`, `gpuadam.AdamW` and their family keep the
+moments of one array, of a list, of a dict, or of groups.
+
+## Backends
+
+The arrays decide which backend updates them.
+
+| backend | arrays | implementation |
+|---|---|---|
+| `cupy` | CuPy arrays; arrays on a GPU with `__cuda_array_interface__` or DLPack, such as PyTorch's | an `ElementwiseKernel` |
+| `numba-cuda` | Numba device arrays; with `backend="numba-cuda"` the arrays of `cupy` too | a Numba CUDA kernel |
+| `numba-cpu` | NumPy arrays; arrays in CPU memory with DLPack, such as PyTorch's | a vectorised Numba loop on all cores |
+
+Both GPU kernels access memory in pieces of 16 bytes. Where several backends can take the arrays, `backend=`, `with
+gpuadam.use_backend(...)` or the environment variable `GPUADAM_BACKEND` chooses one. Arrays are never copied between devices,
+and no backend silently replaces another.
+
+`python -m gpuadam doctor` says what works on a machine, why something does not, and how to mend it. It runs steps in
+float32, in bfloat16 with random rounding and with 8-bit state on each backend, and compares the bits with known ones. It
+also tries checkpoints, PyTorch, the pytest plugin and the extras.
+
+## Layouts, and what is refused
+
+Every size, every alignment and all strides are computed correctly. Contiguous arrays are the fast case.
+
+These arguments raise an error before a byte is written: read-only, overlapping or broadcast arrays; shapes, dtypes or
+devices that differ; hyperparameters out of range. One bad gradient in a list stops the step of all arrays.
+
+## Many arrays
+
+`step` updates all arrays of a group together. On a GPU that is one launch, which finds the arrays through a table of their
+addresses. The table is sent to the GPU again only when an array has moved. On the CPU it is one call.
+
+`gpuadam.flatten` copies arrays into one buffer. It returns views of the buffer in the shapes of the arrays, and a second
+buffer with views for the gradients:
+
+>>> import numpy as np, gpuadam
+>>> flat = gpuadam.flatten({"w": np.ones((2, 3), "float32"), "b": np.zeros(2, "float32")})
+>>> opt = gpuadam.Adam(flat.param, lr=0.1)
+>>> flat.grads["w"][:] = 5.0
+>>> opt.step(flat.grad)
+>>> print(flat.params["w"][0], flat.params["b"])
+[0.9 0.9 0.9] [0. 0.]
+
+## Groups and schedules
+
+A group is a dict with parameters and hyperparameters of its own. `opt.groups` is the list of them; numbers in it may be
+changed between steps. A gradient of `None` skips its array.
+
+>>> w, b = np.ones(2, "float32"), np.ones(2, "float32")
+>>> groups = [{"params": {"w": w}, "lr": 0.1}, {"params": {"b": b}, "lr": 0.2}]
+>>> opt = gpuadam.Adam(groups)
+>>> opt.groups[0]["lr"] = 0.4
+>>> opt.step({"w": np.ones(2, "float32"), "b": None})
+>>> print(w, b)
+[0.6 0.6] [1. 1.]
+
+`lr` may be a function of the number of the step, counted from 1. It returns a number or an array of no dimensions. optax's
+schedules are such functions: `gpuadam.AdamW(params, lr=optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, 10_000))`. optax
+counts from 0; `lr=lambda step: schedule(step - 1)` is the same as in optax.
+
+>>> opt = gpuadam.Adam(w, lr=lambda step: 1e-3 * min(1, step / 100))
+
+## Which parameters decay
+
+`gpuadam.decay_groups` makes two groups by patterns of names. It refuses a pattern that matches no name.
+
+>>> params = {name: np.ones(2) for name in ("dense.weight", "dense.bias", "norm.scale")}
+>>> groups = gpuadam.decay_groups(params, ("*.bias", "norm*"), weight_decay=0.01)
+>>> [list(group["params"]) for group in groups]
+[['dense.weight'], ['dense.bias', 'norm.scale']]
+
+`step` takes the gradients of such groups as one dict of all names.
+
+## Streams
+
+A step on a GPU runs on CuPy's current stream, or on `stream=`: a CuPy, Numba or torch stream. If arrays were last used on
+other streams, the step waits for that work on the GPU. The host never waits for the device. (`gpuadam.OffloadAdam` is the
+exception: its step returns when all is done.)
+"""

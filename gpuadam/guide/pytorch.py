@@ -1,0 +1,55 @@
+"""gpuadam in a program that uses PyTorch, or JAX.
+
+## The drop-in
+
+`gpuadam.torch.Adam` and `gpuadam.torch.AdamW` have the interface of `torch.optim`: one line of the program changes. They
+need `pip install torch`.
+
+```python
+import torch
+import gpuadam.torch
+
+model = torch.nn.Sequential(
+    torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+)
+opt = gpuadam.torch.AdamW(model.parameters(), lr=1e-2)  # was torch.optim.AdamW
+x = torch.randn(64, 8)
+for step in range(300):
+    opt.zero_grad()
+    loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+    loss.backward()
+    opt.step()
+print(loss.item() < 0.1)  # True
+```
+
+* Checkpoints of `torch.optim.Adam` and `AdamW` load into it, and its checkpoints load into them.
+* Schedulers, hooks and `torch.amp.GradScaler` work as before.
+* `state_dtype="bfloat16"`, `state_dtype="8bit"`, `master="remainder"` and `stochastic_rounding=True` work as in
+  `gpuadam.Adam`.
+* `capturable=True` keeps the step count on the GPU, for CUDA graphs.
+* `foreach` and `fused` are accepted and have no effect. `differentiable` is refused.
+
+Tensors are on the CPU or on CUDA devices, in float32, float64, bfloat16 or float16, and of any strides.
+
+## Tensors in gpuadam's own classes
+
+`gpuadam.Adam` and its family take tensors as parameters too. `opt.step()` then reads their `.grad`, and `zero_grad=True`
+zeroes it in the same pass. That gives a torch program the options of `gpuadam.guide.whole_step`.
+
+```python
+import torch
+import gpuadam
+
+w = torch.nn.Parameter(torch.ones(3))
+opt = gpuadam.Adam({"w": w}, lr=0.1, zero_grad=True)
+w.sum().backward()
+opt.step()
+print(w.detach().numpy(), w.grad.numpy())  # [0.9 0.9 0.9] [0. 0. 0.]
+```
+
+`gpuadam.foreign_state` takes over the state of torch's and optax's Adam, and gives it back, exactly.
+
+## JAX
+
+An array of JAX never changes, so it cannot be a parameter. It can be a gradient.
+"""

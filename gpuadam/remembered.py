@@ -1,0 +1,122 @@
+"""What is known of a step's arrays, for as long as they stay what and where they were.
+
+At each step whatever may have changed is read again and compared: arrays by identity, and of each what its library lets change
+while the object stays the same. No gradient is kept alive; parameters and state are, as by their optimizer.
+
+NumPy's arrays are not remembered: to read their structs anew takes less time than to compare (`kernels/numpy_struct.py`).
+"""
+
+import itertools
+import operator
+from typing import Any, NamedTuple
+
+from . import backends, torch_tensors
+from .kernels.view import Bits, torch_stream, type_name
+
+CUPY = "cupy.ndarray"
+NUMBA = "numba.cuda.cudadrv.devicearray.DeviceNDArray"
+TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter")
+
+# By type, so that nothing is imported: functions that read all that checks and launches depend on of an array
+READ_ALL = {
+    CUPY: [operator.attrgetter("data.ptr", "shape", "strides", "dtype")],
+    NUMBA: [operator.attrgetter("device_ctypes_pointer.value", "shape", "strides", "dtype", "stream")],
+}
+for name in TENSORS:
+    methods = [operator.methodcaller(method) for method in ("data_ptr", "stride", "is_neg")]
+    READ_ALL[name] = [*methods, operator.attrgetter("shape", "dtype", "device", "is_leaf")]
+# The same, less what cannot change while an array is the same object
+READ_CHANGING = READ_ALL | {CUPY: [operator.attrgetter("shape")]}
+
+
+class Known(NamedTuple):
+    """What was read of the arrays of Updates."""
+
+    held: list[Any]  # params and state, compared by identity
+    read: list[Any]  # of these, and of the gradients
+
+    def same(self, other):
+        return (
+            len(self.held) == len(other.held) and all(map(operator.is_, self.held, other.held)) and self.read == other.read
+        )
+
+
+def known(columns):
+    """Return what is Known of the columns of Updates, or None if an array is of a type that is not listed here."""
+    params, grads, *state = columns
+    held, formats = _bare([*params, *itertools.chain.from_iterable(state)])
+    grads, formats_of_grads = _bare(grads)
+    changing, all_of_grads = _read(held, READ_CHANGING), _read(grads, READ_ALL)
+    if changing is None or all_of_grads is None:
+        return None
+    return Known(held, [changing, formats, all_of_grads, formats_of_grads])
+
+
+def _bare(arrays):
+    """Return the arrays, those in Bits without them, and the formats that Bits named."""
+    if Bits not in set(map(type, arrays)):
+        return arrays, []
+    formats = [a.format if type(a) is Bits else None for a in arrays]
+    return [a.array if type(a) is Bits else a for a in arrays], formats
+
+
+def _read(arrays, functions):
+    """Return what functions read of arrays; None if one is of another type, or has no memory. functions: by a type's name."""
+    read: list[Any] = []
+    for kind, of_kind in itertools.groupby(arrays, type):
+        name = type_name(kind)
+        if name not in functions:
+            return None
+        run = list(of_kind)
+        read.append(kind)
+        try:
+            read += [list(map(function, run)) for function in functions[name]]
+        except RuntimeError:  # a tensor without memory of its own
+            return None
+        if name in TENSORS:
+            read += map(torch_stream, {tensor.device for tensor in run if tensor.is_cuda})
+    return read
+
+
+class Remembered:
+    """What an optimizer remembers of its last step: the batches of arrays on GPUs, and NumPy arrays over torch's on the CPU."""
+
+    def __init__(self):
+        self._backend, self._known, self._batches = None, [], []
+        self._numpy = {}  # (number of the Updates, of the column) -> what was read of the tensors, the NumPy arrays
+
+    def batches(self, groups, backend):
+        """Return the batches of the last step if its arrays were the same in all that matters, or None."""
+        if not self._batches or self._backend != backends.forced(backend) or len(self._known) != len(groups):
+            return None
+        for before, group in zip(self._known, groups, strict=True):
+            now = known(group.columns)
+            if now is None or not before.same(now):
+                return None
+        return self._batches
+
+    def keep(self, groups, backend, batches):
+        """Take over the batches of a step if they can be launched again. Return whether they can."""
+        for batch in self._batches:
+            batch.release()
+        self._known, self._batches = [], []
+        if batches and all(batch.lasts for batch in batches):
+            of_groups = [known(group.columns) for group in groups]
+            if all(of_groups):
+                self._backend, self._known, self._batches = backends.forced(backend), of_groups, batches
+        return bool(self._batches)
+
+    def in_numpy(self, group, column, tensors):
+        """Return NumPy arrays over the memory of torch's tensors: the same ones while these stay what they were.
+
+        A tensor can get other memory, another shape or dtype and remain the same object, by `tensor.data = ...` for one.
+        """
+        now = _read(tensors, READ_ALL)
+        before, arrays = self._numpy.get((group, column), (None, None))
+        if now is None or now != before:
+            arrays = torch_tensors.all_in_numpy(tensors)
+            self._numpy[group, column] = now, arrays
+        return arrays
+
+    def __reduce__(self):  # a copy of an optimizer finds out anew
+        return (Remembered, ())

@@ -1,0 +1,282 @@
+"""One route for every update, whichever class or function asks for it.
+
+adam_step, Adam.step, gpuadam.torch.Adam.step, ...      make Updates: arrays that take the same step
+  update            below
+    _described      what the arrays are, checked: as remembered, or read in NumPy's structs, or view by view
+      -> Batch      what one launch takes, of one backend (`kernels/backend.py`)
+    _prepared       for each batch its form and scalars, and the stream; all is compiled, uploaded and refused here
+    _launched       nothing but launches: first of a step's scalars, if they are computed on the device, then of the batches
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import backends, checks, hyperparameters, step_counts, torch_tensors
+from .kernels import adam, device_scalars, numpy_struct, storage, streams
+from .kernels.layout import Update
+from .kernels.view import Bits
+
+OPERANDS = ("param", "grad", "m", "v")
+
+
+class Updates(NamedTuple):
+    """Arrays that take the same step."""
+
+    h: hyperparameters.Hyperparameters
+    step: int
+    columns: list[list[Any]]  # the arrays of each operand: the params of all updates, their grads, m's, v's, ...
+    operands: tuple[str, ...] = OPERANDS  # in the order of `storage.operands`
+    names: list[str] | None = None  # of each param; None for the one that adam_step was given
+    now: Any = None  # a step_counts.Now, if scalars are computed on the device
+    bits: tuple[str, ...] = ()  # of each operand: the format that its integers stand for, or ""
+    stochastic: bool = False  # narrow params are rounded randomly
+    seed: int = 0
+    keys: list[int] | None = None  # of each param, for random rounding
+    starts: list[int] | None = None  # likewise the number of its first element, where a param is a part of one
+
+    def written(self):
+        """Return the arrays that are written."""
+        param, grad, *state = self.columns
+        return list(itertools.chain(param, grad if self.h.fixed.zero_grad else (), *state))
+
+    def rows(self):
+        """Yield the arrays of each update, with what errors call them."""
+        for n, arrays in enumerate(zip(*self.columns, strict=True)):
+            if self.bits:
+                arrays = [Bits(a, bits) if bits else a for a, bits in zip(arrays, self.bits, strict=True)]
+            yield list(zip(self.labels(n), arrays, strict=True))
+
+    def labels(self, n):
+        """Return what errors call the arrays of an update."""
+        if self.names is None:
+            return self.operands
+        param = f"params[{self.names[n]!r}]"
+        return param, f"the gradient of {param}", *(f"{operand} of {param}" for operand in self.operands[2:])
+
+
+def update(groups, backend=None, stream=None, remembered=None):
+    """Check all Updates, then launch them: one launch for the dense arrays of each that share a device and a dtype.
+
+    remembered: a `remembered.Remembered`, which keeps what is known of the arrays for the next step.
+    """
+    stream = streams.handle(stream)
+    takes_numpy = backends.takes_numpy(backend)
+    batches = _in_numpy_structs(groups) if takes_numpy else None
+    if batches:
+        _launch(groups, batches, stream)
+        return
+    has_tensors = any(torch_tensors.among(group.columns) for group in groups)
+    if takes_numpy and has_tensors:
+        columns = [torch_tensors.in_numpy(group.columns, remembered, k) for k, group in enumerate(groups)]
+        batches = _in_numpy_structs([group._replace(columns=own) for group, own in zip(groups, columns, strict=True)])
+    known = batches or (remembered and remembered.batches(groups, backend))
+    batches = known or _in_views(groups, backend)
+    _launch(groups, batches, stream)
+    if has_tensors:
+        for group in groups:
+            torch_tensors.wrote(group.written())
+    if not known and not (remembered and remembered.keep(groups, backend, batches)):
+        for batch in batches:
+            batch.release()
+
+
+def check(groups, backend=None, stream=None):
+    """Raise what `update` would raise of the arrays and of a graph that is captured, and do nothing else."""
+    stream = streams.handle(stream)
+    for batch in _in_views(groups, backend):
+        _place(groups[batch.group], batch, stream)
+        batch.release()
+
+
+def _in_numpy_structs(groups):
+    """Return the batches of Updates of NumPy arrays that pass every check; None if an array does not, or may not."""
+    kernels = backends.load("numba-cpu")
+    batches, tables = [], []
+    for k, group in enumerate(groups):
+        columns, rows = group.columns, None
+        like = _last_likes.get(_settings(group))  # the last is mostly the right one, and to read tells
+        if like is not None:
+            rows = numpy_struct.table(columns, like.columns, not like.random)
+        if rows is None:
+            columns, like = _like(group)
+            rows = like and numpy_struct.table(columns, like.columns, not like.random)
+        if rows is None:
+            return None
+        if like.random and group.keys:
+            rows[:, numpy_struct.KEY] = group.keys
+        if like.random and group.starts:
+            rows[:, numpy_struct.START] = group.starts
+        n = columns[0][0].size if len(rows) == 1 else rows[:, numpy_struct.SIZE].sum().item()
+        batches.append(kernels.batch_of(rows, n, like.arrays, like.random, k, group.names))
+        tables.append((rows, like.columns))
+    return batches if len(tables) == 1 or numpy_struct.all_disjoint(tables) else None
+
+
+class Like(NamedTuple):
+    """What the arrays of Updates must be like to be in one table."""
+
+    columns: numpy_struct.Columns
+    arrays: storage.Arrays
+    random: bool  # whether a number is rounded randomly
+
+
+_known_likes: dict[tuple, Like] = {}
+_last_likes: dict[tuple, Like] = {}
+
+
+def _settings(group):
+    """Return what a Like depends on beside the dtypes of arrays."""
+    return group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad
+
+
+def _like(group):
+    """Return the columns of Updates without `Bits`, and their Like by the first arrays; None if these are in no table."""
+    columns, bits = list(group.columns), list(group.bits or [""] * len(group.columns))
+    for k, column in enumerate(columns):
+        if all(type(array) is Bits and array.format == column[0].format for array in column):
+            columns[k], bits[k] = [array.array for array in column], column[0].format
+    first = [column[0] for column in columns]
+    if not numpy_struct.known() or not all(type(array) is np.ndarray for array in first):
+        return columns, None
+    key = *_settings(group), tuple(bits), *[id(array.dtype) for array in first]
+    like = _known_likes.get(key)
+    if like is None:
+        like_first = numpy_struct.columns_like(group.operands, first, group.h.fixed.zero_grad)
+        arrays = like_first and _arrays_of_dtypes(group, like_first.dtypes, bits)
+        if arrays is None:
+            return columns, None
+        like = _known_likes[key] = Like(like_first, arrays, arrays.random)
+    if not any(type(column[0]) is Bits for column in group.columns):
+        _last_likes[_settings(group)] = like
+    return columns, like
+
+
+def _arrays_of_dtypes(group, dtypes, bits):
+    """Return the `storage.Arrays` of Updates with NumPy arrays of these dtypes, or None if `checks.formats` refuses them."""
+    formats = dict(zip(group.operands, dtypes, strict=True))
+    for operand, format in zip(group.operands, bits, strict=False):
+        if format:
+            if format not in ("bfloat16", "float16") or formats[operand] not in ("int16", "uint16"):
+                return None
+            formats[operand] = format
+    try:
+        checks.formats({operand: _Named(operand, format) for operand, format in formats.items()})
+    except TypeError:  # which `_in_views` reports by the array's name
+        return None
+    return arrays_of(formats, group.stochastic)
+
+
+class _Named(NamedTuple):
+    """As much of a View as `checks.formats` needs."""
+
+    name: str
+    format: str
+    dtype: np.dtype = np.dtype("uint8")
+
+
+def arrays_of(formats, stochastic):
+    """Return the `storage.Arrays` of an update. formats: operand -> the format of its array."""
+    param, m = formats["param"], formats["m"]
+    return storage.Arrays(
+        param,
+        formats["grad"],
+        "8bit" if m == "uint8" else m,
+        "max_v" in formats,
+        "remainder" in formats,
+        formats.get("param_copy", ""),
+        formats.get("ema", ""),
+        stochastic and param in ("bfloat16", "float16"),
+    )
+
+
+def _in_views(groups, backend):
+    """Return the batches of Updates of any arrays, which are viewed one by one. Raise what is wrong with an array."""
+    batches, written = [], []
+    read: list[Any] = []
+    for k, group in enumerate(groups):
+        together: dict[tuple, list] = {}
+        zero_grad = group.h.fixed.zero_grad
+        for n, row in enumerate(group.rows()):
+            for label, array in row:
+                checks.given(label, array)
+            kernels, views = backends.choose(row, backend)
+            by_operand = dict(zip(group.operands, views, strict=True))
+            checks.update(by_operand, zero_grad)
+            param, grad, *others = views
+            written += [param, *others]
+            (written if zero_grad else read).append(grad)
+            arrays = arrays_of({operand: view.format for operand, view in by_operand.items()}, group.stochastic)
+            one = Update(views, group.keys[n] if group.keys else 0, group.starts[n] if group.starts else 0)
+            together.setdefault((kernels, param.device, arrays), []).append(one)
+        for (kernels, _, arrays), updates in together.items():
+            for batch in kernels.batches(updates, arrays):
+                batch.group = k
+                batches.append(batch)
+    checks.overlap(written, read)
+    return batches
+
+
+def _launch(groups, batches, stream):
+    """Prepare all batches, which may fail, then launch them: nothing is allocated, compiled or refused any more."""
+    scalars_of: dict[int, step_counts.Scalars] = {}
+    if stream is not None:
+        _check_devices(batches)
+    for batch in batches:
+        group, key = groups[batch.group], 0
+        if group.now is None:
+            place = _place(group, batch, stream)
+            form, scalars = hyperparameters.form_and_scalars(group.h, group.step, batch.arrays)
+            if batch.is_random:
+                key = device_scalars.step_key(group.seed, group.step)
+        else:  # the arrays of a group go where its scalars are computed
+            computed = scalars_of.get(batch.group)
+            place = _place(group, batch, computed.stream if computed else stream)
+            computed = scalars_of.setdefault(batch.group, computed or step_counts.Scalars(group, place.stream))
+            form, scalars = computed.of(batch.arrays)
+        batch.prepare(adam, form, scalars, place, key)
+    launches = [*scalars_of.values(), *batches]
+    for scalars in scalars_of.values():
+        scalars.prepare()
+    try:
+        for launch in launches:
+            launch.launch()
+    except Exception as error:
+        if any(launch.begun for launch in launches):
+            raise _cut_short(error, scalars_of.values(), batches) from error
+        raise
+
+
+def _place(group, batch, stream):
+    """Return the Place of a launch, or raise what a graph that is captured there would freeze or cannot hold."""
+    place = batch.place(stream)
+    if group.now is not None and place.capturing:
+        group.now.check_capture(group.h)
+    batch.check(place, group.now is not None and group.now.counts)
+    return place
+
+
+def _check_devices(batches):
+    """Refuse a stream for arrays on several devices: a stream is of one."""
+    devices = sorted({batch.device for batch in batches})
+    if len(devices) > 1:
+        raise ValueError(
+            f"stream is of one device, and the parameters are on devices {devices}: leave stream out, make a stream of each "
+            "device the current one there, or take a step for the parameters of each device"
+        )
+
+
+def _cut_short(error, scalars, batches):
+    """Return the error of a step of which a part is done."""
+    done, not_done = (_names_of(batch for batch in batches if batch.begun == begun) for begun in (True, False))
+    count = "; the step count on the device has advanced" if any(one.begun for one in scalars) else ""
+    return RuntimeError(
+        f"the step was cut short ({type(error).__name__}: {error}). Updated: {done}; not updated: {not_done}{count}. The step "
+        "count on the host has not. Go on from a state that was saved before"
+    )
+
+
+def _names_of(batches):
+    names = [name for batch in batches for name in batch.names]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8:,} more" if len(names) > 8 else "") if names else "nothing"
