@@ -126,12 +126,14 @@ def test_bytes_are_those_that_optimizers_hold(options, tmp_path):
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("options", OF_OPTIMIZERS)
 def test_bytes_of_ranks_are_no_more_than_planned(options, world):
+    from gpuadam.options import Options
     from gpuadam.sharded.adam import ShardAdam
     from gpuadam.sharded.buffer import Buffer, Member
 
     params, _, own, planned = made(options)
     kernels, views = backends.choose([*params.items()])
-    make = functools.partial(ShardAdam, "adam", False, lr=0.1, **own)
+    amsgrad = own.pop("amsgrad")
+    make = functools.partial(ShardAdam, options=Options(**own), lr=0.1, amsgrad=amsgrad)
     found = predict(SHARDED, planned, H100, Settings(world)).bytes
     held = []
     for rank in range(world):

@@ -245,7 +245,7 @@ def test_an_algorithm_that_no_single_optimizer_has_is_for_ranks_alone(tmp_path):
     with pytest.raises(CheckpointError, match=r"RAdamW is one of gpuadam\.ShardedAdam alone: .* gpuadam\.load_sharded"):
         gpuadam.load(tmp_path / "a", params())
     opt = gpuadam.load_sharded(tmp_path / "a", params(), LOCAL)
-    assert (opt.algorithm, opt.decoupled, type(opt)) == ("radam", True, gpuadam.ShardedAdam)
+    assert (opt.options.algorithm, opt.options.decoupled, type(opt)) == ("radam", True, gpuadam.ShardedAdam)
 
 
 # The folder

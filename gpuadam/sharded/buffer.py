@@ -43,7 +43,7 @@ class OwnedShard:
 class Buffer:
     """Flat buffers of some members, which share group and dtype, and of their gradients.
 
-    make: makes a `ShardAdam` from a dict name -> array and a dict name -> (number of the parameter, number of the first element).
+    make: makes a `ShardAdam` from a dict name -> array and the places of these shards.
     views: the caller's arrays are read once, by `broadcast`, and not used from then on.
     """
 

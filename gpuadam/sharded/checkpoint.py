@@ -53,8 +53,8 @@ def _prepared(opt, path, with_params):
     folder, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
     opt.checked_groups()  # what could not be loaded is not saved either
     params = {member.name: of_param(member.view, member.taken) for member in opt.members}
-    groups, name = [saved_settings(group) for group in opt.groups], CLASS_OF[opt.algorithm, opt.decoupled]
-    metadata = of_optimizer(name, opt.options, groups, opt.steps, params) | {"reduction": opt.reduction}
+    groups, name = [saved_settings(group) for group in opt.groups], CLASS_OF[opt.options.algorithm, opt.options.decoupled]
+    metadata = of_optimizer(name, opt.options.saved(), groups, opt.steps, params) | {"reduction": opt.reduction}
     return (folder, metadata), {"path": folder, "with_params": with_params, **metadata}, False
 
 

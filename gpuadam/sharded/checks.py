@@ -12,7 +12,11 @@ NARROWER = tuple(format for format in checks.FORMATS if format != "float64")
 def params(groups, transport, backend):
     """Return the backend of all parameters and their Views, in order."""
     named = [(f"params[{name!r}]", p) for g in groups for name, p in zip(g["names"], g["params"], strict=True)]
+    labels = set()
     for label, param in named:
+        if label in labels:
+            raise ValueError(f"two parameters are named {label}: names must differ")
+        labels.add(label)
         checks.given(label, param)
     kernels, views = backends.choose(named, backend)
     _memory(kernels, transport)

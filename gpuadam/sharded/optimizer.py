@@ -1,5 +1,6 @@
 """Adam over many ranks, each of which keeps and updates a part of the state: ZeRO's stage 1."""
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -7,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import checks, hyperparameters, optimizer, torch_tensors
-from ..groups import HYPERPARAMETERS, MAPPING, ONE, HasGroups, as_list, in_order, in_order_of_groups, parsed_groups
+from .. import checks, hyperparameters, torch_tensors
+from ..clipping import LARGEST_NORM, clipped
+from ..groups import HYPERPARAMETERS, MAPPING, ONE, HasGroups, as_list, checked_group, parsed_groups
 from ..kernels.storage import Arrays
-from ..kernels.view import Bits
-from ..step_counts import LARGEST_NORM, clipped
+from ..options import SAVED, Options
 from . import checks as shard_checks
 from . import transports
 from .adam import ShardAdam
@@ -19,7 +20,7 @@ from .agreement import agreed, on_all
 from .buffer import Buffer, Member
 from .norm import ShardedNorm
 
-OPTIONS = tuple(name for name in optimizer.OPTIONS if name != "capturable")
+OPTIONS = tuple(name for name in SAVED if name != "capturable")
 
 
 class Step(NamedTuple):
@@ -91,11 +92,10 @@ class ShardedAdam(HasGroups):
     ):
         transports.check(transport)
         self.transport, self.steps, self._backend, self._cut_short = transport, 0, backend, False
-        self.algorithm, self.decoupled, self.reduction = algorithm, decoupled, reduction
-        self._bucket_bytes, self._views = bucket_bytes, views
+        self.reduction, self._bucket_bytes, self._views = reduction, bucket_bytes, views
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"amsgrad": amsgrad, "maximize": maximize}
-        settings, _ = agreed(transport, lambda: self._parsed(params, defaults, options))
+        settings, _ = agreed(transport, lambda: self._parsed(params, defaults, algorithm, decoupled, options))
         self._buffers = on_all(transport, lambda: self._made_buffers(settings))  # state may not fit into memory
         self.buckets = [bucket for buffer in self._buffers for bucket in buffer.buckets]
         for bucket in self.buckets:
@@ -110,48 +110,36 @@ class ShardedAdam(HasGroups):
         self._as_given = self._listed(), torch_tensors.places(self._listed())
         written = [] if self._views else [member.view for member in self.members]
         written += itertools.chain.from_iterable(buffer.written() for buffer in self._buffers)
-        self._written = shard_checks.Written(written) if self.options["zero_grad"] else None
+        self._written = shard_checks.Written(written) if self.options.zero_grad else None
         self._norm = ShardedNorm(self._kernels, self._buffers, transport)
 
-    def _parsed(self, params, defaults, options):
+    def _parsed(self, params, defaults, algorithm, decoupled, options):
         """Check the arguments of the constructor, as `agreed` needs it. Return the settings of each group for the first step."""
         if strange := set(options) - set(OPTIONS):
             raise TypeError(f"ShardedAdam has no option {sorted(strange)}; beside those of its signature it has {OPTIONS}")
         checks.one_of(("mean", "sum"), "reduction", self.reduction)
         self._views = checks.flag("views", self._views)
         self._bucket_bytes = checks.count("bucket_bytes", self._bucket_bytes)
+        self.options = Options(algorithm, decoupled, **options)
         self.params = as_list(params)  # an iterator can be read once
-        self.groups, self._structures, self._grouped = parsed_groups(self.params, defaults)
+        self.groups, self.arrangement = parsed_groups(self.params, defaults)
         self._kernels, views = shard_checks.params(self.groups, self.transport, self._backend)
         names = [(k, name) for k, group in enumerate(self.groups) for name in group["names"]]
         self.members = [Member(n, *name, view) for n, (name, view) in enumerate(zip(names, views, strict=True))]
-        # one backend for good: `use_backend` around a step would raise only on the ranks that own something
-        make = functools.partial(ShardAdam, self.algorithm, self.decoupled, backend=self._kernels.name)
-        self._pattern = make(self._without_elements(), **options)
-        self._make = functools.partial(make, **options | {"zero_grad": False})
-        self.options = self._pattern.options
-        settings = self._settings(self._pattern.checked(self.groups, 1, 1.0))
+        self._dtypes = {(member.group, self.options.computed_in(member.view.format)) for member in self.members}
+        for member in self.members:  # here, because there may be one that no rank has a part of
+            self.options.kept(member.view._replace(contiguous=True), self.groups[member.group]["amsgrad"])
+        settings = self._settings(self._checked(self.groups, 1.0))
         described = {
             "the number of ranks": self.transport.size,
             **{m.view.name: f"number {m.number}, {m.view.format} of shape {m.view.shape}" for m in self.members},
             "the group of each parameter": [member.group for member in self.members],
             **self._described(settings),
-            "decoupled": self.decoupled,
-            "algorithm": self.algorithm,
+            **dataclasses.asdict(self.options),
             "reduction": self.reduction,
             "bucket_bytes": self._bucket_bytes,
-            **self.options,
-            "seed": checks.seed(self.options["seed"]),
         }
         return settings, described, False
-
-    def _without_elements(self):
-        """Return the groups with parameters of no elements, in whose optimizer every rank finds the same errors."""
-        groups: list[Any] = [{key: group[key] for key in HYPERPARAMETERS} | {"params": {}} for group in self.groups]
-        for member in self.members:
-            array = self._kernels.zeros(0, member.view.dtype, member.view.device)
-            groups[member.group]["params"][member.name] = Bits(array, member.view.bits) if member.view.bits else array
-        return groups
 
     def _made_buffers(self, settings):
         """Return a Buffer for the parameters of each group and dtype."""
@@ -160,7 +148,8 @@ class ShardedAdam(HasGroups):
             alike.setdefault((member.group, member.view.format, member.view.dtype), []).append(member)
         buffers = []
         for (group, *_), members in alike.items():
-            make = functools.partial(self._make, **settings[group])
+            # one backend for good: `use_backend` around a step would raise only on the ranks that own something
+            make = functools.partial(ShardAdam, options=self.options, backend=self._kernels.name, **settings[group])
             buffers.append(Buffer(self._kernels, members, self.transport, self._bucket_bytes, make, self._views))
         return buffers
 
@@ -214,28 +203,23 @@ class ShardedAdam(HasGroups):
         if not left_out:
             self._take(step)
             torch_tensors.wrote([param for param, grad in zip(self._listed(), step.grads, strict=True) if grad is not None])
-        if self.options["zero_grad"]:
+        if self.options.zero_grad:
             for view in filter(None, step.grads):
                 self._kernels.fill_zero(view)
             torch_tensors.wrote(step.listed)
 
     def _checked_step(self, grads, grad_scale, max_norm, check_finite, found_inf):
         """Check a step, as `agreed` needs it. Return a Step; the flag says whether to leave the step out."""
-        if self._grouped:
-            ordered = in_order_of_groups(grads, self._structures)
-        else:
-            ordered = [in_order(grads, self._structures[0], "grads")]
-        listed = list(itertools.chain.from_iterable(ordered))
+        listed = list(itertools.chain.from_iterable(self.arrangement.in_order(grads)))
         views = shard_checks.grads(self.members, listed, self._buffers, self.transport, self._written, self._backend)
         max_norm = None if max_norm is None else checks.non_negative("max_norm", max_norm)
         check_finite = checks.flag("check_finite", check_finite)
         scale = checks.finite("grad_scale", grad_scale) / (self.transport.size if self.reduction == "mean" else 1)
         hs = self.checked_groups(scale)
         # a parameter that was skipped has taken fewer steps, so its bias correction is larger; not every rank has a part of it
-        dtypes = self._pattern.computed_in
-        steps = {(m.group, dtypes[m.name], m.taken + 1) for m in self.members if views[m.number] is not None}
-        for group, dtype, number in steps:
-            hyperparameters.form_and_scalars(hs[group], number, Arrays(*[dtype.name] * 3))
+        steps = {(m.group, m.view.format, m.taken + 1) for m in self.members if views[m.number] is not None}
+        for group, format, number in steps:
+            hyperparameters.form_and_scalars(hs[group], number, Arrays(*[self.options.computed_in(format).name] * 3))
         settings = self._settings(hs)
         described = {
             "the number of steps taken": self.steps,
@@ -260,13 +244,13 @@ class ShardedAdam(HasGroups):
                 work.wait()
             norm = self._norm.norm([None if grad is None else grad.size for grad in step.grads])
             self._cut_short = False  # nothing is written yet, and all ranks are here
-            largest = min(LARGEST_NORM[dtype] for dtype in self._pattern.computed_in.values())
+            largest = min(LARGEST_NORM[dtype] for _, dtype in self._dtypes)
             if step.check_finite and not norm * abs(scale) <= largest:
                 return
             if step.max_norm is not None:
                 scale = clipped(scale, norm, step.max_norm)
                 groups = [group | now for group, now in zip(self.groups, step.settings, strict=True)]
-                self._pattern.checked(groups, self.steps + 1, scale)  # raises on every rank or on none: the norm is the same
+                self._checked(groups, scale)  # raises on every rank or on none: the norm is the same
             self._cut_short = True
         collected = []
         for bucket, work in zip(self.buckets, reduced, strict=True):
@@ -315,9 +299,8 @@ class ShardedAdam(HasGroups):
 
     def checked_groups(self, grad_scale=1.0):
         """Return the Hyperparameters of each group for the next step, after checking groups and parameters."""
-        if len(self.groups) != len(self._structures):
-            raise ValueError("groups cannot be added to an optimizer or removed from it after it is made: make another")
-        hs = self._pattern.checked(self.groups, self.steps + 1, grad_scale)
+        self.arrangement.check(self.groups)
+        hs = self._checked(self.groups, grad_scale)
         # a step would go on with the old parameters
         listed, places = self._as_given
         now = self._listed()
@@ -354,6 +337,14 @@ class ShardedAdam(HasGroups):
         """Return the parameters of all groups, as they were given."""
         return [param for group in self.groups for param in group["params"]]
 
+    def _checked(self, groups, grad_scale):
+        """Return the Hyperparameters of each group for the next step, after checking that they fit its parameters."""
+        pairs, step = zip(groups, self.arrangement.structures, strict=True), self.steps + 1
+        hs = [checked_group(group, structure, self.options, step, grad_scale) for group, structure in pairs]
+        for group, dtype in self._dtypes:
+            hyperparameters.check_rounding(hs[group], dtype)
+        return hs
+
     def _settings(self, hs):
         """Return the hyperparameters of each group, its lr as the number that it is in a step. hs: of each group."""
         return [
@@ -371,11 +362,11 @@ class ShardedAdam(HasGroups):
     def _in_structure(self, arrays):
         """Return arrays, given in the order of the parameters, in the structure of params."""
         in_order_of_members, groups = iter(arrays), []
-        for structure in self._structures:
+        for structure in self.arrangement.structures:
             of_group = dict(zip(structure.names, in_order_of_members, strict=False))
             listed = list(of_group.values())
             groups.append(of_group if structure.kind == MAPPING else listed[0] if structure.kind == ONE else listed)
-        return groups if self._grouped else groups[0]
+        return groups if self.arrangement.in_groups else groups[0]
 
 
 class ShardedAdamW(ShardedAdam):

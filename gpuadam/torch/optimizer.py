@@ -6,24 +6,16 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import backends, checks, hyperparameters
-from ..functional import Memo, Updates, update
-from ..optimizer import STATE_DTYPES, key_of_parameter
-from ..step_counts import NUMBERS, Clock, Now
+from ..optimizer import key_of_parameter
+from ..options import Options
+from ..remembered import Remembered
+from ..step_counts import Now, OnDevice
+from ..update import Updates, update
 from . import state as torch_state
 
 # The settings of a group: those that torch's Adam has
 OF_A_STEP = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
 SETTINGS = (*OF_A_STEP, "amsgrad", "foreach", "capturable", "differentiable", "fused")
-
-
-class Options(NamedTuple):
-    """The options that torch's Adam does not have. They belong to the optimizer, and a checkpoint does not hold them."""
-
-    state_dtype: str | None
-    master: str | None
-    stochastic_rounding: bool
-    seed: int
-    backend: str | None
 
 
 class Member(NamedTuple):
@@ -86,16 +78,12 @@ class Adam(torch.optim.Optimizer):
         backend=None,
     ):
         arguments = dict(locals())
-        self.options = Options(
-            None if state_dtype is None else checks.one_of(STATE_DTYPES, "state_dtype", state_dtype),
-            None if master is None else checks.one_of(("remainder",), "master", master),
-            checks.flag("stochastic_rounding", stochastic_rounding),
-            checks.seed(seed),
-            backends.forced(backend),
-        )
-        if self.options.backend:
-            backends.choose([], self.options.backend)  # refuses a backend that is not there
-        self._memo, self._clocks = Memo(), {}
+        # the options that torch's Adam does not have: a checkpoint does not hold them
+        self.options = Options(state_dtype=state_dtype, master=master, stochastic_rounding=stochastic_rounding, seed=seed)
+        self.backend = backends.forced(backend)
+        if self.backend:
+            backends.choose([], self.backend)  # refuses a backend that is not there
+        self._remembered, self._counts = Remembered(), {}
         super().__init__(params, {name: arguments[name] for name in SETTINGS})
 
     def add_param_group(self, param_group):
@@ -141,7 +129,7 @@ class Adam(torch.optim.Optimizer):
                 updates += [self._update(h, count + 1, group, alike) for count, alike in self._alike(members)]
             counts += [member.state["step"] for member in members]
         if updates:
-            update(updates, self.options.backend, memo=self._memo)
+            update(updates, self.backend, remembered=self._remembered)
             torch._foreach_add_(counts, 1)  # one call for all, as torch's own optimizers make
         if found_inf is not None and counts:  # on the device, which knows whether the step was left out
             torch._foreach_sub_(counts, [found_inf.to(count.device, non_blocking=True) for count in counts])
@@ -183,8 +171,8 @@ class Adam(torch.optim.Optimizer):
         stochastic, seed = self.options.stochastic_rounding, self.options.seed
         is_random = stochastic or self.options.state_dtype in ("bfloat16", "8bit")
         keys = [_key(seed, number) for number in numbers] if is_random else None
-        operands = tuple(a.operand for a in arrays if a.operand not in ("m", "v"))
-        return Updates(h, step, columns, names, now, operands, stochastic, seed, keys)
+        operands = "param", "grad", *(array.operand for array in arrays)
+        return Updates(h, step, columns, operands, names, now, stochastic=stochastic, seed=seed, keys=keys)
 
     # State
 
@@ -194,7 +182,7 @@ class Adam(torch.optim.Optimizer):
 
     def _new_state(self, group, param, name):
         """Return the state that a parameter begins with, zeros, and keep it."""
-        _, (view,) = backends.choose([(f"params[{name!r}]", param)], self.options.backend)
+        _, (view,) = backends.choose([(f"params[{name!r}]", param)], self.backend)
         checks.one_format(view, checks.FORMATS)
         checks.layout(view)
         if self.options.state_dtype == "8bit":
@@ -241,11 +229,11 @@ class Adam(torch.optim.Optimizer):
         return loaded | states
 
     def __getstate__(self):
-        return super().__getstate__() | {"options": self.options}
+        return super().__getstate__() | {"options": self.options, "backend": self.backend}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._memo, self._clocks = Memo(), {}
+        self._remembered, self._counts = Remembered(), {}
         for group in self.param_groups:  # those of other versions of torch have fewer settings
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
@@ -257,25 +245,25 @@ class Adam(torch.optim.Optimizer):
         n, n_all = len(members), len(group["params"])
         _share(n == n_all, k, f"all have gradients, or none has (here {n} of {n_all} have; give zeros to the others)")
         _share(len({member.param.device for member in members}) == 1, k, "share a device")
-        if k not in self._clocks:
-            self._clocks[k] = self._clock(k, members)
+        if k not in self._counts:
+            self._counts[k] = self._count(k, members)
         lr, device = group["lr"], members[0].param.device
         lr_is_there = isinstance(lr, torch.Tensor) and lr.is_cuda
         h = self._checked(group | {"lr": 0.0} if lr_is_there else group)
         scale = 1.0 if grad_scale is None else grad_scale.to(device, non_blocking=True).double().reciprocal()
         skip = None if found_inf is None else found_inf.to(device, non_blocking=True)
-        now = Now(self._clocks[k], lr if lr_is_there else h.lr, scale, found_inf=skip)
+        now = Now(self._counts[k], lr if lr_is_there else h.lr, scale, found_inf=skip)
         return self._update(h, 1, group, members, now)
 
-    def _clock(self, k, members):
+    def _count(self, k, members):
         """Return the step count of a group. This waits for the device, in the group's first step, which is not captured."""
         alike = self._alike(members)
         _share(len(alike) == 1, k, "share a step count and have the same kinds of state")
         named = [(f"params[{members[0].name!r}]", members[0].param)]
-        kernels, (view,) = backends.choose(named, self.options.backend)
-        clock = Clock(kernels, view.device or 0, NUMBERS)
-        clock.fill(clock.step, alike[0][0])
-        return clock
+        kernels, (view,) = backends.choose(named, self.backend)
+        count = OnDevice(kernels, view.device or 0)
+        count.fill(count.step, alike[0][0])
+        return count
 
 
 class AdamW(Adam):

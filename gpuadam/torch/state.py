@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels.storage import GROUP
+from .. import state as gpuadam_state
 
 # By gpuadam's names. 8-bit codes have names of their own, so that torch's Adam does not take them for numbers
 NAMES = {"m": "exp_avg", "v": "exp_avg_sq", "max_v": "max_exp_avg_sq", "remainder": "remainder"}
@@ -24,16 +24,11 @@ class Array(NamedTuple):
 
 @functools.cache
 def kept(state_dtype, master, amsgrad, dtype):
-    """Return an Array for each array of state of a parameter of some dtype, in the order of `storage.operands`."""
-    is_8_bits = state_dtype == "8bit"
-    of_moments = "uint8" if is_8_bits else state_dtype or ("float64" if dtype is torch.float64 else "float32")
-    dtypes = {"m": of_moments, "v": of_moments} | ({"max_v": of_moments} if amsgrad else {})
-    if master and dtype is torch.bfloat16:
-        dtypes["remainder"] = "int16"
-    if is_8_bits:
-        dtypes |= {"m_scale": "float32", "v_scale": "float32"}
-    names = NAMES | NAMES_OF_8_BITS if is_8_bits else NAMES
-    return tuple(Array(names[operand], operand, getattr(torch, name)) for operand, name in dtypes.items())
+    """Return an Array for each array of state of a parameter of some dtype, in the order of operands."""
+    formats = gpuadam_state.kept(str(dtype).removeprefix("torch."), state_dtype, amsgrad, master, ema=False)
+    names = NAMES | NAMES_OF_8_BITS if state_dtype == "8bit" else NAMES
+    operands = [operand for operand in gpuadam_state.OPERANDS if operand in formats]
+    return tuple(Array(names[operand], operand, getattr(torch, formats[operand])) for operand in operands)
 
 
 def new(arrays, param, capturable):
@@ -53,8 +48,8 @@ def count(name, value):
 
 def zeros(array, param):
     """Return zeros for an Array of a parameter."""
-    if array.operand.endswith("_scale"):
-        return torch.zeros(-(-param.numel() // GROUP), dtype=array.dtype, device=param.device)
+    if array.operand in gpuadam_state.OF_GROUPS:
+        return torch.zeros(gpuadam_state.shape(array.operand, param.shape), dtype=array.dtype, device=param.device)
     return torch.zeros_like(param, dtype=array.dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
