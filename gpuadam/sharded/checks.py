@@ -1,6 +1,7 @@
 """The checks of a `ShardedAdam`'s arrays: of its parameters, and of the gradients of a step."""
 
 import bisect
+import collections
 import itertools
 
 from .. import backends, checks
@@ -11,13 +12,11 @@ NARROWER = tuple(format for format in checks.FORMATS if format != "float64")
 
 def params(groups, transport, backend):
     """Return the backend of all parameters and their Views, in order."""
-    named = [(f"params[{name!r}]", p) for g in groups for name, p in zip(g["names"], g["params"], strict=True)]
-    labels = set()
-    for label, param in named:
-        if label in labels:
-            raise ValueError(f"two parameters are named {label}: names must differ")
-        labels.add(label)
-        checks.given(label, param)
+    params = [(name, p) for group in groups for name, p in zip(group["names"], group["params"], strict=True)]
+    twice = [name for name, n in collections.Counter(name for name, _ in params).items() if n > 1]
+    if twice:
+        raise ValueError(f"two parameters are named {twice[0]!r}: names must differ")
+    named = [(f"params[{name!r}]", checks.given(f"params[{name!r}]", param)) for name, param in params]
     kernels, views = backends.choose(named, backend)
     _memory(kernels, transport)
     for view in views:
