@@ -158,6 +158,10 @@ class OnDevice(InArray):
                 self.memory[dtype] = device_scalars.Memory(owner, address, dtype, device)
             self.step = kernels.from_host(np.zeros(1, np.int64))
 
+    def alike(self, parameters, kind):
+        """Return (1, parameters): all of them take the same step, and only the device knows which."""
+        return [(1, parameters)] if parameters else []
+
     def advance(self, parameters):
         """A step counts itself, on the device."""
 

@@ -11,8 +11,9 @@ from cases import ARCHITECTURES, DEFAULTS, DTYPES, assert_same_bits, form_and_sc
 from test_gpu import spin
 
 import gpuadam
-from gpuadam import functional, hyperparameters, testing
+from gpuadam import clipping, hyperparameters, testing
 from gpuadam import step_counts as capturable
+from gpuadam import update as functional
 from gpuadam.kernels import device_scalars
 from gpuadam.kernels.storage import Arrays
 
@@ -158,7 +159,7 @@ def from_the_device(compiler, arch, h, step, arrays, seed=0, counts=True, **give
         h = h._replace(lr=0.0)
     if now.grad_scale is not None:
         h = h._replace(fixed=dataclasses.replace(h.fixed, grad_scale=1.0))
-    scalars = capturable.Scalars(functional.Updates(h, step, [], None, now, seed=seed), None)
+    scalars = capturable.Scalars(functional.Updates(h, step, [], now=now, seed=seed), None)
     scalars.of(arrays)
     ((form, settings, _),) = scalars._launches.values()
     count = np.array([step - 1])
@@ -260,7 +261,7 @@ def test_the_device_clips_by_the_norm_as_the_host_does(compiler, dtype, maximize
     given = np.array([scale])
     for norm in (0.0, 1e-300, 0.5, 1.0, 1.0 + 1e-6, 7.3, 1e10, 1e30):
         for max_norm in (1.0, 0.1, 1e20):
-            clipped = capturable.clipped(scale, norm, max_norm)
+            clipped = clipping.clipped(scale, norm, max_norm)
             options = DEFAULTS | {"maximize": maximize}
             try:
                 h = hyperparameters.checked(**options, grad_scale=clipped)
@@ -273,12 +274,12 @@ def test_the_device_clips_by_the_norm_as_the_host_does(compiler, dtype, maximize
             )
             found = gpu_code.reals_of(out, form)
             assert_same_bits([found], [np.array(expected, dtype)], f"norm {norm}, max_norm {max_norm}")
-    assert abs(capturable.clipped(scale, 1e10, 1.0)) < abs(scale) == abs(capturable.clipped(scale, 0.0, 1.0))
+    assert abs(clipping.clipped(scale, 1e10, 1.0)) < abs(scale) == abs(clipping.clipped(scale, 0.0, 1.0))
 
 
 @pytest.mark.parametrize("clips", [False, True])
 def test_a_norm_that_is_not_finite_or_too_large_leaves_the_step_out(compiler, clips):
-    h, largest = hyperparameters.checked(**DEFAULTS), capturable.LARGEST_NORM[np.dtype("float32")]
+    h, largest = hyperparameters.checked(**DEFAULTS), clipping.LARGEST_NORM[np.dtype("float32")]
     skipped = {}
     for norm in (0.0, 1.0, largest, np.nextafter(largest, np.inf), 1e300, np.inf, np.nan):
         max_norm = {"max_norm": 1.0} if clips else {}
@@ -316,7 +317,8 @@ def test_a_hundred_thousand_random_steps_give_the_hosts_bits(compiler, algorithm
     step, rate = np.zeros(1, "i8"), np.zeros(1)
     for k in range(0, n, examples(50, 1)):
         h = hyperparameters.Hyperparameters(
-            float(lr[k]), hyperparameters.Fixed(*map(float, beta[k]), 1e-8, float(decay[k]), True, False, 1.0, algorithm)
+            float(lr[k]),
+            hyperparameters.checked(1.0, tuple(map(float, beta[k])), 1e-8, float(decay[k]), True, algorithm=algorithm).fixed,
         )
         _, expected = hyperparameters.form_and_scalars(h, int(steps[k]), SAME["float32"])
         step[0], rate[0] = steps[k] - 1, h.lr
