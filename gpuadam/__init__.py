@@ -27,20 +27,20 @@ This is the reference. It has a guide, pages about larger subjects, and below th
 """
 
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
-from .checkpoint.saving import CheckpointError, load
+from .checkpoint import CheckpointError
+from .checkpoint.loading import load
 from .clipping import global_norm
-from .decay import decay_groups
 from .family import AdaMax, AdamW, NAdam, RAdam
 from .flat import Flat, flatten
 from .functional import adam_step
+from .groups import decay_groups
 from .kernels.view import Bits
 from .offload import OffloadAdam
 from .optimizer import Adam
 from .sharded import transports
-from .sharded.checkpoint import load_sharded
+from .sharded.loading import load_sharded
 from .sharded.optimizer import ShardedAdam, ShardedAdamW
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [  # noqa: RUF022 - in the order of the reference
     "adam_step",

@@ -1,14 +1,16 @@
 """Many parameters in one buffer: one array to the optimizer, the old arrays to everyone else."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from . import backends, checks
+from .groups import MAPPING, ONE, SEQUENCE, as_given
 from .kernels.layout import VECTOR_BYTES
 
 
 class Flat(NamedTuple):
-    """What `flatten` returns. `params` and `grads` are views of the two buffers, in the shapes and structure of the arrays."""
+    """Two buffers that `flatten` made. `params` and `grads` are views of them, in the shapes and structure of the arrays."""
 
     param: Any  # 1-D: every array after the other
     grad: Any  # 1-D: zeros
@@ -23,8 +25,8 @@ def flatten(arrays, backend=None):
     backend: as in `adam_step`; by default the arrays decide.
 
     The buffer is C-contiguous. Each array starts at a multiple of 16 bytes; the elements between are 0, and stay 0 under an
-    optimizer while their gradients do. An optimizer over `param` has one array, whatever the number of views, and its step one
-    launch and no table. From then on use the views: the arrays that were given are copied and left as they are.
+    optimizer while their gradients are 0. An optimizer over `param` has one array, whatever the number of views, and its step
+    one launch and no table. From then on use the views: the arrays that were given are copied and left as they are.
 
     Raises ValueError for no arrays or more than one device, TypeError for more than one dtype or library.
 
@@ -38,15 +40,15 @@ def flatten(arrays, backend=None):
      [1.  1.  1. ]]
     """
     if isinstance(arrays, Mapping):
-        named = [(f"arrays[{name!r}]", array) for name, array in arrays.items()]
+        kind, names, listed = MAPPING, list(arrays), list(arrays.values())
     elif isinstance(arrays, (list, tuple)):
-        named = [(f"arrays[{k}]", array) for k, array in enumerate(arrays)]
+        kind, names, listed = SEQUENCE, list(range(len(arrays))), list(arrays)
     else:
-        named = [("arrays", arrays)]
-    if not named:
+        kind, names, listed = ONE, [], [arrays]
+    if not listed:
         raise ValueError("there are no arrays to flatten")
-    for name, array in named:
-        checks.given(name, array)
+    labels = ["arrays"] if kind == ONE else [f"arrays[{name!r}]" for name in names]
+    named = [(label, checks.given(label, array)) for label, array in zip(labels, listed, strict=True)]
     kernels, views = backends.choose(named, backend)
     first = views[0]
     for view in views:
@@ -59,23 +61,16 @@ def flatten(arrays, backend=None):
     devices = {view.device: view.name for view in views if view.size}
     if len(devices) > 1:
         raise ValueError(f"{' and '.join(devices.values())} are on devices {sorted(devices)}: flatten each device by itself")
-    device = next(iter(devices), 0)
 
     lanes = VECTOR_BYTES // first.dtype.itemsize
-    starts = [0]
-    for view in views:
-        starts.append(starts[-1] + -(-view.size // lanes) * lanes)
-    param, grad = (kernels.zeros(starts[-1], first.dtype, device) for _ in range(2))
+    *starts, size = itertools.accumulate((-(-view.size // lanes) * lanes for view in views), initial=0)
+    param, grad = (kernels.zeros(size, first.dtype, next(iter(devices), 0)) for _ in range(2))
     params, grads = (
-        [buffer[start : start + view.size].reshape(view.shape) for start, view in zip(starts, views, strict=False)]
+        [buffer[start : start + view.size].reshape(view.shape) for start, view in zip(starts, views, strict=True)]
         for buffer in (param, grad)
     )
-    for own, view in zip(params, views, strict=True):
-        to = kernels.view(view.name, own)
-        checks.same_layout(to, view, kernels.copies_any_layout)
-        kernels.copy(to, view)
-    if isinstance(arrays, Mapping):
-        return Flat(param, grad, dict(zip(arrays, params, strict=True)), dict(zip(arrays, grads, strict=True)))
-    if isinstance(arrays, (list, tuple)):
-        return Flat(param, grad, params, grads)
-    return Flat(param, grad, params[0], grads[0])
+    for place, view in zip(params, views, strict=True):
+        target = kernels.view(view.name, place)
+        checks.same_layout(target, view, kernels.copies_any_layout)
+        kernels.copy(target, view)
+    return Flat(param, grad, *(as_given(kind, names, of_buffer) for of_buffer in (params, grads)))

@@ -8,6 +8,7 @@ import numpy as np
 
 from . import backends, checks, clipping, hyperparameters, step_counts, torch_tensors
 from . import state as state_
+from .checkpoint import saving
 from .groups import (
     HYPERPARAMETERS,
     OF_PARAMS,
@@ -443,9 +444,9 @@ class Adam(HasGroups):
 
         Raises CheckpointError if the file cannot be written; ValueError or TypeError for what could not be loaded again.
         """
-        from .checkpoint import saving
-
-        saving.save(self, path, with_params=with_params)
+        state_dict = self.state_dict()
+        self.checked_state_dict(state_dict)  # what could not be loaded is not saved either
+        saving.save(self, state_dict, path, with_params=with_params)
 
     def format_of_state(self, name, key):
         """Return the format of an array of the state, such as "bfloat16" for one that holds these numbers as integers."""

@@ -13,147 +13,105 @@ from gpuadam.kernels.streams import LEGACY_DEFAULT
 CHUNK = 1 << 22  # bytes
 
 
-def chunks(kernels, view, start=0, stop=None):
+def chunks(backend, view, start=0, stop=None):
     """Yield elements start to stop, counted in C order, as buffers of bytes. Each is good until the next is asked for.
 
-    kernels: the backend of the View.
+    backend: the backend of the View.
 
     >>> from gpuadam import backends
-    >>> kernels, (view,) = backends.choose([("x", np.array([[1, 2], [3, 4]], "u2").T)])
-    >>> [bytes(chunk) for chunk in chunks(kernels, view, 1)]
+    >>> backend, (view,) = backends.choose([("x", np.array([[1, 2], [3, 4]], "u2").T)])
+    >>> [bytes(chunk) for chunk in chunks(backend, view, 1)]
     [b'\\x03\\x00\\x02\\x00\\x04\\x00']
     """
-    ranges = _ranges(view, start, stop)
-    if not ranges:
-        return  # an empty array on a GPU has no device either
-    if view.device is None:
-        yield from _chunks_of(view.array, ranges)
-    elif not view.contiguous:
-        low, host = _whole(kernels, view)
-        yield from _chunks_of(_strided(view, low, host), ranges)
-    else:
-        itemsize = view.dtype.itemsize
-        host = np.empty(min(CHUNK, view.nbytes), np.uint8)
-        for a, b in ranges:
-            part = host[: (b - a) * itemsize]
-            _receive(kernels, view.device, part, view.pointer + a * itemsize)
-            yield part.data
+    return _pieces(backend, view, start, stop, writes=False)
 
 
-def buffers(kernels, view, start=0, stop=None):
+def buffers(backend, view, start=0, stop=None):
     """Yield buffers for the bytes of elements start to stop, counted in C order. What is put into one is stored afterwards.
 
     An array on a GPU must have passed `checks.no_gaps`.
 
     >>> from gpuadam import backends
     >>> x = np.zeros((2, 2), "u2").T
-    >>> kernels, (view,) = backends.choose([("x", x)])
-    >>> for buffer in buffers(kernels, view, 2):
+    >>> backend, (view,) = backends.choose([("x", x)])
+    >>> for buffer in buffers(backend, view, 2):
     ...     buffer[:] = bytes([1, 0, 2, 0])
     >>> x
     array([[0, 0],
            [1, 2]], dtype=uint16)
     """
-    ranges = _ranges(view, start, stop)
-    if not ranges:
-        return
-    if view.device is None:
-        yield from _buffers_of(view.array, ranges)
-    elif not view.contiguous:
-        low, host = _whole(kernels, view)
-        yield from _buffers_of(_strided(view, low, host), ranges)
-        _send(kernels, view.device, low, host)
-    else:
-        itemsize = view.dtype.itemsize
-        host = np.empty(min(CHUNK, view.nbytes), np.uint8)
-        for a, b in ranges:
-            part = host[: (b - a) * itemsize]
-            yield part.data
-            _send(kernels, view.device, view.pointer + a * itemsize, part)
+    return _pieces(backend, view, start, stop, writes=True)
 
 
-def number(kernels, view):
+def number(backend, view):
     """Return the number in an array of one.
 
     >>> from gpuadam import backends
-    >>> kernels, (view,) = backends.choose([("x", np.array([3]))])
-    >>> store_number(kernels, view, 4)
-    >>> number(kernels, view)
+    >>> backend, (view,) = backends.choose([("x", np.array([3]))])
+    >>> store_number(backend, view, 4)
+    >>> number(backend, view)
     4
     """
-    return np.frombuffer(b"".join(chunks(kernels, view)), view.dtype).item()
+    return np.frombuffer(b"".join(chunks(backend, view)), view.dtype).item()
 
 
-def store_number(kernels, view, value):
+def store_number(backend, view, value):
     """Write a number into an array of one."""
-    for buffer in buffers(kernels, view):
+    for buffer in buffers(backend, view):
         buffer[:] = np.array(value, view.dtype).tobytes()
 
 
-def wait(kernels, view):
-    """Wait for all that is enqueued on the device of an array, on whatever stream."""
+def wait(backend, view):
+    """Wait for all work that is enqueued on the device of an array, on whatever stream."""
     if view.device is not None:
-        with kernels.on(view.device, None):
-            kernels.synchronize()
+        with backend.on(view.device, None):
+            backend.synchronize()
 
 
-# The device is the current one only within these two: between the pieces that a generator gives, the caller's code runs.
+def _pieces(backend, view, start, stop, writes):
+    """Yield buffers for the bytes of a range of elements. writes: they are stored afterwards; else they are read before."""
+    stop, itemsize = view.size if stop is None else stop, view.dtype.itemsize
+    ranges = [(first, min(first + CHUNK // itemsize, stop)) for first in range(start, stop, CHUNK // itemsize)]
+    if not ranges:
+        return  # an empty array on a GPU has no device either
+    if view.device is None:
+        yield from _pieces_on_host(view.array, ranges, writes)
+    elif view.contiguous:
+        host = np.empty(min(CHUNK, view.nbytes), np.uint8)
+        for first, last in ranges:
+            piece, address = host[: (last - first) * itemsize], view.pointer + first * itemsize
+            if not writes:
+                _copy(backend, view.device, backend.receive, piece, address, piece.nbytes)
+            yield piece.data
+            if writes:
+                _copy(backend, view.device, backend.send, address, piece, piece.nbytes)
+    else:
+        low, high = bounds(view)
+        host = np.empty(high - low, np.uint8)
+        _copy(backend, view.device, backend.receive, host, low, host.nbytes)
+        array = np.ndarray(view.shape, f"u{itemsize}", host, view.pointer - low, view.strides)
+        yield from _pieces_on_host(array, ranges, writes)
+        if writes:
+            _copy(backend, view.device, backend.send, low, host, host.nbytes)
 
 
-def _receive(kernels, device, host, address):
-    with kernels.on(device, None):
-        kernels.synchronize()
-        kernels.receive(host, address, host.nbytes, LEGACY_DEFAULT)
-        kernels.synchronize()
-
-
-def _send(kernels, device, address, host):
-    with kernels.on(device, None):
-        kernels.synchronize()
-        kernels.send(address, host, host.nbytes, LEGACY_DEFAULT)
-        kernels.synchronize()
-
-
-def _ranges(view, start, stop):
-    """Return (first, last) of pieces of at most CHUNK bytes."""
-    stop = view.size if stop is None else stop
-    elements = CHUNK // view.dtype.itemsize
-    return [(a, min(a + elements, stop)) for a in range(start, stop, elements)]
-
-
-def _as_integers(array):
-    return array.view(f"u{array.dtype.itemsize}")  # NumPy has no buffers of other packages' bfloat16
-
-
-def _chunks_of(array, ranges):
-    integers = _as_integers(array)
+def _pieces_on_host(array, ranges, writes):
+    integers = array.view(f"u{array.dtype.itemsize}")  # NumPy has no buffers of other packages' bfloat16
     if integers.flags.c_contiguous:
         memory, itemsize = integers.reshape(-1).view(np.uint8), integers.itemsize
-        for a, b in ranges:
-            yield memory[a * itemsize : b * itemsize].data
+        for first, last in ranges:
+            yield memory[first * itemsize : last * itemsize].data
     else:
-        for a, b in ranges:
-            yield integers.flat[a:b].view(np.uint8).data
+        for first, last in ranges:
+            piece = np.empty(last - first, integers.dtype) if writes else integers.flat[first:last]
+            yield piece.view(np.uint8).data
+            if writes:
+                integers.flat[first:last] = piece
 
 
-def _buffers_of(array, ranges):
-    integers = _as_integers(array)
-    if integers.flags.c_contiguous:
-        yield from _chunks_of(array, ranges)
-    else:
-        for a, b in ranges:
-            part = np.empty(b - a, integers.dtype)
-            yield part.view(np.uint8).data
-            integers.flat[a:b] = part
-
-
-def _whole(kernels, view):
-    """Return the lowest address of an array on a GPU, and all bytes from there to its highest."""
-    low, high = bounds(view)
-    host = np.empty(high - low, np.uint8)
-    _receive(kernels, view.device, host, low)
-    return low, host
-
-
-def _strided(view, low, host):
-    return np.ndarray(view.shape, f"u{view.dtype.itemsize}", host, view.pointer - low, view.strides)
+def _copy(backend, device, copy, target, source, n_bytes):
+    """Copy to or from a device. It is the current device only here: between two pieces the caller's code runs."""
+    with backend.on(device, None):
+        backend.synchronize()
+        copy(target, source, n_bytes, LEGACY_DEFAULT)
+        backend.synchronize()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam import backends, groups
+from gpuadam import groups
 from gpuadam.kernels import array_bytes
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes, which has NumPy's bfloat16, is not installed")
@@ -133,16 +133,6 @@ def test_any_order_of_memory_comes_back(order, chunk, tmp_path, monkeypatch):
     assert (back == w).all()
 
 
-def test_a_range_of_elements_is_a_range_of_bytes():
-    x = np.arange(40, dtype="f4").reshape(5, 8)
-    for array in (x.copy(), np.asfortranarray(x)):
-        kernels, (view,) = backends.choose([("x", array)])
-        assert b"".join(map(bytes, array_bytes.chunks(kernels, view, 7, 21))) == x.ravel()[7:21].tobytes()
-        for buffer in array_bytes.buffers(kernels, view, 7, 21):
-            buffer[:] = bytes(len(buffer))
-        assert (array.ravel() == np.where((np.arange(40) >= 7) & (np.arange(40) < 21), 0, np.arange(40))).all()
-
-
 def test_parameters_are_left_alone_unless_asked_for(tmp_path):
     p = params()
     gpuadam.Adam(p).save(tmp_path / "a", with_params=True)
@@ -199,23 +189,32 @@ def test_the_saved_rate_is_written_into_an_array_for_captured_graphs(tmp_path):
 def test_copies_have_to_be_given_again(tmp_path):
     p = params()
     gpuadam.Adam(p, param_copies={name: a.astype("f2") for name, a in p.items()}).save(tmp_path / "a")
-    with pytest.raises(gpuadam.CheckpointError, match=r"'w', 's', 'e', 'b' had copies: give param_copies="):
+    with pytest.raises(gpuadam.CheckpointError, match=r"\['w', 's', 'e', 'b'\] had copies: give param_copies="):
         gpuadam.load(tmp_path / "a", p)
     gpuadam.load(tmp_path / "a", p, param_copies=dict.fromkeys(p))
     gpuadam.load(tmp_path / "a", p, param_copies={name: a.astype("f2") for name, a in p.items()})
 
 
 MISFITS = {
-    "a name less": (lambda p: {n: p[n] for n in "wse"}, "names differ: only it has 'b'"),
-    "a name more": (lambda p: p | {"c": p["b"].copy()}, "names differ: it does not have 'c'"),
-    "another name": (lambda p: {"v": p["w"], "s": p["s"], "e": p["e"], "b": p["b"]}, "does not have 'v'; only it has 'w'"),
-    "another order": (lambda p: {n: p[n] for n in "swbe"}, "another order, 's', 'w', 'b', 'e': it was 'w', 's', 'e', 'b'"),
+    "a name less": (lambda p: {n: p[n] for n in "wse"}, r"names differ: only it has \['b'\]"),
+    "a name more": (lambda p: p | {"c": p["b"].copy()}, r"names differ: it does not have \['c'\]"),
+    "another name": (
+        lambda p: {"v": p["w"], "s": p["s"], "e": p["e"], "b": p["b"]},
+        r"does not have \['v'\] and only it has \['w'\]",
+    ),
+    "another order": (
+        lambda p: {n: p[n] for n in "swbe"},
+        r"another order, \['s', 'w', 'b', 'e'\]: it was \['w', 's', 'e', 'b'\]",
+    ),
     "a list": (lambda p: list(p.values()), "State belongs to a name, never to a place"),
     "other groups": (lambda p: [{"params": {"w": p["w"]}}, {"params": {n: p[n] for n in "seb"}}], r"saved have \[4\] param"),
-    "another shape": (lambda p: p | {"b": p["b"][:3].copy()}, r"'b' was float32 of shape \[70\], and is float32 \[3\]"),
+    "another shape": (
+        lambda p: p | {"b": p["b"][:3].copy()},
+        r"'b' was float32 of shape \[70\], and is float32 of shape \[3\]",
+    ),
     "transposed": (lambda p: p | {"w": p["w"].T.copy()}, r"'w' was .* nothing is cast or reshaped"),
     "another dtype": (lambda p: p | {"b": p["b"].astype("f8")}, r"'b' was float32 .*, and is float64"),
-    "shared memory": (lambda p: p | {"s": p["w"][0, 0:1].reshape(())}, "does not fit what was given: .*share memory"),
+    "shared memory": (lambda p: p | {"s": p["w"][0, 0:1].reshape(())}, "does not fit the arguments: .*share memory"),
 }
 
 

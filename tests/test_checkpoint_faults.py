@@ -124,23 +124,26 @@ def test_a_header_that_is_sealed_again_is_taken(saved, tmp_path):
 
 # What is made of the metadata, which is known as a dict of decoded JSON -> what the error says
 WRONG_METADATA = {
-    "another format": (lambda m: {"format": "pt"}, "no optimizer of gpuadam: its format is 'pt'"),
-    "a later version": (lambda m: {"version": "2"}, "version '2'.* use a newer gpuadam"),
+    "another format": (lambda m: {"format": "pt"}, "its format is 'pt', .* no optimizer of gpuadam"),
+    "a later version": (lambda m: {"version": "2"}, "version is '2'.* use a newer gpuadam"),
     "an unknown class": (lambda m: {"class": "Lion"}, "class is 'Lion'"),
-    "an unknown option": (lambda m: {"options": m["options"] | {"x": 1}}, "options 'x', which this gpuadam does not know"),
+    "an unknown option": (
+        lambda m: {"options": m["options"] | {"x": 1}},
+        r"options \['x'\], which this gpuadam does not know",
+    ),
     "a bad option": (lambda m: {"options": m["options"] | {"seed": "x"}}, "seed must be an integer"),
     "state of another dtype": (
         lambda m: {"options": m["options"] | {"state_dtype": "float64"}},
         "'w.m' is F32, and must be F64",
     ),
-    "more state": (lambda m: {"options": m["options"] | {"ema_decay": 0.5}}, "does not have 'w.ema'"),
-    "an unknown hyperparameter": (lambda m: {"groups": [m["groups"][0] | {"x": 1}]}, "hyperparameters 'x'"),
+    "more state": (lambda m: {"options": m["options"] | {"ema_decay": 0.5}}, r"does not have \['w.ema'"),
+    "an unknown hyperparameter": (lambda m: {"groups": [m["groups"][0] | {"x": 1}]}, r"hyperparameters \['x'\]"),
     "betas that are none": (lambda m: {"groups": [m["groups"][0] | {"betas": 5}]}, "betas must be two numbers"),
     "a bad hyperparameter": (lambda m: {"groups": [m["groups"][0] | {"eps": -1}]}, "eps=-1"),
     "a rate that is text": (lambda m: {"groups": [m["groups"][0] | {"lr": "fast"}]}, "lr must be a real number"),
     "an endless rate": (lambda m: {"groups": [m["groups"][0] | {"lr": 10**400}]}, "lr is too large"),
-    "groups that are none": (lambda m: {"groups": {}}, "groups in its metadata must be a list"),
-    "a group without names": (lambda m: {"groups": [{"lr": 1}]}, "must have names and lr"),
+    "groups that are none": (lambda m: {"groups": {}}, "groups in its metadata is not as gpuadam writes it"),
+    "a group without names": (lambda m: {"groups": [{"lr": 1}]}, "groups in its metadata is not as gpuadam writes it"),
     "a negative step": (lambda m: {"params": m["params"] | {"w": m["params"]["w"] | {"step": -1}}}, "step of 'w'"),
     "a step of 2^63": (
         lambda m: {
@@ -177,21 +180,21 @@ def with_tensor(header, name, **changes):
 
 
 WRONG_HEADERS = {
-    "a huge shape": (lambda h: with_tensor(h, "w.m", shape=[1 << 62, 1 << 62]), "which are not those of"),
+    "a huge shape": (lambda h: with_tensor(h, "w.m", shape=[1 << 62, 1 << 62]), "'w.m' must have a dtype"),
     "huge offsets": (
         lambda h: with_tensor(h, "w.m", shape=[1 << 40], data_offsets=[0, 1 << 42]),
-        "none of its 4194304 blocks",
+        "none of 4194304 blocks",
     ),
-    "negative sizes": (lambda h: with_tensor(h, "w.m", shape=[-2, -3]), "no sizes"),
-    "fractions": (lambda h: with_tensor(h, "w.m", shape=[2.0, 3.0]), "no sizes"),
+    "negative sizes": (lambda h: with_tensor(h, "w.m", shape=[-2, -3]), r"has .*\[-2, -3\]"),
+    "fractions": (lambda h: with_tensor(h, "w.m", shape=[2.0, 3.0]), r"has .*\[2\.0, 3\.0\]"),
     "overlapping tensors": (
         lambda h: with_tensor(h, "w.m", data_offsets=h["w.v"]["data_offsets"]),
         "the one before ends at",
     ),
-    "an unknown dtype": (lambda h: with_tensor(h, "w.m", dtype="F4"), "dtype 'F4'"),
-    "a list as dtype": (lambda h: with_tensor(h, "w.m", dtype=[]), r"dtype \[\]"),
-    "an entry that is none": (lambda h: h | {"w.m": 3}, "must have dtype"),
-    "a thousand dimensions": (lambda h: with_tensor(h, "w.m", shape=[1] * 1000 + [6]), "not those of"),
+    "an unknown dtype": (lambda h: with_tensor(h, "w.m", dtype="F4"), "must have a dtype of F64, .*'F4'"),
+    "a list as dtype": (lambda h: with_tensor(h, "w.m", dtype=[]), r"'dtype': \[\]"),
+    "an entry that is none": (lambda h: h | {"w.m": 3}, "must have a dtype.*; it has 3"),
+    "a thousand dimensions": (lambda h: with_tensor(h, "w.m", shape=[1] * 1000 + [6]), "data_offsets of so many elements"),
     "another shape": (lambda h: with_tensor(h, "w.m", shape=[3, 2]), r"has shape \(3, 2\), and must have \(2, 3\)"),
     "another dtype": (lambda h: with_tensor(h, "w.m", dtype="BF16", shape=[2, 6]), r"has shape \(2, 6\)"),
 }
@@ -221,7 +224,7 @@ def test_a_state_too_many_is_refused(saved, tmp_path):
     entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [len(payload), len(payload) + 24]}
     content = sealed(with_metadata(header, crc32=crcs) | {"w.max_v": entry}, payload + bytes(24))
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(gpuadam.CheckpointError, match=r"'w.max_v', for which this optimizer has no place"):
+    with pytest.raises(gpuadam.CheckpointError, match=r"\['w.max_v'\], for which this optimizer has no place"):
         gpuadam.load(tmp_path / "a", params())
 
 
@@ -348,7 +351,7 @@ def fdopen_on(room, error, opened):
     return fdopen
 
 
-@pytest.mark.parametrize("room", [0, 100, 3000])
+@pytest.mark.parametrize("room", [0, 100, 1000])
 def test_a_full_disk_leaves_the_old_file(room, saved, tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(saved)
     monkeypatch.setattr(atomic_file.os, "fdopen", fdopen_on(room, errno.ENOSPC, os.fdopen))
@@ -357,7 +360,7 @@ def test_a_full_disk_leaves_the_old_file(room, saved, tmp_path, monkeypatch):
     monkeypatch.undo()
     optimizer(ema_decay=0.5).save(tmp_path / "other")
     needed = (tmp_path / "other").stat().st_size
-    for part in (str(tmp_path / "a"), "No space left", f"{needed:,} bytes: make room", "is as it was"):
+    for part in (str(tmp_path / "a"), "No space left", f"{needed:,} bytes: make room", "Nothing there has changed"):
         assert part in str(raised.value)
     assert raised.value.__cause__.errno == errno.ENOSPC
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "other"] and (tmp_path / "a").read_bytes() == saved
@@ -374,7 +377,7 @@ def test_a_limit_of_the_system_leaves_the_old_file(saved, tmp_path):
     except gpuadam.CheckpointError as error:
         print(error)
     """
-    assert "was not saved: File too large. A file that was there is as it was. The new one has 8,3" in printed(code)
+    assert "was not saved: File too large. Nothing there has changed. The new one has 8,3" in printed(code)
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == saved
 
 
@@ -403,12 +406,12 @@ def test_a_folder_that_cannot_be_written_is_named(number, tmp_path, monkeypatch)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(gpuadam.CheckpointError, match=r"No such file or directory\. Make its folder first"):
+    with pytest.raises(gpuadam.CheckpointError, match=r"No such file or directory\. .* Make its folder first"):
         optimizer().save(tmp_path / "folder" / "a")
 
 
 def test_only_files_are_replaced(tmp_path):
-    with pytest.raises(gpuadam.CheckpointError, match=r"Is a directory\. Give the path of a file"):
+    with pytest.raises(gpuadam.CheckpointError, match=r"Is a directory\. .* Give the path of a file"):
         optimizer().save(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(gpuadam.CheckpointError, match="it is a device, a pipe or a socket"):

@@ -157,14 +157,14 @@ def test_doctor_says_that_checkpoints_cannot_be_saved_and_why(monkeypatch):
 
 
 def test_doctor_notices_state_that_comes_back_otherwise(monkeypatch):
-    load = installed.checkpoint.load
+    load = installed.loading.load
 
     def one_bit_off(*arguments, **options):
         opt = load(*arguments, **options)
         opt.state["w"]["max_v"].view("u4")[7] ^= 1
         return opt
 
-    monkeypatch.setattr(installed.checkpoint, "load", one_bit_off)
+    monkeypatch.setattr(installed.loading, "load", one_bit_off)
     assert installed.parts()["checkpoints"]["works"] is False
 
 

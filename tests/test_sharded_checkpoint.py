@@ -18,11 +18,12 @@ from thread_ranks import all_well, on_ranks
 
 import gpuadam
 from gpuadam import CheckpointError, transports
-from gpuadam.checkpoint import atomic_file
+from gpuadam.checkpoint import atomic_file, tensors
 from gpuadam.checkpoint import safetensors as safetensors_file
 from gpuadam.checkpoint import stored as stored_arrays
 from gpuadam.kernels import numba_cpu
-from gpuadam.sharded import checkpoint as sharded_checkpoint
+from gpuadam.sharded import loading as sharded_loading
+from gpuadam.sharded import saving as sharded_saving
 
 SHAPES = {"large": (3, 9000), "empty": (0, 2), "scalar": (), "small": (37,), "cells": (8192,)}
 LOCAL = transports.Local()
@@ -305,7 +306,7 @@ def test_nothing_is_deleted_beside_an_index_that_cannot_be_read(folder, monkeypa
     index = folder / "index.safetensors"
     index.write_bytes(index.read_bytes()[:-1])
     before = parts_of(folder)
-    monkeypatch.setattr(sharded_checkpoint, "written", None)
+    monkeypatch.setattr(sharded_saving, "write_file", None)
     (error,) = on_ranks(1, saves_to(folder))
     assert isinstance(error, TypeError) and parts_of(folder) == before
 
@@ -359,13 +360,13 @@ def sealed_index(folder, change):
 
 
 WRONG_PARTS = {
-    "a part less": (lambda parts: parts[1:], "the next one after element 0 begins at"),
+    "a part less": (lambda parts: parts[1:], "8,192 are missing or come twice"),
     "a part twice": (lambda parts: [*parts, parts[0]], "a file comes twice among the parts"),
-    "a way out": (lambda parts: [parts[0] | {"file": "../../etc/passwd"}, *parts[1:]], "must have file, n_bytes and crc32"),
-    "no list": (lambda parts: {"a": 1}, "must have file, n_bytes and crc32"),
-    "a size that is none": (lambda parts: [parts[0] | {"n_bytes": "3"}, *parts[1:]], "must have file, n_bytes"),
+    "a way out": (lambda parts: [parts[0] | {"file": "../../etc/passwd"}, *parts[1:]], "or is no part"),
+    "no list": (lambda parts: {"a": 1}, "parts in its metadata is not as gpuadam writes it"),
+    "a size that is none": (lambda parts: [parts[0] | {"n_bytes": "3"}, *parts[1:]], "parts in its metadata is not as"),
     "a huge size": (lambda parts: [parts[0] | {"n_bytes": 1 << 70}, *parts[1:]], "is not the one that was written"),
-    "no parts": (lambda parts: [], "it does not have 'large.param', 'large.m'"),
+    "no parts": (lambda parts: [], "it does not have ['large.param', 'large.m'"),
 }
 
 
@@ -380,25 +381,25 @@ WRONG_PIECES = {
     "large[0:27001].m": "is no piece of 'large'",
     "large[4096:0].m": "is no piece of 'large'",
     "large[5:27000].m": "is no piece of 'large'",
-    "large[0:26999].m": "end at element 26,999 of 27,000",
-    "stranger[0:3].m": "'stranger[0:3].m', for which this optimizer has no place",
-    "large.m": "'large.m', for which this optimizer has no place",
-    "large[0:27000].x": "does not have 'large.m'",
+    "large[0:26999].m": "elements 26,999 to 27,000 of 27,000 are missing",
+    "stranger[0:3].m": "['stranger[0:3].m'], for which this optimizer has no place",
+    "large.m": "['large.m'], for which this optimizer has no place",
+    "large[0:27000].x": "does not have ['large.m'",
 }
 
 
 @pytest.mark.parametrize("name", WRONG_PIECES)
 def test_a_wrong_piece_is_named(name, tmp_path, monkeypatch):
-    real = sharded_checkpoint.tensor
+    real = tensors.Section.tensor
 
-    def wrong(own, kernels, view):
-        right = real(own, kernels, view)
+    def wrong(section, own):
+        right = real(section, own)
         if own != "large[0:27000].m":
             return right
-        kept = view.size - (name == "large[0:26999].m")
+        kept = section.view.size - (name == "large[0:26999].m")
         return safetensors_file.Tensor(name, "F32", (kept,), lambda: [bytes(4 * kept)])
 
-    monkeypatch.setattr(sharded_checkpoint, "tensor", wrong)
+    monkeypatch.setattr(tensors.Section, "tensor", wrong)
     opt = gpuadam.ShardedAdam(params(), LOCAL)
     opt.save(tmp_path / "a")
     with pytest.raises(CheckpointError) as raised:
@@ -407,13 +408,13 @@ def test_a_wrong_piece_is_named(name, tmp_path, monkeypatch):
 
 
 def test_pieces_of_several_dtypes_are_refused(tmp_path, monkeypatch):
-    real = sharded_checkpoint.tensor
+    real = tensors.Section.tensor
 
-    def wrong(own, kernels, view):
-        right = real(own, kernels, view)
-        return right._replace(dtype="F64", chunks=lambda: [bytes(8 * view.size)]) if own == "large[0:4096].m" else right
+    def wrong(section, own):
+        right, n_bytes = real(section, own), 8 * section.view.size
+        return right._replace(dtype="F64", chunks=lambda: [bytes(n_bytes)]) if own == "large[0:4096].m" else right
 
-    monkeypatch.setattr(sharded_checkpoint, "tensor", wrong)
+    monkeypatch.setattr(tensors.Section, "tensor", wrong)
     gpuadam.ShardedAdam(params(), LOCAL, bucket_bytes=0).save(tmp_path / "a")
     with pytest.raises(CheckpointError, match=r"the pieces of 'large\.m' have several dtypes"):
         gpuadam.load(tmp_path / "a", params())
@@ -422,12 +423,12 @@ def test_pieces_of_several_dtypes_are_refused(tmp_path, monkeypatch):
 DIFFERENT = {
     "a shape": (
         lambda rank: params() | {"small": np.ones(38, "f4")},
-        "'small' was float32 of shape [37], and is float32 [38]",
+        "'small' was float32 of shape [37], and is float32 of shape [38]",
     ),
-    "a name": (lambda rank: params() | {"other": np.ones(2, "f4")}, "it does not have 'other'"),
+    "a name": (lambda rank: params() | {"other": np.ones(2, "f4")}, "it does not have ['other']"),
     "a shape on rank 1": (
         lambda rank: params() | ({"small": np.ones(38, "f4")} if rank == 1 else {}),
-        "'small' was float32 of shape [37], and is float32 [38]",
+        "'small' was float32 of shape [37], and is float32 of shape [38]",
     ),
 }
 
@@ -449,12 +450,12 @@ def test_ranks_that_load_different_checkpoints_are_told(folder, tmp_path):
 def test_a_folder_that_differs_between_machines_is_told(folder, tmp_path, monkeypatch):
     """The same path leads to another checkpoint on rank 1."""
     saved_by(1, tmp_path / "b")
-    real = sharded_checkpoint.opened
+    real = sharded_loading.opened
 
     def elsewhere(path, given, *arguments):
         return real(tmp_path / "b" if given["small"][0] == 0 else path, given, *arguments)
 
-    monkeypatch.setattr(sharded_checkpoint, "opened", elsewhere)
+    monkeypatch.setattr(sharded_loading, "opened", elsewhere)
     of_rank = [params(), params() | {"small": np.zeros(37, "f4")}]
     for error in on_ranks(2, lambda t: gpuadam.load_sharded(folder, of_rank[t.rank], t)):
         assert type(error) is ValueError and "the ranks differ in the checkpoint there" in str(error)
@@ -486,14 +487,14 @@ def saves_to(folder):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_cannot_write_stops_all_and_the_old_checkpoint_stays(folder, rank, monkeypatch):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    real = sharded_checkpoint.written
+    real = sharded_saving.write_file
 
     def full(path, tensors, metadata):
         if f"part-{rank}-of-3" in path:
             raise CheckpointError(f"{path!r} was not saved: {os.strerror(errno.ENOSPC)}. Make room")
         return real(path, tensors, metadata)
 
-    monkeypatch.setattr(sharded_checkpoint, "written", full)
+    monkeypatch.setattr(sharded_saving, "write_file", full)
     for own, error in enumerate(on_ranks(3, saves_to(folder))):
         assert type(error) is CheckpointError and "No space left" in str(error)
         assert (f"rank {rank} raised CheckpointError, so all ranks stop" in str(error)) == (own != rank)
@@ -532,7 +533,7 @@ def test_parts_are_on_the_disk_before_the_index_names_them(tmp_path, monkeypatch
 
 
 def test_a_file_that_rank_0_does_not_see_is_named(folder, monkeypatch):
-    real = sharded_checkpoint._write_part
+    real = sharded_saving._write_part
 
     def on_a_disk_of_its_own(opt, file, with_params):
         part = real(opt, file, with_params)
@@ -540,7 +541,7 @@ def test_a_file_that_rank_0_does_not_see_is_named(folder, monkeypatch):
             file.unlink()
         return part
 
-    monkeypatch.setattr(sharded_checkpoint, "_write_part", on_a_disk_of_its_own)
+    monkeypatch.setattr(sharded_saving, "_write_part", on_a_disk_of_its_own)
     for error in on_ranks(2, saves_to(folder)):
         assert type(
             error
@@ -598,7 +599,7 @@ class Own(gpuadam.ShardedAdam):
 
 
 def test_nothing_is_saved_that_could_not_be_loaded(tmp_path):
-    with pytest.raises(TypeError, match="Own is not ShardedAdam or ShardedAdamW"):
+    with pytest.raises(TypeError, match="Own is not one of ShardedAdam, ShardedAdamW"):
         Own(params(), LOCAL).save(tmp_path / "a")
     opt = gpuadam.ShardedAdam(params(), LOCAL)
     opt.groups[0]["eps"] = -1

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import secrets
-import stat
 from pathlib import Path
 
 
@@ -12,11 +11,11 @@ from pathlib import Path
 def replacing(path):
     """Open a new binary file that takes the place of `path` when the block ends without an error.
 
-    It is written beside the file, as ".gpuadam-", random digits and ".tmp", flushed to the disk and renamed; then the folder is
-    flushed. On an error it is removed and the old file is as it was; after a kill it is left, and nothing reads it. A symbolic
-    link stays one: what it leads to is replaced. The file has the mode of the umask.
+    The new file is written beside the old one, as ".gpuadam-", random digits and ".tmp", flushed to the disk and renamed; then
+    the folder is flushed. On an error the new file is removed and the old one is as it was; after a kill the new file is left,
+    and nothing reads it. A symbolic link stays one: its target is replaced. The new file has the mode of the umask.
 
-    Raises OSError, and nothing has changed then. Only if the last flush, of the folder, fails is the new file in place.
+    Raises OSError, and then nothing has changed, unless the error is of the last flush, that of the folder.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "a")
@@ -27,52 +26,43 @@ def replacing(path):
     """
     target = Path(os.path.realpath(path))
     _check_target(target)
-    with _folder(target.parent) as flush_folder:
+    with _flushed_afterwards(target.parent):
         temporary = target.parent / f".gpuadam-{secrets.token_hex(8)}.tmp"
         file = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "w+b")
         try:
-            try:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:
-                with contextlib.suppress(OSError):  # of what could not be written before; that error is the one to report
-                    file.close()
-                raise
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
             file.close()
             temporary.replace(target)
         except BaseException:
+            with contextlib.suppress(OSError):  # closing writes the rest, which may fail again; the first error is reported
+                file.close()
             temporary.unlink(missing_ok=True)
             raise
-        flush_folder()
 
 
 def _check_target(target):
-    """Refuse to replace what is no file, before anything is written."""
-    with contextlib.suppress(FileNotFoundError):
-        mode = target.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-        if not stat.S_ISREG(mode):
-            raise FileExistsError(errno.EEXIST, "it is a device, a pipe or a socket", str(target))
+    """Refuse to replace what is not a file, before anything is written."""
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if target.exists() and not target.is_file():
+        raise FileExistsError(errno.EEXIST, "it is a device, a pipe or a socket", str(target))
 
 
 @contextlib.contextmanager
-def _folder(path):
-    """Open a folder, and yield the function that flushes it. Windows flushes folders by itself."""
+def _flushed_afterwards(path):
+    """Flush a folder to the disk when the block ends without an error. Windows flushes folders by itself."""
     if os.name == "nt":
-        yield lambda: None
+        yield
         return
     folder = os.open(path, os.O_RDONLY)
-
-    def flush():
+    try:
+        yield
         try:
             os.fsync(folder)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing for folders
                 raise
-
-    try:
-        yield flush
     finally:
         os.close(folder)

@@ -1,51 +1,118 @@
-"""What loading a checkpoint needs, whether one optimizer takes it or many ranks do."""
+"""Loading an `Adam`. `opened`, `about` and `not_fitting` also serve the loading of many ranks."""
 
 import contextlib
+import itertools
 import json
+import os
 from typing import Any, NamedTuple
 
-from .. import backends, checks, groups
-from ..groups import HYPERPARAMETERS, MAPPING, ONE
+from .. import backends, checks, family, torch_tensors
+from ..groups import HYPERPARAMETERS, as_given, differing_names, parsed_groups, some
+from ..kernels.view import is_array
+from ..options import SAVED
 from ..sharded.layout import CELL
-from ..step_counts import is_array
-from .format import check_names, check_params
-from .safetensors import CheckpointError
-from .stored import Stored
+from .format import CLASSES, check_known
+from .safetensors import CheckpointError, require
+from .stored import Stored, opened_file
+from .tensors import PARAM, chosen, sections
 
 
-class Given(NamedTuple):
-    """A checkpoint that is open, and what an optimizer of it is made with."""
+def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=False):
+    """Make the optimizer that `Adam.save` saved: of its class, with its options, hyperparameters, step counts and state.
+
+    path: of the file, or of the folder that `ShardedAdam.save` made, from any number of ranks.
+    params: the parameters, of the same names, shapes and dtypes, in the same groups and order; in any form that `Adam` takes, and
+        on any backend. Hyperparameters in groups give way to those that were saved.
+    backend, param_copies: as in `Adam`; the copies themselves are not saved.
+    lr: a learning rate instead of the saved ones; for several groups a list, in which None stands for the saved one. A callable
+        is not saved, so it has to be given again, here or in its group. If lr is an array of one number, which `capturable`
+        takes, the saved learning rate is written into it.
+    with_params: overwrite the parameters with those that were saved.
+
+    The arrays of the file go straight into the state; a few MB are used beside it. Nothing is cast, and nothing is executed.
+    Raises CheckpointError, a ValueError, if the checkpoint is damaged, incomplete or no checkpoint at all, or does not fit the
+    parameters; FileNotFoundError if there is no such file; for bad parameters the errors of `Adam`. Nothing of the caller's has
+    changed then.
+
+    >>> import numpy as np, gpuadam, os, tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "adam.safetensors")
+    >>> w = np.ones(3, "float32")
+    >>> opt = gpuadam.AdamW({"w": w}, lr=0.1)
+    >>> opt.step({"w": w.copy()})
+    >>> opt.save(path)
+    >>> again = gpuadam.load(path, {"w": w})
+    >>> type(again).__name__, again.steps, again.groups[0]["lr"]
+    ('AdamW', 1, 0.1)
+    """
+    path, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
+    with about(path), opened(path, params, backend, lr) as checkpoint:
+        stored, saved = checkpoint.stored, checkpoint.stored.saved
+        stored.arrange(stored.read_headers())
+        single = saved.name in CLASSES
+        require(single, f"its class {saved.name} is one of gpuadam.ShardedAdam alone: load it with gpuadam.load_sharded")
+        enough = param_copies is not None or not saved.copies
+        require(enough, f"{some(saved.copies)} had copies: give param_copies=, with None for those without one now")
+        with not_fitting():
+            make, settings = getattr(family, saved.name), checkpoint.hyperparameters | saved.options
+            opt = make(checkpoint.params, **settings, param_copies=param_copies, backend=backend)
+        arrays = sections(opt)
+        state, of_params = chosen(arrays, False), [section for section in arrays if with_params and section.key == PARAM]
+        stored.check(arrays, with_params)
+        with not_fitting():
+            for section in (*state, *of_params):
+                checks.no_gaps(section.view)
+        for section in state:
+            stored.read(section)
+        for section in of_params:
+            stored.verify(section.array_name)
+        with not_fitting():
+            opt.load_state_dict(_state_dict(opt, saved))  # its arrays are in place
+        if with_params:  # now that nothing can be wrong
+            torch_tensors.wrote([param for group in opt.groups for param in group["params"]])
+        for section in of_params:
+            stored.read(section)
+    return opt
+
+
+def _state_dict(opt, saved):
+    """Return the state_dict of an optimizer with the saved counts, and the saved learning rates for arrays to receive."""
+    state_dict = opt.state_dict()
+    for settings, group, saved_group in zip(state_dict["groups"], opt.groups, saved.groups, strict=True):
+        if is_array(group["lr"]) and saved_group["lr"] is not None:
+            settings["lr"] = saved_group["lr"]
+    for name, state in state_dict["state"].items():
+        state["step"] = saved.params[name]["step"]
+    return state_dict | {"steps": saved.steps}
+
+
+class Opened(NamedTuple):
+    """A checkpoint that is open, and the arguments that its optimizer is made with."""
 
     stored: Stored
-    members: list  # the parameters of each group
-    grouped: bool  # whether they were given as groups
-    rates: list[Any]  # the learning rate of each group
+    params: Any  # the parameters or, with the hyperparameters of each, groups of them
+    hyperparameters: dict[str, Any]
 
 
 @contextlib.contextmanager
 def opened(path, params, backend, lr):
-    """Open a checkpoint and compare it with the parameters that it is loaded for. lr: as in `checkpoint.load`."""
-    given, structures, grouped = groups.parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False})
-    names = [structure.names for structure in structures]
-    views = _viewed(given, backend)
-    with contextlib.closing(Stored(path, _longest_header(views))) as stored:
+    """Open a checkpoint and compare it with the parameters that it is loaded for. lr: as in `load`."""
+    groups, arrangement = parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False})
+    views = {}
+    for group in groups:
+        for name, param in zip(group["names"], group["params"], strict=True):
+            label = f"params[{name!r}]"
+            _, (views[name],) = backends.choose([(label, checks.given(label, param))], backend)
+    with opened_file(path, _longest_header(views)) as stored:
         saved = stored.saved
-        check_names([group["names"] for group in saved["groups"]], names)
-        check_params(saved["params"], views)
-        members = [_as_given(group, structure) for group, structure in zip(given, structures, strict=True)]
-        yield Given(stored, members, grouped, _learning_rates(lr, given, saved["groups"]))
-
-
-def arguments(given):
-    """Return the positional argument, parameters or groups of them, and the hyperparameters that an optimizer is made with."""
-    settings = [
-        {key: tuple(value) if isinstance(value, list) else value for key, value in group.items() if key != "names"}
-        | {"lr": rate}
-        for group, rate in zip(given.stored.saved["groups"], given.rates, strict=True)
-    ]
-    if given.grouped:
-        return [{"params": of_group} | own for of_group, own in zip(given.members, settings, strict=True)], {}
-    return given.members[0], settings[0]
+        check_known("options", saved.options, SAVED)
+        _check_params(saved, [structure.names for structure in arrangement.structures], views)
+        rates = _learning_rates(lr, groups, saved.groups)
+        arguments = []
+        for group, structure, rate, saved_group in zip(groups, arrangement.structures, rates, saved.groups, strict=True):
+            members = as_given(structure.kind, structure.names, group["params"])
+            arguments.append(saved_group | {"lr": rate, "params": members})
+            del arguments[-1]["names"]
+        yield Opened(stored, *((arguments, {}) if arrangement.in_groups else (arguments[0].pop("params"), arguments[0])))
 
 
 @contextlib.contextmanager
@@ -63,50 +130,49 @@ def about(path):
 
 @contextlib.contextmanager
 def not_fitting():
-    """Say of errors that what was saved does not fit what was given."""
+    """Say in errors that a checkpoint does not fit the arguments that it is loaded with."""
     try:
         yield
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"what it holds does not fit what was given: {error}") from error
-
-
-def _viewed(given, backend):
-    """Return name -> View of all parameters."""
-    labels = {name: (f"params[{name!r}]", p) for g in given for name, p in zip(g["names"], g["params"], strict=True)}
-    return {
-        name: backends.choose([(label, checks.given(label, param))], backend)[1][0]
-        for name, (label, param) in labels.items()
-    }
+        raise CheckpointError(f"its content does not fit the arguments: {error}") from error
 
 
 def _longest_header(views):
     """Return how many bytes a header has at most, a part's too, in which every CELL of a parameter may be a piece of its own.
 
-    One that was made to harm takes some 20 times its bytes in memory.
+    A header that was made to harm takes some 20 times its bytes in memory.
     """
-    return 2_000_000 + sum((1 + view.size // CELL) * (1200 + 20 * _in_json(name)) for name, view in views.items())
+    in_json = {name: len(json.dumps(json.dumps(name))) for name in views}  # in a header there is JSON within JSON
+    return 2_000_000 + sum((1 + view.size // CELL) * (1200 + 20 * in_json[name]) for name, view in views.items())
 
 
-def _in_json(name):
-    """Return how many bytes a name has at most in a header, where there is JSON within JSON."""
-    return len(json.dumps(json.dumps(name)))
+def _check_params(saved, names, views):
+    """Compare names, order, shapes and dtypes of the parameters, before any state is made for them.
+
+    names: of each group's parameters. views: name -> View.
+    """
+    saved_names = [group["names"] for group in saved.groups]
+    theirs, ours = list(itertools.chain(*saved_names)), list(itertools.chain(*names))
+    difference = differing_names(theirs, ours)
+    require(not difference, f"the parameters' names differ: {difference}. State belongs to a name, never to a place")
+    moved = [name for name, other in zip(ours, theirs, strict=True) if name != other]
+    order = f"another order, {some(moved)}: it was {some(theirs)}, and random rounding depends on it"
+    require(not moved, f"the parameters come in {order}")
+    sizes, saved_sizes = ([len(of_group) for of_group in groups] for groups in (names, saved_names))
+    require(sizes == saved_sizes, f"the groups differ: those saved have {saved_sizes} parameters, those given {sizes}")
+    was = {name: f"{entry['dtype']} of shape {entry['shape']}" for name, entry in saved.params.items()}
+    now = {name: f"{view.format} of shape {list(view.shape)}" for name, view in views.items()}
+    wrong = [f"{name!r} was {was[name]}, and is {now[name]}" for name in ours if was[name] != now[name]]
+    require(not wrong, "; ".join(wrong[:8]) + ": nothing is cast or reshaped")
 
 
-def _learning_rates(lr, given, saved):
+def _learning_rates(lr, groups, saved):
     """Return the learning rate that each group is made with."""
-    if isinstance(lr, (list, tuple)) and len(lr) != len(saved):
-        raise ValueError(f"lr has {len(lr)} entries for {len(saved)} groups: give one for each, None for the saved one")
-    chosen = list(lr) if isinstance(lr, (list, tuple)) else [lr] * len(saved)
-    for k, (own, group) in enumerate(zip(given, saved, strict=True)):
-        if chosen[k] is None:
-            chosen[k] = own["lr"] if group["lr"] is None or is_array(own["lr"]) else group["lr"]
-        if chosen[k] is None:
-            raise CheckpointError(f"the learning rate of group {k} was a callable, which is not saved: give lr=")
-    return chosen
-
-
-def _as_given(group, structure):
-    """Return the parameters of a group in the form that they were given in, but for iterators, which can be read once."""
-    if structure.kind == MAPPING:
-        return dict(zip(group["names"], group["params"], strict=True))
-    return group["params"][0] if structure.kind == ONE else group["params"]
+    rates = list(lr) if isinstance(lr, (list, tuple)) else [lr] * len(saved)
+    if len(rates) != len(saved):
+        raise ValueError(f"lr has {len(rates)} entries for {len(saved)} groups: give one for each, None for the saved one")
+    for k, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
+        if rates[k] is None:
+            rates[k] = group["lr"] if saved_group["lr"] is None or is_array(group["lr"]) else saved_group["lr"]
+        require(rates[k] is not None, f"the learning rate of group {k} was a callable, which is not saved: give lr=")
+    return rates

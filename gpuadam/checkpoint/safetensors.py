@@ -4,14 +4,15 @@
     header    JSON: {"__metadata__": {string: string}, name: {"dtype", "shape", "data_offsets": [start, end]}, ...}, and spaces
     payload   the elements of every tensor in C order, little-endian, one after the other without gaps
 
-The package `safetensors` takes all tensors at once, and in the host's memory. It can read what is written here; what it writes is
-refused here, because it lacks the checksums that `write` adds to the metadata. They are CRC-32, of eight hexadecimal digits:
-"crc32" is JSON, with those of each tensor's payload in a row, one for every BLOCK bytes of it and one for the rest, and
-"header_crc32", which comes first of all, is the header's own, computed with zeros in its place. So no byte can change without
-being noticed, and a part of a tensor can be read and known to be right without the rest.
+The package `safetensors` takes all tensors at once, and in the host's memory. It can read what is written here. Files that it
+wrote are refused here, because they lack the checksums that `write` adds to the metadata. A checksum is a CRC-32, written as
+eight hexadecimal digits. "header_crc32", the first of the metadata, is the header's, computed with zeros in its own place.
+"crc32" is JSON: name -> the checksums of a tensor's payload in a row, one for every BLOCK bytes and one for the rest. So no byte
+can change without being noticed, and a part of a tensor can be read and known to be right without the rest.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -23,12 +24,18 @@ ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1}
 MAX_HEADER = 100_000_000  # bytes, as the format says
 BLOCK = 1 << 20  # bytes that have a checksum of their own
 ALIGNMENT = 8  # of the payload; every tensor is then aligned to its elements, because the widest come first
-FIRST = b'{"__metadata__":{"header_crc32":"'
-BLANK = "00000000"
+FIRST = b'{"__metadata__":{"header_crc32":"'  # the beginning of a header, before its checksum
+OTHER_ENDIAN = "safetensors files are little-endian and this machine is not: save and load on another"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, read, or loaded into these parameters. The message says which, why and what to do."""
+
+
+def require(condition, message):
+    """Raise CheckpointError unless a condition holds."""
+    if not condition:
+        raise CheckpointError(message)
 
 
 class Tensor(NamedTuple):
@@ -39,6 +46,10 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     chunks: Callable[[], Iterable[Any]]
 
+    @property
+    def n_bytes(self):
+        return ITEMSIZE[self.dtype] * math.prod(self.shape)
+
 
 class Entry(NamedTuple):
     """Where the bytes of a tensor are in a file."""
@@ -47,14 +58,12 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int  # from the beginning of the file
     end: int
-    crc: str  # of all blocks
+    crc: str  # the checksums of all blocks
 
 
 def size_of(tensors, metadata):
     """Return how many bytes a file has."""
-    tensors = _in_order(tensors)
-    header = _header(tensors, metadata, _blank(tensors))
-    return 8 + len(header) + sum(map(_nbytes, tensors))
+    return 8 + len(_header(_in_order(tensors), metadata)) + sum(tensor.n_bytes for tensor in tensors)
 
 
 def write(file, tensors, metadata):
@@ -62,100 +71,80 @@ def write(file, tensors, metadata):
 
     metadata: string -> string. Raises CheckpointError for a header that is too long, OSError as the file does.
     """
-    _needs_little_endian()
+    require(sys.byteorder == "little", OTHER_ENDIAN)
     tensors = _in_order(tensors)
-    header = _header(tensors, metadata, _blank(tensors))
-    if len(header) > MAX_HEADER:
-        raise CheckpointError(
-            f"{len(tensors)} tensors need a header of {len(header):,} bytes; the format allows {MAX_HEADER:,}"
-        )
-    file.write(len(header).to_bytes(8, "little") + header)
-    crcs = {}
-    for tensor in tensors:
-        sums = _Sums()
-        for chunk in tensor.chunks():
-            sums.add(chunk)
-            file.write(chunk)
-        if sums.n_bytes != _nbytes(tensor):
-            raise RuntimeError(f"{tensor.name!r} gave {sums.n_bytes} bytes and has {_nbytes(tensor)}")
-        crcs[tensor.name] = sums.digits()
-    header = _header(tensors, metadata, crcs)  # as long as the first was
-    file.seek(8)
-    file.write(header)
-    return _own_crc(header)
-
-
-class _Sums:
-    """Checksums of the blocks of what comes in chunks of any size."""
-
-    def __init__(self):
-        self.n_bytes, self._whole, self._crc = 0, [], 0
-
-    def add(self, chunk):
-        chunk = memoryview(chunk)
-        while len(chunk):
-            room = BLOCK - self.n_bytes % BLOCK
-            self._crc = zlib.crc32(chunk[:room], self._crc)
-            self.n_bytes += min(room, len(chunk))
-            if self.n_bytes % BLOCK == 0:
-                self._whole.append(_digits(self._crc))
-                self._crc = 0
-            chunk = chunk[room:]
-
-    def digits(self):
-        return "".join(self._whole) + (_digits(self._crc) if self.n_bytes % BLOCK else "")
-
-
-def _blank(tensors):
-    """Return checksums as long as they will be."""
-    return {tensor.name: BLANK * _n_blocks(_nbytes(tensor)) for tensor in tensors}
-
-
-def _n_blocks(n_bytes):
-    return -(-n_bytes // BLOCK)
+    length = len(_header(tensors, metadata))
+    require(length <= MAX_HEADER, f"the header of {len(tensors)} tensors has {length:,} bytes, more than {MAX_HEADER:,}")
+    file.seek(8 + length)
+    header = _header(tensors, metadata, {tensor.name: _write_payload(file, tensor) for tensor in tensors})
+    file.seek(0)
+    file.write(length.to_bytes(8, "little") + header)  # which is as long as it was with zeros for checksums
+    return _crc_in(header)
 
 
 def _in_order(tensors):
     return sorted(tensors, key=lambda tensor: -ITEMSIZE[tensor.dtype])
 
 
-def _nbytes(tensor):
-    n = ITEMSIZE[tensor.dtype]
-    for extent in tensor.shape:
-        n *= extent
-    return n
+def _write_payload(file, tensor):
+    """Write the bytes of a tensor. Return the checksums of their blocks."""
+    n_bytes = 0
+    crcs: list[int] = []
+    for chunk in tensor.chunks():
+        file.write(chunk)
+        chunk = memoryview(chunk)
+        while len(chunk):
+            if n_bytes % BLOCK == 0:
+                crcs.append(0)
+            room = BLOCK - n_bytes % BLOCK
+            crcs[-1] = zlib.crc32(chunk[:room], crcs[-1])
+            n_bytes += len(chunk[:room])
+            chunk = chunk[room:]
+    if n_bytes != tensor.n_bytes:
+        raise RuntimeError(f"{tensor.name!r} gave {n_bytes} bytes and has {tensor.n_bytes}")
+    return "".join(map(_digits, crcs))
+
+
+def _header(tensors, metadata, crcs=None):
+    """Return the header of a file. crcs: name -> checksums of the payload; without them their places have zeros."""
+    if crcs is None:
+        crcs = {tensor.name: _digits(0) * _n_blocks(tensor.n_bytes) for tensor in tensors}
+    metadata = {"header_crc32": _digits(0), **metadata, "crc32": json.dumps(crcs, ensure_ascii=False)}
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for tensor in tensors:
+        end = start + tensor.n_bytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    require(len(entries) == len(tensors) + 1, "two tensors have the same name")
+    try:
+        header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{error.object[error.start - 10 : error.end + 10]!r} in a name is no valid text") from error
+    header += b" " * (-len(header) % ALIGNMENT)
+    return _with_crc(header, _crc_of(header))
+
+
+def _with_crc(header, digits):
+    return FIRST + digits.encode() + header[len(FIRST) + 8 :]
+
+
+def _crc_in(header):
+    """Return the checksum that a header has of itself."""
+    return header[len(FIRST) : len(FIRST) + 8].decode(errors="replace")
+
+
+def _crc_of(header):
+    """Return the checksum that a header should have of itself."""
+    return _digits(zlib.crc32(_with_crc(header, _digits(0))))
 
 
 def _digits(crc):
     return f"{crc:08x}"
 
 
-def _header(tensors, metadata, crcs):
-    entries: dict[str, Any] = {
-        "__metadata__": {"header_crc32": BLANK, **metadata, "crc32": json.dumps(crcs, ensure_ascii=False)}
-    }
-    start = 0
-    for tensor in tensors:
-        end = start + _nbytes(tensor)
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
-    if len(entries) != len(tensors) + 1:
-        raise CheckpointError("two tensors have the same name")
-    try:
-        header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError as error:
-        raise CheckpointError(f"{error.object[error.start - 10 : error.end + 10]!r} in a name is no valid text") from error
-    header += b" " * (-len(header) % ALIGNMENT)
-    return _with_crc(header, _digits(zlib.crc32(header)))
-
-
-def _own_crc(header):
-    """Return the checksum that a header has of itself."""
-    return header[len(FIRST) : len(FIRST) + len(BLANK)].decode(errors="replace")
-
-
-def _with_crc(header, digits):
-    return FIRST + digits.encode() + header[len(FIRST) + len(digits) :]
+def _n_blocks(n_bytes):
+    return -(-n_bytes // BLOCK)
 
 
 class Reader:
@@ -167,45 +156,48 @@ class Reader:
     """
 
     def __init__(self, file, max_header=MAX_HEADER):
-        _needs_little_endian()
-        self.file = file
-        size = file.seek(0, os.SEEK_END)
+        require(sys.byteorder == "little", OTHER_ENDIAN)
+        self.n_bytes = file.seek(0, os.SEEK_END)
         file.seek(0)
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                f"it is cut off, or no safetensors file: it has {size:,} bytes, and a header of {length:,}"
-            )
-        if length > min(max_header, MAX_HEADER):
-            raise CheckpointError(
-                f"its header has {length:,} bytes, and at most {min(max_header, MAX_HEADER):,} are expected"
-            )
+        length, most = int.from_bytes(file.read(8), "little"), min(max_header, MAX_HEADER)
+        cut_off = f"it is cut off, or no safetensors file: it has {self.n_bytes:,} bytes, and a header of {length:,}"
+        require(length <= self.n_bytes - 8, cut_off)
+        require(length <= most, f"its header has {length:,} bytes, and at most {most:,} are expected")
         header = file.read(length)
-        if len(header) != length or not header.startswith(FIRST):
-            raise CheckpointError(
-                "it is no checkpoint of gpuadam: its metadata does not begin with a checksum of the header"
-            )
-        self.n_bytes, self.crc = size, _own_crc(header)
-        if _digits(zlib.crc32(_with_crc(header, BLANK))) != self.crc:
-            raise CheckpointError("its header is damaged: its checksum differs")
+        self.crc, begins_as_ours = _crc_in(header), header.startswith(FIRST)
+        require(begins_as_ours, "it is no checkpoint of gpuadam: its metadata does not begin with a checksum of the header")
+        require(self.crc == _crc_of(header), "its header is damaged: its checksum differs")
         entries = parsed_json(header, "its header")
-        metadata = entries.pop("__metadata__") if isinstance(entries, dict) else None
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise CheckpointError("its metadata must be strings")
-        self.metadata: dict[str, str] = metadata
+        self.metadata: dict[str, str] = entries.pop("__metadata__")
+        require(all(isinstance(value, str) for value in self.metadata.values()), "its metadata must be strings")
         crcs = parsed_json(self.metadata.get("crc32", ""), "crc32 in its metadata")
-        if not isinstance(crcs, dict) or crcs.keys() != entries.keys():
-            raise CheckpointError("crc32 in its metadata must have a checksum for each tensor, and no other")
-        self.tensors = {name: _entry(name, entry, crcs[name], 8 + length) for name, entry in entries.items()}
+        complete = isinstance(crcs, dict) and crcs.keys() == entries.keys()
+        require(complete, "crc32 in its metadata must have a checksum for each tensor, and no other")
         end = 8 + length
-        for name, entry in sorted(self.tensors.items(), key=lambda item: item[1][2:4]):
+        self.tensors = {name: _entry(name, entry, crcs[name], end) for name, entry in entries.items()}
+        for name, entry in sorted(self.tensors.items(), key=lambda item: (item[1].start, item[1].end)):
             if entry.start != end:
-                raise CheckpointError(
-                    f"the tensor {name!r} starts at byte {entry.start:,}, and the one before ends at {end:,}"
-                )
+                raise CheckpointError(f"the tensor {name!r} starts at byte {entry.start:,}, the one before ends at {end:,}")
             end = entry.end
-        if end != size:
-            raise CheckpointError(f"it is cut off or has bytes too many: it has {size:,}, and its tensors end at {end:,}")
+        cut_off = f"it is cut off or has bytes too many: it has {self.n_bytes:,}, and its tensors end at {end:,}"
+        require(end == self.n_bytes, cut_off)
+
+
+def _entry(name, entry, crc, origin):
+    """Check what a header says of a tensor, and return it as an Entry. origin: the place of the payload in the file."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        are_sizes = type(shape) is list and all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, end))
+        right = are_sizes and len(entry) == 3 and len(shape) <= 64 and end - start == ITEMSIZE[dtype] * math.prod(shape)
+    except (LookupError, TypeError, ValueError):
+        right = False
+    if not right:
+        needed = f"a dtype of {', '.join(ITEMSIZE)}, a shape, and the data_offsets of so many elements"
+        raise CheckpointError(f"the tensor {name!r} must have {needed}; it has {str(entry)[:200]}")
+    n_blocks = _n_blocks(end - start)
+    if not isinstance(crc, str) or len(crc) != 8 * n_blocks or not re.fullmatch("[0-9a-f]*", crc):
+        raise CheckpointError(f"the tensor {name!r} has the checksum {str(crc)[:80]!r}, which is none of {n_blocks} blocks")
+    return Entry(dtype, tuple(shape), origin + start, origin + end, crc)
 
 
 def chunks(file, name, entry, first=0, last=None):
@@ -213,11 +205,12 @@ def chunks(file, name, entry, first=0, last=None):
 
     entry: the tensor's, of a Reader of the file. Raises CheckpointError where a checksum differs. Whole blocks are read.
     """
-    last = entry.end - entry.start if last is None else last
-    scratch = memoryview(bytearray(min(BLOCK, entry.end - entry.start)))
+    size = entry.end - entry.start
+    last = size if last is None else last
+    scratch = memoryview(bytearray(min(BLOCK, size)))
     for number in range(first // BLOCK, _n_blocks(last)):
         at = number * BLOCK
-        block = scratch[: min(BLOCK, entry.end - entry.start - at)]
+        block = scratch[: size - at]
         file.seek(entry.start + at)
         if file.readinto(block) != len(block):
             raise CheckpointError(f"it was cut off while it was read: {name!r} ends at byte {entry.end:,}")
@@ -228,20 +221,21 @@ def chunks(file, name, entry, first=0, last=None):
 
 def copy(chunks, buffers):
     """Fill writable buffers, in turn, with the bytes of chunks, of which there are as many."""
-    chunk = memoryview(b"")
-    chunks = iter(chunks)
+    chunk, chunks = memoryview(b""), iter(chunks)
     for buffer in buffers:
-        buffer, done = memoryview(buffer), 0
-        while done < len(buffer):
-            if not len(chunk):
-                chunk = memoryview(next(chunks))
-            n = min(len(chunk), len(buffer) - done)
-            buffer[done : done + n] = chunk[:n]
-            chunk, done = chunk[n:], done + n
+        buffer = memoryview(buffer)
+        while len(buffer):
+            chunk = chunk or memoryview(next(chunks))
+            n = min(len(chunk), len(buffer))
+            buffer[:n] = chunk[:n]
+            chunk, buffer = chunk[n:], buffer[n:]
 
 
 def parsed_json(text, what):
-    """Return what JSON stands for, or raise CheckpointError; what: what it is, for the message. A key may come once."""
+    """Return the value that JSON stands for, or raise CheckpointError. what: a name of the text, for the message.
+
+    Objects in which a key comes twice are refused, and so are NaN and the infinities, which JSON does not have.
+    """
     try:
         return json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_refused)
     except RecursionError as error:
@@ -251,38 +245,11 @@ def parsed_json(text, what):
 
 
 def _without_repetition(pairs):
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    parsed = dict(pairs)
+    if len(parsed) != len(pairs):
         raise ValueError("a key comes twice in an object")
-    return found
+    return parsed
 
 
 def _refused(constant):
     raise ValueError(f"{constant} is no number of JSON")
-
-
-def _entry(name, entry, crc, origin):
-    """Check what a header says of a tensor."""
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"the tensor {name!r} must have dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise CheckpointError(f"the tensor {name!r} has dtype {dtype!r}; it must be one of {', '.join(ITEMSIZE)}")
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
-            raise CheckpointError(
-                f"the tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}: these are no sizes"
-            )
-    if len(shape) > 64 or len(offsets) != 2 or offsets[1] - offsets[0] != _nbytes(Tensor(name, dtype, tuple(shape), tuple)):
-        raise CheckpointError(f"the tensor {name!r} has data_offsets {offsets}, which are not those of {dtype} and {shape}")
-    n_digits = 8 * _n_blocks(offsets[1] - offsets[0])
-    if not isinstance(crc, str) or len(crc) != n_digits or not re.fullmatch("[0-9a-f]*", crc):
-        raise CheckpointError(
-            f"the tensor {name!r} has the checksum {str(crc)[:80]!r}, which is none of its {n_digits // 8} blocks"
-        )
-    return Entry(dtype, tuple(shape), origin + offsets[0], origin + offsets[1], crc)
-
-
-def _needs_little_endian():
-    if sys.byteorder != "little":
-        raise CheckpointError("safetensors files are little-endian and this machine is not: save and load on another")

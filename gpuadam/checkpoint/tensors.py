@@ -1,25 +1,42 @@
-"""The arrays that a checkpoint has: which they are, what they are called in it, and how they become tensors of a file."""
+"""The arrays that a checkpoint holds: which they are, what they are called in a file, and how they become tensors of it."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import backends
 from ..kernels import array_bytes
 from ..kernels.storage import GROUP
-from ..kernels.view import Bits
-from ..optimizer import OF_GROUPS
+from ..kernels.view import Bits, View
+from ..state import OF_GROUPS
 from .safetensors import Tensor
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int16": "I16", "uint8": "U8"}
 PARAM = "param"  # beside the keys of the state
 
 
-class Range(NamedTuple):
-    """The elements start ... stop - 1 of a parameter, in C order."""
+class Section(NamedTuple):
+    """The elements start ... stop - 1, in C order, of a parameter, or of its state the elements that belong to them."""
 
-    param: str
+    param: str  # the name of the parameter
     start: int
     stop: int
+    key: str  # "m", "v", ... of the state, or PARAM
+    backend: Any
+    view: View
+
+    @property
+    def array_name(self):
+        """The name of the whole array: "w.m"."""
+        return f"{self.param}.{self.key}"
+
+    @property
+    def piece_name(self):
+        """The name of a tensor with this section alone: "w[4096:8192].m"."""
+        return f"{self.param}[{self.start}:{self.stop}].{self.key}"
+
+    def tensor(self, name):
+        """Return the elements as a Tensor."""
+        return Tensor(name, DTYPES[self.view.format], self.view.shape, partial(array_bytes.chunks, self.backend, self.view))
 
 
 def place(key, start, stop):
@@ -31,25 +48,25 @@ def place(key, start, stop):
     return (start // GROUP, -(-stop // GROUP)) if key in OF_GROUPS else (start, stop)
 
 
-def arrays_of(opt, ranges=None):
-    """Return (Range, key) -> (backend, View) of the state of an `Adam`, and, with the key PARAM, of its parameters.
+def sections(opt, ranges=None):
+    """Return the Sections of an `Adam`: each parameter, followed by the arrays of its state.
 
-    ranges: name -> Range, of an optimizer whose parameters are parts of others.
+    ranges: of an optimizer whose parameters are parts of others, name -> (the whole parameter's name, start, stop).
     """
-    found = {}
+    listed = []
     for group in opt.groups:
         for name, param in zip(group["names"], group["params"], strict=True):
-            kernels, (view,) = backends.choose([(f"params[{name!r}]", param)], opt.backend)
-            own = ranges[name] if ranges else Range(name, 0, view.size)
-            found[own, PARAM] = kernels, view
-            state = opt.state[name]
-            for key in (key for key in state if key != "step"):
-                array = Bits(state[key], "bfloat16") if opt.is_bfloat16(name, key) else state[key]
-                kernels, (view,) = backends.choose([(f"{key} of params[{name!r}]", array)], opt.backend)
-                found[own, key] = kernels, view
-    return found
+            backend, (view,) = backends.choose([(f"params[{name!r}]", param)], opt.backend)
+            whole, start, stop = ranges[name] if ranges else (name, 0, view.size)
+            listed.append(Section(whole, start, stop, PARAM, backend, view))
+            for key, array in opt.state[name].items():
+                if key != "step":
+                    array = Bits(array, "bfloat16") if opt.format_of_state(name, key) == "bfloat16" else array
+                    backend, (view,) = backends.choose([(f"{key} of params[{name!r}]", array)], opt.backend)
+                    listed.append(Section(whole, start, stop, key, backend, view))
+    return listed
 
 
-def tensor(name, kernels, view):
-    """Return a Tensor with the elements of an array."""
-    return Tensor(name, DTYPES[view.format], view.shape, partial(array_bytes.chunks, kernels, view))
+def chosen(sections, with_params):
+    """Return the Sections of the state, and also those of the parameters if with_params is true."""
+    return [section for section in sections if with_params or section.key != PARAM]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import backends, optimizer
-from ..checkpoint import saving as checkpoint
+from ..checkpoint import CheckpointError, loading
 from . import contract, output
 
 TORCH = (2, 4)  # the oldest that gpuadam.torch takes
@@ -46,10 +46,10 @@ def _checkpoints():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "adam.safetensors")
             opt.save(path)
-            loaded = checkpoint.load(path, {"w": param}, backend="numba-cpu")
+            loaded = loading.load(path, {"w": param}, backend="numba-cpu")
     except backends.BackendUnavailableError as error:
         return _part(False, f"not tried: {error}", backends.backend_status()["numba-cpu"].fix)
-    except (OSError, checkpoint.CheckpointError) as error:
+    except (OSError, CheckpointError) as error:
         return _part(False, f"a save and a load failed: {error}", "set TMPDIR to a folder that can be written, and has room")
     same = all(
         np.array_equal(loaded.state["w"][name].view("u4"), values.view("u4"))

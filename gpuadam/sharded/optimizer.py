@@ -10,11 +10,11 @@ import numpy as np
 
 from .. import checks, hyperparameters, torch_tensors
 from ..clipping import LARGEST_NORM, clipped
-from ..groups import HYPERPARAMETERS, MAPPING, ONE, HasGroups, as_list, checked_group, parsed_groups
+from ..groups import HYPERPARAMETERS, HasGroups, as_given, as_list, checked_group, parsed_groups
 from ..kernels.storage import Arrays
 from ..options import SAVED, Options
 from . import checks as shard_checks
-from . import transports
+from . import saving, transports
 from .adam import ShardAdam
 from .agreement import agreed, on_all
 from .buffer import Buffer, Member
@@ -274,14 +274,12 @@ class ShardedAdam(HasGroups):
         Every rank calls this, and writes the shards that it owns, with checksums, in a few MB of memory. The index, which says
         which files belong to the checkpoint, is written last. So whatever happens, also to some ranks alone, the folder has the
         new checkpoint or the one before. Both need room while the new one is written. The next save deletes the files of a save
-        that was killed. The format: `gpuadam/checkpoint/stored.py`. A learning rate that is a callable is not saved.
+        that was killed. The format: `gpuadam.checkpoint`. A learning rate that is a callable is not saved.
 
         Raises, on all ranks, CheckpointError if something cannot be written, and ValueError or TypeError for an optimizer that
         could not be loaded again.
         """
-        from .checkpoint import save  # which needs this module
-
-        save(self, path, with_params=with_params)
+        saving.save(self, path, with_params=with_params)
 
     def __reduce__(self):
         raise TypeError(
@@ -361,11 +359,9 @@ class ShardedAdam(HasGroups):
 
     def _in_structure(self, arrays):
         """Return arrays, given in the order of the parameters, in the structure of params."""
-        in_order_of_members, groups = iter(arrays), []
-        for structure in self.arrangement.structures:
-            of_group = dict(zip(structure.names, in_order_of_members, strict=False))
-            listed = list(of_group.values())
-            groups.append(of_group if structure.kind == MAPPING else listed[0] if structure.kind == ONE else listed)
+        arrays, groups = iter(arrays), []
+        for kind, names, _ in self.arrangement.structures:
+            groups.append(as_given(kind, names, list(itertools.islice(arrays, len(names)))))
         return groups if self.arrangement.in_groups else groups[0]
 
 

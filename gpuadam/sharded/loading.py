@@ -1,0 +1,86 @@
+"""Loading a checkpoint on many ranks, whatever number of ranks wrote it: each reads the part that it owns."""
+
+import contextlib
+import itertools
+import os
+
+from .. import checks
+from ..checkpoint.format import ALGORITHMS
+from ..checkpoint.loading import about, not_fitting, opened
+from ..checkpoint.tensors import chosen
+from . import transports
+from .agreement import agreed, on_all
+from .optimizer import ShardedAdam, ShardedAdamW
+from .saving import sections_of_rank
+
+
+def load_sharded(
+    path,
+    params,
+    transport,
+    backend=None,
+    *,
+    lr=None,
+    with_params=False,
+    reduction=None,
+    bucket_bytes=1 << 25,
+    views=False,
+):
+    """Make a `ShardedAdam` from a checkpoint of `ShardedAdam` or `Adam`, with its options, hyperparameters and step counts.
+
+    path: of the folder that `ShardedAdam.save` made, from any number of ranks, or of the file that `Adam.save` made.
+    params, backend, lr, with_params: as in `gpuadam.load`. transport, bucket_bytes, views: as in `ShardedAdam`.
+    reduction: as in `ShardedAdam`; by default the saved one, and "mean" for a checkpoint of `Adam`.
+
+    Every rank calls this, and reads the part that it owns, so that together they read the checkpoint about once. A ShardedAdam
+    has no copies and is never capturable, whatever was saved. A checkpoint of AdamW gives a ShardedAdamW.
+    Raises, on all ranks, the errors of `gpuadam.load`; by then the parameters of all ranks may have become those of rank 0.
+
+    >>> import numpy as np, gpuadam, os, tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "step-1")
+    >>> w, transport = np.ones(3, "float32"), gpuadam.transports.Local()
+    >>> opt = gpuadam.ShardedAdamW({"w": w}, transport, lr=0.1)
+    >>> opt.step({"w": w.copy()})
+    >>> opt.save(path)
+    >>> again = gpuadam.load_sharded(path, {"w": w}, transport)
+    >>> alone = gpuadam.load(path, {"w": w})
+    >>> type(again).__name__, again.steps, type(alone).__name__, alone.steps
+    ('ShardedAdamW', 1, 'AdamW', 1)
+    """
+    transports.check(transport)
+    location = on_all(transport, lambda: os.fsdecode(path))
+    with about(location), contextlib.ExitStack() as until_loaded:
+
+        def compared():
+            checkpoint = until_loaded.enter_context(opened(location, params, backend, lr))
+            crc, whole = checkpoint.stored.crc, checks.flag("with_params", with_params)
+            return checkpoint, {"path": location, "the checkpoint there": crc, "with_params": whole}, False
+
+        checkpoint, _ = agreed(transport, compared)
+        stored, saved = checkpoint.stored, checkpoint.stored.saved
+        headers = on_all(transport, lambda: stored.read_headers(transport.rank, transport.size))
+        stored.arrange(itertools.chain.from_iterable(transport.exchange(headers)))
+        algorithm, decoupled = ALGORITHMS[saved.name]
+        make = ShardedAdamW if saved.name == "AdamW" else ShardedAdam
+        options = {name: value for name, value in saved.options.items() if name != "capturable"}
+        options |= {"algorithm": algorithm, "decoupled": decoupled, "backend": backend, "bucket_bytes": bucket_bytes}
+        options |= {"reduction": saved.reduction if reduction is None else reduction, "views": views}
+        with not_fitting():
+            opt = make(checkpoint.params, transport, **checkpoint.hyperparameters, **options)
+        on_all(transport, lambda: _fill(opt, stored, with_params))
+    if with_params:
+        opt.collect_params()
+    return opt
+
+
+def _fill(opt, stored, with_params):
+    """Read counts, the state of this rank, and its parameters into the buffer that the ranks collect them from."""
+    saved = stored.saved
+    with not_fitting():
+        taken = {name: checks.count(f"step of {name!r}", param["step"]) for name, param in saved.params.items()}
+        steps = checks.count("steps", saved.steps)
+    arrays = sections_of_rank(opt)
+    stored.check(arrays, with_params)
+    for section in chosen(arrays, with_params):
+        stored.read(section)
+    opt.go_on_from(steps, taken)

@@ -1,0 +1,132 @@
+"""Writing a checkpoint of many ranks: a folder, in which each rank writes the part that it owns.
+
+Every rank writes and flushes a part of its own, under a name that no part before had. Then rank 0 puts a new index in the place
+of the old one, in one step; only the index says which parts the checkpoint has. So a crash at any moment leaves the old
+checkpoint or the new one. Parts that no index names were left by a save that did not end, and the next one deletes them.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+from pathlib import Path
+
+from .. import checks
+from ..checkpoint.format import (
+    ALGORITHMS,
+    INDEX,
+    IS_PART,
+    PART,
+    PART_FORMAT,
+    VERSION,
+    as_json,
+    check_class,
+    decoded,
+    encoded,
+)
+from ..checkpoint.safetensors import FIRST, CheckpointError, Reader, require
+from ..checkpoint.saving import write_file
+from ..checkpoint.tensors import chosen, sections
+from ..groups import saved_settings, some
+from .agreement import agreed, on_all
+
+CLASS_OF = {algorithm: name for name, algorithm in ALGORITHMS.items()}
+OURS = re.compile(rf"{IS_PART.pattern}|\.gpuadam-[0-9a-f]{{16}}\.tmp")  # parts, and files that were not finished
+SHARED = "The folder must be on a file system that all ranks share"
+
+
+def save(opt, path, *, with_params=False):
+    """Save a ShardedAdam: see `ShardedAdam.save`."""
+    opt.check_whole()
+    transport = opt.transport
+    folder, metadata = agreed(transport, lambda: _prepared(opt, path, with_params))[0]
+    token = transport.exchange(on_all(transport, lambda: _cleared(folder) if transport.rank == 0 else None))[0]
+    file = Path(folder, PART.format(transport.rank, transport.size, token))
+    try:
+        part = on_all(transport, lambda: _write_part(opt, file, with_params))
+    except BaseException:
+        with contextlib.suppress(OSError):  # a read-only file system raises here, too; the error before is the one to report
+            file.unlink()  # a part without the others has no use
+        raise
+    parts = transport.exchange(part)
+    on_all(transport, lambda: _commit(folder, metadata, parts) if transport.rank == 0 else None)
+
+
+def _prepared(opt, path, with_params):
+    """Check the optimizer. Return (folder, metadata), a dict of values that all ranks must have in common, and no flag."""
+    check_class(opt, ("ShardedAdam", "ShardedAdamW"))
+    folder, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
+    opt.checked_groups()  # what could not be loaded is not saved either
+    params = {member.name: (member.view, member.taken) for member in opt.members}
+    name = CLASS_OF[opt.options.algorithm, opt.options.decoupled]
+    groups = [saved_settings(group) for group in opt.groups]
+    metadata = encoded(opt, name, groups, params) | {"reduction": opt.reduction}
+    return (folder, metadata), {"path": folder, "with_params": with_params, **metadata}, False
+
+
+def _cleared(folder):
+    """Make the folder, or delete the rest of a save that did not end. Return random digits for the names of the new parts."""
+    path = Path(folder)
+    try:
+        path.mkdir(exist_ok=True)
+        names = sorted(file.name for file in path.iterdir())
+        known = _files_of(path / INDEX) if INDEX in names else None
+        strangers = [name for name in names if not OURS.fullmatch(name)] if known is None else []
+        advice = "and was not saved: give a folder of its own"
+        require(not strangers, f"{folder!r} has files that are of no checkpoint, {some(strangers)}, {advice}")
+        _delete_all_but(path, known or ())
+    except FileExistsError as error:
+        raise CheckpointError(f"{folder!r} is a file, and many ranks save into a folder: give another path") from error
+    except OSError as error:
+        where, advice = str(error.filename or folder), "Give a folder that can be made and read"
+        raise CheckpointError(f"{where!r} was not saved: {error.strerror}. {advice}") from error
+    return secrets.token_hex(8)
+
+
+def _files_of(index):
+    """Return the names of the parts of an index, or None if the file is another program's, which is not to be replaced."""
+    with index.open("rb") as file:
+        if file.read(8 + len(FIRST))[8:] != FIRST:
+            return None
+        try:
+            return [part["file"] for part in decoded(Reader(file).metadata).parts or ()]
+        except CheckpointError:  # it is damaged, and does not say which parts are without use
+            return [other.name for other in index.parent.iterdir()]
+
+
+def _write_part(opt, file, with_params):
+    """Write the arrays of this rank. Return the index's entry of the part."""
+    require(file.parent.is_dir(), f"the folder {str(file.parent)!r}, which rank 0 has made, is not here. {SHARED}")
+    if with_params:
+        opt.read_params()
+    tensors = [section.tensor(section.piece_name) for section in chosen(sections_of_rank(opt), with_params)]
+    n_bytes, crc = write_file(str(file), tensors, {"format": PART_FORMAT, "version": VERSION})
+    return {"file": file.name, "n_bytes": n_bytes, "crc32": crc}
+
+
+def _commit(folder, metadata, parts):
+    """Write the index, which makes the new parts the checkpoint, and delete the parts of the old one."""
+    for rank, part in enumerate(parts):
+        path = Path(folder, part["file"])
+        is_here = path.exists() and path.stat().st_size == part["n_bytes"]
+        require(is_here, f"the file {str(path)!r}, which rank {rank} wrote, is not here. {SHARED}")
+    write_file(os.path.join(folder, INDEX), [], metadata | {"parts": as_json(parts)})  # noqa: PTH118 - a str, for messages
+    _delete_all_but(Path(folder), [part["file"] for part in parts])
+
+
+def _delete_all_but(path, names):
+    """Delete the parts in a folder that have other names, and files that were not finished."""
+    for file in path.iterdir():
+        if file.name not in names and OURS.fullmatch(file.name):
+            with contextlib.suppress(OSError):  # a file that stays does no harm, and the next save tries again
+                file.unlink()
+
+
+def sections_of_rank(opt):
+    """Return the Sections of the arrays that this rank owns."""
+    listed = []
+    for bucket in opt.buckets:
+        if bucket.optimizer is not None:
+            ranges = {shard.label: (shard.name, shard.start, shard.stop) for shard in bucket.shards}
+            listed += sections(bucket.optimizer, ranges)
+    return listed
