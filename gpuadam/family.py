@@ -3,7 +3,7 @@
 The rule of each is in `kernels/adam.py`, known by the name of its algorithm.
 """
 
-from .optimizer import Adam
+from .optimizer import Adam as Adam  # with the others, for what looks one up by its name
 
 
 class AdamW(Adam):

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import backends, checks
 from .groups import differing_names
-from .kernels.view import a_kind, is_jax
+from .kernels.view import Bits, a_kind, is_jax
 from .torch_tensors import is_tensor
 
 TORCH = {"m": "exp_avg", "v": "exp_avg_sq", "max_v": "max_exp_avg_sq"}
@@ -56,7 +56,7 @@ def from_torch(opt, state_dict, names=None):
     for group, their_group in zip(groups, their_groups, strict=True):
         if missing := sorted({"lr", "betas", "eps", "weight_decay", "params"} - set(their_group)):
             raise ValueError(f"a group of the state_dict has no {missing}: it is not one of torch.optim.Adam or AdamW")
-        if their_group.get("decoupled_weight_decay", opt._decoupled) is not opt._decoupled:
+        if their_group.get("decoupled_weight_decay", opt.decoupled) is not opt.decoupled:
             raise ValueError(
                 f"torch's decoupled_weight_decay is not that of {type(opt).__name__}: load Adam's into Adam, AdamW's into AdamW"
             )
@@ -94,7 +94,7 @@ def to_torch(opt, names=None):
                 "the learning rate is a callable, which torch's state cannot hold: put a number into opt.groups"
             )
         settings = {key: group[key] for key in HYPERPARAMETERS_OF_TORCH} | flags
-        groups.append(settings | {"decoupled_weight_decay": opt._decoupled, "params": list(range(start, stop))})
+        groups.append(settings | {"decoupled_weight_decay": opt.decoupled, "params": list(range(start, stop))})
     # torch has no state of a parameter that took no step
     stepped = {k: name for k, name in enumerate(names) if ours["state"][name]["step"]}
     states = {k: _to_torch(name, ours["state"][name], params[name], opt, torch) for k, name in stepped.items()}
@@ -164,7 +164,7 @@ def to_optax(opt, like, separator="."):
 
 
 def _only_adam(opt):
-    if opt._algorithm != "adam":
+    if opt.algorithm != "adam":
         raise TypeError(f"{type(opt).__name__}'s state is not exchanged with other libraries, only Adam's and AdamW's")
 
 
@@ -195,7 +195,8 @@ def _format(array):
 
 
 def _format_here(key, name, opt):
-    return "bfloat16" if opt.is_bfloat16(name, key) else _format(opt.state[name][key])
+    array = opt.array_of_state(name, key)
+    return array.format if type(array) is Bits else _format(array)
 
 
 def _held(key, name, array, opt):
@@ -234,7 +235,7 @@ def _from_torch(name, state, opt):
     ours = {key: array for key, array in opt.state[name].items() if key != "step"}
     if state is None:
         named = [(f"{key} of params[{name!r}]", array) for key, array in ours.items()]
-        backend, views = backends.choose(named, opt._state_backend)
+        backend, views = backends.choose(named, opt.state_backend)
         return {"step": 0} | {key: backend.zeros_like(view) for key, view in zip(ours, views, strict=True)}
     if set(state) != {"step"} | {TORCH.get(key, key) for key in ours}:
         raise ValueError(
@@ -255,7 +256,7 @@ def _to_torch(name, state, param, opt, torch):
         if format_ != view.format:
             raise TypeError(f"{key} of {name!r} is {format_}, and torch would cast it to the parameter's {view.format}")
         array = state[key].view(np.int16) if format_ == "bfloat16" else state[key]
-        _, (of_state,) = backends.choose([(f"{key} of params[{name!r}]", array)], opt._state_backend)
+        _, (of_state,) = backends.choose([(f"{key} of params[{name!r}]", array)], opt.state_backend)
         device = (
             "cpu" if of_state.device is None else f"cuda:{of_state.device}"
         )  # without it torch moves the memory to its current one

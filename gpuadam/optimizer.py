@@ -13,6 +13,7 @@ from .groups import (
     HYPERPARAMETERS,
     OF_PARAMS,
     HasGroups,
+    Structure,
     checked_group,
     grads_of_params,
     is_sequence,
@@ -21,7 +22,7 @@ from .groups import (
     what_is,
 )
 from .kernels import array_bytes, device_scalars, streams
-from .kernels.view import View, is_array
+from .kernels.view import Bits, View, is_array
 from .options import Options
 from .remembered import Remembered
 from .state import Kind, Parameter
@@ -34,6 +35,15 @@ class Beginning(NamedTuple):
     backend: Any
     view: View
     kept: dict[str, str]  # key of the state -> format
+
+
+class Group(NamedTuple):
+    """A group of parameters, beside its settings in `Adam.groups`."""
+
+    structure: Structure
+    parameters: list[Parameter]
+    kind: Kind | None  # of all parameters, if they have one
+    count: Any  # of steps, one of step_counts.py
 
 
 class Adam(HasGroups):
@@ -129,7 +139,8 @@ class Adam(HasGroups):
         self._norm_counts: dict[int, Any] = {}  # for scalars that depend on a norm on the device, where the host counts
         beginnings = self._checked_params()
         self._make_parameters(beginnings, self.copies_of(param_copies, beginnings))
-        self._make_counts(beginnings)
+        given = enumerate(zip(self.groups, self.arrangement.structures, strict=True))
+        self._groups = [self._made_group(k, *settings_and_structure, beginnings) for k, settings_and_structure in given]
 
     def _checked_params(self):
         """Check the parameters and hyperparameters. Return name -> Beginning of each parameter."""
@@ -164,33 +175,27 @@ class Adam(HasGroups):
         computed_in = {self.options.computed_in(beginning.view.format) for beginning in beginnings.values()}
         self._largest_norm = min(map(clipping.LARGEST_NORM.__getitem__, computed_in))
 
-    def _make_counts(self, beginnings):
-        """Decide where each group counts its steps."""
-        self._members = [[self.parameters[name] for name in group["names"]] for group in self.groups]
-        kinds = [{parameter.kind for parameter in members} for members in self._members]
-        self._kinds = [of_group.pop() if len(of_group) == 1 else None for of_group in kinds]
-        self._counts: list[Any] = [step_counts.OnHost() for _ in self.groups]
-        for k, members in enumerate(self._members):
-            if members and self.options.capturable:
-                self._counts[k] = count = self._shared_count(k, [beginnings[parameter.name] for parameter in members])
-                count.number("lr", self.groups[k]["lr"])
-                for parameter in members:
-                    parameter.state["step"] = count.step
-
-    def _shared_count(self, k, beginnings):
-        """Return the one count of group k."""
-        kernels = {beginning.backend for beginning in beginnings}
-        devices = {beginning.view.device for beginning in beginnings if beginning.view.size}
-        if len(kernels) > 1 or len(devices) > 1:
-            raise ValueError(
-                f"with capturable=True the parameters of a group share a device and a backend; group {k} does not"
-            )
-        if len({parameter.kind.operands for parameter in self._members[k]}) > 1:
-            raise ValueError(
-                f"with capturable=True the parameters of a group have the same kinds of state; group {k} has some with a "
-                "remainder or a copy and some without: put them into groups of their own"
-            )
-        return step_counts.in_array(kernels.pop(), devices.pop() if devices else 0)
+    def _made_group(self, k, settings, structure, beginnings):
+        """Return the Group of number k."""
+        members = [self.parameters[name] for name in settings["names"]]
+        kinds = {parameter.kind for parameter in members}
+        count: Any = step_counts.OnHost()
+        if members and self.options.capturable:
+            if len({kind.operands for kind in kinds}) > 1:
+                raise ValueError(
+                    f"with capturable=True the parameters of a group have the same kinds of state; group {k} has some with a "
+                    "remainder or a copy and some without: put them into groups of their own"
+                )
+            places = {(beginning.backend, beginning.view.device) for beginning in map(beginnings.get, structure.names)}
+            if len({backend for backend, _ in places}) > 1 or len({device for _, device in places} - {None}) > 1:
+                raise ValueError(
+                    f"with capturable=True the parameters of a group share a device and a backend; group {k} does not"
+                )
+            count = step_counts.in_array(*max(places, key=lambda place: place[1] or 0))
+            count.number("lr", settings["lr"])
+            for parameter in members:
+                parameter.state["step"] = count.step
+        return Group(structure, members, kinds.pop() if len(kinds) == 1 else None, count)
 
     def new_state(self, beginnings):
         """Return name -> {key: zeros} of the state of all parameters. beginnings: name -> Beginning."""
@@ -249,10 +254,10 @@ class Adam(HasGroups):
             conditions = self.conditions(grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream)
         updates: list[Updates] = []
         taking: list[tuple] = []
-        for k, of_group in enumerate(grads_of_groups):
-            of_group, members = self._updates_of_group(k, of_group, conditions)
+        for settings, group, grads in zip(self.groups, self._groups, grads_of_groups, strict=True):
+            of_group, parameters = self._updates_of(settings, group, grads, conditions)
             updates += of_group
-            taking.append((self._counts[k], members))
+            taking.append((group.count, parameters))
         if conditions.on_device and not self.options.capturable:
             updates = self._by_a_norm_on_the_device(updates, conditions)
         if conditions.left_out:
@@ -260,31 +265,28 @@ class Adam(HasGroups):
             return
         if updates:
             self.launch(updates, stream)
-        for count, members in taking:
-            count.advance(members)
+        for count, parameters in taking:
+            count.advance(parameters)
         self.steps += 1
 
-    def _updates_of_group(self, k, grads, conditions):
+    def _updates_of(self, settings, group, grads, conditions):
         """Return the Updates of a group's parameters that have a gradient, and these parameters."""
-        group, members, count = self.groups[k], self._members[k], self._counts[k]
-        lr, grad_scale, now = count.numbers(group["lr"], conditions.grad_scale, conditions.on_device)
-        known = group if lr is group["lr"] else group | {"lr": lr}
-        h = self.checked(known, self.arrangement.structures[k], self.steps + 1, grad_scale)
-        params = group["params"]
+        count, parameters, arrays = group.count, group.parameters, settings["params"]
+        lr, grad_scale, now = count.numbers(settings["lr"], conditions.grad_scale, conditions.on_device)
+        known = settings if lr is settings["lr"] else settings | {"lr": lr}
+        h = self.checked(known, group.structure, self.steps + 1, grad_scale)
         if id(None) in map(id, grads):
             present = [grad is not None for grad in grads]
-            count.check_present(members, present)
-            members, params, grads = (list(itertools.compress(column, present)) for column in (members, params, grads))
+            count.check_present(parameters, present)
+            parameters, arrays, grads = (list(itertools.compress(x, present)) for x in (parameters, arrays, grads))
         updates = []
-        for step, some in count.alike(members, self._kinds[k]):
-            if len(some) == len(members):
-                columns = [params, grads]
-            else:
-                chosen = set(map(id, some))
-                chosen_ones = [id(parameter) in chosen for parameter in members]
-                columns = [list(itertools.compress(column, chosen_ones)) for column in (params, grads)]
-            updates.append(self._updates(h, step, some, columns, now))
-        return updates, members
+        for step, alike in count.alike(parameters, group.kind):
+            columns = [arrays, grads]
+            if len(alike) < len(parameters):
+                chosen = set(map(id, alike))
+                columns = [list(itertools.compress(x, [id(p) in chosen for p in parameters])) for x in columns]
+            updates.append(self._updates(h, step, alike, columns, now))
+        return updates, parameters
 
     def _updates(self, h, step, parameters, columns, now):
         """Return the Updates of parameters of one kind. columns: their arrays and gradients, to which those of the state come."""
@@ -320,7 +322,7 @@ class Adam(HasGroups):
             norm = clipping.global_norm(grads, out=self._norm, backend=self.backend, stream=stream)
             if not isinstance(norm, np.ndarray):
                 self._norm = norm  # always in the same place, which captured graphs know
-        device_mode = any(count.on_device for count in self._counts)
+        device_mode = any(group.count.on_device for group in self._groups)
         capturable, largest = self.options.capturable, self._largest_norm
         return clipping.conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, device_mode, largest)
 
@@ -362,11 +364,11 @@ class Adam(HasGroups):
         A learning rate that is a callable is not state: None stands in its place.
         """
         groups, states = [], {name: dict(state) for name, state in self.state.items()}
-        for group, count, members in zip(self.groups, self._counts, self._members, strict=True):
-            settings = saved_settings(group)
+        for own, group in zip(self.groups, self._groups, strict=True):
+            settings = saved_settings(own)
             if is_array(settings["lr"]):
-                settings["lr"] = count.value(settings["lr"])
-            for parameter, n in zip(members, count.read(members), strict=True):
+                settings["lr"] = group.count.value(settings["lr"])
+            for parameter, n in zip(group.parameters, group.count.read(group.parameters), strict=True):
                 states[parameter.name]["step"] = n
             groups.append(settings)
         return {"steps": self.steps, "state": states, "groups": groups}
@@ -413,8 +415,8 @@ class Adam(HasGroups):
             if set(states[name]) != set(state):
                 raise ValueError(f"the state of {name!r} has {sorted(states[name])}, the optimizer's {sorted(state)}")
             counted[name] = dict(states[name]) | {"step": checks.count(f"step of {name!r}", states[name]["step"])}
-        for count, members in zip(self._counts, self._members, strict=True):
-            count.check_counts([counted[parameter.name]["step"] for parameter in members], members)
+        for group in self._groups:
+            group.count.check_counts([counted[p.name]["step"] for p in group.parameters], group.parameters)
         return settings, counted, checks.count("steps", state_dict["steps"])
 
     def _checked_settings(self, k, saved):
@@ -429,7 +431,7 @@ class Adam(HasGroups):
                 raise ValueError("the saved lr was a callable, which is not saved: give this optimizer's group one first")
             settings["lr"] = self.groups[k]["lr"]
         h = self.checked(self.groups[k] | settings, self.arrangement.structures[k], step=1)
-        for parameter in self._members[k]:
+        for parameter in self._groups[k].parameters:
             hyperparameters.check_rounding(h, self.options.computed_in(parameter.kind.param))
         return settings
 
@@ -448,20 +450,21 @@ class Adam(HasGroups):
         self.checked_state_dict(state_dict)  # what could not be loaded is not saved either
         saving.save(self, state_dict, path, with_params=with_params)
 
-    def format_of_state(self, name, key):
-        """Return the format of an array of the state, such as "bfloat16" for one that holds these numbers as integers."""
-        kind = self.parameters[name].kind
-        return kind.bits[kind.operands.index(key)] or self.state[name][key].dtype.name
+    def array_of_state(self, name, key):
+        """Return an array of the state of a parameter, in `Bits` if it is of integers that stand for other numbers."""
+        kind, array = self.parameters[name].kind, self.state[name][key]
+        bits = dict(zip(kind.operands, kind.bits, strict=True)).get(key)
+        return Bits(array, bits) if bits else array
 
     def go_on_from(self, groups, states, steps):
         """Take over what `checked_state_dict` returned: all but the arrays."""
-        for group, count, members, settings in zip(self.groups, self._counts, self._members, groups, strict=True):
-            if is_array(group["lr"]) and not callable(settings["lr"]):
-                count.fill(group["lr"], settings["lr"])  # in place: a captured graph knows this array
-                settings["lr"] = group["lr"]
-            group.update(settings)
-            if members:
-                count.set(members, [states[parameter.name]["step"] for parameter in members])
+        for own, group, settings in zip(self.groups, self._groups, groups, strict=True):
+            if is_array(own["lr"]) and not callable(settings["lr"]):
+                group.count.fill(own["lr"], settings["lr"])  # in place: a captured graph knows this array
+                settings["lr"] = own["lr"]
+            own.update(settings)
+            if group.parameters:
+                group.count.set(group.parameters, [states[parameter.name]["step"] for parameter in group.parameters])
         self.steps = steps
 
     def copy_state(self, copies):

@@ -19,7 +19,7 @@ def test_a_file_of_adamw_with_options():
     narrow = {"narrow": gpuadam.Bits(np.zeros(7, "u2"), "bfloat16")}
     opt = gpuadam.load(SAVED / "adamw.safetensors", [{"params": params}, {"params": narrow}], with_params=True)
     assert type(opt) is gpuadam.AdamW and opt.steps == 9
-    assert {name: opt.options[name] for name in ("state_dtype", "ema_decay", "master", "seed", "zero_grad")} == {
+    assert {name: getattr(opt.options, name) for name in ("state_dtype", "ema_decay", "master", "seed", "zero_grad")} == {
         "state_dtype": "8bit", "ema_decay": 0.5, "master": "remainder", "seed": 2**63 + 5, "zero_grad": True
     }  # fmt: skip
     wide, own = opt.groups
@@ -44,7 +44,7 @@ def test_a_folder_of_many_ranks():
         params = {"large": np.zeros(4100, "f2"), "small": np.zeros((2, 3), "f2")}
         opt = load(SAVED / "sharded", params, with_params=True)
         assert type(opt) in (gpuadam.AdamW, gpuadam.ShardedAdamW) and opt.steps == 5
-        assert opt.groups[0]["lr"] == 0.0625 and opt.options["state_dtype"] == "8bit"
+        assert opt.groups[0]["lr"] == 0.0625 and opt.options.state_dtype == "8bit"
         for name, param in params.items():
             assert (param.reshape(-1) == np.arange(param.size) % 8).all()
             state = opt.state[name] if load is gpuadam.load else next(s.state for s in opt.shards if s.name == name)

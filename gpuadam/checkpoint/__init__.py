@@ -7,8 +7,8 @@
     opt = gpuadam.load_sharded("checkpoint", params, transport, with_params=True)
 
 Training goes on bit for bit, on any backend. `gpuadam.load` also takes a folder that many ranks wrote, and `load_sharded` a file,
-or a folder that another number of ranks wrote. What is damaged, incomplete or does not fit the parameters raises CheckpointError
-before anything of the caller has changed. Neither saving nor loading takes more than a few MB of memory beside the state.
+or a folder that another number of ranks wrote. A checkpoint that is damaged, incomplete or does not fit the parameters raises
+CheckpointError before anything of the caller's has changed. Saving and loading take a few MB of memory beside the state.
 
 
 # A file
@@ -50,7 +50,7 @@ save leaves `.gpuadam-(16 digits).tmp`, which nothing reads.
 # A folder
 
     index.safetensors                   the metadata, without tensors, and the names of the parts
-    part-0-of-4-(16 digits).safetensors, ...    what each rank owned
+    part-0-of-4-(16 digits).safetensors, ...    the arrays, or parts of arrays, that each rank owned
 
 The index has two keys more. A part has the metadata `format` (`gpuadam.optimizer.part`) and `version` alone, with the checksums.
 

@@ -96,7 +96,7 @@ class Opened(NamedTuple):
 @contextlib.contextmanager
 def opened(path, params, backend, lr):
     """Open a checkpoint and compare it with the parameters that it is loaded for. lr: as in `load`."""
-    groups, arrangement = parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False})
+    groups, (structures, grouped) = parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False})
     views = {}
     for group in groups:
         for name, param in zip(group["names"], group["params"], strict=True):
@@ -105,14 +105,14 @@ def opened(path, params, backend, lr):
     with opened_file(path, _longest_header(views)) as stored:
         saved = stored.saved
         check_known("options", saved.options, SAVED)
-        _check_params(saved, [structure.names for structure in arrangement.structures], views)
+        _check_params(saved, [structure.names for structure in structures], views)
         rates = _learning_rates(lr, groups, saved.groups)
         arguments = []
-        for group, structure, rate, saved_group in zip(groups, arrangement.structures, rates, saved.groups, strict=True):
+        for group, structure, rate, saved_group in zip(groups, structures, rates, saved.groups, strict=True):
             members = as_given(structure.kind, structure.names, group["params"])
             arguments.append(saved_group | {"lr": rate, "params": members})
             del arguments[-1]["names"]
-        yield Opened(stored, *((arguments, {}) if arrangement.in_groups else (arguments[0].pop("params"), arguments[0])))
+        yield Opened(stored, *((arguments, {}) if grouped else (arguments[0].pop("params"), arguments[0])))
 
 
 @contextlib.contextmanager

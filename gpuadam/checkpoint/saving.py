@@ -26,7 +26,7 @@ def save(opt, state_dict, path, *, with_params=False):
     check_class(opt, CLASSES)
     arrays, states = sections(opt), state_dict["state"]
     params = {section.param: (section.view, states[section.param]["step"]) for section in arrays if section.key == PARAM}
-    copies = [parameter.name for parameter in opt.parameters.values() if parameter.copy is not None]
+    copies = [name for name, parameter in opt.parameters.items() if parameter.copy is not None]
     metadata = encoded(opt, type(opt).__name__, state_dict["groups"], params, copies)
     write_file(path, [section.tensor(section.array_name) for section in chosen(arrays, with_params)], metadata)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from .. import backends
 from ..kernels import array_bytes
 from ..kernels.storage import GROUP
-from ..kernels.view import Bits, View
+from ..kernels.view import View
 from ..state import OF_GROUPS
 from .safetensors import Tensor
 
@@ -59,10 +59,10 @@ def sections(opt, ranges=None):
             backend, (view,) = backends.choose([(f"params[{name!r}]", param)], opt.backend)
             whole, start, stop = ranges[name] if ranges else (name, 0, view.size)
             listed.append(Section(whole, start, stop, PARAM, backend, view))
-            for key, array in opt.state[name].items():
+            for key in opt.state[name]:
                 if key != "step":
-                    array = Bits(array, "bfloat16") if opt.format_of_state(name, key) == "bfloat16" else array
-                    backend, (view,) = backends.choose([(f"{key} of params[{name!r}]", array)], opt.backend)
+                    named = [(f"{key} of params[{name!r}]", opt.array_of_state(name, key))]
+                    backend, (view,) = backends.choose(named, opt.backend)
                     listed.append(Section(whole, start, stop, key, backend, view))
     return listed
 
