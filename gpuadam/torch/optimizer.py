@@ -1,5 +1,6 @@
 """Adam and AdamW as optimizers of torch."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -103,7 +104,8 @@ class Adam(torch.optim.Optimizer):
         arrays = self._kept(group, torch.bfloat16)  # parameters of this dtype have every kind of state
         checks.combination("adam", [array.operand for array in arrays], self.options.stochastic_rounding)
         lr, betas, eps, weight_decay, decoupled, maximize = (group[key] for key in OF_A_STEP)
-        return hyperparameters.checked(_number(lr), _number(betas), eps, weight_decay, decoupled, maximize, grad_scale)
+        numbers = _number(lr), _number(betas), eps, weight_decay
+        return hyperparameters.with_formulas(*numbers, maximize, grad_scale, _formulas(decoupled))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -288,6 +290,12 @@ class AdamW(Adam):
 
 
 _key = functools.cache(key_of_parameter)
+
+
+@functools.lru_cache(typed=True)  # typed: 1 and True are equal, and 1 is refused
+def _formulas(decoupled):
+    """Return the formulas of Adam; decoupled: a setting of a group."""
+    return hyperparameters.formulas(**dataclasses.asdict(hyperparameters.ADAM) | {"decoupled": decoupled})
 
 
 def _number(value):
