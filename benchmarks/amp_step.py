@@ -32,6 +32,7 @@ import report
 import gpuadam
 from gpuadam import backends
 from gpuadam.cli.measuring import measure, plots
+from gpuadam.terminal import figures
 
 SCALE, MAX_NORM = 65536.0, 1.0
 OURS, THEIRS, COPIES = "gpuadam.Adam.step", measure.TORCH_FUSED, ", bfloat16 copies"
@@ -204,14 +205,14 @@ def rows_of(backend, n, n_arrays, times):
 
 def draw(rows, path):
     """Draw, for each backend and case, the time of each contender."""
-    backends_of = report.groups(rows, "backend")
-    cases = list(report.groups(rows, "elements", "arrays"))
-    figure, axes = plots.panels(len(backends_of), len(cases), width=6.5, height=2.6)
+    backends_of = measure.groups(rows, "backend")
+    cases = list(measure.groups(rows, "elements", "arrays"))
+    figure, axes = figures.panels(len(backends_of), len(cases), width=6.5, height=2.6)
     for line, ((backend,), of_backend) in zip(axes, backends_of.items(), strict=True):
-        of_cases = report.groups(of_backend, "elements", "arrays")
+        of_cases = measure.groups(of_backend, "elements", "arrays")
         for axis, (n, arrays) in zip(line, cases, strict=True):
             title = f"AMP step, {backend}\n{n:,} elements in {arrays:,} array{'s' * (arrays > 1)}"
-            plots.bars(axis, of_cases.get((n, arrays), []), "p50_us", report.time, title, "median time of a step")
+            report.bars(axis, of_cases.get((n, arrays), []), "p50_us", report.time, title, "median time of a step")
     plots.save(figure, path, rows)
 
 

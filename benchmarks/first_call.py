@@ -20,6 +20,7 @@ import peers
 import report
 
 from gpuadam.cli.measuring import measure, plots
+from gpuadam.terminal import figures
 
 ROOT = Path(__file__).parent.parent
 N = 1000
@@ -112,14 +113,14 @@ def _seconds(code, folder):
 
 def draw(rows, path):
     """Draw, for each backend, the seconds of each contender."""
-    backends_of = report.groups(rows, "backend")
-    figure, axes = plots.panels(1, len(backends_of), width=7, height=3)
+    backends_of = measure.groups(rows, "backend")
+    figure, axes = figures.panels(1, len(backends_of), width=7, height=3)
     for axis, ((backend,), of_backend) in zip(axes[0], backends_of.items(), strict=True):
         named = [
             row | {"contender": f"{row['contender']}, {row['state']}"} if "cache" in row["state"] else row
             for row in of_backend
         ]
-        plots.bars(axis, named, "p50_us", report.time, f"The first step of a process, {backend}", "median", series=())
+        report.bars(axis, named, "p50_us", report.time, f"The first step of a process, {backend}", "median", series=())
     plots.save(figure, path, rows)
 
 

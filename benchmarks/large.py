@@ -16,6 +16,7 @@ import report
 
 from gpuadam import backends
 from gpuadam.cli.measuring import measure, plots
+from gpuadam.terminal import figures
 
 
 def measure_rows(backend, options, notes):
@@ -41,13 +42,13 @@ def measure_rows(backend, options, notes):
 
 def draw(rows, path):
     """Draw, for each backend, GB/s against size, and beside it the largest size: how many times the limit's time each took."""
-    backends_of = report.groups(rows, "backend")
-    figure, axes = plots.panels(len(backends_of), 2, width=6.5, height=4.4)
+    backends_of = measure.groups(rows, "backend")
+    figure, axes = figures.panels(len(backends_of), 2, width=6.5, height=4.4)
     for (throughput, bars), ((backend,), of_backend) in zip(axes, backends_of.items(), strict=True):
         plots.throughput(throughput, of_backend, f"One step on {backend}, float32")
         n = max(row["elements"] for row in of_backend)
         largest = [row for row in of_backend if row["elements"] == n]
-        plots.bars(bars, largest, "p50_us", report.time, f"{n:,} elements", "median time of a step")
+        report.bars(bars, largest, "p50_us", report.time, f"{n:,} elements", "median time of a step")
     plots.save(figure, path, rows)
 
 

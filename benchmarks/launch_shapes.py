@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import gpuadam
 from gpuadam import hyperparameters
-from gpuadam.cli import output
-from gpuadam.cli.measuring import forms, measure
+from gpuadam.cli.measuring import facts, forms, measure
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.storage import Arrays
+from gpuadam.terminal import output
 
 THREADS, REGISTERS, BLOCKS = 2048, 65536, 32  # of a multiprocessor of an A100, H100 or B200
 HYPERPARAMETERS = {
@@ -204,9 +204,7 @@ def main():
         print("no GPU here: nothing was timed")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        output.write_json(
-            options.out / "launch_shapes.json", {"rows": rows, "elements": options.elements} | output.machine()
-        )
+        output.write_json(options.out / "launch_shapes.json", {"rows": rows, "elements": options.elements} | facts.machine())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import peers
 import report
+import timing
 
 from gpuadam import backends
 from gpuadam.cli.measuring import measure
@@ -58,7 +59,7 @@ def measure_rows(backend, options, notes):
         else:
             timed = {"device": measure.in_turn(kernels, whole, options.seconds / 2)}
             wait = peers.wait_for_all(contenders, kernels)
-            timed["host"] = measure.on_host([contender.step for contender in contenders], wait, options.seconds / 2)
+            timed["host"] = timing.on_host([contender.step for contender in contenders], wait, options.seconds / 2)
         del contenders, whole
         peers.release(backend)
         moved = 4 * measure.ARRAYS_READ_AND_WRITTEN * n

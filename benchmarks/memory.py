@@ -25,6 +25,7 @@ import report
 
 from gpuadam import backends
 from gpuadam.cli.measuring import measure, plots
+from gpuadam.terminal import figures
 
 ROOT = Path(__file__).parent.parent
 OURS = ("gpuadam.adam_step", "gpuadam.Adam.step")
@@ -150,12 +151,12 @@ def _jax_pool(step):
 
 def draw(rows, path):
     """Draw, for each backend and size, the peak of each contender."""
-    panels = report.groups(rows, "backend", "elements")
-    figure, axes = plots.panels(1, len(panels), width=7, height=4)
+    panels = measure.groups(rows, "backend", "elements")
+    figure, axes = figures.panels(1, len(panels), width=7, height=4)
     for axis, ((backend, n), of_panel) in zip(axes[0], panels.items(), strict=True):
         title = f"What a step allocates: {backend}, {n:,} float32"
         label = f"peak beyond its state; one array has {_megabytes(4 * n / 1e6)}"
-        plots.bars(axis, of_panel, "peak_mb", _megabytes, title, label, series=("state",))
+        report.bars(axis, of_panel, "peak_mb", _megabytes, title, label, series=("state",))
     plots.save(figure, path, rows)
 
 

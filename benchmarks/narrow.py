@@ -18,10 +18,10 @@ import peers
 import report
 
 from gpuadam import backends
-from gpuadam.cli import output
 from gpuadam.cli.measuring import forms, measure, plots
 from gpuadam.cli.measuring.measure import CALL, KERNEL
 from gpuadam.kernels import storage
+from gpuadam.terminal import figures, output
 
 FLOAT32 = "float32"
 # float64 has no fewer bytes, and eps-hat is float32's kernel.
@@ -67,7 +67,7 @@ def rows_of(backend, n, clock, measured):
     for row in rows:
         row["x_float32"] = float(f"{row['p50_us'] / float32[row['contender']]:.6g}")
         row["x_float32_bytes"] = float(f"{row['x_float32_bytes']:.6g}")
-    for of_form in report.groups(rows, "dtype").values():
+    for of_form in measure.groups(rows, "dtype").values():
         measure.add_ratios(of_form)
     return rows
 
@@ -82,47 +82,43 @@ def bytes_held(name, n):
 def contenders_of(kernels, name, n):
     """Return {contender: function that does, or enqueues, one step} of a form."""
     case = FORMS[name]
-    found = forms.kernel_and_limit(kernels, case, forms.own_arrays(kernels, case, n))
+    found = forms.kernel_and_limit(kernels, case, forms.new_arrays(kernels, case, n))
     if name in CALLED:
-        found[CALL] = forms.caller(kernels, case, forms.own_arrays(kernels, case, n))
+        found[CALL] = forms.caller(kernels, case, forms.new_arrays(kernels, case, n))
     return found
 
 
 def table(rows):
     """Return the table of one run: a line for each form."""
-    rich_table, rich_box = output.need("bench", "rich.table", "rich.box")
     first = rows[0]
     title = f"narrow: {first['elements']:,} elements, {first['backend']}, in turn, {first['clock']} clock"
-    shown = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD)
-    shown.add_column("")
-    heads = ("bytes", "median", "p20", "p80", "GB/s", "x float32", "its bytes", "x limit", "adam_step")
-    for head in heads:
-        shown.add_column(head, justify="right")
-    for (form,), of_form in report.groups(rows, "dtype").items():
+    heads = ("", "bytes", "median", "p20", "p80", "GB/s", "x float32", "its bytes", "x limit", "adam_step")
+    lines = []
+    for (form,), of_form in measure.groups(rows, "dtype").items():
         kernel = next(row for row in of_form if row["contender"] == KERNEL)
         times = [report.time(kernel[key]) for key in ("p50_us", "p20_us", "p80_us")]
         ratios = [f"{kernel[key]:.3f}" for key in ("x_float32", "x_float32_bytes", "x_limit")]
         call = next((report.time(row["p50_us"]) for row in of_form if row["contender"] == CALL), "")
-        shown.add_row(form, f"{kernel['bytes_per_element']:.4g}", *times, f"{kernel['gb_per_s']:,.1f}", *ratios, call)
-    return shown
+        lines.append([form, f"{kernel['bytes_per_element']:.4g}", *times, f"{kernel['gb_per_s']:,.1f}", *ratios, call])
+    return output.table(title, heads, lines)
 
 
 def draw(rows, path):
     """Draw, for each backend and its largest size, each form's time, with marks at its bytes and its limit's time."""
-    backends_of = report.groups(rows, "backend")
-    figure, axes = plots.panels(1, len(backends_of), width=8, height=4.6)
+    backends_of = measure.groups(rows, "backend")
+    figure, axes = figures.panels(1, len(backends_of), width=8, height=4.6)
     for axis, ((backend,), of_backend) in zip(axes[0], backends_of.items(), strict=True):
         n = max(row["elements"] for row in of_backend)
         largest = [row for row in of_backend if row["elements"] == n]
         _draw_panel(axis, largest)
         title = f"{n:,} elements, {backend}: time over float32's"
-        axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+        axis.set_title(title)
     plots.save(figure, path, rows)
 
 
 def _draw_panel(axis, rows):
     of_forms = {
-        form: {row["contender"]: row for row in of_form} for (form,), of_form in report.groups(rows, "dtype").items()
+        form: {row["contender"]: row for row in of_form} for (form,), of_form in measure.groups(rows, "dtype").items()
     }
     ends, float32 = [], of_forms[FLOAT32][KERNEL]["p50_us"]
     for at, of_form in enumerate(reversed(of_forms.values())):
@@ -138,7 +134,7 @@ def _draw_panel(axis, rows):
     axis.set_ylim(-0.6, len(of_forms) + 0.9)  # the legend's place
     axis.set_xlim(0, 1.5 * max(ends))
     axis.set_xticks([])
-    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.spines["bottom"].set_visible(False)
     axis.tick_params(axis="y", length=0)
     axis.legend(fontsize=8, loc="upper right", frameon=False, ncols=2)
 

@@ -75,7 +75,7 @@ def in_files(backend, n, budget, seconds, folder, notes):
         for _ in range(FEWEST):
             opt.step({"w": grad})
         compare(before, sampled(arrays), opt, notes)
-        size = opt._stages.room // sum(BYTES.values()) // GROUP * GROUP  # of a chunk, in elements
+        size = opt._runner.stages.room // sum(BYTES.values()) // GROUP * GROUP  # of a chunk, in elements
         paths = {name: (folder if name in given else folder / "state") / name for name in arrays}
 
         def flush():
@@ -84,9 +84,9 @@ def in_files(backend, n, budget, seconds, folder, notes):
 
         contenders = {
             STEP: lambda: opt.step({"w": grad}),
-            CALLS: lambda: by_calls(paths, n, size, opt._slots),
-            SMALL_CALLS: lambda: by_calls(paths, n, IN_CACHE // sum(BYTES.values()), opt._slots),
-            MAPPED: lambda: by_mapping(backends.load(backend.name), arrays, n, size, opt._slots),
+            CALLS: lambda: by_calls(paths, n, size, opt._runner.slots),
+            SMALL_CALLS: lambda: by_calls(paths, n, IN_CACHE // sum(BYTES.values()), opt._runner.slots),
+            MAPPED: lambda: by_mapping(backends.load(backend.name), arrays, n, size, opt._runner.slots),
         }
         times, held = in_turn(contenders, seconds, flush)
     peak, more = held[STEP]
@@ -124,8 +124,7 @@ def by_calls(paths, n, size, slots):
 
 def by_mapping(kernels, arrays, n, size, slots):
     """Map what a step reads and writes, move the bytes by the limit's kernel, and let them go."""
-    known: dict = {}
-    maps = {name: (mapped.mapping_of(array, known), array.ctypes.data) for name, array in arrays.items()}
+    maps = {name: (mapped.mapping_of(array), array.ctypes.data) for name, array in arrays.items()}
 
     def over(action):
         def stage(edge, slot):
@@ -156,7 +155,7 @@ def on_gpu(backend, n, budget, seconds, folder, notes):
     arrays = given | {name: opt.state["w"][name] for name in ("m", "v", "master")}
     before = sampled(arrays)
     opt.step({"w": grad})
-    size = opt._stages.room // sum(BYTES.values()) // GROUP * GROUP
+    size = opt._runner.stages.room // sum(BYTES.values()) // GROUP * GROUP
     edges = edges_of(n, size)
     memory = {name: [kernels.device_bytes(size * BYTES[name]) for _ in range(2)] for name in arrays}
     (up, up_handle), (down, down_handle) = kernels.new_stream(), kernels.new_stream()

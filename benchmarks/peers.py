@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import timing
 
 import gpuadam
 from gpuadam import backends
@@ -40,7 +41,7 @@ class Contender(NamedTuple):
             return self.step
 
         def alone():  # a stream of its own would run beside the step before, and the clock would not wait for it
-            measure.drain(kernels)
+            timing.drain(kernels)
             self.step()
             self.finish()
 
@@ -52,7 +53,7 @@ def wait_for_all(contenders, kernels):
     waits = [contender.finish for contender in contenders if contender.finish]
 
     def wait():
-        measure.drain(kernels)
+        timing.drain(kernels)
         for finish in waits:
             finish()
 

@@ -2,16 +2,16 @@
 
     python benchmarks/plan.py [--backend numba-cpu] [--sizes 3e5,3e6,3e7] [--forms NAME,NAME] [--seconds 10] [--out FOLDER]
 
-In memory: `gpuadam/performance_model.py` predicts the step of every form and size from constants alone: for each form how many
+In memory: `gpuadam/planning/model.py` predicts the step of every form and size from constants alone: for each form how many
 elements a second its conversions and arithmetic allow, on small arrays; and the memory's rate, which is what the limit kernel
 moves of float32. So the rows say whether bytes, or else elements, explain the times of all forms. On a busy machine,
 NUMBA_NUM_THREADS=1 keeps threads from waiting for one another.
 
-Over two ranks of MPI on this machine, of one thread each: `planning.predict` has the step from the rates of both processors while
-both work, and from the latency and the bandwidth of their collectives, which a program that does nothing else measures on 40
-million elements. With state in files, likewise: from how much longer the limit kernel takes over other files, of half a GB in the
-system's cache, than over memory. Both are measured at the largest size and at twice that: what fits in the processors' caches is
-faster, and of small steps in files most is what says on the disk that a step is under way.
+Over two ranks of MPI on this machine, of one thread each: `planning.Prediction` has the step from the rates of both processors
+while both work, and from the latency and the bandwidth of their collectives, which a program that does nothing else measures on
+40 million elements. With state in files, likewise: from how much longer the limit kernel takes over other files, of half a GB in
+the system's cache, than over memory. Both are measured at the largest size and at twice that: what fits in the processors' caches
+is faster, and of small steps in files most is what says on the disk that a step is under way.
 
 No constant is fitted to the steps. Constants and steps are measured in turn, those of two ranks within a minute: a machine that
 is shared is not as fast in one minute as in another. error_percent is (predicted / measured - 1) * 100, of 20th percentiles:
@@ -38,17 +38,19 @@ import sharded
 
 import gpuadam
 from gpuadam import backends, planning, transports
-from gpuadam.cli import output
 from gpuadam.cli.measuring import constants, forms, measure, plots
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.storage import Arrays, bytes_moved_of, operands
 from gpuadam.offload import folder as of_step
 from gpuadam.offload import mapped, pipeline
+from gpuadam.offload.chunks import SMALLEST_CHUNK
 from gpuadam.planning import machines
-from gpuadam.planning import model as performance_model
 from gpuadam.planning.machines import Link, Processor
+from gpuadam.planning.model import kernel_seconds
+from gpuadam.sharded.layout import CELL
+from gpuadam.terminal import figures, output
 
-# Forms of the step: what `performance_model.update` takes.
+# Forms of the step: the arguments of `planning.update`.
 FORMS = {
     "float32": {},
     "bfloat16 param and grad": {"param": "bfloat16"},
@@ -69,7 +71,7 @@ AIM = 25  # percent
 def in_memory(backend, options, notes):
     """Yield rows of steps in memory."""
     kernels = backends.load(backend.name)
-    updates = {name: performance_model.update(1, **FORMS[name]) for name in options.forms if name in FORMS}
+    updates = {name: planning.update(1, **FORMS[name]) for name in options.forms if name in FORMS}
     if not updates:
         return
     plain = Arrays()
@@ -110,7 +112,7 @@ def _processor_and_steps(backend, kernels, formats, functions, n, seconds):
     of_small: list[list[float]] = [[] for _ in small]
     of_steps: list[list[float]] = [[] for _ in functions]
     for _ in range(SLICES):
-        found = constants.samples(kernels, small, seconds / SLICES / 4)
+        found = measure.in_turn(kernels, small, seconds / SLICES / 4, **constants.ON_END)
         found += measure.in_turn(kernels, functions, seconds / SLICES, at_least=ROUNDS)
         for times, more in zip(of_small + of_steps, found, strict=True):
             times += more
@@ -141,8 +143,8 @@ def over_ranks(backend, options, notes):
         f"moves {link.bandwidth / 1e9:.2f} GB/s"
     )
     for n in _large(options):
-        update = performance_model.update(n)
-        predicted = planning.predict(planning.Way(True, "device"), update, machine, planning.Settings(world=2))
+        update = planning.update(n)
+        predicted = planning.Prediction(planning.Way(True, "device"), update, machine, planning.Settings(world=2))
         measured = sharded.timed_job(2, sharded.VIEWS, n, options.seconds / 2)["seconds"]
         yield [_compared(backend, TWO_RANKS, n, measured, predicted.seconds, "collectives")]
 
@@ -157,7 +159,7 @@ def rank_main(seconds):
     transport = transports.MPI()
     found = constants.of_processor("numba-cpu", [Arrays()], seconds / 4)
     bandwidths = transport.exchange(found["bandwidth"])
-    small, large = (_collectives(transport, n) for n in (planning.CELL * transport.size, MESSAGE))
+    small, large = (_collectives(transport, n) for n in (CELL * transport.size, MESSAGE))
     times: list[list[float]] = [[], []]
     until = time.perf_counter() + seconds / 2
     while transport.exchange(len(times[0]) < 5 or time.perf_counter() < until)[0]:
@@ -178,7 +180,7 @@ def rank_main(seconds):
 
 def _collectives(transport, n):
     """Return a function that sums and collects n elements as a step does, in buckets, and returns how many those are."""
-    part = planning.CELL * transport.size
+    part = CELL * transport.size
     n, bucket = -(-n // part) * part, min(planning.Settings().bucket // 4, n) // part * part
     whole, sums = np.ones(n, np.float32), np.ones(n // transport.size, np.float32)
     edges = [(start, min(start + bucket, n)) for start in range(0, n, bucket)]
@@ -219,8 +221,8 @@ def in_files(backend, options, notes):
         f"let go at {rate / 1e9:.0f} GB/s"
     )
     for n, measured in zip(_large(options), steps, strict=True):
-        update = performance_model.update(n)
-        predicted = planning.predict(planning.Way(False, "files"), update, machine, planning.Settings())
+        update = planning.update(n)
+        predicted = planning.Prediction(planning.Way(False, "files"), update, machine, planning.Settings())
         yield [_compared(backend, IN_FILES, n, measured, predicted.seconds, "bytes")]
 
 
@@ -236,9 +238,9 @@ def _limits(kernels, folder):
         of_step.reserve(folder / name, FILE // 2)
         in_files[name] = np.memmap(folder / name, np.float32, "r+")
         in_files[name][...] = arrays[name]
-    maps = [(mapped.mapping_of(in_files[name], {}), in_files[name].ctypes.data) for name in ("m", "v")]
+    maps = [(mapped.mapping_of(in_files[name]), in_files[name].ctypes.data) for name in ("m", "v")]
     mapped.drop_mapped([in_files["m"], in_files["v"]])
-    size = planning.SMALLEST_CHUNK // 8
+    size = SMALLEST_CHUNK // 8
     edges = [(start, min(start + size, n)) for start in range(0, n, size)]
 
     def fetch(edge, slot):
@@ -286,7 +288,7 @@ def measure_rows(backend, options, notes):
 
 
 def _row(backend, name, arrays, n, seconds, processor):
-    predicted = performance_model.kernel_seconds(arrays, operands(arrays), n, processor)
+    predicted = kernel_seconds(arrays, operands(arrays), n, processor)
     moved = bytes_moved_of(operands(arrays), n)
     bound = "elements" if n / processor.rates.get(arrays, np.inf) > moved / processor.bandwidth else "bytes"
     return _compared(backend, name, n, seconds, predicted, bound, moved=moved)
@@ -305,15 +307,14 @@ def _compared(backend, name, n, seconds, predicted, bound, moved=None):
 
 def table(rows):
     """Return the table of one size: a line for each form."""
-    rich_table, rich_box = output.need("bench", "rich.table", "rich.box")
     first = rows[0]
     title = f"plan: {first['elements']:,} elements, {first['backend']}, in turn"
-    shown = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD)
-    for head in ("", "predicted", "bound by", "p20", "median", "p80", "error"):
-        shown.add_column(head, justify="right" if head else "left")
+    lines = []
     for row in rows:
         times = [report.time(row[key]) for key in ("p20_us", "p50_us", "p80_us")]
-        shown.add_row(row["dtype"], report.time(row["predicted_us"]), row["bound"], *times, f"{row['error_percent']:+.1f} %")
+        predicted, error = report.time(row["predicted_us"]), f"{row['error_percent']:+.1f} %"
+        lines.append([row["dtype"], predicted, row["bound"], *times, error])
+    shown = output.table(title, ("", "predicted", "bound by", "p20", "median", "p80", "error"), lines)
     worst = max(abs(row["error_percent"]) for row in rows)
     shown.caption = f"largest error {worst:.1f} %; the aim is {AIM} %"
     return shown
@@ -321,7 +322,7 @@ def table(rows):
 
 def draw(rows, path):
     """Draw predicted against measured times of all sizes and forms; within the band is within the aim."""
-    figure, axes = plots.panels(1, 1, width=7, height=6)
+    figure, axes = figures.panels(1, 1, width=7, height=6)
     axis = axes[0][0]
     ends = [f(row[key] for row in rows for key in ("p20_us", "predicted_us")) for f in (min, max)]
     line = [ends[0] / 1.5, ends[1] * 1.5]
@@ -335,10 +336,9 @@ def draw(rows, path):
         )
     axis.set(xscale="log", yscale="log", xlabel="measured us (20th percentile)", ylabel="predicted us")
     title = f"One update, predicted and measured; the band is {AIM} %"
-    axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axis.set_title(title)
     axis.legend(fontsize=8, frameon=False)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid()
     plots.save(figure, path, rows)
 
 

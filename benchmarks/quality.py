@@ -25,10 +25,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import report
 
 import gpuadam
-from gpuadam.cli import output
-from gpuadam.cli.measuring import measure
+from gpuadam.cli.measuring import facts
+from gpuadam.terminal import output
 
 LR = 1e-3
 FLOAT32 = "float32"
@@ -213,24 +214,21 @@ def rows_of(name, seeds, steps, show=lambda line: None):
         row["sd_loss"] = round(statistics.stdev(of_one), 6) if seeds > 1 else None
         row["percent_of_float32"] = round(100 * statistics.fmean(of_one) / statistics.fmean(losses[FLOAT32]), 3)
         row |= {"least_percent": round(min(percent), 3), "most_percent": round(max(percent), 3)}
-        rows.append(row | {"losses": " ".join(f"{loss:.6f}" for loss in of_one)} | measure.facts("numba-cpu"))
+        rows.append(row | {"losses": " ".join(f"{loss:.6f}" for loss in of_one)} | facts.of_backend("numba-cpu"))
     return rows
 
 
 def table(rows):
     """Return the table of one task."""
-    rich_table, rich_box = output.need("bench", "rich.table", "rich.box")
     first = rows[0]
     title = f"quality: {first['task']}, {first['elements']:,} parameters, {first['steps']:,} steps, {first['seeds']} seeds"
-    shown = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD)
-    shown.add_column("")
-    for head in ("final loss", "standard deviation", "% of float32's", "least of a seed", "most"):
-        shown.add_column(head, justify="right")
+    heads = ("", "final loss", "standard deviation", "% of float32's", "least of a seed", "most")
+    lines = []
     for row in rows:
         spread = "" if row["sd_loss"] is None else f"{row['sd_loss']:.5f}"
         percent = (f"{row[key]:.2f}" for key in ("percent_of_float32", "least_percent", "most_percent"))
-        shown.add_row(row["contender"], f"{row['mean_loss']:.5f}", spread, *percent)
-    return shown
+        lines.append([row["contender"], f"{row['mean_loss']:.5f}", spread, *percent])
+    return output.table(title, heads, lines)
 
 
 def main():
@@ -261,7 +259,7 @@ def main():
         console.print(table([row for row in rows if row["task"] == name]))
         if options.out:  # after each task: a run that is cut short keeps what it has
             options.out.mkdir(parents=True, exist_ok=True)
-            output.write_csv(options.out / "quality.csv", rows)
+            report.write_csv(options.out / "quality.csv", rows)
 
 
 if __name__ == "__main__":

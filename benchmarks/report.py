@@ -9,6 +9,7 @@ adds to the notes what was left out, and a function draw(rows, path).
 """
 
 import argparse
+import csv
 import functools
 import json
 import sys
@@ -20,10 +21,10 @@ import peers
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import output
+from gpuadam.cli.measuring import facts, measure, plots
 from gpuadam.cli.measuring import forms as step_forms
-from gpuadam.cli.measuring import measure, plots
 from gpuadam.cli.measuring.measure import CALL, KERNEL
+from gpuadam.terminal import figures, output
 
 TABLE = ("backend", "elements", "state", "clock")
 # Columns that some benchmarks have beyond measure.COLUMNS: the bytes that a step moves of each element; and of a form of the
@@ -94,8 +95,8 @@ def main(
     rows, notes = [], []
     show = show or tabulated
     if options.rows:
-        rows = [row for row in output.read_csv(options.rows, NUMBERS) if row["benchmark"] == name]
-        for group in groups(rows, *table).values():
+        rows = [row for row in read_csv(options.rows, NUMBERS) if row["benchmark"] == name]
+        for group in measure.groups(rows, *table).values():
             console.print(show(group))
     else:
         backend = backends.BACKENDS[options.backend]
@@ -105,7 +106,7 @@ def main(
             rows += group
             console.print(show(group))
             if options.out:  # after each table: a run that is cut short keeps what it has
-                output.write_csv(options.out / f"{name}.csv", rows)
+                write_csv(options.out / f"{name}.csv", rows)
     for note in dict.fromkeys(notes):
         console.print(note, highlight=False)
     if not rows:
@@ -129,22 +130,66 @@ def listed(absent):
 
 def draw_bars(rows, path, title, label, *, width, height):
     """Draw, for each backend and number of elements, the time of each contender. title: of (backend, elements, rows)."""
-    backends_of = groups(rows, "backend")
+    backends_of = measure.groups(rows, "backend")
     sizes = list(dict.fromkeys(row["elements"] for row in rows))
-    figure, axes = plots.panels(len(backends_of), len(sizes), width=width, height=height)
+    figure, axes = figures.panels(len(backends_of), len(sizes), width=width, height=height)
     for line, ((backend,), of_backend) in zip(axes, backends_of.items(), strict=True):
         for axis, n in zip(line, sizes, strict=True):
             of_size = [row for row in of_backend if row["elements"] == n]
-            plots.bars(axis, of_size, "p50_us", time, title(backend, n, of_size), label, log=True)
+            bars(axis, of_size, "p50_us", time, title(backend, n, of_size), label, log=True)
     plots.save(figure, path, rows)
 
 
-def groups(rows, *keys):
-    """Return {values of the keys: the rows that have them}, in the order in which they come."""
-    found = {}
-    for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return found
+def bars(axis, rows, value, text, title, xlabel, series=("state", "clock"), log=False):
+    """Draw a horizontal bar for each contender and state, the smallest at the top, its value at its end.
+
+    value: the column. text: what of a value is written at the bar's end. series: the columns that tell a contender's bars apart.
+    """
+    if not rows:  # not measured on this backend
+        axis.set_axis_off()
+        return
+    kinds = list(dict.fromkeys(_kind(row, series) for row in rows))
+    shades = [1 - 0.55 * k / max(1, len(kinds) - 1) for k in range(len(kinds))]
+    of_name: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: kinds.index(_kind(row, series))):
+        of_name.setdefault(row["contender"], []).append(row)
+    names = sorted(of_name, key=lambda name: -of_name[name][0][value])
+    thick = 0.8 / len(kinds)
+    for at, name in enumerate(names):
+        color = plots.OURS if plots.is_ours(name) else plots.LIMIT if name == measure.LIMIT else plots.OTHER
+        for k, row in enumerate(of_name[name]):
+            y = at + thick * ((len(of_name[name]) - 1) / 2 - k)
+            axis.barh(y, row[value], 0.9 * thick, color=color, alpha=shades[kinds.index(_kind(row, series))])
+            axis.annotate(text(row[value]), (row[value], y), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=9)
+    for label in axis.get_yticklabels():
+        if plots.is_ours(label.get_text()):
+            label.set(color=plots.OURS, fontweight="bold")
+    longest, shortest = (f(row[value] for row in rows) for f in (max, min))
+    if log:
+        axis.set_xscale("log")
+        axis.set_xlim(shortest / 2, 2 * longest * (longest / shortest) ** 0.2)
+    else:
+        axis.set_xlim(0, 1.25 * longest or 1)
+    axis.set_xticks([], minor=True)  # the values are at the bars
+    axis.set_xticks([])
+    axis.set_title(title)
+    axis.set_xlabel(f"{xlabel} (logarithmic)" if log else xlabel, fontsize=9)
+    axis.spines["bottom"].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    if len(kinds) > 1:
+        (patches,) = output.need("bench", "matplotlib.patches")
+        varying = [k for k in range(len(series)) if len({kind[k] for kind in kinds}) > 1]
+        labels = [", ".join(kind[k] for k in varying) for kind in kinds]
+        handles = [
+            patches.Patch(facecolor=plots.OURS, alpha=shade, label=label)
+            for shade, label in zip(shades, labels, strict=True)
+        ]
+        axis.legend(handles=handles, loc="upper right")
+
+
+def _kind(row, series):
+    return tuple(row[key] for key in series)
 
 
 def time(microseconds):
@@ -153,21 +198,18 @@ def time(microseconds):
     >>> time(12.345), time(98765.4), time(2345678.9)
     ('12.3 us', '98.8 ms', '2.35 s')
     """
-    for unit, size in (("s", 1e6), ("ms", 1e3)):
-        if microseconds >= size:
-            return f"{microseconds / size:.3g} {unit}"
-    return f"{microseconds:.3g} us"
+    return output.scaled(microseconds / 1e6, output.SECONDS)
 
 
 def tabulated(rows):
     """Return a rich table with a line for each row."""
     rich_table, rich_box = output.need("bench", "rich.table", "rich.box")
     first = rows[0]
-    facts = [f"{first['elements']:,} {first['dtype']}", first["backend"]]
+    head = [f"{first['elements']:,} {first['dtype']}", first["backend"]]
     varying = [key for key in ("state", "clock", "arrays") if len({row[key] for row in rows}) > 1]
-    facts += [first["state"]] * ("state" not in varying)
-    facts += [f"{first['clock']} clock"] * bool(first["clock"])
-    title = f"{first['benchmark']}: {', '.join(facts)}"
+    head += [first["state"]] * ("state" not in varying)
+    head += [f"{first['clock']} clock"] * bool(first["clock"])
+    title = f"{first['benchmark']}: {', '.join(head)}"
     table = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD)
     columns = {
         "p20_us": time,
@@ -194,9 +236,26 @@ def tabulated(rows):
 
 
 def _print_machine(console, row):
-    facts = dict.fromkeys(str(row[key]) for key in ("device", "driver", "cpu", "system", "date") if row[key])
-    versions = [f"{name} {row[name]}" for name in output.versions() if row.get(name)]
-    console.print(f"{', '.join(facts)}; {row['cores']} cores\n{', '.join(versions)}", highlight=False)
+    machine = dict.fromkeys(str(row[key]) for key in ("device", "driver", "cpu", "system", "date") if row[key])
+    versions = [f"{name} {row[name]}" for name in facts.versions() if row.get(name)]
+    console.print(f"{', '.join(machine)}; {row['cores']} cores\n{', '.join(versions)}", highlight=False)
+
+
+def write_csv(path, rows):
+    """Write rows, dicts with the same keys, with a header; None becomes an empty field."""
+    with Path(path).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path, numbers):
+    """Read what `write_csv` wrote: the columns in `numbers` as numbers, an empty field as None."""
+    with Path(path).open(newline="") as file:
+        return [
+            {key: None if not text else json.loads(text) if key in numbers else text for key, text in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def merge(path, *sources):
@@ -205,7 +264,7 @@ def merge(path, *sources):
 
 
 # What a row is of: a benchmark that is run again measures the same anew.
-IDENTITY = (*measure.COLUMNS[: measure.COLUMNS.index("clock") + 1], "ranks")
+IDENTITY = (*measure.IDENTITY, "ranks")
 
 
 def add(path, *sources):
@@ -219,12 +278,12 @@ def add(path, *sources):
 def _read(source):
     if str(source).endswith(".json"):
         return json.loads(Path(source).read_text())["rows"]
-    return output.read_csv(source, NUMBERS)
+    return read_csv(source, NUMBERS)
 
 
 def _write(rows, path):
     columns = dict.fromkeys(column for row in rows for column in row)
-    output.write_csv(path, [dict.fromkeys(columns) | row for row in rows])
+    write_csv(path, [dict.fromkeys(columns) | row for row in rows])
 
 
 STEP = "gpuadam.Adam.step"
@@ -259,8 +318,8 @@ def summary(path):
         "error_percent": "% error",
     }
     print(f"{'elements':>14}{'':85}{'median':>9}" + "".join(f"{head:>10}" for head in columns.values()))
-    rows = output.read_csv(path, NUMBERS)
-    for (benchmark, backend), of_benchmark in groups(rows, "benchmark", "backend").items():
+    rows = read_csv(path, NUMBERS)
+    for (benchmark, backend), of_benchmark in measure.groups(rows, "benchmark", "backend").items():
         print(f"-- {benchmark}, {backend}")
         for row in of_benchmark:
             if row["contender"] in SUMMARY[benchmark]:

@@ -29,8 +29,8 @@ import report
 
 import gpuadam
 from gpuadam import transports
-from gpuadam.cli import output
-from gpuadam.cli.measuring import measure, plots
+from gpuadam.cli.measuring import facts, measure, plots
+from gpuadam.terminal import figures, output
 
 RANKS = (1, 2, 4)
 VIEWS, ARRAYS, ADAM = "gpuadam.ShardedAdam, views", "gpuadam.ShardedAdam", "gpuadam.Adam"
@@ -142,7 +142,7 @@ def measure_rows(backend, options, notes):
     if backend.name != "numba-cpu":
         notes.append(f"not measured: {backend.name} (several ranks need several GPUs)")
         return
-    cores = measure.facts(backend.name)["cores"]
+    cores = facts.of_backend(backend.name)["cores"]
     if max(RANKS) > cores:
         notes.append(f"{max(RANKS)} ranks share {cores} cores")
     for n in report.numbers(options.sizes):
@@ -169,24 +169,22 @@ def _row(ranks, contender, backend, n, state, seconds):
 
 def table(rows):
     """Return the table of one kind of scaling: a line for each contender and number of ranks."""
-    rich_table, rich_box = output.need("bench", "rich.table", "rich.box")
     title = f"sharded: {rows[0]['state']} scaling, float32, {rows[0]['backend']}"
-    shown = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    shown.add_column("", no_wrap=True)
-    for head in ("ranks", "elements", "median", *PHASES, "MB sent", "x minimum"):
-        shown.add_column(head.replace("_", "-"), justify="right")
+    phases = (phase.replace("_", "-") for phase in PHASES)
+    heads = ("", "ranks", "elements", "median", *phases, "MB sent", "x minimum")
+    lines = []
     for row in rows:
         phases = ["" if row["contender"] == ADAM else report.time(row[f"{phase}_us"]) for phase in PHASES]
         minimum = "" if row["x_minimum"] is None else f"{row['x_minimum']:.4f}"
         median, sent = report.time(row["p50_us"]), f"{row['sent_mb']:,.1f}"
-        facts = (f"{row['ranks']:g}", f"{row['elements']:.3g}", median, *phases, sent, minimum)
-        shown.add_row(row["contender"].removeprefix("gpuadam."), *facts)
-    return shown
+        figures = (f"{row['ranks']:g}", f"{row['elements']:.3g}", median, *phases, sent, minimum)
+        lines.append([row["contender"].removeprefix("gpuadam."), *figures])
+    return output.table(title, heads, lines)
 
 
 def draw(rows, path):
     """Draw the phases of ShardedAdam's step against the number of ranks, for both kinds of scaling."""
-    figure, axes = plots.panels(1, 2, width=5.2, height=3.8)
+    figure, axes = figures.panels(1, 2, width=5.2, height=3.8)
     for axis, state in zip(axes[0], ("strong", "weak"), strict=True):
         of_state = [row for row in rows if (row["state"], row["contender"]) == (state, VIEWS)]
         for at, row in enumerate(of_state):
@@ -205,7 +203,6 @@ def draw(rows, path):
         )
         axis.set_xlabel("milliseconds of a step")
         axis.margins(x=0.2)
-        axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(f"{state} scaling, {VIEWS}", loc="left", fontsize=10, fontweight="bold")
     axes[0][0].legend(fontsize=7, frameon=False, loc="lower right")
     plots.save(figure, path, rows)

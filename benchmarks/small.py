@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import peers
 import report
+import timing
 
 from gpuadam import backends
 from gpuadam.cli.measuring import measure
@@ -36,7 +37,7 @@ def measure_rows(backend, options, notes):
         functions = [c.step if on_gpu else c.whole(kernels) for c in contenders.values()]
         wait = peers.wait_for_all(contenders.values(), kernels)
         for state, calls in CALLS.items():
-            times = measure.on_host(functions, wait, options.seconds / len(CALLS), calls)
+            times = timing.on_host(functions, wait, options.seconds / len(CALLS), calls)
             rows = [
                 measure.row("small", name, backend.name, n, state=state, clock="host", seconds=seconds)
                 for name, seconds in zip(contenders, times, strict=True)

@@ -24,11 +24,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import timing
+
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import output
-from gpuadam.cli.measuring import forms, measure
+from gpuadam.cli.measuring import facts, forms
 from gpuadam.kernels import adam, limit
+from gpuadam.terminal import output
 
 METRICS = {
     "nanoseconds": "gpu__time_duration.sum",
@@ -60,13 +62,13 @@ def launch(backend, elements, chosen):
     for name in chosen:
         case = forms.FORMS[name]
         for rule in RULES.values():
-            function = forms.launcher(kernels, case, forms.own_arrays(kernels, case, elements).values(), rule)
+            function = forms.launcher(kernels, case, forms.new_arrays(kernels, case, elements).values(), rule)
             function()
             function()
-            measure.drain(kernels)
+            timing.drain(kernels)
             begin()
             function()
-            measure.drain(kernels)
+            timing.drain(kernels)
             end()
 
 
@@ -131,21 +133,16 @@ def row(options, form, kernel, found):
         "waiting": waiting,
         "waiting_warps": stalls[waiting],
         **{f"stalled_{stall}": value for stall, value in stalls.items()},
-        **measure.facts(options.backend),
+        **facts.of_backend(options.backend),
     }
 
 
 def table(rows):
     """Return the table of a backend's launches."""
-    rich_table, rich_box = output.need("bench", "rich.table", "rich.box")
     title = f"what binds: {rows[0]['backend']}, {rows[0]['elements']:,} elements, {rows[0]['device']}"
-    shown = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD)
-    shown.add_column("")
-    heads = ("us", "DRAM %", "bytes x minimum", "occupancy", "issue %", "sectors", "registers", "waiting")
-    for head in heads:
-        shown.add_column(head, justify="right")
-    for each in rows:
-        shown.add_row(
+    heads = ("", "us", "DRAM %", "bytes x minimum", "occupancy", "issue %", "sectors", "registers", "waiting")
+    lines = [
+        (
             f"{each['form']}, {each['kernel']}",
             f"{each['nanoseconds'] / 1e3:,.1f}",
             f"{each['dram_percent']:.1f}",
@@ -156,7 +153,9 @@ def table(rows):
             f"{each['registers']:.0f}",
             f"{each['waiting']} {each['waiting_warps']:.1f}",
         )
-    return shown
+        for each in rows
+    ]
+    return output.table(title, heads, lines)
 
 
 def main():

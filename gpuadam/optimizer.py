@@ -165,7 +165,7 @@ class Adam(HasGroups):
     def _make_parameters(self, beginnings, copies):
         """Make a Parameter of each, with state at its start. copies: name -> array."""
         states = self.new_state(beginnings)
-        seed, stochastic = self.options.seed, self.options.stochastic_rounding
+        seed, stochastic = checks.seed(self.options.seed), self.options.stochastic_rounding
         self.parameters = {}
         for number, (name, (_, view, kept)) in enumerate(beginnings.items()):
             kind = Kind.of(view.format, kept, name in copies, stochastic)
@@ -261,7 +261,7 @@ class Adam(HasGroups):
         if conditions.on_device and not self.options.capturable:
             updates = self._by_a_norm_on_the_device(updates, conditions)
         if conditions.left_out:
-            self._leave_out(updates, stream)
+            self.leave_out(updates, stream)
             return
         if updates:
             self.launch(updates, stream)
@@ -300,7 +300,7 @@ class Adam(HasGroups):
         if not kind.counted:
             return Updates(h, step, columns, kind.operands, names, now)
         keys, starts = ([getattr(parameter, number) for parameter in parameters] for number in ("key", "start"))
-        stochastic, seed = self.options.stochastic_rounding, self.options.seed
+        stochastic, seed = self.options.stochastic_rounding, checks.seed(self.options.seed)
         return Updates(h, step, columns, kind.operands, names, now, kind.bits, stochastic, seed, keys, starts)
 
     def launch(self, updates, stream):
@@ -344,7 +344,7 @@ class Adam(HasGroups):
             changed.append(group._replace(now=now))
         return changed
 
-    def _leave_out(self, updates, stream):
+    def leave_out(self, updates, stream):
         """Check a step that is left out, and zero the gradients if a step would."""
         self.check(updates, stream)
         for group in updates:

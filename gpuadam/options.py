@@ -35,7 +35,11 @@ class Options:
     def __post_init__(self):
         for name in ("capturable", "decoupled", "zero_grad", "stochastic_rounding"):
             self._set(name, checks.flag(name, getattr(self, name)))
-        self._set("seed", checks.seed(self.seed))
+        checks.seed(self.seed)
+        self._set("seed", int(self.seed))
+        self._set("eps_root", checks.non_negative("eps_root", self.eps_root))
+        if self.ema_decay is not None:
+            self._set("ema_decay", checks.beta("ema_decay", self.ema_decay))
         if self.state_dtype is not None:
             checks.one_of(STATE_DTYPES, "state_dtype", self.state_dtype)
         if self.master is not None:

@@ -1,6 +1,4 @@
-"""Adam and its family in float64 NumPy, written from the papers: what the kernels are measured against. It shares no code with
-them.
-"""
+"""Adam and its family in float64 NumPy, written from the papers. Kernels are measured against it, and share no code with it."""
 
 import numpy as np
 
@@ -51,29 +49,27 @@ def adam_step(
         v = np.maximum(beta2 * v, np.abs(g) + eps) if algorithm == "adamax" else beta2 * v + (1 - beta2) * g**2
         if max_v is not None:
             max_v = np.maximum(np.asarray(max_v, "float64"), v / bias2 if formula == "optax" else v)
-        if formula == "optax":
-            v_hat = v / bias2 if max_v is None else max_v
-            theta = theta - lr * (m / bias1) / (np.sqrt(v_hat + eps_root) + eps)
-        elif formula == "eps-hat":
-            theta = theta - lr * np.sqrt(bias2) / bias1 * m / (np.sqrt(v if max_v is None else max_v) + eps)
+        largest = v if max_v is None else max_v
+        v_hat = largest if formula == "optax" and max_v is not None else largest / bias2
+        if formula == "eps-hat":
+            direction = np.sqrt(bias2) / bias1 * m / (np.sqrt(largest) + eps)
         elif algorithm == "adam":
-            v_hat = (v if max_v is None else max_v) / bias2
-            theta = theta - lr * (m / bias1) / (np.sqrt(v_hat) + eps)
+            direction = m / bias1 / (np.sqrt(v_hat + eps_root) + eps)
         elif algorithm == "nadam":
             mu = beta1 * (1 - 0.5 * 0.96 ** (0.004 * np.arange(1, step + 2)))
             now, following = np.prod(mu[:-1]), np.prod(mu)
             m_bar = mu[-1] * m / (1 - following) + (1 - mu[-2]) * g / (1 - now)
-            theta = theta - lr * m_bar / (np.sqrt(v / bias2) + eps)
+            direction = m_bar / (np.sqrt(v_hat) + eps)
         elif algorithm == "radam":
+            direction = m / bias1
             longest = 2 / (1 - beta2) - 1
             length = longest - 2 * step * beta2**step / bias2
             if length > 5:
                 rectifier = np.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
-                theta = theta - lr * rectifier * (m / bias1) * np.sqrt(bias2) / (np.sqrt(v) + eps)
-            else:
-                theta = theta - lr * m / bias1
+                direction = rectifier * direction * np.sqrt(bias2) / (np.sqrt(v) + eps)
         else:
-            theta = theta - lr / bias1 * m / v
+            direction = m / bias1 / v
+        theta = theta - lr * direction
         if ema is None:
             return theta, m, v, max_v
         return theta, m, v, max_v, ema_decay * np.asarray(ema, "float64") + (1 - ema_decay) * theta

@@ -11,7 +11,7 @@ import operator
 from typing import Any, NamedTuple
 
 from . import backends, torch_tensors
-from .kernels.view import Bits, torch_stream, type_name
+from .kernels.view import bare, torch_stream, type_name
 
 CUPY = "cupy.ndarray"
 NUMBA = "numba.cuda.cudadrv.devicearray.DeviceNDArray"
@@ -44,20 +44,12 @@ class Known(NamedTuple):
 def known(columns):
     """Return what is Known of the columns of Updates, or None if an array is of a type that is not listed here."""
     params, grads, *state = columns
-    held, formats = _bare([*params, *itertools.chain.from_iterable(state)])
-    grads, formats_of_grads = _bare(grads)
+    held, formats = bare([*params, *itertools.chain.from_iterable(state)])
+    grads, formats_of_grads = bare(grads)
     changing, all_of_grads = _read(held, READ_CHANGING), _read(grads, READ_ALL)
     if changing is None or all_of_grads is None:
         return None
     return Known(held, [changing, formats, all_of_grads, formats_of_grads])
-
-
-def _bare(arrays):
-    """Return the arrays, those in Bits without them, and the formats that Bits named."""
-    if Bits not in set(map(type, arrays)):
-        return arrays, []
-    formats = [a.format if type(a) is Bits else None for a in arrays]
-    return [a.array if type(a) is Bits else a for a in arrays], formats
 
 
 def _read(arrays, functions):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import backends, checks, hyperparameters, step_counts, torch_tensors
-from .kernels import adam, device_scalars, numpy_struct, storage, streams
+from .kernels import adam, device_scalars, storage, streams
 from .kernels.layout import Update
 from .kernels.view import Bits
 
@@ -93,31 +93,32 @@ def check(groups, backend=None, stream=None):
 def _in_numpy_structs(groups):
     """Return the batches of Updates of NumPy arrays that pass every check; None if an array does not, or may not."""
     kernels = backends.load("numba-cpu")
+    struct = kernels.numpy_struct
     batches, tables = [], []
     for k, group in enumerate(groups):
         columns, rows = group.columns, None
         like = _last_likes.get(_settings(group))  # the last is mostly the right one, and to read tells
         if like is not None:
-            rows = numpy_struct.table(columns, like.columns, not like.random)
+            rows = struct.table(columns, like.columns, not like.random)
         if rows is None:
-            columns, like = _like(group)
-            rows = like and numpy_struct.table(columns, like.columns, not like.random)
+            columns, like = _like(group, struct)
+            rows = like and struct.table(columns, like.columns, not like.random)
         if rows is None:
             return None
         if like.random and group.keys:
-            rows[:, numpy_struct.KEY] = group.keys
+            rows[:, struct.KEY] = group.keys
         if like.random and group.starts:
-            rows[:, numpy_struct.START] = group.starts
-        n = columns[0][0].size if len(rows) == 1 else rows[:, numpy_struct.SIZE].sum().item()
+            rows[:, struct.START] = group.starts
+        n = columns[0][0].size if len(rows) == 1 else rows[:, struct.SIZE].sum().item()
         batches.append(kernels.batch_of(rows, n, like.arrays, like.random, k, group.names))
         tables.append((rows, like.columns))
-    return batches if len(tables) == 1 or numpy_struct.all_disjoint(tables) else None
+    return batches if len(tables) == 1 or struct.all_disjoint(tables) else None
 
 
 class Like(NamedTuple):
     """What the arrays of Updates must be like to be in one table."""
 
-    columns: numpy_struct.Columns
+    columns: Any  # a numpy_struct.Columns
     arrays: storage.Arrays
     random: bool  # whether a number is rounded randomly
 
@@ -131,19 +132,19 @@ def _settings(group):
     return group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad
 
 
-def _like(group):
+def _like(group, struct):
     """Return the columns of Updates without `Bits`, and their Like by the first arrays; None if these are in no table."""
     columns, bits = list(group.columns), list(group.bits or [""] * len(group.columns))
     for k, column in enumerate(columns):
         if all(type(array) is Bits and array.format == column[0].format for array in column):
             columns[k], bits[k] = [array.array for array in column], column[0].format
     first = [column[0] for column in columns]
-    if not numpy_struct.known() or not all(type(array) is np.ndarray for array in first):
+    if not struct.known() or not all(type(array) is np.ndarray for array in first):
         return columns, None
     key = *_settings(group), tuple(bits), *[id(array.dtype) for array in first]
     like = _known_likes.get(key)
     if like is None:
-        like_first = numpy_struct.columns_like(group.operands, first, group.h.fixed.zero_grad)
+        like_first = struct.columns_like(group.operands, first, group.h.fixed.zero_grad)
         arrays = like_first and _arrays_of_dtypes(group, like_first.dtypes, bits)
         if arrays is None:
             return columns, None

@@ -138,6 +138,14 @@ def is_jax(array):
     return type(array).__module__.partition(".")[0] in ("jax", "jaxlib")
 
 
+def bare(arrays):
+    """Return the arrays, those in Bits without them, and the formats that Bits named."""
+    if Bits not in set(map(type, arrays)):
+        return arrays, []
+    formats = [a.format if type(a) is Bits else None for a in arrays]
+    return [a.array if type(a) is Bits else a for a in arrays], formats
+
+
 def type_name(cls):
     """Return the full name of a type, by which one is known without importing its library."""
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -16,7 +16,6 @@ import pytest
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import output
 from gpuadam.cli.measuring import measure
 from gpuadam.kernels import numba_cpu
 
@@ -28,6 +27,7 @@ import memory
 import peers
 import report
 import sharded
+import timing
 import what_binds
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -65,7 +65,7 @@ def run(script, *arguments, code=0, **env):
 )
 def test_a_script_writes_its_rows_and_a_plot_and_can_draw_them_again(name, tmp_path):
     printed = json.loads(run(name, *QUICK, *SCRIPTS[name], "--out", str(tmp_path), "--json", "-").stdout)
-    rows = output.read_csv(tmp_path / f"{name}.csv", measure.NUMBERS)
+    rows = report.read_csv(tmp_path / f"{name}.csv", measure.NUMBERS)
     assert rows == printed["rows"]
     assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     for row in rows:
@@ -84,7 +84,7 @@ def test_a_script_writes_its_rows_and_a_plot_and_can_draw_them_again(name, tmp_p
 
 def test_ratios_and_throughput_are_of_the_medians_of_one_run(tmp_path):
     run("large", *QUICK, "--sizes", "1000", "--peers", "none", "--out", str(tmp_path))
-    rows = {row["contender"]: row for row in output.read_csv(tmp_path / "large.csv", measure.NUMBERS)}
+    rows = {row["contender"]: row for row in report.read_csv(tmp_path / "large.csv", measure.NUMBERS)}
     assert set(rows) == {peer.name for peer in peers.OURS}
     for row in rows.values():
         assert row["gb_per_s"] == pytest.approx(28 * 1000 / row["p50_us"] / 1e3, rel=1e-4)
@@ -95,7 +95,7 @@ def test_ratios_and_throughput_are_of_the_medians_of_one_run(tmp_path):
 @pytest.mark.exhaustive
 def test_small_arrays_are_measured_in_two_states(tmp_path):
     run("small", *QUICK, "--sizes", "10", "--peers", "none", "--out", str(tmp_path))
-    rows = output.read_csv(tmp_path / "small.csv", measure.NUMBERS)
+    rows = report.read_csv(tmp_path / "small.csv", measure.NUMBERS)
     names = {peer.name for peer in peers.OURS} | {"empty Numba function"}
     assert {(row["contender"], row["state"]) for row in rows} == {(n, s) for n in names for s in ("warm", "in turn")}
 
@@ -104,7 +104,7 @@ def test_files_of_rows_are_merged_and_summed_up(tmp_path):
     run("many", *QUICK, "--sizes", "2x10", "--peers", "none", "--out", str(tmp_path), "--json", str(tmp_path / "many.json"))
     results = str(tmp_path / "results.csv")
     run("report", "merge", results, str(tmp_path / "many.csv"), str(tmp_path / "many.json"))
-    rows = output.read_csv(results, measure.NUMBERS)
+    rows = report.read_csv(results, measure.NUMBERS)
     assert len(rows) == 6 and rows[:3] == rows[3:]
     assert run("report", "summary", results).stdout.count("gpuadam.Adam.step, one flat array") == 2
 
@@ -116,9 +116,9 @@ def test_rows_are_added_and_those_measured_again_take_the_place_of_the_old(tmp_p
     files = []
     for rows in ([row(1, 1e-3), row(2, 2e-3)], [row(2, 3e-3), row(2, 4e-3, ranks=2)]):
         files.append(tmp_path / f"{len(files)}.csv")
-        output.write_csv(files[-1], rows)
+        report.write_csv(files[-1], rows)
         run("report", "add", str(tmp_path / "results.csv"), str(files[-1]))
-    found = output.read_csv(tmp_path / "results.csv", report.NUMBERS)
+    found = report.read_csv(tmp_path / "results.csv", report.NUMBERS)
     assert [(r["elements"], r["ranks"], r["p50_us"]) for r in found] == [(1, None, 1e3), (2, None, 3e3), (2, 2, 4e3)]
 
 
@@ -184,9 +184,9 @@ def test_all_contenders_run_equally_often_and_in_changing_order():
 
 def test_a_burst_leaves_its_first_calls_out(monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     calls, waits = [], []
-    times = measure.on_host([lambda: calls.append(1)], lambda: waits.append(1), 0, calls=50, at_least=2)
+    times = timing.on_host([lambda: calls.append(1)], lambda: waits.append(1), 0, calls=50, at_least=2)
     assert len(calls) == 3 + 2 * 50 and len(waits) == 3 + 2
     assert times == [[1 / 40, 1 / 40]]  # one tick of the clock, over the 40 calls that are timed
 
@@ -223,8 +223,8 @@ def test_the_scaling_over_ranks_is_tabulated_and_drawn(monkeypatch, tmp_path):
         *(("weak", ranks, ranks * 4096) for ranks in (1, 2, 4)),
     ]
     assert [row["x_minimum"] for row in of_views] == [None, 2.0, 2.0, None, 1.0, 0.5]  # 8192 elements are sent each time
-    output.write_csv(tmp_path / "sharded.csv", strong + weak)
-    assert output.read_csv(tmp_path / "sharded.csv", report.NUMBERS) == strong + weak
+    report.write_csv(tmp_path / "sharded.csv", strong + weak)
+    assert report.read_csv(tmp_path / "sharded.csv", report.NUMBERS) == strong + weak
     printed = run("sharded", "--rows", str(tmp_path / "sharded.csv"), "--out", str(tmp_path)).stdout
     assert "strong scaling" in printed and "weak scaling" in printed
     assert (tmp_path / "sharded.png").read_bytes()[:4] == b"\x89PNG"
@@ -258,7 +258,7 @@ def test_what_binds_is_read_from_the_profilers_rows(monkeypatch, capsys, tmp_pat
     monkeypatch.setattr(what_binds.subprocess, "run", ncu)
     monkeypatch.setattr(what_binds.shutil, "which", lambda name: name)
     monkeypatch.setattr(what_binds.backends, "load", lambda name: None)
-    monkeypatch.setattr(what_binds.measure, "facts", lambda backend: {"device": "no GPU"})
+    monkeypatch.setattr(what_binds.facts, "of_backend", lambda backend: {"device": "no GPU"})
     monkeypatch.setattr(sys, "argv", ["what_binds", "--forms", "float32,8-bit state", "--out", str(tmp_path)])
     what_binds.main()
     rows = json.loads((tmp_path / "what_binds-cupy.json").read_text())["rows"]
@@ -273,7 +273,7 @@ def test_what_binds_is_read_from_the_profilers_rows(monkeypatch, capsys, tmp_pat
 # gpu.sh
 
 BASH = pytest.mark.skipif(sys.platform != "linux", reason="gpu.sh is for Linux")
-NOT_ON_A_GPU = {"cpu_threads", "killed_rank", "peers", "quality", "report", "sharded"}
+NOT_ON_A_GPU = {"cpu_threads", "killed_rank", "peers", "quality", "report", "sharded", "timing"}
 
 
 def gpu_sh(*arguments, code=0, **env):
@@ -345,7 +345,7 @@ def test_without_a_gpu_it_runs_over_the_stand_in(tmp_path):
     done = gpu_sh("--within", "115", tmp_path, "small", "sanitize-initcheck", GPUADAM_GPU="host", PYTHON=sys.executable)
     assert "1 of 2 sections passed; not to be had here: sanitize-initcheck;" in done.stdout
     assert "all times are meaningless" in done.stdout
-    rows = output.read_csv(tmp_path / "results.csv", measure.NUMBERS)
+    rows = report.read_csv(tmp_path / "results.csv", measure.NUMBERS)
     assert {(row["backend"], row["device"]) for row in rows} == {
         (backend, "gpuadam's stand-in for a GPU") for backend in ("cupy", "numba-cuda")
     }

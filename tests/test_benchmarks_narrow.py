@@ -11,7 +11,6 @@ import pytest
 from test_benchmarks import run
 
 from gpuadam import backends, testing
-from gpuadam.cli import output
 from gpuadam.cli.measuring import forms, measure
 from gpuadam.kernels import adam, limit, numba_cpu, storage
 
@@ -33,7 +32,7 @@ def rows_of(script, folder, *arguments):
     name = script.__name__
     one_thread = {"OMP_NUM_THREADS": "1"}  # of torch, whose threads spin while they wait
     printed = json.loads(run(name, *QUICK, *arguments, "--out", str(folder), "--json", "-", **one_thread).stdout)
-    rows = output.read_csv(folder / f"{name}.csv", report.NUMBERS)
+    rows = report.read_csv(folder / f"{name}.csv", report.NUMBERS)
     assert rows == printed["rows"]
     for row in rows:
         assert list(row) == [*measure.COLUMNS, *report.FURTHER]
@@ -88,7 +87,7 @@ def test_the_bytes_of_every_form_are_known():
 def test_the_bytes_of_every_form_are_those_of_the_arrays_that_it_is_measured_on():
     n = 64
     for name, case in forms.FORMS.items():
-        arrays = forms.own_arrays(numba_cpu, case, n)
+        arrays = forms.new_arrays(numba_cpu, case, n)
         # grad is read alone, a copy written alone, all others both
         moved = sum(a.nbytes * (1 if operand in ("grad", "param_copy") else 2) for operand, a in arrays.items())
         assert moved == n * forms.bytes_moved(case), name
@@ -99,7 +98,7 @@ def test_a_call_does_the_same_step_as_the_kernel_of_its_form(form, monkeypatch):
     launched = []
     monkeypatch.setattr(numba_cpu, "build", lambda rule, form, loop: lambda *arguments: launched.append((rule, form)))
     case = forms.FORMS[form]
-    arrays = forms.own_arrays(numba_cpu, case, 64)
+    arrays = forms.new_arrays(numba_cpu, case, 64)
     forms.caller(numba_cpu, case, arrays)()
     forms.launcher(numba_cpu, case, arrays.values(), adam)()
     assert launched == 2 * [(adam, forms.form_and_scalars(case)[0])]
@@ -108,7 +107,7 @@ def test_a_call_does_the_same_step_as_the_kernel_of_its_form(form, monkeypatch):
 @pytest.mark.parametrize("form", ["float32", *FORMS])
 def test_the_numbers_stay_ordinary_and_the_limit_changes_none(form):
     case = forms.FORMS[form]
-    arrays, of_limit = (forms.own_arrays(numba_cpu, case, 100) for _ in range(2))
+    arrays, of_limit = (forms.new_arrays(numba_cpu, case, 100) for _ in range(2))
     before = {name: array.copy() for name, array in of_limit.items()}
     step, by_limit = (forms.launcher(numba_cpu, case, a.values(), rule) for a, rule in ((arrays, adam), (of_limit, limit)))
     for _ in range(100):
@@ -125,9 +124,9 @@ def test_the_numbers_stay_ordinary_and_the_limit_changes_none(form):
 def test_rows_with_further_columns_are_merged_and_summed_up(narrow_rows, tmp_path, capsys):
     rows, folder = narrow_rows
     of_large = measure.row("large", "gpuadam.Adam.step", "numba-cpu", 10, state="in turn", seconds=[1e-3])
-    output.write_csv(tmp_path / "large.csv", [of_large])
+    report.write_csv(tmp_path / "large.csv", [of_large])
     report.merge(tmp_path / "results.csv", str(tmp_path / "large.csv"), str(folder / "narrow.csv"))
-    merged = output.read_csv(tmp_path / "results.csv", report.NUMBERS)
+    merged = report.read_csv(tmp_path / "results.csv", report.NUMBERS)
     assert merged == [of_large | dict.fromkeys(report.FURTHER), *rows]
     report.summary(tmp_path / "results.csv")
     assert capsys.readouterr().out.count("8-bit state") == 1
@@ -171,7 +170,7 @@ DONE = {
 def test_a_contender_does_on_a_gpu_what_it_does_on_the_cpu(backend, contender):
     case, written = forms.FORMS["8-bit state"], []
     for kernels in (backends.load(backend), numba_cpu):
-        written.append(forms.own_arrays(kernels, case, 100))
+        written.append(forms.new_arrays(kernels, case, 100))
         step = DONE[contender](kernels, case, written[-1])
         for _ in range(2):
             step()
@@ -237,7 +236,7 @@ def test_gpuadam_and_torch_do_the_same_mixed_precision_step(one_torch_thread):
 def test_quality_has_a_row_for_each_optimizer_and_its_percentages(tmp_path):
     pytest.importorskip("sklearn")
     printed = run("quality", "--tasks", "digits", "--seeds", "2", "--steps", "3", "--out", str(tmp_path)).stdout
-    rows = output.read_csv(tmp_path / "quality.csv", quality.NUMBERS)
+    rows = report.read_csv(tmp_path / "quality.csv", quality.NUMBERS)
     assert [row["contender"] for row in rows] == list(quality.CANDIDATES)
     for row in rows:
         losses = [float(loss) for loss in row["losses"].split()]

@@ -14,7 +14,7 @@ import pytest
 
 import gpuadam
 from gpuadam.kernels import pointer_table
-from gpuadam.offload import optimizer as offload
+from gpuadam.offload import chunks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
@@ -160,7 +160,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_call_that_fails_changes_nothing_or_says_what(cp, driver, backend, case, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "SMALLEST_CHUNK", 1 << 14)
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 1 << 14)
     subject = case(cp, backend, tmp_path)
     subject.act()  # compiles
     held, outcomes = in_use(driver), Counter()

@@ -13,7 +13,7 @@ from gpu_work import Lent
 import gpuadam
 from gpuadam import testing
 from gpuadam.kernels import gpu_launch, pointer_table
-from gpuadam.offload import optimizer as offload
+from gpuadam.offload import chunks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
@@ -106,7 +106,7 @@ MISSING = {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(offload, "SMALLEST_CHUNK", 1 << 14)
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 1 << 14)
     monkeypatch.setattr(pointer_table, "_free", [])
 
 

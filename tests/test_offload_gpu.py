@@ -6,7 +6,7 @@ from gpu_work import LAUNCHES, any_order, busy_stream
 
 import gpuadam
 from gpuadam import backends, testing
-from gpuadam.offload import optimizer
+from gpuadam.offload import chunks, optimizer
 
 pytestmark = pytest.mark.gpu
 
@@ -15,7 +15,7 @@ SHAPES = {"w": (61, 77), "b": (5,), "empty": (0, 3), "u": (1234,)}
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(optimizer, "SMALLEST_CHUNK", 1 << 14)
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 1 << 14)
     monkeypatch.setattr(optimizer, "TRIAL", 1 << 10)
 
 
@@ -116,7 +116,7 @@ COPIES = ("cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "runtime_cudaMemcpyAsy
 def test_a_step_that_fails_ends_when_nothing_uses_its_memory_any_more(cp, backend, driver, update, of, monkeypatch):
     """Whichever copy or launch fails: nothing arrives in parameters or state after the error."""
     any_order(monkeypatch)
-    monkeypatch.setattr(optimizer, "SLOTS_ON_GPU", 2)
+    monkeypatch.setattr(chunks, "SLOTS_ON_GPU", 2)
     monkeypatch.setattr(backends, "available_backends", lambda: [backend, "numba-cpu"])
     given, grads = (arrays(seed) if of == "host" else there(cp, arrays(seed)) for seed in (0, 1))
     failures = 0

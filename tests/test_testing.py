@@ -140,12 +140,12 @@ def test_an_installed_gpuadam_brings_the_plugin_and_p_no_gpuadam_leaves_it_out(p
 
 
 def test_array_backend_refuses_an_unknown_name():
-    with pytest.raises(ValueError, match="array_backend: there is no backend 'cpu', only cupy, numba-cuda, numba-cpu"):
+    with pytest.raises(ValueError, match="name='cpu' must be one of 'cupy', 'numba-cuda', 'numba-cpu'"):
         testing.array_backend("cpu")
 
 
 def test_require_backends_refuses_an_unknown_name():
-    with pytest.raises(ValueError, match="require_backends: there is no backend 'gpu'"):
+    with pytest.raises(ValueError, match="name='gpu' must be one of"):
         testing.require_backends("gpu")
 
 
@@ -176,9 +176,9 @@ def test_neighbouring_numbers_are_one_ulp_apart(format):
     (1.0, math.nan, "1 NaN on one side alone"),
     (1, 2, r"at \[\]: 1, expected 2"),
     (True, False, "at .*: True, expected False"),
-    (None, 1.0, "is None, expected a float"),
-    ([1.0], [1.0, 2.0], "has 1 arrays, expected 2"),
-    ({"a": 1.0}, {"b": 1.0}, r"has the keys \['a'\], expected \['b'\]"),
+    (None, 1.0, r"actual has the arrays \[\], expected \[''\]"),
+    ([1.0], [1.0, 2.0], r"actual has the arrays \['\[0\]'\], expected \['\[0\]', '\[1\]'\]"),
+    ({"a": 1.0}, {"b": 1.0}, r"""has the arrays \["\['a'\]"\], expected \["\['b'\]"\]"""),
     (np.float32([1]), np.float64([1]), "the elements are float32, expected float64"),
     (np.zeros((2, 1)), np.zeros((1, 2)), r"the shape is \(2, 1\), expected \(1, 2\)"),
 ])  # fmt: skip
@@ -446,7 +446,7 @@ def test_what_does_not_fit_the_reference_is_refused():
     exact = testing.Reference([np.ones(3, "f4")])
     for given, said in (
         ([np.ones(2, "f4")], "has shape"),
-        ([None, np.ones(3, "f4")], r"grads\[1\]: there is no such parameter"),
+        ([None, np.ones(3, "f4")], r"gradient of params\[1\]: there is no such parameter"),
     ):
         with pytest.raises(ValueError, match=said):
             exact.step(given)

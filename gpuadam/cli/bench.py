@@ -1,9 +1,9 @@
 """python -m gpuadam bench: throughput of every form of the step, in GB/s and in percent of the limit.
 
 An Adam step of float32 moves 28 bytes an element: it reads param, grad, m and v, and writes param, m and v. Other forms
-(`forms.py`) move other bytes. The limit is what a kernel of the same shape that moves the same bytes of the same formats and
-computes next to nothing takes (`kernels/limit.py`), in the same run, in turn with the step, so that what else the machine does
-touches both.
+(`measuring/forms.py`) move other bytes. The limit is the time of a kernel of the same shape, which moves the same bytes of the
+same formats and computes next to nothing (`kernels/limit.py`). It is measured in the same run, in turn with the step, so that the
+machine's other work touches both.
 """
 
 import time
@@ -11,20 +11,38 @@ import time
 import gpuadam
 
 from .. import backends
-from . import output
+from ..terminal import arguments, figures, output
 from .measuring import forms, measure, plots
 from .measuring.measure import CALL, KERNEL
 
+HELP = "throughput, in GB/s and in percent of the measured limit"
 SIZES = {"CPU": (10**3, 10**4, 10**5, 10**6, 10**7, 2 * 10**7), "CUDA": tuple(1 << k for k in range(16, 27, 2))}
 PANELS = 3  # beside each other, in a plot
+FOOTNOTE = """\
+One step, kernel and launch. % of limit: the limit kernel's time over the step's, medians of one run in turn.
+bytes: read and written of an element. call: host time of one gpuadam.adam_step, its checks included
+(on a GPU it returns before the step is done)."""
+
+
+def add_options(parser):
+    parser.add_argument(
+        "--sizes", type=arguments.wholes, metavar="N,N", help="elements, such as 1e5,2e7; by default a sweep"
+    )
+    parser.add_argument(
+        *("--forms", "--dtypes"),
+        type=forms.chosen,
+        default=("float32", "float64"),
+        metavar="NAME,NAME",
+        help='formats, formulas and algorithms, such as "float32,8-bit state,NAdam", or all; default float32,float64',
+    )
+    parser.add_argument("--seconds", type=arguments.number(0), default=1.0, help="time spent on each row (default 1)")
+    parser.add_argument("--plot", type=arguments.writable, metavar="FILE", help="write throughput against size as PNG")
+    parser.add_argument("--backend", choices=list(backends.BACKENDS), help="default: all that there are")
 
 
 def run(options):
     """Print the tables; return 0."""
     console = output.console("bench", options)
-    (rich_progress,) = output.need("bench", "rich.progress")
-    if options.plot:
-        output.need("bench", "matplotlib")
     names = [options.backend] if options.backend else gpuadam.available_backends()
     for name in names:
         backends.load(name)
@@ -35,35 +53,29 @@ def run(options):
         for n in options.sizes or SIZES[backends.BACKENDS[name].memory]
     ]
     rows = []
-    with rich_progress.Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measuring", total=len(cases))
-        for name, form, n in cases:
-            progress.update(task, description=f"{name} {form} {n:,}")
-            rows += rows_of(name, form, n, options.seconds)
-            progress.advance(task)
 
+    def described(number):
+        name, form, n = cases[min(number, len(cases) - 1)]  # the next one, which takes the time
+        return f"{name} {form} {n:,}"
+
+    for number in output.counted(console, len(cases), described, every=len(cases) + 1):
+        name, form, n = cases[number - 1]
+        rows += rows_of(name, form, n, options.seconds)
     for table in tables(rows):
         console.print(table)
-    console.print(
-        "One step, kernel and launch. % of limit: the limit kernel's time over the step's, medians of one run in turn.\n"
-        "bytes: read and written of an element. call: host time of one gpuadam.adam_step, its checks included\n"
-        "(on a GPU it returns before the step is done).",
-        highlight=False,
-    )
-    machine = rows[0]
-    console.print(", ".join(dict.fromkeys(machine[key] for key in ("device", "cpu", "system", "date"))), highlight=False)
+    console.print(FOOTNOTE, highlight=False)
+    console.print(", ".join(dict.fromkeys(rows[0][key] for key in ("device", "cpu", "system", "date"))), highlight=False)
     if options.plot:
-        plot(options.plot, rows)
+        plots.save(plot(rows), options.plot, rows)
         console.print(f"plot: {options.plot}")
-    if options.json:
-        output.write_json(options.json, {"rows": rows})
+    output.write_json(options.json, {"rows": rows})
     return 0
 
 
 def rows_of(name, form, n, seconds):
     """Return the rows of one size: the step and the limit kernel in turn, for about `seconds`, and the host's time of a call."""
     kernels, case = backends.load(name), forms.FORMS[form]
-    arrays = forms.own_arrays(kernels, case, n)
+    arrays = forms.new_arrays(kernels, case, n)
     contenders = forms.kernel_and_limit(kernels, case, arrays)
     times = measure.in_turn(kernels, list(contenders.values()), seconds)
     call, calls = forms.caller(kernels, case, arrays), []
@@ -73,9 +85,9 @@ def rows_of(name, form, n, seconds):
         calls.append(time.perf_counter() - began)
     n_bytes = forms.bytes_moved(case)
     clock = "device" if backends.BACKENDS[name].memory == "CUDA" else "host"
-    facts = {"state": "in turn", "clock": clock, "dtype": form, "moved": n_bytes * n}
+    of_device = {"state": "in turn", "clock": clock, "dtype": form, "moved": n_bytes * n}
     rows = [
-        measure.row("bench", contender, name, n, **facts, seconds=of_contender)
+        measure.row("bench", contender, name, n, **of_device, seconds=of_contender)
         for contender, of_contender in zip(contenders, times, strict=True)
     ]
     measure.add_ratios(rows)
@@ -87,73 +99,56 @@ def tables(rows):
     """Yield a table for each form, with a line for each size; or one for each size if there are more forms."""
     n_forms, n_sizes = (len({row[key] for row in rows}) for key in ("dtype", "elements"))
     by, of_lines = ("dtype", "elements") if n_forms <= n_sizes else ("elements", "dtype")
-    for backend, shared in dict.fromkeys((row["backend"], row[by]) for row in rows):
-        yield _table([row for row in rows if (row["backend"], row[by]) == (backend, shared)], by, of_lines)
+    for (backend, shared), group in measure.groups(rows, "backend", by).items():
+        calls = {row[of_lines]: row["p50_us"] for row in group if row["contender"] == CALL}
+        lines = []
+        for row in group:
+            if row["contender"] == KERNEL:
+                figures = [row[key] for key in ("p20_us", "p50_us", "p80_us", "gb_per_s")]
+                figures += [100 / row["x_limit"], calls[row[of_lines]]]
+                line = [f"{row[of_lines]:,}" if of_lines == "elements" else row[of_lines], f"{row['bytes_per_element']:g}"]
+                lines.append(line + [f"{figure:,.1f}" for figure in figures])
+        title = f"{backend}, {shared:,} elements" if by == "elements" else f"{backend}, {shared}"
+        heads = ("bytes", "p20 us", "p50 us", "p80 us", "GB/s", "% of limit", "call us")
+        yield output.table(title, ("elements" if of_lines == "elements" else "", *heads), lines)
 
 
-def _table(rows, by, of_lines):
-    rich_table, rich_box = output.need("bench", "rich.table", "rich.box")
-    unit = " elements" if by == "elements" else ""
-    title = f"{rows[0]['backend']}, {_said(rows[0][by])}{unit}"
-    table = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD)
-    table.add_column("elements" if of_lines == "elements" else "", justify="right" if of_lines == "elements" else "left")
-    for column in ("bytes", "p20 us", "p50 us", "p80 us", "GB/s", "% of limit", "call us"):
-        table.add_column(column, justify="right")
-    calls = {row[of_lines]: row["p50_us"] for row in rows if row["contender"] == CALL}
-    for row in rows:
-        if row["contender"] == KERNEL:
-            figures = [row[key] for key in ("p20_us", "p50_us", "p80_us", "gb_per_s")]
-            figures += [100 / row["x_limit"], calls[row[of_lines]]]
-            table.add_row(_said(row[of_lines]), f"{row['bytes_per_element']:g}", *(f"{figure:,.1f}" for figure in figures))
-    return table
-
-
-def _said(shared):
-    """Return the name of a form, or a number of elements, as a table has it."""
-    return shared if isinstance(shared, str) else f"{shared:,}"
-
-
-def plot(path, rows):
-    """Write throughput as PNG, the step beside its limit: a panel for each backend and form, or bars if there is one size."""
+def plot(rows):
+    """Return a figure of throughput, the step beside its limit: a panel for each backend and form, or bars of a single size."""
     rows = [row for row in rows if row["gb_per_s"]]
-    draw = _curves if len({row["elements"] for row in rows}) > 1 else _bars
-    plots.save(draw(rows), path, rows)
+    return _curves(rows) if len({row["elements"] for row in rows}) > 1 else _bars(rows)
 
 
 def _bars(rows):
-    names = list(dict.fromkeys(row["backend"] for row in rows))
+    """Return a figure with a bar for each form, in the frame of its limit."""
+    of_backends = measure.groups(rows, "backend")
     n_forms = len({row["dtype"] for row in rows})
-    figure, axes = plots.panels(1, len(names), width=8, height=1.2 + 0.34 * n_forms)
-    for axis, name in zip(axes.flat, names, strict=True):
-        of_backend = [row for row in rows if row["backend"] == name]
+    figure, axes = figures.panels(1, len(of_backends), width=8, height=1.2 + 0.34 * n_forms)
+    for axis, ((name,), of_backend) in zip(axes.flat, of_backends.items(), strict=True):
         steps, limits = ([row for row in of_backend if row["contender"] == of] for of in (KERNEL, measure.LIMIT))
-        for at, (step, limit) in enumerate(zip(reversed(steps), reversed(limits), strict=True)):
-            axis.barh(at, step["gb_per_s"], 0.62, color=plots.OURS)
-            label = "its limit" if at == 0 else None
-            axis.plot([limit["gb_per_s"]] * 2, [at - 0.42, at + 0.42], color=plots.LIMIT, linewidth=2, label=label)
-            text = (
-                f"{step['gb_per_s']:.3g}   {100 / step['x_limit']:.0f} % of its limit, {step['bytes_per_element']:g} B each"
-            )
-            end = max(step["gb_per_s"], limit["gb_per_s"])
-            axis.annotate(text, (end, at), (7, 0), textcoords="offset points", va="center", fontsize=8)
-        axis.set_yticks(range(n_forms), [step["dtype"] for step in reversed(steps)], fontsize=9)
-        axis.set_ylim(-0.6, n_forms + 0.5)  # the legend's place
-        axis.set_xlim(0, 1.8 * max(row["gb_per_s"] for row in of_backend))
-        axis.set_xticks([])
-        axis.set_title(f"{name}, {rows[0]['elements']:,} elements: GB/s", loc="left", fontsize=11, fontweight="bold")
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        forms_of_axis = [step["dtype"] for step in steps]
+        axis.barh(forms_of_axis, [step["gb_per_s"] for step in steps], 0.62, color=plots.OURS)
+        frame = {"facecolor": "none", "edgecolor": plots.LIMIT, "linestyle": "--", "label": "its limit"}
+        frames = axis.barh(forms_of_axis, [limit["gb_per_s"] for limit in limits], 0.84, **frame)
+        texts = [
+            f"{step['gb_per_s']:.3g}   {100 / step['x_limit']:.0f} % of its limit, {step['bytes_per_element']:g} B each"
+            for step in steps
+        ]
+        axis.bar_label(frames, texts, padding=7, fontsize=8)
+        axis.set(xticks=[], xlim=(0, 1.8 * max(row["gb_per_s"] for row in of_backend)), ylim=(n_forms - 0.4, -1.5))
+        axis.set_title(f"{name}, {rows[0]['elements']:,} elements: GB/s")
+        axis.spines["bottom"].set_visible(False)
         axis.tick_params(axis="y", length=0)
-        axis.legend(fontsize=8, loc="upper right", frameon=False)
+        axis.legend(loc="upper right")
     return figure
 
 
 def _curves(rows):
-    groups = dict.fromkeys((row["backend"], row["dtype"]) for row in rows)
-    columns = min(len(groups), PANELS)
-    figure, axes = plots.panels(-(-len(groups) // columns), columns, width=6, height=4)
-    for axis in axes.flat[len(groups) :]:
+    of_panels = measure.groups(rows, "backend", "dtype")
+    columns = min(len(of_panels), PANELS)
+    figure, axes = figures.panels(-(-len(of_panels) // columns), columns, width=6, height=4)
+    for axis in axes.flat[len(of_panels) :]:
         axis.set_axis_off()
-    for axis, (backend, form) in zip(axes.flat, groups, strict=False):
-        of_panel = [row for row in rows if (row["backend"], row["dtype"]) == (backend, form)]
-        plots.throughput(axis, of_panel, title=f"{backend}, {form}")
+    for axis, (of_panel, of_rows) in zip(axes.flat, of_panels.items(), strict=False):
+        plots.throughput(axis, of_rows, title=", ".join(of_panel))
     return figure

@@ -1,6 +1,7 @@
-"""Steps whose bits are known. They are the same on every backend, architecture and compiler: that is the arithmetic contract.
+"""Steps whose bits are known. By the arithmetic contract they are the same on every backend, architecture and compiler.
 
-Each is three steps on 1,024 elements, among them subnormals, infinities and NaN, and of the two narrow ones the random bits too.
+Each contract is three steps on 1,024 elements, among them subnormals, infinities and NaN. The two with narrow formats fix the
+random bits of rounding too.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from ..kernels.storage import Arrays
 
 
 class Contract(NamedTuple):
-    """The formats of the arrays, and the sha256 of all of them after the steps, every NaN as one."""
+    """The formats of the arrays, and the sha256 of all arrays after the steps, in which every NaN counts as the same NaN."""
 
     arrays: Arrays
     bits: str
@@ -62,13 +63,13 @@ def steps_of(contract):
 def arrays_of(contract, n=1024):
     """Return the arrays before the first step, in the order of the operands, the same on every machine. bfloat16 is in uint16.
 
-    They hold every kind of number. 8-bit state is zero, and most of its gradients are from 2**-15 to 2, because one that is
-    infinite, or whose square is, makes all its group NaN.
+    They hold every kind of number, but 8-bit state is zero. Most gradients beside 8-bit state are from 2**-15 to 2, because one
+    that is infinite, or has an infinite square, makes all of its group NaN.
     """
-    found = []
+    arrays = []
     for k, operand in enumerate(storage.operands(contract.arrays)):
         if contract.arrays.grouped and operand.name not in ("param", "grad"):
-            found.append(np.zeros(n // storage.GROUP if operand.of_groups else n, operand.format))
+            arrays.append(np.zeros(n // storage.GROUP if operand.of_groups else n, operand.format))
             continue
         # multiples of odd constants run through all bit patterns evenly (Knuth's multiplicative hashing)
         bits = np.arange(1, n + 1, dtype="u4") * np.uint32(ODD[k])
@@ -79,12 +80,12 @@ def arrays_of(contract, n=1024):
         if operand.format == "bfloat16":
             bits = (bits >> np.uint32(16)).astype("u2")
         bits[k * 8 : k * 8 + 4] = [0, INFINITY[operand.format], 1, NAN[operand.format]]
-        found.append(bits if operand.format == "bfloat16" else bits.view(operand.format))
-    return found
+        arrays.append(bits if operand.format == "bfloat16" else bits.view(operand.format))
+    return arrays
 
 
 def digest_of(contract, arrays):
-    """Return the sha256 of arrays in the order of the operands, in which every NaN is one."""
+    """Return the sha256 of arrays in the order of the operands. Every NaN counts as the same NaN."""
     digest = hashlib.sha256()
     for operand, array in zip(storage.operands(contract.arrays), arrays, strict=True):
         bits = array.view(f"u{operand.itemsize}")

@@ -2,8 +2,8 @@
 
 a. Fit y = w x + b to five points: Adam's numbers, step by step.
 b. Learn to read 1,797 handwritten digits (scikit-learn's `load_digits`, from the UCI repository) with a two-layer network,
-   its forward and backward pass in plain array code (`gpuadam/examples/digits.py`); beside it the same training with the
-   float64 reference.
+   its forward and backward pass in plain array code (`gpuadam/examples/digits.py`). Beside it the same training with the float64
+   reference.
 """
 
 import itertools
@@ -16,21 +16,27 @@ import gpuadam
 from .. import backends, reference
 from ..examples import command_line
 from ..examples import digits as example
-from . import output, progress
+from ..terminal import arguments, figures, output
+from .measuring import facts
 
+HELP = "train on real data, here and now, on the best backend there is"
 TEXTBOOK_STEPS = 1000
 EPOCHS, HIDDEN = 40, 128
 
 
+def add_options(parser):
+    parser.add_argument("--plot", type=arguments.writable, metavar="FILE", help="write the loss and accuracy curves as PNG")
+    parser.add_argument("--backend", choices=list(backends.BACKENDS), help="default: the best available")
+
+
 def run(options):
     """Run both parts; return 0 if the test accuracy is at least 97 %."""
-    rich_console, _ = output.need("demo", "rich.console", "sklearn.datasets")
-    if options.plot:
-        output.need("demo", "matplotlib")
-    console = rich_console.Console(stderr=options.json == "-")
+    console = output.console("demo", options)
+    output.need("demo", "sklearn.datasets")
     backend = options.backend or gpuadam.available_backends()[0]
     backends.load(backend)
-    xp = _array_module(backend)
+    # Numba's device arrays have no arithmetic; CuPy's lie in the same memory
+    xp = command_line.array_module("numpy" if backend == "numba-cpu" else "cupy")
     console.print(f"gpuadam {gpuadam.__version__}, backend {backend}, arrays of {xp.__name__}\n")
 
     result = {"backend": backend, "textbook": textbook(xp, backend)}
@@ -38,18 +44,10 @@ def run(options):
     result["digits"] = digits(xp, backend, console)
     _print_digits(console, result["digits"])
     if options.plot:
-        _plot(options.plot, result)
+        figures.save(_plot(backend, result["digits"]), options.plot)
         console.print(f"curves: {options.plot}")
-    if options.json:
-        output.write_json(options.json, result | {"versions": output.versions(), "machine": output.machine()})
+    output.write_json(options.json, result | {"versions": facts.versions(), "machine": facts.machine()})
     return 0 if result["digits"]["test_accuracy"] >= 0.97 else 1
-
-
-def _array_module(backend):
-    """Return the module of the arrays that a backend updates and plain array code can compute with."""
-    if backend == "numba-cpu":
-        return np
-    return output.need("cuda13", "cupy")[0]  # Numba's device arrays have no arithmetic; CuPy's lie in the same memory
 
 
 def textbook(xp, backend):
@@ -64,31 +62,23 @@ def textbook(xp, backend):
         residual = w * x + b - y
         grads = {"w": (2 * residual * x).mean().reshape(1), "b": (2 * residual).mean().reshape(1)}
         opt.step(grads)
-        if step <= 5:
-            for name, value in (("w", w), ("b", b)):
-                m, v = (float(opt.state[name][moment][0]) for moment in ("m", "v"))
-                first_steps.append(
-                    {
-                        "step": step,
-                        "parameter": name,
-                        "g": float(grads[name][0]),
-                        "m": m,
-                        "v": v,
-                        "m_hat": m / (1 - beta1**step),
-                        "v_hat": v / (1 - beta2**step),
-                        "value": float(value[0]),
-                    }
-                )
+        if step > 5:
+            continue
+        for name, value in (("w", w), ("b", b)):
+            m, v = (float(opt.state[name][moment][0]) for moment in ("m", "v"))
+            moments = {"m": m, "v": v, "m_hat": m / (1 - beta1**step), "v_hat": v / (1 - beta2**step)}
+            row = {"step": step, "parameter": name, "g": float(grads[name][0]), **moments, "value": float(value[0])}
+            first_steps.append(row)
     return {"first_steps": first_steps, "steps": TEXTBOOK_STEPS, "w": float(w[0]), "b": float(b[0])}
 
 
 def digits(xp, backend, console):
     """Train on the digits twice, with gpuadam in float32 and with the reference in float64. Return curves and accuracies."""
     (x, y), (x_test, y_test) = example.load_digits()
-    ours = {name: xp.asarray(p, dtype="float32") for name, p in example.initial_parameters(HIDDEN).items()}
+    params = {name: xp.asarray(p, dtype="float32") for name, p in example.initial_parameters(HIDDEN).items()}
     exact = example.initial_parameters(HIDDEN)
     settings = {"lr": 2e-3, "weight_decay": 0.1}
-    opt = gpuadam.AdamW(ours, **settings, backend=backend)
+    opt = gpuadam.AdamW(params, **settings, backend=backend)
     moments = {name: (np.zeros_like(p), np.zeros_like(p)) for name, p in exact.items()}
     update_seconds = []
 
@@ -106,19 +96,19 @@ def digits(xp, backend, console):
             moments[name] = m, v
 
     data = [xp.asarray(a, dtype=t) for a, t in ((x, "float32"), (y, "int64"), (x_test, "float32"), (y_test, "int64"))]
-    losses = example.train(xp, ours, step, *data[:2])
+    losses = example.train(xp, params, step, *data[:2])
     exact_losses = example.train(np, exact, exact_step, x, y)
     curves: dict[str, list[float]] = {"loss": [], "accuracy": [], "reference_loss": [], "reference_accuracy": []}
 
     def described(epoch):
         return f"epoch {epoch:3d}  loss {curves['loss'][-1]:.4f}  test accuracy {curves['accuracy'][-1]:.2%}"
 
-    for _ in progress.counted(console, EPOCHS, described, every=10):
+    for _ in output.counted(console, EPOCHS, described, every=10):
         curves["loss"].append(next(losses))
-        curves["accuracy"].append(example.accuracy(xp, ours, *data[2:]))
+        curves["accuracy"].append(example.accuracy(xp, params, *data[2:]))
         curves["reference_loss"].append(next(exact_losses))
         curves["reference_accuracy"].append(example.accuracy(np, exact, x_test, y_test))
-    apart = max(float(np.abs(command_line.on_host(ours[name]) - exact[name]).max()) for name in exact)
+    apart = max(float(np.abs(command_line.on_host(params[name]) - exact[name]).max()) for name in exact)
     return curves | {
         "train_images": len(x),
         "test_images": len(x_test),
@@ -133,17 +123,9 @@ def digits(xp, backend, console):
 
 
 def _print_textbook(console, result):
-    rich_table, rich_box = output.need("demo", "rich.table", "rich.box")
-    table = rich_table.Table(title="a. fit y = w x + b to y = 2 x with lr = 0.1", title_justify="left", box=rich_box.SIMPLE)
-    columns = list(result["first_steps"][0])
-    for column in columns:
-        table.add_column("" if column == "parameter" else column, justify="right")
-    for row in result["first_steps"]:
-        table.add_row(
-            *(f"{row[c]:.5g}" if isinstance(row[c], float) else str(row[c]) for c in columns),
-            end_section=row["parameter"] == "b",
-        )
-    console.print(table)
+    heads = ["" if head == "parameter" else head for head in result["first_steps"][0]]
+    lines = [[f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()] for row in result["first_steps"]]
+    console.print(output.table("a. fit y = w x + b to y = 2 x with lr = 0.1", heads, lines))
     console.print(f"after {result['steps']} steps: w = {result['w']:.6f}, b = {result['b']:.6f}\n", highlight=False)
 
 
@@ -159,25 +141,16 @@ def _print_digits(console, result):
     )
 
 
-def _plot(path, result):
-    pyplot = _pyplot()
-    curves = result["digits"]
+def _plot(backend, curves):
+    figure, ((left, right),) = figures.panels(1, 2, width=4.5, height=3.25)
     epochs = range(1, curves["epochs"] + 1)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    left.semilogy(epochs, curves["loss"], label=f"gpuadam, float32 ({result['backend']})")
+    left.semilogy(epochs, curves["loss"], label=f"gpuadam, float32 ({backend})")
     left.semilogy(epochs, curves["reference_loss"], "--", label="reference, float64")
     left.set(xlabel="epoch", ylabel="training loss (cross-entropy)", title="Loss")
-    right.plot(epochs, [100 * a for a in curves["accuracy"]])
-    right.plot(epochs, [100 * a for a in curves["reference_accuracy"]], "--")
+    right.plot(epochs, [100 * accuracy for accuracy in curves["accuracy"]])
+    right.plot(epochs, [100 * accuracy for accuracy in curves["reference_accuracy"]], "--")
     right.set(xlabel="epoch", ylabel="test images read rightly (%)", title="Accuracy")
     left.legend()
     for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, format="png", dpi=150)
-    pyplot.close(figure)
-
-
-def _pyplot():
-    matplotlib, pyplot = output.need("demo", "matplotlib", "matplotlib.pyplot")
-    matplotlib.use("Agg")
-    return pyplot
+        axis.grid()
+    return figure

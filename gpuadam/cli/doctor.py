@@ -1,7 +1,7 @@
 """python -m gpuadam doctor: what is installed, what works, how to mend it.
 
-A backend works if real steps ran on it, in float32 and in narrow formats, and gave the bits that the arithmetic contract says
-(`contract.py`).
+A backend works if real steps ran on it, in float32 and in narrow formats, and gave the bits of the arithmetic contract
+(`contract.py`). `installed.py` looks at the rest.
 """
 
 import os
@@ -12,49 +12,54 @@ from pathlib import Path
 import numpy as np
 
 from .. import backends
-from . import contract, installed, output
+from ..terminal import output
+from . import contract, installed
+from .measuring import facts
 
+HELP = "what is installed, what works, how to mend it"
 AS_THE_CONTRACT = "as the contract says"
+
+
+def add_options(parser):
+    """Add nothing: `--json` is enough."""
 
 
 def run(options):
     """Print the report; return 0 if at least one backend works."""
     report = {
-        "machine": output.machine(),
-        "versions": output.versions() | output.versions_of(installed.PACKAGES),
+        "machine": facts.machine(),
+        "versions": facts.versions() | facts.versions_of(installed.PACKAGES),
         "backends": {name: _examine(name) for name in backends.BACKENDS},
         "parts": installed.parts(),
         "caches": _caches(),
         "warnings": _warnings(),
     }
-    report["works"] = [name for name, found in report["backends"].items() if found["works"]]
-    if options.json:
-        output.write_json(options.json, report)
+    report["works"] = [name for name, part in report["backends"].items() if part["works"]]
+    output.write_json(options.json, report)
     if options.json != "-":
         _print(report)
     return 0 if report["works"] else 1
 
 
 def _examine(name):
+    """Do the steps of the contract on a backend, and return the report on it."""
     status = backends.backend_status()[name]
-    found = {"works": False, "reason": status.reason, "fix": status.fix, "bits": None, "steps": {}}
     if not status.available:
-        return found
-    wrong = []
+        return installed.part(False, status.reason, status.fix) | {"bits": None, "steps": {}}
+    steps, wrong, fix = {}, [], status.fix
     for label, known in contract.CONTRACTS.items():
         try:
             digest = contract.digest_on(name, known)
         except Exception as error:  # noqa: BLE001 - whatever a driver or compiler raises is what the report is for
-            found["steps"][label] = "failed"
+            steps[label] = "failed"
             wrong.append(f"a step failed ({label}): {type(error).__name__}: {error}")
-            found["fix"] = "mend what the message names; reinstall with " + backends.GPU_EXTRA
+            fix = "mend what the message names; reinstall with " + backends.GPU_EXTRA
             continue
-        found["steps"][label] = AS_THE_CONTRACT if digest == known.bits else f"differ: {digest}"
+        steps[label] = AS_THE_CONTRACT if digest == known.bits else f"differ: {digest}"
         if digest != known.bits:
             wrong.append(f"a step ran and gave wrong bits ({label})")
-            found["fix"] = found["fix"] or "see the warnings below; if there are none, please report it with this page"
-    found["bits"] = found["steps"]["float32"]
-    return found | ({"reason": "; ".join(wrong)} if wrong else {"works": True})
+            fix = fix or "see the warnings below; if there are none, please report it with this page"
+    return installed.part(not wrong, "; ".join(wrong) or status.reason, fix) | {"bits": steps["float32"], "steps": steps}
 
 
 def _caches():
@@ -62,21 +67,14 @@ def _caches():
     cupy = os.environ.get("CUPY_CACHE_DIR") or str(Path("~/.cupy/kernel_cache").expanduser())
     caches = {"CuPy": {"folder": cupy, "writable": _writable(Path(cupy)), "fix": "set CUPY_CACHE_DIR"}}
     if "numba-cpu" in backends.available_backends():
-        folder = _numba_folder()
+        (compiled_cache,) = output.need(None, "gpuadam.kernels.compiled_cache")  # not before: it imports Numba
+        folder = compiled_cache.folder()
         caches["Numba"] = {"folder": folder or "(no folder)", "writable": folder is not None, "fix": "set NUMBA_CACHE_DIR"}
     return caches
 
 
-def _numba_folder():
-    from ..kernels import compiled_cache
-
-    return compiled_cache.folder()
-
-
 def _writable(folder):
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             return True
@@ -91,7 +89,7 @@ def _warnings():
             "this thread flushes subnormal numbers to zero (FTZ), so the CPU's bits differ: some library set it, such as "
             "torch.set_flush_denormal(True)"
         )
-    cupys = [name for name, version in output.versions().items() if name.startswith("cupy") and version]
+    cupys = [name for name, version in facts.versions().items() if name.startswith("cupy") and version]
     if len(cupys) > 1:
         warnings.append(f"{' and '.join(cupys)} are installed together and break each other: uninstall all but one")
     wanted = os.environ.get("NUMBA_CACHE_DIR")
@@ -107,14 +105,15 @@ def _print(report):
     print(f"gpuadam {versions.pop('gpuadam')} on {report['machine']['system']}, {report['machine']['cpu']}")
     with_them = "with " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     print(textwrap.fill(with_them, 120, subsequent_indent="     ", break_on_hyphens=False))
-    print()
-    for name, found in report["backends"].items():
-        _print_part(name, found)
-        for label, bits in found["steps"].items():
-            print(f"{'':23}bits of a 1,024-element step, {label}: {bits}")
-    print()
-    for name, found in report["parts"].items():
-        _print_part(name, found)
+    for parts in (report["backends"], report["parts"]):
+        print()
+        for name, part in parts.items():
+            mark = {True: "works", False: "NO", None: "-"}[part["works"]]
+            print(f"{mark:>7}  {name:<13} {part['reason']}" + (f": {part['fix']}" if part["works"] is None else ""))
+            if part["works"] is False:
+                print(f"{'':23}to mend it: {part['fix']}")
+            for label, bits in part.get("steps", {}).items():
+                print(f"{'':23}bits of a 1,024-element step, {label}: {bits}")
     print()
     for name, cache in report["caches"].items():
         state = "can be written" if cache["writable"] else f"CANNOT be written: {cache['fix']}"
@@ -122,10 +121,3 @@ def _print(report):
     for warning in report["warnings"]:
         print("Warning:", warning)
     print("Works:", ", ".join(report["works"]) or "nothing")
-
-
-def _print_part(name, found):
-    mark = {True: "works", False: "NO", None: "-"}[found["works"]]
-    print(f"{mark:>7}  {name:<13} {found['reason']}" + (f": {found['fix']}" if found["works"] is None else ""))
-    if found["works"] is False:
-        print(f"{'':23}to mend it: {found['fix']}")

@@ -1,4 +1,4 @@
-"""What works beside the backends: checkpoints, and the parts that need an optional package. No package is imported for it."""
+"""Which parts work beside the backends: checkpoints, and those that need an optional package. No package is imported for it."""
 
 import importlib.metadata
 import re
@@ -7,78 +7,72 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import backends, optimizer
-from ..checkpoint import CheckpointError, loading
-from . import contract, output
+import gpuadam
 
-TORCH = (2, 4)  # the oldest that gpuadam.torch takes
+from .. import backends
+from . import contract
+from .measuring import facts
+
+OLDEST = {"torch": (2, 4)}
 # As in pyproject.toml: the extras whose packages a user imports through gpuadam.
 EXTRAS = {
+    "gpuadam.torch": ("torch",),
     "demo": ("rich", "scikit-learn", "matplotlib"),
     "bench": ("rich", "matplotlib", "ml_dtypes"),
     "examples": ("rich", "scikit-learn", "matplotlib", "scikit-image"),
 }
-FURTHER = ("ml_dtypes", "safetensors", "mpi4py", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "pytest")
-PACKAGES = tuple(dict.fromkeys((*FURTHER, *(package for needed in EXTRAS.values() for package in needed))))
+OTHERS = ("ml_dtypes", "safetensors", "mpi4py", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "pytest")
+PACKAGES = tuple(dict.fromkeys((*OTHERS, *(package for packages in EXTRAS.values() for package in packages))))
 
 
 def parts():
-    """Return {part: {"works", "reason", "fix"}}; works is None for a part whose packages are not installed."""
+    """Return {name: `part`} of all parts."""
     return {
         "checkpoints": _checkpoints(),
-        "gpuadam.torch": _torch(),
         "pytest plugin": _pytest_plugin(),
-        **{extra: _extra(extra) for extra in EXTRAS},
+        **{name: _extra(name) for name in EXTRAS},
     }
 
 
-def _part(works, reason, fix=""):
+def part(works, reason, fix=""):
+    """Return the report on a part. works: None if it is not installed. fix: how to mend it."""
     return {"works": works, "reason": reason, "fix": fix}
 
 
 def _checkpoints():
     """Save and load state that holds every kind of number. No step is made, so nothing is compiled for it."""
-    param, _, *state = contract.arrays_of(contract.CONTRACTS["float32"])
+    param, _, *moments = contract.arrays_of(contract.CONTRACTS["float32"])
+    saved = dict(zip(("m", "v", "max_v"), moments, strict=True))
     try:
-        opt = optimizer.Adam({"w": param}, amsgrad=True, backend="numba-cpu")
-        for name, values in zip(("m", "v", "max_v"), state, strict=True):
+        opt = gpuadam.Adam({"w": param}, amsgrad=True, backend="numba-cpu")
+        for name, values in saved.items():
             opt.state["w"][name][...] = values
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "adam.safetensors")
             opt.save(path)
-            loaded = loading.load(path, {"w": param}, backend="numba-cpu")
+            loaded = gpuadam.load(path, {"w": param}, backend="numba-cpu").state["w"]
     except backends.BackendUnavailableError as error:
-        return _part(False, f"not tried: {error}", backends.backend_status()["numba-cpu"].fix)
-    except (OSError, CheckpointError) as error:
-        return _part(False, f"a save and a load failed: {error}", "set TMPDIR to a folder that can be written, and has room")
-    same = all(
-        np.array_equal(loaded.state["w"][name].view("u4"), values.view("u4"))
-        for name, values in zip(("m", "v", "max_v"), state, strict=True)
-    )
-    if same:
-        return _part(True, "state that was saved and loaded has the same bits")
-    return _part(False, "state that was saved and loaded has other bits", "please report it with this page")
-
-
-def _torch():
-    (version,) = output.versions_of(["torch"]).values()
-    install = 'pip install "gpuadam[torch]"'
-    if version is None:
-        return _part(None, "torch is not installed", install)
-    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < TORCH:
-        return _part(False, f"torch {version} is older than {'.'.join(map(str, TORCH))}", install)
-    return _part(True, f"torch {version}")
+        return part(False, f"not tried: {error}", backends.backend_status()["numba-cpu"].fix)
+    except (OSError, gpuadam.CheckpointError) as error:
+        return part(False, f"a save and a load failed: {error}", "set TMPDIR to a folder that can be written, and has room")
+    if all(np.array_equal(loaded[name].view("u4"), values.view("u4")) for name, values in saved.items()):
+        return part(True, "state that was saved and loaded has the same bits")
+    return part(False, "state that was saved and loaded has other bits", "please report it with this page")
 
 
 def _pytest_plugin():
     plugins = importlib.metadata.entry_points(group="pytest11", name="pytest_gpuadam")
     if not plugins:
-        return _part(None, "not registered, because gpuadam runs from its folder", "pip install .")
-    return _part(True, f"registered as {next(iter(plugins)).value}")
+        return part(None, "not registered, because gpuadam runs from its folder", "pip install .")
+    return part(True, f"registered as {next(iter(plugins)).value}")
 
 
 def _extra(name):
-    versions = output.versions_of(EXTRAS[name])
+    versions = facts.versions_of(EXTRAS[name])
+    install = f'pip install "gpuadam[{name.removeprefix("gpuadam.")}]"'
     if missing := [package for package, version in versions.items() if version is None]:
-        return _part(None, f"{', '.join(missing)} not installed", f'pip install "gpuadam[{name}]"')
-    return _part(True, ", ".join(f"{package} {version}" for package, version in versions.items()))
+        return part(None, f"{', '.join(missing)} not installed", install)
+    for package, oldest in OLDEST.items():
+        if package in versions and tuple(map(int, re.findall(r"\d+", versions[package])[:2])) < oldest:
+            return part(False, f"{package} {versions[package]} is older than {'.'.join(map(str, oldest))}", install)
+    return part(True, ", ".join(f"{package} {version}" for package, version in versions.items()))

@@ -8,7 +8,7 @@ NAMES = ("digits", "gaussians", "tomography", "thomson", "torch_digits", "sharde
 
 
 def main():
-    """Print each example's name and the first line of what it says of itself; nothing of them is imported."""
+    """Print each example's name and the first line of its docstring; none of them is imported."""
     print("python -m gpuadam.examples.NAME runs one; --help shows its options.\n")
     width = max(map(len, NAMES))
     for name in NAMES:

@@ -1,50 +1,47 @@
-"""What the examples share outside their subject: options, the array module, a picture, and errors in one line."""
+"""What the examples share outside their subject: options, the array module, pictures, and errors in one line."""
 
 import argparse
+import functools
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from ..backends import BackendUnavailableError, load
-from ..cli.output import MissingExtraError, need, writable
-from ..cli.progress import counted
+from ..terminal import figures
+from ..terminal.arguments import whole, writable
+from ..terminal.output import MissingExtraError, counted, need
 
 
-def parser(text, *, steps, size):
-    """Return a parser with the options that every example has. steps, size: as in `add_count`."""
+def parser(text, *, arrays="", plot="", **counts):
+    """Return a parser with the options of an example.
+
+    counts: option -> (default, its meaning, the least number if that is not 1).
+    arrays: the library of the arrays on a GPU; Numba's are the default where there is a GPU.
+    plot: the default name of the picture. Without `arrays` or `plot` there is no such option.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m gpuadam.examples.{Path(sys.argv[0]).stem}",
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_count(parser, "--steps", *steps)
-    add_count(parser, "--size", *size)
+    for option, (default, what, *least) in counts.items():
+        count, help = functools.partial(whole, least=least[0] if least else 1), f"{what} (default {default})"
+        parser.add_argument(f"--{option}", type=count, default=default, metavar="N", help=help)
+    if arrays:
+        by_default = None if arrays == "numba" else "numpy"
+        help = f"{arrays} is a GPU, and {'numpy the default' if by_default else 'the default where there is one'}"
+        parser.add_argument("--arrays", choices=("numpy", arrays), default=by_default, help=help)
+    if plot:
+        help = f"the picture, as PNG (default {plot})"
+        parser.add_argument("--plot", type=_picture_file, metavar="FILE", default=plot, help=help)
     return parser
 
 
-def add_count(parser, option, default, what, least=1):
-    """Add an option that is an integer of at least `least`."""
-
-    def count(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
-        return int(text)
-
-    parser.add_argument(option, type=count, default=default, metavar="N", help=f"{what} (default {default})")
-
-
-def add_arrays(parser, on_gpu="cupy", default="numpy"):
-    help = f"{on_gpu} is a GPU, and " + ("numpy the default" if default else "the default where there is one")
-    parser.add_argument("--arrays", choices=("numpy", on_gpu), default=default, help=help)
-
-
-def add_plot(parser, name):
-    def file(text):  # argparse passes the default too, so that what is missing is said before the work is done
-        need("examples", "matplotlib")
-        return writable(text)
-
-    parser.add_argument("--plot", type=file, metavar="FILE", default=name, help=f"the picture, as PNG (default {name})")
+def _picture_file(text):
+    need("examples", "matplotlib")  # argparse passes the default too, so that it is missed before the work is done
+    return writable(text)
 
 
 def array_module(name):
@@ -63,6 +60,17 @@ def on_host(array):
     return array
 
 
+def picture(name, size):
+    """Return a grey picture of scikit-image's, float32 from 0 to 1, of shape (size, size)."""
+    data, transform = need("examples", "skimage.data", "skimage.transform")
+    return transform.resize(getattr(data, name)(), (size, size), anti_aliasing=True).astype("float32")
+
+
+def cosine(lr, steps, end=0.02):
+    """Return a learning rate that falls from lr to a fraction of it, along half a cosine."""
+    return lambda step: lr * (end + (1 - end) * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
 def steps(total, describe):
     """Count 1 to total, and show how it goes: describe() is asked for a few words some ten times."""
     (console,) = need("examples", "rich.console")
@@ -70,30 +78,25 @@ def steps(total, describe):
     return counted(console.Console(), total, lambda n: f"step {n:{width}}  {describe()}", every=max(1, total // 10))
 
 
-def panels(count, title, **kind):
-    """Return a figure with a title, and its square panels side by side."""
-    matplotlib, pyplot = need("examples", "matplotlib", "matplotlib.pyplot")
-    matplotlib.use("Agg")
-    figure, axes = pyplot.subplots(1, count, figsize=(3.2 * count, 3.8), subplot_kw=kind, layout="constrained")
+def save_panels(path, shown, draw, title, **of_panels):
+    """Write square panels side by side as PNG, and say where.
+
+    shown: title -> what is drawn. draw: called with a panel and that. of_panels: as in `figures.panels`.
+    """
+    figure, (axes,) = figures.panels(1, len(shown), width=3.2, height=3.5, **of_panels)
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    return figure, axes
-
-
-def save(figure, path):
-    """Write a figure as PNG and say where."""
-    figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
-    need("examples", "matplotlib.pyplot")[0].close(figure)
+    for axis, (name, each) in zip(axes, shown.items(), strict=True):
+        draw(axis, on_host(each))
+        axis.set_title(name, loc="center", fontweight="normal")
+        axis.set_axis_off()
+    figures.save(figure, path)
     print(f"picture: {path}")
 
 
 def save_pictures(path, pictures, title):
-    """Write grey pictures side by side, with their titles. pictures: title -> 2-D array, black 0 and white 1."""
-    figure, axes = panels(len(pictures), title)
-    for axis, (name, picture) in zip(axes, pictures.items(), strict=True):
-        axis.imshow(on_host(picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(name, fontsize=11)
-        axis.set_axis_off()
-    save(figure, path)
+    """Write grey pictures side by side. pictures: title -> 2-D array, black 0 and white 1."""
+    grey = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+    save_panels(path, pictures, lambda axis, picture: axis.imshow(picture, **grey), title)
 
 
 def run(main):

@@ -13,9 +13,8 @@ from . import command_line
 
 def main(argv=None):
     """Train, print the loss on the way and at the end how many of the images held out are read rightly."""
-    parser = command_line.parser(__doc__, steps=(30, "passes over the images"), size=(128, "units of the hidden layer"))
-    command_line.add_arrays(parser)
-    options = parser.parse_args(argv)
+    counts = {"steps": (30, "passes over the images"), "size": (128, "units of the hidden layer")}
+    options = command_line.parser(__doc__, **counts, arrays="cupy").parse_args(argv)
     xp = command_line.array_module(options.arrays)
     command_line.need("examples", "sklearn.datasets")
     (x, y), (x_test, y_test) = [(xp.asarray(x, "float32"), xp.asarray(y)) for x, y in load_digits()]

@@ -16,13 +16,11 @@ from . import command_line
 
 def main(argv=None):
     """Fit, print the PSNR before and after, save a picture."""
-    parser = command_line.parser(__doc__, steps=(300, "updates"), size=(160, "width of the picture in pixels"))
-    command_line.add_count(parser, "--count", 1200, "number of Gaussians")
-    command_line.add_arrays(parser)
-    command_line.add_plot(parser, "gaussians.png")
-    options = parser.parse_args(argv)
+    counts = {"steps": (300, "updates"), "size": (160, "width of the picture in pixels")}
+    counts["count"] = (1200, "number of Gaussians")
+    options = command_line.parser(__doc__, **counts, arrays="cupy", plot="gaussians.png").parse_args(argv)
     xp = command_line.array_module(options.arrays)
-    target = xp.asarray(photograph(options.size))
+    target = xp.asarray(command_line.picture("camera", options.size))
     params = {name: xp.asarray(p) for name, p in initial_parameters(command_line.on_host(target), options.count).items()}
     before = picture(xp, params, options.size)
 
@@ -41,12 +39,6 @@ def main(argv=None):
     command_line.save_pictures(options.plot, shown, f"{options.count} Gaussians fitted by gpuadam.Adam")
 
 
-def photograph(size):
-    """Return the photograph, float32 from 0 to 1, of shape (size, size)."""
-    data, transform = command_line.need("examples", "skimage.data", "skimage.transform")
-    return transform.resize(data.camera() / 255.0, (size, size), anti_aliasing=True).astype("float32")
-
-
 def initial_parameters(target, count):
     """Return Gaussians at random places, about as wide as they are apart, that add up to roughly the target."""
     rng = np.random.default_rng(0)
@@ -62,10 +54,7 @@ def fit(xp, params, target, steps):
     """Update params in place. Each kind has a learning rate of its own; all of them fall along a cosine."""
 
     def group(lr, *names):
-        return {
-            "params": {name: params[name] for name in names},
-            "lr": lambda step: lr * (0.51 + 0.49 * math.cos(math.pi * step / steps)),
-        }
+        return {"params": {name: params[name] for name in names}, "lr": command_line.cosine(lr, steps)}
 
     groups = [group(5e-3, "x", "y"), group(1e-1, "log_width_x", "log_width_y"), group(2e-2, "amplitude")]
     opt = gpuadam.Adam(groups, betas=(0.9, 0.99))

@@ -22,10 +22,8 @@ LEAST_KNOWN = {12: 49.165253, 32: 412.261275, 72: 2255.001191, 100: 4448.350634}
 
 def main(argv=None):
     """Find places for the charges, print the energy, save a picture."""
-    parser = command_line.parser(__doc__, steps=(600, "updates"), size=(32, "number of charges", 4))
-    command_line.add_arrays(parser, "numba", default=None)
-    command_line.add_plot(parser, "thomson.png")
-    options = parser.parse_args(argv)
+    counts = {"steps": (600, "updates"), "size": (32, "number of charges", 4)}
+    options = command_line.parser(__doc__, **counts, arrays="numba", plot="thomson.png").parse_args(argv)
     n, steps, status = options.size, options.steps, gpuadam.backend_status()["numba-cuda"]
     if options.arrays is None and not status.available:
         print(f"no GPU for Numba CUDA, so this is --arrays numpy: {status.reason}")
@@ -41,7 +39,7 @@ def main(argv=None):
         points, gradient, energies = start.copy(), np.empty_like(start), np.empty(n, "float32")
         compute = gradient_loop()
 
-    opt = gpuadam.Adam(points, lr=lambda step: 0.05 * (0.505 + 0.495 * math.cos(math.pi * step / steps)))
+    opt = gpuadam.Adam(points, lr=command_line.cosine(0.05, steps, end=0.01))
     for _ in command_line.steps(steps, lambda: f"energy {command_line.on_host(energies).sum() / 2:.4f}"):
         compute(points, gradient, energies)
         opt.step(gradient)
@@ -49,7 +47,8 @@ def main(argv=None):
     compute(points, gradient, energies)
     energy, known = command_line.on_host(energies).sum() / 2, LEAST_KNOWN.get(n)
     print(f"{n} charges: energy {energy:.4f}" + (f"; the least known is {known:.4f}" if known else ""))
-    save_picture(options.plot, {"start": start, f"after {steps} steps": command_line.on_host(points)})
+    shown = {"start": start, f"after {steps} steps": points}
+    command_line.save_panels(options.plot, shown, draw, "Charges on a sphere, by gpuadam.Adam", projection="3d")
 
 
 def gradient_of(points, k, gradient, energies):
@@ -99,20 +98,16 @@ def gradient_loop():
     return loop
 
 
-def save_picture(path, places):
-    """Draw the polyhedra whose corners are the charges. places: title -> (n, 3) array."""
+def draw(axis, points):
+    """Draw the polyhedron whose corners are the charges."""
     hulls, art3d = command_line.need("examples", "scipy.spatial", "mpl_toolkits.mplot3d.art3d")
-    figure, axes = command_line.panels(len(places), "Charges on a sphere, by gpuadam.Adam", projection="3d")
-    for axis, (title, points) in zip(axes, places.items(), strict=True):
-        on_sphere = points / np.linalg.norm(points, axis=1, keepdims=True)
-        faces = on_sphere[hulls.ConvexHull(on_sphere).simplices]
-        inward = np.linalg.det(faces) < 0
-        faces[inward] = faces[inward, ::-1]
-        axis.add_collection3d(art3d.Poly3DCollection(faces, facecolors="#9cc2f5", edgecolors="#1261c9", shade=True))
-        axis.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), title=title)
-        axis.set_box_aspect((1, 1, 1), zoom=1.5)
-        axis.set_axis_off()
-    command_line.save(figure, path)
+    on_sphere = points / np.linalg.norm(points, axis=1, keepdims=True)
+    faces = on_sphere[hulls.ConvexHull(on_sphere).simplices]
+    inward = np.linalg.det(faces) < 0
+    faces[inward] = faces[inward, ::-1]
+    axis.add_collection3d(art3d.Poly3DCollection(faces, facecolors="#9cc2f5", edgecolors="#1261c9", shade=True))
+    axis.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
+    axis.set_box_aspect((1, 1, 1), zoom=1.5)
 
 
 if __name__ == "__main__":

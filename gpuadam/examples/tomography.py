@@ -17,37 +17,28 @@ from . import command_line
 
 def main(argv=None):
     """Project, add noise, reconstruct; print the errors and save a picture."""
-    parser = command_line.parser(__doc__, steps=(300, "updates"), size=(128, "width of the slice in pixels"))
-    command_line.add_count(parser, "--angles", 30, "directions of projection")
+    counts = {"steps": (300, "updates"), "size": (128, "width of the slice in pixels")}
+    counts["angles"] = (30, "directions of projection")
+    parser = command_line.parser(__doc__, **counts, arrays="cupy", plot="tomography.png")
     parser.add_argument("--smoothing", type=float, default=1.0, help="weight of the total variation (default 1.0)")
-    command_line.add_arrays(parser)
-    command_line.add_plot(parser, "tomography.png")
     options = parser.parse_args(argv)
     xp = command_line.array_module(options.arrays)
-    truth = xp.asarray(phantom(options.size))
+    truth = xp.asarray(command_line.picture("shepp_logan_phantom", options.size))
     rays = Rays(xp, options.size, options.angles)
     readings = rays.project(truth)
     noise = np.random.default_rng(0).standard_normal(readings.shape, dtype="float32")
     readings += 0.01 * readings.max() * xp.asarray(noise)
 
     classical = rays.filtered_back_projection(readings)
-    found = reconstruct(rays, readings, options.smoothing, options.steps)
+    reconstructed = reconstruct(rays, readings, options.smoothing, options.steps)
+    errors = error(classical, truth), error(reconstructed, truth)
     print(
         f"{options.angles} projections of {rays.bins} readings for {truth.size} pixels, noise of 1 %: relative error "
-        f"{error(classical, truth):.1%} by filtered back-projection, {error(found, truth):.1%} after {options.steps} steps"
+        f"{errors[0]:.1%} by filtered back-projection, {errors[1]:.1%} after {options.steps} steps"
     )
-    shown = {
-        "slice": truth,
-        f"filtered back-projection, error {error(classical, truth):.0%}": classical,
-        f"{options.steps} steps, error {error(found, truth):.0%}": found,
-    }
+    shown = {"slice": truth, f"filtered back-projection, error {errors[0]:.0%}": classical}
+    shown[f"{options.steps} steps, error {errors[1]:.0%}"] = reconstructed
     command_line.save_pictures(options.plot, shown, f"A slice from {options.angles} noisy projections, by gpuadam.Adam")
-
-
-def phantom(size):
-    """Return the slice, float32 from 0 to 1, of shape (size, size)."""
-    data, transform = command_line.need("examples", "skimage.data", "skimage.transform")
-    return transform.resize(data.shepp_logan_phantom(), (size, size), anti_aliasing=True).astype("float32")
 
 
 class Rays:
@@ -88,7 +79,7 @@ def reconstruct(rays, readings, smoothing, steps):
     """Return the slice that Adam finds from a black one. Negative density is cut off after each step, in place."""
     xp = rays.xp
     image = xp.zeros((rays.size, rays.size), "float32")
-    opt = gpuadam.Adam(image, lr=lambda step: 0.1 * (0.51 + 0.49 * math.cos(math.pi * step / steps)), betas=(0.9, 0.99))
+    opt = gpuadam.Adam(image, lr=command_line.cosine(0.1, steps), betas=(0.9, 0.99))
     for _ in command_line.steps(steps, lambda: f"readings met within {error(rays.project(image), readings):.2%}"):
         residual = rays.project(image) - readings
         opt.step(rays.back_project(residual) + smoothing * total_variation(xp, image)[1])

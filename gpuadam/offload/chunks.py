@@ -1,34 +1,53 @@
-"""What a step's updates are cut into: pieces of parameters that go through the stages together."""
+"""Chunks: a step's updates are cut into pieces of parameters, and the pieces of a chunk go through the stages together."""
 
 from typing import Any, NamedTuple
 
+from ..kernels import storage
+from ..kernels.adam import Form
 from ..kernels.storage import GROUP
 from ..kernels.view import View
 from .mapped import Mapping
 
-ALIGNMENT = 64  # bytes, of an array in a slot
-# Elements, 2 MB of float32: the large pages in which Linux may map files. Where a part of one is asked for, all of it comes:
-# so an array that begins with one has its chunks end with one.
+# A step is cut into about CHUNKS chunks, but into none of fewer bytes than SMALLEST_CHUNK: pages are cheaper in large numbers.
+CHUNKS, SMALLEST_CHUNK = 256, 1 << 25
+# A slot holds one chunk that is under way. On a GPU one chunk is copied to it, one is updated and one is copied back; on the host
+# each processor has a slot, up to MOST_SLOTS.
+SLOTS_ON_GPU, MOST_SLOTS = 3, 8
+ALIGNMENT = 64  # bytes: arrays in a slot, in a file of state and in the host's memory begin at multiples of it
+# Elements, 2 MB of float32: the large pages in which Linux may map files. A large page is read whole when a part of it is needed,
+# so the chunks of an array that begins with a large page end with one.
 EDGE = 1 << 19
 
 
 class Operand(NamedTuple):
     """An array of a parameter's update."""
 
+    kind: storage.Operand
     view: View
-    loads: bool
-    stores: bool
-    of_groups: bool  # it has an element for each GROUP of the parameter's
-    mapping: Mapping | None  # if it is in a file
+    mapping: Mapping | None  # of the file that the array lies in
+    copied: bool  # the update runs on a copy, because the array is on the other side of the bus
+
+    @property
+    def takes_room(self):
+        """Whether the budget counts the array: as a copy, or as pages of a file."""
+        return self.copied or self.mapping is not None
 
     def part(self, start, stop):
-        """Return a View of what belongs to the elements start ... stop - 1 of the parameter."""
-        if self.of_groups:
+        """Return a View of the part for the elements start ... stop - 1 of the parameter. start: a multiple of GROUP."""
+        if self.kind.of_groups:
             start, stop = start // GROUP, -(-stop // GROUP)
-        view, itemsize = self.view, self.view.dtype.itemsize
-        return view._replace(
-            pointer=view.pointer + start * itemsize, shape=(stop - start,), strides=(itemsize,), contiguous=True
-        )
+        itemsize = self.view.dtype.itemsize
+        pointer = self.view.pointer + start * itemsize
+        return self.view._replace(pointer=pointer, shape=(stop - start,), strides=(itemsize,), contiguous=True)
+
+
+class Launch(NamedTuple):
+    """What the updates have in common that one launch can make."""
+
+    formats: storage.Arrays
+    form: Form
+    scalars: Any
+    key: int  # of the step, for random rounding
 
 
 class Job(NamedTuple):
@@ -37,26 +56,24 @@ class Job(NamedTuple):
     operands: list[Operand]
     size: int
     key: int  # for random rounding
-    launch: Any  # what all updates have in common that one launch can make
-    moved: tuple[bool, ...]  # of each operand: whether it takes room in a chunk
+    launch: Launch
 
     def bytes_of(self, n):
         """Return the room that n elements take in a chunk."""
-        each = (o.view.dtype.itemsize * (-(-n // GROUP) if o.of_groups else n) for o in self._moved())
-        return sum(aligned(n_bytes) for n_bytes in each)
+        return sum(aligned(operand.kind.nbytes(n)) for operand in self.operands if operand.takes_room)
+
+    def least(self):
+        """Return the least room in which the parameter can be cut."""
+        return self.bytes_of(min(GROUP, self.size)) + ALIGNMENT * sum(operand.takes_room for operand in self.operands)
 
     def fitting(self, room):
         """Return how many elements fit in a room: all, or the largest multiple of GROUP."""
         if self.bytes_of(self.size) <= room:
             return self.size
-        of_group = sum(o.view.dtype.itemsize * (1 if o.of_groups else GROUP) for o in self._moved())
-        n = room // of_group * GROUP
-        while self.bytes_of(n) > room:  # by what lies between the arrays
+        n = room // sum(operand.kind.nbytes(GROUP) for operand in self.operands if operand.takes_room) * GROUP
+        while self.bytes_of(n) > room:  # by the gaps between the arrays
             n -= GROUP
         return n
-
-    def _moved(self):
-        return [operand for operand, moved in zip(self.operands, self.moved, strict=True) if moved]
 
 
 class Piece(NamedTuple):
@@ -71,13 +88,24 @@ def aligned(n_bytes):
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def smallest(jobs):
-    """Return the least room in which every job can be cut."""
-    return max((job.bytes_of(min(GROUP, job.size)) + ALIGNMENT * sum(job.moved) for job in jobs), default=0)
+def aligned_memory(allocate, n_bytes):
+    """Return an array of bytes that begins at a multiple of ALIGNMENT. allocate(n): an array of n bytes."""
+    memory = allocate(n_bytes + ALIGNMENT)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + n_bytes]
+
+
+def room_of(jobs, budget, slots):
+    """Return the bytes of each chunk, or raise ValueError if the budget is too small for the jobs."""
+    least, most = max((job.least() for job in jobs), default=0), budget // slots
+    if least > most:
+        raise ValueError(f"budget={budget:,} bytes is too little: {slots * least:,} is the least for these arrays")
+    total = sum(job.bytes_of(job.size) for job in jobs)
+    return max(least, min(most, max(SMALLEST_CHUNK, total // CHUNKS)))
 
 
 def cut(jobs, room):
-    """Yield chunks: lists of Pieces that take no more than this room, of the jobs in order. room: at least `smallest(jobs)`."""
+    """Yield chunks, in the order of the jobs: lists of Pieces that fit in the room. room: at least `least()` of each job."""
     chunk: list[Piece] = []
     left = room
     for job in jobs:
@@ -88,7 +116,7 @@ def cut(jobs, room):
             n = rest.fitting(left)
             if n < rest.size:
                 n = n // edge * edge
-            if not n or (chunk and n < rest.size and left < room // 4):  # no slivers of what does not fit anyway
+            if not n or (chunk and n < rest.size and left < room // 4):  # no sliver of a parameter that is cut in any case
                 yield chunk
                 chunk, left = [], room
                 continue

@@ -1,13 +1,13 @@
-"""State in files: a folder with one file for each kind of state, and what says whether they can be relied on.
+"""State in files: a folder with one file for each kind of state, and with the marks that say whether the files are consistent.
 
     state.json   which parameters and options the state belongs to, written once
     steps.json   how many steps were taken, whether one is under way, and whether the files are known to be on the disk
-    m, v, ...    the arrays of all parameters, one after the other, each at a multiple of 64 bytes, in their order
+    m, v, ...    the arrays of all parameters, one after the other, each at a multiple of 64 bytes
     lock         held while an optimizer is open
 
-A step writes steps.json before it changes the first byte and after it has changed the last. A process that ends in between leaves
-"under_way" behind. `flush` waits until all is on the disk; what was stepped since then is lost if the machine stops before the
-system has written it, and parts of it may be, so a folder that was not flushed before the machine started anew is refused.
+A step writes steps.json before it changes the first byte of state and after it has changed the last. A process that ends in
+between leaves "under_way" behind. `flush` waits until everything is on the disk. If the machine stops, steps since the last flush
+are lost, or worse, only some of their bytes are: a folder that was not flushed before the machine stopped is refused.
 """
 
 import errno
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .chunks import aligned
+from .state import Store, laid_out
 
 try:
     import fcntl
@@ -26,131 +26,100 @@ except ImportError:  # Windows
 
 LAYOUT = 1
 STATE, STEPS, LOCK = "state.json", "steps.json", "lock"
-MEND = (
-    "the parameters and this state are of two different steps. Delete the folder, make the optimizer anew and load the last "
-    "checkpoint into both, with load_state_dict"
-)
-
-DAMAGED = (
-    "the state is damaged. Delete the folder, make the optimizer anew and load the last checkpoint into it and the parameters, "
-    "with load_state_dict"
-)
+MEND = "Delete the folder, make the optimizer anew, and set it (load_state_dict) and the parameters to a checkpoint"
+TORN = f"the parameters and this state are of two different steps. {MEND}"
+DAMAGED = f"the state is damaged. {MEND}"
 
 
-class Folder:
-    """The files of an optimizer. It creates them, or opens those that are there; `existed` says which."""
+class Folder(Store):
+    """The files of an optimizer. They are created, or opened if they are there; `existed` says which.
 
-    def __init__(self, path, description, kinds):
-        """description: a dict for state.json. kinds: name -> [(name of the parameter, shape, dtype)] of each kind of state."""
-        self.path = Path(path).resolve()  # it stays there when the working directory becomes another
-        description = json.loads(json.dumps(description))
+    description: a dict for state.json. arrays: the StateArrays to keep.
+    """
+
+    def __init__(self, path, description, arrays):
+        self.path = Path(path).resolve()  # which stays when the working directory becomes another
+        self.place = f"files in {self.path}"
+        description = json.loads(json.dumps(description, default=_plain_number))
+        self._kinds, self._maps = {array.kind for array in arrays}, []
         if self.path.exists():
-            _check_own(self.path, description, kinds)
+            _check_content(self.path, description, self._kinds)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock, self._process = _locked(self.path / LOCK), os.getpid()
         try:
-            self.existed = _check_own(self.path, description, kinds)  # again, now that no other process changes it
-            self.steps = {"steps": 0, "behind": {}, "under_way": True, "unflushed": _boot()}  # a new one is yet to be filled
-            if self.existed:
-                self.steps = self._checked_steps()
-            self.arrays, self._maps = self._opened(kinds)
+            self.existed = _check_content(self.path, description, self._kinds)  # again, now that no other process changes it
+            # under way until the arrays are filled
+            new = {"steps": 0, "behind": {}, "under_way": True, "unflushed": _boot()}
+            self.marks = _checked_marks(self.path / STEPS) if self.existed else new
+            self.arrays = laid_out(arrays, self._memory_of)
             if not self.existed:
-                self._write(STEPS, self.steps)
-                self._write(STATE, description)  # last: with it the folder is one that can be opened
+                self._write(STEPS, self.marks)
+                self._write(STATE, description)  # last: with it the folder is complete
         except BaseException:
             self._free()
             raise
 
-    @property
-    def is_of_this_process(self):
-        """Whether this process opened it. One that was forked from that has a copy of everything but the files."""
-        return self._process == os.getpid()
+    def check_open(self):
+        if self._lock.closed:
+            raise ValueError("this optimizer is closed: make another with the same folder, which continues where it was")
+        if self._process != os.getpid():
+            raise ValueError(f"this process was forked from the one that opened {self.path}, which alone can take steps")
 
-    def _opened(self, kinds):
-        """Return parameter -> {kind: array} and the map of each kind's file."""
-        arrays: dict = {}
-        maps = []
-        for kind, of_parameters in kinds.items():
-            sizes = [int(np.prod(shape)) * dtype.itemsize for _, shape, dtype in of_parameters]
-            total = sum(map(aligned, sizes))
-            whole = np.zeros(0, np.uint8)
-            if total:
-                path = self.path / kind
-                if not self.existed:
-                    self._reserve(path, total, kinds)
-                elif not path.exists() or path.stat().st_size != total:
-                    raise ValueError(f"{path} should have {total:,} bytes: the state is not complete; {MEND}")
-                whole = np.memmap(path, np.uint8, "r+", shape=(total,))
-                maps.append(whole)
-            at = 0
-            for (name, shape, dtype), size in zip(of_parameters, sizes, strict=True):
-                arrays.setdefault(name, {})[kind] = whole[at : at + size].view(dtype).reshape(shape)
-                at += aligned(size)
-        return arrays, maps
-
-    def _reserve(self, path, n_bytes, kinds):
-        try:
-            reserve(path, n_bytes)
-        except OSError as error:
-            for kind in kinds:  # of which some may have taken all the room that there was
-                (self.path / kind).unlink(missing_ok=True)
-            raise OSError(error.errno, f"no file of {n_bytes:,} bytes can be made: {error.strerror}", str(path)) from error
-
-    def _checked_steps(self):
-        found = _read(self.path / STEPS)
-        behind = found.get("behind")
-        counts = [found.get("steps"), *(behind.values() if isinstance(behind, dict) else [None])]
-        marks = type(found.get("under_way")), type(found.get("unflushed", 0))
-        if not all(type(n) is int and n >= 0 for n in counts) or marks not in ((bool, str), (bool, type(None))):
-            raise ValueError(f"{self.path / STEPS} does not say how many steps were taken: {DAMAGED}")
-        if found["under_way"]:
-            raise ValueError(f"a step on the state in {self.path} was cut short: {MEND}")
-        if found["unflushed"] not in (None, _boot()):
-            raise ValueError(
-                f"the state in {self.path} was not flushed before the machine stopped (or on another machine), so some of it may "
-                f"not have reached the disk: {MEND}. flush() or close() make it safe"
-            )
-        return found
+    def _memory_of(self, kind, n_bytes):
+        """Return the bytes of the file of a kind, mapped into memory."""
+        if not n_bytes:
+            return np.zeros(0, np.uint8)
+        path = self.path / kind
+        if not self.existed:
+            try:
+                reserve(path, n_bytes)
+            except OSError as error:
+                for made in self._kinds:  # which may have taken all the room that there was
+                    (self.path / made).unlink(missing_ok=True)
+                why = f"no file of {n_bytes:,} bytes can be made: {error.strerror}"
+                raise OSError(error.errno, why, str(path)) from error
+        elif not path.exists() or path.stat().st_size != n_bytes:
+            raise ValueError(f"{path} should have {n_bytes:,} bytes, so the state is not complete: {TORN}")
+        self._maps.append(np.memmap(path, np.uint8, "r+", shape=(n_bytes,)))
+        return self._maps[-1]
 
     def begin(self):
-        """Mark the state as in flux, until `end`."""
-        # what the disk has is what a power cut leaves: it must say "unflushed" before the first change after a flush
-        durable = self.steps["unflushed"] is None
-        now = self.steps | {"under_way": True, "unflushed": _boot()}
-        self._write(STEPS, now, durable)
-        self.steps = now  # not before: what cannot be written has not begun
+        # after a power cut the disk must say "unflushed" if anything was changed since the last flush
+        self._mark(durable=self.marks["unflushed"] is None, under_way=True, unflushed=_boot())
+        super().begin()
 
     def end(self, steps, behind):
-        """Note how many steps were taken. behind: the parameters that took another number, and which."""
-        now = {"steps": steps, "behind": behind, "under_way": False}
-        if self.steps != self.steps | now:
-            self.steps |= now
-            self._write(STEPS, self.steps, durable=False)
+        self._mark(durable=False, steps=steps, behind=behind, under_way=False)
+        super().end(steps, behind)
 
     def flush(self):
-        """Wait until the files are on the disk."""
         for whole in self._maps:
             whole.flush()
-        now = self.steps | {"unflushed": None}
-        self._write(STEPS, now)
-        self.steps = now
+        self._mark(durable=True, unflushed=None)
 
     def close(self):
-        """Flush, and let the folder be opened by another. If the disk fails, it is freed and stays "unflushed".
+        """Flush, and let the folder be opened by another optimizer. If the disk fails, the folder is free and stays "unflushed".
 
-        A process that was forked leaves both to the one that opened the folder.
+        A process that was forked leaves both to the process that opened the folder.
         """
         if not self._lock.closed:
             try:
-                if self.is_of_this_process:
+                if self._process == os.getpid():
                     self.flush()
             finally:
                 self._free()
 
     def _free(self):
-        if fcntl and self.is_of_this_process:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing it leaves the lock to processes that were forked meanwhile
+        if fcntl and self._process == os.getpid():
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing it would leave the lock to processes that were forked meanwhile
         self._lock.close()
+
+    def _mark(self, durable, **changes):
+        """Change steps.json. If it cannot be written, `marks` stay what they were."""
+        marks = self.marks | changes
+        if durable or marks != self.marks:
+            self._write(STEPS, marks, durable)
+            self.marks = marks
 
     def _write(self, name, content, durable=True):
         path = self.path / name
@@ -167,11 +136,16 @@ class Folder:
             os.close(folder)
 
 
+def _plain_number(number):
+    """Return a number of any type as one that JSON has."""
+    return int(number) if int(number) == number else float(number)
+
+
 def reserve(path, n_bytes):
     """Create a file of zeros. Its room on the disk is taken now: a full disk in the midst of a step would end the process.
 
-    They are written, too: Linux then has the file in large pieces of its page cache, where memory that is touched first here and
-    there would have single pages for good, and steps take twice as long.
+    The zeros are written, too: Linux then has the file in large pieces of its page cache. Memory that is first touched here and
+    there would have single pages for good, and steps would take twice as long.
     """
     zeros = bytes(1 << 22)
     with path.open("wb") as file:
@@ -183,35 +157,32 @@ def reserve(path, n_bytes):
 
 def _locked(path):
     file = path.open("a")
-    if not fcntl:
-        return file
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise ValueError(
-            f"{path.parent} is the state of an optimizer that is open, here or in another process: close() it first"
-        ) from error
+        raise ValueError(f"{path.parent} is the state of an optimizer that is open: close() that one first") from error
     return file
 
 
 def _boot():
-    """Return what tells this run of the machine from others, as far as the system says it."""
+    """Return the identity of this run of the machine, as far as the system knows one."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else "unknown"
 
 
-def _check_own(path, description, kinds):
-    """Refuse what holds other files or other state. Return whether this state is there already."""
+def _check_content(path, description, kinds):
+    """Refuse a folder of other files or other state. Return whether this state is there already."""
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "state must be a folder, and this is none", str(path))
     names = {p.name for p in path.iterdir()}
     if STATE in names:
         _check_same(path, _read(path / STATE), description)
         return True
-    # a process that was killed while it made the files leaves some, and the lock, its first
-    own = {LOCK, STEPS, "steps.new", "state.new", *kinds} if LOCK in names else set()
-    if strangers := sorted(names - own):
+    # a process that was killed while it made the files leaves the lock, which comes first, and some of the others
+    expected = {LOCK, STEPS, "steps.new", "state.new", *kinds} if LOCK in names else set()
+    if strangers := sorted(names - expected):
         raise ValueError(f"{path} has {strangers[:5]} in it and no {STATE}: give a folder of its own for the state")
     return False
 
@@ -219,36 +190,47 @@ def _check_own(path, description, kinds):
 def _read(path):
     """Return the dict in a file of the folder."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}. If an optimizer made the folder, {DAMAGED}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} has no JSON object in it. If an optimizer made the folder, {DAMAGED}")
-    return found
+    return content
 
 
-def _check_same(path, found, wanted):
-    """Refuse a folder that holds the state of something else, naming what differs first."""
-    if found.get("layout") != LAYOUT:
-        raise ValueError(
-            f"{path} has a layout of files, {found.get('layout')!r}, that this version does not know: it writes {LAYOUT}"
-        )
-    options, there, here = found.get("options"), found.get("parameters"), wanted["parameters"]
-    if not isinstance(options, dict) or not isinstance(there, dict) or not all(isinstance(x, dict) for x in there.values()):
-        raise ValueError(f"{path / STATE} does not say what the state belongs to: {DAMAGED}")
-    for key in wanted["options"]:
-        if options.get(key) != wanted["options"][key]:
-            raise ValueError(
-                f"the state in {path} was made with {key}={options.get(key)!r}, this optimizer with "
-                f"{key}={wanted['options'][key]!r}: give the same, or another folder"
-            )
-    if list(there) != list(here):
-        missing, extra = [n for n in here if n not in there], [n for n in there if n not in here]
-        what = f"not there {missing}, only there {extra}" if missing or extra else "they are the same in another order"
-        raise ValueError(f"the state in {path} is of parameters with other names: {what}")
-    for name, own in here.items():
-        for key, value in own.items():
-            if there[name].get(key) != value:
-                raise ValueError(
-                    f"the state in {path} is of a params[{name!r}] with {key} {there[name].get(key)}; here it has {value}"
-                )
+def _check_same(path, there, here):
+    """Refuse a folder whose description is not that of this optimizer. The error names the first difference."""
+    if there.get("layout") != LAYOUT:
+        raise ValueError(f"{path} has files of a layout that is unknown here: {there.get('layout')!r}, not {LAYOUT}")
+    try:
+        facts = _facts(there)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / STATE} does not say what the state belongs to: {DAMAGED}") from error
+    for fact, value in _facts(here).items():
+        if facts.get(fact) != value:
+            made = f"the state in {path} was made with {fact}={facts.get(fact)!r}"
+            raise ValueError(f"{made}, this optimizer with {fact}={value!r}: give the same, or another folder")
+
+
+def _facts(description):
+    """Return all that optimizers of the same state have in common, by the names for error messages."""
+    params = description["parameters"]
+    of_params = {f"params[{name!r}].{key}": value for name, param in params.items() for key, value in param.items()}
+    return {**description["options"], "the names of parameters": list(params), **of_params}
+
+
+def _checked_marks(path):
+    """Return what steps.json says, or refuse state that cannot be relied on."""
+    marks = _read(path)
+    try:
+        counts = marks["steps"], *marks["behind"].values()
+    except (AttributeError, KeyError):
+        counts = (None,)
+    if not all(type(n) is int and n >= 0 for n in counts) or not {"under_way", "unflushed"} <= marks.keys():
+        raise ValueError(f"{path} does not say how many steps were taken: {DAMAGED}")
+    if marks["under_way"]:
+        raise ValueError(f"a step on the state in {path.parent} was cut short: {TORN}")
+    if marks["unflushed"] not in (None, _boot()):
+        why = f"{path.parent} was not flushed before the machine stopped, so some of it may not have reached the disk"
+        raise ValueError(f"the state in {why}: {TORN}. flush() or close() make it safe")
+    return marks

@@ -1,15 +1,17 @@
-"""Memory that is a file: its pages come before they are used and go after, so that the process holds few of them.
+"""Files that are mapped into memory: pages come before they are used and go afterwards, so that a process holds few of them.
 
-What a process has touched of a mapped file counts as its memory. `populate` brings pages in, ahead of the update and in a thread
-of its own; `drop` takes them out of the process again. What was written is then the system's to bring to the disk.
+The pages of a mapped file that a process has touched count as its memory. `Mapping.populate` brings pages in, ahead of the
+update and in a thread of its own. `Mapping.drop` takes them out of the process again; the system writes the changed ones to disk.
 """
 
 import ctypes
 import errno
 import mmap
+import operator
 import os
 import sys
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,31 +24,41 @@ POPULATE = {False: 22, True: 23}
 _libc: Any = ctypes.CDLL(None, use_errno=True) if hasattr(mmap.mmap, "madvise") else None  # Windows has none
 
 
-class Mapping:
-    """The map of a file that an array is in."""
+class Mapping(NamedTuple):
+    """The map of a file, and its addresses."""
 
-    def __init__(self, file_map):
-        self.map = file_map  # kept, and with it its address
-        whole = np.frombuffer(file_map, np.uint8)
-        self.start, self.end = whole.ctypes.data, whole.ctypes.data + whole.size
+    map: mmap.mmap
+    start: int
+    end: int
 
     def populate(self, start, end, writes):
-        """Bring in the memory between two addresses. writes: whether it is to be written; else it is only read."""
+        """Bring in the memory between two addresses. writes: whether it is to be written, or only read."""
         start, end = self._around(start, end, PAGE)
-        try:
-            populated = sys.platform == "linux" and self._advise(start, end, POPULATE[writes])
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            populated = False  # an older Linux
-        if not populated:
-            np.frombuffer(self.map, np.uint8, end - start, start - self.start)[::PAGE].max()
+        if sys.platform == "linux":
+            try:
+                self._advise(start, end, POPULATE[writes])
+                return
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # of an older Linux
+                    raise
+        self._bytes(start, end)[::PAGE].max()
 
     def drop(self, start, end):
-        """Take memory out of the process. Neighbours that go with it come back when they are touched."""
+        """Take the memory between two addresses out of the process. Neighbours that go with it come back when touched."""
         if _libc:
             start, end = self._around(start, end, AROUND)
             self._advise(start, end, mmap.MADV_DONTNEED)
+
+    def copy(self, start, memory, writes):
+        """Copy between the map, from an address on, and other memory, an array of bytes. writes: into the map."""
+        self.populate(start, start + memory.size, writes)
+        of_file = self._bytes(start, start + memory.size)
+        to, source = (of_file, memory) if writes else (memory, of_file)
+        to[:] = source
+        self.drop(start, start + memory.size)
+
+    def _bytes(self, start, end):
+        return np.frombuffer(self.map, np.uint8, end - start, start - self.start)
 
     def _around(self, start, end, boundary):
         start, end = start - self.start, end - self.start
@@ -56,11 +68,14 @@ class Mapping:
         if _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice):
             code = ctypes.get_errno()
             raise OSError(code, f"the system cannot provide {end - start:,} bytes of a mapped file: {os.strerror(code)}")
-        return True
 
 
-def mapping_of(array, known):
-    """Return the Mapping of an array that shares its memory with a file, or None. known: those found before, by their maps.
+# Of each map, the address, which takes NumPy long to say
+_starts: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
+
+
+def mapping_of(array):
+    """Return the Mapping of an array that shares its memory with a file, or None.
 
     A map that is copied when it is written, mode "c", does not share: its pages are the process's own.
     """
@@ -69,34 +84,44 @@ def mapping_of(array, known):
         if file_map is not None:
             if getattr(array, "mode", "c") == "c":
                 return None
-            if id(file_map) not in known:
-                known[id(file_map)] = Mapping(file_map)
-            return known[id(file_map)]
+            if file_map not in _starts:
+                _starts[file_map] = np.frombuffer(file_map, np.uint8).__array_interface__["data"][0]
+            return Mapping(file_map, _starts[file_map], _starts[file_map] + len(file_map))
         array = array.base
     return None
 
 
 def drop_mapped(arrays):
     """Take arrays in files out of the process's memory."""
-    known: dict = {}
     for array in arrays:
-        mapping = mapping_of(array, known)
+        mapping = mapping_of(array)
         if mapping and array.size:
             start = array.__array_interface__["data"][0]
             mapping.drop(start, start + array.nbytes)
 
 
-def merged(extents):
-    """Return fewer extents, of those that touch or nearly do. extents: (mapping, start, end, whether it is written).
+class Extent(NamedTuple):
+    """Memory between two addresses of a mapped file."""
 
-    >>> merged([("a", 0, 10, True), ("b", 0, 5, False), ("a", 64, 70, True), ("a", 10**6, 10**6 + 1, True)])
-    [('a', 0, 70, True), ('a', 1000000, 1000001, True), ('b', 0, 5, False)]
+    mapping: Mapping
+    start: int
+    end: int
+    writes: bool  # whether it is written, or only read
+
+
+def merged(extents):
+    """Return fewer Extents: those of one file that touch, or nearly do, become one.
+
+    >>> a, b = Mapping(None, 0, 10**7), Mapping(None, 10**7, 10**8)
+    >>> addresses = [(a, 0, 10, True), (b, 10**7, 10**7 + 5, False), (a, 64, 70, True), (a, 10**6, 10**7, True)]
+    >>> [(extent.start, extent.end) for extent in merged(Extent(*four) for four in addresses)]
+    [(10000000, 10000005), (0, 70), (1000000, 10000000)]
     """
-    found: list = []
-    for mapping, start, end, writes in sorted(extents, key=lambda extent: (str(extent[0]), extent[3], extent[1])):
-        last = found[-1] if found else None
-        if last and last[0] is mapping and last[3] == writes and start <= last[2] + PAGE:
-            found[-1] = (mapping, last[1], max(last[2], end), writes)
+    result: list[Extent] = []
+    for mapping, start, end, writes in sorted(extents, key=operator.attrgetter("writes", "start")):
+        last = result[-1] if result else None
+        if last and (last.mapping, last.writes) == (mapping, writes) and start <= last.end + PAGE:
+            result[-1] = Extent(mapping, last.start, max(last.end, end), writes)
         else:
-            found.append((mapping, start, end, writes))
-    return found
+            result.append(Extent(mapping, start, end, writes))
+    return result

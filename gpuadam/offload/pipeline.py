@@ -30,37 +30,32 @@ def run(chunks, fetch, update, store, slots):
     failures: list[BaseException] = []
 
     def work(slot):
-        while not failures:
-            with taking:
-                chunk = next(left, None)
-            if chunk is None:
-                return
-            for stage in (fetch, update, store):
-                if failures:
-                    return
-                stage(chunk, slot)
-
-    def work_in_thread(slot):
         try:
-            work(slot)
-        except BaseException as error:  # noqa: BLE001 - of a thread; it is raised in the calling one
+            while not failures:
+                with taking:
+                    chunk = next(left, None)
+                if chunk is None:
+                    return
+                for stage in (fetch, update, store):
+                    if not failures:
+                        stage(chunk, slot)
+        except BaseException as error:  # noqa: BLE001 - raised in the calling thread when the others have ended
             failures.append(error)
 
-    threads = []
+    started: list[threading.Thread] = []
     try:
         with contextlib.suppress(RuntimeError):  # the system has no more threads, or the interpreter is ending
             for slot in range(1, min(slots, len(chunks))):
-                thread = threading.Thread(target=work_in_thread, args=(slot,), name=f"gpuadam chunks {slot}")
+                thread = threading.Thread(target=work, args=(slot,), name=f"gpuadam chunks {slot}")
                 thread.start()
-                threads.append(thread)
+                started.append(thread)
         work(0)
-        for thread in threads:
+        for thread in started:
             thread.join()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - Ctrl-C
         failures.append(error)
-        raise
     finally:
-        for thread in threads:
+        for thread in started:
             thread.join()
     if failures:
         raise failures[0]

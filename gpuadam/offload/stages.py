@@ -1,73 +1,148 @@
-"""The stages of a chunk, for an update that runs on the host, and for one that runs on a GPU.
+"""The stages of a chunk: `fetch`, `update` and `store`. `OnHost` updates by the CPU, `OnDevice` by a GPU.
 
-What is where the update runs is updated in place. On the host, memory that is a file is brought in before and let go after; what
-is on a GPU is copied into pinned memory and back. On a GPU, what is on the host is copied into a slot of device memory and back.
-Each slot has a stream of its own, so that copies in both directions and a kernel, of three chunks, run at once.
+Arrays that are already on the updating side are updated in place. The others are copied there and back, through the memory of a
+slot. On the host, the pages of files are brought in before the update and let go after it. Each slot has a stream of its own, so
+that a copy to the GPU, a kernel and a copy from it, of three chunks, run at once.
 """
 
 import contextlib
 import ctypes
-import itertools
 import threading
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import backends
 from ..kernels import adam
 from ..kernels.gpu_launch import Place
 from ..kernels.layout import Update
 from ..kernels.streams import LEGACY_DEFAULT
-from .chunks import ALIGNMENT, aligned
-from .mapped import merged
+from ..kernels.view import View
+from .chunks import ALIGNMENT, Launch, Operand, aligned, aligned_memory
+from .mapped import Extent, merged
 
 
-class Launch:
-    """What a kernel is launched with, for all updates of a step that share it."""
+class Slot(NamedTuple):
+    """What a chunk has to itself while it is under way. The owners keep a stream and memory of the GPU alive."""
 
-    def __init__(self, formats, form, scalars, key):
-        self.formats, self.form, self.scalars, self.key = formats, form, scalars, key
-
-    def run(self, kernels, updates, place):
-        kernel = kernels.name, self.form, len(updates) > 1
-        with contextlib.nullcontext() if kernel in _compiled else _compiling:
-            for batch in kernels.batches(updates, self.formats):
-                batch.launch(self.form, self.scalars, adam, place, self.key)
-                batch.release()
-        _compiled.add(kernel)
+    stream_owner: Any = None
+    stream: int = LEGACY_DEFAULT
+    pinned: np.ndarray | None = None  # bytes of the host
+    gpu_owner: Any = None
+    gpu_address: int = 0
 
 
-# The first launch of a kernel compiles it, which several threads would else do at once.
-_compiled: set = set()
-_compiling = threading.Lock()
+class Part(NamedTuple):
+    """A piece's part of an operand: the array, and where it is on each side of the bus. An array that stays is on both."""
+
+    operand: Operand
+    array: View
+    host: View
+    gpu: View
 
 
-class Slot:
-    """Memory for the arrays of a chunk, one after the other."""
+class Stages:
+    """The slots of a step, and the copies between the host and a GPU.
 
-    def __init__(self, owner, address, device=None):
-        self.owner, self.address, self.device = owner, address, device
+    gpu: the kernels of the GPU's backend, or None if no array is on a GPU. device: its number. room: the bytes of a chunk. slots:
+    how many chunks are under way at once. files: whether some arrays lie in files.
 
-    def places(self, chunk, copied):
-        """Yield (piece, [(operand, its part, where that is in the slot, or None)]) of a chunk. copied: says which are in it."""
-        address = self.address
+    A subclass has the stages. Each takes a chunk and the number of its slot.
+    """
+
+    on_gpu: bool  # whether updates run on the GPU
+
+    def __init__(self, gpu, device, room, slots, files):
+        self.gpu, self.device, self.room, self.files = gpu, device, room, files
+        self.alone = True  # whether the step is one chunk, which may take all threads
+        self.extents: list[list[Extent]] = [[] for _ in range(slots)]  # of files, for the chunk in each slot
+        self.slots = [Slot()] * slots
+        if gpu:
+            with gpu.on(device, None):
+                self.slots = [self._new_slot() for _ in range(slots)]
+                # a pool may give out memory that is still in use by work on the current stream
+                self.after(gpu.current_stream() or LEGACY_DEFAULT)
+
+    def _new_slot(self):
+        gpu_owner, address = self.gpu.device_bytes(self.room + ALIGNMENT) if self.on_gpu else (None, 0)
+        pinned = aligned_memory(self.gpu.pinned, self.room) if self.files or not self.on_gpu else None
+        stream_owner, stream = self.gpu.new_stream()
+        return Slot(stream_owner, stream, pinned, gpu_owner, aligned(address))
+
+    def after(self, stream):
+        """Let the copies and updates that follow wait for the work on a stream."""
+        with self.gpu.on(self.device, None):
+            event = self.gpu.record(stream)
+            for slot in self.slots:
+                self.gpu.wait(slot.stream, event)
+
+    def finish(self, number):
+        """Wait for the work on the stream of a slot."""
+        if self.gpu:
+            with self.gpu.on(self.device, None):
+                self.gpu.finish(self.gpu.record(self.slots[number].stream))
+
+    def parts(self, chunk, number):
+        """Return (piece, Parts of its operands) for each piece of a chunk. The copies lie one after the other in the slot."""
+        slot, offset, parts_of_pieces = self.slots[number], 0, []
         for piece in chunk:
             parts = []
-            for operand, moved in zip(piece.job.operands, piece.job.moved, strict=True):
-                part, place = operand.part(piece.start, piece.stop), None
-                if moved and copied(operand):
-                    place = part._replace(pointer=address, device=self.device, stream=None, array=self.owner)
-                    address += aligned(part.nbytes)
-                parts.append((operand, part, place))
-            yield piece, parts
+            for operand in piece.job.operands:
+                array = host = gpu = operand.part(piece.start, piece.stop)
+                if operand.copied:
+                    if not self.on_gpu or operand.mapping:
+                        pointer = slot.pinned.ctypes.data + offset
+                        host = array._replace(array=slot.pinned, pointer=pointer, device=None, stream=None)
+                    if self.on_gpu:
+                        pointer = slot.gpu_address + offset
+                        gpu = array._replace(array=slot.gpu_owner, pointer=pointer, device=self.device, stream=None)
+                    offset += aligned(array.nbytes)
+                parts.append(Part(operand, array, host, gpu))
+            parts_of_pieces.append((piece, parts))
+        return parts_of_pieces
+
+    def loaded(self, chunk, number):
+        """Return the Parts to copy before the update."""
+        return [part for part in self._copies(chunk, number) if part.operand.kind.loads]
+
+    def stored(self, chunk, number):
+        """Return the Parts to copy back after the update."""
+        return [part for part in self._copies(chunk, number) if part.operand.kind.stores]
+
+    def _copies(self, chunk, number):
+        return [part for _, parts in self.parts(chunk, number) for part in parts if part.operand.copied]
+
+    def to_gpu(self, parts, number):
+        """Enqueue copies from the host to the GPU, on the stream of a slot."""
+        with self.gpu.on(self.device, None):
+            for part in parts:
+                self.gpu.send(part.gpu.pointer, host_bytes(part.host), part.host.nbytes, self.slots[number].stream)
+
+    def to_host(self, parts, number):
+        """Enqueue copies from the GPU to the host, on the stream of a slot."""
+        with self.gpu.on(self.device, None):
+            for part in parts:
+                self.gpu.receive(host_bytes(part.host), part.gpu.pointer, part.host.nbytes, self.slots[number].stream)
+
+    def launch(self, kernels, chunk, number, place):
+        """Launch the updates of a chunk: those that share a Launch at once."""
+        updates_of: dict[Launch, list[Update]] = {}
+        for piece, parts in self.parts(chunk, number):
+            views = [part.gpu if self.on_gpu else part.host for part in parts]
+            updates_of.setdefault(piece.job.launch, []).append(Update(views, piece.job.key, piece.start))
+        for (formats, form, scalars, key), updates in updates_of.items():
+            kernel = kernels.name, form, len(updates) > 1
+            with contextlib.nullcontext() if kernel in _compiled else _compiling:
+                for batch in kernels.batches(updates, formats):
+                    batch.prepare(adam, form, scalars, place, key)
+                    batch.launch()
+                    batch.release()
+            _compiled.add(kernel)
 
 
-def _launch(kernels, placed, place):
-    """Launch the updates of a chunk. placed: from `Slot.places`."""
-    by_launch: dict = {}
-    for piece, parts in placed:
-        update = Update([there or part for _, part, there in parts], piece.job.key, piece.start)
-        by_launch.setdefault(id(piece.job.launch), (piece.job.launch, []))[1].append(update)
-    for launch, updates in by_launch.values():
-        launch.run(kernels, updates, place)
+# The first launch of a kernel compiles it. Without the lock several threads would do so at once.
+_compiled: set = set()
+_compiling = threading.Lock()
 
 
 def host_bytes(view):
@@ -75,173 +150,60 @@ def host_bytes(view):
     return np.frombuffer((ctypes.c_uint8 * view.nbytes).from_address(view.pointer), np.uint8)
 
 
-class OnHost:
-    """Stages of an update by the CPU.
+class OnHost(Stages):
+    """The stages of an update by the CPU. Arrays on a GPU are copied to pinned memory and back."""
 
-    kernels: of the CPU. gpu: the kernels of the backend whose arrays are copied to the host and back, or None; device: theirs.
-    """
+    on_gpu = False
 
-    def __init__(self, kernels, room, slots, gpu=None, device=None):
-        self.kernels, self.gpu, self.device, self.room, self.maps = kernels, gpu, device, room, True
-        self.alone = True  # whether there is one chunk, which may take all threads
-        self.slots = [Slot(None, 0) for _ in range(slots)]
-        if gpu:
-            with gpu.on(device, None):
-                memory = [_aligned_bytes(gpu.pinned, room) for _ in self.slots]
-                self.streams = [gpu.new_stream() for _ in self.slots]
-            self.slots = [Slot(one, one.ctypes.data) for one in memory]
-
-    @staticmethod
-    def moves(view, mapping):
-        """Whether an array takes room of the budget."""
-        return view.device is not None or mapping is not None
-
-    @staticmethod
-    def copied(operand):
-        return operand.view.device is not None
-
-    def after(self, stream):
-        """Let all copies wait for what is on a stream."""
-        _after(self.gpu, self.device, stream, self.streams)
-
-    def wait(self):
-        """Wait for copies that are under way."""
+    def fetch(self, chunk, number):
+        self.extents[number] = _extents(chunk)
+        for extent in self.extents[number]:
+            extent.mapping.populate(extent.start, extent.end, extent.writes)
         if self.gpu:
-            _wait(self.gpu, self.device, self.streams)
+            self.to_host(self.loaded(chunk, number), number)
+            self.finish(number)
 
-    def fetch(self, chunk, slot):
-        for mapping, start, end, writes in _mapped(chunk):
-            mapping.populate(start, end, writes)
+    def update(self, chunk, number):
+        cpu = backends.load("numba-cpu")
+        with contextlib.nullcontext() if self.alone else cpu.one_thread():
+            self.launch(cpu, chunk, number, None)
+
+    def store(self, chunk, number):
+        for extent in self.extents[number]:
+            extent.mapping.drop(extent.start, extent.end)
         if self.gpu:
-            _, stream = self.streams[slot]
-            with self.gpu.on(self.device, None):
-                for operand, part, there in self._copies(chunk, slot):
-                    if operand.loads:
-                        self.gpu.receive(host_bytes(there), part.pointer, part.nbytes, stream)
-                self.gpu.finish(self.gpu.record(stream))
-
-    def update(self, chunk, slot):
-        with contextlib.nullcontext() if self.alone else self.kernels.one_thread():
-            _launch(self.kernels, self.slots[slot].places(chunk, self.copied), None)
-
-    def store(self, chunk, slot):
-        for mapping, start, end, _ in _mapped(chunk):
-            mapping.drop(start, end)
-        if self.gpu:
-            _, stream = self.streams[slot]
-            with self.gpu.on(self.device, None):
-                for operand, part, there in self._copies(chunk, slot):
-                    if operand.stores:
-                        self.gpu.send(part.pointer, host_bytes(there), part.nbytes, stream)
-                self.gpu.finish(self.gpu.record(stream))
-
-    def _copies(self, chunk, slot):
-        for _, parts in self.slots[slot].places(chunk, self.copied):
-            yield from (part for part in parts if part[2])
+            self.to_gpu(self.stored(chunk, number), number)
+            self.finish(number)
 
 
-def _mapped(chunk):
-    """Return the extents of files that a chunk's arrays are in, as `merged` does."""
+def _extents(chunk):
+    """Return the Extents of files that a chunk's arrays lie in, merged."""
     extents = []
     for job, start, stop in chunk:
         for operand in job.operands:
             if operand.mapping:
-                part = operand.part(start, stop)
-                extents.append((operand.mapping, part.pointer, part.pointer + part.nbytes, operand.stores))
+                first, n_bytes = operand.part(start, stop).pointer, operand.kind.nbytes(stop - start)
+                extents.append(Extent(operand.mapping, first, first + n_bytes, operand.kind.stores))
     return merged(extents)
 
 
-class OnDevice:
-    """Stages of an update by a GPU. kernels: of its backend. maps: whether there are files, which go through pinned memory."""
+class OnDevice(Stages):
+    """The stages of an update by a GPU. Arrays of the host are copied to it and back, those in files through pinned memory."""
 
-    def __init__(self, kernels, device, room, slots, maps):
-        self.kernels, self.device, self.room, self.maps = kernels, device, room, maps
-        with kernels.on(device, None):
-            memory = [kernels.device_bytes(room + ALIGNMENT) for _ in range(slots)]
-            self.slots = [Slot(owner, aligned(address), device) for owner, address in memory]
-            pinned = [_aligned_bytes(kernels.pinned, room) for _ in range(slots if maps else 0)]
-            self.pinned = [Slot(one, one.ctypes.data) for one in pinned]
-            self.streams = [kernels.new_stream() for _ in range(slots)]
-            # what a pool gives out may still be in use by what is on the stream that it is given on
-            self.after(kernels.current_stream() or LEGACY_DEFAULT)
+    on_gpu = True
 
-    @staticmethod
-    def moves(view, mapping):
-        """Whether an array takes room of the budget."""
-        return view.device is None
+    def fetch(self, chunk, number):
+        for part in self.loaded(chunk, number):
+            if part.operand.mapping:
+                part.operand.mapping.copy(part.array.pointer, host_bytes(part.host), writes=False)
 
-    def after(self, stream):
-        """Let all chunks wait for what is on a stream."""
-        _after(self.kernels, self.device, stream, self.streams)
+    def update(self, chunk, number):
+        self.to_gpu(self.loaded(chunk, number), number)
+        self.launch(self.gpu, chunk, number, Place(self.slots[number].stream, [], False))
+        self.to_host(self.stored(chunk, number), number)
 
-    def wait(self):
-        """Wait for copies and updates that are under way."""
-        _wait(self.kernels, self.device, self.streams)
-
-    @staticmethod
-    def copied(operand):
-        return operand.view.device is None
-
-    def _on_host(self, chunk, slot):
-        """Yield (operand, where the device's copies come from and go to, where it is on the device, its part)."""
-        pinned = self.pinned[slot].places(chunk, _in_file) if self.pinned else itertools.repeat((None, None))
-        for (_, parts), (_, staged) in zip(self.slots[slot].places(chunk, self.copied), pinned, strict=False):
-            for k, (operand, part, there) in enumerate(parts):
-                if there:
-                    yield operand, (staged[k][2] if operand.mapping else part), there, part
-
-    def fetch(self, chunk, slot):
-        for operand, on_host, _, part in self._on_host(chunk, slot):
-            if operand.mapping and operand.loads:
-                copy_mapped(operand.mapping, part, host_bytes(on_host), writes=False)
-
-    def update(self, chunk, slot):
-        stream = self.streams[slot][1]
-        moved = list(self._on_host(chunk, slot))
-        with self.kernels.on(self.device, stream):
-            for operand, on_host, there, _ in moved:
-                if operand.loads:
-                    self.kernels.send(there.pointer, host_bytes(on_host), there.nbytes, stream)
-            _launch(self.kernels, self.slots[slot].places(chunk, self.copied), Place(stream, [], False))
-            for operand, on_host, there, _ in moved:
-                if operand.stores:
-                    self.kernels.receive(host_bytes(on_host), there.pointer, there.nbytes, stream)
-
-    def store(self, chunk, slot):
-        with self.kernels.on(self.device, None):
-            self.kernels.finish(self.kernels.record(self.streams[slot][1]))
-        for operand, on_host, _, part in self._on_host(chunk, slot):
-            if operand.mapping and operand.stores:
-                copy_mapped(operand.mapping, part, host_bytes(on_host), writes=True)
-
-
-def _in_file(operand):
-    return operand.mapping is not None
-
-
-def copy_mapped(mapping, view, other, writes):
-    """Copy memory that is a file to other bytes; or, if writes, those to it."""
-    start, end = view.pointer, view.pointer + view.nbytes
-    mapping.populate(start, end, writes)
-    to, source = (host_bytes(view), other) if writes else (other, host_bytes(view))
-    np.copyto(to, source)
-    mapping.drop(start, end)
-
-
-def _aligned_bytes(allocate, n_bytes):
-    memory = allocate(n_bytes + ALIGNMENT)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + n_bytes]
-
-
-def _after(kernels, device, stream, own):
-    with kernels.on(device, None):
-        event = kernels.record(stream)
-        for _, handle in own:
-            kernels.wait(handle, event)
-
-
-def _wait(kernels, device, own):
-    with kernels.on(device, None):
-        for _, handle in own:
-            kernels.finish(kernels.record(handle))
+    def store(self, chunk, number):
+        self.finish(number)
+        for part in self.stored(chunk, number):
+            if part.operand.mapping:
+                part.operand.mapping.copy(part.array.pointer, host_bytes(part.host), writes=True)

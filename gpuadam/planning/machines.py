@@ -1,4 +1,4 @@
-"""What `performance_model` needs to know of a machine, and what is known of some GPUs and the servers they come in.
+"""What a plan needs to know of a machine, and what is known of some GPUs and the servers they come in.
 
 All rates are bytes a second in one direction; a GB is 10^9 bytes. They are data sheets' rates, which no program quite reaches:
 times predicted from them are what can be hoped for. `python -m gpuadam plan --measure` puts measured ones in their place.
@@ -36,9 +36,7 @@ class Processor(NamedTuple):
 
     bandwidth: float  # bytes a second of its memory
     launch: float = 0.0  # seconds of an update of nothing
-    rates: Mapping[
-        Arrays, float
-    ] = {}  # formats -> elements a second that conversions and arithmetic allow, where that is known
+    rates: Mapping[Arrays, float] = {}  # formats -> elements a second that conversions and arithmetic allow, where known
     cache: int = 0  # bytes that stay in its caches from one step to the next; 0 if that cannot be relied on
 
 
@@ -58,24 +56,34 @@ class Machine(NamedTuple):
     disk_read: float  # bytes a second of a node
     disk_write: float
 
+    def figures(self):
+        """Return {name: number}, of names such as "memory" and "device bandwidth"."""
+        figures: dict[str, float] = {}
+        for field, value in self._asdict().items():
+            if isinstance(value, (Processor, Link)):
+                of_part = {key: number for key, number in value._asdict().items() if key not in ("rates", "cache")}
+                figures |= {f"{field} {key}": number for key, number in of_part.items()}
+            elif isinstance(value, (int, float)):
+                figures[field] = value
+        return figures
+
+    def with_figure(self, name, number):
+        """Return a machine with another figure, named as in `figures`."""
+        part, _, key = name.rpartition(" ")
+        if not part:
+            return self._replace(**{key: number})
+        return self._replace(**{part: getattr(self, part)._replace(**{key: number})})
+
 
 def _dgx(name, memory, bandwidth, nvlink, pcie, network, host_bandwidth):
-    return Machine(
-        name,
-        Processor(bandwidth * GB, launch=10e-6),
-        memory * GB,
-        8,
-        Link(nvlink * GB, NVLINK_LATENCY),
-        Link(network * GB, NETWORK_LATENCY),
-        Processor(host_bandwidth * GB),
-        2000 * GB,
-        Link(pcie * GB, PCIE_LATENCY),
-        8 * 3840 * GB,
-        8 * 6.5 * GB,
-        8 * 3.5 * GB,
-    )
+    device, host = Processor(bandwidth * GB, launch=10e-6), Processor(host_bandwidth * GB)
+    within, across = Link(nvlink * GB, NVLINK_LATENCY), Link(network * GB, NETWORK_LATENCY)
+    disks = 8 * 3840 * GB, 8 * 6.5 * GB, 8 * 3.5 * GB
+    return Machine(name, device, memory * GB, 8, within, across, host, 2000 * GB, Link(pcie * GB, PCIE_LATENCY), *disks)
 
 
+OVER_PCIE = Link(32 * GB, PCIE_LATENCY)
+DESKTOP = {"per_node": 1, "host_memory": 128 * GB, "disk": 2000 * GB, "disk_read": 5.0 * GB, "disk_write": 4.0 * GB}
 # DDR4-3200 in 16 channels is 409.6 GB/s, DDR5-4800 614.4, DDR5-5600 716.8
 MACHINES = {
     "a100-40gb": _dgx("A100 SXM 40 GB", 40, 1555, 300, 32, 25, 409.6),
@@ -83,18 +91,20 @@ MACHINES = {
     "h100": _dgx("H100 SXM 80 GB", 80, 3350, 450, 64, 50, 614.4),
     "h200": _dgx("H200 SXM 141 GB", 141, 4800, 450, 64, 50, 614.4),
     "b200": _dgx("B200 SXM 180 GB", 180, 8000, 900, 64, 50, 716.8),
-    "l40s": _dgx("L40S 48 GB", 48, 864, 32, 32, 12.5, 614.4)._replace(
-        within=Link(32 * GB, PCIE_LATENCY), host_memory=1000 * GB
-    ),
-    "rtx4090": _dgx("RTX 4090 24 GB", 24, 1008, 32, 32, 1.25, 83.2)._replace(
-        per_node=1,
-        within=Link(32 * GB, PCIE_LATENCY),
-        host_memory=128 * GB,
-        disk=2000 * GB,
-        disk_read=5.0 * GB,
-        disk_write=4.0 * GB,
-    ),
+    "l40s": _dgx("L40S 48 GB", 48, 864, 32, 32, 12.5, 614.4)._replace(within=OVER_PCIE, host_memory=1000 * GB),
+    "rtx4090": _dgx("RTX 4090 24 GB", 24, 1008, 32, 32, 1.25, 83.2)._replace(within=OVER_PCIE, **DESKTOP),
 }
+# Where the figures of MACHINES are from.
+DATA_SHEET = ("memory", "device bandwidth", "per_node", "within bandwidth", "pcie bandwidth")
+DATA_SHEET_OF_DGX = ("across bandwidth", "host_memory", "host bandwidth", "disk")
+NCCL = ("within latency", "across latency", "pcie latency")
+
+
+def sources(kind):
+    """Return {figure: where it is from} of one of MACHINES."""
+    of_dgx = () if kind in ("l40s", "rtx4090") else DATA_SHEET_OF_DGX
+    known = dict.fromkeys(MACHINES[kind].figures(), "assumed") | dict.fromkeys((*DATA_SHEET, *of_dgx), "data sheet")
+    return known | dict.fromkeys(NCCL, "NCCL's tuning")
 
 
 def cpu_only(name, processor, memory, disk, disk_read, disk_write):

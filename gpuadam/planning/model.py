@@ -1,4 +1,4 @@
-"""How many bytes a step of Adam touches, and how long its parts take on a machine. `planning.py` makes whole steps of them.
+"""How many bytes a step of Adam touches, and how long its parts take on a machine. `prediction.py` makes whole steps of them.
 
 Bytes are exact integers, from the operands of `kernels/storage.py`, which the kernels themselves are built from. Seconds follow
 from them and from the rates of a machine (`machines.py`), by this model:
@@ -32,14 +32,10 @@ from typing import NamedTuple
 from ..kernels.storage import Arrays, bytes_moved_of
 
 PARAMS, NARROW = ("float32", "float64", "bfloat16", "float16"), ("bfloat16", "float16")
+MASTERS = {"remainder": ("bfloat16",), "float32": NARROW}  # -> the parameters that may have one
 STATES = ("float32", "float64", "bfloat16", "8bit")
 ROLES = ("parameters", "gradients", "moments", "masters", "mean", "buffers")
-ROLE_OF = {
-    **dict.fromkeys(("m", "v", "max_v", "m_scale", "v_scale"), "moments"),
-    "remainder": "masters",
-    "ema": "mean",
-    "grad": "gradients",
-}
+ROLE_OF = {"param": "masters", "remainder": "masters", "ema": "mean"}  # of state; all other state is moments
 COLLECTIVES = ("ring", "halving")
 MOST_ELEMENTS = 10**18
 
@@ -55,12 +51,6 @@ class Update(NamedTuple):
     def of_model(self):
         """The operand that is the model's parameter: with a float32 master, the copy."""
         return "param_copy" if self.arrays.param_copy else "param"
-
-    def role(self, operand):
-        """Return which of ROLES an operand has."""
-        if operand.name in ("param", "param_copy"):
-            return "parameters" if operand.name == self.of_model else "masters"
-        return ROLE_OF[operand.name]
 
     def is_state(self, operand):
         """Whether an operand is of the optimizer alone, and so can be sharded and offloaded."""
@@ -88,29 +78,24 @@ def update(
     grad = grad or param
     wide = "float64" if param == "float64" else "float32"
     state = state or wide
-    for name, given, known in (("param", param, PARAMS), ("grad", grad, PARAMS), ("state", state, STATES)):
-        if given not in known:
-            raise ValueError(f"{name}={given!r}: choose from {', '.join(known)}")
+    for name, format, known in (
+        ("param", param, PARAMS),
+        ("grad", grad, PARAMS),
+        ("state", state, STATES),
+        ("master", master, (None, *MASTERS)),
+    ):
+        if format not in known:
+            raise ValueError(f"{name}={format!r}: choose from {', '.join(map(str, known))}")
     if state == "8bit" and (amsgrad or "float64" in (param, grad)):
         raise ValueError("8-bit state goes with neither AMSGrad nor float64: choose another state")
-    if master == "remainder" and param != "bfloat16":
-        raise ValueError(f"master='remainder' goes with bfloat16 parameters, not with {param}")
-    if master == "float32" and param not in NARROW:
-        raise ValueError(f"master='float32' goes with bfloat16 and float16 parameters, not with {param}")
-    if master not in (None, "remainder", "float32"):
-        raise ValueError(f"master={master!r}: choose 'remainder' or 'float32', or leave it out")
+    if master and param not in MASTERS[master]:
+        raise ValueError(f"master={master!r} goes with {' and '.join(MASTERS[master])} parameters, not with {param}")
     if stochastic and (master or param not in NARROW):
         raise ValueError("stochastic rounding is of bfloat16 and float16 parameters without a master")
-    arrays = Arrays(
-        "float32" if master == "float32" else param,
-        grad,
-        state,
-        bool(amsgrad),
-        master == "remainder",
-        param if master == "float32" else "",
-        wide if ema else "",
-        bool(stochastic),
-    )
+    options = {"amsgrad": bool(amsgrad), "remainder": master == "remainder", "stochastic": bool(stochastic)}
+    arrays = Arrays(param, grad, state, ema=wide if ema else "", **options)
+    if master == "float32":  # the parameters of the model are copies of their masters
+        arrays = arrays._replace(param="float32", param_copy=param)
     return Update(sizes, arrays, bool(zero_grad))
 
 

@@ -1,8 +1,9 @@
-'''Test on a CPU what runs on a GPU: the tools of this package's own tests, for yours.
+'''# Testing: training loops for GPUs, tested on a CPU
 
-Every backend of gpuadam gives the same bits. So a training loop that is right on NumPy arrays is right on a GPU in all that
-gpuadam computes; what is left to go wrong there is the loop's own: an array in the wrong memory, a gradient that overflowed.
-Write each test once, run it over all backends, and let it skip, and say why, where there is no GPU:
+Every backend of gpuadam gives the same bits. If your training loop is right on NumPy arrays, then everything that gpuadam
+computes in it is right on a GPU, too. Only errors of the loop itself remain: an array in the wrong memory, a gradient that
+overflowed. These tools find them. Write each test once. It runs on every backend, and where there is no GPU it skips and
+says why:
 
 ```python
 # test_training.py
@@ -71,9 +72,9 @@ def test_only_a_gpu_can_show_this(gpuadam_backend):
     assert gpuadam_backend.on_gpu
 ```
 
-`pip install gpuadam` installs the pytest plugin with it. It does nothing in a run that does not use it: it then imports neither
-gpuadam nor NumPy and prints nothing. `-p no:gpuadam` leaves it out; where plugins are not loaded by themselves
-(PYTEST_DISABLE_PLUGIN_AUTOLOAD), `-p pytest_gpuadam` loads it.
+`pip install gpuadam` installs the pytest plugin, too. In a test run that does not use the plugin, it imports neither gpuadam
+nor NumPy, and prints nothing. `-p no:gpuadam` leaves it out. `-p pytest_gpuadam` loads it where
+PYTEST_DISABLE_PLUGIN_AUTOLOAD is set.
 
 | | |
 |---|---|
@@ -81,19 +82,20 @@ gpuadam nor NumPy and prints nothing. `-p no:gpuadam` leaves it out; where plugi
 | `@pytest.mark.gpuadam_backends("cupy")` | the backends that a test with the fixture is for |
 | `--gpuadam-backends=numba-cpu,cupy` | the backends to run on; a good line for `addopts` |
 | `GPUADAM_REQUIRE_GPU=1` | a GPU backend that is not available is a failure, not a skip: set it where CI has a GPU |
-| a line at the end of the run | how many tests ran on which backend, how many skipped, and why; a skip says what mends it |
-| `array_backend(name)` | the same arrays without pytest; `require_backends(*names)` skips a test by hand |
+| a line at the end of the run | how many tests ran on which backend, how many skipped, and why; each skip says what mends it |
+| `array_backend(name)` | an `ArrayBackend` without pytest |
+| `require_backends(*names)` | skips the test that calls it where a backend is not available |
 | `assert_same_bits(a, b)` | arrays of any library, bit for bit |
 | `unchanged(params=params, opt=opt)` | a block that changes no bit of them |
 | `inject(grads, ...)`, `Faults` | NaN, infinities and huge numbers in gradients, in given or random places |
 | `Reference` | the same training in float64, and a tolerance |
 
-In a CI without a GPU nothing has to be set: `python -m pytest` runs the tests on the CPU backend and says what it skipped. On a
-machine with a GPU run `GPUADAM_REQUIRE_GPU=1 python -m pytest`, so that a broken driver cannot pass for a skip.
+A CI without a GPU needs no settings: `python -m pytest` runs the tests on the CPU backend and says what it skipped. On a
+machine with a GPU run `GPUADAM_REQUIRE_GPU=1 python -m pytest`, so that a broken driver is a failure and not a skip.
 
-An error of a launch is raised late on a GPU, often by another library. With `GPUADAM_SYNC=1`, read when gpuadam is imported,
-gpuadam waits for each of its launches and raises at once, naming the operation, its parameters and their sizes. It is to gpuadam
-what CUDA_LAUNCH_BLOCKING=1 is to CUDA, for debugging alone.
+A GPU reports the error of a launch late, often to another library. If `GPUADAM_SYNC=1` is set when gpuadam is imported,
+gpuadam waits for each of its launches, and its error names the operation, the parameters and their sizes. This is slow, and
+for debugging only, as CUDA_LAUNCH_BLOCKING=1 is for all of CUDA.
 '''
 
 from .array_backends import ArrayBackend, array_backend

@@ -1,32 +1,46 @@
 """Equality of arrays bit for bit, and a message that helps where there is none."""
 
 import contextlib
+import dataclasses
 import sys
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from .. import backends
-from ..groups import is_sequence
-from ..kernels.view import Bits, a_kind
-from .array_backends import array_backend
+from ..clipping import named_arrays
+from ..kernels import storage
 
-# format -> (its bits as integers, those of infinity)
-FLOATS: dict[str, tuple[np.dtype, int]] = {
-    "float16": (np.dtype("u2"), 0x7C00),
-    "bfloat16": (np.dtype("u2"), 0x7F80),
-    "float32": (np.dtype("u4"), 0x7F800000),
-    "float64": (np.dtype("u8"), 0x7FF0000000000000),
+
+class FloatFormat(NamedTuple):
+    """A format of numbers."""
+
+    bits: np.dtype  # the integers that its bits are compared as
+    unit_roundoff: float  # how much one rounding to nearest may change a number, relative to it
+    smallest: float
+    largest: float
+
+
+FLOATS = {
+    "float16": FloatFormat(np.dtype("u2"), 2.0**-11, 2.0**-24, (2 - 2.0**-10) * 2.0**15),
+    "bfloat16": FloatFormat(np.dtype("u2"), 2.0**-8, 2.0**-133, (2 - 2.0**-7) * 2.0**127),
+    "float32": FloatFormat(np.dtype("u4"), 2.0**-24, 2.0**-149, (2 - 2.0**-23) * 2.0**127),
+    "float64": FloatFormat(np.dtype("u8"), 2.0**-53, 2.0**-1074, (2 - 2.0**-52) * 2.0**1023),
 }
-SHOWN = 5
+SHOWN = 5  # elements in a message
 
 
-class Host(NamedTuple):
-    """An array as it was, on the host."""
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A copy of an array on the host."""
 
     bits: np.ndarray  # integers or booleans
     format: str
+
+    @property
+    def numbers(self):
+        """The numbers that the bits stand for; of bfloat16 in float32."""
+        return storage.widened(self.bits, self.format) if self.format == "bfloat16" else self.bits.view(self.format)
 
 
 def assert_same_bits(actual, expected, name=""):
@@ -47,29 +61,23 @@ def assert_same_bits(actual, expected, name=""):
       at [1]: 2.0 0x40000000, expected 2.0000002 0x40000001, 1 ulp
       at [2]: 0.0 0x00000000, expected -0.0 0x80000000, 0 ulp
     """
-    if isinstance(expected, Mapping) and isinstance(actual, Mapping):
-        if actual.keys() != expected.keys():
-            raise AssertionError(f"{name or 'actual'} has the keys {list(actual)}, expected {list(expected)}")
-        for key in expected:
-            assert_same_bits(actual[key], expected[key], f"{name}[{key!r}]")
-    elif _several(expected) and _several(actual):
-        if len(actual) != len(expected):
-            raise AssertionError(f"{name or 'actual'} has {len(actual)} arrays, expected {len(expected)}")
-        for k, (a, b) in enumerate(zip(actual, expected, strict=True)):
-            assert_same_bits(a, b, f"{name}[{k}]")
-    elif (actual is None) != (expected is None):
-        raise AssertionError(f"{name or 'actual'} is {_what(actual)}, expected {_what(expected)}")
-    elif expected is not None:
-        label = name or "the arrays"
-        _assert_same(on_host(label, actual), on_host(label, expected), label)
+    _compare(dict(named_arrays(name, actual)), dict(named_arrays(name, expected)), name)
 
 
-def _several(x):
-    return is_sequence(x) and type(x) not in (Bits, Host)
-
-
-def _what(x):
-    return "None" if x is None else f"{a_kind(x)}"
+def _compare(actual, expected, name=""):
+    """Compare dicts of arrays, by the names that the message calls them."""
+    if actual.keys() != expected.keys():
+        raise AssertionError(f"{name or 'actual'} has the arrays {list(actual)}, expected {list(expected)}")
+    for key in expected:
+        label = key or "the arrays"
+        one, other = on_host(label, actual[key]), on_host(label, expected[key])
+        if one.format != other.format:
+            raise AssertionError(f"{label}: the elements are {one.format}, expected {other.format}")
+        if one.bits.shape != other.bits.shape:
+            raise AssertionError(f"{label}: the shape is {one.bits.shape}, expected {other.bits.shape}")
+        apart = different(one, other)
+        if apart.any():
+            raise AssertionError(f"{label}: {_message(one, other, apart)}")
 
 
 def on_host(name, array):
@@ -82,77 +90,54 @@ def on_host(name, array):
     if isinstance(array, (bool, int, float, np.generic)):
         array = np.asarray(array)
     kernels, (view,) = backends.choose([(name, array)], backends.home(name, array))
-    values = view.array
-    if kernels.name != "numba-cpu":
-        values = array_backend(kernels.name).numpy(values)
-    if view.format in FLOATS:
-        native = values.astype(values.dtype.newbyteorder("="), copy=False)
-        return Host(native.view(FLOATS[view.format][0]), view.format)
-    if view.dtype.kind not in "biu":
+    if view.format not in FLOATS and view.dtype.kind not in "biu":
         raise TypeError(f"{name} has dtype {view.dtype}: bits are compared of {', '.join(FLOATS)}, integers and booleans")
-    return Host(values, view.format)
+    values = kernels.to_host(view.array)
+    native = values.astype(values.dtype.newbyteorder("="), copy=False)
+    return Host(native.view(FLOATS[view.format].bits) if view.format in FLOATS else native, view.format)
 
 
 def different(actual, expected):
-    """Return where the bits of two Hosts differ, a NaN being equal to every NaN."""
+    """Return where the bits of two Hosts differ. A NaN equals every NaN."""
     apart = actual.bits != expected.bits
     if actual.format in FLOATS and apart.any():
-        apart &= ~(_is_nan(actual) & _is_nan(expected))
+        apart &= ~(np.isnan(actual.numbers) & np.isnan(expected.numbers))
     return apart
 
 
-def _is_nan(host):
-    dtype, infinity = FLOATS[host.format]
-    return host.bits << 1 > dtype.type(infinity << 1)
-
-
-def _assert_same(actual, expected, name):
-    if actual.format != expected.format:
-        raise AssertionError(f"{name}: the elements are {actual.format}, expected {expected.format}")
-    if actual.bits.shape != expected.bits.shape:
-        raise AssertionError(f"{name}: the shape is {actual.bits.shape}, expected {expected.bits.shape}")
-    apart = different(actual, expected)
-    if apart.any():
-        raise AssertionError(_message(actual, expected, np.atleast_1d(apart), name))
-
-
-def _message(actual, expected, apart, name):
-    mine, theirs = (np.atleast_1d(host.bits)[apart] for host in (actual, expected))
-    count, total = len(mine), apart.size
-    lines = [f"{name}: {count:,} of {total:,} elements differ in their bits ({actual.format})"]
-    rows: list[tuple] = [(f"{a}", f"{b}", "") for a, b in zip(mine[:SHOWN], theirs[:SHOWN], strict=True)]
+def _message(actual, expected, apart):
+    one, other = (Host(np.atleast_1d(host.bits)[np.atleast_1d(apart)], host.format) for host in (actual, expected))
+    count, distances = len(one.bits), [""] * SHOWN
+    first = f"{count:,} of {apart.size:,} elements differ in their bits ({actual.format})"
     if actual.format in FLOATS:
-        ulps, n_digits = _ulps(mine, theirs, actual.format), 2 * mine.itemsize
-        one_nan = _is_nan(Host(mine, actual.format)) | _is_nan(Host(theirs, actual.format))
-        if not one_nan.all():
-            lines[0] += f", by at most {int(ulps[~one_nan].max()):,} ulp"
-        if one_nan.any():
-            lines[0] += f"; {int(one_nan.sum()):,} NaN on one side alone"
-        rows = [
-            (f"{_value(a, actual.format)} {a:#0{n_digits + 2}x}", f"{_value(b, actual.format)} {b:#0{n_digits + 2}x}",
-             "" if nan else f", {int(ulp):,} ulp")
-            for a, b, ulp, nan in zip(mine[:SHOWN], theirs[:SHOWN], ulps, one_nan, strict=False)
-        ]  # fmt: skip
-    places = np.argwhere(apart.reshape(actual.bits.shape))
-    for place, (a, b, distance) in zip(places, rows, strict=False):
-        lines.append(f"  at {[int(i) for i in place]}: {a}, expected {b}{distance}")
+        ulps, nan = _ulps(one, other), np.isnan(one.numbers) | np.isnan(other.numbers)
+        first += f", by at most {int(ulps[~nan].max()):,} ulp" if not nan.all() else ""
+        first += f"; {int(nan.sum()):,} NaN on one side alone" if nan.any() else ""
+        distances = ["" if nan[k] else f", {int(ulps[k]):,} ulp" for k in range(min(count, SHOWN))]
+    lines = [first]
+    for k, place in enumerate(np.argwhere(apart)[:SHOWN].tolist()):
+        lines.append(f"  at {place}: {_shown(one, k)}, expected {_shown(other, k)}{distances[k]}")
     if count > SHOWN:
         lines.append(f"  and {count - SHOWN:,} more")
     return "\n".join(lines)
 
 
-def _value(bits, format):
-    return str((np.uint32(bits) << np.uint32(16)).view("f4") if format == "bfloat16" else bits.view(format))
+def _shown(host, k):
+    digits = f" {host.bits[k]:#0{2 * host.bits.itemsize + 2}x}" if host.format in FLOATS else ""
+    return str(host.numbers[k]) + digits
 
 
-def _ulps(a, b, format):
-    """Return how many numbers of the format lie from one to the other, as uint64; from -0 to +0 it is 0."""
-    sign = np.uint64(1) << np.uint64(8 * FLOATS[format][0].itemsize - 1)
-    a, b = a.astype("u8"), b.astype("u8")
-    magnitude_a, magnitude_b = a & ~sign, b & ~sign
-    same_side = (a & sign) == (b & sign)
-    apart = np.maximum(magnitude_a, magnitude_b) - np.minimum(magnitude_a, magnitude_b)
-    return np.where(same_side, apart, magnitude_a + magnitude_b)
+def _ulps(one, other):
+    """Return how many numbers of their format lie from one number to the other, as uint64; from -0 to +0 it is 0."""
+    sign = np.uint64(1) << np.uint64(8 * one.bits.itemsize - 1)
+
+    def in_order(bits):
+        """Return integers that are in the order of the numbers, and the same for both zeros."""
+        bits = bits.astype("u8")
+        return np.where(bits & sign, sign - (bits & ~sign), sign + bits)
+
+    a, b = in_order(one.bits), in_order(other.bits)
+    return np.maximum(a, b) - np.minimum(a, b)
 
 
 @contextlib.contextmanager
@@ -167,23 +152,17 @@ def unchanged(**things):
     >>> with unchanged(w=w, opt=opt):
     ...     opt.step(np.float32([1, np.inf, 2]), check_finite=True)
     """
-    before = {name: _kept(thing, name) for name, thing in things.items()}
+    before = _arrays_in(things)
     yield
+    _compare(_arrays_in(things), before)
+
+
+def _arrays_in(things):
+    """Return the Hosts of all arrays and numbers in things, by name."""
+    hosts: dict[str, Host] = {}
     for name, thing in things.items():
-        assert_same_bits(_kept(thing, name), before[name], name)
-
-
-def _kept(thing, name):
-    """Return the same structure with a Host copy in each array's place."""
-    if hasattr(thing, "state_dict"):
-        found = thing.state_dict()
-        # an optimizer's `steps` counts calls: it cannot know of a step that the device leaves out
-        return _kept({key: found[key] for key in found if key != "steps"}, name)
-    if isinstance(thing, Mapping):
-        return {key: _kept(value, f"{name}[{key!r}]") for key, value in thing.items()}
-    if _several(thing):
-        return [_kept(value, f"{name}[{k}]") for k, value in enumerate(thing)]
-    if thing is None or isinstance(thing, str):
-        return None
-    bits, format = on_host(name, thing)
-    return Host(bits.copy(), format)
+        if hasattr(thing, "state_dict"):
+            # an optimizer's `steps` counts calls: it cannot know of a step that the device leaves out
+            thing = {key: value for key, value in thing.state_dict().items() if key != "steps"}
+        hosts |= {key: on_host(key, array) for key, array in named_arrays(name, thing) if not isinstance(array, str)}
+    return hosts

@@ -10,10 +10,9 @@ import numpy as np
 from .. import backends, checks
 from ..clipping import named_arrays
 from ..groups import is_sequence
+from .bits import FLOATS
 
 HUGE = "huge"
-LARGEST = {name: float(np.finfo(name).max) for name in ("float16", "float32", "float64")}
-LARGEST["bfloat16"] = (2 - 2**-7) * 2.0**127
 
 
 class Fault(NamedTuple):
@@ -52,11 +51,11 @@ def inject(grads, value=math.nan, *, at=None, count=1, seed=0):
         checks.one_format(view, checks.FORMATS)
         if not view.writeable:
             checks.read_only(view)
-    places = _given(at, views) if at is not None else _random(count, seed, views)
-    faults = [Fault(view.name, index, LARGEST[view.format] if value == HUGE else value) for view, index in places]
-    bits = [_bits(checks.real("value", fault.value), view) for fault, (view, _) in zip(faults, places, strict=True)]
-    for (view, index), number in zip(places, bits, strict=True):
-        _write(kernels, view, index, number)
+    places = _chosen_places(at, views) if at is not None else _random_places(count, seed, views)
+    faults = [Fault(view.name, index, FLOATS[view.format].largest if value == HUGE else value) for view, index in places]
+    elements = [_element(checks.real("value", fault.value), view) for fault, (view, _) in zip(faults, places, strict=True)]
+    for (view, index), element in zip(places, elements, strict=True):
+        _write(kernels, view, index, element)
     return faults
 
 
@@ -83,66 +82,62 @@ class Faults:
 
     def inject(self, grads):
         """Write the faults of this step into its gradients, in place, and return them: an empty list if there are none."""
-        # as many numbers whatever comes of them: a later step has its own fault
+        # each step takes as many random numbers, whether or not it gets a fault, so that later steps have the same ones
         chance, which, seed = self._random.random(), self._random.integers(len(self._values)), self._random.integers(2**63)
-        found = []
-        if chance < self._probability:
-            found = inject(grads, self._values[which], count=self._count, seed=int(seed))
-        self.log.append(found)
-        return found
+        bad = chance < self._probability
+        self.log.append(inject(grads, self._values[which], count=self._count, seed=int(seed)) if bad else [])
+        return self.log[-1]
 
 
-def _given(at, views):
+def _chosen_places(at, views):
     """Return (View, index) of the places that a caller names."""
     by_name = {view.name: view for view in views}
-    wanted = [("grads", at)]
+    indices = {"grads": at}
     if "grads" not in by_name:
-        keys = at.items() if isinstance(at, Mapping) else enumerate(at) if is_sequence(at) else None
-        if keys is None:
+        if not isinstance(at, Mapping) and not is_sequence(at):
             raise TypeError(f"at={at!r} must be a dict or sequence of indices, one for each gradient that gets the fault")
-        wanted = [(f"grads[{key!r}]", index) for key, index in keys if index is not None]
-    if strange := [name for name, _ in wanted if name not in by_name]:
+        keys = at.items() if isinstance(at, Mapping) else enumerate(at)
+        indices = {f"grads[{key!r}]": index for key, index in keys if index is not None}
+    if strange := [name for name in indices if name not in by_name]:
         raise IndexError(f"at names {', '.join(strange)}, and there are only {', '.join(by_name)}")
-    return [(by_name[name], _index(index, by_name[name])) for name, index in wanted]
+    return [(by_name[name], _index(index, by_name[name])) for name, index in indices.items()]
 
 
 def _index(index, view):
-    index = tuple(index) if is_sequence(index) else (index,)
-    index = tuple(map(operator.index, index))
+    index = tuple(map(operator.index, index if is_sequence(index) else (index,)))
     if len(index) != len(view.shape) or not all(-n <= i < n for i, n in zip(index, view.shape, strict=True)):
         raise IndexError(f"at={index} is not an element of {view.name}, which has shape {view.shape}")
     return tuple(i % n for i, n in zip(index, view.shape, strict=True))
 
 
-def _random(count, seed, views):
+def _random_places(count, seed, views):
+    """Return (View, index) of different elements, counted through all arrays."""
     ends = np.cumsum([view.size for view in views])
-    count = checks.count("count", count)
-    if not 1 <= count <= ends[-1]:
+    if not 1 <= checks.count("count", count) <= ends[-1]:
         raise ValueError(f"count={count} must be at least 1 and at most {ends[-1]}, which is how many elements there are")
-    chosen = np.random.default_rng(checks.seed(seed)).choice(int(ends[-1]), count, replace=False)
+    elements = np.sort(np.random.default_rng(checks.seed(seed)).choice(int(ends[-1]), count, replace=False))
     places = []
-    for flat in sorted(chosen.tolist()):
-        k = int(np.searchsorted(ends, flat, side="right"))
-        view = views[k]
-        index = np.unravel_index(flat - int(ends[k]) + view.size, view.shape)
-        places.append((view, tuple(map(int, index))))
+    for element, k in zip(elements, np.searchsorted(ends, elements, side="right"), strict=True):
+        index = np.unravel_index(element - ends[k] + views[k].size, views[k].shape)
+        places.append((views[k], tuple(map(int, index))))
     return places
 
 
-def _bits(value, view):
-    """Return a number in an array's format as a NumPy array of one element of its dtype, in shape ()."""
-    if view.format == "bfloat16":
-        high = np.array(value, "f4").view("u4")
-        rounded = high + 0x7FFF + (high >> 16 & 1) if math.isfinite(value) else high
-        return (rounded >> 16).astype("u2").view(view.dtype)
+def _element(value, view):
+    """Return a number as a NumPy array of shape () and of the dtype of an array, whose bits may stand for another format."""
     with np.errstate(over="ignore"):
-        return np.array(value, view.format).view(view.dtype)
+        if view.format != "bfloat16":
+            return np.array(value, view.format).view(view.dtype)
+        bits = np.array(value, "f4").view("u4")
+    if math.isfinite(value):
+        bits = bits + 0x7FFF + (bits >> 16 & 1)  # to nearest even
+    return (bits >> 16).astype("u2").view(view.dtype)
 
 
-def _write(kernels, view, index, number):
+def _write(kernels, view, index, element):
     if view.device is None:
-        view.array[index] = number
+        view.array[index] = element
         return
     offset = sum(i * stride for i, stride in zip(index, view.strides, strict=True))
     place = view._replace(array=None, pointer=view.pointer + offset, shape=(), strides=(), contiguous=True)
-    kernels.copy(place, kernels.view("the fault", kernels.from_host(number)))
+    kernels.copy(place, kernels.view("the fault", kernels.from_host(element)))

@@ -2,18 +2,12 @@
 
 import os
 
-from .. import backends
+from .. import backends, checks
 
 
 def gpu_is_required():
     """Whether GPUADAM_REQUIRE_GPU=1 is set: a test that would skip for want of a GPU fails."""
     return os.environ.get("GPUADAM_REQUIRE_GPU") == "1"
-
-
-def why_not(name):
-    """Return why a backend cannot run here, or an empty string if it can."""
-    status = backends._probe(name)
-    return "" if status.available else status.reason
 
 
 def require_backends(*names):
@@ -26,8 +20,7 @@ def require_backends(*names):
     import pytest
 
     for name in names:
-        backends._known(name, "require_backends")
-        status = backends._probe(name)
+        status = backends.backend_status()[checks.one_of(backends.BACKENDS, "name", name)]
         reason = f"{name}: {status.reason}. To mend it: {status.fix}"
         if not status.available and gpu_is_required() and backends.BACKENDS[name].memory == "CUDA":
             pytest.fail(f"GPUADAM_REQUIRE_GPU=1, but {reason}", pytrace=False)

@@ -19,9 +19,12 @@ from . import measure
 
 BF16 = "bfloat16"
 HYPERPARAMETERS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+NO_DECAY = {"weight_decay": 0.0, "decoupled": False, "maximize": False}
 
 
 class Case(NamedTuple):
+    """A form of the step: the formats of its arrays, and the algorithm and formula as in `adam_step`."""
+
     arrays: Arrays
     algorithm: str = "adam"
     formula: str = "torch"
@@ -59,14 +62,7 @@ def chosen(text, among=FORMS):
 
 def form_and_scalars(case):
     """Return the Form and the Scalars of a step."""
-    h = hyperparameters.checked(
-        **HYPERPARAMETERS,
-        weight_decay=0.0,
-        decoupled=False,
-        maximize=False,
-        algorithm=case.algorithm,
-        formula=case.formula,
-    )
+    h = hyperparameters.checked(**HYPERPARAMETERS, **NO_DECAY, algorithm=case.algorithm, formula=case.formula)
     return hyperparameters.form_and_scalars(h, 10, case.arrays)
 
 
@@ -79,8 +75,8 @@ def bytes_moved(case):
     return storage.bytes_moved(form_and_scalars(case)[0])
 
 
-def own_arrays(kernels, case, n):
-    """Return {operand: array}. The numbers are ordinary and stay so, however many steps are done. bfloat16 is in uint16."""
+def new_arrays(kernels, case, n):
+    """Return {operand: array} of numbers that stay ordinary however many steps are done. bfloat16 is in uint16."""
     operands = storage.operands(case.arrays)
     values = measure.data(n, case.arrays.compute, [operand.name for operand in operands])
     return {
@@ -89,7 +85,7 @@ def own_arrays(kernels, case, n):
 
 
 def _stored(operand, values, n):
-    """Return numbers as an operand holds them; of codes, scales and remainders zeros, as at the first step."""
+    """Return numbers in the format of an operand. Codes, scales and remainders are zeros, as at the first step."""
     if operand.of_groups:
         return np.zeros(-(-n // storage.GROUP), operand.format)
     if operand.format in ("int16", "uint8"):
@@ -102,10 +98,10 @@ def _stored(operand, values, n):
 def kernel_and_limit(kernels, case, arrays):
     """Return {contender: function that launches it}: the step on these arrays, and its limit.
 
-    They share their arrays, because which pages an array has can matter. Not so of 8-bit state, where the limit would store v
-    itself as the root of v.
+    Both have the same arrays, because the pages of an array can matter. With 8-bit state each has its own: the limit would store
+    v in the place of the root of v.
     """
-    of_limit = own_arrays(kernels, case, arrays["param"].size) if case.arrays.grouped else arrays
+    of_limit = new_arrays(kernels, case, arrays["param"].size) if case.arrays.grouped else arrays
     return {
         measure.KERNEL: launcher(kernels, case, arrays.values(), adam),
         measure.LIMIT: launcher(kernels, case, of_limit.values(), limit),
@@ -118,11 +114,11 @@ def launcher(kernels, case, arrays, rule):
 
 
 def launcher_of_all(kernels, case, updates, rule):
-    """Likewise, of several updates in one launch. updates: the arrays of each; the same ones may come again."""
+    """Likewise for several updates in one launch. updates: lists of arrays, of which one may come several times."""
     form, scalars = form_and_scalars(case)
     views = [Update([kernels.view("", array) for array in arrays]) for arrays in updates]
     (batch,) = kernels.batches(views, case.arrays)
-    keys = itertools.count(1)  # of the steps, for random rounding
+    keys = itertools.count(1)  # one a step, for random rounding
 
     def launch(held=updates):  # a batch on a GPU does not keep its arrays alive
         batch.prepare(rule, form, scalars, batch.place(None), next(keys))
@@ -133,9 +129,9 @@ def launcher_of_all(kernels, case, updates, rule):
 
 def caller(kernels, case, arrays):
     """Return a function that calls adam_step, each time for the next step. arrays: {operand: array}."""
-    formats = {operand.name: operand.format for operand in storage.operands(case.arrays)}
-    given = {name: gpuadam.Bits(a, BF16) if formats[name] == BF16 else a for name, a in arrays.items()}
-    options = {**HYPERPARAMETERS, "algorithm": case.algorithm, "formula": case.formula, "backend": kernels.name}
-    options["stochastic_rounding"] = case.arrays.stochastic
+    narrow = [operand.name for operand in storage.operands(case.arrays) if operand.format == BF16]
+    arguments = HYPERPARAMETERS | arrays | {name: gpuadam.Bits(arrays[name], BF16) for name in narrow}
+    arguments |= {"algorithm": case.algorithm, "formula": case.formula, "backend": kernels.name}
+    arguments["stochastic_rounding"] = case.arrays.stochastic
     steps = itertools.count(1)
-    return lambda: gpuadam.adam_step(**given, step=next(steps), **options)
+    return lambda: gpuadam.adam_step(**arguments, step=next(steps))

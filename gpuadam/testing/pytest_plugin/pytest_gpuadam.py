@@ -4,6 +4,8 @@ It is a module of its own because pytest imports every installed plugin in every
 whose environment variables a conftest.py may still want to set.
 """
 
+import collections
+import itertools
 import os
 
 import pytest
@@ -24,7 +26,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", f"{MARKER}(*names): the backends that a test with the fixture {FIXTURE} is for")
     if config.getoption(OPTION) is not None:
-        names, gpu = _chosen(config), _gpu_backends()
+        names, gpu = _chosen(config), [name for name, backend in _backends().items() if backend.memory == "CUDA"]
         if os.environ.get("GPUADAM_REQUIRE_GPU") == "1" and not set(names) & set(gpu):
             raise pytest.UsageError(
                 f"GPUADAM_REQUIRE_GPU=1, but {OPTION}={config.getoption(OPTION)} has no GPU backend: add {' or '.join(gpu)}"
@@ -61,10 +63,11 @@ def gpuadam_backend(request):
 def pytest_runtest_setup(item):
     name = _backend_of(item)
     if name is not None:
-        from gpuadam.testing.required import require_backends, why_not
+        from gpuadam import backends, testing
 
-        item.stash[WHY_NOT] = why_not(name)
-        require_backends(name)
+        status = backends.backend_status()[name]
+        item.stash[WHY_NOT] = "" if status.available else status.reason
+        testing.require_backends(name)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -77,14 +80,14 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter):
-    ran: dict[str, int] = {}
-    left_out: dict[tuple, int] = {}
-    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+    ran: collections.Counter = collections.Counter()
+    left_out: collections.Counter = collections.Counter()
+    for report in itertools.chain(*terminalreporter.stats.values()):
         name, why_not = getattr(report, FIXTURE, (None, ""))
         if name and why_not and report.when == "setup":
-            left_out[name, report.outcome, why_not] = left_out.get((name, report.outcome, why_not), 0) + 1
+            left_out[name, report.outcome, why_not] += 1
         elif name and report.when == "call":
-            ran[name] = ran.get(name, 0) + 1
+            ran[name] += 1
     parts = [f"{count} ran on {name}" for name, count in ran.items()]
     parts += [f"{count} {outcome} for want of {name} ({why})" for (name, outcome, why), count in left_out.items()]
     if parts:
@@ -97,26 +100,20 @@ def _backend_of(item):
     return callspec and callspec.params.get(FIXTURE)
 
 
-def _chosen(config):
+def _backends():
     from gpuadam.backends import BACKENDS
 
+    return BACKENDS
+
+
+def _chosen(config):
     given = config.getoption(OPTION)
-    if given is None:
-        return list(BACKENDS)
-    names = [name.strip() for name in given.split(",")]
+    names = list(_backends()) if given is None else [name.strip() for name in given.split(",")]
     _known(names, OPTION)
     return list(dict.fromkeys(names))
 
 
 def _known(names, source):
-    from gpuadam.backends import BACKENDS
-
-    strange = [name for name in names if name not in BACKENDS]
+    strange = [name for name in names if name not in _backends()]
     if strange or not names:
-        raise pytest.UsageError(f"{source}: there is no backend {strange[:1] or names!r}, only {', '.join(BACKENDS)}")
-
-
-def _gpu_backends():
-    from gpuadam.backends import BACKENDS
-
-    return [name for name, backend in BACKENDS.items() if backend.memory == "CUDA"]
+        raise pytest.UsageError(f"{source}: there is no backend {strange[:1] or names!r}, only {', '.join(_backends())}")

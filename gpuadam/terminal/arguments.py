@@ -1,0 +1,68 @@
+"""Types of command-line options, for argparse: each returns what a text says, or explains what is wrong with it."""
+
+import argparse
+import decimal
+import math
+from pathlib import Path
+
+UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+MOST = 10**18
+
+
+def whole(text, least=1):
+    """Return a whole number, exactly: 7e9 and 70B are numbers of digits, not floats.
+
+    >>> whole("10T") == whole("1e13") == whole("10_000_000_000_000") == 10**13
+    True
+    """
+    unit = UNITS.get(text[-1:], 1)
+    try:
+        number = decimal.Decimal(text[: -1 if unit > 1 else None]) * unit
+    except decimal.InvalidOperation:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 124439808, 7e9 or 70B") from None
+    if not number.is_finite() or number != number.to_integral_value() or not least <= number <= MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 1e18")
+    return int(number)
+
+
+def wholes(text):
+    """Return the whole numbers of a list.
+
+    >>> wholes("1e5,20M")
+    (100000, 20000000)
+    """
+    return tuple(map(whole, text.split(",")))
+
+
+def number(least, most=1e15, unit=None):
+    """Return a type of numbers from `least` to `most`. unit: how many each one stands for, if they are to be whole numbers.
+
+    >>> number(0, unit=10**9)("0.5")
+    500000000
+    """
+
+    def number(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
+        return round(value * unit) if unit else value
+
+    return number
+
+
+def writable(text):
+    """Return the path of a file to write. Its folder must be there: a mistake is to be known before the work is done."""
+    if not text or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file")
+    folder(str(Path(text).parent))
+    return text
+
+
+def folder(text):
+    """Return the path of a folder that is there."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text!r}: make it first")
+    return text

@@ -1,0 +1,54 @@
+"""Figures of one look, drawn by matplotlib and written as PNG."""
+
+import textwrap
+
+from .output import need
+
+STYLE = {
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.25,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+APART = 0.052  # of two names at the ends of lines, in heights of a panel
+
+
+def panels(n_rows, n_columns, width, height, **of_panels):
+    """Return a figure and its axes, n_rows x n_columns panels of width x height inches. of_panels: as matplotlib's subplot_kw."""
+    matplotlib, pyplot = need("bench", "matplotlib", "matplotlib.pyplot")
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(STYLE)
+    size = (width * n_columns, height * n_rows + 0.35)
+    return pyplot.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained", subplot_kw=of_panels)
+
+
+def save(figure, path, note=""):
+    """Write the figure as PNG, with a note below it."""
+    characters = int(18 * figure.get_figwidth())  # that fit into a line
+    figure.supxlabel(textwrap.fill(note, characters), fontsize=7, color="#555555")
+    figure.savefig(path, format="png")
+    need("bench", "matplotlib.pyplot")[0].close(figure)
+
+
+def name_ends(axis, ends, at, **of_all):
+    """Write names at the ends of lines, far enough apart to be read. The axis must have its limits and scales already.
+
+    ends: (a line's last value, its name, how the name is written). at: where, in widths of the panel.
+    """
+    to_panel = axis.transData + axis.transAxes.inverted()
+    ends = sorted(ends, key=lambda end: end[0])
+    heights: list[float] = []
+    for value, _, _ in ends:
+        _, height = to_panel.transform((1, value))
+        heights.append(max(height, heights[-1] + APART) if heights else height)
+    ceiling = 1.0
+    for number in reversed(range(len(heights))):  # what is above the panel goes down, and pushes those below
+        heights[number] = ceiling = min(heights[number], ceiling)
+        ceiling -= APART
+    for height, (_, name, style) in zip(heights, ends, strict=True):
+        axis.annotate(name, (at, height), xycoords="axes fraction", va="center", annotation_clip=False, **style, **of_all)
