@@ -24,7 +24,7 @@ import gpuadam
 from gpuadam import hyperparameters
 from gpuadam.cli.measuring import facts, forms, measure
 from gpuadam.kernels import adam, limit
-from gpuadam.kernels.storage import Arrays
+from gpuadam.kernels.operands import Arrays
 from gpuadam.terminal import output
 
 THREADS, REGISTERS, BLOCKS = 2048, 65536, 32  # of a multiprocessor of an A100, H100 or B200
@@ -104,7 +104,7 @@ def build(variant, form):
     declared = [f"{'raw ' if raw else ''}{dtype} {name}" for raw, dtype, name in names]
     body = LOOP % {
         "vectors": variant.vectors,
-        "scalars": ", ".join(adam.scalars(form)),
+        "scalars": ", ".join(adam.scalar_names(form)),
         "one_shot": "" if variant.grid_stride else "break;",
     }
     return cupy.ElementwiseKernel(

@@ -20,7 +20,7 @@ import report
 from gpuadam import backends
 from gpuadam.cli.measuring import forms, measure, plots
 from gpuadam.cli.measuring.measure import CALL, KERNEL
-from gpuadam.kernels import storage
+from gpuadam.kernels.operands import GROUP, operands_of
 from gpuadam.terminal import figures, output
 
 FLOAT32 = "float32"
@@ -75,7 +75,7 @@ def rows_of(backend, n, clock, measured):
 def bytes_held(name, n):
     """Return the bytes of all arrays of all contenders of a form."""
     arrays = FORMS[name].arrays
-    an_element = sum(o.itemsize / (storage.GROUP if o.of_groups else 1) for o in storage.operands(arrays))
+    an_element = sum(o.itemsize / (GROUP if o.of_groups else 1) for o in operands_of(arrays))
     return an_element * n * (1 + (name in CALLED) + arrays.grouped)
 
 

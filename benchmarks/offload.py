@@ -32,7 +32,7 @@ import gpuadam
 from gpuadam import backends
 from gpuadam.cli.measuring import forms, measure
 from gpuadam.kernels import limit
-from gpuadam.kernels.storage import GROUP
+from gpuadam.kernels.operands import GROUP
 from gpuadam.offload import mapped, pipeline
 
 STEP = "gpuadam.OffloadAdam.step"

@@ -40,7 +40,7 @@ import gpuadam
 from gpuadam import backends, planning, transports
 from gpuadam.cli.measuring import constants, forms, measure, plots
 from gpuadam.kernels import adam, limit
-from gpuadam.kernels.storage import Arrays, bytes_moved_of, operands
+from gpuadam.kernels.operands import Arrays, bytes_moved_of, operands_of
 from gpuadam.offload import folder as of_step
 from gpuadam.offload import mapped, pipeline
 from gpuadam.offload.chunks import SMALLEST_CHUNK
@@ -79,7 +79,7 @@ def in_memory(backend, options, notes):
         contenders = {}
         free = 0.85 * peers.free_bytes(backend) - 16 * n  # the limit's
         for name, update in updates.items():
-            need = sum(o.nbytes(n) for o in operands(update.arrays))
+            need = sum(o.nbytes(n) for o in operands_of(update.arrays))
             if need > free:
                 notes += report.listed({f"{name} at {n:,} elements": f"no memory left: it needs {need / 1e9:.1f} GB"})
                 continue
@@ -119,7 +119,7 @@ def _processor_and_steps(backend, kernels, formats, functions, n, seconds):
     launch, *each = map(constants.typical, of_small)
     rates = {arrays: constants.rate(taken, launch) for arrays, taken in zip(formats, each, strict=False)}
     moving, *times = of_steps
-    return Processor(bytes_moved_of(operands(Arrays()), n) / constants.typical(moving), launch, rates), times
+    return Processor(bytes_moved_of(operands_of(Arrays()), n) / constants.typical(moving), launch, rates), times
 
 
 def over_ranks(backend, options, notes):
@@ -288,8 +288,8 @@ def measure_rows(backend, options, notes):
 
 
 def _row(backend, name, arrays, n, seconds, processor):
-    predicted = kernel_seconds(arrays, operands(arrays), n, processor)
-    moved = bytes_moved_of(operands(arrays), n)
+    predicted = kernel_seconds(arrays, operands_of(arrays), n, processor)
+    moved = bytes_moved_of(operands_of(arrays), n)
     bound = "elements" if n / processor.rates.get(arrays, np.inf) > moved / processor.bandwidth else "bytes"
     return _compared(backend, name, n, seconds, predicted, bound, moved=moved)
 

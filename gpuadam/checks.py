@@ -7,7 +7,7 @@ import operator
 import numpy as np
 
 from .kernels.layout import bounds
-from .kernels.storage import GROUP
+from .kernels.operands import GROUP
 
 
 def real(name, value):
@@ -162,7 +162,7 @@ LIKE = {"v": "m", "max_v": "m", "v_scale": "m_scale"}
 
 
 def update(views, zero_grad=False):
-    """Check the arrays of one update. views: name of the operand -> View, in the order of `storage.operands`."""
+    """Check the arrays of one update. views: name of the operand -> View, in the order of `operands.operands_of`."""
     param = views["param"]
     scales = (-(-param.size // GROUP),)
     formats(views)

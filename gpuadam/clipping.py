@@ -8,8 +8,9 @@ import numpy as np
 
 from . import backends, checks
 from .groups import is_sequence
-from .kernels import device_scalars, streams
 from .kernels import global_norm as order
+from .kernels import streams
+from .kernels.scalars import on_host
 from .kernels.view import Bits, is_array
 
 
@@ -170,5 +171,4 @@ def clipped(grad_scale, norm, max_norm):
     >>> round(clipped(0.5, norm=4.0, max_norm=1.0), 6)  # scaled, the norm is 2
     0.25
     """
-    clip = max_norm / (norm * abs(grad_scale) + device_scalars.CLIP_EPS)
-    return grad_scale * clip if clip < 1.0 else grad_scale
+    return on_host().clipped(grad_scale, norm, max_norm)

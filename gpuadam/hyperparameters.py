@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import math
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from . import checks
-from .kernels.adam import Form, Scalars, scalars_type
-from .kernels.storage import Arrays
+from .kernels.adam import Form, scalar_names, scalars_type
+from .kernels.operands import Arrays
+from .kernels.scalars import on_host, power, shares_of_nadam
 
 ALGORITHMS = ("adam", "nadam", "radam", "adamax")
 FORMULAS = ("torch", "apex", "eps-hat", "optax")
@@ -116,7 +118,7 @@ def _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas):
 
 
 def form_and_scalars(h, step, arrays):
-    """Return the Form and the Scalars of a step. arrays: the `storage.Arrays` of the update.
+    """Return the Form and the Scalars of a step. arrays: the `operands.Arrays` of the update.
 
     >>> h = checked(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False, maximize=False)
     >>> form, scalars = form_and_scalars(h, 1, Arrays())
@@ -124,135 +126,79 @@ def form_and_scalars(h, step, arrays):
     (True, -1.0)
     """
     lr, fixed = h
-    form, kind, plain, rounded, largest, grad_scale, decay, w1, w2, eps, eps_root, w_ema = _constants(fixed, arrays)
-    if form.decoupled:
-        decay = -lr * fixed.weight_decay
-        if decay < -largest:
-            _overflows("weight_decay times lr", decay, form.dtype)
-        decay, _ = rounded(decay, 0.0)
-    neg_lr = -lr / (1.0 - power(fixed.beta1, step))
-    inv_sqrt_bias2, further = 1.0, ()
-    if plain:
-        inv_sqrt_bias2 = 1.0 / math.sqrt(1.0 - power(fixed.beta2, step))
+    form, scalars_type, of_step, pack, unpack, lowest, grad_scale, w1, w2, eps, first, later = constants(fixed, arrays)
+    power1, power2 = power(fixed.beta1, step), power(fixed.beta2, step)
+    if of_step is None:  # plain Adam: what of_step would compute, without the time of a call, some 300 ns
+        decay = -lr * fixed.weight_decay if form.decoupled else fixed.weight_decay
+        neg_lr = -lr / (1.0 - power1)
+        inv_sqrt_bias2 = 1.0 / math.sqrt(1.0 - power2)
     else:
-        inv_sqrt_bias2, eps, neg_lr, further = _of_variant(lr, fixed, eps, eps_root, neg_lr, step, rounded)
-        if arrays.ema:
-            further = (*further, first_w_ema(form) if fixed.ema_starts and step == 1 else w_ema)
-    if neg_lr < -largest:
-        _overflows("lr / (1 - beta1**step)", neg_lr, form.dtype)
-    inv_sqrt_bias2, neg_lr = rounded(inv_sqrt_bias2, neg_lr)  # the first is at most 1e16
-    values = (grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr, *further)
-    return form, tuple.__new__(kind, values)  # kind(*values), in half of its time
-
-
-def _of_variant(lr, fixed, eps, eps_root, neg_lr, step, rounded):
-    """Return inv_sqrt_bias2, eps, neg_lr and the further scalars of an algorithm or a formula."""
-    variant = fixed.variant
-    if variant == "radam":
-        return *_radam(fixed, eps, neg_lr, step), ()
-    if variant == "adamax":
-        return 1.0, eps, neg_lr, ()
-    bias2 = 1.0 - power(fixed.beta2, step)
-    if variant == "nadam":
-        return 1.0 / math.sqrt(bias2), eps, -lr, rounded(*_shares_of_nadam(fixed.beta1, step))
-    if variant == "eps-hat":  # the formula before section 2.1 of the paper: eps is not corrected with v
-        return 1.0, eps, neg_lr * math.sqrt(bias2), ()
-    if variant == "optax":
-        return 1.0 / bias2, eps, neg_lr, (eps_root,)
-    return 1.0 / math.sqrt(bias2), eps, neg_lr, ()
-
-
-def first_w_ema(form):
-    """Return the weight that makes ema, which is zero, the new param."""
-    return 1.0 if form.near_ema else 0.0
-
-
-def _radam(fixed, eps, neg_lr, step):
-    """Return inv_sqrt_bias2, eps and neg_lr of RAdam.   (Liu et al. 2020, Algorithm 2, arXiv:1908.03265)"""
-    beta2 = fixed.beta2
-    power2 = power(beta2, step)
-    rho_inf = 2.0 / (1.0 - beta2) - 1.0
-    rho = rho_inf - 2.0 * step * power2 / (1.0 - power2)
-    if rho <= 5.0:  # the variance of 1 / sqrt(v) is not tractable yet: the step is that of momentum
-        return 0.0, 1.0, neg_lr
-    rectifier = math.sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho))
-    return 1.0, eps, neg_lr * rectifier * math.sqrt(1.0 - power2)
-
-
-NADAM_DECAY = 0.004  # psi of Dozat 2016, and torch's momentum_decay
-
-
-def _shares_of_nadam(beta1, step):
-    """Return NAdam's shares of m and of g in the direction.   (Dozat 2016, Incorporating Nesterov Momentum into Adam)"""
-    product = _nadam_product(beta1, step)
-    mu, mu_next = _nadam_mu(beta1, step), _nadam_mu(beta1, step + 1)
-    return mu_next / (1.0 - product * mu_next), (1.0 - mu) / (1.0 - product)
-
-
-def _nadam_mu(beta1, step):
-    return beta1 * (1.0 - 0.5 * 0.96 ** (step * NADAM_DECAY))
-
-
-_products: dict[float, tuple[int, float]] = {}
-
-
-def _nadam_product(beta1, step):
-    """Return the product of mu over the steps up to this one. It goes on from where the last call for this beta1 ended."""
-    known, product = _products.get(beta1, (0, 1.0))
-    if known > step:
-        known, product = 0, 1.0
-    for k in range(known + 1, step + 1):
-        product *= _nadam_mu(beta1, k)
-        if product < 1e-300:  # 1 - product has been 1 for long
-            product = 0.0
-            break
-    _products[beta1] = step, product
-    return product
+        decay, inv_sqrt_bias2, eps, neg_lr = of_step(step, power1, power2, lr, fixed.beta2, fixed.weight_decay, eps)
+        if fixed.algorithm == "nadam":
+            shares = shares_of_nadam(fixed.beta1, step)
+            first, later = shares + first, shares + later
+    if decay < lowest:
+        _overflows("weight_decay times lr", decay, arrays.compute)
+    if neg_lr < lowest:
+        _overflows("lr / (1 - beta1**step)", neg_lr, arrays.compute)
+    values: tuple[float, ...] = grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr
+    if later:
+        values += first if step == 1 else later
+    # pack rounds to nearest even, as NumPy's cast does, in less time; so does tuple.__new__ what scalars_type(*values) does
+    return form, tuple.__new__(scalars_type, unpack(pack(*values)))
 
 
 def check_rounding(h, dtype):
     """Raise ValueError for a hyperparameter that overflows dtype, or rounds to 0 in it where it must not."""
-    _constants(h.fixed, Arrays(*[np.dtype(dtype).name] * 3))
+    constants(h.fixed, Arrays(*[np.dtype(dtype).name] * 3))
 
 
 def _overflows(name, value, dtype):
     raise ValueError(f"{name} is {abs(value)}, which overflows {dtype}: choose a smaller one")
 
 
+class Constants(NamedTuple):
+    """The parts of a step's form and scalars that do not change with lr and step. Numbers are of the compute type."""
+
+    form: Form
+    scalars_type: type
+    of_step: Callable | None  # of a `scalars.Formula`; None: plain Adam's
+    pack: Callable  # rounds the scalars, and makes bytes of them
+    unpack: Callable  # the scalars of these bytes
+    lowest: float  # number of the compute type
+    grad_scale: float
+    w1: float
+    w2: float
+    eps: float
+    first: tuple[float, ...]  # eps_root and w_ema, if the form has them, at step 1
+    later: tuple[float, ...]  # likewise at all other steps
+
+
 @functools.lru_cache(maxsize=256)
-def _constants(fixed, arrays):
-    """Return what does not change with lr and step: the Form, the type of its scalars, whether they are plain Adam's, the
-    rounding to their dtype, its largest number, and seven scalars."""
+def constants(fixed, arrays):
+    """Return the Constants of hyperparameters and formats. Raise ValueError for a number that the compute type cannot hold."""
     dtype = arrays.compute
-    largest = float(np.finfo(dtype).max)
-    two = struct.Struct({"float32": "ff", "float64": "dd"}[dtype.name])
-    pack, unpack = two.pack, two.unpack
+    real = dtype.type
 
-    def rounded(x, y):
-        """Round two numbers to nearest even, as NumPy's cast does, in a quarter of its time."""
-        return unpack(pack(x, y))
-
-    def rounded_one(name, value):
-        if abs(value) > largest:
+    def rounded(name, value, *, to_zero=True):
+        if abs(value) > float(np.finfo(dtype).max):
             _overflows(name, value, dtype)
-        return rounded(value, 0.0)[0]
-
-    def rounded_but_not_to_zero(name, value):
-        result = rounded_one(name, value)
-        if value and not result:
+        result = float(real(value))
+        if value and not result and not to_zero:
             raise ValueError(f"{name}={value} rounds to 0 in {dtype}: choose a larger one, or 0 itself")
         return result
 
     def weight(beta):
-        """Return the weight of lerp from the nearer end, as torch.lerp, and whether that is the first; w - 1 is exact."""
+        """Return the weight of lerp from the nearer end, as torch.lerp, and whether this is the first end; w - 1 is exact."""
         # 1 - beta is formed in float64: in float32, 1 - 0.999 is off by 1.3e-5 of itself, and so would v be
-        w, _ = rounded(1.0 - beta, 0.0)
+        w = float(real(1.0 - beta))
         return (w, True) if w < 0.5 else (w - 1.0, False)
 
     (w1, near1), (w2, near2), (w_ema, near_ema) = (weight(beta) for beta in (fixed.beta1, fixed.beta2, fixed.ema_decay))
     if fixed.algorithm == "adamax":
-        w2, near2 = rounded(fixed.beta2, 0.0)[0], True
-    grad_scale = rounded_but_not_to_zero("grad_scale", -fixed.grad_scale if fixed.maximize else fixed.grad_scale)
+        w2, near2 = float(real(fixed.beta2)), True
+    grad_scale = rounded("grad_scale", -fixed.grad_scale if fixed.maximize else fixed.grad_scale, to_zero=False)
+    rounded("weight_decay", fixed.weight_decay)
     decays = fixed.weight_decay != 0.0
     form = Form(
         arrays,
@@ -265,47 +211,20 @@ def _constants(fixed, arrays):
         near_ema=near_ema or not arrays.ema,
         zero_grad=fixed.zero_grad,
     )
-    kind = scalars_type(form)
-    return (
-        form,
-        kind,
-        kind is Scalars and fixed.variant == "adam",
-        rounded,
-        largest,
-        grad_scale,
-        rounded_one("weight_decay", fixed.weight_decay),
-        w1,
-        w2,
-        rounded_but_not_to_zero("eps", fixed.eps),
-        rounded_but_not_to_zero("eps_root", fixed.eps_root),
-        w_ema,
+    reals = struct.Struct({"float32": "f", "float64": "d"}[dtype.name] * len(scalar_names(form)))
+    eps_root = (rounded("eps_root", fixed.eps_root, to_zero=False),) if form.algorithm == "optax" else ()
+    later = (*eps_root, w_ema) if arrays.ema else eps_root
+    return Constants(
+        form=form,
+        scalars_type=scalars_type(form),
+        of_step=None if fixed.variant == "adam" else on_host(fixed.variant, form.decoupled).of_step,
+        pack=reals.pack,
+        unpack=reals.unpack,
+        lowest=float(np.finfo(dtype).min),
+        grad_scale=grad_scale,
+        w1=w1,
+        w2=w2,
+        eps=rounded("eps", fixed.eps, to_zero=False),
+        first=(*eps_root, float(near_ema)) if arrays.ema and fixed.ema_starts else later,  # from ema, 0, to the new param
+        later=later,
     )
-
-
-def power(base, exponent):
-    """Return base**exponent by repeated squaring, from the lowest bit of the exponent: these products and no others.
-
-    `**` gives other bits in half of all cases, and other ones on other machines; a GPU kernel can do this loop too.
-
-    >>> power(0.5, 10)
-    0.0009765625
-    """
-    products, base = _low_powers(base)
-    result = products[exponent & 1023]
-    exponent >>= 10
-    while exponent:
-        if exponent & 1:
-            result *= base
-        base *= base
-        exponent >>= 1
-    return result
-
-
-@functools.lru_cache(maxsize=64)
-def _low_powers(base):
-    """Return what the loop has for the first 10 bits of an exponent, by those bits, and the square that comes next."""
-    products = [1.0]
-    for _ in range(10):
-        products += [product * base for product in products]
-        base *= base
-    return products, base

@@ -21,7 +21,8 @@ from .groups import (
     saved_settings,
     what_is,
 )
-from .kernels import array_bytes, device_scalars, streams
+from .kernels import array_bytes, streams
+from .kernels.scalars import step_key
 from .kernels.view import Bits, View, is_array
 from .options import Options
 from .remembered import Remembered
@@ -480,4 +481,4 @@ OF_PARAMETERS = 0xD1B54A32D192ED03  # so that the keys of parameters are none of
 
 def key_of_parameter(seed, number):
     """Return the key of the number-th parameter of all groups, counted from 0, for random rounding."""
-    return device_scalars.step_key(seed ^ OF_PARAMETERS, number)
+    return step_key(seed ^ OF_PARAMETERS, number)

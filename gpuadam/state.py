@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .kernels.storage import GROUP
+from .kernels.operands import GROUP
 
 # The order in which kernels take the operands of an update
 OPERANDS = ("param", "grad", "m", "v", "max_v", "remainder", "param_copy", "ema", "m_scale", "v_scale")

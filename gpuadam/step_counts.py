@@ -1,7 +1,7 @@
 """Where an optimizer counts its steps: on the host, in an array of the CPU, or on the device, for graphs that count on.
 
 What a kernel gets by value is frozen in a captured CUDA graph. In device mode one thread computes the step's scalars, from what
-is on the device when the graph runs (`kernels/device_scalars.py`), and the update loads them.
+is on the device when the graph runs (`kernels/scalars.py`), and the update loads them.
 
 The three counts have one interface: `alike` says which parameters take which step next, `advance` counts it, `read` and `set` are
 for state_dicts, and `numbers` makes of lr and grad_scale what a step takes.
@@ -12,7 +12,8 @@ import itertools
 import numpy as np
 
 from . import backends, checks, hyperparameters
-from .kernels import array_bytes, device_scalars, gpu_launch, synchronous
+from .kernels import array_bytes, gpu_launch, synchronous
+from .kernels.scalars import MEMORY_BYTES, ScalarsForm, ScalarsMemory, Settings
 from .kernels.view import View, is_array
 
 NUMBERS = (np.dtype("float32"), np.dtype("float64"))
@@ -151,11 +152,11 @@ class OnDevice(InArray):
 
     def __init__(self, kernels, device):
         self.backend, self.device = kernels.name, device
-        self.memory: dict[np.dtype, device_scalars.Memory] = {}  # always the same places, which captured graphs know
+        self.memory: dict[np.dtype, ScalarsMemory] = {}  # always the same places, which captured graphs know
         with kernels.on(device, None):
             for dtype in NUMBERS:
-                owner, address = kernels.device_bytes(device_scalars.MEMORY_BYTES)
-                self.memory[dtype] = device_scalars.Memory(owner, address, dtype, device)
+                owner, address = kernels.device_bytes(MEMORY_BYTES)
+                self.memory[dtype] = ScalarsMemory(owner, address, dtype, device)
             self.step = kernels.from_host(np.zeros(1, np.int64))
 
     def alike(self, parameters, kind):
@@ -219,33 +220,33 @@ class Scalars:
         self._launches: dict[np.dtype, tuple] = {}
 
     def of(self, formats):
-        """Return the Form of the step for arrays of some formats, and the `device_scalars.Memory` where its scalars will be."""
+        """Return the Form of the step for arrays of some formats, and the `scalars.ScalarsMemory` where its scalars will be."""
         now, h, fixed = self.group.now, self.group.h, self.group.h.fixed
-        form, scalars = hyperparameters.form_and_scalars(h, 1, formats)
-        _, later = hyperparameters.form_and_scalars(h, 2, formats)
+        form, scalars = hyperparameters.form_and_scalars(h, 1, formats)  # or an error if a scalar of step 1 overflows
+        constants = hyperparameters.constants(fixed, formats)
         skips = now.found_inf is not None or now.largest_norm is not None
         scaled = form.scaled or now.grad_scale is not None or now.max_norm is not None
         form = form._replace(scaled=scaled, skips=skips)
         dtype = form.dtype
         out = now.clock.memory[dtype]
         first = not self._launches or next(iter(self._launches)) == dtype
-        settings = device_scalars.Settings(
+        settings = Settings(
             advance=(1 if first else 0) if now.counts else self.group.step,
             seed=self.group.seed - (self.group.seed >> 63 << 64),
             sign=-1.0 if fixed.maximize else 1.0,
             beta1=fixed.beta1,
             beta2=fixed.beta2,
             weight_decay=fixed.weight_decay,
-            w1=scalars.w1,
-            w2=scalars.w2,
-            eps=fixed.eps if form.algorithm == "radam" else scalars.eps,
+            w1=constants.w1,
+            w2=constants.w2,
+            eps=constants.eps,
             eps_root=getattr(scalars, "eps_root", 0.0),
-            w_ema=later[-1] if formats.ema else 0.0,
-            first_w_ema=scalars[-1] if formats.ema else 0.0,
+            w_ema=constants.later[-1] if formats.ema else 0.0,
+            first_w_ema=constants.first[-1] if formats.ema else 0.0,
             max_norm=np.inf if now.max_norm is None else now.max_norm,
             largest_norm=np.inf if now.largest_norm is None else now.largest_norm,
         )
-        own = device_scalars.Form(
+        scalars_form = ScalarsForm(
             dtype,
             None if now.lr is None else now.lr.dtype,
             None if now.grad_scale is None else now.grad_scale.dtype,
@@ -258,7 +259,7 @@ class Scalars:
             norm=now.max_norm is not None,
             checks=now.largest_norm is not None,
         )
-        self._launches[dtype] = own, settings, out
+        self._launches[dtype] = scalars_form, settings, out
         return form, out
 
     def prepare(self):

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import backends, checks, hyperparameters, step_counts, torch_tensors
-from .kernels import adam, device_scalars, storage, streams
+from .kernels import adam, streams
 from .kernels.layout import Update
+from .kernels.operands import Arrays
+from .kernels.scalars import step_key
 from .kernels.view import Bits
 
 OPERANDS = ("param", "grad", "m", "v")
@@ -27,7 +29,7 @@ class Updates(NamedTuple):
     h: hyperparameters.Hyperparameters
     step: int
     columns: list[list[Any]]  # the arrays of each operand: the params of all updates, their grads, m's, v's, ...
-    operands: tuple[str, ...] = OPERANDS  # in the order of `storage.operands`
+    operands: tuple[str, ...] = OPERANDS  # in the order of `operands.operands_of`
     names: list[str] | None = None  # of each param; None for the one that adam_step was given
     now: Any = None  # a step_counts.Now, if scalars are computed on the device
     bits: tuple[str, ...] = ()  # of each operand: the format that its integers stand for, or ""
@@ -119,7 +121,7 @@ class Like(NamedTuple):
     """What the arrays of Updates must be like to be in one table."""
 
     columns: Any  # a numpy_struct.Columns
-    arrays: storage.Arrays
+    arrays: Arrays
     random: bool  # whether a number is rounded randomly
 
 
@@ -155,7 +157,7 @@ def _like(group, struct):
 
 
 def _arrays_of_dtypes(group, dtypes, bits):
-    """Return the `storage.Arrays` of Updates with NumPy arrays of these dtypes, or None if `checks.formats` refuses them."""
+    """Return the `operands.Arrays` of Updates with NumPy arrays of these dtypes, or None if `checks.formats` refuses them."""
     formats = dict(zip(group.operands, dtypes, strict=True))
     for operand, format in zip(group.operands, bits, strict=False):
         if format:
@@ -178,9 +180,9 @@ class _Named(NamedTuple):
 
 
 def arrays_of(formats, stochastic):
-    """Return the `storage.Arrays` of an update. formats: operand -> the format of its array."""
+    """Return the `operands.Arrays` of an update. formats: operand -> the format of its array."""
     param, m = formats["param"], formats["m"]
-    return storage.Arrays(
+    return Arrays(
         param,
         formats["grad"],
         "8bit" if m == "uint8" else m,
@@ -230,7 +232,7 @@ def _launch(groups, batches, stream):
             place = _place(group, batch, stream)
             form, scalars = hyperparameters.form_and_scalars(group.h, group.step, batch.arrays)
             if batch.is_random:
-                key = device_scalars.step_key(group.seed, group.step)
+                key = step_key(group.seed, group.step)
         else:  # the arrays of a group go where its scalars are computed
             computed = scalars_of.get(batch.group)
             place = _place(group, batch, computed.stream if computed else stream)

@@ -1,7 +1,7 @@
 """THE RULE: one Adam step on one element, once in Python for Numba and once in CUDA C for CuPy.
 
-The two say the same line by line. Each line is one rounding, or two where it holds two operations, and every operation is a
-row of `primitives.py`; that is why every backend gives the same bits. What a step does not use is left out at compile time.
+The two say the same line by line. Every operation is a row of `primitives.py` and rounds once, so every backend gives the same
+bits. Parts that a step does not use are left out at compile time.
 
 m and v are PyTorch's exp_avg and exp_avg_sq, and optax's mu and nu; max_v is PyTorch's max_exp_avg_sq.
 
@@ -24,11 +24,11 @@ import collections
 import functools
 from typing import NamedTuple
 
-from gpuadam.kernels.storage import Arrays
+from gpuadam.kernels.operands import Arrays
 
 
 class Form(NamedTuple):
-    """What is known of a step when its kernel is compiled."""
+    """The options of a step that are known when its kernel is compiled."""
 
     arrays: Arrays = Arrays()
     algorithm: str = "adam"  # or "nadam", "radam", "adamax"; "optax" is Adam with its denominator
@@ -52,51 +52,49 @@ class Form(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What is the same for every element of a step: numbers of the compute type, in the order of kernel arguments."""
+    """The numbers that are the same for every element of a step, of the compute type, in the order of kernel arguments."""
 
     grad_scale: float  # negative to maximize
     decay: float  # weight_decay if l2, -lr * weight_decay if decoupled
     w1: float  # 1 - beta1 if near1, else that minus 1
     w2: float  # 1 - beta2 if near2, else that minus 1; of AdaMax beta2
-    inv_sqrt_bias2: (
-        float  # 1 / sqrt(1 - beta2**step), of optax its square; of RAdam 1, or 0 before the variance is tractable
-    )
+    # 1 / sqrt(1 - beta2**step); of optax its square; of RAdam 1, or 0 before the variance is tractable
+    inv_sqrt_bias2: float
     eps: float  # of RAdam 1 before the variance is tractable
-    neg_lr: float  # -lr / (1 - beta1**step), with what else an algorithm multiplies it by
+    neg_lr: float  # -lr / (1 - beta1**step), times further factors of an algorithm
 
 
 @functools.lru_cache(maxsize=256)
-def scalars(form):
-    """Return the names of the scalars that a form uses."""
-    own = {"nadam": ("of_m", "of_g"), "optax": ("eps_root",)}  # the shares of m and of g in NAdam's direction
-    w_ema = ("w_ema",) if form.arrays.ema else ()  # 1 - ema_decay if near_ema, else that minus 1
-    return *Scalars._fields, *own.get(form.algorithm, ()), *w_ema
-
-
 def scalars_type(form):
-    """Return the type of a form's scalars: Scalars, or one with more fields."""
-    names = scalars(form)
-    return Scalars if names == Scalars._fields else _more_scalars(names)
+    """Return the type of a form's scalars: Scalars, or a named tuple with more fields."""
+    # of_m and of_g are the shares in NAdam's direction; w_ema is 1 - ema_decay if near_ema, else that minus 1
+    more = {"nadam": ("of_m", "of_g"), "optax": ("eps_root",)}.get(form.algorithm, ())
+    more += ("w_ema",) if form.arrays.ema else ()
+    return collections.namedtuple("MoreScalars", Scalars._fields + more) if more else Scalars
 
 
-@functools.cache
-def _more_scalars(names):
-    return collections.namedtuple("MoreScalars", names)
+def scalar_names(form):
+    """Return the names of the scalars that a form uses."""
+    return scalars_type(form)._fields
+
+
+def options(form):
+    """Return the constants by which the texts of the rule leave out unused parts."""
+    named = {
+        "SCALED": form.scaled, "L2": form.l2, "DECOUPLED": form.decoupled, "AMSGRAD": form.arrays.amsgrad,
+        "NEAR1": form.near1, "NEAR2": form.near2, "NEAR_EMA": form.near_ema, "EMA": form.arrays.ema != "",
+        "ROOT": form.arrays.grouped,
+    }  # fmt: skip
+    return named | {name.upper(): form.algorithm == name for name in ("nadam", "adamax", "optax")}
 
 
 def in_python(form, op):
     """Return the rule as a Python function for Numba to compile; op holds the primitives."""
-    fma, add, sub, mul, div, sqrt, neg, abs_, larger = (
-        op.fma, op.add, op.sub, op.mul, op.div, op.sqrt, op.neg, op.abs, op.larger,
+    fma, add, sub, mul, div, sqrt, neg, abs_, larger, zero_below = (
+        op.fma, op.add, op.sub, op.mul, op.div, op.sqrt, op.neg, op.abs, op.larger, op.zero_below,
     )  # fmt: skip
-    zero_below = op.zero_below
-    SCALED, L2, DECOUPLED, NEAR1, NEAR2, NEAR_EMA = (
-        form.scaled, form.l2, form.decoupled, form.near1, form.near2, form.near_ema,
-    )  # fmt: skip
-    AMSGRAD, EMA = form.arrays.amsgrad, form.arrays.ema != ""
-    NADAM, ADAMAX, OPTAX = (form.algorithm == name for name in ("nadam", "adamax", "optax"))
-    ROOT = form.arrays.grouped
-    W_EMA = len(scalars(form)) - 1
+    SCALED, L2, DECOUPLED, AMSGRAD, NEAR1, NEAR2, NEAR_EMA, EMA, ROOT, NADAM, ADAMAX, OPTAX = options(form).values()
+    W_EMA = len(scalar_names(form)) - 1
 
     def update(param, grad, m, v, max_v, ema, s):
         grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr = s[:7]
@@ -106,15 +104,11 @@ def in_python(form, op):
         if DECOUPLED:
             param = fma(decay, param, param)
         m = fma(w1, sub(g, m), m if NEAR1 else g)
-        if ADAMAX:
-            v = larger(mul(w2, v), add(abs_(g), eps))
-            denom = v
-        else:
-            v = fma(w2, fma(g, g, neg(v)), v if NEAR2 else mul(g, g))
-            v_hat = mul(v, inv_sqrt_bias2) if OPTAX else v
-            max_v = larger(max_v, v_hat) if AMSGRAD else v_hat
-            root = sqrt(v) if OPTAX else sqrt(max_v)
-            denom = add(sqrt(add(max_v, s[7])), eps) if OPTAX else fma(root, inv_sqrt_bias2, eps)
+        v = larger(mul(w2, v), add(abs_(g), eps)) if ADAMAX else fma(w2, fma(g, g, neg(v)), v if NEAR2 else mul(g, g))
+        v_hat = mul(v, inv_sqrt_bias2) if OPTAX else v
+        max_v = larger(max_v, v_hat) if AMSGRAD else v_hat
+        root = v if ADAMAX else sqrt(v) if OPTAX else sqrt(max_v)
+        denom = v if ADAMAX else add(sqrt(add(max_v, s[7])), eps) if OPTAX else fma(root, inv_sqrt_bias2, eps)
         direction = fma(s[8], g, mul(s[7], m)) if NADAM else m
         param = fma(neg_lr, div(direction, denom), param)
         if EMA:
@@ -131,35 +125,22 @@ def in_python(form, op):
 
 IN_CUDA_C = r"""
 __device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T& ema, %(scalars)s) {
+    %(unused)s
     T g = SCALED ? mul_(grad_scale, grad) : grad;
     if (L2)
         g = fma_(decay, param, g);
     if (DECOUPLED)
         param = fma_(decay, param, param);
     m = fma_(w1, sub_(g, m), NEAR1 ? m : g);
-#if ADAMAX
-    v = larger_(mul_(w2, v), add_(abs_(g), eps));
-    T root, denom = v;
-#else
-    v = fma_(w2, fma_(g, g, neg_(v)), NEAR2 ? v : mul_(g, g));
+    v = ADAMAX ? larger_(mul_(w2, v), add_(abs_(g), eps)) : fma_(w2, fma_(g, g, neg_(v)), NEAR2 ? v : mul_(g, g));
     T v_hat = OPTAX ? mul_(v, inv_sqrt_bias2) : v;
     max_v = AMSGRAD ? larger_(max_v, v_hat) : v_hat;
-    T root = OPTAX ? sqrt_(v) : sqrt_(max_v);
-#if OPTAX
-    T denom = add_(sqrt_(add_(max_v, eps_root)), eps);
-#else
-    T denom = fma_(root, inv_sqrt_bias2, eps);
-#endif
-#endif
-#if NADAM
-    T direction = fma_(of_g, g, mul_(of_m, m));
-#else
-    T direction = m;
-#endif
+    T root = ADAMAX ? v : OPTAX ? sqrt_(v) : sqrt_(max_v);
+    T denom = ADAMAX ? v : OPTAX ? add_(sqrt_(add_(max_v, eps_root)), eps) : fma_(root, inv_sqrt_bias2, eps);
+    T direction = NADAM ? fma_(of_g, g, mul_(of_m, m)) : m;
     param = fma_(neg_lr, div_(direction, denom), param);
-#if EMA
-    ema = fma_(w_ema, sub_(param, ema), NEAR_EMA ? ema : param);
-#endif
+    if (EMA)
+        ema = fma_(w_ema, sub_(param, ema), NEAR_EMA ? ema : param);
     // A gradient that stays zero makes m subnormal, and a CPU then 80 times slower. v is never flushed without m:
     // m / (0 + eps) could be anything.
     m = zero_below_(zero_below_(m, v), abs_(m));
@@ -171,19 +152,7 @@ __device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T
 
 def in_cuda_c(form):
     """Return the rule as CUDA C over `T`, with the form's options as constants."""
-    options = {
-        "SCALED": form.scaled,
-        "L2": form.l2,
-        "DECOUPLED": form.decoupled,
-        "AMSGRAD": form.arrays.amsgrad,
-        "NEAR1": form.near1,
-        "NEAR2": form.near2,
-        "NEAR_EMA": form.near_ema,
-        "EMA": form.arrays.ema != "",
-        "NADAM": form.algorithm == "nadam",
-        "ADAMAX": form.algorithm == "adamax",
-        "OPTAX": form.algorithm == "optax",
-        "ROOT": form.arrays.grouped,
-    }
-    declared = ", ".join(f"T {name}" for name in scalars(form))
-    return "".join(f"#define {name} {value:d}\n" for name, value in options.items()) + IN_CUDA_C % {"scalars": declared}
+    defined = "".join(f"#define {name} {value:d}\n" for name, value in options(form).items())
+    used = scalar_names(form)
+    unused = "".join(f"const T {name} = 0; " for name in ("of_m", "of_g", "eps_root", "w_ema") if name not in used)
+    return defined + IN_CUDA_C % {"scalars": ", ".join(f"T {name}" for name in used), "unused": unused}

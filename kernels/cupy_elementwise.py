@@ -13,8 +13,10 @@ import warnings
 import cupy
 import numpy as np
 
-from gpuadam.kernels import adam, device_scalars, gpu_launch, pointer_table, primitives, storage, storage_cuda_c
+from gpuadam.kernels import adam, cuda_c_access, gpu_launch, pointer_table, primitives
 from gpuadam.kernels.layout import VECTOR_BYTES, offset_like, strides_like
+from gpuadam.kernels.operands import FORMATS, lanes_of, operands_of_form, widened
+from gpuadam.kernels.scalars import REALS_AT, ScalarsMemory, Settings, formula_in_cuda_c
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 from gpuadam.kernels.view import View, on_cuda, on_device
 
@@ -158,7 +160,7 @@ def copy(to, source):
     """Copy one array into another of the same shape, of its dtype or of a wider one, in the order of a launch."""
     with gpu_launch.ordered(_this_module, to.device or 0, [to, source]):
         given = native(source)
-        native(to)[...] = given if to.dtype == source.dtype else storage.widened(given, source.format)
+        native(to)[...] = given if to.dtype == source.dtype else widened(given, source.format)
 
 
 def launch(form, views, scalars, rule=adam, stream=None, key=0):
@@ -173,13 +175,11 @@ def batches(updates, arrays):
 
 def run(batch, form, scalars, rule, stream, key):
     """Launch a Batch; device and stream are the current ones."""
-    on_device = isinstance(scalars, device_scalars.Memory)
+    on_device = isinstance(scalars, ScalarsMemory)
     random = form.arrays.random
     kernel = build(rule, form, batch.loop, on_device)
     if on_device:
-        given = [
-            _unowned(scalars.address + device_scalars.REALS_AT, (len(adam.scalars(form)),), scalars.dtype, batch.device)
-        ]
+        given = [_unowned(scalars.address + REALS_AT, (len(adam.scalar_names(form)),), scalars.dtype, batch.device)]
         if random or form.skips:
             given.append(_unowned(scalars.address, (2,), np.int64, batch.device))
     else:
@@ -191,7 +191,7 @@ def run(batch, form, scalars, rule, stream, key):
         kernel(owners, *given, rows, size=owners.size * pointer_table.BLOCK, block_size=pointer_table.BLOCK)
         return
     of_row = [batch.updates[0].key, batch.updates[0].start] if random else []
-    operands = storage.of_form(form)
+    operands = operands_of_form(form)
     if batch.loop == "contiguous":
         if batch.arguments is None:
             batch.arguments = [
@@ -215,7 +215,7 @@ def _in_and_out(operands, values):
 
 
 # CuPy has no arithmetic on what a rule converts from bits
-IN_MEMORY = {format: f"uint{8 * n}" if n < 4 else format for format, n in storage.FORMATS.items()}
+IN_MEMORY = {format: f"uint{8 * n}" if n < 4 else format for format, n in FORMATS.items()}
 
 
 def native(view):
@@ -365,9 +365,9 @@ def build(rule, form, loop, on_device=False):
 
     loop: "contiguous", "table" or "strided". on_device: whether the scalars are in device memory.
     """
-    operands, names = storage.of_form(form), adam.scalars(form)
+    operands, names = operands_of_form(form), adam.scalar_names(form)
     random = form.arrays.random
-    kinds = {o.name: storage_cuda_c.C_TYPES[o.format] for o in operands}
+    kinds = {o.name: cuda_c_access.C_TYPES[o.format] for o in operands}
     raw = "" if loop == "strided" else "raw "
     arrays = [] if loop == "table" else [f"{raw}{IN_MEMORY[o.format]} {o.name}" for o in operands]
     inputs, outputs = _in_and_out(operands, arrays) if arrays else (["raw int32 owners"], ["raw int64 rows"])
@@ -389,7 +389,7 @@ def build(rule, form, loop, on_device=False):
         body += ("" if random else "const long long step_key = 0;\n") + "const long long skip = 0;\n"
     pointers = {o.name: f"at_address<{kinds[o.name]}>(row[OPERANDS + {k}])" for k, o in enumerate(operands)}
     begin = "" if form.arrays.grouped else " + begin"
-    conversions, update = storage_cuda_c.for_cuda_c(form, names)
+    conversions, update = cuda_c_access.for_cuda_c(form, names)
     parts = {
         "scalars": ", ".join(names),
         "pointers": "\n".join(
@@ -410,7 +410,7 @@ def build(rule, form, loop, on_device=False):
         ", ".join(outputs),
         body + (GROUPS if form.arrays.grouped else LOOPS[loop]) % parts,
         f"gpuadam_{rule.__name__.rpartition('.')[2]}_{form.dtype}_{loop}{'_device' * on_device}",
-        preamble=f"typedef {CTYPES[form.dtype.name]} T;\nconstexpr int LANES = {storage.lanes(form)};\n"
+        preamble=f"typedef {CTYPES[form.dtype.name]} T;\nconstexpr int LANES = {lanes_of(form)};\n"
         + "".join(f"#define {name} {value}\n" for name, value in defined.items())
         + TABLE_PREAMBLE * (loop == "table")
         + primitives.for_cuda_c(form.dtype)
@@ -426,14 +426,14 @@ CTYPES = {"float32": "float", "float64": "double"}
 def launch_scalars(form, settings, given, out, stream):
     """Advance the step count and compute the scalars of a step on the device.
 
-    form: a `device_scalars.Form`. settings: its `Settings`. given: name -> View of one number on the device, or a number: "lr",
-    "grad_scale", and those of "step", "found_inf" and "norm" that the form has. out: the `device_scalars.Memory` to write.
+    form: a `scalars.ScalarsForm`. settings: its `Settings`. given: name -> View of one number on the device, or a number: "lr",
+    "grad_scale", and those of "step", "found_inf" and "norm" that the form has. out: the `scalars.ScalarsMemory` to write.
     stream: a handle.
     """
     inputs, outputs = _scalar_arguments(form)
     arrays = {name: _one(x, x.dtype) if isinstance(x, View) else x for name, x in given.items()}
     arrays |= settings._asdict() | {
-        "scalars": _unowned(out.address + device_scalars.REALS_AT, (form.reals,), out.dtype, out.device),
+        "scalars": _unowned(out.address + REALS_AT, (form.reals,), out.dtype, out.device),
         "words": _unowned(out.address, (2,), np.int64, out.device),
     }
     if "found_inf" in given:
@@ -461,7 +461,7 @@ def _scalar_arguments(form):
         inputs.append((f"raw {_bits_of(form.found_inf)}", "found_inf"))
     if form.norm or form.checks:
         inputs.append(("raw float64", "norm"))
-    inputs += [("int64" if k < 2 else "float64", name) for k, name in enumerate(device_scalars.SETTINGS)]
+    inputs += [("int64" if k < 2 else "float64", name) for k, name in enumerate(Settings._fields)]
     outputs = [("raw int64", "step")] if form.counts else []
     outputs.append((f"raw {form.dtype}", "scalars"))
     if form.random or form.skips:
@@ -471,12 +471,13 @@ def _scalar_arguments(form):
 
 @functools.cache
 def build_scalars(form):
-    """Return the ElementwiseKernel of a `device_scalars.Form`."""
+    """Return the ElementwiseKernel of a `scalars.ScalarsForm`."""
     inputs, outputs = _scalar_arguments(form)
+    before, body = formula_in_cuda_c(form)
     return cupy.ElementwiseKernel(
         ", ".join(map(" ".join, inputs)),
         ", ".join(map(" ".join, outputs)),
-        device_scalars.IN_CUDA_C,
+        body,
         f"gpuadam_scalars_{form.dtype}",
-        preamble="typedef double T;\n" + primitives.for_cuda_c("float64") + device_scalars.preamble(form),
+        preamble="typedef double T;\n" + primitives.for_cuda_c("float64") + before,
     )

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpuadam.kernels import primitives
+from gpuadam.kernels import conversions, primitives
 from gpuadam.kernels.layout import VECTOR_BYTES
 
 CHUNK = 4096
@@ -195,7 +195,7 @@ def to_float64(b, format, x, on_gpu):
     from llvmlite import ir
 
     def convert(name, x):
-        emit: Any = primitives.CONVERSIONS[name][2]
+        emit: Any = conversions.CONVERSIONS[name].llvm
         return emit(b, on_gpu, x)
 
     if format in ("bfloat16", "float16"):
@@ -328,7 +328,7 @@ def in_cuda_c(form):
     ):  # fmt: skip
         constants[constant] = globals()[constant]
     defines = "".join(f"#define {constant} {value}\n" for constant, value in constants.items())
-    operations = "typedef double T;\n" + primitives.for_cuda_c("float64") + primitives.conversions_for_cuda_c()
+    operations = "typedef double T;\n" + primitives.for_cuda_c("float64") + conversions.for_cuda_c()
     return f"{operations}typedef {element} Element;\n{defines}{IN_CUDA_C}", name
 
 

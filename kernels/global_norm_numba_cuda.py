@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import cuda, types
 from numba.cuda.extending import intrinsic
 
-from gpuadam.kernels import global_norm, global_norm_gpu, numba_cuda, primitives
+from gpuadam.kernels import global_norm, global_norm_gpu, llvm, numba_cuda, primitives
 from gpuadam.kernels.global_norm import (
     BLOCK,
     CHUNK,
@@ -214,13 +214,13 @@ def _folded(b, lanes, half):
 
 
 def _fma(b, x, s):
-    emit: Any = primitives.PRIMITIVES["fma"][0]
+    emit: Any = primitives.PRIMITIVES["fma"].llvm
     return emit(b, None, x, x, s)
 
 
 def _add(b, x, y):
-    emit: Any = primitives.PRIMITIVES["add"][0]
-    return emit(b, primitives.nvvm_rn(b), x, y)
+    emit: Any = primitives.PRIMITIVES["add"].llvm
+    return emit(b, llvm.nvvm_rn(b), x, y)
 
 
 def _from_other_thread(b, x, mask):

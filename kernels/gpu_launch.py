@@ -14,16 +14,18 @@ import os
 import threading
 from typing import NamedTuple
 
-from gpuadam.kernels import device_scalars, pointer_table, storage, streams, synchronous
+from gpuadam.kernels import pointer_table, streams, synchronous
 from gpuadam.kernels.dlpack import Borrowed
 from gpuadam.kernels.layout import Update, dense, split
+from gpuadam.kernels.operands import GROUP_LANES
+from gpuadam.kernels.scalars import ScalarsMemory
 
 
 def launch(backend, form, views, scalars, rule, stream, key=0):
     """Update arrays in CUDA memory in place, on their device.
 
-    views: of the arrays, in the order of `storage.operands`, of one shape and device, checked; those that are None are left out.
-    scalars: `adam.Scalars` of form.dtype, or the `device_scalars.Memory` that holds them.
+    views: of the arrays, in the order of `operands_of`, of one shape and device, checked; those that are None are left out.
+    scalars: `adam.Scalars` of form.dtype, or the `scalars.ScalarsMemory` that holds them.
     stream: the handle of one; by default CuPy's current stream, or the one that the arrays name.
     key: of the step, for random rounding.
     """
@@ -177,7 +179,7 @@ class Batch:
         if loop == "contiguous":
             self.split = split(self.pointers, [view.dtype.itemsize for view in first], self.size)
         elif loop == "table":
-            self.table = pointer_table.Table(backend, self.device, updates, storage.GROUP_LANES if arrays.grouped else 0)
+            self.table = pointer_table.Table(backend, self.device, updates, GROUP_LANES if arrays.grouped else 0)
 
     def place(self, given):
         """Return the Place of a launch. given: the handle of a stream, or None."""
@@ -213,7 +215,7 @@ class Batch:
             if self.loop == "table":
                 self.at = self.table.addresses(place.stream)
             if not place.capturing:
-                kernel = rule, form, isinstance(scalars, device_scalars.Memory), self.kernel
+                kernel = rule, form, isinstance(scalars, ScalarsMemory), self.kernel
                 rehearse(self.backend, self.device, kernel, lambda s: self.backend.run(self, form, scalars, rule, s, key))
 
     def launch(self):

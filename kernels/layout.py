@@ -51,7 +51,7 @@ def split_groups(pointers, itemsizes, size, lanes):
 
 
 class Update(NamedTuple):
-    """The arrays of one update: Views in the order of `storage.operands`."""
+    """The arrays of one update: Views in the order of `operands.operands_of`."""
 
     views: list
     key: int = (

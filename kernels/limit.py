@@ -1,13 +1,13 @@
 """The limit rule: the bytes of an Adam step and no arithmetic worth the name.
 
-What it reaches is the memory's limit, so it is the measure of every other rule: `python -m gpuadam bench` runs both in turn,
-through the same kernels and on the same arrays.
+Its speed is the memory's limit, the measure of every other rule: `python -m gpuadam bench` runs both in turn, through the same
+kernels and on the same arrays.
 
-It adds decay * grad to everything. decay is 0 in a step without weight decay, which no compiler knows: every byte is read and
-written, and nothing changes, however often it runs.
+It adds decay * grad to every value. decay is 0 in a step without weight decay, but a compiler does not know this: every byte is
+read and written, and no number changes, however often it runs.
 """
 
-from gpuadam.kernels.adam import scalars
+from gpuadam.kernels.adam import scalar_names
 
 
 def in_python(form, op):
@@ -27,7 +27,7 @@ def in_python(form, op):
 def in_cuda_c(form):
     """Return the rule as CUDA C over `T`."""
     root = "sqrt_(v)" if form.arrays.grouped else "max_v"
-    declared = ", ".join("T decay" if name == "decay" else "T" for name in scalars(form))
+    declared = ", ".join("T decay" if name == "decay" else "T" for name in scalar_names(form))
     return f"""
 __device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T& ema, {declared}) {{
     param = fma_(decay, grad, param);

@@ -18,10 +18,11 @@ import numpy as np
 from numba import njit, prange
 from numba.extending import intrinsic
 
-from gpuadam.kernels import adam, compiled_cache, primitives, storage, storage_numba
+from gpuadam.kernels import adam, compiled_cache, numba_access, primitives
 from gpuadam.kernels import numpy_struct as numpy_struct
 from gpuadam.kernels.layout import Update, dense, offset_like, strides_like
 from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
+from gpuadam.kernels.operands import GROUP, operands_of_form, widened
 from gpuadam.kernels.view import on_cpu
 
 name = "numba-cpu"
@@ -81,7 +82,7 @@ copies_any_layout = True
 
 def copy(to, source):
     """Copy one array into another of the same shape, of its dtype or of a wider one."""
-    np.copyto(to.array, source.array if to.dtype == source.dtype else storage.widened(source.array, source.format))
+    np.copyto(to.array, source.array if to.dtype == source.dtype else widened(source.array, source.format))
 
 
 def native(view):
@@ -92,7 +93,7 @@ def native(view):
 def launch(form, views, scalars, rule=adam, stream=None, key=0):
     """Update NumPy arrays in place.
 
-    views: of the arrays, in the order of `storage.operands`, of one shape, checked; those that are None are left out.
+    views: of the arrays, in the order of `operands.operands_of`, of one shape, checked; those that are None are left out.
     scalars: `adam.Scalars` of form.dtype. stream: only GPUs have them. key: of the step, for random rounding.
     """
     for batch in batches([Update([view for view in views if view is not None])], form.arrays):
@@ -175,15 +176,16 @@ def launch_table(form, table, n, scalars, rule=adam, key=0):
 def build(rule, form, loop):
     """Return the compiled kernel of a form. loop: "serial", "parallel" or "strided"."""
     if loop == "parallel":
-        return parallel_of(build(rule, form, "serial"), ", ".join(["key", *adam.scalars(form)]))
+        return parallel_of(build(rule, form, "serial"), ", ".join(["key", *adam.scalar_names(form)]))
     # Numba's default error model tests every divisor for zero: the loop would not vectorise, and would raise half-way
     # through the arrays.
     compiled = njit(error_model="numpy", nogil=True)
     element = compiled_cache.named(rule.in_python(form, primitives.for_numba(intrinsic)), rule, form)
     update = njit(error_model="numpy")(element)
-    load, store, _, moved, stepped = storage_numba.for_numba(form, intrinsic)
-    operands_at = storage_numba.tuple_at(intrinsic, len(storage.of_form(form)))
-    PARAM_SIZE = storage.of_form(form)[0].itemsize
+    access = numba_access.functions(form, intrinsic)
+    load, store, moved, stepped = access.load, access.store, access.moved, access.stepped
+    operands_at = numba_access.tuple_at(intrinsic, len(operands_of_form(form)))
+    PARAM_SIZE = operands_of_form(form)[0].itemsize
 
     def serial(table, first, last, key, s):
         """Update the elements first ... last - 1, counted through all rows. s: the scalars."""
@@ -233,19 +235,19 @@ def _taking(arguments, form, **names):
     Each scalar is an argument: to pass a tuple, or some for `*scalars`, takes Python longer than the update of a small array.
     They come as Python floats, which Numba is quicker to take than NumPy's.
     """
-    listed = ", ".join(adam.scalars(form))
+    listed = ", ".join(adam.scalar_names(form))
     text = f"def kernel({arguments}, {listed}):\n    body({arguments}, to_reals(({listed},)))"
     # a kernel is found in the cache by the name of its module
-    namespace = {"__name__": __name__, "to_reals": storage_numba.to_reals(form, intrinsic)} | names
+    namespace = {"__name__": __name__, "to_reals": numba_access.to_reals(form, intrinsic)} | names
     exec(compile(text, __file__, "exec"), namespace)
     return namespace["kernel"]
 
 
 def _over_groups(form, update, operands_at):
-    groups = storage_numba.for_groups(form, intrinsic)
+    groups = numba_access.functions(form, intrinsic)
     load, units, store, magnitudes, codec = groups.load, groups.units, groups.store, groups.magnitudes, groups.codec
     scales, encode, keep, kept = groups.scales, groups.encode, groups.keep, groups.kept
-    moved, GROUP, ZERO = storage_numba.for_numba(form, intrinsic).moved, storage.GROUP, np.int32(0)
+    moved, ZERO = groups.moved, np.int32(0)
 
     def serial(table, first, last, key, s):
         """Update the groups that begin among the elements first ... last - 1, counted through all rows. s: the scalars."""

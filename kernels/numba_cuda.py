@@ -19,10 +19,11 @@ from numba.cuda.cudadrv.driver import device_memset
 from numba.cuda.cudadrv.error import CudaSupportError
 from numba.cuda.extending import intrinsic
 
-from gpuadam.kernels import adam, device_scalars, gpu_launch, primitives, storage, storage_numba
-from gpuadam.kernels.device_scalars import KEY_AT, REALS_AT, SKIP_AT
+from gpuadam.kernels import adam, gpu_launch, numba_access, primitives
 from gpuadam.kernels.layout import VECTOR_BYTES, bounds, collapse, offset_like, strides_like
+from gpuadam.kernels.operands import GROUP, GROUP_LANES, lanes_of, operands_of_form
 from gpuadam.kernels.pointer_table import BLOCK, CHUNK, FIRST_CHUNK, HEAD, ITEMS, KEY, OPERANDS, SIZE, START, VECTORS
+from gpuadam.kernels.scalars import KEY_AT, REALS_AT, SKIP_AT, ScalarsMemory, formula_in_python
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 from gpuadam.kernels.view import View, on_cuda, on_device
 
@@ -168,7 +169,7 @@ def batches(updates, arrays):
 
 def run(batch, form, scalars, rule, stream, key):
     """Launch a Batch; its device is the current one."""
-    on_device = isinstance(scalars, device_scalars.Memory)
+    on_device = isinstance(scalars, ScalarsMemory)
     # a kernel takes all scalars as one argument; Numba takes a Python float for a float64
     given = scalars.address if on_device else tuple(map(form.dtype.type, scalars))
     if batch.loop == "table":
@@ -370,14 +371,14 @@ def build(rule, form, loop, on_device=False):
     update = cuda.jit(device=True)(rule.in_python(form, primitives.for_numba(intrinsic, contracts=True)))
     if form.arrays.grouped:
         return _over_groups(form, update, on_device)
-    operands, LANES = storage.of_form(form), storage.lanes(form)
+    operands, LANES = operands_of_form(form), lanes_of(form)
     N, SKIPS, ZERO_GRAD, RANDOM = len(operands), form.skips, form.zero_grad, form.arrays.random
-    one, several = (storage_numba.for_numba(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
+    one, several = (numba_access.functions(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
     given = _scalars_in_memory(form) if on_device else _scalars_as_arguments
     moved, stepped = one.moved, one.stepped
 
     def updating(access, lanes):
-        load, store, zero_grad, *_ = access
+        load, store, zero_grad = access.load, access.store, access.zero_grad
         update_lanes = cuda.jit(device=True)(_lanes(update, lanes))
 
         @cuda.jit(device=True)
@@ -410,7 +411,7 @@ def build(rule, form, loop, on_device=False):
     if loop == "table":
         load_int32 = _load(types.int32)
         load_int64 = _load(types.int64)
-        load_operands = storage_numba.tuple_at(intrinsic, N, addrspace=1)
+        load_operands = numba_access.tuple_at(intrinsic, N, addrspace=1)
         COLUMNS = OPERANDS + N
 
         def table(rows, owners, key, scalars):
@@ -457,17 +458,17 @@ def build(rule, form, loop, on_device=False):
 
 def _over_groups(form, update, on_device):
     """Return the kernel of 8-bit state: an item is a part of a group, and whole warps go through the loop together."""
-    operands, LANES, GROUP = storage.of_form(form), storage.GROUP_LANES, storage.GROUP
+    operands, LANES = operands_of_form(form), GROUP_LANES
     N, SKIPS, ZERO_GRAD = len(operands), form.skips, form.zero_grad
-    one, several = (storage_numba.for_groups(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
+    one, several = (numba_access.functions(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
     load, store, encode = one.load, one.store, one.encode
     units, codec, scales = one.units, one.codec, one.scales
     load_lanes, store_lanes, magnitudes, encode_lanes = several.load, several.store, several.magnitudes, several.encode
     update_lanes = cuda.jit(device=True)(_lanes(update, LANES))
-    zero_grad = storage_numba.for_numba(form, intrinsic, addrspace=1).zero_grad
+    zero_grad = one.zero_grad
     given = _scalars_in_memory(form) if on_device else _scalars_as_arguments
     load_int32, load_int64 = _load(types.int32), _load(types.int64)
-    load_operands = storage_numba.tuple_at(intrinsic, N, addrspace=1)
+    load_operands = numba_access.tuple_at(intrinsic, N, addrspace=1)
     COLUMNS = OPERANDS + N
 
     @cuda.jit(device=True)
@@ -542,8 +543,8 @@ def _scalars_as_arguments(scalars):
 
 
 def _scalars_in_memory(form):
-    """Return a function from the address of a `device_scalars.Memory` to the scalars, the step's key and whether to skip it."""
-    names, real, RANDOM, SKIPS = adam.scalars(form), REALS[form.dtype.name], form.arrays.random, form.skips
+    """Return a function from the address of a `scalars.ScalarsMemory` to the scalars, the step's key and whether to skip it."""
+    names, real, RANDOM, SKIPS = adam.scalar_names(form), REALS[form.dtype.name], form.arrays.random, form.skips
     load_word, result = _load(types.int64), types.UniTuple(real, len(names))
 
     @intrinsic
@@ -570,8 +571,8 @@ def _scalars_in_memory(form):
 def launch_scalars(form, settings, given, out, stream):
     """Advance the step count and compute the scalars of a step on the device.
 
-    form: a `device_scalars.Form`. settings: its `Settings`. given: name -> View of one number on the device, or a number: "lr",
-    "grad_scale", and those of "step", "found_inf" and "norm" that the form has. out: the `device_scalars.Memory` to write.
+    form: a `scalars.ScalarsForm`. settings: its `Settings`. given: name -> View of one number on the device, or a number: "lr",
+    "grad_scale", and those of "step", "found_inf" and "norm" that the form has. out: the `scalars.ScalarsMemory` to write.
     stream: a handle.
     """
     numbers = [given.get(name, 0) for name in ("step", "found_inf", "norm")]
@@ -592,24 +593,25 @@ def _configured_scalars(form, stream):
 
 @functools.cache
 def compiled_scalars(form):
-    """Return the kernel of a `device_scalars.Form` as a Numba dispatcher."""
+    """Return the kernel of a `scalars.ScalarsForm` as a Numba dispatcher."""
     return cuda.jit(build_scalars(form))
 
 
 def build_scalars(form):
-    """Return the kernel of a `device_scalars.Form` as a Python function. An lr or grad_scale on the device is its address."""
-    real = REALS[form.dtype.name]
+    """Return the kernel of a `scalars.ScalarsForm` as a Python function. An lr or grad_scale on the device is its address."""
     # Numba's casts between float32 and float64 round to nearest and keep subnormal numbers
-    op = primitives.for_numba(intrinsic, contracts=True)
-    compute, key_of, too_large = map(cuda.jit(device=True), device_scalars.in_python(form, op, real))
+    op, real = primitives.for_numba(intrinsic, contracts=True), REALS[form.dtype.name]
+    op.u64, op.i64 = types.uint64, types.int64
+    formula = formula_in_python(form.algorithm, form.decoupled, op)
+    powers, of_step, clipped, too_large, key_of = map(cuda.jit(device=True), formula)
     load_word, store_word = _load(types.int64), _store(types.int64)
     load_norm, store_real = _load(types.float64), _store(real)
     lr_of, grad_scale_of = (
         _number if dtype is None else _number_at(REALS[dtype.name]) for dtype in (form.lr, form.grad_scale)
     )
-    NORM, CHECKS, COUNTS, WORDS = form.norm or form.checks, form.checks, form.counts, form.random or form.skips
-    ITEMSIZE, FLAG = form.dtype.itemsize, form.found_inf is not None
-    flag = form.found_inf or np.dtype("u1")
+    CLIPS, CHECKS, COUNTS, WORDS = form.norm, form.checks, form.counts, form.random or form.skips
+    ITEMSIZE, FLAG, OPTAX, N_SCALARS = form.dtype.itemsize, form.found_inf is not None, form.algorithm == "optax", form.reals
+    flag, mul = form.found_inf or np.dtype("u1"), op.mul
     load_flag = _load({1: types.uint8, 2: types.uint16, 4: types.uint32, 8: types.uint64}[flag.itemsize])
     MAGNITUDE = types.uint64((1 << (8 * flag.itemsize - (flag.kind == "f"))) - 1)
 
@@ -617,24 +619,27 @@ def build_scalars(form):
         step, found_inf, norm, lr, grad_scale, out,
         advance, seed, sign, beta1, beta2, weight_decay, w1, w2, eps, eps_root, w_ema, first_w_ema, max_norm, largest_norm,
     ):  # fmt: skip
-        scale, norm_is, skip = grad_scale_of(grad_scale), 0.0, False
-        if NORM:
-            norm_is = load_norm(norm)
+        scale, skip = grad_scale_of(grad_scale), False
         if FLAG:
             skip = (types.uint64(load_flag(found_inf)) & MAGNITUDE) != 0
         if CHECKS:
-            skip = skip or too_large(norm_is, scale, largest_norm)
+            skip = skip or too_large(load_norm(norm), scale, largest_norm)
         t = advance
         if COUNTS:
             t = load_word(step)
             if not skip:
                 t += advance
             store_word(step, t)
-        results = compute(
-            t, lr_of(lr), scale, norm_is, sign, beta1, beta2, weight_decay, w1, w2, eps, eps_root, w_ema, first_w_ema, max_norm,
-        )  # fmt: skip
-        for k in range(len(results)):
-            store_real(out + REALS_AT + k * ITEMSIZE, results[k])
+        power1, power2 = powers(t, beta1, beta2)
+        decay, inv_sqrt_bias2, epsilon, neg_lr = of_step(t, power1, power2, lr_of(lr), beta2, weight_decay, eps)
+        scale = mul(sign, scale)
+        if CLIPS:
+            scale = clipped(scale, load_norm(norm), max_norm)
+        of_ema = first_w_ema if t == 1 else w_ema
+        last = eps_root if OPTAX else of_ema
+        numbers = scale, decay, w1, w2, inv_sqrt_bias2, epsilon, neg_lr, last, of_ema
+        for k in range(N_SCALARS):
+            store_real(out + REALS_AT + k * ITEMSIZE, real(numbers[k]))
         if WORDS:
             store_word(out + KEY_AT, key_of(seed, t))
             store_word(out + SKIP_AT, types.int64(skip))

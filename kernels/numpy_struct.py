@@ -16,7 +16,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache
-from gpuadam.kernels.storage import GROUP
+from gpuadam.kernels.operands import GROUP
 
 # A row of a table, of int64, is an update: how many elements it has; the key and the number of the first element, for random
 # rounding; and from PARAM on the addresses of its operands, in their order.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gpuadam import hyperparameters, testing
-from gpuadam.kernels.storage import Arrays
+from gpuadam.kernels.operands import Arrays
 from gpuadam.testing import bits
 
 DTYPES = ("float32", "float64")
@@ -57,7 +57,7 @@ DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0,
 
 
 def form_and_scalars(name, dtype, step=3, **changes):
-    """Return (Form, Scalars) of a row of FORMS. dtype: of all arrays, or their formats as `storage.Arrays`."""
+    """Return (Form, Scalars) of a row of FORMS. dtype: of all arrays, or their formats as `operands.Arrays`."""
     options = DEFAULTS | FORMS[name] | changes
     amsgrad = options.pop("amsgrad", False)
     arrays = dtype if isinstance(dtype, Arrays) else Arrays(*[np.dtype(dtype).name] * 3, amsgrad=amsgrad)

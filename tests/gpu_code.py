@@ -24,8 +24,10 @@ import numpy as np
 import pytest
 from ptx import loaded
 
-from gpuadam.kernels import adam, device_scalars, pointer_table, primitives, storage
+from gpuadam.kernels import adam, pointer_table, primitives
 from gpuadam.kernels.layout import Update, collapse, split
+from gpuadam.kernels.operands import GROUP_LANES, operands_of_form
+from gpuadam.kernels.scalars import MEMORY_BYTES, REALS_AT, Settings
 from gpuadam.kernels.view import View
 
 BLOCK = pointer_table.BLOCK
@@ -66,9 +68,10 @@ def versions():
 @functools.cache
 def package_text():
     """Return the hash of all of gpuadam: the source of a kernel of Numba is functions that call others."""
-    digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(adam.__file__).parent.parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    digest, kernels = hashlib.sha256(), pathlib.Path(adam.__file__).parent
+    for folder in (kernels.parent, kernels.resolve()):  # which is a link, and rglob follows none
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -159,8 +162,8 @@ ARRAYS = ("param", "grad", "m", "v", "max_v", "remainder", "param_copy", "ema", 
 def signature(form, loop, on_device):
     """Return the types of the arguments of a Numba kernel."""
     i64 = types.int64
-    scalars = i64 if on_device else types.UniTuple(numba_cuda.REALS[form.dtype.name], len(adam.scalars(form)))
-    addresses = types.UniTuple(i64, len(storage.of_form(form)))
+    scalars = i64 if on_device else types.UniTuple(numba_cuda.REALS[form.dtype.name], len(adam.scalar_names(form)))
+    addresses = types.UniTuple(i64, len(operands_of_form(form)))
     if loop == "table":
         return (i64, i64, i64, scalars)
     if loop == "contiguous":
@@ -198,7 +201,7 @@ def _numba_ptx(form, arch, loop, rule, on_device):
 
 @functools.cache
 def scalars_ptx(backend, form, arch):
-    """Return the PTX of the kernel of a `device_scalars.Form`."""
+    """Return the PTX of the kernel of a `scalars.ScalarsForm`."""
     if backend != "numba-cuda":
         return (
             compile_cupy(cupy_elementwise.build_scalars(form), arch, "PTX", 12 if backend == "cupy-cuda12" else 13)
@@ -207,7 +210,7 @@ def scalars_ptx(backend, form, arch):
         )
     i64, f64 = types.int64, types.float64
     lr, grad_scale = (f64 if dtype is None else i64 for dtype in (form.lr, form.grad_scale))
-    settings = [i64, i64, *[f64] * (len(device_scalars.SETTINGS) - 2)]
+    settings = [i64, i64, *[f64] * (len(Settings._fields) - 2)]
     types_of_arguments = (i64, i64, i64, lr, grad_scale, i64, *settings)
     return kept.text(
         "nvvm-scalars",
@@ -219,7 +222,7 @@ def scalars_ptx(backend, form, arch):
 def run(backend, form, arch, arrays, scalars, rule=adam, text=None, key=0, start=0):
     """Run an update of contiguous 1-D NumPy arrays through the compiled kernel of a GPU backend. Returns the Kernel.
 
-    arrays: in the order of `storage.operands`; those that are None are left out.
+    arrays: in the order of `operands.operands_of`; those that are None are left out.
     """
     used = [a for a in arrays if a is not None]
     n = used[0].size
@@ -232,12 +235,12 @@ def run(backend, form, arch, arrays, scalars, rule=adam, text=None, key=0, start
 
 def words_of(form, scalars):
     """Return the scalars that a form uses, in the type that it computes with."""
-    return [form.dtype.type(s) for s in scalars[: len(adam.scalars(form))]]
+    return [form.dtype.type(s) for s in scalars[: len(adam.scalar_names(form))]]
 
 
 def in_and_out(form, values):
     """Return what belongs to the operands that are only read, and to the others: CuPy takes them in that order."""
-    pairs = list(zip(storage.of_form(form), values, strict=True))
+    pairs = list(zip(operands_of_form(form), values, strict=True))
     return [x for operand, x in pairs if not operand.stores], [x for operand, x in pairs if operand.stores]
 
 
@@ -276,12 +279,12 @@ def run_table(backend, form, arch, updates, scalars, memory, on_device=False, ke
     """
     keys = keys or [0] * len(updates)
     views = [Update([cuda_view("", a) for a in arrays if a is not None], k) for arrays, k in zip(updates, keys, strict=True)]
-    rows, owners = pointer_table.rows_and_owners(views, storage.GROUP_LANES if form.arrays.grouped else 0)
+    rows, owners = pointer_table.rows_and_owners(views, GROUP_LANES if form.arrays.grouped else 0)
     kernel = loaded(ptx(backend, form, arch, loop="table", on_device=on_device))
     given = words_of(form, scalars)
-    in_memory = np.zeros(device_scalars.MEMORY_BYTES // 8, "i8")
+    in_memory = np.zeros(MEMORY_BYTES // 8, "i8")
     in_memory[:2] = key, skip
-    reals = in_memory[device_scalars.REALS_AT // 8 :].view(form.dtype)[: len(given)]
+    reals = in_memory[REALS_AT // 8 :].view(form.dtype)[: len(given)]
     reals[:] = given
     if backend == "numba-cuda":
         address = in_memory.ctypes.data
@@ -301,11 +304,11 @@ def run_table(backend, form, arch, updates, scalars, memory, on_device=False, ke
 
 
 def run_scalars(backend, form, arch, settings, step, lr, grad_scale, found_inf=None, norm=None):
-    """Run the one-thread kernel of a `device_scalars.Form`. step: int64 array, advanced. Returns the memory that it writes."""
+    """Run the one-thread kernel of a `scalars.ScalarsForm`. step: int64 array, advanced. Returns the memory that it writes."""
     kernel = loaded(scalars_ptx(backend, form, arch))
-    out = np.zeros(device_scalars.MEMORY_BYTES // 8, "i8")
+    out = np.zeros(MEMORY_BYTES // 8, "i8")
     n = form.reals
-    reals = out[device_scalars.REALS_AT // 8 :].view(form.dtype)[:n]
+    reals = out[REALS_AT // 8 :].view(form.dtype)[:n]
     if backend == "numba-cuda":
         numbers = [x.ctypes.data if isinstance(x, np.ndarray) else x for x in (step, found_inf, norm, lr, grad_scale)]
         numbers = [0 if x is None else x for x in numbers]
@@ -323,7 +326,7 @@ def run_scalars(backend, form, arch, settings, step, lr, grad_scale, found_inf=N
 
 def reals_of(out, form):
     """Return the scalars in what `run_scalars` returned."""
-    return out[device_scalars.REALS_AT // 8 :].view(form.dtype)[: form.reals]
+    return out[REALS_AT // 8 :].view(form.dtype)[: form.reals]
 
 
 def cuda_view(name, a, stream=None):

@@ -12,7 +12,8 @@ from test_benchmarks import run
 
 from gpuadam import backends, testing
 from gpuadam.cli.measuring import forms, measure
-from gpuadam.kernels import adam, limit, numba_cpu, storage
+from gpuadam.kernels import adam, limit, numba_cpu
+from gpuadam.kernels.operands import Arrays, operands_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -113,7 +114,7 @@ def test_the_numbers_stay_ordinary_and_the_limit_changes_none(form):
     for _ in range(100):
         step()
         by_limit()
-    formats = {operand.name: operand.format for operand in storage.operands(case.arrays)}
+    formats = {operand.name: operand.format for operand in operands_of(case.arrays)}
     for name, array in arrays.items():
         assert (of_limit[name] == before[name]).all()
         if formats[name] != "uint8":
@@ -198,9 +199,7 @@ def test_the_mixed_precision_step_is_measured_without_torch_too():
 def test_the_bytes_of_the_mixed_precision_step_are_those_of_its_kernels():
     assert list(amp_step.BYTES.values()) == [36, 38, 52, 58]
     for contender, copy in ((amp_step.OURS, ""), (amp_step.OURS + amp_step.COPIES, "bfloat16")):
-        moved = sum(
-            o.itemsize * (o.loads + o.stores) for o in storage.operands(storage.Arrays(param_copy=copy), zero_grad=True)
-        )
+        moved = sum(o.itemsize * (o.loads + o.stores) for o in operands_of(Arrays(param_copy=copy), zero_grad=True))
         assert amp_step.BYTES[contender] == amp_step.NORM + moved
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from gpuadam import backends, transports
 from gpuadam.cli.measuring import measure
-from gpuadam.kernels.storage import Arrays
+from gpuadam.kernels.operands import Arrays
 
 ROOT = Path(__file__).parent.parent
 

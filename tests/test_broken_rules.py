@@ -151,7 +151,7 @@ def _dropping_max(b, rn, x, y):
 @pytest.mark.parametrize(
     "what, primitive, emit, ways",
     [
-        ("nothing", "fma", primitives.PRIMITIVES["fma"][0], {None}),
+        ("nothing", "fma", primitives.PRIMITIVES["fma"].llvm, {None}),
         ("a dropped flush", "zero_below", _keep, {"bits"}),
         ("a minus that ptxas may fuse", "sub", _contracted_sub, {"refused"}),
         ("a maximum that drops NaN", "larger", _dropping_max, {"bits"}),
@@ -162,7 +162,7 @@ def test_a_primitive_broken_in_numba_cuda_is_found(monkeypatch, what, primitive,
     found(  # the CPU's kernel is compiled before anything is broken
         "numba-cuda", form, scalars, gpu_code.ptx("numba-cuda", form, ARCH)
     )
-    monkeypatch.setitem(primitives.PRIMITIVES, primitive, (emit, primitives.PRIMITIVES[primitive][1]))
+    monkeypatch.setitem(primitives.PRIMITIVES, primitive, primitives.PRIMITIVES[primitive]._replace(llvm=emit))
     text = gpu_code.compile_numba(
         numba_cuda.build(adam, form, "contiguous"), gpu_code.signature(form, "contiguous", False), ARCH
     )
@@ -177,7 +177,7 @@ def test_a_swapped_scalar_in_numbas_rule_is_found():
 
         def in_python(self, form, op):
             update = numba_cuda.cuda.jit(device=True)(adam.in_python(form, op))
-            assert adam.scalars(form)[2:4] == ("w1", "w2")
+            assert adam.scalar_names(form)[2:4] == ("w1", "w2")
 
             def swapped(param, grad, m, v, max_v, ema, s):
                 return update(param, grad, m, v, max_v, ema, (s[0], s[1], s[3], s[2], s[4], s[5], s[6]))

@@ -14,8 +14,8 @@ import gpuadam
 from gpuadam import clipping, hyperparameters, testing
 from gpuadam import step_counts as capturable
 from gpuadam import update as functional
-from gpuadam.kernels import device_scalars
-from gpuadam.kernels.storage import Arrays
+from gpuadam.kernels.operands import Arrays
+from gpuadam.kernels.scalars import KEY_AT, SKIP_AT, ScalarsForm, Settings, step_key
 
 
 def params(dtype="float32"):
@@ -146,7 +146,7 @@ SAME = {name: Arrays(name, name, name) for name in DTYPES}
 
 
 def from_the_device(compiler, arch, h, step, arrays, seed=0, counts=True, **given):
-    """Return the `device_scalars.Form` and the memory of a step, and the count after it, as an optimizer would ask for them.
+    """Return the `scalars.ScalarsForm` and the memory of a step, and the count after it, as an optimizer would ask for them.
 
     given: arrays of one number for lr, grad_scale, found_inf and norm, whose numbers in h are then not looked at; and the
     numbers max_norm and largest_norm.
@@ -227,7 +227,7 @@ def test_the_device_makes_the_hosts_key_of_a_step(compiler, arch, seed):
     h, arrays = hyperparameters.checked(**DEFAULTS), Arrays(state="bfloat16")
     for step in (1, 2, 3, 2**33 + 1, 2**62):
         _, out, _ = from_the_device(compiler, arch, h, step, arrays, seed)
-        assert out[device_scalars.KEY_AT // 8] == device_scalars.step_key(seed, step)
+        assert out[KEY_AT // 8] == step_key(seed, step)
 
 
 FLAGS = {
@@ -248,7 +248,7 @@ def test_a_flag_that_is_not_zero_leaves_the_step_out(compiler, dtype):
         for value in values:
             flag = np.array([value], dtype)
             form, out, count = from_the_device(compiler, "sm_90", h, 5, SAME["float32"], found_inf=flag)
-            assert (count, out[device_scalars.SKIP_AT // 8]) == ((4, 1) if skips else (5, 0)), value
+            assert (count, out[SKIP_AT // 8]) == ((4, 1) if skips else (5, 0)), value
             if not skips:
                 _, expected = hyperparameters.form_and_scalars(h, 5, SAME["float32"])
                 assert_same_bits([gpu_code.reals_of(out, form)], [np.array(expected, "f4")])
@@ -285,7 +285,7 @@ def test_a_norm_that_is_not_finite_or_too_large_leaves_the_step_out(compiler, cl
         max_norm = {"max_norm": 1.0} if clips else {}
         given = {"norm": np.array([norm]), "largest_norm": largest} | max_norm
         _, out, count = from_the_device(compiler, "sm_90", h, 5, SAME["float32"], **given)
-        skipped[norm] = bool(out[device_scalars.SKIP_AT // 8])
+        skipped[norm] = bool(out[SKIP_AT // 8])
         assert count == (4 if skipped[norm] else 5)
     assert list(skipped.values()) == [False] * 3 + [True] * 4
     # the norm of scaled gradients is what counts
@@ -299,7 +299,7 @@ def test_a_norm_that_is_not_finite_or_too_large_leaves_the_step_out(compiler, cl
         largest_norm=largest,
         grad_scale=np.array([-2.0]),
     )
-    assert out[device_scalars.SKIP_AT // 8] == 1
+    assert out[SKIP_AT // 8] == 1
 
 
 @pytest.mark.parametrize("algorithm, n", [("adam", 26_000), ("radam", 6_000), ("adamax", 2_000)])
@@ -313,7 +313,7 @@ def test_a_hundred_thousand_random_steps_give_the_hosts_bits(compiler, algorithm
     beta = np.repeat(1 - 10 ** rng.uniform(-6, 0, (n // 4, 2)), 4, axis=0)  # the host's powers of a new beta take longest
     steps = (10 ** rng.uniform(0, 9, n)).astype("i8")
     lr, decay = 10 ** rng.uniform(-9, 1, n), 10 ** rng.uniform(-6, 1, n)
-    form = device_scalars.Form(dtype, np.dtype("float64"), None, True, algorithm)
+    form = ScalarsForm(dtype, np.dtype("float64"), None, True, algorithm)
     step, rate = np.zeros(1, "i8"), np.zeros(1)
     for k in range(0, n, examples(50, 1)):
         h = hyperparameters.Hyperparameters(
@@ -323,7 +323,7 @@ def test_a_hundred_thousand_random_steps_give_the_hosts_bits(compiler, algorithm
         _, expected = hyperparameters.form_and_scalars(h, int(steps[k]), SAME["float32"])
         step[0], rate[0] = steps[k] - 1, h.lr
         eps = 1e-8 if algorithm == "radam" else expected.eps
-        settings = device_scalars.Settings(1, 0, 1.0, *map(float, beta[k]), float(decay[k]), expected.w1, expected.w2, eps)
+        settings = Settings(1, 0, 1.0, *map(float, beta[k]), float(decay[k]), expected.w1, expected.w2, eps)
         out = gpu_code.run_scalars(compiler, form, "sm_90", settings, step, rate, 1.0)
         assert gpu_code.reals_of(out, form).tolist() == list(expected), (k, h, steps[k])
 

@@ -14,7 +14,8 @@ import gpuadam
 from gpuadam.__main__ import main
 from gpuadam.cli import contract, doctor, installed
 from gpuadam.cli.measuring import facts, forms
-from gpuadam.kernels import adam, limit, numba_cpu, storage
+from gpuadam.kernels import adam, limit, numba_cpu
+from gpuadam.kernels.operands import operands_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,7 +122,7 @@ def test_doctor_goes_on_after_a_step_that_fails(monkeypatch):
 @pytest.mark.parametrize("name", contract.CONTRACTS)
 def test_doctors_arrays_hold_every_kind_of_number(name):
     known = contract.CONTRACTS[name]
-    for operand, array in zip(storage.operands(known.arrays), contract.arrays_of(known), strict=True):
+    for operand, array in zip(operands_of(known.arrays), contract.arrays_of(known), strict=True):
         if known.arrays.grouped and operand.name not in ("param", "grad"):
             assert not array.any()
             continue
@@ -136,7 +137,7 @@ def test_every_nan_is_one_in_a_digest_and_every_other_bit_counts():
     for known in contract.CONTRACTS.values():
         arrays = contract.arrays_of(known)
         before = contract.digest_of(known, arrays)
-        for operand, array in zip(storage.operands(known.arrays), arrays, strict=True):
+        for operand, array in zip(operands_of(known.arrays), arrays, strict=True):
             bits = array.view(f"u{array.itemsize}")
             bits[-1] ^= 1
             assert contract.digest_of(known, arrays) != before

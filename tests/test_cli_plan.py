@@ -11,7 +11,7 @@ import pytest
 from gpuadam import planning
 from gpuadam.__main__ import main
 from gpuadam.cli.measuring import constants
-from gpuadam.kernels.storage import Arrays
+from gpuadam.kernels.operands import Arrays
 from gpuadam.planning import MACHINES
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,8 @@ import pytest
 from numba import types
 from numba.extending import intrinsic
 
-from gpuadam.kernels import numba_cuda, primitives
-from gpuadam.kernels.primitives import CONVERSIONS
+from gpuadam.kernels import conversions, llvm, numba_cuda
+from gpuadam.kernels.conversions import CONVERSIONS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 NUMPY: dict[str, Any] = {"f32": np.dtype("f4"), "f64": np.dtype("f8"), "u32": np.dtype("u4")}
@@ -21,16 +21,12 @@ NUMBA = {"f32": types.float32, "f64": types.float64, "u32": types.uint32}
 
 def of_conversion(name, intrinsic, contracts):
     """Return a conversion as a function for Numba."""
-    result, operands, emit, _ = CONVERSIONS[name]
-    signature = NUMBA[result](*(NUMBA[x] for x in operands))
+    row = CONVERSIONS[name]
 
-    def codegen(context, builder, signature, args):
-        return emit(builder, primitives.nvvm_rn(builder) if contracts else None, *args)
+    def emit(builder, *operands):
+        return row.llvm(builder, llvm.nvvm_rn(builder) if contracts else None, *operands)
 
-    letters = ", ".join("abcde"[: len(operands)])
-    namespace = {"signature": signature, "codegen": codegen}
-    exec(f"def convert(typingctx, {letters}):\n    return signature, codegen", namespace)  # an intrinsic has no *arguments
-    return intrinsic(namespace["convert"])
+    return llvm.function(intrinsic, name, emit, NUMBA[row.result](*(NUMBA[x] for x in row.operands)))
 
 
 @functools.cache
@@ -333,7 +329,7 @@ def kernel_of(compiler, arch):
         lines.append(store[result])
     elementwise = cupy.ElementwiseKernel(
         ", ".join(inputs), "raw uint32 out, raw float64 wide", "\n".join(lines), "every_conversion",
-        preamble=primitives.conversions_for_cuda_c(),
+        preamble=conversions.for_cuda_c(),
     )  # fmt: skip
     version = 12 if compiler == "cupy-cuda12" else 13
     return gpu_code.loaded(gpu_code.compile_cupy(elementwise, arch, "PTX", version).rstrip(b"\0").decode())

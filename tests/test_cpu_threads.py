@@ -327,7 +327,7 @@ def a_step_without_memory_in_the_last_thread():
         if last == N:
             raise MemoryError
 
-    parallel = numba_cpu.parallel_of(serial, ", ".join(["key", *adam.scalars(form_and_scalars("adam", "float32")[0])]))
+    parallel = numba_cpu.parallel_of(serial, ", ".join(["key", *adam.scalar_names(form_and_scalars("adam", "float32")[0])]))
     numba_cpu.build = lambda rule, form, loop: parallel
     try:
         steps_of_one(1)

@@ -11,9 +11,9 @@ import pytest
 from cases import form_and_scalars
 
 import gpuadam
-from gpuadam.kernels import adam, numba_cpu, pointer_table, storage
+from gpuadam.kernels import adam, numba_cpu, pointer_table
 from gpuadam.kernels.layout import Update
-from gpuadam.kernels.storage import GROUP, Arrays
+from gpuadam.kernels.operands import GROUP, GROUP_LANES, Arrays, bytes_per_element, operands_of_form
 from gpuadam.kernels.view import on_cpu
 
 KEY, STEP_KEY = -0x0123456789ABCDEF, 0x5DEECE66D0000001
@@ -40,7 +40,7 @@ def given(form, n, seed=0, ordinary=False):
     """Return arrays in the order of the operands. ordinary: finite ones of usual size, as in training; else of any."""
     rng, found = np.random.default_rng(seed), []
     n_groups = -(-n // GROUP)
-    for operand in storage.of_form(form):
+    for operand in operands_of_form(form):
         if operand.of_groups:
             smallest = {"m_scale": model.SMALLEST_M, "v_scale": model.SMALLEST_ROOT}[operand.name]
             scales = np.exp(rng.uniform(np.log(smallest), np.log(1e17), n_groups))
@@ -71,7 +71,7 @@ def given(form, n, seed=0, ordinary=False):
 
 
 def names_of(form):
-    return [operand.name for operand in storage.of_form(form)]
+    return [operand.name for operand in operands_of_form(form)]
 
 
 def copies(arrays):
@@ -276,7 +276,7 @@ def test_any_split_between_threads_gives_the_same_bits(name):
     arrays = given(form, 70_001, seed=5)
     expected = launched(form, copies(arrays), scalars)  # 70,001 > PARALLEL_FROM
     serial, parallel = (numba_cpu.build(adam, form, loop) for loop in ("serial", "parallel"))
-    taken = scalars[: len(adam.scalars(form))]
+    taken = scalars[: len(adam.scalar_names(form))]
 
     def table(arrays):
         return np.array([[arrays[0].size, arrays[0].itemsize, KEY, 0, *(a.ctypes.data for a in arrays)]])
@@ -370,7 +370,7 @@ def test_state_takes_at_most_2_25_bytes_of_each_parameter():
         state = gpuadam.Adam(np.zeros(n, "f4"), state_dtype="8bit").state["0"]
         assert sum(a.nbytes for key, a in state.items() if key != "step") == 2.25 * n
     form, _ = form_of("float32")
-    assert storage.bytes_moved(form) == 12 + 4 + 4 * 4 / GROUP
+    assert bytes_per_element(form) == 12 + 4 + 4 * 4 / GROUP
 
 
 # What is refused
@@ -498,7 +498,7 @@ def test_gpu_code_gives_the_cpus_bits_on_other_architectures(compiler, arch):
 @pytest.mark.parametrize("compiler", GPU_COMPILERS)
 @pytest.mark.parametrize("on_device", [False, True], ids=["numbers", "scalars in memory"])
 def test_many_arrays_are_one_launch(compiler, on_device):
-    chunk = pointer_table.CHUNK * storage.GROUP_LANES
+    chunk = pointer_table.CHUNK * GROUP_LANES
     sizes = [1, 33, chunk - 1, 7, chunk + 1, 100, 2 * chunk + 300]
     assert_gpu_code_gives_the_cpus_bits(
         compiler, "sm_90", "bfloat16, rounded randomly", sizes, ordinary=True, on_device=on_device
@@ -551,7 +551,7 @@ def test_codes_move_8_bytes_at_a_time_and_the_rest_16(compiler, arch, name):
     form, _ = form_of(name)
     sass = gpu_code.machine_code(compiler, form, arch, loop="table")
     found = accesses(sass)
-    lanes, each = storage.GROUP_LANES, [o for o in storage.of_form(form) if not o.of_groups]
+    lanes, each = GROUP_LANES, [o for o in operands_of_form(form) if not o.of_groups]
     for kind, moved in (("LDG", [o for o in each if o.loads]), ("STG", [o for o in each if o.stores])):
         of_8 = sum(n for op, n in found.items() if op.startswith(f"{kind}.E.64"))
         of_16 = sum(n for op, n in found.items() if op.startswith(f"{kind}.E.128"))
@@ -583,6 +583,6 @@ def test_the_ptx_has_the_contracts_operations(compiler, name):
     assert set(gpu_code.foreign_operations(kernel, form)) <= exact
     counts = gpu_code.rounded_operations(kernel)
     # one root and one quotient of each lane, and two quotients of each group
-    assert counts["sqrt"] == storage.GROUP_LANES and counts["div"] == storage.GROUP_LANES + 2
+    assert counts["sqrt"] == GROUP_LANES and counts["div"] == GROUP_LANES + 2
     rule = 5 + form.l2 + form.decoupled + (form.arrays.ema != "") + (form.algorithm == "nadam")
-    assert counts["fma"] >= storage.GROUP_LANES * (rule + 4)  # two are decoded and two encoded
+    assert counts["fma"] >= GROUP_LANES * (rule + 4)  # two are decoded and two encoded

@@ -5,7 +5,7 @@ import pytest
 from cases import assert_same_bits, wide_state
 
 import gpuadam
-from gpuadam.kernels import storage
+from gpuadam.kernels.operands import GROUP
 
 pytestmark = pytest.mark.gpu
 N = 1_000_003  # the last group of 8-bit state is not whole
@@ -50,7 +50,7 @@ def made(name, n=N):
         # the sums of what is not finite would be a group's NaN: finite gradients, so that codes are compared
         arrays["grad"] = rng.standard_normal(n).astype(arrays["grad"].dtype)
         for key in ("m_scale", "v_scale"):
-            arrays[key] = np.exp(rng.uniform(-8, 3, -(-n // storage.GROUP))).astype("f4")
+            arrays[key] = np.exp(rng.uniform(-8, 3, -(-n // GROUP))).astype("f4")
     return arrays, formats, {key: value for key, value in options.items() if key not in arrays}
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from cases import form_and_scalars
 
-from gpuadam.kernels import adam, numba_cpu, pointer_table, storage
+from gpuadam.kernels import adam, numba_cpu, pointer_table
 from gpuadam.kernels.layout import Update
-from gpuadam.kernels.storage import Arrays
+from gpuadam.kernels.operands import Arrays, bytes_per_element, lanes_of, operands_of_form
 from gpuadam.kernels.view import on_cpu
 
 KEY, STEP_KEY = -0x0123456789ABCDEF, 0x5DEECE66D0000001
@@ -58,7 +58,7 @@ def form_of(name, **changes):
 
 
 def operands_of(form):
-    return storage.of_form(form)
+    return operands_of_form(form)
 
 
 def names_of(form):
@@ -143,7 +143,7 @@ def test_serial_parallel_in_pieces_and_strided_give_the_same_bits(name):
     assert n >= numba_cpu.PARALLEL_FROM
     assert_same(form, launched(form, copies(arrays), scalars), expected, "launched")
     serial, parallel = (numba_cpu.build(adam, form, loop) for loop in ("serial", "parallel"))
-    taken = scalars[: len(adam.scalars(form))]
+    taken = scalars[: len(adam.scalar_names(form))]
 
     def table(arrays):
         return np.array([[n, arrays[0].itemsize, KEY, 0, *(a.ctypes.data for a in arrays)]])
@@ -216,7 +216,7 @@ def test_another_parameter_and_another_step_are_rounded_by_other_bits(name):
         for k, operand in enumerate(operands_of(form)):
             changed = model.different(results[0][k], other[k])
             # a parameter moves by less than its last bit, so that many are rounded back whatever the bits
-            assert (changed > 50) if storage.is_random(form.arrays, operand) else changed == 0, operand.name
+            assert (changed > 50) if operand.random_bits_from is not None else changed == 0, operand.name
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "bfloat16 copy", "remainder", "ema"])
@@ -253,7 +253,7 @@ def test_gpu_code_gives_the_cpus_bits_and_moves_each_byte_once(compiler, name):
         kernel = gpu_code.run(compiler, form, "sm_90", arrays, scalars, key=KEY ^ STEP_KEY)
         assert_same(form, arrays, expected, f"eps={eps}")
         assert (kernel.loaded_bytes, kernel.stored_bytes) == bytes_of(form, 1003)
-        assert sum(bytes_of(form, 1003)) == storage.bytes_moved(form) * 1003
+        assert sum(bytes_of(form, 1003)) == bytes_per_element(form) * 1003
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_strided_arrays_of_several_item_sizes_are_updated_where_they_lie(compile
 def test_arrays_in_a_table_get_the_bits_that_each_gets_alone(compiler, name, on_device):
     form, scalars = form_of(name)
     keys = [KEY, 7, -9, 2**50, 0, 1, 2]
-    chunk = pointer_table.CHUNK * storage.lanes(form)
+    chunk = pointer_table.CHUNK * lanes_of(form)
     for where in ("after 0", "after 3", "unshared"):
         updates = [given(form, n, seed=n) for n in (1, 7, 16, 1003, chunk - 1, chunk + 9, 30)]
         expected = [launched(form, copies(a), scalars, key=key) for a, key in zip(updates, keys, strict=True)]
@@ -426,7 +426,7 @@ MACHINE_CODE = [
 @pytest.mark.parametrize("name, arch", MACHINE_CODE)
 def test_a_thread_moves_16_bytes_at_a_time_and_enough_are_on_their_way(compiler, name, arch):
     form, _ = form_of(name)
-    found, lanes = accesses(gpu_code.machine_code(compiler, form, arch)), storage.lanes(form)
+    found, lanes = accesses(gpu_code.machine_code(compiler, form, arch)), lanes_of(form)
     for kind, moved in (
         ("LDG", [o for o in operands_of(form) if o.loads]),
         ("STG", [o for o in operands_of(form) if o.stores]),
@@ -460,7 +460,7 @@ def conversions(form):
     """Return the instructions that convert between floats, each of which is documented, and no others."""
     found = set()
     for operand in operands_of(form):
-        random = storage.is_random(form.arrays, operand)
+        random = operand.random_bits_from is not None
         if operand.format == "float16":
             found |= {"cvt.f32.f16"} if operand.loads else set()
             found |= {"cvt.rn.f16.f32"} if operand.stores and operand.name != "grad" and not random else set()
@@ -480,7 +480,7 @@ def test_the_ptx_has_the_contracts_operations_and_the_documented_conversions(com
     kernel = gpu_code.loaded(gpu_code.ptx(compiler, form, "sm_90"))
     assert not any("ftz" in opcode or "approx" in opcode for opcode in kernel.opcodes)
     # once for each lane of the vector path, once for the scalar path
-    times = storage.lanes(form) + 1
+    times = lanes_of(form) + 1
     wanted = {op: times * n for op, n in contract_operations(form).items()}
     assert gpu_code.rounded_operations(kernel) == wanted
     floats = {"f16", "f32", "f64", "bf16"}

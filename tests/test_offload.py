@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam.kernels import storage
+from gpuadam.kernels.operands import Operand
 from gpuadam.offload import chunks, folder, mapped, pipeline, stages
 
 ODD = {"w": (301, 77), "empty": (0, 3), "b": (5,), "scalar": (), "u": (64, 33)}
@@ -513,7 +513,7 @@ def test_a_bar_is_shown_if_asked_for(tmp_path, capsys):
 
 
 def job(sizes, copied, n):
-    kinds = [storage.Operand("", {4: "float32", 2: "bfloat16"}[size]) for size in sizes]
+    kinds = [Operand("", {4: "float32", 2: "bfloat16"}[size]) for size in sizes]
     view = gpuadam.kernels.view.on_cpu("", np.zeros(0))
     operands = [chunks.Operand(kind, view, None, of) for kind, of in zip(kinds, copied, strict=True)]
     return chunks.Job(operands, n, 0, None)

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 import gpuadam
 from gpuadam import backends, hyperparameters, transports
-from gpuadam.kernels import storage
-from gpuadam.kernels.storage import Arrays, operands
+from gpuadam.kernels.operands import GROUP, Arrays, bytes_per_element, operands_of
 from gpuadam.options import Options
 from gpuadam.planning import Prediction, Settings, Way, best, machines, plan, prediction
 from gpuadam.planning import model as performance_model
@@ -68,7 +67,7 @@ def test_bytes_are_those_of_the_kernels_operands():
     for arrays in (Arrays(), Arrays(state="8bit"), Arrays("bfloat16", "bfloat16", remainder=True, ema="float32")):
         h = hyperparameters.checked(1e-3, (0.9, 0.999), 1e-8, 0.0, False, False)
         form, _ = hyperparameters.form_and_scalars(h, 1, arrays)
-        assert performance_model.bytes_moved_of(operands(arrays), 32_000) == 32_000 * storage.bytes_moved(form)
+        assert performance_model.bytes_moved_of(operands_of(arrays), 32_000) == 32_000 * bytes_per_element(form)
 
 
 def test_a_sharded_device_has_its_share_of_the_state_in_whole_cells():
@@ -178,7 +177,7 @@ def test_what_does_not_fit_says_where_and_how_much():
 def test_a_kernel_takes_the_slower_of_bytes_and_elements():
     arrays = Arrays(state="bfloat16")  # 20 bytes
     seconds = [
-        kernel_seconds(arrays, operands(arrays), 10**9, Processor(1e12, rates={arrays: rate})) for rate in (1e12, 1e10)
+        kernel_seconds(arrays, operands_of(arrays), 10**9, Processor(1e12, rates={arrays: rate})) for rate in (1e12, 1e10)
     ]
     assert seconds == pytest.approx([0.02, 0.1])
 
@@ -186,8 +185,8 @@ def test_a_kernel_takes_the_slower_of_bytes_and_elements():
 def test_what_stays_in_the_caches_is_bound_by_elements_alone():
     arrays = Arrays()
     processor = Processor(1e9, launch=1e-6, rates={arrays: 1e9}, cache=16_000)
-    assert kernel_seconds(arrays, operands(arrays), 1000, processor) == pytest.approx(2e-6)
-    assert kernel_seconds(arrays, operands(arrays), 1001, processor) == pytest.approx(1e-6 + 28_028e-9)
+    assert kernel_seconds(arrays, operands_of(arrays), 1000, processor) == pytest.approx(2e-6)
+    assert kernel_seconds(arrays, operands_of(arrays), 1001, processor) == pytest.approx(1e-6 + 28_028e-9)
 
 
 def test_a_ring_takes_the_bus_bandwidth_of_nccl():
@@ -380,8 +379,8 @@ def test_settings_that_make_no_sense_are_refused(given_, said):
 def test_the_least_budget_is_enough_for_offload():
     from gpuadam.offload import chunks
 
-    widest = operands(Arrays("float64", "float64", "float64", amsgrad=True, param_copy="float64", ema="float64"))
-    least = sum(chunks.aligned(operand.nbytes(storage.GROUP)) + chunks.ALIGNMENT for operand in widest)
+    widest = operands_of(Arrays("float64", "float64", "float64", amsgrad=True, param_copy="float64", ema="float64"))
+    least = sum(chunks.aligned(operand.nbytes(GROUP)) + chunks.ALIGNMENT for operand in widest)
     assert chunks.MOST_SLOTS * least <= prediction.LEAST_BUDGET
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .. import state
 from ..groups import some
 from ..kernels import array_bytes
-from ..kernels.storage import GROUP
+from ..kernels.operands import GROUP
 from .format import INDEX, PART_FORMAT, VERSION, decoded
 from .safetensors import ITEMSIZE, CheckpointError, Entry, Reader, chunks, copy, require
 from .tensors import DTYPES, PARAM, chosen, place

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from .. import backends
 from ..kernels import array_bytes
-from ..kernels.storage import GROUP
+from ..kernels.operands import GROUP
 from ..kernels.view import View
 from ..state import OF_GROUPS
 from .safetensors import Tensor

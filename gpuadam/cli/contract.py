@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import backends, hyperparameters
-from ..kernels import adam, device_scalars, storage
+from ..kernels import adam
 from ..kernels.layout import Update
-from ..kernels.storage import Arrays
+from ..kernels.operands import GROUP, Arrays, operands_of
+from ..kernels.scalars import step_key
 
 
 class Contract(NamedTuple):
@@ -55,9 +56,7 @@ def steps_of(contract):
     h = hyperparameters.checked(
         lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, decoupled=True, maximize=True, grad_scale=0.7
     )
-    return [
-        (*hyperparameters.form_and_scalars(h, step, contract.arrays), device_scalars.step_key(0, step)) for step in (1, 2, 3)
-    ]
+    return [(*hyperparameters.form_and_scalars(h, step, contract.arrays), step_key(0, step)) for step in (1, 2, 3)]
 
 
 def arrays_of(contract, n=1024):
@@ -67,9 +66,9 @@ def arrays_of(contract, n=1024):
     that is infinite, or has an infinite square, makes all of its group NaN.
     """
     arrays = []
-    for k, operand in enumerate(storage.operands(contract.arrays)):
+    for k, operand in enumerate(operands_of(contract.arrays)):
         if contract.arrays.grouped and operand.name not in ("param", "grad"):
-            arrays.append(np.zeros(n // storage.GROUP if operand.of_groups else n, operand.format))
+            arrays.append(np.zeros(n // GROUP if operand.of_groups else n, operand.format))
             continue
         # multiples of odd constants run through all bit patterns evenly (Knuth's multiplicative hashing)
         bits = np.arange(1, n + 1, dtype="u4") * np.uint32(ODD[k])
@@ -87,7 +86,7 @@ def arrays_of(contract, n=1024):
 def digest_of(contract, arrays):
     """Return the sha256 of arrays in the order of the operands. Every NaN counts as the same NaN."""
     digest = hashlib.sha256()
-    for operand, array in zip(storage.operands(contract.arrays), arrays, strict=True):
+    for operand, array in zip(operands_of(contract.arrays), arrays, strict=True):
         bits = array.view(f"u{operand.itemsize}")
         if operand.format in NAN:
             nan, infinity = (bits.dtype.type(of[operand.format]) for of in (NAN, INFINITY))

@@ -2,9 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from ..kernels import storage
 from ..kernels.adam import Form
-from ..kernels.storage import GROUP
+from ..kernels.operands import GROUP, Arrays, Operand
 from ..kernels.view import View
 from .mapped import Mapping
 
@@ -22,7 +21,7 @@ EDGE = 1 << 19
 class Operand(NamedTuple):
     """An array of a parameter's update."""
 
-    kind: storage.Operand
+    kind: Operand
     view: View
     mapping: Mapping | None  # of the file that the array lies in
     copied: bool  # the update runs on a copy, because the array is on the other side of the bus
@@ -44,7 +43,7 @@ class Operand(NamedTuple):
 class Launch(NamedTuple):
     """What the updates have in common that one launch can make."""
 
-    formats: storage.Arrays
+    formats: Arrays
     form: Form
     scalars: Any
     key: int  # of the step, for random rounding

@@ -1,7 +1,8 @@
 """From the arrays of a step to its Jobs: every array is checked, and it is found out where it lies."""
 
 from .. import backends, checks, hyperparameters
-from ..kernels import device_scalars, storage
+from ..kernels.operands import Arrays, operands_of
+from ..kernels.scalars import step_key
 from ..kernels.view import View, bare
 from ..update import arrays_of
 from .chunks import Job, Launch, Operand
@@ -19,7 +20,7 @@ def jobs_of(updates, state, on_device, backend):
     read: list[View] = []
     for group in updates:
         zero_grad = group.h.fixed.zero_grad
-        launches: dict[storage.Arrays, Launch] = {}
+        launches: dict[Arrays, Launch] = {}
         for n, (name, row) in enumerate(zip(group.names, group.rows(), strict=True)):
             named, master = dict(zip(group.operands, row, strict=True)), state[name].get("master")
             if master is not None:
@@ -30,11 +31,11 @@ def jobs_of(updates, state, on_device, backend):
             formats = arrays_of({operand: view.format for operand, view in views.items()}, group.stochastic)
             if formats not in launches:
                 form, scalars = hyperparameters.form_and_scalars(group.h, group.step, formats)
-                key = device_scalars.step_key(group.seed, group.step) if formats.random else 0
+                key = step_key(group.seed, group.step) if formats.random else 0
                 launches[formats] = Launch(formats, form, scalars, key)
             operands = []
             in_memory, _ = bare([array for _, array in named.values()])
-            for kind, view, array in zip(storage.operands(formats, zero_grad), views.values(), in_memory, strict=True):
+            for kind, view, array in zip(operands_of(formats, zero_grad), views.values(), in_memory, strict=True):
                 operands.append(Operand(kind, view, mapping_of(array), copied=on_device == (view.device is None)))
             jobs.append(Job(operands, views["param"].size, group.keys[n] if group.keys else 0, launches[formats]))
     checks.overlap(written, read)

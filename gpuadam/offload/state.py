@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..kernels import array_bytes, storage
+from ..kernels import array_bytes
+from ..kernels.operands import widened
 from .chunks import aligned, aligned_memory
 from .mapped import drop_mapped
 
@@ -91,7 +92,7 @@ def fill_master(master, view, kernels):
     for chunk in array_bytes.chunks(kernels, view):
         narrow = np.frombuffer(chunk, np.float16)
         part, rest = rest[: narrow.size], rest[narrow.size :]
-        part[:] = storage.widened(narrow, view.format)
+        part[:] = widened(narrow, view.format)
         drop_mapped([part])
 
 

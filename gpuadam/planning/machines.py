@@ -18,7 +18,7 @@ L40S servers a network of 100 Gb/s for each GPU, and 1 TB of host memory; of the
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..kernels.storage import Arrays
+from ..kernels.operands import Arrays
 
 GB = 10**9
 NVLINK_LATENCY, PCIE_LATENCY, NETWORK_LATENCY = 3.4e-6, 5.7e-6, 14e-6

@@ -1,6 +1,6 @@
 """How many bytes a step of Adam touches, and how long its parts take on a machine. `prediction.py` makes whole steps of them.
 
-Bytes are exact integers, from the operands of `kernels/storage.py`, which the kernels themselves are built from. Seconds follow
+Bytes are exact integers, from the operands of `kernels/operands.py`, which the kernels themselves are built from. Seconds follow
 from them and from the rates of a machine (`machines.py`), by this model:
 
 Update. It moves the bytes of its operands once: launches * launch + max(bytes / bandwidth, elements / rate). The rate is what
@@ -29,7 +29,7 @@ import math
 import operator
 from typing import NamedTuple
 
-from ..kernels.storage import Arrays, bytes_moved_of
+from ..kernels.operands import Arrays, bytes_moved_of
 
 PARAMS, NARROW = ("float32", "float64", "bfloat16", "float16"), ("bfloat16", "float16")
 MASTERS = {"remainder": ("bfloat16",), "float32": NARROW}  # -> the parameters that may have one
@@ -106,9 +106,9 @@ def kernel_seconds(arrays, operands, n, processor, launches=1, share=1):
     """Return how long a processor takes to update n elements. share: of how many that do the same at once it is one.
 
     >>> from gpuadam.planning.machines import Processor
-    >>> from gpuadam.kernels.storage import operands
+    >>> from gpuadam.kernels.operands import operands_of
     >>> a_gpu = Processor(bandwidth=2.8e12)
-    >>> kernel_seconds(Arrays(), operands(Arrays()), 10**9, a_gpu)  # 28 bytes an element
+    >>> kernel_seconds(Arrays(), operands_of(Arrays()), 10**9, a_gpu)  # 28 bytes an element
     0.01
     """
     rate = processor.rates.get(arrays)

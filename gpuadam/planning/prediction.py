@@ -8,7 +8,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from ..kernels.storage import FORMATS, GROUP, operands
+from ..kernels.operands import FORMATS, GROUP, operands_of
 from ..offload.chunks import CHUNKS, SLOTS_ON_GPU, SMALLEST_CHUNK, aligned
 from ..sharded.layout import CELL, placed
 from .model import COLLECTIVES, ROLE_OF, ROLES, Ranks, collective_seconds, kernel_seconds, overlapped
@@ -150,7 +150,7 @@ class Prediction:
             self.arrays = of_shard(update.arrays)
             of_bucket = max(settings.bucket // FORMATS[self.arrays.grad] // CELL // self.ranks, 1) * self.ranks
             self.buckets = -(-self.cells // of_bucket)
-        self.operands = operands(self.arrays, update.zero_grad)
+        self.operands = operands_of(self.arrays, update.zero_grad)
         self.state = [operand for operand in self.operands if update.is_state(operand)]
         self.others = [operand for operand in self.operands if not update.is_state(operand)]
 

@@ -14,7 +14,7 @@ import itertools
 from typing import NamedTuple
 
 from ..kernels.global_norm import CHUNK
-from ..kernels.storage import GROUP
+from ..kernels.operands import GROUP
 
 CELL = CHUNK
 

@@ -11,7 +11,7 @@ import numpy as np
 from .. import checks, hyperparameters, torch_tensors
 from ..clipping import LARGEST_NORM, clipped
 from ..groups import HYPERPARAMETERS, HasGroups, as_given, as_list, checked_group, parsed_groups
-from ..kernels.storage import Arrays
+from ..kernels.operands import Arrays
 from ..options import SAVED, Options
 from . import checks as shard_checks
 from . import saving, transports

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 
 from .. import backends, checks
-from ..kernels import storage
+from ..kernels.operands import widened
 from ..kernels.view import Bits
 
 
@@ -41,7 +41,7 @@ class ArrayBackend:
     def numpy(self, array):
         """Return a copy of an array of this backend as a NumPy array, after waiting for the device. Bits come as numbers."""
         if type(array) is Bits:
-            return storage.widened(self._kernels.to_host(array.array).view("f2"), array.format)
+            return widened(self._kernels.to_host(array.array).view("f2"), array.format)
         return self._kernels.to_host(array)
 
     def synchronize(self):

@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import backends
 from ..clipping import named_arrays
-from ..kernels import storage
+from ..kernels.operands import widened
 
 
 class FloatFormat(NamedTuple):
@@ -40,7 +40,7 @@ class Host:
     @property
     def numbers(self):
         """The numbers that the bits stand for; of bfloat16 in float32."""
-        return storage.widened(self.bits, self.format) if self.format == "bfloat16" else self.bits.view(self.format)
+        return widened(self.bits, self.format) if self.format == "bfloat16" else self.bits.view(self.format)
 
 
 def assert_same_bits(actual, expected, name=""):

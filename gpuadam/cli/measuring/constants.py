@@ -19,7 +19,7 @@ import numpy as np
 
 from ... import backends
 from ...kernels import adam, limit
-from ...kernels.storage import Arrays
+from ...kernels.operands import Arrays
 from . import facts, forms, measure
 
 LARGE, FEW = 20_000_000, 256  # elements
@@ -40,7 +40,7 @@ DISK: dict[str, tuple[float, type]] = {"read": (SMALLEST, float), "write": (SMAL
 def measured(formats, folder=None, seconds=1.0):
     """Return the constants of this machine: of its CPU, of its GPU if a backend for one works, of the disk of a folder.
 
-    formats: the `storage.Arrays` whose rates are wanted. seconds: spent on each measurement, about.
+    formats: the `operands.Arrays` whose rates are wanted. seconds: spent on each measurement, about.
     """
     constants = {"cpu": of_processor("numba-cpu", formats, seconds)}
     on_gpu = [name for name in backends.available_backends() if backends.BACKENDS[name].memory == "CUDA"]

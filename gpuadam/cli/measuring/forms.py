@@ -12,9 +12,9 @@ import numpy as np
 import gpuadam
 
 from ... import hyperparameters
-from ...kernels import adam, limit, storage
+from ...kernels import adam, limit
 from ...kernels.layout import Update
-from ...kernels.storage import Arrays
+from ...kernels.operands import GROUP, Arrays, bytes_per_element, operands_of
 from . import measure
 
 BF16 = "bfloat16"
@@ -72,12 +72,12 @@ def bytes_moved(case):
     >>> bytes_moved(FORMS["float32"]), bytes_moved(FORMS["8-bit state"])
     (28.0, 16.5)
     """
-    return storage.bytes_moved(form_and_scalars(case)[0])
+    return bytes_per_element(form_and_scalars(case)[0])
 
 
 def new_arrays(kernels, case, n):
     """Return {operand: array} of numbers that stay ordinary however many steps are done. bfloat16 is in uint16."""
-    operands = storage.operands(case.arrays)
+    operands = operands_of(case.arrays)
     values = measure.data(n, case.arrays.compute, [operand.name for operand in operands])
     return {
         operand.name: kernels.from_host(_stored(operand, array, n)) for operand, array in zip(operands, values, strict=True)
@@ -87,7 +87,7 @@ def new_arrays(kernels, case, n):
 def _stored(operand, values, n):
     """Return numbers in the format of an operand. Codes, scales and remainders are zeros, as at the first step."""
     if operand.of_groups:
-        return np.zeros(-(-n // storage.GROUP), operand.format)
+        return np.zeros(-(-n // GROUP), operand.format)
     if operand.format in ("int16", "uint8"):
         return np.zeros(n, operand.format)
     if operand.format == BF16:
@@ -129,7 +129,7 @@ def launcher_of_all(kernels, case, updates, rule):
 
 def caller(kernels, case, arrays):
     """Return a function that calls adam_step, each time for the next step. arrays: {operand: array}."""
-    narrow = [operand.name for operand in storage.operands(case.arrays) if operand.format == BF16]
+    narrow = [operand.name for operand in operands_of(case.arrays) if operand.format == BF16]
     arguments = HYPERPARAMETERS | arrays | {name: gpuadam.Bits(arrays[name], BF16) for name in narrow}
     arguments |= {"algorithm": case.algorithm, "formula": case.formula, "backend": kernels.name}
     arguments["stochastic_rounding"] = case.arrays.stochastic

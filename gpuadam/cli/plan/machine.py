@@ -14,7 +14,7 @@ ASSUMED_DISK = 5.0 * GB, 4.0 * GB
 def of(options, formats):
     """Return (Machine, {figure: where it is from}, constants or None).
 
-    options: of the command. formats: the `storage.Arrays` whose rates are measured, if rates are.
+    options: of the command. formats: the `operands.Arrays` whose rates are measured, if rates are.
     """
     known = None
     if options.constants:

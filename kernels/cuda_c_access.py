@@ -1,0 +1,144 @@
+"""Loads and stores of neighbours in CUDA C, for CuPy: `update_lanes` applies a rule to them, of 8-bit state `update_group`."""
+
+from gpuadam.kernels import conversions
+from gpuadam.kernels.operands import GROUP, GROUP_LANES, VALUES, decodings, operands_of_form
+
+C_TYPES = {"float64": "double", "float32": "float", "uint8": "unsigned char"} | dict.fromkeys(
+    ("bfloat16", "float16", "int16"), "unsigned short"
+)
+
+IN_CUDA_C = r"""
+#define FOR_LANES _Pragma("unroll") for (int k = 0; k < N; ++k)
+template <class S, class U> __device__ __forceinline__ S* as(U* p) { return reinterpret_cast<S*>(p); }
+template <class S, class U> __device__ __forceinline__ const S* as(const U* p) { return reinterpret_cast<const S*>(p); }
+template <int N, class S> struct alignas(N * sizeof(S) < 16 ? N * sizeof(S) : 16) Vector { S lane[N]; };
+template <int N, class S> __device__ __forceinline__ Vector<N, S> load(const S* p) { return *as<Vector<N, S>>(p); }
+template <int N, class S> __device__ __forceinline__ void store(S* p, const Vector<N, S>& v) { *as<Vector<N, S>>(p) = v; }
+// in one instruction, which the compiler makes several of if it is left to it
+__device__ __forceinline__ void store(unsigned short* p, const Vector<8, unsigned short>& v) {
+    unsigned word[4];
+    #pragma unroll
+    for (int k = 0; k < 4; ++k) word[k] = v.lane[2 * k] | v.lane[2 * k + 1] << 16;
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+                 "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+}
+__device__ __forceinline__ void widen(double& r, float x) { r = widened_(x); }
+template <class S> __device__ __forceinline__ void widen(S& r, S x) { r = x; }
+template <class S> __device__ __forceinline__ T wide(S x) { T r; widen(r, x); return r; }
+__device__ __forceinline__ float narrow(double x) { return narrowed_(x); }
+__device__ __forceinline__ float narrow(float x) { return x; }
+__device__ __forceinline__ unsigned rotated(unsigned h, int n) { return n ? h >> n | h << (32 - n) : h; }
+"""
+
+# Everything is loaded before the first store, because the compiler must assume that the arrays overlap, and would load again. A
+# step that is turned off leaves all but the gradient as it is.
+UPDATE_LANES = """
+template <int N> __device__ __forceinline__ void update_lanes(%(arguments)s) {
+    if (skip) { %(zero_lanes)s return; }
+    %(declare)s
+    %(load_lanes)s
+    FOR_LANES { %(update)s %(encode)s }
+    %(store_lanes)s
+}
+"""
+
+# All threads of a warp call it. Lanes after the last element load that element, and store nothing.
+UPDATE_GROUP = """
+__device__ __forceinline__ void update_group(%(arguments)s) {
+    constexpr int GROUP = %(GROUP)s, N = %(GROUP_LANES)s;
+    const long long last = size - 1;
+    if (skip) {
+        FOR_LANES if (at + k < size) { %(zero_one)s }
+        return;
+    }
+    %(declare)s
+    if (whole) { %(load_lanes)s } else {
+        FOR_LANES { %(load_one)s }
+    }
+    const long long group = min(at, last) / GROUP;
+    const float m_unit = m_unit_(m_scale[group]), v_unit = v_unit_(v_scale[group]);
+    float new_m[N], new_v[N], new_root[N];
+    unsigned bits[N], largest_m = 0, largest_root = 0;
+    FOR_LANES {
+        %(update)s
+        %(encode)s
+        new_m[k] = m_k; new_v[k] = v_k; new_root[k] = max_v_k; bits[k] = h;  // a rule returns the root in max_v's place
+        largest_m = max(largest_m, at + k < size ? magnitude_(m_k) : 0u);
+        largest_root = max(largest_root, at + k < size ? magnitude_(max_v_k) : 0u);
+    }
+    #pragma unroll
+    for (int other = 1; other < GROUP / N; other *= 2) {
+        largest_m = max(largest_m, __shfl_xor_sync(0xffffffffu, largest_m, other));
+        largest_root = max(largest_root, __shfl_xor_sync(0xffffffffu, largest_root, other));
+    }
+    const float m_inverse = m_inverse_(largest_m), v_inverse = v_inverse_(largest_root);
+    const unsigned m_mask = m_mask_(largest_m, largest_root), v_mask = v_mask_(largest_m, largest_root);
+    FOR_LANES {
+        m_is.lane[k] = to_m_code_(new_m[k], m_inverse, m_mask, bits[k]);
+        v_is.lane[k] = to_v_code_(new_v[k], new_root[k], v_inverse, v_mask, bits[k]);
+    }
+    if (at < size && at %% GROUP == 0) {
+        m_scale[group] = m_scale_(largest_m, largest_root);
+        v_scale[group] = v_scale_(largest_m, largest_root);
+    }
+    if (whole) { %(store_lanes)s } else {
+        FOR_LANES if (at + k < size) { %(store_one)s }
+    }
+}
+"""
+
+
+def for_cuda_c(form, scalars):
+    """Return the CUDA C that a rule needs before it, and the function that calls it. scalars: the names of the rule's scalars.
+
+    `update_lanes<N>(operands..., index, key, skip, scalars...)` applies the rule to N neighbours. The operands are pointers to
+    the first of them. index is the number of the first element in its parameter.
+
+    `update_group(operands..., at, size, whole, index, key, skip, scalars...)` applies it to GROUP_LANES neighbours with 8-bit
+    state, from `at` on, of `size`. whole: all of them are there, and can be loaded as vectors.
+    """
+    operands, grouped = operands_of_form(form), form.arrays.grouped
+    kinds = {o.name: C_TYPES[o.format] for o in operands}
+    arguments = [f"{'' if o.stores else 'const '}{kinds[o.name]}* {o.name}" for o in operands]
+    arguments += ["long long at", "long long size", "bool whole"] if grouped else []
+    arguments += ["long long index", "long long key", "long long skip", *(f"T {name}" for name in scalars)]
+    loads = [o.name for o in operands if o.loads and not o.of_groups]
+    stores = [o.name for o in operands if o.stores and not o.of_groups]
+    at = " + at" if grouped else ""
+    lines = {
+        "zero_lanes": [f"store(grad, Vector<N, {kinds['grad']}>{{}});"] if form.zero_grad else [],
+        "zero_one": ["grad[at + k] = {};"] if form.zero_grad else [],
+        "declare": [f"Vector<N, {kinds[name]}> {name}_was;" for name in loads]
+        + [f"Vector<N, {kinds[name]}> {name}_is = {{}};" for name in stores],
+        "load_lanes": [f"{name}_was = load<N>({name}{at});" for name in loads],
+        "load_one": [f"{name}_was.lane[k] = {name}[min(at + k, last)];" for name in loads],
+        "update": _update(form, scalars),
+        "encode": [_encode(o) for o in operands if o.value],
+        "store_lanes": [f"store({name}{at}, {name}_is);" for name in stores],
+        "store_one": [f"{name}[at + k] = {name}_is.lane[k];" for name in stores],
+    }
+    parts = {name: "\n".join(text) for name, text in lines.items()} | {"arguments": ", ".join(arguments)}
+    parts |= {"GROUP": str(GROUP), "GROUP_LANES": str(GROUP_LANES)}
+    return conversions.for_cuda_c() + IN_CUDA_C, (UPDATE_GROUP if grouped else UPDATE_LANES) % parts
+
+
+def _update(form, scalars):
+    """Return the lines that decode lane k and apply the rule, to variables named value_k."""
+    lines = []
+    for value, (row, names) in decodings(form).items():
+        stored = ", ".join(name if name.endswith("_unit") else f"{name}_was.lane[k]" for name in names)
+        lines.append(f"T {value}_k = wide({f'{row}_({stored})' if row else stored});")
+    lines.append(f"update({', '.join(f'{name}_k' for name in VALUES)}, {', '.join(scalars)});")
+    if form.arrays.random:
+        lines.append("const long long number = index + k;")
+        lines.append("const unsigned h = random_(number, number >> 32, key, key >> 32);")
+    return lines
+
+
+def _encode(operand):
+    """Return the line that puts a value of lane k into the vector that will be stored."""
+    x = f"{operand.value}_k" if operand.format == "float64" else f"narrow({operand.value}_k)"
+    if operand.encoding:
+        random = "" if operand.random_bits_from is None else f", rotated(h, {operand.random_bits_from})"
+        x = f"{operand.encoding}_({x}{random})"
+    return f"{operand.name}_is.lane[k] = {x};"

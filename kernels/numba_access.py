@@ -1,0 +1,292 @@
+"""Loads and stores of an element for loops in Python: LLVM, which Numba compiles for the CPU and for GPUs.
+
+Numbers are converted between their formats and the compute type by the rows of `conversions.py`. 8-bit state needs further
+functions, because the codes of a group are not known until all of its elements have been updated.
+"""
+
+import functools
+from types import SimpleNamespace
+
+from llvmlite import ir
+from numba import types
+
+from gpuadam.kernels import llvm
+from gpuadam.kernels.conversions import CONVERSIONS
+from gpuadam.kernels.layout import VECTOR_BYTES
+from gpuadam.kernels.llvm import F32, F64, U8, U16, U32, U64
+from gpuadam.kernels.operands import FORMATS, GROUP, RESULTS, STATE, VALUES, decodings, operands_of_form
+
+
+def functions(form, intrinsic, lanes=1, addrspace=0):
+    """Return the functions of a Form, for Python that Numba compiles. They are the public methods of `_Emitter`, less b.
+
+    intrinsic: Numba's, or that of its CUDA target. addrspace: 1 on the CUDA target. With several lanes, values and results are a
+    tuple with an entry for each lane, and an access takes up to 16 bytes.
+    """
+
+    def of_lanes(kind):
+        return kind if lanes == 1 else types.UniTuple(kind, lanes)
+
+    void, i32, i64, real = types.void, types.int32, types.int64, _real(form)
+    addresses = types.UniTuple(i64, len(operands_of_form(form)))
+    values, results = (of_lanes(types.UniTuple(real, len(names))) for names in (VALUES, RESULTS))
+    units, codec = types.UniTuple(real, 2), types.Tuple((real, real, i32, i32))
+    signatures = {
+        "load": values(addresses, i64),
+        "store": void(addresses, i64, results, i64, i64, i64),
+        "zero_grad": void(addresses, i64),
+        "moved": addresses(addresses, i64),
+        "stepped": addresses(addresses, addresses, i64),
+    }
+    of_groups = {
+        "load": values(addresses, i64, units),
+        "units": units(addresses, i64),
+        "magnitudes": types.UniTuple(i32, 2)(results, i64),
+        "codec": codec(i32, i32),
+        "scales": void(addresses, i64, i32, i32),
+        "encode": void(addresses, i64, results, codec, i64, i64, i64),
+        "keep": void(i64, i64, results),
+        "kept": results(i64, i64),
+    }
+    emit, signatures = _Emitter(form, lanes, addrspace), signatures | (of_groups if form.arrays.grouped else {})
+    return SimpleNamespace(**{name: _function(intrinsic, getattr(emit, name), kind) for name, kind in signatures.items()})
+
+
+def tuple_at(intrinsic, n, addrspace=0):
+    """Return a function that loads n int64 from an address, as a tuple."""
+
+    def tuple_at(b, address):
+        start = llvm.pointer(b, address, U64, addrspace)
+        return [b.load(b.gep(start, [U64(k)]), align=8) for k in range(n)]
+
+    return _function(intrinsic, tuple_at, types.UniTuple(types.int64, n)(types.int64))
+
+
+def to_reals(form, intrinsic):
+    """Return a function that makes a tuple of float64 one of the compute type."""
+    real = _real(form)
+
+    def to_reals(b, numbers):
+        return [b.fptrunc(x, F32) if real is types.float32 and x.type == F64 else x for x in numbers]
+
+    return llvm.function(intrinsic, "to_reals", to_reals, lambda numbers: types.UniTuple(real, len(numbers))(numbers))
+
+
+def _function(intrinsic, emit, signature):
+    return llvm.function(intrinsic, emit.__name__, emit, signature)
+
+
+def _real(form):
+    return types.float64 if form.dtype.itemsize == 8 else types.float32
+
+
+class _Emitter:
+    """LLVM for the accesses of a form's operands.
+
+    b: llvmlite's builder. at: the addresses of the operands, in their order. i: the number of an element from there, the first of
+    several lanes. start + i: its number in its parameter, by which it is rounded randomly. high: the upper half of this number,
+    which a loop may know to be the same for many elements. key: of the step and the parameter. results: of a rule.
+    """
+
+    def __init__(self, form, lanes, addrspace):
+        self.form, self.lanes, self.addrspace = form, lanes, addrspace
+        self.operands = {operand.name: operand for operand in operands_of_form(form)}
+        self.real = llvm.FLOATS[form.dtype.itemsize]
+
+    def load(self, b, at, i, units=None):
+        """Return the values of element i. units: what `units` returned, for 8-bit state."""
+        stored = {o.name: self._load(b, o, at, i) for o in self.operands.values() if o.loads and not o.of_groups}
+        if units:
+            stored |= {name: [unit] * self.lanes for name, unit in zip(("m_unit", "v_unit"), units, strict=True)}
+
+        def decoded(source, k):
+            row, names = source
+            x = self._convert(b, row, *(stored[name][k] for name in names))
+            return b.fpext(x, self.real) if x.type != self.real else x
+
+        sources, lanes = decodings(self.form).values(), []
+        for k in range(self.lanes):
+            values = {source: decoded(source, k) for source in dict.fromkeys(sources)}  # some values are made of the same
+            lanes.append([values[source] for source in sources])
+        return lanes[0] if self.lanes == 1 else lanes
+
+    def store(self, b, at, i, results, start, high, key):
+        """Store results, but for 8-bit state."""
+        random = self._random_bits(b, start, i, high, key)
+        for operand in self.operands.values():
+            if operand.name == "grad" and operand.stores:
+                self.zero_grad(b, at, i)
+            elif operand.value:
+                lanes = zip(self._of_lanes(results), random, strict=True)
+                self._store(b, operand, at, i, [self._encoded(b, operand, lane, h) for lane, h in lanes])
+
+    def zero_grad(self, b, at, i):
+        """Store a zero gradient and nothing else."""
+        grad = self.operands["grad"]
+        self._store(b, grad, at, i, [_memory_type(grad)(0)] * self.lanes)
+
+    def moved(self, b, at, i):
+        """Return the addresses of element i."""
+        return self.stepped(b, at, [U64(operand.itemsize) for operand in self.operands.values()], i)
+
+    def stepped(self, b, at, strides, k):
+        """Return the addresses k strides on."""
+        return [b.add(address, b.mul(stride, k)) for address, stride in zip(at, strides, strict=True)]
+
+    def units(self, b, at, group):
+        """Return the values of a 1 among the codes of a group: of m, and of the root of v."""
+        units = []
+        for name in ("m", "v"):
+            scale = b.load(self._scale(b, f"{name}_scale", at, group), align=4)
+            units.append(self._convert(b, f"{name}_unit", self._alone(b, scale, f"{name}_scale")))
+        return units
+
+    def magnitudes(self, b, results, n):
+        """Return the largest |m| and root of v of the first n lanes, as the bits of floats."""
+        largest = [U32(0)] * 2
+        for k, lane in enumerate(self._of_lanes(results)):
+            for j, name in enumerate(("m", "max_v")):  # a rule returns the root of v in max_v's place
+                bits = self._convert(b, "magnitude", lane[STATE[name]])
+                if self.lanes > 1:
+                    bits = b.select(b.icmp_signed("<", U64(k), n), bits, U32(0))
+                largest[j] = b.select(b.icmp_signed(">", bits, largest[j]), bits, largest[j])
+        return largest
+
+    def codec(self, b, m, root):
+        """Return the numbers by which `encode` makes codes. m, root: the largest of a group."""
+        inverses = [self._convert(b, "m_inverse", m), self._convert(b, "v_inverse", root)]
+        return [*inverses, self._convert(b, "m_mask", m, root), self._convert(b, "v_mask", m, root)]
+
+    def scales(self, b, at, group, m, root):
+        """Store the scales of a group."""
+        for name in ("m_scale", "v_scale"):
+            scale = self._convert(b, name, m, root)
+            self._alone(b, b.store(scale, self._scale(b, name, at, group), align=4), name)
+
+    def encode(self, b, at, i, results, codec, start, high, key):
+        """Store 8-bit state."""
+        m_inverse, v_inverse, m_mask, v_mask = codec
+        codes: dict[str, list] = {"m": [], "v": []}
+        for lane, h in zip(self._of_lanes(results), self._random_bits(b, start, i, high, key), strict=True):
+            m, v, root = (lane[STATE[name]] for name in ("m", "v", "max_v"))
+            codes["m"].append(b.trunc(self._convert(b, "to_m_code", m, m_inverse, m_mask, h), U8))
+            codes["v"].append(b.trunc(self._convert(b, "to_v_code", v, root, v_inverse, v_mask, h), U8))
+        for name, of_lanes in codes.items():
+            self._store(b, self.operands[name], at, i, of_lanes)
+
+    def keep(self, b, scratch, j, results):
+        """Keep the state of element j of a group. scratch: the address of 3 * GROUP float32."""
+        for k, place in enumerate(STATE.values()):
+            self._alone(b, b.store(results[place], self._kept(b, scratch, k, j), align=4), "scratch")
+
+    def kept(self, b, scratch, j):
+        """Return the kept results of element j: the state, and zeros."""
+        results = [F32(0.0)] * len(RESULTS)
+        for k, place in enumerate(STATE.values()):
+            results[place] = self._alone(b, b.load(self._kept(b, scratch, k, j), align=4), "scratch")
+        return results
+
+    def _kept(self, b, scratch, k, j):
+        """Return where number k of STATE is kept of element j of a group."""
+        return b.gep(llvm.pointer(b, scratch, F32, self.addrspace), [b.add(j, U64(k * GROUP)) if k else j])
+
+    def _scale(self, b, name, at, group):
+        return self._pointer(b, self.operands[name], at, group, F32, 0)
+
+    def _of_lanes(self, results):
+        return [results] if self.lanes == 1 else results
+
+    def _encoded(self, b, operand, results, h):
+        """Return what an operand is to hold of a lane. h: the lane's random bits."""
+        x = results[RESULTS.index(operand.value)]
+        x = b.fptrunc(x, F32) if x.type == F64 and operand.format != "float64" else x
+        if not operand.encoding:
+            return x
+        random = [] if operand.random_bits_from is None else [_rotated(b, h, operand.random_bits_from)]
+        return b.trunc(self._convert(b, operand.encoding, x, *random), U16)
+
+    def _random_bits(self, b, start, i, high, key):
+        """Return the 32 random bits of each lane."""
+        if not self.form.arrays.random:
+            return [None] * self.lanes
+        key_words = [b.trunc(key, U32), b.trunc(b.lshr(key, U64(32)), U32)]
+        bits = []
+        for k in range(self.lanes):
+            if k == 0:  # the sum of halves, and not half of the sum, so that a vector holds as many as of floats
+                low, upper = b.add(b.trunc(start, U32), b.trunc(i, U32)), b.trunc(high, U32)
+            else:
+                number = b.add(b.add(start, i), U64(k))
+                low, upper = b.trunc(number, U32), b.trunc(b.lshr(number, U64(32)), U32)
+            bits.append(CONVERSIONS["random"].llvm(b, None, low, upper, *key_words))
+        return bits
+
+    def _convert(self, b, row, *operands):
+        if not row:
+            (number,) = operands
+            return number
+        widened = [b.zext(x, U32) if x.type in (U8, U16) else x for x in operands]
+        return CONVERSIONS[row].llvm(b, llvm.nvvm_rn(b) if self.addrspace == 1 else None, *widened)
+
+    def _accesses(self, operand):
+        """Return how many lanes an access of an operand takes, how many lanes are packed into a word, and the access's type."""
+        element, width = _memory_type(operand), min(VECTOR_BYTES // operand.itemsize, self.lanes)
+        packed = 4 // operand.itemsize if width > 4 else 1  # NVVM splits vectors of more than four
+        return width, packed, llvm.vector(U32 if packed > 1 else element, width // packed)
+
+    def _load(self, b, operand, at, i):
+        """Return what an operand holds of each lane."""
+        (width, packed, kind), element, lanes = self._accesses(operand), _memory_type(operand), []
+        for first in range(0, self.lanes, width):
+            place = self._pointer(b, operand, at, i, kind, first)
+            loaded = self._alone(b, b.load(place, align=width * operand.itemsize), operand.name)
+            for k in range(width):
+                lane = loaded if width == 1 else b.extract_element(loaded, U32(k // packed))
+                if packed > 1:
+                    lane = b.trunc(b.lshr(lane, U32(element.width * (k % packed))), element)
+                lanes.append(lane)
+        return lanes
+
+    def _store(self, b, operand, at, i, lanes):
+        (width, packed, kind), element = self._accesses(operand), _memory_type(operand)
+        for first in range(0, self.lanes, width):
+            parts = lanes[first : first + width]
+            if packed > 1:
+                words = [b.shl(b.zext(x, U32), U32(element.width * (k % packed))) for k, x in enumerate(parts)]
+                parts = [functools.reduce(b.or_, words[k : k + packed]) for k in range(0, width, packed)]
+            stored = parts[0]
+            if width > 1:
+                stored = ir.Constant(kind, ir.Undefined)
+                for k, part in enumerate(parts):
+                    stored = b.insert_element(stored, part, U32(k))
+            place = self._pointer(b, operand, at, i, kind, first)
+            self._alone(b, b.store(stored, place, align=width * operand.itemsize), operand.name)
+
+    def _pointer(self, b, operand, at, i, kind, first):
+        # by gep, not by sums of integers: LLVM's vectoriser follows no pointer that is made of an integer in the loop
+        element = _memory_type(operand)
+        address = at[list(self.operands).index(operand.name)]
+        start = llvm.pointer(b, address, element, self.addrspace)
+        place = b.gep(start, [b.add(i, U64(first)) if first else i])
+        return place if kind == element else b.bitcast(place, ir.PointerType(kind, addrspace=self.addrspace))
+
+    def _alone(self, b, instruction, name):
+        """Tell LLVM that operands do not overlap, which was checked: else it compares all their addresses before each loop."""
+        if self.addrspace == 0:
+            domain = b.module.add_metadata(["gpuadam: the arrays of an update"])
+            scopes = {other: b.module.add_metadata([f"gpuadam: {other}", domain]) for other in (*self.operands, "scratch")}
+            instruction.set_metadata("alias.scope", b.module.add_metadata([scopes.pop(name)]))
+            instruction.set_metadata("noalias", b.module.add_metadata(list(scopes.values())))
+        return instruction
+
+
+def _rotated(b, h, first):
+    """Return random bits of which the lowest 16 are those from `first` on."""
+    if first == 0:
+        return h
+    shifted = b.lshr(h, U32(first))
+    return b.or_(shifted, b.shl(h, U32(32 - first))) if first > 16 else shifted
+
+
+def _memory_type(operand):
+    types_of = llvm.FLOATS if operand.format in ("float32", "float64") else llvm.INTS
+    return types_of[FORMATS[operand.format]]

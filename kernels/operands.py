@@ -1,0 +1,180 @@
+"""The operands of an update, their order, and their formats in memory.
+
+An update has *operands*, the arrays that its kernel touches, and *values*, the numbers of one element that its rule takes and
+returns. Most operands hold one value each. `param` and `remainder` hold one between them, and `param_copy` holds param once more.
+
+A loop knows neither: it asks for an element's values, and hands over the new ones. `numba_access.py` and `cuda_c_access.py` write
+these loads and stores from a Form.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from gpuadam.kernels.layout import VECTOR_BYTES
+
+FORMATS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "uint8": 1}  # name: bytes of an element
+NARROW = ("bfloat16", "float16")  # formats of floats that are not computed with
+
+# The state format "8bit": m and v are codes of a byte, and neighbours in C order share their scales.
+GROUP = 32
+GROUP_LANES = 8  # elements of a group that a thread of a GPU takes; 16 would take too many registers
+
+VALUES = ("param", "grad", "m", "v", "max_v", "ema")  # the arguments of a rule, in its order
+RESULTS = tuple(name for name in VALUES if name != "grad")
+# Where a rule's results have the state. Of 8-bit state a rule returns the root of v in max_v's place.
+STATE = {name: RESULTS.index(name) for name in ("m", "v", "max_v")}
+
+
+class Kind(NamedTuple):
+    """An operand that an update may have, whatever the format of its array."""
+
+    name: str
+    formats: tuple[str, ...]  # that the array may have
+    kept: bool = True  # it is state, which an optimizer keeps from step to step
+    of_groups: bool = False  # it has an element for each group of neighbours, not for each of param's
+
+
+_FLOATS = ("float32", "float64", *NARROW)
+_MOMENTS = ("float32", "float64", "bfloat16", "uint8")  # v would underflow in float16
+KINDS = {
+    kind.name: kind
+    for kind in (  # in the order in which kernels take them
+        Kind("param", _FLOATS, kept=False),
+        Kind("grad", _FLOATS, kept=False),
+        Kind("m", _MOMENTS),
+        Kind("v", _MOMENTS),
+        Kind("max_v", _MOMENTS),
+        Kind("remainder", ("int16", "uint16")),
+        Kind("param_copy", _FLOATS, kept=False),
+        Kind("ema", ("float32", "float64")),  # a running mean would not move in fewer bits
+        Kind("m_scale", ("float32",), of_groups=True),
+        Kind("v_scale", ("float32",), of_groups=True),
+    )
+}
+
+# Where in an element's 32 random bits are the 16 by which an operand is rounded. The upper half of each, which matters most, is
+# the upper half of no other.
+_RANDOM_BITS_FROM = {"param": 0, "m": 16, "v": 8, "max_v": 24}
+
+
+class Operand(NamedTuple):
+    """An array that a kernel touches."""
+
+    name: str
+    format: str
+    loads: bool
+    stores: bool
+    of_groups: bool  # it has an element for each group of neighbours, not for each of param's
+    value: str  # the one of RESULTS that it stores; "": it stores nothing, zeros, or codes and scales of 8-bit state
+    encoding: str  # the row of CONVERSIONS that makes stored bits of that value, a float32; "": the value itself is stored
+    random_bits_from: int | None  # the first of the 16 bits by which it is rounded randomly; None: it is rounded to nearest
+
+    @property
+    def itemsize(self):
+        return FORMATS[self.format]
+
+    def nbytes(self, n):
+        """Return its bytes for n elements of param."""
+        return self.itemsize * (-(-n // GROUP) if self.of_groups else n)
+
+
+class Arrays(NamedTuple):
+    """The formats of an update's arrays; an empty one means that there is no such array."""
+
+    param: str = "float32"
+    grad: str = "float32"
+    state: str = "float32"  # of m, v and max_v; or "8bit"
+    amsgrad: bool = False
+    remainder: bool = False  # param is bfloat16, and with 16 bits more in another array an exact float32
+    param_copy: str = ""  # the new param, rounded, is stored here too
+    ema: str = ""  # the running mean of param
+    stochastic: bool = False  # a narrow param is rounded randomly
+
+    @property
+    def compute(self):
+        """The type that is computed with: float64 if one of the arrays is, else float32."""
+        return np.dtype("float64" if "float64" in self else "float32")
+
+    @property
+    def grouped(self):
+        """Whether there are groups of neighbours in C order that share scales."""
+        return self.state == "8bit"
+
+    @property
+    def random(self):
+        """Whether a number is rounded randomly, by its place in C order. Narrow state always is: it would not move otherwise."""
+        return self.grouped or any(operand.random_bits_from is not None for operand in operands_of(self))
+
+
+@functools.lru_cache(maxsize=256)
+def operands_of(arrays, zero_grad=False):
+    """Return the Operands of an update, in the order in which kernels take them. zero_grad: the kernel stores zeros in grad."""
+    moment, scale = ("uint8", "float32") if arrays.grouped else (arrays.state, "")
+    formats = arrays._asdict() | {"m": moment, "v": moment, "m_scale": scale, "v_scale": scale}
+    formats["max_v"] = arrays.state if arrays.amsgrad else ""
+    formats["remainder"] = "int16" if arrays.remainder else ""
+
+    def operand(kind):
+        name, format = kind.name, formats[kind.name]
+        coded = kind.of_groups or format == "uint8"
+        random = format in NARROW and (name in STATE or (name == "param" and arrays.stochastic))
+        encoding = f"to_{format}{'_randomly' if random else ''}" if format in NARROW else ""
+        if arrays.remainder:
+            encoding = {"param": "high_part", "remainder": "low_part"}.get(name, encoding)
+        return Operand(
+            name,
+            format,
+            loads=name != "param_copy",
+            stores=name != "grad" or zero_grad,
+            of_groups=kind.of_groups,
+            value="" if name == "grad" or coded else "param" if name in ("param_copy", "remainder") else name,
+            encoding=encoding,
+            random_bits_from=_RANDOM_BITS_FROM[name] if random else None,
+        )
+
+    return tuple(operand(kind) for kind in KINDS.values() if formats[kind.name])
+
+
+def decodings(form):
+    """Return how each of VALUES is decoded, by its name: the row of CONVERSIONS, and the operands that the row takes.
+
+    A row "" takes one operand, the number itself. The operands "m_unit" and "v_unit" are results of the rows of these names. A
+    rule does not look at values that its form does not have; other values take their place.
+    """
+    rows = {}
+    for o in operands_of_form(form):
+        coded = o.format == "uint8"
+        row = f"from_{o.name}_code" if coded else f"from_{o.format}" if o.format in NARROW else ""
+        rows[o.name] = row, (o.name, *((f"{o.name}_unit",) if coded else ()))
+    if form.arrays.remainder:
+        rows["param"] = "from_parts", ("param", "remainder")
+    return {name: rows.get(name) or rows["v" if name == "max_v" else "param"] for name in VALUES}
+
+
+def operands_of_form(form):
+    """Return the Operands of an update of a Form."""
+    return operands_of(form.arrays, form.zero_grad)
+
+
+def widened(array, format):
+    """Return an array of NumPy or CuPy as one that they can widen: a bfloat16's bits are the upper half of a float32's."""
+    return (array.view("uint16").astype("uint32") << 16).view("float32") if format == "bfloat16" else array
+
+
+def lanes_of(form):
+    """Return how many elements a thread of a GPU takes at once: 16 bytes of the narrowest array, but 8 codes of 8-bit state."""
+    if form.arrays.grouped:
+        return GROUP_LANES
+    return VECTOR_BYTES // min(operand.itemsize for operand in operands_of_form(form))
+
+
+def bytes_per_element(form):
+    """Return the bytes that an update reads and writes of each element."""
+    return bytes_moved_of(operands_of_form(form), GROUP) / GROUP
+
+
+def bytes_moved_of(operands, n):
+    """Return the bytes that an update of n elements reads and writes, exactly."""
+    return sum(o.nbytes(n) * (o.loads + o.stores) for o in operands)
