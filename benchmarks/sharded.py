@@ -88,9 +88,9 @@ def rank_main(contender, n, seconds):
         opt, grads = gpuadam.Adam(param), grad
     else:
         opt = gpuadam.ShardedAdam(param, transport, views=contender == VIEWS)
-        for buffer in opt._buffers:
-            plain = buffer.update
-            buffer.update = lambda *arguments, plain=plain: transport.timed("update", plain, *arguments)
+        for bucket in opt.buckets:
+            plain = bucket.update
+            bucket.update = lambda *arguments, plain=plain: transport.timed("update", plain, *arguments)
         grads = opt.grads if contender == VIEWS else grad
         opt.grads[...] = grad
     samples, phases = [], []

@@ -1,6 +1,7 @@
-"""PyTorch's tensors as arrays: their memory, whatever autograd holds of them, and what autograd has to be told.
+"""PyTorch's tensors as arrays: their memory, whether autograd lets it be written, and what autograd is told afterwards.
 
-torch is not imported here: where nobody has imported it, there are no tensors.
+This file does not import torch, and is therefore not in the package `gpuadam.torch`, which does. Every step asks whether there
+are tensors among its arrays. Where nobody has imported torch, there are none.
 """
 
 import contextlib
@@ -30,13 +31,13 @@ def among(columns):
 def plain(name, tensor):
     """Return the memory of a tensor: a NumPy array, or a tensor on a GPU that needs no gradient. bfloat16 is in Bits.
 
-    Raises TypeError if what lies in memory is not what the tensor says.
+    Raises TypeError for a tensor whose memory does not hold its values.
     """
     torch = sys.modules["torch"]
     if type(tensor).__torch_dispatch__ != torch.Tensor.__torch_dispatch__:
         raise TypeError(
-            f"{name} is {a_kind(tensor)}, which only stands for memory, as a fake tensor or a DTensor does: pass a tensor "
-            "with its own, to_local() of a DTensor"
+            f"{name} is {a_kind(tensor)}, which has no memory of its own, as a fake tensor or a DTensor: pass a tensor that "
+            "has, to_local() of a DTensor"
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} is a tensor of layout {tensor.layout}, not of strides: pass its to_dense()")
@@ -61,7 +62,7 @@ def _memory(tensor):
 
 
 def why_immutable(tensor):
-    """Return why a tensor must not be written in place, or nothing: the rule of torch.optim."""
+    """Return why a tensor must not be written in place, or "". The rule is that of torch.optim."""
     if tensor.is_leaf or tensor.retains_grad:
         return ""
     return "is not a leaf: autograd computed it from other tensors. Pass those, or its detach()"
@@ -103,28 +104,32 @@ def all_in_numpy(column, written=True):
 
 
 def places(arrays):
-    """Return where the memory of each tensor among arrays is, and how it lies there."""
-    torch = _torch()
-    if torch is None:
-        return []
-    tensors = [a for a in (a.array if type(a) is Bits else a for a in arrays) if isinstance(a, torch.Tensor)]
-    return [(t.data_ptr(), t.stride(), t.shape, t.dtype) for t in tensors]
+    """Return the address, strides, shape and dtype of each tensor among arrays."""
+    return [(t.data_ptr(), t.stride(), t.shape, t.dtype) for t in _tensors(arrays)]
 
 
 def wrote(arrays):
-    """Tell autograd of the tensors among arrays that were written, so that a backward pass that needs what was in them raises."""
-    torch = _torch()
-    if torch is None:
+    """Tell autograd that tensors among arrays were written, so that a backward pass that needs their old values raises."""
+    tensors = _tensors(arrays)
+    if not tensors:
         return
-    if not set(map(type, arrays)) <= {torch.Tensor, torch.nn.Parameter}:
-        arrays = [a for a in (a.array if type(a) is Bits else a for a in arrays) if isinstance(a, torch.Tensor)]
-    increment = torch.autograd.graph.increment_version
+    increment = sys.modules["torch"].autograd.graph.increment_version
     if _counts_many():
-        increment(arrays)
+        increment(tensors)
     else:
-        for tensor in arrays:
+        for tensor in tensors:
             if not tensor.is_inference():
                 increment(tensor)
+
+
+def _tensors(arrays):
+    """Return the tensors in a list of arrays and None."""
+    torch = _torch()
+    if torch is None:
+        return []
+    if set(map(type, arrays)) <= {torch.Tensor, torch.nn.Parameter}:  # as most often: quicker than to look at each
+        return arrays
+    return [a for a in (a.array if type(a) is Bits else a for a in arrays) if isinstance(a, torch.Tensor)]
 
 
 @functools.cache

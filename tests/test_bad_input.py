@@ -403,7 +403,7 @@ def test_torch_tensors_that_cannot_be_shared_say_why():
 
     with FakeTensorMode():
         arrays["param"] = torch.ones(6)
-    assert_refused(TypeError, "param is a .*FakeTensor, which only stands for memory", arrays)
+    assert_refused(TypeError, "param is a .*FakeTensor, which has no memory of its own", arrays)
     arrays["param"] = torch.ones(6, device="meta")
     assert_refused(TypeError, "param", arrays)
 

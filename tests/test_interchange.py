@@ -419,7 +419,7 @@ REFUSED = {
     "meta": (lambda torch: torch.ones(3, device="meta"), TypeError, "does not share its memory.*meta"),
     "integers": (lambda torch: torch.ones(3, dtype=torch.int32), TypeError, "dtype int32"),
     "float8": (lambda torch: torch.ones(3).to(torch.float8_e4m3fn), TypeError, "does not share its memory.*Float8"),
-    "a wrapper": (wrapper, TypeError, "Wrapper, which only stands for memory"),
+    "a wrapper": (wrapper, TypeError, "Wrapper, which has no memory of its own"),
     "expanded": (lambda torch: torch.ones(1).expand(3), ValueError, "share memory"),
 }
 

@@ -1,5 +1,6 @@
 """A plan of a step: cases worked out by hand, what must hold of all plans, and bytes that are exact."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,13 @@ from hypothesis import strategies as st
 import gpuadam
 from gpuadam import backends, hyperparameters, transports
 from gpuadam.kernels.operands import GROUP, Arrays, bytes_per_element, operands_of
+from gpuadam.options import Options
 from gpuadam.planning import Prediction, Settings, Way, best, machines, plan, prediction
 from gpuadam.planning import model as performance_model
 from gpuadam.planning.machines import MACHINES, Link, Processor
 from gpuadam.planning.model import Ranks, collective_seconds, kernel_seconds, update
+from gpuadam.sharded.adam import ShardAdam
+from gpuadam.sharded.buffer import Buffer, Member
 from gpuadam.sharded.layout import CELL
 
 ROOT = Path(__file__).parent.parent
@@ -117,19 +121,18 @@ def test_bytes_are_those_that_optimizers_hold(options, tmp_path):
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("options", OF_OPTIMIZERS)
 def test_bytes_of_ranks_are_no_more_than_planned(options, world):
-    from gpuadam.sharded.buffer import Buffer
-
     params, _, own, planned = made(options)
     kernels, views = backends.choose([*params.items()])
-    settings_ = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 0.1, "weight_decay": 0.0, "amsgrad": own.pop("amsgrad")}
+    amsgrad = own.pop("amsgrad")
+    make = functools.partial(ShardAdam, options=Options(**own), lr=0.1, amsgrad=amsgrad)
     found = Prediction(SHARDED, planned, H100, Settings(world)).bytes
     held = []
     for rank in range(world):
         transport = SimpleNamespace(size=world, rank=rank)
-        buffer = Buffer(kernels, 0, list(range(len(views))), list(params), views, transport, 1 << 25)
-        buffer.make_state(settings_ | {"maximize": False}, 0, algorithm="adam", decoupled=False, backend=None, **own)
+        members = [Member(k, 0, name, view) for k, (name, view) in enumerate(zip(params, views, strict=True))]
+        buffer = Buffer(kernels, members, transport, 1 << 25, make)
         assert buffer.param.nbytes == found["parameters"]
-        states = [state for one in buffer.optimizers if one for state in one.state.values()]
+        states = [state for bucket in buffer.buckets if bucket.optimizer for state in bucket.optimizer.state.values()]
         held.append(sum(array.nbytes for state in states for key, array in state.items() if key != "step"))
     assert max(held) <= found["moments"] + found["mean"]
 

@@ -29,6 +29,7 @@ import gpuadam
 from gpuadam import transports
 from gpuadam.kernels import cpu_threads, norm_cpu
 from gpuadam.sharded.layout import CELL, Layout, chunk_numbers, first_chunks
+from gpuadam.sharded.transports import nccl as nccl_transport
 
 ROOT = Path(__file__).parent.parent
 ENDED_WITHIN = 10  # seconds
@@ -217,14 +218,15 @@ def test_four_ranks_learn_to_read_digits_as_well_as_one(of_four):
 
 
 SAID = {
-    "a shape": "ValueError: the ranks differ in params['w']: number 0, float32 of shape (3, 4) on rank 0, number 0, float32 of "
-    "shape (4, 3) on rank 2",
-    "a dtype": "float32 of shape (3, 4) on rank 0, number 0, float64 of shape (3, 4) on rank 1",
-    "a name": "ValueError: the ranks differ in params['w']: number 0, float32 of shape (3, 4) on rank 0, not there on rank 3",
+    "a shape": "ValueError: the ranks differ in params['w']: 'number 0, float32 of shape (3, 4)' on rank 0, "
+    "'number 0, float32 of shape (4, 3)' on rank 2",
+    "a dtype": "float32 of shape (3, 4)' on rank 0, 'number 0, float64 of shape (3, 4)' on rank 1",
+    "a name": "ValueError: the ranks differ in params['w']: 'number 0, float32 of shape (3, 4)' on rank 0, "
+    "not there on rank 3",
     "lr": "ValueError: the ranks differ in lr: 0.1 on rank 0, 0.2 on rank 2",
     "betas": "ValueError: the ranks differ in betas: (0.9, 0.99) on rank 0, (0.9, 0.999) on rank 2",
     "the seed": "ValueError: the ranks differ in seed: 0 on rank 0, 1 on rank 3",
-    "the state's dtype": "ValueError: the ranks differ in state_dtype: None on rank 0, bfloat16 on rank 1",
+    "the state's dtype": "ValueError: the ranks differ in state_dtype: None on rank 0, 'bfloat16' on rank 1",
     "bucket_bytes": "ValueError: the ranks differ in bucket_bytes: 1048576 on rank 0, 2097152 on rank 1",
     "a bad array": "TypeError: rank 1 raised TypeError, so all ranks stop: params['w'] has dtype int32",
     "state that does not fit": "TypeError: params['0'] has dtype float64, and 8-bit state",
@@ -586,16 +588,26 @@ def raising(step):
     raise Mute
 
 
+def unpicklable():
+    """Return 0.5, of a class that pickle cannot find."""
+
+    class Half(float):
+        def __repr__(self):
+            return "a half"
+
+    return Half(0.5)
+
+
 @pytest.mark.parametrize(
     "name, own, other, said",
     [
-        ("state_dtype", lambda: None, None, "the ranks differ in state_dtype: None on rank 0, <function"),
+        ("weight_decay", unpicklable(), 0.5, "the ranks differ in weight_decay: 0.5 on rank 0, a half on rank 1"),
         ("bucket_bytes", 10**5000, 1, "Exceeds the limit"),
         ("weight_decay", Unreadable(0.5), 0.5, "no text"),
         ("weight_decay", np.float64(0.5), 0.5, "the ranks differ in weight_decay: 0.5 on rank 0, np.float64(0.5) on rank 1"),
         ("lr", raising, 0.1, "rank 1 raised Mute, so all ranks stop: its message cannot be read"),
     ],
-    ids=["a function", "too many digits", "an unreadable number", "another type", "an error without words"],
+    ids=["what cannot be pickled", "too many digits", "an unreadable number", "another type", "an error without words"],
 )
 @pytest.mark.usefixtures("_soon")
 def test_what_cannot_be_told_to_other_ranks_stops_all_of_them(name, own, other, said, monkeypatch):
@@ -628,7 +640,7 @@ def test_what_only_looks_the_same_on_all_ranks_is_told_apart():
         return ranks.message(opt.gathered, "None" if transport.rank else None)
 
     for said in all_well(on_ranks(2, of_rank)):
-        assert "ValueError: the ranks differ in the key of what is gathered: None on rank 0, 'None' on rank 1" in said
+        assert "ValueError: the ranks differ in the key to gather: None on rank 0, 'None' on rank 1" in said
 
 
 @pytest.mark.usefixtures("_soon")
@@ -639,7 +651,7 @@ def test_ranks_that_gather_different_state_or_do_something_else_are_told():
         return [*said, ranks.message(*((opt.gathered, "m") if transport.rank else (opt.step, w)))]
 
     for gathered, other in all_well(on_ranks(2, of_rank)):
-        assert gathered.startswith("ValueError: the ranks differ in the key of what is gathered: m on rank 0, v on rank 1")
+        assert gathered.startswith("ValueError: the ranks differ in the key to gather: 'm' on rank 0, 'v' on rank 1")
         assert other.startswith("ValueError: the ranks differ in the number of steps taken")
 
 
@@ -753,9 +765,9 @@ def test_nccl_moves_whole_buffers_on_a_stream_of_its_own_and_each_stream_waits_f
         NcclCommunicator=functools.partial(Communicator, log),
         **{"NCCL_FLOAT32": "f4", "NCCL_FLOAT64": "f8", "NCCL_UINT8": "u1", "NCCL_SUM": "sum"},
     )
-    monkeypatch.setattr(transports, "MPI", lambda comm: transports.Local())
+    monkeypatch.setattr(nccl_transport, "MPI", lambda comm: transports.Local())
     fakes = {"cupy": SimpleNamespace(cuda=cuda), "cupy.cuda.nccl": nccl}
-    monkeypatch.setattr(transports, "_imported", lambda name, fix: fakes[name])
+    monkeypatch.setattr(nccl_transport, "imported", lambda name, fix: fakes[name])
     transport = transports.NCCL()
     given, part = np.arange(100, dtype=dtype), np.zeros(100, dtype)
     transport.reduce_scatter(Memory(given), Memory(part)).wait()

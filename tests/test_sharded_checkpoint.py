@@ -66,7 +66,7 @@ def content(opt):
     else:
         keys = ("m", "v", "m_scale", "v_scale", "ema", "max_v")
         whole = {(name, key): array for key in keys for name, array in opt.gathered(key).items()}
-        steps = dict(opt._taken)
+        steps = {member.name: member.taken for member in opt.members}
         assert all(shard.state["step"] == steps[shard.name] for shard in opt.shards)
     arrays = {of: array.tobytes() for of, array in whole.items() if array.size}
     settings = [{key: value for key, value in group.items() if key != "params"} for group in opt.groups]
@@ -229,8 +229,8 @@ def test_groups_and_schedules(tmp_path):
 
 
 def test_reduction_is_kept_unless_another_is_given(folder):
-    assert gpuadam.load_sharded(folder, params(), LOCAL)._reduction == "sum"
-    assert gpuadam.load_sharded(folder, params(), LOCAL, reduction="mean")._reduction == "mean"
+    assert gpuadam.load_sharded(folder, params(), LOCAL).reduction == "sum"
+    assert gpuadam.load_sharded(folder, params(), LOCAL, reduction="mean").reduction == "mean"
 
 
 def test_views_are_what_the_parameters_become(folder):
@@ -246,7 +246,7 @@ def test_an_algorithm_that_no_single_optimizer_has_is_for_ranks_alone(tmp_path):
     with pytest.raises(CheckpointError, match=r"RAdamW is one of gpuadam\.ShardedAdam alone: .* gpuadam\.load_sharded"):
         gpuadam.load(tmp_path / "a", params())
     opt = gpuadam.load_sharded(tmp_path / "a", params(), LOCAL)
-    assert (opt._algorithm, opt._decoupled, type(opt)) == ("radam", True, gpuadam.ShardedAdam)
+    assert (opt.options.algorithm, opt.options.decoupled, type(opt)) == ("radam", True, gpuadam.ShardedAdam)
 
 
 # The folder

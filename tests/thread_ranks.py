@@ -30,7 +30,7 @@ class Threads:
         buffers = self.exchange(buffer)
         part[...] = np.sum([other[own] for other in buffers], axis=0, dtype=part.dtype)
         self._shared.barrier.wait()
-        return transports.Done()
+        return transports.Work()
 
     def all_gather(self, buffer):
         n = buffer.size // self.size
@@ -39,7 +39,7 @@ class Threads:
                 own = slice(rank * n, (rank + 1) * n)
                 buffer[own] = other[own]
         self._shared.barrier.wait()
-        return transports.Done()
+        return transports.Work()
 
     def broadcast(self, buffer):
         buffer[...] = self.exchange(buffer)[0]

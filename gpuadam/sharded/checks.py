@@ -1,6 +1,7 @@
-"""What is checked of the arrays of a `ShardedAdam`: its parameters, and the gradients of a step."""
+"""The checks of a `ShardedAdam`'s arrays: of its parameters, and of the gradients of a step."""
 
 import bisect
+import collections
 import itertools
 
 from .. import backends, checks
@@ -9,24 +10,20 @@ MEMORY = {"numba-cpu": "CPU", "cupy": "CUDA"}
 NARROWER = tuple(format for format in checks.FORMATS if format != "float64")
 
 
-def params(groups, transport, state_dtype, backend):
+def params(groups, transport, backend):
     """Return the backend of all parameters and their Views, in order."""
-    names = [name for group in groups for name in group["names"]]
-    if len(set(names)) < len(names):
-        twice = next(name for k, name in enumerate(names) if name in names[:k])
-        raise ValueError(f"two parameters are named {twice!r}: names must differ")
-    given = [(f"params[{name!r}]", p) for g in groups for name, p in zip(g["names"], g["params"], strict=True)]
-    for label, param in given:
-        checks.given(label, param)
-    kernels, views = backends.choose(given, backend)
+    params = [(name, p) for group in groups for name, p in zip(group["names"], group["params"], strict=True)]
+    twice = [name for name, n in collections.Counter(name for name, _ in params).items() if n > 1]
+    if twice:
+        raise ValueError(f"two parameters are named {twice[0]!r}: names must differ")
+    named = [(f"params[{name!r}]", checks.given(f"params[{name!r}]", param)) for name, param in params]
+    kernels, views = backends.choose(named, backend)
     _memory(kernels, transport)
     for view in views:
         checks.one_format(view, checks.FORMATS)
         checks.layout(view)
         if not view.writeable:
             checks.read_only(view)
-        if state_dtype == "8bit" and view.format == "float64":
-            checks.eight_bits(view)
     checks.overlap(views, [])
     devices = {view.device for view in views if view.size}
     if len(devices) > 1:
@@ -45,35 +42,32 @@ def _memory(kernels, transport):
         )
 
 
-def grads(given, buffers, transport, zero_grad, written, backend):
-    """Return a View of each gradient, or None, in the order of all parameters.
+def grads(members, listed, buffers, transport, written, backend):
+    """Return a View of each gradient, or None, in the order of the parameters.
 
-    buffers: `shard_buffer.Buffer`s. written: Written, what a gradient that is zeroed must not share memory with.
+    members: all parameters. listed: their gradients, None included. buffers: a list of `Buffer`. written: a Written, with which
+    gradients must not share memory; None where they are only read.
     """
-    views = [None] * len(given)
-    elsewhere = []
-    for buffer in buffers:
-        for k, number in enumerate(buffer.numbers):
-            if given[number] is buffer.grads[k]:
-                views[number] = buffer.grad_views[k]  # in its place, and known
-            elif given[number] is not None:
-                elsewhere.append((number, buffer, k))
+    # a gradient that is the array of its place is known
+    views = [member.grad if grad is member.grad.array else None for member, grad in zip(members, listed, strict=True)]
+    triples = zip(members, listed, views, strict=True)
+    elsewhere = [(member, grad) for member, grad, view in triples if grad is not None and view is None]
     if elsewhere:
-        named = [(f"the gradient of {buffer.views[k].name}", given[number]) for number, buffer, k in elsewhere]
-        kernels, found = backends.choose(named, backend)
+        named = [(f"the gradient of {member.view.name}", grad) for member, grad in elsewhere]
+        kernels, their_views = backends.choose(named, backend)
         _memory(kernels, transport)
-        for (number, buffer, k), view in zip(elsewhere, found, strict=True):
-            _grad(view, buffer.views[k], buffer.grad_views[k], buffers)
-            if zero_grad and not view.writeable:
-                checks.read_only(view)
-            if zero_grad:  # else a gradient may be what is written: it is copied first
+        for (member, _), view in zip(elsewhere, their_views, strict=True):
+            _grad(view, member, buffers)
+            if written is not None:
+                if not view.writeable:
+                    checks.read_only(view)
                 written.check(view)
-            views[number] = view
+            views[member.number] = view
     return views
 
 
 class Written:
-    """What a step writes beside gradients: Views that stay where they are, and do not share memory with one another."""
+    """The arrays that a step writes beside gradients. They stay where they are, and share no memory with one another."""
 
     def __init__(self, views):
         self._views = sorted((view for view in views if view.size), key=checks.bounds)
@@ -89,8 +83,9 @@ class Written:
             checks.overlap(self._views, [grad])
 
 
-def _grad(grad, param, place, buffers):
-    """Check a gradient that is to be copied. place: its View in the buffer."""
+def _grad(grad, member, buffers):
+    """Check a gradient that is not the array of its place in the buffer."""
+    param, place = member.view, member.grad
     checks.one_format(grad, checks.FORMATS if place.format == "float64" else NARROWER)
     if grad.shape != param.shape:
         raise ValueError(f"{grad.name} has shape {grad.shape}, {param.name} has {param.shape}: nothing is broadcast")

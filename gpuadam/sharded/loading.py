@@ -69,7 +69,7 @@ def load_sharded(
             opt = make(checkpoint.params, transport, **checkpoint.hyperparameters, **options)
         on_all(transport, lambda: _fill(opt, stored, with_params))
     if with_params:
-        opt._collect_params()
+        opt.collect_params()
     return opt
 
 
@@ -83,4 +83,4 @@ def _fill(opt, stored, with_params):
     stored.check(arrays, with_params)
     for section in chosen(arrays, with_params):
         stored.read(section)
-    opt._go_on_from(steps, taken)
+    opt.go_on_from(steps, taken)

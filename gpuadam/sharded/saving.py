@@ -37,7 +37,7 @@ SHARED = "The folder must be on a file system that all ranks share"
 
 def save(opt, path, *, with_params=False):
     """Save a ShardedAdam: see `ShardedAdam.save`."""
-    opt._check_whole()
+    opt.check_whole()
     transport = opt.transport
     folder, metadata = agreed(transport, lambda: _prepared(opt, path, with_params))[0]
     token = transport.exchange(on_all(transport, lambda: _cleared(folder) if transport.rank == 0 else None))[0]
@@ -56,11 +56,11 @@ def _prepared(opt, path, with_params):
     """Check the optimizer. Return (folder, metadata), a dict of values that all ranks must have in common, and no flag."""
     check_class(opt, ("ShardedAdam", "ShardedAdamW"))
     folder, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
-    opt._checked_groups(1.0)  # what could not be loaded is not saved either
-    opt._check_params()
-    params = {name: (view, opt._taken[name]) for name, view in zip(opt._names, opt._params, strict=True)}
-    name, groups = CLASS_OF[opt._algorithm, opt._decoupled], [saved_settings(group) for group in opt.groups]
-    metadata = encoded(opt, name, groups, params) | {"reduction": opt._reduction}
+    opt.checked_groups()  # what could not be loaded is not saved either
+    params = {member.name: (member.view, member.taken) for member in opt.members}
+    name = CLASS_OF[opt.options.algorithm, opt.options.decoupled]
+    groups = [saved_settings(group) for group in opt.groups]
+    metadata = encoded(opt, name, groups, params) | {"reduction": opt.reduction}
     return (folder, metadata), {"path": folder, "with_params": with_params, **metadata}, False
 
 
@@ -98,7 +98,7 @@ def _write_part(opt, file, with_params):
     """Write the arrays of this rank. Return the index's entry of the part."""
     require(file.parent.is_dir(), f"the folder {str(file.parent)!r}, which rank 0 has made, is not here. {SHARED}")
     if with_params:
-        opt._read_params()
+        opt.read_params()
     tensors = [section.tensor(section.piece_name) for section in chosen(sections_of_rank(opt), with_params)]
     n_bytes, crc = write_file(str(file), tensors, {"format": PART_FORMAT, "version": VERSION})
     return {"file": file.name, "n_bytes": n_bytes, "crc32": crc}
@@ -125,9 +125,8 @@ def _delete_all_but(path, names):
 def sections_of_rank(opt):
     """Return the Sections of the arrays that this rank owns."""
     listed = []
-    for buffer in opt._buffers:
-        for shards, optimizer in zip(buffer.shards_in, buffer.optimizers, strict=True):
-            if optimizer is not None:
-                ranges = [(buffer.names[shard.parameter], shard.start, shard.stop) for shard in shards]
-                listed += sections(optimizer, dict(zip(optimizer.state, ranges, strict=True)))
+    for bucket in opt.buckets:
+        if bucket.optimizer is not None:
+            ranges = {shard.label: (shard.name, shard.start, shard.stop) for shard in bucket.shards}
+            listed += sections(bucket.optimizer, ranges)
     return listed

@@ -1,45 +1,40 @@
-"""The state of a parameter in `gpuadam.torch`: torch's names for it, its dtypes, and what a checkpoint becomes."""
+"""The state of a parameter in `gpuadam.torch`: torch's names for it, its dtypes, and how a loaded checkpoint is converted."""
 
 import functools
 import math
 import numbers
+from typing import NamedTuple
 
 import torch
 
-from ..kernels.operands import GROUP
+from .. import state as gpuadam_state
 
-# What gpuadam calls it. 8-bit codes have names of their own, so that torch's Adam does not take them for numbers.
-OPERANDS = {
-    "exp_avg": "m",
-    "exp_avg_sq": "v",
-    "exp_avg_codes": "m",
-    "exp_avg_sq_codes": "v",
-    "max_exp_avg_sq": "max_v",
-    "remainder": "remainder",
-    "exp_avg_scale": "m_scale",
-    "exp_avg_sq_scale": "v_scale",
-}
+# By gpuadam's names. 8-bit codes have names of their own, so that torch's Adam does not take them for numbers
+NAMES = {"m": "exp_avg", "v": "exp_avg_sq", "max_v": "max_exp_avg_sq", "remainder": "remainder"}
+NAMES_OF_8_BITS = {"m": "exp_avg_codes", "v": "exp_avg_sq_codes", "m_scale": "exp_avg_scale", "v_scale": "exp_avg_sq_scale"}
+
+
+class Array(NamedTuple):
+    """An array of a parameter's state."""
+
+    name: str  # torch's
+    operand: str  # gpuadam's
+    dtype: torch.dtype
 
 
 @functools.cache
 def kept(state_dtype, master, amsgrad, dtype):
-    """Return name -> dtype of the state of a parameter of some dtype, in the order of `operands.operands_of`."""
-    remainder = {"remainder": torch.int16} if master and dtype is torch.bfloat16 else {}
-    if state_dtype == "8bit":
-        codes = dict.fromkeys(("exp_avg_codes", "exp_avg_sq_codes"), torch.uint8)
-        return codes | remainder | dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), torch.float32)
-    own = getattr(torch, state_dtype or ("float64" if dtype is torch.float64 else "float32"))
-    return dict.fromkeys(("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())), own) | remainder
+    """Return an Array for each array of state of a parameter of some dtype, in the order of operands."""
+    formats = gpuadam_state.kept(str(dtype).removeprefix("torch."), state_dtype, amsgrad, master, ema=False)
+    names = NAMES | NAMES_OF_8_BITS if state_dtype == "8bit" else NAMES
+    operands = [operand for operand in gpuadam_state.OPERANDS if operand in formats]
+    return tuple(Array(names[operand], operand, getattr(torch, formats[operand])) for operand in operands)
 
 
-def new(kept, param, capturable):
+def new(arrays, param, capturable):
     """Return the state that a parameter begins with: zeros in its order of memory."""
-    return {"step": step(0.0, param, capturable)} | {key: zeros(key, dtype, param) for key, dtype in kept.items()}
-
-
-def step(count, param, capturable):
-    """Return a step count as torch's Adam keeps it."""
-    return torch.tensor(count, dtype=torch.float32, device=param.device if capturable else "cpu")
+    step = torch.zeros((), dtype=torch.float32, device=param.device if capturable else "cpu")
+    return {"step": step} | {array.name: zeros(array, param) for array in arrays}
 
 
 def count(name, value):
@@ -51,34 +46,36 @@ def count(name, value):
     return int(steps)
 
 
-def zeros(key, dtype, param):
-    if key.endswith("_scale"):
-        return torch.zeros(-(-param.numel() // GROUP), dtype=dtype, device=param.device)
-    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+def zeros(array, param):
+    """Return zeros for an Array of a parameter."""
+    if array.operand in gpuadam_state.OF_GROUPS:
+        return torch.zeros(gpuadam_state.shape(array.operand, param.shape), dtype=array.dtype, device=param.device)
+    return torch.zeros_like(param, dtype=array.dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
-def converted(state, kept, param, capturable, name):
-    """Return a copy of a loaded state in the dtypes of kept, beside the parameter.
+def converted(state, arrays, param, capturable, name):
+    """Return a copy of a loaded state, in the dtypes of some Arrays, beside the parameter.
 
-    A parameter whose checkpoint has no remainder gets one of zero. Raises ValueError for what is missing or of another shape,
-    TypeError for integers in the place of numbers and the other way round.
+    A parameter without a remainder in its checkpoint gets one of zero. Raises ValueError for an array that is missing or of
+    another shape, TypeError for integers in the place of numbers and the other way round.
     """
-    missing = kept.keys() - state.keys() - {"remainder"}
-    if missing or "step" not in state:
+    needed = ["step", *(array.name for array in arrays)]
+    if set(needed) - state.keys() - {"remainder"}:
         raise ValueError(
-            f"the loaded state of {name} has {sorted(state)}, and this optimizer needs {['step', *kept]}: make one with the "
+            f"the loaded state of {name} has {sorted(state)}, and this optimizer needs {needed}: make one with the "
             "amsgrad and state_dtype of the one that was saved"
         )
-    own = {"step": step(count(name, state["step"]), param, capturable)}
-    for key, dtype in kept.items():
-        own[key] = zeros(key, dtype, param)
-        if key in state:
-            value = state[key]
-            if not isinstance(value, torch.Tensor):
-                raise TypeError(f"the loaded {key} of {name} is a {type(value).__name__}, not a tensor")
-            if value.shape != own[key].shape:
-                raise ValueError(f"the loaded {key} of {name} has shape {tuple(value.shape)}, not {tuple(own[key].shape)}")
-            if value.dtype != dtype and not (value.is_floating_point() and dtype.is_floating_point):
-                raise TypeError(f"the loaded {key} of {name} is {value.dtype}, and cannot become {dtype}")
-            own[key].copy_(value)
-    return own
+    result = new(arrays, param, capturable)
+    result["step"].fill_(count(name, state["step"]))
+    for key, _, dtype in arrays:
+        if key not in state:
+            continue
+        value = state[key]
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"the loaded {key} of {name} is a {type(value).__name__}, not a tensor")
+        if value.shape != result[key].shape:
+            raise ValueError(f"the loaded {key} of {name} has shape {tuple(value.shape)}, not {tuple(result[key].shape)}")
+        if value.dtype != dtype and not (value.is_floating_point() and dtype.is_floating_point):
+            raise TypeError(f"the loaded {key} of {name} is {value.dtype}, and cannot become {dtype}")
+        result[key].copy_(value)
+    return result

@@ -1,0 +1,58 @@
+"""The methods that `ShardedAdam` needs of a transport, and what the transports share."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from ...kernels import view as arrays
+
+
+class Work(NamedTuple):
+    """A collective under way. A Work without arguments is one that was done when its call returned.
+
+    wait: returns when the collective is done; on a GPU, makes CuPy's current stream wait for it. More calls do nothing.
+    """
+
+    wait: Callable[[], Any] = lambda: None
+
+
+class Transport(Protocol):
+    """What `ShardedAdam` asks of a transport. Buffers are 1-D arrays without gaps, of one size on all ranks.
+
+    Every rank calls the same methods in the same order. A buffer that was given to one of the first two methods is not touched
+    before `wait` of the Work has returned. `memory` says whose buffers it takes: "CPU", those of NumPy; "CUDA", of CuPy; "any".
+    """
+
+    rank: int
+    size: int
+    memory: str
+
+    def reduce_scatter(self, buffer, part) -> Work:
+        """Store in part, of 1/size of the buffer, the sum over all ranks of the rank-th part of their buffers."""
+
+    def all_gather(self, buffer) -> Work:
+        """Fill the buffer, whose rank-th part is there, with the parts of the other ranks. They are bytes of any dtype."""
+
+    def broadcast(self, buffer):
+        """Make the buffer that of rank 0, and return when it is."""
+
+    def exchange(self, item) -> list:
+        """Return the items of all ranks, in the order of the ranks: Python objects that can be pickled, and NumPy arrays."""
+
+
+def imported(name, fix):
+    """Return a module that a transport is made of, or raise ImportError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:  # mpi4py raises the second where there is no library of MPI
+        raise ImportError(f"{name} is needed for this transport and cannot be imported ({error}): {fix}") from error
+
+
+def check(transport):
+    """Raise TypeError for an object that is no transport, before it is used."""
+    for name in ("rank", "size", "memory", "reduce_scatter", "all_gather", "broadcast", "exchange"):
+        if isinstance(transport, type) or not hasattr(transport, name):
+            kind = f"the class {transport.__name__}" if isinstance(transport, type) else arrays.a_kind(transport)
+            raise TypeError(
+                f"transport is {kind}, which has no {name}: pass gpuadam.transports.MPI(), NCCL(), Torch() or Local()"
+            )

@@ -1,0 +1,68 @@
+"""The transport of torch's process groups."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+
+from .protocol import Work, imported
+
+
+class Torch:
+    """The ranks of a process group of torch, which the caller has initialised: gloo for the CPU, NCCL for GPUs.
+
+    group: by default the whole world. With NCCL the arrays are CuPy's, and CuPy's current stream is made torch's while a
+    collective is enqueued. gloo has no reduce-scatter of its own, and sums whole buffers: right, but slower than MPI.
+    `torchrun` starts the ranks, and ends them all when one fails.
+    """
+
+    def __init__(self, group=None):
+        self._torch = imported("torch", "pip install torch")
+        self._dist = dist = imported("torch.distributed", "install a torch that is built with it")
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError("torch has no process group yet: call torch.distributed.init_process_group first")
+        self._group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.memory = "CUDA" if "nccl" in dist.get_backend(group) else "CPU"
+        self._root = 0 if group is None else dist.get_global_rank(group, 0)
+        # torch 2.13 deprecates the second names
+        self._reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        self._all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+    def reduce_scatter(self, buffer, part):
+        return self._enqueued(self._reduce_scatter, self._tensor(part), self._tensor(buffer))
+
+    def all_gather(self, buffer):
+        whole = self._tensor(buffer.view(np.uint8))
+        return self._enqueued(self._all_gather, whole, whole.chunk(self.size)[self.rank])
+
+    def broadcast(self, buffer):
+        self._enqueued(self._dist.broadcast, self._tensor(buffer.view(np.uint8)), self._root).wait()
+
+    def exchange(self, item):
+        items: list[Any] = [None] * self.size
+        with self._stream():
+            self._dist.all_gather_object(items, item, group=self._group)
+        return items
+
+    def _tensor(self, array):
+        """Return a tensor over the memory of an array."""
+        return self._torch.from_numpy(array) if self.memory == "CPU" else self._torch.from_dlpack(array)
+
+    def _enqueued(self, collective, *arguments):
+        with self._stream():
+            work = collective(*arguments, group=self._group, async_op=True)
+
+        def wait():
+            with self._stream():
+                work.wait()
+
+        return Work(wait)
+
+    def _stream(self):
+        """Make CuPy's current stream torch's."""
+        if self.memory == "CPU":
+            return contextlib.nullcontext()
+        cupy = imported("cupy", "the arrays of this transport are CuPy's")
+        cuda = self._torch.cuda
+        return cuda.stream(cuda.ExternalStream(cupy.cuda.get_current_stream().ptr))

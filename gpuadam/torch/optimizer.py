@@ -1,0 +1,328 @@
+"""Adam and AdamW as optimizers of torch."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import backends, checks, hyperparameters
+from ..optimizer import key_of_parameter
+from ..options import Options
+from ..remembered import Remembered
+from ..step_counts import Now, OnDevice
+from ..update import Updates, update
+from . import state as torch_state
+
+# The settings of a group: those that torch's Adam has
+OF_A_STEP = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
+SETTINGS = (*OF_A_STEP, "amsgrad", "foreach", "capturable", "differentiable", "fused")
+
+
+class Member(NamedTuple):
+    """A parameter that has a gradient."""
+
+    number: int  # among all parameters
+    name: str
+    param: torch.Tensor
+    state: dict[str, Any]
+
+
+class Adam(torch.optim.Optimizer):
+    """`torch.optim.Adam` with gpuadam's update: one launch, or one call on the CPU, for all parameters of a group.
+
+    params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`; parameters may be
+        float32, float64, bfloat16 or float16, on the CPU and on CUDA devices, of any strides.
+    capturable: keep the step count on the device too, for CUDA graphs; lr may then be a tensor there. All parameters of such a
+        group are on one device, and either all or none of them have gradients. On the CPU it makes no difference.
+    foreach, fused: accepted, not both, and without effect, because there is one implementation. differentiable: refused.
+    state_dtype, master, stochastic_rounding, seed, backend: as in `gpuadam.Adam`.
+
+    State has torch's names and shapes: "step", "exp_avg", "exp_avg_sq" and "max_exp_avg_sq", in float32 unless a parameter is
+    float64 or state_dtype says otherwise. This class loads a state_dict of `torch.optim.Adam` or AdamW, and they load one of this
+    class; floating-point state is cast to the dtypes of the optimizer that loads it. torch's Adam does not read "remainder", nor
+    the state of 8 bits: "exp_avg_codes", "exp_avg_sq_codes", "exp_avg_scale" and "exp_avg_sq_scale".
+
+    `torch.amp.GradScaler` leaves unscaling to the step, as it does for torch's fused optimizers. Everything is checked before
+    anything is written, in all groups. Raises what `gpuadam.adam_step` raises, ValueError and TypeError above all.
+
+    >>> import torch, gpuadam.torch
+    >>> model = torch.nn.Linear(3, 1)
+    >>> opt = gpuadam.torch.Adam(model.parameters(), lr=1e-2)
+    >>> model(torch.ones(2, 3)).square().mean().backward()
+    >>> opt.step()
+    >>> sorted(opt.state[model.weight])
+    ['exp_avg', 'exp_avg_sq', 'step']
+    """
+
+    _step_supports_amp_scaling = True  # so GradScaler sets grad_scale and found_inf and calls step
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        amsgrad=False,
+        *,
+        foreach=None,
+        maximize=False,
+        capturable=False,
+        differentiable=False,
+        fused=None,
+        decoupled_weight_decay=False,
+        state_dtype=None,
+        master=None,
+        stochastic_rounding=False,
+        seed=0,
+        backend=None,
+    ):
+        arguments = dict(locals())
+        # the options that torch's Adam does not have: a checkpoint does not hold them
+        self.options = Options(state_dtype=state_dtype, master=master, stochastic_rounding=stochastic_rounding, seed=seed)
+        self.backend = backends.forced(backend)
+        if self.backend:
+            backends.choose([], self.backend)  # refuses a backend that is not there
+        self._remembered, self._counts = Remembered(), {}
+        super().__init__(params, {name: arguments[name] for name in SETTINGS})
+
+    def add_param_group(self, param_group):
+        """Add a group of parameters, a dict with "params" and hyperparameters of its own, as torch's optimizers do."""
+        if isinstance(param_group, dict):
+            self._checked(self.defaults | param_group)
+        super().add_param_group(param_group)
+
+    def _checked(self, group, grad_scale=1.0):
+        """Return the Hyperparameters of a group for a step."""
+        if checks.flag("differentiable", group["differentiable"]):
+            raise ValueError("differentiable=True: autograd cannot follow this update. Use torch.optim.Adam for that")
+        if group["foreach"] and group["fused"]:
+            raise ValueError("foreach and fused cannot both be True: they name two implementations. Leave them out")
+        checks.flag("capturable", group["capturable"])
+        checks.flag("amsgrad", group["amsgrad"])
+        arrays = self._kept(group, torch.bfloat16)  # parameters of this dtype have every kind of state
+        checks.combination("adam", [array.operand for array in arrays], self.options.stochastic_rounding)
+        lr, betas, eps, weight_decay, decoupled, maximize = (group[key] for key in OF_A_STEP)
+        numbers = _number(lr), _number(betas), eps, weight_decay
+        return hyperparameters.with_formulas(*numbers, maximize, grad_scale, _formulas(decoupled))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every parameter that has a gradient, in place, and return the closure's loss.
+
+        closure: computes the loss anew, with gradients, before the update.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and not all(map(_on_device, self.param_groups)):
+            if found_inf.item():
+                return loss
+            found_inf = None
+        updates, counts = [], []
+        for k, (group, members) in enumerate(self._members()):
+            if members and _on_device(group):
+                updates.append(self._captured(k, group, members, grad_scale, found_inf))
+            elif members:
+                h = self._checked(group, 1.0 if grad_scale is None else _inverse(grad_scale.item()))
+                updates += [self._update(h, count + 1, group, alike) for count, alike in self._alike(members)]
+            counts += [member.state["step"] for member in members]
+        if updates:
+            update(updates, self.backend, remembered=self._remembered)
+            torch._foreach_add_(counts, 1)  # one call for all, as torch's own optimizers make
+        if found_inf is not None and counts:  # on the device, which knows whether the step was left out
+            torch._foreach_sub_(counts, [found_inf.to(count.device, non_blocking=True) for count in counts])
+        return loss
+
+    def _members(self):
+        """Return (group, Members of it). State that a parameter does not have yet is made."""
+        pairs, first = [], 0
+        for group in self.param_groups:
+            params = group["params"]
+            names = group.get("param_names") or map(str, range(first, first + len(params)))
+            members = [
+                Member(number, name, param, self.state[param] or self._new_state(group, param, name))
+                for number, (name, param) in enumerate(zip(names, params, strict=True), first)
+                if param.grad is not None
+            ]
+            pairs.append((group, members))
+            first += len(params)
+        return pairs
+
+    def _alike(self, members):
+        """Return (steps taken, Members) of those that have taken as many steps and have the same kinds of state."""
+        together: dict[tuple, list[Member]] = {}
+        bfloat16 = torch.bfloat16 if self.options.master else None  # parameters that have a remainder
+        for member in members:
+            together.setdefault((member.state["step"].item(), member.param.dtype is bfloat16), []).append(member)
+        return [(torch_state.count(f"params[{alike[0].name!r}]", count), alike) for (count, _), alike in together.items()]
+
+    def _update(self, h, step, group, members, now=None):
+        """Return the Updates of Members that take the same step."""
+        numbers, names, params, states = map(list, zip(*members, strict=True))
+        arrays = self._kept(group, params[0].dtype)
+        try:
+            columns = [params, [param.grad for param in params], *([state[a.name] for state in states] for a in arrays)]
+        except KeyError as error:
+            raise ValueError(
+                f"a parameter of {names} has no {error} in its state: amsgrad or a dtype was changed after its first step"
+            ) from None
+        stochastic, seed = self.options.stochastic_rounding, self.options.seed
+        is_random = stochastic or self.options.state_dtype in ("bfloat16", "8bit")
+        keys = [_key(seed, number) for number in numbers] if is_random else None
+        operands = "param", "grad", *(array.operand for array in arrays)
+        return Updates(h, step, columns, operands, names, now, stochastic=stochastic, seed=seed, keys=keys)
+
+    # State
+
+    def _kept(self, group, dtype):
+        """Return the Arrays of state of the parameters of some dtype in a group."""
+        return torch_state.kept(self.options.state_dtype, self.options.master, group["amsgrad"], dtype)
+
+    def _new_state(self, group, param, name):
+        """Return the state that a parameter begins with, zeros, and keep it."""
+        _, (view,) = backends.choose([(f"params[{name!r}]", param)], self.backend)
+        checks.one_format(view, checks.FORMATS)
+        checks.layout(view)
+        if self.options.state_dtype == "8bit":
+            checks.eight_bits(view)
+        self.state[param] = state = torch_state.new(self._kept(group, param.dtype), param, group["capturable"])
+        return state
+
+    def load_state_dict(self, state_dict):
+        """Copy a state_dict of this class, of torch.optim.Adam or of torch.optim.AdamW into this optimizer.
+
+        Settings of groups become the loaded ones. Everything is checked first: nothing has changed if it raises ValueError or
+        TypeError.
+        """
+        loaded = {}
+
+        # torch would cast all state to the dtype of its parameter. So state is taken out, after the hooks of others, and put back
+        def take(_, state_dict):
+            loaded.update(self._loaded(state_dict))
+            return state_dict | {"state": {}}
+
+        def put(_):
+            self.state.update(loaded)
+
+        hooks = self.register_load_state_dict_pre_hook(take), self.register_load_state_dict_post_hook(put, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _loaded(self, state_dict):
+        """Return parameter -> state, of copies in this optimizer's dtypes and on its devices."""
+        groups, states = state_dict["param_groups"], dict(state_dict["state"])
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            return {}  # torch refuses these groups, in its words
+        loaded = {}
+        for present, saved in zip(self.param_groups, groups, strict=True):
+            group = self.defaults | saved
+            self._checked(group)
+            for key, param in zip(saved["params"], present["params"], strict=True):
+                if state := states.pop(key, None):
+                    arrays = self._kept(group, param.dtype)
+                    loaded[param] = torch_state.converted(state, arrays, param, group["capturable"], f"params[{key!r}]")
+        return loaded | states
+
+    def __getstate__(self):
+        return super().__getstate__() | {"options": self.options, "backend": self.backend}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._remembered, self._counts = Remembered(), {}
+        for group in self.param_groups:  # those of other versions of torch have fewer settings
+            for key, default in self.defaults.items():
+                group.setdefault(key, default)
+
+    # Step counts on the device
+
+    def _captured(self, k, group, members, grad_scale, found_inf):
+        """Return the Updates of a group whose scalars are computed on its device."""
+        n, n_all = len(members), len(group["params"])
+        _share(n == n_all, k, f"all have gradients, or none has (here {n} of {n_all} have; give zeros to the others)")
+        _share(len({member.param.device for member in members}) == 1, k, "share a device")
+        if k not in self._counts:
+            self._counts[k] = self._count(k, members)
+        lr, device = group["lr"], members[0].param.device
+        lr_is_there = isinstance(lr, torch.Tensor) and lr.is_cuda
+        h = self._checked(group | {"lr": 0.0} if lr_is_there else group)
+        scale = 1.0 if grad_scale is None else grad_scale.to(device, non_blocking=True).double().reciprocal()
+        skip = None if found_inf is None else found_inf.to(device, non_blocking=True)
+        now = Now(self._counts[k], lr if lr_is_there else h.lr, scale, found_inf=skip)
+        return self._update(h, 1, group, members, now)
+
+    def _count(self, k, members):
+        """Return the step count of a group. This waits for the device, in the group's first step, which is not captured."""
+        alike = self._alike(members)
+        _share(len(alike) == 1, k, "share a step count and have the same kinds of state")
+        named = [(f"params[{members[0].name!r}]", members[0].param)]
+        kernels, (view,) = backends.choose(named, self.backend)
+        count = OnDevice(kernels, view.device or 0)
+        count.fill(count.step, alike[0][0])
+        return count
+
+
+class AdamW(Adam):
+    """`torch.optim.AdamW` with gpuadam's update: as `Adam`, but weight_decay, 0.01 by default, is decoupled.
+
+    >>> import torch, gpuadam.torch
+    >>> w = torch.nn.Parameter(torch.ones(2))
+    >>> opt = gpuadam.torch.AdamW([w], lr=0.1, weight_decay=0.5)
+    >>> w.grad = torch.zeros(2)
+    >>> opt.step()
+    >>> w.tolist()
+    [0.949999988079071, 0.949999988079071]
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, **options):
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **options)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups:  # whatever was loaded: this class decouples
+            group["decoupled_weight_decay"] = True
+
+
+_key = functools.cache(key_of_parameter)
+
+
+@functools.lru_cache(typed=True)  # typed: 1 and True are equal, and 1 is refused
+def _formulas(decoupled):
+    """Return the formulas of Adam; decoupled: a setting of a group."""
+    return hyperparameters.formulas(**dataclasses.asdict(hyperparameters.ADAM) | {"decoupled": decoupled})
+
+
+def _number(value):
+    """Return a hyperparameter, a tensor of one number as a number, betas as a tuple of numbers."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_number, value))
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.numel() != 1:
+        raise ValueError(f"a hyperparameter is a tensor of shape {tuple(value.shape)}: it must be one number")
+    return value.item()
+
+
+def _inverse(scale):
+    """Return the factor that undoes a GradScaler's scale."""
+    if not scale:
+        raise ValueError("the GradScaler's scale is 0, after too many infinities: make another scaler")
+    return 1.0 / scale
+
+
+def _share(condition, k, what):
+    """Raise ValueError if a condition of capturable groups does not hold in group k. what: the condition in words."""
+    if not condition:
+        raise ValueError(
+            f"with capturable=True the parameters of a group {what}; those of group {k} do not: put them into groups of their own"
+        )
+
+
+def _on_device(group):
+    return group["capturable"] and any(param.is_cuda for param in group["params"])
