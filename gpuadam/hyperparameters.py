@@ -107,13 +107,15 @@ def with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas):
 
 @functools.lru_cache(maxsize=256, typed=True)
 def _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas):
+    beta1, beta2 = checks.betas((beta1, beta2))
     return Fixed(
-        *(getattr(formulas, field.name) for field in dataclasses.fields(Formulas)),
-        *checks.betas((beta1, beta2)),
-        checks.non_negative("eps", eps),
-        checks.non_negative("weight_decay", weight_decay),
-        checks.flag("maximize", maximize),
-        checks.finite("grad_scale", grad_scale),
+        **dataclasses.asdict(formulas),
+        beta1=beta1,
+        beta2=beta2,
+        eps=checks.non_negative("eps", eps),
+        weight_decay=checks.non_negative("weight_decay", weight_decay),
+        maximize=checks.flag("maximize", maximize),
+        grad_scale=checks.finite("grad_scale", grad_scale),
     )
 
 

@@ -8,6 +8,7 @@ NumPy's arrays are not remembered: to read their structs anew takes less time th
 
 import itertools
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import backends, torch_tensors
@@ -18,7 +19,7 @@ NUMBA = "numba.cuda.cudadrv.devicearray.DeviceNDArray"
 TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter")
 
 # By type, so that nothing is imported: functions that read all that checks and launches depend on of an array
-READ_ALL = {
+READ_ALL: dict[str, list[Callable]] = {
     CUPY: [operator.attrgetter("data.ptr", "shape", "strides", "dtype")],
     NUMBA: [operator.attrgetter("device_ctypes_pointer.value", "shape", "strides", "dtype", "stream")],
 }

@@ -46,9 +46,9 @@ class Updates(NamedTuple):
     def rows(self):
         """Yield the arrays of each update, with what errors call them."""
         for n, arrays in enumerate(zip(*self.columns, strict=True)):
-            if self.bits:
-                arrays = [Bits(a, bits) if bits else a for a, bits in zip(arrays, self.bits, strict=True)]
-            yield list(zip(self.labels(n), arrays, strict=True))
+            bits = self.bits or [""] * len(arrays)
+            in_bits = [Bits(array, format) if format else array for array, format in zip(arrays, bits, strict=True)]
+            yield list(zip(self.labels(n), in_bits, strict=True))
 
     def labels(self, n):
         """Return what errors call the arrays of an update."""
@@ -105,7 +105,7 @@ def _in_numpy_structs(groups):
         if rows is None:
             columns, like = _like(group, struct)
             rows = like and struct.table(columns, like.columns, not like.random)
-        if rows is None:
+        if like is None or rows is None:
             return None
         if like.random and group.keys:
             rows[:, struct.KEY] = group.keys

@@ -94,8 +94,8 @@ def table(columns, like, any_order=True):
     rows = np.zeros((n, PARAM + width), np.int64)
     if n == 1 and width <= 5:
         (param,), (grad,), (m,), (v,), *max_v = columns
-        objects = id(param), id(grad), id(m), id(v), id(max_v[0][0]) if max_v else 0
-        return rows if read_one(*objects, id(np.ndarray), like.expected, any_order, rows) else None
+        structs = id(param), id(grad), id(m), id(v), id(max_v[0][0]) if max_v else 0
+        return rows if read_one(*structs, id(np.ndarray), like.expected, any_order, rows) else None
     objects = np.fromiter(map(id, itertools.chain.from_iterable(columns)), np.int64, n * width)
     return rows if read(objects, id(np.ndarray), like.expected, any_order, rows) else None
 

@@ -33,7 +33,7 @@ HEAVY = {
     "safetensors", "ml_dtypes", "pytest",
 }  # fmt: skip
 
-# Private by name, and public by the documentation of their libraries
+# Names of other libraries; `_mmap` is NumPy's, `_cache` Numba's, and nothing public does what they do
 OF_LIBRARIES = {
     "_replace",
     "_fields",

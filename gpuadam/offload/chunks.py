@@ -3,7 +3,8 @@
 from typing import Any, NamedTuple
 
 from ..kernels.adam import Form
-from ..kernels.operands import GROUP, Arrays, Operand
+from ..kernels.operands import GROUP, Arrays
+from ..kernels.operands import Operand as KernelOperand
 from ..kernels.view import View
 from .mapped import Mapping
 
@@ -21,7 +22,7 @@ EDGE = 1 << 19
 class Operand(NamedTuple):
     """An array of a parameter's update."""
 
-    kind: Operand
+    kind: KernelOperand
     view: View
     mapping: Mapping | None  # of the file that the array lies in
     copied: bool  # the update runs on a copy, because the array is on the other side of the bus

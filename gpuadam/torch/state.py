@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .. import state as gpuadam_state
+from ..kernels.operands import KINDS
 
 # By gpuadam's names. 8-bit codes have names of their own, so that torch's Adam does not take them for numbers
 NAMES = {"m": "exp_avg", "v": "exp_avg_sq", "max_v": "max_exp_avg_sq", "remainder": "remainder"}
@@ -27,7 +28,7 @@ def kept(state_dtype, master, amsgrad, dtype):
     """Return an Array for each array of state of a parameter of some dtype, in the order of operands."""
     formats = gpuadam_state.kept(str(dtype).removeprefix("torch."), state_dtype, amsgrad, master, ema=False)
     names = NAMES | NAMES_OF_8_BITS if state_dtype == "8bit" else NAMES
-    operands = [operand for operand in gpuadam_state.OPERANDS if operand in formats]
+    operands = [operand for operand in KINDS if operand in formats]
     return tuple(Array(names[operand], operand, getattr(torch, formats[operand])) for operand in operands)
 
 
