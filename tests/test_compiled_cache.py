@@ -214,7 +214,7 @@ def test_a_folder_that_becomes_unusable_brings_a_warning_of_ours(tmp_path):
     before = "import pathlib, shutil; p = pathlib.Path(os.environ['NUMBA_CACHE_DIR']); shutil.rmtree(p); p.write_text('')"
     param, compiled, warned = step(folder, before=before)
     assert param == expected() and {"read", "disjoint"} <= set(compiled)
-    assert len(warned) == 4
+    assert len(warned) == len(NEEDED) - 1
     assert all(
         w.startswith("RuntimeWarning: compiled kernels cannot be kept in ") and "NUMBA_CACHE_DIR" in w for w in warned
     )
