@@ -11,6 +11,9 @@ import pdoc
 HERE = Path(__file__).parent
 PACKAGES = ("testing", "checkpoint", "foreign_state", "sharded", "offload", "planning", "torch", "reference", "kernels")
 INNER = ("planning.model", "sharded.transports")  # every other file of these packages is internal
+# What users call of an optimizer. Its other methods are for other files of gpuadam.
+OF_OPTIMIZERS = ("__init__", "step", "state_dict", "load_state_dict", "save", "gathered", "describe", "flush", "close")
+OF_OPTIMIZERS += ("options", "steps", "grads", "shards", "add_param_group")
 NAMES = r"\w+(?:,\s+\w+)*"  # of arguments
 
 
@@ -22,8 +25,21 @@ def main(folder):
     for name in INNER:
         names += [f"gpuadam.{name}", rf"!gpuadam\.{name}\."]
     pdoc.render.env.filters["arguments_apart"] = arguments_apart
+    pdoc.render.env.globals["for_users"] = for_users
     pdoc.render.configure(template_directory=HERE)
     pdoc.pdoc(*names, output_directory=Path(folder))
+
+
+def for_users(doc):
+    """Return whether a page shows a name: of an optimizer what users call, of a module no constants but those in `__all__`."""
+    of_class = doc.qualname.rpartition(".")[0]
+    if of_class.endswith(("Adam", "AdamW", "AdaMax")) and doc.name not in OF_OPTIMIZERS:
+        return False
+    if doc.kind == "variable" and not of_class:
+        return doc.name in getattr(sys.modules[doc.modulename], "__all__", ())
+    if doc.name == "__init__":
+        return doc.docstring or doc.signature_without_self.parameters
+    return not doc.name.startswith("_")
 
 
 def arguments_apart(docstring):
