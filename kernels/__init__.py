@@ -18,30 +18,32 @@ From a call to the memory:
             update                      adam.py: THE RULE
             convert, store              and back
 
-Two shorter ways lead to the same batches. Compiled code reads plain NumPy arrays faster than Python can (`numpy_struct.py`). Arrays
-of other libraries are remembered from step to step (`gpuadam/remembered.py`).
+Two shorter ways lead to the same batches. Compiled code reads plain NumPy arrays faster than Python can (`numpy_struct.py`).
+Arrays of other libraries are remembered from step to step (`gpuadam/remembered.py`).
 
-**Words.** An *operand* is an array that a kernel touches. A *view* is what is known of an array. An *update* is one parameter's
-operands. A *batch* is what one launch takes. A *form* is what is known when a kernel is compiled. *Scalars* are the numbers of a
-step.
+**Words.** An *operand* is an array that a kernel touches. A *view* is what is known of an array. An *update* is one
+parameter's operands. A *batch* is what one launch takes. A *form* is what is known when a kernel is compiled. *Scalars* are
+the numbers of a step.
 
 ## A rule
 
 A rule is the update of one element: a module with `in_python(form, op)`, which returns a Python function for Numba, and
 `in_cuda_c(form)`, which returns the same in CUDA C for CuPy. Both take (param, grad, m, v, max_v, ema) and the scalars of
-`adam.scalar_names(form)`. Python returns the new (param, m, v, max_v, ema), C writes through references. A rule tests the `Form`
-outside the arithmetic, so that an unused option costs nothing. `adam.py` is the rule; `limit.py` only moves the bytes.
+`adam.scalar_names(form)`. Python returns the new (param, m, v, max_v, ema), C writes through references. A rule tests the
+`Form` outside the arithmetic, so that an unused option costs nothing. `adam.py` is the rule; `limit.py` only moves the
+bytes.
 
 An *operation* of a rule is a row of `primitives.py`: LLVM for Numba beside PTX for CuPy. A *conversion* between a format in
-memory and a float is a row of `conversions.py`. `operands.py` says which arrays an update has, in which formats, and by which
-conversions. `numba_access.py` and `cuda_c_access.py` write their loads and stores: a loop knows nothing of formats. `scalars.py`
-has the formula of a step's scalars, for the host and for a device.
+memory and a float is a row of `conversions.py`. `operands.py` says which arrays an update has, in which formats, and by
+which conversions. `numba_access.py` and `cuda_c_access.py` write their loads and stores: a loop knows nothing of formats.
+`scalars.py` has the formula of a step's scalars, for the host and for a device.
 
-**To add a variant of the rule**, in four edits: a field of `Form` and its line in both texts of `adam.py`; a public name; its line
-in `gpuadam/reference.py`; a row in FORMS of `tests/cases.py`. The tests then compare the variant on every backend and architecture.
+**To add a variant of the rule**, in four edits: a field of `Form` and its line in both texts of `adam.py`; a public name;
+its line in `gpuadam/reference.py`; a row in FORMS of `tests/cases.py`. The tests then compare the variant on every backend
+and architecture.
 
-**To add a format**: a row of FORMATS in `operands.py`, its conversions in `conversions.py`, and in KINDS the operands that may have
-it.
+**To add a format**: a row of FORMATS in `operands.py`, its conversions in `conversions.py`, and in KINDS the operands that
+may have it.
 
 ## A backend
 
@@ -58,15 +60,15 @@ A backend is a subclass of `backend.Backend`, whose docstrings are the interface
 | `from_host`, `to_host`, `native` | copies from and to NumPy; an array as one of the backend's library |
 | `now`, `seconds_between` | the clock of the device |
 
-`Backend` itself has `launch`, for one update, and `zeros_like`. `gpu_backend.GpuBackend` adds what two libraries share on a GPU:
-batches, the choice and the order of streams, rehearsals, captured graphs, and the passes of the norm. A GPU backend brings
-devices, streams, events, copies, and `run`, `launch_scalars` and `launch_sums`, which launch a kernel.
+`Backend` itself has `launch`, for one update, and `zeros_like`. `gpu_backend.GpuBackend` adds what two libraries share on a
+GPU: batches, the choice and the order of streams, rehearsals, captured graphs, and the passes of the norm. A GPU backend
+brings devices, streams, events, copies, and `run`, `launch_scalars` and `launch_sums`, which launch a kernel.
 
-**To add a backend**: one class, in a file that ends with `backend = TheClass()`, and one row in BACKENDS of `gpuadam/backends.py`.
-Outside this package `gpuadam.backends.register(backend)` takes the place of the row. Then `python -m gpuadam doctor` compares its
-bits with the arithmetic contract, the bench measures it, and the tests over the fixture `library` include it once
-`gpuadam/testing/array_backends.py` can make its arrays. `tests/test_fourth_backend.py` has a complete backend, in plain NumPy and
-some 100 lines.
+**To add a backend**: one class, in a file that ends with `backend = TheClass()`, and one row in BACKENDS of
+`gpuadam/backends.py`. Outside this package `gpuadam.backends.register(backend)` takes the place of the row. Then `python -m
+gpuadam doctor` compares its bits with the arithmetic contract, the bench measures it, and the tests over the fixture
+`library` include it once `gpuadam/testing/array_backends.py` can make its arrays. `tests/test_fourth_backend.py` has a
+complete backend, in plain NumPy and some 100 lines.
 
 ## The files
 

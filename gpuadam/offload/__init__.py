@@ -1,9 +1,9 @@
 """Offloading: state that is larger than the device's memory, or than the machine's.
 
-`gpuadam.OffloadAdam(params, state="folder", budget=10**9)` is `Adam` whose moments lie in files. With `state="memory"` they lie in
-the host's memory, which is pinned if a GPU takes part. With `master="float32"` the master parameters lie with the moments. A step
-takes the state through memory of a fixed budget, in chunks. The result has the same bits as that of `gpuadam.Adam`. Parameters
-and gradients may be `np.memmap`.
+`gpuadam.OffloadAdam(params, state="folder", budget=10**9)` is `Adam` whose moments lie in files. With `state="memory"` they
+lie in the host's memory, which is pinned if a GPU takes part. With `master="float32"` the master parameters lie with the
+moments. A step takes the state through memory of a fixed budget, in chunks. The result has the same bits as that of
+`gpuadam.Adam`. Parameters and gradients may be `np.memmap`.
 
 ## Where the update runs
 
@@ -14,31 +14,31 @@ and gradients may be `np.memmap`.
 | a folder of files | on a GPU | on either | as above, and state from the disk and back |
 | a folder of files | on the host or in files | on the host | state from the disk and back |
 
-With `update="auto"`, the default, both ways are measured once on a GPU, and the faster is taken. `opt.describe()` says which one,
-and why.
+With `update="auto"`, the default, and parameters on a GPU, both ways are measured once, and the faster is taken.
+`opt.describe()` says which one, and why.
 
 ## Memory
 
-Beside the arrays that stay where they are, a step holds at most `budget` bytes of mapped files and copies on the host, and as many
-on the GPU. State takes 8 bytes an element (m and v in float32), 4 with `state_dtype="bfloat16"`, 2.25 with `"8bit"`, and 4 more
-with `master="float32"`.
+Beside the arrays that stay where they are, a step holds at most `budget` bytes of mapped files and copies on the host, and
+as many on the GPU. State takes 8 bytes an element (m and v in float32), 4 with `state_dtype="bfloat16"`, 2.25 with `"8bit"`,
+and 4 more with `master="float32"`.
 
 ## Speed
 
-The slowest of PCIe, the disk and the update decides, because copies and updates of different chunks overlap. An update on the GPU
-moves the float32 state of an element, 8 bytes, in each direction. An update on the host moves 4: the gradient down and the
-parameter up.
+The slowest of PCIe, the disk and the update decides, because copies and updates of different chunks overlap. An update on
+the GPU moves the float32 state of an element, 8 bytes, in each direction. An update on the host moves 4: the gradient down
+and the parameter up.
 
-On the machine of `gpuadam.guide.how_fast`, a CPU with two cores, the limit is the time of moving the same bytes of the same files
-without arithmetic (`benchmarks/offload.py`):
+On the machine of `gpuadam.guide.how_fast`, a CPU with two cores, the limit is the time of moving the same bytes of the same
+files without arithmetic (`benchmarks/offload.py`):
 
-| state in files | budget | a step | times the limit |
-|---|---|---|---:|
-| 8 GB | 1 GB | 1.95 s, and 67 MB of memory | 1.22 |
-| 2 GB, which the system's cache holds | 1 GB | 0.26 s | 1.36 |
+| state in files | a step | times the limit |
+|---|---|---:|
+| 8 GB, with a budget of 1 GB | 1.95 s, and 67 MB of memory | 1.22 |
+| 2 GB, which the system's cache holds | 0.26 s | 1.36 |
 
-The smaller state is further from its limit because two cores share the work on pages and the arithmetic. `python -m gpuadam plan`
-predicts the time of a step: `gpuadam.planning`.
+The smaller state is further from its limit because two cores share the work on pages and the arithmetic. `python -m gpuadam
+plan` predicts the time of a step: `gpuadam.planning`.
 
 ## An example
 
@@ -65,8 +65,8 @@ Parameters and state in files, trained, closed and continued:
 State is changed in place. A step that is cut short leaves parameters and state of two different steps. The optimizer and the
 folder notice that, and refuse to go on with an error that says what to do:
 
-* *An error of the disk, or Ctrl-C, during a step*: this optimizer takes no other step until `load_state_dict` has set all of the
-  state. Set the parameters to those of the same checkpoint.
+* *An error of the disk, or Ctrl-C, during a step*: this optimizer takes no other step until `load_state_dict` has set all of
+  the state. Set the parameters to those of the same checkpoint.
 * *The process is killed during a step*: the folder cannot be opened again. Delete it, make the optimizer anew and load a
   checkpoint.
 * *The process is killed between two steps*: the folder is continued.
@@ -78,10 +78,10 @@ So take checkpoints, of `state_dict()` and the parameters, as often as you can a
 
 ## The files
 
-`optimizer` is `OffloadAdam`. `state` holds state in memory, `folder` in files that say whether they can be relied on. `jobs` checks
-the arrays of a step. `chunks` cuts them into *chunks*: pieces of one or more parameters that fit in a part of the budget. `runner`
-takes the chunks through their stages *fetch*, *update* and *store*, several at once by `pipeline`; `stages` has the stages of an
-update on the host and of one on a GPU. `mapped` is memory that is a file.
+`optimizer` is `OffloadAdam`. `state` holds state in memory, `folder` in files that say whether they can be relied on. `jobs`
+checks the arrays of a step. `chunks` cuts them into *chunks*: pieces of one or more parameters that fit in a part of the
+budget. `runner` takes the chunks through their stages *fetch*, *update* and *store*, several at once by `pipeline`; `stages`
+has the stages of an update on the host and of one on a GPU. `mapped` is memory that is a file.
 """
 
 from .optimizer import OffloadAdam

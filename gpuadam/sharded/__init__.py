@@ -1,12 +1,12 @@
-"""Adam over many ranks: each data-parallel rank keeps and updates a part of the state.   (Rajbhandari et al. 2020, ZeRO stage 1)
+"""Adam over many ranks: each data-parallel rank keeps and updates a part of the state. (Rajbhandari et al. 2020, ZeRO stage 1)
 
-A rank is a process with its own part of the data and a copy of the parameters. With `Adam` on every rank, all ranks would keep
-the same m and v, and make the same update. `gpuadam.ShardedAdam` and `gpuadam.ShardedAdamW` divide both: with N ranks, each rank
-keeps 1/N of the state and makes 1/N of the update.
+A rank is a process with its own part of the data and a copy of the parameters. With `Adam` on every rank, all ranks would
+keep the same m and v, and make the same update. `gpuadam.ShardedAdam` and `gpuadam.ShardedAdamW` divide both: with N ranks,
+each rank keeps 1/N of the state and makes 1/N of the update.
 
-A step sums the gradients of all ranks, each element on the rank that owns its state (a reduce-scatter). It updates the element
-there, and collects the new parameters on all ranks (an all-gather). This is done in buckets: while one bucket is updated, others
-are summed or collected.
+A step sums the gradients of all ranks, each element on the rank that owns its state (a reduce-scatter). It updates the
+element there, and collects the new parameters on all ranks (an all-gather). This is done in buckets: while one bucket is
+updated, others are summed or collected.
 
 ## How to start ranks
 
@@ -40,31 +40,34 @@ this program:
 ...     print(line["slope"].round(2), line["offset"].round(2))
 3.0 1.0
 
-`python -m gpuadam.examples.sharded_digits` is a whole program. It continues from a checkpoint with any other number of ranks.
+`python -m gpuadam.examples.sharded_digits` is a whole program. It continues from a checkpoint with any other number of
+ranks.
 
 ## The bits
 
-After every step all ranks have the same bits of parameters: those of `Adam` for the same sums of gradients. Only the rounding of
-these sums depends on the number of ranks. Where the sums are exact, parameters and state have the same bits for any number of
-ranks. The norm for clipping, random rounding and 8-bit state never depend on the number of ranks.
+After every step all ranks have the same bits of parameters: those of `Adam` for the same sums of gradients. Only the
+rounding of these sums depends on the number of ranks. Where the sums are exact, parameters and state have the same bits for
+any number of ranks. The norm for clipping, random rounding and 8-bit state never depend on the number of ranks.
 
 ## Errors
 
-Arguments are checked on each rank, and compared between ranks, before a byte is written. Whatever differs (parameters, options,
-gradients) is named on all ranks. An error on one rank is raised on all of them, so that no rank waits for ever.
+Arguments are checked on each rank, and compared between ranks, before a byte is written. Whatever differs (parameters,
+options, gradients) is named on all ranks. An error on one rank is raised on all of them, so that no rank waits for ever.
 
 ## Checkpoints
 
-All ranks call `opt.save(folder)`, and each writes the state that it owns. Both ways to continue have the bits of an optimizer that
-was never stopped:
+All ranks call `opt.save(folder)`, and each writes the state that it owns. Both ways to continue have the bits of an
+optimizer that was never stopped:
 
-* `gpuadam.load_sharded(folder, params, transport)` continues on any number of ranks. It also loads what a single `Adam` saved.
+* `gpuadam.load_sharded(folder, params, transport)` continues on any number of ranks. It also loads what a single `Adam`
+  saved.
 * `gpuadam.load(folder, params)` continues with a single `Adam`.
 
-If a rank is killed, at any moment, the folder holds the old checkpoint or the new one. `gpuadam.checkpoint` describes the files.
+If a rank is killed, at any moment, the folder holds the old checkpoint or the new one. `gpuadam.checkpoint` describes the
+files.
 
-**Shown:** saved by 4 ranks, loaded by 1, 2, 3, 8 and by a single `Adam`: the next ten steps have the same bits. One of 4 ranks is
-killed in the middle of a save.
+**Shown:** saved by 4 ranks, loaded by 1, 2, 3, 8 and by a single `Adam`: the next ten steps have the same bits. One of 4
+ranks is killed in the middle of a save.
 
 ## Speed
 
@@ -74,12 +77,13 @@ On the machine of `gpuadam.guide.how_fast`, a CPU with two cores, a step over MP
 |---|---:|---:|---:|
 | ms | 24 | 63 | 79 |
 
-Of the 79 ms, 45 are MPI's reduce-scatter. Ranks on one machine share its memory, so nothing can become faster there. Each rank
-sends 1.0002 times the least number of bytes (`benchmarks/sharded.py`).
+Of the 79 ms, 45 are MPI's reduce-scatter. Ranks on one machine share its memory, so nothing can become faster there. Each
+rank sends 1.0002 times the least number of bytes (`benchmarks/sharded.py`).
 
 ## The files
 
-From the bottom: `layout` says which rank owns which elements; `transports` move arrays between ranks; `agreement` compares ranks;
-`buffer` has parameters and gradients in a row, and `adam` updates this rank's part of them; `norm` and `checks` are those of a
-step; `saving` writes a checkpoint; `optimizer` puts them together; `loading` makes an optimizer from a checkpoint.
+From the bottom: `layout` says which rank owns which elements; `transports` move arrays between ranks; `agreement` compares
+ranks; `buffer` has parameters and gradients in a row, and `adam` updates this rank's part of them; `norm` and `checks` are
+those of a step; `saving` writes a checkpoint; `optimizer` puts them together; `loading` makes an optimizer from a
+checkpoint.
 """

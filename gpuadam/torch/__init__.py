@@ -10,8 +10,8 @@ One line of a program changes: `gpuadam.torch.AdamW` in the place of `torch.opti
 >>> opt.step()
 >>> scheduler.step()
 
-Checkpoints of `torch.optim.Adam` and `AdamW` load into these classes, and the other way round. Parameter groups, schedulers, hooks
-and `torch.amp.GradScaler` work as before.
+Checkpoints of `torch.optim.Adam` and `AdamW` load into these classes, and the other way round. Parameter groups, schedulers,
+hooks and `torch.amp.GradScaler` work as before.
 
 >>> theirs = torch.optim.AdamW(model.parameters())
 >>> theirs.load_state_dict(opt.state_dict())
