@@ -45,15 +45,16 @@ def for_users(doc):
 def arguments_apart(docstring):
     r"""Return the docstring of a function or a class as Markdown, in which each argument begins a line.
 
-    A line that begins with names and a colon is an argument; every other line continues the line above it.
+    An argument is names and a colon, which begin a line or follow a sentence; every other line continues the line above it.
 
-    >>> arguments_apart("Add.\n\na, b: two numbers, such as\n    2**3.\nout: where the\nsum goes.\n\n>>> add(1, 2, 3)\n3")
-    'Add.\n\n**a, b:** two numbers, such as 2\\*\\*3.  \n**out:** where the sum goes.\n\n>>> add(1, 2, 3)\n3'
+    >>> arguments_apart("Add.\n\na, b: numbers, such as\n    2**3.\nout: where the\nsum is. axis: one.\n\n>>> add(1, 2, 3)\n3")
+    'Add.\n\n**a, b:** numbers, such as 2\\*\\*3.  \n**out:** where the sum is.  \n**axis:** one.\n\n>>> add(1, 2, 3)\n3'
     """
     paragraphs = docstring.split("\n\n")
     for k, paragraph in enumerate(paragraphs):
         if not paragraph.startswith((">>>", "    ", "|", "* ", "- ", "```")):
-            text = re.sub(rf"\n(?!{NAMES}: ) *", " ", paragraph).replace("\n", "  \n")
+            text = re.sub(rf"\n(?!{NAMES}: ) *", " ", paragraph)
+            text = re.sub(rf"\. (?=[a-z]{NAMES}: )", ".\n", text).replace("\n", "  \n")
             text = re.sub(r"(`[^`]*`)|\*\*", lambda match: match[1] or r"\*\*", text)  # powers, not bold
             paragraphs[k] = re.sub(rf"^({NAMES}:) ", r"**\1** ", text, flags=re.MULTILINE)
     return "\n\n".join(paragraphs)
