@@ -1,11 +1,13 @@
 """One route for every update, whichever class or function asks for it.
 
 adam_step, Adam.step, gpuadam.torch.Adam.step, ...      make Updates: arrays that take the same step
-  update            below
-    _described      what the arrays are, checked: as remembered, or read in NumPy's structs, or view by view
-      -> Batch      what one launch takes, of one backend (`kernels/backend.py`)
-    _prepared       for each batch its form and scalars, and the stream; all is compiled, uploaded and refused here
-    _launched       nothing but launches: first of a step's scalars, if they are computed on the device, then of the batches
+  update                  what the arrays are, checked, in one of three ways; each returns Batches (`kernels/backend.py`):
+    _in_numpy_structs       NumPy's arrays are read in their structs
+    remembered.batches      other arrays are as they were in the last step
+    _in_views               any arrays are viewed one by one, and what is wrong with them is raised
+  _launch
+    _place, prepare       for each batch its stream, its form and its scalars; all is compiled, uploaded and refused here
+    launch                nothing but launches: of a step's scalars, if they are computed on the device, then of the batches
 """
 
 import itertools
