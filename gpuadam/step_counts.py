@@ -212,7 +212,7 @@ class Now:
 class Scalars:
     """The launches that compute the scalars of a step on the device: one for each compute type; the first counts the step.
 
-    group: the `functional.Updates` of the step.
+    group: the `update.Updates` of the step.
     """
 
     def __init__(self, group, stream):
