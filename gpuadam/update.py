@@ -256,9 +256,10 @@ def _launch(groups, batches, stream):
 def _place(group, batch, stream):
     """Return the Place of a launch, or raise what a graph that is captured there would freeze or cannot hold."""
     place = batch.place(stream)
-    if group.now is not None and place.capturing:
-        group.now.check_capture(group.h)
-    batch.check(place, group.now is not None and group.now.counts)
+    if place is not None:  # on a GPU
+        if group.now is not None and place.capturing:
+            group.now.check_capture(group.h)
+        batch.check(place, group.now is not None and group.now.counts)
     return place
 
 
