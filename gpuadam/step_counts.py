@@ -72,12 +72,8 @@ class InArray:
     on_device = False
 
     def __init__(self, kernels):
-        self.backend, self.device = kernels.name, None
+        self.kernels, self.device = kernels, None
         self.step = np.zeros(1, np.int64)
-
-    @property
-    def kernels(self):
-        return backends.load(self.backend)
 
     def alike(self, parameters, kind):
         """Return (step, parameters): all of them take the same step."""
@@ -121,7 +117,7 @@ class InArray:
         """Return a View of an array of one number beside the arrays, or None if value is a number of the host."""
         if not is_array(value):
             return None
-        _, (view,) = backends.choose([(name, value)], self.backend)
+        _, (view,) = backends.choose([(name, value)], self.kernels.name)
         if view.size != 1 or view.dtype not in dtypes:
             wanted = " or ".join(map(str, dtypes))
             raise ValueError(f"{name} has shape {view.shape} and dtype {view.dtype}: it must be one {wanted}")
@@ -151,7 +147,7 @@ class OnDevice(InArray):
     on_device = True
 
     def __init__(self, kernels, device):
-        self.backend, self.device = kernels.name, device
+        self.kernels, self.device = kernels, device
         self.memory: dict[np.dtype, ScalarsMemory] = {}  # always the same places, which captured graphs know
         with kernels.on(device, None):
             for dtype in NUMBERS:
