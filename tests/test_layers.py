@@ -15,7 +15,7 @@ FLOORS = [
     ("kernels.*",),
     ("checks", "torch_tensors", "backends", "terminal.*", "version"),
     ("hyperparameters", "state", "reference"),
-    ("options", "groups", "step_counts", "clipping", "remembered", "flat"),
+    ("options", "groups", "device_step", "step_counts", "clipping", "remembered", "flat"),
     ("update", "functional"),
     ("sharded.transports.*", "sharded.agreement", "sharded.layout", "checkpoint", "checkpoint.safetensors"),
     ("checkpoint.saving", "checkpoint.*"),
