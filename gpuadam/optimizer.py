@@ -199,6 +199,9 @@ class Adam(HasGroups):
                 parameter.state["step"] = count.step
         return Group(structure, members, kinds.pop() if len(kinds) == 1 else None, count)
 
+    # OffloadAdam does the following in its own way: `copies_of` and then `new_state` when it is made, and `conditions`, `check`,
+    # `leave_out` and `launch` in a step, and `copy_state` when a state_dict is loaded.
+
     def new_state(self, beginnings):
         """Return name -> {key: zeros} of the state of all parameters. beginnings: name -> Beginning."""
         return {
