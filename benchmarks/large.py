@@ -6,6 +6,7 @@ Every contender has arrays of its own and takes its turn again and again. An arr
 1.6 GB for each of them: those that do not fit, or would take minutes, are left out and named.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import report
 from gpuadam import backends
 from gpuadam.cli.measuring import measure, plots
 from gpuadam.terminal import figures
+
+MARKERS = {"o": "\u25cf ", "^": "\u25b2 ", "s": "\u25a0 "}  # of gpuadam's lines, which share a colour; and as text
 
 
 def measure_rows(backend, options, notes):
@@ -45,11 +48,34 @@ def draw(rows, path):
     backends_of = measure.groups(rows, "backend")
     figure, axes = figures.panels(len(backends_of), 2, width=6.5, height=4.4)
     for (throughput, bars), ((backend,), of_backend) in zip(axes, backends_of.items(), strict=True):
-        plots.throughput(throughput, of_backend, f"One step on {backend}, float32")
+        throughput_panel(throughput, of_backend, f"One step on {backend}, float32")
         n = max(row["elements"] for row in of_backend)
         largest = [row for row in of_backend if row["elements"] == n]
         report.bars(bars, largest, "p50_us", report.time, f"{n:,} elements", "median time of a step")
     plots.save(figure, path, rows)
+
+
+def throughput_panel(axis, rows, title):
+    """Draw GB/s against elements, a line for each contender, named at its end."""
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    muted, markers = itertools.cycle(report.LINES), itertools.cycle(MARKERS)
+    axis.set(xscale="log", xlabel="elements", ylabel="GB/s", ylim=(0, 1.08 * max(row["gb_per_s"] for row in rows)))
+    axis.set_title(title)
+    axis.grid()
+    ends = []
+    for name in sorted(names, key=report.is_ours):  # ours last, on top
+        points = sorted((row["elements"], row["gb_per_s"]) for row in rows if row["contender"] == name)
+        if name == measure.LIMIT:
+            style: dict = {"color": plots.LIMIT, "linestyle": "--", "linewidth": 1.6, "zorder": 4}
+        elif report.is_ours(name):
+            style = {"color": plots.OURS, "marker": next(markers), "markersize": 6, "linewidth": 2, "zorder": 5}
+        else:
+            style = {"color": next(muted), "marker": ".", "linewidth": 1.2}
+        axis.plot(*zip(*points, strict=True), **style)
+        _, last = points[-1]
+        text = f"{MARKERS.get(style.get('marker', ''), '')}{name}  {last:.3g}"
+        ends.append((last, text, {"color": style["color"], "fontweight": "bold" if report.is_ours(name) else "normal"}))
+    figures.name_ends(axis, ends, at=1.02, fontsize=8)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ def main(argv=None):
         "--checkpoint", metavar="FOLDER", default="digits.checkpoint", help="where it is saved (default %(default)s)"
     )
     options = parser.parse_args(argv)
-    command_line.need("examples", "sklearn.datasets")
     command_line.need("mpi", "mpi4py")
     transport = gpuadam.transports.MPI()
     (x, y), (x_test, y_test) = [(np.asarray(x, "float32"), y) for x, y in digits.load_digits()]

@@ -16,7 +16,6 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu", help="a torch device, such as cuda (default cpu)")
     options = parser.parse_args(argv)
     torch, drop_in = command_line.need(None, "torch", "gpuadam.torch")
-    command_line.need("examples", "sklearn.datasets")
     (x, y), (x_test, y_test) = [
         (torch.tensor(x, dtype=torch.float32, device=options.device), torch.tensor(y, device=options.device))
         for x, y in load_digits()
