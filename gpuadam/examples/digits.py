@@ -14,12 +14,11 @@ from . import command_line
 def main(argv=None):
     """Train, print the loss on the way and at the end how many of the images held out are read rightly."""
     counts = {"steps": (30, "passes over the images"), "size": (128, "units of the hidden layer")}
-    options = command_line.parser(__doc__, **counts, arrays="cupy").parse_args(argv)
+    options = command_line.options(argv, __doc__, **counts, arrays="cupy")
     xp = command_line.array_module(options.arrays)
     (x, y), (x_test, y_test) = [(xp.asarray(x, "float32"), xp.asarray(y)) for x, y in load_digits()]
     params = {name: xp.asarray(p, "float32") for name, p in initial_parameters(options.size).items()}
-    groups = gpuadam.decay_groups(params, no_decay="b*", weight_decay=0.1)
-    opt = gpuadam.AdamW(groups, lr=2e-3)
+    opt = gpuadam.AdamW(gpuadam.decay_groups(params, no_decay="b*", weight_decay=0.1), lr=2e-3)
 
     losses: list[float] = []
     passes = train(xp, params, opt.step, x, y)
