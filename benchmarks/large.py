@@ -19,6 +19,7 @@ from gpuadam import backends
 from gpuadam.cli.measuring import measure, plots
 from gpuadam.terminal import figures
 
+APART = 0.052  # of two names at the ends of lines, in heights of a panel
 MARKERS = {"o": "\u25cf ", "^": "\u25b2 ", "s": "\u25a0 "}  # of gpuadam's lines, which share a colour; and as text
 
 
@@ -75,7 +76,26 @@ def throughput_panel(axis, rows, title):
         _, last = points[-1]
         text = f"{MARKERS.get(style.get('marker', ''), '')}{name}  {last:.3g}"
         ends.append((last, text, {"color": style["color"], "fontweight": "bold" if report.is_ours(name) else "normal"}))
-    figures.name_ends(axis, ends, at=1.02, fontsize=8)
+    name_ends(axis, ends, at=1.02, fontsize=8)
+
+
+def name_ends(axis, ends, at, **of_all):
+    """Write names at the ends of lines, far enough apart to be read. The axis must have its limits and scales already.
+
+    ends: (a line's last value, its name, how the name is written). at: where, in widths of the panel.
+    """
+    to_panel = axis.transData + axis.transAxes.inverted()
+    ends = sorted(ends, key=lambda end: end[0])
+    heights: list[float] = []
+    for value, _, _ in ends:
+        _, height = to_panel.transform((1, value))
+        heights.append(max(height, heights[-1] + APART) if heights else height)
+    ceiling = 1.0
+    for number in reversed(range(len(heights))):  # what is above the panel goes down, and pushes those below
+        heights[number] = ceiling = min(heights[number], ceiling)
+        ceiling -= APART
+    for height, (_, name, style) in zip(heights, ends, strict=True):
+        axis.annotate(name, (at, height), xycoords="axes fraction", va="center", annotation_clip=False, **style, **of_all)
 
 
 if __name__ == "__main__":

@@ -68,10 +68,8 @@ def plan(update, machine, settings, auto=False):
     Raises ValueError for settings that make no sense.
     """
     _check(machine, settings)
-    if not auto:
-        ranks = settings.world // settings.model_parallel
-        return [Prediction(way, update, machine, settings) for way in ways(machine, ranks)]
-    return [_in_fewest_pieces(way, update, machine, settings) for way in ways(machine, settings.world)]
+    pieces = divisors(settings.world) if auto else [settings.model_parallel]
+    return [_in_fewest_pieces(way, update, machine, settings, pieces) for way in ways(machine, settings.world // pieces[0])]
 
 
 def best(predictions):
@@ -79,15 +77,13 @@ def best(predictions):
     return min((p for p in predictions if p.fits), key=lambda p: (p.seconds, p.device_bytes), default=None)
 
 
-def _in_fewest_pieces(way, update, machine, settings):
-    """Return the Prediction with the fewest pieces that fit, or with the most that there can be."""
-    numbers = divisors(settings.world)
-    if way.sharded:
-        numbers.remove(settings.world)  # each piece would be on one device, with nothing left to shard
-    for pieces in numbers:
-        prediction = Prediction(way, update, machine, settings._replace(model_parallel=pieces))
-        if prediction.fits:
-            break
+def _in_fewest_pieces(way, update, machine, settings, pieces):
+    """Return the Prediction with the fewest of these numbers of pieces that fit, or with the most."""
+    for model_parallel in pieces:
+        if model_parallel < settings.world or not way.sharded:  # a piece on one device is not sharded
+            prediction = Prediction(way, update, machine, settings._replace(model_parallel=model_parallel))
+            if prediction.fits:
+                break
     return prediction
 
 

@@ -79,12 +79,15 @@ def as_json(asked, predictions, best, cut):
         of_node = {"host_bytes_of_node": p.host_bytes, "file_bytes_of_node": p.file_bytes, "short": p.short}
         return step | of_device | of_node | {"stages": p.stages, "seconds": p.seconds}
 
+    figures_of_machine = {
+        name: {"value": value, "source": asked.sources[name]} for name, value in asked.machine.figures().items()
+    }
     return {
         "parameters": sum(asked.update.sizes),
         "arrays": asked.update.arrays._asdict(),
         "zero_grad": asked.update.zero_grad,
         "settings": asked.settings._asdict(),
-        "machine": plan_machine.described(asked.machine, asked.sources),
+        "machine": {"name": asked.machine.name, **figures_of_machine},
         "ways": [row(p) for p in predictions],
         "best": best.way.name if best else None,
         "fits_in_pieces": [row(p) for p in cut if p.fits],

@@ -100,11 +100,15 @@ def shapes_in(path):
         content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict) or not content:
-        raise argparse.ArgumentTypeError(f'{path} must hold names and shapes, such as {{"w": [768, 3072], "b": [768]}}')
-    for name, shape in content.items():
-        if not isinstance(shape, list) or not all(type(side) is int and side > 0 for side in shape):
-            raise argparse.ArgumentTypeError(
-                f"{path}: the shape of {name!r} is {shape!r}, and must be a list of integers above 0"
-            )
-    return tuple(math.prod(shape) for shape in content.values())
+    shapes = content if isinstance(content, dict) else {}
+    wrong = [
+        repr(name)
+        for name, shape in shapes.items()
+        if not isinstance(shape, list) or not all(type(side) is int and side > 0 for side in shape)
+    ]
+    if wrong or not shapes:
+        of_wrong = f", unlike {', '.join(wrong[:8])}" if wrong else ""
+        raise argparse.ArgumentTypeError(
+            f'{path} must hold names and shapes of integers above 0, such as {{"w": [768, 3072], "b": [768]}}{of_wrong}'
+        )
+    return tuple(math.prod(shape) for shape in shapes.values())
