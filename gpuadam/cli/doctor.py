@@ -54,11 +54,11 @@ def _examine(name):
             steps[label] = "failed"
             wrong.append(f"a step failed ({label}): {type(error).__name__}: {error}")
             fix = "mend what the message names; reinstall with " + backends.GPU_EXTRA
-            continue
-        steps[label] = AS_THE_CONTRACT if digest == known.bits else f"differ: {digest}"
-        if digest != known.bits:
-            wrong.append(f"a step ran and gave wrong bits ({label})")
-            fix = fix or "see the warnings below; if there are none, please report it with this page"
+        else:
+            steps[label] = AS_THE_CONTRACT if digest == known.bits else f"differ: {digest}"
+            if digest != known.bits:
+                wrong.append(f"a step ran and gave wrong bits ({label})")
+                fix = fix or "see the warnings below; if there are none, please report it with this page"
     return installed.part(not wrong, "; ".join(wrong) or status.reason, fix) | {"bits": steps["float32"], "steps": steps}
 
 

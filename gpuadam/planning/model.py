@@ -29,11 +29,12 @@ import math
 import operator
 from typing import NamedTuple
 
-from ..kernels.operands import Arrays, bytes_moved_of
+from .. import checks
+from ..kernels.operands import KINDS, NARROW, Arrays, bytes_moved_of
+from ..options import STATE_DTYPES
 
-PARAMS, NARROW = ("float32", "float64", "bfloat16", "float16"), ("bfloat16", "float16")
+PARAMS = KINDS["param"].formats
 MASTERS = {"remainder": ("bfloat16",), "float32": NARROW}  # -> the parameters that may have one
-STATES = ("float32", "float64", "bfloat16", "8bit")
 ROLES = ("parameters", "gradients", "moments", "masters", "mean", "buffers")
 ROLE_OF = {"param": "masters", "remainder": "masters", "ema": "mean"}  # of state; all other state is moments
 COLLECTIVES = ("ring", "halving")
@@ -78,18 +79,15 @@ def update(
     grad = grad or param
     wide = "float64" if param == "float64" else "float32"
     state = state or wide
-    for name, format, known in (
-        ("param", param, PARAMS),
-        ("grad", grad, PARAMS),
-        ("state", state, STATES),
-        ("master", master, (None, *MASTERS)),
-    ):
-        if format not in known:
-            raise ValueError(f"{name}={format!r}: choose from {', '.join(map(str, known))}")
+    checks.one_of(PARAMS, "param", param)
+    checks.one_of(PARAMS, "grad", grad)
+    checks.one_of(STATE_DTYPES, "state", state)
+    if master:
+        checks.one_of(MASTERS, "master", master)
+        if param not in MASTERS[master]:
+            raise ValueError(f"master={master!r} goes with {' and '.join(MASTERS[master])} parameters, not with {param}")
     if state == "8bit" and (amsgrad or "float64" in (param, grad)):
         raise ValueError("8-bit state goes with neither AMSGrad nor float64: choose another state")
-    if master and param not in MASTERS[master]:
-        raise ValueError(f"master={master!r} goes with {' and '.join(MASTERS[master])} parameters, not with {param}")
     if stochastic and (master or param not in NARROW):
         raise ValueError("stochastic rounding is of bfloat16 and float16 parameters without a master")
     options = {"amsgrad": bool(amsgrad), "remainder": master == "remainder", "stochastic": bool(stochastic)}

@@ -8,6 +8,7 @@ import functools
 import math
 from typing import NamedTuple
 
+from .. import checks
 from ..kernels.operands import FORMATS, GROUP, operands_of
 from ..offload.chunks import CHUNKS, SLOTS_ON_GPU, SMALLEST_CHUNK, aligned
 from ..sharded.layout import CELL, placed
@@ -115,8 +116,7 @@ def _check(machine, settings):
         raise ValueError(
             f"reserve={settings.reserve:,} bytes must be at least 0, and less than the {machine.memory:,} of a device"
         )
-    if settings.collective not in COLLECTIVES:
-        raise ValueError(f"collective={settings.collective!r}: choose from {', '.join(COLLECTIVES)}")
+    checks.one_of(COLLECTIVES, "collective", settings.collective)
 
 
 class Prediction:

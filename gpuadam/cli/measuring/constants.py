@@ -159,8 +159,9 @@ def _refuse(name):
 
 
 def _checked(constants, path):
-    for part in constants.keys() & PARTS.keys():
-        values = constants[part]
+    for part, values in constants.items():
+        if part not in PARTS:
+            continue
         if not isinstance(values, dict):
             raise ValueError(f"{path}: its {part} is {values!r:.100}, and must be an object")
         try:

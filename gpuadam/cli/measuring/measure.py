@@ -58,27 +58,17 @@ def in_turn(kernels, functions, seconds, at_least=11, untimed=0, timed=1):
     return times
 
 
-def row(
-    benchmark,
-    contender,
-    backend,
-    elements,
-    *,
-    state,
-    clock="host",
-    dtype="float32",
-    arrays=1,
-    seconds=(),
-    moved=None,
-    peak_bytes=(),
-):
+def row(benchmark, contender, backend, elements, *, seconds=(), moved=None, peak_bytes=(), **identity):
     """Return one row of the report, with the machine and the versions in it.
 
-    state: of the caches, such as "warm". clock: "host" or "device". seconds: samples of the time.
-    moved: bytes that a step moves, if its throughput is of interest. peak_bytes: samples of the memory allocated at the peak.
+    seconds: samples of the time. moved: bytes that a step moves, if its throughput is of interest. peak_bytes: samples of the
+    memory allocated at the peak. identity: the others of IDENTITY; state: of the caches, such as "warm"; clock: "host" or
+    "device".
     """
-    identity = (benchmark, contender, backend, dtype, elements, arrays, state, clock)
-    result = dict.fromkeys(COLUMNS) | facts.of_backend(backend) | dict(zip(IDENTITY, identity, strict=True))
+    result = (
+        dict.fromkeys(COLUMNS) | facts.of_backend(backend) | {"clock": "host", "dtype": "float32", "arrays": 1} | identity
+    )
+    result |= {"benchmark": benchmark, "contender": contender, "backend": backend, "elements": elements}
     result["samples"] = len(seconds) or len(peak_bytes)
     if len(seconds):
         quantiles = zip(QUANTILES, np.percentile(seconds, QUANTILES), strict=True)

@@ -5,8 +5,9 @@ import json
 import math
 from pathlib import Path
 
+from ...options import STATE_DTYPES
 from ...planning.machines import MACHINES
-from ...planning.model import COLLECTIVES, MASTERS, PARAMS, STATES
+from ...planning.model import COLLECTIVES, MASTERS, PARAMS
 from ...planning.prediction import Settings
 from ...terminal.arguments import folder, number, whole, writable
 
@@ -47,7 +48,9 @@ def add(parser):
     one.add_argument("--shapes-file", type=shapes_in, **sizes, metavar="FILE", help="a JSON file: name -> shape")
     what.add_argument("--param-dtype", dest="param", choices=PARAMS, default="float32", help="default %(default)s")
     what.add_argument("--grad-dtype", dest="grad", choices=PARAMS, help="default: that of the parameters")
-    what.add_argument("--state", choices=STATES, help="of the moments; default float32, or float64 with float64 parameters")
+    what.add_argument(
+        "--state", choices=STATE_DTYPES, help="of the moments; default float32, or float64 with float64 parameters"
+    )
     what.add_argument("--master", choices=tuple(MASTERS), help="of bfloat16 parameters (float32: float16 too)")
     what.add_argument("--amsgrad", action="store_true")
     what.add_argument("--ema", action="store_true", help="a running mean of the parameters")
