@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import backends, hyperparameters
-from ..kernels.operands import GROUP, Arrays, operands_of
+from ..kernels.operands import GROUP, Arrays, operands_of, widened
 from ..kernels.scalars import step_key
 
 
@@ -82,8 +82,6 @@ def digest_of(contract, arrays):
     for operand, array in zip(operands_of(contract.arrays), arrays, strict=True):
         bits = array.view(f"u{operand.itemsize}")
         if operand.format in NAN:
-            nan, infinity = (bits.dtype.type(of[operand.format]) for of in (NAN, INFINITY))
-            magnitude = bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
-            bits = np.where(magnitude > infinity, nan, bits)
+            bits = np.where(np.isnan(widened(array, operand.format)), bits.dtype.type(NAN[operand.format]), bits)
         digest.update(bits.astype(f"<u{operand.itemsize}").tobytes())
     return digest.hexdigest()

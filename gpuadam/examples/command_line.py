@@ -75,7 +75,12 @@ def steps(total, describe):
     return counted(console.Console(), total, lambda n: f"step {n:{width}}  {describe()}", every=max(1, total // 10))
 
 
-def save_panels(path, shown, draw, title, **of_panels):
+def grey(axis, picture):
+    """Draw a grey picture, a 2-D array: black 0 and white 1."""
+    axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+
+
+def save_panels(path, shown, title, draw=grey, **of_panels):
     """Write square panels side by side as PNG, and say where.
 
     shown: title -> what is drawn. draw: called with a panel and that. of_panels: as in `figures.panels`.
@@ -88,12 +93,6 @@ def save_panels(path, shown, draw, title, **of_panels):
         axis.set_axis_off()
     figures.save(figure, path)
     print(f"picture: {path}")
-
-
-def save_pictures(path, pictures, title):
-    """Write grey pictures side by side. pictures: title -> 2-D array, black 0 and white 1."""
-    grey = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
-    save_panels(path, pictures, lambda axis, picture: axis.imshow(picture, **grey), title)
 
 
 def run(main):

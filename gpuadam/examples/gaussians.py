@@ -40,7 +40,7 @@ def main(argv=None):
         f"PSNR {from_psnr:.2f} dB before, {to_psnr:.2f} dB after {steps} steps"
     )
     shown = {f"start, {from_psnr:.1f} dB": before, f"after {steps} steps, {to_psnr:.1f} dB": after, "photograph": target}
-    command_line.save_pictures(options.plot, shown, f"{options.count} Gaussians fitted by gpuadam.Adam")
+    command_line.save_panels(options.plot, shown, f"{options.count} Gaussians fitted by gpuadam.Adam")
 
 
 def initial_parameters(target, count):

@@ -50,7 +50,7 @@ def main(argv=None):
     energy, known = command_line.on_host(energies).sum() / 2, LEAST_KNOWN.get(n)
     print(f"{n} charges: energy {energy:.4f}" + (f"; the least known is {known:.4f}" if known else ""))
     shown = {"start": start, f"after {steps} steps": points}
-    command_line.save_panels(options.plot, shown, draw, "Charges on a sphere, by gpuadam.Adam", projection="3d")
+    command_line.save_panels(options.plot, shown, "Charges on a sphere, by gpuadam.Adam", draw, projection="3d")
 
 
 def gradient_of(points, k, gradient, energies):

@@ -36,7 +36,7 @@ def main(argv=None):
     )
     shown = {"slice": truth, f"filtered back-projection, error {before:.0%}": classical}
     shown[f"{options.steps} steps, error {after:.0%}"] = reconstructed
-    command_line.save_pictures(options.plot, shown, f"A slice from {options.angles} noisy projections, by gpuadam.Adam")
+    command_line.save_panels(options.plot, shown, f"A slice from {options.angles} noisy projections, by gpuadam.Adam")
 
 
 class Rays:

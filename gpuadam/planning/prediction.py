@@ -149,53 +149,34 @@ class Prediction:
         self.operands = operands_of(self.arrays, update.zero_grad)
         self.state = [operand for operand in self.operands if update.is_state(operand)]
         self.others = [operand for operand in self.operands if not update.is_state(operand)]
+        self.bytes = self._bytes()
+        self.device_bytes = sum(self.bytes.values())
+        state_of_node = self._state_of_node() if way.state != "device" else 0
+        # chunks of files go through the host's memory; the device of a machine without GPUs has counted them already
+        buffered = machine.host if way.state == "files" else way.updated_on == "host"
+        self.host_bytes = state_of_node * (way.state == "host") + (self.neighbours * settings.budget if buffered else 0)
+        self.file_bytes = state_of_node * (way.state == "files")
+        short = {
+            "device": self.device_bytes - (machine.memory - settings.reserve),
+            "files": self.file_bytes - machine.disk,
+            "host": self.host_bytes - machine.host_memory if machine.host else 0,
+        }
+        self.short = {memory: n_bytes for memory, n_bytes in short.items() if n_bytes > 0}
+        self.fits = not self.short
 
-    @functools.cached_property
-    def bytes(self):
+    def _bytes(self):
         way, by_role = self.way, dict.fromkeys(ROLES, 0)
         gradient, summed = FORMATS[self.update.arrays.grad], FORMATS[self.arrays.grad]  # bytes
-        by_role["gradients"] = gradient * self.elements
+        in_buffer = way.sharded and summed == gradient  # where the gradients lie; others are copied into it
+        by_role["gradients"] = gradient * (self.buffer if in_buffer else self.elements)
         by_role["parameters"] = sum(operand.nbytes(self.buffer) for operand in self.others if operand.name != "grad")
         for operand in self.state if way.state == "device" else ():
             by_role[ROLE_OF.get(operand.name, "moments")] += self._nbytes(operand)
         if way.sharded:
-            by_role["buffers"] += summed * self.part
-            if summed == gradient:  # the gradients lie in the buffer; others are copied into it
-                by_role["gradients"] = summed * self.buffer
-            else:
-                by_role["buffers"] += summed * self.buffer
+            by_role["buffers"] += summed * (self.part if in_buffer else self.part + self.buffer)
         if way.state != "device" and way.updated_on == "device":
             by_role["buffers"] += self.settings.budget
         return by_role
-
-    @property
-    def device_bytes(self):
-        return sum(self.bytes.values())
-
-    @property
-    def host_bytes(self):
-        held = self._state_of_node if self.way.state == "host" else 0
-        # chunks of files go through the host's memory; the device of a machine without GPUs has counted them already
-        buffered = self.machine.host if self.way.state == "files" else self.way.updated_on == "host"
-        return held + (self.neighbours * self.settings.budget if buffered else 0)
-
-    @property
-    def file_bytes(self):
-        return self._state_of_node if self.way.state == "files" else 0
-
-    @property
-    def short(self):
-        machine = self.machine
-        needs = [
-            ("device", self.device_bytes, machine.memory - self.settings.reserve),
-            ("files", self.file_bytes, machine.disk),
-        ]
-        needs += [("host", self.host_bytes, machine.host_memory)] if machine.host else []
-        return {memory: need - available for memory, need, available in needs if need > available}
-
-    @property
-    def fits(self):
-        return not self.short
 
     @functools.cached_property
     def stages(self):
@@ -250,9 +231,8 @@ class Prediction:
         loaded, stored = self._traffic(self.others)
         return stored, loaded
 
-    @property
     def _state_of_node(self):
-        """The bytes of the state of all devices of a node, where it is not in their memories."""
+        """Return the bytes of the state of all devices of a node, where it is not in their memories."""
         if self.way.sharded:
             return self.neighbours * sum(map(self._nbytes, self.state))
         return self.neighbours * sum(_aligned(self.update.sizes, self.model_parallel, operand) for operand in self.state)
