@@ -64,13 +64,18 @@ def _examine(name):
 
 def _caches():
     """Return, for each compile cache, its folder and whether it can be written."""
-    cupy = os.environ.get("CUPY_CACHE_DIR") or str(Path("~/.cupy/kernel_cache").expanduser())
-    caches = {"CuPy": {"folder": cupy, "writable": _writable(Path(cupy)), "fix": "set CUPY_CACHE_DIR"}}
+    folders = {"CuPy": os.environ.get("CUPY_CACHE_DIR") or str(Path("~/.cupy/kernel_cache").expanduser())}
     if "numba-cpu" in backends.available_backends():
         (compiled_cache,) = output.need(None, "gpuadam.kernels.compiled_cache")  # not before: it imports Numba
-        folder = compiled_cache.folder()
-        caches["Numba"] = {"folder": folder or "(no folder)", "writable": folder is not None, "fix": "set NUMBA_CACHE_DIR"}
-    return caches
+        folders["Numba"] = compiled_cache.folder()  # None if there is none that can be written
+    return {
+        library: {
+            "folder": folder or "(no folder)",
+            "writable": folder is not None and _writable(Path(folder)),
+            "fix": f"set {library.upper()}_CACHE_DIR",
+        }
+        for library, folder in folders.items()
+    }
 
 
 def _writable(folder):
@@ -83,34 +88,29 @@ def _writable(folder):
 
 
 def _warnings():
-    warnings = []
-    if np.float32(1e-38) * np.float32(0.01) == 0:
-        warnings.append(
-            "this thread flushes subnormal numbers to zero (FTZ), so the CPU's bits differ: some library set it, such as "
-            "torch.set_flush_denormal(True)"
-        )
     cupys = [name for name, version in facts.versions().items() if name.startswith("cupy") and version]
-    if len(cupys) > 1:
-        warnings.append(f"{' and '.join(cupys)} are installed together and break each other: uninstall all but one")
-    wanted = os.environ.get("NUMBA_CACHE_DIR")
-    if wanted and not _writable(Path(wanted)):
-        warnings.append(
-            f"NUMBA_CACHE_DIR={wanted} cannot be written, so Numba keeps compiled kernels elsewhere, if anywhere"
-        )
-    return warnings
+    folder = os.environ.get("NUMBA_CACHE_DIR")
+    warnings = {
+        "this thread flushes subnormal numbers to zero (FTZ), so the CPU's bits differ: some library set it, such as "
+        "torch.set_flush_denormal(True)": np.float32(1e-38) * np.float32(0.01) == 0,
+        f"{' and '.join(cupys)} are installed together and break each other: uninstall all but one": len(cupys) > 1,
+        f"NUMBA_CACHE_DIR={folder} cannot be written, so Numba keeps compiled kernels elsewhere, if anywhere": folder
+        and not _writable(Path(folder)),
+    }
+    return [warning for warning, holds in warnings.items() if holds]
 
 
 def _print(report):
-    versions = dict(report["versions"])
-    print(f"gpuadam {versions.pop('gpuadam')} on {report['machine']['system']}, {report['machine']['cpu']}")
-    with_them = "with " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    versions = [f"{name} {version}" for name, version in report["versions"].items() if version]
+    print(f"{versions[0]} on {report['machine']['system']}, {report['machine']['cpu']}")
+    with_them = "with " + ", ".join(versions[1:])
     print(textwrap.fill(with_them, 120, subsequent_indent="     ", break_on_hyphens=False))
     for parts in (report["backends"], report["parts"]):
         print()
         for name, part in parts.items():
             mark = {True: "works", False: "NO", None: "-"}[part["works"]]
-            print(f"{mark:>7}  {name:<13} {part['reason']}" + (f": {part['fix']}" if part["works"] is None else ""))
-            if part["works"] is False:
+            print(f"{mark:>7}  {name:<13} {part['reason']}")
+            if not part["works"]:
                 print(f"{'':23}to mend it: {part['fix']}")
             for label, bits in part.get("steps", {}).items():
                 print(f"{'':23}bits of a 1,024-element step, {label}: {bits}")

@@ -58,19 +58,15 @@ def add(parser):
     what.add_argument("--stochastic-rounding", dest="stochastic", action="store_true")
 
     where = parser.add_argument_group("where")
-    gpus = {"choices": (*MACHINES, CPU), "default": "h100"}
-    where.add_argument("--gpu", **gpus, help="kind of GPU, or this CPU; default %(default)s")
+    gpus = (*MACHINES, CPU)
+    where.add_argument("--gpu", choices=gpus, default="h100", help="kind of GPU, or this CPU; default %(default)s")
     where.add_argument("--world", type=whole, metavar="N", help="how many devices; default 1")
-    where.add_argument(
-        "--model-parallel",
-        type=lambda text: text if text == "auto" else whole(text),
-        metavar="N|auto",
-        help="pieces that every parameter is cut into, each on devices of its own; auto: as few as fit; default 1",
-    )
-    activations = {"type": number(0, unit=10**9), "metavar": "GB"}
-    where.add_argument("--reserve", **activations, help="of a device, for activations; default 0")
-    chunks = {"type": UNITS["GB"], "metavar": "GB"}
-    where.add_argument("--budget", **chunks, help="of an offloaded step, as in OffloadAdam; default 0.27")
+    of_pieces = "pieces that every parameter is cut into, each on devices of its own; auto: as few as fit; default 1"
+    where.add_argument("--model-parallel", type=pieces, metavar="N|auto", help=of_pieces)
+    reserve = number(0, unit=10**9)
+    where.add_argument("--reserve", type=reserve, metavar="GB", help="of a device, for activations; default 0")
+    of_step = "of an offloaded step, as in OffloadAdam; default 0.27"
+    where.add_argument("--budget", type=UNITS["GB"], metavar="GB", help=of_step)
     where.add_argument("--bucket", type=UNITS["MB"], metavar="MB", help="of gradients in one collective; default 33.6")
     where.add_argument("--collective", choices=COLLECTIVES, help="default %(default)s")
     parser.set_defaults(**Settings()._asdict())
@@ -80,12 +76,14 @@ def add(parser):
     known.add_argument("--measure", action="store_true", help="measure this machine's memory, conversions and disk")
     known.add_argument("--constants", metavar="FILE", help="of plan --measure --json, or of bench --json")
     rates.add_argument("--seconds", type=number(LEAST), default=1.0, help="spent on each measurement (default 1)")
-    of_disk = "on the disk to measure; default that of temporary files"
-    rates.add_argument("--folder", type=folder, metavar="FOLDER", help=of_disk)
+    rates.add_argument("--folder", type=folder, help="on the disk to measure; default that of temporary files")
     for option, (figure, unit, help) in RATES.items():
         rates.add_argument(f"--{option}", dest=figure, type=UNITS[unit], metavar=unit, help=help)
-    of_plot = "write time and memory against the number of devices as PNG"
-    parser.add_argument("--plot", type=writable, metavar="FILE", help=of_plot)
+    parser.add_argument("--plot", type=writable, metavar="FILE", help="write time and memory against devices as PNG")
+
+
+def pieces(text):
+    return text if text == "auto" else whole(text)
 
 
 def shapes(text):

@@ -18,16 +18,6 @@ def time(seconds):
     return scaled(seconds, SECONDS)
 
 
-def show(console, asked, predictions, best, cut):
-    """Print a plan. best: the Prediction of the best way. cut: the best with the model cut further, if none fits as asked."""
-    title = f"{sum(asked.update.sizes):,} parameters on {asked.settings.world:,} x {asked.machine.name}: {asked.formats}"
-    console.print(title, highlight=False)
-    console.print(memory_table(asked, predictions))
-    console.print(time_table(predictions, best))
-    for line in sentences(asked, predictions, best, cut):
-        console.print(line, highlight=False)
-
-
 def memory_table(asked, predictions):
     used = [role for role in ROLES if any(p.bytes[role] for p in predictions)]
     heads = ["", *["pieces"] * asked.auto, *(ROLES[role] for role in used), "in all", "host", "files", "fits"]
@@ -36,7 +26,8 @@ def memory_table(asked, predictions):
         short = ", ".join(f"{size(n)} short{'' if where == 'device' else f' ({where})'}" for where, n in p.short.items())
         n_bytes = (*(p.bytes[role] for role in used), p.device_bytes, p.host_bytes, p.file_bytes)
         lines.append([p.way.name, *[f"{p.model_parallel:,}"] * asked.auto, *map(size, n_bytes), short or "yes"])
-    return table(f"memory of a device, {size(asked.machine.memory - asked.settings.reserve)}", heads, lines)
+    asked_for = f"{sum(asked.update.sizes):,} parameters on {asked.settings.world:,} x {asked.machine.name}: {asked.formats}"
+    return table(f"{asked_for}\nmemory of a device, {size(asked.machine.memory - asked.settings.reserve)}", heads, lines)
 
 
 def time_table(predictions, best):
