@@ -197,7 +197,7 @@ def test_what_makes_no_sense_ends_with_2(capsys, arguments, said):
         ('{"rows": []}', "no float32 rows of the limit kernel"),
         ('{"constants": {"cpu": {"bandwidth": -1}}}', "must be a number above 0"),
         ('{"constants": {"cpu": {"bandwidth": 1}}}', "the launch of its cpu is None"),
-        ('{"constants": {"cpu": {"bandwidth": 1, "rates": [{}]}}}', "are not those of formats"),
+        ('{"constants": {"cpu": {"bandwidth": 1, "rates": [{}]}}}', "must be a list of formats"),
         ("{", "cannot be read as JSON"),
         ('{"constants": {"cpu": {"bandwidth": NaN}}}', "cannot be read as JSON: NaN is no number"),
         ('{"constants": {"cpu": {"bandwidth": 1e999}}}', "must be a number above 0"),

@@ -24,18 +24,13 @@ bytes: read and written of an element. call: host time of one gpuadam.adam_step,
 
 
 def add_options(parser):
-    parser.add_argument(
-        "--sizes", type=arguments.wholes, metavar="N,N", help="elements, such as 1e5,2e7; by default a sweep"
-    )
-    parser.add_argument(
-        *("--forms", "--dtypes"),
-        type=forms.chosen,
-        default=("float32", "float64"),
-        metavar="NAME,NAME",
-        help='formats, formulas and algorithms, such as "float32,8-bit state,NAdam", or all; default float32,float64',
-    )
+    of_sizes = "elements, such as 1e5,2e7; by default a sweep"
+    parser.add_argument("--sizes", type=arguments.wholes, metavar="N,N", help=of_sizes)
+    of_forms = 'formats, formulas and algorithms, such as "float32,8-bit state,NAdam", or all; default %(default)s'
+    names = {"type": forms.chosen, "default": "float32,float64", "metavar": "NAME,NAME"}
+    parser.add_argument("--forms", "--dtypes", **names, help=of_forms)
     parser.add_argument("--seconds", type=arguments.number(0), default=1.0, help="time spent on each row (default 1)")
-    parser.add_argument("--plot", type=arguments.writable, metavar="FILE", help="write throughput against size as PNG")
+    parser.add_argument("--plot", type=arguments.writable, metavar="FILE", help="write throughput by size as PNG")
     parser.add_argument("--backend", choices=list(backends.BACKENDS), help="default: all that there are")
 
 
@@ -78,12 +73,11 @@ def rows_of(kernels, form, n, seconds):
         calls.append(time.perf_counter() - began)
     n_bytes = forms.bytes_moved(case)
     of_row = {"backend": kernels.name, "elements": n, "dtype": form}
-    of_device = of_row | {
-        "state": "in turn",
-        "clock": "device" if kernels.memory == "CUDA" else "host",
-        "moved": n_bytes * n,
-    }
-    rows = [measure.row("bench", name, **of_device, seconds=own) for name, own in zip(contenders, times, strict=True)]
+    in_turn = {"state": "in turn", "clock": "device" if kernels.memory == "CUDA" else "host", "moved": n_bytes * n}
+    rows = [
+        measure.row("bench", contender, **of_row, **in_turn, seconds=seconds)
+        for contender, seconds in zip(contenders, times, strict=True)
+    ]
     measure.add_ratios(rows)
     rows.append(measure.row("bench", CALL, **of_row, state="warm", seconds=calls))
     return [row | {"bytes_per_element": n_bytes} for row in rows]

@@ -73,7 +73,6 @@ def textbook(xp, backend, console):
 
 def digits(xp, backend, console, data):
     """Train on the digits twice, with gpuadam in float32 and with the reference in float64. Return and print how well."""
-    (x, y), (x_test, y_test) = data
     exact = example.initial_parameters(HIDDEN)
     params = {name: xp.asarray(p, dtype="float32") for name, p in exact.items()}
     settings = {"lr": 2e-3, "weight_decay": 0.1}
@@ -90,24 +89,19 @@ def digits(xp, backend, console, data):
         reference.step(grads)
         exact.update(zip(exact, reference.params.values(), strict=True))
 
-    to_float32 = [xp.asarray(a, dtype=t) for a, t in ((x, "float32"), (y, "int64"), (x_test, "float32"), (y_test, "int64"))]
-    runs = {
-        "": (xp, params, step, *to_float32),
-        "reference_": (np, exact, exact_step, x, y, x_test, y_test),
-    }
-    losses = {prefix: example.train(*run[:5]) for prefix, run in runs.items()}
-    curves: dict[str, list[float]] = {f"{prefix}{curve}": [] for prefix in runs for curve in ("loss", "accuracy")}
+    in_float32 = [(xp.asarray(images, dtype="float32"), xp.asarray(labels)) for images, labels in data]
+    ours, references = _epochs(xp, params, step, in_float32), _epochs(np, exact, exact_step, data)
+    epochs: list[tuple] = []
 
     def described(epoch):
-        return f"epoch {epoch:3d}  loss {curves['loss'][-1]:.4f}  test accuracy {curves['accuracy'][-1]:.2%}"
+        return f"epoch {epoch:3d}  loss {epochs[-1][0]:.4f}  test accuracy {epochs[-1][1]:.2%}"
 
     for _ in output.counted(console, EPOCHS, described, every=10):
-        for prefix, (module, of_run, _, _, _, *held_out) in runs.items():
-            curves[f"{prefix}loss"].append(next(losses[prefix]))
-            curves[f"{prefix}accuracy"].append(example.accuracy(module, of_run, *held_out))
+        epochs.append((*next(ours), *next(references)))
+    curves = dict(zip(("loss", "accuracy", "reference_loss", "reference_accuracy"), zip(*epochs, strict=True), strict=True))
     result = curves | {
-        "train_images": len(x),
-        "test_images": len(x_test),
+        "train_images": len(data[0][1]),
+        "test_images": len(data[1][1]),
         "epochs": EPOCHS,
         "updates": len(update_seconds),
         "test_accuracy": curves["accuracy"][-1],
@@ -128,6 +122,13 @@ def digits(xp, backend, console, data):
         highlight=False,
     )
     return result
+
+
+def _epochs(xp, params, step, data):
+    """Yield the loss and the test accuracy of each epoch."""
+    images_and_labels, held_out = data
+    for loss in example.train(xp, params, step, *images_and_labels):
+        yield loss, example.accuracy(xp, params, *held_out)
 
 
 def _plot(backend, curves):

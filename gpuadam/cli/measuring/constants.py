@@ -26,11 +26,6 @@ LARGE, FEW = 20_000_000, 256  # elements
 IN_CACHE, PASSES = 1 << 14, 16  # elements, 256 kB of float32, that each core updates so many times in a launch
 ON_END = {"untimed": 2, "timed": 4}  # runs, so that the arrays of a function stay in the caches
 DISK_BYTES, BLOCK = 1 << 28, 1 << 22
-# The numbers that are read. No time can be computed with what is smaller; bytes are exact.
-SMALLEST, LARGEST = 1e-9, 1e30
-PROCESSOR, DISK = ("bandwidth", "launch", "cache", "memory"), ("read", "write", "free")
-PARTS = {"cpu": PROCESSOR, "gpu": PROCESSOR, "disk": DISK}
-INTEGERS, MAY_BE_0 = {"cache", "memory", "free"}, {"launch", "cache", "free"}
 
 
 def measured(formats, folder=None, seconds=1.0):
@@ -159,31 +154,41 @@ def _refuse(name):
 
 
 def _checked(constants, path):
-    for part, values in constants.items():
-        if part not in PARTS:
-            continue
+    for part, checks in PARTS.items():
+        values = constants.get(part, {})
         if not isinstance(values, dict):
             raise ValueError(f"{path}: its {part} is {values!r:.100}, and must be an object")
-        try:
-            _check(f"{path}: the rate of its {part}", *rates_of(values).values())
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: the rates of its {part} are not those of formats: {error}") from error
-        for key in PARTS[part]:
-            if key != "memory" or values.get(key) is not None:  # it is not known in the rows of `bench`
-                kind, least = int if key in INTEGERS else float, 0 if key in MAY_BE_0 else SMALLEST
-                _check(f"{path}: the {key} of its {part}", values.get(key), least=least, kind=kind)
-        if part != "disk" and not isinstance(values.get("name"), str):
-            raise ValueError(f"{path}: the name of its {part} is {values.get('name')!r:.100}, and must be a string")
+        for key, (wanted, holds) in checks.items() if part in constants else ():
+            if not holds(values.get(key)):
+                raise ValueError(f"{path}: the {key} of its {part} is {values.get(key)!r:.100}, and must be {wanted}")
     if not {"cpu", "gpu"} & constants.keys():
         raise ValueError(f"{path} has no float32 rows of the limit kernel: run bench with --dtypes float32")
     return constants
 
 
-def _check(name, *values, least=SMALLEST, kind=float):
-    for value in values:
-        if type(value) not in (int, kind) or not least <= value <= LARGEST:
-            wanted = f"{'an integer' if kind is int else 'a number'} {'above 0' if least else 'of at least 0'}"
-            raise ValueError(f"{name} is {value!r:.100}, and must be {wanted}, at most {LARGEST:g}")
+def _number(least, kind=float):
+    return lambda value: type(value) in (int, kind) and least <= value <= 1e30
+
+
+def _are_rates(rates):
+    try:
+        return all(map(_number(SMALLEST), rates_of({"rates": rates or []}).values()))
+    except (KeyError, TypeError):
+        return False
+
+
+SMALLEST = 1e-9  # no time can be computed with less
+POSITIVE, SIZE = ("a number above 0", _number(SMALLEST)), ("an integer of at least 0", _number(0, int))
+# What is read of each part: key -> (what it must be, whether it is)
+PROCESSOR = {
+    "rates": ("a list of formats, each with its elements_per_second above 0", _are_rates),
+    "bandwidth": POSITIVE,
+    "launch": ("a number of at least 0", _number(0)),
+    "cache": SIZE,
+    "memory": ("an integer above 0, or null", lambda value: value is None or _number(1, int)(value)),
+    "name": ("a string", lambda value: isinstance(value, str)),
+}
+PARTS = {"cpu": PROCESSOR, "gpu": PROCESSOR, "disk": {"read": POSITIVE, "write": POSITIVE, "free": SIZE}}
 
 
 def of_bench(rows):

@@ -60,7 +60,7 @@ def _measured(known, machine):
             values, source = known[part], f"measured, {known[part]['name']}"
             of_place = {key: values[key] for key in ("bandwidth", "launch", "cache")} | {"rates": constants.rates_of(values)}
             changes |= {f"{place} {key}": (value, source) for key, value in of_place.items()}
-            if values["memory"] and place == "device":
+            if values.get("memory") and place == "device":
                 changes["memory"] = values["memory"], source
     if "disk" in known:
         of_disk = {"disk_read": "read", "disk_write": "write", "disk": "free"}

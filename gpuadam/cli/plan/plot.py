@@ -6,6 +6,7 @@ models of many sizes, each by its fastest way and in as few pieces as let that w
 
 from ... import planning
 from ...terminal import figures, output
+from ...terminal.arguments import UNITS
 from ..measuring import plots
 
 MOST = 100_000
@@ -13,7 +14,6 @@ SIZES = tuple(10**k for k in range(9, 14))
 COLORS = ("#7a4fa3", "#1261c9", "#2b8a57", "#c28f0e", "#c0392b")  # of the sizes
 HUES = {"device": plots.OURS, "host": "#d9730d", "files": "#2b8a57"}  # of a way, by where the state is
 MARKERS = {"device": "o", "host": "s", "files": "D"}
-NUMBERS = {"T": 10**12, "B": 10**9, "M": 10**6, "k": 10**3, "": 1}
 
 
 def draw(asked):
@@ -102,4 +102,4 @@ def scaled(n):
     >>> scaled(7 * 10**9), scaled(10**13), scaled(124_439_808)
     ('7 B', '10 T', '124 M')
     """
-    return output.scaled(n, NUMBERS).strip()
+    return output.scaled(n, dict(reversed(UNITS.items())) | {"": 1}).strip()
