@@ -68,14 +68,11 @@ def _caches():
     if "numba-cpu" in backends.available_backends():
         (compiled_cache,) = output.need(None, "gpuadam.kernels.compiled_cache")  # not before: it imports Numba
         folders["Numba"] = compiled_cache.folder()  # None if there is none that can be written
-    return {
-        library: {
-            "folder": folder or "(no folder)",
-            "writable": folder is not None and _writable(Path(folder)),
-            "fix": f"set {library.upper()}_CACHE_DIR",
-        }
-        for library, folder in folders.items()
-    }
+    caches = {}
+    for library, folder in folders.items():
+        writable, fix = bool(folder) and _writable(Path(folder)), f"set {library.upper()}_CACHE_DIR"
+        caches[library] = {"folder": folder or "(no folder)", "writable": writable, "fix": fix}
+    return caches
 
 
 def _writable(folder):
@@ -90,14 +87,16 @@ def _writable(folder):
 def _warnings():
     cupys = [name for name, version in facts.versions().items() if name.startswith("cupy") and version]
     folder = os.environ.get("NUMBA_CACHE_DIR")
-    warnings = {
-        "this thread flushes subnormal numbers to zero (FTZ), so the CPU's bits differ: some library set it, such as "
-        "torch.set_flush_denormal(True)": np.float32(1e-38) * np.float32(0.01) == 0,
-        f"{' and '.join(cupys)} are installed together and break each other: uninstall all but one": len(cupys) > 1,
-        f"NUMBA_CACHE_DIR={folder} cannot be written, so Numba keeps compiled kernels elsewhere, if anywhere": folder
-        and not _writable(Path(folder)),
-    }
-    return [warning for warning, holds in warnings.items() if holds]
+    warnings = []
+    if np.float32(1e-38) * np.float32(0.01) == 0:
+        flushing = "this thread flushes subnormal numbers to zero (FTZ), so the CPU's bits differ"
+        warnings.append(f"{flushing}: some library set it, such as torch.set_flush_denormal(True)")
+    if len(cupys) > 1:
+        warnings.append(f"{' and '.join(cupys)} are installed together and break each other: uninstall all but one")
+    if folder and not _writable(Path(folder)):
+        elsewhere = "so Numba keeps compiled kernels elsewhere, if anywhere"
+        warnings.append(f"NUMBA_CACHE_DIR={folder} cannot be written, {elsewhere}")
+    return warnings
 
 
 def _print(report):

@@ -50,14 +50,10 @@ class Update(NamedTuple):
     arrays: Arrays = Arrays()
     zero_grad: bool = False
 
-    @property
-    def of_model(self):
-        """The operand that is the model's parameter: with a float32 master, the copy."""
-        return "param_copy" if self.arrays.param_copy else "param"
-
     def is_state(self, operand):
         """Whether an operand is of the optimizer alone, and so can be sharded and offloaded."""
-        return operand.name not in (self.of_model, "grad")
+        model = "param_copy" if self.arrays.param_copy else "param"  # with a float32 master the copy is the model's
+        return operand.name not in (model, "grad")
 
 
 def update(

@@ -32,9 +32,8 @@ def console(extra, options, width=130):
     extra: the extra that has rich, and matplotlib too if a plot is wanted. width: in characters, where there is no terminal.
     """
     rich_console, *_ = need(extra, "rich.console", *["matplotlib"] * bool(getattr(options, "plot", None)))
-    stderr = options.json == "-"
-    terminal = rich_console.Console(stderr=stderr)
-    return terminal if terminal.is_terminal else rich_console.Console(stderr=stderr, width=width)
+    stream = sys.stderr if options.json == "-" else sys.stdout
+    return rich_console.Console(file=stream, width=None if stream.isatty() else width)
 
 
 def table(title, heads, lines, styles=None):

@@ -29,6 +29,8 @@ def run(options):
         raise output.CommandError(error) from error
     best = planning.best(predictions)
     cut = [] if best or asked.auto else asked._replace(auto=True).predictions()
+    n, devices = sum(asked.update.sizes), f"{asked.settings.world:,} x {asked.machine.name}"
+    console.print(f"{n:,} parameters on {devices}: {asked.formats}", highlight=False)
     for table in (tables.memory_table(asked, predictions), tables.time_table(predictions, best)):
         console.print(table)
     for line in tables.sentences(asked, predictions, best, planning.best(cut)):

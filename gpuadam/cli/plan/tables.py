@@ -1,21 +1,16 @@
 """What `python -m gpuadam plan` prints: a table of memory, one of time, and sentences."""
 
+import functools
+
 from ... import planning
 from ...planning import model
 from ...terminal.output import BYTES, SECONDS, scaled, table
 
+size, time = functools.partial(scaled, units=BYTES), functools.partial(scaled, units=SECONDS)
 # stages and roles, and the heads of their columns
 STAGES = {"all-reduce": "all-reduce", "reduce-scatter": "reduce", "all-gather": "gather", "update": "update"}
 STAGES |= {"to the device": "up", "to the host": "down", "host memory": "host mem", "disk": "disk"}
 ROLES = dict(zip(model.ROLES, ("params", "grads", "moments", "masters", "mean", "buffers"), strict=True))
-
-
-def size(n_bytes):
-    return scaled(n_bytes, BYTES)
-
-
-def time(seconds):
-    return scaled(seconds, SECONDS)
 
 
 def memory_table(asked, predictions):
@@ -26,8 +21,7 @@ def memory_table(asked, predictions):
         short = ", ".join(f"{size(n)} short{'' if where == 'device' else f' ({where})'}" for where, n in p.short.items())
         n_bytes = (*(p.bytes[role] for role in used), p.device_bytes, p.host_bytes, p.file_bytes)
         lines.append([p.way.name, *[f"{p.model_parallel:,}"] * asked.auto, *map(size, n_bytes), short or "yes"])
-    asked_for = f"{sum(asked.update.sizes):,} parameters on {asked.settings.world:,} x {asked.machine.name}: {asked.formats}"
-    return table(f"{asked_for}\nmemory of a device, {size(asked.machine.memory - asked.settings.reserve)}", heads, lines)
+    return table(f"memory of a device, {size(asked.machine.memory - asked.settings.reserve)}", heads, lines)
 
 
 def time_table(predictions, best):
