@@ -12,6 +12,7 @@ import argparse
 import csv
 import functools
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -123,6 +124,13 @@ def main(
 def numbers(sizes):
     """Return sizes such as 1e5 as integers."""
     return [int(float(size)) for size in sizes]
+
+
+def with_peak(row, peaks):
+    """Return a row with the memory that was allocated at the peak. peaks: samples, in bytes."""
+    if not len(peaks):
+        return row
+    return row | {"samples": row["samples"] or len(peaks), "peak_mb": float(f"{statistics.median(peaks) / 1e6:.6g}")}
 
 
 def listed(absent):

@@ -368,7 +368,7 @@ def test_an_update_that_there_is_not_is_refused(given_, said):
         ({"world": 8, "model_parallel": 3}, "must divide world"),
         ({"reserve": 80 * 10**9}, "less than the 80,000,000,000"),
         ({"collective": "tree"}, "must be one of 'ring', 'halving'"),
-        ({"budget": 1000}, "32,768 are enough"),
+        ({"budget": 1000}, "must be an integer of at least 32,768"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(given_, said):

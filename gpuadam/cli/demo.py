@@ -98,7 +98,9 @@ def digits(xp, backend, console, data):
 
     for _ in output.counted(console, EPOCHS, described, every=10):
         epochs.append((*next(ours), *next(references)))
-    curves = dict(zip(("loss", "accuracy", "reference_loss", "reference_accuracy"), zip(*epochs, strict=True), strict=True))
+    curves: dict = dict(
+        zip(("loss", "accuracy", "reference_loss", "reference_accuracy"), zip(*epochs, strict=True), strict=True)
+    )
     result = curves | {
         "train_images": len(data[0][1]),
         "test_images": len(data[1][1]),

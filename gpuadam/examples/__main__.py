@@ -10,8 +10,8 @@ def main():
     """Print each example's name and the first line of its docstring."""
     print("python -m gpuadam.examples.NAME runs one; --help shows its options.\n")
     for name in NAMES:
-        first, *_ = importlib.import_module(f"{__package__}.{name}").__doc__.splitlines()
-        print(f"{name:{max(map(len, NAMES))}}  {first}")
+        text = importlib.import_module(f"{__package__}.{name}").__doc__ or ""
+        print(f"{name:{max(map(len, NAMES))}}  {text.splitlines()[0]}")
     print('\nWhat they need: pip install "gpuadam[examples]"; torch_digits needs torch too, sharded_digits the extra mpi')
 
 

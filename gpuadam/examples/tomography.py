@@ -17,9 +17,9 @@ from . import command_line
 
 def main(argv=None):
     """Project, add noise, reconstruct; print the errors and save a picture."""
-    numbers = {"size": (128, "width of the slice in pixels"), "angles": (30, "directions of projection")}
-    numbers |= {"steps": (300, "updates"), "smoothing": (1.0, "weight of the total variation")}
-    options = command_line.options(argv, __doc__, **numbers, arrays="cupy", plot="tomography.png")
+    counts = {"size": (128, "width of the slice in pixels"), "angles": (30, "directions of projection")}
+    others = {"smoothing": (1.0, "weight of the total variation"), "arrays": "cupy", "plot": "tomography.png"}
+    options = command_line.options(argv, __doc__, steps=(300, "updates"), **counts, **others)
     xp = command_line.array_module(options.arrays)
     truth = xp.asarray(command_line.picture("shepp_logan_phantom", options.size))
     rays = Rays(xp, options.size, options.angles)

@@ -99,10 +99,10 @@ def divisors(n):
 
 
 def _check(machine, settings):
-    for name in ("world", "model_parallel", "budget", "bucket"):
+    for name, least in {"world": 1, "model_parallel": 1, "budget": LEAST_BUDGET, "bucket": 1}.items():
         value = getattr(settings, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} must be an integer of at least {least:,}")
     world, pieces = settings.world, settings.model_parallel
     if world > MOST_DEVICES:
         raise ValueError(f"world={world:,} is more than the {MOST_DEVICES:,} devices that a plan is made for")
@@ -110,8 +110,6 @@ def _check(machine, settings):
         raise ValueError(
             f"{world:,} devices cannot hold a model in {pieces:,} pieces equally often: model_parallel must divide world"
         )
-    if settings.budget < LEAST_BUDGET:
-        raise ValueError(f"budget={settings.budget:,} bytes is too little for a step in chunks: {LEAST_BUDGET:,} are enough")
     if not 0 <= settings.reserve < machine.memory:
         raise ValueError(
             f"reserve={settings.reserve:,} bytes must be at least 0, and less than the {machine.memory:,} of a device"

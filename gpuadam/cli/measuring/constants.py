@@ -134,19 +134,13 @@ def read(path):
     """Return the constants in a file of `plan --measure --json` or of `bench --json`. Raises ValueError if there are none."""
     try:
         content = json.loads(Path(path).read_text(), parse_constant=_refuse)
+        constants = dict(content["constants"]) if "constants" in content else of_bench(content["rows"])
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    match content:
-        case {"constants": dict(constants)}:
-            return _checked(constants, path)
-        case {"rows": list(rows)}:
-            try:
-                return _checked(of_bench(rows), path)
-            except (KeyError, TypeError, ZeroDivisionError) as error:
-                raise ValueError(f'{path}: its "rows" are not those of `bench --json`: {error!r}') from error
-    raise ValueError(
-        f'{path} has neither "constants", as `plan --measure --json` writes, nor "rows", as `bench --json` does'
-    )
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        of = "`plan --measure --json` writes, nor rows as `bench --json` does"
+        raise ValueError(f"{path} has neither constants as {of}: {error!r}") from error
+    return _checked(constants, path)
 
 
 def _refuse(name):
