@@ -9,10 +9,10 @@ import ml_dtypes
 import narrow_model as model
 import numpy as np
 import pytest
-from gpuadam.device_step import FLAGS
 
 import gpuadam
 from gpuadam import testing
+from gpuadam.device_step import FLAGS
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
