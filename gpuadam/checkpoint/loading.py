@@ -154,8 +154,8 @@ def _check_params(saved, names, views):
     difference = differing_names(saved.params, views)
     require(not difference, f"the parameters' names differ: {difference}. State belongs to a name, never to a place")
     saved_names = [group["names"] for group in saved.groups]
-    was = f"{some(itertools.chain(*saved_names))} in groups of {[len(group) for group in saved_names]}"
-    require(names == saved_names, f"the parameters have another order or other groups: they were {was}")
+    order = f"{some(itertools.chain(*saved_names))} in groups of {[len(group) for group in saved_names]}"
+    require(names == saved_names, f"the parameters have another order or other groups: they were {order}")
     was = {name: f"{entry['dtype']} of shape {entry['shape']}" for name, entry in saved.params.items()}
     now = {name: f"{view.format} of shape {list(view.shape)}" for name, view in views.items()}
     wrong = [f"{name!r} was {was[name]}, and is {now[name]}" for name in now if was[name] != now[name]]

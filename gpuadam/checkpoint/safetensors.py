@@ -68,7 +68,8 @@ def write(file, tensors, metadata):
     """
     require(sys.byteorder == "little", OTHER_ENDIAN)
     tensors = sorted(tensors, key=lambda tensor: -ITEMSIZE[tensor.dtype])
-    length = len(_header(tensors, metadata))
+    zeros = {tensor.name: _digits(0) * _n_blocks(tensor.n_bytes) for tensor in tensors}
+    length = len(_header(tensors, metadata, zeros))
     require(length <= MAX_HEADER, f"the header of {len(tensors)} tensors has {length:,} bytes, more than {MAX_HEADER:,}")
     file.seek(8 + length)
     header = _header(tensors, metadata, {tensor.name: _write_payload(file, tensor) for tensor in tensors})
@@ -81,7 +82,8 @@ def _write_payload(file, tensor):
     """Write the bytes of a tensor. Return the checksums of their blocks."""
     n_bytes = 0
     crcs: list[int] = []
-    for chunk in map(memoryview, tensor.chunks()):
+    for buffer in tensor.chunks():
+        chunk = memoryview(buffer)
         file.write(chunk)
         for first in range(-(n_bytes % BLOCK), len(chunk), BLOCK):  # of each block, which may have begun in the last chunk
             crcs += [0] if first >= 0 else []
@@ -92,10 +94,8 @@ def _write_payload(file, tensor):
     return "".join(map(_digits, crcs))
 
 
-def _header(tensors, metadata, crcs=None):
-    """Return the header of a file. crcs: name -> checksums of the payload; without them their places have zeros."""
-    if crcs is None:
-        crcs = {tensor.name: _digits(0) * _n_blocks(tensor.n_bytes) for tensor in tensors}
+def _header(tensors, metadata, crcs):
+    """Return the header of a file. crcs: name -> checksums of the payload."""
     metadata = {"header_crc32": _digits(0), **metadata, "crc32": json.dumps(crcs, ensure_ascii=False)}
     entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
@@ -103,7 +103,6 @@ def _header(tensors, metadata, crcs=None):
         end = start + tensor.n_bytes
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
-    require(len(entries) == len(tensors) + 1, "two tensors have the same name")
     try:
         header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
