@@ -49,9 +49,8 @@ def functions(form, intrinsic, lanes=1, addrspace=0):
         "kept": results(i64, i64),
     }
     emit, signatures = _Emitter(form, lanes, addrspace), signatures | (of_groups if form.arrays.grouped else {})
-    return SimpleNamespace(
-        **{name: llvm.function(intrinsic, name, getattr(emit, name), kind) for name, kind in signatures.items()}
-    )
+    emitted = {name: llvm.function(intrinsic, name, getattr(emit, name), kind) for name, kind in signatures.items()}
+    return SimpleNamespace(**emitted)
 
 
 def tuple_at(intrinsic, n, addrspace=0):
