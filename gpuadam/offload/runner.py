@@ -49,12 +49,10 @@ class Placed(NamedTuple):
 class Runner:
     """Runs steps. It keeps its slots from step to step, and with them their memory.
 
-    gpu: the kernels of the GPU's backend, or None. device: of the parameters; None if they are on the host. budget: bytes. bar: the
-    class of rich's progress bars, or None to show nothing.
+    gpu: the kernels of the GPU's backend, or None. device: of the parameters; None if they are on the host. budget: bytes.
+    bar: the class of rich's progress bars, or None to show nothing. Attribute: `last_step`, a text.
 
-    A subclass has the stages `fetch`, `update` and `store`. Each takes a chunk and the number of its slot.
-
-    Attribute: `last_step`, a text.
+    A subclass has the three stages of a chunk. number: of the chunk's slot.
     """
 
     on_gpu: bool  # whether updates run on the GPU
@@ -69,6 +67,15 @@ class Runner:
         self.placed: dict[int, Placed] = {}  # by the number of the slot
         self.alone = True  # whether the step is one chunk, which may take all threads
         self.last_step = "no step was taken yet"
+
+    def fetch(self, chunk, number):
+        """Place the chunk in its slot, and bring what lies in files into memory."""
+
+    def update(self, chunk, number):
+        """Update the chunk."""
+
+    def store(self, chunk, number):
+        """Bring the chunk's results to where they belong."""
 
     def run(self, jobs, stream, begin):
         """Run the jobs of a step, and return when they are done. begin(): is called when nothing can be refused any more.
