@@ -174,9 +174,8 @@ class OffloadAdam(Adam):
 
     def describe(self):
         """Return a text: how much state there is and where, where the update runs and why, and the chunks of the last step."""
-        arrays = [array for state in self.state.values() for key, array in state.items() if key != "step"]
         n = sum(state["m"].size for state in self.state.values())
-        n_bytes = sum(array.nbytes for array in arrays)
+        n_bytes = sum(array.nbytes for state in self.state.values() for key, array in state.items() if key != "step")
         return (
             f"{len(self.state)} parameters of {n:,} elements, {n_bytes:,} bytes of state in {self._store.place}\n"
             f"updated on the {'device' if self._runner.on_gpu else 'host'}: {self._why}\n{self._runner.last_step}"
