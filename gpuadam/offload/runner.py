@@ -62,7 +62,7 @@ class Runner:
         self.on_host, self.device, self.budget, self.bar = device is None, device or 0, budget, bar
         n_threads = backends.load("numba-cpu").n_threads()
         self.n_slots = chunks.SLOTS_ON_GPU if self.on_gpu else min(max(n_threads, 2), chunks.MOST_SLOTS)
-        self.slots: list[Slot] = []
+        self.slots = [Slot()] * self.n_slots
         self.room, self.files = 0, False  # the bytes of each slot, and whether they serve arrays in files
         self.placed: dict[int, Placed] = {}  # by the number of the slot
         self.alone = True  # whether the step is one chunk, which may take all threads
@@ -114,20 +114,19 @@ class Runner:
 
     def _make_slots(self, room, files):
         """Make slots of some bytes, unless those of an earlier step are good enough. files: whether some arrays lie in files."""
-        if self.room >= room and self.files >= files and self.slots:
+        if self.room >= room and self.files >= files:
             return
-        self.slots, self.room, self.files = [], room, files  # their memory is given back first
-        if not self.gpu:
-            self.slots = [Slot()] * self.n_slots
-            return
-        with self.gpu.on(self.device, None):
-            self.slots = [self._new_slot() for _ in range(self.n_slots)]
-            # a pool may give out memory that is still in use by work on the current stream
-            self._wait_for(self.gpu.current_stream() or LEGACY_DEFAULT)
+        self.slots, self.room, self.files = [Slot()] * self.n_slots, 0, files  # their memory is given back first
+        if self.gpu:
+            with self.gpu.on(self.device, None):
+                self.slots = [self._new_slot(room) for _ in self.slots]
+                # a pool may give out memory that is still in use by work on the current stream
+                self._wait_for(self.gpu.current_stream() or LEGACY_DEFAULT)
+        self.room = room
 
-    def _new_slot(self):
-        gpu_owner, address = self.gpu.device_bytes(self.room + ALIGNMENT) if self.on_gpu else (None, 0)
-        pinned = aligned_memory(self.gpu.pinned, self.room) if self.files or not self.on_gpu else None
+    def _new_slot(self, room):
+        gpu_owner, address = self.gpu.device_bytes(room + ALIGNMENT) if self.on_gpu else (None, 0)
+        pinned = aligned_memory(self.gpu.pinned, room) if self.files or not self.on_gpu else None
         stream_owner, stream = self.gpu.new_stream()
         return Slot(stream_owner, stream, pinned, gpu_owner, aligned(address))
 
