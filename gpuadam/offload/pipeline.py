@@ -54,5 +54,8 @@ def run(chunks, fetch, update, store, slots):
         failures.append(error)
     finally:
         pool.shutdown()
-    if failures:
-        raise failures[0]
+    try:
+        if failures:
+            raise failures[0]
+    finally:
+        failures.clear()  # an error and its traceback are no circle then, which would keep streams and memory
