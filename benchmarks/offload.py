@@ -77,7 +77,7 @@ def in_files(backend, n, budget, seconds, folder, notes):
         for _ in range(FEWEST):
             opt.step({"w": grad})
         compare(before, sampled(arrays), opt, notes)
-        size = opt._runner.stages.room // sum(BYTES.values()) // GROUP * GROUP  # of a chunk, in elements
+        size = opt._runner.room // sum(BYTES.values()) // GROUP * GROUP  # of a chunk, in elements
         paths = {name: (folder if name in given else folder / "state") / name for name in arrays}
 
         def flush():
@@ -86,9 +86,9 @@ def in_files(backend, n, budget, seconds, folder, notes):
 
         contenders = {
             STEP: lambda: opt.step({"w": grad}),
-            CALLS: lambda: by_calls(paths, n, size, opt._runner.slots),
-            SMALL_CALLS: lambda: by_calls(paths, n, IN_CACHE // sum(BYTES.values()), opt._runner.slots),
-            MAPPED: lambda: by_mapping(backends.load(backend.name), arrays, n, size, opt._runner.slots),
+            CALLS: lambda: by_calls(paths, n, size, opt._runner.n_slots),
+            SMALL_CALLS: lambda: by_calls(paths, n, IN_CACHE // sum(BYTES.values()), opt._runner.n_slots),
+            MAPPED: lambda: by_mapping(backends.load(backend.name), arrays, n, size, opt._runner.n_slots),
         }
         times, held = in_turn(contenders, seconds, flush)
     peak, more = held[STEP]
@@ -157,7 +157,7 @@ def on_gpu(backend, n, budget, seconds, folder, notes):
     arrays = given | {name: opt.state["w"][name] for name in ("m", "v", "master")}
     before = sampled(arrays)
     opt.step({"w": grad})
-    size = opt._runner.stages.room // sum(BYTES.values()) // GROUP * GROUP
+    size = opt._runner.room // sum(BYTES.values()) // GROUP * GROUP
     edges = edges_of(n, size)
     memory = {name: [kernels.device_bytes(size * BYTES[name]) for _ in range(2)] for name in arrays}
     (up, up_handle), (down, down_handle) = kernels.new_stream(), kernels.new_stream()

@@ -216,14 +216,14 @@ def test_files_that_only_have_the_names_of_state_are_refused_too(tmp_path):
         with pytest.raises(ValueError, match=r"\['m'\] in it and no state.json"):
             gpuadam.OffloadAdam(arrays(), state=tmp_path)
     assert (tmp_path / "m").read_text() == "masses"
-    with pytest.raises(NotADirectoryError, match="state must be a folder"):
+    with pytest.raises(NotADirectoryError, match="Not a directory"):
         gpuadam.OffloadAdam(arrays(), state=tmp_path / "m")
 
 
 def test_files_of_a_process_that_was_killed_while_it_made_them_are_made_anew(tmp_path):
     gpuadam.OffloadAdam(arrays(), state=tmp_path).close()
     (tmp_path / "state.json").unlink()
-    (tmp_path / "state.new").write_text("{")
+    (tmp_path / ".gpuadam-0123.tmp").write_text("{")
     (tmp_path / "v").write_bytes(b"\xff" * 100)
     with gpuadam.OffloadAdam(arrays(), state=tmp_path) as opt:
         assert not opt.state["w"]["v"].any()
@@ -240,16 +240,16 @@ def test_a_relative_path_stays_where_it_was(tmp_path, monkeypatch):
 
 
 DAMAGE = {
-    "cut off": ("state.json", '{"layout"', r"state.json cannot be read: .*Delete the folder"),
-    "a list": ("state.json", "[]", "is no JSON object"),
-    "without options": ("state.json", '{"layout": 1}', "does not say what the state belongs to"),
-    "of no counts": ("steps.json", "{}", "does not say how many steps"),
+    "cut off": ("state.json", '{"layout"', r"state.json cannot be read .*Delete the folder"),
+    "a list": ("state.json", "[]", "state.json cannot be read ..*Delete the folder"),
+    "without options": ("state.json", '{"layout": 1}', r"state.json cannot be read .'?KeyError.*Delete the folder"),
+    "of no counts": ("steps.json", "{}", r"steps.json cannot be read .KeyError.*Delete the folder"),
     "of a negative count": (
         "steps.json",
         '{"steps": -1, "behind": {}, "under_way": false, "unflushed": null}',
         "does not say how many steps",
     ),
-    "cut off in the counts": ("steps.json", "", r"steps.json cannot be read: .*Delete the folder"),
+    "cut off in the counts": ("steps.json", "", r"steps.json cannot be read .*Delete the folder"),
 }
 
 
@@ -309,7 +309,7 @@ def test_a_disk_that_is_full_at_a_mark_leaves_the_state_as_it_was(call, tmp_path
     steps([opt], 1)
     before = {name: array.tobytes() for name, array in params.items()}
     with monkeypatch.context() as patch:
-        patch.setattr(folder.json, "dump", full_disk)
+        patch.setattr(folder.json, "dumps", full_disk)
         with pytest.raises(OSError, match="No space left"):
             steps([opt], 1) if call == "step" else opt.close()
     assert before == {name: array.tobytes() for name, array in params.items()}

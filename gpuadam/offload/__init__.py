@@ -78,10 +78,11 @@ So take checkpoints, of `state_dict()` and the parameters, as often as you can a
 
 ## The files
 
-`optimizer` is `OffloadAdam`. `state` holds state in memory, `folder` in files that say whether they can be relied on. `jobs`
-checks the arrays of a step. `chunks` cuts them into *chunks*: pieces of one or more parameters that fit in a part of the
-budget. `runner` takes the chunks through their stages *fetch*, *update* and *store*, several at once by `pipeline`; `stages`
-has the stages of an update on the host and of one on a GPU. `mapped` is memory that is a file.
+For those who change this package: `optimizer.py` is `OffloadAdam`. `state.py` holds state in memory, `folder.py` in files
+that say whether they can be relied on. `jobs.py` checks the arrays of a step. `chunks.py` cuts them into *chunks*: pieces of
+one or more parameters that fit in a part of the budget. `runner.py` gives each chunk a slot, and takes it through the stages
+*fetch*, *update* and *store*, several chunks at once by `pipeline.py`; `stages.py` has the stages of an update on the host and of
+one on a GPU. `mapped.py` is memory that is a file.
 """
 
 from .optimizer import OffloadAdam

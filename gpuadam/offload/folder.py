@@ -10,13 +10,13 @@ between leaves "under_way" behind. `flush` waits until everything is on the disk
 are lost, or worse, only some of their bytes are: a folder that was not flushed before the machine stopped is refused.
 """
 
-import errno
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint.atomic_file import replacing
 from .state import Store, laid_out
 
 try:
@@ -26,6 +26,7 @@ except ImportError:  # Windows
 
 LAYOUT = 1
 STATE, STEPS, LOCK = "state.json", "steps.json", "lock"
+TEMPORARY = ".gpuadam-"  # how names begin of files that `replacing` did not finish
 MEND = "Delete the folder, make the optimizer anew, and set it (load_state_dict) and the parameters to a checkpoint"
 TORN = f"the parameters and this state are of two different steps. {MEND}"
 DAMAGED = f"the state is damaged. {MEND}"
@@ -34,30 +35,61 @@ DAMAGED = f"the state is damaged. {MEND}"
 class Folder(Store):
     """The files of an optimizer. They are created, or opened if they are there; `existed` says which.
 
-    description: a dict for state.json. arrays: the StateArrays to keep.
+    options: name -> value of those that decide what the numbers of state mean. beginnings: name -> `optimizer.Beginning`.
     """
 
-    def __init__(self, path, description, arrays):
+    def __init__(self, path, options, beginnings):
         self.path = Path(path).resolve()  # which stays when the working directory becomes another
         self.place = f"files in {self.path}"
-        description = json.loads(json.dumps(description, default=_plain_number))
-        self._kinds, self._maps = {array.kind for array in arrays}, []
+        parameters = {
+            name: {"shape": list(view.shape), "format": view.format, "state": kept}
+            for name, (_, view, kept) in beginnings.items()
+        }
+        description = {"layout": LAYOUT, "options": options, "parameters": parameters}
+        self._kinds = {kind for beginning in beginnings.values() for kind in beginning.kept}
+        self._maps: list[np.memmap] = []
         if self.path.exists():
-            _check_content(self.path, description, self._kinds)
+            self._has_state(description)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock, self._process = _locked(self.path / LOCK), os.getpid()
         try:
-            self.existed = _check_content(self.path, description, self._kinds)  # again, now that no other process changes it
+            self.existed = self._has_state(description)  # again, now that no other process changes it
             # under way until the arrays are filled
             new = {"steps": 0, "behind": {}, "under_way": True, "unflushed": _boot()}
-            self.marks = _checked_marks(self.path / STEPS) if self.existed else new
-            self.arrays = laid_out(arrays, self._memory_of)
+            self.marks = self._reliable_marks() if self.existed else new
+            self.arrays = laid_out(beginnings, self._memory_of)
             if not self.existed:
                 self._write(STEPS, self.marks)
                 self._write(STATE, description)  # last: with it the folder is complete
         except BaseException:
             self._free()
             raise
+
+    def _has_state(self, description):
+        """Return whether the state is there already. Refuse a folder of other files or other state."""
+        names = {path.name for path in self.path.iterdir()}
+        if STATE in names:
+            there = _read(self.path / STATE, _facts)
+            for fact, value in _facts(description).items():
+                if there.get(fact) != value:
+                    made = f"the state in {self.path} was made with {fact}={there.get(fact)!r}"
+                    raise ValueError(f"{made}, this optimizer with {fact}={value!r}: give the same, or another folder")
+            return True
+        # a process that was killed while it made the files leaves the lock, which comes first, and some of the others
+        expected = {LOCK, STEPS, *self._kinds} if LOCK in names else set()
+        if strangers := sorted(name for name in names - expected if not name.startswith(TEMPORARY)):
+            raise ValueError(f"{self.path} has {strangers[:5]} in it and no {STATE}: give a folder of its own for the state")
+        return False
+
+    def _reliable_marks(self):
+        """Return what steps.json says, or refuse state that cannot be relied on."""
+        marks = _read(self.path / STEPS, _marks)
+        if marks["under_way"]:
+            raise ValueError(f"a step on the state in {self.path} was cut short: {TORN}")
+        if marks["unflushed"] not in (None, _boot()):
+            why = f"{self.path} was not flushed before the machine stopped, so some of it may not have reached the disk"
+            raise ValueError(f"the state in {why}: {TORN}. flush() or close() make it safe")
+        return marks
 
     def check_open(self):
         if self._lock.closed:
@@ -122,23 +154,14 @@ class Folder(Store):
             self.marks = marks
 
     def _write(self, name, content, durable=True):
-        path = self.path / name
-        beside = path.with_suffix(".new")
-        with beside.open("w") as file:
-            json.dump(content, file, indent=1)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        beside.replace(path)  # at once: no reader finds a part of it
-        if durable and os.name == "posix":
-            folder = os.open(self.path, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-
-
-def _plain_number(number):
-    """Return a number of any type as one that JSON has."""
-    return int(number) if int(number) == number else float(number)
+        path, text = self.path / name, json.dumps(content, indent=1)
+        if durable:
+            with replacing(path) as file:
+                file.write(text.encode())
+        else:  # at once too, but nothing waits for the disk
+            beside = path.with_suffix(".new")
+            beside.write_text(text)
+            beside.replace(path)
 
 
 def reserve(path, n_bytes):
@@ -172,65 +195,25 @@ def _boot():
     return path.read_text().strip() if path.exists() else "unknown"
 
 
-def _check_content(path, description, kinds):
-    """Refuse a folder of other files or other state. Return whether this state is there already."""
-    if not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "state must be a folder, and this is none", str(path))
-    names = {p.name for p in path.iterdir()}
-    if STATE in names:
-        _check_same(path, _read(path / STATE), description)
-        return True
-    # a process that was killed while it made the files leaves the lock, which comes first, and some of the others
-    expected = {LOCK, STEPS, "steps.new", "state.new", *kinds} if LOCK in names else set()
-    if strangers := sorted(names - expected):
-        raise ValueError(f"{path} has {strangers[:5]} in it and no {STATE}: give a folder of its own for the state")
-    return False
-
-
-def _read(path):
-    """Return the dict in a file of the folder."""
+def _read(path, parsed):
+    """Return parsed(content) of a file of the folder. Refuse a file that is damaged."""
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. If an optimizer made the folder, {DAMAGED}") from error
-    return content
-
-
-def _check_same(path, there, here):
-    """Refuse a folder whose description is not that of this optimizer. The error names the first difference."""
-    if there.get("layout") != LAYOUT:
-        raise ValueError(f"{path} has files of a layout that is unknown here: {there.get('layout')!r}, not {LAYOUT}")
-    try:
-        facts = _facts(there)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / STATE} does not say what the state belongs to: {DAMAGED}") from error
-    for fact, value in _facts(here).items():
-        if facts.get(fact) != value:
-            made = f"the state in {path} was made with {fact}={facts.get(fact)!r}"
-            raise ValueError(f"{made}, this optimizer with {fact}={value!r}: give the same, or another folder")
+        return parsed(json.loads(path.read_text()))
+    except (FileNotFoundError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}). If an optimizer made the folder, {DAMAGED}") from error
 
 
 def _facts(description):
     """Return all that optimizers of the same state have in common, by the names for error messages."""
     params = description["parameters"]
     of_params = {f"params[{name!r}].{key}": value for name, param in params.items() for key, value in param.items()}
-    return {**description["options"], "the names of parameters": list(params), **of_params}
+    layout = description["layout"]
+    return {"layout": layout, **description["options"], "the names of parameters": list(params), **of_params}
 
 
-def _checked_marks(path):
-    """Return what steps.json says, or refuse state that cannot be relied on."""
-    marks = _read(path)
-    try:
-        counts = marks["steps"], *marks["behind"].values()
-    except (AttributeError, KeyError):
-        counts = (None,)
-    if not all(type(n) is int and n >= 0 for n in counts) or not {"under_way", "unflushed"} <= marks.keys():
-        raise ValueError(f"{path} does not say how many steps were taken: {DAMAGED}")
-    if marks["under_way"]:
-        raise ValueError(f"a step on the state in {path.parent} was cut short: {TORN}")
-    if marks["unflushed"] not in (None, _boot()):
-        why = f"{path.parent} was not flushed before the machine stopped, so some of it may not have reached the disk"
-        raise ValueError(f"the state in {why}: {TORN}. flush() or close() make it safe")
-    return marks
+def _marks(content):
+    """Return what steps.json has, after checking that nothing is missing."""
+    counts = content["steps"], *content["behind"].values()
+    if not all(type(n) is int and n >= 0 for n in counts) or not {"under_way", "unflushed"} <= content.keys():
+        raise ValueError("it does not say how many steps were taken")
+    return content

@@ -1,9 +1,9 @@
 """From the arrays of a step to its Jobs: every array is checked, and it is found out where it lies."""
 
 from .. import backends, checks, hyperparameters
-from ..kernels.operands import Arrays, operands_of
+from ..kernels.operands import KINDS, Arrays, operands_of
 from ..kernels.scalars import step_key
-from ..kernels.view import View, bare
+from ..kernels.view import View
 from ..update import arrays_of
 from .chunks import Job, Launch, Operand
 from .mapped import mapping_of
@@ -22,10 +22,7 @@ def jobs_of(updates, state, on_device, backend):
         zero_grad = group.h.fixed.zero_grad
         launches: dict[Arrays, Launch] = {}
         for n, (name, row) in enumerate(zip(group.names, group.rows(), strict=True)):
-            named, master = dict(zip(group.operands, row, strict=True)), state[name].get("master")
-            if master is not None:
-                named["param"] = named["param"][0], master
-            views = _views(named, master is not None, zero_grad, backend)
+            views = _views(dict(zip(group.operands, row, strict=True)), state[name].get("master"), zero_grad, backend)
             (written if zero_grad else read).append(views["grad"])
             written += [view for operand, view in views.items() if operand != "grad"]
             formats = arrays_of({operand: view.format for operand, view in views.items()}, group.stochastic)
@@ -33,30 +30,33 @@ def jobs_of(updates, state, on_device, backend):
                 form, scalars = hyperparameters.form_and_scalars(group.h, group.step, formats)
                 key = step_key(group.seed, group.step) if formats.random else 0
                 launches[formats] = Launch(formats, form, scalars, key)
-            operands = []
-            in_memory, _ = bare([array for _, array in named.values()])
-            for kind, view, array in zip(operands_of(formats, zero_grad), views.values(), in_memory, strict=True):
-                operands.append(Operand(kind, view, mapping_of(array), copied=on_device == (view.device is None)))
+            operands = [
+                Operand(kind, view, mapping_of(view.array), copied=on_device == (view.device is None))
+                for kind, view in zip(operands_of(formats, zero_grad), views.values(), strict=True)
+            ]
             jobs.append(Job(operands, views["param"].size, group.keys[n] if group.keys else 0, launches[formats]))
     checks.overlap(written, read)
     return jobs
 
 
-def _views(named, has_master, zero_grad, backend):
+def _views(named, master, zero_grad, backend):
     """Return the View of each operand of an update, checked. named: operand -> (what errors call the array, the array)."""
     for label, array in named.values():
         checks.given(label, array)
-    callers = [operand for operand in named if operand in ("grad", "param_copy") or (operand == "param" and not has_master)]
-    state = [operand for operand in named if operand not in callers]
+    state = {operand: named.pop(operand) for operand in list(named) if operand not in ("param", "grad", "param_copy")}
+    if master is not None:
+        named["param_copy"] = named.pop("param")
+        state["param"] = f"master of {named['param_copy'][0]}", master
     views: dict[str, View] = {}
-    for operands, of_backend in ((callers, backend), (state, "numba-cpu")):
-        views |= zip(operands, backends.choose([named[operand] for operand in operands], of_backend)[1], strict=True)
+    for of_backend, arrays in ((backend, named), ("numba-cpu", state)):
+        views |= zip(arrays, backends.choose(list(arrays.values()), of_backend)[1], strict=True)
     for view in views.values():
         check_contiguous(view)
+    views = {operand: views[operand] for operand in KINDS if operand in views}
     # the checks ask for one device, and the state may be on another
-    device = views[callers[0]].device
-    checks.update({operand: views[operand]._replace(device=device) for operand in named}, zero_grad)
-    return {operand: views[operand] for operand in named}
+    device = views["grad"].device
+    checks.update({operand: view._replace(device=device) for operand, view in views.items()}, zero_grad)
+    return views
 
 
 def check_contiguous(view):

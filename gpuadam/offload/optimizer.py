@@ -10,18 +10,21 @@ from .. import backends, checks, torch_tensors
 from ..clipping import global_norm
 from ..groups import OF_PARAMS
 from ..kernels import array_bytes
+from ..kernels.backend import refuse_stream
+from ..kernels.operands import NARROW
 from ..kernels.view import Bits, bare, is_array
 from ..optimizer import Adam
-from ..state import IN_MEMORY, shape
-from .folder import LAYOUT, Folder
+from ..terminal.output import need
+from .folder import Folder
 from .jobs import check_contiguous, jobs_of
 from .mapped import drop_mapped
-from .runner import TORN, Runner, rich_bar
-from .state import StateArray, Store, copy, fill_master
+from .runner import TORN
+from .stages import OnDevice, OnHost
+from .state import Store, copy, fill_master
 
 TRIAL = 1 << 22  # elements of the update by which the faster side is found
 # The options that decide what the numbers of state mean: a folder of state belongs to an optimizer with the same ones
-DESCRIBED = ("state_dtype", "seed", "stochastic_rounding", "formula", "eps_root", "ema_decay")
+DESCRIBED = ("decoupled", "state_dtype", "seed", "stochastic_rounding", "formula", "eps_root", "ema_decay")
 
 
 class OffloadAdam(Adam):
@@ -92,8 +95,8 @@ class OffloadAdam(Adam):
             raise ValueError(f"budget={budget} must be a number of bytes")
         self._update = checks.one_of(("auto", "device", "host"), "update", update)
         self.decoupled = checks.flag("decoupled", decoupled)
-        self._master, self._state_in, self._amsgrad = master, state, options.get("amsgrad", False)
-        bar = rich_bar() if checks.flag("progress", progress) else None
+        self._master, self._state_in = master, state
+        bar = need("progress", "rich.progress")[0].Progress if checks.flag("progress", progress) else None
         of_adam = master if master == "remainder" else None
         super().__init__(params, lr, betas, eps, weight_decay, master=of_adam, **options)
         self.state_backend = "numba-cpu"
@@ -103,30 +106,22 @@ class OffloadAdam(Adam):
                 arrays["step"] = self._store.marks["behind"].get(name, self.steps)
         of_trial = {"decoupled": self.decoupled, "budget": int(budget), "master": master, "param_copies": None}
         on_device, self._why = self._chosen_side(options | of_trial)
-        self._runner = Runner(self._gpu, self._device, on_device, int(budget), bar)
+        self._runner = (OnDevice if on_device else OnHost)(self._gpu, self._device, int(budget), bar)
 
     # The state
 
-    def copies_of(self, param_copies, beginnings):
-        if self._master != "float32":
-            return super().copies_of(param_copies, beginnings)
-        narrow = [name for name, beginning in beginnings.items() if beginning.view.format in ("bfloat16", "float16")]
-        for name in narrow:
-            beginnings[name].kept["master"] = "float32"
-        params = self._named_params()
-        return {name: params[name] for name in narrow}
-
     def new_state(self, beginnings):
         self._gpu, self._device = self._usable_gpu(list(beginnings.values()))
-        wanted = []
-        for name, (_, view, kept) in beginnings.items():
+        self._largest = max(beginnings.values(), key=lambda beginning: beginning.view.size)
+        for _, view, kept in beginnings.values():
             check_contiguous(view)
-            for kind, format in kept.items():
-                wanted.append(StateArray(name, kind, shape(kind, view.shape), np.dtype(IN_MEMORY.get(format, format))))
+            if self._master == "float32" and view.format in NARROW:
+                kept["master"] = "float32"
         if self._state_in == "memory":
-            self._store = Store(wanted, self._gpu, self._device)
+            self._store = Store(beginnings, self._gpu, self._device)
         else:
-            self._store = Folder(self._state_in, self._description(beginnings), wanted)
+            described = {name: getattr(self.options, name) for name in DESCRIBED}
+            self._store = Folder(self._state_in, described, beginnings)
             weakref.finalize(self, self._store.close)
         if not self._store.existed:
             for name, (kernels, view, kept) in beginnings.items():
@@ -134,19 +129,6 @@ class OffloadAdam(Adam):
                     fill_master(self._store.arrays[name]["master"], view, kernels)
             self._store.end(0, {})
         return self._store.arrays
-
-    def _description(self, beginnings):
-        """Return what the state in files belongs to, for `Folder`."""
-        options = {key: getattr(self.options, key) for key in DESCRIBED}
-        options |= {"decoupled": self.decoupled, "master": self._master, "amsgrad": self._amsgrad}
-        parameters = {
-            name: {"shape": list(view.shape), "format": view.format, "state": dict(kept)}
-            for name, (_, view, kept) in beginnings.items()
-        }
-        return {"layout": LAYOUT, "options": options, "parameters": parameters}
-
-    def _named_params(self):
-        return {name: param for group in self.groups for name, param in zip(group["names"], group["params"], strict=True)}
 
     # Where the update runs
 
@@ -179,8 +161,7 @@ class OffloadAdam(Adam):
 
     def _seconds(self, side, options):
         """Return how long an update of TRIAL elements takes, in the memories and formats of the largest parameter."""
-        name = max(self.state, key=lambda name: self.state[name]["m"].size)
-        kernels, (view,) = backends.choose([(name, self._named_params()[name])], self.backend)
+        kernels, view, _ = self._largest
         param, grad = (kernels.zeros(TRIAL, view.dtype, view.device) for _ in range(2))
         if view.bits:
             param, grad = Bits(param, view.bits), Bits(grad, view.bits)
@@ -193,14 +174,12 @@ class OffloadAdam(Adam):
 
     def describe(self):
         """Return a text: how much state there is and where, where the update runs and why, and the chunks of the last step."""
-        arrays = [array for state in self.state.values() for key, array in state.items() if key != "step"]
         n = sum(state["m"].size for state in self.state.values())
-        n_bytes = sum(array.nbytes for array in arrays)
-        lines = [
-            f"{len(self.state)} parameters of {n:,} elements, {n_bytes:,} bytes of state in {self._store.place}",
-            f"updated on the {'device' if self._runner.on_device else 'host'}: {self._why}",
-        ]
-        return "\n".join(lines + self._runner.describe())
+        n_bytes = sum(array.nbytes for state in self.state.values() for key, array in state.items() if key != "step")
+        return (
+            f"{len(self.state)} parameters of {n:,} elements, {n_bytes:,} bytes of state in {self._store.place}\n"
+            f"updated on the {'device' if self._runner.on_gpu else 'host'}: {self._why}\n{self._runner.last_step}"
+        )
 
     # A step
 
@@ -232,9 +211,9 @@ class OffloadAdam(Adam):
         return number
 
     def check(self, updates, stream):
-        if stream is not None and self._device is None:
-            raise TypeError("stream is for parameters on a GPU; these are on the CPU, which has no streams")
-        return jobs_of(updates, self.state, self._runner.on_device, self.backend)
+        if self._device is None:
+            refuse_stream(stream)
+        return jobs_of(updates, self.state, self._runner.on_gpu, self.backend)
 
     def leave_out(self, updates, stream):
         super().leave_out(updates, stream)

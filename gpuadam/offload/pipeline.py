@@ -6,6 +6,7 @@ idle whenever the stages do not take equally long, and on a machine of few they 
 
 import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 
 def run(chunks, fetch, update, store, slots):
@@ -42,20 +43,19 @@ def run(chunks, fetch, update, store, slots):
         except BaseException as error:  # noqa: BLE001 - raised in the calling thread when the others have ended
             failures.append(error)
 
-    started: list[threading.Thread] = []
+    pool = ThreadPoolExecutor(slots, "gpuadam chunks")
     try:
         with contextlib.suppress(RuntimeError):  # the system has no more threads, or the interpreter is ending
             for slot in range(1, min(slots, len(chunks))):
-                thread = threading.Thread(target=work, args=(slot,), name=f"gpuadam chunks {slot}")
-                thread.start()
-                started.append(thread)
+                pool.submit(work, slot)
         work(0)
-        for thread in started:
-            thread.join()
+        pool.shutdown()
     except BaseException as error:  # noqa: BLE001 - Ctrl-C
         failures.append(error)
     finally:
-        for thread in started:
-            thread.join()
-    if failures:
-        raise failures[0]
+        pool.shutdown()
+    try:
+        if failures:
+            raise failures[0]
+    finally:
+        failures.clear()  # an error and its traceback are no circle then, which would keep streams and memory

@@ -1,52 +1,44 @@
 """The arrays of state: how they lie in memory or in a file, and the copies that fill them."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..kernels import array_bytes
 from ..kernels.operands import widened
+from ..state import IN_MEMORY, shape
 from .chunks import aligned, aligned_memory
 from .mapped import drop_mapped
 
 COPIED_AT_ONCE = 1 << 22  # elements
 
 
-class StateArray(NamedTuple):
-    """An array of a parameter's state."""
-
-    param: str  # the parameter's name
-    kind: str  # "m"
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self):
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def laid_out(arrays, memory_of):
+def laid_out(beginnings, memory_of):
     """Return parameter -> {kind: array}. The arrays of a kind lie one after the other, each at a multiple of ALIGNMENT.
 
-    arrays: StateArrays. memory_of(kind, n_bytes): the memory for all arrays of a kind, as an aligned array of bytes.
+    beginnings: name -> `optimizer.Beginning`. memory_of(kind, n_bytes): the memory for all arrays of a kind, as an aligned array
+    of bytes.
     """
-    result: dict[str, dict[str, np.ndarray]] = {}
-    for kind in dict.fromkeys(array.kind for array in arrays):
-        of_kind = [array for array in arrays if array.kind == kind]
-        memory, start = memory_of(kind, sum(aligned(array.nbytes) for array in of_kind)), 0
-        for array in of_kind:
-            part = memory[start : start + array.nbytes]
-            result.setdefault(array.param, {})[kind] = part.view(array.dtype).reshape(array.shape)
-            start += aligned(array.nbytes)
-    return result
+    arrays: dict[str, dict[str, np.ndarray]] = {name: {} for name in beginnings}
+    for kind in dict.fromkeys(kind for beginning in beginnings.values() for kind in beginning.kept):
+        places, end = [], 0
+        for name, (_, view, kept) in beginnings.items():
+            if kind in kept:
+                dtype, its_shape = np.dtype(IN_MEMORY.get(kept[kind], kept[kind])), shape(kind, view.shape)
+                places.append((name, its_shape, dtype, end))
+                end += aligned(math.prod(its_shape) * dtype.itemsize)
+        memory = memory_of(kind, end)
+        for name, its_shape, dtype, start in places:
+            arrays[name][kind] = np.ndarray(its_shape, dtype, memory, start)
+    return arrays
 
 
 class Store:
     """The state of an optimizer, in memory. A `Folder` is one whose memory is files.
 
-    arrays: the StateArrays to keep, which begin at zero. gpu: the kernels of the backend of a GPU that takes part, for which the
-    memory is pinned, or None. device: the GPU's number, or None.
+    beginnings: name -> `optimizer.Beginning`; the state begins at zero. gpu: the kernels of the backend of a GPU that takes part,
+    for which the memory is pinned, or None. device: the GPU's number, or None.
 
     Attributes: `arrays`, parameter -> {kind: array}; `place`, a text; `changing`, whether the state is in the midst of a step;
     `existed`, whether the state is that of an earlier optimizer, whose step counts are in `marks` then.
@@ -55,7 +47,7 @@ class Store:
     existed = changing = False
     marks: dict[str, Any]
 
-    def __init__(self, arrays, gpu, device):
+    def __init__(self, beginnings, gpu, device):
         self.place = "memory" if gpu is None else "pinned memory"
 
         def zeros(n_bytes):
@@ -66,7 +58,7 @@ class Store:
             memory[:] = 0
             return memory
 
-        self.arrays = laid_out(arrays, lambda kind, n_bytes: aligned_memory(zeros, n_bytes))
+        self.arrays = laid_out(beginnings, lambda kind, n_bytes: aligned_memory(zeros, n_bytes))
 
     def check_open(self):
         """Raise ValueError if the state cannot be changed any more."""

@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import sys
 from typing import NamedTuple
 
 import numpy as np
 
-from .. import backends
+from .. import backends, torch_tensors
 from ..clipping import named_arrays
 from ..kernels.operands import widened
 
@@ -84,8 +83,7 @@ def on_host(name, array):
     """Return the Host of an array, which may be anywhere, or of a number."""
     if type(array) is Host:
         return array
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
+    if torch_tensors.is_tensor(array):
         array = array.detach().cpu()
     if isinstance(array, (bool, int, float, np.generic)):
         array = np.asarray(array)

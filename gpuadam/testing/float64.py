@@ -83,15 +83,9 @@ class Reference:
         A step that your loop leaves out must be left out here too.
         """
         numbers = {name: _numbers(name, on_host(name, grad)) for name, grad in named_arrays("params", grads)}
-        if strange := [name for name in numbers if name not in self._trained]:
-            raise ValueError(
-                f"a gradient of {', '.join(strange)}: there is no such parameter, only {', '.join(self._trained)}"
-            )
-        for name, grad in numbers.items():
-            if grad.shape != self.params[name].shape:
-                raise ValueError(
-                    f"the gradient of {name} has shape {grad.shape}, the parameter has {self.params[name].shape}"
-                )
+        shapes = {name: param.value.shape for name, param in self._trained.items()}
+        if strange := [f"{name} of {grad.shape}" for name, grad in numbers.items() if grad.shape != shapes.get(name)]:
+            raise ValueError(f"there are gradients of {', '.join(strange)}; the parameters have the shapes {shapes}")
         self.steps += 1
         lr = self._lr(self.steps) if callable(self._lr) else self._lr
         for name, grad in numbers.items():

@@ -11,7 +11,6 @@ import os
 import pytest
 
 FIXTURE, OPTION, MARKER = "gpuadam_backend", "--gpuadam-backends", "gpuadam_backends"
-WHY_NOT = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser):
@@ -61,29 +60,21 @@ def gpuadam_backend(request):
 
 
 def pytest_runtest_setup(item):
-    name = _backend_of(item)
+    name = item.callspec.params.get(FIXTURE) if hasattr(item, "callspec") else None
     if name is not None:
         from gpuadam import backends, testing
 
         status = backends.backend_status()[name]
-        item.stash[WHY_NOT] = "" if status.available else status.reason
+        # which reports have, and which pytest-xdist sends on with them
+        item.user_properties.append((FIXTURE, [name, "" if status.available else status.reason]))
         testing.require_backends(name)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = yield
-    name = _backend_of(item)
-    if name is not None:
-        report.gpuadam_backend = [name, item.stash.get(WHY_NOT, "")]  # which pytest-xdist sends on with the report
-    return report
 
 
 def pytest_terminal_summary(terminalreporter):
     ran: collections.Counter = collections.Counter()
     left_out: collections.Counter = collections.Counter()
     for report in itertools.chain(*terminalreporter.stats.values()):
-        name, why_not = getattr(report, FIXTURE, (None, ""))
+        name, why_not = dict(getattr(report, "user_properties", ())).get(FIXTURE, (None, ""))
         if name and why_not and report.when == "setup":
             left_out[name, report.outcome, why_not] += 1
         elif name and report.when == "call":
@@ -92,12 +83,6 @@ def pytest_terminal_summary(terminalreporter):
     parts += [f"{count} {outcome} for want of {name} ({why})" for (name, outcome, why), count in left_out.items()]
     if parts:
         terminalreporter.write_line(f"gpuadam: {'; '.join(parts)}")
-
-
-def _backend_of(item):
-    """Return the name of the backend that a test is run on, or None if it does not use the fixture."""
-    callspec = getattr(item, "callspec", None)
-    return callspec and callspec.params.get(FIXTURE)
 
 
 def _backends():
