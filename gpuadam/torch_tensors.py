@@ -71,20 +71,14 @@ def why_immutable(tensor):
 def in_numpy(columns, remembered=None, group=0):
     """Return columns of Updates with NumPy arrays in the place of the tensors in CPU memory that pass the checks of `plain`.
 
-    remembered: what keeps the arrays for the next step, under the number of the group.
+    remembered: what keeps the arrays for the next step, under the number of the group. No gradient is kept.
     """
-
-    def converted(k, column):
-        if not among([column]):
-            return column
-        if k == GRAD or remembered is None:
-            return all_in_numpy(column, written=k != GRAD)
-        return remembered.in_numpy(group, k, column)
-
-    return [converted(k, column) for k, column in enumerate(columns)]
-
-
-GRAD = 1  # its place among the columns
+    params, grads, *state = columns
+    if remembered is None:
+        written = [all_in_numpy(column) for column in (params, *state)]
+    else:
+        written = [remembered.in_numpy(group, k, column) for k, column in enumerate((params, *state))]
+    return [written[0], all_in_numpy(grads, written=False), *written[1:]]
 
 
 def all_in_numpy(column, written=True):

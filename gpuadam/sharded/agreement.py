@@ -8,8 +8,8 @@ from ..checkpoint.safetensors import CheckpointError
 KINDS = (CheckpointError, FileNotFoundError, TypeError, ValueError, OSError)  # subclasses before their bases
 
 
-def agreed(transport, prepare):
-    """Call prepare() on every rank; return (its result, whether its flag is set on any rank) where all agree.
+def agreed(transport, prepare, *arguments):
+    """Call prepare(*arguments) on every rank; return (its result, whether its flag is set on any rank) where all agree.
 
     prepare: returns (result, a dict name -> value of what must be the same on all ranks, flag). If it raises on one rank, every
     rank raises. Raises ValueError, the same on every rank, if the dicts differ.
@@ -20,7 +20,7 @@ def agreed(transport, prepare):
     """
     result, described, digest, flag, problem, error = None, {}, b"", False, None, None
     try:
-        result, described, flag = prepare()
+        result, described, flag = prepare(*arguments)
         digest = hashlib.blake2b(repr(described).encode(), digest_size=16).digest()
     except Exception as caught:  # noqa: BLE001 - of any kind: the other ranks must not wait for this one; it is raised below
         error = caught
@@ -39,14 +39,14 @@ def agreed(transport, prepare):
     return result, any(flag for *_, flag in of_ranks)
 
 
-def on_all(transport, function):
-    """Call function() on every rank and return its result. If it raises on one rank, every rank raises.
+def on_all(transport, function, *arguments):
+    """Call function(*arguments) on every rank and return its result. If it raises on one rank, every rank raises.
 
     >>> from gpuadam import transports
     >>> on_all(transports.Local(), lambda: "done")
     'done'
     """
-    return agreed(transport, lambda: (function(), {}, False))[0]
+    return agreed(transport, lambda: (function(*arguments), {}, False))[0]
 
 
 def _text(error):
