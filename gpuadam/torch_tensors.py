@@ -73,12 +73,14 @@ def in_numpy(columns, remembered=None, group=0):
 
     remembered: what keeps the arrays for the next step, under the number of the group. No gradient is kept.
     """
-    params, grads, *state = columns
-    if remembered is None:
-        written = [all_in_numpy(column) for column in (params, *state)]
-    else:
-        written = [remembered.in_numpy(group, k, column) for k, column in enumerate((params, *state))]
-    return [written[0], all_in_numpy(grads, written=False), *written[1:]]
+    params, grads, *_ = columns
+    kept = [k for k, column in enumerate(columns) if column is not grads and is_tensor(column[0])]
+    tensors = [tensor for k in kept for tensor in columns[k]]
+    arrays = remembered.in_numpy(group, tensors) if remembered else all_in_numpy(tensors)
+    result, n = [params, all_in_numpy(grads, written=False), *columns[2:]], len(params)
+    for place, k in enumerate(kept):
+        result[k] = arrays[place * n : (place + 1) * n]
+    return result
 
 
 def all_in_numpy(column, written=True):
