@@ -54,8 +54,9 @@ def test_the_ranks_own_every_element_once(n, bucket_cells):
             owners[shard.parameter][shard.start : shard.stop] += 1
             in_buffer[shard.place] += 1
             first, last = bucket.part_of(rank)
-            assert first <= shard.at < shard.at + shard.stop - shard.start <= last
-            assert shard.at == layout.starts[shard.parameter] + shard.start
+            assert first <= shard.place.start < shard.place.stop <= last
+            assert shard.place.start == layout.starts[shard.parameter] + shard.start
+            assert shard.place.stop == layout.starts[shard.parameter] + shard.stop
     assert all((owner == 1).all() for owner in owners) and in_buffer.max() == 1
 
 

@@ -74,13 +74,13 @@ class BucketOfRank:
         self.group = members[0].group
         self._param, self._grad = buffer.param[bucket.start : bucket.stop], buffer.grad[bucket.start : bucket.stop]
         self._sums = self._kernels.zeros(bucket.part, self._grad.dtype, members[0].view.device)
-        self._beginning = [members[k] for k in layout.beginning_in(bucket)]
-        self._written = [] if buffer.views else [members[k] for k in layout.ending_in(bucket)]
-        self._sources: list[
-            tuple[View, View]
-        ] = []  # what a step reads first: elements here, and the same of the caller's array
+        within = [(members[k], layout.starts[k]) for k in layout.within(bucket.start, bucket.stop)]
+        self._beginning = [member for member, start in within if start >= bucket.start]
+        ending = [member for member, start in within if start + member.view.size <= bucket.stop]
+        self._written = [] if buffer.views else ending
+        self._sources: list[tuple[View, View]] = []  # elements here, and the same elements of the caller's arrays
         first, _ = bucket.part_of(rank)
-        self.shards = [self._owned(buffer, shard, shard.at - first) for shard in layout.shards(bucket, rank)]
+        self.shards = [self._owned(buffer, shard, shard.place.start - first) for shard in layout.shards(bucket, rank)]
         self.optimizer = make(self.shards) if self.shards else None
         self.work = Work()  # the last collective
 

@@ -24,12 +24,7 @@ class Shard(NamedTuple):
     parameter: int  # its number in the buffer
     start: int
     stop: int
-    at: int  # the number of the shard's first element in the buffer
-
-    @property
-    def place(self):
-        """The slice of the buffer that holds the shard."""
-        return slice(self.at, self.at + self.stop - self.start)
+    place: slice  # of the buffer
 
 
 class Bucket(NamedTuple):
@@ -70,24 +65,15 @@ class Layout:
     def shards(self, bucket, rank):
         """Return the shards that a rank owns in a bucket, in the order of the buffer."""
         first, last = bucket.part_of(rank)
-        return [
-            Shard(k, max(first - self.starts[k], 0), min(last - self.starts[k], self.sizes[k]), max(first, self.starts[k]))
-            for k in self._within(first, last)
-        ]
+        within = [(k, self.starts[k]) for k in self.within(first, last)]
+        parts = [(k, at, max(first - at, 0), min(last - at, self.sizes[k])) for k, at in within]
+        return [Shard(k, start, stop, slice(at + start, at + stop)) for k, at, start, stop in parts]
 
-    def _within(self, first, last):
+    def within(self, first, last):
         """Return the numbers of the parameters that have elements among first ... last - 1 of the buffer."""
         earliest = max(bisect.bisect_right(self.starts, first) - 1, 0)  # parameters before it end before `first`
         latest = bisect.bisect_left(self.starts, last)
         return [k for k in range(earliest, latest) if self.sizes[k] and first < self.starts[k] + self.sizes[k]]
-
-    def beginning_in(self, bucket):
-        """Return the numbers of the parameters whose first element is in a bucket."""
-        return [k for k in self._within(bucket.start, bucket.stop) if self.starts[k] >= bucket.start]
-
-    def ending_in(self, bucket):
-        """Return the numbers of the parameters whose last element is in a bucket."""
-        return [k for k in self._within(bucket.start, bucket.stop) if self.starts[k] + self.sizes[k] <= bucket.stop]
 
 
 def placed(sizes):
