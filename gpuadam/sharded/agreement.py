@@ -25,14 +25,13 @@ def agreed(transport, prepare, *arguments):
     except Exception as caught:  # noqa: BLE001 - of any kind: the other ranks must not wait for this one; it is raised below
         error = caught
         kind = next((kind for kind in KINDS if isinstance(error, kind)), RuntimeError)
-        problem = kind, f"raised {type(error).__name__}, so all ranks stop: {_text(error)}"
+        problem = kind(f"rank {transport.rank} raised {type(error).__name__}, so all ranks stop: {_text(error)}")
     of_ranks = transport.exchange((problem, digest, flag))
     if error is not None:
         raise error
-    for rank, (problem, _, _) in enumerate(of_ranks):
+    for problem, *_ in of_ranks:
         if problem is not None:
-            kind, message = problem
-            raise kind(f"rank {rank} {message}")
+            raise problem
     if len({digest for _, digest, _ in of_ranks}) > 1:
         # as text: a value that cannot be pickled on one rank would leave the others waiting
         raise ValueError(_difference(transport.exchange({name: repr(value) for name, value in described.items()})))

@@ -11,6 +11,7 @@ from ..clipping import LARGEST_NORM, clipped
 from ..groups import HYPERPARAMETERS, HasGroups, as_given, as_list, checked_group, parsed_groups
 from ..kernels.operands import Arrays
 from ..options import SAVED, Options
+from ..state import shape
 from . import checks as shard_checks
 from . import saving, transports
 from .adam import ShardAdam
@@ -174,8 +175,7 @@ class ShardedAdam(HasGroups):
             on_host = [(shard.start, self._kernels.to_host(shard.state[key])) for shard in shards]
             parts = sorted(itertools.chain.from_iterable(self.transport.exchange(on_host)))
             if parts:
-                array = np.concatenate([part for _, part in parts])
-                whole[member.name] = array if key.endswith("_scale") else array.reshape(member.view.shape)
+                whole[member.name] = np.concatenate([part for _, part in parts]).reshape(shape(key, member.view.shape))
         return whole
 
     def step(self, grads, *, grad_scale=1.0, max_norm=None, check_finite=False, found_inf=None):
