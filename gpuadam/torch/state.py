@@ -66,9 +66,7 @@ def converted(state, arrays, param, capturable, name):
     result = new(arrays, param, capturable)
     result["step"].fill_(count(name, state["step"]))
     for key, _, dtype in arrays:
-        if key not in state:
-            continue
-        value = state[key]
+        value = state.get(key, result[key])
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"the loaded {key} of {name} is a {type(value).__name__}, not a tensor")
         if value.shape != result[key].shape:
