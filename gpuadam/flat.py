@@ -40,24 +40,21 @@ def flatten(arrays, backend=None):
      [1.  1.  1. ]]
     """
     if isinstance(arrays, Mapping):
-        kind, names, listed = MAPPING, list(arrays), list(arrays.values())
+        kind, labelled = MAPPING, {f"arrays[{name!r}]": array for name, array in arrays.items()}
     elif isinstance(arrays, (list, tuple)):
-        kind, names, listed = SEQUENCE, list(range(len(arrays))), list(arrays)
+        kind, labelled = SEQUENCE, {f"arrays[{k}]": array for k, array in enumerate(arrays)}
     else:
-        kind, names, listed = ONE, [], [arrays]
-    if not listed:
+        kind, labelled = ONE, {"arrays": arrays}
+    if not labelled:
         raise ValueError("there are no arrays to flatten")
-    labels = ["arrays"] if kind == ONE else [f"arrays[{name!r}]" for name in names]
-    named = [(label, checks.given(label, array)) for label, array in zip(labels, listed, strict=True)]
-    kernels, views = backends.choose(named, backend)
+    kernels, views = backends.choose([(label, checks.given(label, array)) for label, array in labelled.items()], backend)
     first = views[0]
     for view in views:
         checks.one_format(view, checks.FORMATS)
         checks.layout(view)
         if view.dtype != first.dtype:
-            raise TypeError(
-                f"{view.name} has dtype {view.dtype}, {first.name} has {first.dtype}: flatten each dtype by itself"
-            )
+            dtypes = f"{view.name} has dtype {view.dtype}, {first.name} has {first.dtype}"
+            raise TypeError(f"{dtypes}: flatten each dtype by itself")
     devices = {view.device: view.name for view in views if view.size}
     if len(devices) > 1:
         raise ValueError(f"{' and '.join(devices.values())} are on devices {sorted(devices)}: flatten each device by itself")
@@ -73,4 +70,4 @@ def flatten(arrays, backend=None):
         target = kernels.view(view.name, place)
         checks.same_layout(target, view, kernels.copies_any_layout)
         kernels.copy(target, view)
-    return Flat(param, grad, *(as_given(kind, names, of_buffer) for of_buffer in (params, grads)))
+    return Flat(param, grad, *(as_given(kind, arrays, of_buffer) for of_buffer in (params, grads)))

@@ -57,9 +57,7 @@ def from_torch(opt, state_dict, names=None):
         if missing := sorted({"lr", "betas", "eps", "weight_decay", "params"} - set(their_group)):
             raise ValueError(f"a group of the state_dict has no {missing}: it is not one of torch.optim.Adam or AdamW")
         if their_group.get("decoupled_weight_decay", opt.decoupled) is not opt.decoupled:
-            raise ValueError(
-                f"torch's decoupled_weight_decay is not that of {type(opt).__name__}: load Adam's into Adam, AdamW's into AdamW"
-            )
+            raise ValueError("torch's decoupled_weight_decay differs: load Adam's state into Adam, AdamW's into AdamW")
         lr = None if group["lr"] is None else _number(their_group["lr"])
         in_group = {name_of[index] for index in their_group["params"]}
         group |= {key: their_group[key] for key in HYPERPARAMETERS_OF_TORCH if key in their_group}
@@ -81,23 +79,20 @@ def to_torch(opt, names=None):
     torch = importlib.import_module("torch")
     _only_adam(opt)
     ours = opt.state_dict()
-    names = [name for group in ours["groups"] for name in group["names"]] if names is None else list(names)
-    params = {name: param for group in opt.groups for name, param in zip(group["names"], group["params"], strict=True)}
+    names = list(opt.state if names is None else names)
     flags = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
     groups, stop = [], 0
     for group in ours["groups"]:
         start, stop = stop, stop + len(group["names"])
-        if sorted(names[start:stop]) != sorted(group["names"]) or len(names) != len(params):
-            raise ValueError(f"names must be those of the optimizer, {list(params)}, group by group; they are {names}")
+        if sorted(names[start:stop]) != sorted(group["names"]) or len(names) != len(opt.state):
+            raise ValueError(f"names must be those of the optimizer, {list(opt.state)}, group by group; they are {names}")
         if group["lr"] is None:
-            raise ValueError(
-                "the learning rate is a callable, which torch's state cannot hold: put a number into opt.groups"
-            )
+            raise ValueError("the learning rate is a callable, and torch's state has a number: put one into opt.groups")
         settings = {key: group[key] for key in HYPERPARAMETERS_OF_TORCH} | flags
         groups.append(settings | {"decoupled_weight_decay": opt.decoupled, "params": list(range(start, stop))})
     # torch has no state of a parameter that took no step
     stepped = {k: name for k, name in enumerate(names) if ours["state"][name]["step"]}
-    states = {k: _to_torch(name, ours["state"][name], params[name], opt, torch) for k, name in stepped.items()}
+    states = {k: _to_torch(name, ours["state"][name], opt, torch) for k, name in stepped.items()}
     return {"state": states, "param_groups": groups}
 
 
@@ -238,29 +233,26 @@ def _from_torch(name, state, opt):
         backend, views = backends.choose(named, opt.state_backend)
         return {"step": 0} | {key: backend.zeros_like(view) for key, view in zip(ours, views, strict=True)}
     if set(state) != {"step"} | {TORCH.get(key, key) for key in ours}:
-        raise ValueError(
-            f"the state of {name!r} has {sorted(state)} there and {sorted(ours)} here: amsgrad and the like must agree"
-        )
+        differ = f"has {sorted(state)} there and {sorted(ours)} here: amsgrad and the like must agree"
+        raise ValueError(f"the state of {name!r} {differ}")
     return {"step": _count(state["step"])} | {key: _held(key, name, state[TORCH.get(key, key)], opt) for key in ours}
 
 
-def _to_torch(name, state, param, opt, torch):
+def _to_torch(name, state, opt, torch):
     """Return the state of a parameter as torch has it."""
-    _, (view,) = backends.choose([(f"params[{name!r}]", param)], opt.backend)
+    of_param = opt.parameters[name].kind.param
     _check_keys(name, state, TORCH, "torch")
     if float(np.float32(state["step"])) != state["step"]:
         raise ValueError(f"{name!r} has taken {state['step']} steps, which torch's float32 count cannot hold")
     tensors = {"step": torch.tensor(float(state["step"]), dtype=torch.float32)}
     for key in [key for key in TORCH if key in state]:
         format_ = _format_here(key, name, opt)
-        if format_ != view.format:
-            raise TypeError(f"{key} of {name!r} is {format_}, and torch would cast it to the parameter's {view.format}")
+        if format_ != of_param:
+            raise TypeError(f"{key} of {name!r} is {format_}, and torch would cast it to the parameter's {of_param}")
         array = state[key].view(np.int16) if format_ == "bfloat16" else state[key]
-        _, (of_state,) = backends.choose([(f"{key} of params[{name!r}]", array)], opt.state_backend)
-        device = (
-            "cpu" if of_state.device is None else f"cuda:{of_state.device}"
-        )  # without it torch moves the memory to its current one
-        tensor = torch.as_tensor(of_state.array, device=device).clone()
+        _, (view,) = backends.choose([(f"{key} of params[{name!r}]", array)], opt.state_backend)
+        device = "cpu" if view.device is None else f"cuda:{view.device}"  # else torch moves the memory to its current one
+        tensor = torch.as_tensor(view.array, device=device).clone()
         tensors[TORCH[key]] = tensor.view(torch.bfloat16) if format_ == "bfloat16" else tensor
     return tensors
 

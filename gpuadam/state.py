@@ -10,7 +10,7 @@ import numpy as np
 
 from .kernels.operands import GROUP, KINDS
 
-OF_GROUPS = tuple(kind.name for kind in KINDS.values() if kind.of_groups)
+OF_GROUPS = tuple(name for name, kind in KINDS.items() if kind.of_groups)
 IN_MEMORY = {"bfloat16": "uint16"}  # the dtype of a format that NumPy does not know
 MOMENTS = ("m", "v", "max_v")
 
@@ -52,7 +52,7 @@ def zeros(backend, param, key, format):
     return backend.zeros_like(param, dtype)
 
 
-class Kind(NamedTuple):
+class ParameterKind(NamedTuple):
     """What parameters have in common that one launch can update: their format, and the operands of their updates."""
 
     param: str

@@ -6,50 +6,21 @@ A capsule is borrowed here, not consumed: while it is alive, so is the memory, a
 """
 
 import ctypes
+import struct
 
 import numpy as np
 
-CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # DLDeviceType
+CPU, CUDA, CUDA_HOST = 1, 2, 3  # DLDeviceType
 READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
 VERSION = (1, 0)  # of the struct below; later ones of the same major version only add to it
-FLOAT, BFLOAT = 2, 4  # DLDataTypeCode
-KINDS = {0: "i", 1: "u", FLOAT: "f", 5: "c", 6: "b"}
+BFLOAT = 4  # DLDataTypeCode
+KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}  # of the other DLDataTypeCodes
 
-
-class _Device(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_int32), ("number", ctypes.c_int32))
-
-
-class _DataType(ctypes.Structure):
-    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
-
-
-class _Tensor(ctypes.Structure):
-    """DLTensor, with which an unversioned DLManagedTensor begins."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device", _Device),
-        ("ndim", ctypes.c_int32),
-        ("dtype", _DataType),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class _Versioned(ctypes.Structure):
-    """DLManagedTensorVersioned."""
-
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("manager", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("tensor", _Tensor),
-    )
-
+# DLTensor, with which an unversioned DLManagedTensor begins: data; type and number of the device; ndim; code, bits and lanes of
+# the dtype; shape; strides; byte_offset.
+TENSOR = struct.Struct("PiiiBBHPPQ")
+# DLManagedTensorVersioned, before its DLTensor: major and minor version; manager's context; deleter; flags
+VERSIONED = struct.Struct("IIPPQ")
 
 _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
 _has_name = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
@@ -67,21 +38,20 @@ class Borrowed:
     def __init__(self, array, **stream):
         self.capsule = _capsule(array, stream)
         if _has_name(self.capsule, b"dltensor_versioned"):
-            whole = _Versioned.from_address(_pointer(self.capsule, b"dltensor_versioned"))
-            if whole.major != VERSION[0]:
-                raise BufferError(f"its DLPack is of version {whole.major}; version {VERSION[0]} is needed")
-            tensor, read_only = whole.tensor, bool(whole.flags & READ_ONLY)
+            address = _pointer(self.capsule, b"dltensor_versioned")
+            major, _, _, _, flags = _read(VERSIONED, address)
+            if major != VERSION[0]:
+                raise BufferError(f"its DLPack is of version {major}; version {VERSION[0]} is needed")
+            address, read_only = address + VERSIONED.size, bool(flags & READ_ONLY)
         else:
-            tensor, read_only = _Tensor.from_address(_pointer(self.capsule, b"dltensor")), True
-        dtype = _dtype(tensor.dtype)
-        self.bits = "bfloat16" if tensor.dtype.code == BFLOAT else ""
-        shape = tuple(tensor.shape[: tensor.ndim])
-        strides = (
-            tuple(dtype.itemsize * step for step in tensor.strides[: tensor.ndim]) if tensor.strides else None
-        )  # in C order
-        described = {"shape": shape, "typestr": dtype.str, "strides": strides, "version": 3}
-        described["data"] = ((tensor.data or 0) + tensor.byte_offset, read_only)
-        if tensor.device.type in (CPU, CUDA_HOST):
+            address, read_only = _pointer(self.capsule, b"dltensor"), True
+        data, device, _, ndim, code, bits, lanes, shape, strides, offset = _read(TENSOR, address)
+        dtype = _dtype(code, bits, lanes)
+        self.bits = "bfloat16" if code == BFLOAT else ""
+        described = {"shape": _integers(shape, ndim), "typestr": dtype.str, "version": 3, "data": (data + offset, read_only)}
+        # without strides it is in C order
+        described["strides"] = tuple(dtype.itemsize * step for step in _integers(strides, ndim)) if strides else None
+        if device in (CPU, CUDA_HOST):
             self.__array_interface__ = described
         else:
             self.__cuda_array_interface__ = described
@@ -94,9 +64,17 @@ def _capsule(array, stream):
         return array.__dlpack__(**stream)
 
 
-def _dtype(dtype):
-    if dtype.lanes == 1 and (dtype.code, dtype.bits) == (BFLOAT, 16):
+def _read(layout, address):
+    return layout.unpack(ctypes.string_at(address, layout.size))
+
+
+def _integers(address, n):
+    return tuple((ctypes.c_int64 * n).from_address(address)) if n else ()
+
+
+def _dtype(code, bits, lanes):
+    if lanes == 1 and (code, bits) == (BFLOAT, 16):
         return np.dtype("int16")
-    if dtype.lanes == 1 and dtype.code in KINDS and dtype.bits % 8 == 0:
-        return np.dtype(f"{KINDS[dtype.code]}{dtype.bits // 8}")
-    raise BufferError(f"elements of DLPack type {dtype.code} with {dtype.bits} bits are not known here")
+    if lanes == 1 and code in KINDS and bits % 8 == 0:
+        return np.dtype(f"{KINDS[code]}{bits // 8}")
+    raise BufferError(f"elements of DLPack type {code} with {bits} bits are not known here")

@@ -8,7 +8,7 @@ import functools
 from types import SimpleNamespace
 
 from llvmlite import ir
-from numba import types
+from numba import from_dtype, types
 
 from gpuadam.kernels import llvm
 from gpuadam.kernels.conversions import CONVERSIONS
@@ -27,7 +27,7 @@ def functions(form, intrinsic, lanes=1, addrspace=0):
     def of_lanes(kind):
         return kind if lanes == 1 else types.UniTuple(kind, lanes)
 
-    void, i32, i64, real = types.void, types.int32, types.int64, _real(form)
+    void, i32, i64, real = types.void, types.int32, types.int64, from_dtype(form.dtype)
     addresses = types.UniTuple(i64, len(operands_of_form(form)))
     values, results = (of_lanes(types.UniTuple(real, len(names))) for names in (VALUES, RESULTS))
     units, codec = types.UniTuple(real, 2), types.Tuple((real, real, i32, i32))
@@ -49,7 +49,8 @@ def functions(form, intrinsic, lanes=1, addrspace=0):
         "kept": results(i64, i64),
     }
     emit, signatures = _Emitter(form, lanes, addrspace), signatures | (of_groups if form.arrays.grouped else {})
-    return SimpleNamespace(**{name: _function(intrinsic, getattr(emit, name), kind) for name, kind in signatures.items()})
+    emitted = {name: llvm.function(intrinsic, name, getattr(emit, name), kind) for name, kind in signatures.items()}
+    return SimpleNamespace(**emitted)
 
 
 def tuple_at(intrinsic, n, addrspace=0):
@@ -59,25 +60,17 @@ def tuple_at(intrinsic, n, addrspace=0):
         start = llvm.pointer(b, address, U64, addrspace)
         return [b.load(b.gep(start, [U64(k)]), align=8) for k in range(n)]
 
-    return _function(intrinsic, tuple_at, types.UniTuple(types.int64, n)(types.int64))
+    return llvm.function(intrinsic, "tuple_at", tuple_at, types.UniTuple(types.int64, n)(types.int64))
 
 
 def to_reals(form, intrinsic):
     """Return a function that makes a tuple of float64 one of the compute type."""
-    real = _real(form)
+    real = from_dtype(form.dtype)
 
     def to_reals(b, numbers):
         return [b.fptrunc(x, F32) if real is types.float32 and x.type == F64 else x for x in numbers]
 
     return llvm.function(intrinsic, "to_reals", to_reals, lambda numbers: types.UniTuple(real, len(numbers))(numbers))
-
-
-def _function(intrinsic, emit, signature):
-    return llvm.function(intrinsic, emit.__name__, emit, signature)
-
-
-def _real(form):
-    return types.float64 if form.dtype.itemsize == 8 else types.float32
 
 
 class _Emitter:
@@ -166,13 +159,13 @@ class _Emitter:
     def encode(self, b, at, i, results, codec, start, high, key):
         """Store 8-bit state."""
         m_inverse, v_inverse, m_mask, v_mask = codec
-        codes: dict[str, list] = {"m": [], "v": []}
+        m_codes, v_codes = [], []
         for lane, h in zip(self._of_lanes(results), self._random_bits(b, start, i, high, key), strict=True):
-            m, v, root = (lane[STATE[name]] for name in ("m", "v", "max_v"))
-            codes["m"].append(b.trunc(self._convert(b, "to_m_code", m, m_inverse, m_mask, h), U8))
-            codes["v"].append(b.trunc(self._convert(b, "to_v_code", v, root, v_inverse, v_mask, h), U8))
-        for name, of_lanes in codes.items():
-            self._store(b, self.operands[name], at, i, of_lanes)
+            m, v, root = (lane[place] for place in STATE.values())
+            m_codes.append(b.trunc(self._convert(b, "to_m_code", m, m_inverse, m_mask, h), U8))
+            v_codes.append(b.trunc(self._convert(b, "to_v_code", v, root, v_inverse, v_mask, h), U8))
+        self._store(b, self.operands["m"], at, i, m_codes)
+        self._store(b, self.operands["v"], at, i, v_codes)
 
     def keep(self, b, scratch, j, results):
         """Keep the state of element j of a group. scratch: the address of 3 * GROUP float32."""
@@ -217,7 +210,7 @@ class _Emitter:
             else:
                 number = b.add(b.add(start, i), U64(k))
                 low, upper = b.trunc(number, U32), b.trunc(b.lshr(number, U64(32)), U32)
-            bits.append(CONVERSIONS["random"].llvm(b, None, low, upper, *key_words))
+            bits.append(self._convert(b, "random", low, upper, *key_words))
         return bits
 
     def _convert(self, b, row, *operands):

@@ -16,6 +16,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache
+from gpuadam.kernels.numba_memory import load_at
 from gpuadam.kernels.operands import GROUP, KINDS
 
 # A row of a table, of int64, is an update: how many elements it has; the key and the number of the first element, for random
@@ -42,42 +43,27 @@ class Columns(NamedTuple):
     expected: np.ndarray  # int64: a column for each operand
 
 
-_known_columns: dict[tuple, Columns] = {}
-
-
 def columns_like(operands, arrays, zero_grad):
     """Return the Columns of updates whose first arrays are these; None if the dtype of one can be in no table.
 
     operands: their names.
     """
-    try:
-        dtypes = [array.dtype for array in arrays]
-    except AttributeError:
-        return None
-    key = operands, zero_grad, *map(id, dtypes)
-    columns = _known_columns.get(key)
-    if columns is None:
-        for dtype in dtypes:
-            if id(dtype) not in _formats:
-                if not _is_bfloat16_of_ml_dtypes(dtype):
-                    return None
-                _formats[id(dtype)] = dtype  # kept alive, so that no other object gets its number
-        written = [name != "grad" or zero_grad for name in operands]
-        expected = [
-            list(map(id, dtypes)),
-            [ALIGNED | WRITEABLE * is_written for is_written in written],
-            [dtype.itemsize for dtype in dtypes],
-            [KINDS[name].of_groups for name in operands],
-            written,
-        ]
-        names = tuple(dtype.name for dtype in dtypes)
-        columns = _known_columns[key] = Columns(names, np.array(expected, np.int64))
-    return columns
-
-
-def _is_bfloat16_of_ml_dtypes(dtype):
-    ml_dtypes = sys.modules.get("ml_dtypes")
-    return ml_dtypes is not None and dtype is np.dtype(ml_dtypes.bfloat16)
+    dtypes = [array.dtype for array in arrays]
+    for dtype in dtypes:
+        if id(dtype) not in _formats:
+            ml_dtypes = sys.modules.get("ml_dtypes")
+            if ml_dtypes is None or dtype is not np.dtype(ml_dtypes.bfloat16):
+                return None
+            _formats[id(dtype)] = dtype  # kept alive, so that no other object gets its number
+    written = [name != "grad" or zero_grad for name in operands]
+    expected = [
+        list(map(id, dtypes)),
+        [ALIGNED | WRITEABLE * is_written for is_written in written],
+        [dtype.itemsize for dtype in dtypes],
+        [KINDS[name].of_groups for name in operands],
+        written,
+    ]
+    return Columns(tuple(dtype.name for dtype in dtypes), np.array(expected, np.int64))
 
 
 def table(columns, like, any_order=True):
@@ -118,18 +104,7 @@ def known():
     return True
 
 
-def _load(kind):
-    @intrinsic
-    def load(typingctx, address):
-        def codegen(context, builder, signature, args):
-            return builder.load(builder.inttoptr(args[0], context.get_value_type(kind).as_pointer()))
-
-        return kind(types.int64), codegen
-
-    return load
-
-
-_int64_at, _int32_at = _load(types.int64), _load(types.int32)
+_int64_at, _int32_at = load_at(intrinsic, types.int64), load_at(intrinsic, types.int32)
 
 
 def _stored(function):
@@ -138,30 +113,32 @@ def _stored(function):
 
 @_stored
 def apart(starts, ends, written):
-    """Return whether no extent of memory that is written overlaps another; two that are only read may. They are sorted."""
-    n = 0
-    for k in range(starts.size):  # what is empty overlaps nothing
-        if ends[k] > starts[k]:
-            starts[n], ends[n], written[n] = starts[k], ends[k], written[k]
-            n += 1
-    gap = 1  # sorted by Shell's method: a few lines, and quick for the few thousand arrays of a program
-    while gap < n // 3:
+    """Return whether no extent of memory that is written overlaps another; two that are only read may."""
+    order, gap = (
+        np.empty(starts.size, np.int64),
+        1,
+    )  # sorted by Shell's method: a few lines, and quick for thousands of arrays
+    for k in range(order.size):
+        order[k] = k
+    while gap < order.size // 3:
         gap = 3 * gap + 1
     while gap:
-        for i in range(gap, n):
-            start, end, is_written, j = starts[i], ends[i], written[i], i
-            while j >= gap and starts[j - gap] > start:
-                starts[j], ends[j], written[j] = starts[j - gap], ends[j - gap], written[j - gap]
+        for i in range(gap, order.size):
+            k, j = order[i], i
+            while j >= gap and starts[order[j - gap]] > starts[k]:
+                order[j] = order[j - gap]
                 j -= gap
-            starts[j], ends[j], written[j] = start, end, is_written
+            order[j] = k
         gap //= 3
     end_of_written, end_of_any = 0, 0
-    for i in range(n):
-        if starts[i] < end_of_written or (written[i] and starts[i] < end_of_any):
+    for k in order:
+        if starts[k] == ends[k]:  # what is empty overlaps nothing
+            continue
+        if starts[k] < end_of_written or (written[k] and starts[k] < end_of_any):
             return False
-        end_of_any = max(end_of_any, ends[i])
-        if written[i]:
-            end_of_written = max(end_of_written, ends[i])
+        end_of_any = max(end_of_any, ends[k])
+        if written[k]:
+            end_of_written = max(end_of_written, ends[k])
     return True
 
 

@@ -30,28 +30,23 @@ STATE = {name: RESULTS.index(name) for name in ("m", "v", "max_v")}
 class Kind(NamedTuple):
     """An operand that an update may have, whatever the format of its array."""
 
-    name: str
     formats: tuple[str, ...]  # that the array may have
-    kept: bool = True  # it is state, which an optimizer keeps from step to step
     of_groups: bool = False  # it has an element for each group of neighbours, not for each of param's
 
 
 _FLOATS = ("float32", "float64", *NARROW)
 _MOMENTS = ("float32", "float64", "bfloat16", "uint8")  # v would underflow in float16
-KINDS = {
-    kind.name: kind
-    for kind in (  # in the order in which kernels take them
-        Kind("param", _FLOATS, kept=False),
-        Kind("grad", _FLOATS, kept=False),
-        Kind("m", _MOMENTS),
-        Kind("v", _MOMENTS),
-        Kind("max_v", _MOMENTS),
-        Kind("remainder", ("int16", "uint16")),
-        Kind("param_copy", _FLOATS, kept=False),
-        Kind("ema", ("float32", "float64")),  # a running mean would not move in fewer bits
-        Kind("m_scale", ("float32",), of_groups=True),
-        Kind("v_scale", ("float32",), of_groups=True),
-    )
+KINDS = {  # by name, in the order in which kernels take them
+    "param": Kind(_FLOATS),
+    "grad": Kind(_FLOATS),
+    "m": Kind(_MOMENTS),
+    "v": Kind(_MOMENTS),
+    "max_v": Kind(_MOMENTS),
+    "remainder": Kind(("int16", "uint16")),
+    "param_copy": Kind(_FLOATS),
+    "ema": Kind(("float32", "float64")),  # a running mean would not move in fewer bits
+    "m_scale": Kind(("float32",), of_groups=True),
+    "v_scale": Kind(("float32",), of_groups=True),
 }
 
 # Where in an element's 32 random bits are the 16 by which an operand is rounded. The upper half of each, which matters most, is
@@ -116,8 +111,8 @@ def operands_of(arrays, zero_grad=False):
     formats["max_v"] = arrays.state if arrays.amsgrad else ""
     formats["remainder"] = "int16" if arrays.remainder else ""
 
-    def operand(kind):
-        name, format = kind.name, formats[kind.name]
+    def operand(name, kind):
+        format = formats[name]
         coded = kind.of_groups or format == "uint8"
         random = format in NARROW and (name in STATE or (name == "param" and arrays.stochastic))
         encoding = f"to_{format}{'_randomly' if random else ''}" if format in NARROW else ""
@@ -134,7 +129,7 @@ def operands_of(arrays, zero_grad=False):
             random_bits_from=_RANDOM_BITS_FROM[name] if random else None,
         )
 
-    return tuple(operand(kind) for kind in KINDS.values() if formats[kind.name])
+    return tuple(operand(name, kind) for name, kind in KINDS.items() if formats[name])
 
 
 def decodings(form):

@@ -101,7 +101,6 @@ def formula_in_python(algorithm, decoupled, op):
     add, sub, mul, div, sqrt, neg, abs_ = op.add, op.sub, op.mul, op.div, op.sqrt, op.neg, op.abs
     u64, i64 = op.u64, op.i64
     RADAM, ADAMAX, NADAM, OPTAX, EPS_HAT = (algorithm == x for x in ("radam", "adamax", "nadam", "optax", "eps-hat"))
-    DECOUPLED = decoupled
 
     def powers(t, beta1, beta2):
         power1, power2 = 1.0, 1.0
@@ -113,7 +112,7 @@ def formula_in_python(algorithm, decoupled, op):
         return power1, power2
 
     def of_step(t, power1, power2, lr, beta2, weight_decay, eps):
-        decay = mul(neg(lr), weight_decay) if DECOUPLED else weight_decay
+        decay = mul(neg(lr), weight_decay) if decoupled else weight_decay
         neg_lr = neg(lr) if NADAM else div(neg(lr), sub(1.0, power1))  # NAdam's shares hold the bias of m
         bias2 = sub(1.0, power2)
         inv_sqrt_bias2 = 1.0
@@ -306,7 +305,6 @@ def _nadam_product(beta1, step):
     for k in range(known + 1, step + 1):
         product *= _nadam_mu(beta1, k)
         if product < 1e-300:  # 1 - product has been 1 for long
-            product = 0.0
             break
     _products[beta1] = step, product
     return product

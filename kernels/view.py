@@ -101,7 +101,7 @@ def on_cuda(name, array, device_of):
     if interface.get("mask") is not None:
         raise TypeError(f"{name} has a mask, which an update cannot heed. Pass an array without one")
     pointer = pointer or 0  # None, in some libraries, where there are no elements
-    in_c_order = contiguous_strides(shape, dtype.itemsize)
+    in_c_order = tuple(dtype.itemsize * math.prod(shape[k + 1 :]) for k in range(len(shape)))
     if hasattr(array, "__cuda_ndarray__"):  # Numba's interface says None, contiguous, of a broadcast array too
         strides = array.strides
     strides = tuple(strides or in_c_order)
@@ -162,22 +162,8 @@ def always_cuda(array):
     return type_name(type(array)) in ("cupy.ndarray", "numba.cuda.cudadrv.devicearray.DeviceNDArray")
 
 
-def contiguous_strides(shape, itemsize):
-    """Return the strides, in bytes, of a C-contiguous array.
-
-    >>> contiguous_strides((2, 3), 4)
-    (12, 4)
-    """
-    return tuple(itemsize * math.prod(shape[k + 1 :]) for k in range(len(shape)))
-
-
-def kind(array):
-    """Return what an error message calls an array: "numpy.ndarray", "list"."""
-    cls = type(array)
-    return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
-
-
 def a_kind(array):
-    """Return that with its article: "a numpy.ndarray", "an int"."""
-    name = kind(array)
+    """Return what an error message calls an array: "a numpy.ndarray", "an int"."""
+    cls = type(array)
+    name = cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
     return f"{'an' if name[0] in 'aeio' else 'a'} {name}"

@@ -204,10 +204,10 @@ MISFITS = {
     ),
     "another order": (
         lambda p: {n: p[n] for n in "swbe"},
-        r"another order, \['s', 'w', 'b', 'e'\]: it was \['w', 's', 'e', 'b'\]",
+        r"another order or other groups: they were \['w', 's', 'e', 'b'\] in groups of \[4\]",
     ),
     "a list": (lambda p: list(p.values()), "State belongs to a name, never to a place"),
-    "other groups": (lambda p: [{"params": {"w": p["w"]}}, {"params": {n: p[n] for n in "seb"}}], r"saved have \[4\] param"),
+    "other groups": (lambda p: [{"params": {"w": p["w"]}}, {"params": {n: p[n] for n in "seb"}}], r"in groups of \[4\]"),
     "another shape": (
         lambda p: p | {"b": p["b"][:3].copy()},
         r"'b' was float32 of shape \[70\], and is float32 of shape \[3\]",

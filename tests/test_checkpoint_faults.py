@@ -359,8 +359,14 @@ def test_a_full_disk_leaves_the_old_file(room, saved, tmp_path, monkeypatch):
         optimizer(ema_decay=0.5).save(tmp_path / "a")
     monkeypatch.undo()
     optimizer(ema_decay=0.5).save(tmp_path / "other")
-    needed = (tmp_path / "other").stat().st_size
-    for part in (str(tmp_path / "a"), "No space left", f"{needed:,} bytes: make room", "Nothing there has changed"):
+    with (tmp_path / "other").open("rb") as file:
+        needed = sum(entry.end - entry.start for entry in safetensors_file.Reader(file).tensors.values())
+    for part in (
+        str(tmp_path / "a"),
+        "No space left",
+        f"Make room for more than {needed:,} bytes",
+        "Nothing there has changed",
+    ):
         assert part in str(raised.value)
     assert raised.value.__cause__.errno == errno.ENOSPC
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "other"] and (tmp_path / "a").read_bytes() == saved
@@ -377,7 +383,9 @@ def test_a_limit_of_the_system_leaves_the_old_file(saved, tmp_path):
     except gpuadam.CheckpointError as error:
         print(error)
     """
-    assert "was not saved: File too large. Nothing there has changed. The new one has 8,3" in printed(code)
+    assert "was not saved: File too large. Nothing there has changed. Make room for more than 8,388,608 bytes" in printed(
+        code
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == saved
 
 
@@ -411,10 +419,10 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 
 def test_only_files_are_replaced(tmp_path):
-    with pytest.raises(gpuadam.CheckpointError, match=r"Is a directory\. .* Give the path of a file"):
+    with pytest.raises(gpuadam.CheckpointError, match=r"it is a folder, .* Give the path of a file"):
         optimizer().save(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(gpuadam.CheckpointError, match="it is a device, a pipe or a socket"):
+    with pytest.raises(gpuadam.CheckpointError, match="a device, a pipe or a socket"):
         optimizer().save(tmp_path / "pipe")
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
 

@@ -89,7 +89,7 @@ WRONG = {
     ),
     "half a step": (lambda d: spoiled(d, step=1.5), NAMES, TypeError, "must be an integer"),
     "a list": (lambda d: spoiled(d, exp_avg=[1.0] * 5), NAMES, TypeError, "list, not an array"),
-    "adamw": (lambda d: torch_dict(decoupled_weight_decay=True), NAMES, ValueError, "load Adam's into Adam"),
+    "adamw": (lambda d: torch_dict(decoupled_weight_decay=True), NAMES, ValueError, "load Adam's state into Adam"),
     "a bad rate": (lambda d: torch_dict(lr=-1.0), NAMES, ValueError, "lr=-1"),
 }
 

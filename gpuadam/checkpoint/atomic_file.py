@@ -25,7 +25,8 @@ def replacing(path):
     b'new'
     """
     target = Path(os.path.realpath(path))
-    _check_target(target)
+    if target.exists() and not target.is_file():
+        raise FileExistsError(errno.EEXIST, "it is a folder, a device, a pipe or a socket", str(target))
     with _flushed_afterwards(target.parent):
         temporary = target.parent / f".gpuadam-{secrets.token_hex(8)}.tmp"
         file = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "w+b")
@@ -40,14 +41,6 @@ def replacing(path):
                 file.close()
             temporary.unlink(missing_ok=True)
             raise
-
-
-def _check_target(target):
-    """Refuse to replace what is not a file, before anything is written."""
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    if target.exists() and not target.is_file():
-        raise FileExistsError(errno.EEXIST, "it is a device, a pipe or a socket", str(target))
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ def opened(path, params, backend, lr):
     with opened_file(path, _longest_header(views)) as stored:
         saved = stored.saved
         check_known("options", saved.options, SAVED)
-        _check_params(saved, [structure.names for structure in structures], views)
+        _check_params(saved, [group["names"] for group in groups], views)
         rates = _learning_rates(lr, groups, saved.groups)
         arguments = []
         for group, structure, rate, saved_group in zip(groups, structures, rates, saved.groups, strict=True):
@@ -151,18 +151,14 @@ def _check_params(saved, names, views):
 
     names: of each group's parameters. views: name -> View.
     """
-    saved_names = [group["names"] for group in saved.groups]
-    theirs, ours = list(itertools.chain(*saved_names)), list(itertools.chain(*names))
-    difference = differing_names(theirs, ours)
+    difference = differing_names(saved.params, views)
     require(not difference, f"the parameters' names differ: {difference}. State belongs to a name, never to a place")
-    moved = [name for name, other in zip(ours, theirs, strict=True) if name != other]
-    order = f"another order, {some(moved)}: it was {some(theirs)}, and random rounding depends on it"
-    require(not moved, f"the parameters come in {order}")
-    sizes, saved_sizes = ([len(of_group) for of_group in groups] for groups in (names, saved_names))
-    require(sizes == saved_sizes, f"the groups differ: those saved have {saved_sizes} parameters, those given {sizes}")
+    saved_names = [group["names"] for group in saved.groups]
+    order = f"{some(itertools.chain(*saved_names))} in groups of {[len(group) for group in saved_names]}"
+    require(names == saved_names, f"the parameters have another order or other groups: they were {order}")
     was = {name: f"{entry['dtype']} of shape {entry['shape']}" for name, entry in saved.params.items()}
     now = {name: f"{view.format} of shape {list(view.shape)}" for name, view in views.items()}
-    wrong = [f"{name!r} was {was[name]}, and is {now[name]}" for name in ours if was[name] != now[name]]
+    wrong = [f"{name!r} was {was[name]}, and is {now[name]}" for name in now if was[name] != now[name]]
     require(not wrong, "; ".join(wrong[:8]) + ": nothing is cast or reshaped")
 
 

@@ -61,19 +61,15 @@ class Entry(NamedTuple):
     crc: str  # the checksums of all blocks
 
 
-def size_of(tensors, metadata):
-    """Return how many bytes a file has."""
-    return 8 + len(_header(_in_order(tensors), metadata)) + sum(tensor.n_bytes for tensor in tensors)
-
-
 def write(file, tensors, metadata):
     """Write tensors to a binary file that can seek, reading each of them once. Return the checksum of its header.
 
     metadata: string -> string. Raises CheckpointError for a header that is too long, OSError as the file does.
     """
     require(sys.byteorder == "little", OTHER_ENDIAN)
-    tensors = _in_order(tensors)
-    length = len(_header(tensors, metadata))
+    tensors = sorted(tensors, key=lambda tensor: -ITEMSIZE[tensor.dtype])
+    zeros = {tensor.name: _digits(0) * _n_blocks(tensor.n_bytes) for tensor in tensors}
+    length = len(_header(tensors, metadata, zeros))
     require(length <= MAX_HEADER, f"the header of {len(tensors)} tensors has {length:,} bytes, more than {MAX_HEADER:,}")
     file.seek(8 + length)
     header = _header(tensors, metadata, {tensor.name: _write_payload(file, tensor) for tensor in tensors})
@@ -82,33 +78,24 @@ def write(file, tensors, metadata):
     return _crc_in(header)
 
 
-def _in_order(tensors):
-    return sorted(tensors, key=lambda tensor: -ITEMSIZE[tensor.dtype])
-
-
 def _write_payload(file, tensor):
     """Write the bytes of a tensor. Return the checksums of their blocks."""
     n_bytes = 0
     crcs: list[int] = []
-    for chunk in tensor.chunks():
+    for buffer in tensor.chunks():
+        chunk = memoryview(buffer)
         file.write(chunk)
-        chunk = memoryview(chunk)
-        while len(chunk):
-            if n_bytes % BLOCK == 0:
-                crcs.append(0)
-            room = BLOCK - n_bytes % BLOCK
-            crcs[-1] = zlib.crc32(chunk[:room], crcs[-1])
-            n_bytes += len(chunk[:room])
-            chunk = chunk[room:]
+        for first in range(-(n_bytes % BLOCK), len(chunk), BLOCK):  # of each block, which may have begun in the last chunk
+            crcs += [0] if first >= 0 else []
+            crcs[-1] = zlib.crc32(chunk[max(first, 0) : first + BLOCK], crcs[-1])
+        n_bytes += len(chunk)
     if n_bytes != tensor.n_bytes:
         raise RuntimeError(f"{tensor.name!r} gave {n_bytes} bytes and has {tensor.n_bytes}")
     return "".join(map(_digits, crcs))
 
 
-def _header(tensors, metadata, crcs=None):
-    """Return the header of a file. crcs: name -> checksums of the payload; without them their places have zeros."""
-    if crcs is None:
-        crcs = {tensor.name: _digits(0) * _n_blocks(tensor.n_bytes) for tensor in tensors}
+def _header(tensors, metadata, crcs):
+    """Return the header of a file. crcs: name -> checksums of the payload."""
     metadata = {"header_crc32": _digits(0), **metadata, "crc32": json.dumps(crcs, ensure_ascii=False)}
     entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
@@ -116,7 +103,6 @@ def _header(tensors, metadata, crcs=None):
         end = start + tensor.n_bytes
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
-    require(len(entries) == len(tensors) + 1, "two tensors have the same name")
     try:
         header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
@@ -238,9 +224,7 @@ def parsed_json(text, what):
     """
     try:
         return json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_refused)
-    except RecursionError as error:
-        raise CheckpointError(f"{what} is nested too deeply") from error
-    except ValueError as error:  # not JSON, not UTF-8, a key twice, or an integer of thousands of digits
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a key twice, an integer of thousands of digits
         raise CheckpointError(f"{what} cannot be read as JSON: {error}") from error
 
 

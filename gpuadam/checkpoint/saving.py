@@ -6,17 +6,15 @@ import os
 from .. import checks
 from .atomic_file import replacing
 from .format import CLASSES, check_class, encoded
-from .safetensors import CheckpointError, size_of, write
+from .safetensors import CheckpointError, write
 from .tensors import PARAM, chosen, sections
 
 # the number of an error -> what to do about it
 ADVICE: dict[int | None, str] = {
     errno.ENOENT: "Make its folder first",
-    **dict.fromkeys((errno.EISDIR, errno.EEXIST), "Give the path of a file"),
+    errno.EEXIST: "Give the path of a file",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Save into a folder that can be read and written"),
-    **dict.fromkeys(
-        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "The new one has {:,} bytes: make room for them, or save elsewhere"
-    ),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room for more than {:,} bytes, or save elsewhere"),
 }
 
 
@@ -41,7 +39,8 @@ def write_file(path, tensors, metadata):
             crc = write(file, tensors, metadata)
             return file.seek(0, os.SEEK_END), crc
     except OSError as error:
-        advice = ADVICE.get(error.errno, "See to the disk, or save elsewhere").format(size_of(tensors, metadata))
+        n_bytes = sum(tensor.n_bytes for tensor in tensors)
+        advice = ADVICE.get(error.errno, "See to the disk, or save elsewhere").format(n_bytes)
         reason = f"{error.strerror or error}. Nothing there has changed. {advice}"
         raise CheckpointError(f"{path!r} was not saved: {reason}") from error
     except CheckpointError as error:

@@ -149,6 +149,5 @@ class Stored:
         try:
             return path.open("rb")
         except FileNotFoundError as error:
-            raise CheckpointError(
-                f"its part {path.name!r} is not there: it was lost, or the checkpoint was replaced while it was read"
-            ) from error
+            reason = "it was lost, or the checkpoint was replaced while it was read"
+            raise CheckpointError(f"its part {path.name!r} is not there: {reason}") from error

@@ -56,14 +56,10 @@ def sections(opt, ranges=None):
     listed = []
     for group in opt.groups:
         for name, param in zip(group["names"], group["params"], strict=True):
-            backend, (view,) = backends.choose([(f"params[{name!r}]", param)], opt.backend)
-            whole, start, stop = ranges[name] if ranges else (name, 0, view.size)
-            listed.append(Section(whole, start, stop, PARAM, backend, view))
-            for key in opt.state[name]:
-                if key != "step":
-                    named = [(f"{key} of params[{name!r}]", opt.array_of_state(name, key))]
-                    backend, (view,) = backends.choose(named, opt.backend)
-                    listed.append(Section(whole, start, stop, key, backend, view))
+            arrays = {PARAM: param} | {key: opt.array_of_state(name, key) for key in opt.state[name] if key != "step"}
+            viewed = {key: backends.choose([(f"{key} of {name!r}", array)], opt.backend) for key, array in arrays.items()}
+            whole, start, stop = ranges[name] if ranges else (name, 0, viewed[PARAM][1][0].size)
+            listed += [Section(whole, start, stop, key, backend, view) for key, (backend, (view,)) in viewed.items()]
     return listed
 
 
