@@ -14,6 +14,7 @@ bytes sent are what each rank must send of the padded buffers, (ranks - 1) / ran
 that of the elements alone, 2 * (ranks - 1) / ranks * 4 bytes. What an MPI library really moves is its own business.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -88,9 +89,8 @@ def rank_main(contender, n, seconds):
         opt, grads = gpuadam.Adam(param), grad
     else:
         opt = gpuadam.ShardedAdam(param, transport, views=contender == VIEWS)
-        for bucket in opt.buckets:
-            plain = bucket.update
-            bucket.update = lambda *arguments, plain=plain: transport.timed("update", plain, *arguments)
+        for optimizer in filter(None, (bucket.optimizer for bucket in opt.buckets)):
+            optimizer.step = functools.partial(transport.timed, "update", optimizer.step)
         grads = opt.grads if contender == VIEWS else grad
         opt.grads[...] = grad
     samples, phases = [], []

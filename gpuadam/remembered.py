@@ -82,7 +82,7 @@ class Remembered:
 
     def __init__(self):
         self._backend, self._known, self._batches = None, [], []
-        self._numpy = {}  # (number of the Updates, of the column) -> what was read of the tensors, the NumPy arrays
+        self._numpy = {}  # number of the Updates -> what was read of the tensors, the NumPy arrays
 
     def batches(self, groups, backend):
         """Return the batches of the last step if its arrays were the same in all that matters, or None."""
@@ -104,16 +104,16 @@ class Remembered:
         else:
             release(batches)
 
-    def in_numpy(self, group, column, tensors):
+    def in_numpy(self, group, tensors):
         """Return NumPy arrays over the memory of torch's tensors: the same ones while these stay what they were.
 
         A tensor can get other memory, another shape or dtype and remain the same object, by `tensor.data = ...` for one.
         """
         now = _read(tensors, READ_ALL)
-        before, arrays = self._numpy.get((group, column), (None, None))
+        before, arrays = self._numpy.get(group, (None, None))
         if now is None or now != before:
             arrays = torch_tensors.all_in_numpy(tensors)
-            self._numpy[group, column] = now, arrays
+            self._numpy[group] = now, arrays
         return arrays
 
     def __reduce__(self):  # a copy of an optimizer finds out anew

@@ -71,20 +71,16 @@ def why_immutable(tensor):
 def in_numpy(columns, remembered=None, group=0):
     """Return columns of Updates with NumPy arrays in the place of the tensors in CPU memory that pass the checks of `plain`.
 
-    remembered: what keeps the arrays for the next step, under the number of the group.
+    remembered: what keeps the arrays for the next step, under the number of the group. No gradient is kept.
     """
-
-    def converted(k, column):
-        if not among([column]):
-            return column
-        if k == GRAD or remembered is None:
-            return all_in_numpy(column, written=k != GRAD)
-        return remembered.in_numpy(group, k, column)
-
-    return [converted(k, column) for k, column in enumerate(columns)]
-
-
-GRAD = 1  # its place among the columns
+    params, grads, *_ = columns
+    kept = [k for k, column in enumerate(columns) if column is not grads and is_tensor(column[0])]
+    tensors = [tensor for k in kept for tensor in columns[k]]
+    arrays = remembered.in_numpy(group, tensors) if remembered else all_in_numpy(tensors)
+    result, n = [params, all_in_numpy(grads, written=False), *columns[2:]], len(params)
+    for place, k in enumerate(kept):
+        result[k] = arrays[place * n : (place + 1) * n]
+    return result
 
 
 def all_in_numpy(column, written=True):

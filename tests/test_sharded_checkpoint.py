@@ -551,7 +551,7 @@ def test_a_file_that_rank_0_does_not_see_is_named(folder, monkeypatch):
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda path: path.write_text("mine"), "is a file, and many ranks save into a folder"),
+        (lambda path: path.write_text("mine"), "File exists. Give a folder that can be made and read"),
         (lambda path: [path.mkdir(), (path / "mine").write_text("")], r"files that are of no checkpoint, \['mine'\]"),
         (
             lambda path: [path.mkdir(), (path / "index.safetensors").write_bytes(b"a model of somebody else's" * 9)],

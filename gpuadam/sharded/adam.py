@@ -4,16 +4,16 @@ from ..optimizer import Adam, key_of_parameter
 
 
 class ShardAdam(Adam):
-    """Adam of any algorithm and decay, over parts of parameters.
+    """Adam of any algorithm and decay, over OwnedShards, which get their state from it.
 
-    params: name -> array. places: name -> (number of the parameter, number of its first element that is here), by which numbers
-        are rounded randomly. options: `Options`. settings: hyperparameters, and the backend.
+    Random rounding goes by a shard's place in its parameter. options: `Options`. settings: hyperparameters, and the backend.
     """
 
-    def __init__(self, params, places, options, **settings):
+    def __init__(self, shards, options, **settings):
         self.algorithm, self.decoupled = options.algorithm, options.decoupled
+        params = {shard.label: shard.param for shard in shards}
         # ShardedAdam zeroes the gradients, not their sums
         super().__init__(params, **settings, **options.saved() | {"zero_grad": False})
-        for name, (number, start) in places.items():
-            self.parameters[name].key = key_of_parameter(options.seed, number)
-            self.parameters[name].start = start
+        for shard, parameter in zip(shards, self.parameters.values(), strict=True):
+            parameter.key, parameter.start = key_of_parameter(options.seed, shard.number), shard.start
+            shard.state = parameter.state

@@ -8,8 +8,8 @@ from ..checkpoint.safetensors import CheckpointError
 KINDS = (CheckpointError, FileNotFoundError, TypeError, ValueError, OSError)  # subclasses before their bases
 
 
-def agreed(transport, prepare):
-    """Call prepare() on every rank; return (its result, whether its flag is set on any rank) where all agree.
+def agreed(transport, prepare, *arguments):
+    """Call prepare(*arguments) on every rank; return (its result, whether its flag is set on any rank) where all agree.
 
     prepare: returns (result, a dict name -> value of what must be the same on all ranks, flag). If it raises on one rank, every
     rank raises. Raises ValueError, the same on every rank, if the dicts differ.
@@ -20,33 +20,32 @@ def agreed(transport, prepare):
     """
     result, described, digest, flag, problem, error = None, {}, b"", False, None, None
     try:
-        result, described, flag = prepare()
+        result, described, flag = prepare(*arguments)
         digest = hashlib.blake2b(repr(described).encode(), digest_size=16).digest()
     except Exception as caught:  # noqa: BLE001 - of any kind: the other ranks must not wait for this one; it is raised below
         error = caught
         kind = next((kind for kind in KINDS if isinstance(error, kind)), RuntimeError)
-        problem = kind, f"raised {type(error).__name__}, so all ranks stop: {_text(error)}"
+        problem = kind(f"rank {transport.rank} raised {type(error).__name__}, so all ranks stop: {_text(error)}")
     of_ranks = transport.exchange((problem, digest, flag))
     if error is not None:
         raise error
-    for rank, (problem, _, _) in enumerate(of_ranks):
+    for problem, *_ in of_ranks:
         if problem is not None:
-            kind, message = problem
-            raise kind(f"rank {rank} {message}")
+            raise problem
     if len({digest for _, digest, _ in of_ranks}) > 1:
         # as text: a value that cannot be pickled on one rank would leave the others waiting
         raise ValueError(_difference(transport.exchange({name: repr(value) for name, value in described.items()})))
     return result, any(flag for *_, flag in of_ranks)
 
 
-def on_all(transport, function):
-    """Call function() on every rank and return its result. If it raises on one rank, every rank raises.
+def on_all(transport, function, *arguments):
+    """Call function(*arguments) on every rank and return its result. If it raises on one rank, every rank raises.
 
     >>> from gpuadam import transports
     >>> on_all(transports.Local(), lambda: "done")
     'done'
     """
-    return agreed(transport, lambda: (function(), {}, False))[0]
+    return agreed(transport, lambda: (function(*arguments), {}, False))[0]
 
 
 def _text(error):

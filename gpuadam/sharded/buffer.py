@@ -7,6 +7,7 @@ import numpy as np
 
 from ..kernels.view import Bits, View
 from .layout import CELL, Layout
+from .transports import Work
 
 
 @dataclasses.dataclass
@@ -36,48 +37,29 @@ class OwnedShard:
     sums: Any  # 1-D: the sums of all ranks' gradients, as soon as they are reduced
     number: int  # of the parameter among all
     label: str  # the name of the shard in the optimizer of its bucket
-    sources: list  # what a step reads first: (View of elements here, View of the same elements of the caller's array)
     state: dict[str, Any] = dataclasses.field(default_factory=dict)  # "step" and 1-D arrays, as in `Adam.state`
 
 
 class Buffer:
     """Flat buffers of some members, which share group and dtype, and of their gradients.
 
-    make: makes a `ShardAdam` from a dict name -> array and the places of these shards.
+    make: makes a `ShardAdam` of a list of OwnedShards.
     views: the caller's arrays are read once, by `broadcast`, and not used from then on.
     """
 
     def __init__(self, kernels, members, transport, bucket_bytes, make, views=False):
         self.kernels, self.transport, self.members, self.views = kernels, transport, members, views
         first = members[0].view
-        self.device, self.bits = first.device, first.bits
         grad_dtype = np.dtype("float64" if first.format == "float64" else "float32")
         bucket_cells = bucket_bytes // (CELL * grad_dtype.itemsize)
         self.layout = Layout([member.view.size for member in members], transport.size, bucket_cells)
-        self.param = kernels.zeros(self.layout.size, first.dtype, self.device)
-        self.grad = kernels.zeros(self.layout.size, grad_dtype, self.device)
-        self._grads = kernels.view("", self.grad)
+        self.param = kernels.zeros(self.layout.size, first.dtype, first.device)
+        self.grad = kernels.zeros(self.layout.size, grad_dtype, first.device)
         for member, start in zip(members, self.layout.starts, strict=True):
             place, shape = slice(start, start + member.view.size), member.view.shape
             member.param = kernels.view("", self.param[place].reshape(shape))
             member.grad = kernels.view("", self.grad[place].reshape(shape))
-        shards = self.layout.shards(transport.rank)
-        first_shards = {shard.parameter: shard for shard in reversed(shards)}
-        self.buckets = []
-        for k, bucket in enumerate(self.layout.buckets):
-            here = [(shard, shard is first_shards[shard.parameter]) for shard in shards if shard.bucket == k]
-            self.buckets.append(BucketOfRank(self, bucket, here, make))
-
-    def written(self):
-        """Return Views of what a step writes here: parameters and state."""
-        arrays = [("the buffer of parameters", self.param)]
-        for shard in (shard for bucket in self.buckets for shard in bucket.shards):
-            arrays += [(f"{key} of params[{shard.name!r}]", a) for key, a in shard.state.items() if key != "step"]
-        return [self.kernels.view(*named) for named in arrays]
-
-    def has(self, view):
-        """Whether an array lies in the buffer of gradients."""
-        return 0 <= view.pointer - self._grads.pointer < self._grads.nbytes
+        self.buckets = [BucketOfRank(self, bucket, make) for bucket in self.layout.buckets]
 
 
 class BucketOfRank:
@@ -86,74 +68,75 @@ class BucketOfRank:
     In its methods `grads` are Views of the gradients of all parameters, by number; None for a parameter without a gradient.
     """
 
-    def __init__(self, buffer, bucket, shards, make):
+    def __init__(self, buffer, bucket, make):
         self._kernels, self._transport = buffer.kernels, buffer.transport
-        layout, members = buffer.layout, buffer.members
+        layout, members, rank = buffer.layout, buffer.members, buffer.transport.rank
         self.group = members[0].group
         self._param, self._grad = buffer.param[bucket.start : bucket.stop], buffer.grad[bucket.start : bucket.stop]
-        self._sums = self._kernels.zeros(bucket.part, self._grad.dtype, buffer.device)
-        self._beginning = [members[k] for k in layout.beginning_in(bucket)]
-        self._written = [] if buffer.views else [members[k] for k in layout.ending_in(bucket)]
-        first, _ = bucket.part_of(self._transport.rank)
-        self.shards = [self._owned(buffer, shard, is_first, shard.at - first) for shard, is_first in shards]
-        self.optimizer: Any = None
-        if self.shards:
-            places = {shard.label: (shard.number, shard.start) for shard in self.shards}
-            self.optimizer = make({shard.label: shard.param for shard in self.shards}, places)
-        for shard in self.shards:
-            shard.state = self.optimizer.state[shard.label]
+        self._sums = self._kernels.zeros(bucket.part, self._grad.dtype, members[0].view.device)
+        within = [(members[k], layout.starts[k]) for k in layout.within(bucket.start, bucket.stop)]
+        self._beginning = [member for member, start in within if start >= bucket.start]
+        ending = [member for member, start in within if start + member.view.size <= bucket.stop]
+        self._written = [] if buffer.views else ending
+        self._sources: list[tuple[View, View]] = []  # elements here, and the same elements of the caller's arrays
+        first, _ = bucket.part_of(rank)
+        self.shards = [self._owned(buffer, shard, shard.place.start - first) for shard in layout.shards(bucket, rank)]
+        self.optimizer = make(self.shards) if self.shards else None
+        self.work = Work()  # the last collective
 
-    def _owned(self, buffer, shard, is_first, at):
-        """Return the OwnedShard of a Shard. is_first: no shard of its parameter is before it here. at: its place in the sums."""
+    def _owned(self, buffer, shard, at):
+        """Return the OwnedShard of a Shard. at: its place in the sums."""
         member, param = buffer.members[shard.parameter], buffer.param[shard.place]
-        sources = []
-        if not buffer.views and member.view.contiguous:
-            source = self._kernels.native(member.view).reshape(-1)[shard.start : shard.stop]
-            source = self._kernels.view("", source)._replace(stream=member.view.stream)
-            sources = [(self._kernels.view("", param), source)]
-        elif not buffer.views and is_first:  # an array that has gaps or another order is read as a whole
-            sources = [(member.param, member.view)]
         view, sums = member.view, self._sums[at : at + len(param)]
-        array = Bits(param, buffer.bits) if buffer.bits else param
+        if not buffer.views and view.contiguous:
+            source = self._kernels.native(view).reshape(-1)[shard.start : shard.stop]
+            source = self._kernels.view("", source)._replace(stream=view.stream)
+            self._sources.append((self._kernels.view("", param), source))
+        elif not buffer.views and not member.shards:  # an array that has gaps or another order is read as a whole, once
+            self._sources.append((member.param, view))
+        array = Bits(param, view.bits) if view.bits else param
         about = member.name, view.shape, view.format, shard.start, shard.stop
         label = f"{member.name}[{shard.start}:{shard.stop}]"
-        member.shards.append(OwnedShard(*about, array, sums, member.number, label, sources))
+        member.shards.append(OwnedShard(*about, array, sums, member.number, label))
         return member.shards[-1]
 
     # What a step does, in this order
 
-    def read_params(self):
-        """Copy this rank's shards from the arrays of the caller, who may have changed them."""
-        for shard in self.shards:
-            for place, source in shard.sources:
-                self._kernels.copy(place, source)
-
     def reduce_scatter(self, grads):
-        """Copy the gradients that begin in the bucket into it, and start the sum over all ranks. Return its Work."""
+        """Copy parameters, and gradients that begin in the bucket, into it, and start the sum over all ranks."""
+        self.read_params()
         for member in self._beginning:
             grad = grads[member.number]
             if grad is not None and grad.pointer != member.grad.pointer:
                 self._kernels.copy(member.grad, grad)
-        return self._transport.reduce_scatter(self._grad, self._sums)
+        self.work = self._transport.reduce_scatter(self._grad, self._sums)
 
     def update(self, grads, settings, grad_scale):
-        """Update this rank's shards by the sums. settings: the hyperparameters of each group."""
+        """Update this rank's shards by the sums, and start to collect the new parameters. settings: of each group."""
+        self.work.wait()
         if self.optimizer is not None:
             sums = {shard.label: None if grads[shard.number] is None else shard.sums for shard in self.shards}
             self.optimizer.groups[0].update(settings[self.group])
             self.optimizer.step(sums, grad_scale=grad_scale)
-
-    def all_gather(self):
-        """Start to collect the new parameters from all ranks. Return its Work."""
-        return self._transport.all_gather(self._param)
+        self.all_gather()
 
     def write_params(self, grads=None):
         """Copy the parameters that end in the bucket to the caller's arrays: all, or those that have a gradient."""
+        self.work.wait()
         for member in self._written:
             if grads is None or grads[member.number] is not None:
                 self._kernels.copy(member.view, member.param)
 
-    # Before the first step
+    # Parts of these, and what is done before the first step
+
+    def read_params(self):
+        """Copy this rank's shards from the arrays of the caller, who may have changed them."""
+        for place, source in self._sources:
+            self._kernels.copy(place, source)
+
+    def all_gather(self):
+        """Start to collect the parameters from all ranks."""
+        self.work = self._transport.all_gather(self._param)
 
     def broadcast(self):
         """Make the parameters of all ranks those of rank 0."""

@@ -10,7 +10,6 @@ rounding depends, are therefore the same for any number of ranks.
 """
 
 import bisect
-import itertools
 from typing import NamedTuple
 
 from ..kernels.norm_order import CHUNK
@@ -25,13 +24,7 @@ class Shard(NamedTuple):
     parameter: int  # its number in the buffer
     start: int
     stop: int
-    bucket: int
-    at: int  # the number of the shard's first element in the buffer
-
-    @property
-    def place(self):
-        """The slice of the buffer that holds the shard."""
-        return slice(self.at, self.at + self.stop - self.start)
+    place: slice  # of the buffer
 
 
 class Bucket(NamedTuple):
@@ -53,8 +46,8 @@ class Layout:
     >>> layout = Layout(sizes=[10_000, 5, 100], ranks=2, bucket_cells=2)
     >>> layout.starts, layout.size  # the two small parameters lie in the third cell, behind the end of the large one
     ([0, 10016, 10048], 16384)
-    >>> [(shard.parameter, shard.start, shard.stop) for shard in layout.shards(rank=0)]
-    [(0, 0, 4096), (0, 8192, 10000), (1, 0, 5), (2, 0, 100)]
+    >>> [(shard.parameter, shard.start, shard.stop) for shard in layout.shards(layout.buckets[1], rank=0)]
+    [(0, 8192, 10000), (1, 0, 5), (2, 0, 100)]
     """
 
     def __init__(self, sizes, ranks, bucket_cells):
@@ -69,30 +62,18 @@ class Layout:
             self.buckets.append(Bucket(self.size, self.size + ranks * part, part))
             self.size += ranks * part
 
-    def shards(self, rank):
-        """Return the shards that a rank owns, in the order of the buffer."""
-        shards = []
-        for k, bucket in enumerate(self.buckets):
-            first, last = bucket.part_of(rank)
-            for parameter in self._within(first, last):
-                at = self.starts[parameter]
-                start, stop = max(first - at, 0), min(last - at, self.sizes[parameter])
-                shards.append(Shard(parameter, start, stop, k, at + start))
-        return shards
+    def shards(self, bucket, rank):
+        """Return the shards that a rank owns in a bucket, in the order of the buffer."""
+        first, last = bucket.part_of(rank)
+        within = [(k, self.starts[k]) for k in self.within(first, last)]
+        parts = [(k, at, max(first - at, 0), min(last - at, self.sizes[k])) for k, at in within]
+        return [Shard(k, start, stop, slice(at + start, at + stop)) for k, at, start, stop in parts]
 
-    def _within(self, first, last):
+    def within(self, first, last):
         """Return the numbers of the parameters that have elements among first ... last - 1 of the buffer."""
         earliest = max(bisect.bisect_right(self.starts, first) - 1, 0)  # parameters before it end before `first`
         latest = bisect.bisect_left(self.starts, last)
         return [k for k in range(earliest, latest) if self.sizes[k] and first < self.starts[k] + self.sizes[k]]
-
-    def beginning_in(self, bucket):
-        """Return the numbers of the parameters whose first element is in a bucket."""
-        return [k for k in self._within(bucket.start, bucket.stop) if self.starts[k] >= bucket.start]
-
-    def ending_in(self, bucket):
-        """Return the numbers of the parameters whose last element is in a bucket."""
-        return [k for k in self._within(bucket.start, bucket.stop) if self.starts[k] + self.sizes[k] <= bucket.stop]
 
 
 def placed(sizes):
@@ -105,29 +86,3 @@ def placed(sizes):
         starts.append(at)
         end = at + size
     return starts, end
-
-
-def chunk_numbers(layout, rank, firsts):
-    """Return the numbers, in a norm, of the chunks that a rank owns, in the order of its shards.
-
-    firsts: the number of each parameter's first chunk; None for a parameter without a part in the norm.
-    """
-    numbers: list[int] = []
-    for shard in layout.shards(rank):
-        first = firsts[shard.parameter]
-        if first is not None:
-            numbers += range(first + shard.start // CHUNK, first + -(-shard.stop // CHUNK))
-    return numbers
-
-
-def first_chunks(sizes):
-    """Return the number of the first chunk of each array of a norm, and how many chunks there are.
-
-    sizes: of the arrays, in the norm's order; None for an array without a part in it.
-
-    >>> first_chunks([5, None, 4097, 1])
-    ([0, None, 1, 3], 4)
-    """
-    counts = [0 if size is None else -(-size // CHUNK) for size in sizes]
-    firsts = [0, *itertools.accumulate(counts)]
-    return [None if size is None else first for size, first in zip(sizes, firsts, strict=False)], firsts[-1]

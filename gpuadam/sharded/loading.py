@@ -48,7 +48,7 @@ def load_sharded(
     ('ShardedAdamW', 1, 'AdamW', 1)
     """
     transports.check(transport)
-    location = on_all(transport, lambda: os.fsdecode(path))
+    location = on_all(transport, os.fsdecode, path)
     with about(location), contextlib.ExitStack() as until_loaded:
 
         def compared():
@@ -58,7 +58,7 @@ def load_sharded(
 
         checkpoint, _ = agreed(transport, compared)
         stored, saved = checkpoint.stored, checkpoint.stored.saved
-        headers = on_all(transport, lambda: stored.read_headers(transport.rank, transport.size))
+        headers = on_all(transport, stored.read_headers, transport.rank, transport.size)
         stored.arrange(itertools.chain.from_iterable(transport.exchange(headers)))
         algorithm, decoupled = ALGORITHMS[saved.name]
         make = ShardedAdamW if saved.name == "AdamW" else ShardedAdam
@@ -67,7 +67,7 @@ def load_sharded(
         options |= {"reduction": saved.reduction if reduction is None else reduction, "views": views}
         with not_fitting():
             opt = make(checkpoint.params, transport, **checkpoint.hyperparameters, **options)
-        on_all(transport, lambda: _fill(opt, stored, with_params))
+        on_all(transport, _fill, opt, stored, with_params)
     if with_params:
         opt.collect_params()
     return opt

@@ -4,35 +4,35 @@ A rank sums the chunks in its shards, which are whole (`layout.py`). Then all ra
 elements, and add them up in the order of the parameters. On a GPU the sums come to the host, which waits for them.
 """
 
+import itertools
+
 import numpy as np
 
 from .. import backends
-from .layout import chunk_numbers, first_chunks
+from ..kernels.norm_order import CHUNK, chunks_of
 
 
 class ShardedNorm:
-    """The norm of the gradients in some Buffers. It keeps for the next step which chunks each rank has."""
+    """The norm of the sums of some OwnedShards and of those of the other ranks."""
 
-    def __init__(self, kernels, buffers, transport):
-        self._kernels, self._buffers, self._transport = kernels, buffers, transport
-        self._sizes, self._numbers = None, []
+    def __init__(self, kernels, shards, transport):
+        self._kernels, self._shards, self._transport = kernels, shards, transport
+        self._sizes, self._order = None, None
 
     def norm(self, sizes):
         """Return the norm of the reduced gradients. sizes: of all gradients, by number; None for a parameter without one."""
-        shards = (shard for buffer in self._buffers for bucket in buffer.buckets for shard in bucket.shards)
-        views = [self._kernels.view("", shard.sums) for shard in shards if sizes[shard.number] is not None]
-        sums_of_ranks = self._transport.exchange(self._kernels.chunk_sums(views))
-        sums = np.empty(sum(of_rank.size for of_rank in sums_of_ranks))
-        for numbers, of_rank in zip(self._chunk_numbers(sizes), sums_of_ranks, strict=True):
-            sums[numbers] = of_rank
-        return backends.load("numba-cpu").norm_of_chunks(sums)
-
-    def _chunk_numbers(self, sizes):
-        """Return, for each rank, the numbers of its chunks in the norm."""
+        shards = [shard for shard in self._shards if sizes[shard.number] is not None]
         if self._sizes != sizes:
-            firsts, _ = first_chunks(sizes)
-            self._sizes, self._numbers = sizes, []
-            for rank in range(self._transport.size):
-                of_buffers = [chunk_numbers(b.layout, rank, [firsts[m.number] for m in b.members]) for b in self._buffers]
-                self._numbers.append(np.concatenate(of_buffers).astype(np.int64))
-        return self._numbers
+            self._sizes, self._order = sizes, self._order_of_chunks(shards, sizes)
+        sums = self._exchanged(self._kernels.chunk_sums([self._kernels.view("", shard.sums) for shard in shards]))
+        return backends.load("numba-cpu").norm_of_chunks(sums[self._order])
+
+    def _order_of_chunks(self, shards, sizes):
+        """Return the indices that put the chunks of all ranks into the order of the parameters."""
+        firsts = [0, *itertools.accumulate(chunks_of(size or 0) for size in sizes)]
+        numbers = [firsts[s.number] + np.arange(s.start // CHUNK, chunks_of(s.stop)) for s in shards]
+        return np.argsort(self._exchanged(np.concatenate([np.empty(0, np.int64), *numbers])))
+
+    def _exchanged(self, array):
+        """Return the arrays of all ranks, one after another."""
+        return np.concatenate(self._transport.exchange(array))

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import operator
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +11,7 @@ from ..clipping import LARGEST_NORM, clipped
 from ..groups import HYPERPARAMETERS, HasGroups, as_given, as_list, checked_group, parsed_groups
 from ..kernels.operands import Arrays
 from ..options import SAVED, Options
+from ..state import shape
 from . import checks as shard_checks
 from . import saving, transports
 from .adam import ShardAdam
@@ -21,17 +20,6 @@ from .buffer import Buffer, Member
 from .norm import ShardedNorm
 
 OPTIONS = tuple(name for name in SAVED if name != "capturable")
-
-
-class Step(NamedTuple):
-    """The arguments of a step, checked."""
-
-    listed: list[Any]  # the gradients as they were given, in the order of the parameters; None for a parameter without one
-    grads: list[Any]  # Views of them
-    settings: list[dict[str, Any]]  # the hyperparameters of each group, lr a number
-    scale: float  # the factor of the sums
-    max_norm: float | None
-    check_finite: bool
 
 
 class ShardedAdam(HasGroups):
@@ -95,9 +83,9 @@ class ShardedAdam(HasGroups):
         self.reduction, self._bucket_bytes, self._views = reduction, bucket_bytes, views
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"amsgrad": amsgrad, "maximize": maximize}
-        settings, _ = agreed(transport, lambda: self._parsed(params, defaults, algorithm, decoupled, options))
-        self._buffers = on_all(transport, lambda: self._made_buffers(settings))  # state may not fit into memory
-        self.buckets = [bucket for buffer in self._buffers for bucket in buffer.buckets]
+        settings, _ = agreed(transport, self._parsed, params, defaults, algorithm, decoupled, options)
+        buffers = on_all(transport, self._made_buffers, settings)  # state may not fit into memory
+        self.buckets = [bucket for buffer in buffers for bucket in buffer.buckets]
         for bucket in self.buckets:
             bucket.broadcast()
         for bucket in self.buckets:
@@ -105,13 +93,10 @@ class ShardedAdam(HasGroups):
         self.grads = self._in_structure([member.grad.array for member in self.members])
         if self._views:
             self._take_over()
-        else:
-            torch_tensors.wrote(self._listed())
+        torch_tensors.wrote(self._listed())
         self._as_given = self._listed(), torch_tensors.places(self._listed())
-        written = [] if self._views else [member.view for member in self.members]
-        written += itertools.chain.from_iterable(buffer.written() for buffer in self._buffers)
-        self._written = shard_checks.Written(written) if self.options.zero_grad else None
-        self._norm = ShardedNorm(self._kernels, self._buffers, transport)
+        self._taken = shard_checks.Taken(self._written(buffers))
+        self._norm = ShardedNorm(self._kernels, self.shards, transport)
 
     def _parsed(self, params, defaults, algorithm, decoupled, options):
         """Check the arguments of the constructor, as `agreed` needs it. Return the settings of each group for the first step."""
@@ -129,12 +114,12 @@ class ShardedAdam(HasGroups):
         self._dtypes = {(member.group, self.options.computed_in(member.view.format)) for member in self.members}
         for member in self.members:  # here, because there may be one that no rank has a part of
             self.options.kept(member.view._replace(contiguous=True), self.groups[member.group]["amsgrad"])
-        settings = self._settings(self._checked(self.groups, 1.0))
+        settings, of_groups = self._settings(self._checked(self.groups))
         described = {
             "the number of ranks": self.transport.size,
             **{m.view.name: f"number {m.number}, {m.view.format} of shape {m.view.shape}" for m in self.members},
             "the group of each parameter": [member.group for member in self.members],
-            **self._described(settings),
+            **of_groups,
             **dataclasses.asdict(self.options),
             "reduction": self.reduction,
             "bucket_bytes": self._bucket_bytes,
@@ -161,6 +146,17 @@ class ShardedAdam(HasGroups):
         for member in self.members:
             member.view = member.view._replace(array=None)
 
+    def _written(self, buffers):
+        """Return Views of what a step writes beside gradients that lie elsewhere. Those are written with zero_grad alone."""
+        named = [("the buffer of gradients", buffer.grad) for buffer in buffers]
+        views = []
+        if self.options.zero_grad:
+            named += [("the buffer of parameters", buffer.param) for buffer in buffers]
+            for shard in self.shards:
+                named += [(f"{key} of params[{shard.name!r}]", a) for key, a in shard.state.items() if key != "step"]
+            views = [] if self._views else [member.view for member in self.members]
+        return views + [self._kernels.view(*one) for one in named]
+
     @property
     def shards(self):
         """The parts of parameters that this rank owns, and their state: a list of OwnedShard."""
@@ -177,10 +173,9 @@ class ShardedAdam(HasGroups):
         for member in self.members:
             shards = [shard for shard in member.shards if key != "step" and key in shard.state]
             on_host = [(shard.start, self._kernels.to_host(shard.state[key])) for shard in shards]
-            parts = sorted(itertools.chain.from_iterable(self.transport.exchange(on_host)), key=operator.itemgetter(0))
+            parts = sorted(itertools.chain.from_iterable(self.transport.exchange(on_host)))
             if parts:
-                array = np.concatenate([part for _, part in parts])
-                whole[member.name] = array if key.endswith("_scale") else array.reshape(member.view.shape)
+                whole[member.name] = np.concatenate([part for _, part in parts]).reshape(shape(key, member.view.shape))
         return whole
 
     def step(self, grads, *, grad_scale=1.0, max_norm=None, check_finite=False, found_inf=None):
@@ -197,21 +192,24 @@ class ShardedAdam(HasGroups):
         raises ValueError.
         """
         self.check_whole()
-        step, left_out = agreed(
-            self.transport, lambda: self._checked_step(grads, grad_scale, max_norm, check_finite, found_inf)
-        )
+        arguments = grads, grad_scale, max_norm, check_finite, found_inf
+        (listed, views, settings, scale, max_norm), left_out = agreed(self.transport, self._checked_step, *arguments)
         if not left_out:
-            self._take(step)
-            torch_tensors.wrote([param for param, grad in zip(self._listed(), step.grads, strict=True) if grad is not None])
+            self._take(views, settings, scale, max_norm, check_finite)
+            torch_tensors.wrote([param for param, grad in zip(self._listed(), views, strict=True) if grad is not None])
         if self.options.zero_grad:
-            for view in filter(None, step.grads):
+            for view in filter(None, views):
                 self._kernels.fill_zero(view)
-            torch_tensors.wrote(step.listed)
+            torch_tensors.wrote(listed)
 
     def _checked_step(self, grads, grad_scale, max_norm, check_finite, found_inf):
-        """Check a step, as `agreed` needs it. Return a Step; the flag says whether to leave the step out."""
+        """Check a step, as `agreed` needs it. The flag says whether to leave the step out.
+
+        Return the gradients as they were given, Views of them, the settings of each group, the factor of the sums, and max_norm.
+        """
         listed = list(itertools.chain.from_iterable(self.arrangement.in_order(grads)))
-        views = shard_checks.grads(self.members, listed, self._buffers, self.transport, self._written, self._backend)
+        zero_grad = self.options.zero_grad
+        views = shard_checks.grads(self.members, listed, self.transport, self._taken, zero_grad, self._backend)
         max_norm = None if max_norm is None else checks.non_negative("max_norm", max_norm)
         check_finite = checks.flag("check_finite", check_finite)
         scale = checks.finite("grad_scale", grad_scale) / (self.transport.size if self.reduction == "mean" else 1)
@@ -220,48 +218,43 @@ class ShardedAdam(HasGroups):
         steps = {(m.group, m.view.format, m.taken + 1) for m in self.members if views[m.number] is not None}
         for group, format, number in steps:
             hyperparameters.form_and_scalars(hs[group], number, Arrays(*[self.options.computed_in(format).name] * 3))
-        settings = self._settings(hs)
+        settings, of_groups = self._settings(hs)
         described = {
             "the number of steps taken": self.steps,
             "the parameters without a gradient": [m.name for m in self.members if views[m.number] is None],
             "grad_scale": grad_scale,
             "max_norm": max_norm,
             "check_finite": check_finite,
-            **self._described(settings),
+            **of_groups,
         }
-        return Step(listed, views, settings, scale, max_norm, check_finite), described, checks.found_inf(found_inf)
+        return (listed, views, settings, scale, max_norm), described, checks.found_inf(found_inf)
 
-    def _take(self, step):
-        """Reduce the gradients, update, and collect the parameters: each bucket while others are under way."""
+    def _take(self, grads, settings, scale, max_norm, check_finite):
+        """Reduce the gradients, update, and collect the parameters: each bucket while others are under way.
+
+        grads: Views, or None, in the order of the parameters. settings: of each group. scale: the factor of the sums.
+        """
         self._cut_short = True
-        reduced = []
         for bucket in self.buckets:
-            bucket.read_params()
-            reduced.append(bucket.reduce_scatter(step.grads))
-        scale = step.scale
-        if step.max_norm is not None or step.check_finite:
-            for work in reduced:
-                work.wait()
-            norm = self._norm.norm([None if grad is None else grad.size for grad in step.grads])
+            bucket.reduce_scatter(grads)
+        if max_norm is not None or check_finite:
+            for bucket in self.buckets:
+                bucket.work.wait()
+            norm = self._norm.norm([None if grad is None else grad.size for grad in grads])
             self._cut_short = False  # nothing is written yet, and all ranks are here
-            largest = min(LARGEST_NORM[dtype] for _, dtype in self._dtypes)
-            if step.check_finite and not norm * abs(scale) <= largest:
+            if check_finite and not norm * abs(scale) <= min(LARGEST_NORM[dtype] for _, dtype in self._dtypes):
                 return
-            if step.max_norm is not None:
-                scale = clipped(scale, norm, step.max_norm)
-                groups = [group | now for group, now in zip(self.groups, step.settings, strict=True)]
+            if max_norm is not None:
+                scale = clipped(scale, norm, max_norm)
+                groups = [group | now for group, now in zip(self.groups, settings, strict=True)]
                 self._checked(groups, scale)  # raises on every rank or on none: the norm is the same
             self._cut_short = True
-        collected = []
-        for bucket, work in zip(self.buckets, reduced, strict=True):
-            work.wait()
-            bucket.update(step.grads, step.settings, scale)
-            collected.append(bucket.all_gather())
-        for bucket, work in zip(self.buckets, collected, strict=True):
-            work.wait()
-            bucket.write_params(step.grads)
+        for bucket in self.buckets:
+            bucket.update(grads, settings, scale)
+        for bucket in self.buckets:
+            bucket.write_params(grads)
         for member in self.members:
-            member.taken += step.grads[member.number] is not None
+            member.taken += grads[member.number] is not None
         self.steps += 1
         self._cut_short = False
 
@@ -299,27 +292,20 @@ class ShardedAdam(HasGroups):
         """Return the Hyperparameters of each group for the next step, after checking groups and parameters."""
         self.arrangement.check(self.groups)
         hs = self._checked(self.groups, grad_scale)
-        # a step would go on with the old parameters
         listed, places = self._as_given
         now = self._listed()
-        if len(now) != len(listed) or not all(map(operator.is_, now, listed)):
-            raise ValueError('the "params" of a group cannot be changed after the optimizer is made: make another')
-        if torch_tensors.places(now) != places:
+        if list(map(id, now)) != list(map(id, listed)) or torch_tensors.places(now) != places:
             raise ValueError(
-                "a tensor among the parameters has other memory, or another shape or dtype, than when the optimizer was made, as "
-                "by tensor.data = x or module.to(): write in place, tensor.data.copy_(x), or make another optimizer"
+                'the "params" of a group cannot be changed after the optimizer is made, nor the memory, shape or dtype of a '
+                "tensor among them, as by tensor.data = x or module.to(): write in place, as tensor.data.copy_(x) does, or "
+                "make another optimizer"
             )
         return hs
-
-    def read_params(self):
-        """Copy this rank's shards from the arrays of the caller, who may have changed them."""
-        for bucket in self.buckets:
-            bucket.read_params()
 
     def collect_params(self):
         """Make all parameters, on all ranks, those of their owners."""
         for bucket in self.buckets:
-            bucket.all_gather().wait()
+            bucket.all_gather()
             bucket.write_params()
         torch_tensors.wrote(self._listed())
 
@@ -335,7 +321,7 @@ class ShardedAdam(HasGroups):
         """Return the parameters of all groups, as they were given."""
         return [param for group in self.groups for param in group["params"]]
 
-    def _checked(self, groups, grad_scale):
+    def _checked(self, groups, grad_scale=1.0):
         """Return the Hyperparameters of each group for the next step, after checking that they fit its parameters."""
         pairs, step = zip(groups, self.arrangement.structures, strict=True), self.steps + 1
         hs = [checked_group(group, structure, self.options, step, grad_scale) for group, structure in pairs]
@@ -344,18 +330,11 @@ class ShardedAdam(HasGroups):
         return hs
 
     def _settings(self, hs):
-        """Return the hyperparameters of each group, its lr as the number that it is in a step. hs: of each group."""
-        return [
-            {key: group[key] for key in HYPERPARAMETERS} | {"lr": h.lr} for group, h in zip(self.groups, hs, strict=True)
-        ]
-
-    def _described(self, settings):
-        """Return what all ranks must have in common of their groups."""
-        described: dict[str, Any] = {}
-        for k, of_group in enumerate(settings):
-            where = f" of group {k}" if len(settings) > 1 else ""
-            described |= {f"{key}{where}": value for key, value in of_group.items()}
-        return described
+        """Return the hyperparameters of each group, its lr as the number that it is in a step, and these by name. hs: of each."""
+        pairs = zip(self.groups, hs, strict=True)
+        settings = [{key: group[key] for key in HYPERPARAMETERS} | {"lr": h.lr} for group, h in pairs]
+        named = enumerate(settings)
+        return settings, {f"{key} of group {k}": value for k, of_group in named for key, value in of_group.items()}
 
     def _in_structure(self, arrays):
         """Return arrays, given in the order of the parameters, in the structure of params."""

@@ -39,11 +39,11 @@ def save(opt, path, *, with_params=False):
     """Save a ShardedAdam: see `ShardedAdam.save`."""
     opt.check_whole()
     transport = opt.transport
-    folder, metadata = agreed(transport, lambda: _prepared(opt, path, with_params))[0]
+    folder, metadata = agreed(transport, _prepared, opt, path, with_params)[0]
     token = transport.exchange(on_all(transport, lambda: _cleared(folder) if transport.rank == 0 else None))[0]
-    file = Path(folder, PART.format(transport.rank, transport.size, token))
+    file = folder / PART.format(transport.rank, transport.size, token)
     try:
-        part = on_all(transport, lambda: _write_part(opt, file, with_params))
+        part = on_all(transport, _write_part, opt, file, with_params)
     except BaseException:
         with contextlib.suppress(OSError):  # a read-only file system raises here, too; the error before is the one to report
             file.unlink()  # a part without the others has no use
@@ -55,28 +55,24 @@ def save(opt, path, *, with_params=False):
 def _prepared(opt, path, with_params):
     """Check the optimizer. Return (folder, metadata), a dict of values that all ranks must have in common, and no flag."""
     check_class(opt, ("ShardedAdam", "ShardedAdamW"))
-    folder, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
+    folder, with_params = Path(os.fsdecode(path)), checks.flag("with_params", with_params)
     opt.checked_groups()  # what could not be loaded is not saved either
     params = {member.name: (member.view, member.taken) for member in opt.members}
     name = CLASS_OF[opt.options.algorithm, opt.options.decoupled]
-    groups = [saved_settings(group) for group in opt.groups]
-    metadata = encoded(opt, name, groups, params) | {"reduction": opt.reduction}
-    return (folder, metadata), {"path": folder, "with_params": with_params, **metadata}, False
+    metadata = encoded(opt, name, [saved_settings(group) for group in opt.groups], params) | {"reduction": opt.reduction}
+    return (folder, metadata), {"path": str(folder), "with_params": with_params, **metadata}, False
 
 
 def _cleared(folder):
     """Make the folder, or delete the rest of a save that did not end. Return random digits for the names of the new parts."""
-    path = Path(folder)
     try:
-        path.mkdir(exist_ok=True)
-        names = sorted(file.name for file in path.iterdir())
-        known = _files_of(path / INDEX) if INDEX in names else None
+        folder.mkdir(exist_ok=True)
+        names = sorted(file.name for file in folder.iterdir())
+        known = _files_of(folder / INDEX) if INDEX in names else None
         strangers = [name for name in names if not OURS.fullmatch(name)] if known is None else []
         advice = "and was not saved: give a folder of its own"
-        require(not strangers, f"{folder!r} has files that are of no checkpoint, {some(strangers)}, {advice}")
-        _delete_all_but(path, known or ())
-    except FileExistsError as error:
-        raise CheckpointError(f"{folder!r} is a file, and many ranks save into a folder: give another path") from error
+        require(not strangers, f"{str(folder)!r} has files that are of no checkpoint, {some(strangers)}, {advice}")
+        _delete_all_but(folder, known or ())
     except OSError as error:
         where, advice = str(error.filename or folder), "Give a folder that can be made and read"
         raise CheckpointError(f"{where!r} was not saved: {error.strerror}. {advice}") from error
@@ -98,7 +94,8 @@ def _write_part(opt, file, with_params):
     """Write the arrays of this rank. Return the index's entry of the part."""
     require(file.parent.is_dir(), f"the folder {str(file.parent)!r}, which rank 0 has made, is not here. {SHARED}")
     if with_params:
-        opt.read_params()
+        for bucket in opt.buckets:
+            bucket.read_params()
     tensors = [section.tensor(section.piece_name) for section in chosen(sections_of_rank(opt), with_params)]
     n_bytes, crc = write_file(str(file), tensors, {"format": PART_FORMAT, "version": VERSION})
     return {"file": file.name, "n_bytes": n_bytes, "crc32": crc}
@@ -107,16 +104,16 @@ def _write_part(opt, file, with_params):
 def _commit(folder, metadata, parts):
     """Write the index, which makes the new parts the checkpoint, and delete the parts of the old one."""
     for rank, part in enumerate(parts):
-        path = Path(folder, part["file"])
+        path = folder / part["file"]
         is_here = path.exists() and path.stat().st_size == part["n_bytes"]
         require(is_here, f"the file {str(path)!r}, which rank {rank} wrote, is not here. {SHARED}")
-    write_file(os.path.join(folder, INDEX), [], metadata | {"parts": as_json(parts)})  # noqa: PTH118 - a str, for messages
-    _delete_all_but(Path(folder), [part["file"] for part in parts])
+    write_file(str(folder / INDEX), [], metadata | {"parts": as_json(parts)})
+    _delete_all_but(folder, [part["file"] for part in parts])
 
 
-def _delete_all_but(path, names):
+def _delete_all_but(folder, names):
     """Delete the parts in a folder that have other names, and files that were not finished."""
-    for file in path.iterdir():
+    for file in folder.iterdir():
         if file.name not in names and OURS.fullmatch(file.name):
             with contextlib.suppress(OSError):  # a file that stays does no harm, and the next save tries again
                 file.unlink()
@@ -126,7 +123,7 @@ def sections_of_rank(opt):
     """Return the Sections of the arrays that this rank owns."""
     listed = []
     for bucket in opt.buckets:
-        if bucket.optimizer is not None:
+        if bucket.optimizer:
             ranges = {shard.label: (shard.name, shard.start, shard.stop) for shard in bucket.shards}
             listed += sections(bucket.optimizer, ranges)
     return listed

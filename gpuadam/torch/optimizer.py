@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import backends, checks, hyperparameters
-from ..device_step import Now
 from ..optimizer import key_of_parameter
 from ..options import Options
 from ..remembered import Remembered
@@ -139,19 +138,20 @@ class Adam(torch.optim.Optimizer):
         return loss
 
     def _members(self):
-        """Return (group, Members of it). State that a parameter does not have yet is made."""
-        pairs, first = [], 0
+        """Yield (group, Members of it). State that a parameter does not have yet is made."""
+        first = 0
         for group in self.param_groups:
             params = group["params"]
             names = group.get("param_names") or map(str, range(first, first + len(params)))
-            members = [
-                Member(number, name, param, self.state[param] or self._new_state(group, param, name))
-                for number, (name, param) in enumerate(zip(names, params, strict=True), first)
-                if param.grad is not None
-            ]
-            pairs.append((group, members))
+            yield (
+                group,
+                [
+                    Member(number, name, param, self.state[param] or self._new_state(group, param, name))
+                    for number, (name, param) in enumerate(zip(names, params, strict=True), first)
+                    if param.grad is not None
+                ],
+            )
             first += len(params)
-        return pairs
 
     def _alike(self, members):
         """Return (steps taken, Members) of those that have taken as many steps and have the same kinds of state."""
@@ -209,12 +209,8 @@ class Adam(torch.optim.Optimizer):
         def put(_):
             self.state.update(loaded)
 
-        hooks = self.register_load_state_dict_pre_hook(take), self.register_load_state_dict_post_hook(put, prepend=True)
-        try:
+        with self.register_load_state_dict_pre_hook(take), self.register_load_state_dict_post_hook(put, prepend=True):
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _loaded(self, state_dict):
         """Return parameter -> state, of copies in this optimizer's dtypes and on its devices."""
@@ -251,12 +247,11 @@ class Adam(torch.optim.Optimizer):
         if k not in self._counts:
             self._counts[k] = self._count(k, members)
         lr, device = group["lr"], members[0].param.device
-        lr_is_there = isinstance(lr, torch.Tensor) and lr.is_cuda
-        h = self._checked(group | {"lr": 0.0} if lr_is_there else group)
+        lr = lr if isinstance(lr, torch.Tensor) and lr.is_cuda else _number(lr)
         scale = 1.0 if grad_scale is None else grad_scale.to(device, non_blocking=True).double().reciprocal()
         skip = None if found_inf is None else found_inf.to(device, non_blocking=True)
-        now = Now(self._counts[k], lr if lr_is_there else h.lr, scale, found_inf=skip)
-        return self._update(h, 1, group, members, now)
+        lr, _, now = self._counts[k].numbers(lr, scale, {"found_inf": skip})
+        return self._update(self._checked(group | {"lr": lr}), 1, group, members, now)
 
     def _count(self, k, members):
         """Return the step count of a group. This waits for the device, in the group's first step, which is not captured."""

@@ -35,7 +35,11 @@ def kept(state_dtype, master, amsgrad, dtype):
 def new(arrays, param, capturable):
     """Return the state that a parameter begins with: zeros in its order of memory."""
     step = torch.zeros((), dtype=torch.float32, device=param.device if capturable else "cpu")
-    return {"step": step} | {array.name: zeros(array, param) for array in arrays}
+    state = {"step": step}
+    for name, operand, dtype in arrays:
+        shape, alike = gpuadam_state.shape(operand, param.shape), operand not in gpuadam_state.OF_GROUPS
+        state[name] = torch.zeros_like(param, dtype=dtype) if alike else param.new_zeros(shape, dtype=dtype)
+    return state
 
 
 def count(name, value):
@@ -45,13 +49,6 @@ def count(name, value):
     if not (steps >= 0 and steps.is_integer()):
         raise ValueError(f"the step of {name} is {number!r}: it must be how many steps it has taken, 0, 1, 2, ...")
     return int(steps)
-
-
-def zeros(array, param):
-    """Return zeros for an Array of a parameter."""
-    if array.operand in gpuadam_state.OF_GROUPS:
-        return torch.zeros(gpuadam_state.shape(array.operand, param.shape), dtype=array.dtype, device=param.device)
-    return torch.zeros_like(param, dtype=array.dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
 def converted(state, arrays, param, capturable, name):
@@ -69,9 +66,7 @@ def converted(state, arrays, param, capturable, name):
     result = new(arrays, param, capturable)
     result["step"].fill_(count(name, state["step"]))
     for key, _, dtype in arrays:
-        if key not in state:
-            continue
-        value = state[key]
+        value = state.get(key, result[key])
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"the loaded {key} of {name} is a {type(value).__name__}, not a tensor")
         if value.shape != result[key].shape:
