@@ -1,26 +1,24 @@
 """The base of both GPU backends: which arrays share a launch, on which stream it goes, which streams wait, and the global norm.
 
-`cupy_backend.py` and `numba_cuda_backend.py` bring what differs: memory, streams, events, copies, and the launch of a kernel.
+`cupy_backend.py` and `numba_cuda_backend.py` bring what differs: memory, the current
+device and stream, and the launch of a kernel. The rest goes to the driver (`gpu_driver.py`).
 """
 
 import collections
 import contextlib
 import ctypes
 import itertools
-import os
 import threading
 
 import numpy as np
 
-from gpuadam.kernels import norm_order, streams, synchronous
+from gpuadam.kernels import gpu_driver, norm_order, streams, synchronous
 from gpuadam.kernels.backend import Backend
 from gpuadam.kernels.dlpack import Borrowed
 from gpuadam.kernels.gpu_batch import GpuBatch, Place
 from gpuadam.kernels.gpu_table import Table
 from gpuadam.kernels.layout import VECTOR_BYTES, bounds, dense
 from gpuadam.kernels.streams import LEGACY_DEFAULT
-
-RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class GpuBackend(Backend):
@@ -52,33 +50,45 @@ class GpuBackend(Backend):
 
     def new_stream(self):
         """Return a stream that waits for no other: its owner, and its handle."""
+        stream = gpu_driver.Owned("Stream", gpu_driver.NON_BLOCKING)
+        return stream, stream.handle
 
-    def record(self, stream):
+    def record(self, stream, flags=gpu_driver.DISABLE_TIMING):
         """Return an event that is done when the work that is on a stream so far is."""
+        event = gpu_driver.Owned("Event", flags)
+        gpu_driver.call("cuEventRecord", event.handle, stream)
+        return event
 
     def wait(self, stream, event):
         """Make the next work on a stream wait for an event."""
+        gpu_driver.call("cuStreamWaitEvent", stream, event.handle, 0)
 
     def done(self, event):
         """Whether an event is done."""
+        return gpu_driver.status("cuEventQuery", event.handle) == 0
 
     def finish(self, event):
         """Wait until an event is done."""
+        gpu_driver.call("cuEventSynchronize", event.handle)
 
     def synchronize_stream(self, stream):
         """Wait for the work on a stream."""
+        gpu_driver.call("cuStreamSynchronize", stream)
 
     def synchronize(self):
         """Wait for all work on the device."""
+        gpu_driver.call("cuCtxSynchronize")
 
     def is_capturing(self, stream):
         """Whether a graph is being captured on a stream; it cannot be on the default one."""
+        return stream != LEGACY_DEFAULT and gpu_driver.is_capturing(stream)
 
-    def begin_capture(self, stream):
-        """Begin to capture a graph of the work that is enqueued on a stream, and forbid nothing meanwhile."""
+    def now(self):
+        return self.record(self.current_stream() or LEGACY_DEFAULT, flags=0)
 
-    def drop_capture(self, stream):
-        """End a capture and throw the graph away."""
+    def seconds_between(self, start, end):
+        self.finish(end)
+        return gpu_driver.asked("cuEventElapsedTime", start.handle, end.handle, kind=ctypes.c_float) / 1e3
 
     # Memory
 
@@ -90,9 +100,11 @@ class GpuBackend(Backend):
 
     def send(self, address, host, n_bytes, stream):
         """Copy from an array of the host, in pinned memory, to the device, on a stream."""
+        gpu_driver.call("cuMemcpyHtoDAsync_v2", address, host.ctypes.data, n_bytes, stream)
 
     def receive(self, host, address, n_bytes, stream):
         """Copy from the device to an array of the host, on a stream."""
+        gpu_driver.call("cuMemcpyDtoHAsync_v2", host.ctypes.data, address, n_bytes, stream)
 
     def empty_number(self):
         """Return a new array of shape () and dtype float64 on the current device and stream, and its address."""
@@ -189,11 +201,13 @@ class GpuBackend(Backend):
             return
         owner, stream = self.new_stream()
         with self.on(device, stream):
-            self.begin_capture(stream)
+            gpu_driver.call("cuStreamBeginCapture_v2", stream, gpu_driver.RELAXED)
             try:
                 launch(stream)
             finally:
-                self.drop_capture(stream)
+                graph = ctypes.c_void_p()
+                gpu_driver.call("cuStreamEndCapture", stream, ctypes.byref(graph))
+                gpu_driver.call("cuGraphDestroy", graph)
         del owner
         self._rehearsed.add((device, kernel))
 
@@ -240,7 +254,7 @@ class GpuBackend(Backend):
         table, sums = _NormTable(self, device, plan), None
         with self.on(device, place.stream):
             self.before(place)
-            with allowed_while_capturing() if place.capturing else contextlib.nullcontext():
+            with gpu_driver.allowed_while_capturing() if place.capturing else contextlib.nullcontext():
                 table.on_stream(place.stream)
             for number, one in enumerate(plan.passes if norm_at else [one for one in plan.passes if one.form.squares], 1):
 
@@ -260,25 +274,6 @@ class GpuBackend(Backend):
                 self.synchronize_stream(place.stream)
         table.release()
         return sums
-
-
-@contextlib.contextmanager
-def allowed_while_capturing():
-    """Let this thread allocate and query events during a capture of CUDA's mode "global", torch's, which they would end.
-
-    They are no part of the graph.
-    """
-    try:
-        exchange = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuThreadExchangeStreamCaptureMode
-    except OSError:  # there is no driver to refuse it
-        yield
-        return
-    mode = ctypes.c_int(RELAXED)
-    exchange(ctypes.byref(mode))  # stores the former mode in its place
-    try:
-        yield
-    finally:
-        exchange(ctypes.byref(mode))
 
 
 class _NormTable(Table):
