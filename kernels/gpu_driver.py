@@ -35,8 +35,8 @@ def call(name, *arguments):
         error = ctypes.c_char_p()
         status("cuGetErrorName", code, ctypes.byref(error))
         raise RuntimeError(
-            f"the CUDA driver reports {(error.value or b'an error').decode()} ({name}). It may be of work enqueued earlier: with the "
-            "environment variable GPUADAM_SYNC=1 gpuadam waits for each of its launches and names the one that failed"
+            f"the CUDA driver reports {(error.value or b'an error').decode()} ({name}). It may be of work enqueued earlier: with "
+            "the environment variable GPUADAM_SYNC=1 gpuadam waits for each of its launches and names the one that failed"
         )
 
 

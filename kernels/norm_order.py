@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpuadam.kernels import operands
 from gpuadam.kernels.layout import VECTOR_BYTES, collapse
 
 CHUNK = 4096
@@ -39,7 +40,13 @@ BLOCK = 128  # threads of a GPU
 WARP = 32
 LANES_PER_THREAD = LANES // WARP
 
-FORMATS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # name: bytes of an element
+# name of a format: the rows of `conversions.py` that make a float64 of an element
+FORMATS = {
+    "float64": (),
+    "float32": ("widened",),
+    "bfloat16": ("from_bfloat16", "widened"),
+    "float16": ("from_float16", "widened"),
+}
 
 
 def format_of(view):
@@ -60,7 +67,7 @@ class Form(NamedTuple):
 
     @property
     def itemsize(self):
-        return FORMATS[self.format]
+        return operands.FORMATS[self.format]
 
     @property
     def lanes(self):

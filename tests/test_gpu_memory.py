@@ -1,5 +1,6 @@
 """What of the GPU backends needs no GPU: what is said of arrays of other libraries, pinned memory, the mode of captures."""
 
+import ctypes
 import importlib
 
 import numpy as np

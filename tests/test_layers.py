@@ -38,6 +38,7 @@ OF_LIBRARIES = {
     "_replace",
     "_fields",
     "_asdict",
+    "_cache",
     "_make",
     "_foreach_add_",
     "_foreach_sub_",
