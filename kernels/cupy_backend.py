@@ -55,9 +55,8 @@ class Cupy(GpuBackend):
         else:
             numbers = [*scalars, *([key] if random else [])]
         if batch.loop == "table":
-            table = batch.table
-            rows = _unowned(batch.address, (table.rows.size,), np.int64, batch.device)
-            owners = _unowned(batch.address + table.rows.nbytes, table.owners.shape, np.int32, batch.device)
+            rows = _unowned(batch.address, (batch.rows.size,), np.int64, batch.device)
+            owners = _unowned(batch.address + batch.rows.nbytes, batch.owners.shape, np.int32, batch.device)
             kernel(owners, *numbers, rows, size=owners.size * gpu_table.BLOCK, block_size=gpu_table.BLOCK)
             return
         (update,) = batch.updates
@@ -72,17 +71,16 @@ class Cupy(GpuBackend):
         kernel(*read, *head_and_vectors, *of_row, *numbers, *written, **size)
 
     def launch_scalars(self, form, settings, numbers, out, stream):
+        values = settings._asdict() | {name: (x.pointer, 1) if isinstance(x, View) else x for name, x in numbers.items()}
+        values |= {"scalars": (out.address + REALS_AT, form.reals), "words": (out.address, 2)}
         inputs, outputs = cupy_kernels.scalar_arguments(form)
-        # a flag is read as bits
-        dtypes = {"found_inf": cupy_kernels.bits_of(form.found_inf)} if form.found_inf is not None else {}
-        values = settings._asdict() | {
-            "scalars": _unowned(out.address + REALS_AT, (form.reals,), out.dtype, out.device),
-            "words": _unowned(out.address, (2,), np.int64, out.device),
-        }
-        for name, x in numbers.items():
-            values[name] = _unowned(x.pointer, (1,), dtypes.get(name, x.dtype), x.device) if isinstance(x, View) else x
+        arguments = []
+        for kind, name in [*inputs, *outputs]:
+            x = values[name]
+            is_array = kind.startswith("raw ")
+            arguments.append(_unowned(x[0], (x[1],), kind.removeprefix("raw "), out.device) if is_array else x)
         with self.on(out.device, stream):
-            cupy_kernels.build_scalars(form)(*(values[name] for _, name in [*inputs, *outputs]), size=1)
+            cupy_kernels.build_scalars(form)(*arguments, size=1)
 
     def launch_sums(self, form, chunks, arguments, stream):
         blocks = -(-chunks // (norm_order.BLOCK // norm_order.WARP))

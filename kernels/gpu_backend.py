@@ -7,6 +7,7 @@ device and stream, and the launch of a kernel. The rest goes to the driver (`gpu
 import collections
 import contextlib
 import ctypes
+import functools
 import itertools
 import threading
 
@@ -44,6 +45,12 @@ class GpuBackend(Backend):
 
     def current_device(self):
         """Return the number of the current device."""
+
+    def device_name(self):
+        """Return the name of the current device."""
+        name = ctypes.create_string_buffer(256)
+        gpu_driver.call("cuDeviceGetName", name, len(name), self.current_device())
+        return name.value.decode()
 
     def current_stream(self):
         """Return the program's current stream, that of CuPy; None if CuPy is not in use."""
@@ -251,41 +258,25 @@ class GpuBackend(Backend):
     def _sum(self, views, device, place, norm_at=None):
         """Enqueue the passes of a norm. norm_at: its address; None: return the sums of all chunks, after waiting for them."""
         plan = norm_order.plan(views, VECTOR_BYTES)
-        table, sums = _NormTable(self, device, plan), None
+        n_table = -(-plan.table.nbytes // VECTOR_BYTES) * VECTOR_BYTES  # behind it a workspace for the sums
+        table = Table(self, device, n_table + plan.workspace, lambda at: plan.placed(at + n_table).view(np.uint8), once=True)
+        sums = None
         with self.on(device, place.stream):
             self.before(place)
             with gpu_driver.allowed_while_capturing() if place.capturing else contextlib.nullcontext():
-                table.on_stream(place.stream)
-            for number, one in enumerate(plan.passes if norm_at else [one for one in plan.passes if one.form.squares], 1):
-
-                def what(number=number):
-                    return synchronous.text_of_norm(views, plan, number, device)
-
-                last = norm_at is not None and number == len(plan.passes)
-                out = norm_at if last else table.workspace + one.out
-                arguments = table.address, one.first_row, one.n_rows, out, one.chunks, int(last)
-                launched = one.form, one.chunks, arguments, place.stream
-                synchronous.launch(self, place.stream, what, self.launch_sums, *launched)
+                address = table.on_stream(place.stream)
+            passes = [one for one in plan.passes if norm_at or one.form.squares]
+            for number, one in enumerate(passes, 1):
+                text = functools.partial(synchronous.text_of_norm, views, plan, number, device)
+                last = bool(norm_at) and number == len(passes)
+                out = norm_at if last else address + n_table + one.out
+                arguments = address, one.first_row, one.n_rows, out, one.chunks, int(last)
+                synchronous.launch(self, place.stream, text, self.launch_sums, one.form, one.chunks, arguments, place.stream)
             table.used(place.stream)
             self.after(place, self.borrowed(views))
             if norm_at is None:
                 sums = np.empty(norm_order.chunks_of_all(views))
-                self.receive(sums, table.workspace, sums.nbytes, place.stream)
+                self.receive(sums, address + n_table, sums.nbytes, place.stream)
                 self.synchronize_stream(place.stream)
         table.release()
         return sums
-
-
-class _NormTable(Table):
-    """The table of a norm's plan in device memory, and behind it a workspace for the sums. It belongs to one call."""
-
-    once = True
-
-    def __init__(self, backend, device, plan):
-        self.plan, self.workspace = plan, 0
-        self._n_table = -(-plan.table.nbytes // VECTOR_BYTES) * VECTOR_BYTES
-        super().__init__(backend, device, self._n_table + plan.workspace)
-
-    def contents(self, address):
-        self.address, self.workspace = address, address + self._n_table
-        return self.plan.placed(self.workspace).view(np.uint8)

@@ -115,7 +115,7 @@ def text_and_name(form):
         "PER_VECTOR": form.lanes,
         "PARTS": norm_order.LANES_PER_THREAD // form.lanes,
         "PART": form.part,
-        "ROWS_AT_ONCE": form.rows_at_once,
+        "ROWS_AT_ONCE": form.lanes,  # 8 vectors of 16 bytes a thread
     }
     for constant in (
         "VECTOR_BYTES", "CHUNK", "QUARTER", "WIDTH", "BLOCK", "WARP", "LANES_PER_THREAD", "COLUMNS",

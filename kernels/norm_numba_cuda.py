@@ -23,7 +23,8 @@ def build(form):
     """Return the kernel of a form as a Python function."""
     op = primitives.for_numba(intrinsic, contracts=True)
     fma, add, sqrt = op.fma, op.add, op.sqrt
-    PER_VECTOR, ITEMSIZE, SQUARES, ROWS_AT_ONCE = form.lanes, form.itemsize, form.squares, form.rows_at_once
+    PER_VECTOR, ITEMSIZE, SQUARES = form.lanes, form.itemsize, form.squares
+    ROWS_AT_ONCE = form.lanes  # of all quarters, which a warp loads before it adds the first: 8 vectors of 16 bytes a thread
     int64_at, raw_at = (load_at(intrinsic, kind, addrspace=1) for kind in (types.int64, RAW[form.format]))
     as_float64, store = widened(intrinsic, form.format, on_gpu=True), store_at(intrinsic, types.float64, addrspace=1)
     add_rows, tree = _add_rows(form), _tree(form)
@@ -98,11 +99,11 @@ def build(form):
 
 
 def _add_rows(form):
-    """Return a function that adds the elements of some rows to the lanes of a thread. It loads all, then adds the first."""
+    """Return a function that adds the elements of form.lanes rows to the lanes of a thread. It loads all, then adds the first."""
     parts = LANES_PER_THREAD // form.lanes
 
     def add_rows(b, lanes, at):
-        places = [(r * WIDTH + part * form.part) * form.itemsize for r in range(form.rows_at_once) for part in range(parts)]
+        places = [(r * WIDTH + part * form.part) * form.itemsize for r in range(form.lanes) for part in range(parts)]
         vectors = [_vector_at(b, form, b.add(at, I64(place))) for place in places]
         for k, vector in enumerate(vectors):
             for e in range(form.lanes):

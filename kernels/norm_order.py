@@ -79,11 +79,6 @@ class Form(NamedTuple):
         """How many elements lie between two vectors of a thread in a row: a warp takes some quarters at once."""
         return WARP * self.lanes // WIDTH * QUARTER
 
-    @property
-    def rows_at_once(self):
-        """How many rows of all quarters a warp loads before it adds the first: 8 vectors of 16 bytes a thread."""
-        return self.lanes
-
 
 # The table of the arrays, of int64: a row for each array, then the length and the stride in bytes of each dimension. A kernel
 # takes rows first_row ... first_row + n_rows - 1, whose chunks it counts from 0. RUN: whether vectors can be loaded. DIMS: where

@@ -38,11 +38,6 @@ class NumbaCuda(GpuBackend):
             problem = " ".join(str(error).split()).strip(" :.")
         return not problem, f"numba-cuda {version}" + (f" finds no usable CUDA device: {problem}" if problem else "")
 
-    def device_name(self):
-        """Return the name of the current device."""
-        name = cuda.get_current_device().name
-        return name if isinstance(name, str) else name.decode()  # bytes before numba-cuda used cuda.core
-
     def view(self, name, array):
         view = on_cuda(name, on_device(name, array, self), gpu_driver.device_of)
         # CuPy's arrays name whatever stream is current when they are asked
@@ -58,8 +53,8 @@ class NumbaCuda(GpuBackend):
             return _configured(compiled(build, rule, form, loop, on_device), blocks, BLOCK, stream)
 
         if batch.loop == "table":
-            owners = batch.address + batch.table.rows.nbytes
-            kernel("table", batch.table.owners.size)(batch.address, owners, key, numbers)
+            owners = batch.address + batch.rows.nbytes
+            kernel("table", batch.owners.size)(batch.address, owners, key, numbers)
             return
         (update,) = batch.updates
         rest = update.start, update.key ^ key, numbers

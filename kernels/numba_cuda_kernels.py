@@ -228,12 +228,7 @@ def _over_lanes(update, n):
     """Return the rule over the values of n elements: of one alone, or a tuple of those of several."""
     if n > 1:
         return _tuple_of("values, s", "update(*values[{k}], s)", n, update=update)
-
-    @cuda.jit(device=True)
-    def update_one(values, s):
-        return update(*values, s)
-
-    return update_one
+    return cuda.jit(device=True)(lambda values, s: update(*values, s))
 
 
 def build_scalars(form):
