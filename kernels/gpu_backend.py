@@ -8,7 +8,6 @@ import collections
 import contextlib
 import ctypes
 import functools
-import itertools
 import threading
 
 import numpy as np
@@ -135,16 +134,18 @@ class GpuBackend(Backend):
     # From here on, the part that both backends share
 
     def batches(self, updates, arrays):
-        updates = [update for update in updates if update.views[0].size]
-        is_dense = [dense(update.views, in_c_order=arrays.random) for update in updates]
-        together = list(itertools.compress(updates, is_dense))
-        apart = [
-            GpuBatch(self, "strided", arrays, [update]) for update, one in zip(updates, is_dense, strict=True) if not one
-        ]
-        if not together:
-            return apart
-        loop = "table" if len(together) > 1 or arrays.grouped else "contiguous"
-        return [GpuBatch(self, loop, arrays, together), *apart]
+        together, batches = [], []
+        for update in updates:
+            if not update.views[0].size:
+                continue
+            if dense(update.views, in_c_order=arrays.random):
+                together.append(update)
+            else:
+                batches.append(GpuBatch(self, "strided", arrays, [update]))
+        if together:
+            loop = "table" if len(together) > 1 or arrays.grouped else "contiguous"
+            batches.insert(0, GpuBatch(self, loop, arrays, together))
+        return batches
 
     def order(self, before, after):
         """Make the next work on one stream wait for the work that is on another."""

@@ -25,18 +25,16 @@ def rows_and_owners(updates, group_lanes=0):
     group_lanes: with 8-bit state, how many neighbours an item has; the last two arrays are then the scales of groups.
     """
     rows = np.empty((len(updates), OPERANDS + len(updates[0].views)), np.int64)
-    chunks = []
-    first = 0
     itemsizes = [view.dtype.itemsize for view in updates[0].views]
     for row, (views, key, start) in zip(rows, updates, strict=True):
         pointers, size = [view.pointer for view in views], views[0].size
         if group_lanes:
-            head, vectors, items = split_groups(pointers[:-2], itemsizes[:-2], size, group_lanes)
+            parts = split_groups(pointers[:-2], itemsizes[:-2], size, group_lanes)
         else:
-            head, vectors, items = split(pointers, itemsizes, size)
-        row[:] = head, vectors, items, first, key, start, size, *pointers
-        chunks.append(-(-items // CHUNK))
-        first += chunks[-1]
+            parts = split(pointers, itemsizes, size)
+        row[:] = *parts, 0, key, start, size, *pointers
+    chunks = -(-rows[:, ITEMS] // CHUNK)
+    rows[:, FIRST_CHUNK] = np.cumsum(chunks) - chunks
     return rows, np.repeat(np.arange(len(updates), dtype=np.int32), chunks)
 
 

@@ -38,7 +38,7 @@ def norm_of_chunks(sums):
     while sums.size != 1:
         n = sums.size
         above = np.empty(max(1, order.chunks_of(n)))
-        table = np.array([sums.ctypes.data, n, 1, 1, order.COLUMNS, 0, 0, 0, n, sums.itemsize])
+        table = np.array([sums.ctypes.data, n, 1, 0, 0, 0, 0, 0])
         run(order.Pass(form, 0, 1, above.size, n, 0), table, above)
         sums = above
     return math.sqrt(sums[0])

@@ -81,8 +81,8 @@ class Form(NamedTuple):
 
 
 # The table of the arrays, of int64: a row for each array, then the length and the stride in bytes of each dimension. A kernel
-# takes rows first_row ... first_row + n_rows - 1, whose chunks it counts from 0. RUN: whether vectors can be loaded. DIMS: where
-# the dimensions start.
+# takes rows first_row ... first_row + n_rows - 1, whose chunks it counts from 0. RUN: whether vectors can be loaded. NDIM,
+# DIMS: how many dimensions there are and where they start, of which sums of chunks need none.
 POINTER, SIZE, RUN, NDIM, DIMS, FIRST_CHUNK, FIRST_SUM, _UNUSED, COLUMNS = range(9)
 
 
@@ -105,14 +105,14 @@ class Plan(NamedTuple):
 
     table: np.ndarray
     passes: list[Pass]
-    levels: list[int]  # numbers of those rows
     workspace: int  # bytes
 
     def placed(self, workspace):
         """Return the table for a workspace at an address."""
         table = self.table.copy()
-        for row in self.levels:
-            table[row * COLUMNS + POINTER] += workspace
+        for one in self.passes:
+            if not one.form.squares:
+                table[one.first_row * COLUMNS + POINTER] += workspace
         return table
 
 
@@ -120,7 +120,7 @@ def plan(views, alignment=None):
     """Return the Plan of a norm. alignment: of the address of a vector; by default that of the elements."""
     rows: list[list[int]] = []
     dims: list[int] = []
-    passes, levels = [], []
+    passes = []
     by_format: dict[str, list[tuple]] = {}  # one launch for the arrays of a format
     total = 0
     for view in views:
@@ -145,15 +145,13 @@ def plan(views, alignment=None):
     sums, n = 0, total
     workspace = _bytes(n)
     while n != 1:  # no chunks at all are an array of no elements, whose sum is +0
-        levels.append(len(rows))
-        rows.append([sums, n, 1, 1, len(dims), 0, 0, 0])
-        dims += [n, 8]
+        rows.append([sums, n, 1, 0, 0, 0, 0, 0])
         elements, n = n, max(1, chunks_of(n))
         passes.append(Pass(Form("float64", squares=False), len(rows) - 1, 1, n, elements, workspace))
         sums, workspace = workspace, workspace + _bytes(n)
     table = np.array([*itertools.chain.from_iterable(rows), *dims], np.int64)
     table[DIMS : len(rows) * COLUMNS : COLUMNS] += len(rows) * COLUMNS
-    return Plan(table, passes, levels, workspace)
+    return Plan(table, passes, workspace)
 
 
 def chunks_of(n):
