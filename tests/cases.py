@@ -68,7 +68,7 @@ def form_and_scalars(name, dtype, step=3, **changes):
 def table_of(arrays):
     """Return the table of one update for the kernels of the CPU backend; arrays that are None are left out."""
     used = [a for a in arrays if a is not None]
-    return np.array([[used[0].size, used[0].itemsize, 0, 0, *(a.ctypes.data for a in used)]])
+    return np.array([[used[0].size, 0, 0, *(a.ctypes.data for a in used)]])
 
 
 def strided_arguments(arrays):

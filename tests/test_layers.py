@@ -38,7 +38,6 @@ OF_LIBRARIES = {
     "_replace",
     "_fields",
     "_asdict",
-    "_cache",
     "_make",
     "_foreach_add_",
     "_foreach_sub_",
