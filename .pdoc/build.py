@@ -11,6 +11,9 @@ import pdoc
 HERE = Path(__file__).parent
 PACKAGES = ("testing", "checkpoint", "foreign_state", "sharded", "offload", "planning", "torch", "reference", "kernels")
 INNER = ("planning.model", "sharded.transports")  # every other file of these packages is internal
+# What users call of an optimizer. Its other methods are for other files of gpuadam.
+OF_OPTIMIZERS = ("__init__", "step", "state_dict", "load_state_dict", "save", "gathered", "describe", "flush", "close")
+OF_OPTIMIZERS += ("options", "steps", "grads", "shards", "add_param_group")
 NAMES = r"\w+(?:,\s+\w+)*"  # of arguments
 
 
@@ -22,22 +25,36 @@ def main(folder):
     for name in INNER:
         names += [f"gpuadam.{name}", rf"!gpuadam\.{name}\."]
     pdoc.render.env.filters["arguments_apart"] = arguments_apart
+    pdoc.render.env.globals["for_users"] = for_users
     pdoc.render.configure(template_directory=HERE)
     pdoc.pdoc(*names, output_directory=Path(folder))
+
+
+def for_users(doc):
+    """Return whether a page shows a name: of an optimizer what users call, of a module no constants but those in `__all__`."""
+    of_class = doc.qualname.rpartition(".")[0]
+    if of_class.endswith(("Adam", "AdamW", "AdaMax")) and doc.name not in OF_OPTIMIZERS:
+        return False
+    if doc.kind == "variable" and not of_class:
+        return doc.name in getattr(sys.modules[doc.modulename], "__all__", ())
+    if doc.name == "__init__":
+        return doc.docstring or doc.signature_without_self.parameters
+    return not doc.name.startswith("_")
 
 
 def arguments_apart(docstring):
     r"""Return the docstring of a function or a class as Markdown, in which each argument begins a line.
 
-    A line that begins with names and a colon is an argument; every other line continues the line above it.
+    An argument is names and a colon, which begin a line or follow a sentence; every other line continues the line above it.
 
-    >>> arguments_apart("Add.\n\na, b: two numbers, such as\n    2**3.\nout: where the\nsum goes.\n\n>>> add(1, 2, 3)\n3")
-    'Add.\n\n**a, b:** two numbers, such as 2\\*\\*3.  \n**out:** where the sum goes.\n\n>>> add(1, 2, 3)\n3'
+    >>> arguments_apart("Add.\n\na, b: numbers, such as\n    2**3.\nout: where the\nsum is. axis: one.\n\n>>> add(1, 2, 3)\n3")
+    'Add.\n\n**a, b:** numbers, such as 2\\*\\*3.  \n**out:** where the sum is.  \n**axis:** one.\n\n>>> add(1, 2, 3)\n3'
     """
     paragraphs = docstring.split("\n\n")
     for k, paragraph in enumerate(paragraphs):
         if not paragraph.startswith((">>>", "    ", "|", "* ", "- ", "```")):
-            text = re.sub(rf"\n(?!{NAMES}: ) *", " ", paragraph).replace("\n", "  \n")
+            text = re.sub(rf"\n(?!{NAMES}: ) *", " ", paragraph)
+            text = re.sub(rf"\. (?=[a-z]{NAMES}: )", ".\n", text).replace("\n", "  \n")
             text = re.sub(r"(`[^`]*`)|\*\*", lambda match: match[1] or r"\*\*", text)  # powers, not bold
             paragraphs[k] = re.sub(rf"^({NAMES}:) ", r"**\1** ", text, flags=re.MULTILINE)
     return "\n\n".join(paragraphs)

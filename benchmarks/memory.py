@@ -51,7 +51,7 @@ def measure_rows(backend, options, notes):
                 for state, peak in _in_fresh_process(backend, peer, n).items():
                     samples.setdefault((peer.name, state), []).append(peak)
         yield [
-            measure.row("memory", name, backend.name, n, state=state, clock=None, peak_bytes=peaks)
+            report.with_peak(measure.row("memory", name, backend.name, n, state=state, clock=None), peaks)
             for (name, state), peaks in samples.items()
         ]
 

@@ -58,8 +58,10 @@ def measure_rows(backend, options, notes):
         for name, seconds in times.items():
             moved = {"copies to the GPU": READ, "copies from the GPU": WRITTEN}.get(name, (*READ, *WRITTEN))
             identity = {"state": where, "dtype": "bfloat16", "moved": n * sum(BYTES[array] for array in moved)}
-            row = measure.row("offload", name, backend.name, n, seconds=seconds, peak_bytes=peaks.get(name, ()), **identity)
-            rows.append(row | {"x_limit": float(f"{np.median(seconds) / fastest:.6g}")})
+            row = measure.row("offload", name, backend.name, n, seconds=seconds, **identity)
+            rows.append(
+                report.with_peak(row, peaks.get(name, ())) | {"x_limit": float(f"{np.median(seconds) / fastest:.6g}")}
+            )
         yield rows
 
 

@@ -328,7 +328,7 @@ def draw(rows, path):
     line = [ends[0] / 1.5, ends[1] * 1.5]
     axis.plot(line, line, color=plots.LIMIT, linewidth=1)
     axis.fill_between(line, [0.75 * x for x in line], [1.25 * x for x in line], color=plots.OTHER, alpha=0.25, linewidth=0)
-    styles = itertools.product("os", (plots.OURS, *plots.LINES, plots.OTHER))
+    styles = itertools.product("os", (plots.OURS, *report.LINES, plots.OTHER))
     for name, (marker, color) in zip(dict.fromkeys(row["dtype"] for row in rows), styles, strict=False):
         own = [row for row in rows if row["dtype"] == name]
         axis.plot(

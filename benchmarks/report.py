@@ -12,6 +12,7 @@ import argparse
 import csv
 import functools
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from gpuadam.cli.measuring import forms as step_forms
 from gpuadam.cli.measuring.measure import CALL, KERNEL
 from gpuadam.terminal import figures, output
 
+# of lines of contenders that are neither ours nor the limit
+LINES = ("#b5651d", "#5b8c5a", "#8a5a9e", "#b04a5a", "#4a8f9e", "#8c8c3a", "#70757a")
 TABLE = ("backend", "elements", "state", "clock")
 # Columns that some benchmarks have beyond measure.COLUMNS: the bytes that a step moves of each element; and of a form of the
 # step, how many times float32's time and bytes it takes.
@@ -123,6 +126,13 @@ def numbers(sizes):
     return [int(float(size)) for size in sizes]
 
 
+def with_peak(row, peaks):
+    """Return a row with the memory that was allocated at the peak. peaks: samples, in bytes."""
+    if not len(peaks):
+        return row
+    return row | {"samples": row["samples"] or len(peaks), "peak_mb": float(f"{statistics.median(peaks) / 1e6:.6g}")}
+
+
 def listed(absent):
     """Return a note on each contender that was not measured: `absent` says why."""
     return [f"not measured: {name} ({reason})" for name, reason in absent.items()]
@@ -156,14 +166,14 @@ def bars(axis, rows, value, text, title, xlabel, series=("state", "clock"), log=
     names = sorted(of_name, key=lambda name: -of_name[name][0][value])
     thick = 0.8 / len(kinds)
     for at, name in enumerate(names):
-        color = plots.OURS if plots.is_ours(name) else plots.LIMIT if name == measure.LIMIT else plots.OTHER
+        color = plots.OURS if is_ours(name) else plots.LIMIT if name == measure.LIMIT else plots.OTHER
         for k, row in enumerate(of_name[name]):
             y = at + thick * ((len(of_name[name]) - 1) / 2 - k)
             axis.barh(y, row[value], 0.9 * thick, color=color, alpha=shades[kinds.index(_kind(row, series))])
             axis.annotate(text(row[value]), (row[value], y), (3, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set_yticks(range(len(names)), names, fontsize=9)
     for label in axis.get_yticklabels():
-        if plots.is_ours(label.get_text()):
+        if is_ours(label.get_text()):
             label.set(color=plots.OURS, fontweight="bold")
     longest, shortest = (f(row[value] for row in rows) for f in (max, min))
     if log:
@@ -186,6 +196,10 @@ def bars(axis, rows, value, text, title, xlabel, series=("state", "clock"), log=
             for shade, label in zip(shades, labels, strict=True)
         ]
         axis.legend(handles=handles, loc="upper right")
+
+
+def is_ours(contender):
+    return contender.startswith(("gpuadam", "import gpuadam"))
 
 
 def _kind(row, series):

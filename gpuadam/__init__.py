@@ -14,7 +14,7 @@ This is the reference. It has a guide, pages about larger subjects, and below th
 | bfloat16, float16 and 8-bit state | `gpuadam.guide.narrow_numbers` |
 | unscaling, clipping, running means, CUDA graphs | `gpuadam.guide.whole_step` |
 | which options go together | `gpuadam.guide.options` |
-| PyTorch and JAX | `gpuadam.guide.pytorch` |
+| PyTorch and JAX | `gpuadam.guide.pytorch`, `gpuadam.torch` |
 | the arithmetic, its evidence, its limits | `gpuadam.guide.how_exact` |
 | what has been measured | `gpuadam.guide.how_fast` |
 | six short programs | `gpuadam.guide.examples` |

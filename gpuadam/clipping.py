@@ -113,7 +113,7 @@ class Conditions(NamedTuple):
 
     grad_scale: Any
     left_out: bool = False
-    on_device: dict[str, Any] | None = None  # what a device has to decide of it: arguments of `step_counts.Now`
+    on_device: dict[str, Any] | None = None  # what a device has to decide of it: arguments of `device_step.Now`
 
 
 def conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, device_mode, largest_norm):

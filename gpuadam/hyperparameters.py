@@ -1,4 +1,8 @@
-"""The scalars of a step: computed once, in float64, from Python floats, and rounded once to the compute type."""
+"""Hyperparameters, checked, and the scalars of a step: computed once, in float64, and rounded once to the compute type.
+
+An optimizer checks `Formulas` when it is made, by `formulas`, and the hyperparameters of each group at each step, by
+`with_formulas`. Both remember their last results, because few of them change from step to step. `checked` does both at once.
+"""
 
 import dataclasses
 import functools

@@ -9,6 +9,7 @@ import numpy as np
 from . import backends, checks, clipping, hyperparameters, step_counts, torch_tensors
 from . import state as state_
 from .checkpoint import saving
+from .device_step import Now
 from .groups import (
     HYPERPARAMETERS,
     OF_PARAMS,
@@ -26,7 +27,7 @@ from .kernels.scalars import step_key
 from .kernels.view import Bits, View, is_array
 from .options import Options
 from .remembered import Remembered
-from .state import Kind, Parameter
+from .state import Parameter, ParameterKind
 from .update import Updates, check, update
 
 
@@ -43,7 +44,7 @@ class Group(NamedTuple):
 
     structure: Structure
     parameters: list[Parameter]
-    kind: Kind | None  # of all parameters, if they have one
+    kind: ParameterKind | None  # of all parameters, if they have one
     count: Any  # of steps, one of step_counts.py
 
 
@@ -169,7 +170,7 @@ class Adam(HasGroups):
         seed, stochastic = checks.seed(self.options.seed), self.options.stochastic_rounding
         self.parameters = {}
         for number, (name, (_, view, kept)) in enumerate(beginnings.items()):
-            kind = Kind.of(view.format, kept, name in copies, stochastic)
+            kind = ParameterKind.of(view.format, kept, name in copies, stochastic)
             key = key_of_parameter(seed, number)
             self.parameters[name] = Parameter(name, kind, {"step": 0} | states[name], key, copies.get(name))
         self.state = {name: parameter.state for name, parameter in self.parameters.items()}
@@ -180,7 +181,7 @@ class Adam(HasGroups):
         """Return the Group of number k."""
         members = [self.parameters[name] for name in settings["names"]]
         kinds = {parameter.kind for parameter in members}
-        count: Any = step_counts.OnHost()
+        count: Any = step_counts.HostCount()
         if members and self.options.capturable:
             if len({kind.operands for kind in kinds}) > 1:
                 raise ValueError(
@@ -197,6 +198,9 @@ class Adam(HasGroups):
             for parameter in members:
                 parameter.state["step"] = count.step
         return Group(structure, members, kinds.pop() if len(kinds) == 1 else None, count)
+
+    # OffloadAdam does the following in its own way: `copies_of` and then `new_state` when it is made, and `conditions`, `check`,
+    # `leave_out` and `launch` in a step, and `copy_state` when a state_dict is loaded.
 
     def new_state(self, beginnings):
         """Return name -> {key: zeros} of the state of all parameters. beginnings: name -> Beginning."""
@@ -338,10 +342,8 @@ class Adam(HasGroups):
             (param, *_), *_ = group.columns
             kernels, (view,) = backends.choose([(f"params[{group.names[0]!r}]", param)], self.backend)
             if k not in self._norm_counts:
-                self._norm_counts[k] = step_counts.OnDevice(kernels, view.device or 0)
-            now = step_counts.Now(
-                self._norm_counts[k], group.h.lr, conditions.grad_scale, counts=False, **conditions.on_device
-            )
+                self._norm_counts[k] = step_counts.DeviceCount(kernels, view.device or 0)
+            now = Now(self._norm_counts[k], group.h.lr, conditions.grad_scale, counts=False, **conditions.on_device)
             changed.append(group._replace(now=now))
         return changed
 

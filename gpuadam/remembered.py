@@ -71,6 +71,12 @@ def _read(arrays, functions):
     return read
 
 
+def release(batches):
+    """Give back what batches hold on devices."""
+    for batch in batches:
+        batch.release()
+
+
 class Remembered:
     """What an optimizer remembers of its last step: the batches of arrays on GPUs, and NumPy arrays over torch's on the CPU."""
 
@@ -89,15 +95,14 @@ class Remembered:
         return self._batches
 
     def keep(self, groups, backend, batches):
-        """Take over the batches of a step if they can be launched again. Return whether they can."""
-        for batch in self._batches:
-            batch.release()
+        """Take over the batches of a step: to launch them again, if that is possible, or to release them."""
+        release(self._batches)
         self._known, self._batches = [], []
-        if batches and all(batch.lasts for batch in batches):
-            of_groups = [known(group.columns) for group in groups]
-            if all(of_groups):
-                self._backend, self._known, self._batches = backends.forced(backend), of_groups, batches
-        return bool(self._batches)
+        of_groups = [known(group.columns) for group in groups] if all(batch.lasts for batch in batches) else [None]
+        if all(of_groups):
+            self._backend, self._known, self._batches = backends.forced(backend), of_groups, batches
+        else:
+            release(batches)
 
     def in_numpy(self, group, column, tensors):
         """Return NumPy arrays over the memory of torch's tensors: the same ones while these stay what they were.

@@ -52,7 +52,7 @@ def zeros(backend, param, key, format):
     return backend.zeros_like(param, dtype)
 
 
-class Kind(NamedTuple):
+class ParameterKind(NamedTuple):
     """What parameters have in common that one launch can update: their format, and the operands of their updates."""
 
     param: str

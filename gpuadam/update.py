@@ -1,11 +1,13 @@
 """One route for every update, whichever class or function asks for it.
 
 adam_step, Adam.step, gpuadam.torch.Adam.step, ...      make Updates: arrays that take the same step
-  update            below
-    _described      what the arrays are, checked: as remembered, or read in NumPy's structs, or view by view
-      -> Batch      what one launch takes, of one backend (`kernels/backend.py`)
-    _prepared       for each batch its form and scalars, and the stream; all is compiled, uploaded and refused here
-    _launched       nothing but launches: first of a step's scalars, if they are computed on the device, then of the batches
+  update                  what the arrays are, checked, in one of three ways; each returns Batches (`kernels/backend.py`):
+    _in_numpy_structs       NumPy's arrays are read in their structs
+    remembered.batches      other arrays are as they were in the last step
+    _in_views               any arrays are viewed one by one, and what is wrong with them is raised
+  _launch
+    _place, prepare       for each batch its stream, its form and its scalars; all is compiled, uploaded and refused here
+    launch                nothing but launches: of a step's scalars, if they are computed on the device, then of the batches
 """
 
 import itertools
@@ -13,12 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import backends, checks, hyperparameters, step_counts, torch_tensors
+from . import backends, checks, hyperparameters, torch_tensors
+from .device_step import ScalarsLaunch
 from .kernels import adam, streams
 from .kernels.layout import Update
 from .kernels.operands import Arrays
 from .kernels.scalars import step_key
 from .kernels.view import Bits
+from .remembered import release
 
 OPERANDS = ("param", "grad", "m", "v")  # that every update has
 
@@ -31,7 +35,7 @@ class Updates(NamedTuple):
     columns: list[list[Any]]  # the arrays of each operand: the params of all updates, their grads, m's, v's, ...
     operands: tuple[str, ...] = OPERANDS  # in the order of `operands.operands_of`
     names: list[str] | None = None  # of each param; None for the one that adam_step was given
-    now: Any = None  # a step_counts.Now, if scalars are computed on the device
+    now: Any = None  # a device_step.Now, if scalars are computed on the device
     bits: tuple[str, ...] = ()  # of each operand: the format that its integers stand for, or ""
     stochastic: bool = False  # narrow params are rounded randomly
     seed: int = 0
@@ -65,31 +69,40 @@ def update(groups, backend=None, stream=None, remembered=None):
     """
     stream = streams.handle(stream)
     takes_numpy = backends.takes_numpy(backend)
-    batches = _in_numpy_structs(groups) if takes_numpy else None
-    if batches:
+    if takes_numpy and (batches := _in_numpy_structs(groups)):
         _launch(groups, batches, stream)
         return
     has_tensors = any(torch_tensors.among(group.columns) for group in groups)
-    if takes_numpy and has_tensors:
-        columns = [torch_tensors.in_numpy(group.columns, remembered, k) for k, group in enumerate(groups)]
-        batches = _in_numpy_structs([group._replace(columns=own) for group, own in zip(groups, columns, strict=True)])
-    known = batches or (remembered and remembered.batches(groups, backend))
-    batches = known or _in_views(groups, backend)
-    _launch(groups, batches, stream)
+    batches = _in_numpy_structs(_as_numpy(groups, remembered)) if takes_numpy and has_tensors else None
+    if not batches and remembered:
+        batches = remembered.batches(groups, backend)
+    if batches:
+        _launch(groups, batches, stream)
+    else:
+        batches = _in_views(groups, backend)
+        _launch(groups, batches, stream)
+        if remembered:
+            remembered.keep(groups, backend, batches)
+        else:
+            release(batches)
     if has_tensors:
         for group in groups:
             torch_tensors.wrote(group.written())
-    if not known and not (remembered and remembered.keep(groups, backend, batches)):
-        for batch in batches:
-            batch.release()
+
+
+def _as_numpy(groups, remembered):
+    """Return Updates with NumPy arrays in the place of torch's tensors in CPU memory, as far as there can be such arrays."""
+    columns = [torch_tensors.in_numpy(group.columns, remembered, k) for k, group in enumerate(groups)]
+    return [group._replace(columns=own) for group, own in zip(groups, columns, strict=True)]
 
 
 def check(groups, backend=None, stream=None):
     """Raise what `update` would raise of the arrays and of a graph that is captured, and do nothing else."""
     stream = streams.handle(stream)
-    for batch in _in_views(groups, backend):
+    batches = _in_views(groups, backend)
+    for batch in batches:
         _place(groups[batch.group], batch, stream)
-        batch.release()
+    release(batches)
 
 
 def _in_numpy_structs(groups):
@@ -99,7 +112,7 @@ def _in_numpy_structs(groups):
     batches, tables = [], []
     for k, group in enumerate(groups):
         columns, rows = group.columns, None
-        like = _last_likes.get(_settings(group))  # the last is mostly the right one, and to read tells
+        like = _latest.get(_settings(group))  # the last is mostly the right one, and to read tells
         if like is not None:
             rows = struct.table(columns, like.columns, not like.random)
         if rows is None:
@@ -125,8 +138,8 @@ class Like(NamedTuple):
     random: bool  # whether a number is rounded randomly
 
 
-_known_likes: dict[tuple, Like] = {}
-_last_likes: dict[tuple, Like] = {}
+_likes: dict[tuple, Like] = {}
+_latest: dict[tuple, Like] = {}
 
 
 def _settings(group):
@@ -144,15 +157,15 @@ def _like(group, struct):
     if not struct.known() or not all(type(array) is np.ndarray for array in first):
         return columns, None
     key = *_settings(group), tuple(bits), *[id(array.dtype) for array in first]
-    like = _known_likes.get(key)
+    like = _likes.get(key)
     if like is None:
         like_first = struct.columns_like(group.operands, first, group.h.fixed.zero_grad)
         arrays = like_first and _arrays_of_dtypes(group, like_first.dtypes, bits)
         if arrays is None:
             return columns, None
-        like = _known_likes[key] = Like(like_first, arrays, arrays.random)
+        like = _likes[key] = Like(like_first, arrays, arrays.random)
     if not any(type(column[0]) is Bits for column in group.columns):
-        _last_likes[_settings(group)] = like
+        _latest[_settings(group)] = like
     return columns, like
 
 
@@ -223,7 +236,7 @@ def _in_views(groups, backend):
 
 def _launch(groups, batches, stream):
     """Prepare all batches, which may fail, then launch them: nothing is allocated, compiled or refused any more."""
-    scalars_of: dict[int, step_counts.Scalars] = {}
+    scalars_of: dict[int, ScalarsLaunch] = {}
     if stream is not None:
         _check_devices(batches)
     for batch in batches:
@@ -236,7 +249,7 @@ def _launch(groups, batches, stream):
         else:  # the arrays of a group go where its scalars are computed
             computed = scalars_of.get(batch.group)
             place = _place(group, batch, computed.stream if computed else stream)
-            computed = scalars_of.setdefault(batch.group, computed or step_counts.Scalars(group, place.stream))
+            computed = scalars_of.setdefault(batch.group, computed or ScalarsLaunch(group, place.stream))
             form, scalars = computed.of(batch.arrays)
         batch.prepare(adam, form, scalars, place, key)
     launches = [*scalars_of.values(), *batches]
@@ -254,9 +267,10 @@ def _launch(groups, batches, stream):
 def _place(group, batch, stream):
     """Return the Place of a launch, or raise what a graph that is captured there would freeze or cannot hold."""
     place = batch.place(stream)
-    if group.now is not None and place.capturing:
-        group.now.check_capture(group.h)
-    batch.check(place, group.now is not None and group.now.counts)
+    if place is not None:  # on a GPU
+        if group.now is not None and place.capturing:
+            group.now.check_capture(group.h)
+        batch.check(place, group.now is not None and group.now.counts)
     return place
 
 

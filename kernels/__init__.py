@@ -1,74 +1,91 @@
 """The update itself, for contributors: what a rule is, what a backend is, and how to add either.
 
-The route of one update, from a call to the memory:
+## The route of one update
 
-    gpuadam.adam_step(...)                 gpuadam/functional.py: checks, and the hyperparameters as a form and scalars
-      backends.choose(arrays)              gpuadam/backends.py: the arrays decide; each becomes a View (view.py). For plain NumPy
-                                           arrays compiled code finds out the same, faster (numpy_struct.py)
-        backend.batches(updates, arrays)   one Batch for all dense arrays, one for each other
-          batch.place(stream)              on a GPU: which stream, and which other streams wait (streams.py)
-          batch.prepare(form, ...)         on a GPU: compile; send the table of addresses (gpu_table.py)
-          batch.launch(form, ...)          the kernel, built once for each rule and form:
-            build(rule, form, loop)          a loop over elements (cpu_kernels.py, cupy_kernels.py, numba_cuda_kernels.py)
-              load, convert                  *_access.py, conversions.py: from the formats in memory
-              update                         adam.py: THE RULE
-              convert, store                 and back
+From a call to the memory:
 
-**Words.** An *operand* is an array that a kernel touches. A *view* is what is known of an array. An *update* is one parameter's
-operands. A *batch* is what one launch takes. A *form* is what is known when a kernel is compiled. *Scalars* are the numbers of a
-step.
+    gpuadam.adam_step(...)            gpuadam/functional.py: arrays and hyperparameters
+      update.update([updates])        gpuadam/update.py: first all checks, last all launches
+        backends.choose(arrays)       gpuadam/backends.py: the arrays decide; their Views
+        backend.batches(...)          a Batch for all dense arrays, one for each other
+        batch.place(stream)           on a GPU: its stream, and which streams wait
+        batch.check(place, ...)       on a GPU: what a CUDA graph cannot hold is refused
+        batch.prepare(rule, form, scalars, place, key)
+                                      on a GPU: compile; send the table of addresses
+        batch.launch()                the kernel, built once for each rule and form:
+          build(rule, form, loop)       a loop over elements: *_kernels.py
+            load, convert               *_access.py, conversions.py: from memory
+            update                      adam.py: THE RULE
+            convert, store              and back
 
-**A rule** is the update of one element: a module with `in_python(form, op)`, which returns a Python function for Numba, and
+Two shorter ways lead to the same batches. Compiled code reads plain NumPy arrays faster than Python can (`numpy_struct.py`).
+Arrays of other libraries are remembered from step to step (`gpuadam/remembered.py`).
+
+**Words.** An *operand* is an array that a kernel touches. A *view* is what is known of an array. An *update* is one
+parameter's operands. A *batch* is what one launch takes. A *form* is what is known when a kernel is compiled. *Scalars* are
+the numbers of a step.
+
+## A rule
+
+A rule is the update of one element: a module with `in_python(form, op)`, which returns a Python function for Numba, and
 `in_cuda_c(form)`, which returns the same in CUDA C for CuPy. Both take (param, grad, m, v, max_v, ema) and the scalars of
-`adam.scalar_names(form)`. Python returns the new (param, m, v, max_v, ema), C writes through references. A rule tests the `Form`
-outside the arithmetic, so that an unused option costs nothing. `adam.py` is the rule; `limit.py` only moves the bytes.
-
-    To add a variant of the rule, in four edits: a field of `Form` and its line in both texts of `adam.py`; a public name; its
-    line in `gpuadam/reference.py`; a row in FORMS of `tests/cases.py`. The tests then compare it on every backend and
-    architecture.
+`adam.scalar_names(form)`. Python returns the new (param, m, v, max_v, ema), C writes through references. A rule tests the
+`Form` outside the arithmetic, so that an unused option costs nothing. `adam.py` is the rule; `limit.py` only moves the
+bytes.
 
 An *operation* of a rule is a row of `primitives.py`: LLVM for Numba beside PTX for CuPy. A *conversion* between a format in
-memory and a float is a row of `conversions.py`. `operands.py` says which arrays an update has, in which formats, and by which
-conversions; `numba_access.py` and `cuda_c_access.py` write their loads and stores: a loop knows nothing of formats. `scalars.py`
-has the formula of a step's scalars, for the host and for a device.
+memory and a float is a row of `conversions.py`. `operands.py` says which arrays an update has, in which formats, and by
+which conversions. `numba_access.py` and `cuda_c_access.py` write their loads and stores: a loop knows nothing of formats.
+`scalars.py` has the formula of a step's scalars, for the host and for a device.
 
-    To add a format: a row of FORMATS in `operands.py`, its conversions in `conversions.py`, and in KINDS the operands that may
-    have it.
+**To add a variant of the rule**, in four edits: a field of `Form` and its line in both texts of `adam.py`; a public name;
+its line in `gpuadam/reference.py`; a row in FORMS of `tests/cases.py`. The tests then compare the variant on every backend
+and architecture.
 
-**A backend** is a subclass of `backend.Backend`, whose docstrings are the interface in full. In short:
+**To add a format**: a row of FORMATS in `operands.py`, its conversions in `conversions.py`, and in KINDS the operands that
+may have it.
 
-    name, memory, boundary                         "numba-cpu"; "CPU" or "CUDA"; where state is aligned, in bytes
-    status()                                       whether it can run here, and its version or what is missing
-    view(name, array)                              the View of an array; nothing is copied
-    batches(updates, arrays)                       `Batch`es, which do `place`, `check`, `prepare`, `launch`, `release`
-    norm(...), chunk_sums(views)                   the global norm, whose bits follow from the order in `norm_order.py`
-    zeros, shaped, fill_zero, copy                 memory for state
-    from_host, to_host, native                     copies from and to NumPy; an array as one of the backend's library
-    now, seconds_between                           the clock of the device
+## A backend
 
-`Backend` itself has `launch`, for one update, and `zeros_like`. `gpu_backend.GpuBackend` adds what two libraries share on a GPU:
-batches, streams, events and copies by the driver, rehearsals, captured graphs, and the passes of the norm. A GPU backend brings
-devices, memory, and `run`, `launch_scalars` and `launch_sums`, which launch a kernel.
+A backend is a subclass of `backend.Backend`, whose docstrings are the interface in full. In short:
 
-    To add a backend: one class, in a file that ends with `backend = TheClass()`, and one row in BACKENDS of
-    `gpuadam/backends.py`. Outside this package `gpuadam.backends.register(backend)` takes the place of the row. Then
-    `python -m gpuadam doctor` compares its bits with the arithmetic contract, the bench measures it, and the tests over the
-    fixture `library` include it once `gpuadam/testing/array_backends.py` can make its arrays. `tests/test_fourth_backend.py`
-    has a complete one, in plain NumPy and under 80 lines.
+| attribute or method | meaning |
+|---|---|
+| `name`, `memory`, `boundary` | "numba-cpu"; "CPU" or "CUDA"; at which multiple of bytes state begins |
+| `status()` | whether the backend can run here, and its version or what is missing |
+| `view(name, array)` | the View of an array; nothing is copied |
+| `batches(updates, arrays)` | `Batch`es, which do `place`, `check`, `prepare`, `launch` and `release` |
+| `norm(...)`, `chunk_sums(views)` | the global norm, whose bits follow from the order in `norm_order.py` |
+| `zeros`, `shaped`, `fill_zero`, `copy` | memory for state |
+| `from_host`, `to_host`, `native` | copies from and to NumPy; an array as one of the backend's library |
+| `now`, `seconds_between` | the clock of the device |
 
-**The files**
+`Backend` itself has `launch`, for one update, and `zeros_like`. `gpu_backend.GpuBackend` adds what two libraries share on a
+GPU: batches, streams, events and copies by the driver, rehearsals, captured graphs, and the passes of the norm. A GPU backend
+brings devices, memory, and `run`, `launch_scalars` and `launch_sums`, which launch a kernel.
 
-    adam.py, limit.py                              the rules
-    primitives.py                                  operations and conversions
-    operands.py, numba_access.py, cuda_c_access.py    operands and formats; loads and stores
-    view.py, dlpack.py, layout.py, array_bytes.py  what is known of an array; how it lies in memory; its bytes
-    backend.py                                     the interface
-    cpu_backend.py, cpu_kernels.py, cpu_threads.py, numpy_struct.py, compiled_cache.py    `numba-cpu`
-    gpu_backend.py, gpu_driver.py, gpu_batch.py, gpu_table.py, streams.py, scalars.py    both GPU backends
-    cupy_backend.py, cupy_kernels.py               `cupy`
-    numba_cuda_backend.py, numba_cuda_kernels.py   `numba-cuda`
-    numba_memory.py                                numbers in memory, for Numba's code on the CPU and on a GPU
-    norm_order.py                                  THE ORDER of the global norm, and its plan
-    norm_cpu.py, norm_cuda_c.py, norm_numba_cuda.py    its kernels
-    synchronous.py                                 GPUADAM_SYNC=1
+**To add a backend**: one class, in a file that ends with `backend = TheClass()`, and one row in BACKENDS of
+`gpuadam/backends.py`. Outside this package `gpuadam.backends.register(backend)` takes the place of the row. Then `python -m
+gpuadam doctor` compares its bits with the arithmetic contract, the bench measures it, and the tests over the fixture
+`library` include it once `gpuadam/testing/array_backends.py` can make its arrays. `tests/test_fourth_backend.py` has a
+complete backend, in plain NumPy and some 100 lines.
+
+## The files
+
+| file | contents |
+|---|---|
+| `adam.py`, `limit.py` | the rules |
+| `scalars.py` | THE FORMULA of a step's scalars |
+| `primitives.py`, `conversions.py`, `llvm.py` | operations; conversions and random bits; LLVM for both |
+| `operands.py`, `numba_access.py`, `cuda_c_access.py` | operands and formats; loads and stores |
+| `view.py`, `dlpack.py`, `layout.py`, `array_bytes.py` | what is known of an array; how it lies in memory; its bytes |
+| `backend.py` | the interface |
+| `cpu_backend.py`, `cpu_kernels.py`, `cpu_threads.py`, `numpy_struct.py`, `compiled_cache.py` | `numba-cpu` |
+| `gpu_backend.py`, `gpu_driver.py`, `gpu_batch.py`, `gpu_table.py`, `streams.py` | both GPU backends |
+| `cupy_backend.py`, `cupy_kernels.py` | `cupy` |
+| `numba_cuda_backend.py`, `numba_cuda_kernels.py` | `numba-cuda` |
+| `numba_memory.py` | numbers in memory, for Numba's code on the CPU and on a GPU |
+| `norm_order.py` | THE ORDER of the global norm, and its plan |
+| `norm_cpu.py`, `norm_cuda_c.py`, `norm_numba_cuda.py` | its kernels |
+| `synchronous.py` | GPUADAM_SYNC=1 |
 """

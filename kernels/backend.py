@@ -25,7 +25,7 @@ class Batch:
         self.group, self.begun = 0, False
 
     def place(self, stream):
-        """Return where a launch goes, for `check` and `prepare`. stream: the handle of a CUDA stream, or None."""
+        """Return where a launch goes, for `check` and `prepare`, or None on the CPU. stream: the handle of one, or None."""
         refuse_stream(stream)
 
     def check(self, place, on_device):

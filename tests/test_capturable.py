@@ -11,8 +11,7 @@ from cases import ARCHITECTURES, DEFAULTS, DTYPES, assert_same_bits, form_and_sc
 from test_gpu import spin
 
 import gpuadam
-from gpuadam import clipping, hyperparameters, testing
-from gpuadam import step_counts as capturable
+from gpuadam import clipping, device_step, hyperparameters, testing
 from gpuadam import update as functional
 from gpuadam.kernels.operands import Arrays
 from gpuadam.kernels.scalars import KEY_AT, SKIP_AT, ScalarsForm, Settings, step_key
@@ -159,7 +158,7 @@ def from_the_device(compiler, arch, h, step, arrays, seed=0, counts=True, **give
         h = h._replace(lr=0.0)
     if now.grad_scale is not None:
         h = h._replace(fixed=dataclasses.replace(h.fixed, grad_scale=1.0))
-    scalars = capturable.Scalars(functional.Updates(h, step, [], now=now, seed=seed), None)
+    scalars = device_step.ScalarsLaunch(functional.Updates(h, step, [], now=now, seed=seed), None)
     scalars.of(arrays)
     ((form, settings, _),) = scalars._launches.values()
     count = np.array([step - 1])
@@ -242,7 +241,7 @@ FLAGS = {
 
 @pytest.mark.parametrize("dtype", FLAGS)
 def test_a_flag_that_is_not_zero_leaves_the_step_out(compiler, dtype):
-    assert set(map(np.dtype, FLAGS)) == set(capturable.FLAGS)
+    assert set(map(np.dtype, FLAGS)) == set(device_step.FLAGS)
     h = hyperparameters.checked(**DEFAULTS)
     for skips, values in enumerate(FLAGS[dtype]):
         for value in values:

@@ -182,7 +182,7 @@ def test_wrong_arguments_are_explained(capsys, arguments, said):
         (("--reserve", "90"), "less than the 80,000,000,000 of a device"),
         (("--master", "remainder"), "bfloat16 parameters, not with float32"),
         (("--constants", "/nowhere.json"), "cannot be read as JSON"),
-        (("--budget", "1e-6"), "32,768 are enough"),
+        (("--budget", "1e-6"), "must be an integer of at least 32,768"),
     ],
 )
 def test_what_makes_no_sense_ends_with_2(capsys, arguments, said):
@@ -197,14 +197,14 @@ def test_what_makes_no_sense_ends_with_2(capsys, arguments, said):
         ('{"rows": []}', "no float32 rows of the limit kernel"),
         ('{"constants": {"cpu": {"bandwidth": -1}}}', "must be a number above 0"),
         ('{"constants": {"cpu": {"bandwidth": 1}}}', "the launch of its cpu is None"),
-        ('{"constants": {"cpu": {"bandwidth": 1, "rates": [{}]}}}', "are not those of formats"),
+        ('{"constants": {"cpu": {"bandwidth": 1, "rates": [{}]}}}', "must be a list of formats"),
         ("{", "cannot be read as JSON"),
         ('{"constants": {"cpu": {"bandwidth": NaN}}}', "cannot be read as JSON: NaN is no number"),
         ('{"constants": {"cpu": {"bandwidth": 1e999}}}', "must be a number above 0"),
         ('{"constants": {"cpu": []}}', "its cpu is []"),
         ('{"constants": {"disk": {"read": 1}, "cpu": CPU}}', "the write of its disk is None"),
         ('{"constants": {"gpu": CPU, "cpu": {}}}', "the bandwidth of its cpu is None"),
-        ('{"rows": [{"backend": "numba-cpu"}]}', 'its "rows" are not those of'),
+        ('{"rows": [{"backend": "numba-cpu"}]}', "has neither constants"),
     ],
 )
 def test_a_file_without_constants_is_refused(capsys, tmp_path, content, said):

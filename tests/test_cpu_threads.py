@@ -332,7 +332,7 @@ def a_step_without_memory_in_the_last_thread():
     numba_cpu.build = lambda rule, form, loop: parallel
     try:
         steps_of_one(1)
-    except MemoryError as error:
+    except RuntimeError as error:
         return str(error)
 
 
@@ -358,7 +358,7 @@ def test_a_part_that_fails_in_a_thread_fails_the_call(monkeypatch, call):
     for module in (numba_cpu, norm_cpu):
         monkeypatch.setattr(module, "build", build)
     arrays = [np.ones(1 << 19, "f4") for _ in range(4)]
-    with pytest.raises(MemoryError, match="no room"):
+    with pytest.raises(RuntimeError if call == "a step" else MemoryError, match="no room"):
         gpuadam.adam_step(*arrays, 1) if call == "a step" else gpuadam.global_norm(arrays)
 
 

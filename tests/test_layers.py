@@ -15,7 +15,7 @@ FLOORS = [
     ("kernels.*",),
     ("checks", "torch_tensors", "backends", "terminal.*", "version"),
     ("hyperparameters", "state", "reference"),
-    ("options", "groups", "step_counts", "clipping", "remembered", "flat"),
+    ("options", "groups", "device_step", "step_counts", "clipping", "remembered", "flat"),
     ("update", "functional"),
     ("sharded.transports.*", "sharded.agreement", "sharded.layout", "checkpoint", "checkpoint.safetensors"),
     ("checkpoint.saving", "checkpoint.*"),
@@ -34,16 +34,7 @@ HEAVY = {
 }  # fmt: skip
 
 # Names of other libraries; `_mmap` is NumPy's, `_cache` Numba's, and nothing public does what they do
-OF_LIBRARIES = {
-    "_replace",
-    "_fields",
-    "_asdict",
-    "_make",
-    "_foreach_add_",
-    "_foreach_sub_",
-    "_mmap",
-    "_step_supports_amp_scaling",
-}
+OF_LIBRARIES = {"_replace", "_fields", "_asdict", "_foreach_add_", "_foreach_sub_", "_mmap", "_cache"}
 
 
 @functools.cache

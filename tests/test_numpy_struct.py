@@ -430,7 +430,7 @@ def test_this_way_is_the_one_that_is_taken(monkeypatch):
     gpuadam.adam_step(*plain(), 1)
     gpuadam.Adam(np.ones(6, "f4")).step(np.ones(6, "f4"))
     assert taken == []
-    monkeypatch.setattr(update, "_last_likes", {})
+    monkeypatch.setattr(update, "_latest", {})
     monkeypatch.setattr(numpy_struct, "known", lambda: False)
     gpuadam.adam_step(*plain(), 1)
     assert taken == ["the other way"]

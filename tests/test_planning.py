@@ -343,12 +343,12 @@ def test_every_kind_of_machine_has_what_a_plan_needs():
     [
         ({"sizes": []}, "at least one parameter"),
         ({"sizes": [3, 0]}, "at least one element"),
-        ({"sizes": 5, "param": "int8"}, "param='int8': choose from"),
-        ({"sizes": 5, "state": "4bit"}, "state='4bit': choose from"),
+        ({"sizes": 5, "param": "int8"}, "param='int8' must be one of"),
+        ({"sizes": 5, "state": "4bit"}, "state='4bit' must be one of"),
         ({"sizes": 5, "state": "8bit", "amsgrad": True}, "8-bit state"),
         ({"sizes": 5, "master": "remainder"}, "bfloat16 parameters, not with float32"),
         ({"sizes": 5, "master": "float32"}, "not with float32"),
-        ({"sizes": 5, "param": "bfloat16", "master": "float16"}, "master='float16': choose from None, remainder, float32"),
+        ({"sizes": 5, "param": "bfloat16", "master": "float16"}, "master='float16' must be one of 'remainder', 'float32'"),
         ({"sizes": 5, "stochastic": True}, "stochastic rounding is of"),
         ({"sizes": [10**18, 1]}, r"more than 1e\+18 elements"),
         ({"sizes": 10**400}, r"more than 1e\+18 elements"),
@@ -367,8 +367,8 @@ def test_an_update_that_there_is_not_is_refused(given_, said):
         ({"world": 10**9}, "more than the 10,000,000 devices"),
         ({"world": 8, "model_parallel": 3}, "must divide world"),
         ({"reserve": 80 * 10**9}, "less than the 80,000,000,000"),
-        ({"collective": "tree"}, "choose from ring, halving"),
-        ({"budget": 1000}, "32,768 are enough"),
+        ({"collective": "tree"}, "must be one of 'ring', 'halving'"),
+        ({"budget": 1000}, "must be an integer of at least 32,768"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(given_, said):

@@ -9,6 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 GUIDE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gpuadam/guide").glob("*.py"))
+PACKAGES = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "gpuadam").glob("*/__init__.py") if path.parent.name != "guide"
+)
 
 
 def blocks():
@@ -39,12 +42,18 @@ def test_readme_and_guide_have_python():
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only a clone has every file that the pages name")
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", *GUIDE])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", *GUIDE, *PACKAGES])
 def test_links_lead_to_files_and_paths_exist(page):
     text, folder = (ROOT / page).read_text(encoding="utf-8"), (ROOT / page).parent
     links = [folder / link for link in re.findall(r"\]\(([^)#]+)\)", text)]
     paths = [ROOT / path for path in re.findall(r"`((?:kernels|gpuadam|tests|benchmarks|\.pdoc|\.ci)/[\w./-]*)", text)]
     assert [str(path) for path in links + paths if not path.exists()] == []
+
+
+def test_the_map_of_kernels_has_every_file_and_no_other():
+    _, _, the_map = (ROOT / "kernels/__init__.py").read_text(encoding="utf-8").partition("## The files")
+    there = {path.name for path in (ROOT / "kernels").glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"\w+\.py", the_map)) == there
 
 
 def test_the_readme_is_ten_minutes():

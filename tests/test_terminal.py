@@ -22,7 +22,7 @@ def test_in_a_pipe_a_long_loop_prints_some_plain_lines():
 
 def test_on_a_terminal_a_long_loop_has_a_bar():
     asked, shown = counted(terminal=True)
-    assert len(asked) == 50 and "turn 100" in shown and "100%" in shown
+    assert asked == [25, 50, 75, 100] and "turn 100" in shown and "100%" in shown
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 
 import gpuadam
 from gpuadam import testing
+from gpuadam.device_step import FLAGS
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
-from gpuadam.step_counts import FLAGS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHAPES = {"w": (7, 11), "b": (5,)}

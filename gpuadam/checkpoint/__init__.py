@@ -1,17 +1,41 @@
 """Checkpoints: an optimizer's state in safetensors files that survive a crash and that any safetensors reader can open.
 
-    opt.save("adam.safetensors", with_params=True)                       one process: a file
-    opt = gpuadam.load("adam.safetensors", params, with_params=True)
+| | save | load |
+|---|---|---|
+| one process: a file | `opt.save(path)` | `opt = gpuadam.load(path, params)` |
+| many ranks: a folder | `opt.save(folder)`, of a `ShardedAdam` | `opt = gpuadam.load_sharded(folder, params, transport)` |
 
-    opt.save("checkpoint", with_params=True)                             many ranks, a `ShardedAdam`: a folder
-    opt = gpuadam.load_sharded("checkpoint", params, transport, with_params=True)
+`save` writes the state by name, the hyperparameters and the step counts. `load` makes the optimizer again, and training
+continues bit for bit, on any backend. With `with_params=True`, for both, the parameters are saved and restored too:
 
-Training goes on bit for bit, on any backend. `gpuadam.load` also takes a folder that many ranks wrote, and `load_sharded` a file,
-or a folder that another number of ranks wrote. A checkpoint that is damaged, incomplete or does not fit the parameters raises
-CheckpointError before anything of the caller's has changed. Saving and loading take a few MB of memory beside the state.
+>>> import numpy as np, gpuadam, pathlib, tempfile
+>>> path = pathlib.Path(tempfile.mkdtemp()) / "adam.safetensors"
+>>> w, grad = np.ones(3, "float32"), np.float32([1.0, -1.0, 0.5])
+>>> opt = gpuadam.AdamW({"w": w}, lr=0.1, state_dtype="bfloat16")
+>>> opt.step({"w": grad})
+>>> opt.save(path, with_params=True)
+>>> again = {"w": np.zeros(3, "float32")}
+>>> opt_again = gpuadam.load(path, again, with_params=True)
+>>> for one, params in ((opt, {"w": w}), (opt_again, again)):
+...     one.step({"w": grad})
+>>> bool((again["w"] == w).all()), opt_again.steps
+(True, 2)
 
+* The file is the new one or the old one, whatever is killed and however full the disk is.
+* Every changed byte is noticed.
+* Names, shapes or dtypes that differ are refused. So is a checkpoint that is damaged or incomplete.
+  `gpuadam.CheckpointError` is raised before anything of the caller's has changed.
+* Saving and loading use a few MB of memory beside the state.
+* `gpuadam.load` also takes a folder that many ranks wrote. `gpuadam.load_sharded` also takes a file, or a folder that
+  another number of ranks wrote: `gpuadam.sharded`.
 
-# A file
+`gpuadam.foreign_state` takes over the state of other libraries' Adam and gives it back, exactly: `from_torch`, `from_optax`,
+`to_torch`, `to_optax`. Checkpoints of a program that uses `gpuadam.torch` are torch's: `gpuadam.guide.pytorch`.
+
+**Shown:** k steps, save, load and k steps have the bits of 2k steps, in twelve forms of state. Fifty processes are killed in
+the middle of saves; files are truncated at every byte; 10,000 bytes are changed one at a time; the disk is full.
+
+## A file
 
 Its tensors are named by parameter and kind of state. They are in C order, little-endian, and have the parameter's shape. The
 scales of 8-bit state have one dimension instead, with one element for each 32 neighbours of the parameter.
@@ -32,39 +56,48 @@ The metadata are strings. Those marked JSON are JSON in a string.
 | `format`, `version` | `gpuadam.optimizer`, `1` |
 | `class` | `Adam`, `AdamW`, `NAdam`, ...; many ranks also write `NAdamW` and the like: decoupled decay |
 | `gpuadam` | the version of gpuadam that wrote the file |
-| `options` | JSON: the options of the constructor, as `Adam.options` |
+| `options` | JSON: the options of the constructor, as `Options.saved` of `gpuadam/options.py` returns them |
 | `groups` | JSON: a list of `{"names": [...], "lr": ..., "betas": ..., ...}`; lr is null if it was a callable |
 | `steps` | JSON: how many calls of `step` there were |
 | `params` | JSON: name -> `{"step", "dtype", "shape"}` |
 | `copies` | JSON: the names of the parameters that had a copy (`param_copies`); the copies are not saved |
 | `crc32` | JSON: name -> the checksums of a tensor |
 
-A checksum is a CRC-32 in eight hexadecimal digits. A tensor has one for each MiB of its bytes, in a row. That of the header is
-computed with zeros in its own place, which is always the first of the file's metadata. So every changed byte is noticed, and
-parts of a tensor can be read and known to be right.
+A checksum is a CRC-32 in eight hexadecimal digits. A tensor has one for each MiB of its bytes, in a row. That of the header
+is computed with zeros in its own place, which is always the first of the file's metadata. So every changed byte is noticed,
+and parts of a tensor can be read and known to be right.
 
-A file is written beside its place, flushed to the disk and renamed: whatever happens, it is the new one or the old one. A killed
-save leaves `.gpuadam-(16 digits).tmp`, which nothing reads.
+A file is written beside its place, flushed to the disk and renamed: whatever happens, it is the new one or the old one. A
+killed save leaves `.gpuadam-(16 digits).tmp`, which nothing reads.
 
+## A folder
 
-# A folder
+| file | holds |
+| --- | --- |
+| `index.safetensors` | the metadata, without tensors, and the names of the parts |
+| `part-0-of-4-(16 digits).safetensors`, ... | the arrays, or parts of arrays, that each rank owned |
 
-    index.safetensors                   the metadata, without tensors, and the names of the parts
-    part-0-of-4-(16 digits).safetensors, ...    the arrays, or parts of arrays, that each rank owned
-
-The index has two keys more. A part has the metadata `format` (`gpuadam.optimizer.part`) and `version` alone, with the checksums.
+The index has two keys more. A part has the metadata `format` (`gpuadam.optimizer.part`) and `version` alone, with the
+checksums.
 
 | key | value |
 | --- | --- |
 | `reduction` | `mean` or `sum`, as in `ShardedAdam` |
 | `parts` | JSON: a list of `{"file", "n_bytes", "crc32"}`; crc32 is the checksum of the part's header |
 
-The tensors of a part are pieces of one dimension: `w[4096:8192].m` has elements 4096 to 8191 of `w.m`, in C order. The scales of
-8-bit state, too, are named by the elements of the parameter that they belong to. So any number of ranks can read what another
-number wrote.
+The tensors of a part are pieces of one dimension: `w[4096:8192].m` has elements 4096 to 8191 of `w.m`, in C order. The
+scales of 8-bit state, too, are named by the elements of the parameter that they belong to. So any number of ranks can read
+what another number wrote.
 
-Every rank first writes a part under a new name. Then the index replaces the old one in one step, and the old parts are deleted.
-The next save deletes parts of a save that was killed.
+Every rank first writes a part under a new name. Then the index replaces the old one in one step, and the old parts are
+deleted. The next save deletes parts of a save that was killed.
+
+## The files of this package
+
+`safetensors` reads and writes the format in pieces, and `atomic_file` replaces a file whole or not at all. `format` has the
+metadata, `tensors` the arrays of an optimizer as tensors. `saving` writes the checkpoint of an `Adam`. `stored` has the
+arrays of a checkpoint that is open, and `loading` makes an `Adam` of them. Many ranks' checkpoints are in
+`gpuadam/sharded/saving.py` and `gpuadam/sharded/loading.py`.
 """
 
 from .safetensors import CheckpointError

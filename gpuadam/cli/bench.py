@@ -13,11 +13,10 @@ import gpuadam
 from .. import backends
 from ..terminal import arguments, figures, output
 from .measuring import forms, measure, plots
-from .measuring.measure import CALL, KERNEL
+from .measuring.measure import CALL
 
 HELP = "throughput, in GB/s and in percent of the measured limit"
 SIZES = {"CPU": (10**3, 10**4, 10**5, 10**6, 10**7, 2 * 10**7), "CUDA": tuple(1 << k for k in range(16, 27, 2))}
-PANELS = 3  # beside each other, in a plot
 FOOTNOTE = """\
 One step, kernel and launch. % of limit: the limit kernel's time over the step's, medians of one run in turn.
 bytes: read and written of an element. call: host time of one gpuadam.adam_step, its checks included
@@ -25,18 +24,13 @@ bytes: read and written of an element. call: host time of one gpuadam.adam_step,
 
 
 def add_options(parser):
-    parser.add_argument(
-        "--sizes", type=arguments.wholes, metavar="N,N", help="elements, such as 1e5,2e7; by default a sweep"
-    )
-    parser.add_argument(
-        *("--forms", "--dtypes"),
-        type=forms.chosen,
-        default=("float32", "float64"),
-        metavar="NAME,NAME",
-        help='formats, formulas and algorithms, such as "float32,8-bit state,NAdam", or all; default float32,float64',
-    )
+    of_sizes = "elements, such as 1e5,2e7; by default a sweep"
+    parser.add_argument("--sizes", type=arguments.wholes, metavar="N,N", help=of_sizes)
+    of_forms = 'formats, formulas and algorithms, such as "float32,8-bit state,NAdam", or all; default %(default)s'
+    names = {"type": forms.chosen, "default": "float32,float64", "metavar": "NAME,NAME"}
+    parser.add_argument("--forms", "--dtypes", **names, help=of_forms)
     parser.add_argument("--seconds", type=arguments.number(0), default=1.0, help="time spent on each row (default 1)")
-    parser.add_argument("--plot", type=arguments.writable, metavar="FILE", help="write throughput against size as PNG")
+    parser.add_argument("--plot", type=arguments.writable, metavar="FILE", help="write throughput by size as PNG")
     parser.add_argument("--backend", choices=list(backends.BACKENDS), help="default: all that there are")
 
 
@@ -44,25 +38,19 @@ def run(options):
     """Print the tables; return 0."""
     console = output.console("bench", options)
     names = [options.backend] if options.backend else gpuadam.available_backends()
-    for name in names:
-        backends.load(name)
     cases = [
-        (name, form, n)
+        (backends.load(name), form, n)
         for name in names
         for form in options.forms
         for n in options.sizes or SIZES[backends.BACKENDS[name].memory]
     ]
-    rows = []
-
-    def described(number):
-        name, form, n = cases[min(number, len(cases) - 1)]  # the next one, which takes the time
-        return f"{name} {form} {n:,}"
-
-    for number in output.counted(console, len(cases), described, every=len(cases) + 1):
-        name, form, n = cases[number - 1]
-        rows += rows_of(name, form, n, options.seconds)
-    for table in tables(rows):
-        console.print(table)
+    rows: list[dict] = []
+    with console.status("") as status:
+        for number, (kernels, form, n) in enumerate(cases, 1):
+            status.update(f"{number} of {len(cases)}: {kernels.name} {form} {n:,}")
+            rows += rows_of(kernels, form, n, options.seconds)
+    for (backend,), of_backend in measure.groups(rows, "backend").items():
+        console.print(table(backend, of_backend))
     console.print(FOOTNOTE, highlight=False)
     console.print(", ".join(dict.fromkeys(rows[0][key] for key in ("device", "cpu", "system", "date"))), highlight=False)
     if options.plot:
@@ -72,9 +60,9 @@ def run(options):
     return 0
 
 
-def rows_of(name, form, n, seconds):
+def rows_of(kernels, form, n, seconds):
     """Return the rows of one size: the step and the limit kernel in turn, for about `seconds`, and the host's time of a call."""
-    kernels, case = backends.load(name), forms.FORMS[form]
+    case = forms.FORMS[form]
     arrays = forms.new_arrays(kernels, case, n)
     contenders = forms.kernel_and_limit(kernels, case, arrays)
     times = measure.in_turn(kernels, list(contenders.values()), seconds)
@@ -84,71 +72,49 @@ def rows_of(name, form, n, seconds):
         call()
         calls.append(time.perf_counter() - began)
     n_bytes = forms.bytes_moved(case)
-    clock = "device" if backends.BACKENDS[name].memory == "CUDA" else "host"
-    of_device = {"state": "in turn", "clock": clock, "dtype": form, "moved": n_bytes * n}
+    of_row = {"backend": kernels.name, "elements": n, "dtype": form}
+    in_turn = {"state": "in turn", "clock": "device" if kernels.memory == "CUDA" else "host", "moved": n_bytes * n}
     rows = [
-        measure.row("bench", contender, name, n, **of_device, seconds=of_contender)
-        for contender, of_contender in zip(contenders, times, strict=True)
+        measure.row("bench", contender, **of_row, **in_turn, seconds=seconds)
+        for contender, seconds in zip(contenders, times, strict=True)
     ]
     measure.add_ratios(rows)
-    rows.append(measure.row("bench", CALL, name, n, state="warm", clock="host", dtype=form, seconds=calls))
+    rows.append(measure.row("bench", CALL, **of_row, state="warm", seconds=calls))
     return [row | {"bytes_per_element": n_bytes} for row in rows]
 
 
-def tables(rows):
-    """Yield a table for each form, with a line for each size; or one for each size if there are more forms."""
-    n_forms, n_sizes = (len({row[key] for row in rows}) for key in ("dtype", "elements"))
-    by, of_lines = ("dtype", "elements") if n_forms <= n_sizes else ("elements", "dtype")
-    for (backend, shared), group in measure.groups(rows, "backend", by).items():
-        calls = {row[of_lines]: row["p50_us"] for row in group if row["contender"] == CALL}
-        lines = []
-        for row in group:
-            if row["contender"] == KERNEL:
-                figures = [row[key] for key in ("p20_us", "p50_us", "p80_us", "gb_per_s")]
-                figures += [100 / row["x_limit"], calls[row[of_lines]]]
-                line = [f"{row[of_lines]:,}" if of_lines == "elements" else row[of_lines], f"{row['bytes_per_element']:g}"]
-                lines.append(line + [f"{figure:,.1f}" for figure in figures])
-        title = f"{backend}, {shared:,} elements" if by == "elements" else f"{backend}, {shared}"
-        heads = ("bytes", "p20 us", "p50 us", "p80 us", "GB/s", "% of limit", "call us")
-        yield output.table(title, ("elements" if of_lines == "elements" else "", *heads), lines)
+def table(backend, rows):
+    """Return the table of a backend, with a line for each form and size."""
+    heads = ("", "elements", "bytes", "p20 us", "p50 us", "p80 us", "GB/s", "% of limit", "call us")
+    lines = []
+    for (form, n), of_case in measure.groups(rows, "dtype", "elements").items():
+        kernel, _, call = of_case
+        numbers = [kernel[key] for key in ("p20_us", "p50_us", "p80_us", "gb_per_s")]
+        numbers += [100 / kernel["x_limit"], call["p50_us"]]
+        lines.append([form, f"{n:,}", f"{kernel['bytes_per_element']:g}", *(f"{number:,.1f}" for number in numbers)])
+    return output.table(backend, heads, lines)
 
 
 def plot(rows):
-    """Return a figure of throughput, the step beside its limit: a panel for each backend and form, or bars of a single size."""
-    rows = [row for row in rows if row["gb_per_s"]]
-    return _curves(rows) if len({row["elements"] for row in rows}) > 1 else _bars(rows)
-
-
-def _bars(rows):
-    """Return a figure with a bar for each form, in the frame of its limit."""
-    of_backends = measure.groups(rows, "backend")
-    n_forms = len({row["dtype"] for row in rows})
-    figure, axes = figures.panels(1, len(of_backends), width=8, height=1.2 + 0.34 * n_forms)
-    for axis, ((name,), of_backend) in zip(axes.flat, of_backends.items(), strict=True):
-        steps, limits = ([row for row in of_backend if row["contender"] == of] for of in (KERNEL, measure.LIMIT))
-        forms_of_axis = [step["dtype"] for step in steps]
-        axis.barh(forms_of_axis, [step["gb_per_s"] for step in steps], 0.62, color=plots.OURS)
+    """Return a figure of throughput, a panel for each backend: a bar for each form and size, in the frame of its limit."""
+    of_backends = measure.groups([row for row in rows if row["gb_per_s"]], "backend")
+    n_bars = max(map(len, of_backends.values())) // 2
+    figure, axes = figures.panels(1, len(of_backends), width=8, height=1.2 + 0.34 * n_bars)
+    for axis, ((backend,), of_backend) in zip(axes.flat, of_backends.items(), strict=True):
+        steps, limits = of_backend[::2], of_backend[1::2]
+        places = range(len(steps))
+        axis.barh(places, [step["gb_per_s"] for step in steps], 0.62, color=plots.OURS)
         frame = {"facecolor": "none", "edgecolor": plots.LIMIT, "linestyle": "--", "label": "its limit"}
-        frames = axis.barh(forms_of_axis, [limit["gb_per_s"] for limit in limits], 0.84, **frame)
+        frames = axis.barh(places, [limit["gb_per_s"] for limit in limits], 0.84, **frame)
         texts = [
             f"{step['gb_per_s']:.3g}   {100 / step['x_limit']:.0f} % of its limit, {step['bytes_per_element']:g} B each"
             for step in steps
         ]
         axis.bar_label(frames, texts, padding=7, fontsize=8)
-        axis.set(xticks=[], xlim=(0, 1.8 * max(row["gb_per_s"] for row in of_backend)), ylim=(n_forms - 0.4, -1.5))
-        axis.set_title(f"{name}, {rows[0]['elements']:,} elements: GB/s")
+        axis.set_yticks(places, [f"{step['dtype']}, {step['elements']:,}" for step in steps])
+        axis.set(xticks=[], xlim=(0, 1.8 * max(row["gb_per_s"] for row in of_backend)), ylim=(len(steps) - 0.4, -1.5))
+        axis.set_title(f"{backend}: GB/s")
         axis.spines["bottom"].set_visible(False)
         axis.tick_params(axis="y", length=0)
         axis.legend(loc="upper right")
-    return figure
-
-
-def _curves(rows):
-    of_panels = measure.groups(rows, "backend", "dtype")
-    columns = min(len(of_panels), PANELS)
-    figure, axes = figures.panels(-(-len(of_panels) // columns), columns, width=6, height=4)
-    for axis in axes.flat[len(of_panels) :]:
-        axis.set_axis_off()
-    for axis, (of_panel, of_rows) in zip(axes.flat, of_panels.items(), strict=False):
-        plots.throughput(axis, of_rows, title=", ".join(of_panel))
     return figure

@@ -6,14 +6,13 @@ b. Learn to read 1,797 handwritten digits (scikit-learn's `load_digits`, from th
    reference.
 """
 
-import itertools
 import time
 
 import numpy as np
 
 import gpuadam
 
-from .. import backends, reference
+from .. import backends, testing
 from ..examples import command_line
 from ..examples import digits as example
 from ..terminal import arguments, figures, output
@@ -32,54 +31,53 @@ def add_options(parser):
 def run(options):
     """Run both parts; return 0 if the test accuracy is at least 97 %."""
     console = output.console("demo", options)
-    output.need("demo", "sklearn.datasets")
+    data = example.load_digits()
     backend = options.backend or gpuadam.available_backends()[0]
     backends.load(backend)
     # Numba's device arrays have no arithmetic; CuPy's lie in the same memory
     xp = command_line.array_module("numpy" if backend == "numba-cpu" else "cupy")
     console.print(f"gpuadam {gpuadam.__version__}, backend {backend}, arrays of {xp.__name__}\n")
-
-    result = {"backend": backend, "textbook": textbook(xp, backend)}
-    _print_textbook(console, result["textbook"])
-    result["digits"] = digits(xp, backend, console)
-    _print_digits(console, result["digits"])
+    of_textbook = textbook(xp, backend, console)
+    of_digits = digits(xp, backend, console, data)
     if options.plot:
-        figures.save(_plot(backend, result["digits"]), options.plot)
+        figures.save(_plot(backend, of_digits), options.plot)
         console.print(f"curves: {options.plot}")
+    result = {"backend": backend, "textbook": of_textbook, "digits": of_digits}
     output.write_json(options.json, result | {"versions": facts.versions(), "machine": facts.machine()})
-    return 0 if result["digits"]["test_accuracy"] >= 0.97 else 1
+    return 0 if of_digits["test_accuracy"] >= 0.97 else 1
 
 
-def textbook(xp, backend):
-    """Fit y = w x + b to y = 2 x by the mean squared error, from w = 0.5, b = 0. Return the steps."""
+def textbook(xp, backend, console):
+    """Fit y = w x + b to y = 2 x by the mean squared error, from w = 0.5, b = 0. Return and print the steps."""
     x = xp.arange(1, 6, dtype="float32")
     y = 2 * x
-    w, b = xp.full(1, 0.5, "float32"), xp.zeros(1, "float32")
+    params = {"w": xp.full(1, 0.5, "float32"), "b": xp.zeros(1, "float32")}
     beta1, beta2 = betas = (0.9, 0.999)
-    opt = gpuadam.Adam({"w": w, "b": b}, lr=0.1, betas=betas, eps=1e-8, backend=backend)
+    opt = gpuadam.Adam(params, lr=0.1, betas=betas, eps=1e-8, backend=backend)
     first_steps = []
     for step in range(1, TEXTBOOK_STEPS + 1):
-        residual = w * x + b - y
+        residual = params["w"] * x + params["b"] - y
         grads = {"w": (2 * residual * x).mean().reshape(1), "b": (2 * residual).mean().reshape(1)}
         opt.step(grads)
-        if step > 5:
-            continue
-        for name, value in (("w", w), ("b", b)):
+        for name, value in params.items() if step <= 5 else ():
             m, v = (float(opt.state[name][moment][0]) for moment in ("m", "v"))
             moments = {"m": m, "v": v, "m_hat": m / (1 - beta1**step), "v_hat": v / (1 - beta2**step)}
             row = {"step": step, "parameter": name, "g": float(grads[name][0]), **moments, "value": float(value[0])}
             first_steps.append(row)
-    return {"first_steps": first_steps, "steps": TEXTBOOK_STEPS, "w": float(w[0]), "b": float(b[0])}
+    lines = [[f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()] for row in first_steps]
+    console.print(output.table("a. fit y = w x + b to y = 2 x with lr = 0.1", first_steps[0], lines))
+    w, b = (float(value[0]) for value in params.values())
+    console.print(f"after {TEXTBOOK_STEPS} steps: w = {w:.6f}, b = {b:.6f}\n", highlight=False)
+    return {"first_steps": first_steps, "steps": TEXTBOOK_STEPS, "w": w, "b": b}
 
 
-def digits(xp, backend, console):
-    """Train on the digits twice, with gpuadam in float32 and with the reference in float64. Return curves and accuracies."""
-    (x, y), (x_test, y_test) = example.load_digits()
-    params = {name: xp.asarray(p, dtype="float32") for name, p in example.initial_parameters(HIDDEN).items()}
+def digits(xp, backend, console, data):
+    """Train on the digits twice, with gpuadam in float32 and with the reference in float64. Return and print how well."""
     exact = example.initial_parameters(HIDDEN)
+    params = {name: xp.asarray(p, dtype="float32") for name, p in exact.items()}
     settings = {"lr": 2e-3, "weight_decay": 0.1}
     opt = gpuadam.AdamW(params, **settings, backend=backend)
-    moments = {name: (np.zeros_like(p), np.zeros_like(p)) for name, p in exact.items()}
+    reference = testing.Reference(exact, decoupled=True, **settings)
     update_seconds = []
 
     def step(grads):
@@ -87,58 +85,52 @@ def digits(xp, backend, console):
         opt.step(grads)
         update_seconds.append(time.perf_counter() - began)
 
-    exact_steps = itertools.count(1)
-
     def exact_step(grads):
-        number = next(exact_steps)
-        for name, grad in grads.items():
-            exact[name], m, v, _ = reference.adam_step(exact[name], grad, *moments[name], number, decoupled=True, **settings)
-            moments[name] = m, v
+        reference.step(grads)
+        exact.update(zip(exact, reference.params.values(), strict=True))
 
-    data = [xp.asarray(a, dtype=t) for a, t in ((x, "float32"), (y, "int64"), (x_test, "float32"), (y_test, "int64"))]
-    losses = example.train(xp, params, step, *data[:2])
-    exact_losses = example.train(np, exact, exact_step, x, y)
-    curves: dict[str, list[float]] = {"loss": [], "accuracy": [], "reference_loss": [], "reference_accuracy": []}
+    in_float32 = [(xp.asarray(images, dtype="float32"), xp.asarray(labels)) for images, labels in data]
+    ours, references = _epochs(xp, params, step, in_float32), _epochs(np, exact, exact_step, data)
+    epochs: list[tuple] = []
 
     def described(epoch):
-        return f"epoch {epoch:3d}  loss {curves['loss'][-1]:.4f}  test accuracy {curves['accuracy'][-1]:.2%}"
+        return f"epoch {epoch:3d}  loss {epochs[-1][0]:.4f}  test accuracy {epochs[-1][1]:.2%}"
 
     for _ in output.counted(console, EPOCHS, described, every=10):
-        curves["loss"].append(next(losses))
-        curves["accuracy"].append(example.accuracy(xp, params, *data[2:]))
-        curves["reference_loss"].append(next(exact_losses))
-        curves["reference_accuracy"].append(example.accuracy(np, exact, x_test, y_test))
-    apart = max(float(np.abs(command_line.on_host(params[name]) - exact[name]).max()) for name in exact)
-    return curves | {
-        "train_images": len(x),
-        "test_images": len(x_test),
+        epochs.append((*next(ours), *next(references)))
+    curves: dict = dict(
+        zip(("loss", "accuracy", "reference_loss", "reference_accuracy"), zip(*epochs, strict=True), strict=True)
+    )
+    result = curves | {
+        "train_images": len(data[0][1]),
+        "test_images": len(data[1][1]),
         "epochs": EPOCHS,
         "updates": len(update_seconds),
         "test_accuracy": curves["accuracy"][-1],
         "reference_test_accuracy": curves["reference_accuracy"][-1],
         "largest_parameter": max(float(np.abs(p).max()) for p in exact.values()),
-        "largest_difference_from_float64": apart,
+        "largest_difference_from_float64": max(
+            float(np.abs(command_line.on_host(params[name]) - exact[name]).max()) for name in exact
+        ),
         "microseconds_per_update": 1e6 * float(np.median(update_seconds)),
     }
-
-
-def _print_textbook(console, result):
-    heads = ["" if head == "parameter" else head for head in result["first_steps"][0]]
-    lines = [[f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()] for row in result["first_steps"]]
-    console.print(output.table("a. fit y = w x + b to y = 2 x with lr = 0.1", heads, lines))
-    console.print(f"after {result['steps']} steps: w = {result['w']:.6f}, b = {result['b']:.6f}\n", highlight=False)
-
-
-def _print_digits(console, result):
     console.print(
-        f"b. {result['train_images']} handwritten digits, {result['epochs']} epochs, {result['updates']} updates of 4 arrays, "
-        f"{result['microseconds_per_update']:.0f} us each\n"
-        f"   of {result['test_images']} digits held out, read rightly: {result['test_accuracy']:.2%}; "
-        f"by the float64 reference {result['reference_test_accuracy']:.2%}\n"
-        f"   largest difference between the two in a parameter: {result['largest_difference_from_float64']:.1e} "
-        f"of {result['largest_parameter']:.2f}",
+        "b. {train_images} handwritten digits, {epochs} epochs, {updates} updates of 4 arrays, "
+        "{microseconds_per_update:.0f} us each\n"
+        "   of {test_images} digits held out, read rightly: {test_accuracy:.2%}; "
+        "by the float64 reference {reference_test_accuracy:.2%}\n"
+        "   largest difference between the two in a parameter: {largest_difference_from_float64:.1e} "
+        "of {largest_parameter:.2f}".format(**result),
         highlight=False,
     )
+    return result
+
+
+def _epochs(xp, params, step, data):
+    """Yield the loss and the test accuracy of each epoch."""
+    images_and_labels, held_out = data
+    for loss in example.train(xp, params, step, *images_and_labels):
+        yield loss, example.accuracy(xp, params, *held_out)
 
 
 def _plot(backend, curves):

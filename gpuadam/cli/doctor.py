@@ -54,22 +54,24 @@ def _examine(name):
             steps[label] = "failed"
             wrong.append(f"a step failed ({label}): {type(error).__name__}: {error}")
             fix = "mend what the message names; reinstall with " + backends.GPU_EXTRA
-            continue
-        steps[label] = AS_THE_CONTRACT if digest == known.bits else f"differ: {digest}"
-        if digest != known.bits:
-            wrong.append(f"a step ran and gave wrong bits ({label})")
-            fix = fix or "see the warnings below; if there are none, please report it with this page"
+        else:
+            steps[label] = AS_THE_CONTRACT if digest == known.bits else f"differ: {digest}"
+            if digest != known.bits:
+                wrong.append(f"a step ran and gave wrong bits ({label})")
+                fix = fix or "see the warnings below; if there are none, please report it with this page"
     return installed.part(not wrong, "; ".join(wrong) or status.reason, fix) | {"bits": steps["float32"], "steps": steps}
 
 
 def _caches():
     """Return, for each compile cache, its folder and whether it can be written."""
-    cupy = os.environ.get("CUPY_CACHE_DIR") or str(Path("~/.cupy/kernel_cache").expanduser())
-    caches = {"CuPy": {"folder": cupy, "writable": _writable(Path(cupy)), "fix": "set CUPY_CACHE_DIR"}}
+    folders = {"CuPy": os.environ.get("CUPY_CACHE_DIR") or str(Path("~/.cupy/kernel_cache").expanduser())}
     if "numba-cpu" in backends.available_backends():
         (compiled_cache,) = output.need(None, "gpuadam.kernels.compiled_cache")  # not before: it imports Numba
-        folder = compiled_cache.folder()
-        caches["Numba"] = {"folder": folder or "(no folder)", "writable": folder is not None, "fix": "set NUMBA_CACHE_DIR"}
+        folders["Numba"] = compiled_cache.folder()  # None if there is none that can be written
+    caches = {}
+    for library, folder in folders.items():
+        writable, fix = bool(folder) and _writable(Path(folder)), f"set {library.upper()}_CACHE_DIR"
+        caches[library] = {"folder": folder or "(no folder)", "writable": writable, "fix": fix}
     return caches
 
 
@@ -83,34 +85,31 @@ def _writable(folder):
 
 
 def _warnings():
+    cupys = [name for name, version in facts.versions().items() if name.startswith("cupy") and version]
+    folder = os.environ.get("NUMBA_CACHE_DIR")
     warnings = []
     if np.float32(1e-38) * np.float32(0.01) == 0:
-        warnings.append(
-            "this thread flushes subnormal numbers to zero (FTZ), so the CPU's bits differ: some library set it, such as "
-            "torch.set_flush_denormal(True)"
-        )
-    cupys = [name for name, version in facts.versions().items() if name.startswith("cupy") and version]
+        flushing = "this thread flushes subnormal numbers to zero (FTZ), so the CPU's bits differ"
+        warnings.append(f"{flushing}: some library set it, such as torch.set_flush_denormal(True)")
     if len(cupys) > 1:
         warnings.append(f"{' and '.join(cupys)} are installed together and break each other: uninstall all but one")
-    wanted = os.environ.get("NUMBA_CACHE_DIR")
-    if wanted and not _writable(Path(wanted)):
-        warnings.append(
-            f"NUMBA_CACHE_DIR={wanted} cannot be written, so Numba keeps compiled kernels elsewhere, if anywhere"
-        )
+    if folder and not _writable(Path(folder)):
+        elsewhere = "so Numba keeps compiled kernels elsewhere, if anywhere"
+        warnings.append(f"NUMBA_CACHE_DIR={folder} cannot be written, {elsewhere}")
     return warnings
 
 
 def _print(report):
-    versions = dict(report["versions"])
-    print(f"gpuadam {versions.pop('gpuadam')} on {report['machine']['system']}, {report['machine']['cpu']}")
-    with_them = "with " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    versions = [f"{name} {version}" for name, version in report["versions"].items() if version]
+    print(f"{versions[0]} on {report['machine']['system']}, {report['machine']['cpu']}")
+    with_them = "with " + ", ".join(versions[1:])
     print(textwrap.fill(with_them, 120, subsequent_indent="     ", break_on_hyphens=False))
     for parts in (report["backends"], report["parts"]):
         print()
         for name, part in parts.items():
             mark = {True: "works", False: "NO", None: "-"}[part["works"]]
-            print(f"{mark:>7}  {name:<13} {part['reason']}" + (f": {part['fix']}" if part["works"] is None else ""))
-            if part["works"] is False:
+            print(f"{mark:>7}  {name:<13} {part['reason']}")
+            if not part["works"]:
                 print(f"{'':23}to mend it: {part['fix']}")
             for label, bits in part.get("steps", {}).items():
                 print(f"{'':23}bits of a 1,024-element step, {label}: {bits}")

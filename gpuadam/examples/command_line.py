@@ -8,35 +8,35 @@ from pathlib import Path
 
 import numpy as np
 
-from ..backends import BackendUnavailableError, load
+from ..backends import BackendUnavailableError, home, load
 from ..terminal import figures
 from ..terminal.arguments import whole, writable
 from ..terminal.output import MissingExtraError, counted, need
 
 
-def parser(text, *, arrays="", plot="", **counts):
-    """Return a parser with the options of an example.
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it stands, and the default of each option."""
 
-    counts: option -> (default, its meaning, the least number if that is not 1).
+
+def options(argv, text, *, arrays="", plot="", **others):
+    """Return the options of an example.
+
     arrays: the library of the arrays on a GPU; Numba's are the default where there is a GPU.
     plot: the default name of the picture. Without `arrays` or `plot` there is no such option.
+    others: option -> (default, its meaning); of an integer also the least that it may be, if that is not 1.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m gpuadam.examples.{Path(sys.argv[0]).stem}",
-        description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        f"python -m gpuadam.examples.{Path(sys.argv[0]).stem}", None, text, formatter_class=_Help
     )
-    for option, (default, what, *least) in counts.items():
-        count, help = functools.partial(whole, least=least[0] if least else 1), f"{what} (default {default})"
-        parser.add_argument(f"--{option}", type=count, default=default, metavar="N", help=help)
+    for option, (default, meaning, *least) in others.items():
+        kind = functools.partial(whole, least=min(least, default=1)) if isinstance(default, int) else type(default)
+        parser.add_argument(f"--{option}", type=kind, default=default, help=meaning)
     if arrays:
-        by_default = None if arrays == "numba" else "numpy"
-        help = f"{arrays} is a GPU, and {'numpy the default' if by_default else 'the default where there is one'}"
-        parser.add_argument("--arrays", choices=("numpy", arrays), default=by_default, help=help)
+        default = "auto" if arrays == "numba" else "numpy"
+        parser.add_argument("--arrays", choices=("numpy", arrays), default=default, help=f"{arrays} takes a GPU")
     if plot:
-        help = f"the picture, as PNG (default {plot})"
-        parser.add_argument("--plot", type=_picture_file, metavar="FILE", default=plot, help=help)
-    return parser
+        parser.add_argument("--plot", type=_picture_file, metavar="FILE", default=plot, help="the picture, as PNG")
+    return parser.parse_args(argv)
 
 
 def _picture_file(text):
@@ -54,10 +54,7 @@ def array_module(name):
 
 def on_host(array):
     """Return an array of NumPy, CuPy or Numba as NumPy's."""
-    for copy in ("get", "copy_to_host"):
-        if hasattr(array, copy):
-            return getattr(array, copy)()
-    return array
+    return load(home("array", array)).to_host(array)
 
 
 def picture(name, size):
@@ -78,7 +75,12 @@ def steps(total, describe):
     return counted(console.Console(), total, lambda n: f"step {n:{width}}  {describe()}", every=max(1, total // 10))
 
 
-def save_panels(path, shown, draw, title, **of_panels):
+def grey(axis, picture):
+    """Draw a grey picture, a 2-D array: black 0 and white 1."""
+    axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+
+
+def save_panels(path, shown, title, draw=grey, **of_panels):
     """Write square panels side by side as PNG, and say where.
 
     shown: title -> what is drawn. draw: called with a panel and that. of_panels: as in `figures.panels`.
@@ -91,12 +93,6 @@ def save_panels(path, shown, draw, title, **of_panels):
         axis.set_axis_off()
     figures.save(figure, path)
     print(f"picture: {path}")
-
-
-def save_pictures(path, pictures, title):
-    """Write grey pictures side by side. pictures: title -> 2-D array, black 0 and white 1."""
-    grey = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
-    save_panels(path, pictures, lambda axis, picture: axis.imshow(picture, **grey), title)
 
 
 def run(main):

@@ -14,13 +14,11 @@ from . import command_line
 def main(argv=None):
     """Train, print the loss on the way and at the end how many of the images held out are read rightly."""
     counts = {"steps": (30, "passes over the images"), "size": (128, "units of the hidden layer")}
-    options = command_line.parser(__doc__, **counts, arrays="cupy").parse_args(argv)
+    options = command_line.options(argv, __doc__, **counts, arrays="cupy")
     xp = command_line.array_module(options.arrays)
-    command_line.need("examples", "sklearn.datasets")
     (x, y), (x_test, y_test) = [(xp.asarray(x, "float32"), xp.asarray(y)) for x, y in load_digits()]
     params = {name: xp.asarray(p, "float32") for name, p in initial_parameters(options.size).items()}
-    groups = gpuadam.decay_groups(params, no_decay="b*", weight_decay=0.1)
-    opt = gpuadam.AdamW(groups, lr=2e-3)
+    opt = gpuadam.AdamW(gpuadam.decay_groups(params, no_decay="b*", weight_decay=0.1), lr=2e-3)
 
     losses: list[float] = []
     passes = train(xp, params, opt.step, x, y)
@@ -31,11 +29,9 @@ def main(argv=None):
 
 def load_digits():
     """Return ((images, labels) to train on, those held out), pixels from 0 to 1."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    x, x_test, y, y_test = train_test_split(images / 16.0, labels, test_size=0.2, stratify=labels, random_state=0)
+    datasets, selection = command_line.need("examples", "sklearn.datasets", "sklearn.model_selection")
+    images, labels = datasets.load_digits(return_X_y=True)
+    x, x_test, y, y_test = selection.train_test_split(images / 16, labels, test_size=0.2, stratify=labels, random_state=0)
     return (x, y), (x_test, y_test)
 
 

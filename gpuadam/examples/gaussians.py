@@ -13,30 +13,34 @@ import gpuadam
 
 from . import command_line
 
+# Each kind of parameter has a learning rate of its own; all of them fall along a cosine.
+RATES = {"x": 5e-3, "y": 5e-3, "log_width_x": 1e-1, "log_width_y": 1e-1, "amplitude": 2e-2}
+
 
 def main(argv=None):
     """Fit, print the PSNR before and after, save a picture."""
-    counts = {"steps": (300, "updates"), "size": (160, "width of the picture in pixels")}
-    counts["count"] = (1200, "number of Gaussians")
-    options = command_line.parser(__doc__, **counts, arrays="cupy", plot="gaussians.png").parse_args(argv)
-    xp = command_line.array_module(options.arrays)
-    target = xp.asarray(command_line.picture("camera", options.size))
-    params = {name: xp.asarray(p) for name, p in initial_parameters(command_line.on_host(target), options.count).items()}
+    counts = {"size": (160, "width of the picture in pixels"), "count": (1200, "number of Gaussians")}
+    options = command_line.options(argv, __doc__, steps=(300, "updates"), **counts, arrays="cupy", plot="gaussians.png")
+    xp, steps = command_line.array_module(options.arrays), options.steps
+    photograph = command_line.picture("camera", options.size)
+    target = xp.asarray(photograph)
+    params = {name: xp.asarray(p) for name, p in initial_parameters(photograph, options.count).items()}
     before = picture(xp, params, options.size)
 
-    fit(xp, params, target, options.steps)
+    groups = [{"params": {name: params[name]}, "lr": command_line.cosine(lr, steps)} for name, lr in RATES.items()]
+    opt = gpuadam.Adam(groups, betas=(0.9, 0.99))
+    for _ in command_line.steps(steps, lambda: f"PSNR {psnr(picture(xp, params, options.size), target):.2f} dB"):
+        _, grads = loss_and_gradients(xp, params, target)
+        opt.step(grads)
+
     after = picture(xp, params, options.size)
-    numbers = sum(p.size for p in params.values())
+    from_psnr, to_psnr = psnr(before, target), psnr(after, target)
     print(
-        f"{options.count} Gaussians, {numbers} numbers, for {target.size} pixels: "
-        f"PSNR {psnr(before, target):.2f} dB before, {psnr(after, target):.2f} dB after {options.steps} steps"
+        f"{options.count} Gaussians, {sum(p.size for p in params.values())} numbers, for {target.size} pixels: "
+        f"PSNR {from_psnr:.2f} dB before, {to_psnr:.2f} dB after {steps} steps"
     )
-    shown = {
-        f"start, {psnr(before, target):.1f} dB": before,
-        f"after {options.steps} steps, {psnr(after, target):.1f} dB": after,
-        "photograph": target,
-    }
-    command_line.save_pictures(options.plot, shown, f"{options.count} Gaussians fitted by gpuadam.Adam")
+    shown = {f"start, {from_psnr:.1f} dB": before, f"after {steps} steps, {to_psnr:.1f} dB": after, "photograph": target}
+    command_line.save_panels(options.plot, shown, f"{options.count} Gaussians fitted by gpuadam.Adam")
 
 
 def initial_parameters(target, count):
@@ -50,49 +54,31 @@ def initial_parameters(target, count):
     return {"x": x, "y": y, "log_width_x": log_width, "log_width_y": log_width.copy(), "amplitude": amplitude}
 
 
-def fit(xp, params, target, steps):
-    """Update params in place. Each kind has a learning rate of its own; all of them fall along a cosine."""
-
-    def group(lr, *names):
-        return {"params": {name: params[name] for name in names}, "lr": command_line.cosine(lr, steps)}
-
-    groups = [group(5e-3, "x", "y"), group(1e-1, "log_width_x", "log_width_y"), group(2e-2, "amplitude")]
-    opt = gpuadam.Adam(groups, betas=(0.9, 0.99))
-    for _ in command_line.steps(steps, lambda: f"PSNR {psnr(picture(xp, params, len(target)), target):.2f} dB"):
-        _, grads = loss_and_gradients(xp, params, target)
-        opt.step(grads)
-
-
-def along(xp, centre, log_width, size):
-    """Return the pixels' distance from each centre, in widths, and the Gaussian of it; both (count, size)."""
-    pixels = ((xp.arange(size) + 0.5) / size).astype(centre.dtype)
-    distance = (pixels - centre[:, None]) * xp.exp(-log_width)[:, None]
+def along(xp, p, axis, size):
+    """Return the pixels' distance along "x" or "y" from each centre, in widths, and the Gaussian of it; both (count, size)."""
+    pixels = ((xp.arange(size) + 0.5) / size).astype(p[axis].dtype)
+    distance = (pixels - p[axis][:, None]) * xp.exp(-p[f"log_width_{axis}"])[:, None]
     return distance, xp.exp(-distance * distance / 2)
 
 
 def picture(xp, p, size):
     """Return the sum of the Gaussians p, of shape (size, size)."""
-    _, along_x = along(xp, p["x"], p["log_width_x"], size)
-    _, along_y = along(xp, p["y"], p["log_width_y"], size)
+    (_, along_x), (_, along_y) = (along(xp, p, axis, size) for axis in "xy")
     return (p["amplitude"][:, None] * along_y).T @ along_x
 
 
 def loss_and_gradients(xp, p, target):
     """Return half the sum of squared differences from the target, and its gradient for every parameter."""
-    distance_x, along_x = along(xp, p["x"], p["log_width_x"], len(target))
-    distance_y, along_y = along(xp, p["y"], p["log_width_y"], len(target))
+    (distance_x, along_x), (distance_y, along_y) = (along(xp, p, axis, len(target)) for axis in "xy")
     residual = (p["amplitude"][:, None] * along_y).T @ along_x - target
     # for each Gaussian and column, then each Gaussian and row: the residual under the Gaussian
     columns = (along_y @ residual) * along_x
     rows = (along_x @ residual.T) * along_y
-    amplitude = p["amplitude"]
-    return (residual * residual).sum() / 2, {
-        "x": amplitude * xp.exp(-p["log_width_x"]) * (columns * distance_x).sum(axis=1),
-        "y": amplitude * xp.exp(-p["log_width_y"]) * (rows * distance_y).sum(axis=1),
-        "log_width_x": amplitude * (columns * distance_x * distance_x).sum(axis=1),
-        "log_width_y": amplitude * (rows * distance_y * distance_y).sum(axis=1),
-        "amplitude": columns.sum(axis=1),
-    }
+    grads = {"amplitude": columns.sum(axis=1)}
+    for axis, under, distance in (("x", columns, distance_x), ("y", rows, distance_y)):
+        grads[axis] = p["amplitude"] * xp.exp(-p[f"log_width_{axis}"]) * (under * distance).sum(axis=1)
+        grads[f"log_width_{axis}"] = p["amplitude"] * (under * distance * distance).sum(axis=1)
+    return (residual * residual).sum() / 2, grads
 
 
 def psnr(picture, target):

@@ -18,12 +18,8 @@ from . import command_line, digits
 
 def main(argv=None):
     """Train, print the loss on the way and at the end how many of the images held out are read rightly."""
-    parser = command_line.parser(__doc__, steps=(60, "steps over all images"), size=(128, "units of the hidden layer"))
-    parser.add_argument(
-        "--checkpoint", metavar="FOLDER", default="digits.checkpoint", help="where it is saved (default %(default)s)"
-    )
-    options = parser.parse_args(argv)
-    command_line.need("examples", "sklearn.datasets")
+    counts = {"steps": (60, "steps over all images"), "size": (128, "units of the hidden layer")}
+    options = command_line.options(argv, __doc__, **counts, checkpoint=("digits.checkpoint", "the folder where it is saved"))
     command_line.need("mpi", "mpi4py")
     transport = gpuadam.transports.MPI()
     (x, y), (x_test, y_test) = [(np.asarray(x, "float32"), y) for x, y in digits.load_digits()]

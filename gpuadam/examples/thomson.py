@@ -23,12 +23,14 @@ LEAST_KNOWN = {12: 49.165253, 32: 412.261275, 72: 2255.001191, 100: 4448.350634}
 def main(argv=None):
     """Find places for the charges, print the energy, save a picture."""
     counts = {"steps": (600, "updates"), "size": (32, "number of charges", 4)}
-    options = command_line.parser(__doc__, **counts, arrays="numba", plot="thomson.png").parse_args(argv)
+    options = command_line.options(argv, __doc__, **counts, arrays="numba", plot="thomson.png")
     n, steps, status = options.size, options.steps, gpuadam.backend_status()["numba-cuda"]
-    if options.arrays is None and not status.available:
-        print(f"no GPU for Numba CUDA, so this is --arrays numpy: {status.reason}")
+    if options.arrays == "auto":
+        options.arrays = "numba" if status.available else "numpy"
+        if not status.available:
+            print(f"no GPU for Numba CUDA, so this is --arrays numpy: {status.reason}")
     start = np.random.default_rng(0).standard_normal((n, 3), dtype="float32")
-    if options.arrays == "numba" or (options.arrays is None and status.available):
+    if options.arrays == "numba":
         load("numba-cuda")
         from numba import cuda
 
@@ -48,7 +50,7 @@ def main(argv=None):
     energy, known = command_line.on_host(energies).sum() / 2, LEAST_KNOWN.get(n)
     print(f"{n} charges: energy {energy:.4f}" + (f"; the least known is {known:.4f}" if known else ""))
     shown = {"start": start, f"after {steps} steps": points}
-    command_line.save_panels(options.plot, shown, draw, "Charges on a sphere, by gpuadam.Adam", projection="3d")
+    command_line.save_panels(options.plot, shown, "Charges on a sphere, by gpuadam.Adam", draw, projection="3d")
 
 
 def gradient_of(points, k, gradient, energies):

@@ -17,11 +17,9 @@ from . import command_line
 
 def main(argv=None):
     """Project, add noise, reconstruct; print the errors and save a picture."""
-    counts = {"steps": (300, "updates"), "size": (128, "width of the slice in pixels")}
-    counts["angles"] = (30, "directions of projection")
-    parser = command_line.parser(__doc__, **counts, arrays="cupy", plot="tomography.png")
-    parser.add_argument("--smoothing", type=float, default=1.0, help="weight of the total variation (default 1.0)")
-    options = parser.parse_args(argv)
+    counts = {"size": (128, "width of the slice in pixels"), "angles": (30, "directions of projection")}
+    others = {"smoothing": (1.0, "weight of the total variation"), "arrays": "cupy", "plot": "tomography.png"}
+    options = command_line.options(argv, __doc__, steps=(300, "updates"), **counts, **others)
     xp = command_line.array_module(options.arrays)
     truth = xp.asarray(command_line.picture("shepp_logan_phantom", options.size))
     rays = Rays(xp, options.size, options.angles)
@@ -31,14 +29,14 @@ def main(argv=None):
 
     classical = rays.filtered_back_projection(readings)
     reconstructed = reconstruct(rays, readings, options.smoothing, options.steps)
-    errors = error(classical, truth), error(reconstructed, truth)
+    before, after = error(classical, truth), error(reconstructed, truth)
     print(
         f"{options.angles} projections of {rays.bins} readings for {truth.size} pixels, noise of 1 %: relative error "
-        f"{errors[0]:.1%} by filtered back-projection, {errors[1]:.1%} after {options.steps} steps"
+        f"{before:.1%} by filtered back-projection, {after:.1%} after {options.steps} steps"
     )
-    shown = {"slice": truth, f"filtered back-projection, error {errors[0]:.0%}": classical}
-    shown[f"{options.steps} steps, error {errors[1]:.0%}"] = reconstructed
-    command_line.save_pictures(options.plot, shown, f"A slice from {options.angles} noisy projections, by gpuadam.Adam")
+    shown = {"slice": truth, f"filtered back-projection, error {before:.0%}": classical}
+    shown[f"{options.steps} steps, error {after:.0%}"] = reconstructed
+    command_line.save_panels(options.plot, shown, f"A slice from {options.angles} noisy projections, by gpuadam.Adam")
 
 
 class Rays:

@@ -12,11 +12,9 @@ from .digits import load_digits
 
 def main(argv=None):
     """Train twice and print how many of the images held out each reads rightly."""
-    parser = command_line.parser(__doc__, steps=(20, "passes over the images"), size=(128, "units of the hidden layer"))
-    parser.add_argument("--device", default="cpu", help="a torch device, such as cuda (default cpu)")
-    options = parser.parse_args(argv)
+    counts = {"steps": (20, "passes over the images"), "size": (128, "units of the hidden layer")}
+    options = command_line.options(argv, __doc__, **counts, device=("cpu", "a torch device, such as cuda"))
     torch, drop_in = command_line.need(None, "torch", "gpuadam.torch")
-    command_line.need("examples", "sklearn.datasets")
     (x, y), (x_test, y_test) = [
         (torch.tensor(x, dtype=torch.float32, device=options.device), torch.tensor(y, device=options.device))
         for x, y in load_digits()

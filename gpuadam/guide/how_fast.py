@@ -55,13 +55,9 @@ That is 0.55 and 0.59 of the time of torch's `unscale_`, `clip_grad_norm_`, fuse
 
 ## State in files, and many ranks
 
-State of 8 GB in files, with a budget of 1 GB, takes 1.95 s a step and 67 MB of memory: 1.22 times what moving the same bytes
-of the same files takes without arithmetic. State of 2 GB, which the system's cache holds, takes 0.26 s, 1.36 times its
-limit: two cores share the work on pages and the arithmetic.
-
-MPI's ranks on these two cores share one memory, so nothing can become faster: 20 million elements take 24 ms with one rank,
-63 ms with two, and 79 ms with four, of which 45 are MPI's reduce-scatter. Each rank sends 1.0002 times the least number of
-bytes.
+A step with 8 GB of state in files takes 1.95 s, 1.22 times as long as moving the same bytes without arithmetic:
+`gpuadam.offload` has more. MPI's ranks on these two cores share one memory, so nothing can become faster:
+`gpuadam.sharded` has the times.
 
 ## What is expected of a GPU
 

@@ -1,7 +1,11 @@
-"""# Offloading: state larger than the device's memory, or than the machine's
+"""Offloading: state that is larger than the device's memory, or than the machine's.
 
-`OffloadAdam` is `Adam` whose moments, and float32 masters if there are any, lie in the host's memory or in files. A step
-takes them through memory of a fixed budget, in chunks. The result has the same bits as that of `Adam`.
+`gpuadam.OffloadAdam(params, state="folder", budget=10**9)` is `Adam` whose moments lie in files. With `state="memory"` they
+lie in the host's memory, which is pinned if a GPU takes part. With `master="float32"` the master parameters lie with the
+moments. A step takes the state through memory of a fixed budget, in chunks. The result has the same bits as that of
+`gpuadam.Adam`. Parameters and gradients may be `np.memmap`.
+
+## Where the update runs
 
 | state | parameters | the update runs | moved in each step |
 |---|---|---|---|
@@ -10,26 +14,43 @@ takes them through memory of a fixed budget, in chunks. The result has the same 
 | a folder of files | on a GPU | on either | as above, and state from the disk and back |
 | a folder of files | on the host or in files | on the host | state from the disk and back |
 
-With `update="auto"` both ways are measured once, and the faster is taken. `describe()` says which one, and why.
+With `update="auto"`, the default, and parameters on a GPU, both ways are measured once, and the faster is taken.
+`opt.describe()` says which one, and why.
 
-**Memory.** Beside the arrays that stay where they are, a step holds at most `budget` bytes of mapped files and copies on the
-host, and as many on the GPU. State takes 8 bytes an element (m and v in float32), 4 with `state_dtype="bfloat16"`, 2.25 with
-`"8bit"`, and 4 more with `master="float32"`.
+## Memory
 
-**Speed.** The slowest of PCIe, the disk and the update decides, because copies and updates of different chunks overlap. An
-update on the GPU moves the float32 state of an element, 8 bytes, in each direction. An update on the host moves 4: the gradient
-down and the parameter up. On two cores, 2 GB of state in files that the system's cache holds take 0.26 s a step, and 8 GB that
-it does not hold 1.95 s, 1.2 times as long as moving the same bytes without arithmetic. `python -m gpuadam plan` predicts a
-step, and `benchmarks/offload.py` measures it.
+Beside the arrays that stay where they are, a step holds at most `budget` bytes of mapped files and copies on the host, and
+as many on the GPU. State takes 8 bytes an element (m and v in float32), 4 with `state_dtype="bfloat16"`, 2.25 with `"8bit"`,
+and 4 more with `master="float32"`.
 
-**Example.** Parameters and state in files, trained, closed and continued:
+## Speed
+
+The slowest of PCIe, the disk and the update decides, because copies and updates of different chunks overlap. An update on
+the GPU moves the float32 state of an element, 8 bytes, in each direction. An update on the host moves 4: the gradient down
+and the parameter up.
+
+On the machine of `gpuadam.guide.how_fast`, a CPU with two cores, the limit is the time of moving the same bytes of the same
+files without arithmetic (`benchmarks/offload.py`):
+
+| state in files | a step | times the limit |
+|---|---|---:|
+| 8 GB, with a budget of 1 GB | 1.95 s, and 67 MB of memory | 1.22 |
+| 2 GB, which the system's cache holds | 0.26 s | 1.36 |
+
+The smaller state is further from its limit because two cores share the work on pages and the arithmetic. `python -m gpuadam
+plan` predicts the time of a step: `gpuadam.planning`.
+
+## An example
+
+Parameters and state in files, trained, closed and continued:
 
 >>> import pathlib, tempfile
 >>> import numpy as np, gpuadam
 >>> folder = pathlib.Path(tempfile.mkdtemp())
 >>> w = np.memmap(folder / "w", "float32", "w+", shape=(1000, 100))
+>>> options = {"state": folder / "state", "budget": 10**6, "update": "host"}
 >>> def train(steps):
-...     with gpuadam.OffloadAdam({"w": w}, lr=0.1, state=folder / "state", budget=10**6, update="host") as opt:
+...     with gpuadam.OffloadAdam({"w": w}, lr=0.1, **options) as opt:
 ...         for _ in range(steps):
 ...             grads = {"w": w - 1}  # your backward pass
 ...             opt.step(grads)
@@ -39,27 +60,28 @@ step, and `benchmarks/offload.py` measures it.
 >>> sorted(path.name for path in (folder / "state").iterdir())
 ['lock', 'm', 'state.json', 'steps.json', 'v']
 
-**What happens on a crash.** State is changed in place, so a step that is cut short leaves parameters and state of two
-different steps. That is noticed, and refused with an error that says how to go on:
+## What happens on a crash
 
-- *An error of the disk, or Ctrl-C, during a step*: this optimizer takes no further step until `load_state_dict` has set all
-  of the state. Set the parameters to those of the same checkpoint.
-- *The process is killed during a step*: the folder cannot be opened again. Delete it, make the optimizer anew and load a
+State is changed in place. A step that is cut short leaves parameters and state of two different steps. The optimizer and the
+folder notice that, and refuse to go on with an error that says what to do:
+
+* *An error of the disk, or Ctrl-C, during a step*: this optimizer takes no other step until `load_state_dict` has set all of
+  the state. Set the parameters to those of the same checkpoint.
+* *The process is killed during a step*: the folder cannot be opened again. Delete it, make the optimizer anew and load a
   checkpoint.
-- *The process is killed between two steps*: the folder is continued.
-- *The machine stops*: the folder is continued if no step was taken since `flush()` or `close()`, which wait for the disk.
-  Else it is refused, because some of the last changes may be missing.
-- *The disk is full*: the constructor says so, and takes all the room that is needed. A step needs no more.
+* *The process is killed between two steps*: the folder is continued.
+* *The machine stops*: the folder is continued if no step was taken since `flush()` or `close()`, which wait for the disk.
+  Otherwise it is refused, because some of the last changes may be missing.
+* *The disk is full*: the constructor says so, and takes all the room that is needed. A step needs no more.
 
 So take checkpoints, of `state_dict()` and the parameters, as often as you can afford to lose the steps between.
 
----
+## The files
 
-For those who change this package: `optimizer.py` is `OffloadAdam`. `state.py` holds state in memory, `folder.py` in files
-that say whether they can be relied on. `jobs.py` checks the arrays of a step. `chunks.py` cuts them into *chunks*: pieces of
-one or more parameters that fit in a part of the budget. `runner.py` takes the chunks through their stages *fetch*, *update*
-and *store*, several at once by `pipeline.py`; `stages.py` has the stages of an update on the host and of one on a GPU.
-`mapped.py` is memory that is a file.
+`optimizer` is `OffloadAdam`. `state` holds state in memory, `folder` in files that say whether they can be relied on. `jobs`
+checks the arrays of a step. `chunks` cuts them into *chunks*: pieces of one or more parameters that fit in a part of the
+budget. `runner` takes the chunks through their stages *fetch*, *update* and *store*, several at once by `pipeline`; `stages`
+has the stages of an update on the host and of one on a GPU. `mapped` is memory that is a file.
 """
 
 from .optimizer import OffloadAdam

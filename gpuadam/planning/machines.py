@@ -60,19 +60,15 @@ class Machine(NamedTuple):
         """Return {name: number}, of names such as "memory" and "device bandwidth"."""
         figures: dict[str, float] = {}
         for field, value in self._asdict().items():
-            if isinstance(value, (Processor, Link)):
-                of_part = {key: number for key, number in value._asdict().items() if key not in ("rates", "cache")}
-                figures |= {f"{field} {key}": number for key, number in of_part.items()}
-            elif isinstance(value, (int, float)):
-                figures[field] = value
+            parts = value._asdict() if isinstance(value, (Processor, Link)) else {"": value}
+            figures |= {f"{field} {key}".strip(): n for key, n in parts.items() if isinstance(n, (int, float))}
         return figures
 
     def with_figure(self, name, number):
         """Return a machine with another figure, named as in `figures`."""
         part, _, key = name.rpartition(" ")
-        if not part:
-            return self._replace(**{key: number})
-        return self._replace(**{part: getattr(self, part)._replace(**{key: number})})
+        change = {key: number}
+        return self._replace(**({part: getattr(self, part)._replace(**change)} if part else change))
 
 
 def _dgx(name, memory, bandwidth, nvlink, pcie, network, host_bandwidth):

@@ -29,11 +29,14 @@ import math
 import operator
 from typing import NamedTuple
 
-from ..kernels.operands import Arrays, bytes_moved_of
+from .. import checks
+from ..kernels.operands import KINDS, NARROW, Arrays, bytes_moved_of
+from ..options import STATE_DTYPES
+from ..state import kept
+from ..update import arrays_of
 
-PARAMS, NARROW = ("float32", "float64", "bfloat16", "float16"), ("bfloat16", "float16")
+PARAMS = KINDS["param"].formats
 MASTERS = {"remainder": ("bfloat16",), "float32": NARROW}  # -> the parameters that may have one
-STATES = ("float32", "float64", "bfloat16", "8bit")
 ROLES = ("parameters", "gradients", "moments", "masters", "mean", "buffers")
 ROLE_OF = {"param": "masters", "remainder": "masters", "ema": "mean"}  # of state; all other state is moments
 COLLECTIVES = ("ring", "halving")
@@ -47,14 +50,10 @@ class Update(NamedTuple):
     arrays: Arrays = Arrays()
     zero_grad: bool = False
 
-    @property
-    def of_model(self):
-        """The operand that is the model's parameter: with a float32 master, the copy."""
-        return "param_copy" if self.arrays.param_copy else "param"
-
     def is_state(self, operand):
         """Whether an operand is of the optimizer alone, and so can be sharded and offloaded."""
-        return operand.name not in (self.of_model, "grad")
+        model = "param_copy" if self.arrays.param_copy else "param"  # with a float32 master the copy is the model's
+        return operand.name not in (model, "grad")
 
 
 def update(
@@ -76,27 +75,23 @@ def update(
     if sum(sizes) > MOST_ELEMENTS:
         raise ValueError(f"the parameters have more than {MOST_ELEMENTS:.0e} elements, the most that a plan is made for")
     grad = grad or param
-    wide = "float64" if param == "float64" else "float32"
-    state = state or wide
-    for name, format, known in (
-        ("param", param, PARAMS),
-        ("grad", grad, PARAMS),
-        ("state", state, STATES),
-        ("master", master, (None, *MASTERS)),
-    ):
-        if format not in known:
-            raise ValueError(f"{name}={format!r}: choose from {', '.join(map(str, known))}")
-    if state == "8bit" and (amsgrad or "float64" in (param, grad)):
-        raise ValueError("8-bit state goes with neither AMSGrad nor float64: choose another state")
-    if master and param not in MASTERS[master]:
-        raise ValueError(f"master={master!r} goes with {' and '.join(MASTERS[master])} parameters, not with {param}")
+    checks.one_of(PARAMS, "param", param)
+    checks.one_of(PARAMS, "grad", grad)
+    if state:
+        checks.one_of(STATE_DTYPES, "state", state)
+    if master:
+        checks.one_of(MASTERS, "master", master)
+        if param not in MASTERS[master]:
+            raise ValueError(f"master={master!r} goes with {' and '.join(MASTERS[master])} parameters, not with {param}")
+    if state == "8bit" and "float64" in (param, grad):
+        raise ValueError("8-bit state is computed with in float32: choose another state for float64")
     if stochastic and (master or param not in NARROW):
         raise ValueError("stochastic rounding is of bfloat16 and float16 parameters without a master")
-    options = {"amsgrad": bool(amsgrad), "remainder": master == "remainder", "stochastic": bool(stochastic)}
-    arrays = Arrays(param, grad, state, ema=wide if ema else "", **options)
+    formats = {"param": param, "grad": grad} | kept(param, state, amsgrad, master, ema)
+    checks.combination("adam", formats, stochastic)
     if master == "float32":  # the parameters of the model are copies of their masters
-        arrays = arrays._replace(param="float32", param_copy=param)
-    return Update(sizes, arrays, bool(zero_grad))
+        formats |= {"param": "float32", "param_copy": param}
+    return Update(sizes, arrays_of(formats, bool(stochastic)), bool(zero_grad))
 
 
 # Seconds

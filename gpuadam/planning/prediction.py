@@ -8,6 +8,7 @@ import functools
 import math
 from typing import NamedTuple
 
+from .. import checks
 from ..kernels.operands import FORMATS, GROUP, operands_of
 from ..offload.chunks import CHUNKS, SLOTS_ON_GPU, SMALLEST_CHUNK, aligned
 from ..sharded.layout import CELL, placed
@@ -68,10 +69,8 @@ def plan(update, machine, settings, auto=False):
     Raises ValueError for settings that make no sense.
     """
     _check(machine, settings)
-    if not auto:
-        ranks = settings.world // settings.model_parallel
-        return [Prediction(way, update, machine, settings) for way in ways(machine, ranks)]
-    return [_in_fewest_pieces(way, update, machine, settings) for way in ways(machine, settings.world)]
+    pieces = divisors(settings.world) if auto else [settings.model_parallel]
+    return [_in_fewest_pieces(way, update, machine, settings, pieces) for way in ways(machine, settings.world // pieces[0])]
 
 
 def best(predictions):
@@ -79,15 +78,13 @@ def best(predictions):
     return min((p for p in predictions if p.fits), key=lambda p: (p.seconds, p.device_bytes), default=None)
 
 
-def _in_fewest_pieces(way, update, machine, settings):
-    """Return the Prediction with the fewest pieces that fit, or with the most that there can be."""
-    numbers = divisors(settings.world)
-    if way.sharded:
-        numbers.remove(settings.world)  # each piece would be on one device, with nothing left to shard
-    for pieces in numbers:
-        prediction = Prediction(way, update, machine, settings._replace(model_parallel=pieces))
-        if prediction.fits:
-            break
+def _in_fewest_pieces(way, update, machine, settings, pieces):
+    """Return the Prediction with the fewest of these numbers of pieces that fit, or with the most."""
+    for model_parallel in pieces:
+        if model_parallel < settings.world or not way.sharded:  # a piece on one device is not sharded
+            prediction = Prediction(way, update, machine, settings._replace(model_parallel=model_parallel))
+            if prediction.fits:
+                break
     return prediction
 
 
@@ -102,10 +99,10 @@ def divisors(n):
 
 
 def _check(machine, settings):
-    for name in ("world", "model_parallel", "budget", "bucket"):
+    for name, least in {"world": 1, "model_parallel": 1, "budget": LEAST_BUDGET, "bucket": 1}.items():
         value = getattr(settings, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} must be an integer of at least {least:,}")
     world, pieces = settings.world, settings.model_parallel
     if world > MOST_DEVICES:
         raise ValueError(f"world={world:,} is more than the {MOST_DEVICES:,} devices that a plan is made for")
@@ -113,14 +110,11 @@ def _check(machine, settings):
         raise ValueError(
             f"{world:,} devices cannot hold a model in {pieces:,} pieces equally often: model_parallel must divide world"
         )
-    if settings.budget < LEAST_BUDGET:
-        raise ValueError(f"budget={settings.budget:,} bytes is too little for a step in chunks: {LEAST_BUDGET:,} are enough")
     if not 0 <= settings.reserve < machine.memory:
         raise ValueError(
             f"reserve={settings.reserve:,} bytes must be at least 0, and less than the {machine.memory:,} of a device"
         )
-    if settings.collective not in COLLECTIVES:
-        raise ValueError(f"collective={settings.collective!r}: choose from {', '.join(COLLECTIVES)}")
+    checks.one_of(COLLECTIVES, "collective", settings.collective)
 
 
 class Prediction:
@@ -153,53 +147,34 @@ class Prediction:
         self.operands = operands_of(self.arrays, update.zero_grad)
         self.state = [operand for operand in self.operands if update.is_state(operand)]
         self.others = [operand for operand in self.operands if not update.is_state(operand)]
+        self.bytes = self._bytes()
+        self.device_bytes = sum(self.bytes.values())
+        state_of_node = self._state_of_node() if way.state != "device" else 0
+        # chunks of files go through the host's memory; the device of a machine without GPUs has counted them already
+        buffered = machine.host if way.state == "files" else way.updated_on == "host"
+        self.host_bytes = state_of_node * (way.state == "host") + (self.neighbours * settings.budget if buffered else 0)
+        self.file_bytes = state_of_node * (way.state == "files")
+        short = {
+            "device": self.device_bytes - (machine.memory - settings.reserve),
+            "files": self.file_bytes - machine.disk,
+            "host": self.host_bytes - machine.host_memory if machine.host else 0,
+        }
+        self.short = {memory: n_bytes for memory, n_bytes in short.items() if n_bytes > 0}
+        self.fits = not self.short
 
-    @functools.cached_property
-    def bytes(self):
+    def _bytes(self):
         way, by_role = self.way, dict.fromkeys(ROLES, 0)
         gradient, summed = FORMATS[self.update.arrays.grad], FORMATS[self.arrays.grad]  # bytes
-        by_role["gradients"] = gradient * self.elements
+        in_buffer = way.sharded and summed == gradient  # where the gradients lie; others are copied into it
+        by_role["gradients"] = gradient * (self.buffer if in_buffer else self.elements)
         by_role["parameters"] = sum(operand.nbytes(self.buffer) for operand in self.others if operand.name != "grad")
         for operand in self.state if way.state == "device" else ():
             by_role[ROLE_OF.get(operand.name, "moments")] += self._nbytes(operand)
         if way.sharded:
-            by_role["buffers"] += summed * self.part
-            if summed == gradient:  # the gradients lie in the buffer; others are copied into it
-                by_role["gradients"] = summed * self.buffer
-            else:
-                by_role["buffers"] += summed * self.buffer
+            by_role["buffers"] += summed * (self.part if in_buffer else self.part + self.buffer)
         if way.state != "device" and way.updated_on == "device":
             by_role["buffers"] += self.settings.budget
         return by_role
-
-    @property
-    def device_bytes(self):
-        return sum(self.bytes.values())
-
-    @property
-    def host_bytes(self):
-        held = self._state_of_node if self.way.state == "host" else 0
-        # chunks of files go through the host's memory; the device of a machine without GPUs has counted them already
-        buffered = self.machine.host if self.way.state == "files" else self.way.updated_on == "host"
-        return held + (self.neighbours * self.settings.budget if buffered else 0)
-
-    @property
-    def file_bytes(self):
-        return self._state_of_node if self.way.state == "files" else 0
-
-    @property
-    def short(self):
-        machine = self.machine
-        needs = [
-            ("device", self.device_bytes, machine.memory - self.settings.reserve),
-            ("files", self.file_bytes, machine.disk),
-        ]
-        needs += [("host", self.host_bytes, machine.host_memory)] if machine.host else []
-        return {memory: need - available for memory, need, available in needs if need > available}
-
-    @property
-    def fits(self):
-        return not self.short
 
     @functools.cached_property
     def stages(self):
@@ -254,9 +229,8 @@ class Prediction:
         loaded, stored = self._traffic(self.others)
         return stored, loaded
 
-    @property
     def _state_of_node(self):
-        """The bytes of the state of all devices of a node, where it is not in their memories."""
+        """Return the bytes of the state of all devices of a node, where it is not in their memories."""
         if self.way.sharded:
             return self.neighbours * sum(map(self._nbytes, self.state))
         return self.neighbours * sum(_aligned(self.update.sizes, self.model_parallel, operand) for operand in self.state)

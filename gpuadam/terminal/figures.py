@@ -15,7 +15,6 @@ STYLE = {
     "legend.frameon": False,
     "savefig.dpi": 150,
 }
-APART = 0.052  # of two names at the ends of lines, in heights of a panel
 
 
 def panels(n_rows, n_columns, width, height, **of_panels):
@@ -33,22 +32,3 @@ def save(figure, path, note=""):
     figure.supxlabel(textwrap.fill(note, characters), fontsize=7, color="#555555")
     figure.savefig(path, format="png")
     need("bench", "matplotlib.pyplot")[0].close(figure)
-
-
-def name_ends(axis, ends, at, **of_all):
-    """Write names at the ends of lines, far enough apart to be read. The axis must have its limits and scales already.
-
-    ends: (a line's last value, its name, how the name is written). at: where, in widths of the panel.
-    """
-    to_panel = axis.transData + axis.transAxes.inverted()
-    ends = sorted(ends, key=lambda end: end[0])
-    heights: list[float] = []
-    for value, _, _ in ends:
-        _, height = to_panel.transform((1, value))
-        heights.append(max(height, heights[-1] + APART) if heights else height)
-    ceiling = 1.0
-    for number in reversed(range(len(heights))):  # what is above the panel goes down, and pushes those below
-        heights[number] = ceiling = min(heights[number], ceiling)
-        ceiling -= APART
-    for height, (_, name, style) in zip(heights, ends, strict=True):
-        axis.annotate(name, (at, height), xycoords="axes fraction", va="center", annotation_clip=False, **style, **of_all)

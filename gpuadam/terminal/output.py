@@ -32,9 +32,8 @@ def console(extra, options, width=130):
     extra: the extra that has rich, and matplotlib too if a plot is wanted. width: in characters, where there is no terminal.
     """
     rich_console, *_ = need(extra, "rich.console", *["matplotlib"] * bool(getattr(options, "plot", None)))
-    stderr = options.json == "-"
-    terminal = rich_console.Console(stderr=stderr)
-    return terminal if terminal.is_terminal else rich_console.Console(stderr=stderr, width=width)
+    stream = sys.stderr if options.json == "-" else sys.stdout
+    return rich_console.Console(file=stream, width=None if stream.isatty() else width)
 
 
 def table(title, heads, lines, styles=None):
@@ -71,20 +70,16 @@ def scaled(number, units):
 
 
 def counted(console, total, describe, every):
-    """Yield 1 to total, and show how far the loop is. describe(n), asked after the n-th turn, returns a line on it.
+    """Yield 1 to total, print a line on the loop after every so many turns, and show a bar on a terminal.
 
-    On a terminal a bar shows the last of some fifty lines; elsewhere every `every`-th line is printed.
+    describe(n) returns the line on the n-th turn.
     """
     (rich_progress,) = need("demo", "rich.progress")
-    with rich_progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        for n in range(1, total + 1):
-            yield n
-            bar.advance(task)
-            if console.is_terminal and n % max(1, total // 50) == 0:
-                bar.update(task, description=describe(n))
-            elif not console.is_terminal and n % every == 0:
-                console.print(describe(n), highlight=False)
+    bar = rich_progress.track(range(1, total + 1), "", console=console, transient=True, disable=not console.is_terminal)
+    for n in bar:
+        yield n
+        if n % every == 0:
+            console.print(describe(n), highlight=False)
 
 
 def write_json(path, result):

@@ -1,4 +1,4 @@
-'''# Testing: training loops for GPUs, tested on a CPU
+'''Testing: training loops for GPUs, tested on a CPU.
 
 Every backend of gpuadam gives the same bits. If your training loop is right on NumPy arrays, then everything that gpuadam
 computes in it is right on a GPU, too. Only errors of the loop itself remain: an array in the wrong memory, a gradient that
@@ -21,7 +21,8 @@ def train(backend, steps, faults=None):
     params = {"w": backend.array(START)}
     opt = gpuadam.AdamW(params, lr=0.1, weight_decay=0.0, capturable=True)
     for step in range(steps):
-        grads = {"w": backend.array(backend.numpy(params["w"]) - 1)}  # your backward pass
+        w = backend.numpy(params["w"])
+        grads = {"w": backend.array(w - 1)}  # your backward pass
         bad = faults.inject(grads) if faults else []
         if bad:
             with testing.unchanged(params=params, opt=opt):
@@ -54,7 +55,8 @@ def test_a_bad_gradient_leaves_its_step_out(gpuadam_backend):
 def test_a_flag_leaves_the_step_out(gpuadam_backend):
     params, opt = train(gpuadam_backend, 3)
     with testing.unchanged(params=params, opt=opt):
-        opt.step({"w": gpuadam_backend.array(START)}, found_inf=gpuadam_backend.flag(1))
+        grads = {"w": gpuadam_backend.array(START)}
+        opt.step(grads, found_inf=gpuadam_backend.flag(1))
 
 
 def test_it_is_adam(gpuadam_backend):
@@ -76,7 +78,7 @@ def test_only_a_gpu_can_show_this(gpuadam_backend):
 nor NumPy, and prints nothing. `-p no:gpuadam` leaves it out. `-p pytest_gpuadam` loads it where
 PYTEST_DISABLE_PLUGIN_AUTOLOAD is set.
 
-| | |
+| tool | use |
 |---|---|
 | fixture `gpuadam_backend` | an `ArrayBackend` for each backend in turn; a test skips where one is not available |
 | `@pytest.mark.gpuadam_backends("cupy")` | the backends that a test with the fixture is for |

@@ -1,9 +1,6 @@
 """Adam and AdamW for PyTorch: the interface and the checkpoints of `torch.optim`, the update of gpuadam.
 
-`import gpuadam` does not import torch; `import gpuadam.torch` does.
-
-To change a program, change the line that makes its optimizer. Schedulers, `torch.amp.GradScaler`, parameter groups, hooks and
-checkpoints work as with `torch.optim`, in both directions.
+One line of a program changes: `gpuadam.torch.AdamW` in the place of `torch.optim.AdamW`.
 
 >>> import torch, gpuadam.torch
 >>> model = torch.nn.Linear(2, 1)
@@ -12,10 +9,17 @@ checkpoints work as with `torch.optim`, in both directions.
 >>> model(torch.ones(4, 2)).square().mean().backward()
 >>> opt.step()
 >>> scheduler.step()
+
+Checkpoints of `torch.optim.Adam` and `AdamW` load into these classes, and the other way round. Parameter groups, schedulers,
+hooks and `torch.amp.GradScaler` work as before.
+
 >>> theirs = torch.optim.AdamW(model.parameters())
 >>> theirs.load_state_dict(opt.state_dict())
 >>> theirs.param_groups[0]["lr"], int(theirs.state[model.weight]["step"])
 (0.005, 1)
+
+Options of `gpuadam.Adam` work too, such as `state_dtype="8bit"` and `master="remainder"`: `gpuadam.guide.narrow_numbers`.
+`import gpuadam` does not import torch; `import gpuadam.torch` does.
 """
 
 from .optimizer import Adam, AdamW

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import backends, checks, hyperparameters
+from ..device_step import Now
 from ..optimizer import key_of_parameter
 from ..options import Options
 from ..remembered import Remembered
-from ..step_counts import Now, OnDevice
+from ..step_counts import DeviceCount
 from ..update import Updates, update
 from . import state as torch_state
 
@@ -263,7 +264,7 @@ class Adam(torch.optim.Optimizer):
         _share(len(alike) == 1, k, "share a step count and have the same kinds of state")
         named = [(f"params[{members[0].name!r}]", members[0].param)]
         kernels, (view,) = backends.choose(named, self.backend)
-        count = OnDevice(kernels, view.device or 0)
+        count = DeviceCount(kernels, view.device or 0)
         count.fill(count.step, alike[0][0])
         return count
 

@@ -26,15 +26,6 @@ LARGE, FEW = 20_000_000, 256  # elements
 IN_CACHE, PASSES = 1 << 14, 16  # elements, 256 kB of float32, that each core updates so many times in a launch
 ON_END = {"untimed": 2, "timed": 4}  # runs, so that the arrays of a function stay in the caches
 DISK_BYTES, BLOCK = 1 << 28, 1 << 22
-# {key: (least, type)} of the numbers that are read. No time can be computed with what is smaller; bytes are exact.
-SMALLEST, LARGEST = 1e-9, 1e30
-PROCESSOR: dict[str, tuple[float, type]] = {
-    "bandwidth": (SMALLEST, float),
-    "launch": (0, float),
-    "cache": (0, int),
-    "memory": (SMALLEST, int),
-}
-DISK: dict[str, tuple[float, type]] = {"read": (SMALLEST, float), "write": (SMALLEST, float), "free": (0, int)}
 
 
 def measured(formats, folder=None, seconds=1.0):
@@ -54,10 +45,9 @@ def measured(formats, folder=None, seconds=1.0):
 def of_processor(backend, formats, seconds):
     """Return the constants of the processor of a backend."""
     kernels, on_cpu = backends.load(backend), backends.BACKENDS[backend].memory == "CPU"
-    plain = Arrays()
     # a GPU's caches hold so little that an update of it takes no longer than a launch: its time says nothing of a rate
-    wanted = list(dict.fromkeys([plain, *formats])) if on_cpu else []
-    functions = [launcher(kernels, plain, LARGE, limit), launcher(kernels, plain, FEW, adam)]
+    wanted = list(dict.fromkeys([Arrays(), *formats])) if on_cpu else []
+    functions = [launcher(kernels, Arrays(), LARGE, limit), launcher(kernels, Arrays(), FEW, adam)]
     functions += [in_caches(kernels, arrays) for arrays in wanted]
     moving, launch, *each = map(typical, measure.in_turn(kernels, functions, seconds, **ON_END))
     rates = [
@@ -114,8 +104,7 @@ def _memory(backend):
 
 def _cache():
     """Return the bytes of the last cache of the first processor, as Linux says; 0 where it does not."""
-    sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
-    texts = [path.read_text().strip() for path in sizes]
+    texts = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     units = {"K": 1 << 10, "M": 1 << 20}
     return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=0)
 
@@ -131,8 +120,7 @@ def of_disk(folder):
         written = time.perf_counter() - began
     buffer = bytearray(BLOCK)
     with path.open("rb", buffering=0) as file:
-        cold = hasattr(os, "posix_fadvise")
-        if cold:
+        if cold := hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         began = time.perf_counter()
         while file.readinto(buffer):
@@ -146,18 +134,13 @@ def read(path):
     """Return the constants in a file of `plan --measure --json` or of `bench --json`. Raises ValueError if there are none."""
     try:
         content = json.loads(Path(path).read_text(), parse_constant=_refuse)
+        constants = dict(content["constants"]) if "constants" in content else of_bench(content["rows"])
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if isinstance(content, dict) and isinstance(content.get("constants"), dict):
-        return _checked(content["constants"], path)
-    if isinstance(content, dict) and isinstance(content.get("rows"), list):
-        try:
-            return _checked(of_bench(content["rows"]), path)
-        except (KeyError, TypeError, ZeroDivisionError) as error:
-            raise ValueError(f'{path}: its "rows" are not those of `bench --json`: {error!r}') from error
-    raise ValueError(
-        f'{path} has neither "constants", as `plan --measure --json` writes, nor "rows", as `bench --json` does'
-    )
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        of = "`plan --measure --json` writes, nor rows as `bench --json` does"
+        raise ValueError(f"{path} has neither constants as {of}: {error!r}") from error
+    return _checked(constants, path)
 
 
 def _refuse(name):
@@ -165,47 +148,59 @@ def _refuse(name):
 
 
 def _checked(constants, path):
-    parts = {"cpu": PROCESSOR, "gpu": PROCESSOR, "disk": DISK}
-    for part, numbers in [(part, numbers) for part, numbers in parts.items() if part in constants]:
-        values = constants[part]
+    for part, checks in PARTS.items():
+        values = constants.get(part, {})
         if not isinstance(values, dict):
             raise ValueError(f"{path}: its {part} is {values!r:.100}, and must be an object")
-        try:
-            checked: list[tuple] = [("rate", rate, SMALLEST, float) for rate in rates_of(values).values()]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: the rates of its {part} are not those of formats: {error}") from error
-        checked += [(key, values.get(key), *least_and_type) for key, least_and_type in numbers.items()]
-        for key, value, least, kind in checked:
-            if value is None and key == "memory":  # not known, as in the rows of `bench`
-                continue
-            if type(value) not in (int, kind) or not least <= value <= LARGEST:
-                wanted = f"{'an integer' if kind is int else 'a number'} {'above 0' if least else 'of at least 0'}"
-                raise ValueError(
-                    f"{path}: the {key} of its {part} is {value!r:.100}, and must be {wanted}, at most {LARGEST:g}"
-                )
-        if part != "disk" and not isinstance(values.get("name"), str):
-            raise ValueError(f"{path}: the name of its {part} is {values.get('name')!r:.100}, and must be a string")
-    if not {"cpu", "gpu"} & set(constants):
+        for key, (wanted, holds) in checks.items() if part in constants else ():
+            if not holds(values.get(key)):
+                raise ValueError(f"{path}: the {key} of its {part} is {values.get(key)!r:.100}, and must be {wanted}")
+    if not {"cpu", "gpu"} & constants.keys():
         raise ValueError(f"{path} has no float32 rows of the limit kernel: run bench with --dtypes float32")
     return constants
+
+
+def _number(least, kind=float):
+    return lambda value: type(value) in (int, kind) and least <= value <= 1e30
+
+
+def _are_rates(rates):
+    try:
+        return all(map(_number(SMALLEST), rates_of({"rates": rates or []}).values()))
+    except (KeyError, TypeError):
+        return False
+
+
+SMALLEST = 1e-9  # no time can be computed with less
+POSITIVE, SIZE = ("a number above 0", _number(SMALLEST)), ("an integer of at least 0", _number(0, int))
+# What is read of each part: key -> (what it must be, whether it is)
+PROCESSOR = {
+    "rates": ("a list of formats, each with its elements_per_second above 0", _are_rates),
+    "bandwidth": POSITIVE,
+    "launch": ("a number of at least 0", _number(0)),
+    "cache": SIZE,
+    "memory": ("an integer above 0, or null", lambda value: value is None or _number(1, int)(value)),
+    "name": ("a string", lambda value: isinstance(value, str)),
+}
+PARTS = {"cpu": PROCESSOR, "gpu": PROCESSOR, "disk": {"read": POSITIVE, "write": POSITIVE, "free": SIZE}}
 
 
 def of_bench(rows):
     """Return the constants that follow from rows of `bench --json`: of float32 alone, and of no cache."""
     constants = {}
-    for backend in dict.fromkeys(row["backend"] for row in rows):
-        of_float32 = [row for row in rows if row["backend"] == backend and row["dtype"] == "float32"]
-        limits = [row for row in of_float32 if row["contender"] == measure.LIMIT]
-        steps = [row for row in of_float32 if row["contender"] == measure.KERNEL]
-        if not limits or not steps:
-            continue
-        largest = max(limits, key=lambda row: row["elements"])
-        on_cpu = backends.BACKENDS[backend].memory == "CPU"
-        rate = max(row["elements"] / row["p50_us"] * 1e6 for row in steps)
-        rates = [{"arrays": Arrays()._asdict(), "elements_per_second": rate}] if on_cpu else []
-        numbers = {"bandwidth": largest["gb_per_s"] * 1e9, "launch": min(row["p50_us"] for row in steps) / 1e6}
-        numbers |= {"rates": rates, "memory": None, "cache": 0}
-        constants["cpu" if on_cpu else "gpu"] = _processor(backend, largest) | numbers
+    groups = measure.groups([row for row in rows if row["dtype"] == "float32"], "backend", "contender")
+    for (backend, contender), limits in groups.items():
+        if contender == measure.LIMIT and (steps := groups.get((backend, measure.KERNEL))):
+            largest = max(limits, key=lambda row: row["elements"])
+            on_cpu = backends.BACKENDS[backend].memory == "CPU"
+            rate = max(row["elements"] / row["p50_us"] * 1e6 for row in steps)
+            constants["cpu" if on_cpu else "gpu"] = _processor(backend, largest) | {
+                "bandwidth": largest["gb_per_s"] * 1e9,
+                "launch": min(row["p50_us"] for row in steps) / 1e6,
+                "rates": [{"arrays": Arrays()._asdict(), "elements_per_second": rate}] if on_cpu else [],
+                "memory": None,
+                "cache": 0,
+            }
     return constants
 
 

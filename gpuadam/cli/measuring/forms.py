@@ -4,6 +4,7 @@ Shared by `python -m gpuadam bench` and the scripts in benchmarks/.
 """
 
 import argparse
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -14,12 +15,11 @@ import gpuadam
 from ... import hyperparameters
 from ...kernels import adam, limit
 from ...kernels.layout import Update
-from ...kernels.operands import GROUP, Arrays, bytes_per_element, operands_of
+from ...kernels.operands import Arrays, bytes_per_element, operands_of
 from . import measure
 
 BF16 = "bfloat16"
 HYPERPARAMETERS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
-NO_DECAY = {"weight_decay": 0.0, "decoupled": False, "maximize": False}
 
 
 class Case(NamedTuple):
@@ -62,7 +62,7 @@ def chosen(text, among=FORMS):
 
 def form_and_scalars(case):
     """Return the Form and the Scalars of a step."""
-    h = hyperparameters.checked(**HYPERPARAMETERS, **NO_DECAY, algorithm=case.algorithm, formula=case.formula)
+    h = hyperparameters.checked(**HYPERPARAMETERS, weight_decay=0.0, algorithm=case.algorithm, formula=case.formula)
     return hyperparameters.form_and_scalars(h, 10, case.arrays)
 
 
@@ -86,10 +86,8 @@ def new_arrays(kernels, case, n):
 
 def _stored(operand, values, n):
     """Return numbers in the format of an operand. Codes, scales and remainders are zeros, as at the first step."""
-    if operand.of_groups:
-        return np.zeros(-(-n // GROUP), operand.format)
-    if operand.format in ("int16", "uint8"):
-        return np.zeros(n, operand.format)
+    if operand.of_groups or operand.format in ("int16", "uint8"):
+        return np.zeros(operand.nbytes(n) // operand.itemsize, operand.format)
     if operand.format == BF16:
         return (values.astype("float32", copy=False).view("uint32") >> 16).astype("uint16")
     return values.astype(operand.format, copy=False)
@@ -130,8 +128,8 @@ def launcher_of_all(kernels, case, updates, rule):
 def caller(kernels, case, arrays):
     """Return a function that calls adam_step, each time for the next step. arrays: {operand: array}."""
     narrow = [operand.name for operand in operands_of(case.arrays) if operand.format == BF16]
-    arguments = HYPERPARAMETERS | arrays | {name: gpuadam.Bits(arrays[name], BF16) for name in narrow}
-    arguments |= {"algorithm": case.algorithm, "formula": case.formula, "backend": kernels.name}
-    arguments["stochastic_rounding"] = case.arrays.stochastic
+    operands = arrays | {name: gpuadam.Bits(arrays[name], BF16) for name in narrow}
+    options = {"algorithm": case.algorithm, "formula": case.formula, "stochastic_rounding": case.arrays.stochastic}
+    call = functools.partial(gpuadam.adam_step, **operands, **HYPERPARAMETERS, **options, backend=kernels.name)
     steps = itertools.count(1)
-    return lambda: gpuadam.adam_step(**arguments, step=next(steps))
+    return lambda: call(step=next(steps))

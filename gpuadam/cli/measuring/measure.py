@@ -58,35 +58,21 @@ def in_turn(kernels, functions, seconds, at_least=11, untimed=0, timed=1):
     return times
 
 
-def row(
-    benchmark,
-    contender,
-    backend,
-    elements,
-    *,
-    state,
-    clock="host",
-    dtype="float32",
-    arrays=1,
-    seconds=(),
-    moved=None,
-    peak_bytes=(),
-):
+def row(benchmark, contender, backend, elements, *, seconds=(), moved=None, **identity):
     """Return one row of the report, with the machine and the versions in it.
 
-    state: of the caches, such as "warm". clock: "host" or "device". seconds: samples of the time.
-    moved: bytes that a step moves, if its throughput is of interest. peak_bytes: samples of the memory allocated at the peak.
+    seconds: samples of the time. moved: bytes that a step moves, if its throughput is of interest. identity: the others of
+    IDENTITY; state: of the caches, such as "warm"; clock: "host" or "device".
     """
-    identity = (benchmark, contender, backend, dtype, elements, arrays, state, clock)
-    result = dict.fromkeys(COLUMNS) | facts.of_backend(backend) | dict(zip(IDENTITY, identity, strict=True))
-    result["samples"] = len(seconds) or len(peak_bytes)
+    identity = {"clock": "host", "dtype": "float32", "arrays": 1} | identity
+    identity |= {"benchmark": benchmark, "contender": contender, "backend": backend, "elements": elements}
+    result = dict.fromkeys(COLUMNS) | facts.of_backend(backend) | identity
+    result["samples"] = len(seconds)
     if len(seconds):
         quantiles = zip(QUANTILES, np.percentile(seconds, QUANTILES), strict=True)
         result |= {f"p{q:02}_us": _short(1e6 * value) for q, value in quantiles}
     if moved:
         result["gb_per_s"] = _short(moved / np.median(seconds) / 1e9)
-    if len(peak_bytes):
-        result["peak_mb"] = _short(np.median(peak_bytes) / 1e6)
     return result
 
 

@@ -29,7 +29,12 @@ def run(options):
         raise output.CommandError(error) from error
     best = planning.best(predictions)
     cut = [] if best or asked.auto else asked._replace(auto=True).predictions()
-    tables.show(console, asked, predictions, best, planning.best(cut))
+    n, devices = sum(asked.update.sizes), f"{asked.settings.world:,} x {asked.machine.name}"
+    console.print(f"{n:,} parameters on {devices}: {asked.formats}", highlight=False)
+    for table in (tables.memory_table(asked, predictions), tables.time_table(predictions, best)):
+        console.print(table)
+    for line in tables.sentences(asked, predictions, best, planning.best(cut)):
+        console.print(line, highlight=False)
     if options.plot:
         figures.save(plot.draw(asked), options.plot)
         console.print(f"plot: {options.plot}")
@@ -79,12 +84,14 @@ def as_json(asked, predictions, best, cut):
         of_node = {"host_bytes_of_node": p.host_bytes, "file_bytes_of_node": p.file_bytes, "short": p.short}
         return step | of_device | of_node | {"stages": p.stages, "seconds": p.seconds}
 
+    values = asked.machine.figures()
+    of_machine = {figure: {"value": value, "source": asked.sources[figure]} for figure, value in values.items()}
     return {
         "parameters": sum(asked.update.sizes),
         "arrays": asked.update.arrays._asdict(),
         "zero_grad": asked.update.zero_grad,
         "settings": asked.settings._asdict(),
-        "machine": plan_machine.described(asked.machine, asked.sources),
+        "machine": {"name": asked.machine.name, **of_machine},
         "ways": [row(p) for p in predictions],
         "best": best.way.name if best else None,
         "fits_in_pieces": [row(p) for p in cut if p.fits],

@@ -16,27 +16,26 @@ def of(options, formats):
 
     options: of the command. formats: the `operands.Arrays` whose rates are measured, if rates are.
     """
-    known = None
+    known: dict = {}
     if options.constants:
         known = constants.read(options.constants)
     elif options.measure:
         known = constants.measured(formats, options.folder, options.seconds)
     if options.gpu == CPU:
-        machine = _cpu(known or {}, options)
+        machine = _cpu(known, options)
         sources = dict.fromkeys(machine.figures(), "assumed")
     else:
         machine, sources = machines.MACHINES[options.gpu], machines.sources(options.gpu)
-    machine, measured = _with_constants(machine, known or {})
-    sources |= measured
+    changes = _measured(known, machine)
     for option, (figure, _, _) in RATES.items():
         if (value := getattr(options, figure)) is not None:
             if figure not in sources:
                 raise ValueError(f"--{option} is of machines with GPUs, and this plan is for a CPU")
-            machine = machine.with_figure(figure, value)
-            sources[figure] = "given"
-    if options.gpu == CPU and options.memory is not None:
-        machine = machine._replace(host_memory=machine.memory)
-    return machine, sources, known
+            changes[figure] = value, "given"
+    for figure, (value, source) in changes.items():
+        machine = machine.with_figure(figure, value)
+        sources[figure] = source
+    return machine, sources, known or None
 
 
 def _cpu(known, options):
@@ -45,34 +44,25 @@ def _cpu(known, options):
             "no rates of a CPU are known: --measure measures this machine's, --constants FILE reads what was measured"
         )
     cpu = known["cpu"]
-    memory = cpu.get("memory") or options.memory
+    memory = options.memory or cpu.get("memory")
     if not memory:
         raise ValueError("how much memory the CPU has is not in the constants: give --memory GB")
     free = shutil.disk_usage(options.folder or tempfile.gettempdir()).free
     return machines.cpu_only(cpu["name"], Processor(cpu["bandwidth"]), memory, free, *ASSUMED_DISK)
 
 
-def _with_constants(machine, known):
-    """Return a Machine with measured rates in it, and {figure: where it is from} of those."""
-    sources: dict[str, str] = {}
-    for part, place in (("cpu", "host" if machine.host else "device"), ("gpu", "device")):
-        if part in known and (part == "cpu" or machine.host):
-            values = known[part]
-            processor = Processor(values["bandwidth"], values["launch"], constants.rates_of(values), values["cache"])
-            machine = machine._replace(**{place: processor})
-            source = f"measured, {values['name']}"
-            sources |= {f"{place} bandwidth": source, f"{place} launch": source}
-            if values["memory"] and place == "device":
-                machine = machine._replace(memory=values["memory"])
-                sources["memory"] = source
+def _measured(known, machine):
+    """Return {figure of a machine: (its value in constants, where it is from)}."""
+    changes: dict[str, tuple] = {}
+    places = {"cpu": "host", "gpu": "device"} if machine.host else {"cpu": "device"}
+    for part, place in places.items():
+        if part in known:
+            values, source = known[part], f"measured, {known[part]['name']}"
+            of_place = {key: values[key] for key in ("bandwidth", "launch", "cache")} | {"rates": constants.rates_of(values)}
+            changes |= {f"{place} {key}": (value, source) for key, value in of_place.items()}
+            if values.get("memory") and place == "device":
+                changes["memory"] = values["memory"], source
     if "disk" in known:
-        disk = known["disk"]
-        machine = machine._replace(disk_read=disk["read"], disk_write=disk["write"], disk=disk["free"])
-        sources |= dict.fromkeys(("disk_read", "disk_write", "disk"), "measured")
-    return machine, sources
-
-
-def described(machine, sources):
-    """Return what JSON says of a machine: its name, and {figure: {"value", "source"}}."""
-    figures = {name: {"value": value, "source": sources[name]} for name, value in machine.figures().items()}
-    return {"name": machine.name, **figures}
+        of_disk = {"disk_read": "read", "disk_write": "write", "disk": "free"}
+        changes |= {figure: (known["disk"][key], "measured") for figure, key in of_disk.items()}
+    return changes

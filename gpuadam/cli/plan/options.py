@@ -5,8 +5,9 @@ import json
 import math
 from pathlib import Path
 
+from ...options import STATE_DTYPES
 from ...planning.machines import MACHINES
-from ...planning.model import COLLECTIVES, MASTERS, PARAMS, STATES
+from ...planning.model import COLLECTIVES, MASTERS, PARAMS
 from ...planning.prediction import Settings
 from ...terminal.arguments import folder, number, whole, writable
 
@@ -47,7 +48,9 @@ def add(parser):
     one.add_argument("--shapes-file", type=shapes_in, **sizes, metavar="FILE", help="a JSON file: name -> shape")
     what.add_argument("--param-dtype", dest="param", choices=PARAMS, default="float32", help="default %(default)s")
     what.add_argument("--grad-dtype", dest="grad", choices=PARAMS, help="default: that of the parameters")
-    what.add_argument("--state", choices=STATES, help="of the moments; default float32, or float64 with float64 parameters")
+    what.add_argument(
+        "--state", choices=STATE_DTYPES, help="of the moments; default float32, or float64 with float64 parameters"
+    )
     what.add_argument("--master", choices=tuple(MASTERS), help="of bfloat16 parameters (float32: float16 too)")
     what.add_argument("--amsgrad", action="store_true")
     what.add_argument("--ema", action="store_true", help="a running mean of the parameters")
@@ -55,19 +58,15 @@ def add(parser):
     what.add_argument("--stochastic-rounding", dest="stochastic", action="store_true")
 
     where = parser.add_argument_group("where")
-    gpus = {"choices": (*MACHINES, CPU), "default": "h100"}
-    where.add_argument("--gpu", **gpus, help="kind of GPU, or this CPU; default %(default)s")
+    gpus = (*MACHINES, CPU)
+    where.add_argument("--gpu", choices=gpus, default="h100", help="kind of GPU, or this CPU; default %(default)s")
     where.add_argument("--world", type=whole, metavar="N", help="how many devices; default 1")
-    where.add_argument(
-        "--model-parallel",
-        type=lambda text: text if text == "auto" else whole(text),
-        metavar="N|auto",
-        help="pieces that every parameter is cut into, each on devices of its own; auto: as few as fit; default 1",
-    )
-    activations = {"type": number(0, unit=10**9), "metavar": "GB"}
-    where.add_argument("--reserve", **activations, help="of a device, for activations; default 0")
-    chunks = {"type": UNITS["GB"], "metavar": "GB"}
-    where.add_argument("--budget", **chunks, help="of an offloaded step, as in OffloadAdam; default 0.27")
+    of_pieces = "pieces that every parameter is cut into, each on devices of its own; auto: as few as fit; default 1"
+    where.add_argument("--model-parallel", type=pieces, metavar="N|auto", help=of_pieces)
+    reserve = number(0, unit=10**9)
+    where.add_argument("--reserve", type=reserve, metavar="GB", help="of a device, for activations; default 0")
+    of_step = "of an offloaded step, as in OffloadAdam; default 0.27"
+    where.add_argument("--budget", type=UNITS["GB"], metavar="GB", help=of_step)
     where.add_argument("--bucket", type=UNITS["MB"], metavar="MB", help="of gradients in one collective; default 33.6")
     where.add_argument("--collective", choices=COLLECTIVES, help="default %(default)s")
     parser.set_defaults(**Settings()._asdict())
@@ -77,12 +76,14 @@ def add(parser):
     known.add_argument("--measure", action="store_true", help="measure this machine's memory, conversions and disk")
     known.add_argument("--constants", metavar="FILE", help="of plan --measure --json, or of bench --json")
     rates.add_argument("--seconds", type=number(LEAST), default=1.0, help="spent on each measurement (default 1)")
-    of_disk = "on the disk to measure; default that of temporary files"
-    rates.add_argument("--folder", type=folder, metavar="FOLDER", help=of_disk)
+    rates.add_argument("--folder", type=folder, help="on the disk to measure; default that of temporary files")
     for option, (figure, unit, help) in RATES.items():
         rates.add_argument(f"--{option}", dest=figure, type=UNITS[unit], metavar=unit, help=help)
-    of_plot = "write time and memory against the number of devices as PNG"
-    parser.add_argument("--plot", type=writable, metavar="FILE", help=of_plot)
+    parser.add_argument("--plot", type=writable, metavar="FILE", help="write time and memory against devices as PNG")
+
+
+def pieces(text):
+    return text if text == "auto" else whole(text)
 
 
 def shapes(text):
@@ -100,11 +101,15 @@ def shapes_in(path):
         content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict) or not content:
-        raise argparse.ArgumentTypeError(f'{path} must hold names and shapes, such as {{"w": [768, 3072], "b": [768]}}')
-    for name, shape in content.items():
-        if not isinstance(shape, list) or not all(type(side) is int and side > 0 for side in shape):
-            raise argparse.ArgumentTypeError(
-                f"{path}: the shape of {name!r} is {shape!r}, and must be a list of integers above 0"
-            )
-    return tuple(math.prod(shape) for shape in content.values())
+    shapes = content if isinstance(content, dict) else {}
+    wrong = [
+        repr(name)
+        for name, shape in shapes.items()
+        if not isinstance(shape, list) or not all(type(side) is int and side > 0 for side in shape)
+    ]
+    if wrong or not shapes:
+        of_wrong = f", unlike {', '.join(wrong[:8])}" if wrong else ""
+        raise argparse.ArgumentTypeError(
+            f'{path} must hold names and shapes of integers above 0, such as {{"w": [768, 3072], "b": [768]}}{of_wrong}'
+        )
+    return tuple(math.prod(shape) for shape in shapes.values())

@@ -6,6 +6,7 @@ models of many sizes, each by its fastest way and in as few pieces as let that w
 
 from ... import planning
 from ...terminal import figures, output
+from ...terminal.arguments import UNITS
 from ..measuring import plots
 
 MOST = 100_000
@@ -13,18 +14,25 @@ SIZES = tuple(10**k for k in range(9, 14))
 COLORS = ("#7a4fa3", "#1261c9", "#2b8a57", "#c28f0e", "#c0392b")  # of the sizes
 HUES = {"device": plots.OURS, "host": "#d9730d", "files": "#2b8a57"}  # of a way, by where the state is
 MARKERS = {"device": "o", "host": "s", "files": "D"}
-NUMBERS = {"T": 10**12, "B": 10**9, "M": 10**6, "k": 10**3, "": 1}
 
 
 def draw(asked):
     """Return the figure."""
     figure, axes = figures.panels(2, 2, width=7.6, height=4.2)
+    of_ways, of_sizes = axes.T
+    for way, predictions in by_way(asked).items():
+        look = _marker(way) | {"color": HUES[way.state], "linestyle": "--" if way.updated_on == "host" else "-"}
+        _line(of_ways, predictions, **look, alpha=0.2)
+        _line(of_ways, [p for p in predictions if p.fits], **look, label=way.name)
+    for n, color in zip(SIZES, COLORS, strict=True):
+        best = best_of_size(asked, n)
+        _line(of_sizes, best, color=color, label=scaled(n))
+        for prediction in best:
+            _line(of_sizes, [prediction], color=color, **_marker(prediction.way))
     pieces = asked.settings.model_parallel
     cut = ", the model in as few pieces as fit" if asked.auto else f", the model in {pieces:,} pieces" if pieces > 1 else ""
-    _draw_ways(axes[:, 0], asked)
-    ends = _draw_sizes(axes[:, 1], asked)
-    axes[0][0].set_title(f"{scaled(sum(asked.update.sizes))} parameters{cut}")
-    axes[0][1].set_title("The fastest way, by parameters; models in as few pieces as fit")
+    of_ways[0].set_title(f"{scaled(sum(asked.update.sizes))} parameters{cut}")
+    of_sizes[0].set_title("The fastest way, by parameters; models in as few pieces as fit")
     for times, memory in axes.T:
         _dress(times, "seconds of a step")
         _dress(memory, "GB in a device's memory")
@@ -32,8 +40,8 @@ def draw(asked):
         memory.axhline(limit, color=plots.LIMIT, linestyle="--", linewidth=1.2, zorder=1)
         memory.annotate(f"{limit:,.0f} GB of a device", (0.9, limit), (0, 4), textcoords="offset points", fontsize=8)
         memory.set_xlabel(f"devices: {asked.machine.name}")
-    for axis, of_axis in zip(axes[:, 1], ends, strict=True):
-        figures.name_ends(axis, of_axis, at=0.915, fontsize=9, fontweight="bold")
+    figure.legend(*of_ways[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=5)
+    of_sizes[0].legend(title="parameters", loc="center right")
     rates = "rates of data sheets" if asked.constants is None else "rates in part measured"
     note = f"{asked.formats}. Predicted from {rates}; no figure of a step is measured"
     figure.suptitle(note, fontsize=9, color="#555555", x=0.01, ha="left")
@@ -49,9 +57,8 @@ def by_way(asked):
     """Return {Way: [Prediction]} of the parameters that were asked for, in order of the devices."""
     of_ways: dict = {}
     for world in worlds(asked.machine):
-        settings = asked.settings._replace(world=world)
-        if world % settings.model_parallel == 0:
-            for prediction in asked._replace(settings=settings).predictions():
+        if world % asked.settings.model_parallel == 0:
+            for prediction in asked._replace(settings=asked.settings._replace(world=world)).predictions():
                 of_ways.setdefault(prediction.way, []).append(prediction)
     return of_ways
 
@@ -64,51 +71,28 @@ def best_of_size(asked, n):
     return [prediction for prediction in best if prediction]
 
 
-def _points(predictions):
-    """Return devices, seconds of a step and GB of a device, each of all predictions."""
+def _line(axes, predictions, **look):
+    """Draw seconds and GB of a device against devices, a line in each panel."""
     worlds = [p.settings.world for p in predictions]
-    return worlds, ([p.seconds for p in predictions], [p.device_bytes / 1e9 for p in predictions])
+    times, memory = axes
+    times.plot(worlds, [p.seconds for p in predictions], linewidth=1.4, **look)
+    memory.plot(worlds, [p.device_bytes / 1e9 for p in predictions], linewidth=1.4, **look)
 
 
-def _draw_ways(axes, asked):
-    for way, predictions in by_way(asked).items():
-        style = _style(way) | {"color": HUES[way.state], "linestyle": "--" if way.updated_on == "host" else "-"}
-        fitting = [p for p in predictions if p.fits]
-        for shown, look in ((predictions, {"alpha": 0.2, "zorder": 2}), (fitting, {"label": way.name, "zorder": 3})):
-            worlds, of_axes = _points(shown)
-            for axis, values in zip(axes, of_axes, strict=True):
-                axis.plot(worlds, values, **style, **look, linewidth=1.4)
-    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=5)
-
-
-def _draw_sizes(axes, asked):
-    """Draw a line for each size; return the ends of the lines in each panel, as `figures.name_ends` takes them."""
-    ends: tuple[list, list] = [], []
-    for n, color in zip(SIZES, COLORS, strict=True):
-        predictions = best_of_size(asked, n)
-        worlds, of_axes = _points(predictions)
-        for axis, of_axis, values in zip(axes, ends, of_axes, strict=True):
-            axis.plot(worlds, values, color=color, linewidth=1.4, zorder=3)
-            for world, value, prediction in zip(worlds, values, predictions, strict=True):
-                axis.plot(world, value, **_style(prediction.way), color=color, zorder=4)
-            of_axis += [(value, scaled(n), {"color": color}) for value in values[-1:]]
-    return ends
-
-
-def _style(way):
+def _marker(way):
     """Return the marker of a way: its form says where the state is, and it is filled if the state is sharded."""
     face = {} if way.sharded else {"markerfacecolor": "white"}
     return {"marker": MARKERS[way.state], "markersize": 4.5, **face}
 
 
 def _dress(axis, label):
-    axis.set(xscale="log", yscale="log", xlim=(0.8, 3.5e5), ylabel=label)
-    axis.set_xticks([10**k for k in range(6)], [f"{10**k:,}" for k in range(6)])
+    axis.set(xscale="log", yscale="log", xlim=(0.8, 2e6), ylabel=label)
     low, high = axis.get_ylim()
     (ticker,) = output.need("bench", "matplotlib.ticker")
     axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1,) if high / low > 1000 else (1, 2, 5)))
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.5g}")
-    axis.yaxis.set_minor_formatter(lambda value, _: "")
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+    for scale, text in ((axis.xaxis, "{x:,.0f}"), (axis.yaxis, "{x:,.5g}")):
+        scale.set_major_formatter(text)
     axis.grid()
 
 
@@ -118,4 +102,4 @@ def scaled(n):
     >>> scaled(7 * 10**9), scaled(10**13), scaled(124_439_808)
     ('7 B', '10 T', '124 M')
     """
-    return output.scaled(n, NUMBERS).strip()
+    return output.scaled(n, dict(reversed(UNITS.items())) | {"": 1}).strip()

@@ -1,31 +1,16 @@
 """What `python -m gpuadam plan` prints: a table of memory, one of time, and sentences."""
 
+import functools
+
 from ... import planning
 from ...planning import model
 from ...terminal.output import BYTES, SECONDS, scaled, table
 
+size, time = functools.partial(scaled, units=BYTES), functools.partial(scaled, units=SECONDS)
 # stages and roles, and the heads of their columns
 STAGES = {"all-reduce": "all-reduce", "reduce-scatter": "reduce", "all-gather": "gather", "update": "update"}
 STAGES |= {"to the device": "up", "to the host": "down", "host memory": "host mem", "disk": "disk"}
 ROLES = dict(zip(model.ROLES, ("params", "grads", "moments", "masters", "mean", "buffers"), strict=True))
-
-
-def size(n_bytes):
-    return scaled(n_bytes, BYTES)
-
-
-def time(seconds):
-    return scaled(seconds, SECONDS)
-
-
-def show(console, asked, predictions, best, cut):
-    """Print a plan. best: the Prediction of the best way. cut: the best with the model cut further, if none fits as asked."""
-    title = f"{sum(asked.update.sizes):,} parameters on {asked.settings.world:,} x {asked.machine.name}: {asked.formats}"
-    console.print(title, highlight=False)
-    console.print(memory_table(asked, predictions))
-    console.print(time_table(predictions, best))
-    for line in sentences(asked, predictions, best, cut):
-        console.print(line, highlight=False)
 
 
 def memory_table(asked, predictions):

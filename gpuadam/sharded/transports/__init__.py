@@ -1,10 +1,7 @@
 """How ranks exchange data: over MPI, NCCL or torch's process groups, or, with one rank, not at all.
 
-A rank is a process. Start one for each GPU, or for each part of a CPU, by
-
-    mpiexec -n 4 python -m mpi4py script.py
-
-where `-m mpi4py` ends all ranks when one raises or exits early. mpiexec ends them when one is killed. Each rank makes its
+A rank is a process. Start one for each GPU, or for each part of a CPU, by `mpiexec -n 4 python -m mpi4py script.py`. There
+`-m mpi4py` ends all ranks when one raises or exits early. mpiexec ends them when one is killed. Each rank makes its
 transport, and its optimizer with it, in the same order. A transport imports its library when it is made.
 
 | transport | memory | ranks are started by | needs |
@@ -16,13 +13,15 @@ transport, and its optimizer with it, in the same order. A transport imports its
 
 A transport of your own is any object with the attributes and methods of `Transport`: `rank`, `size`, `memory`, and
 
-    reduce_scatter(buffer, part) -> Work    store in part the sum over all ranks of the rank-th part of their buffers
-    all_gather(buffer) -> Work              fill the buffer, whose rank-th part is there, with the parts of the other ranks
-    broadcast(buffer)                       make the buffer that of rank 0
-    exchange(item) -> list                  the items of all ranks, in the order of the ranks
+| method | effect |
+|---|---|
+| `reduce_scatter(buffer, part) -> Work` | store in part the sum over all ranks of the rank-th part of their buffers |
+| `all_gather(buffer) -> Work` | fill the buffer, whose rank-th part is there, with the parts of the other ranks |
+| `broadcast(buffer)` | make the buffer that of rank 0 |
+| `exchange(item) -> list` | return the items of all ranks, in the order of the ranks |
 
-The first two start a collective, and `wait()` of their Work returns when it is done. `Work()` is that of a collective which was
-done when its call returned, as with `Local`; `Work(wait)` calls a function of yours.
+The first two start a collective, and `wait()` of their Work returns when it is done. `Work()` is that of a collective which
+was done when its call returned, as with `Local`; `Work(wait)` calls a function of yours.
 """
 
 from .local import Local
