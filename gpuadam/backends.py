@@ -11,7 +11,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -137,64 +137,71 @@ def takes_numpy(backend=None):
 
 
 def choose(named_arrays, backend=None):
-    """Return (the backend, a View of each array; None stays None).
+    """Return (the backend, a View of each array).
 
-    named_arrays: (name, array or None) pairs. Raises TypeError if no one backend holds them all, ValueError for an unknown
-    name, BackendUnavailableError if the backend cannot run here.
+    named_arrays: (name, array) pairs. Raises TypeError if no one backend holds them all, ValueError for an unknown name,
+    BackendUnavailableError if the backend cannot run here.
     """
-    plain = [_plain(name, array) for name, array in named_arrays]
-    given = [(name, a.array if type(a) is arrays.Bits else a) for name, a in named_arrays if a is not None]
-    bare = {name: array for (name, _), (array, *_) in zip(named_arrays, plain, strict=True) if array is not None}
-    memory = {name: _memory(name, array) for name, array in bare.items()}
+    given = [_given(name, array) for name, array in named_arrays]
     name = forced(backend)
     if name:
         source = "backend" if backend else "use_backend" if _chosen.get() else "GPUADAM_BACKEND"
         chosen = BACKENDS[_known(name, source)]
-        strangers = {name: kind for name, kind in memory.items() if kind != chosen.memory}
+        strangers = [one for one in given if one.memory != chosen.memory]
         if strangers:
             raise TypeError(
                 f"backend {chosen.name!r} holds arrays in {chosen.memory} memory, and nothing is copied between devices: "
-                + _listing(given, strangers)
+                + _listing(strangers)
             )
     else:
-        owners = {_owner(array, memory[name]).name for name, array in bare.items()}
+        owners = {_owner(one.plain, one.memory).name for one in given}
         if len(owners) > 1:
             raise TypeError(
-                "the arrays of one update must come from one library: "
-                + _listing(given, memory)
-                + ". Convert them, or give backend= if one backend can hold them all"
+                f"the arrays of one update must come from one library: {_listing(given)}. Convert them, or give backend= if one "
+                "backend can hold them all"
             )
         chosen = BACKENDS[owners.pop()]
     kernels = load(chosen.name)
-    return kernels, [_view(kernels, name, *one) for (name, _), one in zip(named_arrays, plain, strict=True)]
+    return kernels, [_view(kernels, one) for one in given]
 
 
-def _plain(name, array):
-    """Return the array that holds the memory of what a caller gave, the format that its bits stand for, and why it must not be
-    written, if its library says so."""
+class _Given(NamedTuple):
+    """An array of a caller, and what is known before a backend views it."""
+
+    name: str
+    array: Any  # as the caller gave it, without Bits
+    plain: Any  # the array that holds its memory
+    memory: str
+    bits: str  # the format that the elements stand for, or ""
+    immutable: str  # why it must not be written, if its library says so
+
+
+def _given(name, array):
     bits = why = ""
     if type(array) is arrays.Bits:
         bits, array = checks.format_of_bits(name, array), checks.given(name, array.array)
+    plain = array
     if torch_tensors.is_tensor(array):
-        tensor, array = array, torch_tensors.plain(name, array)
-        why = torch_tensors.why_immutable(tensor)
-        if type(array) is arrays.Bits:
-            array, bits = array
+        plain, why = torch_tensors.plain(name, array), torch_tensors.why_immutable(array)
+        if type(plain) is arrays.Bits:
+            plain, bits = plain
     elif arrays.is_jax(array):
         why = (
             "is a jax.Array, and JAX takes for granted that these never change. Keep it as np.array(x), update that, and give "
             "JAX jnp.array(x). As a gradient it is fine"
         )
-    return array, bits, why
+    return _Given(name, array, plain, _memory(name, plain), bits, why)
 
 
-def _view(kernels, name, array, bits, why):
-    if array is None:
-        return None
-    view = kernels.view(name, array)
-    if bits:
-        view = checks.bits(view, bits)
-    return view._replace(writeable=False, immutable=why) if why else view
+def _view(kernels, given):
+    view = kernels.view(given.name, given.plain)
+    if given.bits:
+        view = checks.bits(view, given.bits)
+    return view._replace(writeable=False, immutable=given.immutable) if given.immutable else view
+
+
+def _listing(given):
+    return ", ".join(f"{one.name} is {arrays.a_kind(one.array)} in {one.memory} memory" for one in given)
 
 
 def home(name, array):
@@ -256,10 +263,6 @@ def _owner(array, memory):
             return backend
     fitting = [b for b in BACKENDS.values() if b.memory == memory]
     return next((b for b in fitting if _probe(b.name).available), fitting[0])
-
-
-def _listing(given, memory):
-    return ", ".join(f"{name} is {arrays.a_kind(a)} in {memory[name]} memory" for name, a in given if name in memory)
 
 
 @functools.cache

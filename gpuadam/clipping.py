@@ -43,8 +43,8 @@ def global_norm(grads, *, out=None, backend=None, stream=None):
     named = list(named_arrays("grads", grads))
     if not named:
         raise ValueError("there is no array to take the norm of: grads must have one at least, which may be empty")
-    kernels, views = backends.choose([*named, ("out", out)], backend)
-    *views, place = views
+    kernels, views = backends.choose([*named, *([] if out is None else [("out", out)])], backend)
+    place = None if out is None else views.pop()
     for view in views:
         _check(view)
     device = _one_device(views)

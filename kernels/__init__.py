@@ -61,8 +61,8 @@ A backend is a subclass of `backend.Backend`, whose docstrings are the interface
 | `now`, `seconds_between` | the clock of the device |
 
 `Backend` itself has `launch`, for one update, and `zeros_like`. `gpu_backend.GpuBackend` adds what two libraries share on a
-GPU: batches, the choice and the order of streams, rehearsals, captured graphs, and the passes of the norm. A GPU backend
-brings devices, streams, events, copies, and `run`, `launch_scalars` and `launch_sums`, which launch a kernel.
+GPU: batches, streams, events and copies by the driver, rehearsals, captured graphs, and the passes of the norm. A GPU backend
+brings devices, memory, and `run`, `launch_scalars` and `launch_sums`, which launch a kernel.
 
 **To add a backend**: one class, in a file that ends with `backend = TheClass()`, and one row in BACKENDS of
 `gpuadam/backends.py`. Outside this package `gpuadam.backends.register(backend)` takes the place of the row. Then `python -m
@@ -81,7 +81,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `view.py`, `dlpack.py`, `layout.py`, `array_bytes.py` | what is known of an array; how it lies in memory; its bytes |
 | `backend.py` | the interface |
 | `cpu_backend.py`, `cpu_kernels.py`, `cpu_threads.py`, `numpy_struct.py`, `compiled_cache.py` | `numba-cpu` |
-| `gpu_backend.py`, `gpu_batch.py`, `gpu_table.py`, `streams.py` | both GPU backends |
+| `gpu_backend.py`, `gpu_driver.py`, `gpu_batch.py`, `gpu_table.py`, `streams.py` | both GPU backends |
 | `cupy_backend.py`, `cupy_kernels.py` | `cupy` |
 | `numba_cuda_backend.py`, `numba_cuda_kernels.py` | `numba-cuda` |
 | `numba_memory.py` | numbers in memory, for Numba's code on the CPU and on a GPU |

@@ -106,10 +106,7 @@ class KernelFiles(IndexDataCacheFile):
         """Nothing is kept beside the files."""
 
     def _path(self, key):
-        return self._data_path(self._data_name(hashlib.sha256(key).hexdigest()[:32]))
-
-    def _data_name(self, name):
-        return f"{Path(self._index_name).stem}.{name}.nbc"
+        return self._data_path(f"{Path(self._index_name).stem}.{hashlib.sha256(key).hexdigest()[:32]}.nbc")
 
 
 @functools.cache

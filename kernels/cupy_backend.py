@@ -8,7 +8,7 @@ import warnings
 import cupy
 import numpy as np
 
-from gpuadam.kernels import adam, cupy_kernels, gpu_table, norm_order
+from gpuadam.kernels import adam, cupy_kernels, gpu_driver, gpu_table, norm_order
 from gpuadam.kernels.cupy_kernels import IN_MEMORY, in_and_out
 from gpuadam.kernels.gpu_backend import GpuBackend
 from gpuadam.kernels.operands import operands_of_form, widened
@@ -37,7 +37,7 @@ class Cupy(GpuBackend):
 
     def view(self, name, array):
         if not isinstance(array, cupy.ndarray):
-            return on_cuda(name, on_device(name, array, self), _device_of)
+            return on_cuda(name, on_device(name, array, self), gpu_driver.device_of)
         memory = array.data
         contiguous = array.flags.c_contiguous
         return View(name, array, memory.ptr, array.shape, array.strides, array.dtype, True, contiguous, memory.device_id)
@@ -55,9 +55,8 @@ class Cupy(GpuBackend):
         else:
             numbers = [*scalars, *([key] if random else [])]
         if batch.loop == "table":
-            table = batch.table
-            rows = _unowned(batch.address, (table.rows.size,), np.int64, batch.device)
-            owners = _unowned(batch.address + table.rows.nbytes, table.owners.shape, np.int32, batch.device)
+            rows = _unowned(batch.address, (batch.rows.size,), np.int64, batch.device)
+            owners = _unowned(batch.address + batch.rows.nbytes, batch.owners.shape, np.int32, batch.device)
             kernel(owners, *numbers, rows, size=owners.size * gpu_table.BLOCK, block_size=gpu_table.BLOCK)
             return
         (update,) = batch.updates
@@ -72,17 +71,16 @@ class Cupy(GpuBackend):
         kernel(*read, *head_and_vectors, *of_row, *numbers, *written, **size)
 
     def launch_scalars(self, form, settings, numbers, out, stream):
+        values = settings._asdict() | {name: (x.pointer, 1) if isinstance(x, View) else x for name, x in numbers.items()}
+        values |= {"scalars": (out.address + REALS_AT, form.reals), "words": (out.address, 2)}
         inputs, outputs = cupy_kernels.scalar_arguments(form)
-        # a flag is read as bits
-        dtypes = {"found_inf": cupy_kernels.bits_of(form.found_inf)} if form.found_inf is not None else {}
-        values = settings._asdict() | {
-            "scalars": _unowned(out.address + REALS_AT, (form.reals,), out.dtype, out.device),
-            "words": _unowned(out.address, (2,), np.int64, out.device),
-        }
-        for name, x in numbers.items():
-            values[name] = _unowned(x.pointer, (1,), dtypes.get(name, x.dtype), x.device) if isinstance(x, View) else x
+        arguments = []
+        for kind, name in [*inputs, *outputs]:
+            x = values[name]
+            is_array = kind.startswith("raw ")
+            arguments.append(_unowned(x[0], (x[1],), kind.removeprefix("raw "), out.device) if is_array else x)
         with self.on(out.device, stream):
-            cupy_kernels.build_scalars(form)(*(values[name] for _, name in [*inputs, *outputs]), size=1)
+            cupy_kernels.build_scalars(form)(*arguments, size=1)
 
     def launch_sums(self, form, chunks, arguments, stream):
         blocks = -(-chunks // (norm_order.BLOCK // norm_order.WARP))
@@ -133,78 +131,25 @@ class Cupy(GpuBackend):
         memory = cupy.cuda.alloc(n_bytes)
         return memory, memory.ptr
 
-    def send(self, address, host, n_bytes, stream):
-        runtime = cupy.cuda.runtime
-        runtime.memcpyAsync(address, host.ctypes.data, n_bytes, runtime.memcpyHostToDevice, stream)
-
-    def receive(self, host, address, n_bytes, stream):
-        runtime = cupy.cuda.runtime
-        runtime.memcpyAsync(host.ctypes.data, address, n_bytes, runtime.memcpyDeviceToHost, stream)
-
-    # Devices, streams and events
+    # Devices and streams
 
     def on(self, device, stream):
-        if cupy.cuda.runtime.getDevice() == device:
+        if gpu_driver.current_device() == device:
             return _UNCHANGED if stream is None or self.current_stream() == stream else _stream(stream)
         return self._on_another(device, stream)
 
     @contextlib.contextmanager
     def _on_another(self, device, stream):
-        with cupy.cuda.Device(device), self.on(device, stream):
-            yield
+        with cupy.cuda.Device(device):
+            cupy.cuda.runtime.setDevice(device)  # which also makes a context current in a thread that has none
+            with self.on(device, stream):
+                yield
 
     def current_device(self):
         return cupy.cuda.runtime.getDevice()
 
     def current_stream(self):
         return cupy.cuda.get_current_stream().ptr or LEGACY_DEFAULT
-
-    def new_stream(self):
-        stream = cupy.cuda.Stream(non_blocking=True)
-        return stream, stream.ptr
-
-    def record(self, stream):
-        event = cupy.cuda.Event(disable_timing=True)
-        cupy.cuda.runtime.eventRecord(event.ptr, stream)
-        return event
-
-    def wait(self, stream, event):
-        cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
-
-    def done(self, event):
-        return event.done
-
-    def finish(self, event):
-        event.synchronize()
-
-    def synchronize_stream(self, stream):
-        cupy.cuda.runtime.streamSynchronize(stream)
-
-    def synchronize(self):
-        cupy.cuda.runtime.deviceSynchronize()
-
-    def is_capturing(self, stream):
-        return stream != LEGACY_DEFAULT and cupy.cuda.runtime.streamIsCapturing(stream)
-
-    def begin_capture(self, stream):
-        cupy.cuda.runtime.streamBeginCapture(stream, cupy.cuda.runtime.streamCaptureModeRelaxed)
-
-    def drop_capture(self, stream):
-        cupy.cuda.runtime.graphDestroy(cupy.cuda.runtime.streamEndCapture(stream))
-
-    def now(self):
-        return cupy.cuda.get_current_stream().record()
-
-    def seconds_between(self, start, end):
-        end.synchronize()
-        return cupy.cuda.get_elapsed_time(start, end) / 1e3
-
-
-def _device_of(pointer):
-    device = cupy.cuda.runtime.pointerGetAttributes(pointer).device
-    if device < 0:
-        raise ValueError(f"address {pointer:#x} is not CUDA memory")
-    return device
 
 
 @functools.lru_cache(maxsize=1024)

@@ -92,9 +92,6 @@ def in_and_out(operands, values):
 IN_MEMORY = {format: f"uint{8 * n}" if n < 4 else format for format, n in FORMATS.items()}
 
 
-LOOPS = {"contiguous": CONTIGUOUS, "table": TABLE, "strided": STRIDED}
-
-
 @functools.cache
 def build(rule, form, loop, on_device=False):
     """Return the ElementwiseKernel of a form; CuPy compiles it at its first call.
@@ -141,12 +138,13 @@ def build(rule, form, loop, on_device=False):
         "KEY_OF_ROW": "row[KEY]" if random else "0LL",
         "START_OF_ROW": "row[START]" if random else "0LL",
     }
+    text = {"contiguous": CONTIGUOUS, "table": GROUPS if form.arrays.grouped else TABLE, "strided": STRIDED}[loop]
     return cupy.ElementwiseKernel(
         ", ".join(inputs),
         ", ".join(outputs),
-        body + (GROUPS if form.arrays.grouped else LOOPS[loop]) % parts,
+        body + text % parts,
         f"gpuadam_{rule.__name__.rpartition('.')[2]}_{form.dtype}_{loop}{'_device' * on_device}",
-        preamble=f"typedef {CTYPES[form.dtype.name]} T;\nconstexpr int LANES = {lanes_of(form)};\n"
+        preamble=f"typedef {cuda_c_access.C_TYPES[form.dtype.name]} T;\nconstexpr int LANES = {lanes_of(form)};\n"
         + "".join(f"#define {name} {value}\n" for name, value in defined.items())
         + TABLE_PREAMBLE * (loop == "table")
         + primitives.for_cuda_c(form.dtype)
@@ -156,23 +154,12 @@ def build(rule, form, loop, on_device=False):
     )
 
 
-CTYPES = {"float32": "float", "float64": "double"}
-
-
-def bits_of(dtype):
-    """Return the name of the unsigned integers of a dtype's size: a flag is read as bits."""
-    return f"uint{8 * dtype.itemsize}"
-
-
 def scalar_arguments(form):
     """Return the (type, name) of the inputs and of the outputs of the kernel that `build_scalars` returns."""
-
-    def number(name, dtype):
-        return ("float64" if dtype is None else f"raw {dtype}", name)
-
-    inputs = [number("lr", form.lr), number("grad_scale", form.grad_scale)]
+    numbers = ("lr", form.lr), ("grad_scale", form.grad_scale)
+    inputs = [("float64" if dtype is None else f"raw {dtype}", name) for name, dtype in numbers]
     if form.found_inf is not None:
-        inputs.append((f"raw {bits_of(form.found_inf)}", "found_inf"))
+        inputs.append((f"raw uint{8 * form.found_inf.itemsize}", "found_inf"))  # a flag is read as bits
     if form.norm or form.checks:
         inputs.append(("raw float64", "norm"))
     inputs += [("int64" if k < 2 else "float64", name) for k, name in enumerate(Settings._fields)]

@@ -1,26 +1,24 @@
 """The base of both GPU backends: which arrays share a launch, on which stream it goes, which streams wait, and the global norm.
 
-`cupy_backend.py` and `numba_cuda_backend.py` bring what differs: memory, streams, events, copies, and the launch of a kernel.
+`cupy_backend.py` and `numba_cuda_backend.py` bring what differs: memory, the current
+device and stream, and the launch of a kernel. The rest goes to the driver (`gpu_driver.py`).
 """
 
 import collections
 import contextlib
 import ctypes
-import itertools
-import os
+import functools
 import threading
 
 import numpy as np
 
-from gpuadam.kernels import norm_order, streams, synchronous
+from gpuadam.kernels import gpu_driver, norm_order, streams, synchronous
 from gpuadam.kernels.backend import Backend
 from gpuadam.kernels.dlpack import Borrowed
 from gpuadam.kernels.gpu_batch import GpuBatch, Place
 from gpuadam.kernels.gpu_table import Table
 from gpuadam.kernels.layout import VECTOR_BYTES, bounds, dense
 from gpuadam.kernels.streams import LEGACY_DEFAULT
-
-RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class GpuBackend(Backend):
@@ -47,38 +45,56 @@ class GpuBackend(Backend):
     def current_device(self):
         """Return the number of the current device."""
 
+    def device_name(self):
+        """Return the name of the current device."""
+        name = ctypes.create_string_buffer(256)
+        gpu_driver.call("cuDeviceGetName", name, len(name), self.current_device())
+        return name.value.decode()
+
     def current_stream(self):
         """Return the program's current stream, that of CuPy; None if CuPy is not in use."""
 
     def new_stream(self):
         """Return a stream that waits for no other: its owner, and its handle."""
+        stream = gpu_driver.Owned("Stream", gpu_driver.NON_BLOCKING)
+        return stream, stream.handle
 
-    def record(self, stream):
+    def record(self, stream, flags=gpu_driver.DISABLE_TIMING):
         """Return an event that is done when the work that is on a stream so far is."""
+        event = gpu_driver.Owned("Event", flags)
+        gpu_driver.call("cuEventRecord", event.handle, stream)
+        return event
 
     def wait(self, stream, event):
         """Make the next work on a stream wait for an event."""
+        gpu_driver.call("cuStreamWaitEvent", stream, event.handle, 0)
 
     def done(self, event):
         """Whether an event is done."""
+        return gpu_driver.status("cuEventQuery", event.handle) == 0
 
     def finish(self, event):
         """Wait until an event is done."""
+        gpu_driver.call("cuEventSynchronize", event.handle)
 
     def synchronize_stream(self, stream):
         """Wait for the work on a stream."""
+        gpu_driver.call("cuStreamSynchronize", stream)
 
     def synchronize(self):
         """Wait for all work on the device."""
+        gpu_driver.call("cuCtxSynchronize")
 
     def is_capturing(self, stream):
         """Whether a graph is being captured on a stream; it cannot be on the default one."""
+        return stream != LEGACY_DEFAULT and gpu_driver.is_capturing(stream)
 
-    def begin_capture(self, stream):
-        """Begin to capture a graph of the work that is enqueued on a stream, and forbid nothing meanwhile."""
+    def now(self):
+        return self.record(self.current_stream() or LEGACY_DEFAULT, flags=0)
 
-    def drop_capture(self, stream):
-        """End a capture and throw the graph away."""
+    def seconds_between(self, start, end):
+        self.finish(end)
+        return gpu_driver.asked("cuEventElapsedTime", start.handle, end.handle, kind=ctypes.c_float) / 1e3
 
     # Memory
 
@@ -90,9 +106,11 @@ class GpuBackend(Backend):
 
     def send(self, address, host, n_bytes, stream):
         """Copy from an array of the host, in pinned memory, to the device, on a stream."""
+        gpu_driver.call("cuMemcpyHtoDAsync_v2", address, host.ctypes.data, n_bytes, stream)
 
     def receive(self, host, address, n_bytes, stream):
         """Copy from the device to an array of the host, on a stream."""
+        gpu_driver.call("cuMemcpyDtoHAsync_v2", host.ctypes.data, address, n_bytes, stream)
 
     def empty_number(self):
         """Return a new array of shape () and dtype float64 on the current device and stream, and its address."""
@@ -116,16 +134,18 @@ class GpuBackend(Backend):
     # From here on, the part that both backends share
 
     def batches(self, updates, arrays):
-        updates = [update for update in updates if update.views[0].size]
-        is_dense = [dense(update.views, in_c_order=arrays.random) for update in updates]
-        together = list(itertools.compress(updates, is_dense))
-        apart = [
-            GpuBatch(self, "strided", arrays, [update]) for update, one in zip(updates, is_dense, strict=True) if not one
-        ]
-        if not together:
-            return apart
-        loop = "table" if len(together) > 1 or arrays.grouped else "contiguous"
-        return [GpuBatch(self, loop, arrays, together), *apart]
+        together, batches = [], []
+        for update in updates:
+            if not update.views[0].size:
+                continue
+            if dense(update.views, in_c_order=arrays.random):
+                together.append(update)
+            else:
+                batches.append(GpuBatch(self, "strided", arrays, [update]))
+        if together:
+            loop = "table" if len(together) > 1 or arrays.grouped else "contiguous"
+            batches.insert(0, GpuBatch(self, loop, arrays, together))
+        return batches
 
     def order(self, before, after):
         """Make the next work on one stream wait for the work that is on another."""
@@ -189,11 +209,13 @@ class GpuBackend(Backend):
             return
         owner, stream = self.new_stream()
         with self.on(device, stream):
-            self.begin_capture(stream)
+            gpu_driver.call("cuStreamBeginCapture_v2", stream, gpu_driver.RELAXED)
             try:
                 launch(stream)
             finally:
-                self.drop_capture(stream)
+                graph = ctypes.c_void_p()
+                gpu_driver.call("cuStreamEndCapture", stream, ctypes.byref(graph))
+                gpu_driver.call("cuGraphDestroy", graph)
         del owner
         self._rehearsed.add((device, kernel))
 
@@ -237,60 +259,25 @@ class GpuBackend(Backend):
     def _sum(self, views, device, place, norm_at=None):
         """Enqueue the passes of a norm. norm_at: its address; None: return the sums of all chunks, after waiting for them."""
         plan = norm_order.plan(views, VECTOR_BYTES)
-        table, sums = _NormTable(self, device, plan), None
+        n_table = -(-plan.table.nbytes // VECTOR_BYTES) * VECTOR_BYTES  # behind it a workspace for the sums
+        table = Table(self, device, n_table + plan.workspace, lambda at: plan.placed(at + n_table).view(np.uint8), once=True)
+        sums = None
         with self.on(device, place.stream):
             self.before(place)
-            with allowed_while_capturing() if place.capturing else contextlib.nullcontext():
-                table.on_stream(place.stream)
-            for number, one in enumerate(plan.passes if norm_at else [one for one in plan.passes if one.form.squares], 1):
-
-                def what(number=number):
-                    return synchronous.text_of_norm(views, plan, number, device)
-
-                last = norm_at is not None and number == len(plan.passes)
-                out = norm_at if last else table.workspace + one.out
-                arguments = table.address, one.first_row, one.n_rows, out, one.chunks, int(last)
-                launched = one.form, one.chunks, arguments, place.stream
-                synchronous.launch(self, place.stream, what, self.launch_sums, *launched)
+            with gpu_driver.allowed_while_capturing() if place.capturing else contextlib.nullcontext():
+                address = table.on_stream(place.stream)
+            passes = [one for one in plan.passes if norm_at or one.form.squares]
+            for number, one in enumerate(passes, 1):
+                text = functools.partial(synchronous.text_of_norm, views, plan, number, device)
+                last = bool(norm_at) and number == len(passes)
+                out = norm_at if last else address + n_table + one.out
+                arguments = address, one.first_row, one.n_rows, out, one.chunks, int(last)
+                synchronous.launch(self, place.stream, text, self.launch_sums, one.form, one.chunks, arguments, place.stream)
             table.used(place.stream)
             self.after(place, self.borrowed(views))
             if norm_at is None:
                 sums = np.empty(norm_order.chunks_of_all(views))
-                self.receive(sums, table.workspace, sums.nbytes, place.stream)
+                self.receive(sums, address + n_table, sums.nbytes, place.stream)
                 self.synchronize_stream(place.stream)
         table.release()
         return sums
-
-
-@contextlib.contextmanager
-def allowed_while_capturing():
-    """Let this thread allocate and query events during a capture of CUDA's mode "global", torch's, which they would end.
-
-    They are no part of the graph.
-    """
-    try:
-        exchange = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuThreadExchangeStreamCaptureMode
-    except OSError:  # there is no driver to refuse it
-        yield
-        return
-    mode = ctypes.c_int(RELAXED)
-    exchange(ctypes.byref(mode))  # stores the former mode in its place
-    try:
-        yield
-    finally:
-        exchange(ctypes.byref(mode))
-
-
-class _NormTable(Table):
-    """The table of a norm's plan in device memory, and behind it a workspace for the sums. It belongs to one call."""
-
-    once = True
-
-    def __init__(self, backend, device, plan):
-        self.plan, self.workspace = plan, 0
-        self._n_table = -(-plan.table.nbytes // VECTOR_BYTES) * VECTOR_BYTES
-        super().__init__(backend, device, self._n_table + plan.workspace)
-
-    def contents(self, address):
-        self.address, self.workspace = address, address + self._n_table
-        return self.plan.placed(self.workspace).view(np.uint8)

@@ -2,9 +2,11 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 from gpuadam.kernels import synchronous
 from gpuadam.kernels.backend import Batch
-from gpuadam.kernels.gpu_table import UpdateTable
+from gpuadam.kernels.gpu_table import Table, rows_and_owners
 from gpuadam.kernels.layout import split
 from gpuadam.kernels.operands import GROUP_LANES
 from gpuadam.kernels.scalars import ScalarsMemory
@@ -51,7 +53,9 @@ class GpuBatch(Batch):
         self.kernel = loop, *((view.contiguous, len(view.shape), view.nbytes > MOST_OF_32_BITS) for view in first)
         self.table = None
         if loop == "table":
-            self.table = UpdateTable(backend, self.device, updates, GROUP_LANES if arrays.grouped else 0)
+            self.rows, self.owners = parts = rows_and_owners(updates, GROUP_LANES if arrays.grouped else 0)
+            contents = np.concatenate([part.view(np.uint8).ravel() for part in parts])
+            self.table = Table(backend, self.device, contents.size, lambda address: contents)
         self.address = None  # of the table
         first = [view._replace(array=None) for view in first]
         if loop == "contiguous":
@@ -92,8 +96,6 @@ class GpuBatch(Batch):
         rule, form, scalars, place, key = self.prepared
         backend, stream = self.backend, place.stream
         with backend.on(self.device, stream):
-            if self.table:
-                self.address = self.table.on_stream(stream)
             backend.before(place)
             synchronous.launch(backend, stream, lambda: self.text, backend.run, self, form, scalars, rule, stream, key)
             self.begun = True

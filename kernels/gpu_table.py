@@ -25,18 +25,16 @@ def rows_and_owners(updates, group_lanes=0):
     group_lanes: with 8-bit state, how many neighbours an item has; the last two arrays are then the scales of groups.
     """
     rows = np.empty((len(updates), OPERANDS + len(updates[0].views)), np.int64)
-    chunks = []
-    first = 0
     itemsizes = [view.dtype.itemsize for view in updates[0].views]
     for row, (views, key, start) in zip(rows, updates, strict=True):
         pointers, size = [view.pointer for view in views], views[0].size
         if group_lanes:
-            head, vectors, items = split_groups(pointers[:-2], itemsizes[:-2], size, group_lanes)
+            parts = split_groups(pointers[:-2], itemsizes[:-2], size, group_lanes)
         else:
-            head, vectors, items = split(pointers, itemsizes, size)
-        row[:] = head, vectors, items, first, key, start, size, *pointers
-        chunks.append(-(-items // CHUNK))
-        first += chunks[-1]
+            parts = split(pointers, itemsizes, size)
+        row[:] = *parts, 0, key, start, size, *pointers
+    chunks = -(-rows[:, ITEMS] // CHUNK)
+    rows[:, FIRST_CHUNK] = np.cumsum(chunks) - chunks
     return rows, np.repeat(np.arange(len(updates), dtype=np.int32), chunks)
 
 
@@ -46,16 +44,12 @@ class Table:
     Nothing waits for the device: buffers go back to be used again once the device has passed them.
     """
 
-    once = False  # whether one stream uses it once, so that no other waits for the copy
-    _buffer: Any = None
-    _sent: Any = None  # the event after the copy
-
-    def __init__(self, backend, device, n_bytes):
-        self.backend, self.device, self.n_bytes = backend, device, n_bytes
+    def __init__(self, backend, device, n_bytes, contents, once=False):
+        """contents(address): the bytes of a table at an address. once: one stream uses it once, so that no other waits for it."""
+        self.backend, self.device, self.n_bytes, self.contents, self.once = backend, device, n_bytes, contents, once
         self.streams: dict[int, Any] = {}  # on which it is there, and the event after its last use there
-
-    def contents(self, address):
-        """Return the bytes of a table that will be at an address."""
+        self._buffer: Any = None
+        self._sent: Any = None  # the event after the copy
 
     def on_stream(self, stream):
         """Return the table's address, for work on a stream."""
@@ -93,27 +87,13 @@ class Table:
                 with self.backend.on(self.device, None):
                     self.backend.synchronize()
             buffer.in_use, buffer.events = False, [*self.streams.values()]
-            with _lock:
-                _lent.discard(buffer)
-                free_buffers.append(buffer)
+            buffer.lent = False
         self.streams = {}
 
-    def __del__(
-        self,
-    ):  # goes with its optimizer. Work on streams that the buffer's allocator does not know may still read it
+    def __del__(self):
+        # goes with its optimizer. Work on streams that the buffer's allocator does not know may still read it
         if _lock is not None:  # else Python ends
             self.release()
-
-
-class UpdateTable(Table):
-    """The table of a batch: rows, then owners."""
-
-    def __init__(self, backend, device, updates, group_lanes=0):
-        self.rows, self.owners = rows_and_owners(updates, group_lanes)
-        super().__init__(backend, device, self.rows.nbytes + self.owners.nbytes)
-
-    def contents(self, address):
-        return np.concatenate([self.rows.view(np.uint8).ravel(), self.owners.view(np.uint8)])
 
 
 class _Buffer:
@@ -123,26 +103,25 @@ class _Buffer:
         self.backend, self.device, self.n_bytes = backend, device, n_bytes
         self.pinned = backend.pinned(n_bytes)
         self.owner, self.address = backend.device_bytes(n_bytes)
-        self.events: list = []
+        self.events: list = []  # after its last uses
+        self.lent = True  # to a Table
         self.captured = False
         self.in_use = False  # by work that no event is recorded behind
 
 
-free_buffers: list[_Buffer] = []
-# Of those in use, too, so that none is garbage together with its Table: Numba would have freed its memory before `__del__`
-_lent: set[_Buffer] = set()
+# All there are: one that is garbage together with its Table could have its memory freed by Numba before `Table.__del__`
+buffers: list[_Buffer] = []
 _lock = threading.RLock()  # Python may end a Table in a thread that holds it
 
 
 def _take(backend, device, n_bytes):
     """Return a buffer that nothing on the device uses any more, or a new one."""
     with _lock:
-        for k, buffer in enumerate(free_buffers):
+        for buffer in buffers:
             fits = buffer.backend is backend and buffer.device == device and buffer.n_bytes >= n_bytes
-            if fits and all(backend.done(event) for event in buffer.events):
-                _lent.add(free_buffers.pop(k))
+            if fits and not buffer.lent and all(backend.done(event) for event in buffer.events):
+                buffer.lent = True
                 return buffer
     buffer = _Buffer(backend, device, max(1 << 12, 1 << (n_bytes - 1).bit_length()))
-    with _lock:
-        _lent.add(buffer)
+    buffers.append(buffer)
     return buffer

@@ -8,10 +8,10 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from gpuadam.kernels import compiled_cache, cpu_threads, primitives
+from gpuadam.kernels import compiled_cache, cpu_threads, llvm, primitives
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.norm_order import LANES, QUARTER, WIDTH
-from gpuadam.kernels.numba_memory import RAW, load_at, store_at, widened
+from gpuadam.kernels.numba_memory import RAW, llvm_type, load_at, store_at, widened
 
 # Elements from which two threads finish sooner than one.
 PARALLEL_FROM = 1 << 18
@@ -38,7 +38,7 @@ def norm_of_chunks(sums):
     while sums.size != 1:
         n = sums.size
         above = np.empty(max(1, order.chunks_of(n)))
-        table = np.array([sums.ctypes.data, n, 1, 1, order.COLUMNS, 0, 0, 0, n, sums.itemsize])
+        table = np.array([sums.ctypes.data, n, 1, 0, 0, 0, 0, 0])
         run(order.Pass(form, 0, 1, above.size, n, 0), table, above)
         sums = above
     return math.sqrt(sums[0])
@@ -65,7 +65,8 @@ def build(form, loop):
     fma, add = op.fma, op.add
     ITEMSIZE, SQUARES = form.itemsize, form.squares
     raw = RAW[form.format]
-    pointer, raw_at = _pointer_to(raw), load_at(intrinsic, raw, align=1)
+    kind, raw_at = llvm_type(raw), load_at(intrinsic, raw, align=1)
+    pointer = llvm.function(intrinsic, "pointer", lambda b, x: llvm.pointer(b, x, kind, 0), types.CPointer(raw)(types.int64))
     as_float64, store = widened(intrinsic, form.format, on_gpu=False), store_at(intrinsic, types.float64)
 
     @compiled
@@ -127,16 +128,3 @@ def build(form, loop):
             store(out + 8 * (table[row + order.FIRST_SUM] + k), tree(s))
 
     return compiled_cache.stored(compiled(serial), __name__, form)
-
-
-def _pointer_to(element):
-    """Return a function that makes a pointer of an address."""
-
-    @intrinsic
-    def pointer(typingctx, address):
-        def codegen(context, builder, signature, args):
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(element)(types.int64), codegen
-
-    return pointer

@@ -3,14 +3,7 @@
 import functools
 
 from gpuadam.kernels import conversions, norm_order, primitives
-
-# name of a format: (the type of an element in C, how it becomes a double)
-ELEMENTS = {
-    "float64": ("double", "x"),
-    "float32": ("float", "widened_(x)"),
-    "bfloat16": ("unsigned short", "widened_(from_bfloat16_(x))"),
-    "float16": ("unsigned short", "widened_(from_float16_(x))"),
-}
+from gpuadam.kernels.cuda_c_access import C_TYPES
 
 IN_CUDA_C = r"""
 struct alignas(VECTOR_BYTES) Vector { Element element[PER_VECTOR]; };
@@ -113,7 +106,7 @@ NAME(long long table_address, long long first_row, long long n_rows, long long o
 @functools.cache
 def text_and_name(form):
     """Return the CUDA C of a form's kernel, and the kernel's name."""
-    element, to_float64 = ELEMENTS[form.format]
+    to_float64 = functools.reduce(lambda x, row: f"{row}_({x})", norm_order.FORMATS[form.format], "x")
     name = f"gpuadam_sums_{form.format}" + "_squares" * form.squares
     constants = {
         "NAME": name,
@@ -122,7 +115,7 @@ def text_and_name(form):
         "PER_VECTOR": form.lanes,
         "PARTS": norm_order.LANES_PER_THREAD // form.lanes,
         "PART": form.part,
-        "ROWS_AT_ONCE": form.rows_at_once,
+        "ROWS_AT_ONCE": form.lanes,  # 8 vectors of 16 bytes a thread
     }
     for constant in (
         "VECTOR_BYTES", "CHUNK", "QUARTER", "WIDTH", "BLOCK", "WARP", "LANES_PER_THREAD", "COLUMNS",
@@ -131,4 +124,4 @@ def text_and_name(form):
         constants[constant] = getattr(norm_order, constant)
     defines = "".join(f"#define {constant} {value}\n" for constant, value in constants.items())
     operations = "typedef double T;\n" + primitives.for_cuda_c("float64") + conversions.for_cuda_c()
-    return f"{operations}typedef {element} Element;\n{defines}{IN_CUDA_C}", name
+    return f"{operations}typedef {C_TYPES[form.format]} Element;\n{defines}{IN_CUDA_C}", name

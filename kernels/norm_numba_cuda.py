@@ -13,9 +13,9 @@ from gpuadam.kernels import llvm, primitives
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.layout import VECTOR_BYTES
 from gpuadam.kernels.norm_order import LANES_PER_THREAD, WARP, WIDTH
-from gpuadam.kernels.numba_memory import RAW, load_at, store_at, to_float64, widened, written_out
+from gpuadam.kernels.numba_memory import RAW, llvm_type, load_at, store_at, to_float64, widened, written_out
 
-I32, I64 = ir.IntType(32), ir.IntType(64)
+I32, I64 = llvm.U32, llvm.U64
 LANES_OF_A_THREAD = types.UniTuple(types.float64, LANES_PER_THREAD)
 
 
@@ -23,7 +23,8 @@ def build(form):
     """Return the kernel of a form as a Python function."""
     op = primitives.for_numba(intrinsic, contracts=True)
     fma, add, sqrt = op.fma, op.add, op.sqrt
-    PER_VECTOR, ITEMSIZE, SQUARES, ROWS_AT_ONCE = form.lanes, form.itemsize, form.squares, form.rows_at_once
+    PER_VECTOR, ITEMSIZE, SQUARES = form.lanes, form.itemsize, form.squares
+    ROWS_AT_ONCE = form.lanes  # of all quarters, which a warp loads before it adds the first: 8 vectors of 16 bytes a thread
     int64_at, raw_at = (load_at(intrinsic, kind, addrspace=1) for kind in (types.int64, RAW[form.format]))
     as_float64, store = widened(intrinsic, form.format, on_gpu=True), store_at(intrinsic, types.float64, addrspace=1)
     add_rows, tree = _add_rows(form), _tree(form)
@@ -98,35 +99,27 @@ def build(form):
 
 
 def _add_rows(form):
-    """Return a function that adds the elements of some rows to the lanes of a thread. It loads all, then adds the first."""
+    """Return a function that adds the elements of form.lanes rows to the lanes of a thread. It loads all, then adds the first."""
     parts = LANES_PER_THREAD // form.lanes
 
-    @intrinsic
-    def add_rows(typingctx, s, at):
-        def codegen(context, b, signature, args):
-            s, at = args
-            lanes = [b.extract_value(s, k) for k in range(LANES_PER_THREAD)]
-            places = [
-                (r * WIDTH + part * form.part) * form.itemsize for r in range(form.rows_at_once) for part in range(parts)
-            ]
-            vectors = [_vector_at(context, b, form, b.add(at, I64(place))) for place in places]
-            for k, vector in enumerate(vectors):
-                for e in range(form.lanes):
-                    x = to_float64(b, form.format, vector[e], on_gpu=True)
-                    lane = k % parts * form.lanes + e
-                    lanes[lane] = _emit(b, "fma", x, x, lanes[lane]) if form.squares else _emit(b, "add", lanes[lane], x)
-            return context.make_tuple(b, signature.return_type, lanes)
+    def add_rows(b, lanes, at):
+        places = [(r * WIDTH + part * form.part) * form.itemsize for r in range(form.lanes) for part in range(parts)]
+        vectors = [_vector_at(b, form, b.add(at, I64(place))) for place in places]
+        for k, vector in enumerate(vectors):
+            for e in range(form.lanes):
+                x = to_float64(b, form.format, vector[e], on_gpu=True)
+                lane = k % parts * form.lanes + e
+                lanes[lane] = _emit(b, "fma", x, x, lanes[lane]) if form.squares else _emit(b, "add", lanes[lane], x)
+        return lanes
 
-        return LANES_OF_A_THREAD(LANES_OF_A_THREAD, types.int64), codegen
-
-    return add_rows
+    return llvm.function(intrinsic, "add_rows", add_rows, LANES_OF_A_THREAD(LANES_OF_A_THREAD, types.int64))
 
 
-def _vector_at(context, b, form, address):
+def _vector_at(b, form, address):
     """Return the elements in 16 bytes. A vector of 8 short ones would be two loads of 8 bytes: they come in words."""
     halves = form.itemsize == 2
-    kind = ir.VectorType(I32, 4) if halves else ir.VectorType(context.get_value_type(RAW[form.format]), form.lanes)
-    vector = b.load(b.inttoptr(address, ir.PointerType(kind, addrspace=1)), align=VECTOR_BYTES)
+    kind = ir.VectorType(I32, 4) if halves else ir.VectorType(llvm_type(RAW[form.format]), form.lanes)
+    vector = b.load(llvm.pointer(b, address, kind, addrspace=1), align=VECTOR_BYTES)
     if not halves:
         return [b.extract_element(vector, I32(k)) for k in range(form.lanes)]
     words = [b.extract_element(vector, I32(k)) for k in range(4)]
@@ -137,21 +130,16 @@ def _tree(form):
     """Return a function that adds all lanes of a warp, of which a thread has (part * WARP + thread) * form.lanes + k."""
     parts = LANES_PER_THREAD // form.lanes
 
-    @intrinsic
-    def tree(typingctx, s):
-        def codegen(context, b, signature, args):
-            lanes = [b.extract_value(args[0], k) for k in range(LANES_PER_THREAD)]
-            for half in _halves(parts):
-                lanes = _folded(b, lanes, half * form.lanes)
-            for half in _halves(WARP):
-                lanes = [_emit(b, "add", x, _from_other_thread(b, x, half)) for x in lanes]
-            for half in _halves(form.lanes):
-                lanes = _folded(b, lanes, half)
-            return lanes[0]
+    def tree(b, lanes):
+        for half in _halves(parts):
+            lanes = _folded(b, lanes, half * form.lanes)
+        for half in _halves(WARP):
+            lanes = [_emit(b, "add", x, _from_other_thread(b, x, half)) for x in lanes]
+        for half in _halves(form.lanes):
+            lanes = _folded(b, lanes, half)
+        return lanes[0]
 
-        return types.float64(LANES_OF_A_THREAD), codegen
-
-    return tree
+    return llvm.function(intrinsic, "tree", tree, types.float64(LANES_OF_A_THREAD))
 
 
 def _halves(n):

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpuadam.kernels import operands
 from gpuadam.kernels.layout import VECTOR_BYTES, collapse
 
 CHUNK = 4096
@@ -39,7 +40,13 @@ BLOCK = 128  # threads of a GPU
 WARP = 32
 LANES_PER_THREAD = LANES // WARP
 
-FORMATS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # name: bytes of an element
+# name of a format: the rows of `conversions.py` that make a float64 of an element
+FORMATS = {
+    "float64": (),
+    "float32": ("widened",),
+    "bfloat16": ("from_bfloat16", "widened"),
+    "float16": ("from_float16", "widened"),
+}
 
 
 def format_of(view):
@@ -60,7 +67,7 @@ class Form(NamedTuple):
 
     @property
     def itemsize(self):
-        return FORMATS[self.format]
+        return operands.FORMATS[self.format]
 
     @property
     def lanes(self):
@@ -72,15 +79,10 @@ class Form(NamedTuple):
         """How many elements lie between two vectors of a thread in a row: a warp takes some quarters at once."""
         return WARP * self.lanes // WIDTH * QUARTER
 
-    @property
-    def rows_at_once(self):
-        """How many rows of all quarters a warp loads before it adds the first: 8 vectors of 16 bytes a thread."""
-        return self.lanes
-
 
 # The table of the arrays, of int64: a row for each array, then the length and the stride in bytes of each dimension. A kernel
-# takes rows first_row ... first_row + n_rows - 1, whose chunks it counts from 0. RUN: whether vectors can be loaded. DIMS: where
-# the dimensions start.
+# takes rows first_row ... first_row + n_rows - 1, whose chunks it counts from 0. RUN: whether vectors can be loaded. NDIM,
+# DIMS: how many dimensions there are and where they start, of which sums of chunks need none.
 POINTER, SIZE, RUN, NDIM, DIMS, FIRST_CHUNK, FIRST_SUM, _UNUSED, COLUMNS = range(9)
 
 
@@ -103,14 +105,14 @@ class Plan(NamedTuple):
 
     table: np.ndarray
     passes: list[Pass]
-    levels: list[int]  # numbers of those rows
     workspace: int  # bytes
 
     def placed(self, workspace):
         """Return the table for a workspace at an address."""
         table = self.table.copy()
-        for row in self.levels:
-            table[row * COLUMNS + POINTER] += workspace
+        for one in self.passes:
+            if not one.form.squares:
+                table[one.first_row * COLUMNS + POINTER] += workspace
         return table
 
 
@@ -118,7 +120,7 @@ def plan(views, alignment=None):
     """Return the Plan of a norm. alignment: of the address of a vector; by default that of the elements."""
     rows: list[list[int]] = []
     dims: list[int] = []
-    passes, levels = [], []
+    passes = []
     by_format: dict[str, list[tuple]] = {}  # one launch for the arrays of a format
     total = 0
     for view in views:
@@ -143,15 +145,13 @@ def plan(views, alignment=None):
     sums, n = 0, total
     workspace = _bytes(n)
     while n != 1:  # no chunks at all are an array of no elements, whose sum is +0
-        levels.append(len(rows))
-        rows.append([sums, n, 1, 1, len(dims), 0, 0, 0])
-        dims += [n, 8]
+        rows.append([sums, n, 1, 0, 0, 0, 0, 0])
         elements, n = n, max(1, chunks_of(n))
         passes.append(Pass(Form("float64", squares=False), len(rows) - 1, 1, n, elements, workspace))
         sums, workspace = workspace, workspace + _bytes(n)
     table = np.array([*itertools.chain.from_iterable(rows), *dims], np.int64)
     table[DIMS : len(rows) * COLUMNS : COLUMNS] += len(rows) * COLUMNS
-    return Plan(table, passes, levels, workspace)
+    return Plan(table, passes, workspace)
 
 
 def chunks_of(n):

@@ -7,12 +7,11 @@ import sys
 import warnings
 
 import numpy as np
-from cuda.bindings import driver
 from numba import cuda
 from numba.cuda.cudadrv.driver import device_memset
 from numba.cuda.cudadrv.error import CudaSupportError
 
-from gpuadam.kernels import norm_numba_cuda, norm_order
+from gpuadam.kernels import gpu_driver, norm_numba_cuda, norm_order
 from gpuadam.kernels.gpu_backend import GpuBackend
 from gpuadam.kernels.gpu_table import BLOCK
 from gpuadam.kernels.layout import collapse
@@ -39,13 +38,8 @@ class NumbaCuda(GpuBackend):
             problem = " ".join(str(error).split()).strip(" :.")
         return not problem, f"numba-cuda {version}" + (f" finds no usable CUDA device: {problem}" if problem else "")
 
-    def device_name(self):
-        """Return the name of the current device."""
-        name = cuda.get_current_device().name
-        return name if isinstance(name, str) else name.decode()  # bytes before numba-cuda used cuda.core
-
     def view(self, name, array):
-        view = on_cuda(name, on_device(name, array, self), _device_of)
+        view = on_cuda(name, on_device(name, array, self), gpu_driver.device_of)
         # CuPy's arrays name whatever stream is current when they are asked
         return view._replace(stream=None) if type(array).__module__.startswith("cupy") else view
 
@@ -59,8 +53,8 @@ class NumbaCuda(GpuBackend):
             return _configured(compiled(build, rule, form, loop, on_device), blocks, BLOCK, stream)
 
         if batch.loop == "table":
-            owners = batch.address + batch.table.rows.nbytes
-            kernel("table", batch.table.owners.size)(batch.address, owners, key, numbers)
+            owners = batch.address + batch.rows.nbytes
+            kernel("table", batch.owners.size)(batch.address, owners, key, numbers)
             return
         (update,) = batch.updates
         rest = update.start, update.key ^ key, numbers
@@ -110,7 +104,7 @@ class NumbaCuda(GpuBackend):
         shape, (strides,) = collapse(view.shape, [view.strides])
         with self.ordered(view.device, [view], stream) as stream:
             if strides in ((), (view.dtype.itemsize,)):
-                _ok(driver.cuMemsetD8Async(view.pointer, 0, view.nbytes, stream))
+                gpu_driver.call("cuMemsetD8Async", view.pointer, 0, view.nbytes, stream)
             else:
                 kernel = compiled(build_fill_zero, view.dtype.itemsize, len(shape))
                 _configured(kernel, -(-view.size // BLOCK), BLOCK, stream)(view.pointer, shape, strides, view.size)
@@ -118,7 +112,7 @@ class NumbaCuda(GpuBackend):
     def copy(self, to, source):
         if to.size:
             with self.ordered(to.device, [to, source]) as stream:
-                _ok(driver.cuMemcpyDtoDAsync(to.pointer, source.pointer, to.nbytes, stream))
+                gpu_driver.call("cuMemcpyDtoDAsync_v2", to.pointer, source.pointer, to.nbytes, stream)
 
     def from_host(self, array):
         there = cuda.to_device(array)
@@ -140,20 +134,13 @@ class NumbaCuda(GpuBackend):
         memory = cuda.device_array(n_bytes, np.uint8)
         return memory, memory.__cuda_array_interface__["data"][0]
 
-    def send(self, address, host, n_bytes, stream):
-        _ok(driver.cuMemcpyHtoDAsync(address, host.ctypes.data, n_bytes, stream))
-
-    def receive(self, host, address, n_bytes, stream):
-        _ok(driver.cuMemcpyDtoHAsync(host.ctypes.data, address, n_bytes, stream))
-
-    # Devices, streams and events
+    # Devices and streams
 
     def on(self, device, stream):
         """Return a context in which a device is the current one. Kernels name their stream."""
         gpu = cuda.gpus[device]
-        (current,) = _ok(driver.cuCtxGetCurrent())
         # Numba's own context manager calls more of the driver, which takes as long as a launch
-        return _UNCHANGED if int(current) == int(gpu.get_primary_context().handle) else gpu
+        return _UNCHANGED if gpu_driver.asked("cuCtxGetCurrent") == int(gpu.get_primary_context().handle) else gpu
 
     def current_device(self):
         return cuda.get_current_device().id
@@ -161,84 +148,6 @@ class NumbaCuda(GpuBackend):
     def current_stream(self):
         cupy = sys.modules.get("cupy")
         return cupy and (cupy.cuda.get_current_stream().ptr or LEGACY_DEFAULT)
-
-    def new_stream(self):
-        (stream,) = _ok(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value))
-        return _Owner(stream, driver.cuStreamDestroy), int(stream)
-
-    def record(self, stream):
-        # Numba puts its own events into the queue of the memory it has to free, and frees that, which waits for the device, at
-        # every tenth
-        (handle,) = _ok(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING.value))
-        event = _Owner(handle, driver.cuEventDestroy)
-        _ok(driver.cuEventRecord(handle, stream))
-        return event
-
-    def wait(self, stream, event):
-        _ok(driver.cuStreamWaitEvent(stream, event.handle, 0))
-
-    def done(self, event):
-        (status,) = driver.cuEventQuery(event.handle)
-        return status == driver.CUresult.CUDA_SUCCESS
-
-    def finish(self, event):
-        _ok(driver.cuEventSynchronize(event.handle))
-
-    def synchronize_stream(self, stream):
-        _ok(driver.cuStreamSynchronize(stream))
-
-    def synchronize(self):
-        _ok(driver.cuCtxSynchronize())
-
-    def is_capturing(self, stream):
-        if stream == LEGACY_DEFAULT:
-            return False
-        (status,) = _ok(driver.cuStreamIsCapturing(stream))
-        return status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
-
-    def begin_capture(self, stream):
-        _ok(driver.cuStreamBeginCapture(stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
-
-    def drop_capture(self, stream):
-        (graph,) = _ok(driver.cuStreamEndCapture(stream))
-        _ok(driver.cuGraphDestroy(graph))
-
-    def now(self):
-        event = cuda.event()
-        event.record()
-        return event
-
-    def seconds_between(self, start, end):
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-
-class _Owner:
-    """The owner of a stream or an event of the driver."""
-
-    def __init__(self, handle, destroy):
-        self.handle, self._destroy = handle, destroy
-
-    def __del__(self):
-        self._destroy(self.handle)
-
-
-def _device_of(pointer):
-    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    status, device = driver.cuPointerGetAttribute(attribute, pointer)
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise ValueError(f"address {pointer:#x} is not CUDA memory: {status.name}")
-    return int(device)
-
-
-def _ok(result):
-    status, *values = result
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(
-            f"the CUDA driver reports {status.name}. It may be of work enqueued earlier: with the environment variable "
-            "GPUADAM_SYNC=1 gpuadam waits for each of its launches and names the one that failed"
-        )
-    return values
 
 
 @functools.cache

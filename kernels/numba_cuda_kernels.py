@@ -30,6 +30,7 @@ UNSIGNED = {1: types.uint8, 2: types.uint16, 4: types.uint32, 8: types.uint64}  
 # functions from an element's type to a load or a store of one in global memory
 global_load = functools.partial(load_at, intrinsic, addrspace=1)
 global_store = functools.partial(store_at, intrinsic, addrspace=1)
+load_int32, load_int64, store_int64 = global_load(types.int32), global_load(types.int64), global_store(types.int64)
 
 
 @functools.cache
@@ -50,8 +51,7 @@ def build(rule, form, loop, on_device=False):
     operands, LANES = operands_of_form(form), lanes_of(form)
     N, SKIPS, ZERO_GRAD, RANDOM = len(operands), form.skips, form.zero_grad, form.arrays.random
     one, several = (numba_access.functions(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
-    scalars_of = _scalars_in_memory(form) if on_device else _scalars_as_arguments
-    moved, stepped = one.moved, one.stepped
+    scalars_of, moved, stepped = _scalars_of(form, on_device), one.moved, one.stepped
 
     def updating(access, lanes):
         load, store, zero_grad = access.load, access.store, access.zero_grad
@@ -85,17 +85,10 @@ def build(rule, form, loop, on_device=False):
         return contiguous
 
     if loop == "table":
-        load_int32 = global_load(types.int32)
-        load_int64 = global_load(types.int64)
-        load_operands = numba_access.tuple_at(intrinsic, N, addrspace=1)
-        COLUMNS = OPERANDS + N
+        load_operands, chunk_of = numba_access.tuple_at(intrinsic, N, addrspace=1), _chunk_of(N)
 
         def table(rows, owners, key, scalars):
-            chunk = cuda.blockIdx.x
-            row = rows + 8 * COLUMNS * types.int64(load_int32(owners + 4 * chunk))
-            first = (chunk - load_int64(row + 8 * FIRST_CHUNK)) * CHUNK
-            vectors_here = min(load_int64(row + 8 * VECTORS) - first, CHUNK)
-            items_here = min(load_int64(row + 8 * ITEMS) - first, CHUNK)
+            row, first, vectors_here, items_here = chunk_of(rows, owners)
             begin = load_int64(row + 8 * HEAD) + first * LANES
             at = moved(load_operands(row + 8 * OPERANDS), begin)
             s = scalars_of(scalars)
@@ -141,11 +134,8 @@ def _over_groups(form, update, on_device):
     units, codec, scales = one.units, one.codec, one.scales
     load_lanes, store_lanes, magnitudes, encode_lanes = several.load, several.store, several.magnitudes, several.encode
     update_lanes = _over_lanes(update, LANES)
-    zero_grad = one.zero_grad
-    scalars_of = _scalars_in_memory(form) if on_device else _scalars_as_arguments
-    load_int32, load_int64 = global_load(types.int32), global_load(types.int64)
-    load_operands = numba_access.tuple_at(intrinsic, N, addrspace=1)
-    COLUMNS = OPERANDS + N
+    scalars_of, zero_grad = _scalars_of(form, on_device), one.zero_grad
+    load_operands, chunk_of = numba_access.tuple_at(intrinsic, N, addrspace=1), _chunk_of(N)
 
     @cuda.jit(device=True)
     def store_one(at, i, size, new, how, start, key):
@@ -159,11 +149,7 @@ def _over_groups(form, update, on_device):
     store_some = _tuple_of(arguments, item, LANES, store_one=store_one)
 
     def table(rows, owners, key, scalars):
-        chunk = cuda.blockIdx.x
-        row = rows + 8 * COLUMNS * types.int64(load_int32(owners + 4 * chunk))
-        first = (chunk - load_int64(row + 8 * FIRST_CHUNK)) * CHUNK
-        vectors_here = min(load_int64(row + 8 * VECTORS) - first, CHUNK)
-        items_here = min(load_int64(row + 8 * ITEMS) - first, CHUNK)
+        row, first, vectors_here, items_here = chunk_of(rows, owners)
         size, at = load_int64(row + 8 * SIZE), load_operands(row + 8 * OPERANDS)
         s, step_key, skip = scalars_of(scalars)
         start, row_key = load_int64(row + 8 * START), load_int64(row + 8 * KEY) ^ key ^ step_key
@@ -198,25 +184,36 @@ def _over_groups(form, update, on_device):
     return table
 
 
-@cuda.jit(device=True)
-def _scalars_as_arguments(scalars):
-    return scalars, types.int64(0), types.int64(0)
+def _chunk_of(n_operands):
+    """Return a function to the address of a block's row in the table, its first item, and how many vectors and items it has."""
+    ROW = 8 * (OPERANDS + n_operands)
+
+    @cuda.jit(device=True)
+    def chunk_of(rows, owners):
+        chunk = cuda.blockIdx.x
+        row = rows + ROW * types.int64(load_int32(owners + 4 * chunk))
+        first = (chunk - load_int64(row + 8 * FIRST_CHUNK)) * CHUNK
+        vectors_here = min(load_int64(row + 8 * VECTORS) - first, CHUNK)
+        return row, first, vectors_here, min(load_int64(row + 8 * ITEMS) - first, CHUNK)
+
+    return chunk_of
 
 
-def _scalars_in_memory(form):
-    """Return a function from the address of a `scalars.ScalarsMemory` to the scalars, the step's key and whether to skip it."""
+def _scalars_of(form, on_device):
+    """Return a function from a kernel's last argument to the scalars, the step's key and whether to skip the step."""
+    if not on_device:
+        return cuda.jit(device=True)(lambda scalars: (scalars, types.int64(0), types.int64(0)))
     real, RANDOM, SKIPS = REALS[form.dtype.name], form.arrays.random, form.skips
-    load_word, load_real, n = global_load(types.int64), global_load(real), len(adam.scalar_names(form))
-    item = f"load_real(address + {{k}} * {form.dtype.itemsize})"
-    load_scalars = _tuple_of("address", item, n, load_real=load_real)
+    item, n = f"load_real(address + {{k}} * {form.dtype.itemsize})", len(adam.scalar_names(form))
+    load_scalars = _tuple_of("address", item, n, load_real=global_load(real))
 
     @cuda.jit(device=True)
     def scalars_at(address):
         key, skip = types.int64(0), types.int64(0)
         if RANDOM:
-            key = load_word(address + KEY_AT)
+            key = load_int64(address + KEY_AT)
         if SKIPS:
-            skip = load_word(address + SKIP_AT)
+            skip = load_int64(address + SKIP_AT)
         return load_scalars(address + REALS_AT), key, skip
 
     return scalars_at
@@ -231,12 +228,7 @@ def _over_lanes(update, n):
     """Return the rule over the values of n elements: of one alone, or a tuple of those of several."""
     if n > 1:
         return _tuple_of("values, s", "update(*values[{k}], s)", n, update=update)
-
-    @cuda.jit(device=True)
-    def update_one(values, s):
-        return update(*values, s)
-
-    return update_one
+    return cuda.jit(device=True)(lambda values, s: update(*values, s))
 
 
 def build_scalars(form):
@@ -246,7 +238,6 @@ def build_scalars(form):
     op.u64, op.i64 = types.uint64, types.int64
     formula = formula_in_python(form.algorithm, form.decoupled, op)
     powers, of_step, clipped, too_large, key_of = map(cuda.jit(device=True), formula)
-    load_word, store_word = global_load(types.int64), global_store(types.int64)
     load_norm, store_real = global_load(types.float64), global_store(real)
     lr_of, grad_scale_of = map(_number_of, (form.lr, form.grad_scale))
     CLIPS, CHECKS, COUNTS, WORDS = form.norm, form.checks, form.counts, form.random or form.skips
@@ -266,10 +257,10 @@ def build_scalars(form):
             skip = skip or too_large(load_norm(norm), scale, largest_norm)
         t = advance
         if COUNTS:
-            t = load_word(step)
+            t = load_int64(step)
             if not skip:
                 t += advance
-            store_word(step, t)
+            store_int64(step, t)
         power1, power2 = powers(t, beta1, beta2)
         decay, inv_sqrt_bias2, epsilon, neg_lr = of_step(t, power1, power2, lr_of(lr), beta2, weight_decay, eps)
         scale = mul(sign, scale)
@@ -281,8 +272,8 @@ def build_scalars(form):
         for k in range(N_SCALARS):
             store_real(out + REALS_AT + k * ITEMSIZE, real(numbers[k]))
         if WORDS:
-            store_word(out + KEY_AT, key_of(seed, t))
-            store_word(out + SKIP_AT, types.int64(skip))
+            store_int64(out + KEY_AT, key_of(seed, t))
+            store_int64(out + SKIP_AT, types.int64(skip))
 
     return scalars
 

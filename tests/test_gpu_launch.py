@@ -1,5 +1,7 @@
 """A launch on a GPU: what is updated and what is left alone, on which stream the launch goes, and which streams wait."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from cases import DTYPES, FORMS, KEY_FORMS, assert_same_bits, form_and_scalars, state, wide_state
@@ -52,6 +54,15 @@ def test_arrays_of_one_order_of_memory_are_read_by_16_bytes(cp, backend, driver,
     gpuadam.adam_step(*arrays, 1, backend=backend)
     ((kernel, _),) = driver.launches
     assert "ld.global.v4.f32" in kernel.text.replace(".nc.", ".").replace(".b32", ".f32").replace(".u32", ".f32")
+
+
+@pytest.mark.gpu
+def test_a_thread_without_a_context_updates_too(cp, backend):
+    arrays = [cp.ones(1000, "f4") for _ in range(4)]
+    cp.cuda.Device().synchronize()
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(gpuadam.adam_step, *arrays, 1, backend=backend).result()
+    assert not np.any(arrays[0].get() == 1)
 
 
 @pytest.mark.gpu

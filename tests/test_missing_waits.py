@@ -107,7 +107,7 @@ MISSING = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 1 << 14)
-    monkeypatch.setattr(gpu_table, "free_buffers", [])
+    monkeypatch.setattr(gpu_table, "buffers", [])
 
 
 def run(driver, cp, backend, action, seed):

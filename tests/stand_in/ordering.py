@@ -150,6 +150,7 @@ def event_synchronize(d, handle):
     d.work.finish([event.after])
 
 
+@entry("cuEventElapsedTime", "ppp")
 @entry("cuEventElapsedTime_v2", "ppp")
 def event_elapsed(d, out, start, end):
     events = d.event(start), d.event(end)

@@ -59,12 +59,7 @@ def of_backend(name):
 
 def _gpu(backend):
     """Return the GPU's name and its driver's version."""
-    if backend == "cupy":
-        import cupy
-
-        name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
-    else:
-        name = backends.load(backend).device_name()
+    name = backends.load(backend).device_name()
     if not shutil.which("nvidia-smi"):
         return name, "unknown: there is no nvidia-smi"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
