@@ -112,7 +112,10 @@ def _in_numpy_structs(groups):
     batches, tables = [], []
     for k, group in enumerate(groups):
         columns, rows = group.columns, None
-        like = _latest.get(_settings(group))  # the last is mostly the right one, and to read tells
+        if type(columns[0][0]) not in IN_STRUCTS:
+            return None
+        # the latest is mostly the right one, and to read tells
+        like = _latest.get((group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad))
         if like is not None:
             rows = struct.table(columns, like.columns, not like.random)
         if rows is None:
@@ -139,12 +142,8 @@ class Like(NamedTuple):
 
 
 _likes: dict[tuple, Like] = {}
-_latest: dict[tuple, Like] = {}
-
-
-def _settings(group):
-    """Return what a Like depends on beside the dtypes of arrays."""
-    return group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad
+_latest: dict[tuple, Like] = {}  # of operands, bits, stochastic and zero_grad
+IN_STRUCTS = np.ndarray, Bits
 
 
 def _like(group, struct):
@@ -156,7 +155,8 @@ def _like(group, struct):
     first = [column[0] for column in columns]
     if not struct.known() or not all(type(array) is np.ndarray for array in first):
         return columns, None
-    key = *_settings(group), tuple(bits), *[id(array.dtype) for array in first]
+    settings = group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad
+    key = *settings, tuple(bits), *[id(array.dtype) for array in first]
     like = _likes.get(key)
     if like is None:
         like_first = struct.columns_like(group.operands, first, group.h.fixed.zero_grad)
@@ -165,7 +165,7 @@ def _like(group, struct):
             return columns, None
         like = _likes[key] = Like(like_first, arrays, arrays.random)
     if not any(type(column[0]) is Bits for column in group.columns):
-        _latest[_settings(group)] = like
+        _latest[settings] = like
     return columns, like
 
 
@@ -242,7 +242,7 @@ def _launch(groups, batches, stream):
     for batch in batches:
         group, key = groups[batch.group], 0
         if group.now is None:
-            place = _place(group, batch, stream)
+            place = None if stream is batch.device is None else _place(group, batch, stream)  # on the CPU there is none
             form, scalars = hyperparameters.form_and_scalars(group.h, group.step, batch.arrays)
             if batch.is_random:
                 key = step_key(group.seed, group.step)
@@ -252,9 +252,11 @@ def _launch(groups, batches, stream):
             computed = scalars_of.setdefault(batch.group, computed or ScalarsLaunch(group, place.stream))
             form, scalars = computed.of(batch.arrays)
         batch.prepare(adam, form, scalars, place, key)
-    launches = [*scalars_of.values(), *batches]
-    for scalars in scalars_of.values():
-        scalars.prepare()
+    launches = batches
+    if scalars_of:
+        launches = [*scalars_of.values(), *batches]
+        for scalars in scalars_of.values():
+            scalars.prepare()
     try:
         for launch in launches:
             launch.launch()

@@ -22,9 +22,9 @@ class CpuBatch(Batch):
 
     __slots__ = ("arrays", "begun", "group", "is_random", "n", "names", "prepared", "table", "updates")
 
-    def __init__(self, arrays, is_random, updates, table=None, n=0, names=(), group=0):  # faster than by super().__init__
-        self.arrays, self.is_random, self.updates, self.table, self.n = arrays, is_random, updates, table, n
-        self.names, self.group, self.begun = names, group, False
+    def __init__(self, table, n, arrays, is_random, group=0, names=None, updates=None):  # faster than by super().__init__
+        self.table, self.n, self.arrays, self.is_random, self.group = table, n, arrays, is_random, group
+        self.names, self.updates, self.begun = names or ("param",), updates, False
 
     def launch(self):
         rule, form, scalars, _, key = self.prepared
@@ -53,37 +53,41 @@ class NumbaCpu(Backend):
     def __init__(self):
         # of the instance, because Python looks them up at each step of a small array
         self.build = cpu_kernels.build
+        # The form, the rule, `build` and the kernel of the last launch: to hash a form takes as long as to update 300 elements
+        self._latest: tuple = None, None, None, None
         # Elements from which two threads finish sooner than one. `benchmarks/cpu_threads.py` shows where the lines cross.
         self.PARALLEL_FROM = 1 << 16
 
     def status(self):
         return True, f"Numba {numba.__version__}"
 
+    batch_of = CpuBatch  # of a table whose arrays the caller keeps alive: `update.py` makes them
+
     def batches(self, updates, arrays):
         rows, together, apart = [], [], []
+        random = arrays.random
         for update in updates:
-            views, random = update.views, arrays.random
+            views, names = update.views, [update.views[0].name]
             if dense(views, random) and all(view.array.flags.aligned for view in views):
                 rows.append([views[0].size, update.key, update.start, *(view.pointer for view in views)])
                 together.append(update)
             else:
-                apart.append(CpuBatch(arrays, random, [update], names=[views[0].name]))
+                apart.append(CpuBatch(None, 0, arrays, random, names=names, updates=[update]))
         if not rows:
             return apart
         table, names = np.array(rows), [update.views[0].name for update in together]
         n = table[:, numpy_struct.SIZE].sum().item()
-        return [CpuBatch(arrays, arrays.random, together, table, n, names), *apart]
-
-    def batch_of(self, table, n, arrays, is_random, group=0, names=None):
-        """Return the Batch of a table (`numpy_struct.py`) with n elements, whose arrays the caller keeps alive."""
-        return CpuBatch(arrays, is_random, None, table, n, names or ("param",), group)
+        return [CpuBatch(table, n, arrays, random, names=names, updates=together), *apart]
 
     def launch_table(self, form, table, n, scalars, rule=adam, key=0):
         """Update the n elements of a table (`numpy_struct.py`) of arrays without gaps, at multiples of their elements' size."""
-        if n < self.PARALLEL_FROM:
-            self.build(rule, form, "serial")(table, 0, n, key, *scalars)
-        else:
-            cpu_threads.run(functools.partial(self.build, rule, form), table, n, cpu_threads.n_threads(), (key, *scalars))
+        build, latest = self.build, self._latest
+        if n >= self.PARALLEL_FROM:
+            cpu_threads.run(functools.partial(build, rule, form), table, n, cpu_threads.n_threads(), (key, *scalars))
+            return
+        if latest[0] is not form or latest[1] is not rule or latest[2] is not build:
+            latest = self._latest = form, rule, build, build(rule, form, "serial")
+        latest[3](table, 0, n, key, *scalars)
 
     def norm(self, views, out, device, stream):
         refuse_stream(stream)

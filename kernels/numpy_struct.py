@@ -27,6 +27,8 @@ TYPE = object.__basicsize__ - 8  # the last field of every Python object's head
 DATA, NDIM, SHAPE, STRIDES, _BASE, DTYPE, FLAGS = (object.__basicsize__ + 8 * k for k in range(7))
 C_CONTIGUOUS, F_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x2, 0x100, 0x400
 
+NDARRAY = id(np.ndarray)
+
 _formats = {
     id(dtype): dtype  # by the object: NumPy has one for each dtype in native byte order
     for dtype in map(np.dtype, ("float64", "float32", "float16", "int16", "uint16", "uint8"))
@@ -77,13 +79,13 @@ def table(columns, like, any_order=True):
     A table holds no references: the arrays must outlive it.
     """
     n, width = len(columns[0]), len(columns)
-    rows = np.zeros((n, PARAM + width), np.int64)
-    if n == 1 and width <= 5:
-        (param,), (grad,), (m,), (v,), *max_v = columns
-        structs = id(param), id(grad), id(m), id(v), id(max_v[0][0]) if max_v else 0
-        return rows if read_one(*structs, id(np.ndarray), like.expected, any_order, rows) else None
+    rows = np.empty((n, PARAM + width), np.int64)
+    if n == 1 and width == 4:
+        (param,), (grad,), (m,), (v,) = columns
+        is_plain = read_one(id(param), id(grad), id(m), id(v), NDARRAY, like.expected, any_order, rows)
+        return rows if is_plain else None
     objects = np.fromiter(map(id, itertools.chain.from_iterable(columns)), np.int64, n * width)
-    return rows if read(objects, id(np.ndarray), like.expected, any_order, rows) else None
+    return rows if read(objects, NDARRAY, like.expected, any_order, rows) else None
 
 
 @functools.cache
@@ -210,11 +212,11 @@ def read(objects, ndarray, expected, any_order, rows):
             rows[row, PARAM + k] = _int64_at(array + DATA)
         if not (orders & C_CONTIGUOUS or (any_order and orders)):
             return False
-        rows[row, SIZE] = n
+        rows[row, SIZE], rows[row, KEY], rows[row, START] = n, 0, 0
     return disjoint(rows, expected)
 
 
 @_stored
-def read_one(param, grad, m, v, max_v, ndarray, expected, any_order, rows):
-    """Likewise for one update, whose arrays' structs are at these addresses: it takes Python less time to pass them."""
-    return read(np.array((param, grad, m, v, max_v)), ndarray, expected, any_order, rows)
+def read_one(param, grad, m, v, ndarray, expected, any_order, rows):
+    """Likewise for one update of four arrays, by the addresses of their structs: it takes Python less time to pass them."""
+    return read(np.array((param, grad, m, v)), ndarray, expected, any_order, rows)
