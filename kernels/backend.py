@@ -4,6 +4,8 @@ A backend updates the arrays of one library in one kind of memory. `gpu_backend.
 `cpu_backend.py`, `cupy_backend.py` and `numba_cuda_backend.py` each hold one backend, the module's `backend`.
 """
 
+from collections.abc import Sequence
+
 from gpuadam.kernels import adam
 from gpuadam.kernels.layout import Update, offset_like, strides_like
 
@@ -21,7 +23,7 @@ class Batch:
     def __init__(self, updates, arrays):
         """updates: `layout.Update`s. arrays: the `operands.Arrays` of all."""
         self.updates, self.arrays, self.is_random = updates, arrays, arrays.random
-        self.names = [update.views[0].name for update in updates]  # of the parameters, for errors
+        self.names: Sequence[str] = [update.views[0].name for update in updates]  # of the parameters, for errors
         self.group, self.begun = 0, False
 
     def place(self, stream):

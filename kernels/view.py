@@ -146,7 +146,6 @@ def bare(arrays):
     return [a.array if type(a) is Bits else a for a in arrays], formats
 
 
-@functools.cache
 def type_name(cls):
     """Return the full name of a type, by which one is known without importing its library."""
     return f"{cls.__module__}.{cls.__qualname__}"
