@@ -516,7 +516,7 @@ def job(sizes, copied, n):
     formats = {4: "float32", 2: "bfloat16"}
     kinds = [Operand("", formats[size], True, True, False, "", "", None) for size in sizes]
     view = gpuadam.kernels.view.on_cpu("", np.zeros(0))
-    operands = [chunks.Operand(kind, view, None, of) for kind, of in zip(kinds, copied, strict=True)]
+    operands = [chunks.PlacedOperand(kind, view, None, of) for kind, of in zip(kinds, copied, strict=True)]
     return chunks.Job(operands, n, 0, None)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from gpuadam.sharded.adam import ShardAdam
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,6 @@ from gpuadam.planning import Prediction, Settings, Way, best, machines, plan, pr
 from gpuadam.planning import model as performance_model
 from gpuadam.planning.machines import MACHINES, Link, Processor
 from gpuadam.planning.model import Ranks, collective_seconds, kernel_seconds, update
-from gpuadam.sharded.adam import ShardAdam
 from gpuadam.sharded.buffer import Buffer, Member
 from gpuadam.sharded.layout import CELL
 

@@ -1,4 +1,4 @@
-"""The formula of a step's scalars in Python, on the host. test_capturable.py compares the device's with it."""
+"""The formula of a step's scalars in Python, on the host. test_device_step.py compares the device's with it."""
 
 import numpy as np
 import pytest

@@ -3,8 +3,7 @@
 from typing import Any, NamedTuple
 
 from ..kernels.adam import Form
-from ..kernels.operands import GROUP, Arrays
-from ..kernels.operands import Operand as KernelOperand
+from ..kernels.operands import GROUP, Arrays, Operand
 from ..kernels.view import View
 from .mapped import Mapping
 
@@ -19,10 +18,10 @@ ALIGNMENT = 64  # bytes: arrays in a slot, in a file of state and in the host's 
 EDGE = 1 << 19
 
 
-class Operand(NamedTuple):
-    """An array of a parameter's update."""
+class PlacedOperand(NamedTuple):
+    """An operand of a parameter's update, and where its array lies."""
 
-    kind: KernelOperand
+    kind: Operand
     view: View
     mapping: Mapping | None  # of the file that the array lies in
     copied: bool  # the update runs on a copy, because the array is on the other side of the bus
@@ -53,7 +52,7 @@ class Launch(NamedTuple):
 class Job(NamedTuple):
     """The update of one parameter."""
 
-    operands: list[Operand]
+    operands: list[PlacedOperand]
     size: int
     key: int  # for random rounding
     launch: Launch

@@ -5,7 +5,7 @@ from ..kernels.operands import KINDS, Arrays, operands_of
 from ..kernels.scalars import step_key
 from ..kernels.view import View
 from ..update import arrays_of
-from .chunks import Job, Launch, Operand
+from .chunks import Job, Launch, PlacedOperand
 from .mapped import mapping_of
 
 
@@ -31,7 +31,7 @@ def jobs_of(updates, state, on_device, backend):
                 key = step_key(group.seed, group.step) if formats.random else 0
                 launches[formats] = Launch(formats, form, scalars, key)
             operands = [
-                Operand(kind, view, mapping_of(view.array), copied=on_device == (view.device is None))
+                PlacedOperand(kind, view, mapping_of(view.array), copied=on_device == (view.device is None))
                 for kind, view in zip(operands_of(formats, zero_grad), views.values(), strict=True)
             ]
             jobs.append(Job(operands, views["param"].size, group.keys[n] if group.keys else 0, launches[formats]))

@@ -13,7 +13,7 @@ from ..kernels.layout import Update
 from ..kernels.streams import LEGACY_DEFAULT
 from ..kernels.view import View
 from . import chunks, pipeline
-from .chunks import ALIGNMENT, Launch, Operand, aligned, aligned_memory
+from .chunks import ALIGNMENT, Launch, PlacedOperand, aligned, aligned_memory
 from .mapped import Extent, merged
 
 TORN = "parameters and state are of two different steps: load a checkpoint into both, with load_state_dict"
@@ -32,7 +32,7 @@ class Slot(NamedTuple):
 class Copy(NamedTuple):
     """A piece's part of an array that is copied: the part, and where it is on each side of the bus."""
 
-    operand: Operand
+    operand: PlacedOperand
     array: View
     host: View
     gpu: View

@@ -14,10 +14,10 @@ from ..options import SAVED, Options
 from ..state import shape
 from . import checks as shard_checks
 from . import saving, transports
-from .adam import ShardAdam
 from .agreement import agreed, on_all
 from .buffer import Buffer, Member
 from .norm import ShardedNorm
+from .shard_adam import ShardAdam
 
 OPTIONS = tuple(name for name in SAVED if name != "capturable")
 
