@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gpuadam.sharded.adam import ShardAdam
+from gpuadam.sharded.shard_adam import ShardAdam
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
