@@ -81,8 +81,9 @@ def in_files(backend, n, budget, seconds, folder, notes):
         paths = {name: (folder if name in given else folder / "state") / name for name in arrays}
 
         def flush():
-            for array in arrays.values():
+            for array in given.values():
                 array.flush()
+            opt.flush()
 
         contenders = {
             STEP: lambda: opt.step({"w": grad}),

@@ -6,8 +6,8 @@ Most steps compute their scalars on the host: `gpuadam/hyperparameters.py` calls
 once more, because the call would take too long; a test compares them.
 
 A captured graph is replayed with other step counts and learning rates, so there a kernel of one thread computes the scalars on
-the device, before the update. It advances the step count, clips by the gradients' norm and decides whether to leave the step out,
-because the host would have to wait for the numbers. Numbers that stay the same in all steps, such as 1 - beta2, are its arguments.
+the device, before the update. It advances the step count, clips by the gradients' norm and decides whether to leave the step
+out, because the host would have to wait for these numbers. Numbers that stay the same, such as 1 - beta2, are its arguments.
 
     decay           = weight_decay, of decoupled decay -lr * weight_decay
     inv_sqrt_bias2  = 1 / sqrt(1 - beta2**t)

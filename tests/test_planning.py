@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gpuadam.sharded.shard_adam import ShardAdam
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from gpuadam.planning.machines import MACHINES, Link, Processor
 from gpuadam.planning.model import Ranks, collective_seconds, kernel_seconds, update
 from gpuadam.sharded.buffer import Buffer, Member
 from gpuadam.sharded.layout import CELL
+from gpuadam.sharded.shard_adam import ShardAdam
 
 ROOT = Path(__file__).parent.parent
 H100 = MACHINES["h100"]
