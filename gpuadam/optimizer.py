@@ -254,18 +254,19 @@ class Adam(HasGroups):
             grads_of_groups = [grads_of_params(group) for group in self.groups]
         else:
             grads_of_groups = self.arrangement.in_order(grads)
-        conditions = clipping.Conditions(grad_scale)
+        left_out, on_device = False, None
         if not (max_norm is norm is found_inf is None and check_finite is False):
             conditions = self.conditions(grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream)
+            grad_scale, left_out, on_device = conditions
         updates: list[Updates] = []
         taking: list[tuple] = []
         for settings, group, grads in zip(self.groups, self._groups, grads_of_groups, strict=True):
-            of_group, parameters = self._updates_of(settings, group, grads, conditions)
+            of_group, parameters = self._updates_of(settings, group, grads, grad_scale, on_device)
             updates += of_group
             taking.append((group.count, parameters))
-        if conditions.on_device and not self.options.capturable:
-            updates = self._by_a_norm_on_the_device(updates, conditions)
-        if conditions.left_out:
+        if on_device and not self.options.capturable:
+            updates = self._by_a_norm_on_the_device(updates, grad_scale, on_device)
+        if left_out:
             self.leave_out(updates, stream)
             return
         if updates:
@@ -274,34 +275,33 @@ class Adam(HasGroups):
             count.advance(parameters)
         self.steps += 1
 
-    def _updates_of(self, settings, group, grads, conditions):
+    def _updates_of(self, settings, group, grads, grad_scale, on_device):
         """Return the Updates of a group's parameters that have a gradient, and these parameters."""
         count, parameters, arrays = group.count, group.parameters, settings["params"]
-        lr, grad_scale, now = count.numbers(settings["lr"], conditions.grad_scale, conditions.on_device)
+        lr, grad_scale, now = count.numbers(settings["lr"], grad_scale, on_device)
         known = settings if lr is settings["lr"] else settings | {"lr": lr}
-        h = self.checked(known, group.structure, self.steps + 1, grad_scale)
+        h = checked_group(known, group.structure, self.options, self.steps + 1, grad_scale)
         if id(None) in map(id, grads):
             present = [grad is not None for grad in grads]
             count.check_present(parameters, present)
             parameters, arrays, grads = (list(itertools.compress(x, present)) for x in (parameters, arrays, grads))
         updates = []
         for step, alike in count.alike(parameters, group.kind):
-            columns = [arrays, grads]
+            columns, names = [arrays, grads], group.structure.names
+            if len(alike) < len(group.parameters):
+                names = [parameter.name for parameter in alike]
             if len(alike) < len(parameters):
                 chosen = set(map(id, alike))
                 columns = [list(itertools.compress(x, [id(p) in chosen for p in parameters])) for x in columns]
-            updates.append(self._updates(h, step, alike, columns, now))
+            updates.append(self._updates(h, step, alike, names, columns, now))
         return updates, parameters
 
-    def _updates(self, h, step, parameters, columns, now):
+    def _updates(self, h, step, parameters, names, columns, now):
         """Return the Updates of parameters of one kind. columns: their arrays and gradients, to which those of the state come."""
         kind, states = parameters[0].kind, [parameter.state for parameter in parameters]
         for operand in kind.operands[2:]:
-            if operand == "param_copy":
-                columns.append([parameter.copy for parameter in parameters])
-            else:
-                columns.append([state[operand] for state in states])
-        names = [parameter.name for parameter in parameters]
+            is_copy = operand == "param_copy"
+            columns.append([p.copy for p in parameters] if is_copy else [state[operand] for state in states])
         if not kind.counted:
             return Updates(h, step, columns, kind.operands, names, now)
         keys, starts = ([getattr(parameter, number) for parameter in parameters] for number in ("key", "start"))
@@ -331,7 +331,7 @@ class Adam(HasGroups):
         capturable, largest = self.options.capturable, self._largest_norm
         return clipping.conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, device_mode, largest)
 
-    def _by_a_norm_on_the_device(self, updates, conditions):
+    def _by_a_norm_on_the_device(self, updates, grad_scale, on_device):
         """Return Updates whose scalars are computed on the device, because they depend on a norm there; the host counts steps."""
         if self.algorithm == "nadam":
             raise ValueError(
@@ -343,7 +343,7 @@ class Adam(HasGroups):
             kernels, (view,) = backends.choose([(f"params[{group.names[0]!r}]", param)], self.backend)
             if k not in self._norm_counts:
                 self._norm_counts[k] = step_counts.DeviceCount(kernels, view.device or 0)
-            now = Now(self._norm_counts[k], group.h.lr, conditions.grad_scale, counts=False, **conditions.on_device)
+            now = Now(self._norm_counts[k], group.h.lr, grad_scale, counts=False, **on_device)
             changed.append(group._replace(now=now))
         return changed
 

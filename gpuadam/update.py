@@ -67,7 +67,8 @@ def update(groups, backend=None, stream=None, remembered=None):
 
     remembered: a `remembered.Remembered`, which keeps what is known of the arrays for the next step.
     """
-    stream = streams.handle(stream)
+    if stream is not None:
+        stream = streams.handle(stream)
     takes_numpy = backends.takes_numpy(backend)
     if takes_numpy and (batches := _in_numpy_structs(groups)):
         _launch(groups, batches, stream)
