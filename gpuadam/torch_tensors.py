@@ -2,6 +2,9 @@
 
 This file does not import torch, and is therefore not in the package `gpuadam.torch`, which does. Every step asks whether there
 are tensors among its arrays. Where nobody has imported torch, there are none.
+
+A step turns the tensors in CPU memory into NumPy arrays by `in_numpy`, all at once. Where that is not possible, and for tensors
+on a GPU, `backends.choose` takes each by `plain`, which raises what is wrong with it.
 """
 
 import contextlib
