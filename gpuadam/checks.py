@@ -28,7 +28,8 @@ def scheduled(value):
 
 
 def non_negative(name, value):
-    value = real(name, value)
+    if type(value) is not float:
+        value = real(name, value)
     if not (0.0 <= value < math.inf):
         raise ValueError(f"{name}={value} must be finite and not negative")
     return value + 0.0  # -0.0 becomes 0.0: they are equal, and must not give different bits

@@ -89,11 +89,9 @@ def adam_step(
         optional = {"max_v": max_v, "remainder": remainder, "param_copy": param_copy, "ema": ema}
         optional |= {"m_scale": m_scale, "v_scale": v_scale}
         optional = {name: array for name, array in optional.items() if array is not None}
-        group = group._replace(
-            operands=OPERANDS + tuple(optional),
-            columns=group.columns + [[array] for array in optional.values()],
-            stochastic=checks.flag("stochastic_rounding", stochastic_rounding),
-            seed=checks.seed(seed),
-        )
+        group.operands = OPERANDS + tuple(optional)
+        group.columns += [[array] for array in optional.values()]
+        group.stochastic = checks.flag("stochastic_rounding", stochastic_rounding)
+        group.seed = checks.seed(seed)
         checks.combination(algorithm, optional, group.stochastic)
     update([group], backend, stream)

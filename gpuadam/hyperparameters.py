@@ -16,7 +16,7 @@ import numpy as np
 from . import checks
 from .kernels.adam import Form, scalar_names, scalars_type
 from .kernels.operands import Arrays
-from .kernels.scalars import on_host, power, shares_of_nadam
+from .kernels.scalars import on_host, powers_on_host, shares_of_nadam
 
 ALGORITHMS = ("adam", "nadam", "radam", "adamax")
 FORMULAS = ("torch", "apex", "eps-hat", "optax")
@@ -133,7 +133,7 @@ def form_and_scalars(h, step, arrays):
     """
     lr, fixed = h
     form, scalars_type, of_step, pack, unpack, lowest, grad_scale, w1, w2, eps, first, later = constants(fixed, arrays)
-    power1, power2 = power(fixed.beta1, step), power(fixed.beta2, step)
+    power1, power2 = powers_on_host(fixed.beta1, fixed.beta2, step)
     if of_step is None:  # plain Adam: what of_step would compute, without the time of a call, some 300 ns
         decay = -lr * fixed.weight_decay if form.decoupled else fixed.weight_decay
         neg_lr = -lr / (1.0 - power1)

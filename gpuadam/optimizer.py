@@ -265,7 +265,7 @@ class Adam(HasGroups):
             updates += of_group
             taking.append((group.count, parameters))
         if on_device and not self.options.capturable:
-            updates = self._by_a_norm_on_the_device(updates, grad_scale, on_device)
+            self._clip_on_the_device(updates, grad_scale, on_device)
         if left_out:
             self.leave_out(updates, stream)
             return
@@ -303,10 +303,20 @@ class Adam(HasGroups):
             is_copy = operand == "param_copy"
             columns.append([p.copy for p in parameters] if is_copy else [state[operand] for state in states])
         if not kind.counted:
-            return Updates(h, step, columns, kind.operands, names, now)
-        keys, starts = ([getattr(parameter, number) for parameter in parameters] for number in ("key", "start"))
-        stochastic, seed = self.options.stochastic_rounding, checks.seed(self.options.seed)
-        return Updates(h, step, columns, kind.operands, names, now, kind.bits, stochastic, seed, keys, starts)
+            return Updates(h, step, columns, operands=kind.operands, names=names, now=now)
+        return Updates(
+            h,
+            step,
+            columns,
+            operands=kind.operands,
+            names=names,
+            now=now,
+            bits=kind.bits,
+            stochastic=self.options.stochastic_rounding,
+            seed=checks.seed(self.options.seed),
+            keys=[parameter.key for parameter in parameters],
+            starts=[parameter.start for parameter in parameters],
+        )
 
     def launch(self, updates, stream):
         """Check the Updates of a step and launch them."""
@@ -331,21 +341,18 @@ class Adam(HasGroups):
         capturable, largest = self.options.capturable, self._largest_norm
         return clipping.conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, device_mode, largest)
 
-    def _by_a_norm_on_the_device(self, updates, grad_scale, on_device):
-        """Return Updates whose scalars are computed on the device, because they depend on a norm there; the host counts steps."""
+    def _clip_on_the_device(self, updates, grad_scale, on_device):
+        """Let the scalars of Updates be computed on the device, because they depend on a norm there; the host counts steps."""
         if self.algorithm == "nadam":
             raise ValueError(
                 "NAdam's scalars are the host's: clip with norm=float(gpuadam.global_norm(grads)), which waits for it"
             )
-        changed = []
         for k, group in enumerate(updates):
             (param, *_), *_ = group.columns
             kernels, (view,) = backends.choose([(f"params[{group.names[0]!r}]", param)], self.backend)
             if k not in self._norm_counts:
                 self._norm_counts[k] = step_counts.DeviceCount(kernels, view.device or 0)
-            now = Now(self._norm_counts[k], group.h.lr, grad_scale, counts=False, **on_device)
-            changed.append(group._replace(now=now))
-        return changed
+            group.now = Now(self._norm_counts[k], group.h.lr, grad_scale, counts=False, **on_device)
 
     def leave_out(self, updates, stream):
         """Check a step that is left out, and zero the gradients if a step would."""

@@ -6,7 +6,7 @@ import time
 import numba
 import numpy as np
 
-from gpuadam.kernels import adam, cpu_kernels, cpu_threads, norm_cpu, numpy_struct
+from gpuadam.kernels import cpu_kernels, cpu_threads, norm_cpu, numpy_struct
 from gpuadam.kernels.backend import Backend, Batch, refuse_stream
 from gpuadam.kernels.cpu_kernels import CACHE_LINE
 from gpuadam.kernels.layout import dense
@@ -29,9 +29,18 @@ class CpuBatch(Batch):
     def launch(self):
         rule, form, scalars, _, key = self.prepared
         self.begun = True
-        if self.table is not None:
-            backend.launch_table(form, self.table, self.n, scalars, rule, key)
-            return
+        if self.table is None:
+            self._launch_strided(rule, form, scalars, key)
+        elif self.n < backend.PARALLEL_FROM:
+            latest = backend.latest
+            if latest[0] is not form or latest[1] is not rule or latest[2] is not backend.build:
+                latest = backend.latest = form, rule, backend.build, backend.build(rule, form, "serial")
+            latest[3](self.table, 0, self.n, key, *scalars)
+        else:
+            build = functools.partial(backend.build, rule, form)
+            cpu_threads.run(build, self.table, self.n, cpu_threads.n_threads(), (key, *scalars))
+
+    def _launch_strided(self, rule, form, scalars, key):
         (update,) = self.updates
         views = update.views
         shape = np.array(views[0].shape, np.int64)
@@ -54,7 +63,7 @@ class NumbaCpu(Backend):
         # of the instance, because Python looks them up at each step of a small array
         self.build = cpu_kernels.build
         # The form, the rule, `build` and the kernel of the last launch: to hash a form takes as long as to update 300 elements
-        self._latest: tuple = None, None, None, None
+        self.latest: tuple = None, None, None, None
         # Elements from which two threads finish sooner than one. `benchmarks/cpu_threads.py` shows where the lines cross.
         self.PARALLEL_FROM = 1 << 16
 
@@ -78,16 +87,6 @@ class NumbaCpu(Backend):
         table, names = np.array(rows), [update.views[0].name for update in together]
         n = table[:, numpy_struct.SIZE].sum().item()
         return [CpuBatch(table, n, arrays, random, names=names, updates=together), *apart]
-
-    def launch_table(self, form, table, n, scalars, rule=adam, key=0):
-        """Update the n elements of a table (`numpy_struct.py`) of arrays without gaps, at multiples of their elements' size."""
-        build, latest = self.build, self._latest
-        if n >= self.PARALLEL_FROM:
-            cpu_threads.run(functools.partial(build, rule, form), table, n, cpu_threads.n_threads(), (key, *scalars))
-            return
-        if latest[0] is not form or latest[1] is not rule or latest[2] is not build:
-            latest = self._latest = form, rule, build, build(rule, form, "serial")
-        latest[3](table, 0, n, key, *scalars)
 
     def norm(self, views, out, device, stream):
         refuse_stream(stream)

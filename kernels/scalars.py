@@ -269,6 +269,19 @@ def power(base, exponent):
     return result
 
 
+def powers_on_host(beta1, beta2, step):
+    """Return `power` of both betas, with one call for the first thousand steps."""
+    if step < 1024:
+        powers1, powers2 = _low_powers_of(beta1, beta2)
+        return powers1[step], powers2[step]
+    return power(beta1, step), power(beta2, step)
+
+
+@functools.lru_cache(maxsize=64)
+def _low_powers_of(beta1, beta2):
+    return _low_powers(beta1)[0], _low_powers(beta2)[0]
+
+
 @functools.lru_cache(maxsize=64)
 def _low_powers(base):
     """Return the loop's result for each exponent of 10 bits, and base**1024, with which the loop goes on."""

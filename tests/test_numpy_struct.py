@@ -32,7 +32,7 @@ def plain(shape=(6,), dtype="f4", width=4):
 def table(*updates):
     """The table of updates, each a list of param, grad, m, v and perhaps max_v; None if there is none."""
     columns = [list(column) for column in zip(*updates, strict=True)]
-    batches = update._in_numpy_structs([update.Updates(ADAM, 1, columns, NAMES[: len(columns)])])
+    batches = update._in_numpy_structs([update.Updates(ADAM, 1, columns, operands=NAMES[: len(columns)])])
     return batches and batches[0].table
 
 
@@ -86,7 +86,7 @@ def test_scales_are_one_for_each_group():
 
     def of_scales(n):
         columns = [[a] for a in (*codes, np.ones(n, "f4"), np.ones(n, "f4"))]
-        group = update.Updates(ADAM, 1, columns, (*NAMES[:4], "m_scale", "v_scale"), keys=[7], starts=[32])
+        group = update.Updates(ADAM, 1, columns, operands=(*NAMES[:4], "m_scale", "v_scale"), keys=[7], starts=[32])
         return update._in_numpy_structs([group])
 
     (batch,) = of_scales(4)

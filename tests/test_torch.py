@@ -13,7 +13,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import gpuadam  # noqa: E402
 import gpuadam.torch  # noqa: E402
 from gpuadam import backends, torch_tensors, update  # noqa: E402
-from gpuadam.kernels import synchronous  # noqa: E402
+from gpuadam.kernels import (
+    cpu_backend,
+    synchronous,
+)
 
 PAIRS = {"Adam": (gpuadam.torch.Adam, torch.optim.Adam), "AdamW": (gpuadam.torch.AdamW, torch.optim.AdamW)}
 
@@ -365,11 +368,8 @@ def test_parameters_of_one_group_are_one_launch(monkeypatch):
     params = small()
     opt = gpuadam.torch.Adam(params)
     replay(opt, params, [gradients(0)])
-    kernels = gpuadam.backends.load("numba-cpu")
-    tables, launch = [], kernels.launch_table
-    monkeypatch.setattr(
-        kernels, "launch_table", lambda form, table, *given: tables.append(len(table)) or launch(form, table, *given)
-    )
+    tables, launch = [], cpu_backend.CpuBatch.launch
+    monkeypatch.setattr(cpu_backend.CpuBatch, "launch", lambda batch: tables.append(len(batch.table)) or launch(batch))
     replay(opt, params, [gradients(1)])
     assert tables == [3]
 

@@ -175,7 +175,9 @@ class Adam(torch.optim.Optimizer):
         is_random = stochastic or self.options.state_dtype in ("bfloat16", "8bit")
         keys = [_key(seed, number) for number in numbers] if is_random else None
         operands = "param", "grad", *(array.operand for array in arrays)
-        return Updates(h, step, columns, operands, names, now, stochastic=stochastic, seed=seed, keys=keys)
+        return Updates(
+            h, step, columns, operands=operands, names=names, now=now, stochastic=stochastic, seed=seed, keys=keys
+        )
 
     # State
 
