@@ -13,10 +13,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import gpuadam  # noqa: E402
 import gpuadam.torch  # noqa: E402
 from gpuadam import backends, torch_tensors, update  # noqa: E402
-from gpuadam.kernels import (
-    cpu_backend,
-    synchronous,
-)
+from gpuadam.kernels import cpu_backend, synchronous  # noqa: E402
 
 PAIRS = {"Adam": (gpuadam.torch.Adam, torch.optim.Adam), "AdamW": (gpuadam.torch.AdamW, torch.optim.AdamW)}
 
