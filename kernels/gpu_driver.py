@@ -17,9 +17,8 @@ DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 @functools.cache
 def _function(name, n_arguments):
     function = getattr(ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1"), name)
-    function.argtypes = [
-        ctypes.c_void_p
-    ] * n_arguments  # each takes a register of 64 bits, as integers and addresses do in C
+    # each takes a register of 64 bits, as integers and addresses do in C
+    function.argtypes = [ctypes.c_void_p] * n_arguments
     return function
 
 
