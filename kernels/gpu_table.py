@@ -117,11 +117,14 @@ _lock = threading.RLock()  # Python may end a Table in a thread that holds it
 def _take(backend, device, n_bytes):
     """Return a buffer that nothing on the device uses any more, or a new one."""
     with _lock:
-        for buffer in buffers:
+        for k, buffer in enumerate(buffers):
             fits = buffer.backend is backend and buffer.device == device and buffer.n_bytes >= n_bytes
-            if fits and not buffer.lent and all(backend.done(event) for event in buffer.events):
-                buffer.lent = True
-                return buffer
+            if fits and not buffer.lent:
+                if all(backend.done(event) for event in buffer.events):
+                    buffer.lent = True
+                    return buffer
+                buffers.append(buffers.pop(k))  # so that the next call asks for another; to ask for all takes too long
+                break
     buffer = _Buffer(backend, device, max(1 << 12, 1 << (n_bytes - 1).bit_length()))
     buffers.append(buffer)
     return buffer
