@@ -57,7 +57,9 @@ def sections(opt, ranges=None):
     for group in opt.groups:
         for name, param in zip(group["names"], group["params"], strict=True):
             arrays = {PARAM: param} | {key: opt.array_of_state(name, key) for key in opt.state[name] if key != "step"}
-            viewed = {key: backends.choose([(f"{key} of {name!r}", array)], opt.backend) for key, array in arrays.items()}
+            label = f"params[{name!r}]"
+            labels = {key: label if key == PARAM else f"{key} of {label}" for key in arrays}
+            viewed = {key: backends.choose([(labels[key], array)], opt.backend) for key, array in arrays.items()}
             whole, start, stop = ranges[name] if ranges else (name, 0, viewed[PARAM][1][0].size)
             listed += [Section(whole, start, stop, key, backend, view) for key, (backend, (view,)) in viewed.items()]
     return listed
