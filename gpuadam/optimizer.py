@@ -277,18 +277,18 @@ class Adam(HasGroups):
 
     def _updates_of(self, settings, group, grads, grad_scale, on_device):
         """Return the Updates of a group's parameters that have a gradient, and these parameters."""
-        count, parameters, arrays = group.count, group.parameters, settings["params"]
+        (structure, parameters, kind, count), arrays = group, settings["params"]
         lr, grad_scale, now = count.numbers(settings["lr"], grad_scale, on_device)
         known = settings if lr is settings["lr"] else settings | {"lr": lr}
-        h = checked_group(known, group.structure, self.options, self.steps + 1, grad_scale)
+        h = checked_group(known, structure, self.options, self.steps + 1, grad_scale)
         if id(None) in map(id, grads):
             present = [grad is not None for grad in grads]
             count.check_present(parameters, present)
             parameters, arrays, grads = (list(itertools.compress(x, present)) for x in (parameters, arrays, grads))
         updates = []
-        for step, alike in count.alike(parameters, group.kind):
-            columns, names = [arrays, grads], group.structure.names
-            if len(alike) < len(group.parameters):
+        for step, alike in count.alike(parameters, kind):
+            columns, names = [arrays, grads], structure.names
+            if len(alike) < len(names):
                 names = [parameter.name for parameter in alike]
             if len(alike) < len(parameters):
                 chosen = set(map(id, alike))
@@ -298,25 +298,17 @@ class Adam(HasGroups):
 
     def _updates(self, h, step, parameters, names, columns, now):
         """Return the Updates of parameters of one kind. columns: their arrays and gradients, to which those of the state come."""
-        kind, states = parameters[0].kind, [parameter.state for parameter in parameters]
-        for operand in kind.operands[2:]:
-            is_copy = operand == "param_copy"
-            columns.append([p.copy for p in parameters] if is_copy else [state[operand] for state in states])
-        if not kind.counted:
-            return Updates(h, step, columns, operands=kind.operands, names=names, now=now)
-        return Updates(
-            h,
-            step,
-            columns,
-            operands=kind.operands,
-            names=names,
-            now=now,
-            bits=kind.bits,
-            stochastic=self.options.stochastic_rounding,
-            seed=checks.seed(self.options.seed),
-            keys=[parameter.key for parameter in parameters],
-            starts=[parameter.start for parameter in parameters],
-        )
+        _, operands, kept, bits, counted = parameters[0].kind
+        states = [parameter.state for parameter in parameters]
+        for operand in kept:
+            columns.append([state[operand] for state in states])
+        if len(columns) < len(operands):
+            columns.insert(operands.index("param_copy"), [parameter.copy for parameter in parameters])
+        if not counted:
+            return Updates(h, step, columns, operands, names, now)
+        keys, starts = [parameter.key for parameter in parameters], [parameter.start for parameter in parameters]
+        stochastic, seed = self.options.stochastic_rounding, checks.seed(self.options.seed)
+        return Updates(h, step, columns, operands, names, now, bits, stochastic, seed, keys, starts)
 
     def launch(self, updates, stream):
         """Check the Updates of a step and launch them."""

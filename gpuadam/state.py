@@ -4,7 +4,8 @@ The operands of an update that are kept between steps are state. Optimizers, che
 planner read this list.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,6 +58,7 @@ class ParameterKind(NamedTuple):
 
     param: str
     operands: tuple[str, ...]  # in the order of kernels
+    kept: tuple[str, ...]  # those that are state
     bits: tuple[str, ...]  # of each operand: the format that its integers stand for, or ""
     counted: bool  # a number is rounded randomly, by its place in the parameter
 
@@ -66,17 +68,17 @@ class ParameterKind(NamedTuple):
         there = {"param", "grad", *kept, *(["param_copy"] if has_copy else [])}
         operands = tuple(name for name in KINDS if name in there)
         bits = tuple("bfloat16" if kept.get(name) == "bfloat16" else "" for name in operands)
-        return cls(param, operands, bits, stochastic or "bfloat16" in bits or "m_scale" in kept)
+        state = tuple(name for name in operands if name in kept)
+        return cls(param, operands, state, bits, stochastic or "bfloat16" in bits or "m_scale" in kept)
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Parameter:
     """A parameter of an optimizer and its state."""
 
-    __slots__ = ("copy", "key", "kind", "name", "start", "state")
-
-    def __init__(self, name, kind, state, key, copy=None, start=0):
-        self.name, self.kind = name, kind
-        self.state = state  # "step" and arrays
-        self.key = key  # for random rounding: an int64 that tells the parameter from others
-        self.copy = copy  # an array that is overwritten with the new parameter, or None
-        self.start = start  # the number of the first element, where the parameter is a part of one
+    name: str
+    kind: ParameterKind
+    state: dict[str, Any]  # "step" and arrays
+    key: int  # for random rounding: an int64 that tells the parameter from others
+    copy: Any = None  # an array that is overwritten with the new parameter
+    start: int = 0  # the number of the first element, where the parameter is a part of one
