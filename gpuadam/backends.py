@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks, torch_tensors
+from .kernels import array_bytes
 from .kernels import view as arrays
+from .kernels.operands import widened
 
 GPU_EXTRA = 'pip install "gpuadam[cuda13]" (or cuda12: `nvidia-smi` shows what the driver takes)'
 DRIVER = "on a machine with an NVIDIA GPU, install its driver; `nvidia-smi` should then list the GPU"
@@ -202,6 +204,21 @@ def _view(kernels, given):
 
 def _listing(given):
     return ", ".join(f"{one.name} is {arrays.a_kind(one.array)} in {one.memory} memory" for one in given)
+
+
+def number(name, array):
+    """Return what an array of one element holds, as a number of Python's. On a GPU this waits for the device."""
+    kernels, (view,) = choose([(name, array)])
+    if view.size != 1:
+        raise ValueError(f"{name} has shape {view.shape}: it must be one number")
+    return widened(np.frombuffer(b"".join(array_bytes.chunks(kernels, view)), view.dtype), view.format).item()
+
+
+def on_host(name, value):
+    """Return a number that may be in an array as a number of Python's, but an array on a GPU as it is."""
+    if not arrays.is_array(value) or _given(name, value).memory == "CUDA":
+        return value
+    return number(name, value)
 
 
 def home(name, array):

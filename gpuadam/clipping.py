@@ -125,9 +125,8 @@ def conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, 
     left_out = False
     on_device: dict[str, Any] = {}
     on_host: dict[str, Any] = {}
-    if isinstance(norm, np.ndarray):
-        norm = float(norm)
-    if not is_array(found_inf) or isinstance(found_inf, np.ndarray):
+    norm, found_inf = backends.on_host("norm", norm), backends.on_host("found_inf", found_inf)
+    if not is_array(found_inf):
         left_out = checks.found_inf(found_inf)
         on_host |= {} if found_inf is None else {"found_inf": found_inf}
     elif device_mode:
@@ -137,6 +136,8 @@ def conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, 
             "found_inf is an array on a GPU, which the step does not wait for: make the optimizer capturable=True"
         )
     if is_array(norm):
+        if capturable and not device_mode:
+            refuse_on_gpu("norm")
         if check_finite and not device_mode:
             raise ValueError("check_finite on a GPU needs an optimizer with capturable=True: the step does not wait to know")
         on_device |= {"norm": norm, "max_norm": max_norm} | ({"largest_norm": largest_norm} if check_finite else {})
@@ -146,13 +147,18 @@ def conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, 
         if capturable and is_array(scale):
             if device_mode:
                 raise TypeError("grad_scale is on the device and norm is a number: give both there, or both as numbers")
-            scale = float(np.asarray(scale).reshape(()))
+            scale = backends.on_host("grad_scale", scale)
         left_out = left_out or (check_finite and not norm * abs(scale) <= largest_norm)
         if max_norm is not None:
             grad_scale = clipped(checks.finite("grad_scale", scale), norm, max_norm)
     if device_mode:
         on_device["on_host"] = on_host
     return Conditions(grad_scale, left_out, on_device or None)
+
+
+def refuse_on_gpu(name):
+    """Raise TypeError for a condition of a step that is on a GPU, where parameters are on the CPU."""
+    raise TypeError(f"{name} is on a GPU, and parameters are on the CPU: give it as a number, float({name})")
 
 
 def clipped(grad_scale, norm, max_norm):

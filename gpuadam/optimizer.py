@@ -28,6 +28,7 @@ from .kernels.view import Bits, View, is_array
 from .options import Options
 from .remembered import Remembered
 from .state import Parameter, ParameterKind
+from .under_way import UnderWay
 from .update import Updates, check, update
 
 
@@ -136,7 +137,7 @@ class Adam(HasGroups):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"amsgrad": amsgrad, "maximize": maximize}
         self.groups, self.arrangement = parsed_groups(params, defaults)
-        self._remembered = Remembered()
+        self._remembered, self.under_way = Remembered(), UnderWay()
         self._norm: Any = None  # of the last step, on a GPU
         self._norm_counts: dict[int, Any] = {}  # for scalars that depend on a norm on the device, where the host counts
         beginnings = self._checked_params()
@@ -182,13 +183,16 @@ class Adam(HasGroups):
         members = [self.parameters[name] for name in settings["names"]]
         kinds = {parameter.kind for parameter in members}
         count: Any = step_counts.HostCount()
-        if members and self.options.capturable:
+        places = {(beginning.backend, beginning.view.device) for beginning in map(beginnings.get, structure.names)}
+        if not members and self.options.capturable and is_array(settings["lr"]):
+            kernels, (view,) = backends.choose([("lr", settings["lr"])], self.backend)
+            places = {(kernels, view.device)}
+        if places and self.options.capturable:
             if len({kind.operands for kind in kinds}) > 1:
                 raise ValueError(
                     f"with capturable=True the parameters of a group have the same kinds of state; group {k} has some with a "
                     "remainder or a copy and some without: put them into groups of their own"
                 )
-            places = {(beginning.backend, beginning.view.device) for beginning in map(beginnings.get, structure.names)}
             if len({backend for backend, _ in places}) > 1 or len({device for _, device in places} - {None}) > 1:
                 raise ValueError(
                     f"with capturable=True the parameters of a group share a device and a backend; group {k} does not"
@@ -247,8 +251,11 @@ class Adam(HasGroups):
             parameters.
         stream: on a GPU, as in `adam_step`.
 
-        Everything is checked before anything is written: one bad array or hyperparameter stops the whole step.
+        Everything is checked before anything is written: one bad array or hyperparameter stops the whole step. An interrupt or an
+        error between the first launch and the end leaves parameters and state of two different steps: `step`, `state_dict` and
+        `save` refuse from then on, until `load_state_dict` has set all of the state; the parameters have to be set too.
         """
+        self.under_way.check()
         self.arrangement.check(self.groups)
         if grads is OF_PARAMS:
             grads_of_groups = [grads_of_params(group) for group in self.groups]
@@ -274,6 +281,7 @@ class Adam(HasGroups):
         for count, parameters in taking:
             count.advance(parameters)
         self.steps += 1
+        self.ended()
 
     def _updates_of(self, settings, group, grads, grad_scale, on_device):
         """Return the Updates of a group's parameters that have a gradient, and these parameters."""
@@ -312,7 +320,7 @@ class Adam(HasGroups):
 
     def launch(self, updates, stream):
         """Check the Updates of a step and launch them."""
-        update(updates, self.backend, stream, self._remembered)
+        update(updates, self.backend, stream, self._remembered, self.under_way)
 
     def check(self, updates, stream):
         """Raise what `launch` would raise, and do nothing else."""
@@ -342,6 +350,8 @@ class Adam(HasGroups):
         for k, group in enumerate(updates):
             (param, *_), *_ = group.columns
             kernels, (view,) = backends.choose([(f"params[{group.names[0]!r}]", param)], self.backend)
+            if view.device is None and kernels.memory == "CPU":
+                clipping.refuse_on_gpu("norm")
             if k not in self._norm_counts:
                 self._norm_counts[k] = step_counts.DeviceCount(kernels, view.device or 0)
             group.now = Now(self._norm_counts[k], group.h.lr, grad_scale, counts=False, **on_device)
@@ -365,36 +375,53 @@ class Adam(HasGroups):
         enqueued there, graphs included: the moments are then those of the counts.
         A learning rate that is a callable is not state: None stands in its place.
         """
+        self.under_way.check()
         groups, states = [], {name: dict(state) for name, state in self.state.items()}
         for own, group in zip(self.groups, self._groups, strict=True):
             settings = saved_settings(own)
             if is_array(settings["lr"]):
                 settings["lr"] = group.count.value(settings["lr"])
-            for parameter, n in zip(group.parameters, group.count.read(group.parameters), strict=True):
-                states[parameter.name]["step"] = n
             groups.append(settings)
+        for name, n in self._counts().items():
+            states[name]["step"] = n
         return {"steps": self.steps, "state": states, "groups": groups}
+
+    def _counts(self):
+        """Return how many steps each parameter has taken, by name."""
+        read = [(group.parameters, group.count.read(group.parameters)) for group in self._groups]
+        return {p.name: n for parameters, counts in read for p, n in zip(parameters, counts, strict=True)}
 
     def load_state_dict(self, state_dict):
         """Copy a `state_dict()` into this optimizer, which must have parameters of the same names, shapes and dtypes.
 
+        An array that is the optimizer's own, because the state_dict was not copied when it was taken, has gone on since: it is
+        refused if the parameter has.
+
         All of it is checked first. Raises ValueError or TypeError, and then nothing has changed.
         """
         loaded = self.checked_state_dict(state_dict)
-        states, copies = loaded[1], []
+        states, copies, counts = loaded[1], [], self._counts()
         for name, state in self.state.items():
             for key in state.keys() - {"step"}:
-                if state[key] is states[name][key]:
-                    continue
                 label = f"{key} of params[{name!r}]"
+                if state[key] is states[name][key]:
+                    if self.under_way.changing or counts[name] != states[name]["step"]:
+                        raise ValueError(
+                            f"{label} in the state_dict is the optimizer's own array, which has changed since the state_dict was "
+                            f"taken, at step {states[name]['step']}: give the arrays of a checkpoint, or of a copy that was made "
+                            "then, as by copy.deepcopy(optimizer.state_dict())"
+                        )
+                    continue
                 named = [(label, state[key]), (f"the loaded {label}", states[name][key])]
                 checks.given(*named[1])
                 kernels, (to, source) = backends.choose(named, self.state_backend)
                 checks.same_layout(to, source, kernels.copies_any_layout)
                 copies.append((kernels, to, source))
         checks.overlap([to for _, to, _ in copies], [source for *_, source in copies])
+        self.under_way.begin()
         self.copy_state(copies)
         self.go_on_from(*loaded)
+        self.ended()
 
     def checked_state_dict(self, state_dict):
         """Return (settings of each group, state of each name, steps) of a state_dict, after checking all but the arrays."""
@@ -432,6 +459,9 @@ class Adam(HasGroups):
             if not callable(self.groups[k]["lr"]):
                 raise ValueError("the saved lr was a callable, which is not saved: give this optimizer's group one first")
             settings["lr"] = self.groups[k]["lr"]
+        own_lr, count = self.groups[k]["lr"], self._groups[k].count
+        if is_array(own_lr) and not callable(settings["lr"]):
+            count.check_fill("lr", own_lr)
         h = self.checked(self.groups[k] | settings, self.arrangement.structures[k], step=1)
         for parameter in self._groups[k].parameters:
             hyperparameters.check_rounding(h, self.options.computed_in(parameter.kind.param))
@@ -457,6 +487,10 @@ class Adam(HasGroups):
         kind, array = self.parameters[name].kind, self.state[name][key]
         bits = dict(zip(kind.operands, kind.bits, strict=True)).get(key)
         return Bits(array, bits) if bits else array
+
+    def ended(self):
+        """Note that a step, or the loading of a state, has ended."""
+        self.under_way.end()
 
     def go_on_from(self, groups, states, steps):
         """Take over what `checked_state_dict` returned: all but the arrays."""

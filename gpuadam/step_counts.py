@@ -8,11 +8,13 @@ import itertools
 
 import numpy as np
 
-from . import backends, checks
+from . import backends, checks, clipping
 from .device_step import NUMBERS, Now
 from .kernels import array_bytes
 from .kernels.scalars import MEMORY_BYTES, ScalarsMemory
 from .kernels.view import is_array
+
+MOST_STEPS = 1 << 62  # that a count in an array can be set to: an int64 must not overflow before a program ends
 
 
 class HostCount:
@@ -56,6 +58,14 @@ class HostCount:
         for parameter, n in zip(parameters, counts, strict=True):
             parameter.state["step"] = n
 
+    def value(self, number):
+        """Return a hyperparameter as a number, which it has to be."""
+        return checks.real("lr", number)
+
+    def check_fill(self, name, array):
+        """Refuse an array in the place of a number."""
+        checks.real(name, array)
+
     def numbers(self, lr, grad_scale, conditions):
         """Return the lr and the grad_scale of a step for `checked_group`, and the Now of its scalars on the device, or None."""
         return lr, grad_scale, None
@@ -88,8 +98,8 @@ class ArrayCount:
         names = [parameter.name for parameter in parameters]
         if len(set(counts)) > 1:
             raise ValueError(f"with capturable=True the parameters {names} share a step count; the state_dict's differ")
-        if any(n >= 1 << 63 for n in counts):
-            raise ValueError("with capturable=True a step count is an int64; the state_dict's is larger")
+        if any(n >= MOST_STEPS for n in counts):
+            raise ValueError("with capturable=True a step count is an int64; the state_dict's is larger than 2**62")
 
     def advance(self, parameters):
         """Count a step, if a parameter takes one."""
@@ -106,6 +116,9 @@ class ArrayCount:
 
     def numbers(self, lr, grad_scale, conditions):
         """Return the lr and the grad_scale of a step as numbers, and None."""
+        for name in ("norm", "found_inf"):
+            if name in (conditions or {}):
+                clipping.refuse_on_gpu(name)
         return self.value(lr), self.value(grad_scale), None
 
     def number(self, name, value, dtypes=NUMBERS):
@@ -130,6 +143,12 @@ class ArrayCount:
     def count(self):
         """Return the step count as an int. On a GPU this waits for the device: graphs may count on any stream."""
         return array_bytes.number(self.kernels, self.kernels.view("", self.step))
+
+    def check_fill(self, name, array):
+        """Refuse an array that `fill` cannot write."""
+        view = self.number(name, array)
+        if not view.writeable:
+            checks.read_only(view)
 
     def fill(self, array, value):
         """Write a number into an array of one, in place, so that captured graphs see it. On a GPU this waits for the device."""

@@ -64,26 +64,27 @@ class Updates:
         return param, f"the gradient of {param}", *(f"{operand} of {param}" for operand in self.operands[2:])
 
 
-def update(groups, backend=None, stream=None, remembered=None):
+def update(groups, backend=None, stream=None, remembered=None, under_way=None):
     """Check all Updates, then launch them: one launch for the dense arrays of each that share a device and a dtype.
 
-    remembered: a `remembered.Remembered`, which keeps what is known of the arrays for the next step.
+    remembered: a `remembered.Remembered`, which keeps what is known of the arrays for the next step. under_way: an
+        `under_way.UnderWay`, which begins when all is checked and prepared. The caller ends it when the step is counted too.
     """
     if stream is not None:
         stream = streams.handle(stream)
     takes_numpy = backends.takes_numpy(backend)
     if takes_numpy and (batches := _in_numpy_structs(groups)):
-        _launch(groups, batches, stream)
+        _launch(groups, batches, stream, under_way)
         return
     has_tensors = any(torch_tensors.among(group.columns) for group in groups)
     batches = _in_numpy_structs(_as_numpy(groups, remembered)) if takes_numpy and has_tensors else None
     if not batches and remembered:
         batches = remembered.batches(groups, backend)
     if batches:
-        _launch(groups, batches, stream)
+        _launch(groups, batches, stream, under_way)
     else:
         batches = _in_views(groups, backend)
-        _launch(groups, batches, stream)
+        _launch(groups, batches, stream, under_way)
         if remembered:
             remembered.keep(groups, backend, batches)
         else:
@@ -237,7 +238,7 @@ def _in_views(groups, backend):
     return batches
 
 
-def _launch(groups, batches, stream):
+def _launch(groups, batches, stream, under_way):
     """Prepare all batches, which may fail, then launch them: nothing is allocated, compiled or refused any more."""
     scalars_of: dict[int, ScalarsLaunch] = {}
     if stream is not None:
@@ -260,12 +261,16 @@ def _launch(groups, batches, stream):
         launches = [*scalars_of.values(), *batches]
         for scalars in scalars_of.values():
             scalars.prepare()
+    if under_way is not None:
+        under_way.begin()
     try:
         for launch in launches:
             launch.launch()
     except Exception as error:
         if any(launch.begun for launch in launches):
             raise _cut_short(error, scalars_of.values(), batches) from error
+        if under_way is not None:
+            under_way.end()
         raise
 
 

@@ -20,33 +20,41 @@ class CpuBatch(Batch):
     n: how many elements a table has. updates: `layout.Update`s, which keep the arrays alive; None where the caller does.
     """
 
-    __slots__ = ("arrays", "begun", "group", "is_random", "n", "names", "prepared", "table", "updates")
+    __slots__ = ("arguments", "arrays", "begun", "group", "is_random", "kernel", "n", "names", "table", "updates")
 
     def __init__(self, table, n, arrays, is_random, group=0, names=None, updates=None):  # faster than by super().__init__
         self.table, self.n, self.arrays, self.is_random, self.group = table, n, arrays, is_random, group
         self.names, self.updates, self.begun = names or ("param",), updates, False
 
-    def launch(self):
-        rule, form, scalars, _, key = self.prepared
-        self.begun = True
-        if self.table is None:
-            self._launch_strided(rule, form, scalars, key)
-        elif self.n < backend.PARALLEL_FROM:
+    def prepare(self, rule, form, scalars, place, key=0):
+        self.begun = False
+        if self.table is not None and self.n < backend.PARALLEL_FROM:
             latest = backend.latest
             if latest[0] is not form or latest[1] is not rule or latest[2] is not backend.build:
-                latest = backend.latest = form, rule, backend.build, backend.build(rule, form, "serial")
-            latest[3](self.table, 0, self.n, key, *scalars)
+                kernel = backend.build(rule, form, "serial")
+                kernel(self.table, 0, 0, key, *scalars)
+                latest = backend.latest = form, rule, backend.build, kernel
+            self.kernel, self.arguments = latest[3], (self.table, 0, self.n, key, *scalars)
+            return
+        if self.table is not None:
+            self.kernel, build = cpu_threads.run, functools.partial(backend.build, rule, form)
+            self.arguments = build, self.table, self.n, cpu_threads.n_threads(), (key, *scalars)
+            over_nothing = build, self.table, 0, *self.arguments[3:]
         else:
-            build = functools.partial(backend.build, rule, form)
-            cpu_threads.run(build, self.table, self.n, cpu_threads.n_threads(), (key, *scalars))
+            (update,) = self.updates
+            shape = np.array(update.views[0].shape, np.int64)
+            strides = (
+                np.array([view.strides for view in update.views], np.int64).reshape(len(update.views), shape.size).T.copy()
+            )
+            at = tuple(view.pointer for view in update.views)
+            self.kernel = backend.build(rule, form, "strided")
+            self.arguments = at, shape, strides, update.start, update.key ^ key, *scalars
+            over_nothing = at, np.zeros(1, np.int64), np.zeros((1, len(at)), np.int64), *self.arguments[3:]
+        backend.rehearse((rule, form, self.table is None, backend.build), self.kernel, over_nothing)
 
-    def _launch_strided(self, rule, form, scalars, key):
-        (update,) = self.updates
-        views = update.views
-        shape = np.array(views[0].shape, np.int64)
-        strides = np.array([view.strides for view in views], np.int64).reshape(len(views), shape.size).T.copy()
-        at = tuple(view.pointer for view in views)
-        backend.build(rule, form, "strided")(at, shape, strides, update.start, update.key ^ key, *scalars)
+    def launch(self):
+        self.begun = True
+        self.kernel(*self.arguments)
 
 
 class NumbaCpu(Backend):
@@ -66,6 +74,13 @@ class NumbaCpu(Backend):
         self.latest: tuple = None, None, None, None
         # Elements from which two threads finish sooner than one. `benchmarks/cpu_threads.py` shows where the lines cross.
         self.PARALLEL_FROM = 1 << 16
+        self._rehearsed: set[tuple] = set()
+
+    def rehearse(self, what, kernel, over_nothing):
+        """Run a kernel once over no elements, which compiles it: between two launches that could fail."""
+        if what not in self._rehearsed:
+            kernel(*over_nothing)
+            self._rehearsed.add(what)
 
     def status(self):
         return True, f"Numba {numba.__version__}"

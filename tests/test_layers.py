@@ -13,7 +13,7 @@ ROOT = Path(gpuadam.__file__).parent
 # From the ground up. A module imports from its own floor and from those below, but no circle; `name.*` is a package.
 FLOORS = [
     ("kernels.*",),
-    ("checks", "torch_tensors", "backends", "terminal.*", "version"),
+    ("checks", "torch_tensors", "backends", "terminal.*", "under_way", "version"),
     ("hyperparameters", "state", "reference"),
     ("options", "groups", "device_step", "step_counts", "clipping", "remembered", "flat"),
     ("update", "functional"),

@@ -369,17 +369,18 @@ def test_a_step_that_was_cut_short_stops_this_optimizer_and_the_next(stage, tmp_
     params = arrays()
     opt = gpuadam.OffloadAdam(params, state=tmp_path, budget=40_000)
     steps([opt], 1)
-    saved = copy.deepcopy(
-        {"params": params, "state": {k: {m: np.array(x) for m, x in s.items()} for k, s in opt.state.items()}}
-    )
+    saved = copy.deepcopy({"params": params, **opt.state_dict()})
     with monkeypatch.context() as patch:
         fail_in_chunk(patch, 3, stage)
         with pytest.raises(OSError, match="the disk has died"):
             steps([opt], 1)
     with pytest.raises(ValueError, match=r"cut short.*load_state_dict"):
         steps([opt], 1)
-    with pytest.raises(ValueError, match="the state that it left"):
-        opt.load_state_dict(opt.state_dict())
+    with pytest.raises(ValueError, match=r"cut short.*load_state_dict"):
+        opt.state_dict()
+    left = {"steps": 2, "state": {k: dict(s) for k, s in opt.state.items()}, "groups": saved["groups"]}
+    with pytest.raises(ValueError, match="the optimizer's own array"):
+        opt.load_state_dict(left)
     opt.close()
     with pytest.raises(ValueError, match=r"cut short.*Delete the folder"):
         gpuadam.OffloadAdam(params, state=tmp_path)

@@ -66,7 +66,7 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
         for section in of_params:
             stored.verify(section.array_name)
         with not_fitting():
-            opt.load_state_dict(_state_dict(opt, saved))  # its arrays are in place
+            opt.go_on_from(*opt.checked_state_dict(_state_dict(opt, saved)))  # its arrays are in place
         if with_params:  # now that nothing can be wrong
             torch_tensors.wrote([param for group in opt.groups for param in group["params"]])
         for section in of_params:

@@ -7,7 +7,7 @@ from .. import backends
 from ..kernels import array_bytes
 from ..kernels.operands import GROUP
 from ..kernels.view import View
-from ..state import OF_GROUPS
+from ..state import OF_GROUPS, shape
 from .safetensors import Tensor
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int16": "I16", "uint8": "U8"}
@@ -60,9 +60,22 @@ def sections(opt, ranges=None):
             label = f"params[{name!r}]"
             labels = {key: label if key == PARAM else f"{key} of {label}" for key in arrays}
             viewed = {key: backends.choose([(labels[key], array)], opt.backend) for key, array in arrays.items()}
+            _check(viewed, opt.options)
             whole, start, stop = ranges[name] if ranges else (name, 0, viewed[PARAM][1][0].size)
             listed += [Section(whole, start, stop, key, backend, view) for key, (backend, (view,)) in viewed.items()]
     return listed
+
+
+def _check(viewed, options):
+    """Refuse state that has another shape or format than the parameter's: it could be written, and would not load."""
+    _, (param,) = viewed[PARAM]
+    kept = options.kept(param, "max_v" in viewed) | {PARAM: param.format}
+    for key, (_, (view,)) in viewed.items():
+        its_shape = shape(key, param.shape)
+        if (view.shape, view.format) != (its_shape, kept[key]):
+            raise ValueError(
+                f"{view.name} is {view.format} of shape {view.shape}, and must be {kept[key]} of shape {its_shape}"
+            )
 
 
 def chosen(sections, with_params):

@@ -120,9 +120,9 @@ class Folder(Store):
         self._mark(durable=self.marks["unflushed"] is None, under_way=True, unflushed=_boot())
         super().begin()
 
-    def end(self, steps, behind):
+    def end_at(self, steps, behind):
         self._mark(durable=False, steps=steps, behind=behind, under_way=False)
-        super().end(steps, behind)
+        super().end_at(steps, behind)
 
     def flush(self):
         for whole in self._maps:

@@ -9,7 +9,6 @@ import numpy as np
 from .. import backends, checks, torch_tensors
 from ..clipping import global_norm
 from ..groups import OF_PARAMS
-from ..kernels import array_bytes
 from ..kernels.backend import refuse_stream
 from ..kernels.operands import NARROW
 from ..kernels.view import Bits, bare, is_array
@@ -18,7 +17,6 @@ from ..terminal.output import need
 from .folder import Folder
 from .jobs import check_contiguous, jobs_of
 from .mapped import drop_mapped
-from .runner import TORN
 from .stages import OnDevice, OnHost
 from .state import Store, copy, fill_master
 
@@ -127,7 +125,8 @@ class OffloadAdam(Adam):
             for name, (kernels, view, kept) in beginnings.items():
                 if "master" in kept:
                     fill_master(self._store.arrays[name]["master"], view, kernels)
-            self._store.end(0, {})
+            self._store.end_at(0, {})
+        self.under_way = self._store
         return self._store.arrays
 
     # Where the update runs
@@ -186,29 +185,19 @@ class OffloadAdam(Adam):
     def step(self, grads=OF_PARAMS, **options):
         """Update every parameter that has a gradient, in place. As `Adam.step`, but on a GPU too it returns when all is done."""
         self._store.check_open()
-        if self._store.changing:
-            raise ValueError(f"a step before this one was cut short: {TORN}")
         super().step(grads, **options)
-        self._end()
 
-    def _end(self):
+    def ended(self):
         counts = {name: int(state["step"]) for name, state in self.state.items()}  # a caller may have set NumPy's integers
-        self._store.end(int(self.steps), {name: n for name, n in counts.items() if n != self.steps})
+        self._store.end_at(int(self.steps), {name: n for name, n in counts.items() if n != self.steps})
 
     def conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):
         present = [grad for grads in grads_of_groups for grad in grads if grad is not None]
         if norm is None and present and (max_norm is not None or check_finite is not False):
             norm = global_norm(present, backend=self.backend, stream=stream)
             drop_mapped(bare(present)[0])
-        norm, found_inf = self._on_host(norm), self._on_host(found_inf)
+        norm, found_inf = _number("norm", norm), _number("found_inf", found_inf)
         return super().conditions(grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream)
-
-    def _on_host(self, number):
-        """Return a number that may be on the GPU as one of the host: a step waits for the GPU anyway."""
-        if is_array(number) and not isinstance(number, np.ndarray):
-            kernels, (view,) = backends.choose([("a condition of the step", number)], self.backend)
-            return array_bytes.number(kernels, view)
-        return number
 
     def check(self, updates, stream):
         if self._device is None:
@@ -232,12 +221,8 @@ class OffloadAdam(Adam):
         """Copy a `state_dict()`, of this class or, but for a float32 master, of `Adam` on the CPU, into this optimizer."""
         self._store.check_open()
         super().load_state_dict(state_dict)
-        self._end()
 
     def copy_state(self, copies):
-        if self._store.changing and len(copies) < sum(len(state) - 1 for state in self.state.values()):
-            raise ValueError("a step was cut short, and this is the state that it left: load a checkpoint")
-        self._store.begin()
         for _, to, source in copies:
             copy(to.array, source.array)
 
@@ -258,3 +243,8 @@ class OffloadAdam(Adam):
 
     def __reduce__(self):
         raise TypeError("an OffloadAdam is not copied or pickled, because its state is not in it alone: use state_dict()")
+
+
+def _number(name, value):
+    """Return a condition of a step as a number of Python's. It is read from a GPU too, for which the step waits anyway."""
+    return backends.number(name, value) if is_array(value) else value

@@ -12,11 +12,10 @@ from ..kernels import adam, streams
 from ..kernels.layout import Update
 from ..kernels.streams import LEGACY_DEFAULT
 from ..kernels.view import View
+from ..under_way import TORN
 from . import chunks, pipeline
 from .chunks import ALIGNMENT, Launch, PlacedOperand, aligned, aligned_memory
 from .mapped import Extent, merged
-
-TORN = "parameters and state are of two different steps: load a checkpoint into both, with load_state_dict"
 
 
 class Slot(NamedTuple):

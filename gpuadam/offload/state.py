@@ -8,6 +8,7 @@ import numpy as np
 from ..kernels import array_bytes
 from ..kernels.operands import widened
 from ..state import IN_MEMORY, shape
+from ..under_way import UnderWay
 from .chunks import aligned, aligned_memory
 from .mapped import drop_mapped
 
@@ -34,17 +35,17 @@ def laid_out(beginnings, memory_of):
     return arrays
 
 
-class Store:
+class Store(UnderWay):
     """The state of an optimizer, in memory. A `Folder` is one whose memory is files.
 
     beginnings: name -> `optimizer.Beginning`; the state begins at zero. gpu: the kernels of the backend of a GPU that takes part,
     for which the memory is pinned, or None. device: the GPU's number, or None.
 
-    Attributes: `arrays`, parameter -> {kind: array}; `place`, a text; `changing`, whether the state is in the midst of a step;
-    `existed`, whether the state is that of an earlier optimizer, whose step counts are in `marks` then.
+    Attributes: `arrays`, parameter -> {kind: array}; `place`, a text; `existed`, whether the state is that of an earlier
+    optimizer, whose step counts are in `marks` then.
     """
 
-    existed = changing = False
+    existed = False
     marks: dict[str, Any]
 
     def __init__(self, beginnings, gpu, device):
@@ -63,13 +64,9 @@ class Store:
     def check_open(self):
         """Raise ValueError if the state cannot be changed any more."""
 
-    def begin(self):
-        """Note that the state is about to change."""
-        self.changing = True
-
-    def end(self, steps, behind):
+    def end_at(self, steps, behind):
         """Note that so many steps were taken. behind: name -> the steps of each parameter that took another number of them."""
-        self.changing = False
+        self.end()
 
     def flush(self):
         """Wait until the state is where it outlasts the process."""

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from .. import checks, hyperparameters, torch_tensors
+from .. import backends, checks, hyperparameters, torch_tensors
 from ..clipping import LARGEST_NORM, clipped
 from ..groups import HYPERPARAMETERS, HasGroups, as_given, as_list, checked_group, parsed_groups
 from ..kernels.operands import Arrays
@@ -227,7 +227,11 @@ class ShardedAdam(HasGroups):
             "check_finite": check_finite,
             **of_groups,
         }
-        return (listed, views, settings, scale, max_norm), described, checks.found_inf(found_inf)
+        return (
+            (listed, views, settings, scale, max_norm),
+            described,
+            checks.found_inf(backends.on_host("found_inf", found_inf)),
+        )
 
     def _take(self, grads, settings, scale, max_norm, check_finite):
         """Reduce the gradients, update, and collect the parameters: each bucket while others are under way.

@@ -11,6 +11,7 @@ from ..optimizer import key_of_parameter
 from ..options import Options
 from ..remembered import Remembered
 from ..step_counts import DeviceCount
+from ..under_way import UnderWay
 from ..update import Updates, update
 from . import state as torch_state
 
@@ -84,7 +85,7 @@ class Adam(torch.optim.Optimizer):
         self.backend = backends.forced(backend)
         if self.backend:
             backends.choose([], self.backend)  # refuses a backend that is not there
-        self._remembered, self._counts = Remembered(), {}
+        self._remembered, self._counts, self.under_way = Remembered(), {}, UnderWay()
         super().__init__(params, {name: arguments[name] for name in SETTINGS})
 
     def add_param_group(self, param_group):
@@ -113,6 +114,7 @@ class Adam(torch.optim.Optimizer):
 
         closure: computes the loss anew, with gradients, before the update.
         """
+        self.under_way.check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -131,11 +133,17 @@ class Adam(torch.optim.Optimizer):
                 updates += [self._update(h, count + 1, group, alike) for count, alike in self._alike(members)]
             counts += [member.state["step"] for member in members]
         if updates:
-            update(updates, self.backend, remembered=self._remembered)
+            update(updates, self.backend, remembered=self._remembered, under_way=self.under_way)
             torch._foreach_add_(counts, 1)  # one call for all, as torch's own optimizers make
         if found_inf is not None and counts:  # on the device, which knows whether the step was left out
             torch._foreach_sub_(counts, [found_inf.to(count.device, non_blocking=True) for count in counts])
+        self.under_way.end()
         return loss
+
+    def state_dict(self):
+        """Return the state as torch's optimizers do. Raises ValueError after a step that was cut short."""
+        self.under_way.check()
+        return super().state_dict()
 
     def _members(self):
         """Yield (group, Members of it). State that a parameter does not have yet is made."""
@@ -206,13 +214,20 @@ class Adam(torch.optim.Optimizer):
         # torch would cast all state to the dtype of its parameter. So state is taken out, after the hooks of others, and put back
         def take(_, state_dict):
             loaded.update(self._loaded(state_dict))
+            self.under_way.begin()
             return state_dict | {"state": {}}
 
         def put(_):
             self.state.update(loaded)
+            self.under_way.end()
 
+        was_changing = self.under_way.changing
         with self.register_load_state_dict_pre_hook(take), self.register_load_state_dict_post_hook(put, prepend=True):
-            super().load_state_dict(state_dict)
+            try:
+                super().load_state_dict(state_dict)
+            except Exception:  # torch too refuses before it changes anything
+                self.under_way.changing = was_changing
+                raise
 
     def _loaded(self, state_dict):
         """Return parameter -> state, of copies in this optimizer's dtypes and on its devices."""
@@ -230,7 +245,7 @@ class Adam(torch.optim.Optimizer):
         return loaded | states
 
     def __getstate__(self):
-        return super().__getstate__() | {"options": self.options, "backend": self.backend}
+        return super().__getstate__() | {"options": self.options, "backend": self.backend, "under_way": self.under_way}
 
     def __setstate__(self, state):
         super().__setstate__(state)
