@@ -1,0 +1,251 @@
+"""A step that is cut short is told: at every moment of it, whatever stops it."""
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpuadam
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
+from gpuadam.testing import unchanged
+
+PACKAGE = str(Path(gpuadam.__file__).parent)
+KERNELS = str(Path(numba_cpu.__class__.__init__.__code__.co_filename).parent)
+
+
+def arrays(seed):
+    """Return arrays of which each step makes several launches: of two formats, and one of them not dense."""
+    rng = np.random.default_rng(seed)
+    return {
+        "a": rng.random(3, "f4"),
+        "b": rng.random((2, 3), "f4"),
+        "strided": rng.random(8, "f4")[::2],
+        "wide": rng.random(2),
+    }
+
+
+def adam(params, **options):
+    return gpuadam.Adam([{"params": params}, {"params": {"late": np.ones(2, "f4")}}], **options)
+
+
+def offload(params, **options):
+    return gpuadam.OffloadAdam({name: np.ascontiguousarray(p) for name, p in params.items()}, budget=100_000, **options)
+
+
+OPTIMIZERS = {
+    "Adam": lambda params: adam(params, amsgrad=True),
+    "8-bit state": lambda params: gpuadam.Adam({"a": params["a"], "b": params["b"]}, state_dtype="8bit"),
+    "OffloadAdam": offload,
+}
+
+
+def grads_of(opt, seed=1):
+    of_names = arrays(seed) | {"late": np.ones(2, "f4")}
+    groups = [
+        {name: of_names[name].astype(p.dtype) for name, p in zip(g["names"], g["params"], strict=False)} for g in opt.groups
+    ]
+    return groups if len(groups) > 1 else groups[0]
+
+
+def everything(opt):
+    """Return copies of all that a step changes."""
+    params = [p.copy() for group in opt.groups for p in group["params"]]
+    state = [np.array(x) for state in opt.state.values() for x in state.values()]
+    return [*params, *state, np.array(opt.steps)]
+
+
+def same(some, others):
+    return all(np.array_equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before the n-th opcode of gpuadam's Python code, as a signal would; counts them if n is None."""
+
+    def __init__(self, n=None):
+        self.n, self.count = n, 0
+
+    def __enter__(self):
+        sys.settrace(self._frame)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(None)
+
+    def _frame(self, frame, event, _):
+        if not frame.f_code.co_filename.startswith((PACKAGE, KERNELS)):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._opcode
+
+    def _opcode(self, frame, event, _):
+        if event == "opcode":
+            self.count += 1
+            if self.count == self.n:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._opcode
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_interrupt_at_any_moment_of_a_step_leaves_all_or_nothing_changed_or_is_told(name, tmp_path, examples):
+    opt = OPTIMIZERS[name](arrays(0))
+    opt.step(grads_of(opt))
+    with Interrupt() as whole:
+        opt.step(grads_of(opt))
+    told = 0
+    moments = range(1, whole.count + 1, examples(29, 1))
+    for n in moments:
+        opt = OPTIMIZERS[name](arrays(0))
+        grads = grads_of(opt)
+        opt.step(grads)
+        before = everything(opt)
+        saved = copy.deepcopy(opt.state_dict())
+        after = _after_another_step(name, grads)
+        with pytest.raises(KeyboardInterrupt), Interrupt(n):
+            opt.step(grads)
+        if opt.under_way.changing:
+            told += 1
+            for refused in (
+                lambda opt=opt, grads=grads: opt.step(grads),
+                opt.state_dict,
+                lambda opt=opt: opt.save(tmp_path / "a"),
+            ):
+                with pytest.raises((ValueError, TypeError), match=r"cut short.*load_state_dict|OffloadAdam is not one of"):
+                    refused()
+            opt.load_state_dict(saved)
+            for param, value in zip([p for g in opt.groups for p in g["params"]], before, strict=False):
+                param[...] = value
+            opt.step(grads)
+            assert same(everything(opt), after), n
+        else:
+            now = everything(opt)
+            assert same(now, before) or same(now, after), f"torn and not told at opcode {n}"
+    assert 0 < told < len(moments)
+    print(f"\n{name}: {len(moments):,} interrupts, {told:,} told, 0 torn and untold")
+
+
+def _after_another_step(name, grads, known={}):  # noqa: B006 - of each optimizer, the same for every interrupt
+    if name not in known:
+        opt = OPTIMIZERS[name](arrays(0))
+        opt.step(grads)
+        opt.step(grads)
+        known[name] = everything(opt)
+    return known[name]
+
+
+def test_an_error_between_two_launches_is_told(monkeypatch):
+    opt = adam(arrays(0))
+    grads = grads_of(opt)
+    opt.step(grads)
+    saved = copy.deepcopy(opt.state_dict())
+    strided = numba_cpu.build
+
+    def failing(rule, form, loop):
+        def kernel(at, shape, *rest):
+            if shape[0]:
+                raise MemoryError("no room")
+
+        return kernel if loop == "strided" else strided(rule, form, loop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(numba_cpu, "build", failing)
+        with pytest.raises(RuntimeError, match=r"cut short \(MemoryError: no room\)"):
+            opt.step(grads)
+    with pytest.raises(ValueError, match="cut short"):
+        opt.step(grads)
+    opt.load_state_dict(saved)
+    opt.step(grads)
+
+
+def test_what_fails_before_the_first_launch_changes_nothing(monkeypatch):
+    opt = adam(arrays(0))
+    grads = grads_of(opt)
+    opt.step(grads)
+    build = numba_cpu.build
+
+    def failing(rule, form, loop):
+        def kernel(*arguments):
+            raise RuntimeError("it does not compile")
+
+        return kernel if loop == "strided" else build(rule, form, loop)
+
+    before = everything(opt)
+    with monkeypatch.context() as patch:
+        patch.setattr(numba_cpu, "build", failing)
+        with pytest.raises(RuntimeError, match="it does not compile"):
+            opt.step(grads)
+    assert same(everything(opt), before)
+    opt.step(grads)
+
+
+def test_a_step_of_another_thread_or_of_a_signals_handler_is_refused():
+    opt = adam(arrays(0))
+    opt.under_way.begin()
+    for refused in (lambda: opt.step(grads_of(opt)), opt.state_dict):
+        with pytest.raises(ValueError, match="is under way in another thread"):
+            refused()
+    opt.under_way.end()
+    opt.step(grads_of(opt))
+
+
+# State dicts
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_dict_of_the_live_arrays_is_refused_once_they_have_gone_on(name):
+    opt = OPTIMIZERS[name](arrays(0))
+    opt.step(grads_of(opt))
+    taken, copied = opt.state_dict(), copy.deepcopy(opt.state_dict())
+    opt.load_state_dict(taken)  # nothing has changed since
+    opt.step(grads_of(opt))
+    before = everything(opt)
+    with pytest.raises(ValueError, match=r"own array.*copy.deepcopy"):
+        opt.load_state_dict(taken)
+    assert same(everything(opt), before)
+    opt.load_state_dict(copied)
+    assert {state["step"] for state in opt.state_dict()["state"].values()} == {1}
+
+
+def test_a_learning_rate_that_cannot_be_written_is_found_before_anything_is():
+    lr = np.array([0.1])
+    opt = gpuadam.Adam({"w": np.ones(3, "f4")}, lr=lr, capturable=True)
+    saved = copy.deepcopy(opt.state_dict())
+    opt.step({"w": np.ones(3, "f4")})
+    lr.flags.writeable = False
+    with unchanged(opt=opt), pytest.raises(ValueError, match="lr is read-only"):
+        opt.load_state_dict(saved)
+    assert opt.state_dict()["state"]["w"]["step"] == 1
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(4, "f4"), np.zeros(3), np.zeros((3, 1), "f4")], ids=["size", "dtype", "shape"])
+def test_state_that_would_not_load_is_not_saved(wrong, tmp_path):
+    opt = gpuadam.Adam({"w": np.ones(3, "f4")})
+    opt.save(tmp_path / "a")
+    was = (tmp_path / "a").read_bytes()
+    opt.state["w"]["m"] = wrong
+    with pytest.raises(ValueError, match=r"m of params\['w'\] is .*must be float32 of shape \(3,\)"):
+        opt.save(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == was
+
+
+def test_an_empty_group_may_have_its_learning_rate_in_an_array():
+    groups = [{"params": {"w": np.ones(3, "f4")}}, {"params": {}, "lr": np.array([0.1])}]
+    opt = gpuadam.Adam(groups, capturable=True)
+    opt.step([{"w": np.ones(3, "f4")}, {}])
+    assert opt.state_dict()["groups"][1]["lr"] == 0.1
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def test_a_count_in_an_array_cannot_be_set_to_where_it_would_overflow():
+    opt = gpuadam.Adam({"w": np.ones(3, "f4")}, capturable=True)
+    state_dict = copy.deepcopy(opt.state_dict())
+    for n in (2**62, 2**63 - 1, 2**64):
+        state_dict["state"]["w"]["step"] = n
+        with pytest.raises(ValueError, match="int64"):
+            opt.load_state_dict(state_dict)
+    state_dict["state"]["w"]["step"] = 2**62 - 1
+    opt.load_state_dict(state_dict)
+    opt.step({"w": np.ones(3, "f4")})
+    assert opt.state_dict()["state"]["w"]["step"] == 2**62
