@@ -113,9 +113,9 @@ def in_python(form, op):
         param = fma(neg_lr, div(direction, denom), param)
         if EMA:
             ema = fma(s[W_EMA], sub(param, ema), ema if NEAR_EMA else param)
-        # A gradient that stays zero makes m subnormal, and a CPU then 80 times slower. v is never flushed without m:
-        # m / (0 + eps) could be anything.
-        m = zero_below(zero_below(m, v), abs_(m))
+        # A gradient that stays zero makes m subnormal, and a CPU then 80 times slower. The v that divides is never flushed
+        # without m: m / (0 + eps) could be anything. m stays where another v is flushed: with AMSGrad max_v may be large.
+        m = zero_below(zero_below(m, max_v if AMSGRAD else v), abs_(m))
         max_v = zero_below(root, v) if ROOT else zero_below(max_v, max_v)  # 8-bit state keeps the root of v
         v = zero_below(v, v)
         return param, m, v, max_v, ema
@@ -141,9 +141,9 @@ __device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T
     param = fma_(neg_lr, div_(direction, denom), param);
     if (EMA)
         ema = fma_(w_ema, sub_(param, ema), NEAR_EMA ? ema : param);
-    // A gradient that stays zero makes m subnormal, and a CPU then 80 times slower. v is never flushed without m:
-    // m / (0 + eps) could be anything.
-    m = zero_below_(zero_below_(m, v), abs_(m));
+    // A gradient that stays zero makes m subnormal, and a CPU then 80 times slower. The v that divides is never flushed
+    // without m: m / (0 + eps) could be anything. m stays where another v is flushed: with AMSGrad max_v may be large.
+    m = zero_below_(zero_below_(m, AMSGRAD ? max_v : v), abs_(m));
     max_v = ROOT ? zero_below_(root, v) : zero_below_(max_v, max_v);  // 8-bit state keeps the root of v
     v = zero_below_(v, v);
 }

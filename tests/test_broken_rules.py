@@ -64,9 +64,10 @@ def kernel_params(kernel, part):
 
 BREAKS = {
     "nothing": (("fma_", "fma_"), {None}),
-    "a dropped flush of m": (("m = zero_below_(zero_below_(m, v), abs_(m));", ""), {"bits"}),
+    "a dropped flush of m": (("m = zero_below_(zero_below_(m, AMSGRAD ? max_v : v), abs_(m));", ""), {"bits"}),
     "a dropped flush of v": (("    v = zero_below_(v, v);", ""), {"bits"}),
-    "m kept where v is flushed": (("zero_below_(zero_below_(m, v), abs_(m))", "zero_below_(m, abs_(m))"), {"bits"}),
+    "m kept where the v that divides is flushed": (("zero_below_(m, AMSGRAD ? max_v : v)", "m"), {"bits"}),
+    "m flushed where a v is that does not divide": (("AMSGRAD ? max_v : v)", "v)"), {"bits"}),
     "a plain minus": (("sub_(g, m)", "(g - m)"), {"refused", "operations"}),
     "a plain plus and times": (
         ("fma_(root, inv_sqrt_bias2, eps)", "root * inv_sqrt_bias2 + eps"),
@@ -105,6 +106,7 @@ BREAKS_OF_OTHERS = {
     "AdaMax of a signed gradient": ("adamax", ("add_(abs_(g), eps)", "add_(g, eps)"), {"bits"}),
     "AdaMax with Adam's decay": ("adamax", ("mul_(w2, v)", "mul_(w1, v)"), {"bits"}),
     "nothing of optax": ("optax", ("fma_", "fma_"), {None}),
+    "optax's m kept where only the corrected v is not flushed": ("optax", ("AMSGRAD ? max_v : v", "max_v"), {"bits"}),
     "optax without eps_root": ("optax", ("add_(max_v, eps_root)", "max_v"), {"bits"}),
     "optax's eps and eps_root in each other's place": (
         "optax",

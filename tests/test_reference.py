@@ -1,5 +1,6 @@
 """The rule is Adam: against a float64 reference written from the paper."""
 
+import narrow_model
 import numpy as np
 import pytest
 from cases import FORMS, few, state
@@ -219,14 +220,51 @@ def test_eps_that_rounds_to_zero_is_refused_in_float32_and_fine_in_float64():
     assert np.isfinite(one_step("float64", 1.0, eps=1e-46)).all()
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("formula", ["torch", "optax"])
 @pytest.mark.parametrize("eps", [0.0, 1e-30, 1e-20])
-def test_v_is_never_flushed_without_m(eps):
+def test_the_v_that_divides_is_never_flushed_without_m(eps, formula, amsgrad):
     """After g = 1e-19, 0, 0 v is subnormal while m is not: m / (0 + eps) would throw param away."""
     param, m, v = np.ones(1, "f4"), np.zeros(1, "f4"), np.zeros(1, "f4")
+    max_v = np.zeros(1, "f4") if amsgrad else None
     for step, g in enumerate([1e-19, 0.0, 0.0], start=1):
-        gpuadam.adam_step(param, np.array([g], "f4"), m, v, step, lr=1e-3, eps=eps)
-        assert not (v[0] == 0 and m[0] != 0)
+        gpuadam.adam_step(param, np.array([g], "f4"), m, v, step, lr=1e-3, eps=eps, formula=formula, max_v=max_v)
+        assert not ((max_v if amsgrad else v)[0] == 0 and m[0] != 0)
         assert np.isnan(param[0]) or abs(param[0] - 1) < 4e-3  # 0 / (0 + 0) is NaN
+
+
+# rtol: of state in bfloat16 each step rounds m by up to 2**-8, at random
+@pytest.mark.parametrize(
+    "dtype, of_state, rtol", [("float64", "float64", 1e-9), ("float32", "float32", 1e-4), ("float32", "bfloat16", 0.05)]
+)
+@pytest.mark.parametrize("formula", ["torch", "optax"])
+@pytest.mark.parametrize("betas", [(0.9, 0.0), (0.99, 0.01)])  # v underflows after one gradient of zero, and after many
+def test_amsgrad_keeps_m_where_v_underflows_and_the_maximum_does_not(library, betas, formula, dtype, of_state, rtol):
+    options = {"lr": 1.0, "betas": betas, "formula": formula, "ema_decay": 0.5}
+    exact = [np.zeros(3) for _ in range(5)]
+    ours = [library.array(np.zeros(3, d)) for d in (dtype, *[narrow_model.DTYPES[of_state]] * 3, dtype)]
+    for step in range(1, 401):
+        grad = np.array([1.0, -2.0, 0.5], dtype) if step in (1, 200) else np.zeros(3, dtype)
+        param, m, v, max_v, ema = ours
+        gpuadam.adam_step(param, library.array(grad), m, v, step, max_v=max_v, ema=ema, backend=library.name, **options)
+        param, m, v, max_v, ema = exact
+        exact = reference.adam_step(param, grad, m, v, step, max_v=max_v, ema=ema, **options)
+    for name, array, expected in zip(("param", "ema"), (ours[0], ours[4]), (exact[0], exact[4]), strict=True):
+        np.testing.assert_allclose(library.numpy(array), expected, rtol=rtol, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("betas", [(0.9, 0.0), (0.99, 0.01)])
+def test_amsgrad_over_gradients_that_are_mostly_zero_is_torchs(torch, betas, dtype):
+    theirs = torch.nn.Parameter(torch.zeros(3, dtype=getattr(torch, dtype)))
+    opt = torch.optim.Adam([theirs], lr=1.0, betas=betas, amsgrad=True, foreach=False)
+    param, m, v, max_v = np.zeros((4, 3), dtype)
+    for step in range(1, 401):
+        grad = np.array([1.0, -2.0, 0.5], dtype) if step in (1, 200) else np.zeros(3, dtype)
+        theirs.grad = torch.from_numpy(grad)
+        opt.step()
+        gpuadam.adam_step(param, grad, m, v, step, lr=1.0, betas=betas, max_v=max_v)
+    np.testing.assert_allclose(param, theirs.detach().numpy(), rtol=1e-4 if dtype == "float32" else 1e-9)
 
 
 def test_moments_of_a_parameter_whose_gradient_stays_zero_never_stay_subnormal():

@@ -22,7 +22,7 @@ class Contract(NamedTuple):
 
 
 CONTRACTS = {
-    "float32": Contract(Arrays(amsgrad=True), "3e5f14bc758011dea89910eacd5030398b931ff4c01c79ec8709586f785e7b3a"),
+    "float32": Contract(Arrays(amsgrad=True), "4a4c65af484148159ed70413351decca443e03fc1168c79a4c4e969173aab242"),
     "all bfloat16": Contract(
         Arrays("bfloat16", "bfloat16", "bfloat16", stochastic=True),
         "538c8b89a1d660c717a3dc7cd580c40131ecaba400afdf97339c641fc9311687",
