@@ -160,14 +160,15 @@ class DeviceCount(ArrayCount):
 
     on_device = True
 
-    def __init__(self, kernels, device):
+    def __init__(self, kernels, device, step=None):
+        """step: the array to count in; by default a new one."""
         self.kernels, self.device = kernels, device
         self.memory: dict[np.dtype, ScalarsMemory] = {}  # always the same places, which captured graphs know
         with kernels.on(device, None):
             for dtype in NUMBERS:
                 owner, address = kernels.device_bytes(MEMORY_BYTES)
                 self.memory[dtype] = ScalarsMemory(owner, address, dtype, device)
-            self.step = kernels.from_host(np.zeros(1, np.int64))
+            self.step = kernels.from_host(np.zeros(1, np.int64)) if step is None else step
 
     def alike(self, parameters, kind):
         """Return (1, parameters): all of them take the same step, and only the device knows which."""

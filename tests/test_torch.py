@@ -324,6 +324,68 @@ def test_a_step_count_that_somebody_spoiled_is_refused_and_not_waited_for(count)
     assert all(map(torch.equal, params, before))
 
 
+# Counts beyond 2**24, where a float32 plus 1 is itself again
+
+
+def counted_from(count, dtype=torch.bfloat16, **options):
+    """Return parameters and their optimizer after that many steps; and gpuadam's own, of the same parameters and state."""
+    options = {"lr": 0.5, "betas": (0.9, 1 - 2**-26), "stochastic_rounding": True, "seed": 3} | options
+    params, opt = stepped(gpuadam.torch.Adam, seeds=(0,), dtype=dtype, **options)
+    arrays = [p.detach().clone() for p in params]
+    reference = gpuadam.Adam(arrays, **options)
+    saved = reference.state_dict()
+    for state, p in zip(saved["state"].values(), params, strict=True):
+        opt.state[p]["step"].fill_(count)
+        state |= {"step": count, "m": opt.state[p]["exp_avg"].numpy(), "v": opt.state[p]["exp_avg_sq"].numpy()}
+    reference.load_state_dict(saved)
+    return params, opt, arrays, reference
+
+
+def test_counts_and_random_bits_go_on_where_a_float32_stands_still():
+    params, opt, arrays, reference = counted_from(2**24 - 2)
+    for k in range(6):
+        given = gradients(k, torch.bfloat16)
+        replay(opt, params, [given])
+        reference.step(given)
+        assert all(map(torch.equal, params, arrays)), f"step {k}"
+        assert {state["step"].item() for state in opt.state.values()} == {float(np.float32(2**24 - 1 + k))}
+    assert all(state["step"].dtype is torch.float32 for state in opt.state_dict()["state"].values())
+
+
+def test_parameters_that_were_skipped_beyond_2_to_the_24_keep_counts_of_their_own():
+    params, opt, arrays, reference = counted_from(2**24)
+    for k in range(4):
+        given = gradients(k, torch.bfloat16)
+        present = [None if n == k else g for n, g in enumerate(given)]
+        for p, g in zip(params, present, strict=True):
+            p.grad = g
+        opt.step()
+        reference.step(present)
+    assert all(map(torch.equal, params, arrays))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt)), "checkpoint"])
+def test_a_copy_or_a_checkpoint_beyond_2_to_the_24_goes_on_from_the_float32(copied):
+    params, opt, *_ = counted_from(2**24)
+    replay(opt, params, [gradients(k, torch.bfloat16) for k in range(3)])  # 2**24 + 3, of which the float32 is 2**24 + 4
+    if copied == "checkpoint":
+        _, other = stepped(gpuadam.torch.Adam, seeds=(), dtype=torch.bfloat16)
+        other.load_state_dict(opt.state_dict())
+    else:
+        other = copied(opt)
+    others = other.param_groups[0]["params"]
+    replay(other, others, [gradients(k, torch.bfloat16) for k in range(4)])
+    assert other.state[others[0]]["step"] == 2**24 + 8
+
+
+def test_a_count_that_somebody_sets_is_the_count():
+    params, opt, *_ = counted_from(2**24)
+    replay(opt, params, [gradients(k, torch.bfloat16) for k in range(3)])
+    opt.state[params[0]]["step"].fill_(6)
+    replay(opt, params, [gradients(3, torch.bfloat16)])
+    assert [int(opt.state[p]["step"]) for p in params] == [7, 2**24 + 4, 2**24 + 4]
+
+
 def test_8_bit_state_is_no_state_of_torchs():
     """torch must not take codes for numbers: it finds no exp_avg, and says so."""
     _, opt = stepped(gpuadam.torch.Adam, state_dtype="8bit")
@@ -658,6 +720,8 @@ def tensors_of_a_gpu(driver, cp, on_the_cpu, monkeypatch):
     alive = {}
 
     def memory(tensor):
+        if tensor.dtype is torch.bfloat16:
+            return gpuadam.Bits(memory(tensor.view(torch.int16)), "bfloat16")
         array = tensor.detach().numpy()
         if not array.size:
             return cp.empty(array.shape, array.dtype)
@@ -702,6 +766,113 @@ def on_gpu(opt, params, grads):
         for p, g in zip(params, given, strict=True):
             p.grad = g.to(p.device)
         opt.step()
+
+
+def in_two_groups(**options):
+    params = small()
+    return params, gpuadam.torch.AdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, **options)
+
+
+def swap_groups(opt):
+    opt.param_groups.reverse()
+
+
+def remove_a_group(opt):
+    del opt.param_groups[0]
+
+
+def replace_a_group(opt):
+    opt.param_groups[0] = opt.param_groups[0] | {"params": [torch.nn.Parameter(torch.ones(4))]}
+
+
+def move_a_parameter(opt):
+    opt.add_param_group({"params": [opt.param_groups[0]["params"].pop()]})
+
+
+def reverse_a_group(opt):
+    opt.param_groups[0]["params"].reverse()
+
+
+def begin_anew(opt):
+    opt.state.clear()
+
+
+def set_counts(opt):
+    for state in opt.state.values():
+        state["step"].fill_(70)
+
+
+def count_on_the_host(opt):
+    capturable = [group["capturable"] for group in opt.param_groups]
+    for now in ([False] * len(capturable), capturable):
+        for group, value in zip(opt.param_groups, now, strict=True):
+            group["capturable"] = value
+        step_all(opt)
+
+
+def load_itself(opt):
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+CHANGES = [
+    swap_groups, remove_a_group, replace_a_group, move_a_parameter, reverse_a_group, begin_anew, set_counts, count_on_the_host,
+    load_itself,
+]  # fmt: skip
+
+
+def step_all(opt, groups=None):
+    for group in opt.param_groups if groups is None else groups:
+        for p in group["params"]:
+            p.grad = torch.cos(p.detach())
+    opt.step()
+    opt.zero_grad()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_count_on_the_device_is_that_of_the_parameters_whatever_becomes_of_groups(
+    driver, tensors_of_a_gpu, backend, change
+):
+    """The second group has taken two steps more than the first one, and both go on."""
+    trained = []
+    for options in ({}, {"capturable": True, "backend": backend}):
+        params, opt = in_two_groups(**options)
+        step_all(opt)
+        step_all(opt, opt.param_groups[1:])
+        step_all(opt, opt.param_groups[1:])
+        change(opt)
+        step_all(opt)
+        step_all(opt)
+        trained.append([*params, *(opt.state[p]["step"] for p in params)])
+    assert all(map(torch.equal, *trained))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+def test_a_copy_of_an_optimizer_counts_on_the_device_by_itself(driver, tensors_of_a_gpu, backend, copied):
+    _, opt = in_two_groups(capturable=True, backend=backend)
+    step_all(opt, opt.param_groups[1:])
+    other = copied(opt)
+    step_all(other)
+    step_all(opt)
+    step_all(other)
+    assert [[int(s["step"]) for s in one.state.values()] for one in (opt, other)] == [[2, 1, 1], [3, 2, 2]]
+
+
+@pytest.mark.gpu
+def test_counts_and_random_bits_on_the_device_go_on_where_a_float32_stands_still(driver, tensors_of_a_gpu, backend):
+    options = {"state_dtype": "bfloat16", "betas": (0.9, 1 - 2**-26), "lr": 0.5}
+    trained = []
+    for more in ({}, {"capturable": True, "backend": backend}):
+        params, opt = stepped(gpuadam.torch.Adam, seeds=(0,), **options, **more)
+        for p in params:
+            opt.state[p]["step"].fill_(2**24 - 1)
+        for k in range(5):
+            opt.found_inf = torch.tensor(float(k == 2))
+            replay(opt, params, [gradients(k)])
+        assert [int(opt.state[p]["step"]) for p in params] == [int(np.float32(2**24 + 3))] * 3
+        trained.append([*params, *(state["exp_avg"] for state in opt.state.values())])
+    assert all(map(torch.equal, *trained))
 
 
 @pytest.mark.gpu

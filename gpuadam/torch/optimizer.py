@@ -10,10 +10,10 @@ from .. import backends, checks, hyperparameters
 from ..optimizer import key_of_parameter
 from ..options import Options
 from ..remembered import Remembered
-from ..step_counts import DeviceCount
 from ..under_way import UnderWay
 from ..update import Updates, update
 from . import state as torch_state
+from .step_counts import Clock, HostCounts
 
 # The settings of a group: those that torch's Adam has
 OF_A_STEP = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
@@ -85,8 +85,14 @@ class Adam(torch.optim.Optimizer):
         self.backend = backends.forced(backend)
         if self.backend:
             backends.choose([], self.backend)  # refuses a backend that is not there
-        self._remembered, self._counts, self.under_way = Remembered(), {}, UnderWay()
+        self.under_way = UnderWay()
+        self._forget()
         super().__init__(params, {name: arguments[name] for name in SETTINGS})
+
+    def _forget(self):
+        """Begin without what is known beside the state, which others may have replaced."""
+        self._remembered, self._counts = Remembered(), HostCounts()
+        self._clocks: list[Clock] = []
 
     def add_param_group(self, param_group):
         """Add a group of parameters, a dict with "params" and hyperparameters of its own, as torch's optimizers do."""
@@ -124,20 +130,22 @@ class Adam(torch.optim.Optimizer):
             if found_inf.item():
                 return loss
             found_inf = None
-        updates, counts = [], []
+        updates, counted, clocks = [], [], []
         for k, (group, members) in enumerate(self._members()):
             if members and _on_device(group):
-                updates.append(self._captured(k, group, members, grad_scale, found_inf))
+                clocks.append(self._clock(k, group, members))
+                updates.append(self._captured(group, members, clocks[-1], grad_scale, found_inf))
             elif members:
                 h = self._checked(group, 1.0 if grad_scale is None else _inverse(grad_scale.item()))
-                updates += [self._update(h, count + 1, group, alike) for count, alike in self._alike(members)]
-            counts += [member.state["step"] for member in members]
+                for count, alike in self._alike(members):
+                    updates.append(self._update(h, count + 1, group, alike))
+                    counted.append((count + 1, _steps(alike)))
         if updates:
             update(updates, self.backend, remembered=self._remembered, under_way=self.under_way)
-            torch._foreach_add_(counts, 1)  # one call for all, as torch's own optimizers make
-        if found_inf is not None and counts:  # on the device, which knows whether the step was left out
-            torch._foreach_sub_(counts, [found_inf.to(count.device, non_blocking=True) for count in counts])
-        self.under_way.end()
+            self._counts.advance(counted)
+            for clock in clocks:
+                clock.copy()
+            self.under_way.end()
         return loss
 
     def state_dict(self):
@@ -166,7 +174,9 @@ class Adam(torch.optim.Optimizer):
         together: dict[tuple, list[Member]] = {}
         bfloat16 = torch.bfloat16 if self.options.master else None  # parameters that have a remainder
         for member in members:
-            together.setdefault((member.state["step"].item(), member.param.dtype is bfloat16), []).append(member)
+            together.setdefault((self._counts.taken(member.state["step"]), member.param.dtype is bfloat16), []).append(
+                member
+            )
         return [(torch_state.count(f"params[{alike[0].name!r}]", count), alike) for (count, _), alike in together.items()]
 
     def _update(self, h, step, group, members, now=None):
@@ -249,36 +259,42 @@ class Adam(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._remembered, self._counts = Remembered(), {}
+        self._forget()
         for group in self.param_groups:  # those of other versions of torch have fewer settings
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
 
     # Step counts on the device
 
-    def _captured(self, k, group, members, grad_scale, found_inf):
+    def _captured(self, group, members, clock, grad_scale, found_inf):
         """Return the Updates of a group whose scalars are computed on its device."""
-        n, n_all = len(members), len(group["params"])
-        _share(n == n_all, k, f"all have gradients, or none has (here {n} of {n_all} have; give zeros to the others)")
-        _share(len({member.param.device for member in members}) == 1, k, "share a device")
-        if k not in self._counts:
-            self._counts[k] = self._count(k, members)
         lr, device = group["lr"], members[0].param.device
         lr = lr if isinstance(lr, torch.Tensor) and lr.is_cuda else _number(lr)
         scale = 1.0 if grad_scale is None else grad_scale.to(device, non_blocking=True).double().reciprocal()
         skip = None if found_inf is None else found_inf.to(device, non_blocking=True)
-        lr, _, now = self._counts[k].numbers(lr, scale, {"found_inf": skip})
+        lr, _, now = clock.on_device.numbers(lr, scale, {"found_inf": skip})
         return self._update(self._checked(group | {"lr": lr}), 1, group, members, now)
 
-    def _count(self, k, members):
-        """Return the step count of a group. This waits for the device, in the group's first step, which is not captured."""
+    def _clock(self, k, group, members):
+        """Return the Clock of group k.
+
+        Its count is read from the state, which waits for the device, in the first step of these parameters together, which is not
+        captured, and after others have written the state.
+        """
+        n, n_all, first, steps = len(members), len(group["params"]), members[0], _steps(members)
+        _share(n == n_all, k, f"all have gradients, or none has (here {n} of {n_all} have; give zeros to the others)")
+        _share(len({member.param.device for member in members}) == 1, k, "share a device")
+        clock = next((clock for clock in self._clocks if clock.is_of(steps)), None)
+        if clock and clock.is_current:
+            return clock
         alike = self._alike(members)
         _share(len(alike) == 1, k, "share a step count and have the same kinds of state")
-        named = [(f"params[{members[0].name!r}]", members[0].param)]
-        kernels, (view,) = backends.choose(named, self.backend)
-        count = DeviceCount(kernels, view.device or 0)
-        count.fill(count.step, alike[0][0])
-        return count
+        if clock is None:
+            kernels, (view,) = backends.choose([(f"params[{first.name!r}]", first.param)], self.backend)
+            clock = Clock(steps, kernels, view.device or 0, first.param)
+            self._clocks.append(clock)
+        clock.set(alike[0][0])
+        return clock
 
 
 class AdamW(Adam):
@@ -303,6 +319,11 @@ class AdamW(Adam):
 
 
 _key = functools.cache(key_of_parameter)
+
+
+def _steps(members):
+    """Return the counts in the state of Members."""
+    return [member.state["step"] for member in members]
 
 
 @functools.lru_cache(typed=True)  # typed: 1 and True are equal, and 1 is refused
