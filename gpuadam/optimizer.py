@@ -402,8 +402,8 @@ class Adam(HasGroups):
         """Copy a `state_dict()` into this optimizer, which must have parameters of the same names, shapes and dtypes.
 
         An array that is the optimizer's own, because the state_dict was not copied when it was taken, has gone on since: it is
-        refused if the parameter has. Moments that mean something else are refused: v of AdaMax is no mean of squares, and max_v of
-        formula="optax" is that of the corrected v.
+        refused if the parameter has. Moments that mean something else are refused: v of AdaMax is no mean of squares, and max_v
+        of formula="optax" is that of the corrected v.
 
         All of it is checked first. Raises ValueError or TypeError, and then nothing has changed.
         """
