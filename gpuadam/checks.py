@@ -141,6 +141,12 @@ def formula(fixed):
         raise ValueError(f"eps_root={fixed.eps_root} belongs to formula='optax', not to {fixed.formula!r}")
 
 
+def bias_correction(group):
+    """Refuse a group of another library's Adam that leaves the bias correction out, as Apex and its like can."""
+    if not group.get("bias_correction", True):
+        raise ValueError("bias_correction=False in a saved group: moments are always corrected here, and steps would differ")
+
+
 def given(name, array):
     if array is None:
         raise TypeError(f"{name} is None, not an array")

@@ -1,8 +1,12 @@
 """The state of Adam and AdamW, exchanged with torch and optax: by name, exactly, or not at all.
 
-torch's exp_avg, exp_avg_sq and max_exp_avg_sq are m, v and max_v; optax's mu and nu are m and v. Nothing is cast: the optimizer
-must have the other library's dtype of state, with `state_dtype="bfloat16"` for bfloat16. Nothing is copied between devices. Only
+torch's exp_avg, exp_avg_sq and max_exp_avg_sq are m, v and max_v; optax's mu and nu are m and v. Nothing is rounded. Loaded state
+may be of a narrower dtype than the optimizer's, such as bfloat16 with `mu_dtype` of optax, and is widened; state that is given
+away has the dtype of the other library's, with `state_dtype="bfloat16"` for bfloat16. Nothing is copied between devices. Only
 `to_torch` imports another library.
+
+torch's state goes with its hyperparameters, so the optimizer's formula must have the same eps: "torch", "apex", or "optax"
+without eps_root. With amsgrad "optax" is refused too, because its max_v is that of the corrected v.
 
     from gpuadam import foreign_state
     foreign_state.from_torch(opt, torch_optimizer.state_dict(), [name for name, _ in model.named_parameters()])
@@ -18,11 +22,16 @@ import numpy as np
 from . import backends, checks
 from .groups import differing_names
 from .kernels.view import Bits, a_kind, is_jax
+from .state import check_meaning
 from .torch_tensors import is_tensor
 
 TORCH = {"m": "exp_avg", "v": "exp_avg_sq", "max_v": "max_exp_avg_sq"}
 HYPERPARAMETERS_OF_TORCH = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 COUNTS_OF_OPTAX = 1 << 31  # int32
+# format -> those that hold all of its numbers
+WIDER = {"float64": (), "float32": ("float64",), **dict.fromkeys(("float16", "bfloat16"), ("float32", "float64"))}
+# what a state_dict says of the meaning of moments
+OF_TORCH, OF_OPTAX = ({"algorithm": "adam", "formula": formula} for formula in ("torch", "optax"))
 
 
 def from_torch(opt, state_dict, names=None):
@@ -44,6 +53,7 @@ def from_torch(opt, state_dict, names=None):
     (array([1., 2.], dtype=float32), 3, 0.5)
     """
     _only_adam(opt)
+    _check_eps(opt)
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise ValueError('a state_dict of torch has "state" and "param_groups"; this one does not')
     theirs, their_groups, groups = state_dict["state"], state_dict["param_groups"], opt.state_dict()["groups"]
@@ -56,6 +66,7 @@ def from_torch(opt, state_dict, names=None):
     for group, their_group in zip(groups, their_groups, strict=True):
         if missing := sorted({"lr", "betas", "eps", "weight_decay", "params"} - set(their_group)):
             raise ValueError(f"a group of the state_dict has no {missing}: it is not one of torch.optim.Adam or AdamW")
+        checks.bias_correction(their_group)
         if their_group.get("decoupled_weight_decay", opt.decoupled) is not opt.decoupled:
             raise ValueError("torch's decoupled_weight_decay differs: load Adam's state into Adam, AdamW's into AdamW")
         lr = None if group["lr"] is None else _number(their_group["lr"])
@@ -65,7 +76,7 @@ def from_torch(opt, state_dict, names=None):
         group["names"] = [name for name in opt.state if name in in_group]
     states = {name: _from_torch(name, theirs.get(index), opt) for index, name in name_of.items()}
     steps = max(state["step"] for state in states.values())
-    opt.load_state_dict({"steps": steps, "groups": groups, "state": states})
+    opt.load_state_dict({"steps": steps, "groups": groups, "state": states, **OF_TORCH})
 
 
 def to_torch(opt, names=None):
@@ -78,6 +89,7 @@ def to_torch(opt, names=None):
     """
     torch = importlib.import_module("torch")
     _only_adam(opt)
+    _check_eps(opt)
     ours = opt.state_dict()
     names = list(opt.state if names is None else names)
     flags = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
@@ -99,7 +111,9 @@ def to_torch(opt, names=None):
 def from_optax(opt, state, separator="."):
     """Load the state of optax.adam or optax.adamw into an optimizer, in place: m, v and the step counts.
 
-    state: a state that `init` or `update` returned, also one of `optax.chain` and the like. It has one ScaleByAdamState.
+    state: a state that `init` or `update` returned, also one of `optax.chain` and the like. It has one ScaleByAdamState. The
+        states of optax.adamax and optax.yogi have this type too, and nothing in them tells that their nu is another: they must
+        not be given.
     separator: goes between the keys, or places in lists, that name a parameter of a nested tree. A tree that is one array is
         named "0", as in `Adam`.
 
@@ -124,7 +138,7 @@ def from_optax(opt, state, separator="."):
         _check_names(leaves, opt)
         for name, leaf in leaves.items():
             states[name][key] = _held(key, name, leaf, opt)
-    opt.load_state_dict({"steps": count, "groups": opt.state_dict()["groups"], "state": states})
+    opt.load_state_dict({"steps": count, "groups": opt.state_dict()["groups"], "state": states, **OF_OPTAX})
 
 
 def to_optax(opt, like, separator="."):
@@ -163,6 +177,13 @@ def _only_adam(opt):
         raise TypeError(f"{type(opt).__name__}'s state is not exchanged with other libraries, only Adam's and AdamW's")
 
 
+def _check_eps(opt):
+    """Refuse a formula whose eps is not torch's."""
+    if opt.options.formula == "eps-hat" or opt.options.eps_root:
+        has = f"formula={opt.options.formula!r} with eps_root={opt.options.eps_root}"
+        raise ValueError(f"the optimizer has {has}, in which eps is not what it is in torch: use one with formula='torch'")
+
+
 def _check_names(theirs, opt):
     if difference := differing_names(theirs, opt.state):
         raise ValueError(f"the parameters' names differ: {difference}")
@@ -195,13 +216,18 @@ def _format_here(key, name, opt):
 
 
 def _held(key, name, array, opt):
-    """Return another library's array as the state here is held: bfloat16 as uint16."""
+    """Return another library's array as the state here is held: a narrower format widened, and bfloat16 as uint16."""
     if not hasattr(array, "dtype"):
         raise TypeError(f"{key} of {name!r} is {a_kind(array)}, not an array")
     theirs, ours = _format(array), _format_here(key, name, opt)
+    if theirs in WIDER and ours in WIDER[theirs]:
+        array = array.to(getattr(sys.modules["torch"], ours)) if is_tensor(array) else array.astype(ours)
+        theirs = _format(array)
     if theirs != ours:
-        advice = "nothing is cast: make the optimizer with that state_dtype"
-        raise TypeError(f"{key} of {name!r} is {theirs} there and {ours} here, and {advice}")
+        wide = "float64" if "float64" in (theirs, ours) else "float32"
+        wider = f"Nothing is rounded: make the optimizer with state_dtype={wide!r}"
+        advice = wider if theirs in WIDER else "Moments are floats"
+        raise TypeError(f"{key} of {name!r} is {theirs} there and {ours} here. {advice}")
     if ours != "bfloat16":
         return array
     if is_jax(array):
@@ -242,6 +268,7 @@ def _to_torch(name, state, opt, torch):
     """Return the state of a parameter as torch has it."""
     of_param = opt.parameters[name].kind.param
     _check_keys(name, state, TORCH, "torch")
+    check_meaning(state, opt.options, **OF_TORCH)
     if float(np.float32(state["step"])) != state["step"]:
         raise ValueError(f"{name!r} has taken {state['step']} steps, which torch's float32 count cannot hold")
     tensors = {"step": torch.tensor(float(state["step"]), dtype=torch.float32)}
@@ -306,7 +333,7 @@ def _adam_state(state):
     """Return (path, node) of the one ScaleByAdamState in a state."""
     states = [(path, node) for path, node in _nodes(state) if {"count", "mu", "nu"} <= set(getattr(node, "_fields", ()))]
     kinds = [type(node).__name__ for _, node in states]
-    if len(states) != 1 or set(states[0][1]._fields) != {"count", "mu", "nu"}:
+    if kinds != ["ScaleByAdamState"] or set(states[0][1]._fields) != {"count", "mu", "nu"}:
         raise ValueError(f"the state must have one ScaleByAdamState, with count, mu and nu; it has {kinds or 'none'}")
     return states[0]
 
@@ -316,7 +343,8 @@ def _like(leaf, key, name, opt):
     array, format_ = opt.state[name][key], _format_here(key, name, opt)
     if not hasattr(leaf, "dtype") or (tuple(leaf.shape), _format(leaf)) != (array.shape, format_):
         what = f"{leaf.dtype} of shape {tuple(leaf.shape)}" if hasattr(leaf, "dtype") else a_kind(leaf)
-        raise TypeError(f"{key} of {name!r} is {what} in `like`, and {format_} of shape {array.shape} here")
+        advice = "Nothing is rounded: give a `like` of the dtype here, which mu_dtype sets for mu"
+        raise TypeError(f"{key} of {name!r} is {what} in `like`, and {format_} of shape {array.shape} here. {advice}")
     if not hasattr(array, "copy"):
         raise TypeError(f"{key} of {name!r} is {a_kind(array)}: only NumPy and CuPy arrays go to optax")
     with contextlib.nullcontext() if isinstance(array, np.ndarray) else array.device:  # CuPy copies to the current one

@@ -31,6 +31,9 @@ from .state import Parameter, ParameterKind
 from .under_way import UnderWay
 from .update import Updates, check, update
 
+# The options that a state_dict has, because the meaning of the moments depends on them, and their values
+OF_MOMENTS = {"algorithm": hyperparameters.ALGORITHMS, "formula": hyperparameters.FORMULAS}
+
 
 class Beginning(NamedTuple):
     """What an optimizer begins with of a parameter."""
@@ -369,7 +372,10 @@ class Adam(HasGroups):
                 kernels.fill_zero(view, streams.handle(stream))
 
     def state_dict(self):
-        """Return {"steps", "state", "groups"}: by name, the moments themselves and not copies, and each group's settings.
+        """Return {"steps", "state", "groups", "algorithm", "formula"}.
+
+        "state" has, by name, the moments themselves and not copies, and "groups" the settings of each group. "algorithm" and
+        "formula" say what the numbers of the moments mean.
 
         With capturable, step counts and learning rates are read from the device, as numbers, after waiting for all that is
         enqueued there, graphs included: the moments are then those of the counts.
@@ -384,7 +390,8 @@ class Adam(HasGroups):
             groups.append(settings)
         for name, n in self._counts().items():
             states[name]["step"] = n
-        return {"steps": self.steps, "state": states, "groups": groups}
+        of_moments = {key: getattr(self.options, key) for key in OF_MOMENTS}
+        return {"steps": self.steps, "state": states, "groups": groups} | of_moments
 
     def _counts(self):
         """Return how many steps each parameter has taken, by name."""
@@ -395,7 +402,8 @@ class Adam(HasGroups):
         """Copy a `state_dict()` into this optimizer, which must have parameters of the same names, shapes and dtypes.
 
         An array that is the optimizer's own, because the state_dict was not copied when it was taken, has gone on since: it is
-        refused if the parameter has.
+        refused if the parameter has. Moments that mean something else are refused: v of AdaMax is no mean of squares, and max_v
+        of formula="optax" is that of the corrected v.
 
         All of it is checked first. Raises ValueError or TypeError, and then nothing has changed.
         """
@@ -427,6 +435,11 @@ class Adam(HasGroups):
         """Return (settings of each group, state of each name, steps) of a state_dict, after checking all but the arrays."""
         if not isinstance(state_dict, Mapping) or not {"steps", "state", "groups"} <= set(state_dict):
             raise ValueError(f'a state_dict has "steps", "state" and "groups"; this is {what_is(state_dict)}')
+        if missing := [key for key in OF_MOMENTS if key not in state_dict]:
+            raise ValueError(
+                f"the state_dict has no {missing}, and does not say what its moments mean. An older gpuadam made it: add "
+                'those of the optimizer that it was taken from, such as state_dict | {"algorithm": "adam", "formula": "torch"}'
+            )
         states, groups = state_dict["state"], state_dict["groups"]
         if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
             raise ValueError('"state" of a state_dict must be a dict: name -> dict of "step" and moments')
@@ -438,11 +451,13 @@ class Adam(HasGroups):
         names = [list(g["names"]) if isinstance(g.get("names"), (list, tuple)) else None for g in groups]
         if names != [group["names"] for group in self.groups]:
             raise ValueError("the state_dict's groups do not hold the same parameters as the optimizer's, in the same order")
+        saved = {key: checks.one_of(known, f"the state_dict's {key}", state_dict[key]) for key, known in OF_MOMENTS.items()}
         settings = [self._checked_settings(k, group) for k, group in enumerate(groups)]
         counted = {}
         for name, state in self.state.items():
             if set(states[name]) != set(state):
                 raise ValueError(f"the state of {name!r} has {sorted(states[name])}, the optimizer's {sorted(state)}")
+            state_.check_meaning(state, self.options, **saved)
             counted[name] = dict(states[name]) | {"step": checks.count(f"step of {name!r}", states[name]["step"])}
         for group in self._groups:
             group.count.check_counts([counted[p.name]["step"] for p in group.parameters], group.parameters)

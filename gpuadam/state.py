@@ -45,6 +45,32 @@ def shape(key, param_shape):
     return (-(-int(np.prod(param_shape)) // GROUP),) if key in OF_GROUPS else tuple(param_shape)
 
 
+def meaning(key, algorithm, formula):
+    """Return what an array of the state is, in words, if its numbers depend on the algorithm or the formula; else None.
+
+    >>> meaning("v", "adamax", "torch"), meaning("m", "adamax", "torch")
+    ('the decayed maximum of |gradient| + eps', None)
+    """
+    of_algorithm = {"adamax": "the decayed maximum of |gradient| + eps"}.get(algorithm, "the running mean of gradient**2")
+    of_formula = {"optax": "the maximum of v / (1 - beta2**step)"}.get(formula, "the maximum of v")
+    return {"v": of_algorithm, "max_v": of_formula}.get(key)
+
+
+def check_meaning(keys, options, algorithm, formula):
+    """Refuse state of an algorithm and formula whose numbers mean something else to an optimizer. options: the optimizer's.
+
+    Adam, NAdam and RAdam have the same m and v, with every formula and kind of decay.
+    """
+    for key in keys:
+        theirs, ours = meaning(key, algorithm, formula), meaning(key, options.algorithm, options.formula)
+        if theirs != ours:
+            raise ValueError(
+                f"{key} of algorithm={algorithm!r} with formula={formula!r} is {theirs}, and {key} of this optimizer, of "
+                f"algorithm={options.algorithm!r} with formula={options.formula!r}, is {ours}: neither can become the other. "
+                "Use an optimizer of the same algorithm and formula"
+            )
+
+
 def zeros(backend, param, key, format):
     """Return an array of the state at its start: zeros beside a parameter, in its order of memory. param: its View."""
     dtype = np.dtype(IN_MEMORY.get(format, format))

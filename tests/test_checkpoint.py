@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -291,6 +292,38 @@ def test_the_file_is_what_its_page_says(tmp_path):
     }  # fmt: skip
     assert json.loads(metadata["params"])["w"] == {"step": 0, "dtype": "float32", "shape": [33, 5]}
     assert json.loads(metadata["options"])["state_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("what, match", [("metadata", "another program rewrote this checkpoint"), (None, "are lost. Load")])
+def test_a_file_that_another_program_rewrote_is_refused_with_what_happened(what, match, tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    gpuadam.Adam(params()).save(tmp_path / "a")
+    with pytest.importorskip("safetensors").safe_open(tmp_path / "a", "numpy") as file:
+        metadata = file.metadata() if what else None
+    numpy.save_file(numpy.load_file(tmp_path / "a"), tmp_path / "b", metadata=metadata)
+    for load in (gpuadam.load, lambda path, p: gpuadam.load_sharded(path, p, gpuadam.transports.Local())):
+        with pytest.raises(gpuadam.CheckpointError, match=match):
+            load(tmp_path / "b", params())
+    shutil.copy(tmp_path / "a", tmp_path / "b")
+    gpuadam.load(tmp_path / "b", params())
+
+
+@pytest.mark.parametrize(
+    "header", [b"[]", b"{}", b"1", b'{"__metadata__":1}', b'{"__metadata__":{"x":"y"}}', b"\xff", b"{" * 9]
+)
+def test_a_file_of_another_kind_is_no_checkpoint(header, tmp_path):
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(gpuadam.CheckpointError, match="it is no checkpoint of gpuadam: its"):
+        gpuadam.load(tmp_path / "a", params())
+
+
+def test_a_rewritten_part_of_a_folder_is_refused_too(tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    gpuadam.ShardedAdam(params(), gpuadam.transports.Local()).save(tmp_path / "a")
+    part = next((tmp_path / "a").glob("part-*"))
+    numpy.save_file(numpy.load_file(part), part)
+    with pytest.raises(gpuadam.CheckpointError, match="another program rewrote it without its metadata"):
+        gpuadam.load(tmp_path / "a", params())
 
 
 def test_payloads_are_aligned_to_their_elements(tmp_path):

@@ -283,6 +283,56 @@ def test_one_count_is_needed_for_optax():
         foreign_state.to_optax(gpuadam.Adam(arrays(0)), like._replace(nu=nested(arrays(1, "f8"))))
 
 
+def narrow_of(library, array):
+    """Return an array of a library in bfloat16, or float16 where the library has no other."""
+    module = pytest.importorskip(library)
+    return module.from_numpy(array).bfloat16() if library == "torch" else array.astype(getattr(module, "bfloat16", "f2"))
+
+
+@pytest.mark.parametrize("library", ["torch", "ml_dtypes", "numpy"])
+def test_a_narrower_m_is_widened_and_the_advice_of_an_error_leads_there(library):
+    """As with optax's mu_dtype: m in bfloat16 beside v in float32."""
+    mu = {name: narrow_of(library, a) for name, a in arrays(1).items()}
+    state = ScaleByAdamState(4, nested(mu), nested(positive(2)))
+    narrow, wide = (gpuadam.Adam(arrays(0), state_dtype=state_dtype) for state_dtype in ("bfloat16", "float32"))
+    match = r"is float(32|16) there and bfloat16 here. Nothing is rounded: make the optimizer with state_dtype='float32'"
+    before = content(narrow)
+    with pytest.raises(TypeError, match=match):
+        foreign_state.from_optax(narrow, state)
+    assert content(narrow) == before
+    foreign_state.from_optax(wide, state)
+    for name, a in mu.items():
+        exact = a.float().numpy() if library == "torch" else a.astype("f4")
+        assert wide.state[name]["m"].tobytes() == exact.tobytes()
+        assert wide.state[name]["v"].tobytes() == positive(2)[name].tobytes()
+    if library == "numpy":
+        with pytest.raises(TypeError, match=r"float16 of shape .* Nothing is rounded: give a `like` of the dtype here"):
+            foreign_state.to_optax(wide, state)
+
+
+def test_state_of_torch_in_bfloat16_is_widened_too(torch):
+    params, theirs = trained(torch, torch.bfloat16)
+    opt = gpuadam.Adam({name: p.detach().clone() for name, p in zip(NAMES, params, strict=True)})
+    foreign_state.from_torch(opt, theirs.state_dict(), NAMES)
+    for name, p in zip(NAMES, params, strict=True):
+        assert opt.state[name]["v"].tobytes() == theirs.state[p]["exp_avg_sq"].float().numpy().tobytes()
+
+
+def test_integers_are_no_moments_and_narrower_state_is_not_made():
+    opt = gpuadam.Adam(arrays(0))
+    with pytest.raises(TypeError, match=r"is int32 there and float32 here. Moments are floats"):
+        foreign_state.from_torch(opt, spoiled(torch_dict(), exp_avg=np.ones(5, "i4")), NAMES)
+    with pytest.raises(TypeError, match=r"float64 there and float32 here. Nothing is rounded.*state_dtype='float64'"):
+        foreign_state.from_torch(opt, spoiled(torch_dict(), exp_avg=arrays(1, "f8")["layer.b"]), NAMES)
+
+
+def test_a_group_without_bias_correction_is_refused_by_name():
+    opt = gpuadam.Adam(arrays(0))
+    foreign_state.from_torch(opt, torch_dict(bias_correction=True), NAMES)
+    with pytest.raises(ValueError, match="bias_correction=False in a saved group"):
+        foreign_state.from_torch(opt, torch_dict(bias_correction=False), NAMES)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("make", ["adam", "adamw"])
 def test_state_goes_from_optax_and_back_bit_for_bit(dtype, make):

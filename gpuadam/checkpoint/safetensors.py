@@ -5,10 +5,12 @@
     payload   the elements of every tensor in C order, little-endian, one after the other without gaps
 
 The package `safetensors` takes all tensors at once, and in the host's memory. It can read what is written here. Files that it
-wrote are refused here, because they lack the checksums that `write` adds to the metadata. A checksum is a CRC-32, written as
-eight hexadecimal digits. "header_crc32", the first of the metadata, is the header's, computed with zeros in its own place.
-"crc32" is JSON: name -> the checksums of a tensor's payload in a row, one for every BLOCK bytes and one for the rest. So no byte
-can change without being noticed, and a part of a tensor can be read and known to be right without the rest.
+wrote are refused here, because they lack the checksums that `write` adds to the metadata, or have them in another order.
+
+A checksum is a CRC-32, written as eight hexadecimal digits. "header_crc32", the first of the metadata, is the header's, computed
+with zeros in its own place. "crc32" is JSON: name -> the checksums of a tensor's payload in a row, one for every BLOCK bytes and
+one for the rest. So no byte can change without being noticed, and a part of a tensor can be read and known to be right without
+the rest.
 """
 
 import json
@@ -150,8 +152,9 @@ class Reader:
         require(length <= self.n_bytes - 8, cut_off)
         require(length <= most, f"its header has {length:,} bytes, and at most {most:,} are expected")
         header = file.read(length)
-        self.crc, begins_as_ours = _crc_in(header), header.startswith(FIRST)
-        require(begins_as_ours, "it is no checkpoint of gpuadam: its metadata does not begin with a checksum of the header")
+        if not header.startswith(FIRST):
+            raise CheckpointError(_why_not_ours(header))
+        self.crc = _crc_in(header)
         require(self.crc == _crc_of(header), "its header is damaged: its checksum differs")
         entries = parsed_json(header, "its header")
         self.metadata: dict[str, str] = entries.pop("__metadata__")
@@ -167,6 +170,24 @@ class Reader:
             end = entry.end
         cut_off = f"it is cut off or has bytes too many: it has {self.n_bytes:,}, and its tensors end at {end:,}"
         require(end == self.n_bytes, cut_off)
+
+
+def _why_not_ours(header):
+    """Return what is wrong with a header that does not begin as `write` begins it."""
+    entries = parsed_json(header, "it is no checkpoint of gpuadam: its header")
+    metadata = entries.get("__metadata__") if isinstance(entries, dict) else None
+    if isinstance(metadata, dict) and {"header_crc32", "crc32"} & metadata.keys():
+        return (
+            "another program rewrote this checkpoint of gpuadam, as save_file of the package safetensors does: the checksum of "
+            "its header is not the first of its metadata, and does not fit any more. Load the file that `save` wrote, or a copy "
+            "of its bytes. From the rewritten one, read the arrays and the metadata yourself, and give them to load_state_dict"
+        )
+    return (
+        "it is no checkpoint of gpuadam: its metadata does not begin with a checksum of the header. If it was one, another "
+        "program rewrote it without its metadata, as save_file(tensors, path) of the package safetensors does, and step counts "
+        "and hyperparameters are lost. Load the file that `save` wrote, or make the optimizer anew and give the arrays to "
+        "load_state_dict"
+    )
 
 
 def _entry(name, entry, crc, origin):

@@ -207,8 +207,8 @@ def _facts(description):
     """Return all that optimizers of the same state have in common, by the names for error messages."""
     params = description["parameters"]
     of_params = {f"params[{name!r}].{key}": value for name, param in params.items() for key, value in param.items()}
-    layout = description["layout"]
-    return {"layout": layout, **description["options"], "the names of parameters": list(params), **of_params}
+    first = {"layout": description["layout"], "algorithm": "adam"}  # what older folders do not say, all of which are Adam's
+    return first | description["options"] | {"the names of parameters": list(params)} | of_params
 
 
 def _marks(content):

@@ -22,7 +22,7 @@ from .state import Store, copy, fill_master
 
 TRIAL = 1 << 22  # elements of the update by which the faster side is found
 # The options that decide what the numbers of state mean: a folder of state belongs to an optimizer with the same ones
-DESCRIBED = ("decoupled", "state_dtype", "seed", "stochastic_rounding", "formula", "eps_root", "ema_decay")
+DESCRIBED = ("algorithm", "decoupled", "state_dtype", "seed", "stochastic_rounding", "formula", "eps_root", "ema_decay")
 
 
 class OffloadAdam(Adam):
