@@ -9,6 +9,7 @@ import numpy as np
 from . import backends, checks, clipping, hyperparameters, step_counts, torch_tensors
 from . import state as state_
 from .checkpoint import saving
+from .checkpoint.safetensors import require
 from .device_step import Now
 from .groups import (
     HYPERPARAMETERS,
@@ -491,11 +492,17 @@ class Adam(HasGroups):
         renamed. A killed save leaves ".gpuadam-*.tmp" in that folder, which may be deleted. It takes a few MB of memory, from a
         GPU too, which is waited for. A learning rate that is a callable is not saved. The format: `gpuadam.checkpoint`.
 
-        Raises CheckpointError if the file cannot be written; ValueError or TypeError for what could not be loaded again.
+        Raises CheckpointError if the file cannot be written, or if another thread, or a graph with capturable, took a step
+        meanwhile; ValueError or TypeError for what could not be loaded again.
         """
+        begun, counts = self.under_way.begun, self._counts()  # before `state_dict` sees that no step is under way
+
+        def check_unchanged():
+            require(begun == self.under_way.begun and counts == self._counts(), saving.CHANGED)
+
         state_dict = self.state_dict()
         self.checked_state_dict(state_dict)  # what could not be loaded is not saved either
-        saving.save(self, state_dict, path, with_params=with_params)
+        saving.save(self, state_dict, path, check_unchanged, with_params=with_params)
 
     def array_of_state(self, name, key):
         """Return an array of the state of a parameter, in `Bits` if it is of integers that stand for other numbers."""

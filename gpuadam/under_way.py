@@ -6,7 +6,7 @@ TORN = "parameters and state are of two different steps: load a checkpoint into 
 class UnderWay:
     """Notes that a change has begun and that it has ended. An interrupt or an error in between leaves the note.
 
-    `changing`: the note. `begun`: how many changes have begun.
+    `changing`: the note. `begun`: how many changes have begun, by which a reader notices one that ended meanwhile.
     """
 
     changing = False
@@ -14,8 +14,8 @@ class UnderWay:
 
     def begin(self):
         """Note that what belongs together is about to change."""
-        self.begun += 1
         self.changing = True
+        self.begun += 1  # second: who reads `begun`, and then no `changing`, has seen the end of all that had begun
 
     def end(self):
         """Note that all of it has changed, or nothing."""

@@ -489,10 +489,10 @@ def test_a_rank_that_cannot_write_stops_all_and_the_old_checkpoint_stays(folder,
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     real = sharded_saving.write_file
 
-    def full(path, tensors, metadata):
+    def full(path, *arguments):
         if f"part-{rank}-of-3" in path:
             raise CheckpointError(f"{path!r} was not saved: {os.strerror(errno.ENOSPC)}. Make room")
-        return real(path, tensors, metadata)
+        return real(path, *arguments)
 
     monkeypatch.setattr(sharded_saving, "write_file", full)
     for own, error in enumerate(on_ranks(3, saves_to(folder))):
@@ -535,8 +535,8 @@ def test_parts_are_on_the_disk_before_the_index_names_them(tmp_path, monkeypatch
 def test_a_file_that_rank_0_does_not_see_is_named(folder, monkeypatch):
     real = sharded_saving._write_part
 
-    def on_a_disk_of_its_own(opt, file, with_params):
-        part = real(opt, file, with_params)
+    def on_a_disk_of_its_own(opt, file, *arguments):
+        part = real(opt, file, *arguments)
         if opt.transport.rank == 1:
             file.unlink()
         return part

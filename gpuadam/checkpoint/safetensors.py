@@ -86,10 +86,11 @@ def _write_payload(file, tensor):
     crcs: list[int] = []
     for buffer in tensor.chunks():
         chunk = memoryview(buffer)
-        file.write(chunk)
         for first in range(-(n_bytes % BLOCK), len(chunk), BLOCK):  # of each block, which may have begun in the last chunk
+            block = bytes(chunk[max(first, 0) : first + BLOCK])  # another thread may change the chunk after the next line
+            file.write(block)
             crcs += [0] if first >= 0 else []
-            crcs[-1] = zlib.crc32(chunk[max(first, 0) : first + BLOCK], crcs[-1])
+            crcs[-1] = zlib.crc32(block, crcs[-1])
         n_bytes += len(chunk)
     if n_bytes != tensor.n_bytes:
         raise RuntimeError(f"{tensor.name!r} gave {n_bytes} bytes and has {tensor.n_bytes}")

@@ -9,6 +9,7 @@ from .format import CLASSES, check_class, encoded
 from .safetensors import CheckpointError, write
 from .tensors import PARAM, chosen, sections
 
+CHANGED = "a step was under way, or was taken, while it was saved: save between steps, or in the thread that takes them"
 # the number of an error -> what to do about it
 ADVICE: dict[int | None, str] = {
     errno.ENOENT: "Make its folder first",
@@ -18,25 +19,27 @@ ADVICE: dict[int | None, str] = {
 }
 
 
-def save(opt, state_dict, path, *, with_params=False):
-    """Save an `Adam`: see `Adam.save`. state_dict: the optimizer's own, which has been checked."""
+def save(opt, state_dict, path, check_unchanged, *, with_params=False):
+    """Save an `Adam`: see `Adam.save`. state_dict: the optimizer's own, which has been checked. The rest: `write_file`."""
     path, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
     check_class(opt, CLASSES)
     arrays, states = sections(opt), state_dict["state"]
     params = {section.param: (section.view, states[section.param]["step"]) for section in arrays if section.key == PARAM}
     copies = [name for name, parameter in opt.parameters.items() if parameter.copy is not None]
     metadata = encoded(opt, type(opt).__name__, state_dict["groups"], params, copies)
-    write_file(path, [section.tensor(section.array_name) for section in chosen(arrays, with_params)], metadata)
+    tensors = [section.tensor(section.array_name) for section in chosen(arrays, with_params)]
+    write_file(path, tensors, metadata, check_unchanged)
 
 
-def write_file(path, tensors, metadata):
+def write_file(path, tensors, metadata, check_unchanged=lambda: None):
     """Write a file, or leave the one that is there. Return (how many bytes it has, the checksum of its header).
 
-    Raises CheckpointError.
+    check_unchanged: raises, after the tensors were read, if they may be of several steps. Raises CheckpointError.
     """
     try:
         with replacing(path) as file:
             crc = write(file, tensors, metadata)
+            check_unchanged()
             return file.seek(0, os.SEEK_END), crc
     except OSError as error:
         n_bytes = sum(tensor.n_bytes for tensor in tensors)

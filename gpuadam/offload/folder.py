@@ -12,6 +12,7 @@ are lost, or worse, only some of their bytes are: a folder that was not flushed 
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ class Folder(Store):
         description = {"layout": LAYOUT, "options": options, "parameters": parameters}
         self._kinds = {kind for beginning in beginnings.values() for kind in beginning.kept}
         self._maps: list[np.memmap] = []
+        self._marking = threading.RLock()  # of steps.json: one thread may flush while another takes steps
         if self.path.exists():
             self._has_state(description)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -116,27 +118,33 @@ class Folder(Store):
         return self._maps[-1]
 
     def begin(self):
-        # after a power cut the disk must say "unflushed" if anything was changed since the last flush
-        self._mark(durable=self.marks["unflushed"] is None, under_way=True, unflushed=_boot())
-        super().begin()
+        with self._marking:
+            # after a power cut the disk must say "unflushed" if anything was changed since the last flush
+            self._mark(durable=self.marks["unflushed"] is None, under_way=True, unflushed=_boot())
+            super().begin()
 
     def end_at(self, steps, behind):
-        self._mark(durable=False, steps=steps, behind=behind, under_way=False)
-        super().end_at(steps, behind)
+        with self._marking:
+            self._mark(durable=False, steps=steps, behind=behind, under_way=False)
+            super().end_at(steps, behind)
 
     def flush(self):
-        for whole in self._maps:
-            whole.flush()
-        self._mark(durable=True, unflushed=None)
+        with self._marking:
+            if self.changing:
+                raise ValueError(f"a step on the state in {self.path} is under way, or was cut short: flush between steps")
+            for whole in self._maps:
+                whole.flush()
+            self._mark(durable=True, unflushed=None)
 
     def close(self):
         """Flush, and let the folder be opened by another optimizer. If the disk fails, the folder is free and stays "unflushed".
 
-        A process that was forked leaves both to the process that opened the folder.
+        A folder in the midst of a step stays so, and cannot be opened again. A process that was forked leaves all this to the
+        process that opened the folder.
         """
         if not self._lock.closed:
             try:
-                if self._process == os.getpid():
+                if self._process == os.getpid() and not self.changing:
                     self.flush()
             finally:
                 self._free()
@@ -148,6 +156,7 @@ class Folder(Store):
 
     def _mark(self, durable, **changes):
         """Change steps.json. If it cannot be written, `marks` stay what they were."""
+        self.check_open()
         marks = self.marks | changes
         if durable or marks != self.marks:
             self._write(STEPS, marks, durable)

@@ -227,7 +227,7 @@ class OffloadAdam(Adam):
             copy(to.array, source.array)
 
     def flush(self):
-        """Wait until the state in files is on the disk."""
+        """Wait until the state in files is on the disk. Raises ValueError while another thread takes a step."""
         self._store.check_open()
         self._store.flush()
 
