@@ -36,7 +36,9 @@ class Adam(torch.optim.Optimizer):
         float32, float64, bfloat16 or float16, on the CPU and on CUDA devices, of any strides.
     capturable: keep the step count on the device too, for CUDA graphs; lr may then be a tensor there. All parameters of such a
         group are on one device, and either all or none of them have gradients. On the CPU it makes no difference.
-    foreach, fused: accepted, not both, and without effect, because there is one implementation. differentiable: refused.
+    foreach, fused: accepted, not both. There is one implementation, so the numbers are the same. With fused=True
+        `torch.amp.GradScaler` leaves unscaling and the check for infinities to the step, as it does for torch's fused optimizers:
+        gradients in memory stay scaled, and cannot be clipped unless `scaler.unscale_` was called. differentiable: refused.
     state_dtype, master, stochastic_rounding, seed, backend: as in `gpuadam.Adam`.
 
     State has torch's names and shapes: "step", "exp_avg", "exp_avg_sq" and "max_exp_avg_sq", in float32 unless a parameter is
@@ -44,8 +46,8 @@ class Adam(torch.optim.Optimizer):
     class; floating-point state is cast to the dtypes of the optimizer that loads it. torch's Adam does not read "remainder", nor
     the state of 8 bits: "exp_avg_codes", "exp_avg_sq_codes", "exp_avg_scale" and "exp_avg_sq_scale".
 
-    `torch.amp.GradScaler` leaves unscaling to the step, as it does for torch's fused optimizers. Everything is checked before
-    anything is written, in all groups. Raises what `gpuadam.adam_step` raises, ValueError and TypeError above all.
+    Everything is checked before anything is written, in all groups. Raises what `gpuadam.adam_step` raises, ValueError and
+    TypeError above all. `torch.compile` leaves the step as it is.
 
     >>> import torch, gpuadam.torch
     >>> model = torch.nn.Linear(3, 1)
@@ -55,8 +57,6 @@ class Adam(torch.optim.Optimizer):
     >>> sorted(opt.state[model.weight])
     ['exp_avg', 'exp_avg_sq', 'step']
     """
-
-    _step_supports_amp_scaling = True  # so GradScaler sets grad_scale and found_inf and calls step
 
     def __init__(
         self,
@@ -88,6 +88,11 @@ class Adam(torch.optim.Optimizer):
         self._remembered, self._counts, self.under_way = Remembered(), {}, UnderWay()
         super().__init__(params, {name: arguments[name] for name in SETTINGS})
 
+    @property
+    def _step_supports_amp_scaling(self):
+        """Whether GradScaler sets grad_scale and found_inf and leaves the rest to the step, as with torch's if fused."""
+        return bool(self.defaults["fused"])
+
     def add_param_group(self, param_group):
         """Add a group of parameters, a dict with "params" and hyperparameters of its own, as torch's optimizers do."""
         if isinstance(param_group, dict):
@@ -108,6 +113,7 @@ class Adam(torch.optim.Optimizer):
         numbers = _number(lr), _number(betas), eps, weight_decay
         return hyperparameters.with_formulas(*numbers, maximize, grad_scale, _formulas(decoupled))
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure=None):
         """Update every parameter that has a gradient, in place, and return the closure's loss.
