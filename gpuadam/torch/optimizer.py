@@ -13,6 +13,7 @@ from ..remembered import Remembered
 from ..step_counts import DeviceCount
 from ..under_way import UnderWay
 from ..update import Updates, update
+from . import distributed
 from . import state as torch_state
 
 # The settings of a group: those that torch's Adam has
@@ -33,7 +34,8 @@ class Adam(torch.optim.Optimizer):
     """`torch.optim.Adam` with gpuadam's update: one launch, or one call on the CPU, for all parameters of a group.
 
     params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`; parameters may be
-        float32, float64, bfloat16 or float16, on the CPU and on CUDA devices, of any strides.
+        float32, float64, bfloat16 or float16, on the CPU and on CUDA devices, of any strides. Of DTensors, as `fully_shard` makes
+        them (torch 2.5 or later), each rank updates its own part, and state is DTensors too.
     capturable: keep the step count on the device too, for CUDA graphs; lr may then be a tensor there. All parameters of such a
         group are on one device, and either all or none of them have gradients. On the CPU it makes no difference.
     foreach, fused: accepted, not both. There is one implementation, so the numbers are the same. With fused=True
@@ -130,16 +132,18 @@ class Adam(torch.optim.Optimizer):
             if found_inf.item():
                 return loss
             found_inf = None
-        updates, counts = [], []
+        updates, params, counts = [], [], []
         for k, (group, members) in enumerate(self._members()):
             if members and _on_device(group):
                 updates.append(self._captured(k, group, members, grad_scale, found_inf))
             elif members:
                 h = self._checked(group, 1.0 if grad_scale is None else _inverse(grad_scale.item()))
                 updates += [self._update(h, count + 1, group, alike) for count, alike in self._alike(members)]
+            params += [member.param for member in members]
             counts += [member.state["step"] for member in members]
         if updates:
             update(updates, self.backend, remembered=self._remembered, under_way=self.under_way)
+            distributed.wrote(params)
             torch._foreach_add_(counts, 1)  # one call for all, as torch's own optimizers make
         if found_inf is not None and counts:  # on the device, which knows whether the step was left out
             torch._foreach_sub_(counts, [found_inf.to(count.device, non_blocking=True) for count in counts])
@@ -185,13 +189,13 @@ class Adam(torch.optim.Optimizer):
             raise ValueError(
                 f"a parameter of {names} has no {error} in its state: amsgrad or a dtype was changed after its first step"
             ) from None
+        columns, starts = distributed.local_columns(names, columns)
         stochastic, seed = self.options.stochastic_rounding, self.options.seed
         is_random = stochastic or self.options.state_dtype in ("bfloat16", "8bit")
         keys = [_key(seed, number) for number in numbers] if is_random else None
         operands = "param", "grad", *(array.operand for array in arrays)
-        return Updates(
-            h, step, columns, operands=operands, names=names, now=now, stochastic=stochastic, seed=seed, keys=keys
-        )
+        settings = {"now": now, "stochastic": stochastic, "seed": seed, "keys": keys, "starts": starts}
+        return Updates(h, step, columns, operands, names, **settings)
 
     # State
 
@@ -201,7 +205,9 @@ class Adam(torch.optim.Optimizer):
 
     def _new_state(self, group, param, name):
         """Return the state that a parameter begins with, zeros, and keep it."""
-        _, (view,) = backends.choose([(f"params[{name!r}]", param)], self.backend)
+        if self.options.state_dtype == "8bit" and distributed.is_distributed(param):
+            raise ValueError(f"params[{name!r}] is a DTensor, which cannot have state_dtype='8bit': take 'bfloat16' or None")
+        _, (view,) = backends.choose([(f"params[{name!r}]", distributed.local(param))], self.backend)
         checks.one_format(view, checks.FORMATS)
         checks.layout(view)
         if self.options.state_dtype == "8bit":
@@ -280,7 +286,7 @@ class Adam(torch.optim.Optimizer):
         """Return the step count of a group. This waits for the device, in the group's first step, which is not captured."""
         alike = self._alike(members)
         _share(len(alike) == 1, k, "share a step count and have the same kinds of state")
-        named = [(f"params[{members[0].name!r}]", members[0].param)]
+        named = [(f"params[{members[0].name!r}]", distributed.local(members[0].param))]
         kernels, (view,) = backends.choose(named, self.backend)
         count = DeviceCount(kernels, view.device or 0)
         count.fill(count.step, alike[0][0])
