@@ -563,11 +563,12 @@ def test_a_backward_pass_after_the_step_that_needs_old_parameters_raises(pair):
 # Mixed precision
 
 
-def test_the_gradient_scaler_leaves_unscaling_to_the_step_and_out_a_step_that_overflowed(pair):
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_gradient_scaler_leaves_out_a_step_that_overflowed(pair, fused):
     results = []
-    for make, options in zip(pair, ({}, {"fused": True}), strict=True):
+    for make in pair:
         params = small()
-        opt, scaler = make(params, lr=0.1, **options), torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        opt, scaler = make(params, lr=0.1, fused=fused), torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
         counts = []
         for seed in range(6):
             opt.zero_grad()
@@ -590,12 +591,43 @@ def test_the_gradient_scaler_leaves_unscaling_to_the_step_and_out_a_step_that_ov
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
-def test_scaled_gradients_are_left_as_they_are_in_memory():
+@pytest.mark.parametrize("copied", [lambda opt: opt, copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_the_step_unscales_gradients_if_the_optimizer_is_fused_and_else_the_scaler(fused, copied):
+    """Lightning, among others, refuses to clip gradients where this attribute says that the step unscales them."""
     params = small()
-    opt, scaler = gpuadam.torch.Adam(params), torch.amp.GradScaler("cpu", init_scale=4.0)
+    opt, scaler = gpuadam.torch.Adam(params, fused=fused), torch.amp.GradScaler("cpu", init_scale=4.0)
+    assert getattr(copied(opt), "_step_supports_amp_scaling", False) is bool(fused)
     scaler.scale(sum(p.sum() for p in params)).backward()
     scaler.step(opt)
-    assert all((p.grad == 4.0).all() for p in params)
+    assert all((p.grad == (4.0 if fused else 1.0)).all() for p in params)
+
+
+COMPILED = {
+    "float32": (torch.float32, {}),
+    "bfloat16": (torch.bfloat16, {}),
+    "remainder": (torch.bfloat16, {"master": "remainder"}),
+    "8bit": (torch.float32, {"state_dtype": "8bit"}),
+    "lr in a tensor": (torch.float32, {"lr": torch.tensor(0.1)}),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_torch_compile_leaves_the_step_as_it_is(name):
+    dtype, options = COMPILED[name]
+    (params, opt), (others, reference) = (stepped(gpuadam.torch.AdamW, seeds=(), dtype=dtype, **options) for _ in range(2))
+
+    @torch.compile(backend="eager")
+    def compiled_step():
+        opt.step()
+        return params[0] * 2  # so that there is something to compile
+
+    for seed in range(3):
+        replay(reference, others, [gradients(seed, dtype)])
+        for p, g in zip(params, gradients(seed, dtype), strict=True):
+            p.grad = g
+        assert torch.equal(compiled_step(), others[0] * 2)
+    assert all(map(torch.equal, params, others))
 
 
 # What is refused
@@ -899,10 +931,12 @@ def test_parameters_on_two_devices_share_an_optimizer(cuda_torch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("capturable", [False, True])
-def test_the_gradient_scaler_on_a_gpu_leaves_out_what_overflowed(cuda_torch, capturable):
+def test_the_gradient_scaler_on_a_gpu_leaves_out_what_overflowed(cuda_torch, capturable, fused):
     params = [torch.nn.Parameter(p.detach().cuda()) for p in small()]
-    opt, scaler = gpuadam.torch.Adam(params, lr=0.1, capturable=capturable), torch.amp.GradScaler("cuda", init_scale=1024.0)
+    opt = gpuadam.torch.Adam(params, lr=0.1, capturable=capturable, fused=fused)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     others = small()
     reference = gpuadam.torch.Adam(others, lr=0.1)
     for seed in range(4):

@@ -27,7 +27,9 @@ print(loss.item() < 0.1)  # True
 * `state_dtype="bfloat16"`, `state_dtype="8bit"`, `master="remainder"` and `stochastic_rounding=True` work as in
   `gpuadam.Adam`.
 * `capturable=True` keeps the step count on the GPU, for CUDA graphs.
-* `foreach` and `fused` are accepted and have no effect. `differentiable` is refused.
+* `foreach` and `fused` choose no other implementation: there is one. With `fused=True` the step unscales gradients itself,
+  without writing them, and `GradScaler` does not. `differentiable` is refused.
+* A compiled training step may contain `opt.step()`. `torch.compile` leaves it as it is.
 
 Tensors are on the CPU or on CUDA devices, in float32, float64, bfloat16 or float16, and of any strides.
 

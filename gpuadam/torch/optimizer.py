@@ -12,6 +12,7 @@ from ..options import Options
 from ..remembered import Remembered
 from ..under_way import UnderWay
 from ..update import Updates, update
+from . import distributed
 from . import state as torch_state
 from .step_counts import Clock, HostCounts
 
@@ -33,10 +34,13 @@ class Adam(torch.optim.Optimizer):
     """`torch.optim.Adam` with gpuadam's update: one launch, or one call on the CPU, for all parameters of a group.
 
     params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`; parameters may be
-        float32, float64, bfloat16 or float16, on the CPU and on CUDA devices, of any strides.
+        float32, float64, bfloat16 or float16, on the CPU and on CUDA devices, of any strides. Of DTensors, as `fully_shard` makes
+        them (torch 2.5 or later), each rank updates its own part, and state is DTensors too.
     capturable: keep the step count on the device too, for CUDA graphs; lr may then be a tensor there. All parameters of such a
         group are on one device, and either all or none of them have gradients. On the CPU it makes no difference.
-    foreach, fused: accepted, not both, and without effect, because there is one implementation. differentiable: refused.
+    foreach, fused: accepted, not both. There is one implementation, so the numbers are the same. With fused=True
+        `torch.amp.GradScaler` leaves unscaling and the check for infinities to the step, as it does for torch's fused optimizers:
+        gradients in memory stay scaled, and cannot be clipped unless `scaler.unscale_` was called. differentiable: refused.
     state_dtype, master, stochastic_rounding, seed, backend: as in `gpuadam.Adam`.
 
     State has torch's names and shapes: "step", "exp_avg", "exp_avg_sq" and "max_exp_avg_sq", in float32 unless a parameter is
@@ -44,8 +48,8 @@ class Adam(torch.optim.Optimizer):
     class; floating-point state is cast to the dtypes of the optimizer that loads it. torch's Adam does not read "remainder", nor
     the state of 8 bits: "exp_avg_codes", "exp_avg_sq_codes", "exp_avg_scale" and "exp_avg_sq_scale".
 
-    `torch.amp.GradScaler` leaves unscaling to the step, as it does for torch's fused optimizers. Everything is checked before
-    anything is written, in all groups. Raises what `gpuadam.adam_step` raises, ValueError and TypeError above all.
+    Everything is checked before anything is written, in all groups. Raises what `gpuadam.adam_step` raises, ValueError and
+    TypeError above all. `torch.compile` leaves the step as it is.
 
     >>> import torch, gpuadam.torch
     >>> model = torch.nn.Linear(3, 1)
@@ -55,8 +59,6 @@ class Adam(torch.optim.Optimizer):
     >>> sorted(opt.state[model.weight])
     ['exp_avg', 'exp_avg_sq', 'step']
     """
-
-    _step_supports_amp_scaling = True  # so GradScaler sets grad_scale and found_inf and calls step
 
     def __init__(
         self,
@@ -94,6 +96,11 @@ class Adam(torch.optim.Optimizer):
         self._remembered, self._counts = Remembered(), HostCounts()
         self._clocks: list[Clock] = []
 
+    @property
+    def _step_supports_amp_scaling(self):
+        """Whether GradScaler sets grad_scale and found_inf and leaves the rest to the step, as with torch's if fused."""
+        return bool(self.defaults["fused"])
+
     def add_param_group(self, param_group):
         """Add a group of parameters, a dict with "params" and hyperparameters of its own, as torch's optimizers do."""
         if isinstance(param_group, dict):
@@ -114,6 +121,7 @@ class Adam(torch.optim.Optimizer):
         numbers = _number(lr), _number(betas), eps, weight_decay
         return hyperparameters.with_formulas(*numbers, maximize, grad_scale, _formulas(decoupled))
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure=None):
         """Update every parameter that has a gradient, in place, and return the closure's loss.
@@ -130,7 +138,7 @@ class Adam(torch.optim.Optimizer):
             if found_inf.item():
                 return loss
             found_inf = None
-        updates, counted, clocks = [], [], []
+        updates, params, counted, clocks = [], [], [], []
         for k, (group, members) in enumerate(self._members()):
             if members and _on_device(group):
                 clocks.append(self._clock(k, group, members))
@@ -140,8 +148,10 @@ class Adam(torch.optim.Optimizer):
                 for count, alike in self._alike(members):
                     updates.append(self._update(h, count + 1, group, alike))
                     counted.append((count + 1, _steps(alike)))
+            params += [member.param for member in members]
         if updates:
             update(updates, self.backend, remembered=self._remembered, under_way=self.under_way)
+            distributed.wrote(params)
             self._counts.advance(counted)
             for clock in clocks:
                 clock.copy()
@@ -189,13 +199,13 @@ class Adam(torch.optim.Optimizer):
             raise ValueError(
                 f"a parameter of {names} has no {error} in its state: amsgrad or a dtype was changed after its first step"
             ) from None
+        columns, starts = distributed.local_columns(names, columns)
         stochastic, seed = self.options.stochastic_rounding, self.options.seed
         is_random = stochastic or self.options.state_dtype in ("bfloat16", "8bit")
         keys = [_key(seed, number) for number in numbers] if is_random else None
         operands = "param", "grad", *(array.operand for array in arrays)
-        return Updates(
-            h, step, columns, operands=operands, names=names, now=now, stochastic=stochastic, seed=seed, keys=keys
-        )
+        settings = {"now": now, "stochastic": stochastic, "seed": seed, "keys": keys, "starts": starts}
+        return Updates(h, step, columns, operands, names, **settings)
 
     # State
 
@@ -205,7 +215,9 @@ class Adam(torch.optim.Optimizer):
 
     def _new_state(self, group, param, name):
         """Return the state that a parameter begins with, zeros, and keep it."""
-        _, (view,) = backends.choose([(f"params[{name!r}]", param)], self.backend)
+        if self.options.state_dtype == "8bit" and distributed.is_distributed(param):
+            raise ValueError(f"params[{name!r}] is a DTensor, which cannot have state_dtype='8bit': take 'bfloat16' or None")
+        _, (view,) = backends.choose([(f"params[{name!r}]", distributed.local(param))], self.backend)
         checks.one_format(view, checks.FORMATS)
         checks.layout(view)
         if self.options.state_dtype == "8bit":
@@ -290,7 +302,7 @@ class Adam(torch.optim.Optimizer):
         alike = self._alike(members)
         _share(len(alike) == 1, k, "share a step count and have the same kinds of state")
         if clock is None:
-            kernels, (view,) = backends.choose([(f"params[{first.name!r}]", first.param)], self.backend)
+            kernels, (view,) = backends.choose([(f"params[{first.name!r}]", distributed.local(first.param))], self.backend)
             clock = Clock(steps, kernels, view.device or 0, first.param)
             self._clocks.append(clock)
         clock.set(alike[0][0])

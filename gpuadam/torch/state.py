@@ -9,6 +9,7 @@ import torch
 
 from .. import state as gpuadam_state
 from ..kernels.operands import KINDS
+from .distributed import is_distributed
 
 # By gpuadam's names. 8-bit codes have names of their own, so that torch's Adam does not take them for numbers
 NAMES = {"m": "exp_avg", "v": "exp_avg_sq", "max_v": "max_exp_avg_sq", "remainder": "remainder"}
@@ -69,6 +70,11 @@ def converted(state, arrays, param, capturable, name):
         value = state.get(key, result[key])
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"the loaded {key} of {name} is a {type(value).__name__}, not a tensor")
+        if is_distributed(value) != is_distributed(param):
+            raise TypeError(
+                f"the loaded {key} of {name} is a {type(value).__name__} and the parameter a {type(param).__name__}: load it by "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which distributes it as the parameter is"
+            )
         if value.shape != result[key].shape:
             raise ValueError(f"the loaded {key} of {name} has shape {tuple(value.shape)}, not {tuple(result[key].shape)}")
         if value.dtype != dtype and not (value.is_floating_point() and dtype.is_floating_point):
