@@ -209,8 +209,8 @@ def _listing(given):
 def number(name, array):
     """Return what an array of one element holds, as a number of Python's. On a GPU this waits for the device."""
     kernels, (view,) = choose([(name, array)])
-    if view.size != 1:
-        raise ValueError(f"{name} has shape {view.shape}: it must be one number")
+    if view.size != 1 or view.dtype.kind not in "biuf":
+        raise ValueError(f"{name} is an array of dtype {view.format} and shape {view.shape}: it must be one real number")
     return widened(np.frombuffer(b"".join(array_bytes.chunks(kernels, view)), view.dtype), view.format).item()
 
 

@@ -143,14 +143,12 @@ def conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, 
         on_device |= {"norm": norm, "max_norm": max_norm} | ({"largest_norm": largest_norm} if check_finite else {})
     elif norm is not None:
         on_host["norm"] = norm
-        norm, scale = checks.norm(norm), grad_scale
-        if capturable and is_array(scale):
-            if device_mode:
-                raise TypeError("grad_scale is on the device and norm is a number: give both there, or both as numbers")
-            scale = backends.on_host("grad_scale", scale)
-        left_out = left_out or (check_finite and not norm * abs(scale) <= largest_norm)
+        norm = checks.norm(norm)
+        if is_array(grad_scale):
+            raise TypeError("grad_scale is on a GPU and norm is a number: give both there, or both as numbers")
+        left_out = left_out or (check_finite and not norm * abs(grad_scale) <= largest_norm)
         if max_norm is not None:
-            grad_scale = clipped(checks.finite("grad_scale", scale), norm, max_norm)
+            grad_scale = clipped(checks.finite("grad_scale", grad_scale), norm, max_norm)
     if device_mode:
         on_device["on_host"] = on_host
     return Conditions(grad_scale, left_out, on_device or None)

@@ -266,6 +266,8 @@ class Adam(HasGroups):
         else:
             grads_of_groups = self.arrangement.in_order(grads)
         left_out, on_device = False, None
+        if type(grad_scale) is not float:
+            grad_scale = backends.on_host("grad_scale", grad_scale)
         if not (max_norm is norm is found_inf is None and check_finite is False):
             conditions = self.conditions(grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream)
             grad_scale, left_out, on_device = conditions

@@ -34,7 +34,7 @@ HEAVY = {
 }  # fmt: skip
 
 # Names of other libraries; `_mmap` is NumPy's, `_cache` Numba's, and nothing public does what they do
-OF_LIBRARIES = {"_replace", "_fields", "_asdict", "_foreach_add_", "_foreach_sub_", "_mmap", "_cache"}
+OF_LIBRARIES = {"_replace", "_fields", "_asdict", "_foreach_add_", "_foreach_copy_", "_version", "_mmap", "_cache"}
 
 
 @functools.cache

@@ -10,6 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from interrupts import Interrupt  # noqa: E402
+
 import gpuadam  # noqa: E402
 import gpuadam.torch  # noqa: E402
 from gpuadam import backends, torch_tensors, update  # noqa: E402
@@ -994,3 +996,58 @@ def test_a_scale_of_zero_is_named():
     opt.grad_scale = torch.tensor(0.0)
     with pytest.raises(ValueError, match="scale is 0"):
         opt.step()
+
+
+def everything(opt):
+    """Return copies of parameters, state and counts."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    return [x.detach().clone() for p in params for x in (p, *opt.state[p].values())]
+
+
+def same(some, others):
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"amsgrad": True}, {"state_dtype": "8bit"}], ids=str)
+def test_an_interrupt_at_any_moment_of_a_step_leaves_all_or_nothing_changed_or_is_told(options, examples):
+    def stepped(n):
+        params = [
+            torch.ones(3),
+            torch.ones(2, 3).T,
+            torch.ones(8)[::2],
+            torch.ones(2, 5),
+            torch.ones(2, dtype=torch.float64),
+        ]
+        params = [torch.nn.Parameter(p) for p in (params[::3] if "state_dtype" in options else params)]
+        opt = gpuadam.torch.AdamW([{"params": params[:1]}, {"params": params[1:], "lr": 0.1}], **options)
+        for p in params:
+            p.grad = torch.full_like(p, 0.5)
+        for _ in range(n):
+            opt.step()
+        return opt
+
+    at = [everything(stepped(n)) for n in (1, 2)]
+    opt = stepped(1)
+    with Interrupt() as whole:
+        opt.step()
+    told, moments = 0, range(1, whole.count + 1, examples(41, 1))
+    for n in moments:
+        opt = stepped(1)
+        saved, beginnings = copy.deepcopy(opt.state_dict()), [p.detach().clone() for p in opt.state]
+        with pytest.raises(KeyboardInterrupt), Interrupt(n):
+            opt.step()
+        if opt.under_way.changing:
+            told += 1
+            for refused in (opt.step, opt.state_dict):
+                with pytest.raises(ValueError, match="cut short"):
+                    refused()
+            opt.load_state_dict(saved)
+            with torch.no_grad():
+                for p, value in zip(opt.state, beginnings, strict=True):
+                    p.copy_(value)
+            opt.step()
+            assert same(everything(opt), at[1])
+        else:
+            assert any(same(everything(opt), wanted) for wanted in at), f"torn and not told at opcode {n}"
+    assert 0 < told < len(moments)
+    print(f"\n{options}: {len(moments)} interrupts, {told} told, 0 torn and untold")

@@ -1,18 +1,14 @@
 """A step that is cut short is told: at every moment of it, whatever stops it."""
 
 import copy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from interrupts import Interrupt
 
 import gpuadam
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.testing import unchanged
-
-PACKAGE = str(Path(gpuadam.__file__).parent)
-KERNELS = str(Path(numba_cpu.__class__.__init__.__code__.co_filename).parent)
 
 
 def arrays(seed):
@@ -58,34 +54,6 @@ def everything(opt):
 
 def same(some, others):
     return all(np.array_equal(a, b) for a, b in zip(some, others, strict=True))
-
-
-class Interrupt:
-    """Raises KeyboardInterrupt before the n-th opcode of gpuadam's Python code, as a signal would; counts them if n is None."""
-
-    def __init__(self, n=None):
-        self.n, self.count = n, 0
-
-    def __enter__(self):
-        sys.settrace(self._frame)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(None)
-
-    def _frame(self, frame, event, _):
-        if not frame.f_code.co_filename.startswith((PACKAGE, KERNELS)):
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return self._opcode
-
-    def _opcode(self, frame, event, _):
-        if event == "opcode":
-            self.count += 1
-            if self.count == self.n:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self._opcode
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
