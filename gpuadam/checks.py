@@ -172,8 +172,9 @@ def update(views, zero_grad=False):
             raise ValueError(f"{view.name} has shape {view.shape}, {param.name} has {param.shape}: nothing is broadcast")
         if view.device != param.device and param.size:
             raise ValueError(f"{view.name} is on device {view.device}, {param.name} on {param.device}: move one of them")
-        layout(view)
-        if not view.writeable and (operand != "grad" or zero_grad):
+        written = operand != "grad" or zero_grad
+        layout(view, written)
+        if written and not view.writeable:
             read_only(view)
         if views["m"].format == "uint8" and not view.contiguous:
             raise ValueError(f"{view.name} is not C-contiguous, which the groups of 8-bit state need: pass a copy")
@@ -264,14 +265,14 @@ def no_gaps(view):
         )
 
 
-def layout(view):
-    """Refuse an array in which two elements share memory, and one in CUDA memory that is off its elements' alignment."""
+def layout(view, written=True):
+    """Refuse an array in CUDA memory that is off its elements' alignment, and one that is written whose elements share memory."""
     if view.contiguous and view.device is None:
         return
     itemsize = view.dtype.itemsize
     reach = itemsize
     for stride, n in sorted((abs(stride), n) for stride, n in zip(view.strides, view.shape, strict=True) if n > 1):
-        if stride < reach and view.size:
+        if written and stride < reach and view.size:
             raise ValueError(
                 f"{view.name} has shape {view.shape} and strides {view.strides}: elements share memory, or may (a broadcast "
                 "or sliding view). Pass a copy"

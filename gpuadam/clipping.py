@@ -73,9 +73,7 @@ def named_arrays(name, x):
 def _check(view):
     if order.format_of(view) is None:
         checks.one_format(view, tuple(order.FORMATS))
-    itemsize = view.dtype.itemsize
-    if view.device is not None and (view.pointer % itemsize or any(s % itemsize for s in view.strides)):
-        raise ValueError(f"{view.name} is not aligned to its {itemsize}-byte elements, which a GPU needs. Pass a copy")
+    checks.layout(view, written=False)
 
 
 def _one_device(views):

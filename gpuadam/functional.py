@@ -40,7 +40,7 @@ def adam_step(
         `__cuda_array_interface__`. param, m, v and max_v are overwritten; grad is only read.
         m and v are the running means of the gradient and of its square (PyTorch's exp_avg and exp_avg_sq, optax's mu and nu);
         start both at zero. max_v, if given, makes it AMSGrad: the running maximum of v, from zero.
-        Any strides do, but arrays that share one order of memory without gaps are the fast case.
+        Any strides do, but arrays that share one order of memory without gaps are the fast case. A gradient may be broadcast.
         param and grad are float32, float64, bfloat16 or float16, each as it likes; m, v and max_v are of one dtype, float32,
         float64 or bfloat16. bfloat16 arrays are those of ml_dtypes, or integers in `Bits`. It is computed in float64 if one of
         the arrays is float64, else in float32. bfloat16 moments are rounded randomly, because else they would not move.

@@ -89,6 +89,32 @@ def test_every_layout_is_updated_correctly_and_nothing_beside_it(library, layout
     assert_same_bits(step(arrays, library), expected)
 
 
+OVERLAPPING = {
+    "one number": lambda x: np.broadcast_to(x[0], (37, 29)),
+    "one row": lambda x: np.broadcast_to(x[:29], (37, 29)),
+    "one column": lambda x: np.broadcast_to(x[:37, None], (37, 29)),
+    "rows that overlap": lambda x: np.lib.stride_tricks.sliding_window_view(x[:65], 29),
+    "reversed": lambda x: np.lib.stride_tricks.sliding_window_view(x[:65][::-1], 29)[::-1],
+}
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("layout", OVERLAPPING)
+def test_elements_of_a_gradient_may_share_memory_where_it_is_only_read(library, layout, order):
+    """Bits and the norm are those of a copy; with zero_grad it is refused."""
+    param, grad, m, v, _ = state(37 * 29)
+    grad = OVERLAPPING[layout](grad)
+    arrays = [grad if a is grad else np.array(a.reshape(37, 29), order=order) for a in (param, grad, m, v)]
+    own = [*arrays[:1], grad.copy(), *arrays[2:]]
+    assert_same_bits(step([*arrays, None], library)[:4], step([*own, None])[:4])
+    there = [library.array(a) for a in arrays]
+    norms = [gpuadam.global_norm(library.array(a), backend=library.name) for a in (grad, own[1])]
+    assert len({library.numpy(norm).tobytes() for norm in norms}) == 1
+    with pytest.raises(ValueError, match=r"grad has shape .* elements share memory"):
+        gpuadam.adam_step(*there, 3, zero_grad=True, backend=library.name)
+    assert_same_bits([library.numpy(a) for a in there], own)
+
+
 @pytest.mark.parametrize(
     "backend", ["numba-cpu", pytest.param("cupy", marks=pytest.mark.gpu), pytest.param("numba-cuda", marks=pytest.mark.gpu)]
 )

@@ -136,8 +136,13 @@ BAD_ARRAYS = {
     "Bits of None": (lambda a: gpuadam.Bits(None, "bfloat16"), TypeError, "None"),
     "Bits of a list": (lambda a: gpuadam.Bits(a.tolist(), "bfloat16"), TypeError, "list"),
 }
-# What is right: a parameter and a gradient are each of the format that they like, and max_v=None is no AMSGrad.
-FINE = [(what, name) for what in ("float64", "float16") for name in ("param", "grad")] + [("None", "max_v")]
+# What is right: a parameter and a gradient are each of the format that they like, elements of a gradient may share memory, and
+# max_v=None is no AMSGrad.
+FINE = [
+    *((what, name) for what in ("float64", "float16") for name in ("param", "grad")),
+    *((what, "grad") for what in ("broadcast", "sliding")),
+    ("None", "max_v"),
+]
 
 
 @pytest.mark.parametrize(
@@ -432,6 +437,7 @@ def test_good_cuda_arrays_pass():
     check(cuda_views())
     check(cuda_views(grad={"data": (0x2000, True)}))
     check(cuda_views(param={"strides": (8,)}))
+    check(cuda_views(grad={"strides": (0,)}))
     check(cuda_views(**{name: {"shape": (0,), "data": (None, False)} for name in ("param", "grad", "m", "v")}))
 
 
@@ -445,6 +451,7 @@ def test_good_cuda_arrays_pass():
         ({"m": {"data": (0x3002, False)}}, ValueError, "m is not aligned"),
         ({"m": {"strides": (6,)}}, ValueError, "m is not aligned"),
         ({"m": {"strides": (0,)}}, ValueError, "m has shape .* share memory"),
+        ({"grad": {"strides": (2,)}}, ValueError, "grad is not aligned"),
         ({"m": {"mask": object()}}, TypeError, "m has a mask"),
         ({"m": {"data": 5}}, TypeError, "m, a .*does not describe"),
         ({"m": {"typestr": "?!"}}, TypeError, "m, a .*does not describe"),

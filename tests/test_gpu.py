@@ -172,16 +172,17 @@ def test_torchs_current_stream_is_heeded(cp, cuda_torch, backend):
     assert bool((result == -1.0).all())
 
 
-def test_a_broadcast_numba_array_is_refused():
+def test_a_broadcast_numba_array_is_read_as_such_and_not_written():
+    """Its interface calls it contiguous, and it has the memory of one element."""
     from numba import cuda
 
-    broadcast = cuda.to_device(np.broadcast_to(np.float32(1), (1000,)))
-    arrays = [cuda.to_device(np.ones(1000, "f4")) for _ in range(3)]
+    broadcast = cuda.to_device(np.broadcast_to(np.float32(2), (1000,)))
+    arrays = [cuda.to_device(np.full(1000, x, "f4")) for x in (1, 0, 0)]
+    gpuadam.adam_step(arrays[0], broadcast, *arrays[1:], 1, lr=0.5, eps=0.0)
+    assert (arrays[0].copy_to_host() == 0.5).all()
     if broadcast.strides == (0,):
-        with pytest.raises(ValueError, match=r"grad has shape .* share memory"):
-            gpuadam.adam_step(arrays[0], broadcast, *arrays[1:], 1)
-    else:
-        gpuadam.adam_step(arrays[0], broadcast, *arrays[1:], 1)
+        with pytest.raises(ValueError, match=r"m has shape .* share memory"):
+            gpuadam.adam_step(arrays[0], arrays[1], broadcast, arrays[2], 1)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])

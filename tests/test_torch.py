@@ -489,6 +489,20 @@ def test_a_parameter_of_any_strides(pair, order):
     assert results[0].stride() == results[1].stride()
 
 
+@pytest.mark.parametrize("like", ["one number", "one row"])
+def test_a_gradient_may_be_expanded(pair, like):
+    results = []
+    for make in pair:
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4))
+        rows = [torch.tensor([3.0]), torch.tensor([-1.0])] if like == "one number" else [torch.arange(4.0), torch.ones(4)]
+        opt = make([p], lr=0.1)
+        for row in rows:
+            p.grad = row.expand(3, 4)
+            opt.step()
+        results.append(p)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
 SCHEDULERS = {
     "steps": lambda opt: torch.optim.lr_scheduler.StepLR(opt, 2, gamma=0.5),
     "one cycle": lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=8),  # betas too

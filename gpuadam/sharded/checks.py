@@ -56,7 +56,7 @@ def grads(members, listed, transport, taken, zero_grad, backend):
         named = [(f"the gradient of {member.view.name}", listed[member.number]) for member in elsewhere]
         _, their_views = _chosen(named, transport, backend)
         for member, view in zip(elsewhere, their_views, strict=True):
-            _grad(view, member)
+            _grad(view, member, zero_grad)
             if zero_grad and not view.writeable:
                 checks.read_only(view)
             taken.check(view, member.grad)
@@ -82,7 +82,7 @@ class Taken:
             checks.overlap(self._views, [grad])
 
 
-def _grad(grad, member):
+def _grad(grad, member, zero_grad):
     """Check a gradient that is not the array of its place in the buffer."""
     param = member.view
     checks.one_format(grad, checks.FORMATS if member.grad.format == "float64" else NARROWER)
@@ -90,4 +90,4 @@ def _grad(grad, member):
         raise ValueError(f"{grad.name} has shape {grad.shape}, {param.name} has {param.shape}: nothing is broadcast")
     if grad.device != param.device and param.size:
         raise ValueError(f"{grad.name} is on device {grad.device}, {param.name} on {param.device}: move one of them")
-    checks.layout(grad)
+    checks.layout(grad, written=zero_grad)
