@@ -142,9 +142,10 @@ def formula(fixed):
 
 
 def bias_correction(group):
-    """Refuse a group of another library's Adam that leaves the bias correction out, as Apex and its like can."""
-    if not group.get("bias_correction", True):
-        raise ValueError("bias_correction=False in a saved group: moments are always corrected here, and steps would differ")
+    """Refuse a group of another library's Adam that leaves the bias correction out, as those of Apex and transformers can."""
+    for key in ("bias_correction", "correct_bias"):
+        if not group.get(key, True):
+            raise ValueError(f"{key}=False in a saved group: moments are always corrected here, and steps would differ")
 
 
 def given(name, array):

@@ -295,6 +295,42 @@ BAD_CHECKPOINTS = {
         "different number of parameter group",
     ),
     "a bad lr": (lambda d: d | {"param_groups": [d["param_groups"][0] | {"lr": -1.0}]}, ValueError, "lr=-1.0"),
+    "state of no parameter": (
+        lambda d: d | {"state": d["state"] | {3: d["state"][0]}},
+        ValueError,
+        r"keys \[3\], which are of no parameter .* the groups have \[0, 1, 2\]",
+    ),
+    "state by names, of groups with numbers": (
+        lambda d: d | {"state": dict(zip(("w", "b", "s"), d["state"].values(), strict=True))},
+        ValueError,
+        r"keys \['w', 'b', 's'\]",
+    ),
+    "state of a parameter under two keys": (
+        lambda d: d | {"state": d["state"] | {"0": d["state"][1]}},
+        ValueError,
+        r"\['0'\]",
+    ),
+    "a key that two parameters have": (
+        lambda d: d | {"param_groups": [d["param_groups"][0] | {"params": [0, 1, 1]}]},
+        ValueError,
+        r"same key; the keys are \[0, 1, 1\]",
+    ),
+    "state that is no dict": (lambda d: d | {"state": d["state"] | {1: torch.tensor(0.0)}}, TypeError, "must be a dict"),
+    "a list of states": (lambda d: d | {"state": [*d["state"].values()]}, TypeError, "must be a dict"),
+    "state that only NAdam has": (lambda d: changed(d, mu_product=torch.tensor(0.9)), ValueError, "mu_product.*no other"),
+    "a remainder without a place": (
+        lambda d: changed(d, remainder=torch.zeros(7, dtype=torch.int16)),
+        ValueError,
+        "remainder.* and master of the one that was saved",
+    ),
+    **{
+        f"{key}=False": (
+            lambda d, key=key: d | {"param_groups": [d["param_groups"][0] | {key: False}]},
+            ValueError,
+            f"{key}=False in a saved group",
+        )
+        for key in ("bias_correction", "correct_bias")
+    },
     "amsgrad without its state": (
         lambda d: d | {"param_groups": [d["param_groups"][0] | {"amsgrad": True}]},
         ValueError,
@@ -314,6 +350,25 @@ def test_a_bad_checkpoint_changes_nothing(what):
     assert after["param_groups"] == before["param_groups"]
     for state, old in zip(after["state"].values(), before["state"].values(), strict=True):
         assert all(torch.equal(state[key], old[key]) for key in old)
+
+
+def test_keys_that_json_made_strings_of_are_those_of_the_parameters():
+    params, opt = stepped(gpuadam.torch.Adam)
+    saved = opt.state_dict()
+    saved = saved | {"state": {str(key): state for key, state in reversed(saved["state"].items())}}
+    others, other = stepped(gpuadam.torch.Adam, seeds=())
+    other.load_state_dict(saved)
+    for p, q in zip(params, others, strict=True):
+        assert all(torch.equal(value, other.state[q][key]) for key, value in opt.state[p].items())
+    assert set(other.state) == set(others)
+
+
+def test_the_maximum_of_a_group_whose_amsgrad_was_turned_off_is_left_out():
+    _, opt = stepped(gpuadam.torch.Adam, amsgrad=True)
+    opt.param_groups[0]["amsgrad"] = False
+    others, other = stepped(gpuadam.torch.Adam, seeds=())
+    other.load_state_dict(opt.state_dict())
+    assert all("max_exp_avg_sq" not in other.state[q] and other.state[q]["step"] == 3 for q in others)
 
 
 @pytest.mark.parametrize("count", [-5.0, 0.5, float("nan"), float("inf")])

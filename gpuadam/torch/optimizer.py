@@ -253,18 +253,19 @@ class Adam(torch.optim.Optimizer):
 
     def _loaded(self, state_dict):
         """Return parameter -> state, of copies in this optimizer's dtypes and on its devices."""
-        groups, states = state_dict["param_groups"], dict(state_dict["state"])
+        groups, loaded = state_dict["param_groups"], {}
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             return {}  # torch refuses these groups, in its words
-        loaded = {}
+        states = torch_state.by_key(state_dict["state"], [key for group in groups for key in group["params"]])
         for present, saved in zip(self.param_groups, groups, strict=True):
             group = self.defaults | saved
             self._checked(group)
+            checks.bias_correction(saved)
             for key, param in zip(saved["params"], present["params"], strict=True):
-                if state := states.pop(key, None):
+                if state := states.get(key):
                     arrays = self._kept(group, param.dtype)
                     loaded[param] = torch_state.converted(state, arrays, param, group["capturable"], f"params[{key!r}]")
-        return loaded | states
+        return loaded
 
     def __getstate__(self):
         return super().__getstate__() | {"options": self.options, "backend": self.backend, "under_way": self.under_way}

@@ -3,11 +3,13 @@
 import functools
 import math
 import numbers
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
 from .. import state as gpuadam_state
+from ..groups import some
 from ..kernels.operands import KINDS
 from .distributed import is_distributed
 
@@ -52,17 +54,43 @@ def count(name, value):
     return int(steps)
 
 
+def by_key(states, keys):
+    """Return the states of a loaded checkpoint by the keys of the parameters in its groups.
+
+    JSON makes strings of keys that are numbers, so "0" is taken for 0. Raises ValueError for a key that no parameter has or that
+    two have, TypeError for state that is no dict.
+    """
+    if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
+        raise TypeError("the loaded state must be a dict: key of a parameter -> dict of its step and moments")
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"two parameters of the loaded groups have the same key; the keys are {some(keys)}")
+    of_text = {str(key): key for key in keys if isinstance(key, int)}
+    own, result, strange = set(keys), {}, []
+    for given, state in states.items():
+        key = given if given in own else of_text.get(given)
+        if key is None or key in result:
+            strange.append(given)
+        result[key] = state
+    if strange:
+        raise ValueError(
+            f"the loaded state has the keys {some(strange)}, which are of no parameter in its groups or of one that has state: "
+            f"the groups have {some(keys)}. Give the state of each parameter the key that it has there"
+        )
+    return result
+
+
 def converted(state, arrays, param, capturable, name):
     """Return a copy of a loaded state, in the dtypes of some Arrays, beside the parameter.
 
-    A parameter without a remainder in its checkpoint gets one of zero. Raises ValueError for an array that is missing or of
-    another shape, TypeError for integers in the place of numbers and the other way round.
+    A parameter without a remainder in its checkpoint gets one of zero. Raises ValueError for an array that is missing, has no
+    place here or is of another shape, TypeError for integers in the place of numbers and the other way round.
     """
     needed = ["step", *(array.name for array in arrays)]
-    if set(needed) - state.keys() - {"remainder"}:
+    strange = state.keys() - set(needed) - {NAMES["max_v"]}  # which stays in the state when a group's amsgrad is turned off
+    if strange or set(needed) - state.keys() - {"remainder"}:
         raise ValueError(
-            f"the loaded state of {name} has {sorted(state)}, and this optimizer needs {needed}: make one with the "
-            "amsgrad and state_dtype of the one that was saved"
+            f"the loaded state of {name} has {sorted(map(str, state))}, and this optimizer needs {needed} and no other: make one "
+            "with the amsgrad, state_dtype and master of the one that was saved, which must be an Adam or AdamW"
         )
     result = new(arrays, param, capturable)
     result["step"].fill_(count(name, state["step"]))
