@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from . import backends, checks
-from .groups import differing_names
+from .groups import MAPPING, differing_names, places_of_groups
 from .kernels.view import Bits, a_kind, is_jax
 from .state import check_meaning
 from .torch_tensors import is_tensor
@@ -39,7 +39,7 @@ def from_torch(opt, state_dict, names=None):
 
     names: this optimizer's names of torch's parameters, in torch's order, through all groups. By default the names in the
         state_dict, which it has if torch's optimizer was made by `torch.optim.Adam(model.named_parameters())`. Both optimizers
-        must have the same groups.
+        must have the same groups, in any order.
 
     If this optimizer's learning rate is a callable, it stays: torch's schedulers are not in its state. `opt.steps` becomes the
     largest step count. Raises ValueError or TypeError if anything differs, and then nothing has changed.
@@ -61,19 +61,18 @@ def from_torch(opt, state_dict, names=None):
     _check_names(name_of.values(), opt)
     if strange := [index for index in theirs if index not in name_of]:
         raise ValueError(f"the state_dict has state of {strange}, which are in none of its groups")
-    if len(groups) != len(their_groups):
-        raise ValueError(f"the state_dict has {len(their_groups)} groups, the optimizer {len(groups)}")
-    for group, their_group in zip(groups, their_groups, strict=True):
+    structures = [structure._replace(kind=MAPPING) for structure in opt.arrangement.structures]  # all have names now
+    named = [[name_of[index] for index in group["params"]] for group in their_groups]
+    for group, k in zip(groups, places_of_groups(named, structures, by_place=False), strict=True):
+        their_group = their_groups[k]
         if missing := sorted({"lr", "betas", "eps", "weight_decay", "params"} - set(their_group)):
             raise ValueError(f"a group of the state_dict has no {missing}: it is not one of torch.optim.Adam or AdamW")
         checks.bias_correction(their_group)
         if their_group.get("decoupled_weight_decay", opt.decoupled) is not opt.decoupled:
             raise ValueError("torch's decoupled_weight_decay differs: load Adam's state into Adam, AdamW's into AdamW")
         lr = None if group["lr"] is None else _number(their_group["lr"])
-        in_group = {name_of[index] for index in their_group["params"]}
         group |= {key: their_group[key] for key in HYPERPARAMETERS_OF_TORCH if key in their_group}
         group |= {"lr": lr, "betas": tuple(map(_number, their_group["betas"]))}
-        group["names"] = [name for name in opt.state if name in in_group]
     states = {name: _from_torch(name, theirs.get(index), opt) for index, name in name_of.items()}
     steps = max(state["step"] for state in states.values())
     opt.load_state_dict({"steps": steps, "groups": groups, "state": states, **OF_TORCH})

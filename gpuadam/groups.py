@@ -229,6 +229,32 @@ def differing_names(theirs, ours):
     return " and ".join([f"it does not have {some(missing)}"] * bool(missing) + [f"only it has {some(extra)}"] * bool(extra))
 
 
+def places_of_groups(names, structures, by_place):
+    """Return, for each Structure, which of the loaded groups has its parameters. names: of each of these.
+
+    Parameters with names may come in another order, and so may their groups, unless by_place: what is kept of a parameter goes
+    by its place among all. In a sequence numbers are the names. Raises ValueError if groups or orders differ.
+
+    >>> places_of_groups([["a"], ["c", "b"]], [Structure(MAPPING, ["b", "c"], False), Structure(MAPPING, ["a"], False)], False)
+    [1, 0]
+    """
+    by_names: dict[tuple, list[int]] = {}
+    for k, of_group in enumerate(names):
+        by_names.setdefault(tuple(sorted(of_group)), []).append(k)
+    places = []
+    for kind, own, _ in structures:
+        alike = by_names.get(tuple(sorted(own)))
+        if alike and (kind == MAPPING or names[alike[0]] == own):
+            places.append(alike.pop(0))
+    saved, ours = list(itertools.chain(*names)), [name for structure in structures for name in structure.names]
+    was = f"they were {some(saved)} in groups of {[len(of_group) for of_group in names]}"
+    if not len(places) == len(names) == len(structures):
+        raise ValueError(f"the parameters are in other groups, or in another order where numbers are their names: {was}")
+    if by_place and saved != ours:
+        raise ValueError(f"the parameters have another order, by which numbers are rounded randomly: {was}")
+    return places
+
+
 def decay_groups(params, no_decay, weight_decay=1e-2):
     """Return two groups for `Adam` or `AdamW`: the parameters that decay, and those that do not.
 

@@ -20,6 +20,7 @@ from .groups import (
     grads_of_params,
     is_sequence,
     parsed_groups,
+    places_of_groups,
     saved_settings,
     what_is,
 )
@@ -404,6 +405,9 @@ class Adam(HasGroups):
     def load_state_dict(self, state_dict):
         """Copy a `state_dict()` into this optimizer, which must have parameters of the same names, shapes and dtypes.
 
+        Groups must have the same parameters. Where these have names, they and the groups may come in another order, unless
+        numbers are rounded randomly, which goes by the place of a parameter.
+
         An array that is the optimizer's own, because the state_dict was not copied when it was taken, has gone on since: it is
         refused if the parameter has. Moments that mean something else are refused: v of AdaMax is no mean of squares, and max_v
         of formula="optax" is that of the corrected v.
@@ -451,9 +455,11 @@ class Adam(HasGroups):
         if set(states) != set(self.state):
             missing, extra = sorted(set(self.state) - set(states)), sorted(map(str, set(states) - set(self.state)))
             raise ValueError(f"the parameters' names differ: not in the state_dict {missing}, only in it {extra}")
-        names = [list(g["names"]) if isinstance(g.get("names"), (list, tuple)) else None for g in groups]
-        if names != [group["names"] for group in self.groups]:
-            raise ValueError("the state_dict's groups do not hold the same parameters as the optimizer's, in the same order")
+        names = [group.get("names") for group in groups]
+        if not all(isinstance(own, (list, tuple)) and all(isinstance(name, str) for name in own) for own in names):
+            raise ValueError('the "names" of a group of a state_dict must be a list of strings')
+        structures, by_place = self.arrangement.structures, self.options.rounds_randomly
+        groups = [groups[k] for k in places_of_groups(list(map(list, names)), structures, by_place)]
         saved = {key: checks.one_of(known, f"the state_dict's {key}", state_dict[key]) for key, known in OF_MOMENTS.items()}
         settings = [self._checked_settings(k, group) for k, group in enumerate(groups)]
         counted = {}

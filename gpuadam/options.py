@@ -66,6 +66,11 @@ class Options:
             self.decoupled,
         )
 
+    @property
+    def rounds_randomly(self):
+        """Whether numbers are rounded randomly: by the place of their parameter among all, so that its name is not enough."""
+        return self.stochastic_rounding or self.state_dtype in ("bfloat16", "8bit")
+
     def kept(self, param, amsgrad):
         """Return key -> format of the state of a parameter, in the order of operands. param: the parameter's View."""
         kept = state.kept(param.format, self.state_dtype, amsgrad, self.master, self.ema_decay is not None)

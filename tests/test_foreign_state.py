@@ -60,6 +60,17 @@ def test_names_of_torch_may_come_in_another_order():
     assert opt.state["layer.b"]["m"].tobytes() == arrays(1)["layer.b"].tobytes()
 
 
+def test_groups_of_torch_may_come_in_another_order():
+    given, d = arrays(0), torch_dict()
+    d["param_groups"] = [d["param_groups"][0] | {"lr": float(k + 1), "params": [k]} for k in range(3)]
+    schedule = lambda step: 0.25  # noqa: E731
+    groups = [{"params": {name: given[name]}, "lr": schedule if name == "s" else 9.0} for name in reversed(NAMES)]
+    opt = gpuadam.Adam(groups)
+    foreign_state.from_torch(opt, d, NAMES)
+    assert [group["lr"] for group in opt.groups] == [schedule, 2.0, 1.0]
+    assert [opt.state[name]["step"] for name in NAMES] == [7, 8, 9]
+
+
 def test_a_callable_learning_rate_stays():
     opt = gpuadam.Adam(arrays(0), lr=lambda step: 0.25)
     foreign_state.from_torch(opt, torch_dict(), NAMES)
@@ -79,7 +90,12 @@ WRONG = {
     "permuted names": (lambda d: d, ["layer.b", "layer.w", "s"], ValueError, "shape"),
     "no state_dict": (lambda d: {}, NAMES, ValueError, "state_dict of torch"),
     "state of nobody": (lambda d: d | {"state": d["state"] | {9: {}}}, NAMES, ValueError, r"state of \[9\]"),
-    "two groups": (lambda d: d | {"param_groups": d["param_groups"] + [{"params": []}]}, NAMES, ValueError, "2 groups"),
+    "two groups": (
+        lambda d: d | {"param_groups": d["param_groups"] + [{"params": []}]},
+        NAMES,
+        ValueError,
+        r"groups of \[3, 0\]",
+    ),
     "amsgrad": (lambda d: torch_dict(amsgrad=True), NAMES, ValueError, "amsgrad and the like must agree"),
     "another dtype": (
         lambda d: spoiled(d, exp_avg=arrays(1, "f8")["layer.b"]),

@@ -247,6 +247,63 @@ def test_state_dict_resumes_bit_for_bit():
     assert resumed.groups[0]["lr"] == 0.01
 
 
+def in_groups(arrays, reverse=False):
+    """Return three groups by names, of different settings; reverse: they and the names in them in the other order."""
+    groups = [{"params": {"w": arrays["w"]}, "lr": 0.1}, {"params": {}}, {"params": dict(arrays), "eps": 0.5}]
+    del groups[2]["params"]["w"]
+    return [group | {"params": dict(reversed(group["params"].items()))} for group in reversed(groups)] if reverse else groups
+
+
+@pytest.mark.parametrize("to", ["a state_dict", "a file"])
+def test_names_and_groups_may_come_in_another_order(to, tmp_path):
+    own = params() | {"c": np.ones(3, "f4")}
+    opt = gpuadam.AdamW(in_groups(own))
+    opt.step(grads() | {"c": None})
+    others = {name: p.copy() for name, p in own.items()}
+    if to == "a file":
+        opt.save(tmp_path / "a")
+        other = gpuadam.load(tmp_path / "a", in_groups(others, reverse=True))
+    else:
+        other = gpuadam.AdamW(in_groups(others, reverse=True), lr=0.5)
+        other.load_state_dict(opt.state_dict())
+    for _ in range(2):
+        for one in (opt, other):
+            one.step(grads(2) | {"c": np.ones(3, "f4")})
+    assert [group["names"] for group in other.groups] == [["c", "b"], [], ["w"]]
+    settings = [
+        [{k: x for k, x in group.items() if k not in ("params", "names")} for group in o.groups] for o in (opt, other)
+    ]
+    assert settings[1] == settings[0][::-1] and settings[0][0]["lr"] == 0.1
+    assert everything(other)[0] == everything(opt)[0] and all(different_bits(own[n], others[n]) == 0 for n in own)
+
+
+@pytest.mark.parametrize(
+    "options", [{"stochastic_rounding": True}, {"state_dtype": "bfloat16"}, {"state_dtype": "8bit"}], ids=str
+)
+def test_another_order_is_refused_where_random_bits_go_by_the_place(options, tmp_path):
+    opt, other = gpuadam.Adam(params(), **options), gpuadam.Adam(dict(reversed(params().items())), **options)
+    opt.save(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"another order, by which numbers are rounded randomly: they were \['w', 'b'\]"):
+        other.load_state_dict(opt.state_dict())
+    with pytest.raises(gpuadam.CheckpointError, match="another order, by which numbers are rounded randomly"):
+        gpuadam.load(tmp_path / "a", dict(reversed(params().items())))
+    # the order of groups alone is one of parameters too
+    opt, other = (gpuadam.Adam(in_groups(params(), reverse), **options) for reverse in (False, True))
+    with pytest.raises(ValueError, match="another order, by which numbers"):
+        other.load_state_dict(opt.state_dict())
+
+
+def test_numbers_as_names_are_places():
+    opt = gpuadam.Adam([np.ones(3, "f4"), np.zeros(3, "f4")])
+    d = opt.state_dict()
+    with pytest.raises(ValueError, match="another order where numbers are their names"):
+        opt.load_state_dict(d | {"groups": [d["groups"][0] | {"names": ["1", "0"]}]})
+    named = gpuadam.Adam({"1": np.ones(3, "f4"), "0": np.zeros(3, "f4")})
+    named.load_state_dict(d)  # here somebody has said which is which
+    with pytest.raises(ValueError, match="another order where numbers are their names"):
+        opt.load_state_dict(named.state_dict())
+
+
 def test_loading_copies():
     opt, other = gpuadam.Adam(params()), gpuadam.Adam(params())
     opt.step(grads())
@@ -292,7 +349,11 @@ def changed(d, name, **state):
         (lambda d: d | {"steps": "3"}, TypeError, "steps"),
         (lambda d: d | {"groups": [d["groups"][0] | {"lr": -1}]}, ValueError, "lr"),
         (lambda d: d | {"groups": [d["groups"][0] | {"lr": None}]}, ValueError, "callable"),
-        (lambda d: d | {"groups": []}, ValueError, "groups"),
+        (lambda d: d | {"groups": []}, ValueError, "in other groups.*groups of \\[\\]"),
+        (lambda d: d | {"groups": d["groups"] * 2}, ValueError, "in other groups.*groups of \\[2, 2\\]"),
+        (lambda d: d | {"groups": [d["groups"][0] | {"names": ["w", "w"]}]}, ValueError, "in other groups"),
+        (lambda d: d | {"groups": [d["groups"][0] | {"names": ["w", 1]}]}, ValueError, "list of strings"),
+        (lambda d: d | {"groups": [d["groups"][0] | {"names": "wb"}]}, ValueError, "list of strings"),
     ],
 )
 def test_a_bad_state_dict_changes_nothing(spoil, error, match):

@@ -94,6 +94,15 @@ def folder(by_four, tmp_path):
     return path
 
 
+def test_ranks_take_names_in_another_order(folder):
+    def of_rank(transport):
+        return content(gpuadam.load_sharded(folder, dict(reversed(params().items())), transport))
+
+    _, steps, arrays, settings, _ = all_well(on_ranks(2, of_rank))[0]
+    alone = content(gpuadam.load(folder, params()))
+    assert (steps, arrays) == alone[1:3] and settings[0]["names"] == alone[3][0]["names"][::-1]
+
+
 def parts_of(folder):
     return sorted(path for path in folder.iterdir() if path.name != stored_arrays.INDEX)
 

@@ -1,15 +1,14 @@
 """Loading an `Adam`. `opened`, `about` and `not_fitting` also serve the loading of many ranks."""
 
 import contextlib
-import itertools
 import json
 import os
 from typing import Any, NamedTuple
 
 from .. import backends, checks, family, torch_tensors
-from ..groups import HYPERPARAMETERS, as_given, differing_names, parsed_groups, some
+from ..groups import HYPERPARAMETERS, as_given, differing_names, parsed_groups, places_of_groups, some
 from ..kernels.view import is_array
-from ..options import SAVED
+from ..options import SAVED, Options
 from ..sharded.layout import CELL
 from .format import CLASSES, check_known
 from .safetensors import CheckpointError, require
@@ -21,8 +20,10 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
     """Make the optimizer that `Adam.save` saved: of its class, with its options, hyperparameters, step counts and state.
 
     path: of the file, or of the folder that `ShardedAdam.save` made, from any number of ranks.
-    params: the parameters, of the same names, shapes and dtypes, in the same groups and order; in any form that `Adam` takes, and
-        on any backend. Hyperparameters in groups give way to those that were saved.
+    params: the parameters, of the same names, shapes and dtypes, in the same groups; in any form that `Adam` takes, and on any
+        backend. If they have names, these and the groups may come in another order, unless numbers are rounded randomly: that
+        goes by the place of a parameter, as the last bits of a norm do. Hyperparameters in groups give way to those that were
+        saved.
     backend, param_copies: as in `Adam`; the copies themselves are not saved.
     lr: a learning rate instead of the saved ones; for several groups a list, in which None stands for the saved one. A callable
         is not saved, so it has to be given again, here or in its group. If lr is an array of one number, which `capturable`
@@ -105,7 +106,11 @@ def opened(path, params, backend, lr):
     with opened_file(path, _longest_header(views)) as stored:
         saved = stored.saved
         check_known("options", saved.options, SAVED)
-        _check_params(saved, [group["names"] for group in groups], views)
+        _check_params(saved, views)
+        with not_fitting():
+            names, by_place = [group["names"] for group in saved.groups], Options(**saved.options).rounds_randomly
+            places = places_of_groups(names, structures, by_place)
+        stored.saved = saved = saved._replace(groups=[saved.groups[k] for k in places])
         rates = _learning_rates(lr, groups, saved.groups)
         arguments = []
         for group, structure, rate, saved_group in zip(groups, structures, rates, saved.groups, strict=True):
@@ -146,16 +151,10 @@ def _longest_header(views):
     return 2_000_000 + sum((1 + view.size // CELL) * (1200 + 20 * in_json[name]) for name, view in views.items())
 
 
-def _check_params(saved, names, views):
-    """Compare names, order, shapes and dtypes of the parameters, before any state is made for them.
-
-    names: of each group's parameters. views: name -> View.
-    """
+def _check_params(saved, views):
+    """Compare names, shapes and dtypes of the parameters, before any state is made for them. views: name -> View."""
     difference = differing_names(saved.params, views)
     require(not difference, f"the parameters' names differ: {difference}. State belongs to a name, never to a place")
-    saved_names = [group["names"] for group in saved.groups]
-    order = f"{some(itertools.chain(*saved_names))} in groups of {[len(group) for group in saved_names]}"
-    require(names == saved_names, f"the parameters have another order or other groups: they were {order}")
     was = {name: f"{entry['dtype']} of shape {entry['shape']}" for name, entry in saved.params.items()}
     now = {name: f"{view.format} of shape {list(view.shape)}" for name, view in views.items()}
     wrong = [f"{name!r} was {was[name]}, and is {now[name]}" for name in now if was[name] != now[name]]

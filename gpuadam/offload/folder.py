@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.atomic_file import replacing
+from ..options import Options
 from .state import Store, laid_out
 
 try:
@@ -59,7 +60,8 @@ class Folder(Store):
             # under way until the arrays are filled
             new = {"steps": 0, "behind": {}, "under_way": True, "unflushed": _boot()}
             self.marks = self._reliable_marks() if self.existed else new
-            self.arrays = laid_out(beginnings, self._memory_of)
+            order = _read(self.path / STATE, lambda there: [*there["parameters"]]) if self.existed else beginnings
+            self.arrays = laid_out({name: beginnings[name] for name in order}, self._memory_of)
             if not self.existed:
                 self._write(STEPS, self.marks)
                 self._write(STATE, description)  # last: with it the folder is complete
@@ -217,7 +219,9 @@ def _facts(description):
     params = description["parameters"]
     of_params = {f"params[{name!r}].{key}": value for name, param in params.items() for key, value in param.items()}
     first = {"layout": description["layout"], "algorithm": "adam"}  # what older folders do not say, all of which are Adam's
-    return first | description["options"] | {"the names of parameters": list(params)} | of_params
+    # numbers are rounded randomly by the place of a parameter
+    names = list(params) if Options(**description["options"]).rounds_randomly else sorted(params)
+    return first | description["options"] | {"the names of parameters": names} | of_params
 
 
 def _marks(content):

@@ -37,6 +37,7 @@ class OffloadAdam(Adam):
         parameter's value, the update is of the master, and the parameter is its rounded copy. "remainder" as in `Adam`.
     state: "memory", which is pinned if a GPU takes part, or the path of a folder for files of state. A folder of an earlier
         optimizer, with the same options and parameters of the same names, shapes and formats, is continued where it was closed.
+        The order of names matters only where numbers are rounded randomly.
         The values of the parameters are not in it: they are the caller's to keep.
     budget: bytes of the arrays that are under way at once: of mapped files, and of copies, in the host's memory and on the GPU
         each. A step needs no more memory than this beside the arrays that stay, but for the rounding to pages: small parameters
