@@ -238,6 +238,11 @@ def _memory(name, array):
     if isinstance(array, np.ndarray):
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name} is a masked array; an update cannot heed its mask. Pass {name}.data, or a copy")
+        if hasattr(type(array), "__cuda_array_interface__"):  # Numba's managed and mapped arrays, and slices of them
+            raise TypeError(
+                f"{name} is {arrays.a_kind(array)}, whose memory is the host's and a GPU's too: pass numba.cuda.as_cuda_array(x) "
+                "to have it updated on the GPU, or np.asarray(x) on the CPU, once the device has done its work"
+            )
         return "CPU"
     if arrays.always_cuda(array):
         return "CUDA"

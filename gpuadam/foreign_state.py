@@ -216,6 +216,9 @@ def _format_here(key, name, opt):
 
 def _held(key, name, array, opt):
     """Return another library's array as the state here is held: a narrower format widened, and bfloat16 as uint16."""
+    if isinstance(array, np.ndarray):
+        _, (view,) = backends.choose([(f"{key} of {name!r}", array)], "numba-cpu")
+        array = view.array  # not of a subclass, which may have its own idea of a dtype
     if not hasattr(array, "dtype"):
         raise TypeError(f"{key} of {name!r} is {a_kind(array)}, not an array")
     theirs, ours = _format(array), _format_here(key, name, opt)

@@ -65,7 +65,8 @@ def on_cpu(name, array):
         if not isinstance(array, np.ndarray):
             shared = borrowed(name, array)
             array, bits = np.asarray(shared), shared.bits
-        array = array.view(np.ndarray)  # a subclass may have its own idea of shape: a matrix is always 2-D
+        # a subclass may have its own idea of shape, as a matrix, which is always 2-D, and of `view`
+        array = np.ndarray.view(array, np.ndarray)
     pointer, flags = _address(array), array.flags
     writeable, contiguous = flags.writeable, flags.c_contiguous
     return View(name, array, pointer, array.shape, array.strides, array.dtype, writeable, contiguous, None, bits=bits)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam import checks
+from gpuadam import checks, foreign_state
 from gpuadam.kernels import view as arrays
 
 inf, nan = float("inf"), float("nan")
@@ -324,6 +324,73 @@ def test_a_subclass_of_ndarray_is_updated_like_an_array(tmp_path, subclass, name
         assert (np.asarray(given[k]) == plain[k]).all()
     whole[20:22] = 7
     assert (whole == 7).all()
+
+
+class Own(np.ndarray):
+    """An array with its own idea of everything."""
+
+    def refuse(self, *args, **options):
+        raise AssertionError("a method of the subclass was called")
+
+    view = reshape = ravel = astype = copy = fill = item = __array__ = refuse
+    __getitem__ = __setitem__ = __array_ufunc__ = __array_function__ = refuse
+    shape = dtype = strides = size = flags = __array_interface__ = property(refuse)
+
+    def __array_finalize__(self, array):
+        if array is not None:
+            self.refuse()
+
+    @staticmethod
+    def of(array):
+        """Return one over the memory of an array."""
+        return np.ndarray.__new__(Own, array.shape, array.dtype, array)
+
+
+def loaded_state(own):
+    opt = gpuadam.Adam(np.ones((2, 3), "f4"))
+    opt.load_state_dict(opt.state_dict() | {"state": {"0": {"step": 1, "m": own, "v": own}}})
+
+
+def widened_state(own):
+    group = {"lr": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0, "params": [0]}
+    state = {0: {"step": 1, "exp_avg": own, "exp_avg_sq": own}}
+    foreign_state.from_torch(gpuadam.Adam({"w": np.ones((2, 3))}), {"state": state, "param_groups": [group]}, ["w"])
+
+
+TAKERS = {
+    "norm": gpuadam.global_norm,
+    "flatten": gpuadam.flatten,
+    "a step": lambda own: gpuadam.Adam(np.ones((2, 3), "f4")).step(own, max_norm=1.0),
+    "a parameter": lambda own: gpuadam.Adam(own, ema_decay=0.5).step(np.ones((2, 3), "f4"), check_finite=True),
+    "a copy": lambda own: gpuadam.Adam(np.ones((2, 3), "f4"), param_copies=own).step(np.ones((2, 3), "f4")),
+    "zeros": lambda own: gpuadam.Adam(np.ones((2, 3), "f4"), zero_grad=True).step(own, found_inf=True),
+    "state": loaded_state,
+    "state of torch": widened_state,
+    "OffloadAdam": lambda own: gpuadam.OffloadAdam(np.ones((2, 3), "f4")).step(own, max_norm=1.0),
+    "ShardedAdam": lambda own: gpuadam.ShardedAdam(np.ones((2, 3), "f4"), gpuadam.transports.Local()).step(own),
+}
+
+
+@pytest.mark.parametrize("what", TAKERS)
+def test_no_method_of_a_subclass_of_ndarray_is_called(what):
+    TAKERS[what](Own.of(np.full((2, 3), 0.5, "f4")))
+
+
+@pytest.mark.parametrize("name", ["param", "grad", "m", "v"])
+def test_an_array_with_its_own_idea_of_everything_is_updated_by_its_memory(name):
+    plain, given = good(), good()
+    memory = given[name]
+    given[name] = Own.of(memory)
+    for one in (plain, given):
+        gpuadam.adam_step(*list(one.values())[:4], 1)
+    assert (memory == plain[name]).all()
+
+
+def test_memory_that_is_the_hosts_and_a_gpus_is_of_no_backend():
+    shared = type("ManagedNDArray", (np.ndarray,), {"__cuda_array_interface__": {}})
+    assert_refused(
+        TypeError, "grad is a .*ManagedNDArray, whose memory .* a GPU's too", good() | {"grad": good()["grad"].view(shared)}
+    )
 
 
 def test_minus_zero_is_zero_whatever_came_before():

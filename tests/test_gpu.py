@@ -185,6 +185,33 @@ def test_a_broadcast_numba_array_is_read_as_such_and_not_written():
             gpuadam.adam_step(arrays[0], arrays[1], broadcast, arrays[2], 1)
 
 
+@pytest.mark.parametrize("kind", ["managed_array", "mapped_array"])
+def test_numbas_arrays_of_host_and_gpu_are_refused_until_it_is_said_where_they_are_updated(kind):
+    from numba import cuda
+
+    given = wide_state(1003)[:4]
+    expected = [a.copy() for a in given]
+    gpuadam.adam_step(*expected, 1)
+    arrays = [getattr(cuda, kind)(1003, "f4") for _ in given]
+    for a, values in zip(arrays, given, strict=True):
+        np.asarray(a)[:] = values
+    device_arrays = [cuda.as_cuda_array(a) for a in arrays]
+    for k in range(4):
+        for one in (arrays[k], arrays[k][:], arrays[k] * 1):  # of the last two Numba does not know where they are
+            for others in (given, device_arrays):
+                with pytest.raises(
+                    TypeError, match=r"NDArray, whose memory .* numba.cuda.as_cuda_array\(x\) .* np.asarray\(x\)"
+                ):
+                    gpuadam.adam_step(*others[:k], one, *others[k + 1 :], 1)
+    assert_same_bits([np.asarray(a) for a in arrays], given)
+    gpuadam.adam_step(*device_arrays, 1)
+    cuda.synchronize()
+    assert_same_bits([np.asarray(a) for a in arrays], expected)
+    gpuadam.adam_step(*map(np.asarray, arrays), 2)
+    gpuadam.adam_step(*expected, 2)
+    assert_same_bits([np.asarray(a) for a in arrays], expected)
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
 def test_empty_arrays_of_every_library(cp, backend, shape):
     from numba import cuda

@@ -27,6 +27,11 @@ def mem_host_alloc(d, out, n_bytes, flags):
     d.allocate_now(out, memory.HOST, n_bytes, "cuMemHostAlloc")
 
 
+@entry("cuMemAllocManaged", "pnu", unsafe=True)
+def mem_alloc_managed(d, out, n_bytes, flags):
+    d.allocate_now(out, d.device, n_bytes, "cuMemAllocManaged")  # a device's memory is the host's in any case
+
+
 @entry("cuMemFreeHost", "p", unsafe=True)
 def mem_free_host(d, address):
     d.free(address, True)
