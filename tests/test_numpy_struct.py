@@ -196,6 +196,28 @@ def test_what_is_not_plain_has_no_table_if_all_arrays_are_like_it(what):
     assert table([NOT_PLAIN[what](a) for a in plain((4, 6))]) is None
 
 
+@pytest.mark.parametrize("k", range(5), ids=NAMES)
+def test_a_dtype_at_the_address_of_one_that_is_gone_is_read_as_what_it_is(k):
+    """Dtypes with metadata come and go, unlike NumPy's own: what is known by their address must keep them alive."""
+
+    def step(dtype):
+        arrays = plain(width=5)
+        arrays[k] = np.ones(6, dtype)
+        gpuadam.adam_step(*arrays[:4], 1, max_v=arrays[4])
+
+    addresses, again = set(), 0
+    for n in range(100):
+        floats = np.dtype("f4", metadata={"n": n})
+        addresses.add(id(floats))
+        step(floats)
+        del floats
+        integers = np.dtype("i4", metadata={"n": n})
+        again += id(integers) in addresses
+        with pytest.raises(TypeError, match="int32"):
+            step(integers)
+    assert again
+
+
 def test_a_memmap_has_no_table(tmp_path):
     arrays = plain()
     arrays[M - PARAM] = np.memmap(tmp_path / "m", "f4", "w+", shape=(6,))
