@@ -363,6 +363,59 @@ def test_keys_that_json_made_strings_of_are_those_of_the_parameters():
     assert set(other.state) == set(others)
 
 
+def named(names="wbs", grouped=False, make=gpuadam.torch.Adam, **options):
+    """Return name -> parameter, all of one shape, and their optimizer after a step; grouped: the first in a group of its own."""
+    params = {name: torch.nn.Parameter(torch.full((3,), float(ord(name)))) for name in names}
+    items = list(params.items())
+    groups = [{"params": items[:1], "lr": 0.5}, {"params": items[1:]}] if grouped else items
+    try:
+        opt = make(groups[::-1] if grouped == "reversed" else groups, **options)
+    except (TypeError, AttributeError):
+        pytest.skip("this torch's optimizers take no names")
+    for name, p in params.items():
+        p.grad = torch.full((3,), float(ord(name)) / 100)
+    opt.step()
+    return params, opt
+
+
+@pytest.mark.parametrize("of", [torch.optim.Adam, gpuadam.torch.Adam], ids=["torch", "gpuadam"])
+@pytest.mark.parametrize("names, grouped", [("sbw", False), ("wsb", True), ("wsb", "reversed")])
+def test_names_in_another_order_decide_which_state_is_whose(names, grouped, of):
+    params, saved = named(grouped=bool(grouped), make=of)
+    others, opt = named(names, grouped)
+    own = [(group["param_names"], group["params"]) for group in opt.param_groups]
+    opt.load_state_dict(saved.state_dict())
+    for name, p in others.items():
+        assert torch.equal(opt.state[p]["exp_avg"], saved.state[params[name]]["exp_avg"].float())
+    assert [(group["param_names"], group["params"]) for group in opt.param_groups] == own
+    if grouped:
+        assert {group["param_names"][0]: group["lr"] for group in opt.param_groups}["w"] == 0.5
+
+
+def test_other_names_leave_it_to_the_place_as_in_torch():
+    _, saved = named("xyz")
+    others, opt = named("sbw")
+    opt.load_state_dict(saved.state_dict())
+    for p, q in zip(others.values(), saved.state, strict=True):
+        assert torch.equal(opt.state[p]["exp_avg"], saved.state[q]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    "grouped, options, match",
+    [
+        (False, {"state_dtype": "bfloat16"}, "another order, by which numbers are rounded randomly"),
+        (True, {}, "in other groups"),
+    ],
+)
+def test_names_in_an_order_or_in_groups_that_matter_are_refused(grouped, options, match):
+    _, saved = named(grouped=grouped, **options)
+    _, opt = named("sbw", grouped, **options)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=match):
+        opt.load_state_dict(saved.state_dict())
+    assert str(opt.state_dict()) == str(before)
+
+
 def test_the_maximum_of_a_group_whose_amsgrad_was_turned_off_is_left_out():
     _, opt = stepped(gpuadam.torch.Adam, amsgrad=True)
     opt.param_groups[0]["amsgrad"] = False

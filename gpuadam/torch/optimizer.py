@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import backends, checks, hyperparameters
+from ..groups import MAPPING, Structure, places_of_groups
 from ..optimizer import key_of_parameter
 from ..options import Options
 from ..remembered import Remembered
@@ -228,13 +230,15 @@ class Adam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         """Copy a state_dict of this class, of torch.optim.Adam or of torch.optim.AdamW into this optimizer.
 
-        Settings of groups become the loaded ones. Everything is checked first: nothing has changed if it raises ValueError or
-        TypeError.
+        Settings of groups become the loaded ones. As in torch, a parameter is known by its place. But if the checkpoint has
+        "param_names", and they are those of this optimizer in another order, names decide. Everything is checked first: nothing
+        has changed if it raises ValueError or TypeError.
         """
         loaded = {}
 
         # torch would cast all state to the dtype of its parameter. So state is taken out, after the hooks of others, and put back
         def take(_, state_dict):
+            state_dict = state_dict | {"param_groups": self._in_own_order(state_dict["param_groups"])}
             loaded.update(self._loaded(state_dict))
             self.under_way.begin()
             return state_dict | {"state": {}}
@@ -250,6 +254,18 @@ class Adam(torch.optim.Optimizer):
             except Exception:  # torch too refuses before it changes anything
                 self.under_way.changing = was_changing
                 raise
+
+    def _in_own_order(self, groups):
+        """Return loaded groups in the order of this optimizer's, if its parameters have their names; else as they are."""
+        own, theirs = ([group.get("param_names") for group in given] for given in (self.param_groups, groups))
+        if own == theirs or None in own + theirs or set(itertools.chain(*own)) != set(itertools.chain(*theirs)):
+            return groups  # the place of a parameter decides, as in torch
+        structures = [Structure(MAPPING, names, amsgrad=False) for names in own]
+        ordered = []
+        for k, names in zip(places_of_groups(theirs, structures, self.options.rounds_randomly), own, strict=True):
+            keys = dict(zip(theirs[k], groups[k]["params"], strict=True))
+            ordered.append(groups[k] | {"params": [keys[name] for name in names], "param_names": names})
+        return ordered
 
     def _loaded(self, state_dict):
         """Return parameter -> state, of copies in this optimizer's dtypes and on its devices."""
