@@ -605,14 +605,19 @@ def unpicklable():
 @pytest.mark.parametrize(
     "name, own, other, said",
     [
-        ("weight_decay", unpicklable(), 0.5, "the ranks differ in weight_decay of group 0: 0.5 on rank 0, a half on rank 1"),
+        (
+            "weight_decay",
+            unpicklable(),
+            0.25,
+            "the ranks differ in weight_decay of group 0: 0.25 on rank 0, a half on rank 1",
+        ),
         ("bucket_bytes", 10**5000, 1, "Exceeds the limit"),
         ("weight_decay", Unreadable(0.5), 0.5, "no text"),
         (
             "weight_decay",
             np.float64(0.5),
-            0.5,
-            "the ranks differ in weight_decay of group 0: 0.5 on rank 0, np.float64(0.5) on rank 1",
+            0.25,
+            "the ranks differ in weight_decay of group 0: 0.25 on rank 0, np.float64(0.5) on rank 1",
         ),
         ("lr", raising, 0.1, "rank 1 raised Mute, so all ranks stop: its message cannot be read"),
     ],

@@ -53,6 +53,7 @@ any number of ranks. The norm for clipping, random rounding and 8-bit state neve
 
 Arguments are checked on each rank, and compared between ranks, before a byte is written. Whatever differs (parameters,
 options, gradients) is named on all ranks. An error on one rank is raised on all of them, so that no rank waits for ever.
+Values are compared, and not their types: 1 and 1.0 are equal, a list and a tuple, and NumPy's numbers and Python's.
 
 ## Checkpoints
 

@@ -59,8 +59,10 @@ def _prepared(opt, path, with_params):
     opt.checked_groups()  # what could not be loaded is not saved either
     params = {member.name: (member.view, member.taken) for member in opt.members}
     name = CLASS_OF[opt.options.algorithm, opt.options.decoupled]
-    metadata = encoded(opt, name, [saved_settings(group) for group in opt.groups], params) | {"reduction": opt.reduction}
-    return (folder, metadata), {"path": str(folder), "with_params": with_params, **metadata}, False
+    groups = [saved_settings(group) for group in opt.groups]
+    metadata = encoded(opt, name, groups, params) | {"reduction": opt.reduction}
+    described = metadata | {"groups": groups}  # as numbers: 1 and 1.0, which are equal, differ in JSON
+    return (folder, metadata), {"path": str(folder), "with_params": with_params, **described}, False
 
 
 def _cleared(folder):
