@@ -371,6 +371,19 @@ def test_what_is_wrong_at_construction_is_said(arguments, error, match):
         gpuadam.ShardedAdam(**arguments)
 
 
+class Fixed:
+    """A transport that takes no attributes."""
+
+    __slots__ = ()
+    rank, size, memory = 0, 1, "any"
+    reduce_scatter = all_gather = broadcast = exchange = None
+
+
+def test_a_transport_that_cannot_be_given_its_calls_is_refused():
+    with pytest.raises(TypeError, match=r"Fixed without calls: give it an attribute, calls = transports\.Calls\(\)"):
+        gpuadam.ShardedAdam(w.copy(), Fixed())
+
+
 class OnGPUs(transports.Local):
     memory = "CUDA"
 

@@ -55,6 +55,10 @@ Arguments are checked on each rank, and compared between ranks, before a byte is
 options, gradients) is named on all ranks. An error on one rank is raised on all of them, so that no rank waits for ever.
 Values are compared, and not their types: 1 and 1.0 are equal, a list and a tuple, and NumPy's numbers and Python's.
 
+A step that is cut short, as by Ctrl-C between two collectives, may leave parameters and state of different steps on its rank.
+There every later call over the transport raises ValueError: start all ranks again from a checkpoint. The calls of several
+threads over a transport wait for one another, and have to come in the same order on all ranks.
+
 ## Checkpoints
 
 All ranks call `opt.save(folder)`, and each writes the state that it owns. Both ways to continue have the bits of an

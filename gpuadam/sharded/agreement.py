@@ -16,7 +16,7 @@ def agreed(transport, prepare, *arguments):
     """Call prepare(*arguments) on every rank; return (its result, whether its flag is set on any rank) where all agree.
 
     prepare: returns (result, a dict name -> value of what must be the same on all ranks, flag). If it raises on one rank, every
-    rank raises. Raises ValueError, the same on every rank, if the dicts differ.
+    rank raises. Raises ValueError, the same on every rank, if the dicts differ. Either ends the call (`transports.Calls`).
 
     >>> from gpuadam import transports
     >>> agreed(transports.Local(), lambda: ("checked", {"lr": 0.1}, False))
@@ -26,20 +26,17 @@ def agreed(transport, prepare, *arguments):
     try:
         result, described, flag = prepare(*arguments)
         digest = hashlib.blake2b(repr(described).encode(), digest_size=16).digest()
-    except Exception as caught:  # noqa: BLE001 - of any kind: the other ranks must not wait for this one; it is raised below
+    except BaseException as caught:  # noqa: BLE001 - Ctrl-C too: the other ranks must not wait; it is raised below
         error = caught
         kind = next((kind for kind in KINDS if isinstance(error, kind)), RuntimeError)
         problem = kind(f"rank {transport.rank} raised {type(error).__name__}, so all ranks stop: {_text(error)}")
     of_ranks = transport.exchange((problem, digest, flag))
-    if error is not None:
-        raise error
-    for problem, *_ in of_ranks:
-        if problem is not None:
-            raise problem
-    if len({digest for _, digest, _ in of_ranks}) > 1:
-        difference = _difference(transport.exchange(on_all(transport, _texts, described)))
-        if difference is not None:
-            raise difference
+    problem = next((one for one in (error, *(problem for problem, *_ in of_ranks)) if one is not None), None)
+    if problem is None and len({digest for _, digest, _ in of_ranks}) > 1:
+        problem = _difference(transport.exchange(on_all(transport, _texts, described)))
+    if problem is not None:
+        transport.calls.over()
+        raise problem
     return result, any(flag for *_, flag in of_ranks)
 
 

@@ -24,10 +24,11 @@ The first two start a collective, and `wait()` of their Work returns when it is 
 was done when its call returned, as with `Local`; `Work(wait)` calls a function of yours.
 """
 
+from .calls import Calls
 from .local import Local
 from .mpi import MPI
 from .nccl import NCCL
 from .protocol import Transport, Work, check
 from .torch import Torch
 
-__all__ = ["MPI", "NCCL", "Local", "Torch", "Transport", "Work", "check"]
+__all__ = ["MPI", "NCCL", "Calls", "Local", "Torch", "Transport", "Work", "check"]
