@@ -59,6 +59,21 @@ A step that is cut short, as by Ctrl-C between two collectives, may leave parame
 There every later call over the transport raises ValueError: start all ranks again from a checkpoint. The calls of several
 threads over a transport wait for one another, and have to come in the same order on all ranks.
 
+## When a rank ends or is missing
+
+Each rank has to take as many steps as the others. With uneven batches one ends before them:
+
+| what happens to a rank | the others, with `MPI` and `NCCL` |
+|---|---|
+| it ends normally, or calls `transport.close()` | raise `transports.RankEnded` in their next call, before anything is written |
+| it raises what nobody handles | are ended, because the rank calls Abort |
+| it ends amid a call, or after one that was cut short | are ended likewise |
+| it is killed, or calls `os._exit` | are ended by mpiexec |
+| it is stopped, busy, or dead without mpiexec's notice | raise `transports.RankMissing`, with its number, after the timeout |
+
+Without `timeout=` they wait for ever in the last case. A program that catches RankMissing can report it, but no longer use the
+transport: the job ends as soon as the program does. With `Torch` the errors and timeouts are torch's.
+
 ## Checkpoints
 
 All ranks call `opt.save(folder)`, and each writes the state that it owns. Both ways to continue have the bits of an

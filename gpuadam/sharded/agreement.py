@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..checkpoint.safetensors import CheckpointError
+from .transports import RankEnded
 
 KINDS = (CheckpointError, FileNotFoundError, TypeError, ValueError, OSError)  # subclasses before their bases
 
@@ -30,7 +31,11 @@ def agreed(transport, prepare, *arguments):
         error = caught
         kind = next((kind for kind in KINDS if isinstance(error, kind)), RuntimeError)
         problem = kind(f"rank {transport.rank} raised {type(error).__name__}, so all ranks stop: {_text(error)}")
-    of_ranks = transport.exchange((problem, digest, flag))
+    try:
+        of_ranks = transport.exchange((problem, digest, flag))
+    except RankEnded:
+        transport.calls.over()
+        raise
     problem = next((one for one in (error, *(problem for problem, *_ in of_ranks)) if one is not None), None)
     if problem is None and len({digest for _, digest, _ in of_ranks}) > 1:
         problem = _difference(transport.exchange(on_all(transport, _texts, described)))

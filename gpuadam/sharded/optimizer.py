@@ -192,7 +192,7 @@ class ShardedAdam(HasGroups):
         On a GPU the work goes to CuPy's current stream. With max_norm or check_finite the host waits for the norm.
 
         An exception amid the collectives, such as Ctrl-C, may leave parameters and state of different steps. Every later call
-        over the transport raises ValueError, and says how to go on.
+        over the transport raises ValueError, and says how to go on; `gpuadam.sharded` says what the other ranks do.
         """
         arguments = grads, grad_scale, max_norm, check_finite, found_inf
         with self.transport.calls.alone("a step"):

@@ -8,6 +8,14 @@ from ...kernels import view as arrays
 from .calls import Calls
 
 
+class RankEnded(RuntimeError):
+    """A rank has ended, or has closed its transport, and takes part in no call any more. This call has written nothing."""
+
+
+class RankMissing(RuntimeError):
+    """A rank did not come to a collective within the transport's timeout. The call is cut short."""
+
+
 class Work(NamedTuple):
     """A collective under way. A Work without arguments is one that was done when its call returned.
 

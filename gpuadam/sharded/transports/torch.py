@@ -14,8 +14,9 @@ class Torch:
 
     group: by default the whole world. With NCCL the arrays are CuPy's, and CuPy's current stream is made torch's while a
     collective is enqueued. gloo has no reduce-scatter of its own, and sums whole buffers: right, but slower than MPI.
-    `torchrun` starts the ranks, and ends them all when one fails. After a call that was cut short, a new transport needs a new
-    group.
+    `torchrun` starts the ranks, and ends them all when one fails. When a rank ends or is missing, it is torch that raises an
+    error: gloo as soon as a connection is closed, both after the timeout that `init_process_group` was given. After a call that
+    was cut short, a new transport needs a new group.
     """
 
     def __init__(self, group=None):
