@@ -8,6 +8,9 @@ import functools
 import hashlib
 import json
 import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -417,3 +420,66 @@ def one_raises():
         opt.step(np.ones(param.size, "f4"))
         if (step, transport.rank) == (5, 1):
             raise RuntimeError("a rank has had enough")
+
+
+def ends():
+    """Rank 1 ends before its third step, or is missing from it, as HOW says. The others say what their third step raises."""
+    seconds = os.environ.get("TIMEOUT")
+    transport = transports.MPI(timeout=None if seconds is None else float(seconds))
+    param = np.zeros(10_000, "f4")
+    opt = gpuadam.ShardedAdam(param, transport)
+    for _ in range(2):
+        opt.step(np.ones(param.size, "f4"))
+    if transport.rank == 1:
+        WAYS[os.environ["HOW"]](opt)
+    else:
+        said = message(opt.step, np.ones(param.size, "f4"))
+        sys.stdout.write(f"rank {transport.rank}: {opt.steps} steps, {said}\n")  # in one piece
+
+
+def finalize(opt):
+    from mpi4py import MPI
+
+    MPI.Finalize()
+
+
+def close(opt):
+    opt.transport.close()
+    sys.stdout.write(f"rank 1: {message(opt.step, opt.grads)}\n")
+
+
+def interrupted(opt):
+    """Catch the exception of a step that was cut short."""
+    opt.transport.all_gather = None
+    assert message(opt.step, opt.grads).startswith("TypeError")
+
+
+def busy(opt):
+    time.sleep(600)
+
+
+WAYS = {
+    "the end of the program": lambda opt: None,
+    "SystemExit(0)": lambda opt: sys.exit(0),
+    "SystemExit(3)": lambda opt: sys.exit(3),
+    "MPI.Finalize": finalize,
+    "close": close,
+    "a step that was cut short": interrupted,
+    "a step that was cut short, and other work": lambda opt: (interrupted(opt), busy(opt)),
+    "other work": busy,
+    "os._exit": lambda opt: os._exit(0),
+    "SIGKILL": lambda opt: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGTERM": lambda opt: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGSTOP": lambda opt: os.kill(os.getpid(), signal.SIGSTOP),
+}
+
+
+def not_made():
+    """Rank 1 makes no transport, or rank 0 makes one with another timeout than OTHER."""
+    from mpi4py import MPI
+
+    rank, other = MPI.COMM_WORLD.rank, os.environ.get("OTHER")
+    if rank == 1 and other is None:
+        time.sleep(600)
+    timeout = 1.0 if other is None else float(other) if rank else 50.0
+    sys.stdout.write(message(transports.MPI, timeout=timeout) + "\n")

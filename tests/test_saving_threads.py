@@ -94,7 +94,9 @@ def test_a_save_while_another_thread_steps_is_whole_or_refused(what, tmp_path):
                 refused += 1
             loaded.append(gpuadam.load(path, arrays(0.5)))  # never a file that cannot be loaded
             time.sleep(0.01 * (k % 3))
-    assert saved + refused == SAVES and refused
+    assert saved + refused == SAVES and bool(refused) == (
+        what != "ShardedAdam"
+    )  # whose saves and steps wait for one another
     at, (_, alone) = {}, MAKERS["Adam" if what == "ShardedAdam" else what]()
     for opt in loaded:
         assert opt.steps >= last

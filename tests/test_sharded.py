@@ -330,6 +330,72 @@ def test_a_job_ends_when_a_rank_raises_even_without_mpi4py_as_its_runner():
     assert "RuntimeError: a rank has had enough" in end[2]
 
 
+@pytest.mark.parametrize("how", ["the end of the program", "SystemExit(0)", "SystemExit(3)", "MPI.Finalize", "close"])
+def test_a_rank_that_ends_while_others_go_on_is_told_to_them(how):
+    expected()
+    status, seconds, output = ended(started(3, "ends", run=(), HOW=how))
+    assert (status == 0) == (how != "SystemExit(3)") and seconds < ENDED_WITHIN, output
+    for rank in (0, 2):
+        assert f"rank {rank}: 2 steps, RankEnded: rank 1 has ended, or closed its transport, and rank {rank} makes" in output
+    assert ("rank 1: RankEnded: rank 1 has ended, or closed its transport, and rank 1 makes" in output) == (how == "close")
+
+
+AMID_A_STEP = "a step that was cut short, and other work"
+
+
+@pytest.mark.parametrize("how", few(["SIGSTOP", AMID_A_STEP, "other work"], "SIGSTOP", AMID_A_STEP))
+def test_a_rank_that_does_not_come_is_named_after_the_timeout_and_the_job_ends(how):
+    expected()
+    end = ended(started(3, "ends", run=(), HOW=how, TIMEOUT="4"))
+    assert end[0] != 0
+    for rank in (0, 2):
+        said = f"RankMissing: rank {rank} has waited for its timeout, 4.0 s, and rank 1 has not come: it may be stopped, dead, or"
+        assert f"rank {rank}: 2 steps, {said}" in end[2]
+    assert "ends amid a step, or after it was cut short: all ranks end" in end[2]
+
+
+@pytest.mark.parametrize("how", ["os._exit", "SIGKILL", "SIGTERM", "a step that was cut short"])
+def test_a_rank_that_ends_without_a_word_or_amid_a_step_ends_the_job(how):
+    expected()
+    end = ended(started(3, "ends", run=(), HOW=how))
+    if how == "os._exit":  # mpiexec may say nothing
+        assert end[1] < ENDED_WITHIN and "nothing was raised" not in end[2]
+    else:
+        assert_ended_as_a_failure(end)
+    assert (how != "a step that was cut short") or "rank 1 ends amid a step, or after it was cut short" in end[2]
+
+
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        ({}, "RankMissing: rank 0 has waited for its timeout, 1.0 s, and not all ranks have made their transport"),
+        ({"OTHER": "60"}, "ValueError: the ranks differ in timeout, [50.0, 60.0, 60.0]: give all ranks the same"),
+    ],
+)
+def test_ranks_that_do_not_make_the_same_transport_are_told(other, said):
+    end = ended(started(3, "not_made", run=(), **other))
+    assert said in end[2] and (end[0] == 0) == bool(other), end
+
+
+@pytest.mark.parametrize(
+    "timeout, error", [(0, ValueError), (-1.0, ValueError), (np.inf, ValueError), ("1", TypeError), (True, TypeError)]
+)
+def test_a_timeout_is_a_positive_number_of_seconds(timeout, error):
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    with pytest.raises(error, match="timeout"):
+        transports.MPI(timeout=timeout)
+
+
+def test_what_follows_a_collective_that_was_not_waited_for_is_refused():
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    transport = transports.MPI()
+    work = transport.all_gather(np.zeros(8, "u1"))
+    with pytest.raises(ValueError, match="a collective that was cut short, or whose Work was not waited for"):
+        transport.exchange("a")
+    work.wait()
+    assert transport.exchange("b") == ["b"]
+
+
 # One rank
 
 
@@ -369,6 +435,19 @@ def test_what_is_wrong_at_construction_is_said(arguments, error, match):
     arguments = {"params": [w.copy()], "transport": transports.Local()} | arguments
     with pytest.raises(error, match=match):
         gpuadam.ShardedAdam(**arguments)
+
+
+class Fixed:
+    """A transport that takes no attributes."""
+
+    __slots__ = ()
+    rank, size, memory = 0, 1, "any"
+    reduce_scatter = all_gather = broadcast = exchange = None
+
+
+def test_a_transport_that_cannot_be_given_its_calls_is_refused():
+    with pytest.raises(TypeError, match=r"Fixed without calls: give it an attribute, calls = transports\.Calls\(\)"):
+        gpuadam.ShardedAdam(w.copy(), Fixed())
 
 
 class OnGPUs(transports.Local):
@@ -616,14 +695,19 @@ def unpicklable():
 @pytest.mark.parametrize(
     "name, own, other, said",
     [
-        ("weight_decay", unpicklable(), 0.5, "the ranks differ in weight_decay of group 0: 0.5 on rank 0, a half on rank 1"),
+        (
+            "weight_decay",
+            unpicklable(),
+            0.25,
+            "the ranks differ in weight_decay of group 0: 0.25 on rank 0, a half on rank 1",
+        ),
         ("bucket_bytes", 10**5000, 1, "Exceeds the limit"),
         ("weight_decay", Unreadable(0.5), 0.5, "no text"),
         (
             "weight_decay",
             np.float64(0.5),
-            0.5,
-            "the ranks differ in weight_decay of group 0: 0.5 on rank 0, np.float64(0.5) on rank 1",
+            0.25,
+            "the ranks differ in weight_decay of group 0: 0.25 on rank 0, np.float64(0.5) on rank 1",
         ),
         ("lr", raising, 0.1, "rank 1 raised Mute, so all ranks stop: its message cannot be read"),
     ],
@@ -785,10 +869,9 @@ def test_nccl_moves_whole_buffers_on_a_stream_of_its_own_and_each_stream_waits_f
         NcclCommunicator=functools.partial(Communicator, log),
         **{"NCCL_FLOAT32": "f4", "NCCL_FLOAT64": "f8", "NCCL_UINT8": "u1", "NCCL_SUM": "sum"},
     )
-    monkeypatch.setattr(nccl_transport, "MPI", lambda comm: transports.Local())
     fakes = {"cupy": SimpleNamespace(cuda=cuda), "cupy.cuda.nccl": nccl}
     monkeypatch.setattr(nccl_transport, "imported", lambda name, fix: fakes[name])
-    transport = transports.NCCL()
+    transport = transports.NCCL(timeout=60)
     given, part = np.arange(100, dtype=dtype), np.zeros(100, dtype)
     transport.reduce_scatter(Memory(given), Memory(part)).wait()
     assert (part == given).all()
@@ -799,6 +882,10 @@ def test_nccl_moves_whole_buffers_on_a_stream_of_its_own_and_each_stream_waits_f
     before, after = "its own waits for an event of the current one", "the current one waits for an event of its own"
     calls = ("reduceScatter", "allGather", "broadcast")
     assert log == [line for call in calls for line in (before, f"{call} on its own", after)]
+    assert transport.exchange("by MPI") == ["by MPI"]
+    transport.close()
+    with pytest.raises(transports.RankEnded):
+        transport.exchange("by MPI")
 
 
 # On a GPU

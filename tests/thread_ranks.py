@@ -18,6 +18,10 @@ class Threads:
     def __init__(self, rank, size, shared):
         self.rank, self.size, self._shared = rank, size, shared
 
+    def broken(self):
+        """Let the ranks that wait, and those that come, raise BrokenBarrierError."""
+        self._shared.barrier.abort()
+
     def exchange(self, item):
         self._shared.given[self.rank] = item
         self._shared.barrier.wait()
@@ -51,13 +55,13 @@ class _Shared:
         self.barrier, self.given = threading.Barrier(size, timeout=SECONDS), [None] * size
 
 
-def on_ranks(size, function):
-    """Call function(transport) on some ranks. Return what each of them returned, or the error that it raised."""
+def on_ranks(size, function, *arguments):
+    """Call function(transport, *arguments) on some ranks. Return what each of them returned, or the error that it raised."""
     shared = _Shared(size)
 
     def rank_main(rank):
         try:
-            return function(Threads(rank, size, shared))
+            return function(Threads(rank, size, shared), *arguments)
         except Exception as error:  # noqa: BLE001 - what it is, the caller looks at
             return error
 

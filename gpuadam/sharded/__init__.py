@@ -53,6 +53,26 @@ any number of ranks. The norm for clipping, random rounding and 8-bit state neve
 
 Arguments are checked on each rank, and compared between ranks, before a byte is written. Whatever differs (parameters,
 options, gradients) is named on all ranks. An error on one rank is raised on all of them, so that no rank waits for ever.
+Values are compared, and not their types: 1 and 1.0 are equal, a list and a tuple, and NumPy's numbers and Python's.
+
+A step that is cut short, as by Ctrl-C between two collectives, may leave parameters and state of different steps on its rank.
+There every later call over the transport raises ValueError: start all ranks again from a checkpoint. The calls of several
+threads over a transport wait for one another, and have to come in the same order on all ranks.
+
+## When a rank ends or is missing
+
+Each rank has to take as many steps as the others. With uneven batches one ends before them:
+
+| what happens to a rank | the others, with `MPI` and `NCCL` |
+|---|---|
+| it ends normally, or calls `transport.close()` | raise `transports.RankEnded` in their next call, before anything is written |
+| it raises what nobody handles | are ended, because the rank calls Abort |
+| it ends amid a call, or after one that was cut short | are ended likewise |
+| it is killed, or calls `os._exit` | are ended by mpiexec |
+| it is stopped, busy, or dead without mpiexec's notice | raise `transports.RankMissing`, with its number, after the timeout |
+
+Without `timeout=` they wait for ever in the last case. A program that catches RankMissing can report it, but no longer use the
+transport: the job ends as soon as the program does. With `Torch` the errors and timeouts are torch's.
 
 ## Checkpoints
 

@@ -48,7 +48,8 @@ def load_sharded(
     ('ShardedAdamW', 1, 'AdamW', 1)
     """
     transports.check(transport)
-    location = on_all(transport, os.fsdecode, path)
+    with transport.calls.alone("a load"):
+        location = on_all(transport, os.fsdecode, path)
     with about(location), contextlib.ExitStack() as until_loaded:
 
         def compared():
@@ -56,10 +57,11 @@ def load_sharded(
             crc, whole = checkpoint.stored.crc, checks.flag("with_params", with_params)
             return checkpoint, {"path": location, "the checkpoint there": crc, "with_params": whole}, False
 
-        checkpoint, _ = agreed(transport, compared)
-        stored, saved = checkpoint.stored, checkpoint.stored.saved
-        headers = on_all(transport, stored.read_headers, transport.rank, transport.size)
-        stored.arrange(itertools.chain.from_iterable(transport.exchange(headers)))
+        with transport.calls.alone("a load"):
+            checkpoint, _ = agreed(transport, compared)
+            stored, saved = checkpoint.stored, checkpoint.stored.saved
+            headers = transport.exchange(on_all(transport, stored.read_headers, transport.rank, transport.size))
+            on_all(transport, stored.arrange, itertools.chain.from_iterable(headers))
         algorithm, decoupled = ALGORITHMS[saved.name]
         make = ShardedAdamW if saved.name == "AdamW" else ShardedAdam
         options = {name: value for name, value in saved.options.items() if name != "capturable"}
@@ -67,9 +69,10 @@ def load_sharded(
         options |= {"reduction": saved.reduction if reduction is None else reduction, "views": views}
         with not_fitting():
             opt = make(checkpoint.params, transport, **checkpoint.hyperparameters, **options)
-        on_all(transport, _fill, opt, stored, with_params)
-    if with_params:
-        opt.collect_params()
+        with transport.calls.alone("a load"):
+            on_all(transport, _fill, opt, stored, with_params)
+            if with_params:
+                opt.collect_params()
     return opt
 
 

@@ -48,8 +48,9 @@ class ShardedAdam(HasGroups):
     Attributes: `groups`, `steps` and `options`, as in `Adam`; `grads`, of the structure of params, the places where gradients
     need no copy; `params`; `shards`, a list of OwnedShard, the parts of parameters that this rank owns, with their state.
 
-    Every rank calls the same methods in the same order. An error on one rank, or an argument that is not the same on all ranks,
-    raises on all of them before anything is written. Raises what `Adam` raises, and ValueError for arguments that differ.
+    Every rank calls the same methods in the same order. The calls of several threads over a transport wait for one another. An
+    error on one rank, or an argument that is not the same on all ranks, raises on all of them before anything is written. Raises
+    what `Adam` raises, and ValueError for arguments that differ.
 
     >>> import numpy as np, gpuadam
     >>> params = {"w": np.full(3, 0.5, "float32"), "b": np.zeros(1, "float32")}
@@ -79,24 +80,25 @@ class ShardedAdam(HasGroups):
         **options,
     ):
         transports.check(transport)
-        self.transport, self.steps, self._backend, self._cut_short = transport, 0, backend, False
+        self.transport, self.steps, self._backend = transport, 0, backend
         self.reduction, self._bucket_bytes, self._views = reduction, bucket_bytes, views
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"amsgrad": amsgrad, "maximize": maximize}
-        settings, _ = agreed(transport, self._parsed, params, defaults, algorithm, decoupled, options)
-        buffers = on_all(transport, self._made_buffers, settings)  # state may not fit into memory
-        self.buckets = [bucket for buffer in buffers for bucket in buffer.buckets]
-        for bucket in self.buckets:
-            bucket.broadcast()
-        for bucket in self.buckets:
-            bucket.write_params()
-        self.grads = self._in_structure([member.grad.array for member in self.members])
-        if self._views:
-            self._take_over()
-        torch_tensors.wrote(self._listed())
-        self._as_given = self._listed(), torch_tensors.places(self._listed())
-        self._taken = shard_checks.Taken(self._written(buffers))
-        self._norm = ShardedNorm(self._kernels, self.shards, transport)
+        with transport.calls.alone("the making of an optimizer"):
+            settings, _ = agreed(transport, self._parsed, params, defaults, algorithm, decoupled, options)
+            buffers = on_all(transport, self._made_buffers, settings)  # state may not fit into memory
+            self.buckets = [bucket for buffer in buffers for bucket in buffer.buckets]
+            for bucket in self.buckets:
+                bucket.broadcast()
+            for bucket in self.buckets:
+                bucket.write_params()
+            self.grads = self._in_structure([member.grad.array for member in self.members])
+            if self._views:
+                self._take_over()
+            torch_tensors.wrote(self._listed())
+            self._as_given = self._listed(), torch_tensors.places(self._listed())
+            self._taken = shard_checks.Taken(self._written(buffers))
+            self._norm = ShardedNorm(self._kernels, self.shards, transport)
 
     def _parsed(self, params, defaults, algorithm, decoupled, options):
         """Check the arguments of the constructor, as `agreed` needs it. Return the settings of each group for the first step."""
@@ -167,15 +169,16 @@ class ShardedAdam(HasGroups):
 
         key: a key of the state, such as "m", "v" or "ema". Parameters without it, or without elements, are left out.
         """
-        self.check_whole()
-        agreed(self.transport, lambda: (None, {"the key to gather": key}, False))
         whole = {}
-        for member in self.members:
-            shards = [shard for shard in member.shards if key != "step" and key in shard.state]
-            on_host = [(shard.start, self._kernels.to_host(shard.state[key])) for shard in shards]
-            parts = sorted(itertools.chain.from_iterable(self.transport.exchange(on_host)))
-            if parts:
-                whole[member.name] = np.concatenate([part for _, part in parts]).reshape(shape(key, member.view.shape))
+        with self.transport.calls.alone("the gathering of state"):
+            agreed(self.transport, lambda: (None, {"the key to gather": key}, False))
+            for member in self.members:
+                shards = [shard for shard in member.shards if key != "step" and key in shard.state]
+                on_host = [(shard.start, self._kernels.to_host(shard.state[key])) for shard in shards]
+                parts = sorted(itertools.chain.from_iterable(self.transport.exchange(on_host)))
+                if parts:
+                    array = np.concatenate([part for _, part in parts])
+                    whole[member.name] = array.reshape(shape(key, member.view.shape))
         return whole
 
     def step(self, grads, *, grad_scale=1.0, max_norm=None, check_finite=False, found_inf=None):
@@ -188,19 +191,19 @@ class ShardedAdam(HasGroups):
 
         On a GPU the work goes to CuPy's current stream. With max_norm or check_finite the host waits for the norm.
 
-        An exception amid the collectives, such as Ctrl-C, leaves parameters and state of different steps. Every later call
-        raises ValueError.
+        An exception amid the collectives, such as Ctrl-C, may leave parameters and state of different steps. Every later call
+        over the transport raises ValueError, and says how to go on; `gpuadam.sharded` says what the other ranks do.
         """
-        self.check_whole()
         arguments = grads, grad_scale, max_norm, check_finite, found_inf
-        (listed, views, settings, scale, max_norm), left_out = agreed(self.transport, self._checked_step, *arguments)
-        if not left_out:
-            self._take(views, settings, scale, max_norm, check_finite)
-            torch_tensors.wrote([param for param, grad in zip(self._listed(), views, strict=True) if grad is not None])
-        if self.options.zero_grad:
-            for view in filter(None, views):
-                self._kernels.fill_zero(view)
-            torch_tensors.wrote(listed)
+        with self.transport.calls.alone("a step"):
+            (listed, views, settings, scale, max_norm), left_out = agreed(self.transport, self._checked_step, *arguments)
+            if not left_out:
+                self._take(views, settings, scale, max_norm, check_finite)
+                torch_tensors.wrote([param for param, grad in zip(self._listed(), views, strict=True) if grad is not None])
+            if self.options.zero_grad:
+                for view in filter(None, views):
+                    self._kernels.fill_zero(view)
+                torch_tensors.wrote(listed)
 
     def _checked_step(self, grads, grad_scale, max_norm, check_finite, found_inf):
         """Check a step, as `agreed` needs it. The flag says whether to leave the step out.
@@ -238,21 +241,22 @@ class ShardedAdam(HasGroups):
 
         grads: Views, or None, in the order of the parameters. settings: of each group. scale: the factor of the sums.
         """
-        self._cut_short = True
         for bucket in self.buckets:
             bucket.reduce_scatter(grads)
         if max_norm is not None or check_finite:
             for bucket in self.buckets:
                 bucket.work.wait()
             norm = self._norm.norm([None if grad is None else grad.size for grad in grads])
-            self._cut_short = False  # nothing is written yet, and all ranks are here
             if check_finite and not norm * abs(scale) <= min(LARGEST_NORM[dtype] for _, dtype in self._dtypes):
                 return
             if max_norm is not None:
                 scale = clipped(scale, norm, max_norm)
                 groups = [group | now for group, now in zip(self.groups, settings, strict=True)]
-                self._checked(groups, scale)  # raises on every rank or on none: the norm is the same
-            self._cut_short = True
+                try:
+                    self._checked(groups, scale)
+                except ValueError:  # on every rank or on none, because the norm is the same, and before anything is written
+                    self.transport.calls.over()
+                    raise
         for bucket in self.buckets:
             bucket.update(grads, settings, scale)
         for bucket in self.buckets:
@@ -260,7 +264,6 @@ class ShardedAdam(HasGroups):
         for member in self.members:
             member.taken += grads[member.number] is not None
         self.steps += 1
-        self._cut_short = False
 
     def save(self, path, *, with_params=False):
         """Write a checkpoint into a folder, from which any number of ranks, or a single `Adam`, goes on bit for bit.
@@ -284,13 +287,6 @@ class ShardedAdam(HasGroups):
         )
 
     # For steps and checkpoints
-
-    def check_whole(self):
-        """Raise if a step was cut short. The ranks are then not at the same collective, and this one cannot tell the others."""
-        if self._cut_short:
-            raise ValueError(
-                "a step was cut short, and left ranks in different states: make another optimizer of a checkpoint"
-            )
 
     def checked_groups(self, grad_scale=1.0):
         """Return the Hyperparameters of each group for the next step, after checking groups and parameters."""

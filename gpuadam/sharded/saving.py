@@ -25,7 +25,7 @@ from ..checkpoint.format import (
     encoded,
 )
 from ..checkpoint.safetensors import FIRST, CheckpointError, Reader, require
-from ..checkpoint.saving import CHANGED, write_file
+from ..checkpoint.saving import write_file
 from ..checkpoint.tensors import chosen, sections
 from ..groups import saved_settings, some
 from .agreement import agreed, on_all
@@ -37,13 +37,16 @@ SHARED = "The folder must be on a file system that all ranks share"
 
 def save(opt, path, *, with_params=False):
     """Save a ShardedAdam: see `ShardedAdam.save`."""
-    opt.check_whole()
-    transport, steps = opt.transport, opt.steps
+    with opt.transport.calls.alone("a save"):
+        _save(opt, opt.transport, path, with_params)
+
+
+def _save(opt, transport, path, with_params):
     folder, metadata = agreed(transport, _prepared, opt, path, with_params)[0]
     token = transport.exchange(on_all(transport, lambda: _cleared(folder) if transport.rank == 0 else None))[0]
     file = folder / PART.format(transport.rank, transport.size, token)
     try:
-        part = on_all(transport, _write_part, opt, file, with_params, steps)
+        part = on_all(transport, _write_part, opt, file, with_params)
     except BaseException:
         with contextlib.suppress(OSError):  # a read-only file system raises here, too; the error before is the one to report
             file.unlink()  # a part without the others has no use
@@ -59,8 +62,10 @@ def _prepared(opt, path, with_params):
     opt.checked_groups()  # what could not be loaded is not saved either
     params = {member.name: (member.view, member.taken) for member in opt.members}
     name = CLASS_OF[opt.options.algorithm, opt.options.decoupled]
-    metadata = encoded(opt, name, [saved_settings(group) for group in opt.groups], params) | {"reduction": opt.reduction}
-    return (folder, metadata), {"path": str(folder), "with_params": with_params, **metadata}, False
+    groups = [saved_settings(group) for group in opt.groups]
+    metadata = encoded(opt, name, groups, params) | {"reduction": opt.reduction}
+    described = metadata | {"groups": groups}  # as numbers: 1 and 1.0, which are equal, differ in JSON
+    return (folder, metadata), {"path": str(folder), "with_params": with_params, **described}, False
 
 
 def _cleared(folder):
@@ -90,19 +95,14 @@ def _files_of(index):
             return [other.name for other in index.parent.iterdir()]
 
 
-def _write_part(opt, file, with_params, steps):
-    """Write the arrays of this rank, as they are after so many steps. Return the index's entry of the part."""
-
-    def check_unchanged():
-        opt.check_whole()
-        require(opt.steps == steps, CHANGED)
-
+def _write_part(opt, file, with_params):
+    """Write the arrays of this rank. Return the index's entry of the part."""
     require(file.parent.is_dir(), f"the folder {str(file.parent)!r}, which rank 0 has made, is not here. {SHARED}")
     if with_params:
         for bucket in opt.buckets:
             bucket.read_params()
     tensors = [section.tensor(section.piece_name) for section in chosen(sections_of_rank(opt), with_params)]
-    n_bytes, crc = write_file(str(file), tensors, {"format": PART_FORMAT, "version": VERSION}, check_unchanged)
+    n_bytes, crc = write_file(str(file), tensors, {"format": PART_FORMAT, "version": VERSION})
     return {"file": file.name, "n_bytes": n_bytes, "crc32": crc}
 
 

@@ -1,13 +1,14 @@
 """How ranks exchange data: over MPI, NCCL or torch's process groups, or, with one rank, not at all.
 
 A rank is a process. Start one for each GPU, or for each part of a CPU, by `mpiexec -n 4 python -m mpi4py script.py`. There
-`-m mpi4py` ends all ranks when one raises or exits early. mpiexec ends them when one is killed. Each rank makes its
-transport, and its optimizer with it, in the same order. A transport imports its library when it is made.
+`-m mpi4py` ends all ranks when one raises before it has made its transport, or exits with a status that is not 0. mpiexec ends
+them when one is killed. Each rank makes its transport, and its optimizer with it, in the same order. A transport imports its
+library when it is made. What becomes of the others when a rank ends or is missing: `gpuadam.sharded`.
 
 | transport | memory | ranks are started by | needs |
 |---|---|---|---|
-| `MPI(comm=None)` | CPU | mpiexec | mpi4py, in the extra `mpi` |
-| `NCCL(comm=None)` | CUDA | mpiexec | CuPy, NCCL, and mpi4py |
+| `MPI(comm=None, timeout=None)` | CPU | mpiexec | mpi4py, in the extra `mpi` |
+| `NCCL(comm=None, timeout=None)` | CUDA | mpiexec | CuPy, NCCL, and mpi4py |
 | `Torch(group=None)` | CPU or CUDA, as its backend | torchrun | torch, and CuPy on GPUs |
 | `Local()` | any | one process | nothing |
 
@@ -21,13 +22,15 @@ A transport of your own is any object with the attributes and methods of `Transp
 | `exchange(item) -> list` | return the items of all ranks, in the order of the ranks |
 
 The first two start a collective, and `wait()` of their Work returns when it is done. `Work()` is that of a collective which
-was done when its call returned, as with `Local`; `Work(wait)` calls a function of yours.
+was done when its call returned, as with `Local`; `Work(wait)` calls a function of yours. A rank that waits in vain raises an
+error in one of these methods.
 """
 
+from .calls import Calls
 from .local import Local
 from .mpi import MPI
 from .nccl import NCCL
-from .protocol import Transport, Work, check
+from .protocol import RankEnded, RankMissing, Transport, Work, check
 from .torch import Torch
 
-__all__ = ["MPI", "NCCL", "Local", "Torch", "Transport", "Work", "check"]
+__all__ = ["MPI", "NCCL", "Calls", "Local", "RankEnded", "RankMissing", "Torch", "Transport", "Work", "check"]

@@ -1,5 +1,6 @@
 """The transport of one rank."""
 
+from .calls import Calls
 from .protocol import Work
 
 
@@ -15,6 +16,9 @@ class Local:
     """
 
     rank, size, memory = 0, 1, "any"
+
+    def __init__(self):
+        self.calls = Calls()
 
     def reduce_scatter(self, buffer, part):
         part[...] = buffer

@@ -5,6 +5,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from ...kernels import view as arrays
+from .calls import Calls
+
+
+class RankEnded(RuntimeError):
+    """A rank has ended, or has closed its transport, and takes part in no call any more. This call has written nothing."""
+
+
+class RankMissing(RuntimeError):
+    """A rank did not come to a collective within the transport's timeout. The call is cut short."""
 
 
 class Work(NamedTuple):
@@ -21,11 +30,13 @@ class Transport(Protocol):
 
     Every rank calls the same methods in the same order. A buffer that was given to one of the first two methods is not touched
     before `wait` of the Work has returned. `memory` says whose buffers it takes: "CPU", those of NumPy; "CUDA", of CuPy; "any".
+    `calls` is set by the first optimizer if the transport has none.
     """
 
     rank: int
     size: int
     memory: str
+    calls: Calls
 
     def reduce_scatter(self, buffer, part) -> Work:
         """Store in part, of 1/size of the buffer, the sum over all ranks of the rank-th part of their buffers."""
@@ -49,10 +60,18 @@ def imported(name, fix):
 
 
 def check(transport):
-    """Raise TypeError for an object that is no transport, before it is used."""
+    """Raise TypeError for an object that is no transport, before it is used. Give it `calls` if it has none."""
     for name in ("rank", "size", "memory", "reduce_scatter", "all_gather", "broadcast", "exchange"):
         if isinstance(transport, type) or not hasattr(transport, name):
             kind = f"the class {transport.__name__}" if isinstance(transport, type) else arrays.a_kind(transport)
             raise TypeError(
                 f"transport is {kind}, which has no {name}: pass gpuadam.transports.MPI(), NCCL(), Torch() or Local()"
             )
+    if not hasattr(transport, "calls"):
+        try:
+            transport.calls = Calls()
+        except (AttributeError, TypeError) as error:
+            kind = arrays.a_kind(transport)
+            raise TypeError(
+                f"transport is {kind} without calls: give it an attribute, calls = transports.Calls()"
+            ) from error

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from .calls import Calls
 from .protocol import Work, imported
 
 
@@ -13,7 +14,9 @@ class Torch:
 
     group: by default the whole world. With NCCL the arrays are CuPy's, and CuPy's current stream is made torch's while a
     collective is enqueued. gloo has no reduce-scatter of its own, and sums whole buffers: right, but slower than MPI.
-    `torchrun` starts the ranks, and ends them all when one fails.
+    `torchrun` starts the ranks, and ends them all when one fails. When a rank ends or is missing, it is torch that raises an
+    error: gloo as soon as a connection is closed, both after the timeout that `init_process_group` was given. After a call that
+    was cut short, a new transport needs a new group.
     """
 
     def __init__(self, group=None):
@@ -21,7 +24,7 @@ class Torch:
         self._dist = dist = imported("torch.distributed", "install a torch that is built with it")
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("torch has no process group yet: call torch.distributed.init_process_group first")
-        self._group = group
+        self._group, self.calls = group, Calls()
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.memory = "CUDA" if "nccl" in dist.get_backend(group) else "CPU"
         self._root = 0 if group is None else dist.get_global_rank(group, 0)
