@@ -393,7 +393,7 @@ def test_a_step_that_was_cut_short_stops_this_optimizer_and_the_next(stage, tmp_
         steps([opt], 1)
     with pytest.raises(ValueError, match=r"cut short.*load_state_dict"):
         opt.state_dict()
-    left = {"steps": 2, "state": {k: dict(s) for k, s in opt.state.items()}, "groups": saved["groups"]}
+    left = saved | {"steps": 2, "state": {k: dict(s) for k, s in opt.state.items()}}
     with pytest.raises(ValueError, match="the optimizer's own array"):
         opt.load_state_dict(left)
     opt.close()
