@@ -54,7 +54,8 @@ def test_state_is_copied_by_small_pieces(cp, backend, driver, saved, tmp_path):
     opt.save(tmp_path / "gpu")
     pieces = [n_bytes for source, _, n_bytes in driver.copies if source == "device"]
     state, count = 36 * (4 + 2 + 2), 8
-    assert max(pieces) == CHUNK and sum(pieces) == state + count
+    # the count before, in the state_dict, and after: a graph may have counted on
+    assert max(pieces) == CHUNK and sum(pieces) == state + 3 * count
 
 
 def test_what_a_stream_still_writes_is_saved_as_it_will_be(cp, backend, tmp_path):

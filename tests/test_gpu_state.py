@@ -137,7 +137,7 @@ def test_an_offloaded_step_waits_for_the_stream_of_its_flag(cp, backend):
         ({"check_finite": True, "norm": np.inf}, "norm=inf"),
         ({"found_inf": False}, "found_inf=False"),
         ({"found_inf": 1.0}, "found_inf=1.0"),
-        ({"found_inf": np.zeros(1)}, r"found_inf=\[0.\]"),
+        ({"found_inf": np.zeros(1)}, "found_inf=0.0"),
         ({"grad_scale": 0.5}, "grad_scale=0.5"),
     ],
     ids=repr,
