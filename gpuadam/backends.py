@@ -309,7 +309,7 @@ def _probe(name):
     except Exception as error:  # noqa: BLE001 - a GPU library can fail in any way when imported; the reason is kept
         fix = (
             "set CUPY_CACHE_DIR to a folder that can be written"
-            if isinstance(error, OSError) and error.filename  # not of a library that cannot be opened
+            if name == "cupy" and isinstance(error, OSError) and error.filename  # not of a library that cannot be opened
             else f"reinstall it: {row.install}"
         )
         return Status(False, f"it cannot be loaded: {type(error).__name__}: {error}", fix)

@@ -1,8 +1,10 @@
 """Dispatch: what is loaded when, which backend is chosen, and what is said where one is missing."""
 
 import ast
+import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -253,6 +255,7 @@ WITHOUT_NUMBA = {
         "ImportError: Numba needs",
         "pip install numba",
     ),
+    "a file is missing": ("open('/no/such/file')", "FileNotFoundError", "reinstall it: pip install numba"),
     "half of it": ("", "it cannot be loaded", "reinstall it: pip install numba"),
     "NUMBA_DISABLE_JIT": (None, "NUMBA_DISABLE_JIT=1: no compiled kernels", "unset NUMBA_DISABLE_JIT"),
 }
@@ -308,6 +311,14 @@ def test_numbas_simulator_of_a_gpu_is_no_backend():
 def test_the_examples_are_listed_without_numba(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HIDE.format(names={"numba"}))
     assert "thomson" in run("from gpuadam.examples import __main__ as m; m.main()", [tmp_path])
+
+
+def test_pyinstaller_is_told_of_every_backend():
+    entry = '[project.entry-points.pyinstaller40]\nhook-dirs = "gpuadam.__pyinstaller:hook_dirs"\n'
+    assert entry in (ROOT / "pyproject.toml").read_text()
+    (folder,) = importlib.import_module("gpuadam.__pyinstaller").hook_dirs()
+    hook = runpy.run_path(str(Path(folder) / "hook-gpuadam.py"))
+    assert hook["hiddenimports"] == [row.module for row in backends.BACKENDS.values()]
 
 
 def methods(file):
