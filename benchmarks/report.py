@@ -25,7 +25,7 @@ from gpuadam import backends
 from gpuadam.cli.measuring import facts, measure, plots
 from gpuadam.cli.measuring import forms as step_forms
 from gpuadam.cli.measuring.measure import CALL, KERNEL
-from gpuadam.terminal import figures, output
+from gpuadam.terminal import arguments, figures, output
 
 # of lines of contenders that are neither ours nor the limit
 LINES = ("#b5651d", "#5b8c5a", "#8a5a9e", "#b04a5a", "#4a8f9e", "#8c8c3a", "#70757a")
@@ -64,8 +64,8 @@ def main(
     table. forms: of the step, that --forms chooses from. show: makes another rich table of rows than `tabulated`.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    available = gpuadam.available_backends()
-    parser.add_argument("--backend", choices=list(backends.BACKENDS), default=available[0], help="default: %(default)s")
+    best = next(iter(gpuadam.available_backends()), "numba-cpu")
+    parser.add_argument("--backend", choices=list(backends.BACKENDS), default=best, help="default: %(default)s")
     if sizes:
         parser.add_argument("--sizes", metavar="N,N", help=f"{sizes_help}; default {' or '.join({*sizes.values()})}")
     parser.add_argument("--seconds", type=float, default=seconds, help="for each table, about; default %(default)s")
@@ -76,7 +76,9 @@ def main(
             "--forms", type=chosen, default=forms, metavar="NAME,NAME", help=f"only these of {', '.join(forms)}; default all"
         )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help=f"write {name}.csv and {name}.png into it")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for standard output alone")
+    parser.add_argument(
+        "--json", type=arguments.writable, metavar="FILE", help="write the rows as JSON; - for standard output alone"
+    )
     parser.add_argument("--rows", metavar="CSV", help="measure nothing: print and draw the rows of this file")
     options = parser.parse_args()
     if options.peers is not None:

@@ -45,15 +45,16 @@ class Row(NamedTuple):
     package: str = ""  # whose arrays are its own
     needs: str = ""  # a module that has to be installed
     library: str = ""  # the module's name in errors
+    install: str = "as you installed it"  # how to install it
 
 
 # Most preferred first.
 BACKENDS = {
     row.name: row
     for row in (
-        Row("cupy", "gpuadam.kernels.cupy_backend", "CUDA", "cupy", "cupy", "CuPy"),
-        Row("numba-cuda", "gpuadam.kernels.numba_cuda_backend", "CUDA", "numba", "numba_cuda", "numba-cuda"),
-        Row("numba-cpu", "gpuadam.kernels.cpu_backend", "CPU", "numpy", "numba", "Numba"),
+        Row("cupy", "gpuadam.kernels.cupy_backend", "CUDA", "cupy", "cupy", "CuPy", GPU_EXTRA),
+        Row("numba-cuda", "gpuadam.kernels.numba_cuda_backend", "CUDA", "numba", "numba_cuda", "numba-cuda", GPU_EXTRA),
+        Row("numba-cpu", "gpuadam.kernels.cpu_backend", "CPU", "numpy", "numba", "Numba", "pip install numba"),
     )
 }
 
@@ -87,6 +88,16 @@ def available_backends():
     True
     """
     return tuple(name for name, status in backend_status().items() if status.available)
+
+
+def some_available():
+    """Return the same, or raise BackendUnavailableError if there are none, with all that mends it."""
+    if not (names := available_backends()):
+        of_each = "; ".join(
+            f"{name}: {status.reason} (to mend it: {status.fix})" for name, status in backend_status().items()
+        )
+        raise BackendUnavailableError(f"no backend is available. {of_each}")
+    return names
 
 
 def backend_status():
@@ -292,13 +303,13 @@ def _probe(name):
     row = BACKENDS[name]
     try:
         if row.needs and importlib.util.find_spec(row.needs) is None:
-            return Status(False, f"{row.library} is not installed", GPU_EXTRA)
-        available, reason = importlib.import_module(row.module).backend.status()
-        return Status(available, reason, "" if available else DRIVER)
+            return Status(False, f"{row.library} is not installed", row.install)
+        available, reason, *fix = importlib.import_module(row.module).backend.status()
+        return Status(available, reason, *(fix or ["" if available else DRIVER]))
     except Exception as error:  # noqa: BLE001 - a GPU library can fail in any way when imported; the reason is kept
         fix = (
             "set CUPY_CACHE_DIR to a folder that can be written"
-            if isinstance(error, OSError) and error.filename  # not of a library that cannot be opened
-            else f"reinstall it: {GPU_EXTRA}"
+            if name == "cupy" and isinstance(error, OSError) and error.filename  # not of a library that cannot be opened
+            else f"reinstall it: {row.install}"
         )
         return Status(False, f"it cannot be loaded: {type(error).__name__}: {error}", fix)

@@ -72,7 +72,10 @@ class Backend:
         return "backend"  # copies and pickles are the one instance, which its module has under this name
 
     def status(self):
-        """Return (whether the backend can run on this machine, its version or what is missing)."""
+        """Return (whether the backend can run on this machine, its version or what is missing).
+
+        What mends it may follow, if it is anything but the driver of a GPU.
+        """
 
     def view(self, name, array):
         """Return the View of an array of any library that shares this memory. Nothing is copied. name: for errors."""

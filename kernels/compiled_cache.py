@@ -19,6 +19,8 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 def stored(dispatcher, *key):
     """Return a Numba dispatcher with the cache on disk. key: tells it from others that the same lines make."""
+    if numba.config.DISABLE_JIT:  # what njit returned is no dispatcher: the backend says so in its status
+        return dispatcher
     with contextlib.suppress(RuntimeError):  # Numba's "no locator available": no folder can be written, so nothing is kept
         dispatcher._cache = KernelCache(dispatcher.py_func, (*map(repr, key), _sources()))
     return dispatcher

@@ -83,6 +83,8 @@ class NumbaCpu(Backend):
             self._rehearsed.add(what)
 
     def status(self):
+        if numba.config.DISABLE_JIT:
+            return False, "NUMBA_DISABLE_JIT=1: no compiled kernels", "unset NUMBA_DISABLE_JIT before Python starts"
         return True, f"Numba {numba.__version__}"
 
     batch_of = CpuBatch  # of a table whose arrays the caller keeps alive: `update.py` makes them

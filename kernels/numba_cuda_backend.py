@@ -31,6 +31,8 @@ class NumbaCuda(GpuBackend):
     default_named = LEGACY_DEFAULT
 
     def status(self):
+        if cuda.config.ENABLE_CUDASIM:
+            return False, "NUMBA_ENABLE_CUDASIM=1: no compiled kernels", "unset NUMBA_ENABLE_CUDASIM before Python starts"
         version = importlib.import_module("numba_cuda").__version__
         try:
             problem = "" if len(cuda.gpus) else "the driver lists none"

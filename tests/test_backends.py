@@ -1,8 +1,10 @@
 """Dispatch: what is loaded when, which backend is chosen, and what is said where one is missing."""
 
 import ast
+import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -244,6 +246,79 @@ def test_a_numba_cuda_that_cannot_be_imported_is_a_reason_and_no_error(tmp_path)
     """
     said = run(code, [tmp_path])
     assert said.startswith("False it cannot be loaded: ImportError") and "libnvvm.so.4" in said and "reinstall it" in said
+
+
+WITHOUT_NUMBA = {
+    "not installed": ("", "Numba is not installed", "pip install numba"),
+    "NumPy is too new": (
+        "raise ImportError('Numba needs NumPy 2.4 or less')",
+        "ImportError: Numba needs",
+        "pip install numba",
+    ),
+    "a file is missing": ("open('/no/such/file')", "FileNotFoundError", "reinstall it: pip install numba"),
+    "half of it": ("", "it cannot be loaded", "reinstall it: pip install numba"),
+    "NUMBA_DISABLE_JIT": (None, "NUMBA_DISABLE_JIT=1: no compiled kernels", "unset NUMBA_DISABLE_JIT"),
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT_NUMBA)
+def test_where_numba_compiles_nothing_all_say_so_and_what_mends_it(tmp_path, what):
+    source, reason, fix = WITHOUT_NUMBA[what]
+    hidden = {"numba_cuda", "cupy"} | ({"numba"} if what == "not installed" else set())
+    (tmp_path / "sitecustomize.py").write_text(HIDE.format(names=hidden))
+    if source is not None and "numba" not in hidden:
+        (tmp_path / "numba").mkdir()
+        (tmp_path / "numba" / "__init__.py").write_text(source)
+    code = """
+    import contextlib, io, json
+    import numpy as np, gpuadam, gpuadam.__main__ as m
+    said = {}
+    arrays = [np.ones(3, "f4") for _ in range(4)]
+    try:
+        gpuadam.adam_step(*arrays, 1)
+    except gpuadam.BackendUnavailableError as error:
+        said["step"] = str(error)
+    assert all((a == 1).all() for a in arrays)
+    for command in ("bench", "demo", "doctor"):
+        with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
+            said[command + " status"] = m.main([command])
+        said[command] = err.getvalue() + out.getvalue()
+    print(json.dumps(said))
+    """
+    said = json.loads(run(code, [tmp_path], NUMBA_DISABLE_JIT=str(int(what == "NUMBA_DISABLE_JIT"))))
+    assert [said[f"{command} status"] for command in ("bench", "demo", "doctor")] == [2, 2, 1]
+    for text in (said["step"], said["bench"], said["demo"], said["doctor"]):
+        assert reason in text and fix in text
+    assert said["bench"].startswith("gpuadam bench: no backend is available. ") and "Works: nothing" in said["doctor"]
+
+
+def test_numbas_simulator_of_a_gpu_is_no_backend():
+    pytest.importorskip("numba_cuda")
+    code = """
+    import gpuadam, numpy as np
+    from numba import cuda
+    print(gpuadam.backend_status()["numba-cuda"])
+    arrays = [cuda.to_device(np.ones(3, "f4")) for _ in range(4)]
+    gpuadam.adam_step(*arrays, 1)  # they are in the CPU's memory
+    print(arrays[0].copy_to_host()[0] < 1)
+    """
+    said = run(code, NUMBA_ENABLE_CUDASIM="1")
+    assert "available=False, reason='NUMBA_ENABLE_CUDASIM=1: no compiled kernels', fix='unset" in said and said.endswith(
+        "True\n"
+    )
+
+
+def test_the_examples_are_listed_without_numba(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(HIDE.format(names={"numba"}))
+    assert "thomson" in run("from gpuadam.examples import __main__ as m; m.main()", [tmp_path])
+
+
+def test_pyinstaller_is_told_of_every_backend():
+    entry = '[project.entry-points.pyinstaller40]\nhook-dirs = "gpuadam.__pyinstaller:hook_dirs"\n'
+    assert entry in (ROOT / "pyproject.toml").read_text()
+    (folder,) = importlib.import_module("gpuadam.__pyinstaller").hook_dirs()
+    hook = runpy.run_path(str(Path(folder) / "hook-gpuadam.py"))
+    assert hook["hiddenimports"] == [row.module for row in backends.BACKENDS.values()]
 
 
 def methods(file):

@@ -17,6 +17,7 @@ from gpuadam.cli.measuring import facts, forms
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.operands import operands_of
+from gpuadam.terminal.arguments import writable
 
 ROOT = Path(__file__).parent.parent
 
@@ -303,6 +304,43 @@ def test_a_folder_that_is_not_there_is_named_before_any_work(command, option, ca
     with pytest.raises(SystemExit):
         main([command, option, "no/such/x.png"])
     assert "there is no folder 'no/such': make it first" in capsys.readouterr().err
+
+
+WRITERS = [(command, option) for command in ("demo", "bench", "plan --parameters 1e9") for option in ("--plot", "--json")]
+
+
+@pytest.mark.parametrize(
+    "file", ["x" * 300, "x" * 300 + "/y", "loop", "far", "locked/x", "read-only", "/sys/x"], ids=lambda file: file[-9:]
+)
+@pytest.mark.parametrize("command, option", [*WRITERS, ("doctor", "--json")])
+def test_a_file_that_cannot_be_written_is_named_before_any_work(command, option, file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("far").symlink_to("/no/such/file")
+    Path("locked").mkdir(0o500)
+    Path("read-only").touch(0o400)
+    if os.access("locked", os.W_OK) and file in ("locked/x", "read-only"):
+        pytest.skip("this user may write everywhere")
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), option, file])
+    assert ended.value.code == 2 and f"'{file}' cannot be written: " in capsys.readouterr().err
+
+
+def test_looking_whether_a_file_can_be_written_changes_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old").write_text("as it was")
+    Path("link").symlink_to("new")
+    os.mkfifo("pipe")
+    for file in ("old", "new", "link", "pipe", "-", "/dev/null"):
+        assert writable(file) == file
+    assert sorted(map(str, Path().iterdir())) == ["link", "old", "pipe"] and Path("old").read_text() == "as it was"
+
+
+@pytest.mark.parametrize("sizes", ["1e12", "1000,1e18"])
+def test_sizes_that_memory_has_no_room_for_are_refused_before_any_work(sizes):
+    error = run("bench", "--backend", "numba-cpu", "--sizes", sizes, code=2).stderr
+    expected = "float32 of 1,[0,]+ elements needs 24.* [TP]B of memory, and .* free for numba-cpu: give smaller --sizes"
+    assert re.fullmatch(f"gpuadam bench: {expected}\n", error), error
 
 
 @pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "soon"])

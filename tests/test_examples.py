@@ -322,6 +322,17 @@ def test_wrong_arguments_are_explained_before_any_work(capsys, arguments, said):
     assert code == 2 and said in error
 
 
+@pytest.mark.parametrize("example", [gaussians, tomography, thomson])
+@pytest.mark.parametrize("arguments", [[], ["--plot", "x" * 300], ["--plot", "far"]])
+def test_a_picture_that_cannot_be_written_is_named_before_any_work(capsys, tmp_path, monkeypatch, example, arguments):
+    monkeypatch.chdir(tmp_path)
+    Path("far").symlink_to("/no/such/file")
+    for name in ("gaussians", "tomography", "thomson"):  # the default names
+        Path(f"{name}.png").symlink_to("/no/such/file")
+    code, error = ended(lambda: example.main(arguments), capsys)
+    assert code == 2 and " cannot be written: " in error
+
+
 def test_torch_is_no_extra_and_asked_for_by_its_name(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     code, error = ended(lambda: torch_digits.main([]), capsys)

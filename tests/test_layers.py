@@ -24,7 +24,7 @@ FLOORS = [
     ("sharded.loading", "planning.*"),
     ("", "testing.*", "guide.*"),
     ("examples.*",),
-    ("cli.*", "__main__"),
+    ("cli.*", "__main__", "__pyinstaller.*"),
 ]
 
 # What is imported inside functions: where it is used, because it is heavy or may not be there

@@ -8,11 +8,9 @@ machine's other work touches both.
 
 import time
 
-import gpuadam
-
 from .. import backends
 from ..terminal import arguments, figures, output
-from .measuring import forms, measure, plots
+from .measuring import constants, forms, measure, plots
 from .measuring.measure import CALL
 
 HELP = "throughput, in GB/s and in percent of the measured limit"
@@ -37,13 +35,15 @@ def add_options(parser):
 def run(options):
     """Print the tables; return 0."""
     console = output.console("bench", options)
-    names = [options.backend] if options.backend else gpuadam.available_backends()
+    names = [options.backend] if options.backend else backends.some_available()
     cases = [
         (backends.load(name), form, n)
         for name in names
         for form in options.forms
         for n in options.sizes or SIZES[backends.BACKENDS[name].memory]
     ]
+    for case in cases:
+        _refuse_what_has_no_room(*case)
     rows: list[dict] = []
     with console.status("") as status:
         for number, (kernels, form, n) in enumerate(cases, 1):
@@ -58,6 +58,15 @@ def run(options):
         console.print(f"plot: {options.plot}")
     output.write_json(options.json, {"rows": rows})
     return 0
+
+
+def _refuse_what_has_no_room(kernels, form, n):
+    held, (free, _) = forms.bytes_held(forms.FORMS[form], n, kernels.memory), constants.memory(kernels.name)
+    if free is not None and held > free:
+        needed, there = (output.scaled(size, output.BYTES) for size in (held, free))
+        raise output.CommandError(
+            f"{form} of {n:,} elements needs {needed} of memory, and {there} are free for {kernels.name}: give smaller --sizes"
+        )
 
 
 def rows_of(kernels, form, n, seconds):

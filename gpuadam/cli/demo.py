@@ -32,7 +32,7 @@ def run(options):
     """Run both parts; return 0 if the test accuracy is at least 97 %."""
     console = output.console("demo", options)
     data = example.load_digits()
-    backend = options.backend or gpuadam.available_backends()[0]
+    backend = options.backend or backends.some_available()[0]
     backends.load(backend)
     # Numba's device arrays have no arithmetic; CuPy's lie in the same memory
     xp = command_line.array_module("numpy" if backend == "numba-cpu" else "cupy")

@@ -53,7 +53,7 @@ def _examine(name):
         except Exception as error:  # noqa: BLE001 - whatever a driver or compiler raises is what the report is for
             steps[label] = "failed"
             wrong.append(f"a step failed ({label}): {type(error).__name__}: {error}")
-            fix = "mend what the message names; reinstall with " + backends.GPU_EXTRA
+            fix = f"mend what the message names; reinstall it: {backends.BACKENDS[name].install}"
         else:
             steps[label] = AS_THE_CONTRACT if digest == known.bits else f"differ: {digest}"
             if digest != known.bits:

@@ -8,7 +8,6 @@ of one charge is compiled for the CPU, and the arrays are NumPy's. A charge's pl
 import math
 import warnings
 
-import numba
 import numpy as np
 
 import gpuadam
@@ -38,6 +37,7 @@ def main(argv=None):
         points, gradient, energies = cuda.to_device(start), cuda.device_array_like(start), cuda.device_array(n, "float32")
         compute = gradient_kernel(cuda)[-(-n // 128), 128]  # blocks of 128 threads
     else:
+        load("numba-cpu")  # which says so if Numba is missing
         points, gradient, energies = start.copy(), np.empty_like(start), np.empty(n, "float32")
         compute = gradient_loop()
 
@@ -90,6 +90,8 @@ def gradient_kernel(cuda):
 
 def gradient_loop():
     """Return the same on the CPU: a loop over the charges."""
+    import numba
+
     of_one = numba.njit(gradient_of)
 
     @numba.njit

@@ -3,6 +3,7 @@
 import argparse
 import decimal
 import math
+import os
 from pathlib import Path
 
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -54,15 +55,29 @@ def number(least, most=1e15, unit=None):
 
 
 def writable(text):
-    """Return the path of a file to write. Its folder must be there: a mistake is to be known before the work is done."""
-    if not text or Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file")
-    folder(str(Path(text).parent))
+    """Return the path of a file to write, or "-". A file that cannot be written is to be known before the work is done."""
+    path = Path(text)
+    try:
+        if not text or path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file")
+        folder(str(path.parent))
+        if path.is_file():
+            path.open("r+b").close()
+        elif text != "-" and not path.exists():  # not of a pipe, which may be opened only once
+            new = Path(os.path.realpath(text))  # a link may lead to it
+            new.open("xb").close()
+            new.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from error
     return text
 
 
 def folder(text):
     """Return the path of a folder that is there."""
-    if not Path(text).is_dir():
+    try:
+        is_there = Path(text).is_dir()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be reached: {error.strerror}") from error
+    if not is_there:
         raise argparse.ArgumentTypeError(f"there is no folder {text!r}: make it first")
     return text

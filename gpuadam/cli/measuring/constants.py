@@ -33,11 +33,13 @@ def measured(formats, folder=None, seconds=1.0):
 
     formats: the `operands.Arrays` whose rates are wanted. seconds: spent on each measurement, about.
     """
-    constants = {"cpu": of_processor("numba-cpu", formats, seconds)}
     on_gpu = [name for name in backends.available_backends() if backends.BACKENDS[name].memory == "CUDA"]
-    if on_gpu:
-        constants["gpu"] = of_processor(on_gpu[0], formats, seconds)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="gpuadam-plan-") as scratch:
+    with tempfile.TemporaryDirectory(
+        dir=folder, prefix="gpuadam-plan-"
+    ) as scratch:  # first: it may be that none can be made
+        constants = {"cpu": of_processor("numba-cpu", formats, seconds)}
+        if on_gpu:
+            constants["gpu"] = of_processor(on_gpu[0], formats, seconds)
         constants["disk"] = of_disk(Path(scratch))
     return constants
 
@@ -55,7 +57,7 @@ def of_processor(backend, formats, seconds):
         for arrays, taken in zip(wanted, each, strict=True)
     ]
     numbers = {"bandwidth": 7 * 4 * LARGE / moving, "launch": launch, "rates": rates}
-    numbers |= {"memory": _memory(backend), "cache": _cache() if on_cpu else 0}
+    numbers |= {"memory": memory(backend)[1], "cache": _cache() if on_cpu else 0}
     return _processor(backend, facts.of_backend(backend)) | numbers
 
 
@@ -90,16 +92,22 @@ def in_caches(kernels, formats):
     return forms.launcher_of_all(kernels, case, [arrays for arrays in of_cores for _ in range(PASSES)], adam)
 
 
-def _memory(backend):
-    if backend == "numba-cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+def memory(backend):
+    """Return how many bytes of a backend's memory are free, and how many there are; None for what the system does not say."""
+    if backends.BACKENDS[backend].memory == "CPU":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+        meminfo = Path("/proc/meminfo")
+        lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+        available = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+        return next(available, total), total
     if backend == "cupy":
         import cupy
 
-        return cupy.cuda.runtime.memGetInfo()[1]
+        return cupy.cuda.runtime.memGetInfo()
     from numba import cuda
 
-    return cuda.current_context().get_memory_info().total
+    info = cuda.current_context().get_memory_info()
+    return info.free, info.total
 
 
 def _cache():

@@ -75,6 +75,17 @@ def bytes_moved(case):
     return bytes_per_element(form_and_scalars(case)[0])
 
 
+def bytes_held(case, n, memory):
+    """Return about how many bytes of a kind of memory are held while `kernel_and_limit` is measured on arrays of n elements.
+
+    >>> bytes_held(FORMS["float32"], 1000, "CUDA"), bytes_held(FORMS["float32"], 1000, "CPU")
+    (16000, 24000)
+    """
+    arrays = sum(operand.nbytes(n) for operand in operands_of(case.arrays)) * (2 if case.arrays.grouped else 1)
+    # the numbers are made on the host: those of one operand are there until the next one's are
+    return arrays + 2 * n * np.dtype(case.arrays.compute).itemsize * (memory == "CPU")
+
+
 def new_arrays(kernels, case, n):
     """Return {operand: array} of numbers that stay ordinary however many steps are done. bfloat16 is in uint16."""
     operands = operands_of(case.arrays)

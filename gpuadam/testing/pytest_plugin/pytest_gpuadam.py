@@ -71,18 +71,26 @@ def pytest_runtest_setup(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    ran: collections.Counter = collections.Counter()
-    left_out: collections.Counter = collections.Counter()
+    # {what is said: the tests of which it is}; a test has several reports if it has subtests, or is run again
+    ran: dict[str, set[str]] = collections.defaultdict(set)
+    left_out: dict[str, set[str]] = collections.defaultdict(set)
     for report in itertools.chain(*terminalreporter.stats.values()):
-        name, why_not = dict(getattr(report, "user_properties", ())).get(FIXTURE, (None, ""))
-        if name and why_not and report.when == "setup":
-            left_out[name, report.outcome, why_not] += 1
-        elif name and report.when == "call":
-            ran[name] += 1
-    parts = [f"{count} ran on {name}" for name, count in ran.items()]
-    parts += [f"{count} {outcome} for want of {name} ({why})" for (name, outcome, why), count in left_out.items()]
+        for name, why_not in _used(report):
+            if why_not and report.when == "setup":
+                left_out[f"{report.outcome} for want of {name} ({why_not})"].add(report.nodeid)
+            elif report.when == "call":
+                ran[f"ran on {name}"].add(report.nodeid)
+    parts = [f"{len(nodeids)} {said}" for said, nodeids in (ran | left_out).items()]
     if parts:
         terminalreporter.write_line(f"gpuadam: {'; '.join(parts)}")
+
+
+def _used(report):
+    """Yield the backend of a report, and why it is not available. The properties of others may be anything."""
+    for each in getattr(report, "user_properties", None) or ():
+        match each:
+            case str() as key, [str() as name, str() as why_not] if key == FIXTURE:
+                yield name, why_not
 
 
 def _backends():
@@ -99,6 +107,7 @@ def _chosen(config):
 
 
 def _known(names, source):
-    strange = [name for name in names if name not in _backends()]
+    strange = [name for name in names if not isinstance(name, str) or name not in _backends()]
     if strange or not names:
-        raise pytest.UsageError(f"{source}: there is no backend {strange[:1] or names!r}, only {', '.join(_backends())}")
+        wrong = f"there is no backend {strange[:1] or names!r}, only {', '.join(_backends())}"
+        raise pytest.UsageError(f"{source}: {wrong}: give one or more of these names")
