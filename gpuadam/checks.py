@@ -177,8 +177,8 @@ def update(views, zero_grad=False):
         layout(view, written)
         if written and not view.writeable:
             read_only(view)
-        if views["m"].format == "uint8" and not view.contiguous:
-            raise ValueError(f"{view.name} is not C-contiguous, which the groups of 8-bit state need: pass a copy")
+        if views["m"].format == "uint8":
+            _in_groups(view)
 
 
 def formats(views):
@@ -208,10 +208,15 @@ def _not_wide(view):
 def eight_bits(param):
     """Check a parameter that is to have 8-bit state."""
     _not_wide(param)
-    if not param.contiguous:
-        raise ValueError(
-            f"{param.name} is not C-contiguous, which the groups of 8-bit state need: pass a copy, or another state"
-        )
+    _in_groups(param)
+
+
+def _in_groups(view):
+    """Refuse an array whose neighbours cannot be taken in groups."""
+    is_aligned = not view.size or view.pointer % view.dtype.itemsize == 0
+    if not view.contiguous or not is_aligned:
+        wrong = f"aligned to its {view.dtype.itemsize}-byte elements" if view.contiguous else "C-contiguous"
+        raise ValueError(f"{view.name} is not {wrong}, which the groups of 8-bit state need: pass a copy, or another state")
 
 
 def one_format(view, allowed):

@@ -385,6 +385,10 @@ def one_step(param_dtype="f4", state="u1", n=64, scales=(2, 2), **changes):
     gpuadam.adam_step(**(arrays | changes), step=1, **options)
 
 
+def unaligned(n):
+    return np.zeros(4 * n + 1, "u1")[1:].view("f4")
+
+
 def test_what_a_step_needs_it_takes():
     one_step()
 
@@ -396,6 +400,14 @@ REFUSED: dict[str, tuple] = {
     "a copy in float64": (TypeError, TypeError, {"param_copy": np.ones(64)}, "float64"),
     "strided param": (ValueError, ValueError, {"param": np.ones(128, "f4")[::2]}, "C-contiguous"),
     "reversed codes": (ValueError, ValueError, {"m": np.zeros(64, "u1")[::-1]}, "C-contiguous"),
+    "param off its alignment": (ValueError, ValueError, {"param": unaligned(64)}, "param is not aligned to its 4-byte"),
+    "grad off its alignment": (ValueError, ValueError, {"grad": unaligned(64)}, "grad is not aligned to its 4-byte"),
+    "scales off their alignment": (
+        ValueError,
+        ValueError,
+        {"v_scale": unaligned(2)},
+        "v_scale is not aligned to its 4-byte",
+    ),
     "AMSGrad": (TypeError, ValueError, {"max_v": np.zeros(64, "u1")}, "max_v"),
     "AdaMax": (ValueError, ValueError, {"algorithm": "adamax"}, "AdaMax"),
     "too few scales": (ValueError, ValueError, {"n": 65, "scales": (2, 2)}, r"scales of shape \(3,\)"),
@@ -421,9 +433,10 @@ def test_what_it_cannot_hold_is_refused(what):
         (lambda: np.ones(64), {}, TypeError),
         (lambda: np.ones((8, 8), "f4", order="F"), {}, ValueError),
         (lambda: np.ones(64, "f4")[::2], {}, ValueError),
+        (lambda: unaligned(64), {}, ValueError),
         (lambda: np.ones(64, "f4"), {"amsgrad": True}, ValueError),
     ],
-    ids=["float64", "F order", "strided", "amsgrad"],
+    ids=["float64", "F order", "strided", "unaligned", "amsgrad"],
 )
 def test_so_it_is_when_an_optimizer_is_made(make, options, error):
     with pytest.raises(error, match="8-bit state"):
