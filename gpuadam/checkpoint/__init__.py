@@ -76,6 +76,7 @@ killed save leaves `.gpuadam-(16 digits).tmp`, which nothing reads.
 | --- | --- |
 | `index.safetensors` | the metadata, without tensors, and the names of the parts |
 | `part-0-of-4-(16 digits).safetensors`, ... | the arrays, or parts of arrays, that each rank owned |
+| `.gpuadam-lock` | nothing; it is locked by the job that saves into the folder |
 
 The index has two keys more. A part has the metadata `format` (`gpuadam.optimizer.part`) and `version` alone, with the
 checksums.
@@ -90,14 +91,15 @@ scales of 8-bit state, too, are named by the elements of the parameter that they
 what another number wrote.
 
 Every rank first writes a part under a new name. Then the index replaces the old one in one step, and the old parts are
-deleted. The next save deletes parts of a save that was killed.
+deleted. The next save deletes parts of a save that was killed. Meanwhile the lock is held, and a save of another job into
+the same folder is refused.
 
 ## The files of this package
 
-`safetensors` reads and writes the format in pieces, and `atomic_file` replaces a file whole or not at all. `format` has the
-metadata, `tensors` the arrays of an optimizer as tensors. `saving` writes the checkpoint of an `Adam`. `stored` has the
-arrays of a checkpoint that is open, and `loading` makes an `Adam` of them. Many ranks' checkpoints are in
-`gpuadam/sharded/saving.py` and `gpuadam/sharded/loading.py`.
+`safetensors` reads and writes the format in pieces. `regular_file` opens and locks files, and `atomic_file` replaces a file
+whole or not at all. `format` has the metadata, `tensors` the arrays of an optimizer as tensors. `saving` writes the checkpoint
+of an `Adam`. `stored` has the arrays of a checkpoint that is open, and `loading` makes an `Adam` of them. Many ranks'
+checkpoints are in `gpuadam/sharded/saving.py` and `gpuadam/sharded/loading.py`.
 """
 
 from .safetensors import CheckpointError

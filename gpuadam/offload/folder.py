@@ -18,13 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.atomic_file import replacing
+from ..checkpoint.regular_file import locked, opened, unlock
 from ..options import Options
 from .state import Store, laid_out
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 LAYOUT = 1
 STATE, STEPS, LOCK = "state.json", "steps.json", "lock"
@@ -41,7 +37,7 @@ class Folder(Store):
     """
 
     def __init__(self, path, options, beginnings):
-        self.path = Path(path).resolve()  # which stays when the working directory becomes another
+        self.path = Path(os.path.realpath(path))  # which stays when the working directory becomes another
         self.place = f"files in {self.path}"
         parameters = {
             name: {"shape": list(view.shape), "format": view.format, "state": kept}
@@ -54,7 +50,10 @@ class Folder(Store):
         if self.path.exists():
             self._has_state(description)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock, self._process = _locked(self.path / LOCK), os.getpid()
+        try:
+            self._lock, self._process = locked(self.path / LOCK), os.getpid()
+        except BlockingIOError as error:
+            raise ValueError(f"{self.path} is the state of an optimizer that is open: close() that one first") from error
         try:
             self.existed = self._has_state(description)  # again, now that no other process changes it
             # under way until the arrays are filled
@@ -71,8 +70,8 @@ class Folder(Store):
 
     def _has_state(self, description):
         """Return whether the state is there already. Refuse a folder of other files or other state."""
-        names = {path.name for path in self.path.iterdir()}
-        if STATE in names:
+        files = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(self.path)}
+        if STATE in files:
             there = _read(self.path / STATE, _facts)
             for fact, value in _facts(description).items():
                 if there.get(fact) != value:
@@ -80,8 +79,9 @@ class Folder(Store):
                     raise ValueError(f"{made}, this optimizer with {fact}={value!r}: give the same, or another folder")
             return True
         # a process that was killed while it made the files leaves the lock, which comes first, and some of the others
-        expected = {LOCK, STEPS, *self._kinds} if LOCK in names else set()
-        if strangers := sorted(name for name in names - expected if not name.startswith(TEMPORARY)):
+        expected = {LOCK, STEPS, *self._kinds} if LOCK in files else set()
+        ours = {name for name, is_file in files.items() if is_file and (name in expected or name.startswith(TEMPORARY))}
+        if strangers := sorted(files.keys() - ours):
             raise ValueError(f"{self.path} has {strangers[:5]} in it and no {STATE}: give a folder of its own for the state")
         return False
 
@@ -116,7 +116,8 @@ class Folder(Store):
                 raise OSError(error.errno, why, str(path)) from error
         elif not path.exists() or path.stat().st_size != n_bytes:
             raise ValueError(f"{path} should have {n_bytes:,} bytes, so the state is not complete: {TORN}")
-        self._maps.append(np.memmap(path, np.uint8, "r+", shape=(n_bytes,)))
+        with opened(path, os.O_RDWR) as file:
+            self._maps.append(np.memmap(file, np.uint8, "r+", shape=(n_bytes,)))
         return self._maps[-1]
 
     def begin(self):
@@ -152,8 +153,8 @@ class Folder(Store):
                 self._free()
 
     def _free(self):
-        if fcntl and self._process == os.getpid():
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing it would leave the lock to processes that were forked meanwhile
+        if self._process == os.getpid():
+            unlock(self._lock)
         self._lock.close()
 
     def _mark(self, durable, **changes):
@@ -165,14 +166,9 @@ class Folder(Store):
             self.marks = marks
 
     def _write(self, name, content, durable=True):
-        path, text = self.path / name, json.dumps(content, indent=1)
-        if durable:
-            with replacing(path) as file:
-                file.write(text.encode())
-        else:  # at once too, but nothing waits for the disk
-            beside = path.with_suffix(".new")
-            beside.write_text(text)
-            beside.replace(path)
+        text = json.dumps(content, indent=1)
+        with replacing(self.path / name, durable=durable) as file:
+            file.write(text.encode())
 
 
 def reserve(path, n_bytes):
@@ -182,22 +178,11 @@ def reserve(path, n_bytes):
     there would have single pages for good, and steps would take twice as long.
     """
     zeros = bytes(1 << 22)
-    with path.open("wb") as file:
+    with opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, n_bytes)
         for start in range(0, n_bytes, len(zeros)):
             file.write(zeros[: n_bytes - start])
-
-
-def _locked(path):
-    file = path.open("a")
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ValueError(f"{path.parent} is the state of an optimizer that is open: close() that one first") from error
-    return file
 
 
 def _boot():
@@ -209,7 +194,8 @@ def _boot():
 def _read(path, parsed):
     """Return parsed(content) of a file of the folder. Refuse a file that is damaged."""
     try:
-        return parsed(json.loads(path.read_text()))
+        with opened(path) as file:
+            return parsed(json.load(file))
     except (FileNotFoundError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}). If an optimizer made the folder, {DAMAGED}") from error
 
