@@ -33,7 +33,8 @@ continues bit for bit, on any backend. With `with_params=True`, for both, the pa
 `to_torch`, `to_optax`. Checkpoints of a program that uses `gpuadam.torch` are torch's: `gpuadam.guide.pytorch`.
 
 **Shown:** k steps, save, load and k steps have the bits of 2k steps, in twelve forms of state. Fifty processes are killed in
-the middle of saves; files are truncated at every byte; 10,000 bytes are changed one at a time; the disk is full.
+the middle of saves; files are truncated at every byte; 10,000 bytes are changed one at a time, and 10,000 files in other ways,
+the checksums made right; the disk is full; two jobs save into one folder.
 
 ## A file
 
@@ -67,8 +68,8 @@ A checksum is a CRC-32 in eight hexadecimal digits. A tensor has one for each Mi
 is computed with zeros in its own place, which is always the first of the file's metadata. So every changed byte is noticed,
 and parts of a tensor can be read and known to be right.
 
-A file is written beside its place, flushed to the disk and renamed: whatever happens, it is the new one or the old one. A
-killed save leaves `.gpuadam-(16 digits).tmp`, which nothing reads.
+A file is written beside its place, flushed to the disk and renamed: whatever happens, it is the new one or the old one, whose
+mode the new one keeps. A killed save leaves `.gpuadam-(16 digits).tmp`, which nothing reads.
 
 ## A folder
 
