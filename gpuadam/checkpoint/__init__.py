@@ -34,7 +34,7 @@ continues bit for bit, on any backend. With `with_params=True`, for both, the pa
 
 **Shown:** k steps, save, load and k steps have the bits of 2k steps, in twelve forms of state. Fifty processes are killed in
 the middle of saves; files are truncated at every byte; 10,000 bytes are changed one at a time, and 10,000 files in other ways,
-the checksums made right; the disk is full; two jobs save into one folder.
+half of them with checksums made right; the disk is full; two jobs save into one folder.
 
 ## A file
 

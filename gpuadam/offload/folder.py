@@ -13,6 +13,7 @@ The two files of JSON have a checksum, "crc32", that of the rest of them as Pyth
 have none.
 """
 
+import contextlib
 import json
 import os
 import threading
@@ -62,6 +63,9 @@ class Folder(Store):
             raise ValueError(f"{self.path} is the state of an optimizer that is open: close() that one first") from error
         try:
             self.existed = self._has_state(description)  # again, now that no other process changes it
+            for left in self.path.glob(f"{TEMPORARY}*.tmp"):
+                with contextlib.suppress(OSError):  # a file that stays does no harm
+                    left.unlink()
             # under way until the arrays are filled
             new = {"steps": 0, "behind": {}, "under_way": True, "unflushed": _boot()}
             self.marks = self._reliable_marks() if self.existed else new
