@@ -69,7 +69,9 @@ class Folder(Store):
             # under way until the arrays are filled
             new = {"steps": 0, "behind": {}, "under_way": True, "unflushed": _boot()}
             self.marks = self._reliable_marks() if self.existed else new
-            order = _read(self.path / STATE, self._longest, lambda there: [*there["parameters"]]) if self.existed else beginnings
+            order = (
+                _read(self.path / STATE, self._longest, lambda there: [*there["parameters"]]) if self.existed else beginnings
+            )
             self.arrays = laid_out({name: beginnings[name] for name in order}, self._memory_of)
             if not self.existed:
                 self._write(STEPS, self.marks)
