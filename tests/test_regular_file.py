@@ -42,7 +42,7 @@ def adam(path):
 
 
 def sharded(path):
-    opt = gpuadam.ShardedAdam(params(), LOCAL)
+    opt = gpuadam.ShardedAdam(params(), transports.Local())
     opt.step(params())
     opt.save(path, with_params=True)
 
