@@ -89,7 +89,7 @@ def main(times):
             status, seconds, steps = killed(chance, folder)
             well += bool(status) and seconds < LIMIT
             longest = max(longest, seconds)
-            amid += len(list(Path(folder).iterdir())) != 5  # four parts and the index
+            amid += len(list(Path(folder).iterdir())) != 6  # four parts, the index and the lock
             intact += is_intact(folder, steps)
     print(f"{well} of {times} jobs ended with a status other than zero within {LIMIT:g} s; the slowest took {longest:.2f} s")
     print(f"{intact} of {times} checkpoints were intact; {amid} of the ranks were killed while one was written")

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import examples
+from checkpoint_files import sealed, taken_apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,26 +92,6 @@ def test_changed_parameters_are_noticed_before_one_is_overwritten(saved, tmp_pat
         file.write(saved)
         entry = safetensors_file.Reader(file).tensors["b.param"]
     assert refused(tmp_path / "a", saved[: entry.start] + b"\xff" + saved[entry.start + 1 :])
-
-
-def sealed(header, payload=b"", trailing=b""):
-    """Return a file whose checksum of the header is right, whatever the header says. header: a dict, or bytes after the sum."""
-    start = safetensors_file.FIRST
-    if isinstance(header, dict):
-        text = json.dumps(header, separators=(",", ":")).encode()
-        begin = b'{"__metadata__":{'
-        header = text[len(begin) :] if text.startswith(begin) else text
-    blank = start + b'00000000",' + header
-    right = start + b'%08x",' % zlib.crc32(blank) + header
-    return len(right).to_bytes(8, "little") + right + payload + trailing
-
-
-def taken_apart(saved):
-    """Return the header of a file, without its own checksum, and the payload."""
-    length = int.from_bytes(saved[:8], "little")
-    header = json.loads(saved[8 : 8 + length])
-    del header["__metadata__"]["header_crc32"]
-    return header, saved[8 + length :]
 
 
 def with_metadata(header, **changes):

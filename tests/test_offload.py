@@ -241,7 +241,7 @@ def test_files_of_a_process_that_was_killed_while_it_made_them_are_made_anew(tmp
     (tmp_path / ".gpuadam-0123.tmp").write_text("{")
     (tmp_path / "v").write_bytes(b"\xff" * 100)
     with gpuadam.OffloadAdam(arrays(), state=tmp_path) as opt:
-        assert not opt.state["w"]["v"].any()
+        assert not opt.state["w"]["v"].any() and not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_relative_path_stays_where_it_was(tmp_path, monkeypatch):
@@ -265,6 +265,18 @@ DAMAGE = {
         "does not say how many steps",
     ),
     "cut off in the counts": ("steps.json", "", r"steps.json cannot be read .*Delete the folder"),
+    "of another count": (
+        "steps.json",
+        '{"steps": 1, "behind": {}, "under_way": false, "unflushed": null, "crc32": "00000000"}',
+        r"steps.json cannot be read .*its checksum differs.*Delete the folder",
+    ),
+    "of a damaged checksum's name": (
+        "steps.json",
+        '{"steps": 1, "behind": {}, "under_way": false, "unflushed": null, "crc33": "00000000"}',
+        r"'crc33'.*, and must have \['behind', 'steps', 'under_way', 'unflushed'\]",
+    ),
+    "nested too deep": ("steps.json", "[" * 10_000, r"steps.json cannot be read .*recursion depth.*Delete the folder"),
+    "too long": ("state.json", " " * 2_000_000, r"state.json cannot be read .*more than the [\d,]+ bytes that are expected"),
 }
 
 
@@ -279,6 +291,18 @@ def test_a_damaged_description_is_named_with_what_mends_it(what, tmp_path):
     if file == "steps.json":
         with pytest.raises(ValueError, match="No such file"):
             gpuadam.OffloadAdam(arrays(), state=tmp_path)
+
+
+def test_files_of_older_versions_have_no_checksums(tmp_path):
+    params = arrays()
+    with gpuadam.OffloadAdam(params, state=tmp_path) as opt:
+        steps([opt], 2)
+    for name in ("state.json", "steps.json"):
+        content = json.loads((tmp_path / name).read_text())
+        assert content.pop("crc32")
+        (tmp_path / name).write_text(json.dumps(content))
+    with gpuadam.OffloadAdam(params, state=tmp_path) as opt:
+        assert opt.steps == 2
 
 
 def test_numbers_of_any_type_are_described_in_files(tmp_path):

@@ -104,7 +104,7 @@ def test_ranks_take_names_in_another_order(folder):
 
 
 def parts_of(folder):
-    return sorted(path for path in folder.iterdir() if path.name != stored_arrays.INDEX)
+    return sorted(path for path in folder.iterdir() if path.name not in (stored_arrays.INDEX, sharded_saving.LOCK))
 
 
 def refused(folder, match=""):
@@ -263,7 +263,8 @@ def test_an_algorithm_that_no_single_optimizer_has_is_for_ranks_alone(tmp_path):
 
 def test_the_folder_is_what_its_page_says(by_four):
     folder, _ = by_four
-    names = sorted(path.name for path in folder.iterdir())
+    lock, *names = sorted(path.name for path in folder.iterdir())
+    assert lock == ".gpuadam-lock"
     assert names[0] == "index.safetensors" and [name[:12] for name in names[1:]] == [f"part-{k}-of-4-" for k in range(4)]
     with (folder / names[0]).open("rb") as file:
         metadata = safetensors_file.Reader(file).metadata

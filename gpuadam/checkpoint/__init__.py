@@ -33,7 +33,8 @@ continues bit for bit, on any backend. With `with_params=True`, for both, the pa
 `to_torch`, `to_optax`. Checkpoints of a program that uses `gpuadam.torch` are torch's: `gpuadam.guide.pytorch`.
 
 **Shown:** k steps, save, load and k steps have the bits of 2k steps, in twelve forms of state. Fifty processes are killed in
-the middle of saves; files are truncated at every byte; 10,000 bytes are changed one at a time; the disk is full.
+the middle of saves; files are truncated at every byte; 10,000 bytes are changed one at a time, and 10,000 files in other ways,
+half of them with checksums made right; the disk is full; two jobs save into one folder.
 
 ## A file
 
@@ -67,8 +68,8 @@ A checksum is a CRC-32 in eight hexadecimal digits. A tensor has one for each Mi
 is computed with zeros in its own place, which is always the first of the file's metadata. So every changed byte is noticed,
 and parts of a tensor can be read and known to be right.
 
-A file is written beside its place, flushed to the disk and renamed: whatever happens, it is the new one or the old one. A
-killed save leaves `.gpuadam-(16 digits).tmp`, which nothing reads.
+A file is written beside its place, flushed to the disk and renamed: whatever happens, it is the new one or the old one, whose
+mode the new one keeps. A killed save leaves `.gpuadam-(16 digits).tmp`, which nothing reads.
 
 ## A folder
 
@@ -76,6 +77,7 @@ killed save leaves `.gpuadam-(16 digits).tmp`, which nothing reads.
 | --- | --- |
 | `index.safetensors` | the metadata, without tensors, and the names of the parts |
 | `part-0-of-4-(16 digits).safetensors`, ... | the arrays, or parts of arrays, that each rank owned |
+| `.gpuadam-lock` | nothing; it is locked by the job that saves into the folder |
 
 The index has two keys more. A part has the metadata `format` (`gpuadam.optimizer.part`) and `version` alone, with the
 checksums.
@@ -90,14 +92,15 @@ scales of 8-bit state, too, are named by the elements of the parameter that they
 what another number wrote.
 
 Every rank first writes a part under a new name. Then the index replaces the old one in one step, and the old parts are
-deleted. The next save deletes parts of a save that was killed.
+deleted. The next save deletes parts of a save that was killed. Meanwhile the lock is held, and a save of another job into
+the same folder is refused.
 
 ## The files of this package
 
-`safetensors` reads and writes the format in pieces, and `atomic_file` replaces a file whole or not at all. `format` has the
-metadata, `tensors` the arrays of an optimizer as tensors. `saving` writes the checkpoint of an `Adam`. `stored` has the
-arrays of a checkpoint that is open, and `loading` makes an `Adam` of them. Many ranks' checkpoints are in
-`gpuadam/sharded/saving.py` and `gpuadam/sharded/loading.py`.
+`safetensors` reads and writes the format in pieces. `regular_file` opens and locks files, and `atomic_file` replaces a file
+whole or not at all. `format` has the metadata, `tensors` the arrays of an optimizer as tensors. `saving` writes the checkpoint
+of an `Adam`. `stored` has the arrays of a checkpoint that is open, and `loading` makes an `Adam` of them. Many ranks'
+checkpoints are in `gpuadam/sharded/saving.py` and `gpuadam/sharded/loading.py`.
 """
 
 from .safetensors import CheckpointError

@@ -4,18 +4,23 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from pathlib import Path
+
+from .regular_file import check_regular, opened
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, *, follow=False, durable=True):
     """Open a new binary file that takes the place of `path` when the block ends without an error.
 
     The new file is written beside the old one, as ".gpuadam-", random digits and ".tmp", flushed to the disk and renamed; then
     the folder is flushed. On an error the new file is removed and the old one is as it was; after a kill the new file is left,
-    and nothing reads it. A symbolic link stays one: its target is replaced. The new file has the mode of the umask.
+    and nothing reads it. The new file has the mode of the old one, or that of the umask if there is none.
 
-    Raises OSError, and then nothing has changed, unless the error is of the last flush, that of the folder.
+    follow: a symbolic link stays one, and its target is replaced; otherwise it is refused. durable: whether anything is flushed.
+    Raises OSError, and then nothing has changed, unless the error is of the last flush, that of the folder; FileExistsError if
+    there is something else than a regular file.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "a")
@@ -24,16 +29,19 @@ def replacing(path):
     >>> path.read_bytes()
     b'new'
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise FileExistsError(errno.EEXIST, "it is a folder, a device, a pipe or a socket", str(target))
-    with _flushed_afterwards(target.parent):
+    target = Path(os.path.realpath(path) if follow else path)
+    old = check_regular(target)
+    mode = 0o666 if old is None else stat.S_IMODE(old.st_mode) & 0o777
+    with _flushed_afterwards(target.parent) if durable else contextlib.nullcontext():
         temporary = target.parent / f".gpuadam-{secrets.token_hex(8)}.tmp"
-        file = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "w+b")
+        file = opened(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
         try:
+            if old is not None and stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:  # the umask was another then
+                temporary.chmod(mode)
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             file.close()
             temporary.replace(target)
         except BaseException:

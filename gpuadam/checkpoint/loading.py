@@ -11,7 +11,7 @@ from ..kernels.view import is_array
 from ..options import SAVED, Options
 from ..sharded.layout import CELL
 from .format import CLASSES, check_known
-from .safetensors import CheckpointError, require
+from .safetensors import CheckpointError, require, shortened
 from .stored import Stored, opened_file
 from .tensors import PARAM, chosen, sections
 
@@ -126,7 +126,7 @@ def about(path):
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{path!r} cannot be loaded: {error}") from error.__cause__
+        raise CheckpointError(f"{path!r} cannot be loaded: {shortened(str(error))}") from error.__cause__
     except FileNotFoundError:
         raise
     except OSError as error:

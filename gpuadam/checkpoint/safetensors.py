@@ -40,6 +40,11 @@ def require(condition, message):
         raise CheckpointError(message)
 
 
+def shortened(text, most=2000):
+    """Return a text, or its beginning and its end: what errors quote from a file may be of any length."""
+    return text if len(text) <= most else f"{text[: most - 500]} ... {text[-500:]}"
+
+
 class Tensor(NamedTuple):
     """A tensor to be written. `chunks()` gives its bytes in buffers, each of which is written before the next is asked for."""
 

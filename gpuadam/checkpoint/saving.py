@@ -28,16 +28,17 @@ def save(opt, state_dict, path, check_unchanged, *, with_params=False):
     copies = [name for name, parameter in opt.parameters.items() if parameter.copy is not None]
     metadata = encoded(opt, type(opt).__name__, state_dict["groups"], params, copies)
     tensors = [section.tensor(section.array_name) for section in chosen(arrays, with_params)]
-    write_file(path, tensors, metadata, check_unchanged)
+    write_file(path, tensors, metadata, check_unchanged, follow=True)
 
 
-def write_file(path, tensors, metadata, check_unchanged=lambda: None):
+def write_file(path, tensors, metadata, check_unchanged=lambda: None, *, follow=False):
     """Write a file, or leave the one that is there. Return (how many bytes it has, the checksum of its header).
 
-    check_unchanged: raises, after the tensors were read, if they may be of several steps. Raises CheckpointError.
+    check_unchanged: raises, after the tensors were read, if they may be of several steps. follow: as of `replacing`.
+    Raises CheckpointError.
     """
     try:
-        with replacing(path) as file:
+        with replacing(path, follow=follow) as file:
             crc = write(file, tensors, metadata)
             check_unchanged()
             return file.seek(0, os.SEEK_END), crc

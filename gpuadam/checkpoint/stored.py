@@ -12,6 +12,7 @@ from ..groups import some
 from ..kernels import array_bytes
 from ..kernels.operands import GROUP
 from .format import INDEX, PART_FORMAT, VERSION, decoded
+from .regular_file import opened
 from .safetensors import ITEMSIZE, CheckpointError, Entry, Reader, chunks, copy, require
 from .tensors import DTYPES, PARAM, chosen, place
 
@@ -40,9 +41,7 @@ def opened_file(path, longest):
     if path.is_dir():
         path /= INDEX
         require(path.exists(), f"it is a folder without {INDEX}: no checkpoint was ever finished there")
-    is_file = path.is_file() or not path.exists()
-    require(is_file, "it is a device, a pipe or a socket: give the path of a file, or of a folder")
-    with path.open("rb") as file:
+    with opened(path, follow=True) as file:
         yield Stored(path.parent, file, longest)
 
 
@@ -147,7 +146,9 @@ class Stored:
             return contextlib.nullcontext(self._file)
         path = self._folder / self.saved.parts[part]["file"]
         try:
-            return path.open("rb")
+            return opened(path, follow=True)
         except FileNotFoundError as error:
             reason = "it was lost, or the checkpoint was replaced while it was read"
             raise CheckpointError(f"its part {path.name!r} is not there: {reason}") from error
+        except OSError as error:
+            raise CheckpointError(f"its part {path.name!r} cannot be read: {error.strerror}") from error

@@ -8,23 +8,25 @@
 A step writes steps.json before it changes the first byte of state and after it has changed the last. A process that ends in
 between leaves "under_way" behind. `flush` waits until everything is on the disk. If the machine stops, steps since the last flush
 are lost, or worse, only some of their bytes are: a folder that was not flushed before the machine stopped is refused.
+
+The two files of JSON have a checksum, "crc32", that of the rest of them as Python writes it by default. Files of older versions
+have none.
 """
 
+import contextlib
 import json
 import os
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from ..checkpoint.atomic_file import replacing
+from ..checkpoint.regular_file import locked, opened, unlock
+from ..checkpoint.safetensors import parsed_json, require, shortened
 from ..options import Options
 from .state import Store, laid_out
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 LAYOUT = 1
 STATE, STEPS, LOCK = "state.json", "steps.json", "lock"
@@ -41,26 +43,35 @@ class Folder(Store):
     """
 
     def __init__(self, path, options, beginnings):
-        self.path = Path(path).resolve()  # which stays when the working directory becomes another
+        self.path = Path(os.path.realpath(path))  # which stays when the working directory becomes another
         self.place = f"files in {self.path}"
         parameters = {
             name: {"shape": list(view.shape), "format": view.format, "state": kept}
             for name, (_, view, kept) in beginnings.items()
         }
         description = {"layout": LAYOUT, "options": options, "parameters": parameters}
+        self._longest = 1_000_000 + 2 * len(_text(description))  # bytes of JSON: what is made to harm takes 20 times as many
         self._kinds = {kind for beginning in beginnings.values() for kind in beginning.kept}
         self._maps: list[np.memmap] = []
         self._marking = threading.RLock()  # of steps.json: one thread may flush while another takes steps
         if self.path.exists():
             self._has_state(description)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock, self._process = _locked(self.path / LOCK), os.getpid()
+        try:
+            self._lock, self._process = locked(self.path / LOCK), os.getpid()
+        except BlockingIOError as error:
+            raise ValueError(f"{self.path} is the state of an optimizer that is open: close() that one first") from error
         try:
             self.existed = self._has_state(description)  # again, now that no other process changes it
+            for left in self.path.glob(f"{TEMPORARY}*.tmp"):
+                with contextlib.suppress(OSError):  # a file that stays does no harm
+                    left.unlink()
             # under way until the arrays are filled
             new = {"steps": 0, "behind": {}, "under_way": True, "unflushed": _boot()}
             self.marks = self._reliable_marks() if self.existed else new
-            order = _read(self.path / STATE, lambda there: [*there["parameters"]]) if self.existed else beginnings
+            order = (
+                _read(self.path / STATE, self._longest, lambda there: [*there["parameters"]]) if self.existed else beginnings
+            )
             self.arrays = laid_out({name: beginnings[name] for name in order}, self._memory_of)
             if not self.existed:
                 self._write(STEPS, self.marks)
@@ -71,23 +82,25 @@ class Folder(Store):
 
     def _has_state(self, description):
         """Return whether the state is there already. Refuse a folder of other files or other state."""
-        names = {path.name for path in self.path.iterdir()}
-        if STATE in names:
-            there = _read(self.path / STATE, _facts)
+        files = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(self.path)}
+        if STATE in files:
+            there = _read(self.path / STATE, self._longest, _facts)
             for fact, value in _facts(description).items():
                 if there.get(fact) != value:
-                    made = f"the state in {self.path} was made with {fact}={there.get(fact)!r}"
-                    raise ValueError(f"{made}, this optimizer with {fact}={value!r}: give the same, or another folder")
+                    made = f"the state in {self.path} was made with {fact}={shortened(repr(there.get(fact)))}"
+                    now = f"this optimizer with {fact}={shortened(repr(value))}"
+                    raise ValueError(f"{made}, {now}: give the same, or another folder")
             return True
         # a process that was killed while it made the files leaves the lock, which comes first, and some of the others
-        expected = {LOCK, STEPS, *self._kinds} if LOCK in names else set()
-        if strangers := sorted(name for name in names - expected if not name.startswith(TEMPORARY)):
+        expected = {LOCK, STEPS, *self._kinds} if LOCK in files else set()
+        ours = {name for name, is_file in files.items() if is_file and (name in expected or name.startswith(TEMPORARY))}
+        if strangers := sorted(files.keys() - ours):
             raise ValueError(f"{self.path} has {strangers[:5]} in it and no {STATE}: give a folder of its own for the state")
         return False
 
     def _reliable_marks(self):
         """Return what steps.json says, or refuse state that cannot be relied on."""
-        marks = _read(self.path / STEPS, _marks)
+        marks = _read(self.path / STEPS, self._longest, _marks)
         if marks["under_way"]:
             raise ValueError(f"a step on the state in {self.path} was cut short: {TORN}")
         if marks["unflushed"] not in (None, _boot()):
@@ -116,7 +129,8 @@ class Folder(Store):
                 raise OSError(error.errno, why, str(path)) from error
         elif not path.exists() or path.stat().st_size != n_bytes:
             raise ValueError(f"{path} should have {n_bytes:,} bytes, so the state is not complete: {TORN}")
-        self._maps.append(np.memmap(path, np.uint8, "r+", shape=(n_bytes,)))
+        with opened(path, os.O_RDWR) as file:
+            self._maps.append(np.memmap(file, np.uint8, "r+", shape=(n_bytes,)))
         return self._maps[-1]
 
     def begin(self):
@@ -152,8 +166,8 @@ class Folder(Store):
                 self._free()
 
     def _free(self):
-        if fcntl and self._process == os.getpid():
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing it would leave the lock to processes that were forked meanwhile
+        if self._process == os.getpid():
+            unlock(self._lock)
         self._lock.close()
 
     def _mark(self, durable, **changes):
@@ -165,14 +179,8 @@ class Folder(Store):
             self.marks = marks
 
     def _write(self, name, content, durable=True):
-        path, text = self.path / name, json.dumps(content, indent=1)
-        if durable:
-            with replacing(path) as file:
-                file.write(text.encode())
-        else:  # at once too, but nothing waits for the disk
-            beside = path.with_suffix(".new")
-            beside.write_text(text)
-            beside.replace(path)
+        with replacing(self.path / name, durable=durable) as file:
+            file.write(_text(content | {"crc32": _crc(content)}))
 
 
 def reserve(path, n_bytes):
@@ -182,22 +190,11 @@ def reserve(path, n_bytes):
     there would have single pages for good, and steps would take twice as long.
     """
     zeros = bytes(1 << 22)
-    with path.open("wb") as file:
+    with opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, n_bytes)
         for start in range(0, n_bytes, len(zeros)):
             file.write(zeros[: n_bytes - start])
-
-
-def _locked(path):
-    file = path.open("a")
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ValueError(f"{path.parent} is the state of an optimizer that is open: close() that one first") from error
-    return file
 
 
 def _boot():
@@ -206,17 +203,32 @@ def _boot():
     return path.read_text().strip() if path.exists() else "unknown"
 
 
-def _read(path, parsed):
-    """Return parsed(content) of a file of the folder. Refuse a file that is damaged."""
+def _text(content):
+    return json.dumps(content, indent=1).encode()
+
+
+def _crc(content):
+    return f"{zlib.crc32(json.dumps(content).encode()):08x}"
+
+
+def _read(path, longest, parsed):
+    """Return parsed(content) of a file of the folder, which has so many bytes at most. Refuse a file that is damaged."""
     try:
-        return parsed(json.loads(path.read_text()))
+        with opened(path) as file:
+            text = file.read(longest + 1)
+        require(len(text) <= longest, f"it has more than the {longest:,} bytes that are expected")
+        content = parsed_json(text, "it")
+        require(content.pop("crc32", None) in (None, _crc(content)), "its checksum differs")
+        return parsed(content)
     except (FileNotFoundError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}). If an optimizer made the folder, {DAMAGED}") from error
+        why = shortened(repr(error))
+        raise ValueError(f"{path} cannot be read ({why}). If an optimizer made the folder, {DAMAGED}") from error
 
 
 def _facts(description):
     """Return all that optimizers of the same state have in common, by the names for error messages."""
     params = description["parameters"]
+    _check_keys(description, {"layout", "options", "parameters"})
     of_params = {f"params[{name!r}].{key}": value for name, param in params.items() for key, value in param.items()}
     first = {"layout": description["layout"], "algorithm": "adam"}  # what older folders do not say, all of which are Adam's
     # numbers are rounded randomly by the place of a parameter
@@ -227,6 +239,12 @@ def _facts(description):
 def _marks(content):
     """Return what steps.json has, after checking that nothing is missing."""
     counts = content["steps"], *content["behind"].values()
-    if not all(type(n) is int and n >= 0 for n in counts) or not {"under_way", "unflushed"} <= content.keys():
+    _check_keys(content, {"steps", "behind", "under_way", "unflushed"})
+    if not all(type(n) is int and n >= 0 for n in counts):
         raise ValueError("it does not say how many steps were taken")
     return content
+
+
+def _check_keys(content, keys):
+    """Refuse a file that lacks something, or has more, such as a checksum whose name is damaged."""
+    require(content.keys() == keys, f"it has {shortened(str(sorted(content)))}, and must have {sorted(keys)}")

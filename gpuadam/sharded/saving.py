@@ -3,6 +3,7 @@
 Every rank writes and flushes a part of its own, under a name that no part before had. Then rank 0 puts a new index in the place
 of the old one, in one step; only the index says which parts the checkpoint has. So a crash at any moment leaves the old
 checkpoint or the new one. Parts that no index names were left by a save that did not end, and the next one deletes them.
+Between that and the new index, rank 0 holds a lock, so that another job does not take these parts for such a rest.
 """
 
 import contextlib
@@ -24,12 +25,14 @@ from ..checkpoint.format import (
     decoded,
     encoded,
 )
+from ..checkpoint.regular_file import locked, opened, unlock
 from ..checkpoint.safetensors import FIRST, CheckpointError, Reader, require
 from ..checkpoint.saving import write_file
 from ..checkpoint.tensors import chosen, sections
 from ..groups import saved_settings, some
 from .agreement import agreed, on_all
 
+LOCK = ".gpuadam-lock"
 CLASS_OF = {algorithm: name for name, algorithm in ALGORITHMS.items()}
 OURS = re.compile(rf"{IS_PART.pattern}|\.gpuadam-[0-9a-f]{{16}}\.tmp")  # parts, and files that were not finished
 SHARED = "The folder must be on a file system that all ranks share"
@@ -43,16 +46,18 @@ def save(opt, path, *, with_params=False):
 
 def _save(opt, transport, path, with_params):
     folder, metadata = agreed(transport, _prepared, opt, path, with_params)[0]
-    token = transport.exchange(on_all(transport, lambda: _cleared(folder) if transport.rank == 0 else None))[0]
-    file = folder / PART.format(transport.rank, transport.size, token)
-    try:
-        part = on_all(transport, _write_part, opt, file, with_params)
-    except BaseException:
-        with contextlib.suppress(OSError):  # a read-only file system raises here, too; the error before is the one to report
-            file.unlink()  # a part without the others has no use
-        raise
-    parts = transport.exchange(part)
-    on_all(transport, lambda: _commit(folder, metadata, parts) if transport.rank == 0 else None)
+    with contextlib.ExitStack() as lock:
+        cleared = on_all(transport, lambda: _cleared(folder, lock) if transport.rank == 0 else None)
+        token = transport.exchange(cleared)[0]
+        file = folder / PART.format(transport.rank, transport.size, token)
+        try:
+            part = on_all(transport, _write_part, opt, file, with_params)
+        except BaseException:
+            with contextlib.suppress(OSError):  # of a read-only file system, too; the error before is the one to report
+                file.unlink()  # a part without the others has no use
+            raise
+        parts = transport.exchange(part)
+        on_all(transport, lambda: _commit(folder, metadata, parts, lock) if transport.rank == 0 else None)
 
 
 def _prepared(opt, path, with_params):
@@ -68,25 +73,39 @@ def _prepared(opt, path, with_params):
     return (folder, metadata), {"path": str(folder), "with_params": with_params, **described}, False
 
 
-def _cleared(folder):
-    """Make the folder, or delete the rest of a save that did not end. Return random digits for the names of the new parts."""
+def _cleared(folder, lock):
+    """Make the folder, or delete the rest of a save that did not end. Return random digits for the names of the new parts.
+
+    lock: the ExitStack that unlocks the folder.
+    """
     try:
         folder.mkdir(exist_ok=True)
-        names = sorted(file.name for file in folder.iterdir())
-        known = _files_of(folder / INDEX) if INDEX in names else None
-        strangers = [name for name in names if not OURS.fullmatch(name)] if known is None else []
-        advice = "and was not saved: give a folder of its own"
-        require(not strangers, f"{str(folder)!r} has files that are of no checkpoint, {some(strangers)}, {advice}")
-        _delete_all_but(folder, known or ())
+        _known(folder)
+        lock.callback(unlock, locked(folder / LOCK))
+        _delete_all_but(folder, _known(folder))  # again, now that no other job changes it
+    except BlockingIOError as error:
+        what = f"{str(folder)!r} was not saved: another job is saving into it"
+        advice = "Nothing there has changed. End that job, or give each a folder of its own"
+        raise CheckpointError(f"{what}. {advice}") from error
     except OSError as error:
         where, advice = str(error.filename or folder), "Give a folder that can be made and read"
         raise CheckpointError(f"{where!r} was not saved: {error.strerror}. {advice}") from error
     return secrets.token_hex(8)
 
 
+def _known(folder):
+    """Return the names of the parts of a folder's checkpoint. Refuse a folder of other files."""
+    names = sorted(file.name for file in folder.iterdir())
+    known = _files_of(folder / INDEX) if INDEX in names else None
+    strangers = [name for name in names if name != LOCK and not OURS.fullmatch(name)] if known is None else []
+    advice = "and was not saved: give a folder of its own"
+    require(not strangers, f"{str(folder)!r} has files that are of no checkpoint, {some(strangers)}, {advice}")
+    return known or ()
+
+
 def _files_of(index):
     """Return the names of the parts of an index, or None if the file is another program's, which is not to be replaced."""
-    with index.open("rb") as file:
+    with opened(index) as file:
         if file.read(8 + len(FIRST))[8:] != FIRST:
             return None
         try:
@@ -106,14 +125,15 @@ def _write_part(opt, file, with_params):
     return {"file": file.name, "n_bytes": n_bytes, "crc32": crc}
 
 
-def _commit(folder, metadata, parts):
-    """Write the index, which makes the new parts the checkpoint, and delete the parts of the old one."""
+def _commit(folder, metadata, parts, lock):
+    """Write the index, which makes the new parts the checkpoint, delete the parts of the old one, and unlock the folder."""
     for rank, part in enumerate(parts):
         path = folder / part["file"]
         is_here = path.exists() and path.stat().st_size == part["n_bytes"]
         require(is_here, f"the file {str(path)!r}, which rank {rank} wrote, is not here. {SHARED}")
     write_file(str(folder / INDEX), [], metadata | {"parts": as_json(parts)})
     _delete_all_but(folder, [part["file"] for part in parts])
+    lock.close()  # now: it may take long until all ranks are here
 
 
 def _delete_all_but(folder, names):
