@@ -6,7 +6,7 @@ import operator
 
 import numpy as np
 
-from .kernels.layout import bounds
+from .kernels.layout import bounds, in_rows_apart
 from .kernels.operands import GROUP, KINDS
 
 
@@ -293,20 +293,30 @@ def overlap(written, read):
     extents = [(*bounds(view), True, view) for view in written]
     extents += [(*bounds(view), False, view) for view in read]
     extents = sorted((extent for extent in extents if extent[3].size), key=_start)
-    end_of_written = end_of_any = 0
-    for k, (start, end, is_written, view) in enumerate(extents):
-        if start < end_of_written or (is_written and start < end_of_any):
-            for _, other_end, other_is_written, other in extents[:k]:
-                if start < other_end and (is_written or other_is_written) and _share_memory(view, other):
-                    raise ValueError(
-                        f"{other.name} and {view.name} share memory, and an update writes to at least one of them: "
-                        "pass arrays of their own, or a copy"
-                    )
-        end_of_any = max(end_of_any, end)
-        end_of_written = max(end_of_written, end) if is_written else end_of_written
+    run: list[tuple] = []  # extents that lie in one another
+    end_of_run = 0
+    for extent in extents:
+        if extent[0] >= end_of_run:
+            _overlap_in(run)
+            run = []
+        run.append(extent)
+        end_of_run = max(end_of_run, extent[1])
+    _overlap_in(run)
 
 
 _start = operator.itemgetter(0)
+
+
+def _overlap_in(extents):
+    if len(extents) < 2 or not any(is_written for _, _, is_written, _ in extents) or in_rows_apart(extents):
+        return
+    for k, (start, _, is_written, view) in enumerate(extents):
+        for _, other_end, other_is_written, other in extents[:k]:
+            if start < other_end and (is_written or other_is_written) and _share_memory(view, other):
+                raise ValueError(
+                    f"{other.name} and {view.name} share memory, and an update writes to at least one of them: "
+                    "pass arrays of their own, or a copy"
+                )
 
 
 class _Addresses:
