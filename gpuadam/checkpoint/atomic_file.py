@@ -7,6 +7,10 @@ import secrets
 from pathlib import Path
 
 
+class NotFlushedError(OSError):
+    """A file is in its place, and the folder that says so is not known to be on the disk."""
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Open a new binary file that takes the place of `path` when the block ends without an error.
@@ -15,7 +19,7 @@ def replacing(path):
     the folder is flushed. On an error the new file is removed and the old one is as it was; after a kill the new file is left,
     and nothing reads it. A symbolic link stays one: its target is replaced. The new file has the mode of the umask.
 
-    Raises OSError, and then nothing has changed, unless the error is of the last flush, that of the folder.
+    Raises OSError, and then nothing has changed; and NotFlushedError, after the new file is in its place.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "a")
@@ -56,6 +60,7 @@ def _flushed_afterwards(path):
             os.fsync(folder)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing for folders
-                raise
+                why = f"{error.strerror}. The new file is in place, and may be lost if the machine stops now"
+                raise NotFlushedError(error.errno, why, str(path)) from error
     finally:
         os.close(folder)

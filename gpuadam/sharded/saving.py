@@ -108,12 +108,26 @@ def _write_part(opt, file, with_params):
 
 def _commit(folder, metadata, parts):
     """Write the index, which makes the new parts the checkpoint, and delete the parts of the old one."""
-    for rank, part in enumerate(parts):
-        path = folder / part["file"]
-        is_here = path.exists() and path.stat().st_size == part["n_bytes"]
-        require(is_here, f"the file {str(path)!r}, which rank {rank} wrote, is not here. {SHARED}")
-    write_file(str(folder / INDEX), [], metadata | {"parts": as_json(parts)})
+    try:
+        for rank, part in enumerate(parts):
+            path = folder / part["file"]
+            is_here = path.exists() and path.stat().st_size == part["n_bytes"]
+            require(is_here, f"the file {str(path)!r}, which rank {rank} wrote, is not here. {SHARED}")
+        write_file(str(folder / INDEX), [], metadata | {"parts": as_json(parts)})
+    except BaseException:
+        _take_back(folder, parts)
+        raise
     _delete_all_but(folder, [part["file"] for part in parts])
+
+
+def _take_back(folder, parts):
+    """Delete new parts, unless the index names them already."""
+    with contextlib.suppress(OSError):  # the error before is the one to report
+        index = folder / INDEX
+        named = (index.exists() and _files_of(index)) or ()
+        for part in parts:
+            if part["file"] not in named:
+                (folder / part["file"]).unlink(missing_ok=True)
 
 
 def _delete_all_but(folder, names):
