@@ -84,6 +84,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `backend.py` | the interface |
 | `cpu_backend.py`, `cpu_kernels.py`, `cpu_threads.py`, `numpy_struct.py`, `compiled_cache.py` | `numba-cpu` |
 | `ownership.py` | which files no other user can have written |
+| `messages.py` | values of users in the messages of errors |
 | `gpu_backend.py`, `gpu_driver.py`, `gpu_batch.py`, `gpu_table.py`, `streams.py` | both GPU backends |
 | `cupy_backend.py`, `cupy_kernels.py` | `cupy` |
 | `numba_cuda_backend.py`, `numba_cuda_kernels.py` | `numba-cuda` |

@@ -4,6 +4,7 @@ import errno
 import os
 
 from .. import checks
+from ..kernels.messages import shown
 from .atomic_file import NotFlushedError, replacing
 from .format import CLASSES, check_class, encoded
 from .safetensors import CheckpointError, write
@@ -46,6 +47,6 @@ def write_file(path, tensors, metadata, check_unchanged=lambda: None):
         advice = ADVICE.get(error.errno, "See to the disk, or save elsewhere").format(n_bytes)
         unchanged = "" if isinstance(error, NotFlushedError) else " Nothing there has changed."
         reason = f"{error.strerror or error}.{unchanged} {advice}"
-        raise CheckpointError(f"{path!r} was not saved: {reason}") from error
+        raise CheckpointError(f"{shown(path, 1000)} was not saved: {reason}") from error
     except CheckpointError as error:
-        raise CheckpointError(f"{path!r} was not saved: {error}") from error.__cause__
+        raise CheckpointError(f"{shown(path, 1000)} was not saved: {error}") from error.__cause__

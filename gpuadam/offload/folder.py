@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.atomic_file import replacing
+from ..kernels.messages import shortened, shown
 from ..options import Options
 from .state import Store, laid_out
 
@@ -76,8 +77,10 @@ class Folder(Store):
             there = _read(self.path / STATE, _facts)
             for fact, value in _facts(description).items():
                 if there.get(fact) != value:
-                    made = f"the state in {self.path} was made with {fact}={there.get(fact)!r}"
-                    raise ValueError(f"{made}, this optimizer with {fact}={value!r}: give the same, or another folder")
+                    made = f"the state in {self.path} was made with {shortened(fact)}={shown(there.get(fact))}"
+                    raise ValueError(
+                        f"{made}, this optimizer with {shortened(fact)}={shown(value)}: give the same, or another folder"
+                    )
             return True
         # a process that was killed while it made the files leaves the lock, which comes first, and some of the others
         expected = {LOCK, STEPS, *self._kinds} if LOCK in names else set()
@@ -211,7 +214,7 @@ def _read(path, parsed):
     try:
         return parsed(json.loads(path.read_text()))
     except (FileNotFoundError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}). If an optimizer made the folder, {DAMAGED}") from error
+        raise ValueError(f"{path} cannot be read ({shown(error)}). If an optimizer made the folder, {DAMAGED}") from error
 
 
 def _facts(description):

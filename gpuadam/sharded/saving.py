@@ -28,6 +28,7 @@ from ..checkpoint.safetensors import FIRST, CheckpointError, Reader, require
 from ..checkpoint.saving import write_file
 from ..checkpoint.tensors import chosen, sections
 from ..groups import saved_settings, some
+from ..kernels.messages import shown
 from .agreement import agreed, on_all
 
 CLASS_OF = {algorithm: name for name, algorithm in ALGORITHMS.items()}
@@ -76,11 +77,13 @@ def _cleared(folder):
         known = _files_of(folder / INDEX) if INDEX in names else None
         strangers = [name for name in names if not OURS.fullmatch(name)] if known is None else []
         advice = "and was not saved: give a folder of its own"
-        require(not strangers, f"{str(folder)!r} has files that are of no checkpoint, {some(strangers)}, {advice}")
+        require(
+            not strangers, f"{shown(str(folder), 1000)} has files that are of no checkpoint, {some(strangers)}, {advice}"
+        )
         _delete_all_but(folder, known or ())
     except OSError as error:
         where, advice = str(error.filename or folder), "Give a folder that can be made and read"
-        raise CheckpointError(f"{where!r} was not saved: {error.strerror}. {advice}") from error
+        raise CheckpointError(f"{shown(where, 1000)} was not saved: {error.strerror}. {advice}") from error
     return secrets.token_hex(8)
 
 
@@ -97,7 +100,8 @@ def _files_of(index):
 
 def _write_part(opt, file, with_params):
     """Write the arrays of this rank. Return the index's entry of the part."""
-    require(file.parent.is_dir(), f"the folder {str(file.parent)!r}, which rank 0 has made, is not here. {SHARED}")
+    here = shown(str(file.parent), 1000)
+    require(file.parent.is_dir(), f"the folder {here}, which rank 0 has made, is not here. {SHARED}")
     if with_params:
         for bucket in opt.buckets:
             bucket.read_params()
@@ -112,7 +116,7 @@ def _commit(folder, metadata, parts):
         for rank, part in enumerate(parts):
             path = folder / part["file"]
             is_here = path.exists() and path.stat().st_size == part["n_bytes"]
-            require(is_here, f"the file {str(path)!r}, which rank {rank} wrote, is not here. {SHARED}")
+            require(is_here, f"the file {shown(str(path), 1000)}, which rank {rank} wrote, is not here. {SHARED}")
         write_file(str(folder / INDEX), [], metadata | {"parts": as_json(parts)})
     except BaseException:
         _take_back(folder, parts)
