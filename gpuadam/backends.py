@@ -18,6 +18,7 @@ import numpy as np
 from . import checks, torch_tensors
 from .kernels import array_bytes
 from .kernels import view as arrays
+from .kernels.messages import shown
 from .kernels.operands import widened
 
 GPU_EXTRA = 'pip install "gpuadam[cuda13]" (or cuda12: `nvidia-smi` shows what the driver takes)'
@@ -66,7 +67,7 @@ def register(backend, package=""):
     top-level package whose arrays go to it by themselves. Raises ValueError if there is a backend of this name.
     """
     if backend.name in BACKENDS:
-        raise ValueError(f"there is a backend {backend.name!r} already")
+        raise ValueError(f"there is a backend {shown(backend.name)} already")
     BACKENDS[backend.name] = Row(backend.name, type(backend).__module__, backend.memory, package)
 
 
@@ -134,7 +135,7 @@ def load(name):
     if not status.available:
         others = ", ".join(available_backends()) or "none"
         raise BackendUnavailableError(
-            f"backend {name!r} is not available: {status.reason}. To mend it: {status.fix}. Available: {others}."
+            f"backend {shown(name)} is not available: {status.reason}. To mend it: {status.fix}. Available: {others}."
         )
     return importlib.import_module(BACKENDS[name].module).backend
 
@@ -240,7 +241,7 @@ def home(name, array):
 
 def _known(name, source):
     if not isinstance(name, str) or name not in BACKENDS:
-        raise ValueError(f"{source}: there is no backend {name!r}, only {', '.join(BACKENDS)}")
+        raise ValueError(f"{source}: there is no backend {shown(name)}, only {', '.join(BACKENDS)}")
     return name
 
 
@@ -258,7 +259,7 @@ def _memory(name, array):
     if arrays.always_cuda(array):
         return "CUDA"
     if isinstance(array, type) or array is None:
-        raise TypeError(f"{name} is {array!r}, not an array")
+        raise TypeError(f"{name} is {shown(array)}, not an array")
     try:
         if hasattr(array, "__cuda_array_interface__"):
             return "CUDA"

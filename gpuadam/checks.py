@@ -6,7 +6,8 @@ import operator
 
 import numpy as np
 
-from .kernels.layout import bounds
+from .kernels.layout import bounds, in_rows_apart
+from .kernels.messages import shortened, shown
 from .kernels.operands import GROUP, KINDS
 
 
@@ -15,7 +16,7 @@ def real(name, value):
     if type(value) is float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number, not {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be a real number, not {shown(value)} ({type(value).__name__})")
     try:
         return float(value)
     except OverflowError:
@@ -57,7 +58,7 @@ def found_inf(value):
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.reshape(())[()]
     if not isinstance(value, (bool, np.bool_, numbers.Real)):
-        raise TypeError(f"found_inf must be True, False, a number or an array of one, not {value!r}")
+        raise TypeError(f"found_inf must be True, False, a number or an array of one, not {shown(value)}")
     return bool(value)
 
 
@@ -66,7 +67,7 @@ def betas(value):
     try:
         beta1, beta2 = value
     except (TypeError, ValueError):
-        raise ValueError(f"betas must be two numbers, (beta1, beta2), not {value!r}") from None
+        raise ValueError(f"betas must be two numbers, (beta1, beta2), not {shown(value)}") from None
     return beta("beta1", beta1), beta("beta2", beta2)
 
 
@@ -79,11 +80,10 @@ def beta(name, value):
 
 def step_number(step):
     if type(step) is not int and (isinstance(step, bool) or not isinstance(step, numbers.Integral)):
-        raise TypeError(f"step must be an integer, counted from 1, not {step!r} ({type(step).__name__})")
+        raise TypeError(f"step must be an integer, counted from 1, not {shown(step)} ({type(step).__name__})")
     step = int(step)
     if step < 1:
-        shown = step if step > -(10**18) else "a huge negative number"
-        raise ValueError(f"step={shown} must be at least 1: the first update is step 1")
+        raise ValueError(f"step={shown(step)} must be at least 1: the first update is step 1")
     return step
 
 
@@ -92,7 +92,7 @@ def count(name, value):
     if type(value) is int and value >= 0:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, not {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be an integer, not {shown(value)} ({type(value).__name__})")
     if value < 0:
         raise ValueError(f"{name} must not be negative")
     return int(value)
@@ -100,13 +100,13 @@ def count(name, value):
 
 def one_of(choices, name, value):
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name}={shown(value)} must be one of {', '.join(map(repr, choices))}")
     return value
 
 
 def flag(name, value):
     if type(value) is not bool and not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, not {value!r}")
+        raise TypeError(f"{name} must be True or False, not {shown(value)}")
     return bool(value)
 
 
@@ -115,7 +115,7 @@ def seed(value):
     if type(value) is int and 0 <= value < 2**64:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"seed must be an integer, not {value!r} ({type(value).__name__})")
+        raise TypeError(f"seed must be an integer, not {shown(value)} ({type(value).__name__})")
     return int(value) % 2**64
 
 
@@ -230,23 +230,22 @@ def one_format(view, allowed):
 
 def format_of_bits(name, given):
     if given.format not in ("bfloat16", "float16"):
-        raise ValueError(f"{name} is Bits of {given.format!r}: they can be 'bfloat16' or 'float16'")
+        raise ValueError(f"{name} is Bits of {shown(given.format)}: they can be 'bfloat16' or 'float16'")
     return given.format
 
 
 def bits(view, format):
     """Return a View of integers as one of what their bits stand for."""
     if view.dtype not in (np.dtype("uint16"), np.dtype("int16")):
-        raise TypeError(f"{view.name} has dtype {view.dtype}; Bits are of a uint16 or int16 array")
+        raise TypeError(f"{view.name} has dtype {shortened(str(view.dtype))}; Bits are of a uint16 or int16 array")
     return view._replace(bits=format)
 
 
 def same_layout(own, loaded, any_layout):
     """Check that one array can be copied into another. any_layout: whether the backend's `copy` takes any strides."""
     if (own.shape, own.dtype) != (loaded.shape, loaded.dtype):
-        raise ValueError(
-            f"{loaded.name} has shape {loaded.shape} and dtype {loaded.dtype}, the optimizer's {own.shape} and {own.dtype}"
-        )
+        theirs = f"{loaded.name} has shape {loaded.shape} and dtype {shortened(str(loaded.dtype))}"
+        raise ValueError(f"{theirs}, the optimizer's {own.shape} and {own.dtype}")
     if own.device != loaded.device and own.size:
         raise ValueError(f"{loaded.name} is on device {loaded.device}, the optimizer's on {own.device}: move it")
     steps, loaded_steps = ([s for s, n in zip(view.strides, view.shape, strict=True) if n > 1] for view in (own, loaded))
@@ -290,7 +289,9 @@ def layout(view, written=True):
 
 def _name(view):
     dtype = view.dtype
-    return view.format if dtype.isnative else f"{dtype.newbyteorder('=')} in the other byte order ({dtype.str})"
+    return (
+        view.format if dtype.isnative else f"{shortened(str(dtype.newbyteorder('=')))} in the other byte order ({dtype.str})"
+    )
 
 
 def overlap(written, read):
@@ -298,20 +299,30 @@ def overlap(written, read):
     extents = [(*bounds(view), True, view) for view in written]
     extents += [(*bounds(view), False, view) for view in read]
     extents = sorted((extent for extent in extents if extent[3].size), key=_start)
-    end_of_written = end_of_any = 0
-    for k, (start, end, is_written, view) in enumerate(extents):
-        if start < end_of_written or (is_written and start < end_of_any):
-            for _, other_end, other_is_written, other in extents[:k]:
-                if start < other_end and (is_written or other_is_written) and _share_memory(view, other):
-                    raise ValueError(
-                        f"{other.name} and {view.name} share memory, and an update writes to at least one of them: "
-                        "pass arrays of their own, or a copy"
-                    )
-        end_of_any = max(end_of_any, end)
-        end_of_written = max(end_of_written, end) if is_written else end_of_written
+    run: list[tuple] = []  # extents that lie in one another
+    end_of_run = 0
+    for extent in extents:
+        if extent[0] >= end_of_run:
+            _overlap_in(run)
+            run = []
+        run.append(extent)
+        end_of_run = max(end_of_run, extent[1])
+    _overlap_in(run)
 
 
 _start = operator.itemgetter(0)
+
+
+def _overlap_in(extents):
+    if len(extents) < 2 or not any(is_written for _, _, is_written, _ in extents) or in_rows_apart(extents):
+        return
+    for k, (start, _, is_written, view) in enumerate(extents):
+        for _, other_end, other_is_written, other in extents[:k]:
+            if start < other_end and (is_written or other_is_written) and _share_memory(view, other):
+                raise ValueError(
+                    f"{other.name} and {view.name} share memory, and an update writes to at least one of them: "
+                    "pass arrays of their own, or a copy"
+                )
 
 
 class _Addresses:

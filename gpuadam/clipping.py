@@ -9,6 +9,7 @@ from . import backends, checks
 from .groups import is_sequence
 from .kernels import norm_order as order
 from .kernels import streams
+from .kernels.messages import shortened
 from .kernels.scalars import on_host
 from .kernels.view import Bits, is_array
 
@@ -40,7 +41,7 @@ def global_norm(grads, *, out=None, backend=None, stream=None):
     >>> gpuadam.global_norm(grads)
     array(11.)
     """
-    named = list(named_arrays("grads", grads))
+    named = [(shortened(name), array) for name, array in named_arrays("grads", grads)]
     if not named:
         raise ValueError("there is no array to take the norm of: grads must have one at least, which may be empty")
     kernels, views = backends.choose([*named, *([] if out is None else [("out", out)])], backend)
@@ -92,7 +93,7 @@ def _check_out(out, views, device):
     if out.shape != ():
         raise ValueError(f"out has shape {out.shape}; a norm is one number, of shape ()")
     if out.dtype != np.dtype("float64"):
-        raise TypeError(f"out has dtype {out.dtype}; a norm is float64")
+        raise TypeError(f"out has dtype {shortened(str(out.dtype))}; a norm is float64")
     if not out.writeable:
         raise ValueError("out is read-only: pass a writeable array")
     if None not in (device, out.device) and out.device != device:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from . import backends, checks
 from .groups import MAPPING, ONE, SEQUENCE, as_given
 from .kernels.layout import VECTOR_BYTES
+from .kernels.messages import shown
 
 
 class Flat(NamedTuple):
@@ -40,14 +41,14 @@ def flatten(arrays, backend=None):
      [1.  1.  1. ]]
     """
     if isinstance(arrays, Mapping):
-        kind, labelled = MAPPING, {f"arrays[{name!r}]": array for name, array in arrays.items()}
+        kind, labelled = MAPPING, [(f"arrays[{shown(name)}]", array) for name, array in arrays.items()]
     elif isinstance(arrays, (list, tuple)):
-        kind, labelled = SEQUENCE, {f"arrays[{k}]": array for k, array in enumerate(arrays)}
+        kind, labelled = SEQUENCE, [(f"arrays[{k}]", array) for k, array in enumerate(arrays)]
     else:
-        kind, labelled = ONE, {"arrays": arrays}
+        kind, labelled = ONE, [("arrays", arrays)]
     if not labelled:
         raise ValueError("there are no arrays to flatten")
-    kernels, views = backends.choose([(label, checks.given(label, array)) for label, array in labelled.items()], backend)
+    kernels, views = backends.choose([(label, checks.given(label, array)) for label, array in labelled], backend)
     first = views[0]
     for view in views:
         checks.one_format(view, checks.FORMATS)

@@ -20,7 +20,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from . import backends, checks
-from .groups import MAPPING, differing_names, places_of_groups
+from .groups import MAPPING, differing_names, places_of_groups, some
+from .kernels.messages import shortened, shown
 from .kernels.view import Bits, a_kind, is_jax
 from .state import check_meaning
 from .torch_tensors import is_tensor
@@ -60,7 +61,7 @@ def from_torch(opt, state_dict, names=None):
     name_of = _names_of_torch(their_groups, names)
     _check_names(name_of.values(), opt)
     if strange := [index for index in theirs if index not in name_of]:
-        raise ValueError(f"the state_dict has state of {strange}, which are in none of its groups")
+        raise ValueError(f"the state_dict has state of {some(strange)}, which are in none of its groups")
     structures = [structure._replace(kind=MAPPING) for structure in opt.arrangement.structures]  # all have names now
     named = [[name_of[index] for index in group["params"]] for group in their_groups]
     for group, k in zip(groups, places_of_groups(named, structures, by_place=False), strict=True):
@@ -96,7 +97,9 @@ def to_torch(opt, names=None):
     for group in ours["groups"]:
         start, stop = stop, stop + len(group["names"])
         if sorted(names[start:stop]) != sorted(group["names"]) or len(names) != len(opt.state):
-            raise ValueError(f"names must be those of the optimizer, {list(opt.state)}, group by group; they are {names}")
+            raise ValueError(
+                f"names must be those of the optimizer, {some(opt.state)}, group by group; they are {some(names)}"
+            )
         if group["lr"] is None:
             raise ValueError("the learning rate is a callable, and torch's state has a number: put one into opt.groups")
         settings = {key: group[key] for key in HYPERPARAMETERS_OF_TORCH} | flags
@@ -158,7 +161,7 @@ def to_optax(opt, like, separator="."):
         _check_names(_leaves(tree, separator), opt)
     counts = sorted({state["step"] for state in ours.values()})
     if len(counts) > 1 or counts[0] >= COUNTS_OF_OPTAX:
-        raise ValueError(f"optax has one step count, an int32, for all parameters; here they are {counts}")
+        raise ValueError(f"optax has one step count, an int32, for all parameters; here they are {some(counts)}")
     trees, depth = {(*where, "mu"): "m", (*where, "nu"): "v"}, len(where) + 1
 
     def replaced(path, node):
@@ -191,7 +194,7 @@ def _check_names(theirs, opt):
 def _check_keys(name, state, known, library):
     """Refuse to give away state that another library would lose."""
     if strange := sorted(set(state) - {"step", *known}):
-        raise ValueError(f"the state of {name!r} has {strange}, for which {library}'s Adam has no place")
+        raise ValueError(f"the state of {shown(name)} has {some(strange)}, for which {library}'s Adam has no place")
 
 
 def _number(value):
@@ -217,10 +220,10 @@ def _format_here(key, name, opt):
 def _held(key, name, array, opt):
     """Return another library's array as the state here is held: a narrower format widened, and bfloat16 as uint16."""
     if isinstance(array, np.ndarray):
-        _, (view,) = backends.choose([(f"{key} of {name!r}", array)], "numba-cpu")
+        _, (view,) = backends.choose([(f"{key} of {shown(name)}", array)], "numba-cpu")
         array = view.array  # not of a subclass, which may have its own idea of a dtype
     if not hasattr(array, "dtype"):
-        raise TypeError(f"{key} of {name!r} is {a_kind(array)}, not an array")
+        raise TypeError(f"{key} of {shown(name)} is {a_kind(array)}, not an array")
     theirs, ours = _format(array), _format_here(key, name, opt)
     if theirs in WIDER and ours in WIDER[theirs]:
         array = array.to(getattr(sys.modules["torch"], ours)) if is_tensor(array) else array.astype(ours)
@@ -229,7 +232,7 @@ def _held(key, name, array, opt):
         wide = "float64" if "float64" in (theirs, ours) else "float32"
         wider = f"Nothing is rounded: make the optimizer with state_dtype={wide!r}"
         advice = wider if theirs in WIDER else "Moments are floats"
-        raise TypeError(f"{key} of {name!r} is {theirs} there and {ours} here. {advice}")
+        raise TypeError(f"{key} of {shown(name)} is {shortened(theirs)} there and {ours} here. {advice}")
     if ours != "bfloat16":
         return array
     if is_jax(array):
@@ -249,7 +252,9 @@ def _names_of_torch(groups, names):
         names = [name for group in groups for name in group["param_names"]]
     names = list(names)
     if len(names) != len(indices) or len(set(names)) != len(names):
-        raise ValueError(f"names must be {len(indices)} different names, one for each parameter of torch; they are {names}")
+        raise ValueError(
+            f"names must be {len(indices)} different names, one for each parameter of torch; they are {some(names)}"
+        )
     return dict(zip(indices, names, strict=True))
 
 
@@ -257,12 +262,12 @@ def _from_torch(name, state, opt):
     """Return the state of a parameter as `load_state_dict` takes it. torch has none of a parameter that took no step."""
     ours = {key: array for key, array in opt.state[name].items() if key != "step"}
     if state is None:
-        named = [(f"{key} of params[{name!r}]", array) for key, array in ours.items()]
+        named = [(f"{key} of params[{shown(name)}]", array) for key, array in ours.items()]
         backend, views = backends.choose(named, opt.state_backend)
         return {"step": 0} | {key: backend.zeros_like(view) for key, view in zip(ours, views, strict=True)}
     if set(state) != {"step"} | {TORCH.get(key, key) for key in ours}:
-        differ = f"has {sorted(state)} there and {sorted(ours)} here: amsgrad and the like must agree"
-        raise ValueError(f"the state of {name!r} {differ}")
+        differ = f"has {some(sorted(map(str, state)))} there and {sorted(ours)} here: amsgrad and the like must agree"
+        raise ValueError(f"the state of {shown(name)} {differ}")
     return {"step": _count(state["step"])} | {key: _held(key, name, state[TORCH.get(key, key)], opt) for key in ours}
 
 
@@ -272,14 +277,14 @@ def _to_torch(name, state, opt, torch):
     _check_keys(name, state, TORCH, "torch")
     check_meaning(state, opt.options, **OF_TORCH)
     if float(np.float32(state["step"])) != state["step"]:
-        raise ValueError(f"{name!r} has taken {state['step']} steps, which torch's float32 count cannot hold")
+        raise ValueError(f"{shown(name)} has taken {shown(state['step'])} steps, which torch's float32 count cannot hold")
     tensors = {"step": torch.tensor(float(state["step"]), dtype=torch.float32)}
     for key in [key for key in TORCH if key in state]:
         format_ = _format_here(key, name, opt)
         if format_ != of_param:
-            raise TypeError(f"{key} of {name!r} is {format_}, and torch would cast it to the parameter's {of_param}")
+            raise TypeError(f"{key} of {shown(name)} is {format_}, and torch would cast it to the parameter's {of_param}")
         array = state[key].view(np.int16) if format_ == "bfloat16" else state[key]
-        _, (view,) = backends.choose([(f"{key} of params[{name!r}]", array)], opt.state_backend)
+        _, (view,) = backends.choose([(f"{key} of params[{shown(name)}]", array)], opt.state_backend)
         device = "cpu" if view.device is None else f"cuda:{view.device}"  # else torch moves the memory to its current one
         tensor = torch.as_tensor(view.array, device=device).clone()
         tensors[TORCH[key]] = tensor.view(torch.bfloat16) if format_ == "bfloat16" else tensor
@@ -327,7 +332,7 @@ def _leaves(tree, separator):
     """Return name -> leaf."""
     pairs = [(_name(path, separator), node) for path, node in _nodes(tree) if _is_leaf(node)]
     if len(dict(pairs)) != len(pairs):
-        raise ValueError(f"two parameters of the tree get the same name: choose another separator than {separator!r}")
+        raise ValueError(f"two parameters of the tree get the same name: choose another separator than {shown(separator)}")
     return dict(pairs)
 
 
@@ -336,7 +341,9 @@ def _adam_state(state):
     states = [(path, node) for path, node in _nodes(state) if {"count", "mu", "nu"} <= set(getattr(node, "_fields", ()))]
     kinds = [type(node).__name__ for _, node in states]
     if kinds != ["ScaleByAdamState"] or set(states[0][1]._fields) != {"count", "mu", "nu"}:
-        raise ValueError(f"the state must have one ScaleByAdamState, with count, mu and nu; it has {kinds or 'none'}")
+        raise ValueError(
+            f"the state must have one ScaleByAdamState, with count, mu and nu; it has {some(kinds) if kinds else 'none'}"
+        )
     return states[0]
 
 
@@ -344,11 +351,11 @@ def _like(leaf, key, name, opt):
     """Return a copy of an array of the state, of a leaf's library and dtype."""
     array, format_ = opt.state[name][key], _format_here(key, name, opt)
     if not hasattr(leaf, "dtype") or (tuple(leaf.shape), _format(leaf)) != (array.shape, format_):
-        what = f"{leaf.dtype} of shape {tuple(leaf.shape)}" if hasattr(leaf, "dtype") else a_kind(leaf)
+        what = f"{shortened(str(leaf.dtype))} of shape {tuple(leaf.shape)}" if hasattr(leaf, "dtype") else a_kind(leaf)
         advice = "Nothing is rounded: give a `like` of the dtype here, which mu_dtype sets for mu"
-        raise TypeError(f"{key} of {name!r} is {what} in `like`, and {format_} of shape {array.shape} here. {advice}")
+        raise TypeError(f"{key} of {shown(name)} is {what} in `like`, and {format_} of shape {array.shape} here. {advice}")
     if not hasattr(array, "copy"):
-        raise TypeError(f"{key} of {name!r} is {a_kind(array)}: only NumPy and CuPy arrays go to optax")
+        raise TypeError(f"{key} of {shown(name)} is {a_kind(array)}: only NumPy and CuPy arrays go to optax")
     with contextlib.nullcontext() if isinstance(array, np.ndarray) else array.device:  # CuPy copies to the current one
         copy = array.copy()
     if not is_jax(leaf):

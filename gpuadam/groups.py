@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from typing import NamedTuple
 
 from . import checks, hyperparameters
+from .kernels.messages import shown
 from .kernels.view import Bits, a_kind, is_array
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
@@ -73,15 +74,17 @@ def parsed_groups(params, defaults):
     groups, structures, count = [], [], 0
     for group in given:
         if "params" not in group:
-            raise ValueError(f'a group needs "params", and has only {sorted(map(str, group))}')
+            raise ValueError(f'a group needs "params", and has only {some(sorted(map(str, group)))}')
         if strange := set(group) - (GROUP_KEYS - {"names"}):
-            raise ValueError(f"a group has unknown {sorted(map(str, strange))}; its hyperparameters are {HYPERPARAMETERS}")
+            raise ValueError(
+                f"a group has unknown {some(sorted(map(str, strange)))}; its hyperparameters are {HYPERPARAMETERS}"
+            )
         members = as_list(group["params"])
         if isinstance(members, Mapping):
             names, members, kind = list(members), list(members.values()), MAPPING
             for name in names:
                 if not isinstance(name, str):
-                    raise TypeError(f"the names of parameters must be strings, not {name!r}")
+                    raise TypeError(f"the names of parameters must be strings, not {shown(name)}")
         else:
             kind = SEQUENCE if is_sequence(members) else ONE
             members = list(members) if kind == SEQUENCE else [members]
@@ -149,7 +152,7 @@ def grads_of_params(group):
     """Return the `.grad` of each parameter of a group, None included."""
     for name, param in zip(group["names"], group["params"], strict=False):
         if not hasattr(param, "grad"):
-            raise TypeError(f"params[{name!r}] is {a_kind(param)}, which has no .grad: give the gradients, step(grads)")
+            raise TypeError(f"params[{shown(name)}] is {a_kind(param)}, which has no .grad: give the gradients, step(grads)")
     return [param.grad for param in group["params"]]
 
 
@@ -170,10 +173,19 @@ def is_sequence(x):
     return type(x) in (list, tuple) or (isinstance(x, Sequence) and not isinstance(x, (str, bytes, Bits)))
 
 
+LENGTH = 600  # of the names in an error message
+
+
 def some(names, most=12):
-    """Return names for an error message: of a large model, the first few."""
+    """Return names for an error message: of a large model, the first few, and of long names fewer."""
     names = list(names)
-    return f"{names}" if len(names) <= most else f"{names[:most]} and {len(names) - most} more"
+    first: list[str] = []
+    for name in names[:most]:
+        if first and sum(map(len, first)) > LENGTH:
+            break
+        first.append(shown(name))
+    more = f" and {len(names) - len(first)} more" if len(first) < len(names) else ""
+    return f"[{', '.join(first)}]{more}"
 
 
 def what_is(x):
@@ -192,8 +204,8 @@ def checked_group(group, structure, options, step, grad_scale=1.0):
     except KeyError:
         names = None
     if names is None or len(group) != len(GROUP_KEYS):
-        unknown, missing = sorted(map(str, group.keys() - GROUP_KEYS)), sorted(GROUP_KEYS - group.keys())
-        what = f"unknown {unknown}" if unknown else f"missing {missing}"
+        unknown, missing = group.keys() - GROUP_KEYS, sorted(GROUP_KEYS - group.keys())
+        what = f"unknown {some(sorted(map(str, unknown)))}" if unknown else f"missing {missing}"
         raise ValueError(f"a group has {what}; its hyperparameters are {', '.join(HYPERPARAMETERS)}")
     if names != structure.names or len(params) != len(names):
         raise ValueError('the "params" and "names" of a group cannot be changed after the optimizer is made: make another')
@@ -247,7 +259,7 @@ def places_of_groups(names, structures, by_place):
         if alike and (kind == MAPPING or names[alike[0]] == own):
             places.append(alike.pop(0))
     saved, ours = list(itertools.chain(*names)), [name for structure in structures for name in structure.names]
-    was = f"they were {some(saved)} in groups of {[len(of_group) for of_group in names]}"
+    was = f"they were {some(saved)} in groups of {some(map(len, names))}"
     if not len(places) == len(names) == len(structures):
         raise ValueError(f"the parameters are in other groups, or in another order where numbers are their names: {was}")
     if by_place and saved != ours:
@@ -282,16 +294,16 @@ def decay_groups(params, no_decay, weight_decay=1e-2):
         raise TypeError(f"params is {a_kind(params)}; patterns need names: pass a dict name -> array")
     for name in params:
         if not isinstance(name, str):
-            raise TypeError(f"the names of parameters must be strings, not {name!r}")
+            raise TypeError(f"the names of parameters must be strings, not {shown(name)}")
     if not isinstance(no_decay, Iterable):
-        raise TypeError(f"no_decay must be patterns of names, not {no_decay!r}")
+        raise TypeError(f"no_decay must be patterns of names, not {shown(no_decay)}")
     exempt: set[str] = set()
     for pattern in [no_decay] if isinstance(no_decay, str) else no_decay:
         if not isinstance(pattern, str):
-            raise TypeError(f"the patterns of no_decay must be strings, not {pattern!r}")
+            raise TypeError(f"the patterns of no_decay must be strings, not {shown(pattern)}")
         matched = [name for name in params if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
-            raise ValueError(f"no_decay: no parameter's name matches {pattern!r}; there are {some(params)}")
+            raise ValueError(f"no_decay: no parameter's name matches {shown(pattern)}; there are {some(params)}")
         exempt.update(matched)
     weight_decay = checks.non_negative("weight_decay", weight_decay)
     return [

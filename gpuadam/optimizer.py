@@ -22,9 +22,11 @@ from .groups import (
     parsed_groups,
     places_of_groups,
     saved_settings,
+    some,
     what_is,
 )
 from .kernels import array_bytes, streams
+from .kernels.messages import shown
 from .kernels.scalars import step_key
 from .kernels.view import Bits, View, is_array
 from .options import Options
@@ -158,8 +160,8 @@ class Adam(HasGroups):
             h = self.checked(group | {"lr": 0.0} if has_array else group, structure, step=1)
             for name, param in zip(group["names"], group["params"], strict=True):
                 if name in beginnings:
-                    raise ValueError(f"two parameters are named {name!r}: names must differ")
-                label = f"params[{name!r}]"
+                    raise ValueError(f"two parameters are named {shown(name)}: names must differ")
+                label = f"params[{shown(name)}]"
                 kernels, (view,) = backends.choose([(label, checks.given(label, param))], self.backend)
                 checks.one_format(view, checks.FORMATS)
                 checks.layout(view)
@@ -356,7 +358,7 @@ class Adam(HasGroups):
             )
         for k, group in enumerate(updates):
             (param, *_), *_ = group.columns
-            kernels, (view,) = backends.choose([(f"params[{group.names[0]!r}]", param)], self.backend)
+            kernels, (view,) = backends.choose([(f"params[{shown(group.names[0])}]", param)], self.backend)
             if view.device is None and kernels.memory == "CPU":
                 clipping.refuse_on_gpu("norm")
             if k not in self._norm_counts:
@@ -372,7 +374,7 @@ class Adam(HasGroups):
             grads = group.columns[1]
             torch_tensors.wrote(grads)
             for grad, name in zip(grads, group.names, strict=True):
-                kernels, (view,) = backends.choose([(f"the gradient of params[{name!r}]", grad)], self.backend)
+                kernels, (view,) = backends.choose([(f"the gradient of params[{shown(name)}]", grad)], self.backend)
                 kernels.fill_zero(view, streams.handle(stream))
 
     def state_dict(self):
@@ -418,13 +420,13 @@ class Adam(HasGroups):
         states, copies, counts = loaded[1], [], self._counts()
         for name, state in self.state.items():
             for key in state.keys() - {"step"}:
-                label = f"{key} of params[{name!r}]"
+                label = f"{key} of params[{shown(name)}]"
                 if state[key] is states[name][key]:
                     if self.under_way.changing or counts[name] != states[name]["step"]:
                         raise ValueError(
                             f"{label} in the state_dict is the optimizer's own array, which has changed since the state_dict was "
-                            f"taken, at step {states[name]['step']}: give the arrays of a checkpoint, or of a copy that was made "
-                            "then, as by copy.deepcopy(optimizer.state_dict())"
+                            f"taken, at step {shown(states[name]['step'])}: give the arrays of a checkpoint, or of a copy that "
+                            "was made then, as by copy.deepcopy(optimizer.state_dict())"
                         )
                     continue
                 named = [(label, state[key]), (f"the loaded {label}", states[name][key])]
@@ -454,7 +456,8 @@ class Adam(HasGroups):
             raise ValueError('"groups" of a state_dict must be a list of dicts')
         if set(states) != set(self.state):
             missing, extra = sorted(set(self.state) - set(states)), sorted(map(str, set(states) - set(self.state)))
-            raise ValueError(f"the parameters' names differ: not in the state_dict {missing}, only in it {extra}")
+            difference = f"not in the state_dict {some(missing)}, only in it {some(extra)}"
+            raise ValueError(f"the parameters' names differ: {difference}")
         names = [group.get("names") for group in groups]
         if not all(isinstance(own, (list, tuple)) and all(isinstance(name, str) for name in own) for own in names):
             raise ValueError('the "names" of a group of a state_dict must be a list of strings')
@@ -465,9 +468,10 @@ class Adam(HasGroups):
         counted = {}
         for name, state in self.state.items():
             if set(states[name]) != set(state):
-                raise ValueError(f"the state of {name!r} has {sorted(states[name])}, the optimizer's {sorted(state)}")
+                theirs = some(sorted(map(str, states[name])))
+                raise ValueError(f"the state of {shown(name)} has {theirs}, the optimizer's {sorted(state)}")
             state_.check_meaning(state, self.options, **saved)
-            counted[name] = dict(states[name]) | {"step": checks.count(f"step of {name!r}", states[name]["step"])}
+            counted[name] = dict(states[name]) | {"step": checks.count(f"step of {shown(name)}", states[name]["step"])}
         for group in self._groups:
             group.count.check_counts([counted[p.name]["step"] for p in group.parameters], group.parameters)
         return settings, counted, checks.count("steps", state_dict["steps"])
@@ -476,7 +480,7 @@ class Adam(HasGroups):
         """Return the hyperparameters of group k in a state_dict."""
         if set(saved) != {"names", *HYPERPARAMETERS}:
             raise ValueError(
-                f'a group of a state_dict has "names" and {HYPERPARAMETERS}; this one has {sorted(map(str, saved))}'
+                f'a group of a state_dict has "names" and {HYPERPARAMETERS}; this one has {some(sorted(map(str, saved)))}'
             )
         settings = {key: saved[key] for key in HYPERPARAMETERS}
         if settings["lr"] is None:

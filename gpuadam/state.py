@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .kernels.messages import shown
 from .kernels.operands import GROUP, KINDS
 
 OF_GROUPS = tuple(name for name, kind in KINDS.items() if kind.of_groups)
@@ -65,8 +66,8 @@ def check_meaning(keys, options, algorithm, formula):
         theirs, ours = meaning(key, algorithm, formula), meaning(key, options.algorithm, options.formula)
         if theirs != ours:
             raise ValueError(
-                f"{key} of algorithm={algorithm!r} with formula={formula!r} is {theirs}, and {key} of this optimizer, of "
-                f"algorithm={options.algorithm!r} with formula={options.formula!r}, is {ours}: neither can become the other. "
+                f"{key} of algorithm={shown(algorithm)} with formula={shown(formula)} is {theirs}, and {key} of this optimizer, "
+                f"of algorithm={options.algorithm!r} with formula={options.formula!r}, is {ours}: neither can become the other. "
                 "Use an optimizer of the same algorithm and formula"
             )
 

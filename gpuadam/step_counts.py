@@ -10,7 +10,9 @@ import numpy as np
 
 from . import backends, checks, clipping
 from .device_step import NUMBERS, Now
+from .groups import some
 from .kernels import array_bytes
+from .kernels.messages import shortened, shown
 from .kernels.scalars import MEMORY_BYTES, ScalarsMemory
 from .kernels.view import is_array
 
@@ -32,11 +34,11 @@ class HostCount:
         if kind and type(first) is int and first >= 0 and counts.count(first) == len(counts):
             return [(first + 1, parameters)] if parameters else []
         pairs = [
-            (checks.count(f"the step of params[{parameter.name!r}]", n), parameter.kind)
+            (checks.count(f"the step of params[{shown(parameter.name)}]", n), parameter.kind)
             for parameter, n in zip(parameters, counts, strict=True)
         ]
         chosen = [(pair, [pair == other for other in pairs]) for pair in dict.fromkeys(pairs)]
-        return [(checks.step_number(n + 1), list(itertools.compress(parameters, some))) for (n, _), some in chosen]
+        return [(checks.step_number(n + 1), list(itertools.compress(parameters, those))) for (n, _), those in chosen]
 
     def check_present(self, parameters, present):
         """Refuse gradients for some parameters if these cannot be counted alone. Here they can."""
@@ -89,7 +91,7 @@ class ArrayCount:
         skipped = [parameter.name for parameter, there in zip(parameters, present, strict=True) if not there]
         if len(skipped) < len(parameters):
             raise ValueError(
-                f"with capturable=True the parameters of a group share a step count, and {skipped} have no gradient: "
+                f"with capturable=True the parameters of a group share a step count, and {some(skipped)} have no gradient: "
                 "give zeros, put them into a group of their own, or skip the whole group"
             )
 
@@ -97,7 +99,9 @@ class ArrayCount:
         """Refuse counts that differ, or are too large."""
         names = [parameter.name for parameter in parameters]
         if len(set(counts)) > 1:
-            raise ValueError(f"with capturable=True the parameters {names} share a step count; the state_dict's differ")
+            raise ValueError(
+                f"with capturable=True the parameters {some(names)} share a step count; the state_dict's differ"
+            )
         if any(n >= MOST_STEPS for n in counts):
             raise ValueError("with capturable=True a step count is an int64; the state_dict's is larger than 2**62")
 
@@ -128,7 +132,9 @@ class ArrayCount:
         _, (view,) = backends.choose([(name, value)], self.kernels.name)
         if view.size != 1 or view.dtype not in dtypes:
             wanted = " or ".join(map(str, dtypes))
-            raise ValueError(f"{name} has shape {view.shape} and dtype {view.dtype}: it must be one {wanted}")
+            raise ValueError(
+                f"{name} has shape {view.shape} and dtype {shortened(str(view.dtype))}: it must be one {wanted}"
+            )
         if self.device is not None and view.device != self.device:
             raise ValueError(f"{name} is on device {view.device}, the parameters are on {self.device}: move it")
         return view

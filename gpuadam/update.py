@@ -20,6 +20,7 @@ from . import backends, checks, hyperparameters, torch_tensors
 from .device_step import ScalarsLaunch
 from .kernels import adam, streams
 from .kernels.layout import Update
+from .kernels.messages import shortened, shown
 from .kernels.operands import Arrays
 from .kernels.scalars import step_key
 from .kernels.view import Bits
@@ -60,7 +61,7 @@ class Updates:
         """Return what errors call the arrays of an update."""
         if self.names is None:
             return self.operands
-        param = f"params[{self.names[n]!r}]"
+        param = f"params[{shown(self.names[n])}]"
         return param, f"the gradient of {param}", *(f"{operand} of {param}" for operand in self.operands[2:])
 
 
@@ -298,12 +299,14 @@ def _cut_short(error, scalars, batches):
     """Return the error of a step of which a part is done."""
     done, not_done = (_names_of(batch for batch in batches if batch.begun == begun) for begun in (True, False))
     count = "; the step count on the device has advanced" if any(one.begun for one in scalars) else ""
+    why = shortened(str(error), 1000)
     return RuntimeError(
-        f"the step was cut short ({type(error).__name__}: {error}). Updated: {done}; not updated: {not_done}{count}. The step "
+        f"the step was cut short ({type(error).__name__}: {why}). Updated: {done}; not updated: {not_done}{count}. The step "
         "count on the host has not. Go on from a state that was saved before"
     )
 
 
 def _names_of(batches):
     names = [name for batch in batches for name in batch.names]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8:,} more" if len(names) > 8 else "") if names else "nothing"
+    first = shortened(", ".join(names[:8]), 1000)
+    return first + (f" and {len(names) - 8:,} more" if len(names) > 8 else "") if names else "nothing"

@@ -3,12 +3,16 @@
 Numba's own key of a function that closes over others is made of their pickles, which differ in every process. Here the key is
 made of the kernel's rule and form, and the text of every file in this folder. Numba decides where the cache is (NUMBA_CACHE_DIR,
 the `__pycache__` beside this file, or the user's cache folder), and replaces a file in it in one step.
+
+To read a kernel is to run code. So a folder or file that another user could have written is not read, with a warning.
 """
 
 import contextlib
 import functools
 import hashlib
+import os
 import pickle
+import stat
 import warnings
 from pathlib import Path
 
@@ -16,12 +20,14 @@ import llvmlite
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
+from gpuadam.kernels import ownership
+
 
 def stored(dispatcher, *key):
     """Return a Numba dispatcher with the cache on disk. key: tells it from others that the same lines make."""
     if numba.config.DISABLE_JIT:  # what njit returned is no dispatcher: the backend says so in its status
         return dispatcher
-    with contextlib.suppress(RuntimeError):  # Numba's "no locator available": no folder can be written, so nothing is kept
+    with contextlib.suppress(RuntimeError):  # Numba's "no locator available", or ours: nothing is kept
         dispatcher._cache = KernelCache(dispatcher.py_func, (*map(repr, key), _sources()))
     return dispatcher
 
@@ -45,11 +51,12 @@ def named(function, rule, form):
 
 
 def folder():
-    """Return the folder where compiled kernels are kept, or None if none can be written."""
+    """Return the folder where compiled kernels are kept, or None if none can be written by this user and by no other."""
     try:
-        return FunctionCache(stored).cache_path
+        path = os.path.realpath(FunctionCache(stored).cache_path)
     except RuntimeError:  # no folder can be written
         return None
+    return None if ownership.folder_of_others(path) else path
 
 
 class KernelCache(FunctionCache):
@@ -57,6 +64,10 @@ class KernelCache(FunctionCache):
 
     def __init__(self, function, key):
         super().__init__(function)
+        self._cache_path: str = os.path.realpath(self.cache_path)
+        if why := ownership.folder_of_others(self._cache_path):
+            _warn(self._cache_path, why)
+            raise RuntimeError(why)
         name, stamp = self._impl.filename_base, self._impl.locator.get_source_stamp()
         self.key = (name, numba.__version__, llvmlite.__version__, stamp, key)
         self._cache_file = KernelFiles(self.cache_path, name, stamp)
@@ -90,10 +101,17 @@ class KernelFiles(IndexDataCacheFile):
     """
 
     def load(self, key):
+        path = Path(self._path(key))
         try:
-            content = Path(self._path(key)).read_bytes()
+            is_file = stat.S_ISREG(path.lstat().st_mode)
         except FileNotFoundError:
             return None
+        if why := ownership.of_others(path):  # put there while the folder was open to others
+            _warn(self._cache_path, why)
+            return None
+        if not is_file:  # a pipe, which would be waited for
+            raise ValueError("no file")
+        content = path.read_bytes()
         checksum, data = content[:32], content[32:]
         if checksum != hashlib.sha256(key + data).digest():
             raise ValueError("damaged")
@@ -109,6 +127,17 @@ class KernelFiles(IndexDataCacheFile):
 
     def _path(self, key):
         return self._data_path(f"{Path(self._index_name).stem}.{hashlib.sha256(key).hexdigest()[:32]}.nbc")
+
+
+@functools.cache
+def _warn(folder, why):
+    """Warn once of each folder."""
+    warnings.warn(
+        f"compiled kernels in {folder} are not read, because they would run as you, and {why}. They are compiled again. Set "
+        "NUMBA_CACHE_DIR to a folder of your own to which no other user can write, or mend this one with chown and chmod go-w",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """How arrays lie in memory: which are one run of elements, and how a launch covers runs that may start anywhere."""
 
+import bisect
+import math
 from typing import NamedTuple
 
 VECTOR_BYTES = 16  # the widest load and store of one thread (before sm_100), and a quarter of what a warp asks for at once
@@ -118,3 +120,62 @@ def collapse(shape, strides, in_c_order=False):
         else:
             merged.append([n, *steps])
     return tuple(dim[0] for dim in merged), [tuple(dim[k + 1] for dim in merged) for k in range(len(strides))]
+
+
+def in_rows_apart(extents):
+    """Return True for arrays that share no memory as the columns of one matrix do, and False if each pair has to be compared.
+
+    extents: (start, end, whether the array is written, View), in the order of the starts. Two arrays that are only read may be
+        the same.
+
+    Memory is taken as the rows of a table, whose width is the greatest common divisor of the strides. Each array then lies in a
+    few rectangles, though it need not fill them, and a sweep over the rows shows whether two rectangles meet.
+    """
+    blocks, strides = [], []
+    for start, end, is_written, view in extents:
+        n_bytes = view.dtype.itemsize  # of a block without gaps
+        for stride, n in sorted((abs(stride), n) for stride, n in zip(view.strides, view.shape, strict=True) if n > 1):
+            if stride == n_bytes:
+                n_bytes *= n
+            else:
+                strides.append(stride)
+        blocks.append((start - extents[0][0], n_bytes, end - start - n_bytes, is_written))
+    width = math.gcd(*strides)
+    if width == 0 or any(reach and n_bytes > width for _, n_bytes, reach, _ in blocks):
+        return False
+    written: list[tuple] = []
+    read: set[tuple] = set()
+    for start, n_bytes, reach, is_written in blocks:
+        (written.extend if is_written else read.update)(_rectangles(start, n_bytes, reach // width + 1, width))
+    return not _meet([*written, *read])
+
+
+def _rectangles(start, n_bytes, n_rows, width):
+    """Return where a block lies that n_rows rows repeat: tuples of the first row, the one after the last, and columns likewise.
+
+    >>> _rectangles(start=6, n_bytes=4, n_rows=2, width=8)  # columns 6 and 7, then 0 and 1 of the next row
+    [(0, 2, 6, 8), (1, 3, 0, 2)]
+    """
+    (row, left), (last, right) = divmod(start, width), divmod(start + n_bytes - 1, width)
+    if row == last:
+        return [(row, row + n_rows, left, right + 1)]
+    parts = [(row, row + n_rows, left, width), (last, last + n_rows, 0, right + 1)]
+    return parts if last == row + 1 else [*parts, (row + 1, last, 0, width)]
+
+
+def _meet(rectangles):
+    """Return whether two rectangles have a place in common."""
+    begins = [(first, True, left, right) for first, _, left, right in rectangles]
+    ends = [(after, False, left, right) for _, after, left, right in rectangles]
+    lefts: list[int] = []  # of the rectangles in the row that the sweep has reached
+    rights: list[int] = []
+    for _, begin, left, right in sorted(begins + ends):  # what ends at a row comes before what begins there
+        k = bisect.bisect_right(lefts, left)
+        if not begin:
+            del lefts[k - 1], rights[k - 1]
+        elif (k and rights[k - 1] > left) or (k < len(lefts) and lefts[k] < right):
+            return True
+        else:
+            lefts.insert(k, left)
+            rights.insert(k, right)
+    return False

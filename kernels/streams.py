@@ -1,5 +1,7 @@
 """On which CUDA stream a launch goes, and with which other streams it is ordered. Streams are driver handles."""
 
+from gpuadam.kernels.messages import shown
+
 LEGACY_DEFAULT = 1  # the default stream's name in __cuda_array_interface__; 0 names it elsewhere
 
 
@@ -12,7 +14,7 @@ def handle(stream):
     elif hasattr(stream, "cuda_stream"):  # torch
         stream = stream.cuda_stream
     if isinstance(stream, bool) or not isinstance(stream, int):
-        raise TypeError(f"stream is {stream!r}; it must be a CuPy, Numba or torch stream, or the handle of one")
+        raise TypeError(f"stream is {shown(stream)}; it must be a CuPy, Numba or torch stream, or the handle of one")
     return stream or LEGACY_DEFAULT
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpuadam.kernels import dlpack
+from gpuadam.kernels.messages import shortened, shown
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 
 
@@ -77,7 +78,7 @@ def borrowed(name, array, **stream):
     try:
         return dlpack.Borrowed(array, **stream)
     except Exception as error:  # what a producer raises is up to it
-        raise TypeError(f"{name}, {a_kind(array)}, cannot be shared by DLPack: {error}") from error
+        raise TypeError(f"{name}, {a_kind(array)}, cannot be shared by DLPack: {shortened(str(error))}") from error
 
 
 def _address(array):
@@ -96,7 +97,7 @@ def on_cuda(name, array, device_of):
         strides = interface.get("strides")
     except Exception as error:  # what a producer raises is up to it
         raise TypeError(
-            f"{name}, {a_kind(array)}, does not describe its CUDA memory by __cuda_array_interface__ ({error!r}): "
+            f"{name}, {a_kind(array)}, does not describe its CUDA memory by __cuda_array_interface__ ({shown(error)}): "
             "convert it, with cupy.from_dlpack for example"
         ) from error
     if interface.get("mask") is not None:

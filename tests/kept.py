@@ -4,6 +4,7 @@
 
 A file is found by the hash of everything that it is made of, and by nothing else. It says its own hash, so that one that is cut
 short or changed is made again; so is one that cannot be read, and where nothing can be written all is made in every process.
+What another user could have written is not taken, because the tests execute it.
 GPUADAM_TEST_CACHE is another folder, or "" for none.
 """
 
@@ -14,6 +15,8 @@ import os
 import tempfile
 import time
 from pathlib import Path
+
+from gpuadam.kernels import ownership
 
 UNUSED_FOR = 14 * 86400  # seconds after which a file is deleted
 
@@ -29,7 +32,7 @@ def folder():
         path.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
-    return path
+    return None if ownership.folder_of_others(os.path.realpath(path)) else path
 
 
 def get(kind, key):
@@ -39,7 +42,7 @@ def get(kind, key):
     path, digest = _path(kind, key)
     with contextlib.suppress(OSError):
         content = path.read_bytes()
-        if content[:32] == _seal(digest, content[32:]):
+        if content[:32] == _seal(digest, content[32:]) and not ownership.of_others(path):
             with contextlib.suppress(OSError):  # of another user
                 os.utime(path)
             return content[32:]

@@ -1,6 +1,7 @@
 """Compiled kernels on disk: found again by the next process, never one for another, and never in the way of a step."""
 
 import functools
+import hashlib
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from cases import DTYPES, few, form_and_scalars, state, strided_arguments, table_of
 
-from gpuadam.kernels import adam, compiled_cache
+from gpuadam.kernels import adam, compiled_cache, ownership
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
 ROOT = Path(__file__).parent.parent
@@ -249,6 +250,126 @@ def test_a_full_cache_that_cannot_be_written_is_read(cache):
     finally:
         for folder in [cache, *(path for path in cache.rglob("*") if path.is_dir())]:
             folder.chmod(0o700)
+
+
+# Files and folders of other users
+
+
+class Harm:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def poisoned(here, tmp_path_factory, monkeypatch):
+    """The path of a file that harms who reads it, in the place of a good one, and a function that says whether it was read."""
+    keys = []
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled_cache.KernelFiles, "save", lambda self, key, data: keys.append((self._path(key), key)))
+        kept(one_more)
+    ((path, key),) = keys
+    harm = tmp_path_factory.mktemp("harm") / "done"
+    data = pickle.dumps(Harm(harm))
+    Path(path).write_bytes(hashlib.sha256(key + data).digest() + data)
+    ownership.folder_of_others.cache_clear()
+    return Path(path), harm.exists
+
+
+OTHER = 12345  # a user
+OPEN = {
+    "the file": lambda file: file.chmod(0o666),
+    "its folder": lambda file: file.parent.chmod(0o777),
+    "its folder, whose sticky bit is set": lambda file: file.parent.chmod(0o1777),
+    "the folder above": lambda file: file.parent.parent.chmod(0o777),
+    "another user's file": lambda file: os.chown(file, OTHER, -1),
+    "another user's folder": lambda file: os.chown(file.parent, OTHER, -1),
+    "another user's folder above": lambda file: os.chown(file.parent.parent, OTHER, -1),
+    "a link of another user": lambda file: linked(file) and os.chown(file, OTHER, -1, follow_symlinks=False),
+}
+
+
+def linked(file):
+    file.symlink_to(file.rename(file.with_name("target")))
+    return True
+
+
+def needs_users(case):
+    if os.name == "nt":
+        pytest.skip("Windows has other permissions")
+    if "another user" in case and os.geteuid():
+        pytest.skip("only root gives files away")
+
+
+def test_a_file_with_the_right_checksum_is_read(poisoned):
+    """So the tests below show what keeps one from being read."""
+    _, is_harmed = poisoned
+    kept(one_more)
+    assert is_harmed()
+
+
+@pytest.mark.parametrize("case", OPEN)
+def test_what_another_user_may_have_written_is_not_read_and_a_warning_says_so_once(poisoned, case):
+    needs_users(case)
+    file, is_harmed = poisoned
+    OPEN[case](file)
+    with pytest.warns(RuntimeWarning, match="NUMBA_CACHE_DIR") as warned:
+        assert kept(one_more) == (False, 6) and kept(one_less) == (False, 4)
+    assert not is_harmed() and len(warned) == 1
+    assert ("folder" in case) == (kept(one_more) == (False, 6))  # a file is replaced by one's own
+    if "above" in case:
+        assert compiled_cache.folder() is None
+
+
+def test_a_folder_in_one_that_all_may_write_to_is_taken_if_the_sticky_bit_is_set(here):
+    here.chmod(0o1777)
+    assert kept(one_more) == (False, 6) and kept(one_more) == (True, 6)
+
+
+@pytest.mark.parametrize(
+    "name, members, is_taken", [("me", [], True), ("me", ["me"], True), ("me", ["you"], False), ("us", [], False)]
+)
+def test_a_folder_that_a_group_may_write_to_is_taken_if_the_group_is_the_users_own(
+    tmp_path, monkeypatch, name, members, is_taken
+):
+    pytest.importorskip("grp", reason="Windows has other permissions")
+    monkeypatch.setattr("pwd.getpwuid", lambda user: types.SimpleNamespace(pw_name="me"))
+    monkeypatch.setattr("grp.getgrgid", lambda group: types.SimpleNamespace(gr_name=name, gr_mem=members))
+    monkeypatch.setattr(ownership, "_is_private", ownership._is_private.__wrapped__)
+    tmp_path.chmod(0o775)
+    assert (ownership.folder_of_others.__wrapped__(str(tmp_path)) == "") is is_taken
+
+
+def test_folders_above_the_home_folder_and_above_the_code_are_not_examined(tmp_path, monkeypatch):
+    """Who can write there can change the code itself, and in a container they may seem to be nobody's."""
+    home, code = tmp_path / "homes" / "me", tmp_path / "shared" / "site-packages" / "ownership.py"
+    for folder in (home, home / "cache", code.parent / "__pycache__"):
+        folder.mkdir(parents=True)
+    code.touch()
+    for folder in (home.parent, code.parent, code.parent.parent):
+        folder.chmod(0o777)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(ownership, "_source", lambda: code)
+    assert ownership.folder_of_others.__wrapped__(str(home / "cache")) == ""
+    assert ownership.folder_of_others.__wrapped__(str(code.parent / "__pycache__")) == ""
+    home.chmod(0o777)
+    (code.parent / "__pycache__").chmod(0o777)
+    assert "other users may write" in ownership.folder_of_others.__wrapped__(str(home / "cache"))
+    assert "other users may write" in ownership.folder_of_others.__wrapped__(str(code.parent / "__pycache__"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_in_a_kernels_place_is_not_waited_for(here):
+    kept(one_more)
+    (path,) = files(here)
+    path.unlink()
+    os.mkfifo(path)
+    assert kept(one_more) == (False, 6)
+    assert kept(one_more) == (True, 6)
 
 
 @pytest.fixture(scope="module")

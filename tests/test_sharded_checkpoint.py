@@ -511,6 +511,41 @@ def test_a_rank_that_cannot_write_stops_all_and_the_old_checkpoint_stays(folder,
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("is_first", [False, True])
+@pytest.mark.parametrize("owner, call, calls", [(os, "fsync", 6), (Path, "replace", 3)])
+def test_an_index_that_cannot_be_written_leaves_no_new_part(folder, tmp_path, owner, call, calls, is_first, monkeypatch):
+    """As on a disk that is full when three parts are written."""
+    place = tmp_path / "first" if is_first else folder
+    before = {} if is_first else {path.name: path.read_bytes() for path in place.iterdir()}
+    count, real = [0], getattr(owner, call)
+
+    def fails(*arguments):
+        count[0] += 1
+        if count[0] > calls:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, call, fails)
+    for error in on_ranks(3, saves_to(place)):
+        assert "No space left" in str(error) and "Nothing there has changed" in str(error)
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+
+
+def test_an_index_that_is_in_place_keeps_its_parts_when_the_folder_cannot_be_flushed(folder, monkeypatch):
+    wanted, count, fsync = content(gpuadam.load(folder, params())), [0], os.fsync
+
+    def fails(number):
+        count[0] += 1
+        if count[0] == 8:  # after a file and the folder of each of three parts, and the index
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return fsync(number)
+
+    monkeypatch.setattr(atomic_file.os, "fsync", fails)
+    for error in on_ranks(3, saves_to(folder)):
+        assert "The new file is in place" in str(error) and "Nothing there has changed" not in str(error)
+    assert content(gpuadam.load(folder, params())) != wanted
+
+
 @pytest.mark.parametrize("calls", few(range(1, 6), 1, 4, 5))
 def test_a_crash_at_any_renaming_leaves_the_old_checkpoint(folder, calls, monkeypatch):
     """Of four parts and an index, each comes into its place by being renamed. Afterwards a save does as ever."""

@@ -1,6 +1,7 @@
 """What the short run leaves out has something that stands for it, and what is kept of earlier runs is what was made."""
 
 import itertools
+import os
 
 import kept
 import pytest
@@ -124,6 +125,19 @@ def test_what_is_damaged_is_made_again(folder, damage):
     (path,) = folder.iterdir()
     path.write_bytes(damage(path.read_bytes()))
     assert kept.data("a", ("x",), lambda: b"again") == b"again" == kept.get("a", ("x",))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_what_another_user_could_have_written_is_made_again(folder, tmp_path, monkeypatch):
+    kept.put("a", ("x",), b"content")
+    (path,) = folder.iterdir()
+    path.chmod(0o666)
+    assert kept.get("a", ("x",)) is None
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    monkeypatch.undo()
+    monkeypatch.setenv("GPUADAM_TEST_CACHE", str(tmp_path / "open"))
+    assert kept.folder.__wrapped__() is None
 
 
 def test_a_file_in_the_place_of_another_is_not_taken(folder):

@@ -1,6 +1,7 @@
 """The stand-in for the CUDA driver does what CUDA says, and notices what CUDA would not."""
 
 import ctypes
+import os
 import threading
 
 import numpy as np
@@ -319,3 +320,13 @@ def test_what_the_stand_in_lacks_is_named(driver):
     assert ctypes.CFUNCTYPE(ctypes.c_int)(address)() == 801
     (problem,) = problems(driver)
     assert "cuTexRefCreate was called" in problem
+
+
+def test_a_library_that_another_user_could_have_made_is_not_loaded(tmp_path, monkeypatch):
+    from stand_in import library
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / f"gpuadam-stand-in-{os.getuid()}").mkdir()
+    (tmp_path / f"gpuadam-stand-in-{os.getuid()}").chmod(0o777)
+    with pytest.raises(PermissionError, match="TMPDIR"):
+        library.build.__wrapped__(("cuInit",))

@@ -10,6 +10,10 @@ from pathlib import Path
 from .regular_file import check_regular, opened
 
 
+class NotFlushedError(OSError):
+    """A file is in its place, and the folder that says so is not known to be on the disk."""
+
+
 @contextlib.contextmanager
 def replacing(path, *, follow=False, durable=True):
     """Open a new binary file that takes the place of `path` when the block ends without an error.
@@ -19,8 +23,8 @@ def replacing(path, *, follow=False, durable=True):
     and nothing reads it. The new file has the mode of the old one, or that of the umask if there is none.
 
     follow: a symbolic link stays one, and its target is replaced; otherwise it is refused. durable: whether anything is flushed.
-    Raises OSError, and then nothing has changed, unless the error is of the last flush, that of the folder; FileExistsError if
-    there is something else than a regular file.
+    Raises OSError, and then nothing has changed: FileExistsError if there is something else than a regular file. Raises
+    NotFlushedError after the new file is in its place, if the folder cannot be flushed.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "a")
@@ -64,6 +68,7 @@ def _flushed_afterwards(path):
             os.fsync(folder)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing for folders
-                raise
+                why = f"{error.strerror}. The new file is in place, and may be lost if the machine stops now"
+                raise NotFlushedError(error.errno, why, str(path)) from error
     finally:
         os.close(folder)

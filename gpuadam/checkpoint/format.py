@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..groups import HYPERPARAMETERS, some
+from ..kernels.messages import shown
 from ..version import __version__
 from .safetensors import parsed_json, require
 
@@ -88,7 +89,7 @@ def decoded(metadata):
     metadata = {"reduction": "mean", **metadata}  # an optimizer of one process has none
     for key, known in TEXTS.items():
         advice = "it holds no optimizer of gpuadam" if key == "format" else "use a newer gpuadam"
-        require(metadata.get(key) in known, f"its {key} is {metadata.get(key)!r}, not {' or '.join(known)}: {advice}")
+        require(metadata.get(key) in known, f"its {key} is {shown(metadata.get(key))}, not {' or '.join(known)}: {advice}")
     values = {}
     for key, schema in SCHEMAS.items():
         if key != "parts" or key in metadata:  # only an index has parts

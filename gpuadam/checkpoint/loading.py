@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from .. import backends, checks, family, torch_tensors
 from ..groups import HYPERPARAMETERS, as_given, differing_names, parsed_groups, places_of_groups, some
+from ..kernels.messages import shortened, shown
 from ..kernels.view import is_array
 from ..options import SAVED, Options
 from ..sharded.layout import CELL
 from .format import CLASSES, check_known
-from .safetensors import CheckpointError, require, shortened
+from .safetensors import CheckpointError, require
 from .stored import Stored, opened_file
 from .tensors import PARAM, chosen, sections
 
@@ -101,7 +102,7 @@ def opened(path, params, backend, lr):
     views = {}
     for group in groups:
         for name, param in zip(group["names"], group["params"], strict=True):
-            label = f"params[{name!r}]"
+            label = f"params[{shown(name)}]"
             _, (views[name],) = backends.choose([(label, checks.given(label, param))], backend)
     with opened_file(path, _longest_header(views)) as stored:
         saved = stored.saved
@@ -126,11 +127,12 @@ def about(path):
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{path!r} cannot be loaded: {shortened(str(error))}") from error.__cause__
+        why = shortened(str(error), 2000)
+        raise CheckpointError(f"{shown(path, 1000)} cannot be loaded: {why}") from error.__cause__
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{path!r} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{shown(path, 1000)} cannot be read: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -157,7 +159,7 @@ def _check_params(saved, views):
     require(not difference, f"the parameters' names differ: {difference}. State belongs to a name, never to a place")
     was = {name: f"{entry['dtype']} of shape {entry['shape']}" for name, entry in saved.params.items()}
     now = {name: f"{view.format} of shape {list(view.shape)}" for name, view in views.items()}
-    wrong = [f"{name!r} was {was[name]}, and is {now[name]}" for name in now if was[name] != now[name]]
+    wrong = [f"{shown(name)} was {shortened(was[name])}, and is {now[name]}" for name in now if was[name] != now[name]]
     require(not wrong, "; ".join(wrong[:8]) + ": nothing is cast or reshaped")
 
 

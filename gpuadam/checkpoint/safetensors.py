@@ -22,6 +22,8 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from ..kernels.messages import shown
+
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1}
 MAX_HEADER = 100_000_000  # bytes, as the format says
 BLOCK = 1 << 20  # bytes that have a checksum of their own
@@ -38,11 +40,6 @@ def require(condition, message):
     """Raise CheckpointError unless a condition holds."""
     if not condition:
         raise CheckpointError(message)
-
-
-def shortened(text, most=2000):
-    """Return a text, or its beginning and its end: what errors quote from a file may be of any length."""
-    return text if len(text) <= most else f"{text[: most - 500]} ... {text[-500:]}"
 
 
 class Tensor(NamedTuple):
@@ -98,7 +95,7 @@ def _write_payload(file, tensor):
             crcs[-1] = zlib.crc32(block, crcs[-1])
         n_bytes += len(chunk)
     if n_bytes != tensor.n_bytes:
-        raise RuntimeError(f"{tensor.name!r} gave {n_bytes} bytes and has {tensor.n_bytes}")
+        raise RuntimeError(f"{shown(tensor.name)} gave {n_bytes} bytes and has {tensor.n_bytes}")
     return "".join(map(_digits, crcs))
 
 
@@ -172,7 +169,9 @@ class Reader:
         self.tensors = {name: _entry(name, entry, crcs[name], end) for name, entry in entries.items()}
         for name, entry in sorted(self.tensors.items(), key=lambda item: (item[1].start, item[1].end)):
             if entry.start != end:
-                raise CheckpointError(f"the tensor {name!r} starts at byte {entry.start:,}, the one before ends at {end:,}")
+                raise CheckpointError(
+                    f"the tensor {shown(name)} starts at byte {entry.start:,}, the one before ends at {end:,}"
+                )
             end = entry.end
         cut_off = f"it is cut off or has bytes too many: it has {self.n_bytes:,}, and its tensors end at {end:,}"
         require(end == self.n_bytes, cut_off)
@@ -206,10 +205,12 @@ def _entry(name, entry, crc, origin):
         right = False
     if not right:
         needed = f"a dtype of {', '.join(ITEMSIZE)}, a shape, and the data_offsets of so many elements"
-        raise CheckpointError(f"the tensor {name!r} must have {needed}; it has {str(entry)[:200]}")
+        raise CheckpointError(f"the tensor {shown(name)} must have {needed}; it has {str(entry)[:200]}")
     n_blocks = _n_blocks(end - start)
     if not isinstance(crc, str) or len(crc) != 8 * n_blocks or not re.fullmatch("[0-9a-f]*", crc):
-        raise CheckpointError(f"the tensor {name!r} has the checksum {str(crc)[:80]!r}, which is none of {n_blocks} blocks")
+        raise CheckpointError(
+            f"the tensor {shown(name)} has the checksum {str(crc)[:80]!r}, which is none of {n_blocks} blocks"
+        )
     return Entry(dtype, tuple(shape), origin + start, origin + end, crc)
 
 
@@ -226,9 +227,9 @@ def chunks(file, name, entry, first=0, last=None):
         block = scratch[: size - at]
         file.seek(entry.start + at)
         if file.readinto(block) != len(block):
-            raise CheckpointError(f"it was cut off while it was read: {name!r} ends at byte {entry.end:,}")
+            raise CheckpointError(f"it was cut off while it was read: {shown(name)} ends at byte {entry.end:,}")
         if _digits(zlib.crc32(block)) != entry.crc[8 * number : 8 * number + 8]:
-            raise CheckpointError(f"the tensor {name!r} is damaged: its checksum differs")
+            raise CheckpointError(f"the tensor {shown(name)} is damaged: its checksum differs")
         yield block[max(first - at, 0) : last - at]
 
 

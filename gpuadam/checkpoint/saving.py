@@ -4,7 +4,8 @@ import errno
 import os
 
 from .. import checks
-from .atomic_file import replacing
+from ..kernels.messages import shown
+from .atomic_file import NotFlushedError, replacing
 from .format import CLASSES, check_class, encoded
 from .safetensors import CheckpointError, write
 from .tensors import PARAM, chosen, sections
@@ -45,7 +46,8 @@ def write_file(path, tensors, metadata, check_unchanged=lambda: None, *, follow=
     except OSError as error:
         n_bytes = sum(tensor.n_bytes for tensor in tensors)
         advice = ADVICE.get(error.errno, "See to the disk, or save elsewhere").format(n_bytes)
-        reason = f"{error.strerror or error}. Nothing there has changed. {advice}"
-        raise CheckpointError(f"{path!r} was not saved: {reason}") from error
+        unchanged = "" if isinstance(error, NotFlushedError) else " Nothing there has changed."
+        reason = f"{error.strerror or error}.{unchanged} {advice}"
+        raise CheckpointError(f"{shown(path, 1000)} was not saved: {reason}") from error
     except CheckpointError as error:
-        raise CheckpointError(f"{path!r} was not saved: {error}") from error.__cause__
+        raise CheckpointError(f"{shown(path, 1000)} was not saved: {error}") from error.__cause__

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from .. import state
 from ..groups import some
 from ..kernels import array_bytes
+from ..kernels.messages import shown
 from ..kernels.operands import GROUP
 from .format import INDEX, PART_FORMAT, VERSION, decoded
 from .regular_file import opened
@@ -70,9 +71,9 @@ class Stored:
         with self._open(k) as file:
             reader = Reader(file, self._longest)
         belongs = (reader.n_bytes, reader.crc) == (part["n_bytes"], part["crc32"])
-        require(belongs, f"its part {part['file']!r} is not the one that was written with its index")
+        require(belongs, f"its part {shown(part['file'])} is not the one that was written with its index")
         is_part = {"format": PART_FORMAT, "version": VERSION}.items() <= reader.metadata.items()
-        require(is_part, f"its part {part['file']!r} holds no part of an optimizer of gpuadam")
+        require(is_part, f"its part {shown(part['file'])} holds no part of an optimizer of gpuadam")
         return [self._piece(k, *item) for item in reader.tensors.items()]
 
     def _piece(self, part, name, entry):
@@ -86,9 +87,9 @@ class Stored:
         start, stop = place(key, first, last)
         wanted = state.shape(key, shape) if part is None else (stop - start,)
         if part is not None and (not first < last <= size or first % GROUP):
-            raise CheckpointError(f"{name!r} is no piece of {param!r}")
+            raise CheckpointError(f"{shown(name)} is no piece of {shown(param)}")
         if entry.shape != wanted:
-            raise CheckpointError(f"{name!r} has shape {entry.shape}, and must have {wanted}")
+            raise CheckpointError(f"{shown(name)} has shape {entry.shape}, and must have {wanted}")
         return Piece(f"{param}.{key}", start, stop, part, name, entry)
 
     def arrange(self, pieces):
@@ -102,8 +103,8 @@ class Stored:
             for end, start in zip(ends, starts, strict=True):
                 if start != end:
                     where = f"elements {min(start, end):,} to {max(start, end):,} of {size:,}"
-                    raise CheckpointError(f"the pieces of {array!r} do not fit: {where} are missing or come twice")
-            require(len({piece.entry.dtype for piece in of_array}) == 1, f"the pieces of {array!r} have several dtypes")
+                    raise CheckpointError(f"the pieces of {shown(array)} do not fit: {where} are missing or come twice")
+            require(len({piece.entry.dtype for piece in of_array}) == 1, f"the pieces of {shown(array)} have several dtypes")
 
     def check(self, sections, with_params):
         """Compare what there is with the Sections of an optimizer."""
@@ -119,7 +120,9 @@ class Stored:
         for section in wanted:
             for piece in self.pieces.get(section.array_name, [])[:1]:  # they are alike
                 dtype = DTYPES[section.view.format]
-                require(piece.entry.dtype == dtype, f"{section.array_name!r} is {piece.entry.dtype}, and must be {dtype}")
+                require(
+                    piece.entry.dtype == dtype, f"{shown(section.array_name)} is {piece.entry.dtype}, and must be {dtype}"
+                )
 
     def read(self, section):
         """Read the elements of a Section. Raises CheckpointError where they are damaged."""
@@ -149,6 +152,6 @@ class Stored:
             return opened(path, follow=True)
         except FileNotFoundError as error:
             reason = "it was lost, or the checkpoint was replaced while it was read"
-            raise CheckpointError(f"its part {path.name!r} is not there: {reason}") from error
+            raise CheckpointError(f"its part {shown(path.name)} is not there: {reason}") from error
         except OSError as error:
-            raise CheckpointError(f"its part {path.name!r} cannot be read: {error.strerror}") from error
+            raise CheckpointError(f"its part {shown(path.name)} cannot be read: {error.strerror}") from error

@@ -24,7 +24,8 @@ import numpy as np
 
 from ..checkpoint.atomic_file import replacing
 from ..checkpoint.regular_file import locked, opened, unlock
-from ..checkpoint.safetensors import parsed_json, require, shortened
+from ..checkpoint.safetensors import parsed_json, require
+from ..kernels.messages import shortened, shown
 from ..options import Options
 from .state import Store, laid_out
 
@@ -87,9 +88,10 @@ class Folder(Store):
             there = _read(self.path / STATE, self._longest, _facts)
             for fact, value in _facts(description).items():
                 if there.get(fact) != value:
-                    made = f"the state in {self.path} was made with {fact}={shortened(repr(there.get(fact)))}"
-                    now = f"this optimizer with {fact}={shortened(repr(value))}"
-                    raise ValueError(f"{made}, {now}: give the same, or another folder")
+                    made = f"the state in {self.path} was made with {shortened(fact)}={shown(there.get(fact))}"
+                    raise ValueError(
+                        f"{made}, this optimizer with {shortened(fact)}={shown(value)}: give the same, or another folder"
+                    )
             return True
         # a process that was killed while it made the files leaves the lock, which comes first, and some of the others
         expected = {LOCK, STEPS, *self._kinds} if LOCK in files else set()
@@ -221,8 +223,7 @@ def _read(path, longest, parsed):
         require(content.pop("crc32", None) in (None, _crc(content)), "its checksum differs")
         return parsed(content)
     except (FileNotFoundError, AttributeError, LookupError, TypeError, ValueError) as error:
-        why = shortened(repr(error))
-        raise ValueError(f"{path} cannot be read ({why}). If an optimizer made the folder, {DAMAGED}") from error
+        raise ValueError(f"{path} cannot be read ({shown(error)}). If an optimizer made the folder, {DAMAGED}") from error
 
 
 def _facts(description):

@@ -10,6 +10,7 @@ from .. import backends, checks, torch_tensors
 from ..clipping import global_norm
 from ..groups import OF_PARAMS
 from ..kernels.backend import refuse_stream
+from ..kernels.messages import shown
 from ..kernels.operands import NARROW
 from ..kernels.view import Bits, bare, is_array
 from ..optimizer import Adam
@@ -89,7 +90,7 @@ class OffloadAdam(Adam):
         if master == "float32" and options.get("stochastic_rounding"):
             raise ValueError("with a float32 master nothing of a parameter is lost: leave stochastic_rounding out")
         if not isinstance(state, (str, os.PathLike)) or not os.fspath(state):
-            raise TypeError(f'state={state!r} must be "memory" or the path of a folder')
+            raise TypeError(f'state={shown(state)} must be "memory" or the path of a folder')
         if checks.count("budget", budget) < 1:
             raise ValueError(f"budget={budget} must be a number of bytes")
         self._update = checks.one_of(("auto", "device", "host"), "update", update)

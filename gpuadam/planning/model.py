@@ -30,6 +30,7 @@ import operator
 from typing import NamedTuple
 
 from .. import checks
+from ..kernels.messages import shown
 from ..kernels.operands import KINDS, NARROW, Arrays, bytes_moved_of
 from ..options import STATE_DTYPES
 from ..state import kept
@@ -71,7 +72,7 @@ def update(
     """
     sizes = (sizes,) if isinstance(sizes, int) else tuple(operator.index(size) for size in sizes)
     if not sizes or min(sizes) < 1:
-        raise ValueError(f"sizes={sizes[:5]}: at least one parameter, of at least one element each, is needed")
+        raise ValueError(f"sizes={shown(sizes[:5])}: at least one parameter, of at least one element each, is needed")
     if sum(sizes) > MOST_ELEMENTS:
         raise ValueError(f"the parameters have more than {MOST_ELEMENTS:.0e} elements, the most that a plan is made for")
     grad = grad or param

@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 from .. import checks
+from ..kernels.messages import shown
 from ..kernels.operands import FORMATS, GROUP, operands_of
 from ..offload.chunks import CHUNKS, SLOTS_ON_GPU, SMALLEST_CHUNK, aligned
 from ..sharded.layout import CELL, placed
@@ -102,17 +103,17 @@ def _check(machine, settings):
     for name, least in {"world": 1, "model_parallel": 1, "budget": LEAST_BUDGET, "bucket": 1}.items():
         value = getattr(settings, name)
         if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be an integer of at least {least:,}")
+            raise ValueError(f"{name}={shown(value)} must be an integer of at least {least:,}")
     world, pieces = settings.world, settings.model_parallel
     if world > MOST_DEVICES:
-        raise ValueError(f"world={world:,} is more than the {MOST_DEVICES:,} devices that a plan is made for")
+        raise ValueError(f"world={shown(world)} is more than the {MOST_DEVICES:,} devices that a plan is made for")
     if world % pieces:
         raise ValueError(
-            f"{world:,} devices cannot hold a model in {pieces:,} pieces equally often: model_parallel must divide world"
+            f"{world:,} devices cannot hold a model in {shown(pieces)} pieces equally often: model_parallel must divide world"
         )
     if not 0 <= settings.reserve < machine.memory:
         raise ValueError(
-            f"reserve={settings.reserve:,} bytes must be at least 0, and less than the {machine.memory:,} of a device"
+            f"reserve={shown(settings.reserve)} bytes must be at least 0, and less than the {machine.memory:,} of a device"
         )
     checks.one_of(COLLECTIVES, "collective", settings.collective)
 

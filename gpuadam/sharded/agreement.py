@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..checkpoint.safetensors import CheckpointError
+from ..kernels.messages import shortened
 from .transports import RankEnded
 
 KINDS = (CheckpointError, FileNotFoundError, TypeError, ValueError, OSError)  # subclasses before their bases
@@ -58,7 +59,7 @@ def on_all(transport, function, *arguments):
 def _text(error):
     """Return the message of an error, whose class may be a caller's own."""
     try:
-        return str(error)
+        return shortened(str(error), 2000)
     except Exception:  # noqa: BLE001 - of any kind: the other ranks must hear of the error itself
         return "its message cannot be read"
 
@@ -98,6 +99,6 @@ def _difference(descriptions):
             (meant, shown), (other_meant, other_shown) = first.get(name, MISSING), other.get(name, MISSING)
             if meant != other_meant:
                 ours, theirs = textwrap.shorten(shown, 500), textwrap.shorten(other_shown, 500)
-                said = f"the ranks differ in {name}: {ours} on rank 0, {theirs} on rank {rank}. Give all ranks the same"
-                return ValueError(said)
+                what = f"the ranks differ in {shortened(name)}"
+                return ValueError(f"{what}: {ours} on rank 0, {theirs} on rank {rank}. Give all ranks the same")
     return None

@@ -6,6 +6,7 @@ import itertools
 
 from .. import backends, checks
 from ..kernels.layout import bounds
+from ..kernels.messages import shown
 
 NARROWER = tuple(format for format in checks.FORMATS if format != "float64")
 
@@ -15,8 +16,8 @@ def params(groups, transport, backend):
     params = [(name, p) for group in groups for name, p in zip(group["names"], group["params"], strict=True)]
     for name, n in collections.Counter(name for name, _ in params).items():
         if n > 1:
-            raise ValueError(f"two parameters are named {name!r}: names must differ")
-    named = [(f"params[{name!r}]", checks.given(f"params[{name!r}]", param)) for name, param in params]
+            raise ValueError(f"two parameters are named {shown(name)}: names must differ")
+    named = [(f"params[{shown(name)}]", checks.given(f"params[{shown(name)}]", param)) for name, param in params]
     kernels, views = _chosen(named, transport, backend)
     for view in views:
         checks.one_format(view, checks.FORMATS)

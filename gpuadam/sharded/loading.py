@@ -8,6 +8,7 @@ from .. import checks
 from ..checkpoint.format import ALGORITHMS
 from ..checkpoint.loading import about, not_fitting, opened
 from ..checkpoint.tensors import chosen
+from ..kernels.messages import shown
 from . import transports
 from .agreement import agreed, on_all
 from .optimizer import ShardedAdam, ShardedAdamW
@@ -80,7 +81,7 @@ def _fill(opt, stored, with_params):
     """Read counts, the state of this rank, and its parameters into the buffer that the ranks collect them from."""
     saved = stored.saved
     with not_fitting():
-        taken = {name: checks.count(f"step of {name!r}", param["step"]) for name, param in saved.params.items()}
+        taken = {name: checks.count(f"step of {shown(name)}", param["step"]) for name, param in saved.params.items()}
         steps = checks.count("steps", saved.steps)
     arrays = sections_of_rank(opt)
     stored.check(arrays, with_params)

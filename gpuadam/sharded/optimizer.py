@@ -8,7 +8,8 @@ import numpy as np
 
 from .. import backends, checks, hyperparameters, torch_tensors
 from ..clipping import LARGEST_NORM, clipped
-from ..groups import HYPERPARAMETERS, HasGroups, as_given, as_list, checked_group, parsed_groups
+from ..groups import HYPERPARAMETERS, HasGroups, as_given, as_list, checked_group, parsed_groups, some
+from ..kernels.messages import shown
 from ..kernels.operands import Arrays
 from ..options import SAVED, Options
 from ..state import shape
@@ -103,7 +104,9 @@ class ShardedAdam(HasGroups):
     def _parsed(self, params, defaults, algorithm, decoupled, options):
         """Check the arguments of the constructor, as `agreed` needs it. Return the settings of each group for the first step."""
         if strange := set(options) - set(OPTIONS):
-            raise TypeError(f"ShardedAdam has no option {sorted(strange)}; beside those of its signature it has {OPTIONS}")
+            raise TypeError(
+                f"ShardedAdam has no option {some(sorted(strange))}; beside those of its signature it has {OPTIONS}"
+            )
         checks.one_of(("mean", "sum"), "reduction", self.reduction)
         self._views = checks.flag("views", self._views)
         self._bucket_bytes = checks.count("bucket_bytes", self._bucket_bytes)
@@ -119,7 +122,7 @@ class ShardedAdam(HasGroups):
         settings, of_groups = self._settings(self._checked(self.groups))
         described = {
             "the number of ranks": self.transport.size,
-            **{m.view.name: f"number {m.number}, {m.view.format} of shape {m.view.shape}" for m in self.members},
+            **{f"params[{m.name!r}]": f"number {m.number}, {m.view.format} of shape {m.view.shape}" for m in self.members},
             "the group of each parameter": [member.group for member in self.members],
             **of_groups,
             **dataclasses.asdict(self.options),
@@ -155,7 +158,7 @@ class ShardedAdam(HasGroups):
         if self.options.zero_grad:
             named += [("the buffer of parameters", buffer.param) for buffer in buffers]
             for shard in self.shards:
-                named += [(f"{key} of params[{shard.name!r}]", a) for key, a in shard.state.items() if key != "step"]
+                named += [(f"{key} of params[{shown(shard.name)}]", a) for key, a in shard.state.items() if key != "step"]
             views = [] if self._views else [member.view for member in self.members]
         return views + [self._kernels.view(*one) for one in named]
 

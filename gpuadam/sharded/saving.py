@@ -30,6 +30,7 @@ from ..checkpoint.safetensors import FIRST, CheckpointError, Reader, require
 from ..checkpoint.saving import write_file
 from ..checkpoint.tensors import chosen, sections
 from ..groups import saved_settings, some
+from ..kernels.messages import shown
 from .agreement import agreed, on_all
 
 LOCK = ".gpuadam-lock"
@@ -84,12 +85,12 @@ def _cleared(folder, lock):
         lock.callback(unlock, locked(folder / LOCK))
         _delete_all_but(folder, _known(folder))  # again, now that no other job changes it
     except BlockingIOError as error:
-        what = f"{str(folder)!r} was not saved: another job is saving into it"
+        what = f"{shown(str(folder), 1000)} was not saved: another job is saving into it"
         advice = "Nothing there has changed. End that job, or give each a folder of its own"
         raise CheckpointError(f"{what}. {advice}") from error
     except OSError as error:
         where, advice = str(error.filename or folder), "Give a folder that can be made and read"
-        raise CheckpointError(f"{where!r} was not saved: {error.strerror}. {advice}") from error
+        raise CheckpointError(f"{shown(where, 1000)} was not saved: {error.strerror}. {advice}") from error
     return secrets.token_hex(8)
 
 
@@ -99,7 +100,7 @@ def _known(folder):
     known = _files_of(folder / INDEX) if INDEX in names else None
     strangers = [name for name in names if name != LOCK and not OURS.fullmatch(name)] if known is None else []
     advice = "and was not saved: give a folder of its own"
-    require(not strangers, f"{str(folder)!r} has files that are of no checkpoint, {some(strangers)}, {advice}")
+    require(not strangers, f"{shown(str(folder), 1000)} has files that are of no checkpoint, {some(strangers)}, {advice}")
     return known or ()
 
 
@@ -116,7 +117,8 @@ def _files_of(index):
 
 def _write_part(opt, file, with_params):
     """Write the arrays of this rank. Return the index's entry of the part."""
-    require(file.parent.is_dir(), f"the folder {str(file.parent)!r}, which rank 0 has made, is not here. {SHARED}")
+    here = shown(str(file.parent), 1000)
+    require(file.parent.is_dir(), f"the folder {here}, which rank 0 has made, is not here. {SHARED}")
     if with_params:
         for bucket in opt.buckets:
             bucket.read_params()
@@ -127,13 +129,27 @@ def _write_part(opt, file, with_params):
 
 def _commit(folder, metadata, parts, lock):
     """Write the index, which makes the new parts the checkpoint, delete the parts of the old one, and unlock the folder."""
-    for rank, part in enumerate(parts):
-        path = folder / part["file"]
-        is_here = path.exists() and path.stat().st_size == part["n_bytes"]
-        require(is_here, f"the file {str(path)!r}, which rank {rank} wrote, is not here. {SHARED}")
-    write_file(str(folder / INDEX), [], metadata | {"parts": as_json(parts)})
+    try:
+        for rank, part in enumerate(parts):
+            path = folder / part["file"]
+            is_here = path.exists() and path.stat().st_size == part["n_bytes"]
+            require(is_here, f"the file {shown(str(path), 1000)}, which rank {rank} wrote, is not here. {SHARED}")
+        write_file(str(folder / INDEX), [], metadata | {"parts": as_json(parts)})
+    except BaseException:
+        _take_back(folder, parts)
+        raise
     _delete_all_but(folder, [part["file"] for part in parts])
     lock.close()  # now: it may take long until all ranks are here
+
+
+def _take_back(folder, parts):
+    """Delete new parts, unless the index names them already."""
+    with contextlib.suppress(OSError):  # the error before is the one to report
+        index = folder / INDEX
+        named = (index.exists() and _files_of(index)) or ()
+        for part in parts:
+            if part["file"] not in named:
+                (folder / part["file"]).unlink(missing_ok=True)
 
 
 def _delete_all_but(folder, names):

@@ -8,6 +8,8 @@ import numpy as np
 
 from .. import backends, torch_tensors
 from ..clipping import named_arrays
+from ..groups import some
+from ..kernels.messages import shortened
 from ..kernels.operands import widened
 
 
@@ -66,9 +68,9 @@ def assert_same_bits(actual, expected, name=""):
 def _compare(actual, expected, name=""):
     """Compare dicts of arrays, by the names that the message calls them."""
     if actual.keys() != expected.keys():
-        raise AssertionError(f"{name or 'actual'} has the arrays {list(actual)}, expected {list(expected)}")
+        raise AssertionError(f"{name or 'actual'} has the arrays {some(actual)}, expected {some(expected)}")
     for key in expected:
-        label = key or "the arrays"
+        label = shortened(key) or "the arrays"
         one, other = on_host(label, actual[key]), on_host(label, expected[key])
         if one.format != other.format:
             raise AssertionError(f"{label}: the elements are {one.format}, expected {other.format}")
@@ -87,9 +89,12 @@ def on_host(name, array):
         array = array.detach().cpu()
     if isinstance(array, (bool, int, float, np.generic)):
         array = np.asarray(array)
+    name = shortened(name)
     kernels, (view,) = backends.choose([(name, array)], backends.home(name, array))
     if view.format not in FLOATS and view.dtype.kind not in "biu":
-        raise TypeError(f"{name} has dtype {view.dtype}: bits are compared of {', '.join(FLOATS)}, integers and booleans")
+        raise TypeError(
+            f"{name} has dtype {shortened(str(view.dtype))}: bits are compared of {', '.join(FLOATS)}, integers and booleans"
+        )
     values = kernels.to_host(view.array)
     native = values.astype(values.dtype.newbyteorder("="), copy=False)
     return Host(native.view(FLOATS[view.format].bits) if view.format in FLOATS else native, view.format)

@@ -10,6 +10,7 @@ import numpy as np
 from .. import backends, checks
 from ..clipping import named_arrays
 from ..groups import is_sequence
+from ..kernels.messages import shortened, shown
 from .bits import FLOATS
 
 HUGE = "huge"
@@ -46,11 +47,13 @@ def inject(grads, value=math.nan, *, at=None, count=1, seed=0):
     named = list(named_arrays("grads", grads))
     if not named:
         raise ValueError("there is no gradient to put a fault into: grads must have one array at least")
-    kernels, views = backends.choose(named, backends.home(*named[0]))
+    labelled = [(shortened(name), array) for name, array in named]
+    kernels, views = backends.choose(labelled, backends.home(*labelled[0]))
     for view in views:
         checks.one_format(view, checks.FORMATS)
         if not view.writeable:
             checks.read_only(view)
+    views = [view._replace(name=name) for view, (name, _) in zip(views, named, strict=True)]
     places = _chosen_places(at, views) if at is not None else _random_places(count, seed, views)
     faults = [Fault(view.name, index, FLOATS[view.format].largest if value == HUGE else value) for view, index in places]
     elements = [_element(checks.real("value", fault.value), view) for fault, (view, _) in zip(faults, places, strict=True)]
@@ -95,18 +98,21 @@ def _chosen_places(at, views):
     indices = {"grads": at}
     if "grads" not in by_name:
         if not isinstance(at, Mapping) and not is_sequence(at):
-            raise TypeError(f"at={at!r} must be a dict or sequence of indices, one for each gradient that gets the fault")
+            raise TypeError(
+                f"at={shown(at)} must be a dict or sequence of indices, one for each gradient that gets the fault"
+            )
         keys = at.items() if isinstance(at, Mapping) else enumerate(at)
         indices = {f"grads[{key!r}]": index for key, index in keys if index is not None}
     if strange := [name for name in indices if name not in by_name]:
-        raise IndexError(f"at names {', '.join(strange)}, and there are only {', '.join(by_name)}")
+        named, there = (shortened(", ".join(names), 1000) for names in (strange, by_name))
+        raise IndexError(f"at names {named}, and there are only {there}")
     return [(by_name[name], _index(index, by_name[name])) for name, index in indices.items()]
 
 
 def _index(index, view):
     index = tuple(map(operator.index, index if is_sequence(index) else (index,)))
     if len(index) != len(view.shape) or not all(-n <= i < n for i, n in zip(index, view.shape, strict=True)):
-        raise IndexError(f"at={index} is not an element of {view.name}, which has shape {view.shape}")
+        raise IndexError(f"at={shown(index)} is not an element of {shortened(view.name)}, which has shape {view.shape}")
     return tuple(i % n for i, n in zip(index, view.shape, strict=True))
 
 
@@ -114,7 +120,9 @@ def _random_places(count, seed, views):
     """Return (View, index) of different elements, counted through all arrays."""
     ends = np.cumsum([view.size for view in views])
     if not 1 <= checks.count("count", count) <= ends[-1]:
-        raise ValueError(f"count={count} must be at least 1 and at most {ends[-1]}, which is how many elements there are")
+        raise ValueError(
+            f"count={shown(count)} must be at least 1 and at most {ends[-1]}, which is how many elements there are"
+        )
     elements = np.sort(np.random.default_rng(checks.seed(seed)).choice(int(ends[-1]), count, replace=False))
     places = []
     for element, k in zip(elements, np.searchsorted(ends, elements, side="right"), strict=True):

@@ -7,6 +7,7 @@ import numpy as np
 
 from .. import checks, hyperparameters, reference
 from ..clipping import named_arrays
+from ..kernels.messages import shortened
 from .bits import FLOATS, on_host
 
 ROUNDINGS, FEEDBACK = 32, 4
@@ -85,7 +86,8 @@ class Reference:
         numbers = {name: _numbers(name, on_host(name, grad)) for name, grad in named_arrays("params", grads)}
         shapes = {name: param.value.shape for name, param in self._trained.items()}
         if strange := [f"{name} of {grad.shape}" for name, grad in numbers.items() if grad.shape != shapes.get(name)]:
-            raise ValueError(f"there are gradients of {', '.join(strange)}; the parameters have the shapes {shapes}")
+            given, needed = shortened(", ".join(strange), 1000), shortened(str(shapes), 1000)
+            raise ValueError(f"there are gradients of {given}; the parameters have the shapes {needed}")
         self.steps += 1
         lr = self._lr(self.steps) if callable(self._lr) else self._lr
         for name, grad in numbers.items():
@@ -138,21 +140,22 @@ class Reference:
         """
         hosts = {name: on_host(name, array) for name, array in named_arrays("params", params)}
         if hosts.keys() != self._trained.keys():
-            raise AssertionError(
-                f"params has {', '.join(hosts) or 'no arrays'}; the reference has {', '.join(self._trained)}"
-            )
+            given, needed = (shortened(", ".join(names), 1000) for names in (hosts, self._trained))
+            raise AssertionError(f"params has {given or 'no arrays'}; the reference has {needed}")
         for name, host in hosts.items():
             param = self._trained[name]
             if (host.format, host.bits.shape) != (param.format, param.value.shape):
                 began = f"began with {param.format} of {param.value.shape}"
-                raise AssertionError(f"{name} is {host.format} of shape {host.bits.shape}; the reference {began}")
+                raise AssertionError(f"{shortened(name)} is {host.format} of shape {host.bits.shape}; the reference {began}")
             exact, actual = param.value, _numbers(name, host)
             tolerance = param.tolerance + np.full(exact.shape, param.count * atol)
             with np.errstate(invalid="ignore"):  # inf - inf
                 far = ~(np.abs(actual - exact) <= tolerance) & ~((actual == exact) | (np.isnan(actual) & np.isnan(exact)))
             if far.any():
                 count = f"{int(far.sum()):,} of {far.size:,} elements"
-                lines = [f"{name}: {count} differ from float64 by more than roundings make in {param.count:,} steps"]
+                lines = [
+                    f"{shortened(name)}: {count} differ from float64 by more than roundings make in {param.count:,} steps"
+                ]
                 for at in map(tuple, np.argwhere(far)[:5].tolist()):
                     apart = f"difference {actual[at] - exact[at]:.2g}, tolerance {tolerance[at]:.2g}"
                     lines.append(f"  at {list(at)}: {actual[at]:.9g}, reference {exact[at]:.9g}, {apart}")
@@ -162,5 +165,5 @@ class Reference:
 def _numbers(name, host):
     """Return the numbers of floats, in float64."""
     if host.format not in FLOATS:
-        raise TypeError(f"{name} has dtype {host.format}; it must be {', '.join(FLOATS)}")
+        raise TypeError(f"{shortened(name)} has dtype {host.format}; it must be {', '.join(FLOATS)}")
     return host.numbers.astype("f8")

@@ -9,6 +9,7 @@ import sys
 import torch
 
 from .. import torch_tensors
+from ..kernels.messages import shown
 
 PLAIN = {torch.Tensor, torch.nn.Parameter}
 
@@ -50,19 +51,19 @@ def wrote(params):
 def _local_row(name, param, grad, *state):
     if any(placement.is_partial() for placement in param.placements):
         raise ValueError(
-            f"params[{name!r}] has the placements {param.placements}: ranks hold summands of it, and a step needs its elements. "
-            "Redistribute it to Replicate() or Shard(...) first"
+            f"params[{shown(name)}] has the placements {param.placements}: ranks hold summands of it, and a step needs its "
+            "elements. Redistribute it to Replicate() or Shard(...) first"
         )
     beside = param.device_mesh, param.placements
     for what, tensor in (("gradient", grad), *(("state", tensor) for tensor in state)):
         if not is_distributed(tensor):
             raise TypeError(
-                f"params[{name!r}] is a DTensor and its {what} a {type(tensor).__name__}: it must be a DTensor too"
+                f"params[{shown(name)}] is a DTensor and its {what} a {type(tensor).__name__}: it must be a DTensor too"
             )
         if tensor is not grad and (tensor.device_mesh, tensor.placements) != beside:
             raise ValueError(
-                f"the state of params[{name!r}] has the placements {tensor.placements}, its parameter {param.placements}: load "
-                "it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                f"the state of params[{shown(name)}] has the placements {tensor.placements}, its parameter {param.placements}: "
+                "load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
     if (grad.device_mesh, grad.placements) != beside:
         grad = grad.redistribute(*beside)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import backends, checks, hyperparameters
-from ..groups import MAPPING, Structure, places_of_groups
+from ..groups import MAPPING, Structure, places_of_groups, some
+from ..kernels.messages import shown
 from ..optimizer import key_of_parameter
 from ..options import Options
 from ..remembered import Remembered
@@ -189,7 +190,9 @@ class Adam(torch.optim.Optimizer):
             together.setdefault((self._counts.taken(member.state["step"]), member.param.dtype is bfloat16), []).append(
                 member
             )
-        return [(torch_state.count(f"params[{alike[0].name!r}]", count), alike) for (count, _), alike in together.items()]
+        return [
+            (torch_state.count(f"params[{shown(alike[0].name)}]", count), alike) for (count, _), alike in together.items()
+        ]
 
     def _update(self, h, step, group, members, now=None):
         """Return the Updates of Members that take the same step."""
@@ -199,7 +202,7 @@ class Adam(torch.optim.Optimizer):
             columns = [params, [param.grad for param in params], *([state[a.name] for state in states] for a in arrays)]
         except KeyError as error:
             raise ValueError(
-                f"a parameter of {names} has no {error} in its state: amsgrad or a dtype was changed after its first step"
+                f"a parameter of {some(names)} has no {error} in its state: amsgrad or a dtype was changed after its first step"
             ) from None
         columns, starts = distributed.local_columns(names, columns)
         stochastic, seed = self.options.stochastic_rounding, self.options.seed
@@ -218,8 +221,10 @@ class Adam(torch.optim.Optimizer):
     def _new_state(self, group, param, name):
         """Return the state that a parameter begins with, zeros, and keep it."""
         if self.options.state_dtype == "8bit" and distributed.is_distributed(param):
-            raise ValueError(f"params[{name!r}] is a DTensor, which cannot have state_dtype='8bit': take 'bfloat16' or None")
-        _, (view,) = backends.choose([(f"params[{name!r}]", distributed.local(param))], self.backend)
+            raise ValueError(
+                f"params[{shown(name)}] is a DTensor, which cannot have state_dtype='8bit': take 'bfloat16' or None"
+            )
+        _, (view,) = backends.choose([(f"params[{shown(name)}]", distributed.local(param))], self.backend)
         checks.one_format(view, checks.FORMATS)
         checks.layout(view)
         if self.options.state_dtype == "8bit":
@@ -280,7 +285,7 @@ class Adam(torch.optim.Optimizer):
             for key, param in zip(saved["params"], present["params"], strict=True):
                 if state := states.get(key):
                     arrays = self._kept(group, param.dtype)
-                    loaded[param] = torch_state.converted(state, arrays, param, group["capturable"], f"params[{key!r}]")
+                    loaded[param] = torch_state.converted(state, arrays, param, group["capturable"], f"params[{shown(key)}]")
         return loaded
 
     def __getstate__(self):
@@ -319,7 +324,9 @@ class Adam(torch.optim.Optimizer):
         alike = self._alike(members)
         _share(len(alike) == 1, k, "share a step count and have the same kinds of state")
         if clock is None:
-            kernels, (view,) = backends.choose([(f"params[{first.name!r}]", distributed.local(first.param))], self.backend)
+            kernels, (view,) = backends.choose(
+                [(f"params[{shown(first.name)}]", distributed.local(first.param))], self.backend
+            )
             clock = Clock(steps, kernels, view.device or 0, first.param)
             self._clocks.append(clock)
         clock.set(alike[0][0])

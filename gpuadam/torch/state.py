@@ -10,6 +10,7 @@ import torch
 
 from .. import state as gpuadam_state
 from ..groups import some
+from ..kernels.messages import shown
 from ..kernels.operands import KINDS
 from .distributed import is_distributed
 
@@ -50,7 +51,7 @@ def count(name, value):
     number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     steps = float(number) if isinstance(number, numbers.Real) and not isinstance(number, bool) else math.nan
     if not (steps >= 0 and steps.is_integer()):
-        raise ValueError(f"the step of {name} is {number!r}: it must be how many steps it has taken, 0, 1, 2, ...")
+        raise ValueError(f"the step of {name} is {shown(number)}: it must be how many steps it has taken, 0, 1, 2, ...")
     return int(steps)
 
 
@@ -89,8 +90,8 @@ def converted(state, arrays, param, capturable, name):
     strange = state.keys() - set(needed) - {NAMES["max_v"]}  # which stays in the state when a group's amsgrad is turned off
     if strange or set(needed) - state.keys() - {"remainder"}:
         raise ValueError(
-            f"the loaded state of {name} has {sorted(map(str, state))}, and this optimizer needs {needed} and no other: make one "
-            "with the amsgrad, state_dtype and master of the one that was saved, which must be an Adam or AdamW"
+            f"the loaded state of {name} has {some(sorted(map(str, state)))}, and this optimizer needs {needed} and no other: "
+            "make one with the amsgrad, state_dtype and master of the one that was saved, which must be an Adam or AdamW"
         )
     result = new(arrays, param, capturable)
     result["step"].fill_(count(name, state["step"]))

@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import tempfile
 
+from gpuadam.kernels import ownership
+
 KINDS = {
     "p": ctypes.c_void_p,
     "n": ctypes.c_size_t,
@@ -50,6 +52,8 @@ def build(names):
     key = hashlib.sha256(source.encode()).hexdigest()[:16]
     folder = pathlib.Path(tempfile.gettempdir()) / f"gpuadam-stand-in-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if why := ownership.folder_of_others(os.path.realpath(folder)):
+        raise PermissionError(f"a library in {folder} would run as you, and {why}: set TMPDIR to a folder of your own")
     path = folder / f"libcuda-{key}.so.1"
     if not path.exists():
         cc = compiler()

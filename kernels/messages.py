@@ -1,0 +1,22 @@
+"""Values of users in error messages, which stay readable whatever the values are."""
+
+
+def shown(value, most=200):
+    """Return the repr of a user's value, shortened to about `most` characters.
+
+    >>> shown("w" * 1000, most=20)
+    "'wwwwwwwww[982 characters left out]wwwwwwwww'"
+    """
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - of any kind: the error that is to be reported is another
+        text = f"<{type(value).__name__}, whose repr fails>"
+    return shortened(text, most)
+
+
+def shortened(text, most=200):
+    """Return a text, without its middle if it is long."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]}[{len(text) - 2 * half:,} characters left out]{text[-half:]}"
