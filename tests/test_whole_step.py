@@ -472,7 +472,7 @@ WRONG = {
     "a norm for nothing": {"norm": 2.0},
     "a flag that is a string": {"found_inf": "no"},
     "two flags": {"found_inf": np.zeros(2)},
-    "a scale in an array, without capturable": {"grad_scale": np.ones(1), "max_norm": 1.0},
+    "two scales": {"grad_scale": np.ones(2), "max_norm": 1.0},
 }
 
 
