@@ -36,6 +36,30 @@ def non_negative(name, value):
     return value + 0.0  # -0.0 becomes 0.0: they are equal, and must not give different bits
 
 
+def clip_value(value):
+    """Return the size to which elements of gradients are clipped: infinity for None."""
+    if value is None:
+        return math.inf
+    if not finite("clip_value", value) > 0.0:
+        raise ValueError(f"clip_value={value} must be positive, or None for no clipping")
+    return float(value)
+
+
+def bounds_of_param(value):
+    """Return (low, high): of bounds, None or a pair of numbers, either of which may be None."""
+    if value is None:
+        return -math.inf, math.inf
+    try:
+        low, high = value
+    except (TypeError, ValueError):
+        raise ValueError(f"bounds must be two numbers, (low, high), either of which may be None, not {value!r}") from None
+    ends = [real("a number of bounds", x) + 0.0 for x in (low, high) if x is not None]
+    low, high = -math.inf if low is None else ends[0], math.inf if high is None else ends[-1]
+    if not low <= high or not all(map(math.isfinite, ends)):
+        raise ValueError(f"bounds={value!r} must be two numbers, the first not above the second; None is for no bound")
+    return low, high
+
+
 def finite(name, value):
     value = real(name, value)
     if not math.isfinite(value):

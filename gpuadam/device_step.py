@@ -60,7 +60,7 @@ class ScalarsLaunch:
     def of(self, formats):
         """Return the Form of the step for arrays of some formats, and the `scalars.ScalarsMemory` where its scalars will be."""
         now, h, fixed = self.group.now, self.group.h, self.group.h.fixed
-        form, scalars = hyperparameters.form_and_scalars(h, 1, formats)  # or an error if a scalar of step 1 overflows
+        form, _ = hyperparameters.form_and_scalars(h, 1, formats)  # or an error if a scalar of step 1 overflows
         constants = hyperparameters.constants(fixed, formats)
         skips = now.found_inf is not None or now.largest_norm is not None
         scaled = form.scaled or now.grad_scale is not None or now.max_norm is not None
@@ -78,8 +78,7 @@ class ScalarsLaunch:
             w1=constants.w1,
             w2=constants.w2,
             eps=constants.eps,
-            eps_root=getattr(scalars, "eps_root", 0.0),
-            w_ema=constants.later[-1] if formats.ema else 0.0,
+            **{f"further{k}": value for k, value in enumerate(constants.later, 1)},
             first_w_ema=constants.first[-1] if formats.ema else 0.0,
             max_norm=np.inf if now.max_norm is None else now.max_norm,
             largest_norm=np.inf if now.largest_norm is None else now.largest_norm,
@@ -90,6 +89,7 @@ class ScalarsLaunch:
             None if now.grad_scale is None else now.grad_scale.dtype,
             form.decoupled,
             fixed.variant,
+            further=len(constants.later),
             ema=formats.ema != "",
             random=formats.random or (dtype in self._launches and self._launches[dtype][0].random),
             counts=now.counts,

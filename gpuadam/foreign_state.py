@@ -102,6 +102,10 @@ def to_torch(opt, names=None):
             )
         if group["lr"] is None:
             raise ValueError("the learning rate is a callable, and torch's state has a number: put one into opt.groups")
+        if not group["clip_value"] is group["bounds"] is None:
+            raise ValueError(
+                "torch's Adam has no clip_value and no bounds: set those of opt.groups to None, and clip yourself"
+            )
         settings = {key: group[key] for key in HYPERPARAMETERS_OF_TORCH} | flags
         groups.append(settings | {"decoupled_weight_decay": opt.decoupled, "params": list(range(start, stop))})
     # torch has no state of a parameter that took no step

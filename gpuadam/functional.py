@@ -19,6 +19,8 @@ def adam_step(
     max_v=None,
     maximize=False,
     grad_scale=1.0,
+    clip_value=None,
+    bounds=None,
     algorithm="adam",
     formula="torch",
     eps_root=0.0,
@@ -48,6 +50,9 @@ def adam_step(
     lr, betas, eps: as in the paper; eps is added to sqrt(v / (1 - beta2**step)).
     weight_decay: added to the gradient times param (L2), or, if decoupled, taken off param times lr (AdamW).
     maximize: go up the gradient. grad_scale: the gradient is multiplied by it first (1 / loss scale, or a clipping factor).
+    clip_value: every element of the gradient is clipped to -clip_value ... clip_value, after grad_scale and before weight_decay.
+    bounds: (low, high), between which the step leaves every element of param: the update is made, and then min(max(param, low),
+        high). Either may be None. They are rounded to param's dtype. NaN stays.
     algorithm: "adam"; or "nadam" (Dozat 2016), "radam" (Liu et al. 2020) or "adamax" (Kingma & Ba 2015, Algorithm 2: v is then
         the decayed maximum of |gradient|), each as in torch.
     formula: where Adam's eps goes. With m and v corrected for their bias, "torch" and "apex": m / (sqrt(v) + eps), which are
@@ -83,7 +88,7 @@ def adam_step(
     formulas = hyperparameters.ADAM  # which takes less time than to look it up
     if not usual or zero_grad is not False or decoupled is not False:
         formulas = hyperparameters.formulas(algorithm, formula, eps_root, ema_decay, False, zero_grad, decoupled)
-    h = hyperparameters.with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas)
+    h = hyperparameters.with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas, clip_value, bounds)
     group = Updates(h, checks.step_number(step), [[param], [grad], [m], [v]])
     if not (max_v is remainder is param_copy is ema is m_scale is v_scale is None) or stochastic_rounding or seed:
         optional = {"max_v": max_v, "remainder": remainder, "param_copy": param_copy, "ema": ema}

@@ -10,7 +10,7 @@ from . import checks, hyperparameters
 from .kernels.messages import shown
 from .kernels.view import Bits, a_kind, is_array
 
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "clip_value", "bounds")
 GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
 
 
@@ -34,7 +34,7 @@ class _OfAGroup:
 class HasGroups:
     """An optimizer whose hyperparameters are in its `groups`, where a step finds what they are now."""
 
-    lr, betas, eps, weight_decay, amsgrad, maximize = map(_OfAGroup, HYPERPARAMETERS)
+    lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds = map(_OfAGroup, HYPERPARAMETERS)
 
 
 ONE, SEQUENCE, MAPPING = "one array", "a sequence", "a dict"
@@ -159,7 +159,8 @@ def grads_of_params(group):
 def saved_settings(group):
     """Return the names and hyperparameters of a group as a state_dict has them: None for an lr that is a callable."""
     settings = {key: None if callable(group[key]) else group[key] for key in HYPERPARAMETERS}
-    return settings | {"names": list(group["names"]), "betas": tuple(group["betas"])}
+    pairs = {key: tuple(group[key]) for key in ("betas", "bounds") if isinstance(group[key], Iterable)}
+    return settings | pairs | {"names": list(group["names"])}
 
 
 def as_list(x):
@@ -200,7 +201,7 @@ def checked_group(group, structure, options, step, grad_scale=1.0):
     options: `Options`. Raises TypeError or ValueError.
     """
     try:
-        lr, betas, eps, weight_decay, amsgrad, maximize, names, params = _values(group)
+        lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds, names, params = _values(group)
     except KeyError:
         names = None
     if names is None or len(group) != len(GROUP_KEYS):
@@ -218,7 +219,8 @@ def checked_group(group, structure, options, step, grad_scale=1.0):
                 "the parameters"
             )
         lr = checks.scheduled(lr(step)) if callable(lr) else lr
-    return hyperparameters.with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, options.formulas)
+    of_options = options.formulas
+    return hyperparameters.with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, of_options, clip_value, bounds)
 
 
 _values = operator.itemgetter(*HYPERPARAMETERS, "names", "params")

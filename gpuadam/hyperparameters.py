@@ -60,6 +60,7 @@ def _formulas(algorithm, formula, eps_root, ema_decay, ema_starts, zero_grad, de
 
 
 ADAM = Formulas()
+UNBOUNDED = None, None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -72,6 +73,9 @@ class Fixed(Formulas):
     weight_decay: float = 0.0
     maximize: bool = False
     grad_scale: float = 1.0
+    clip_value: float = math.inf
+    low: float = -math.inf
+    high: float = math.inf
 
     @property
     def variant(self):
@@ -86,7 +90,9 @@ class Hyperparameters(NamedTuple):
     fixed: Fixed
 
 
-def checked(lr, betas, eps, weight_decay, decoupled=False, maximize=False, grad_scale=1.0, **options):
+def checked(
+    lr, betas, eps, weight_decay, decoupled=False, maximize=False, grad_scale=1.0, clip_value=None, bounds=None, **options
+):
     """Return Hyperparameters, or raise TypeError or ValueError naming the one that is wrong.
 
     options: fields of `Formulas`.
@@ -95,23 +101,28 @@ def checked(lr, betas, eps, weight_decay, decoupled=False, maximize=False, grad_
     'radam'
     """
     of_options = formulas(**dataclasses.asdict(ADAM) | options | {"decoupled": decoupled})
-    return with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, of_options)
+    return with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, of_options, clip_value, bounds)
 
 
-def with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas):
+def with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas, clip_value=None, bounds=None):
     """Return Hyperparameters likewise; formulas: checked before."""
     lr = checks.non_negative("lr", lr)
+    others = eps, weight_decay, maximize, grad_scale, formulas, clip_value
     try:
         beta1, beta2 = betas
-        return Hyperparameters(lr, _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas))
-    except (TypeError, ValueError):  # not two betas, a value that no cache can have as its key, or a wrong one
-        betas = checks.betas(betas)
-        return Hyperparameters(lr, _fixed.__wrapped__(*betas, eps, weight_decay, maximize, grad_scale, formulas))
+        low, high = UNBOUNDED if bounds is None else bounds
+        return Hyperparameters(lr, _fixed(beta1, beta2, low, high, *others))
+    except (TypeError, ValueError):  # not two of them, a value that no cache can have as its key, or a wrong one
+        beta1, beta2 = checks.betas(betas)
+        checks.bounds_of_param(bounds)
+        low, high = UNBOUNDED if bounds is None else bounds
+        return Hyperparameters(lr, _fixed.__wrapped__(beta1, beta2, low, high, *others))
 
 
 @functools.lru_cache(maxsize=256, typed=True)
-def _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas):
+def _fixed(beta1, beta2, low, high, eps, weight_decay, maximize, grad_scale, formulas, clip_value):
     beta1, beta2 = checks.betas((beta1, beta2))
+    low, high = checks.bounds_of_param((low, high))
     return Fixed(
         **dataclasses.asdict(formulas),
         beta1=beta1,
@@ -120,6 +131,9 @@ def _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas):
         weight_decay=checks.non_negative("weight_decay", weight_decay),
         maximize=checks.flag("maximize", maximize),
         grad_scale=checks.finite("grad_scale", grad_scale),
+        clip_value=checks.clip_value(clip_value),
+        low=low,
+        high=high,
     )
 
 
@@ -176,8 +190,22 @@ class Constants(NamedTuple):
     w1: float
     w2: float
     eps: float
-    first: tuple[float, ...]  # eps_root and w_ema, if the form has them, at step 1
+    first: tuple[float, ...]  # those of `adam.FURTHER` that the form has, but NAdam's shares, at step 1
     later: tuple[float, ...]  # likewise at all other steps
+
+
+def _bound(value, format):
+    """Return a bound of a parameter, rounded to nearest even in its format: what is rounded later does not leave it."""
+    if not math.isfinite(value):
+        return value
+    with np.errstate(over="ignore"):
+        rounded = np.dtype("float32" if format == "bfloat16" else format).type(value)
+    if format == "bfloat16":
+        bits = int(rounded.view("uint32"))
+        rounded = np.uint32((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).view("float32")
+    if not math.isfinite(rounded):
+        raise ValueError(f"bounds: {value} overflows {format}: give a smaller number, or None for no bound")
+    return float(rounded)
 
 
 @functools.lru_cache(maxsize=256)
@@ -216,10 +244,15 @@ def constants(fixed, arrays):
         near2=near2,
         near_ema=near_ema or not arrays.ema,
         zero_grad=fixed.zero_grad,
+        clips=fixed.clip_value < math.inf,
+        bounded=not fixed.low == -fixed.high == -math.inf,
     )
     reals = struct.Struct({"float32": "f", "float64": "d"}[dtype.name] * len(scalar_names(form)))
-    eps_root = (rounded("eps_root", fixed.eps_root, to_zero=False),) if form.algorithm == "optax" else ()
-    later = (*eps_root, w_ema) if arrays.ema else eps_root
+    further = {"eps_root": rounded("eps_root", fixed.eps_root, to_zero=False), "w_ema": w_ema}
+    further |= {"low": _bound(fixed.low, arrays.param), "high": _bound(fixed.high, arrays.param)}
+    if form.clips:
+        further["clip_value"] = rounded("clip_value", fixed.clip_value, to_zero=False)
+    later = tuple(further[name] for name in scalar_names(form) if name in further)
     return Constants(
         form=form,
         scalars_type=scalars_type(form),
@@ -231,6 +264,6 @@ def constants(fixed, arrays):
         w1=w1,
         w2=w2,
         eps=rounded("eps", fixed.eps, to_zero=False),
-        first=(*eps_root, float(near_ema)) if arrays.ema and fixed.ema_starts else later,  # from ema, 0, to the new param
+        first=(*later[:-1], float(near_ema)) if arrays.ema and fixed.ema_starts else later,  # from ema, 0, to the new param
         later=later,
     )

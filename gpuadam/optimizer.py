@@ -66,7 +66,8 @@ class Adam(HasGroups):
         it is also called with 1 here and in `load_state_dict`. It may return an array of no dimensions, which is read, and
         waited for if it is on a GPU: optax's schedules are such callables. They count from 0, so that optax's own first step
         has schedule(0), and `lr=schedule` starts with schedule(1); `lr=lambda step: schedule(step - 1)` is as in optax.
-    betas, eps, weight_decay, maximize: as in `adam_step`. amsgrad: keep the running maximum of v (Reddi et al. 2018).
+    betas, eps, weight_decay, maximize, clip_value, bounds: as in `adam_step`.
+    amsgrad: keep the running maximum of v (Reddi et al. 2018).
     capturable: keep the step count on the device, so that a CUDA graph that captures `step` counts on when it is replayed.
         lr, and grad_scale in `step`, may then be arrays of one float32 or float64 on that device, whose values are read there
         when the step runs; in a captured graph they have to be, and norm and found_inf too, because a graph freezes numbers.
@@ -113,6 +114,8 @@ class Adam(HasGroups):
         *,
         amsgrad=False,
         maximize=False,
+        clip_value=None,
+        bounds=None,
         capturable=False,
         formula="torch",
         eps_root=0.0,
@@ -142,7 +145,7 @@ class Adam(HasGroups):
             seed,
         )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"amsgrad": amsgrad, "maximize": maximize}
+        defaults |= {"amsgrad": amsgrad, "maximize": maximize, "clip_value": clip_value, "bounds": bounds}
         self.groups, self.arrangement = parsed_groups(params, defaults)
         self._remembered, self.under_way = Remembered(), UnderWay()
         self._norm: Any = None  # of the last step, on a GPU
@@ -478,6 +481,7 @@ class Adam(HasGroups):
 
     def _checked_settings(self, k, saved):
         """Return the hyperparameters of group k in a state_dict."""
+        saved = {"clip_value": None, "bounds": None} | saved  # older ones do not have them
         if set(saved) != {"names", *HYPERPARAMETERS}:
             raise ValueError(
                 f'a group of a state_dict has "names" and {HYPERPARAMETERS}; this one has {some(sorted(map(str, saved)))}'

@@ -18,6 +18,8 @@ def adam_step(
     max_v=None,
     maximize=False,
     grad_scale=1.0,
+    clip_value=None,
+    bounds=None,
     algorithm="adam",
     formula="torch",
     eps_root=0.0,
@@ -41,6 +43,7 @@ def adam_step(
     bias1, bias2 = 1 - beta1**step, 1 - beta2**step
     with np.errstate(all="ignore"):  # infinities and NaN are part of what is compared
         g = -g * grad_scale if maximize else g * grad_scale
+        g = g if clip_value is None else np.clip(g, -clip_value, clip_value)
         if weight_decay and decoupled:
             theta = theta - lr * weight_decay * theta
         elif weight_decay:
@@ -70,6 +73,7 @@ def adam_step(
         else:
             direction = m / bias1 / v
         theta = theta - lr * direction
+        theta = theta if bounds is None else np.clip(theta, *bounds)
         if ema is None:
             return theta, m, v, max_v
         return theta, m, v, max_v, ema_decay * np.asarray(ema, "float64") + (1 - ema_decay) * theta

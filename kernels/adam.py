@@ -6,15 +6,17 @@ bits. Parts that a step does not use are left out at compile time.
 m and v are PyTorch's exp_avg and exp_avg_sq, and optax's mu and nu; max_v is PyTorch's max_exp_avg_sq.
 
     g      = grad_scale * grad
+    g      = min(max(g, -clip_value), clip_value)           clipping by value
     g      = g + weight_decay * param                       L2 decay
     param  = param - lr * weight_decay * param              decoupled decay
     m      = m + (1 - beta1) * (g - m)                      Kingma & Ba 2015, Algorithm 1 (arXiv:1412.6980)
     v      = v + (1 - beta2) * (g * g - v)
     max_v  = max(max_v, v)                                  AMSGrad, Reddi et al. 2018 (arXiv:1904.09237)
     param  = param - lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)
+    param  = min(max(param, low), high)                     bounds
     ema    = ema + (1 - ema_decay) * (param - ema)
 
-The family differs in the last line but one. NAdam (Dozat 2016) takes a mean of m and g for m; RAdam (Liu et al. 2020,
+The family differs in the last line before bounds. NAdam (Dozat 2016) takes a mean of m and g for m; RAdam (Liu et al. 2020,
 arXiv:1908.03265) has other scalars: another lr, and before the variance is tractable a denominator of 1; AdaMax (Kingma & Ba
 2015, Algorithm 2) has v = max(beta2 * v, |g| + eps) and divides by it. optax divides by
 sqrt(v / (1 - beta2**t) + eps_root) + eps, and its AMSGrad takes the maximum of v / (1 - beta2**t).
@@ -33,8 +35,10 @@ class Form(NamedTuple):
     arrays: Arrays = Arrays()
     algorithm: str = "adam"  # or "nadam", "radam", "adamax"; "optax" is Adam with its denominator
     scaled: bool = False  # the gradient is multiplied by grad_scale
+    clips: bool = False  # its elements are clipped
     l2: bool = False  # weight decay joins the gradient (Adam)
     decoupled: bool = False  # weight decay joins the parameter (AdamW; Loshchilov & Hutter 2019, arXiv:1711.05101)
+    bounded: bool = False  # the parameter has bounds
     near1: bool = True  # 1 - beta1 < 1/2: m is interpolated from m, else from g
     near2: bool = True  # likewise v, from v or from g * g
     near_ema: bool = True  # likewise ema, from ema or from param
@@ -64,12 +68,15 @@ class Scalars(NamedTuple):
     neg_lr: float  # -lr / (1 - beta1**step), times further factors of an algorithm
 
 
+FURTHER = ("of_m", "of_g", "eps_root", "clip_value", "low", "high", "w_ema")  # the scalars that not every form has
+
+
 @functools.lru_cache(maxsize=256)
 def scalars_type(form):
     """Return the type of a form's scalars: Scalars, or a named tuple with more fields."""
     # of_m and of_g are the shares in NAdam's direction; w_ema is 1 - ema_decay if near_ema, else that minus 1
     more = {"nadam": ("of_m", "of_g"), "optax": ("eps_root",)}.get(form.algorithm, ())
-    more += ("w_ema",) if form.arrays.ema else ()
+    more += ("clip_value",) * form.clips + ("low", "high") * form.bounded + ("w_ema",) * bool(form.arrays.ema)
     return collections.namedtuple("MoreScalars", Scalars._fields + more) if more else Scalars
 
 
@@ -81,24 +88,29 @@ def scalar_names(form):
 def options(form):
     """Return the constants by which the texts of the rule leave out unused parts."""
     named = {
-        "SCALED": form.scaled, "L2": form.l2, "DECOUPLED": form.decoupled, "AMSGRAD": form.arrays.amsgrad,
-        "NEAR1": form.near1, "NEAR2": form.near2, "NEAR_EMA": form.near_ema, "EMA": form.arrays.ema != "",
-        "ROOT": form.arrays.grouped,
+        "SCALED": form.scaled, "CLIPS": form.clips, "L2": form.l2, "DECOUPLED": form.decoupled,
+        "AMSGRAD": form.arrays.amsgrad, "NEAR1": form.near1, "NEAR2": form.near2, "BOUNDED": form.bounded,
+        "NEAR_EMA": form.near_ema, "EMA": form.arrays.ema != "", "ROOT": form.arrays.grouped,
     }  # fmt: skip
     return named | {name.upper(): form.algorithm == name for name in ("nadam", "adamax", "optax")}
 
 
 def in_python(form, op):
     """Return the rule as a Python function for Numba to compile; op holds the primitives."""
-    fma, add, sub, mul, div, sqrt, neg, abs_, larger, zero_below = (
-        op.fma, op.add, op.sub, op.mul, op.div, op.sqrt, op.neg, op.abs, op.larger, op.zero_below,
+    fma, add, sub, mul, div, sqrt, neg, abs_, larger, zero_below, at_least, at_most = (
+        op.fma, op.add, op.sub, op.mul, op.div, op.sqrt, op.neg, op.abs, op.larger, op.zero_below, op.at_least, op.at_most,
     )  # fmt: skip
-    SCALED, L2, DECOUPLED, AMSGRAD, NEAR1, NEAR2, NEAR_EMA, EMA, ROOT, NADAM, ADAMAX, OPTAX = options(form).values()
-    W_EMA = len(scalar_names(form)) - 1
+    SCALED, CLIPS, L2, DECOUPLED, AMSGRAD, NEAR1, NEAR2, BOUNDED, NEAR_EMA, EMA, ROOT, NADAM, ADAMAX, OPTAX = options(
+        form
+    ).values()
+    names = scalar_names(form)
+    OF_M, OF_G, EPS_ROOT, CLIP_VALUE, LOW, HIGH, W_EMA = (names.index(x) if x in names else 0 for x in FURTHER)
 
     def update(param, grad, m, v, max_v, ema, s):
         grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr = s[:7]
         g = mul(grad_scale, grad) if SCALED else grad
+        if CLIPS:
+            g = at_most(at_least(g, neg(s[CLIP_VALUE])), s[CLIP_VALUE])
         if L2:
             g = fma(decay, param, g)
         if DECOUPLED:
@@ -108,9 +120,11 @@ def in_python(form, op):
         v_hat = mul(v, inv_sqrt_bias2) if OPTAX else v
         max_v = larger(max_v, v_hat) if AMSGRAD else v_hat
         root = v if ADAMAX else sqrt(v) if OPTAX else sqrt(max_v)
-        denom = v if ADAMAX else add(sqrt(add(max_v, s[7])), eps) if OPTAX else fma(root, inv_sqrt_bias2, eps)
-        direction = fma(s[8], g, mul(s[7], m)) if NADAM else m
+        denom = v if ADAMAX else add(sqrt(add(max_v, s[EPS_ROOT])), eps) if OPTAX else fma(root, inv_sqrt_bias2, eps)
+        direction = fma(s[OF_G], g, mul(s[OF_M], m)) if NADAM else m
         param = fma(neg_lr, div(direction, denom), param)
+        if BOUNDED:
+            param = at_most(at_least(param, s[LOW]), s[HIGH])
         if EMA:
             ema = fma(s[W_EMA], sub(param, ema), ema if NEAR_EMA else param)
         # A gradient that stays zero makes m subnormal, and a CPU then 80 times slower. The v that divides is never flushed
@@ -127,6 +141,8 @@ IN_CUDA_C = r"""
 __device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T& ema, %(scalars)s) {
     %(unused)s
     T g = SCALED ? mul_(grad_scale, grad) : grad;
+    if (CLIPS)
+        g = at_most_(at_least_(g, neg_(clip_value)), clip_value);
     if (L2)
         g = fma_(decay, param, g);
     if (DECOUPLED)
@@ -139,6 +155,8 @@ __device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T
     T denom = ADAMAX ? v : OPTAX ? add_(sqrt_(add_(max_v, eps_root)), eps) : fma_(root, inv_sqrt_bias2, eps);
     T direction = NADAM ? fma_(of_g, g, mul_(of_m, m)) : m;
     param = fma_(neg_lr, div_(direction, denom), param);
+    if (BOUNDED)
+        param = at_most_(at_least_(param, low), high);
     if (EMA)
         ema = fma_(w_ema, sub_(param, ema), NEAR_EMA ? ema : param);
     // A gradient that stays zero makes m subnormal, and a CPU then 80 times slower. The v that divides is never flushed
@@ -154,5 +172,5 @@ def in_cuda_c(form):
     """Return the rule as CUDA C over `T`, with the form's options as constants."""
     defined = "".join(f"#define {name} {value:d}\n" for name, value in options(form).items())
     used = scalar_names(form)
-    unused = "".join(f"const T {name} = 0; " for name in ("of_m", "of_g", "eps_root", "w_ema") if name not in used)
+    unused = "".join(f"const T {name} = 0; " for name in FURTHER if name not in used)
     return defined + IN_CUDA_C % {"scalars": ", ".join(f"T {name}" for name in used), "unused": unused}

@@ -241,14 +241,15 @@ def build_scalars(form):
     load_norm, store_real = global_load(types.float64), global_store(real)
     lr_of, grad_scale_of = map(_number_of, (form.lr, form.grad_scale))
     CLIPS, CHECKS, COUNTS, WORDS = form.norm, form.checks, form.counts, form.random or form.skips
-    ITEMSIZE, FLAG, OPTAX, N_SCALARS = form.dtype.itemsize, form.found_inf is not None, form.algorithm == "optax", form.reals
+    ITEMSIZE, FLAG, EMA, N_SCALARS = form.dtype.itemsize, form.found_inf is not None, form.ema, form.reals
     flag, mul = form.found_inf or np.dtype("u1"), op.mul
     load_flag = global_load(UNSIGNED[flag.itemsize])
     MAGNITUDE = types.uint64((1 << (8 * flag.itemsize - (flag.kind == "f"))) - 1)
 
     def scalars(
         step, found_inf, norm, lr, grad_scale, out,
-        advance, seed, sign, beta1, beta2, weight_decay, w1, w2, eps, eps_root, w_ema, first_w_ema, max_norm, largest_norm,
+        advance, seed, sign, beta1, beta2, weight_decay, w1, w2, eps,
+        further1, further2, further3, further4, further5, first_w_ema, max_norm, largest_norm,
     ):  # fmt: skip
         scale, skip = grad_scale_of(grad_scale), False
         if FLAG:
@@ -266,11 +267,13 @@ def build_scalars(form):
         scale = mul(sign, scale)
         if CLIPS:
             scale = clipped(scale, load_norm(norm), max_norm)
-        of_ema = first_w_ema if t == 1 else w_ema
-        last = eps_root if OPTAX else of_ema
-        numbers = scale, decay, w1, w2, inv_sqrt_bias2, epsilon, neg_lr, last, of_ema
+        numbers = (
+            scale, decay, w1, w2, inv_sqrt_bias2, epsilon, neg_lr, further1, further2, further3, further4, further5,
+        )  # fmt: skip
         for k in range(N_SCALARS):
             store_real(out + REALS_AT + k * ITEMSIZE, real(numbers[k]))
+        if EMA and t == 1:
+            store_real(out + REALS_AT + (N_SCALARS - 1) * ITEMSIZE, real(first_w_ema))
         if WORDS:
             store_int64(out + KEY_AT, key_of(seed, t))
             store_int64(out + SKIP_AT, types.int64(skip))

@@ -99,6 +99,17 @@ def larger(b, rn, x, y):
     return b.bitcast(b.select(b.icmp_unsigned(">", x, y), x, y), number)
 
 
+# Bounds of x. Both comparisons are false for a NaN, so a NaN stays.
+@primitive("T, T -> T", "{{ .reg .pred p; setp.lt.{t} p, %1, %2; selp.{t} %0, %2, %1, p; }}")
+def at_least(b, rn, x, low):
+    return b.select(b.fcmp_ordered("<", x, low), low, x)
+
+
+@primitive("T, T -> T", "{{ .reg .pred p; setp.gt.{t} p, %1, %2; selp.{t} %0, %2, %1, p; }}")
+def at_most(b, rn, x, high):
+    return b.select(b.fcmp_ordered(">", x, high), high, x)
+
+
 # +0 where y is below the smallest normal number, else x. The comparison is false for a NaN, so a NaN stays.
 @primitive("T, T -> T", "{{ .reg .pred p; setp.lt.{t} p, %2, {tiny}; selp.{t} %0, {zero}, %1, p; }}")
 def zero_below(b, rn, x, y):

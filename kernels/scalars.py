@@ -41,7 +41,8 @@ class ScalarsForm(NamedTuple):
     grad_scale: np.dtype | None
     decoupled: bool
     algorithm: str = "adam"  # or "radam", "adamax", "optax", "eps-hat"
-    ema: bool = False
+    further: int = 0  # how many scalars there are behind neg_lr
+    ema: bool = False  # the last of them is another one at step 1
     random: bool = False  # the step has a key for random rounding
     counts: bool = True  # the step count is on the device
     found_inf: np.dtype | None = None  # of a flag that leaves the step out; None: there is none
@@ -55,7 +56,7 @@ class ScalarsForm(NamedTuple):
     @property
     def reals(self):
         """How many scalars of the compute type there are."""
-        return 7 + (self.algorithm == "optax") + self.ema
+        return 7 + self.further
 
 
 class Settings(NamedTuple):
@@ -70,9 +71,12 @@ class Settings(NamedTuple):
     w1: float  # a scalar already, like those below
     w2: float
     eps: float
-    eps_root: float = 0.0
-    w_ema: float = 0.0
-    first_w_ema: float = 0.0  # w_ema at step 1
+    further1: float = 0.0  # those of the form behind neg_lr, in their order
+    further2: float = 0.0
+    further3: float = 0.0
+    further4: float = 0.0
+    further5: float = 0.0
+    first_w_ema: float = 0.0  # w_ema, the last of them, at step 1
     max_norm: float = np.inf  # no scalar
     largest_norm: float = np.inf  # a larger norm counts as not finite
 
@@ -186,11 +190,11 @@ double scale = mul_(sign, unclipped);
 const double clip = div_(max_norm, add_(mul_(norm_or_0, abs_(scale)), CLIP_EPS));
 if (CLIPS && clip < 1.0)
     scale = mul_(scale, clip);
-const double of_ema = t == 1 ? first_w_ema : w_ema;
-const double all[] = {scale, decay, w1, w2, inv_sqrt_bias2, epsilon, neg_lr, OPTAX ? eps_root : of_ema, of_ema};
+const double all[] = {
+    scale, decay, w1, w2, inv_sqrt_bias2, epsilon, neg_lr, further1, further2, further3, further4, further5};
 #pragma unroll
 for (int k = 0; k < N_SCALARS; ++k)
-    narrow(scalars[k], all[k]);
+    narrow(scalars[k], EMA && k == N_SCALARS - 1 && t == 1 ? first_w_ema : all[k]);
 #if WORDS
 unsigned long long z = (unsigned long long)seed + (unsigned long long)t * GOLDEN;
 z = (z ^ z >> 30) * MIX1;
@@ -215,7 +219,7 @@ def formula_in_cuda_c(form):
     shift = 1 if form.found_inf is not None and form.found_inf.kind == "f" else 0
     numbers = {
         "COUNTS": form.counts, "CLIPS": form.norm, "CHECKS": form.checks, "WORDS": form.random or form.skips,
-        "DECOUPLED": form.decoupled, "N_SCALARS": form.reals, "GOLDEN": GOLDEN, "MIX1": MIX1, "MIX2": MIX2,
+        "DECOUPLED": form.decoupled, "EMA": form.ema, "N_SCALARS": form.reals, "GOLDEN": GOLDEN, "MIX1": MIX1, "MIX2": MIX2,
     }  # fmt: skip
     numbers |= {x.upper().replace("-", "_"): form.algorithm == x for x in ("radam", "adamax", "optax", "eps-hat")}
     defined = {name: f"{value:d}ull" if value >> 32 else f"{value:d}" for name, value in numbers.items()} | {

@@ -36,6 +36,9 @@ FORMS = {
     "amsgrad": {"amsgrad": True},
     "maximize": {"maximize": True},
     "grad_scale": {"grad_scale": 0.3},
+    "clip_value": {"clip_value": 0.5},
+    "bounds": {"bounds": (-0.5, 1.0)},
+    "one bound": {"bounds": (0.0, None)},
     "from g": {"betas": (0.2, 0.999)},
     "from g*g": {"betas": (0.9, 0.3)},
     "from both": {"betas": (0.0, 0.0)},
@@ -46,8 +49,11 @@ FORMS = {
     "optax": {"formula": "optax", "eps_root": 1e-12},
     "optax with amsgrad": {"formula": "optax", "amsgrad": True},
     "all with l2": {"weight_decay": 0.1, "amsgrad": True, "maximize": True, "grad_scale": 3.0, "betas": (0.5, 0.5)},
-    "all with adamw": {"weight_decay": 0.1, "decoupled": True, "amsgrad": True, "grad_scale": 1e-3, "betas": (0.3, 0.4)},
-}
+    "all with adamw": {
+        "weight_decay": 0.1, "decoupled": True, "amsgrad": True, "grad_scale": 1e-3, "betas": (0.3, 0.4),
+        "clip_value": 5e-4, "bounds": (-0.75, 0.75),
+    },
+}  # fmt: skip
 
 # Between them, every option and every arm. Where a kernel is only compiled once more, these stand for all.
 KEY_FORMS = ("adam", "all with l2", "all with adamw")

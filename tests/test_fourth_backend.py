@@ -40,6 +40,7 @@ def zero_below(x, y):
 OPERATIONS = SimpleNamespace(
     fma=fma, add=np.add, sub=np.subtract, mul=np.multiply, div=np.divide, sqrt=np.sqrt, neg=np.negative, abs=np.abs,
     larger=larger, zero_below=zero_below,
+    at_least=lambda x, low: np.where(x < low, low, x), at_most=lambda x, high: np.where(x > high, high, x),
 )  # fmt: skip
 
 

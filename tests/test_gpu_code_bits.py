@@ -149,8 +149,9 @@ def test_the_steps_that_doctor_runs_have_the_digest_that_it_knows(compiler, arch
     assert contract.digest_of(known, arrays) == known.bits
 
 
-def test_so_have_those_of_all_bfloat16(compiler):
-    known = contract.CONTRACTS["all bfloat16"]
+@pytest.mark.parametrize("name", ["all bfloat16", "bounds"])
+def test_so_have_those_of_other_contracts(compiler, name):
+    known = contract.CONTRACTS[name]
     arrays = contract.arrays_of(known)
     for form, scalars, key in contract.steps_of(known):
         gpu_code.run(compiler, form, "sm_90", arrays, scalars, key=key)

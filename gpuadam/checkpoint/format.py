@@ -97,8 +97,7 @@ def decoded(metadata):
             require(_fits(values[key], schema), f"{key} in its metadata is not as gpuadam writes it")
     for group in values["groups"]:
         check_known("hyperparameters", group, {"names", *HYPERPARAMETERS})
-        if isinstance(group.get("betas"), list):
-            group["betas"] = tuple(group["betas"])
+        group |= {key: tuple(group[key]) for key in ("betas", "bounds") if isinstance(group.get(key), list)}
     saved = Saved(metadata["class"], metadata["reduction"], **values)
     files = [part["file"] for part in saved.parts or ()]
     right = all(map(IS_PART.fullmatch, files)) and len(set(files)) == len(files)

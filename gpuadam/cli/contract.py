@@ -15,10 +15,14 @@ from ..kernels.scalars import step_key
 
 
 class Contract(NamedTuple):
-    """The formats of the arrays, and the sha256 of all arrays after the steps, in which every NaN counts as the same NaN."""
+    """The formats of the arrays, and the sha256 of all arrays after the steps, in which every NaN counts as the same NaN.
+
+    options: of `adam_step`, beside those that all contracts have.
+    """
 
     arrays: Arrays
     bits: str
+    options: tuple[tuple[str, object], ...] = ()
 
 
 CONTRACTS = {
@@ -26,6 +30,11 @@ CONTRACTS = {
     "all bfloat16": Contract(
         Arrays("bfloat16", "bfloat16", "bfloat16", stochastic=True),
         "538c8b89a1d660c717a3dc7cd580c40131ecaba400afdf97339c641fc9311687",
+    ),
+    "bounds": Contract(
+        Arrays(ema="float32"),
+        "a779d122327ad4ce63a84a5e3f8a93a1c5d4f6c86c30898c13bcb5e0f49a211c",
+        (("clip_value", 2.0), ("bounds", (-1e-3, 8.0))),
     ),
     "8-bit state": Contract(Arrays(state="8bit"), "fd5cb12bc6504cdc0ee018c5aed8b85a3e5efa035b1a5f998f95bbae4eabeb1d"),
 }
@@ -47,8 +56,9 @@ def digest_on(name, contract):
 def steps_of(contract):
     """Return (Form, Scalars, key for random rounding) of the three steps."""
     h = hyperparameters.checked(
-        lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, decoupled=True, maximize=True, grad_scale=0.7
-    )
+        lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, decoupled=True, maximize=True, grad_scale=0.7,
+        **dict(contract.options),
+    )  # fmt: skip
     return [(*hyperparameters.form_and_scalars(h, step, contract.arrays), step_key(0, step)) for step in (1, 2, 3)]
 
 

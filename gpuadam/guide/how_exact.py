@@ -11,6 +11,7 @@ rounding. So a compiler has nothing left to contract. m and v are torch's `exp_a
 `nu`.
 
     g      = grad_scale * grad                      only with grad_scale or maximize
+    g      = min(max(g, -clip_value), clip_value)   only with clip_value; NaN stays
     g      = fma(weight_decay, param, g)            only with L2 decay: Adam
     param  = fma(-lr * weight_decay, param, param)  only with decoupled decay: AdamW
     m      = lerp(m, g, 1 - beta1)
@@ -18,6 +19,7 @@ rounding. So a compiler has nothing left to contract. m and v are torch's `exp_a
     max_v  = the larger of max_v and v              only with AMSGrad; NaN wins
     denom  = fma(sqrt(v or max_v), 1 / sqrt(1 - beta2**t), eps)
     param  = fma(-lr / (1 - beta1**t), m / denom, param)
+    param  = min(max(param, low), high)             only with bounds; NaN stays
     ema    = lerp(ema, param, 1 - ema_decay)        only with ema
 
 `maximize` makes `grad_scale` negative. `lerp(x, y, w)` starts from the nearer end, as torch's does: `fma(w, y - x, x)` if w

@@ -29,8 +29,8 @@ class ShardedAdam(HasGroups):
     params: as in `Adam`, of the same names, shapes and dtypes on every rank: arrays in the CPU's memory, or with NCCL in a GPU's.
         At the start they become those of rank 0.
     transport: how ranks are connected, one of `gpuadam.transports`.
-    lr, betas, eps, weight_decay, amsgrad, maximize, formula, eps_root, state_dtype, master, ema_decay, zero_grad,
-        stochastic_rounding, seed, backend: as in `Adam`. decoupled: AdamW's decay. algorithm: as in `adam_step`.
+    lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds, formula, eps_root, state_dtype, master, ema_decay,
+        zero_grad, stochastic_rounding, seed, backend: as in `Adam`. decoupled: AdamW's decay. algorithm: as in `adam_step`.
     reduction: "mean" of the ranks' gradients, which is their sum times grad_scale / ranks in one factor; or "sum".
     bucket_bytes: about how many bytes of gradients go through one collective. One bucket is updated while others are summed or
         collected.
@@ -74,6 +74,8 @@ class ShardedAdam(HasGroups):
         algorithm="adam",
         amsgrad=False,
         maximize=False,
+        clip_value=None,
+        bounds=None,
         reduction="mean",
         bucket_bytes=1 << 25,
         views=False,
@@ -84,7 +86,7 @@ class ShardedAdam(HasGroups):
         self.transport, self.steps, self._backend = transport, 0, backend
         self.reduction, self._bucket_bytes, self._views = reduction, bucket_bytes, views
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"amsgrad": amsgrad, "maximize": maximize}
+        defaults |= {"amsgrad": amsgrad, "maximize": maximize, "clip_value": clip_value, "bounds": bounds}
         with transport.calls.alone("the making of an optimizer"):
             settings, _ = agreed(transport, self._parsed, params, defaults, algorithm, decoupled, options)
             buffers = on_all(transport, self._made_buffers, settings)  # state may not fit into memory

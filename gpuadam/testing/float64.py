@@ -57,13 +57,15 @@ class Reference:
         decoupled=False,
         amsgrad=False,
         maximize=False,
+        clip_value=None,
+        bounds=None,
         algorithm="adam",
         formula="torch",
         eps_root=0.0,
     ):
         self._lr = lr
         self._options = {"eps": eps, "weight_decay": weight_decay, "decoupled": decoupled, "maximize": maximize}
-        self._options |= {"betas": checks.betas(betas), "eps_root": eps_root}
+        self._options |= {"betas": checks.betas(betas), "eps_root": eps_root, "clip_value": clip_value, "bounds": bounds}
         self._options["algorithm"] = checks.one_of(hyperparameters.ALGORITHMS, "algorithm", algorithm)
         self._options["formula"] = checks.one_of(hyperparameters.FORMULAS, "formula", formula)
         self._trained = {}

@@ -23,11 +23,17 @@ HYPERPARAMETERS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
 class Case(NamedTuple):
-    """A form of the step: the formats of its arrays, and the algorithm and formula as in `adam_step`."""
+    """A form of the step: the formats of its arrays, and the rest as in `adam_step`."""
 
     arrays: Arrays
     algorithm: str = "adam"
     formula: str = "torch"
+    clip_value: float | None = None
+    bounds: tuple | None = None
+
+    def options(self):
+        """Return what is beside the arrays, by its name in `adam_step`."""
+        return {name: value for name, value in self._asdict().items() if name != "arrays"}
 
 
 FORMS = {
@@ -46,6 +52,7 @@ FORMS = {
     "RAdam": Case(Arrays(), "radam"),
     "AdaMax": Case(Arrays(), "adamax"),
     "optax's formula": Case(Arrays(), formula="optax"),
+    "clip_value and bounds": Case(Arrays(), clip_value=1.0, bounds=(-1.0, 1.0)),
     "eps-hat": Case(Arrays(), formula="eps-hat"),  # the kernel of float32 with other scalars; so is apex
 }
 
@@ -62,7 +69,7 @@ def chosen(text, among=FORMS):
 
 def form_and_scalars(case):
     """Return the Form and the Scalars of a step."""
-    h = hyperparameters.checked(**HYPERPARAMETERS, weight_decay=0.0, algorithm=case.algorithm, formula=case.formula)
+    h = hyperparameters.checked(**HYPERPARAMETERS, weight_decay=0.0, **case.options())
     return hyperparameters.form_and_scalars(h, 10, case.arrays)
 
 
@@ -140,7 +147,7 @@ def caller(kernels, case, arrays):
     """Return a function that calls adam_step, each time for the next step. arrays: {operand: array}."""
     narrow = [operand.name for operand in operands_of(case.arrays) if operand.format == BF16]
     operands = arrays | {name: gpuadam.Bits(arrays[name], BF16) for name in narrow}
-    options = {"algorithm": case.algorithm, "formula": case.formula, "stochastic_rounding": case.arrays.stochastic}
+    options = case.options() | {"stochastic_rounding": case.arrays.stochastic}
     call = functools.partial(gpuadam.adam_step, **operands, **HYPERPARAMETERS, **options, backend=kernels.name)
     steps = itertools.count(1)
     return lambda: call(step=next(steps))
