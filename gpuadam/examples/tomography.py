@@ -74,14 +74,13 @@ class Rays:
 
 
 def reconstruct(rays, readings, smoothing, steps):
-    """Return the slice that Adam finds from a black one. Negative density is cut off after each step, in place."""
+    """Return the slice that Adam finds from a black one. No density is negative: the update itself keeps the bound."""
     xp = rays.xp
     image = xp.zeros((rays.size, rays.size), "float32")
-    opt = gpuadam.Adam(image, lr=command_line.cosine(0.1, steps), betas=(0.9, 0.99))
+    opt = gpuadam.Adam(image, lr=command_line.cosine(0.1, steps), betas=(0.9, 0.99), bounds=(0, None))
     for _ in command_line.steps(steps, lambda: f"readings met within {error(rays.project(image), readings):.2%}"):
         residual = rays.project(image) - readings
         opt.step(rays.back_project(residual) + smoothing * total_variation(xp, image)[1])
-        xp.maximum(image, 0, out=image)
     return image
 
 
