@@ -9,7 +9,7 @@ import numpy as np
 from gpuadam.kernels import cpu_kernels, cpu_threads, norm_cpu, numpy_struct
 from gpuadam.kernels.backend import Backend, Batch, refuse_stream
 from gpuadam.kernels.cpu_kernels import CACHE_LINE
-from gpuadam.kernels.layout import dense
+from gpuadam.kernels.layout import collapse, dense
 from gpuadam.kernels.operands import widened
 from gpuadam.kernels.view import on_cpu
 
@@ -42,11 +42,11 @@ class CpuBatch(Batch):
             over_nothing = build, self.table, 0, *self.arguments[3:]
         else:
             (update,) = self.updates
-            shape = np.array(update.views[0].shape, np.int64)
-            strides = (
-                np.array([view.strides for view in update.views], np.int64).reshape(len(update.views), shape.size).T.copy()
-            )
             at = tuple(view.pointer for view in update.views)
+            # elements are counted in C order where they are rounded by their number
+            dims, of_arrays = collapse(update.views[0].shape, [view.strides for view in update.views], self.is_random)
+            shape, strides = np.array(dims or [1]), np.zeros((len(dims) or 1, len(at)), np.int64)
+            strides[: len(dims)] = np.array(of_arrays, np.int64).T
             self.kernel = backend.build(rule, form, "strided")
             self.arguments = at, shape, strides, update.start, update.key ^ key, *scalars
             over_nothing = at, np.zeros(1, np.int64), np.zeros((1, len(at)), np.int64), *self.arguments[3:]

@@ -55,15 +55,18 @@ def build(rule, form, loop):
 
     def strided(at, shape, strides, index, key, s):
         """Update every element. strides: bytes, by dimension and operand. Elements are counted in C order."""
-        ndim, size = shape.size, 1
-        for d in range(ndim):
-            size *= shape[d]
-        for i in range(size):
-            here, rest = at, i
-            for d in range(ndim - 1, -1, -1):
+        last, n_rows = shape.size - 1, 1
+        for d in range(last):
+            n_rows *= shape[d]
+        step = operands_at(strides.ctypes.data + last * strides.shape[1] * 8)
+        for row in range(n_rows):
+            here, rest = at, row
+            for d in range(last - 1, -1, -1):
                 here = stepped(here, operands_at(strides.ctypes.data + d * strides.shape[1] * 8), rest % shape[d])
                 rest //= shape[d]
-            store(here, 0, update(*load(here, 0), s), index + i, (index + i) >> 32, key)
+            for i in range(index + row * shape[last], index + (row + 1) * shape[last]):
+                store(here, 0, update(*load(here, 0), s), i, i >> 32, key)
+                here = stepped(here, step, 1)
 
     arguments, body = {
         "strided": ("at, shape, strides, index, key", strided),
