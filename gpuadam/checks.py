@@ -8,7 +8,7 @@ import numpy as np
 
 from .kernels.layout import bounds, in_rows_apart
 from .kernels.messages import shortened, shown
-from .kernels.operands import GROUP, KINDS
+from .kernels.operands import GROUP, KINDS, is_written
 
 
 def real(name, value):
@@ -41,7 +41,7 @@ def clip_value(value):
     if value is None:
         return math.inf
     if not finite("clip_value", value) > 0.0:
-        raise ValueError(f"clip_value={value} must be positive, or None for no clipping")
+        raise ValueError(f"clip_value={shown(value)} must be positive, or None for no clipping")
     return float(value)
 
 
@@ -52,11 +52,13 @@ def bounds_of_param(value):
     try:
         low, high = value
     except (TypeError, ValueError):
-        raise ValueError(f"bounds must be two numbers, (low, high), either of which may be None, not {value!r}") from None
+        raise ValueError(
+            f"bounds must be two numbers, (low, high), either of which may be None, not {shown(value)}"
+        ) from None
     ends = [real("a number of bounds", x) + 0.0 for x in (low, high) if x is not None]
     low, high = -math.inf if low is None else ends[0], math.inf if high is None else ends[-1]
     if not low <= high or not all(map(math.isfinite, ends)):
-        raise ValueError(f"bounds={value!r} must be two numbers, the first not above the second; None is for no bound")
+        raise ValueError(f"bounds={shown(value)} must be two numbers, the first not above the second; None is for no bound")
     return low, high
 
 
@@ -181,11 +183,14 @@ def given(name, array):
 FORMATS = KINDS["param"].formats  # of parameters and gradients
 
 
-def update(views, zero_grad=False):
-    """Check the arrays of one update. views: name of the operand -> View, in the order of `operands.operands_of`."""
+def update(views, zero_grad=False, nonzero=False):
+    """Check the arrays of one update. views: name of the operand -> View, in the order of `operands.operands_of`.
+
+    nonzero: elements whose gradient is 0 stay.
+    """
     param = views["param"]
     scales = (-(-param.size // GROUP),)
-    formats(views)
+    formats(views, nonzero)
     for operand, view in views.items():
         if KINDS[operand].of_groups:
             if view.shape != scales:
@@ -197,7 +202,7 @@ def update(views, zero_grad=False):
             raise ValueError(f"{view.name} has shape {view.shape}, {param.name} has {param.shape}: nothing is broadcast")
         if view.device != param.device and param.size:
             raise ValueError(f"{view.name} is on device {view.device}, {param.name} on {param.device}: move one of them")
-        written = operand != "grad" or zero_grad
+        written = is_written(operand, views, zero_grad)
         layout(view, written)
         if written and not view.writeable:
             read_only(view)
@@ -205,7 +210,7 @@ def update(views, zero_grad=False):
             _in_groups(view)
 
 
-def formats(views):
+def formats(views, nonzero=False):
     """Check the formats of the operands of one update. views: name of the operand -> View, or what has its name and format."""
     for operand, view in views.items():
         one_format(view, KINDS[operand].formats)
@@ -220,6 +225,14 @@ def formats(views):
             _not_wide(view)
     elif "m_scale" in views or "v_scale" in views:
         raise TypeError(f"m_scale and v_scale belong to 8-bit state, and {m.name} has dtype {_name(m)}: it must be uint8")
+    if m.format == "uint8" and (nonzero or "where" in views):
+        raise TypeError(
+            f"{m.name} has dtype uint8: where= cannot leave elements of 8-bit state as they are, which share scales"
+        )
+    if "change" in views and (others := sorted({"remainder", "param_copy", "ema"} & set(views))):
+        raise TypeError(
+            f"{views['change'].name}: with change= param stays as it is, so there can be no {' and no '.join(others)}"
+        )
     if "remainder" in views and param.format != "bfloat16":
         raise TypeError(f"{param.name} has dtype {_name(param)}: only a bfloat16 parameter has a remainder")
 
@@ -338,11 +351,11 @@ _start = operator.itemgetter(0)
 
 
 def _overlap_in(extents):
-    if len(extents) < 2 or not any(is_written for _, _, is_written, _ in extents) or in_rows_apart(extents):
+    if len(extents) < 2 or not any(writes for _, _, writes, _ in extents) or in_rows_apart(extents):
         return
-    for k, (start, _, is_written, view) in enumerate(extents):
-        for _, other_end, other_is_written, other in extents[:k]:
-            if start < other_end and (is_written or other_is_written) and _share_memory(view, other):
+    for k, (start, _, writes, view) in enumerate(extents):
+        for _, other_end, other_writes, other in extents[:k]:
+            if start < other_end and (writes or other_writes) and _share_memory(view, other):
                 raise ValueError(
                     f"{other.name} and {view.name} share memory, and an update writes to at least one of them: "
                     "pass arrays of their own, or a copy"

@@ -28,6 +28,9 @@ def adam_step(
     param_copy=None,
     ema=None,
     ema_decay=0.999,
+    change=None,
+    lr_scale=None,
+    where=None,
     m_scale=None,
     v_scale=None,
     zero_grad=False,
@@ -62,6 +65,12 @@ def adam_step(
         into param, the bits of x plus 0x8000 shifted right by 16, and remainder, the low 16 bits of x.
     param_copy: an array of any of the dtypes that is overwritten with the new param, rounded to nearest even.
     ema: a float32 or float64 array, the running mean of param: ema += (1 - ema_decay) * (param - ema).
+    change: an array of any of the dtypes that is overwritten with what the step would add to param, rounded to nearest even. m
+        and v are updated, and param is only read. It goes with neither remainder, param_copy nor ema.
+    lr_scale: a float32 or float64 array by which lr is multiplied, element by element, for decoupled decay too. It may have the
+        leading dimensions of param alone, and so a number for each row, which takes some more time.
+    where: a bool or uint8 array: elements of param and moments stay as they are where it is 0, or with "nonzero" where grad is 0.
+        ema, a mean over steps, goes on there too. An array may be of rows, as lr_scale. It does not go with 8-bit state.
     m_scale, v_scale: with these m and v are 8-bit state: uint8 arrays of param's shape, and float32 arrays of one element for
         each 32 neighbours of param in C order, all from zero. 2.25 bytes an element; rounded randomly.
     zero_grad: store zeros in grad in the same pass.
@@ -90,9 +99,13 @@ def adam_step(
         formulas = hyperparameters.formulas(algorithm, formula, eps_root, ema_decay, False, zero_grad, decoupled)
     h = hyperparameters.with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas, clip_value, bounds)
     group = Updates(h, checks.step_number(step), [[param], [grad], [m], [v]])
-    if not (max_v is remainder is param_copy is ema is m_scale is v_scale is None) or stochastic_rounding or seed:
-        optional = {"max_v": max_v, "remainder": remainder, "param_copy": param_copy, "ema": ema}
-        optional |= {"m_scale": m_scale, "v_scale": v_scale}
+    plain = max_v is remainder is param_copy is ema is change is lr_scale is where is m_scale is v_scale is None
+    if not plain or stochastic_rounding or seed:
+        if isinstance(where, str):
+            checks.one_of(("nonzero",), "where", where)
+            group.nonzero, where = True, None
+        optional = {"max_v": max_v, "remainder": remainder, "param_copy": param_copy, "ema": ema, "change": change}
+        optional |= {"lr_scale": lr_scale, "where": where, "m_scale": m_scale, "v_scale": v_scale}
         optional = {name: array for name, array in optional.items() if array is not None}
         group.operands = OPERANDS + tuple(optional)
         group.columns += [[array] for array in optional.values()]

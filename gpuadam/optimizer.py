@@ -32,6 +32,7 @@ from .kernels.view import Bits, View, is_array
 from .options import Options
 from .remembered import Remembered
 from .state import Parameter, ParameterKind
+from .step_arrays import StepArrays
 from .under_way import UnderWay
 from .update import Updates, check, update
 
@@ -214,7 +215,7 @@ class Adam(HasGroups):
         return Group(structure, members, kinds.pop() if len(kinds) == 1 else None, count)
 
     # OffloadAdam does the following in its own way: `copies_of` and then `new_state` when it is made, and `conditions`, `check`,
-    # `leave_out` and `launch` in a step, and `copy_state` when a state_dict is loaded.
+    # `step_arrays`, `leave_out` and `launch` in a step, and `copy_state` when a state_dict is loaded.
 
     def new_state(self, beginnings):
         """Return name -> {key: zeros} of the state of all parameters. beginnings: name -> Beginning."""
@@ -243,6 +244,9 @@ class Adam(HasGroups):
         norm=None,
         check_finite=False,
         found_inf=None,
+        change=None,
+        lr_scale=None,
+        where=None,
         stream=None,
     ):
         """Update every parameter that has a gradient, in place.
@@ -259,6 +263,9 @@ class Adam(HasGroups):
             float32). Nothing changes then but the gradients, if zero_grad is on. On a GPU this needs capturable.
         found_inf: leave the step out, likewise, if this is not zero: a number, or with capturable an array of one beside the
             parameters.
+        change, lr_scale, where: as in `adam_step`, arrays of the same structure as params, with None for a parameter that has
+            none; where may be "nonzero" for all of them. A step that is left out leaves change as it is. With capturable, all or
+            none of the parameters of a group have one.
         stream: on a GPU, as in `adam_step`.
 
         Everything is checked before anything is written: one bad array or hyperparameter stops the whole step. An interrupt or an
@@ -277,10 +284,15 @@ class Adam(HasGroups):
         if not (max_norm is norm is found_inf is None and check_finite is False):
             conditions = self.conditions(grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream)
             grad_scale, left_out, on_device = conditions
+        further = None
+        if not change is lr_scale is where is None:
+            further = self.step_arrays(change, lr_scale, where)
         updates: list[Updates] = []
         taking: list[tuple] = []
         for settings, group, grads in zip(self.groups, self._groups, grads_of_groups, strict=True):
             of_group, parameters = self._updates_of(settings, group, grads, grad_scale, on_device)
+            if further:
+                of_group = [part for whole in of_group for part in further.parts(whole)]
             updates += of_group
             taking.append((group.count, parameters))
         if on_device and not self.options.capturable:
@@ -329,6 +341,10 @@ class Adam(HasGroups):
         keys, starts = [parameter.key for parameter in parameters], [parameter.start for parameter in parameters]
         stochastic, seed = self.options.stochastic_rounding, checks.seed(self.options.seed)
         return Updates(h, step, columns, operands, names, now, bits, stochastic, seed, keys, starts)
+
+    def step_arrays(self, change, lr_scale, where):
+        """Return the `StepArrays` of a step."""
+        return StepArrays(self.arrangement, change, lr_scale, where)
 
     def launch(self, updates, stream):
         """Check the Updates of a step and launch them."""

@@ -25,6 +25,8 @@ def adam_step(
     eps_root=0.0,
     ema=None,
     ema_decay=0.999,
+    lr_scale=1.0,
+    where=None,
 ):
     """Return new float64 (param, m, v, max_v), and ema if it is given; nothing is changed in place.
 
@@ -38,7 +40,8 @@ def adam_step(
     >>> print(param)
     [0.6]
     """
-    theta, g, m, v = (np.asarray(x, "float64") for x in (param, grad, m, v))
+    theta, g, m, v = old_theta, old_g, old_m, old_v = [np.asarray(x, "float64") for x in (param, grad, m, v)]
+    old_max_v, lr = max_v, lr * np.asarray(lr_scale, "float64")
     beta1, beta2 = betas
     bias1, bias2 = 1 - beta1**step, 1 - beta2**step
     with np.errstate(all="ignore"):  # infinities and NaN are part of what is compared
@@ -74,6 +77,11 @@ def adam_step(
             direction = m / bias1 / v
         theta = theta - lr * direction
         theta = theta if bounds is None else np.clip(theta, *bounds)
+        new: tuple = theta, m, v, max_v
+        if where is not None:
+            flags = old_g != 0 if isinstance(where, str) else np.asarray(where) != 0
+            old = old_theta, old_m, old_v, old_max_v
+            new = tuple(x if x is None else np.where(flags, x, y) for x, y in zip(new, old, strict=True))
         if ema is None:
-            return theta, m, v, max_v
-        return theta, m, v, max_v, ema_decay * np.asarray(ema, "float64") + (1 - ema_decay) * theta
+            return new
+        return *new, ema_decay * np.asarray(ema, "float64") + (1 - ema_decay) * new[0]

@@ -33,24 +33,24 @@ READ_CHANGING = READ_ALL | {CUPY: [operator.attrgetter("shape")]}
 class Known(NamedTuple):
     """What was read of the arrays of Updates."""
 
+    what: tuple  # which operands there are, and whether elements whose gradient is 0 stay
     held: list[Any]  # params and state, compared by identity
     read: list[Any]  # of these, and of the gradients
 
     def same(self, other):
-        return (
-            len(self.held) == len(other.held) and all(map(operator.is_, self.held, other.held)) and self.read == other.read
-        )
+        same_held = len(self.held) == len(other.held) and all(map(operator.is_, self.held, other.held))
+        return same_held and (self.what, self.read) == (other.what, other.read)
 
 
-def known(columns):
-    """Return what is Known of the columns of Updates, or None if an array is of a type that is not listed here."""
-    params, grads, *state = columns
+def known(updates):
+    """Return what is Known of Updates, or None if an array is of a type that is not listed here."""
+    params, grads, *state = updates.columns
     held, formats = bare([*params, *itertools.chain.from_iterable(state)])
     grads, formats_of_grads = bare(grads)
     changing, all_of_grads = _read(held, READ_CHANGING), _read(grads, READ_ALL)
     if changing is None or all_of_grads is None:
         return None
-    return Known(held, [changing, formats, all_of_grads, formats_of_grads])
+    return Known((updates.operands, updates.nonzero), held, [changing, formats, all_of_grads, formats_of_grads])
 
 
 def _read(arrays, functions):
@@ -89,7 +89,7 @@ class Remembered:
         if not self._batches or self._backend != backends.forced(backend) or len(self._known) != len(groups):
             return None
         for before, group in zip(self._known, groups, strict=True):
-            now = known(group.columns)
+            now = known(group)
             if now is None or not before.same(now):
                 return None
         return self._batches
@@ -98,7 +98,7 @@ class Remembered:
         """Take over the batches of a step: to launch them again, if that is possible, or to release them."""
         release(self._batches)
         self._known, self._batches = [], []
-        of_groups = [known(group.columns) for group in groups] if all(batch.lasts for batch in batches) else [None]
+        of_groups = [known(group) for group in groups] if all(batch.lasts for batch in batches) else [None]
         if all(of_groups):
             self._backend, self._known, self._batches = backends.forced(backend), of_groups, batches
         else:

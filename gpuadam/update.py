@@ -21,12 +21,13 @@ from .device_step import ScalarsLaunch
 from .kernels import adam, streams
 from .kernels.layout import Update
 from .kernels.messages import shortened, shown
-from .kernels.operands import Arrays
+from .kernels.operands import Arrays, is_written
 from .kernels.scalars import step_key
 from .kernels.view import Bits
 from .remembered import release
 
 OPERANDS = ("param", "grad", "m", "v")  # that every update has
+OF_ROWS = {"lr_scale", "where"}  # that may have an element for each row
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -44,11 +45,13 @@ class Updates:
     seed: int = 0
     keys: list[int] | None = None  # of each param, for random rounding
     starts: list[int] | None = None  # likewise the number of its first element, where a param is a part of one
+    nonzero: bool = False  # elements whose gradient is 0 stay
 
     def written(self):
         """Return the arrays that are written."""
-        param, grad, *state = self.columns
-        return list(itertools.chain(param, grad if self.h.fixed.zero_grad else (), *state))
+        names, zero_grad = self.operands, self.h.fixed.zero_grad
+        columns = [column for name, column in zip(names, self.columns, strict=True) if is_written(name, names, zero_grad)]
+        return list(itertools.chain.from_iterable(columns))
 
     def rows(self):
         """Yield the arrays of each update, with what errors call them."""
@@ -120,7 +123,7 @@ def _in_numpy_structs(groups):
         if type(columns[0][0]) not in IN_STRUCTS:
             return None
         # the latest is mostly the right one, and to read tells
-        like = _latest.get((group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad))
+        like = _latest.get((group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad, group.nonzero))
         if like is not None:
             rows = struct.table(columns, like.columns, not like.random)
         if rows is None:
@@ -147,7 +150,7 @@ class Like(NamedTuple):
 
 
 _likes: dict[tuple, Like] = {}
-_latest: dict[tuple, Like] = {}  # of operands, bits, stochastic and zero_grad
+_latest: dict[tuple, Like] = {}  # of operands, bits, stochastic, zero_grad and nonzero
 IN_STRUCTS = np.ndarray, Bits
 
 
@@ -160,7 +163,7 @@ def _like(group, struct):
     first = [column[0] for column in columns]
     if not struct.known() or not all(type(array) is np.ndarray for array in first):
         return columns, None
-    settings = group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad
+    settings = group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad, group.nonzero
     key = *settings, tuple(bits), *[id(array.dtype) for array in first]
     like = _likes.get(key)
     if like is None:
@@ -183,10 +186,10 @@ def _arrays_of_dtypes(group, dtypes, bits):
                 return None
             formats[operand] = format
     try:
-        checks.formats({operand: _Named(operand, format) for operand, format in formats.items()})
+        checks.formats({operand: _Named(operand, format) for operand, format in formats.items()}, group.nonzero)
     except TypeError:  # which `_in_views` reports by the array's name
         return None
-    return arrays_of(formats, group.stochastic)
+    return arrays_of(formats, group.stochastic, group.nonzero)
 
 
 class _Named(NamedTuple):
@@ -197,8 +200,8 @@ class _Named(NamedTuple):
     dtype: np.dtype = np.dtype("uint8")
 
 
-def arrays_of(formats, stochastic):
-    """Return the `operands.Arrays` of an update. formats: operand -> the format of its array."""
+def arrays_of(formats, stochastic, nonzero=False):
+    """Return the `operands.Arrays` of an update. formats: operand -> the format of its array. The rest: fields of `Updates`."""
     param, m = formats["param"], formats["m"]
     return Arrays(
         param,
@@ -209,12 +212,16 @@ def arrays_of(formats, stochastic):
         formats.get("param_copy", ""),
         formats.get("ema", ""),
         stochastic and param in ("bfloat16", "float16"),
+        formats.get("change", ""),
+        formats.get("lr_scale", ""),
+        "nonzero" if nonzero else "array" if "where" in formats else "",
     )
 
 
 def _in_views(groups, backend):
     """Return the batches of Updates of any arrays, which are viewed one by one. Raise what is wrong with an array."""
-    batches, written = [], []
+    batches = []
+    written: list[Any] = []
     read: list[Any] = []
     for k, group in enumerate(groups):
         together: dict[tuple, list] = {}
@@ -224,12 +231,17 @@ def _in_views(groups, backend):
                 checks.given(label, array)
             kernels, views = backends.choose(row, backend)
             by_operand = dict(zip(group.operands, views, strict=True))
-            checks.update(by_operand, zero_grad)
-            param, grad, *others = views
-            written += [param, *others]
-            (written if zero_grad else read).append(grad)
-            arrays = arrays_of({operand: view.format for operand, view in by_operand.items()}, group.stochastic)
-            one = Update(views, group.keys[n] if group.keys else 0, group.starts[n] if group.starts else 0)
+            for operand in OF_ROWS & by_operand.keys():
+                by_operand[operand] = by_operand[operand].of_rows(views[0].shape)
+            checks.update(by_operand, zero_grad, group.nonzero)
+            param = views[0]
+            for operand, view in by_operand.items():
+                (written if is_written(operand, by_operand, zero_grad) else read).append(view)
+            formats = {operand: view.format for operand, view in by_operand.items()}
+            arrays = arrays_of(formats, group.stochastic, group.nonzero)
+            one = Update(
+                list(by_operand.values()), group.keys[n] if group.keys else 0, group.starts[n] if group.starts else 0
+            )
             together.setdefault((kernels, param.device, arrays), []).append(one)
         for (kernels, _, arrays), updates in together.items():
             for batch in kernels.batches(updates, arrays):

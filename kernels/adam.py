@@ -16,6 +16,8 @@ m and v are PyTorch's exp_avg and exp_avg_sq, and optax's mu and nu; max_v is Py
     param  = min(max(param, low), high)                     bounds
     ema    = ema + (1 - ema_decay) * (param - ema)
 
+lr_scale multiplies lr. Where `where` is 0, param and its moments stay as they were, and ema, a mean over steps, goes on.
+
 The family differs in the last line before bounds. NAdam (Dozat 2016) takes a mean of m and g for m; RAdam (Liu et al. 2020,
 arXiv:1908.03265) has other scalars: another lr, and before the variance is tractable a denominator of 1; AdaMax (Kingma & Ba
 2015, Algorithm 2) has v = max(beta2 * v, |g| + eps) and divides by it. optax divides by
@@ -91,30 +93,37 @@ def options(form):
         "SCALED": form.scaled, "CLIPS": form.clips, "L2": form.l2, "DECOUPLED": form.decoupled,
         "AMSGRAD": form.arrays.amsgrad, "NEAR1": form.near1, "NEAR2": form.near2, "BOUNDED": form.bounded,
         "NEAR_EMA": form.near_ema, "EMA": form.arrays.ema != "", "ROOT": form.arrays.grouped,
+        "CHANGE": form.arrays.change != "", "LR_SCALE": form.arrays.lr_scale != "", "WHERE": form.arrays.where != "",
+        "NONZERO": form.arrays.where == "nonzero",
     }  # fmt: skip
     return named | {name.upper(): form.algorithm == name for name in ("nadam", "adamax", "optax")}
 
 
 def in_python(form, op):
     """Return the rule as a Python function for Numba to compile; op holds the primitives."""
-    fma, add, sub, mul, div, sqrt, neg, abs_, larger, zero_below, at_least, at_most = (
+    fma, add, sub, mul, div, sqrt, neg, abs_, larger, zero_below, at_least, at_most, choose = (
         op.fma, op.add, op.sub, op.mul, op.div, op.sqrt, op.neg, op.abs, op.larger, op.zero_below, op.at_least, op.at_most,
+        op.choose,
     )  # fmt: skip
-    SCALED, CLIPS, L2, DECOUPLED, AMSGRAD, NEAR1, NEAR2, BOUNDED, NEAR_EMA, EMA, ROOT, NADAM, ADAMAX, OPTAX = options(
-        form
-    ).values()
+    (
+        SCALED, CLIPS, L2, DECOUPLED, AMSGRAD, NEAR1, NEAR2, BOUNDED, NEAR_EMA, EMA, ROOT, CHANGE, LR_SCALE, WHERE, NONZERO,
+        NADAM, ADAMAX, OPTAX,
+    ) = options(form).values()  # fmt: skip
     names = scalar_names(form)
     OF_M, OF_G, EPS_ROOT, CLIP_VALUE, LOW, HIGH, W_EMA = (names.index(x) if x in names else 0 for x in FURTHER)
 
-    def update(param, grad, m, v, max_v, ema, s):
+    def update(param, grad, m, v, max_v, ema, lr_scale, where, s):
         grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr = s[:7]
+        old_param, old_m, old_v, old_max_v, where = param, m, v, max_v, grad if NONZERO else where
+        if LR_SCALE:
+            decay, neg_lr = mul(decay, lr_scale) if DECOUPLED else decay, mul(neg_lr, lr_scale)
         g = mul(grad_scale, grad) if SCALED else grad
         if CLIPS:
             g = at_most(at_least(g, neg(s[CLIP_VALUE])), s[CLIP_VALUE])
         if L2:
             g = fma(decay, param, g)
         if DECOUPLED:
-            param = fma(decay, param, param)
+            param = mul(decay, param) if CHANGE else fma(decay, param, param)
         m = fma(w1, sub(g, m), m if NEAR1 else g)
         v = larger(mul(w2, v), add(abs_(g), eps)) if ADAMAX else fma(w2, fma(g, g, neg(v)), v if NEAR2 else mul(g, g))
         v_hat = mul(v, inv_sqrt_bias2) if OPTAX else v
@@ -122,9 +131,13 @@ def in_python(form, op):
         root = v if ADAMAX else sqrt(v) if OPTAX else sqrt(max_v)
         denom = v if ADAMAX else add(sqrt(add(max_v, s[EPS_ROOT])), eps) if OPTAX else fma(root, inv_sqrt_bias2, eps)
         direction = fma(s[OF_G], g, mul(s[OF_M], m)) if NADAM else m
-        param = fma(neg_lr, div(direction, denom), param)
+        step = div(direction, denom)
+        param = mul(neg_lr, step) if CHANGE and not DECOUPLED else fma(neg_lr, step, param)
         if BOUNDED:
-            param = at_most(at_least(param, s[LOW]), s[HIGH])
+            param = at_most(at_least(add(old_param, param) if CHANGE else param, s[LOW]), s[HIGH])
+            param = sub(param, old_param) if CHANGE else param
+        if WHERE:
+            param = choose(where, param, abs_(where) if CHANGE else old_param)
         if EMA:
             ema = fma(s[W_EMA], sub(param, ema), ema if NEAR_EMA else param)
         # A gradient that stays zero makes m subnormal, and a CPU then 80 times slower. The v that divides is never flushed
@@ -132,21 +145,27 @@ def in_python(form, op):
         m = zero_below(zero_below(m, max_v if AMSGRAD else v), abs_(m))
         max_v = zero_below(root, v) if ROOT else zero_below(max_v, max_v)  # 8-bit state keeps the root of v
         v = zero_below(v, v)
+        if WHERE:
+            m, v, max_v = choose(where, m, old_m), choose(where, v, old_v), choose(where, max_v, old_max_v)
         return param, m, v, max_v, ema
 
     return update
 
 
 IN_CUDA_C = r"""
-__device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T& ema, %(scalars)s) {
+__device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T& ema, T lr_scale, T where, %(scalars)s) {
     %(unused)s
+    const T old_param = param, old_m = m, old_v = v, old_max_v = max_v;
+    where = NONZERO ? grad : where;
+    if (LR_SCALE)
+        decay = DECOUPLED ? mul_(decay, lr_scale) : decay, neg_lr = mul_(neg_lr, lr_scale);
     T g = SCALED ? mul_(grad_scale, grad) : grad;
     if (CLIPS)
         g = at_most_(at_least_(g, neg_(clip_value)), clip_value);
     if (L2)
         g = fma_(decay, param, g);
     if (DECOUPLED)
-        param = fma_(decay, param, param);
+        param = CHANGE ? mul_(decay, param) : fma_(decay, param, param);
     m = fma_(w1, sub_(g, m), NEAR1 ? m : g);
     v = ADAMAX ? larger_(mul_(w2, v), add_(abs_(g), eps)) : fma_(w2, fma_(g, g, neg_(v)), NEAR2 ? v : mul_(g, g));
     T v_hat = OPTAX ? mul_(v, inv_sqrt_bias2) : v;
@@ -154,9 +173,14 @@ __device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T
     T root = ADAMAX ? v : OPTAX ? sqrt_(v) : sqrt_(max_v);
     T denom = ADAMAX ? v : OPTAX ? add_(sqrt_(add_(max_v, eps_root)), eps) : fma_(root, inv_sqrt_bias2, eps);
     T direction = NADAM ? fma_(of_g, g, mul_(of_m, m)) : m;
-    param = fma_(neg_lr, div_(direction, denom), param);
-    if (BOUNDED)
-        param = at_most_(at_least_(param, low), high);
+    T step = div_(direction, denom);
+    param = CHANGE && !DECOUPLED ? mul_(neg_lr, step) : fma_(neg_lr, step, param);
+    if (BOUNDED) {
+        param = at_most_(at_least_(CHANGE ? add_(old_param, param) : param, low), high);
+        param = CHANGE ? sub_(param, old_param) : param;
+    }
+    if (WHERE)
+        param = choose_(where, param, CHANGE ? abs_(where) : old_param);
     if (EMA)
         ema = fma_(w_ema, sub_(param, ema), NEAR_EMA ? ema : param);
     // A gradient that stays zero makes m subnormal, and a CPU then 80 times slower. The v that divides is never flushed
@@ -164,6 +188,8 @@ __device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T
     m = zero_below_(zero_below_(m, AMSGRAD ? max_v : v), abs_(m));
     max_v = ROOT ? zero_below_(root, v) : zero_below_(max_v, max_v);  // 8-bit state keeps the root of v
     v = zero_below_(v, v);
+    if (WHERE)
+        m = choose_(where, m, old_m), v = choose_(where, v, old_v), max_v = choose_(where, max_v, old_max_v);
 }
 """
 

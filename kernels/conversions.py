@@ -33,6 +33,11 @@ def narrowed(b, rn, x):
     return b.fptrunc(x, F32)
 
 
+@conversion("u32 -> f32", "cvt.rn.f32.u32 %0, %1;")
+def from_uint8(b, rn, u):
+    return b.uitofp(u, F32)
+
+
 # bfloat16: the upper half of a float32.
 
 _UNLESS_NAN = "setp.nan.f32 p, %1, %1; selp.b32 %0, 0x7FC0, x, p; }"

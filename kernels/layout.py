@@ -19,10 +19,19 @@ class Split(NamedTuple):
     threads: int
 
 
+def lanes(itemsizes):
+    """Return how many elements a vector has: 16 bytes of the narrowest array, but for flags of a byte.
+
+    >>> lanes([4, 4, 2]), lanes([4, 4, 1])
+    (8, 4)
+    """
+    return VECTOR_BYTES // min(n for n in itemsizes if n > 1)
+
+
 def split(pointers, itemsizes, size):
     """Split `size` elements where all pointers are at 16-byte boundaries, or at those of a vector's bytes if it has fewer.
 
-    A vector is 16 bytes of the narrowest array. There are none where the arrays share no such place.
+    A vector has `lanes` elements. There are none where the arrays share no such place.
 
     >>> split([0x1004, 0x2014, 0x3024], [4, 4, 4], size=10)  # 3 elements, 1 vector of 4, 3 elements
     Split(head=3, vectors=1, threads=7)
@@ -31,11 +40,12 @@ def split(pointers, itemsizes, size):
     >>> split([0x100C, 0x2006], [4, 2], size=20)  # float32 beside bfloat16: 5 elements, 1 vector of 8, 7 elements
     Split(head=5, vectors=1, threads=13)
     """
-    lanes = VECTOR_BYTES // min(itemsizes)
-    for head in range(min(lanes, size + 1)):
-        if all((pointer + head * n) % VECTOR_BYTES == 0 for pointer, n in zip(pointers, itemsizes, strict=True)):
-            vectors = (size - head) // lanes
-            return Split(head, vectors, size - vectors * (lanes - 1))
+    n_lanes = lanes(itemsizes)
+    boundaries = [(pointer, n, min(VECTOR_BYTES, n_lanes * n)) for pointer, n in zip(pointers, itemsizes, strict=True)]
+    for head in range(min(n_lanes, size + 1)):
+        if all((pointer + head * n) % boundary == 0 for pointer, n, boundary in boundaries):
+            vectors = (size - head) // n_lanes
+            return Split(head, vectors, size - vectors * (n_lanes - 1))
     return Split(0, 0, size)
 
 

@@ -14,7 +14,7 @@ def in_python(form, op):
     """Return the rule as a Python function for Numba to compile; op holds the primitives."""
     fma, sqrt, ROOT = op.fma, op.sqrt, form.arrays.grouped
 
-    def update(param, grad, m, v, max_v, ema, s):
+    def update(param, grad, m, v, max_v, ema, lr_scale, where, s):
         decay = s[1]
         root = sqrt(v) if ROOT else max_v  # 8-bit state keeps the root of v
         return (
@@ -29,7 +29,7 @@ def in_cuda_c(form):
     root = "sqrt_(v)" if form.arrays.grouped else "max_v"
     declared = ", ".join("T decay" if name == "decay" else "T" for name in scalar_names(form))
     return f"""
-__device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T& ema, {declared}) {{
+__device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T& ema, T, T, {declared}) {{
     param = fma_(decay, grad, param);
     m = fma_(decay, grad, m);
     max_v = fma_(decay, grad, {root});

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache
 from gpuadam.kernels.numba_memory import load_at
-from gpuadam.kernels.operands import GROUP, KINDS
+from gpuadam.kernels.operands import GROUP, KINDS, is_written
 
 # A row of a table, of int64, is an update: how many elements it has; the key and the number of the first element, for random
 # rounding; and from PARAM on the addresses of its operands, in their order.
@@ -31,7 +31,7 @@ NDARRAY = id(np.ndarray)
 
 _formats = {
     id(dtype): dtype  # by the object: NumPy has one for each dtype in native byte order
-    for dtype in map(np.dtype, ("float64", "float32", "float16", "int16", "uint16", "uint8"))
+    for dtype in map(np.dtype, ("float64", "float32", "float16", "int16", "uint16", "uint8", "bool"))
 }
 
 # The rows of `Columns.expected`
@@ -57,7 +57,7 @@ def columns_like(operands, arrays, zero_grad):
             if ml_dtypes is None or dtype is not np.dtype(ml_dtypes.bfloat16):
                 return None
             _formats[id(dtype)] = dtype  # kept alive, so that no other object gets its number
-    written = [name != "grad" or zero_grad for name in operands]
+    written = [is_written(name, operands, zero_grad) for name in operands]
     expected = [
         list(map(id, dtypes)),
         [ALIGNED | WRITEABLE * is_written for is_written in written],

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpuadam.kernels.layout import VECTOR_BYTES
+from gpuadam.kernels.layout import lanes
 
 FORMATS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "uint8": 1}  # name: bytes of an element
 NARROW = ("bfloat16", "float16")  # formats of floats that are not computed with
@@ -21,8 +21,8 @@ NARROW = ("bfloat16", "float16")  # formats of floats that are not computed with
 GROUP = 32
 GROUP_LANES = 8  # elements of a group that a thread of a GPU takes; 16 would take too many registers
 
-VALUES = ("param", "grad", "m", "v", "max_v", "ema")  # the arguments of a rule, in its order
-RESULTS = tuple(name for name in VALUES if name != "grad")
+VALUES = ("param", "grad", "m", "v", "max_v", "ema", "lr_scale", "where")  # the arguments of a rule, in its order
+RESULTS = ("param", "m", "v", "max_v", "ema")
 # Where a rule's results have the state. Of 8-bit state a rule returns the root of v in max_v's place.
 STATE = {name: RESULTS.index(name) for name in ("m", "v", "max_v")}
 
@@ -45,13 +45,30 @@ KINDS = {  # by name, in the order in which kernels take them
     "remainder": Kind(("int16", "uint16")),
     "param_copy": Kind(_FLOATS),
     "ema": Kind(("float32", "float64")),  # a running mean would not move in fewer bits
+    "change": Kind(_FLOATS),
+    "lr_scale": Kind(("float32", "float64")),
+    "where": Kind(("bool", "uint8")),
     "m_scale": Kind(("float32",), of_groups=True),
     "v_scale": Kind(("float32",), of_groups=True),
 }
 
+# The values of operands that do not hold their own. With `change` a rule returns the change in param's place.
+VALUE_OF = dict.fromkeys(("param_copy", "remainder", "change"), "param")
+
 # Where in an element's 32 random bits are the 16 by which an operand is rounded. The upper half of each, which matters most, is
 # the upper half of no other.
 _RANDOM_BITS_FROM = {"param": 0, "m": 16, "v": 8, "max_v": 24}
+
+
+def is_written(name, names, zero_grad):
+    """Whether an update of the operands `names` writes one of them. zero_grad: it stores zeros in grad.
+
+    >>> is_written("param", ("param", "grad", "m", "v"), False), is_written("param", ("param", "grad", "m", "v", "change"), False)
+    (True, False)
+    """
+    if name == "param":
+        return "change" not in names
+    return zero_grad if name == "grad" else name not in ("lr_scale", "where")
 
 
 class Operand(NamedTuple):
@@ -86,6 +103,9 @@ class Arrays(NamedTuple):
     param_copy: str = ""  # the new param, rounded, is stored here too
     ema: str = ""  # the running mean of param
     stochastic: bool = False  # a narrow param is rounded randomly
+    change: str = ""  # what would be added to param is stored here, and param stays
+    lr_scale: str = ""  # the learning rate of each element is multiplied by this
+    where: str = ""  # elements stay where an array is 0, of flags ("array") or the gradient ("nonzero")
 
     @property
     def compute(self):
@@ -110,26 +130,28 @@ def operands_of(arrays, zero_grad=False):
     formats = arrays._asdict() | {"m": moment, "v": moment, "m_scale": scale, "v_scale": scale}
     formats["max_v"] = arrays.state if arrays.amsgrad else ""
     formats["remainder"] = "int16" if arrays.remainder else ""
+    formats["where"] = "uint8" if arrays.where == "array" else ""
+    there = [name for name in KINDS if formats[name]]
 
     def operand(name, kind):
         format = formats[name]
-        coded = kind.of_groups or format == "uint8"
-        random = format in NARROW and (name in STATE or (name == "param" and arrays.stochastic))
+        coded, stores = kind.of_groups or format == "uint8", is_written(name, there, zero_grad)
+        random = format in NARROW and (name in STATE or (name == "param" and arrays.stochastic and stores))
         encoding = f"to_{format}{'_randomly' if random else ''}" if format in NARROW else ""
         if arrays.remainder:
             encoding = {"param": "high_part", "remainder": "low_part"}.get(name, encoding)
         return Operand(
             name,
             format,
-            loads=name != "param_copy",
-            stores=name != "grad" or zero_grad,
+            loads=name not in ("param_copy", "change"),
+            stores=stores,
             of_groups=kind.of_groups,
-            value="" if name == "grad" or coded else "param" if name in ("param_copy", "remainder") else name,
+            value="" if name == "grad" or coded or not stores else VALUE_OF.get(name, name),
             encoding=encoding,
             random_bits_from=_RANDOM_BITS_FROM[name] if random else None,
         )
 
-    return tuple(operand(name, kind) for name, kind in KINDS.items() if formats[name])
+    return tuple(operand(name, KINDS[name]) for name in there)
 
 
 def decodings(form):
@@ -140,8 +162,8 @@ def decodings(form):
     """
     rows = {}
     for o in operands_of_form(form):
-        coded = o.format == "uint8"
-        row = f"from_{o.name}_code" if coded else f"from_{o.format}" if o.format in NARROW else ""
+        coded = o.format == "uint8" and o.name in STATE
+        row = f"from_{o.name}_code" if coded else f"from_{o.format}" if o.format in (*NARROW, "uint8") else ""
         rows[o.name] = row, (o.name, *((f"{o.name}_unit",) if coded else ()))
     if form.arrays.remainder:
         rows["param"] = "from_parts", ("param", "remainder")
@@ -159,10 +181,10 @@ def widened(array, format):
 
 
 def lanes_of(form):
-    """Return how many elements a thread of a GPU takes at once: 16 bytes of the narrowest array, but 8 codes of 8-bit state."""
+    """Return how many elements a thread of a GPU takes at once: 16 bytes of the narrowest floats, but 8 codes of 8-bit state."""
     if form.arrays.grouped:
         return GROUP_LANES
-    return VECTOR_BYTES // min(operand.itemsize for operand in operands_of_form(form))
+    return lanes(operand.itemsize for operand in operands_of_form(form))
 
 
 def bytes_per_element(form):

@@ -110,6 +110,12 @@ def at_most(b, rn, x, high):
     return b.select(b.fcmp_ordered(">", x, high), high, x)
 
 
+# y where c is 0, else x. A NaN is not 0.
+@primitive("T, T, T -> T", "{{ .reg .pred p; setp.neu.{t} p, %1, {zero}; selp.{t} %0, %2, %3, p; }}")
+def choose(b, rn, c, x, y):
+    return b.select(b.fcmp_unordered("!=", c, c.type(0.0)), x, y)
+
+
 # +0 where y is below the smallest normal number, else x. The comparison is false for a NaN, so a NaN stays.
 @primitive("T, T -> T", "{{ .reg .pred p; setp.lt.{t} p, %2, {tiny}; selp.{t} %0, {zero}, %1, p; }}")
 def zero_below(b, rn, x, y):

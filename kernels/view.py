@@ -35,6 +35,13 @@ class View(NamedTuple):
         """The name of what an element is: "float32", "bfloat16"."""
         return self.bits or _name(self.dtype)
 
+    def of_rows(self, shape):
+        """Return the View as one of a shape whose leading dimensions it has: each element stands for all that is behind it."""
+        missing = len(shape) - len(self.shape)
+        if missing <= 0 or self.shape != tuple(shape[:-missing]):
+            return self
+        return self._replace(shape=tuple(shape), strides=self.strides + (0,) * missing, contiguous=False)
+
     @property
     def size(self):
         return math.prod(self.shape)

@@ -384,6 +384,23 @@ def memory_of(arrays):
 ROUNDED = ("fma", "add", "sub", "mul", "div", "sqrt")
 
 
+def contract_operations(form):
+    """Return how many of each rounded operation one element takes, counted from the contract."""
+    nadam, adamax, optax = (form.algorithm == name for name in ("nadam", "adamax", "optax"))
+    ema, change, lr_scale = form.arrays.ema != "", form.arrays.change != "", form.arrays.lr_scale != ""
+    counts = {
+        # m, g * g - v, v, denom, param; decay; NAdam's direction; ema. AdaMax has but m and param, optax another denom
+        "fma": (2 if adamax else 5 - optax) + form.l2 + form.decoupled + nadam + ema - change,
+        # of_m * m; beta2 * v; the corrected v; the change or its decay; the learning rate, and the decay it is in
+        "mul": form.scaled + (not form.near2) + nadam + adamax + optax + change + lr_scale * (1 + form.decoupled),
+        # g - m; the sum that clears the sign of a loaded -0; |g| + eps; eps_root and eps; param - ema; a bounded change
+        "add": 1 + form.amsgrad + 2 * adamax + 2 * optax + ema + 2 * (change and form.bounded),
+        "sqrt": 0 if adamax else 1,
+        "div": 1,
+    }
+    return {op: n for op, n in counts.items() if n}
+
+
 def rounded_operations(kernel):
     """Count the operations that round. A subtraction counts as an addition: compilers write it as either."""
     counts = Counter()

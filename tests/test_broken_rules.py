@@ -182,8 +182,8 @@ def test_a_swapped_scalar_in_numbas_rule_is_found():
             update = numba_cuda_kernels.cuda.jit(device=True)(adam.in_python(form, op))
             assert adam.scalar_names(form)[2:4] == ("w1", "w2")
 
-            def swapped(param, grad, m, v, max_v, ema, s):
-                return update(param, grad, m, v, max_v, ema, (s[0], s[1], s[3], s[2], s[4], s[5], s[6]))
+            def swapped(param, grad, m, v, max_v, ema, lr_scale, where, s):
+                return update(param, grad, m, v, max_v, ema, lr_scale, where, (s[0], s[1], s[3], s[2], s[4], s[5], s[6]))
 
             return swapped
 

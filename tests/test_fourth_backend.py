@@ -14,7 +14,7 @@ from gpuadam import backends
 from gpuadam.cli import contract
 from gpuadam.kernels import norm_order
 from gpuadam.kernels.backend import Backend, Batch, refuse_stream
-from gpuadam.kernels.operands import Arrays, operands_of_form
+from gpuadam.kernels.operands import RESULTS, VALUES, Arrays, operands_of_form
 from gpuadam.kernels.view import on_cpu
 
 
@@ -41,6 +41,7 @@ OPERATIONS = SimpleNamespace(
     fma=fma, add=np.add, sub=np.subtract, mul=np.multiply, div=np.divide, sqrt=np.sqrt, neg=np.negative, abs=np.abs,
     larger=larger, zero_below=zero_below,
     at_least=lambda x, low: np.where(x < low, low, x), at_most=lambda x, high: np.where(x > high, high, x),
+    choose=lambda c, x, y: np.where(c != 0, x, y),
 )  # fmt: skip
 
 
@@ -50,10 +51,10 @@ class NumpyBatch(Batch):
         update, names = rule.in_python(form, OPERATIONS), [operand.name for operand in operands_of_form(form)]
         for one in self.updates:
             arrays = dict(zip(names, (view.array for view in one.views), strict=True))
-            values = [arrays.get(name, arrays["param"]) for name in ("param", "grad", "m", "v", "max_v", "ema")]
+            values = [arrays.get(name, arrays["param"]) for name in VALUES]
             with np.errstate(all="ignore"):
                 new = update(*values, tuple(map(np.float32, scalars)))
-            for name, value in zip(("param", "m", "v", "max_v", "ema"), new, strict=True):
+            for name, value in zip(RESULTS, new, strict=True):
                 if name in arrays:
                     arrays[name][...] = value
 

@@ -11,21 +11,6 @@ gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 from gpuadam.kernels import limit  # noqa: E402
 
 
-def contract_operations(form):
-    """Return how many of each rounded operation one element takes, counted from the contract."""
-    nadam, adamax, optax = (form.algorithm == name for name in ("nadam", "adamax", "optax"))
-    counts = {
-        # m, g * g - v, v, denom, param; decay; NAdam's direction. AdaMax has but m and param, optax another denom
-        "fma": (2 if adamax else 5 - optax) + form.l2 + form.decoupled + nadam,
-        "mul": form.scaled + (not form.near2) + nadam + adamax + optax,  # of_m * m; beta2 * v; the corrected v
-        # g - m; the sum that clears the sign of a loaded -0; |g| + eps; eps_root and eps
-        "add": 1 + form.amsgrad + 2 * adamax + 2 * optax,
-        "sqrt": 0 if adamax else 1,
-        "div": 1,
-    }
-    return {op: n for op, n in counts.items() if n}
-
-
 def memory_accesses(sass):
     return Counter(re.findall(r"\b((?:LDG|STG|LD|ST|LDL|STL|LDS|STS|ATOM|RED)\.[\w.]+)", sass))
 
@@ -38,7 +23,7 @@ def test_the_ptx_has_the_contracts_operations_and_no_others(compiler, arch, name
     assert gpu_code.foreign_operations(kernel, form) == []
     # once for each lane of the vector path, once for the scalar path
     times = 16 // form.dtype.itemsize + 1
-    assert gpu_code.rounded_operations(kernel) == {op: times * n for op, n in contract_operations(form).items()}
+    assert gpu_code.rounded_operations(kernel) == {op: times * n for op, n in gpu_code.contract_operations(form).items()}
 
 
 @pytest.mark.in_short()

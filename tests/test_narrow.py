@@ -42,8 +42,31 @@ COMBINATIONS: dict[str, tuple[Arrays, dict[str, Any]]] = {
     "nadam": (Arrays("bfloat16", "bfloat16", "bfloat16", ema="float32"), {"algorithm": "nadam"}),
     "radam": (Arrays("float16", "bfloat16", "bfloat16", stochastic=True), {"algorithm": "radam", "step": 8}),
     "adamax": (Arrays("bfloat16", "float16", "bfloat16", remainder=True), {"algorithm": "adamax"}),
+    "change": (Arrays(change="float32", amsgrad=True), {"weight_decay": 0.1, "decoupled": True}),
+    "narrow change": (Arrays("bfloat16", "float32", "bfloat16", change="bfloat16"), {"bounds": (-0.5, 1.0)}),
+    "lr_scale": (Arrays(lr_scale="float32"), {"weight_decay": 0.1}),
+    "where": (Arrays(ema="float32", where="array"), {"zero_grad": True}),
+    "nonzero": (Arrays("bfloat16", "bfloat16", "bfloat16", where="nonzero"), {"algorithm": "adamax"}),
+    "change, lr_scale and where": (
+        Arrays("float16", "bfloat16", "bfloat16", change="float16", lr_scale="float32", where="array"),
+        {"weight_decay": 0.1, "decoupled": True, "clip_value": 0.5},
+    ),
+    "float64 with change, lr_scale and nonzero": (
+        Arrays("float64", "float64", "float64", change="float32", lr_scale="float64", where="nonzero"),
+        {"bounds": (None, 0.5)},
+    ),
     "everything": (
-        Arrays("bfloat16", "float16", "bfloat16", True, remainder=True, param_copy="float16", ema="float32"),
+        Arrays(
+            "bfloat16",
+            "float16",
+            "bfloat16",
+            True,
+            remainder=True,
+            param_copy="float16",
+            ema="float32",
+            lr_scale="float32",
+            where="array",
+        ),
         {"zero_grad": True, "weight_decay": 0.1, "decoupled": True, "grad_scale": 3.0, "betas": (0.2, 0.4)},
     ),
 }
@@ -93,18 +116,22 @@ def modelled(form, arrays, scalars, start=0):
     old, formats = dict(zip(names_of(form), arrays, strict=True)), form.arrays
     compute, n = form.dtype, arrays[0].size
     param = model.whole(old["param"], old["remainder"]) if formats.remainder else old["param"]
-    taken = [param, *(old[name] for name in ("grad", "m", "v", "max_v", "ema") if name in old)]
+    taken = {name: old[name] for name in ("param", "grad", "m", "v", "max_v", "ema", "change", "lr_scale") if name in old}
     with np.errstate(invalid="ignore"):
-        new = [a.astype(compute) for a in taken]  # exact: no format is wider than what is computed with
-    wide = Arrays(compute.name, compute.name, compute.name, formats.amsgrad, ema=compute.name if formats.ema else "")
-    launched(form._replace(arrays=wide, zero_grad=False), new, scalars)
-    by_name = dict(zip([name for name in ("param", "grad", "m", "v", "max_v", "ema") if name in old], new, strict=True))
+        # exact: no format is wider than what is computed with
+        by_name = {name: a.astype(compute) for name, a in (taken | {"param": param}).items()}
+    by_name |= {"where": old["where"]} if "where" in old else {}
+    wide = {name: compute.name for name in ("ema", "change", "lr_scale") if name in old}
+    wide = Arrays(compute.name, compute.name, compute.name, formats.amsgrad, where=formats.where, **wide)
+    launched(form._replace(arrays=wide, zero_grad=False), list(by_name.values()), scalars)
     by_name["param_copy"] = by_name["param"]
     h = model.random_bits(np.arange(start, start + n), KEY ^ STEP_KEY)
     found = []
     for operand in operands_of(form):
         name, format = operand.name, operand.format
-        if name == "grad":
+        if name in ("lr_scale", "where") or (name == "param" and formats.change):
+            found.append(old[name])
+        elif name == "grad":
             found.append(np.zeros_like(old["grad"]) if form.zero_grad else old["grad"])
         elif formats.remainder and name in ("param", "remainder"):
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -435,26 +462,14 @@ def test_a_thread_moves_16_bytes_at_a_time_and_enough_are_on_their_way(compiler,
         of_16 = sum(n for op, n in found.items() if op.startswith(f"{kind}.E.128"))
         single = sum(n for op, n in found.items() if op.startswith(f"{kind}.E") and ".128" not in op)
         assert of_16 == sum(o.itemsize * lanes // 16 for o in moved), found
-        assert single == len(moved), found  # the head and the tail: one element a thread
+        short = sum(o.itemsize * lanes < 16 for o in moved)  # a vector of flags
+        assert single == len(moved) + short, found  # the head and the tail: one element a thread
     assert all(op.startswith(("LDG.E", "STG.E")) for op in found), found
     registers, local_bytes = gpu_code.resources(compiler, form, arch)
     assert local_bytes == 0
     blocks = min(65536 // (-(-registers // 8) * 8 * gpu_code.BLOCK), THREADS[arch] // gpu_code.BLOCK)
     loaded = sum(o.itemsize * lanes for o in operands_of(form) if o.loads)
     assert blocks * gpu_code.BLOCK * loaded >= IN_FLIGHT, registers
-
-
-def contract_operations(form):
-    """Return how many of each rounded operation one element takes, counted from the contract."""
-    adamax, ema = form.algorithm == "adamax", form.arrays.ema != ""
-    counts = {
-        "fma": (2 if adamax else 5) + form.l2 + form.decoupled + ema + (form.algorithm == "nadam"),
-        "mul": form.scaled + (not form.near2) + adamax + (form.algorithm == "nadam"),
-        "add": 1 + form.amsgrad + ema + 2 * adamax,
-        "sqrt": not adamax,
-        "div": 1,
-    }
-    return {op: int(n) for op, n in counts.items() if n}
 
 
 def conversions(form):
@@ -465,6 +480,8 @@ def conversions(form):
         if operand.format == "float16":
             found |= {"cvt.f32.f16"} if operand.loads else set()
             found |= {"cvt.rn.f16.f32"} if operand.stores and operand.name != "grad" and not random else set()
+        if operand.name == "where":
+            found |= {"cvt.rn.f32.u32"}
         if form.dtype == np.float64 and operand.itemsize < 8:
             found |= {"cvt.f64.f32"} if operand.loads else set()
             found |= {"cvt.rn.f32.f64"} if operand.stores and operand.name != "grad" else set()
@@ -482,7 +499,7 @@ def test_the_ptx_has_the_contracts_operations_and_the_documented_conversions(com
     assert not any("ftz" in opcode or "approx" in opcode for opcode in kernel.opcodes)
     # once for each lane of the vector path, once for the scalar path
     times = lanes_of(form) + 1
-    wanted = {op: times * n for op, n in contract_operations(form).items()}
+    wanted = {op: times * n for op, n in gpu_code.contract_operations(form).items()}
     assert gpu_code.rounded_operations(kernel) == wanted
     floats = {"f16", "f32", "f64", "bf16"}
     converts = {op for op in kernel.opcodes if op.startswith("cvt") and floats & set(op.split("."))}

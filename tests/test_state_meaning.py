@@ -114,12 +114,13 @@ def same_numbers(one, other):
     return arrays[0] == arrays[1] and meanings[0] == meanings[1]
 
 
-def test_a_state_dict_is_taken_by_all_to_whom_it_means_the_same_and_by_no_other():
-    listed, counts = kinds(), collections.Counter()
+def test_a_state_dict_is_taken_by_all_to_whom_it_means_the_same_and_by_no_other(examples):
+    few = [kind for kind in kinds() if kind[3]["state_dtype"] is None and not kind[1]]  # every algorithm and formula
+    listed, counts = examples(few, kinds()), collections.Counter()
     for loader in listed:
         opt, array = made(loader)
-        for k, saver in enumerate(listed):
-            one = trained(k)
+        for saver in listed:
+            one = trained(kinds().index(saver))
             try:
                 opt.load_state_dict(one.state_dict)
             except ValueError as error:
@@ -133,7 +134,7 @@ def test_a_state_dict_is_taken_by_all_to_whom_it_means_the_same_and_by_no_other(
             if saver is loader:
                 testing.assert_same_bits(array, one.after)
     print(f"{len(listed) ** 2:,} pairs of options: {dict(counts)}; accepted and wrong: 0")
-    assert counts["refused, of another meaning"] > 100
+    assert counts["refused, of another meaning"] > len(listed)
 
 
 def test_a_state_dict_that_does_not_say_what_it_means_is_refused_with_what_to_add():

@@ -5,6 +5,7 @@
 | `gpuadam.guide.arrays_and_groups` | which arrays, backends and streams; groups, schedules, weight decay |
 | `gpuadam.guide.narrow_numbers` | bfloat16, float16 and 8-bit state; remainders; random rounding |
 | `gpuadam.guide.whole_step` | unscaling, clipping, leaving a step out, running means, CUDA graphs |
+| `gpuadam.guide.array_programs` | bounds, clipping by value, parts of arrays, rates of rows, the change alone |
 | `gpuadam.guide.options` | which options go together |
 | `gpuadam.guide.pytorch` | the drop-in for `torch.optim`; tensors of torch and arrays of JAX |
 | `gpuadam.guide.how_exact` | the arithmetic, its evidence, its limits |

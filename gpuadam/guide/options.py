@@ -8,7 +8,10 @@
 | `stochastic_rounding` | bfloat16 and float16 parameters; others stay as they are | `master` |
 | `formula` | every state and option of Adam and AdamW | NAdam, RAdam, AdaMax |
 | `param_copies`, `ema_decay`, `zero_grad`, `maximize`, `weight_decay` | everything | |
-| `clip_value`, `bounds` | everything but the classes of `gpuadam.torch` | |
+| `clip_value`, `bounds` | everything | `gpuadam.torch` |
+| `lr_scale` | everything | `OffloadAdam`, `ShardedAdam`, `gpuadam.torch` |
+| `where` | every state but 8 bits | `OffloadAdam`, `ShardedAdam`, `gpuadam.torch` |
+| `change` | every state | `ema_decay`, `param_copies`, `master`, and the classes of the last row |
 | `max_norm` | everything; on a GPU all arrays of a group are on one device | NAdam on a GPU |
 | `check_finite`, and `found_inf` as an array | on a GPU only with `capturable` | |
 | `capturable` | groups whose parameters have the same kinds of state | NAdam |

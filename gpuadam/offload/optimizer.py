@@ -193,6 +193,11 @@ class OffloadAdam(Adam):
         counts = {name: int(state["step"]) for name, state in self.state.items()}  # a caller may have set NumPy's integers
         self._store.end_at(int(self.steps), {name: n for name, n in counts.items() if n != self.steps})
 
+    def step_arrays(self, change, lr_scale, where):
+        raise ValueError(
+            "OffloadAdam takes no change, lr_scale or where: its steps go piece by piece. Use Adam, or leave them out"
+        )
+
     def conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):
         present = [grad for grads in grads_of_groups for grad in grads if grad is not None]
         if norm is None and present and (max_norm is not None or check_finite is not False):

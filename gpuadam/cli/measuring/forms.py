@@ -52,6 +52,9 @@ FORMS = {
     "RAdam": Case(Arrays(), "radam"),
     "AdaMax": Case(Arrays(), "adamax"),
     "optax's formula": Case(Arrays(), formula="optax"),
+    "where": Case(Arrays(where="array")),
+    "lr_scale": Case(Arrays(lr_scale="float32")),
+    "change": Case(Arrays(change="float32")),
     "clip_value and bounds": Case(Arrays(), clip_value=1.0, bounds=(-1.0, 1.0)),
     "eps-hat": Case(Arrays(), formula="eps-hat"),  # the kernel of float32 with other scalars; so is apex
 }
@@ -105,7 +108,7 @@ def new_arrays(kernels, case, n):
 def _stored(operand, values, n):
     """Return numbers in the format of an operand. Codes, scales and remainders are zeros, as at the first step."""
     if operand.of_groups or operand.format in ("int16", "uint8"):
-        return np.zeros(operand.nbytes(n) // operand.itemsize, operand.format)
+        return np.full(operand.nbytes(n) // operand.itemsize, operand.name == "where", operand.format)
     if operand.format == BF16:
         return (values.astype("float32", copy=False).view("uint32") >> 16).astype("uint16")
     return values.astype(operand.format, copy=False)

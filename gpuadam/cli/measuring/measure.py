@@ -27,7 +27,7 @@ def data(n, dtype, names=("param", "grad", "m", "v")):
     rng = np.random.default_rng(0)
     for name in names:
         block = rng.standard_normal(min(n, 1 << 20)).astype(dtype)
-        yield np.resize(1 + block**2 if name in ("v", "max_v") else block, n)
+        yield np.resize(1 + block**2 if name in ("v", "max_v", "lr_scale") else block, n)
 
 
 def in_turn(kernels, functions, seconds, at_least=11, untimed=0, timed=1):

@@ -1,0 +1,56 @@
+"""What programs that optimize arrays ask of Adam: bounds, clipping by value, parts of arrays, rates, the change alone.
+
+Each is an option of the update itself, in the same pass over memory. An option that is not used costs no instruction and no
+byte. All backends give the same bits.
+
+## Bounds, and gradients clipped by value
+
+`bounds=(low, high)` leaves every element of a parameter between two numbers, either of which may be None: the step is made,
+then `min(max(param, low), high)`. A running mean and a copy are of the bounded parameter. A parameter of 16 bits stays between
+the bounds as its dtype has them. `clip_value=c` clips each element of a gradient to -c ... c, after `grad_scale` and before
+weight decay. Both are hyperparameters: groups may have their own, and they may be changed between steps.
+
+>>> import numpy as np, gpuadam
+>>> density, gain = np.full((2, 3), 0.05, "float32"), np.ones(2, "float32")
+>>> groups = [{"params": {"density": density}, "bounds": (0, None)}, {"params": {"gain": gain}, "clip_value": 10.0}]
+>>> opt = gpuadam.Adam(groups, lr=0.1)
+>>> opt.step({"density": np.ones_like(density), "gain": np.float32([-3, 1000])})
+>>> print(density.min(), gain)
+0.0 [1.1 0.9]
+
+## A part of an array
+
+`where=` is an array of bool or uint8. Where it is 0, the parameter and its moments keep their bits, weight decay included. It
+has the parameter's shape, or its leading dimensions alone: one flag for each row. `where="nonzero"` leaves what has a gradient
+of 0. A running mean goes on everywhere: it is a mean over steps. The step count is one for the whole array, so the correction
+of the bias is too.
+
+>>> points = np.zeros((4, 3), "float32")
+>>> opt = gpuadam.Adam(points, lr=0.1)
+>>> opt.step(np.ones_like(points), where=np.array([True, False, True, False]))
+>>> print(points[:, 0])
+[-0.1  0.  -0.1  0. ]
+
+## A rate for each row or element
+
+`lr_scale=` is a float32 or float64 array of the parameter's shape or of its leading dimensions. It multiplies the learning
+rate, in decoupled weight decay too.
+
+>>> opt.step(np.ones_like(points), lr_scale=np.float32([1, 1, 0, 0.5]))
+>>> print(points[:, 0].round(4))
+[-0.2    -0.0744 -0.1    -0.0372]
+
+Flags and rates of rows take the loop for arrays of any strides, which is slower than that for arrays without gaps.
+
+## The change, not the parameter
+
+`change=` receives what the step would add to the parameter, which stays as it is. A line search, a preconditioner or a program
+that writes `x = x - step` goes on from there. The moments are updated.
+
+>>> change = np.zeros_like(points)
+>>> opt.step(np.ones_like(points), change=change)
+>>> x = points + 0.5 * change  # half a step
+
+All of `where`, `lr_scale` and `change` are arguments of `step`, of the same structure as the parameters, with None for those
+that have none; and of `gpuadam.adam_step`. `gpuadam.guide.options` says what goes with what.
+"""
