@@ -32,6 +32,13 @@ def check_step(before, after, step, options, stochastic):
         if "m_scale" in after:
             ordinary = _of_groups(ordinary, np.all)
             _allow_codes(new, exact, tolerance)
+        if "change" in after:
+            assert after["param"].tobytes() == before["param"].tobytes(), "param has changed, with change="
+            change = after["change"]
+            _compare(
+                "change", change.astype("f8"), exact.pop("param") - values["param"], tolerance["param"], change.dtype.name,
+                False, ordinary,
+            )  # fmt: skip
         for name in sorted(exact, key=("m", "v", "max_v", "param", "ema").index):  # from cause to effect
             format = "float32" if name == "param" and "remainder" in after else after[name].dtype.name
             random = format == "bfloat16" if name != "param" else stochastic
@@ -75,15 +82,17 @@ def _expected(values, step, options, unit):
         tolerance[name] = tolerance[name] + ROUNDINGS * unit * np.abs(exact["param"] - values["param"])
     divisor = exact.get("max_v", exact["v"])
     tolerance["m"] = np.where(divisor < 2 * tiny, np.abs(exact["m"]) + tiny, tolerance["m"])  # m is flushed with it
-    for moved, numbers in values.items():
-        moves = [_in_float64(values | {moved: numbers * (1 + sign * ROUNDINGS * unit)}, step, options) for sign in (1, -1)]
+    # a gradient that was clipped does not move with the one that was given
+    given = values | ({"clip_value": options["clip_value"]} if options.get("clip_value") else {})
+    for moved, numbers in given.items():
+        moves = [_in_float64(values, step, options, {moved: numbers * (1 + s * ROUNDINGS * unit)}) for s in (1, -1)]
         for name, of_exact in exact.items():
             tolerance[name] = tolerance[name] + np.maximum(*(np.abs(of_moved[name] - of_exact) for of_moved in moves))
     return exact, tolerance
 
 
-def _in_float64(values, step, options):
-    results = reference.adam_step(step=step, **values, **options)
+def _in_float64(values, step, options, moved=()):
+    results = reference.adam_step(**{"step": step} | values | options | dict(moved))
     return {name: result for name, result in zip(RESULTS, results, strict=False) if result is not None}
 
 

@@ -52,6 +52,11 @@ class Round(Record):
     zero_grad: bool = False
     stochastic: bool = False
     capturable: bool = False
+    clips: bool = False
+    bounded: bool = False
+    lr_scale: str | None = None  # its format
+    where: str = ""  # or "array", "nonzero"
+    change: str | None = None  # its format
 
     @classmethod
     def drawn(cls, rng):
@@ -66,7 +71,7 @@ class Round(Record):
         master = rng.choice([None, "remainder"])
         is_split = master and any(param == "bfloat16" for param, *_ in rows)
         capturable = len(rows) == 1 and algorithm != "nadam" and rng.random() < 0.3
-        return cls(
+        drawn = cls(
             tuple(rows),
             algorithm,
             rng.choice(["torch", "apex", "eps-hat", "optax"]) if of_adam else "torch",
@@ -79,7 +84,15 @@ class Round(Record):
             rng.random() < 0.4,
             not is_split and rng.random() < 0.4,
             capturable,
+            rng.random() < 0.3,
+            rng.random() < 0.3,
+            rng.choice([None, None, "float32", *(["float64"] if state_dtype != "8bit" else [])]),
+            rng.choice(["", "", "array", "nonzero"]) if state_dtype != "8bit" else "",
         )
+        if rng.random() < 0.75:
+            return drawn
+        rows = tuple((param, grad, None) for param, grad, _ in rows)  # the change goes with no copy
+        return dataclasses.replace(drawn, formats=rows, master=None, ema=False, change=rng.choice(floats))
 
     def simpler(self):
         """Yield rounds in which one thing is as it is by default."""
@@ -105,6 +118,8 @@ class Hyperparameters(Record):
     eps: float = 1e-8
     weight_decay: float = 0.0
     maximize: bool = False
+    clip_value: float | None = None
+    bounds: tuple | None = None
 
 
 @record()
@@ -188,6 +203,9 @@ def hyperparameters(draw, round):
         draw(st.sampled_from([1e-8, 1e-3, 1e-12, 0.0])),
         draw(st.sampled_from([0.1, 0.01, 1.0])) if round.decays else 0.0,
         round.scaled and draw(st.booleans()),
+        # numbers that every format has
+        draw(st.sampled_from([0.5, 2.0, 2.0**-10])) if round.clips else None,
+        draw(st.sampled_from([(-0.5, 0.25), (0.0, None), (None, 0.125)])) if round.bounded else None,
     )
 
 
@@ -256,7 +274,7 @@ def function_cases(draw, round):
     parameter = draw(parameters(round))
     return FunctionCase(
         parameter,
-        tuple(draw(layouts(round, len(parameter.shape))) for _ in range(5)),
+        tuple(draw(layouts(round, len(parameter.shape))) for _ in range(8)),
         draw(st.integers(1, 3)),
         draw(st.sampled_from([1, 2, 6, 1000])),
         draw(hyperparameters(round)),
@@ -319,6 +337,24 @@ def options_of(round, case, hyperparameters, **others):
     return {"algorithm": round.algorithm, "formula": round.formula} | of_case | vars(hyperparameters) | others
 
 
+def further_arrays(rng, round, shape):
+    """Return operand -> numbers, of the arrays that a step of a round has beside gradients and state."""
+    arrays = {}
+    if round.change:
+        arrays["change"] = np.zeros(shape, model.DTYPES[round.change])
+    if round.lr_scale:
+        arrays["lr_scale"] = np.abs(random_numbers(rng, shape, round.lr_scale))
+    if round.where == "array":
+        arrays["where"] = np.asarray(rng.random(shape) < 0.5)
+    return arrays
+
+
+def further_options(round, arrays):
+    """Return what `reference.adam_step` is given of these arrays."""
+    options = {name: arrays[name] for name in ("lr_scale", "where") if name in arrays}
+    return options | ({"where": "nonzero"} if round.where == "nonzero" else {})
+
+
 # adam_step
 
 
@@ -344,21 +380,24 @@ def check_function(round, case):
         arrays["param_copy"] = np.zeros(shape, model.DTYPES[copy_format])
     if round.ema:
         arrays["ema"] = random_numbers(rng, shape, "float64" if param == "float64" else "float32")
+    arrays |= further_arrays(rng, round, shape)
     others = iter(case.layouts)
     placed = {}
     for name, values in arrays.items():
         of_name = {"param": case.parameter.layout, "param_copy": case.parameter.copy} | dict.fromkeys(OF_GROUPS, Layout())
         placed[name] = Placed(values, of_name.get(name) or next(others))
     options = options_of(round, case, case.hyperparameters, decoupled=round.decoupled, grad_scale=case.grad_scale)
+    nonzero = {"where": "nonzero"} if round.where == "nonzero" else {}
     for step in range(case.first, case.first + case.steps):
-        grads = Placed(random_numbers(rng, shape, grad), case.parameter.grads[step % 2])
+        grads = Placed(random_numbers(rng, shape, grad, sparse=bool(nonzero)), case.parameter.grads[step % 2])
         before = {name: one.array.copy() for name, one in placed.items()} | {"grad": grads.array.copy()}
         given = {name: one.given for name, one in placed.items() | {"grad": grads}.items()}
         gpuadam.adam_step(
-            step=step, zero_grad=round.zero_grad, stochastic_rounding=round.stochastic, seed=case.seed, **given, **options
-        )
+            step=step, zero_grad=round.zero_grad, stochastic_rounding=round.stochastic, seed=case.seed, **given, **nonzero,
+            **options,
+        )  # fmt: skip
         after = {name: one.array for name, one in placed.items()}
-        check_step(before, after, step, options, round.stochastic)
+        check_step(before, after, step, options | further_options(round, before), round.stochastic)
         check_grad("grad", grads, before["grad"], round.zero_grad)
     for name, one in placed.items():
         one.check_outside(name)
@@ -465,6 +504,12 @@ class Training:
         before, of_grads = self.arrays(), {name: placed.array.copy() for name, placed in grads.items()}
         saved = copy.deepcopy(self.opt.state_dict())
         rates = self.rates_now()
+        self.further = {
+            name: {
+                key: Placed(x, parameter.copy) for key, x in further_arrays(self.rng, self.round, parameter.shape).items()
+            }
+            for name, parameter in self.described.items()
+        }
         self.call(step, grads)
         after = self.arrays()
         if not left_out:
@@ -479,13 +524,18 @@ class Training:
             count = self.counts[name]
             now = {"lr": rates[k], "grad_scale": scale, "decoupled": self.opt.decoupled}
             now |= {"ema_decay": 0.0} if count == 1 else {}  # the first step sets ema
+            further = {key: placed.array for key, placed in self.further[name].items()}
+            now |= further_options(self.round, further)
             options = options_of(self.round, self.case, self.case.groups[k].hyperparameters, **now)
+            left = after[name] | {key: array for key, array in further.items() if key == "change"}
             try:
-                check_step(before[name] | {"grad": of_grads[name]}, after[name], count, options, self.round.stochastic)
+                check_step(before[name] | further | {"grad": of_grads[name]}, left, count, options, self.round.stochastic)
             except AssertionError as error:
                 raise AssertionError(f"params[{name!r}], its step {count}: {error}") from None
         for name, placed in grads.items():
             check_grad(f"the gradient of {name}", placed, of_grads[name], self.round.zero_grad)
+        for name, placed in ((name, placed) for of_name in self.further.values() for name, placed in of_name.items()):
+            placed.check_outside(name)
         self.check_counts()
         if step.then == "again":
             self.again(step, grads, of_grads, before, saved, after)
@@ -523,9 +573,13 @@ class Training:
         if step.norm != "computed" and grads and (step.max_norm is not None or step.check_finite):
             norm = gpuadam.global_norm(given)
             norm = float(norm) if step.norm == "a number" else norm
+        further = {
+            key: self.given({name: of_name[key].given for name, of_name in self.further.items()})
+            for key in next(iter(self.further.values()))
+        } | ({"where": "nonzero"} if self.round.where == "nonzero" else {})
         self.opt.step(
             self.given(given), grad_scale=step.grad_scale, max_norm=step.max_norm, norm=norm, check_finite=step.check_finite,
-            found_inf=step.found_inf,
+            found_inf=step.found_inf, **further,
         )  # fmt: skip
 
     def rates_now(self):
