@@ -1,0 +1,42 @@
+"""Which call gives the numbers of the Adam that a program has.
+
+Programs that carry an Adam of their own differ in where eps stands, in how m and v are corrected for their beginning at zero,
+and in what weight decay multiplies. In the table m and v are the running means after this step, in the usual form:
+
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+
+`m_hat` and `v_hat` are `m / (1 - beta1**t)` and `v / (1 - beta2**t)`, and t counts steps from 1. The right column has the
+arguments of `gpuadam.adam_step` beside the arrays and `lr`, `betas` and `eps`. Each row is a test: the loop of the left column
+in float64 NumPy beside the call.
+
+| what the program has | the arguments that give the same numbers |
+|---|---|
+| `x -= lr * m_hat / (sqrt(v_hat) + eps)` | `step=t` |
+| `x -= lr * sqrt(1 - beta2**t) / (1 - beta1**t) * m / (sqrt(v) + eps)` | `step=t, formula="eps-hat"` |
+| `x -= lr * m_hat / sqrt(v_hat + eps)` | `step=t, formula="optax", eps_root=eps, eps=0` |
+| `x -= lr * m / (sqrt(v) + eps)`: nothing is corrected | `step=1 << 40` |
+| `x -= lr * m / (1 - beta1) / (sqrt(v / (1 - beta2)) + eps)`: the same correction always | `step=1` |
+| `x += lr * m_hat / (sqrt(v_hat) + eps)`: up the gradient | `step=t, maximize=True`; m has the other sign |
+| `g = g + decay * x` first | `step=t, weight_decay=decay` |
+| `x *= 1 - lr * decay` first, or `decay * x` added to what lr multiplies last | `step=t, weight_decay=decay, decoupled=True` |
+| `x *= 1 - decay` first: not times lr | `step=t, weight_decay=decay / lr, decoupled=True` |
+| `v_max = maximum(v_max, v)` in the place of v | `step=t, max_v=v_max` |
+| `v_max = maximum(v_max, v_hat)` in the place of v_hat | `step=t, max_v=v_max, formula="optax"` |
+| `u = maximum(beta2 * u, abs(g) + eps)`, `x -= lr / (1 - beta1**t) * m / u` | `step=t, algorithm="adamax"`, u in v's place |
+| `g = clip(g, -c, c)` first | `step=t, clip_value=c` |
+| `x = clip(x, low, high)` last | `step=t, bounds=(low, high)` |
+| `return -lr * m_hat / (sqrt(v_hat) + eps)`: the change, which the program adds or preconditions | `step=t, change=change` |
+| all of it only where `g != 0` | `step=t, where="nonzero"` |
+| `x -= (lr * rate)[:, None] * ...`: a rate for each row | `step=t, lr_scale=rate` |
+| `lr = lr0 / (1 + 0.1 * t)` | `step=t, lr=lr0 / (1 + 0.1 * t)`, or `Adam(lr=lambda t: ...)` |
+
+The classes (`gpuadam.Adam` and its family) count the steps themselves, and take the other arguments by the same names. A count
+that stays at 1 or at `1 << 40` needs `adam_step`.
+
+A program that rebinds its array, `x = x - step`, makes a new one each time. Here x is updated in place, so whoever holds it
+sees the new numbers; `change=` is for programs that must not.
+
+Not the same in one call: decay of the new x after the step, `x = (x - step) * (1 - lr * decay)`; means without the factors
+`1 - beta1` and `1 - beta2` (scale lr and eps instead); complex arrays.
+"""
