@@ -364,6 +364,9 @@ def metadata_of(files):
         "class": metadata["class"]
     }
     found["options"].pop("capturable", None)  # which ranks never are
+    for group in found["groups"]:
+        if group.get("lr", 0) is None:  # a callable's place: the rate of the given group is taken
+            del group["lr"]
     return found
 
 
