@@ -107,20 +107,22 @@ def checked(
 def with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas, clip_value=None, bounds=None):
     """Return Hyperparameters likewise; formulas: checked before."""
     lr = checks.non_negative("lr", lr)
-    others = eps, weight_decay, maximize, grad_scale, formulas, clip_value
     try:
         beta1, beta2 = betas
+        if clip_value is bounds is None:  # mostly; a cache takes its time for each argument
+            return Hyperparameters(lr, _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas))
         low, high = UNBOUNDED if bounds is None else bounds
-        return Hyperparameters(lr, _fixed(beta1, beta2, low, high, *others))
+        fixed = _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas, clip_value, low, high)
     except (TypeError, ValueError):  # not two of them, a value that no cache can have as its key, or a wrong one
-        beta1, beta2 = checks.betas(betas)
+        betas = checks.betas(betas)
         checks.bounds_of_param(bounds)
         low, high = UNBOUNDED if bounds is None else bounds
-        return Hyperparameters(lr, _fixed.__wrapped__(beta1, beta2, low, high, *others))
+        fixed = _fixed.__wrapped__(*betas, eps, weight_decay, maximize, grad_scale, formulas, clip_value, low, high)
+    return Hyperparameters(lr, fixed)
 
 
 @functools.lru_cache(maxsize=256, typed=True)
-def _fixed(beta1, beta2, low, high, eps, weight_decay, maximize, grad_scale, formulas, clip_value):
+def _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas, clip_value=None, low=None, high=None):
     beta1, beta2 = checks.betas((beta1, beta2))
     low, high = checks.bounds_of_param((low, high))
     return Fixed(
