@@ -1,5 +1,6 @@
 """`Adam`: parameters in groups, their state, and the step over all of them."""
 
+import copy
 import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from .groups import (
     some,
     what_is,
 )
+from .growing import Grows
 from .kernels import array_bytes, streams
 from .kernels.messages import shown
 from .kernels.scalars import step_key
@@ -57,7 +59,7 @@ class Group(NamedTuple):
     count: Any  # of steps, one of step_counts.py
 
 
-class Adam(HasGroups):
+class Adam(HasGroups, Grows):
     """Adam with L2 decay, in place on the caller's arrays.   (Kingma & Ba 2015, arXiv:1412.6980)
 
     params: one array, a sequence of arrays, a dict name -> array, or a list of groups such as
@@ -153,8 +155,17 @@ class Adam(HasGroups):
         self._norm_counts: dict[int, Any] = {}  # for scalars that depend on a norm on the device, where the host counts
         beginnings = self._checked_params()
         self._make_parameters(beginnings, self.copies_of(param_copies, beginnings))
-        given = enumerate(zip(self.groups, self.arrangement.structures, strict=True))
-        self._groups = [self._made_group(k, *settings_and_structure, beginnings) for k, settings_and_structure in given]
+        self._make_groups(beginnings)
+
+    def with_groups(self, groups, states, copies):
+        """Return an optimizer like this one with other groups. states: name -> state that goes on. copies: name -> array."""
+        twin = copy.copy(self)
+        structures = [s._replace(names=list(g["names"])) for s, g in zip(self.arrangement.structures, groups, strict=True)]
+        twin.groups, twin.arrangement = groups, self.arrangement._replace(structures=structures)
+        beginnings = twin._checked_params()
+        twin._make_parameters(beginnings, copies, states)
+        twin._make_groups(beginnings, [group.count for group in self._groups])
+        return twin
 
     def _checked_params(self):
         """Check the parameters and hyperparameters. Return name -> Beginning of each parameter."""
@@ -176,24 +187,30 @@ class Adam(HasGroups):
         checks.overlap([beginning.view for beginning in beginnings.values()], [])
         return beginnings
 
-    def _make_parameters(self, beginnings, copies):
-        """Make a Parameter of each, with state at its start. copies: name -> array."""
-        states = self.new_state(beginnings)
+    def _make_parameters(self, beginnings, copies, states=None):
+        """Make a Parameter of each. copies: name -> array. states: name -> state that goes on; others are at their start."""
+        states = dict(states or {})
+        new = self.new_state({name: beginning for name, beginning in beginnings.items() if name not in states})
+        states |= {name: {"step": 0} | arrays for name, arrays in new.items()}
         seed, stochastic = checks.seed(self.options.seed), self.options.stochastic_rounding
         self.parameters = {}
         for number, (name, (_, view, kept)) in enumerate(beginnings.items()):
             kind = ParameterKind.of(view.format, kept, name in copies, stochastic)
             key = key_of_parameter(seed, number)
-            self.parameters[name] = Parameter(name, kind, {"step": 0} | states[name], key, copies.get(name))
+            self.parameters[name] = Parameter(name, kind, states[name], key, copies.get(name))
         self.state = {name: parameter.state for name, parameter in self.parameters.items()}
         computed_in = {self.options.computed_in(beginning.view.format) for beginning in beginnings.values()}
         self._largest_norm = min(map(clipping.LARGEST_NORM.__getitem__, computed_in))
 
-    def _made_group(self, k, settings, structure, beginnings):
+    def _make_groups(self, beginnings, counts=None):
+        """Make the Group of each. counts: of each, if they go on."""
+        given = zip(self.groups, self.arrangement.structures, counts or [None] * len(self.groups), strict=True)
+        self._groups = [self._made_group(k, *of_group, beginnings) for k, of_group in enumerate(given)]
+
+    def _made_group(self, k, settings, structure, count, beginnings):
         """Return the Group of number k."""
         members = [self.parameters[name] for name in settings["names"]]
         kinds = {parameter.kind for parameter in members}
-        count: Any = step_counts.HostCount()
         places = {(beginning.backend, beginning.view.device) for beginning in map(beginnings.get, structure.names)}
         if not members and self.options.capturable and is_array(settings["lr"]):
             kernels, (view,) = backends.choose([("lr", settings["lr"])], self.backend)
@@ -208,13 +225,15 @@ class Adam(HasGroups):
                 raise ValueError(
                     f"with capturable=True the parameters of a group share a device and a backend; group {k} does not"
                 )
-            count = step_counts.in_array(*max(places, key=lambda place: place[1] or 0))
+            kernels, device = max(places, key=lambda place: place[1] or 0)
+            if not (isinstance(count, step_counts.ArrayCount) and count.is_at(kernels, device)):
+                count = step_counts.in_array(kernels, device)
             count.number("lr", settings["lr"])
             for parameter in members:
                 parameter.state["step"] = count.step
-        return Group(structure, members, kinds.pop() if len(kinds) == 1 else None, count)
+        return Group(structure, members, kinds.pop() if len(kinds) == 1 else None, count or step_counts.HostCount())
 
-    # OffloadAdam does the following in its own way: `copies_of` and then `new_state` when it is made, and `conditions`, `check`,
+    # OffloadAdam does the following in its own way, and cannot do `with_groups`: `copies_of` and then `new_state` when it is made, and `conditions`, `check`,
     # `step_arrays`, `leave_out` and `launch` in a step, and `copy_state` when a state_dict is loaded.
 
     def new_state(self, beginnings):

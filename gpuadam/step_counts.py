@@ -82,6 +82,10 @@ class ArrayCount:
         self.kernels, self.device = kernels, None
         self.step = np.zeros(1, np.int64)
 
+    def is_at(self, kernels, device):
+        """Whether the count is beside the arrays of a backend and a device."""
+        return self.kernels is kernels and (not self.on_device or self.device == (device or 0))
+
     def alike(self, parameters, kind):
         """Return (step, parameters): all of them take the same step."""
         return [(self.count() + 1, parameters)] if parameters else []

@@ -139,6 +139,12 @@ class Backend:
         arrays without gaps.
         """
 
+    def copy_rows(self, to, source, rows):
+        """Copy row rows[k] of an array to row k of another, given as Views, in the order of a launch; where rows[k] is -1, none.
+
+        Both are of one dtype, and of shapes that differ in the first dimension alone. rows: a NumPy array of int64.
+        """
+
     def from_host(self, array):
         """Return a copy of a NumPy array in this backend's memory. It is there when this returns."""
 

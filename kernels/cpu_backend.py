@@ -129,6 +129,10 @@ class NumbaCpu(Backend):
     def copy(self, to, source):
         np.copyto(to.array, source.array if to.dtype == source.dtype else widened(source.array, source.format))
 
+    def copy_rows(self, to, source, rows):
+        there = rows >= 0
+        to.array[there] = source.array[rows[there]]
+
     def from_host(self, array):
         return np.array(array)
 

@@ -106,6 +106,12 @@ class Cupy(GpuBackend):
             array = self.native(source)
             self.native(to)[...] = array if to.dtype == source.dtype else widened(array, source.format)
 
+    def copy_rows(self, to, source, rows):
+        there = np.flatnonzero(rows >= 0)
+        with self.ordered(to.device or 0, [to, source]):
+            of_to, of_source = (cupy.asarray(x, blocking=True) for x in (there, rows[there]))
+            self.native(to)[of_to] = self.native(source)[of_source]
+
     def from_host(self, array):
         return cupy.asarray(array, blocking=True)
 

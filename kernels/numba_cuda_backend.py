@@ -15,7 +15,7 @@ from gpuadam.kernels import gpu_driver, norm_numba_cuda, norm_order
 from gpuadam.kernels.gpu_backend import GpuBackend
 from gpuadam.kernels.gpu_table import BLOCK
 from gpuadam.kernels.layout import collapse
-from gpuadam.kernels.numba_cuda_kernels import build, build_fill_zero, build_scalars, compiled
+from gpuadam.kernels.numba_cuda_kernels import build, build_copy_rows, build_fill_zero, build_scalars, compiled
 from gpuadam.kernels.scalars import ScalarsMemory
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 from gpuadam.kernels.view import View, on_cuda, on_device
@@ -115,6 +115,17 @@ class NumbaCuda(GpuBackend):
         if to.size:
             with self.ordered(to.device, [to, source]) as stream:
                 gpu_driver.call("cuMemcpyDtoDAsync_v2", to.pointer, source.pointer, to.nbytes, stream)
+
+    def copy_rows(self, to, source, rows):
+        if not to.size:
+            return
+        with self.ordered(to.device, [to, source]) as stream:
+            on_device = self.from_host(rows)
+            kernel = compiled(build_copy_rows, to.dtype.itemsize, len(to.shape))
+            of_arrays = to.pointer, to.strides, source.pointer, source.strides
+            launch = _configured(kernel, -(-to.size // BLOCK), BLOCK, stream)
+            launch(*of_arrays, to.shape, on_device.device_ctypes_pointer.value, to.size)
+            self.synchronize_stream(stream)  # before the rows are freed
 
     def from_host(self, array):
         there = cuda.to_device(array)

@@ -15,7 +15,7 @@ FLOORS = [
     ("kernels.*",),
     ("checks", "torch_tensors", "backends", "terminal.*", "under_way", "version"),
     ("hyperparameters", "state", "reference"),
-    ("options", "groups", "device_step", "step_counts", "clipping", "remembered", "flat", "step_arrays"),
+    ("options", "groups", "device_step", "step_counts", "clipping", "remembered", "flat", "step_arrays", "growing"),
     ("update", "functional"),
     ("sharded.transports.*", "sharded.agreement", "sharded.layout", "checkpoint", "checkpoint.safetensors"),
     ("checkpoint.saving", "checkpoint.*"),

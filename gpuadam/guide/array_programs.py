@@ -51,6 +51,21 @@ that writes `x = x - step` goes on from there. The moments are updated.
 >>> opt.step(np.ones_like(points), change=change)
 >>> x = points + 0.5 * change  # half a step
 
+## Arrays that grow and shrink
+
+`opt.replace(name, param, rows)` puts another array in a parameter's place: row i goes on from the state of old row `rows[i]`,
+or begins anew where that is -1. So points are split, pruned and added without the moments of the others being lost. `opt.add`
+and `opt.remove` are for whole parameters, by name.
+
+>>> rows = np.array([0, 0, 2, 3, -1])  # the first is split, the second pruned, and one is new
+>>> points = np.concatenate([points[[0, 0, 2, 3]], np.ones((1, 3), "float32")])
+>>> opt.replace("0", points, rows)
+>>> opt.step(np.ones_like(points))
+
+The step count stays, so the bias of new moments is not corrected. A graph that was captured before updates the old arrays.
+
+## What takes what
+
 All of `where`, `lr_scale` and `change` are arguments of `step`, of the same structure as the parameters, with None for those
 that have none; and of `gpuadam.adam_step`. `gpuadam.guide.options` says what goes with what.
 """

@@ -193,6 +193,9 @@ class OffloadAdam(Adam):
         counts = {name: int(state["step"]) for name, state in self.state.items()}  # a caller may have set NumPy's integers
         self._store.end_at(int(self.steps), {name: n for name, n in counts.items() if n != self.steps})
 
+    def with_groups(self, groups, states, copies):
+        raise ValueError("OffloadAdam has its parameters for good: load their state into an optimizer of other ones")
+
     def step_arrays(self, change, lr_scale, where):
         raise ValueError(
             "OffloadAdam takes no change, lr_scale or where: its steps go piece by piece. Use Adam, or leave them out"

@@ -1,0 +1,192 @@
+"""Arrays that grow and shrink, come and go while an optimizer trains them, such as points that are split and pruned."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import backends, checks
+from .groups import MAPPING, Arrangement, some
+from .kernels.messages import shown
+from .kernels.operands import GROUP, widened
+from .kernels.view import is_array
+from .state import OF_GROUPS, Parameter
+from .under_way import UnderWay
+
+
+class Grows:
+    """What `Adam` does with its parameters beside updating them."""
+
+    parameters: dict[str, Parameter]
+    groups: list[dict[str, Any]]
+    state: dict[str, dict[str, Any]]
+    arrangement: Arrangement
+    under_way: UnderWay
+    backend: str | None
+    with_groups: Callable
+
+    def replace(self, name, param, rows, *, param_copy=None):
+        """Put another array in a parameter's place: row i takes over the state of row rows[i] of the old one.
+
+        name: of the parameter. param: an array of its dtype and device, whose shape differs in the first dimension at most. What
+            is in it is the caller's: this moves the state alone.
+        rows: integers, one for each row of param: the number of the old row that it goes on from, or -1 for a row that begins
+            anew, with moments of zero; ema of such a row begins at param. Several rows may go on from one. An array on a GPU is
+            read, which waits.
+        param_copy: the array for copies, if the parameter had one in `param_copies`.
+
+        The step count is the parameter's, and stays, so the bias of new rows is not corrected. With 8-bit state a row has a
+        multiple of 32 elements, because neighbours share a scale. While a graph is captured this is refused; a graph that was
+        captured before updates the old arrays, and has to be captured again.
+
+        Raises ValueError or TypeError, and then nothing has changed.
+
+        >>> import numpy as np, gpuadam
+        >>> points = np.zeros((3, 2), "float32")
+        >>> opt = gpuadam.Adam({"points": points}, lr=0.1)
+        >>> opt.step({"points": np.float32([[1, 1], [2, 2], [3, 3]])})
+        >>> rows = [2, 2, -1, 0]  # the last is split, the middle one pruned, and one is new
+        >>> points = np.concatenate([points[[2, 2]], np.zeros((1, 2), "float32"), points[[0]]])
+        >>> opt.replace("points", points, rows)
+        >>> print(opt.state["points"]["m"][:, 0])
+        [0.3 0.3 0.  0.1]
+        """
+        k, at, old = self._found(name)
+        groups, label = self._groups_as_they_are(), f"params[{shown(name)}]"
+        kernels, view = self._viewed(label, param)
+        before, groups[k]["params"][at] = groups[k]["params"][at], param
+        of_old, (view_before,) = backends.choose([(f"the old {label}", before)], self.backend)
+        if (view.format, view.device, kernels) != (view_before.format, view_before.device, of_old):
+            was, now = (f"{x.format} on {k.name}, device {x.device}" for x, k in ((view_before, of_old), (view, kernels)))
+            raise TypeError(f"{label} was {was}, and the new one is {now}: they must be alike")
+        if not view.shape or view.shape[1:] != view_before.shape[1:]:
+            shapes = f"had shape {view_before.shape}, and the new one has {view.shape}"
+            raise ValueError(f"{label} {shapes}: all but the first dimension must be the same")
+        if (old.copy is None) != (param_copy is None):
+            raise ValueError(f"{label} has {'no' if old.copy is None else 'a'} copy: give param_copy likewise")
+        rows = _checked_rows(rows, view.shape[0], view_before.shape[0])
+        row_size = int(np.prod(view.shape[1:]))
+        if "m_scale" in old.state and row_size % GROUP:
+            raise ValueError(f"a row of {label} has {row_size} elements: with 8-bit state it must be a multiple of {GROUP}")
+        others = {other: parameter.state for other, parameter in self.parameters.items() if other != name}
+        twin = self._twin(groups, others, {name: param_copy})
+        new = twin.parameters[name]
+        for key in new.state.keys() - {"step"}:
+            to, source = (kernels.view(f"{key} of {label}", array) for array in (new.state[key], old.state[key]))
+            if key == "ema" and (rows < 0).any():
+                _copy_wider(kernels, to, view)
+            if key in OF_GROUPS:
+                to, source = (_in_rows(kernels, x, row_size // GROUP) for x in (to, source))
+            kernels.copy_rows(to, source, rows)
+        new.state["step"] = old.state["step"]
+        self._become(twin)
+
+    def add(self, name, param, group=0, *, param_copy=None):
+        """Add a parameter to a group, with state at its start.
+
+        group: the number of the group, whose parameters were given as a dict. param_copy: an array for copies of it. With
+        capturable it shares the group's step count. Raises ValueError or TypeError, and then nothing has changed.
+
+        >>> import numpy as np, gpuadam
+        >>> opt = gpuadam.Adam({"a": np.zeros(2, "float32")})
+        >>> opt.add("b", np.zeros(3, "float32"))
+        >>> opt.step({"a": np.ones(2, "float32"), "b": np.ones(3, "float32")})
+        >>> opt.remove("a")
+        >>> list(opt.state)
+        ['b']
+        """
+        groups = self._groups_as_they_are()
+        if not isinstance(group, int) or not 0 <= group < len(groups):
+            raise ValueError(f"there is no group {shown(group)}: they are numbered from 0 to {len(groups) - 1}")
+        self._check_named(group)
+        if not isinstance(name, str) or name in self.parameters:
+            raise ValueError(f"the name of a new parameter must be a string that none has, not {shown(name)}")
+        self._viewed(f"params[{shown(name)}]", param)
+        groups[group]["params"].append(param)
+        groups[group]["names"].append(name)
+        twin = self._twin(groups, {other: p.state for other, p in self.parameters.items()}, {name: param_copy})
+        self._become(twin)
+
+    def remove(self, name):
+        """Forget a parameter and its state. Its group's parameters were given as a dict. Raises ValueError."""
+        k, at, _ = self._found(name)
+        self._check_named(k)
+        if len(self.parameters) == 1:
+            raise ValueError(f"{shown(name)} is the only parameter: an optimizer has one at least")
+        groups = self._groups_as_they_are()
+        del groups[k]["params"][at], groups[k]["names"][at]
+        self._become(self._twin(groups, {other: p.state for other, p in self.parameters.items() if other != name}, {}))
+
+    def _found(self, name):
+        """Return the number of a parameter's group, its place there, and the Parameter."""
+        self.under_way.check()
+        self.arrangement.check(self.groups)
+        for k, structure in enumerate(self.arrangement.structures):
+            if name in structure.names:
+                return k, structure.names.index(name), self.parameters[name]
+        raise ValueError(f"there is no parameter {shown(name)}, only {some(self.parameters)}")
+
+    def _check_named(self, k):
+        if self.arrangement.structures[k].kind != MAPPING:
+            raise ValueError(
+                f"the parameters of group {k} have numbers for names: give them as a dict, and add or remove by name"
+            )
+
+    def _groups_as_they_are(self):
+        self.under_way.check()
+        return [group | {"params": list(group["params"]), "names": list(group["names"])} for group in self.groups]
+
+    def _twin(self, groups, states, copies):
+        """Return an optimizer like this one with other groups. states: name -> that goes on. copies: of new parameters."""
+        copies = {name: copy for name, copy in copies.items() if copy is not None}
+        copies |= {name: p.copy for name, p in self.parameters.items() if name in states and p.copy is not None}
+        return self.with_groups(groups, states, copies)
+
+    def _become(self, twin):
+        """Take over the parameters of a twin. `groups` and `state` stay the objects that a program may hold."""
+        own = self.groups, self.state
+        self.under_way.begin()
+        for group, of_twin in zip(self.groups, twin.groups, strict=True):
+            group.update(of_twin)
+        self.state.clear()
+        self.state.update(twin.state)
+        self.__dict__.update(vars(twin))
+        self.groups, self.state = own
+        self.under_way.end()
+
+    def _viewed(self, label, param):
+        """Return the backend and the View of a new array. Refuse it while a graph is captured."""
+        kernels, (view,) = backends.choose([(label, checks.given(label, param))], self.backend)
+        if kernels.memory == "CUDA" and kernels.place(view.device, None, [view.stream]).capturing:
+            raise RuntimeError(f"a graph is being captured, and would not hold {label}: do this before the capture")
+        return kernels, view
+
+
+def _checked_rows(rows, n, n_old):
+    """Return rows as a NumPy array of int64, of which there must be n, each -1 or the number of one of n_old rows."""
+    if is_array(rows):
+        kernels, (view,) = backends.choose([("rows", rows)])
+        rows = kernels.to_host(view.array)
+    rows = np.asarray(rows)
+    if rows.dtype.kind not in "iu" and rows.size:
+        raise TypeError(f"rows must be integers, not {rows.dtype}")
+    if rows.shape != (n,):
+        raise ValueError(f"rows has shape {rows.shape}: it must have a number for each of the {n} rows")
+    if n and (rows.min() < -1 or rows.max() >= n_old):
+        raise ValueError(f"rows must be numbers of the {n_old} old rows, or -1; they are from {rows.min()} to {rows.max()}")
+    return rows.astype(np.int64)
+
+
+def _in_rows(kernels, view, of_row):
+    """Return the View of scales as one of rows."""
+    return kernels.view(view.name, kernels.native(view).reshape(view.size // of_row, of_row))
+
+
+def _copy_wider(kernels, to, source):
+    """Copy a parameter to an array of its shape, which may have a wider dtype."""
+    if to.dtype != source.dtype and not kernels.copies_any_layout:
+        on_host = widened(np.asarray(kernels.to_host(source.array)), source.format).astype(to.dtype)
+        source = kernels.view(source.name, kernels.from_host(on_host))
+    if not kernels.copies_any_layout:
+        checks.same_layout(to, source, any_layout=False)
+    kernels.copy(to, source)
