@@ -233,8 +233,8 @@ class Adam(HasGroups, Grows):
                 parameter.state["step"] = count.step
         return Group(structure, members, kinds.pop() if len(kinds) == 1 else None, count or step_counts.HostCount())
 
-    # OffloadAdam does the following in its own way, and cannot do `with_groups`: `copies_of` and then `new_state` when it is made, and `conditions`, `check`,
-    # `step_arrays`, `leave_out` and `launch` in a step, and `copy_state` when a state_dict is loaded.
+    # OffloadAdam does the following in its own way: `copies_of` and then `new_state` when it is made, and `conditions`, `check`,
+    # `step_arrays`, `leave_out` and `launch` in a step, and `copy_state` when a state_dict is loaded. It has no `with_groups`.
 
     def new_state(self, beginnings):
         """Return name -> {key: zeros} of the state of all parameters. beginnings: name -> Beginning."""

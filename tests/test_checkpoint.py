@@ -294,7 +294,7 @@ def test_the_file_is_what_its_page_says(tmp_path):
     assert json.loads(metadata["options"])["state_dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("what, match", [("metadata", "another program rewrote this checkpoint"), (None, "are lost. Load")])
+@pytest.mark.parametrize("what, match", [("metadata", "another program rewrote th"), (None, "are lost. Load")])
 def test_a_file_that_another_program_rewrote_is_refused_with_what_happened(what, match, tmp_path):
     numpy = pytest.importorskip("safetensors.numpy")
     gpuadam.Adam(params()).save(tmp_path / "a")

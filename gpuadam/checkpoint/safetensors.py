@@ -158,7 +158,9 @@ class Reader:
         if not header.startswith(FIRST):
             raise CheckpointError(_why_not_ours(header))
         self.crc = _crc_in(header)
-        require(self.crc == _crc_of(header), "its header is damaged: its checksum differs")
+        require(
+            self.crc == _crc_of(header), "its header is damaged, or another program rewrote the file: its checksum differs"
+        )
         entries = parsed_json(header, "its header")
         self.metadata: dict[str, str] = entries.pop("__metadata__")
         require(all(isinstance(value, str) for value in self.metadata.values()), "its metadata must be strings")
