@@ -38,7 +38,6 @@ FORMS = {
     "grad_scale": {"grad_scale": 0.3},
     "clip_value": {"clip_value": 0.5},
     "bounds": {"bounds": (-0.5, 1.0)},
-    "one bound": {"bounds": (0.0, None)},
     "from g": {"betas": (0.2, 0.999)},
     "from g*g": {"betas": (0.9, 0.3)},
     "from both": {"betas": (0.0, 0.0)},

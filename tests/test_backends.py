@@ -261,7 +261,7 @@ WITHOUT_NUMBA = {
 }
 
 
-@pytest.mark.parametrize("what", WITHOUT_NUMBA)
+@pytest.mark.parametrize("what", few(WITHOUT_NUMBA, "half of it", "NUMBA_DISABLE_JIT"))
 def test_where_numba_compiles_nothing_all_say_so_and_what_mends_it(tmp_path, what):
     source, reason, fix = WITHOUT_NUMBA[what]
     hidden = {"numba_cuda", "cupy"} | ({"numba"} if what == "not installed" else set())

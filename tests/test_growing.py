@@ -50,6 +50,7 @@ def by_rows(array):
     return array.reshape(-1, K // GROUP) if array.ndim == 1 else array
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("what", OPTIONS)
 @pytest.mark.parametrize("order", "CF")
 def test_rows_take_their_state_along(what, order):

@@ -8,7 +8,7 @@ from typing import Any
 import narrow_model as model
 import numpy as np
 import pytest
-from cases import form_and_scalars
+from cases import few, form_and_scalars
 
 from gpuadam.kernels import adam, gpu_table
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
@@ -72,6 +72,10 @@ COMBINATIONS: dict[str, tuple[Arrays, dict[str, Any]]] = {
 }
 
 RANDOM = [name for name, (arrays, _) in COMBINATIONS.items() if arrays.random]
+# What others have too is left for the long run
+NAMES = few(
+    COMBINATIONS, *(name for name in COMBINATIONS if name not in ("change", "narrow change", "lr_scale", "float64 copy"))
+)
 # Of several item sizes, with and without random rounding, 8 lanes: these stand for all where code repeats
 KEY_COMBINATIONS = ("all bfloat16, randomly", "float16 grads", "everything")
 
@@ -152,7 +156,7 @@ def assert_same(form, actual, expected, context=""):
 # The CPU backend
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_update_is_that_of_the_decoded_numbers_rounded(name):
     for eps in (0.0, 1e-20, 1e-8):
         form, scalars = form_of(name, eps=eps)
@@ -272,7 +276,7 @@ def bytes_of(form, n):
 
 @pytest.mark.in_short()
 @gpu_compilers
-@pytest.mark.parametrize("name", COMBINATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_gpu_code_gives_the_cpus_bits_and_moves_each_byte_once(compiler, name):
     for eps in (0.0, 1e-8):
         form, scalars = form_of(name, eps=eps)
@@ -490,7 +494,7 @@ def conversions(form):
 
 @pytest.mark.in_short()
 @gpu_compilers
-@pytest.mark.parametrize("name", COMBINATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_ptx_has_the_contracts_operations_and_the_documented_conversions(compiler, name):
     form, _ = form_of(name)
     kernel = gpu_code.loaded(gpu_code.ptx(compiler, form, "sm_90"))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from cases import few
 
 from gpuadam import testing
 
@@ -62,6 +63,7 @@ def test_where_a_gpu_is_required_a_skip_is_a_failure(project, monkeypatch):
     assert "1 failed for want of cupy" in line_of(result)
 
 
+@pytest.mark.exhaustive
 def test_the_line_is_the_same_under_xdist(project):
     pytest.importorskip("xdist")
     result = run(project, "-n", "2")
@@ -91,7 +93,7 @@ def test_a_choice_that_cannot_be_is_explained(project, monkeypatch, given, requi
     assert result.ret == pytest.ExitCode.USAGE_ERROR and said in result.stderr.str()
 
 
-@pytest.mark.parametrize("given", ["['numba-cpu']", "{'numba-cpu'}", "numba_cpu", "None", ""])
+@pytest.mark.parametrize("given", few(["['numba-cpu']", "{'numba-cpu'}", "numba_cpu", "None", ""], "{'numba-cpu'}", ""))
 def test_a_marker_that_names_no_backend_is_explained(project, given):
     project.makepyfile(test_training=f"import pytest\nnumba_cpu = 3\n@pytest.mark.gpuadam_backends({given})\n{SMALL}")
     result = run(project)

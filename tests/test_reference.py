@@ -234,6 +234,7 @@ def test_the_v_that_divides_is_never_flushed_without_m(eps, formula, amsgrad):
 
 
 # rtol: of state in bfloat16 each step rounds m by up to 2**-8, at random
+@pytest.mark.in_short()
 @pytest.mark.parametrize(
     "dtype, of_state, rtol", [("float64", "float64", 1e-9), ("float32", "float32", 1e-4), ("float32", "bfloat16", 0.05)]
 )

@@ -43,6 +43,7 @@ def given(what, k, dtype="float64"):
 # What they compute
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("what", ["lr_scale", "where", "nonzero", "lr_scale and where", "lr_scale and nonzero"])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_training_is_that_of_the_reference(cls, what):
@@ -60,6 +61,7 @@ def test_a_training_is_that_of_the_reference(cls, what):
         np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("bounds", [None, (-0.5, 0.5)])
 def test_the_change_is_what_the_step_would_add(cls, bounds):
