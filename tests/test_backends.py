@@ -208,6 +208,7 @@ def test_an_unwritable_home_and_a_broken_numba_cache_do_not_matter(tmp_path):
     assert run(code, HOME=home, NUMBA_CACHE_DIR=home).strip() == "True"
 
 
+@pytest.mark.exhaustive
 def test_doctor_says_which_cache_cannot_be_written(tmp_path):
     (tmp_path / "garbage").write_text("not a folder")
     home = str(tmp_path / "garbage" / "home")

@@ -100,6 +100,7 @@ def test_small_arrays_are_measured_in_two_states(tmp_path):
     assert {(row["contender"], row["state"]) for row in rows} == {(n, s) for n in names for s in ("warm", "in turn")}
 
 
+@pytest.mark.exhaustive
 def test_files_of_rows_are_merged_and_summed_up(tmp_path):
     run("many", *QUICK, "--sizes", "2x10", "--peers", "none", "--out", str(tmp_path), "--json", str(tmp_path / "many.json"))
     results = str(tmp_path / "results.csv")
@@ -213,6 +214,7 @@ def job(ranks, contender, n, seconds):
     return {"seconds": [ranks * 1e-3] * 5, "phases": phases, "n_bytes": 2 * (ranks - 1) * 4 * 8192 // ranks}
 
 
+@pytest.mark.exhaustive
 def test_the_scaling_over_ranks_is_tabulated_and_drawn(monkeypatch, tmp_path):
     monkeypatch.setattr(sharded, "timed_job", job)
     notes, options = [], SimpleNamespace(sizes=["4096"], seconds=0.0)

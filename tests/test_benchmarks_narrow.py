@@ -132,6 +132,7 @@ def test_the_numbers_stay_ordinary_and_the_limit_changes_none(form):
             assert np.isfinite(values).all() and (abs(values) > 1e-6).all() and (abs(values) < 1e6).all(), name
 
 
+@pytest.mark.exhaustive
 def test_rows_with_further_columns_are_merged_and_summed_up(narrow_rows, tmp_path, capsys):
     rows, folder = narrow_rows
     of_large = measure.row("large", "gpuadam.Adam.step", "numba-cpu", 10, state="in turn", seconds=[1e-3])

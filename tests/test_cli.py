@@ -34,6 +34,7 @@ def run(*arguments, code=0, **env):
     return done
 
 
+@pytest.mark.exhaustive
 def test_demo_solves_the_textbook_problem_and_reads_digits(tmp_path):
     pytest.importorskip("sklearn")
     plot, result = tmp_path / "demo.png", tmp_path / "demo.json"

@@ -124,6 +124,7 @@ def test_the_next_process_compiles_nothing(cache):
     assert {path: path.stat().st_mtime_ns for path in files(cache)} == before
 
 
+@pytest.mark.exhaustive
 def test_another_form_is_compiled_beside_the_first(cache):
     assert step(cache, ", maximize=True") == [expected("maximize"), ["build.<locals>.serial"], []]
     assert len(files(cache)) == len(NEEDED) + 1
@@ -210,6 +211,7 @@ def test_keys_and_types_are_not_mixed_up(here):
 # Folders that cannot be written or read
 
 
+@pytest.mark.exhaustive
 def test_a_folder_that_becomes_unusable_brings_a_warning_of_ours(tmp_path):
     folder = tmp_path / "cache"
     before = "import pathlib, shutil; p = pathlib.Path(os.environ['NUMBA_CACHE_DIR']); shutil.rmtree(p); p.write_text('')"
@@ -393,6 +395,7 @@ def test_a_step_works_where_nothing_can_be_kept_and_says_nothing(nowhere):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="where the user's cache is differs")
+@pytest.mark.exhaustive
 def test_the_users_cache_folder_is_taken_where_the_packages_cannot_be_written(nowhere, tmp_path):
     assert step("", root=nowhere, **dict.fromkeys(HOMES, str(tmp_path)))[0] == expected()
     assert len(files(tmp_path)) == len(NEEDED)
@@ -435,6 +438,7 @@ def test_every_loop_is_found_again(here, loop):
     assert result == again
 
 
+@pytest.mark.exhaustive
 def test_forms_and_dtypes_are_not_mixed_up(here):
     rows = [(name, dtype) for name in ("adam", "from g") for dtype in DTYPES]
     fresh = [run(*row) for row in rows]

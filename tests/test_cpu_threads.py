@@ -415,6 +415,7 @@ METHODS = [method for method in ("fork", "spawn") if method in multiprocessing.g
 
 
 @pytest.mark.parametrize("method", few(METHODS, METHODS[0]))
+@pytest.mark.exhaustive
 def test_a_process_of_multiprocessing_gets_the_bits_of_the_serial_loop(method):
     found = process(f"steps_of_a_process({method!r})", NUMBA_THREADING_LAYER="default", NUMBA_NUM_THREADS="2")
     assert found == [expected(), 0]
@@ -443,6 +444,7 @@ if comm.rank == 0:
 
 
 @pytest.mark.parametrize("layer", few(["default", "workqueue"], "workqueue"))
+@pytest.mark.exhaustive
 def test_ranks_of_mpi_get_the_bits_of_the_serial_loop(layer):
     pytest.importorskip("mpi4py", reason="mpi4py is not installed")
     mpiexec = Path(sys.executable).parent / "mpiexec"

@@ -505,6 +505,7 @@ def test_gpu_code_gives_the_cpus_bits_in_every_form(compiler, name):
 @pytest.mark.parametrize(
     "compiler, arch", [("cupy", "sm_75"), ("cupy", "sm_120"), ("cupy-cuda12", "sm_80"), ("numba-cuda", "sm_120")]
 )
+@pytest.mark.exhaustive
 def test_gpu_code_gives_the_cpus_bits_on_other_architectures(compiler, arch):
     assert_gpu_code_gives_the_cpus_bits(compiler, arch, "float16, with a copy and a mean", [133, 640])
 

@@ -58,6 +58,7 @@ def test_every_start_and_size_touches_its_own_bytes_alone(compiler, arch, name, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["adam", "all with l2"])
+@pytest.mark.exhaustive
 def test_a_million_and_three_elements_over_four_steps(compiler, arch, name, dtype, examples):
     """In the short run a hundred thousand."""
     n, arrays = examples(100_003, 1_000_003), None

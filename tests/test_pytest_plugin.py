@@ -53,6 +53,7 @@ def test_without_a_gpu_the_sample_runs_on_the_cpu_and_says_what_it_skipped(proje
     )
 
 
+@pytest.mark.exhaustive
 def test_where_a_gpu_is_required_a_skip_is_a_failure(project, monkeypatch):
     monkeypatch.setenv("GPUADAM_REQUIRE_GPU", "1")
     project.makepyfile(test_training=SMALL)
@@ -146,6 +147,7 @@ def pytest_runtest_protocol(item):
 """
 
 
+@pytest.mark.exhaustive
 def test_a_test_that_is_run_again_is_counted_once(project):
     project.makeconftest(AGAIN)
     project.makepyfile(test_training=SMALL)
@@ -176,6 +178,7 @@ def entry_points():
     return "[pytest11]\n" + table.replace('"', "") + "\n"
 
 
+@pytest.mark.exhaustive
 def test_an_installed_gpuadam_brings_the_plugin_and_p_no_gpuadam_leaves_it_out(project, monkeypatch):
     installed = project.mkdir("gpuadam-0.0.dist-info")
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: gpuadam\nVersion: 0.0\n")

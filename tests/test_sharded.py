@@ -213,6 +213,7 @@ def digits(tmp_path_factory):
     return {"DIGITS": str(path)}
 
 
+@pytest.mark.exhaustive
 def test_four_ranks_learn_to_read_digits_as_well_as_one(of_four):
     pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
     alone, together = of_four[0]["accuracy alone"][0], of_four[0]["accuracy"]
@@ -347,6 +348,7 @@ AMID_A_STEP = "a step that was cut short, and other work"
 
 
 @pytest.mark.parametrize("how", few(["SIGSTOP", AMID_A_STEP, "other work"], "SIGSTOP"))
+@pytest.mark.exhaustive
 def test_a_rank_that_does_not_come_is_named_after_the_timeout_and_the_job_ends(how):
     expected()
     end = ended(started(3, "ends", run=(), HOW=how, TIMEOUT="4"))

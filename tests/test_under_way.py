@@ -63,7 +63,7 @@ def test_an_interrupt_at_any_moment_of_a_step_leaves_all_or_nothing_changed_or_i
     with Interrupt() as whole:
         opt.step(grads_of(opt))
     told = 0
-    moments = range(1, whole.count + 1, examples(29, 1))
+    moments = range(1, whole.count + 1, examples(61, 1))
     for n in moments:
         opt = OPTIMIZERS[name](arrays(0))
         grads = grads_of(opt)
