@@ -371,11 +371,14 @@ def metadata_of(files):
 
 
 def step(opt, params, in_json):
-    """Take a step with what was loaded, which must not be anything that a step chokes on."""
+    """Take a step with what was loaded, which must not be anything that a step chokes on.
+
+    A huge count is refused, or a learning rate that is too large for this step; it may not be for a later one.
+    """
     try:
         opt.step(grads(params))
     except (OverflowError, ValueError) as error:
-        assert in_json and "step" in str(error), error
+        assert in_json and ("step" in str(error) or "overflows float32" in str(error)), error
 
 
 @pytest.mark.parametrize("kind", KINDS)
