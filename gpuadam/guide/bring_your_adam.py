@@ -32,10 +32,26 @@ in float64 NumPy beside the call.
 | `lr = lr0 / (1 + 0.1 * t)` | `step=t, lr=lr0 / (1 + 0.1 * t)`, or `Adam(lr=lambda t: ...)` |
 
 The classes (`gpuadam.Adam` and its family) count the steps themselves, and take the other arguments by the same names. A count
-that stays at 1 or at `1 << 40` needs `adam_step`.
+that stays at 1 needs `adam_step`. For one of `1 << 40` and more, set it once: `opt.state[name]["step"] = 1 << 40`.
 
 A program that rebinds its array, `x = x - step`, makes a new one each time. Here x is updated in place, so whoever holds it
 sees the new numbers; `change=` is for programs that must not.
+
+Five programs, and what replaces their Adam. Each row is a test too: fifty steps of the program's formulas beside these calls.
+
+| program | what its Adam has | what gives the same numbers |
+|---|---|---|
+| [ceviche](https://github.com/fancompute/ceviche) | bounds | `Adam(params, lr=lr, bounds=(low, high))` |
+| [Qualia2.0](https://github.com/Kashu7100/Qualia2.0) | eps inside of the root, decay without lr | (1) |
+| [gsplat](https://github.com/nerfstudio-project/gsplat) | visible rows alone; rows come and go; no correction | (2) |
+| [dlx](https://github.com/quinnlue/dlx) | a schedule; clipping to a norm | (3) |
+| [opt-disease-control](https://github.com/costantinobudroni/opt-disease-control) | the step is returned | (4) |
+
+1. `AdamW(params, lr=lr, formula="optax", eps=0, eps_root=eps, weight_decay=decay / lr)`
+2. `opt = Adam(points, lr=lr, eps=eps)` and `opt.state["0"]["step"] = 1 << 40`, then `opt.step(grad, where=visible)` and, for
+   other rows, `opt.replace("0", points, rows)`
+3. `opt = AdamW(params, lr=schedule)`, then `opt.step(grads, grad_scale=min(1, clip / norm))`: `max_norm=` adds 1e-6 to the norm
+4. `adam_step(x, g, m, v, k + 1, lr=lr, change=change)`, where `change` is minus what the program's function returns
 
 Not the same in one call: decay of the new x after the step, `x = (x - step) * (1 - lr * decay)`; means without the factors
 `1 - beta1` and `1 - beta2` (scale lr and eps instead); complex arrays.
