@@ -292,6 +292,16 @@ def same_layout(own, loaded, any_layout):
         read_only(own)
 
 
+def copy_of_param(view, param):
+    """Check an array that is to be overwritten with copies of a parameter."""
+    one_format(view, KINDS["param_copy"].formats)
+    if view.shape != param.shape:
+        raise ValueError(f"{view.name} has shape {view.shape}, {param.name} has {param.shape}: nothing is broadcast")
+    layout(view)
+    if not view.writeable:
+        read_only(view)
+
+
 def read_only(view):
     if view.immutable:
         raise ValueError(f"{view.name}, which an update writes to, {view.immutable}")
