@@ -48,6 +48,7 @@ class Beginning(NamedTuple):
     backend: Any
     view: View
     kept: dict[str, str]  # key of the state -> format
+    numbers: int = 1  # of the parameter that share a v
 
 
 class Group(NamedTuple):
@@ -71,6 +72,8 @@ class Adam(HasGroups, Grows):
         has schedule(0), and `lr=schedule` starts with schedule(1); `lr=lambda step: schedule(step - 1)` is as in optax.
     betas, eps, weight_decay, maximize, clip_value, bounds: as in `adam_step`.
     amsgrad: keep the running maximum of v (Reddi et al. 2018).
+    complex, components: as in `adam_step`, for the complex and for the real parameters of a group. m, max_v and ema of a complex
+        parameter are real arrays with a last dimension of 2, and so is v of "parts". Groups may have their own, fixed with them.
     capturable: keep the step count on the device, so that a CUDA graph that captures `step` counts on when it is replayed.
         lr, and grad_scale in `step`, may then be arrays of one float32 or float64 on that device, whose values are read there
         when the step runs; in a captured graph they have to be, and norm and found_inf too, because a graph freezes numbers.
@@ -119,6 +122,8 @@ class Adam(HasGroups, Grows):
         maximize=False,
         clip_value=None,
         bounds=None,
+        complex=None,
+        components=1,
         capturable=False,
         formula="torch",
         eps_root=0.0,
@@ -149,6 +154,7 @@ class Adam(HasGroups, Grows):
         )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"amsgrad": amsgrad, "maximize": maximize, "clip_value": clip_value, "bounds": bounds}
+        defaults |= {"complex": complex, "components": components}
         self.groups, self.arrangement = parsed_groups(params, defaults)
         self._remembered, self.under_way = Remembered(), UnderWay()
         self._norm: Any = None  # of the last step, on a GPU
@@ -183,7 +189,10 @@ class Adam(HasGroups, Grows):
                 if not view.writeable:
                     checks.read_only(view)
                 hyperparameters.check_rounding(h, self.options.computed_in(view.format))
-                beginnings[name] = Beginning(kernels, view, self.options.kept(view, structure.amsgrad))
+                numbers = checks.numbers(view, structure.complex, structure.components)
+                checks.ordered(view, numbers, h.fixed, ())
+                kept = self.options.kept(view, structure.amsgrad, numbers)
+                beginnings[name] = Beginning(kernels, view, kept, numbers)
         checks.overlap([beginning.view for beginning in beginnings.values()], [])
         return beginnings
 
@@ -194,8 +203,8 @@ class Adam(HasGroups, Grows):
         states |= {name: {"step": 0} | arrays for name, arrays in new.items()}
         seed, stochastic = checks.seed(self.options.seed), self.options.stochastic_rounding
         self.parameters = {}
-        for number, (name, (_, view, kept)) in enumerate(beginnings.items()):
-            kind = ParameterKind.of(view.format, kept, name in copies, stochastic)
+        for number, (name, (_, view, kept, numbers)) in enumerate(beginnings.items()):
+            kind = ParameterKind.of(view, kept, name in copies, stochastic, numbers)
             key = key_of_parameter(seed, number)
             self.parameters[name] = Parameter(name, kind, states[name], key, copies.get(name))
         self.state = {name: parameter.state for name, parameter in self.parameters.items()}
@@ -239,8 +248,8 @@ class Adam(HasGroups, Grows):
     def new_state(self, beginnings):
         """Return name -> {key: zeros} of the state of all parameters. beginnings: name -> Beginning."""
         return {
-            name: {key: state_.zeros(backend, view, key, format) for key, format in kept.items()}
-            for name, (backend, view, kept) in beginnings.items()
+            name: {key: state_.zeros(backend, view, key, format, numbers) for key, format in kept.items()}
+            for name, (backend, view, kept, numbers) in beginnings.items()
         }
 
     def copies_of(self, param_copies, beginnings):
@@ -344,22 +353,24 @@ class Adam(HasGroups, Grows):
             if len(alike) < len(parameters):
                 chosen = set(map(id, alike))
                 columns = [list(itertools.compress(x, [id(p) in chosen for p in parameters])) for x in columns]
-            updates.append(self._updates(h, step, alike, names, columns, now))
+            updates.append(self._updates(h, structure, step, alike, names, columns, now))
         return updates, parameters
 
-    def _updates(self, h, step, parameters, names, columns, now):
+    def _updates(self, h, structure, step, parameters, names, columns, now):
         """Return the Updates of parameters of one kind. columns: their arrays and gradients, to which those of the state come."""
-        _, operands, kept, bits, counted = parameters[0].kind
+        _, operands, kept, bits, counted, *_ = parameters[0].kind
         states = [parameter.state for parameter in parameters]
         for operand in kept:
             columns.append([state[operand] for state in states])
         if len(columns) < len(operands):
             columns.insert(operands.index("param_copy"), [parameter.copy for parameter in parameters])
-        if not counted:
-            return Updates(h, step, columns, operands, names, now)
-        keys, starts = [parameter.key for parameter in parameters], [parameter.start for parameter in parameters]
-        stochastic, seed = self.options.stochastic_rounding, checks.seed(self.options.seed)
-        return Updates(h, step, columns, operands, names, now, bits, stochastic, seed, keys, starts)
+        updates = Updates(h, step, columns, operands, names, now)
+        updates.complex, updates.components = structure.complex, structure.components
+        if counted:
+            updates.bits, updates.stochastic = bits, self.options.stochastic_rounding
+            updates.seed = checks.seed(self.options.seed)
+            updates.keys, updates.starts = [p.key for p in parameters], [p.start for p in parameters]
+        return updates
 
     def step_arrays(self, change, lr_scale, where):
         """Return the `StepArrays` of a step."""
@@ -516,7 +527,8 @@ class Adam(HasGroups, Grows):
 
     def _checked_settings(self, k, saved):
         """Return the hyperparameters of group k in a state_dict."""
-        saved = {"clip_value": None, "bounds": None} | saved  # older ones do not have them
+        # older ones do not have all
+        saved = {"clip_value": None, "bounds": None, "complex": None, "components": 1} | saved
         if set(saved) != {"names", *HYPERPARAMETERS}:
             raise ValueError(
                 f'a group of a state_dict has "names" and {HYPERPARAMETERS}; this one has {some(sorted(map(str, saved)))}'
