@@ -108,7 +108,7 @@ def in_python(form, op):
         op.fma, op.add, op.sub, op.mul, op.div, op.sqrt, op.neg, op.abs, op.larger, op.zero_below, op.at_least, op.at_most,
         op.choose,
     )  # fmt: skip
-    squares, plus_squares, magnitude, nonzero = op.squares, op.plus_squares, op.magnitude, op.nonzero
+    squares, plus_squares, length, nonzero = op.squares, op.plus_squares, op.length, op.nonzero
     (
         SCALED, CLIPS, L2, DECOUPLED, AMSGRAD, NEAR1, NEAR2, BOUNDED, NEAR_EMA, EMA, ROOT, CHANGE, LR_SCALE, WHERE, NONZERO,
         LOWS, HIGHS, NADAM, ADAMAX, OPTAX,
@@ -130,7 +130,7 @@ def in_python(form, op):
             param = mul(decay, param) if CHANGE else fma(decay, param, param)
         m = fma(w1, sub(g, m), m if NEAR1 else g)
         v = (
-            larger(mul(w2, v), add(magnitude(g), eps)) if ADAMAX
+            larger(mul(w2, v), add(length(g), eps)) if ADAMAX
             else fma(w2, plus_squares(neg(v), g), v if NEAR2 else squares(g))
         )
         v_hat = mul(v, inv_sqrt_bias2) if OPTAX else v
@@ -177,7 +177,7 @@ __device__ __forceinline__ void update(
     if (DECOUPLED)
         param = CHANGE ? mul_(decay, param) : fma_(decay, param, param);
     m = fma_(w1, sub_(g, m), NEAR1 ? m : g);
-    v = ADAMAX ? larger_(mul_(w2, v), add_(magnitude_(g), eps))
+    v = ADAMAX ? larger_(mul_(w2, v), add_(length_(g), eps))
                : fma_(w2, plus_squares_(neg_(v), g), NEAR2 ? v : squares_(g));
     T v_hat = OPTAX ? mul_(v, inv_sqrt_bias2) : v;
     max_v = AMSGRAD ? larger_(max_v, v_hat) : v_hat;

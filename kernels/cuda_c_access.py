@@ -13,7 +13,7 @@ IN_CUDA_C = r"""
 template <class S, class U> __device__ __forceinline__ S* as(U* p) { return reinterpret_cast<S*>(p); }
 template <class S, class U> __device__ __forceinline__ const S* as(const U* p) { return reinterpret_cast<const S*>(p); }
 // N lanes of M numbers. Alone, a lane is aligned to a number, and else to what an access of it takes (`layout.aligned_to`).
-constexpr int aligned_to(int n) { return (n & -n) < 16 ? n & -n : 16; }
+__device__ constexpr int aligned_to(int n) { return (n & -n) < 16 ? n & -n : 16; }
 template <int N, class S, int M = 1>
 struct alignas(N == 1 ? sizeof(S) : aligned_to(N * M * sizeof(S))) Vector { S lane[N * M]; };
 template <int N, int M = 1, class S> __device__ __forceinline__ Vector<N, S, M> load(const S* p) {

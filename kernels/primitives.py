@@ -154,9 +154,9 @@ def plus_squares(b, rn, x, *g):
     return functools.reduce(lambda total, number: fma(b, rn, number, number, total), g, x)
 
 
-# |g|: of a vector its length
+# The length of a vector, |g| of one number
 @reduction("return NUMBERS == 1 ? abs_(g(0)) : sqrt_(squares_(g));")
-def magnitude(b, rn, *g):
+def length(b, rn, *g):
     return abs_(b, rn, *g) if len(g) == 1 else sqrt(b, rn, squares(b, rn, *g))
 
 
