@@ -222,11 +222,10 @@ def numbers(param, complex, components):
 def ordered(param, numbers, h, views):
     """Refuse what needs an order of complex numbers. h: `hyperparameters.Fixed`."""
     if param.of_complex and numbers > 1:
-        bounded = h.low > -math.inf or h.high < math.inf or "low" in views or "high" in views
-        if bounded or h.clip_value < math.inf:
+        if h.ordered or "low" in views or "high" in views:
             raise ValueError(
-                f"{param.name} is complex, and {'bounds' if bounded else 'clip_value'} would need an order of complex numbers: "
-                "complex='parts' has it, for each part"
+                f"{param.name} is complex, and bounds or clip_value would need an order of complex numbers: complex='parts' has it, "
+                "for each part"
             )
 
 

@@ -1,6 +1,7 @@
 """`adam_step`: one update of one parameter's arrays."""
 
 from . import checks, hyperparameters
+from .step_arrays import bounds_apart
 from .update import OPERANDS, Updates, update
 
 
@@ -57,7 +58,8 @@ def adam_step(
     maximize: go up the gradient. grad_scale: the gradient is multiplied by it first (1 / loss scale, or a clipping factor).
     clip_value: every element of the gradient is clipped to -clip_value ... clip_value, after grad_scale and before weight_decay.
     bounds: (low, high), between which the step leaves every element of param: the update is made, and then min(max(param, low),
-        high). Either may be None. They are rounded to param's dtype. NaN stays.
+        high). Either may be None, a number, which is rounded to param's dtype, or an array of param's shape and dtype, in which
+        NaN is no bound. A param that is NaN stays.
     algorithm: "adam"; or "nadam" (Dozat 2016), "radam" (Liu et al. 2020) or "adamax" (Kingma & Ba 2015, Algorithm 2: v is then
         the decayed maximum of |gradient|), each as in torch.
     formula: where Adam's eps goes. With m and v corrected for their bias, "torch" and "apex": m / (sqrt(v) + eps), which are
@@ -106,15 +108,20 @@ def adam_step(
     formulas = hyperparameters.ADAM  # which takes less time than to look it up
     if not usual or zero_grad is not False or decoupled is not False:
         formulas = hyperparameters.formulas(algorithm, formula, eps_root, ema_decay, False, zero_grad, decoupled)
+    low = high = None
+    if bounds is not None:
+        bounds, low, high = bounds_apart(bounds)
     h = hyperparameters.with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas, clip_value, bounds)
     group = Updates(h, checks.step_number(step), [[param], [grad], [m], [v]])
-    plain = max_v is remainder is param_copy is ema is change is lr_scale is where is m_scale is v_scale is complex is None
+    plain = max_v is remainder is param_copy is ema is change is lr_scale is where is low is high is None
+    plain = plain and m_scale is v_scale is complex is None
     if not plain or stochastic_rounding or seed or components != 1:
         if isinstance(where, str):
             checks.one_of(("nonzero",), "where", where)
             group.nonzero, where = True, None
         optional = {"max_v": max_v, "remainder": remainder, "param_copy": param_copy, "ema": ema, "change": change}
-        optional |= {"lr_scale": lr_scale, "where": where, "m_scale": m_scale, "v_scale": v_scale}
+        optional |= {"lr_scale": lr_scale, "where": where, "low": low, "high": high}
+        optional |= {"m_scale": m_scale, "v_scale": v_scale}
         optional = {name: array for name, array in optional.items() if array is not None}
         group.operands = OPERANDS + tuple(optional)
         group.columns += [[array] for array in optional.values()]

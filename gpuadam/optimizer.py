@@ -34,7 +34,7 @@ from .kernels.view import Bits, View, is_array
 from .options import Options
 from .remembered import Remembered
 from .state import Parameter, ParameterKind
-from .step_arrays import StepArrays
+from .step_arrays import StepArrays, bounds_of_loaded, of_bounds, saved_bounds, without_arrays
 from .under_way import UnderWay
 from .update import Updates, check, update
 
@@ -70,7 +70,8 @@ class Adam(HasGroups, Grows):
         it is also called with 1 here and in `load_state_dict`. It may return an array of no dimensions, which is read, and
         waited for if it is on a GPU: optax's schedules are such callables. They count from 0, so that optax's own first step
         has schedule(0), and `lr=schedule` starts with schedule(1); `lr=lambda step: schedule(step - 1)` is as in optax.
-    betas, eps, weight_decay, maximize, clip_value, bounds: as in `adam_step`.
+    betas, eps, weight_decay, maximize, clip_value, bounds: as in `adam_step`. Bounds that are arrays have the structure of the
+        group's params, with None for a parameter that has none. They are not state: a checkpoint does not hold them.
     amsgrad: keep the running maximum of v (Reddi et al. 2018).
     complex, components: as in `adam_step`, for the complex and for the real parameters of a group. m, max_v and ema of a complex
         parameter are real arrays with a last dimension of 2, and so is v of "parts". Groups may have their own, fixed with them.
@@ -176,6 +177,7 @@ class Adam(HasGroups, Grows):
     def _checked_params(self):
         """Check the parameters and hyperparameters. Return name -> Beginning of each parameter."""
         beginnings: dict[str, Beginning] = {}
+        of_bounds(self.groups, self.arrangement.structures)  # which refuses those of another structure
         for group, structure in zip(self.groups, self.arrangement.structures, strict=True):
             has_array = self.options.capturable and is_array(group["lr"])  # whose number is not known before it is read
             h = self.checked(group | {"lr": 0.0} if has_array else group, structure, step=1)
@@ -261,7 +263,7 @@ class Adam(HasGroups, Grows):
 
     def checked(self, group, structure, step, grad_scale=1.0):
         """Return the Hyperparameters of a group for a step, checked."""
-        return checked_group(group, structure, self.options, step, grad_scale)
+        return checked_group(without_arrays(group), structure, self.options, step, grad_scale)
 
     def step(
         self,
@@ -312,9 +314,9 @@ class Adam(HasGroups, Grows):
         if not (max_norm is norm is found_inf is None and check_finite is False):
             conditions = self.conditions(grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream)
             grad_scale, left_out, on_device = conditions
-        further = None
-        if not change is lr_scale is where is None:
-            further = self.step_arrays(change, lr_scale, where)
+        further, bounds = None, of_bounds(self.groups, self.arrangement.structures)
+        if bounds or not change is lr_scale is where is None:
+            further = self.step_arrays(change, lr_scale, where, bounds)
         updates: list[Updates] = []
         taking: list[tuple] = []
         for settings, group, grads in zip(self.groups, self._groups, grads_of_groups, strict=True):
@@ -340,7 +342,7 @@ class Adam(HasGroups, Grows):
         (structure, parameters, kind, count), arrays = group, settings["params"]
         lr, grad_scale, now = count.numbers(settings["lr"], grad_scale, on_device)
         known = settings if lr is settings["lr"] else settings | {"lr": lr}
-        h = checked_group(known, structure, self.options, self.steps + 1, grad_scale)
+        h = checked_group(without_arrays(known), structure, self.options, self.steps + 1, grad_scale)
         if id(None) in map(id, grads):
             present = [grad is not None for grad in grads]
             count.check_present(parameters, present)
@@ -372,9 +374,9 @@ class Adam(HasGroups, Grows):
             updates.keys, updates.starts = [p.key for p in parameters], [p.start for p in parameters]
         return updates
 
-    def step_arrays(self, change, lr_scale, where):
+    def step_arrays(self, change, lr_scale, where, bounds):
         """Return the `StepArrays` of a step."""
-        return StepArrays(self.arrangement, change, lr_scale, where)
+        return StepArrays(self.arrangement, change, lr_scale, where, bounds)
 
     def launch(self, updates, stream):
         """Check the Updates of a step and launch them."""
@@ -439,7 +441,7 @@ class Adam(HasGroups, Grows):
         self.under_way.check()
         groups, states = [], {name: dict(state) for name, state in self.state.items()}
         for own, group in zip(self.groups, self._groups, strict=True):
-            settings = saved_settings(own)
+            settings = saved_settings(own | {"bounds": saved_bounds(own["bounds"])})
             if is_array(settings["lr"]):
                 settings["lr"] = group.count.value(settings["lr"])
             groups.append(settings)
@@ -541,6 +543,7 @@ class Adam(HasGroups, Grows):
         own_lr, count = self.groups[k]["lr"], self._groups[k].count
         if is_array(own_lr) and not callable(settings["lr"]):
             count.check_fill("lr", own_lr)
+        settings["bounds"] = bounds_of_loaded(settings["bounds"], self.groups[k]["bounds"])
         h = self.checked(self.groups[k] | settings, self.arrangement.structures[k], step=1)
         for parameter in self._groups[k].parameters:
             hyperparameters.check_rounding(h, self.options.computed_in(parameter.kind.param))

@@ -125,21 +125,20 @@ def _in_numpy_structs(groups):
         if type(columns[0][0]) not in IN_STRUCTS:
             return None
         # the latest is mostly the right one, and to read tells
-        if group.components > 1:
-            return None
-        like = _latest.get((group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad, group.nonzero))
+        like = _latest.get(settings_of(group))
         if like is not None:
             rows = struct.table(columns, like.columns, not like.random)
         if rows is None:
             columns, like = _like(group, struct)
             rows = like and struct.table(columns, like.columns, not like.random)
-        if like is None or rows is None:
+        if like is None or rows is None or (like.columns.of_complex and like.columns.numbers > 1 and group.h.fixed.ordered):
             return None
         if like.random and group.keys:
             rows[:, struct.KEY] = group.keys
         if like.random and group.starts:
             rows[:, struct.START] = group.starts
-        n = columns[0][0].size if len(rows) == 1 else rows[:, struct.SIZE].sum().item()
+        one = len(rows) == 1 and not like.columns.of_complex and like.columns.numbers == 1  # of which NumPy knows
+        n = columns[0][0].size if one else rows[:, struct.SIZE].sum().item()
         batches.append(kernels.batch_of(rows, n, like.arrays, like.random, k, group.names))
         tables.append((rows, like.columns))
     return batches if len(tables) == 1 or struct.all_disjoint(tables) else None
@@ -154,8 +153,14 @@ class Like(NamedTuple):
 
 
 _likes: dict[tuple, Like] = {}
-_latest: dict[tuple, Like] = {}  # of operands, bits, stochastic, zero_grad and nonzero
+_latest: dict[tuple, Like] = {}  # by `settings_of`
 IN_STRUCTS = np.ndarray, Bits
+
+
+def settings_of(group):
+    """Return what decides beside the arrays which Updates can be in one table."""
+    settings = group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad, group.nonzero
+    return (*settings, group.complex, group.components)
 
 
 def _like(group, struct):
@@ -167,12 +172,12 @@ def _like(group, struct):
     first = [column[0] for column in columns]
     if not struct.known() or not all(type(array) is np.ndarray for array in first):
         return columns, None
-    settings = group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad, group.nonzero
+    settings = settings_of(group)
     key = *settings, tuple(bits), *[id(array.dtype) for array in first]
     like = _likes.get(key)
     if like is None:
-        like_first = struct.columns_like(group.operands, first, group.h.fixed.zero_grad)
-        arrays = like_first and _arrays_of_dtypes(group, like_first.dtypes, bits)
+        like_first = struct.columns_like(group.operands, first, group.h.fixed.zero_grad, group.complex, group.components)
+        arrays = like_first and _arrays_of_dtypes(group, like_first, bits)
         if arrays is None:
             return columns, None
         like = _likes[key] = Like(like_first, arrays, arrays.random)
@@ -181,19 +186,20 @@ def _like(group, struct):
     return columns, like
 
 
-def _arrays_of_dtypes(group, dtypes, bits):
-    """Return the `operands.Arrays` of Updates with NumPy arrays of these dtypes, or None if `checks.formats` refuses them."""
-    formats = dict(zip(group.operands, dtypes, strict=True))
+def _arrays_of_dtypes(group, columns, bits):
+    """Return the `operands.Arrays` of Updates with NumPy arrays of Columns, or None if `checks.formats` refuses them."""
+    formats = dict(zip(group.operands, columns.dtypes, strict=True))
     for operand, format in zip(group.operands, bits, strict=False):
         if format:
             if format not in ("bfloat16", "float16") or formats[operand] not in ("int16", "uint16"):
                 return None
             formats[operand] = format
     try:
-        checks.formats({operand: _Named(operand, format) for operand, format in formats.items()}, group.nonzero)
+        named = {operand: _Named(operand, format) for operand, format in formats.items()}
+        checks.formats(named, group.nonzero, columns.numbers)
     except TypeError:  # which `_in_views` reports by the array's name
         return None
-    return arrays_of(formats, group.stochastic, group.nonzero)
+    return arrays_of(formats, group.stochastic, group.nonzero, columns.numbers)
 
 
 class _Named(NamedTuple):

@@ -11,6 +11,7 @@ from ..kernels.messages import shortened, shown
 from ..kernels.view import is_array
 from ..options import SAVED, Options
 from ..sharded.layout import CELL
+from ..step_arrays import bounds_of_loaded
 from .format import CLASSES, check_known, of_param
 from .safetensors import CheckpointError, require
 from .stored import Stored, opened_file
@@ -116,7 +117,9 @@ def opened(path, params, backend, lr):
         arguments = []
         for group, structure, rate, saved_group in zip(groups, structures, rates, saved.groups, strict=True):
             members = as_given(structure.kind, structure.names, group["params"])
-            arguments.append(saved_group | {"lr": rate, "params": members})
+            with not_fitting():
+                bounds = bounds_of_loaded(saved_group.get("bounds"), group["bounds"])
+            arguments.append(saved_group | {"lr": rate, "params": members, "bounds": bounds})
             del arguments[-1]["names"]
         yield Opened(stored, *((arguments, {}) if grouped else (arguments[0].pop("params"), arguments[0])))
 

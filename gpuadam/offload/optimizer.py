@@ -113,7 +113,7 @@ class OffloadAdam(Adam):
     def new_state(self, beginnings):
         self._gpu, self._device = self._usable_gpu(list(beginnings.values()))
         self._largest = max(beginnings.values(), key=lambda beginning: beginning.view.size)
-        for _, view, kept in beginnings.values():
+        for _, view, kept, _ in beginnings.values():
             check_contiguous(view)
             if self._master == "float32" and view.format in NARROW:
                 kept["master"] = "float32"
@@ -196,9 +196,10 @@ class OffloadAdam(Adam):
     def with_groups(self, groups, states, copies):
         raise ValueError("OffloadAdam has its parameters for good: load their state into an optimizer of other ones")
 
-    def step_arrays(self, change, lr_scale, where):
+    def step_arrays(self, change, lr_scale, where, bounds):
         raise ValueError(
-            "OffloadAdam takes no change, lr_scale or where: its steps go piece by piece. Use Adam, or leave them out"
+            "OffloadAdam takes no change, lr_scale or where, and no bounds that are arrays: its steps go piece by piece. Use Adam, "
+            "or leave them out"
         )
 
     def conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):

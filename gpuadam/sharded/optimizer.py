@@ -76,6 +76,8 @@ class ShardedAdam(HasGroups):
         maximize=False,
         clip_value=None,
         bounds=None,
+        complex=None,
+        components=1,
         reduction="mean",
         bucket_bytes=1 << 25,
         views=False,
@@ -87,7 +89,7 @@ class ShardedAdam(HasGroups):
         self.reduction, self._bucket_bytes, self._views = reduction, bucket_bytes, views
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"amsgrad": amsgrad, "maximize": maximize, "clip_value": clip_value, "bounds": bounds}
-        defaults |= {"complex": None, "components": 1}
+        defaults |= {"complex": complex, "components": components}
         with transport.calls.alone("the making of an optimizer"):
             settings, _ = agreed(transport, self._parsed, params, defaults, algorithm, decoupled, options)
             buffers = on_all(transport, self._made_buffers, settings)  # state may not fit into memory
@@ -347,7 +349,7 @@ class ShardedAdam(HasGroups):
     def _in_structure(self, arrays):
         """Return arrays, given in the order of the parameters, in the structure of params."""
         arrays, groups = iter(arrays), []
-        for kind, names, _ in self.arrangement.structures:
+        for kind, names, *_ in self.arrangement.structures:
             groups.append(as_given(kind, names, list(itertools.islice(arrays, len(names)))))
         return groups if self.arrangement.in_groups else groups[0]
 
