@@ -38,6 +38,7 @@ from .groups import decay_groups
 from .kernels.view import Bits
 from .offload import OffloadAdam
 from .optimizer import Adam
+from .rule import Rule
 from .sharded import transports
 from .sharded.loading import load_sharded
 from .sharded.optimizer import ShardedAdam, ShardedAdamW
@@ -45,6 +46,7 @@ from .version import __version__ as __version__
 
 __all__ = [  # noqa: RUF022 - in the order of the reference
     "adam_step",
+    "Rule",
     "Adam",
     "AdamW",
     "NAdam",
