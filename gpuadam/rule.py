@@ -1,5 +1,6 @@
 """`Rule`: the update of one element, for kernels of your own."""
 
+import functools
 import importlib
 import re
 
@@ -9,7 +10,7 @@ from . import backends, checks, hyperparameters
 from .kernels.messages import shown
 from .kernels.operands import Arrays
 
-NAMES = ("lr", "betas", "eps", "weight_decay", "grad_scale", "clip_value", "bounds", "ema_decay")  # that a step may change
+NAMES = ("lr", "betas", "eps", "weight_decay", "grad_scale", "clip_value", "bounds")  # that a step may change
 
 
 class Rule:
@@ -24,8 +25,6 @@ class Rule:
     decoupled, maximize, algorithm, formula, eps_root: as in `adam_step`.
 
     Raises TypeError or ValueError for a wrong option.
-
-    Attributes: dtype, and `arguments`, the names of the values that an update takes, in their order.
 
     >>> import numba, numpy as np, gpuadam
     >>> rule = gpuadam.Rule("float32", lr=0.1, bounds=(0, None))
@@ -60,26 +59,28 @@ class Rule:
         eps_root=0.0,
         ema_decay=None,
     ):
-        self.dtype, self._has_ema = _computed_with(dtype), ema_decay is not None
-        self._settings = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled,
-            "maximize": maximize, "grad_scale": grad_scale, "clip_value": clip_value, "bounds": bounds,
-            "algorithm": algorithm, "formula": formula, "eps_root": eps_root,
-        }  # fmt: skip
-        self._settings |= {"ema_decay": ema_decay} if self._has_ema else {}
-        name = self.dtype.name
-        self._arrays = Arrays(name, name, name, checks.flag("amsgrad", amsgrad), ema=name if self._has_ema else "")
-        self._form = self._form_and_scalars(1, {})[0]
+        self.dtype = _computed_with(dtype)
+        self._settings = dict(zip(NAMES, (lr, betas, eps, weight_decay, grad_scale, clip_value, bounds), strict=True))
+        self._maximize = checks.flag("maximize", maximize)
+        has_ema, name = ema_decay is not None, self.dtype.name
+        ema_decay = ema_decay if has_ema else 0.999
+        self._formulas = hyperparameters.formulas(algorithm, formula, eps_root, ema_decay, False, False, decoupled)
+        self._arrays = Arrays(name, name, name, checks.flag("amsgrad", amsgrad), ema=name if has_ema else "")
         checks.combination(algorithm, ["max_v"] if amsgrad else [], False)
-        self.arguments = ("param", "grad", "m", "v", *["max_v"] * bool(amsgrad), *["ema"] * self._has_ema)
+        self._form = self._form_and_scalars(1, {})[0]
+
+    @functools.cached_property
+    def arguments(self):
+        """The names of the values that an update takes, in their order: param, grad, m, v; max_v and ema if there are any."""
+        return tuple(_kernels("element").arguments(self._form))
 
     def scalars(self, step, **changes):
         """Return the numbers of a step as a tuple of NumPy scalars of the rule's dtype.
 
         Numba's code takes the tuple as it is; CuPy's ElementwiseKernel takes the numbers one by one.
 
-        step: number of this update, counted from 1. changes: lr, betas, eps, weight_decay, grad_scale, clip_value, bounds or
-        ema_decay of this step.
+        step: number of this update, counted from 1. changes: lr, betas, eps, weight_decay, grad_scale, clip_value or bounds of
+            this step.
 
         Raises TypeError or ValueError for a wrong one, and for one that needs another kernel: without weight decay, for
         example, none is compiled in. A rule that was made with a grad_scale other than 1 takes 1 too.
@@ -92,14 +93,14 @@ class Rule:
         if unknown := sorted(changes.keys() - set(NAMES)):
             raise TypeError(f"a step cannot change {shown(', '.join(unknown))}, only {', '.join(NAMES)}: make another Rule")
         form, values = self._form_and_scalars(checks.step_number(step), changes)
-        made, no_ema = self._form, "ema_decay" in changes and not self._has_ema
+        made = self._form
         # a product with 1 is exact, so the kernel for another grad_scale does
-        if no_ema or form._replace(scaled=made.scaled) != made or form.scaled > made.scaled:
+        if form._replace(scaled=made.scaled) != made or form.scaled > made.scaled:
             given = ", ".join(f"{name}={shown(value)}" for name, value in changes.items())
-            before = ", ".join(f"{name}={shown(self._settings.get(name))}" for name in changes)
+            before = ", ".join(f"{name}={shown(self._settings[name])}" for name in changes)
             raise ValueError(
                 f"{given} needs another kernel than a Rule made with {before}: whether there are weight decay, bounds, "
-                "clipping, a grad_scale and a running mean, and whether a beta is above 1/2, is compiled in. Make a Rule with it"
+                "clipping and a grad_scale, and whether a beta is above 1/2, is compiled in. Make a Rule with it"
             )
         return tuple(map(self.dtype.type, values))
 
@@ -118,12 +119,12 @@ class Rule:
         Raises `BackendUnavailableError` if Numba compiles nothing here.
         """
         backends.load("numba-cpu")
-        return importlib.import_module("gpuadam.kernels.element_numba").build(self._form)
+        return _kernels("element_numba").build(self._form)
 
     def for_cuda_jit(self):
         """Return the same for @cuda.jit code of numba-cuda. There too fastmath=True changes the caller's arithmetic alone."""
         try:
-            return importlib.import_module("gpuadam.kernels.element_numba_cuda").build(self._form)
+            return _kernels("element_numba_cuda").build(self._form)
         except ImportError:
             backends.load("numba-cuda")  # which says what is missing
             raise
@@ -136,7 +137,7 @@ class Rule:
         when the code is compiled. --use_fast_math changes the caller's arithmetic alone. namespace: an identifier, for two rules
         in one kernel.
         """
-        return importlib.import_module("gpuadam.kernels.element").in_cuda_c(self._form, _identifier(namespace))
+        return _kernels("element").in_cuda_c(self._form, _identifier(namespace))
 
     def for_elementwise(self, namespace="gpuadam"):
         """Return two texts for an ElementwiseKernel: its input parameters for `*rule.scalars(step)`, and `update`'s argument s.
@@ -159,7 +160,13 @@ class Rule:
         return ", ".join(f"{self.dtype} {name}" for name in names), f"{namespace}::Scalars{{{{{', '.join(names)}}}}}"
 
     def _form_and_scalars(self, step, changes):
-        return hyperparameters.form_and_scalars(hyperparameters.checked(**self._settings | changes), step, self._arrays)
+        h = hyperparameters.with_formulas(**self._settings | changes, maximize=self._maximize, formulas=self._formulas)
+        return hyperparameters.form_and_scalars(h, step, self._arrays)
+
+
+def _kernels(name):
+    """Return a module of gpuadam.kernels. They import Numba or llvmlite, and `import gpuadam` imports neither."""
+    return importlib.import_module(f"gpuadam.kernels.{name}")
 
 
 def _computed_with(dtype):

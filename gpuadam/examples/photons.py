@@ -55,7 +55,9 @@ def on_cpu(rule, smoothing, size):
     update = rule.for_njit()  # which says so if Numba is missing
     import numba
 
-    white, faint, smooth = np.float32([WHITE, FAINT, smoothing])  # Python's own would be float64, and what they meet too
+    white, faint, smooth = map(
+        np.float32, (WHITE, FAINT, smoothing)
+    )  # Python's own would be float64, and what they meet too
     pull = numba.njit(lambda difference: difference / math.sqrt(difference * difference + faint), error_model="numpy")
 
     @numba.njit(error_model="numpy")
