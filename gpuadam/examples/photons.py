@@ -14,7 +14,7 @@ import gpuadam
 
 from . import command_line, gaussians
 
-WHITE, FAINT = 10.0, 1e-4  # photons of a white pixel; is added to squares, because roots have no derivative at 0
+WHITE, FAINT = 10.0, 1e-4  # photons of a white pixel; a number added to squares, because at 0 roots have no derivative
 OPTIONS = {"betas": (0.9, 0.99), "bounds": (1e-3, 1)}
 
 
@@ -55,9 +55,7 @@ def on_cpu(rule, smoothing, size):
     update = rule.for_njit()  # which says so if Numba is missing
     import numba
 
-    white, faint, smooth = map(
-        np.float32, (WHITE, FAINT, smoothing)
-    )  # Python's own would be float64, and what they meet too
+    white, faint, smooth = map(np.float32, (WHITE, FAINT, smoothing))  # Python's own would make all that they meet float64
     pull = numba.njit(lambda difference: difference / math.sqrt(difference * difference + faint), error_model="numpy")
 
     @numba.njit(error_model="numpy")

@@ -65,7 +65,8 @@ Libraries put eps in different places. `formula=` chooses, for Adam and AdamW:
 
 The same: CPU and GPU; CuPy and Numba CUDA; one thread and many; one array and pieces of it; contiguous and strided arrays; a
 step in memory, offloaded (`gpuadam.offload`), over many ranks (`gpuadam.sharded`, for equal sums of gradients) and in kernels
-of users (`gpuadam.Rule`, for equal gradients); a training that was saved and loaded (`gpuadam.checkpoint`). Random rounding, 8-bit state and the norm are included.
+of users (`gpuadam.Rule`, for equal gradients); a training that was saved and loaded (`gpuadam.checkpoint`). Random rounding,
+8-bit state and the norm are included.
 
 Not the same:
 
