@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import ARCHITECTURES, DTYPES, assert_same_bits, few
+from cases import ARCHITECTURES, DTYPES, KEY_FORMS, assert_same_bits, few, form_and_scalars
 from rules import KEYS, OPTIONS, arrays_of, assert_steps, in_adam_step, over_elements
 
 import gpuadam
@@ -27,7 +27,7 @@ def elements_of(rule, prefix=""):
 
 
 def of_text(compiler, arch, text, *options):
-    """Return a kernel in CUDA C as a function of its arguments. Arrays are passed as pointers, their size after them."""
+    """Return a kernel in CUDA C, and a function that runs it with arrays, their size, which it adds, and structs."""
     options = ["-std=c++17", *options, "-ftz=true", f"-arch={arch.replace('sm', 'compute')}"]  # as CuPy appends it
     ptx = gpu_code.nvrtc(12 if compiler == "cupy-cuda12" else 13).compile(text, options, "PTX")
     kernel = gpu_code.loaded(ptx.rstrip(b"\0").decode())
@@ -37,21 +37,22 @@ def of_text(compiler, arch, text, *options):
         parameters = gpu_code.packed(kernel, *(a.ctypes.data for a in arrays), n, *(s.tobytes() for s in structs))
         kernel.run(-(-n // BLOCK), BLOCK, parameters, gpu_code.memory_of(arrays))
 
-    return run
+    return kernel, run
 
 
 def of_cuda_c(compiler, arch, rule, *options):
+    """Return a kernel that updates arrays, one element a thread, and a function that runs it with arrays and scalars."""
     text = f"""{rule.for_cuda_c()}
         extern "C" __global__ void step({parameters_of(rule)}, long long n, gpuadam::Scalars s) {{
             {PLACE}
             if (i < n) gpuadam::update({elements_of(rule)}, s);
         }}"""
-    run = of_text(compiler, arch, text, *options)
-    return lambda arrays, s: run(arrays, np.array(s))
+    kernel, run = of_text(compiler, arch, text, *options)
+    return kernel, lambda arrays, s: run(arrays, np.array(s))
 
 
 def of_numba(arch, rule, grad="grad[i]", **options):
-    """Return a kernel of Numba CUDA as a function of arrays and scalars."""
+    """Return the same of Numba CUDA. options: of cuda.jit."""
     kernel = over_elements(rule, rule.for_cuda_jit(), GRID, grad, cuda=gpu_code.cuda)
     real = gpu_code.numba_cuda_kernels.REALS[rule.dtype.name]
     signature = *[types.Array(real, 1, "C")] * len(rule.arguments), types.UniTuple(real, len(rule.scalars(1)))
@@ -62,7 +63,14 @@ def of_numba(arch, rule, grad="grad[i]", **options):
         of_arrays = tuple((0, 0, n, a.itemsize, a.ctypes.data, n, a.itemsize) for a in arrays)
         kernel.run(-(-n // BLOCK), BLOCK, gpu_code.packed(kernel, of_arrays, s), gpu_code.memory_of(arrays))
 
-    return run
+    return kernel, run
+
+
+def compiled(compiler, arch, rule, fast_math=False):
+    """Return the same of either."""
+    if compiler == "numba-cuda":
+        return of_numba(arch, rule, fastmath=fast_math)
+    return of_cuda_c(compiler, arch, rule, *["--use_fast_math"] * fast_math)
 
 
 @pytest.mark.in_short("compiler", "name")
@@ -70,8 +78,7 @@ def of_numba(arch, rule, grad="grad[i]", **options):
 @pytest.mark.parametrize("name", few(OPTIONS, *KEYS))
 def test_a_kernel_gives_adam_steps_bits(compiler, name, dtype):
     rule, arch = gpuadam.Rule(dtype, **OPTIONS[name]), ARCHITECTURES[list(OPTIONS).index(name) % len(ARCHITECTURES)]
-    run = of_numba(arch, rule) if compiler == "numba-cuda" else of_cuda_c(compiler, arch, rule)
-    assert_steps(OPTIONS[name], rule, run)
+    assert_steps(OPTIONS[name], rule, compiled(compiler, arch, rule)[1])
 
 
 @pytest.mark.in_short("compiler")
@@ -79,9 +86,17 @@ def test_a_kernel_gives_adam_steps_bits(compiler, name, dtype):
 def test_fast_math_of_a_kernel_does_not_reach_the_update(compiler, arch, dtype):
     """Without the inline PTX NVVM would flush subnormals, and divide by div.full."""
     rule = gpuadam.Rule(dtype, **OPTIONS["all with adamw"])
-    of_cuda = compiler != "numba-cuda"
-    run = of_cuda_c(compiler, arch, rule, "--use_fast_math") if of_cuda else of_numba(arch, rule, fastmath=True)
-    assert_steps(OPTIONS["all with adamw"], rule, run)
+    assert_steps(OPTIONS["all with adamw"], rule, compiled(compiler, arch, rule, fast_math=True)[1])
+
+
+@pytest.mark.in_short("compiler")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", KEY_FORMS)
+def test_a_part_that_is_not_used_costs_nothing(compiler, name, dtype):
+    kernel, _ = compiled(compiler, "sm_90", gpuadam.Rule(dtype, **OPTIONS[name]))
+    form, _ = form_and_scalars(name, dtype)
+    assert gpu_code.rounded_operations(kernel) == gpu_code.contract_operations(form)
+    assert gpu_code.foreign_operations(kernel, form) == []
 
 
 def test_a_number_of_another_type_is_refused_when_a_kernel_is_compiled():
@@ -114,6 +129,7 @@ def test_two_rules_in_one_kernel_do_not_meet():
         in_adam_step(OPTIONS[x], a, rule.arguments, 2)
         for x, a, rule in zip(("all with l2", "ema"), arrays, rules, strict=True)
     ]
-    of_text("cupy", "sm_90", text)([*arrays[0], *arrays[1]], *(np.array(rule.scalars(2)) for rule in rules))
+    _, run = of_text("cupy", "sm_90", text)
+    run([*arrays[0], *arrays[1]], *(np.array(rule.scalars(2)) for rule in rules))
     for a, b in zip(arrays, expected, strict=True):
         assert_same_bits(a, b)
