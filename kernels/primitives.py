@@ -215,6 +215,24 @@ _NUMBER_BY_NUMBER = {
 _TO_A_NUMBER = {1: lambda g: getattr(g, "dtype", g)(g), 2: lambda x, g: x(x, g)}
 
 
+def in_assembly(intrinsic, dtype):
+    """Return the primitives likewise as inline PTX, which no option of a kernel changes, fast-math included.
+
+    intrinsic: of Numba's CUDA target. dtype: of T.
+    """
+    types, letter = TYPES_OF_PTX[np.dtype(dtype).name], {"f32": "f", "f64": "d"}[TYPES_OF_PTX[np.dtype(dtype).name]["t"]]
+
+    def function(name, row):
+        text, constraints = row.ptx.format(**types).replace("%", "$"), ",".join([f"={letter}", *letter * len(row.operands)])
+
+        def emit(builder, *operands):
+            return llvm.assembly(builder, text, constraints, operands[0].type, *operands)
+
+        return llvm.function(intrinsic, name, emit, _OF_ONE_TYPE[len(row.operands)])
+
+    return SimpleNamespace(**{name: function(name, row) for name, row in PRIMITIVES.items()})
+
+
 # `tiny` is the smallest normal number
 TYPES_OF_PTX = {
     "float32": {"t": "f32", "u": "u32", "b": "b32", "tiny": "0f00800000", "zero": "0f00000000"},

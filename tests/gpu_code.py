@@ -144,13 +144,13 @@ def compile_cupy(kernel, arch, output="PTX", cuda_version=13, ndim=1):
 # Numba: NVVM
 
 
-def compile_numba(kernel, signature, arch):
+def compile_numba(kernel, signature, arch, **options):
     cc = (int(arch[3:-1]), int(arch[-1]))
     # a device function asks the current device what it can do; there is none, so answer for it
     original = dispatcher.get_current_device
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
     try:
-        return cuda.compile(kernel, signature, cc=cc, output="ptx", device=False, abi="numba")[0]
+        return cuda.compile(kernel, signature, cc=cc, output="ptx", device=False, abi="numba", **options)[0]
     finally:
         dispatcher.get_current_device = original
 
