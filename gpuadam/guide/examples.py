@@ -1,4 +1,4 @@
-"""Six short programs, each one file of less than 120 lines in `gpuadam/examples`.
+"""Seven short programs, each one file of less than 120 lines in `gpuadam/examples`.
 
     pip install "gpuadam[examples]"
     python -m gpuadam.examples.digits
@@ -8,6 +8,7 @@
 | `digits` | learns to read handwritten digits: a network in plain array code | NumPy, CuPy |
 | `gaussians` | fits 1,200 Gaussians to a photograph, with gradients by hand: 31.0 dB after 300 steps | NumPy, CuPy |
 | `tomography` | reconstructs a slice from 30 noisy projections: error 9.5 %; filtered back-projection has 40.8 % | NumPy, CuPy |
+| `photons` | clears a photograph of few photons, gradient and update in one kernel: 12.9 dB, then 25.2 dB | NumPy, CuPy |
 | `thomson` | spreads charges over a sphere, with a Numba CUDA kernel of its own | Numba, NumPy |
 | `torch_digits` | trains a PyTorch model, with one line changed | PyTorch |
 | `sharded_digits` | trains over many ranks, and continues from a checkpoint with any other number of ranks | NumPy |
