@@ -79,21 +79,27 @@ class OfDrjit:
     """An optimizer of Dr.Jit that is given its gradients."""
 
     def __init__(self, name, x, **options):
-        dr = pytest.importorskip("drjit", reason="drjit is not installed; test_bring_your_adam.py has its rule")
-        if not dr.has_backend(dr.JitBackend.LLVM):
+        self.dr = pytest.importorskip("drjit", reason="drjit is not installed; test_bring_your_adam.py has its rule")
+        if not self.dr.has_backend(self.dr.JitBackend.LLVM):
             pytest.skip("drjit finds no libLLVM")
         from drjit import opt
-        from drjit.llvm.ad import Float64
 
-        self.dr, self.type = dr, Float64
-        self.opt = getattr(opt, name)(**options)
-        self.opt["x"] = Float64(x.ravel())
+        self.dtype, self.opt = x.dtype, getattr(opt, name)(**options)
+        self.opt["x"] = self.array(x)
+
+    def array(self, x):
+        from drjit.llvm import ad
+
+        real = [ad.Float64(part.ravel()) for part in ((x.real, x.imag) if x.dtype.kind == "c" else (x,))]
+        return ad.Complex2f64(*real) if len(real) == 2 else real[0]
 
     def x(self):
-        return self.opt["x"].numpy().reshape(SHAPE)
+        x = self.opt["x"].numpy()
+        return x.reshape(SHAPE).astype(self.dtype)
 
     def step(self, grad):
-        self.dr.backward(self.dr.sum(self.opt["x"] * self.type(grad.ravel())))
+        x, grad = self.opt["x"], self.array(grad)
+        self.dr.set_grad(x, grad)
         self.opt.step()
 
 
@@ -131,7 +137,7 @@ def test_lr_scale_is_an_array_of_rates_of_drjit():
     theirs = OfDrjit("Adam", x, lr=LR, beta_1=BETAS[0], beta_2=BETAS[1], epsilon=1e-3)
     opt = gpuadam.Adam(x, lr=LR, betas=BETAS, eps=1e-3, formula="eps-hat")
     for t in range(1, STEPS + 1):
-        theirs.opt.lr = theirs.type(LR * rate.ravel())  # anew: a step of drjit 1.5 multiplies the array that it is given
+        theirs.opt.lr = theirs.array(LR * rate)  # anew: a step of drjit 1.5 multiplies the array that it is given
         theirs.step(gradient(theirs.x(), t))
         opt.step(gradient(x, t), lr_scale=rate)
     assert_same(x, theirs.x())
@@ -166,3 +172,125 @@ def test_rows_are_sparse_adam_of_torch():
         sparse.step()
         opt.step(gradient(x, t), where=seen)
     assert_same(x, theirs.detach().numpy())
+
+
+# Complex parameters
+
+
+def complex_start(dtype="complex128"):
+    return (start() + 1j * start()[::-1]).astype(dtype)
+
+
+def complex_gradient(x, step):
+    """Return dL/dRe + i dL/dIm of half the squared distance to a target, as `gradient` of both parts."""
+    return (gradient(x.real, step) + 1j * gradient(x.imag, step + STEPS)).astype(x.dtype)
+
+
+def complex_partial(x, step):
+    return partial(x.real, step) + 1j * partial(x.imag, step + STEPS)
+
+
+def assert_same_complex(ours, theirs):
+    """complex64 rounds 2**29 times as much; a quarter of that is left here, because a minimum holds it."""
+    np.testing.assert_allclose(ours, theirs, **(CLOSE if ours.dtype == "complex128" else {"rtol": 1e-5, "atol": 1e-5}))
+    assert np.abs(ours - complex_start()).max() > 10 * LR
+
+
+OF_TORCH = {
+    "Adam": ("Adam", {}),
+    "Adam with L2 decay": ("Adam", {"weight_decay": 0.1}),
+    "AdamW": ("AdamW", {"weight_decay": 0.1}),
+    "AMSGrad": ("Adam", {"amsgrad": True, "maximize": True}),
+}
+
+
+@pytest.mark.parametrize("dtype", ["complex128", "complex64"])
+@pytest.mark.parametrize("what", OF_TORCH)
+def test_parts_are_complex_parameters_of_torch(what, dtype):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    name, options = OF_TORCH[what]
+    x, theirs = complex_start(dtype), torch.tensor(complex_start(dtype), requires_grad=True)
+    of_torch = getattr(torch.optim, name)([theirs], lr=LR, betas=BETAS, **options)
+    opt = getattr(gpuadam, name)(x, lr=LR, betas=BETAS, complex="parts", **options)
+    for t in range(1, STEPS + 1):
+        theirs.grad = torch.from_numpy(complex_gradient(theirs.detach().numpy(), t))
+        of_torch.step()
+        opt.step(complex_gradient(x, t))
+    assert_same_complex(x, theirs.detach().numpy())
+
+
+@pytest.mark.parametrize("what", OF_TORCH)
+def test_the_drop_in_for_torch_takes_complex_parameters_in_parts_too(what):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import gpuadam.torch
+
+    name, options = OF_TORCH[what]
+    params = [torch.tensor(complex_start(), requires_grad=True) for _ in range(2)]
+    opts = [
+        getattr(module, name)([p], lr=LR, betas=BETAS, **options)
+        for module, p in zip((gpuadam.torch, torch.optim), params, strict=True)
+    ]
+    for t in range(1, STEPS + 1):
+        for p, opt in zip(params, opts, strict=True):
+            p.grad = torch.from_numpy(complex_gradient(p.detach().numpy(), t))
+            opt.step()
+    ours, theirs = (p.detach().numpy() for p in params)
+    assert_same_complex(ours, theirs)
+    for key, value in opts[1].state[params[1]].items():
+        np.testing.assert_allclose(opts[0].state[params[0]][key].numpy(), value.numpy(), **CLOSE)
+
+
+def test_a_gradient_is_as_torch_has_it():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x = torch.tensor(complex_start(), requires_grad=True)
+    ((x - torch.from_numpy(complex_start().conj())).abs() ** 2).sum().mul(0.5).backward()
+    np.testing.assert_allclose(x.grad.numpy(), complex_start() - complex_start().conj(), rtol=1e-13)
+
+
+OF_OPTAX = {
+    "adam": ({"eps_root": 1e-6}, {"eps_root": 1e-6}),
+    "adamw": ({"weight_decay": 0.1}, {"weight_decay": 0.1}),
+    "amsgrad": ({}, {"amsgrad": True}),
+}
+
+
+@pytest.mark.parametrize("name", OF_OPTAX)
+def test_joint_is_optax_with_the_conjugate_of_jax_gradients(name):
+    """optax is given the conjugates, without which it goes away from the minimum; v is the mean of |gradient|**2."""
+    optax = pytest.importorskip("optax", reason="optax is not installed")
+    import jax
+
+    theirs, same = OF_OPTAX[name]
+    x = complex_start()
+    cls = gpuadam.AdamW if name == "adamw" else gpuadam.Adam
+    opt = cls(x, lr=LR, betas=BETAS, complex="joint", formula="optax", **same)
+    with jax.enable_x64(True):
+        target = jax.numpy.asarray(complex_start().conj())
+        gradient_of_jax = jax.grad(lambda x: 0.5 * (jax.numpy.abs(x - target) ** 2).sum())
+        transformation = getattr(optax, name)(LR, *BETAS, **theirs)
+
+        @jax.jit
+        def step(param, state, noise):
+            grad = gradient_of_jax(param).conj() + noise
+            updates, state = transformation.update(grad, state, param)
+            return optax.apply_updates(param, updates), state
+
+        param = jax.numpy.asarray(complex_start())
+        state = transformation.init(param)
+        for t in range(1, STEPS + 1):
+            noise = complex_gradient(np.zeros_like(x), t)
+            param, state = step(param, state, noise)
+            opt.step(np.asarray(gradient_of_jax(jax.numpy.asarray(x)).conj() + noise))
+        assert param.dtype == x.dtype
+    assert_same_complex(x, np.asarray(param))
+
+
+def test_parts_are_complex_numbers_of_drjit():
+    """ "nonzero" is of a real or an imaginary part alone, as its mask_updates."""
+    x = complex_start()
+    theirs = OfDrjit("Adam", x, lr=LR, beta_1=BETAS[0], beta_2=BETAS[1], epsilon=1e-3, mask_updates=True)
+    opt = gpuadam.Adam(x, lr=LR, betas=BETAS, eps=1e-3, formula="eps-hat", complex="parts")
+    for t in range(1, STEPS + 1):
+        theirs.step(complex_partial(theirs.x(), t))
+        opt.step(complex_partial(x, t), where="nonzero")
+    assert_same_complex(x, theirs.x())
