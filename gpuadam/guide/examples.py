@@ -6,7 +6,7 @@
 | name | what it does | arrays |
 |---|---|---|
 | `digits` | learns to read handwritten digits: a network in plain array code | NumPy, CuPy |
-| `gaussians` | fits 1,200 Gaussians to a photograph, with gradients by hand: 31.0 dB after 300 steps | NumPy, CuPy |
+| `gaussians` | fits 1,200 Gaussians to a photograph: 33.8 dB if 600 are split while Adam goes on, 31.0 dB if all are there at once | NumPy, CuPy |
 | `tomography` | reconstructs a slice from 30 noisy projections: error 9.5 %; filtered back-projection has 40.8 % | NumPy, CuPy |
 | `thomson` | spreads charges over a sphere, with a Numba CUDA kernel of its own | Numba, NumPy |
 | `torch_digits` | trains a PyTorch model, with one line changed | PyTorch |
