@@ -11,7 +11,7 @@ import pytest
 
 import gpuadam
 from gpuadam.examples import __main__ as listing
-from gpuadam.examples import command_line, digits, gaussians, thomson, tomography, torch_digits
+from gpuadam.examples import command_line, digits, gaussians, line_scan, thomson, tomography, torch_digits
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(listing.__file__).parent
@@ -66,6 +66,18 @@ def test_tomography_beats_filtered_back_projection(tmp_path, capsys, arrays):
     tomography.main(["--steps", "80", "--size", "48", "--angles", "16", "--plot", str(plot), "--arrays", arrays])
     classical, found = numbers(r"relative error (\S+)% by filtered back-projection, (\S+)% after 80 steps", capsys)
     assert found < 0.7 * classical < 50
+    assert_png(plot)
+
+
+@on_each("cupy", also=[CUPYS_MATHEMATICS])
+def test_a_scan_is_sharper_if_rows_that_are_not_read_stay(tmp_path, capsys, arrays):
+    pytest.importorskip("skimage")
+    plot = tmp_path / "line_scan.png"
+    line_scan.main(["--steps", "30", "--size", "64", "--plot", str(plot), "--arrays", arrays])
+    errors = re.findall(r"learning rate \S+: error (\S+)% with where=, (\S+)% without", capsys.readouterr().out)
+    rows, without = np.array(errors, float).T
+    assert len(errors) == len(line_scan.RATES)
+    assert rows.min() < 0.9 * without.min() and rows[-1] < 0.5 * without[-1]
     assert_png(plot)
 
 
@@ -209,6 +221,13 @@ def test_the_gradient_of_the_total_variation():
     assert_is_gradient(lambda x: tomography.total_variation(np, x)[0], image, gradient)
 
 
+def test_the_optics_of_a_scan_keep_the_brightness():
+    blur = line_scan.optics(np, 10)
+    assert blur.shape == (10, 10 + 2 * line_scan.REACH)
+    np.testing.assert_allclose(blur.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(blur[3, 3 : 4 + 2 * line_scan.REACH], blur[0, : 1 + 2 * line_scan.REACH])
+
+
 @pytest.fixture(scope="module")
 def charges():
     """Return the compiled loop over the charges, places of 37, and what the loop finds for them in float32."""
@@ -282,10 +301,9 @@ def test_an_example_is_short(name):
 
 def test_all_that_the_examples_take_of_an_array_module_is_in_cupy():
     cupy = pytest.importorskip("cupy")
-    used = set()
-    for name in ("digits", "gaussians", "tomography"):
-        used |= set(re.findall(r"\bxp\.((?!fft)\w+)", (FOLDER / f"{name}.py").read_text()))
-    fft = set(re.findall(r"\bfft\.(\w+)", (FOLDER / "tomography.py").read_text()))
+    texts = [(FOLDER / f"{name}.py").read_text() for name in ("digits", "gaussians", "tomography", "line_scan")]
+    used = {name for text in texts for name in re.findall(r"\bxp\.((?!fft)\w+)", text)}
+    fft = {name for text in texts for name in re.findall(r"\bfft\.(\w+)", text)}
     assert {"exp", "bincount", "maximum"} <= used and "irfft" in fft
     assert [name for name in used if not hasattr(cupy, name)] == []
     assert [name for name in fft if not hasattr(cupy.fft, name)] == []
@@ -363,13 +381,12 @@ def test_wrong_arguments_are_explained_before_any_work(capsys, arguments, said):
     assert code == 2 and said in error
 
 
-@pytest.mark.parametrize("example", [gaussians, tomography, thomson])
+@pytest.mark.parametrize("example", [gaussians, tomography, line_scan, thomson])
 @pytest.mark.parametrize("arguments", [[], ["--plot", "x" * 300], ["--plot", "far"]])
 def test_a_picture_that_cannot_be_written_is_named_before_any_work(capsys, tmp_path, monkeypatch, example, arguments):
     monkeypatch.chdir(tmp_path)
     Path("far").symlink_to("/no/such/file")
-    for name in ("gaussians", "tomography", "thomson"):  # the default names
-        Path(f"{name}.png").symlink_to("/no/such/file")
+    Path(f"{example.__name__.rpartition('.')[2]}.png").symlink_to("/no/such/file")  # the default name
     code, error = ended(lambda: example.main(arguments), capsys)
     assert code == 2 and " cannot be written: " in error
 
