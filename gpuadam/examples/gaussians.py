@@ -1,9 +1,9 @@
-"""Fit a sum of 2-D Gaussians to a photograph, and split those that fit worst while Adam goes on.
+"""Fit a sum of 2-D Gaussians to a photograph, and split and prune them while Adam goes on.
 
 Each Gaussian has a centre, a width along each axis and an amplitude, which may be negative. It is a product of a factor along x
 and one along y, so the sum over all Gaussians is one matrix product, and so is the way back to each factor. As in 3-D Gaussian
-splatting (Kerbl et al. 2023, arXiv:2308.04079) some are there at the start, and are split and pruned: `opt.replace` takes the
-arrays of other lengths, and the moments of Gaussians that stay go along. Beside it all are there at the start.
+splatting (Kerbl et al. 2023, arXiv:2308.04079) those that fit worst are split and faint ones pruned: `opt.replace` takes arrays
+of other lengths, and the moments of Gaussians that stay go along. Beside it is a fit with all Gaussians from the start.
 The photograph is scikit-image's `camera`.
 """
 
@@ -23,7 +23,7 @@ HALF = math.sqrt(0.5)  # halves with this amplitude, width and distance have the
 def main(argv=None):
     """Fit in both ways, print the PSNR of each, save a picture."""
     counts = {"size": (160, "width of the picture in pixels"), "count": (1200, "number of Gaussians in the end", 2)}
-    others = {"seed": (0, "of the places at the start", 0), "arrays": "cupy", "plot": "gaussians.png"}
+    others = {"seed": (0, "of the random places at the start", 0), "arrays": "cupy", "plot": "gaussians.png"}
     options = command_line.options(argv, __doc__, steps=(300, "updates"), **counts, **others)
     xp, steps, size, count = command_line.array_module(options.arrays), options.steps, options.size, options.count
     photograph = command_line.picture("camera", size)
@@ -75,7 +75,7 @@ def split_and_prune(xp, p, target, count):
         p[axis] += HALF * side * longer * xp.exp(p[f"log_width_{axis}"])
         p[f"log_width_{axis}"] += math.log(HALF) * xp.abs(side) * longer
     p["amplitude"][len(whole) :] *= HALF
-    return p, xp.concatenate([whole, xp.full(2 * len(worst), -1)])
+    return p, xp.concatenate([whole, xp.full(2 * len(worst), -1)])  # halves with the moments of the whole cost 3 dB
 
 
 def along(xp, p, axis, size):
