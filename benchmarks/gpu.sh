@@ -121,7 +121,7 @@ if [ "${GPUADAM_GPU:-}" != host ]; then
     memory=(--sizes 5e7)
     first_call=(--seconds 0.1)
     bench=(--seconds 0.2)
-    demo=() arrays=cupy thomson=() gaussians=(--steps 50) digits=() tomography=(--steps 100)
+    demo=() arrays=cupy thomson=() gaussians=(--steps 50) digits=() tomography=(--steps 100) photons=()
 else
     host="the stand-in for the CUDA driver, not a GPU: all times are meaningless"
     PYTHONPATH=$PWD/tests/stand_in/site:$PWD/tests:$PYTHONPATH # its sitecustomize.py starts the stand-in in every process
@@ -144,6 +144,7 @@ else
     bench=(--seconds 0 --sizes 4096)
     # CuPy's matrix products and exponentials are not executed there
     demo=(--backend numba-cpu) arrays=numpy thomson=(--steps 5) gaussians=(--steps 5) digits=(--steps 2) tomography=(--steps 5)
+    photons=(--size 16 --steps 2)
 fi
 
 # -- how a section runs
@@ -293,6 +294,7 @@ section_examples() {
     example gaussians --arrays "$arrays" "${gaussians[@]}" --plot "$this/gaussians.png"
     example digits --arrays "$arrays" "${digits[@]}"
     example tomography --arrays "$arrays" "${tomography[@]}" --plot "$this/tomography.png"
+    example photons --arrays cupy "${photons[@]}" --plot "$this/photons.png"
     if "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then
         example torch_digits --device cuda --steps 5
     else

@@ -14,11 +14,12 @@ This is the reference. It has a guide, pages about larger subjects, and below th
 | bfloat16, float16 and 8-bit state | `gpuadam.guide.narrow_numbers` |
 | unscaling, clipping, running means, CUDA graphs | `gpuadam.guide.whole_step` |
 | bounds, parts of arrays, rates of rows, the change alone | `gpuadam.guide.array_programs` |
+| the update in a kernel of your own: `Rule` | `gpuadam.guide.own_kernels` |
 | which options go together | `gpuadam.guide.options` |
 | PyTorch and JAX | `gpuadam.guide.pytorch`, `gpuadam.torch` |
 | the arithmetic, its evidence, its limits | `gpuadam.guide.how_exact` |
 | what has been measured | `gpuadam.guide.how_fast` |
-| seven short programs | `gpuadam.guide.examples` |
+| eight short programs | `gpuadam.guide.examples` |
 | saving and loading; the state of torch and optax | `gpuadam.checkpoint`, `gpuadam.foreign_state` |
 | many ranks | `gpuadam.sharded` |
 | state larger than a memory | `gpuadam.offload` |
@@ -38,6 +39,7 @@ from .groups import decay_groups
 from .kernels.view import Bits
 from .offload import OffloadAdam
 from .optimizer import Adam
+from .rule import Rule
 from .sharded import transports
 from .sharded.loading import load_sharded
 from .sharded.optimizer import ShardedAdam, ShardedAdamW
@@ -45,6 +47,7 @@ from .version import __version__ as __version__
 
 __all__ = [  # noqa: RUF022 - in the order of the reference
     "adam_step",
+    "Rule",
     "Adam",
     "AdamW",
     "NAdam",

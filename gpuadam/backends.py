@@ -209,6 +209,8 @@ def _given(name, array):
 
 def _view(kernels, given):
     view = kernels.view(given.name, given.plain)
+    if view.dtype.kind == "c":
+        view = view.in_parts()
     if given.bits:
         view = checks.bits(view, given.bits)
     return view._replace(writeable=False, immutable=given.immutable) if given.immutable else view

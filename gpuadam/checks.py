@@ -1,8 +1,8 @@
 """Every error about an array or a hyperparameter, raised before a byte is written."""
 
 import math
-import numbers
 import operator
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def real(name, value):
     """Return a hyperparameter as a Python float."""
     if type(value) is float:
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, not {shown(value)} ({type(value).__name__})")
     try:
         return float(value)
@@ -83,7 +83,7 @@ def found_inf(value):
         return False
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.reshape(())[()]
-    if not isinstance(value, (bool, np.bool_, numbers.Real)):
+    if not isinstance(value, (bool, np.bool_, Real)):
         raise TypeError(f"found_inf must be True, False, a number or an array of one, not {shown(value)}")
     return bool(value)
 
@@ -105,7 +105,7 @@ def beta(name, value):
 
 
 def step_number(step):
-    if type(step) is not int and (isinstance(step, bool) or not isinstance(step, numbers.Integral)):
+    if type(step) is not int and (isinstance(step, bool) or not isinstance(step, Integral)):
         raise TypeError(f"step must be an integer, counted from 1, not {shown(step)} ({type(step).__name__})")
     step = int(step)
     if step < 1:
@@ -117,7 +117,7 @@ def count(name, value):
     """Return a number of steps taken as a Python int, which never wraps."""
     if type(value) is int and value >= 0:
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, not {shown(value)} ({type(value).__name__})")
     if value < 0:
         raise ValueError(f"{name} must not be negative")
@@ -140,7 +140,7 @@ def seed(value):
     """Return a seed for random rounding as an int of 64 bits."""
     if type(value) is int and 0 <= value < 2**64:
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"seed must be an integer, not {shown(value)} ({type(value).__name__})")
     return int(value) % 2**64
 
@@ -183,14 +183,60 @@ def given(name, array):
 FORMATS = KINDS["param"].formats  # of parameters and gradients
 
 
-def update(views, zero_grad=False, nonzero=False):
+def complex_parts(value):
+    """Return what complex parameters are taken for: None, "joint" or "parts"."""
+    return value if value is None else one_of(("joint", "parts"), "complex", value)
+
+
+def components(value):
+    """Return how many numbers share a v, an int."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= 4:
+        raise ValueError(f"components={shown(value)} must be 1, 2, 3 or 4: how many neighbours share a v")
+    return int(value)
+
+
+def numbers(param, complex, components):
+    """Return how many numbers of a parameter make an element, which has one v. The rest: `update.Updates`' own."""
+    if param.of_complex:
+        if complex is None:
+            raise TypeError(
+                f"{param.name} has dtype {param.of_complex}, for which there are two Adams. Say which: complex='joint' has one v for "
+                "each number, the mean of |gradient|**2, so that the step turns with the phase (optax, tike); complex='parts' has "
+                "one for the real and one for the imaginary part (torch)"
+            )
+        return 2 if complex == "joint" else 1
+    if components > 1:
+        if not param.shape or param.shape[-1] != components:
+            raise ValueError(
+                f"{param.name} has shape {param.shape}; with components={components} its last dimension is of {components}: the "
+                "numbers that share a v. Put parameters of other shapes into a group of their own"
+            )
+        if param.size and param.strides[-1] != param.dtype.itemsize:
+            raise ValueError(
+                f"{param.name} has strides {param.strides}; the {components} numbers that share a v must be neighbours in "
+                "memory: pass a C-contiguous array"
+            )
+    return components
+
+
+def ordered(param, numbers, h, views):
+    """Refuse what needs an order of complex numbers. h: `hyperparameters.Fixed`."""
+    if param.of_complex and numbers > 1:
+        if h.ordered or "low" in views or "high" in views:
+            raise ValueError(
+                f"{param.name} is complex, and bounds or clip_value would need an order of complex numbers: complex='parts' has it, "
+                "for each part"
+            )
+
+
+def update(views, zero_grad=False, nonzero=False, numbers=1):
     """Check the arrays of one update. views: name of the operand -> View, in the order of `operands.operands_of`.
 
-    nonzero: elements whose gradient is 0 stay.
+    nonzero: elements whose gradient is 0 stay. numbers: of an element.
     """
     param = views["param"]
     scales = (-(-param.size // GROUP),)
-    formats(views, nonzero)
+    formats(views, nonzero, numbers)
     for operand, view in views.items():
         if KINDS[operand].of_groups:
             if view.shape != scales:
@@ -198,8 +244,13 @@ def update(views, zero_grad=False, nonzero=False):
                     f"{view.name} has shape {view.shape}; for {param.size} elements there are scales of shape {scales}, one for "
                     f"each {GROUP} neighbours"
                 )
-        elif view.shape != param.shape:
-            raise ValueError(f"{view.name} has shape {view.shape}, {param.name} has {param.shape}: nothing is broadcast")
+        elif view.shape != (param.shape[:-1] if numbers > 1 and KINDS[operand].shared else param.shape):
+            _other_shape(view, param, operand, numbers)
+        elif numbers > 1 and not KINDS[operand].shared and view.size and view.strides[-1] != view.dtype.itemsize:
+            raise ValueError(
+                f"{view.name} has strides {view.strides}; the {numbers} numbers of an element must be neighbours in memory: pass a "
+                "C-contiguous array"
+            )
         if view.device != param.device and param.size:
             raise ValueError(f"{view.name} is on device {view.device}, {param.name} on {param.device}: move one of them")
         written = is_written(operand, views, zero_grad)
@@ -210,11 +261,32 @@ def update(views, zero_grad=False, nonzero=False):
             _in_groups(view)
 
 
-def formats(views, nonzero=False):
+def _other_shape(view, param, operand, numbers):
+    """Refuse an array whose shape is not the one that it must have beside a parameter."""
+    has, param_has = (f"shape {x.shape[:-1] if x.of_complex else x.shape}" for x in (view, param))
+    if view.of_complex or param.of_complex:
+        has, param_has = f"dtype {view.of_complex or _name(view)} and {has}", f"{param.of_complex or _name(param)} and {param_has}"
+    needed = "nothing is broadcast"
+    if numbers > 1 and KINDS[operand].shared:
+        needed = f"there is one {operand} for all {numbers} numbers of an element, so its shape is {param.shape[:-1]}"
+    elif bool(view.of_complex) != bool(param.of_complex):
+        needed = "both are complex, or neither is"
+    raise ValueError(f"{view.name} has {has}, {param.name} has {param_has}: {needed}")
+
+
+def formats(views, nonzero=False, numbers=1):
     """Check the formats of the operands of one update. views: name of the operand -> View, or what has its name and format."""
     for operand, view in views.items():
         one_format(view, KINDS[operand].formats)
     param, m = views["param"], views["m"]
+    if m.format == "uint8" and numbers > 1:
+        of_8_bits(m.name)
+    for operand in ("low", "high"):
+        if operand in views and views[operand].format != param.format:
+            raise TypeError(
+                f"{views[operand].name} has dtype {_name(views[operand])}, {param.name} has {_name(param)}: bounds have the dtype "
+                "of what they bound, so that no rounding leaves them"
+            )
     for operand in ("v", "max_v"):
         if operand in views and views[operand].format != m.format:
             raise TypeError(f"{views[operand].name} has dtype {_name(views[operand])}, {m.name} has {_name(m)}: use one")
@@ -237,13 +309,23 @@ def formats(views, nonzero=False):
         raise TypeError(f"{param.name} has dtype {_name(param)}: only a bfloat16 parameter has a remainder")
 
 
+def of_8_bits(name):
+    """Refuse 8-bit state where several numbers share a v."""
+    raise TypeError(
+        f"{name} would have 8 bits, and so would v, whose groups are of {GROUP} numbers: where several numbers share a v use "
+        "state of 16 bits or more, or complex='parts'"
+    )
+
+
 def _not_wide(view):
     if view.format == "float64":
         raise TypeError(f"{view.name} has dtype float64, and 8-bit state is computed with in float32: use float64 state")
 
 
-def eight_bits(param):
-    """Check a parameter that is to have 8-bit state."""
+def eight_bits(param, numbers=1):
+    """Check a parameter that is to have 8-bit state. numbers: of an element."""
+    if numbers > 1:
+        of_8_bits(f"m of {param.name}")
     _not_wide(param)
     _in_groups(param)
 
@@ -327,7 +409,7 @@ def layout(view, written=True):
 def _name(view):
     dtype = view.dtype
     return (
-        view.format if dtype.isnative else f"{shortened(str(dtype.newbyteorder('=')))} in the other byte order ({dtype.str})"
+        view.of_complex or view.format if dtype.isnative else f"{shortened(str(dtype.newbyteorder('=')))} in the other byte order ({dtype.str})"
     )
 
 

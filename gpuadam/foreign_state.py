@@ -181,6 +181,12 @@ def to_optax(opt, like, separator="."):
 def _only_adam(opt):
     if opt.algorithm != "adam":
         raise TypeError(f"{type(opt).__name__}'s state is not exchanged with other libraries, only Adam's and AdamW's")
+    for name, parameter in opt.parameters.items():
+        if parameter.kind.of_complex or parameter.kind.numbers > 1:
+            raise TypeError(
+                f"params[{shown(name)}] is complex or has components, and its state is not exchanged with other libraries: copy m and "
+                "v of opt.state yourself"
+            )
 
 
 def _check_eps(opt):

@@ -1,6 +1,7 @@
 """`adam_step`: one update of one parameter's arrays."""
 
 from . import checks, hyperparameters
+from .step_arrays import bounds_apart
 from .update import OPERANDS, Updates, update
 
 
@@ -31,6 +32,8 @@ def adam_step(
     change=None,
     lr_scale=None,
     where=None,
+    complex=None,
+    components=1,
     m_scale=None,
     v_scale=None,
     zero_grad=False,
@@ -55,7 +58,8 @@ def adam_step(
     maximize: go up the gradient. grad_scale: the gradient is multiplied by it first (1 / loss scale, or a clipping factor).
     clip_value: every element of the gradient is clipped to -clip_value ... clip_value, after grad_scale and before weight_decay.
     bounds: (low, high), between which the step leaves every element of param: the update is made, and then min(max(param, low),
-        high). Either may be None. They are rounded to param's dtype. NaN stays.
+        high). Either may be None, a number, which is rounded to param's dtype, or an array of param's shape and dtype, in which
+        NaN is no bound. A param that is NaN stays.
     algorithm: "adam"; or "nadam" (Dozat 2016), "radam" (Liu et al. 2020) or "adamax" (Kingma & Ba 2015, Algorithm 2: v is then
         the decayed maximum of |gradient|), each as in torch.
     formula: where Adam's eps goes. With m and v corrected for their bias, "torch" and "apex": m / (sqrt(v) + eps), which are
@@ -71,6 +75,13 @@ def adam_step(
         leading dimensions of param alone, and so a number for each row, which takes some more time.
     where: a bool or uint8 array: elements of param and moments stay as they are where it is 0, or with "nonzero" where grad is 0.
         ema, a mean over steps, goes on there too. An array may be of rows, as lr_scale. It does not go with 8-bit state.
+    complex: what complex64 and complex128 params are taken for; grad is dL/dRe + i dL/dIm, as torch has it, the conjugate of JAX's.
+        "joint": v is the mean of |grad|**2, a real array of param's shape, so that the step turns with the phase. "parts": real
+        and imaginary parts are parameters of their own, and m and v are complex likewise. A complex m, v, max_v or ema may also be
+        a real array with a last dimension of 2, as narrow ones have to be.
+    components: 2, 3 or 4: the numbers in the last dimension of a real param, such as positions or directions, share a v, the mean
+        of the sum of their squares (Ling et al. 2022, VectorAdam); v and max_v have param's shape without it, and so have
+        lr_scale and where. The numbers are neighbours in memory. 8-bit state is not there for these, nor for "joint".
     m_scale, v_scale: with these m and v are 8-bit state: uint8 arrays of param's shape, and float32 arrays of one element for
         each 32 neighbours of param in C order, all from zero. 2.25 bytes an element; rounded randomly.
     zero_grad: store zeros in grad in the same pass.
@@ -97,19 +108,25 @@ def adam_step(
     formulas = hyperparameters.ADAM  # which takes less time than to look it up
     if not usual or zero_grad is not False or decoupled is not False:
         formulas = hyperparameters.formulas(algorithm, formula, eps_root, ema_decay, False, zero_grad, decoupled)
+    low = high = None
+    if bounds is not None:
+        bounds, low, high = bounds_apart(bounds)
     h = hyperparameters.with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas, clip_value, bounds)
     group = Updates(h, checks.step_number(step), [[param], [grad], [m], [v]])
-    plain = max_v is remainder is param_copy is ema is change is lr_scale is where is m_scale is v_scale is None
-    if not plain or stochastic_rounding or seed:
+    plain = max_v is remainder is param_copy is ema is change is lr_scale is where is low is high is None
+    plain = plain and m_scale is v_scale is complex is None
+    if not plain or stochastic_rounding or seed or components != 1:
         if isinstance(where, str):
             checks.one_of(("nonzero",), "where", where)
             group.nonzero, where = True, None
         optional = {"max_v": max_v, "remainder": remainder, "param_copy": param_copy, "ema": ema, "change": change}
-        optional |= {"lr_scale": lr_scale, "where": where, "m_scale": m_scale, "v_scale": v_scale}
+        optional |= {"lr_scale": lr_scale, "where": where, "low": low, "high": high}
+        optional |= {"m_scale": m_scale, "v_scale": v_scale}
         optional = {name: array for name, array in optional.items() if array is not None}
         group.operands = OPERANDS + tuple(optional)
         group.columns += [[array] for array in optional.values()]
         group.stochastic = checks.flag("stochastic_rounding", stochastic_rounding)
         group.seed = checks.seed(seed)
+        group.complex, group.components = checks.complex_parts(complex), checks.components(components)
         checks.combination(algorithm, optional, group.stochastic)
     update([group], backend, stream)

@@ -10,7 +10,9 @@ from . import checks, hyperparameters
 from .kernels.messages import shown
 from .kernels.view import Bits, a_kind, is_array
 
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "clip_value", "bounds")
+# Those that decide which moments there are, and so stay what they were when an optimizer is made
+FIXED = ("amsgrad", "complex", "components")
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "clip_value", "bounds", "complex", "components")
 GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
 
 
@@ -34,7 +36,7 @@ class _OfAGroup:
 class HasGroups:
     """An optimizer whose hyperparameters are in its `groups`, where a step finds what they are now."""
 
-    lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds = map(_OfAGroup, HYPERPARAMETERS)
+    lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds, complex, components = map(_OfAGroup, HYPERPARAMETERS)
 
 
 ONE, SEQUENCE, MAPPING = "one array", "a sequence", "a dict"
@@ -46,6 +48,8 @@ class Structure(NamedTuple):
     kind: str  # ONE, SEQUENCE or MAPPING
     names: list[str]
     amsgrad: bool
+    complex: str | None = None
+    components: int = 1
 
 
 class Arrangement(NamedTuple):
@@ -91,12 +95,19 @@ def parsed_groups(params, defaults):
             names = [str(count + k) for k in range(len(members))]
         count += len(members)
         settings = defaults | {key: value for key, value in group.items() if key != "params"}
-        settings["amsgrad"] = checks.flag("amsgrad", settings["amsgrad"])
+        settings |= {name: _checked_fixed(name, settings[name]) for name in FIXED}
         groups.append(settings | {"params": members, "names": names})
-        structures.append(Structure(kind, list(names), settings["amsgrad"]))
+        structures.append(Structure(kind, list(names), *(settings[name] for name in FIXED)))
     if not count:
         raise ValueError("there are no parameters to update")
     return groups, Arrangement(structures, bool(grouped))
+
+
+def _checked_fixed(name, value):
+    """Return a hyperparameter of FIXED, checked."""
+    if name == "amsgrad":
+        return checks.flag(name, value)
+    return checks.complex_parts(value) if name == "complex" else checks.components(value)
 
 
 def in_order_of_groups(grads, structures, label="grads"):
@@ -201,7 +212,7 @@ def checked_group(group, structure, options, step, grad_scale=1.0):
     options: `Options`. Raises TypeError or ValueError.
     """
     try:
-        lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds, names, params = _values(group)
+        lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds, pairs, components, names, params = _values(group)
     except KeyError:
         names = None
     if names is None or len(group) != len(GROUP_KEYS):
@@ -210,8 +221,10 @@ def checked_group(group, structure, options, step, grad_scale=1.0):
         raise ValueError(f"a group has {what}; its hyperparameters are {', '.join(HYPERPARAMETERS)}")
     if names != structure.names or len(params) != len(names):
         raise ValueError('the "params" and "names" of a group cannot be changed after the optimizer is made: make another')
-    if amsgrad is not structure.amsgrad and checks.flag("amsgrad", amsgrad) != structure.amsgrad:
-        raise ValueError("amsgrad cannot be changed after the optimizer is made: it decides which moments there are")
+    if not (amsgrad is structure.amsgrad and pairs is structure.complex and components is structure.components):
+        for name in FIXED:
+            if _checked_fixed(name, group[name]) != getattr(structure, name):
+                raise ValueError(f"{name} cannot be changed after the optimizer is made: it decides which moments there are")
     if type(lr) is not float:
         if is_array(lr):
             raise TypeError(
@@ -256,7 +269,7 @@ def places_of_groups(names, structures, by_place):
     for k, of_group in enumerate(names):
         by_names.setdefault(tuple(sorted(of_group)), []).append(k)
     places = []
-    for kind, own, _ in structures:
+    for kind, own, *_ in structures:
         alike = by_names.get(tuple(sorted(own)))
         if alike and (kind == MAPPING or names[alike[0]] == own):
             places.append(alike.pop(0))

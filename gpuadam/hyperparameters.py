@@ -78,6 +78,11 @@ class Fixed(Formulas):
     high: float = math.inf
 
     @property
+    def ordered(self):
+        """Whether numbers are compared, which complex ones cannot be."""
+        return self.clip_value < math.inf or self.low > -math.inf or self.high < math.inf
+
+    @property
     def variant(self):
         """What the scalars depend on: the algorithm, or the formula that is not torch's. Apex's is the same but for rounding."""
         return self.algorithm if self.formula in ("torch", "apex") else self.formula
@@ -247,7 +252,7 @@ def constants(fixed, arrays):
         near_ema=near_ema or not arrays.ema,
         zero_grad=fixed.zero_grad,
         clips=fixed.clip_value < math.inf,
-        bounded=not fixed.low == -fixed.high == -math.inf,
+        bounded=arrays.bounded or not fixed.low == -fixed.high == -math.inf,
     )
     reals = struct.Struct({"float32": "f", "float64": "d"}[dtype.name] * len(scalar_names(form)))
     further = {"eps_root": rounded("eps_root", fixed.eps_root, to_zero=False), "w_ema": w_ema}

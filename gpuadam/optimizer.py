@@ -34,7 +34,7 @@ from .kernels.view import Bits, View, is_array
 from .options import Options
 from .remembered import Remembered
 from .state import Parameter, ParameterKind
-from .step_arrays import StepArrays
+from .step_arrays import StepArrays, bounds_of_loaded, of_bounds, saved_bounds, without_arrays
 from .under_way import UnderWay
 from .update import Updates, check, update
 
@@ -48,6 +48,7 @@ class Beginning(NamedTuple):
     backend: Any
     view: View
     kept: dict[str, str]  # key of the state -> format
+    numbers: int = 1  # of the parameter that share a v
 
 
 class Group(NamedTuple):
@@ -69,8 +70,11 @@ class Adam(HasGroups, Grows):
         it is also called with 1 here and in `load_state_dict`. It may return an array of no dimensions, which is read, and
         waited for if it is on a GPU: optax's schedules are such callables. They count from 0, so that optax's own first step
         has schedule(0), and `lr=schedule` starts with schedule(1); `lr=lambda step: schedule(step - 1)` is as in optax.
-    betas, eps, weight_decay, maximize, clip_value, bounds: as in `adam_step`.
+    betas, eps, weight_decay, maximize, clip_value, bounds: as in `adam_step`. Bounds that are arrays have the structure of the
+        group's params, with None for a parameter that has none. They are not state: a checkpoint does not hold them.
     amsgrad: keep the running maximum of v (Reddi et al. 2018).
+    complex, components: as in `adam_step`, for the complex and for the real parameters of a group. m, max_v and ema of a complex
+        parameter are real arrays with a last dimension of 2, and so is v of "parts". Groups may have their own, fixed with them.
     capturable: keep the step count on the device, so that a CUDA graph that captures `step` counts on when it is replayed.
         lr, and grad_scale in `step`, may then be arrays of one float32 or float64 on that device, whose values are read there
         when the step runs; in a captured graph they have to be, and norm and found_inf too, because a graph freezes numbers.
@@ -119,6 +123,8 @@ class Adam(HasGroups, Grows):
         maximize=False,
         clip_value=None,
         bounds=None,
+        complex=None,
+        components=1,
         capturable=False,
         formula="torch",
         eps_root=0.0,
@@ -149,6 +155,7 @@ class Adam(HasGroups, Grows):
         )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"amsgrad": amsgrad, "maximize": maximize, "clip_value": clip_value, "bounds": bounds}
+        defaults |= {"complex": complex, "components": components}
         self.groups, self.arrangement = parsed_groups(params, defaults)
         self._remembered, self.under_way = Remembered(), UnderWay()
         self._norm: Any = None  # of the last step, on a GPU
@@ -170,6 +177,7 @@ class Adam(HasGroups, Grows):
     def _checked_params(self):
         """Check the parameters and hyperparameters. Return name -> Beginning of each parameter."""
         beginnings: dict[str, Beginning] = {}
+        of_bounds(self.groups, self.arrangement.structures)  # which refuses those of another structure
         for group, structure in zip(self.groups, self.arrangement.structures, strict=True):
             has_array = self.options.capturable and is_array(group["lr"])  # whose number is not known before it is read
             h = self.checked(group | {"lr": 0.0} if has_array else group, structure, step=1)
@@ -183,7 +191,10 @@ class Adam(HasGroups, Grows):
                 if not view.writeable:
                     checks.read_only(view)
                 hyperparameters.check_rounding(h, self.options.computed_in(view.format))
-                beginnings[name] = Beginning(kernels, view, self.options.kept(view, structure.amsgrad))
+                numbers = checks.numbers(view, structure.complex, structure.components)
+                checks.ordered(view, numbers, h.fixed, ())
+                kept = self.options.kept(view, structure.amsgrad, numbers)
+                beginnings[name] = Beginning(kernels, view, kept, numbers)
         checks.overlap([beginning.view for beginning in beginnings.values()], [])
         return beginnings
 
@@ -194,8 +205,8 @@ class Adam(HasGroups, Grows):
         states |= {name: {"step": 0} | arrays for name, arrays in new.items()}
         seed, stochastic = checks.seed(self.options.seed), self.options.stochastic_rounding
         self.parameters = {}
-        for number, (name, (_, view, kept)) in enumerate(beginnings.items()):
-            kind = ParameterKind.of(view.format, kept, name in copies, stochastic)
+        for number, (name, (_, view, kept, numbers)) in enumerate(beginnings.items()):
+            kind = ParameterKind.of(view, kept, name in copies, stochastic, numbers)
             key = key_of_parameter(seed, number)
             self.parameters[name] = Parameter(name, kind, states[name], key, copies.get(name))
         self.state = {name: parameter.state for name, parameter in self.parameters.items()}
@@ -239,8 +250,8 @@ class Adam(HasGroups, Grows):
     def new_state(self, beginnings):
         """Return name -> {key: zeros} of the state of all parameters. beginnings: name -> Beginning."""
         return {
-            name: {key: state_.zeros(backend, view, key, format) for key, format in kept.items()}
-            for name, (backend, view, kept) in beginnings.items()
+            name: {key: state_.zeros(backend, view, key, format, numbers) for key, format in kept.items()}
+            for name, (backend, view, kept, numbers) in beginnings.items()
         }
 
     def copies_of(self, param_copies, beginnings):
@@ -252,7 +263,7 @@ class Adam(HasGroups, Grows):
 
     def checked(self, group, structure, step, grad_scale=1.0):
         """Return the Hyperparameters of a group for a step, checked."""
-        return checked_group(group, structure, self.options, step, grad_scale)
+        return checked_group(without_arrays(group), structure, self.options, step, grad_scale)
 
     def step(
         self,
@@ -303,9 +314,9 @@ class Adam(HasGroups, Grows):
         if not (max_norm is norm is found_inf is None and check_finite is False):
             conditions = self.conditions(grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream)
             grad_scale, left_out, on_device = conditions
-        further = None
-        if not change is lr_scale is where is None:
-            further = self.step_arrays(change, lr_scale, where)
+        further, bounds = None, of_bounds(self.groups, self.arrangement.structures)
+        if bounds or not change is lr_scale is where is None:
+            further = self.step_arrays(change, lr_scale, where, bounds)
         updates: list[Updates] = []
         taking: list[tuple] = []
         for settings, group, grads in zip(self.groups, self._groups, grads_of_groups, strict=True):
@@ -331,7 +342,7 @@ class Adam(HasGroups, Grows):
         (structure, parameters, kind, count), arrays = group, settings["params"]
         lr, grad_scale, now = count.numbers(settings["lr"], grad_scale, on_device)
         known = settings if lr is settings["lr"] else settings | {"lr": lr}
-        h = checked_group(known, structure, self.options, self.steps + 1, grad_scale)
+        h = checked_group(without_arrays(known), structure, self.options, self.steps + 1, grad_scale)
         if id(None) in map(id, grads):
             present = [grad is not None for grad in grads]
             count.check_present(parameters, present)
@@ -344,26 +355,28 @@ class Adam(HasGroups, Grows):
             if len(alike) < len(parameters):
                 chosen = set(map(id, alike))
                 columns = [list(itertools.compress(x, [id(p) in chosen for p in parameters])) for x in columns]
-            updates.append(self._updates(h, step, alike, names, columns, now))
+            updates.append(self._updates(h, structure, step, alike, names, columns, now))
         return updates, parameters
 
-    def _updates(self, h, step, parameters, names, columns, now):
+    def _updates(self, h, structure, step, parameters, names, columns, now):
         """Return the Updates of parameters of one kind. columns: their arrays and gradients, to which those of the state come."""
-        _, operands, kept, bits, counted = parameters[0].kind
+        _, operands, kept, bits, counted, *_ = parameters[0].kind
         states = [parameter.state for parameter in parameters]
         for operand in kept:
             columns.append([state[operand] for state in states])
         if len(columns) < len(operands):
             columns.insert(operands.index("param_copy"), [parameter.copy for parameter in parameters])
-        if not counted:
-            return Updates(h, step, columns, operands, names, now)
-        keys, starts = [parameter.key for parameter in parameters], [parameter.start for parameter in parameters]
-        stochastic, seed = self.options.stochastic_rounding, checks.seed(self.options.seed)
-        return Updates(h, step, columns, operands, names, now, bits, stochastic, seed, keys, starts)
+        updates = Updates(h, step, columns, operands, names, now)
+        updates.complex, updates.components = structure.complex, structure.components
+        if counted:
+            updates.bits, updates.stochastic = bits, self.options.stochastic_rounding
+            updates.seed = checks.seed(self.options.seed)
+            updates.keys, updates.starts = [p.key for p in parameters], [p.start for p in parameters]
+        return updates
 
-    def step_arrays(self, change, lr_scale, where):
+    def step_arrays(self, change, lr_scale, where, bounds):
         """Return the `StepArrays` of a step."""
-        return StepArrays(self.arrangement, change, lr_scale, where)
+        return StepArrays(self.arrangement, change, lr_scale, where, bounds)
 
     def launch(self, updates, stream):
         """Check the Updates of a step and launch them."""
@@ -428,7 +441,7 @@ class Adam(HasGroups, Grows):
         self.under_way.check()
         groups, states = [], {name: dict(state) for name, state in self.state.items()}
         for own, group in zip(self.groups, self._groups, strict=True):
-            settings = saved_settings(own)
+            settings = saved_settings(own | {"bounds": saved_bounds(own["bounds"])})
             if is_array(settings["lr"]):
                 settings["lr"] = group.count.value(settings["lr"])
             groups.append(settings)
@@ -516,7 +529,8 @@ class Adam(HasGroups, Grows):
 
     def _checked_settings(self, k, saved):
         """Return the hyperparameters of group k in a state_dict."""
-        saved = {"clip_value": None, "bounds": None} | saved  # older ones do not have them
+        # older ones do not have all
+        saved = {"clip_value": None, "bounds": None, "complex": None, "components": 1} | saved
         if set(saved) != {"names", *HYPERPARAMETERS}:
             raise ValueError(
                 f'a group of a state_dict has "names" and {HYPERPARAMETERS}; this one has {some(sorted(map(str, saved)))}'
@@ -529,6 +543,7 @@ class Adam(HasGroups, Grows):
         own_lr, count = self.groups[k]["lr"], self._groups[k].count
         if is_array(own_lr) and not callable(settings["lr"]):
             count.check_fill("lr", own_lr)
+        settings["bounds"] = bounds_of_loaded(settings["bounds"], self.groups[k]["bounds"])
         h = self.checked(self.groups[k] | settings, self.arrangement.structures[k], step=1)
         for parameter in self._groups[k].parameters:
             hyperparameters.check_rounding(h, self.options.computed_in(parameter.kind.param))

@@ -71,11 +71,14 @@ class Options:
         """Whether numbers are rounded randomly: by the place of their parameter among all, so that its name is not enough."""
         return self.stochastic_rounding or self.state_dtype in ("bfloat16", "8bit")
 
-    def kept(self, param, amsgrad):
-        """Return key -> format of the state of a parameter, in the order of operands. param: the parameter's View."""
+    def kept(self, param, amsgrad, numbers=1):
+        """Return key -> format of the state of a parameter, in the order of operands.
+
+        param: the parameter's View. numbers: of it that share a v.
+        """
         kept = state.kept(param.format, self.state_dtype, amsgrad, self.master, self.ema_decay is not None)
         if self.state_dtype == "8bit":
-            checks.eight_bits(param)
+            checks.eight_bits(param, numbers)
         checks.combination(self.algorithm, kept, self.stochastic_rounding)
         return kept
 

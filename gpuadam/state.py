@@ -13,6 +13,7 @@ from .kernels.messages import shown
 from .kernels.operands import GROUP, KINDS
 
 OF_GROUPS = tuple(name for name, kind in KINDS.items() if kind.of_groups)
+SHARED = tuple(name for name, kind in KINDS.items() if kind.shared)  # by the numbers of an element
 IN_MEMORY = {"bfloat16": "uint16"}  # the dtype of a format that NumPy does not know
 MOMENTS = ("m", "v", "max_v")
 
@@ -37,13 +38,15 @@ def kept(param, state_dtype, amsgrad, master, ema):
     return formats
 
 
-def shape(key, param_shape):
-    """Return the shape of an array of the state.
+def shape(key, param_shape, numbers=1):
+    """Return the shape of an array of the state. numbers: of the parameter, in its last dimension, that share a v.
 
-    >>> shape("m", (5, 20)), shape("m_scale", (5, 20))
-    ((5, 20), (4,))
+    >>> shape("m", (5, 20)), shape("m_scale", (5, 20)), shape("v", (5, 2), numbers=2)
+    ((5, 20), (4,), (5,))
     """
-    return (-(-int(np.prod(param_shape)) // GROUP),) if key in OF_GROUPS else tuple(param_shape)
+    if key in OF_GROUPS:
+        return (-(-int(np.prod(param_shape)) // GROUP),)
+    return tuple(param_shape[:-1] if numbers > 1 and key in SHARED else param_shape)
 
 
 def meaning(key, algorithm, formula):
@@ -72,12 +75,15 @@ def check_meaning(keys, options, algorithm, formula):
             )
 
 
-def zeros(backend, param, key, format):
-    """Return an array of the state at its start: zeros beside a parameter, in its order of memory. param: its View."""
+def zeros(backend, param, key, format, numbers=1):
+    """Return an array of the state at its start: zeros beside a parameter, in its order of memory.
+
+    param: its View. numbers: of it that share a v.
+    """
     dtype = np.dtype(IN_MEMORY.get(format, format))
     if key in OF_GROUPS:
         return backend.zeros(*shape(key, param.shape), dtype, param.device)
-    return backend.zeros_like(param, dtype)
+    return backend.zeros_like(param.in_vectors(numbers) if key in SHARED else param, dtype)
 
 
 class ParameterKind(NamedTuple):
@@ -88,15 +94,18 @@ class ParameterKind(NamedTuple):
     kept: tuple[str, ...]  # those that are state
     bits: tuple[str, ...]  # of each operand: the format that its integers stand for, or ""
     counted: bool  # a number is rounded randomly, by its place in the parameter
+    numbers: int  # that share a v
+    of_complex: bool
 
     @classmethod
-    def of(cls, param, kept, has_copy, stochastic):
-        """Return the Kind of a parameter of some format, whose state is `kept`: key -> format."""
+    def of(cls, param, kept, has_copy, stochastic, numbers=1):
+        """Return the Kind of a parameter, given by its View, whose state is `kept`: key -> format."""
         there = {"param", "grad", *kept, *(["param_copy"] if has_copy else [])}
         operands = tuple(name for name in KINDS if name in there)
         bits = tuple("bfloat16" if kept.get(name) == "bfloat16" else "" for name in operands)
         state = tuple(name for name in operands if name in kept)
-        return cls(param, operands, state, bits, stochastic or "bfloat16" in bits or "m_scale" in kept)
+        counted = stochastic or "bfloat16" in bits or "m_scale" in kept
+        return cls(param.format, operands, state, bits, counted, numbers, bool(param.of_complex))
 
 
 @dataclasses.dataclass(slots=True, eq=False)

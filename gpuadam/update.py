@@ -21,13 +21,13 @@ from .device_step import ScalarsLaunch
 from .kernels import adam, streams
 from .kernels.layout import Update
 from .kernels.messages import shortened, shown
-from .kernels.operands import Arrays, is_written
+from .kernels.operands import KINDS, Arrays, is_written
 from .kernels.scalars import step_key
 from .kernels.view import Bits
 from .remembered import release
 
 OPERANDS = ("param", "grad", "m", "v")  # that every update has
-OF_ROWS = {"lr_scale", "where"}  # that may have an element for each row
+OF_ROWS = ("lr_scale", "where")  # that may have an element for each row
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -46,6 +46,8 @@ class Updates:
     keys: list[int] | None = None  # of each param, for random rounding
     starts: list[int] | None = None  # likewise the number of its first element, where a param is a part of one
     nonzero: bool = False  # elements whose gradient is 0 stay
+    complex: str | None = None  # what complex params are taken for: "joint" or "parts"
+    components: int = 1  # how many numbers of a real param share a v
 
     def written(self):
         """Return the arrays that are written."""
@@ -123,19 +125,20 @@ def _in_numpy_structs(groups):
         if type(columns[0][0]) not in IN_STRUCTS:
             return None
         # the latest is mostly the right one, and to read tells
-        like = _latest.get((group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad, group.nonzero))
+        like = _latest.get(settings_of(group))
         if like is not None:
             rows = struct.table(columns, like.columns, not like.random)
         if rows is None:
             columns, like = _like(group, struct)
             rows = like and struct.table(columns, like.columns, not like.random)
-        if like is None or rows is None:
+        if like is None or rows is None or (like.columns.of_complex and like.columns.numbers > 1 and group.h.fixed.ordered):
             return None
         if like.random and group.keys:
             rows[:, struct.KEY] = group.keys
         if like.random and group.starts:
             rows[:, struct.START] = group.starts
-        n = columns[0][0].size if len(rows) == 1 else rows[:, struct.SIZE].sum().item()
+        one = len(rows) == 1 and not like.columns.of_complex and like.columns.numbers == 1  # of which NumPy knows
+        n = columns[0][0].size if one else rows[:, struct.SIZE].sum().item()
         batches.append(kernels.batch_of(rows, n, like.arrays, like.random, k, group.names))
         tables.append((rows, like.columns))
     return batches if len(tables) == 1 or struct.all_disjoint(tables) else None
@@ -150,8 +153,14 @@ class Like(NamedTuple):
 
 
 _likes: dict[tuple, Like] = {}
-_latest: dict[tuple, Like] = {}  # of operands, bits, stochastic, zero_grad and nonzero
+_latest: dict[tuple, Like] = {}  # by `settings_of`
 IN_STRUCTS = np.ndarray, Bits
+
+
+def settings_of(group):
+    """Return what decides beside the arrays which Updates can be in one table."""
+    settings = group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad, group.nonzero
+    return (*settings, group.complex, group.components)
 
 
 def _like(group, struct):
@@ -163,12 +172,12 @@ def _like(group, struct):
     first = [column[0] for column in columns]
     if not struct.known() or not all(type(array) is np.ndarray for array in first):
         return columns, None
-    settings = group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad, group.nonzero
+    settings = settings_of(group)
     key = *settings, tuple(bits), *[id(array.dtype) for array in first]
     like = _likes.get(key)
     if like is None:
-        like_first = struct.columns_like(group.operands, first, group.h.fixed.zero_grad)
-        arrays = like_first and _arrays_of_dtypes(group, like_first.dtypes, bits)
+        like_first = struct.columns_like(group.operands, first, group.h.fixed.zero_grad, group.complex, group.components)
+        arrays = like_first and _arrays_of_dtypes(group, like_first, bits)
         if arrays is None:
             return columns, None
         like = _likes[key] = Like(like_first, arrays, arrays.random)
@@ -177,19 +186,20 @@ def _like(group, struct):
     return columns, like
 
 
-def _arrays_of_dtypes(group, dtypes, bits):
-    """Return the `operands.Arrays` of Updates with NumPy arrays of these dtypes, or None if `checks.formats` refuses them."""
-    formats = dict(zip(group.operands, dtypes, strict=True))
+def _arrays_of_dtypes(group, columns, bits):
+    """Return the `operands.Arrays` of Updates with NumPy arrays of Columns, or None if `checks.formats` refuses them."""
+    formats = dict(zip(group.operands, columns.dtypes, strict=True))
     for operand, format in zip(group.operands, bits, strict=False):
         if format:
             if format not in ("bfloat16", "float16") or formats[operand] not in ("int16", "uint16"):
                 return None
             formats[operand] = format
     try:
-        checks.formats({operand: _Named(operand, format) for operand, format in formats.items()}, group.nonzero)
+        named = {operand: _Named(operand, format) for operand, format in formats.items()}
+        checks.formats(named, group.nonzero, columns.numbers)
     except TypeError:  # which `_in_views` reports by the array's name
         return None
-    return arrays_of(formats, group.stochastic, group.nonzero)
+    return arrays_of(formats, group.stochastic, group.nonzero, columns.numbers)
 
 
 class _Named(NamedTuple):
@@ -198,10 +208,14 @@ class _Named(NamedTuple):
     name: str
     format: str
     dtype: np.dtype = np.dtype("uint8")
+    of_complex: str = ""
 
 
-def arrays_of(formats, stochastic, nonzero=False):
-    """Return the `operands.Arrays` of an update. formats: operand -> the format of its array. The rest: fields of `Updates`."""
+def arrays_of(formats, stochastic, nonzero=False, numbers=1):
+    """Return the `operands.Arrays` of an update. formats: operand -> the format of its array. numbers: of an element.
+
+    The rest: fields of `Updates`.
+    """
     param, m = formats["param"], formats["m"]
     return Arrays(
         param,
@@ -215,6 +229,9 @@ def arrays_of(formats, stochastic, nonzero=False):
         formats.get("change", ""),
         formats.get("lr_scale", ""),
         "nonzero" if nonzero else "array" if "where" in formats else "",
+        formats.get("low", ""),
+        formats.get("high", ""),
+        numbers,
     )
 
 
@@ -230,25 +247,36 @@ def _in_views(groups, backend):
             for label, array in row:
                 checks.given(label, array)
             kernels, views = backends.choose(row, backend)
-            by_operand = dict(zip(group.operands, views, strict=True))
-            for operand in OF_ROWS & by_operand.keys():
-                by_operand[operand] = by_operand[operand].of_rows(views[0].shape)
-            checks.update(by_operand, zero_grad, group.nonzero)
-            param = views[0]
+            by_operand, numbers = in_elements(dict(zip(group.operands, views, strict=True)), group)
             for operand, view in by_operand.items():
                 (written if is_written(operand, by_operand, zero_grad) else read).append(view)
             formats = {operand: view.format for operand, view in by_operand.items()}
-            arrays = arrays_of(formats, group.stochastic, group.nonzero)
+            arrays = arrays_of(formats, group.stochastic, group.nonzero, numbers)
             one = Update(
                 list(by_operand.values()), group.keys[n] if group.keys else 0, group.starts[n] if group.starts else 0
             )
-            together.setdefault((kernels, param.device, arrays), []).append(one)
+            together.setdefault((kernels, views[0].device, arrays), []).append(one)
         for (kernels, _, arrays), updates in together.items():
             for batch in kernels.batches(updates, arrays):
                 batch.group = k
                 batches.append(batch)
     checks.overlap(written, read)
     return batches
+
+
+def in_elements(views, group):
+    """Check the arrays of one update. Return its Views by operand, each with the elements of the update, and their numbers.
+
+    views: operand -> View. group: the Updates.
+    """
+    param, h = views["param"], group.h.fixed
+    numbers = checks.numbers(param, group.complex, group.components)
+    checks.ordered(param, numbers, h, views)
+    for operand in OF_ROWS:
+        if operand in views:
+            views[operand] = views[operand].of_rows(param.shape[:-1] if numbers > 1 else param.shape)
+    checks.update(views, h.zero_grad, group.nonzero, numbers)
+    return {name: view if KINDS[name].shared else view.in_vectors(numbers) for name, view in views.items()}, numbers
 
 
 def _launch(groups, batches, stream, under_way):

@@ -77,6 +77,7 @@ complete backend, in plain NumPy and some 100 lines.
 | file | contents |
 |---|---|
 | `adam.py`, `limit.py` | the rules |
+| `element.py`, `element_numba.py`, `element_numba_cuda.py` | the rule in kernels of users: `gpuadam.Rule` |
 | `scalars.py` | THE FORMULA of a step's scalars |
 | `primitives.py`, `conversions.py`, `llvm.py` | operations; conversions and random bits; LLVM for both |
 | `operands.py`, `numba_access.py`, `cuda_c_access.py` | operands and formats; loads and stores |

@@ -18,6 +18,9 @@ m and v are PyTorch's exp_avg and exp_avg_sq, and optax's mu and nu; max_v is Py
 
 lr_scale multiplies lr. Where `where` is 0, param and its moments stay as they were, and ema, a mean over steps, goes on.
 
+An element may be a vector of numbers that share a v, such as both parts of a complex number: then g * g is the sum of their
+squares, |g| its root, and the rest goes number by number.
+
 The family differs in the last line before bounds. NAdam (Dozat 2016) takes a mean of m and g for m; RAdam (Liu et al. 2020,
 arXiv:1908.03265) has other scalars: another lr, and before the variance is tractable a denominator of 1; AdaMax (Kingma & Ba
 2015, Algorithm 2) has v = max(beta2 * v, |g| + eps) and divides by it. optax divides by
@@ -40,7 +43,7 @@ class Form(NamedTuple):
     clips: bool = False  # its elements are clipped
     l2: bool = False  # weight decay joins the gradient (Adam)
     decoupled: bool = False  # weight decay joins the parameter (AdamW; Loshchilov & Hutter 2019, arXiv:1711.05101)
-    bounded: bool = False  # the parameter has bounds
+    bounded: bool = False  # the parameter has bounds, numbers or arrays
     near1: bool = True  # 1 - beta1 < 1/2: m is interpolated from m, else from g
     near2: bool = True  # likewise v, from v or from g * g
     near_ema: bool = True  # likewise ema, from ema or from param
@@ -94,7 +97,7 @@ def options(form):
         "AMSGRAD": form.arrays.amsgrad, "NEAR1": form.near1, "NEAR2": form.near2, "BOUNDED": form.bounded,
         "NEAR_EMA": form.near_ema, "EMA": form.arrays.ema != "", "ROOT": form.arrays.grouped,
         "CHANGE": form.arrays.change != "", "LR_SCALE": form.arrays.lr_scale != "", "WHERE": form.arrays.where != "",
-        "NONZERO": form.arrays.where == "nonzero",
+        "NONZERO": form.arrays.where == "nonzero", "LOWS": form.arrays.low != "", "HIGHS": form.arrays.high != "",
     }  # fmt: skip
     return named | {name.upper(): form.algorithm == name for name in ("nadam", "adamax", "optax")}
 
@@ -105,16 +108,17 @@ def in_python(form, op):
         op.fma, op.add, op.sub, op.mul, op.div, op.sqrt, op.neg, op.abs, op.larger, op.zero_below, op.at_least, op.at_most,
         op.choose,
     )  # fmt: skip
+    squares, plus_squares, length, nonzero = op.squares, op.plus_squares, op.length, op.nonzero
     (
         SCALED, CLIPS, L2, DECOUPLED, AMSGRAD, NEAR1, NEAR2, BOUNDED, NEAR_EMA, EMA, ROOT, CHANGE, LR_SCALE, WHERE, NONZERO,
-        NADAM, ADAMAX, OPTAX,
+        LOWS, HIGHS, NADAM, ADAMAX, OPTAX,
     ) = options(form).values()  # fmt: skip
     names = scalar_names(form)
     OF_M, OF_G, EPS_ROOT, CLIP_VALUE, LOW, HIGH, W_EMA = (names.index(x) if x in names else 0 for x in FURTHER)
 
-    def update(param, grad, m, v, max_v, ema, lr_scale, where, s):
+    def update(param, grad, m, v, max_v, ema, lr_scale, where, low, high, s):
         grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr = s[:7]
-        old_param, old_m, old_v, old_max_v, where = param, m, v, max_v, grad if NONZERO else where
+        old_param, old_m, old_v, old_max_v, where = param, m, v, max_v, nonzero(grad) if NONZERO else where
         if LR_SCALE:
             decay, neg_lr = mul(decay, lr_scale) if DECOUPLED else decay, mul(neg_lr, lr_scale)
         g = mul(grad_scale, grad) if SCALED else grad
@@ -125,7 +129,10 @@ def in_python(form, op):
         if DECOUPLED:
             param = mul(decay, param) if CHANGE else fma(decay, param, param)
         m = fma(w1, sub(g, m), m if NEAR1 else g)
-        v = larger(mul(w2, v), add(abs_(g), eps)) if ADAMAX else fma(w2, fma(g, g, neg(v)), v if NEAR2 else mul(g, g))
+        v = (
+            larger(mul(w2, v), add(length(g), eps)) if ADAMAX
+            else fma(w2, plus_squares(neg(v), g), v if NEAR2 else squares(g))
+        )
         v_hat = mul(v, inv_sqrt_bias2) if OPTAX else v
         max_v = larger(max_v, v_hat) if AMSGRAD else v_hat
         root = v if ADAMAX else sqrt(v) if OPTAX else sqrt(max_v)
@@ -134,8 +141,9 @@ def in_python(form, op):
         step = div(direction, denom)
         param = mul(neg_lr, step) if CHANGE and not DECOUPLED else fma(neg_lr, step, param)
         if BOUNDED:
-            param = at_most(at_least(add(old_param, param) if CHANGE else param, s[LOW]), s[HIGH])
-            param = sub(param, old_param) if CHANGE else param
+            bounded = add(old_param, param) if CHANGE else param
+            bounded = at_most(at_least(bounded, low if LOWS else s[LOW]), high if HIGHS else s[HIGH])
+            param = sub(bounded, old_param) if CHANGE else bounded
         if WHERE:
             param = choose(where, param, abs_(where) if CHANGE else old_param)
         if EMA:
@@ -153,13 +161,15 @@ def in_python(form, op):
 
 
 IN_CUDA_C = r"""
-__device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T& ema, T lr_scale, T where, %(scalars)s) {
+__device__ __forceinline__ void update(
+    V& param, V grad, V& m, T& v, T& max_v, V& ema, T lr_scale, T where, V lows, V highs, %(scalars)s) {
     %(unused)s
-    const T old_param = param, old_m = m, old_v = v, old_max_v = max_v;
-    where = NONZERO ? grad : where;
+    const V old_param = param, old_m = m;
+    const T old_v = v, old_max_v = max_v;
+    where = NONZERO ? nonzero_(grad) : where;
     if (LR_SCALE)
         decay = DECOUPLED ? mul_(decay, lr_scale) : decay, neg_lr = mul_(neg_lr, lr_scale);
-    T g = SCALED ? mul_(grad_scale, grad) : grad;
+    V g = SCALED ? mul_(grad_scale, grad) : grad;
     if (CLIPS)
         g = at_most_(at_least_(g, neg_(clip_value)), clip_value);
     if (L2)
@@ -167,17 +177,19 @@ __device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T
     if (DECOUPLED)
         param = CHANGE ? mul_(decay, param) : fma_(decay, param, param);
     m = fma_(w1, sub_(g, m), NEAR1 ? m : g);
-    v = ADAMAX ? larger_(mul_(w2, v), add_(abs_(g), eps)) : fma_(w2, fma_(g, g, neg_(v)), NEAR2 ? v : mul_(g, g));
+    v = ADAMAX ? larger_(mul_(w2, v), add_(length_(g), eps))
+               : fma_(w2, plus_squares_(neg_(v), g), NEAR2 ? v : squares_(g));
     T v_hat = OPTAX ? mul_(v, inv_sqrt_bias2) : v;
     max_v = AMSGRAD ? larger_(max_v, v_hat) : v_hat;
     T root = ADAMAX ? v : OPTAX ? sqrt_(v) : sqrt_(max_v);
     T denom = ADAMAX ? v : OPTAX ? add_(sqrt_(add_(max_v, eps_root)), eps) : fma_(root, inv_sqrt_bias2, eps);
-    T direction = NADAM ? fma_(of_g, g, mul_(of_m, m)) : m;
-    T step = div_(direction, denom);
+    V direction = NADAM ? fma_(of_g, g, mul_(of_m, m)) : m;
+    V step = div_(direction, denom);
     param = CHANGE && !DECOUPLED ? mul_(neg_lr, step) : fma_(neg_lr, step, param);
     if (BOUNDED) {
-        param = at_most_(at_least_(CHANGE ? add_(old_param, param) : param, low), high);
-        param = CHANGE ? sub_(param, old_param) : param;
+        V bounded = CHANGE ? add_(old_param, param) : param;
+        bounded = at_most_(at_least_(bounded, LOWS ? lows : low), HIGHS ? highs : high);
+        param = CHANGE ? sub_(bounded, old_param) : bounded;
     }
     if (WHERE)
         param = choose_(where, param, CHANGE ? abs_(where) : old_param);

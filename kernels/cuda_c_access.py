@@ -1,7 +1,7 @@
 """Loads and stores of neighbours in CUDA C, for CuPy: `update_lanes` applies a rule to them, of 8-bit state `update_group`."""
 
 from gpuadam.kernels import conversions
-from gpuadam.kernels.operands import GROUP, GROUP_LANES, VALUES, decodings, operands_of_form
+from gpuadam.kernels.operands import GROUP, GROUP_LANES, KINDS, VALUES, decodings, operands_of_form
 
 C_TYPES = {"float64": "double", "float32": "float", "uint8": "unsigned char"} | dict.fromkeys(
     ("bfloat16", "float16", "int16"), "unsigned short"
@@ -9,18 +9,29 @@ C_TYPES = {"float64": "double", "float32": "float", "uint8": "unsigned char"} | 
 
 IN_CUDA_C = r"""
 #define FOR_LANES _Pragma("unroll") for (int k = 0; k < N; ++k)
+#define FOR_NUMBERS _Pragma("unroll") for (int j = 0; j < NUMBERS; ++j)
 template <class S, class U> __device__ __forceinline__ S* as(U* p) { return reinterpret_cast<S*>(p); }
 template <class S, class U> __device__ __forceinline__ const S* as(const U* p) { return reinterpret_cast<const S*>(p); }
-template <int N, class S> struct alignas(N * sizeof(S) < 16 ? N * sizeof(S) : 16) Vector { S lane[N]; };
-template <int N, class S> __device__ __forceinline__ Vector<N, S> load(const S* p) { return *as<Vector<N, S>>(p); }
-template <int N, class S> __device__ __forceinline__ void store(S* p, const Vector<N, S>& v) { *as<Vector<N, S>>(p) = v; }
-// in one instruction, which the compiler makes several of if it is left to it
-__device__ __forceinline__ void store(unsigned short* p, const Vector<8, unsigned short>& v) {
-    unsigned word[4];
+// N lanes of M numbers. Alone, a lane is aligned to a number, and else to what an access of it takes (`layout.aligned_to`).
+__device__ constexpr int aligned_to(int n) { return (n & -n) < 16 ? n & -n : 16; }
+template <int N, class S, int M = 1>
+struct alignas(N == 1 ? sizeof(S) : aligned_to(N * M * sizeof(S))) Vector { S lane[N * M]; };
+template <int N, int M = 1, class S> __device__ __forceinline__ Vector<N, S, M> load(const S* p) {
+    return *as<Vector<N, S, M>>(p);
+}
+template <int N, class S, int M> __device__ __forceinline__ void store(S* p, const Vector<N, S, M>& v) {
+    *as<Vector<N, S, M>>(p) = v;
+}
+// by 16 bytes in one instruction, which the compiler makes several of if it is left to it
+template <int M> __device__ __forceinline__ void store(unsigned short* p, const Vector<8, unsigned short, M>& v) {
     #pragma unroll
-    for (int k = 0; k < 4; ++k) word[k] = v.lane[2 * k] | v.lane[2 * k + 1] << 16;
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
-                 "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+    for (int n = 0; n < 8 * M; n += 8) {
+        unsigned word[4];
+        #pragma unroll
+        for (int k = 0; k < 4; ++k) word[k] = v.lane[n + 2 * k] | v.lane[n + 2 * k + 1] << 16;
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p + n)),
+                     "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+    }
 }
 __device__ __forceinline__ void widen(double& r, float x) { r = widened_(x); }
 template <class S> __device__ __forceinline__ void widen(S& r, S x) { r = x; }
@@ -62,7 +73,7 @@ __device__ __forceinline__ void update_group(%(arguments)s) {
     FOR_LANES {
         %(update)s
         %(encode)s
-        new_m[k] = m_k; new_v[k] = v_k; new_root[k] = max_v_k; bits[k] = h;  // a rule returns the root in max_v's place
+        new_m[k] = m_k; new_v[k] = v_k; new_root[k] = max_v_k; bits[k] = h[0];  // a rule returns the root in max_v's place
         largest_m = max(largest_m, at + k < size ? magnitude_(m_k) : 0u);
         largest_root = max(largest_root, at + k < size ? magnitude_(max_v_k) : 0u);
     }
@@ -98,7 +109,7 @@ def for_cuda_c(form, scalars):
     state, from `at` on, of `size`. whole: all of them are there, and can be loaded as vectors.
     """
     operands, grouped = operands_of_form(form), form.arrays.grouped
-    kinds = {o.name: C_TYPES[o.format] for o in operands}
+    kinds, numbers = {o.name: C_TYPES[o.format] for o in operands}, {o.name: o.numbers for o in operands}
     arguments = [f"{'' if o.stores else 'const '}{kinds[o.name]}* {o.name}" for o in operands]
     arguments += ["long long at", "long long size", "bool whole"] if grouped else []
     arguments += ["long long index", "long long key", "long long skip", *(f"T {name}" for name in scalars)]
@@ -106,11 +117,11 @@ def for_cuda_c(form, scalars):
     stores = [o.name for o in operands if o.stores and not o.of_groups]
     at = " + at" if grouped else ""
     lines = {
-        "zero_lanes": [f"store(grad, Vector<N, {kinds['grad']}>{{}});"] if form.zero_grad else [],
+        "zero_lanes": [f"store(grad, Vector<N, {kinds['grad']}, NUMBERS>{{}});"] if form.zero_grad else [],
         "zero_one": ["grad[at + k] = {};"] if form.zero_grad else [],
-        "declare": [f"Vector<N, {kinds[name]}> {name}_was;" for name in loads]
-        + [f"Vector<N, {kinds[name]}> {name}_is = {{}};" for name in stores],
-        "load_lanes": [f"{name}_was = load<N>({name}{at});" for name in loads],
+        "declare": [f"Vector<N, {kinds[name]}, {numbers[name]}> {name}_was;" for name in loads]
+        + [f"Vector<N, {kinds[name]}, {numbers[name]}> {name}_is = {{}};" for name in stores],
+        "load_lanes": [f"{name}_was = load<N, {numbers[name]}>({name}{at});" for name in loads],
         "load_one": [f"{name}_was.lane[k] = {name}[min(at + k, last)];" for name in loads],
         "update": _update(form, scalars),
         "encode": [_encode(o) for o in operands if o.value],
@@ -124,21 +135,28 @@ def for_cuda_c(form, scalars):
 
 def _update(form, scalars):
     """Return the lines that decode lane k and apply the rule, to variables named value_k."""
-    lines = []
+    lines, several = [], form.arrays.numbers > 1
     for value, (row, names) in decodings(form).items():
-        stored = ", ".join(name if name.endswith("_unit") else f"{name}_was.lane[k]" for name in names)
-        lines.append(f"T {value}_k = wide({f'{row}_({stored})' if row else stored});")
+        is_vector = several and not KINDS[value].shared
+        place = "k * NUMBERS + j" if is_vector else "k"
+        stored = ", ".join(name if name.endswith("_unit") else f"{name}_was.lane[{place}]" for name in names)
+        x = f"wide({f'{row}_({stored})' if row else stored})"
+        lines.append(f"V {value}_k; FOR_NUMBERS {value}_k.number[j] = {x};" if is_vector else f"T {value}_k = {x};")
     lines.append(f"update({', '.join(f'{name}_k' for name in VALUES)}, {', '.join(scalars)});")
     if form.arrays.random:
-        lines.append("const long long number = index + k;")
-        lines.append("const unsigned h = random_(number, number >> 32, key, key >> 32);")
+        lines.append("unsigned h[NUMBERS];")
+        lines.append("FOR_NUMBERS {")
+        lines.append("const long long number = (index + k) * NUMBERS + j;")
+        lines.append("h[j] = random_(number, number >> 32, key, key >> 32); }")
     return lines
 
 
 def _encode(operand):
     """Return the line that puts a value of lane k into the vector that will be stored."""
-    x = f"{operand.value}_k" if operand.format == "float64" else f"narrow({operand.value}_k)"
+    several = operand.numbers > 1
+    value = f"{operand.value}_k{'.number[j]' * several}"
+    x = value if operand.format == "float64" else f"narrow({value})"
     if operand.encoding:
-        random = "" if operand.random_bits_from is None else f", rotated(h, {operand.random_bits_from})"
-        x = f"{operand.encoding}_({x}{random})"
-    return f"{operand.name}_is.lane[k] = {x};"
+        bits = f", rotated(h[{'j' if several else 0}], {operand.random_bits_from})"
+        x = f"{operand.encoding}_({x}{'' if operand.random_bits_from is None else bits})"
+    return f"FOR_NUMBERS {operand.name}_is.lane[k * NUMBERS + j] = {x};" if several else f"{operand.name}_is.lane[k] = {x};"

@@ -121,16 +121,17 @@ def build(rule, form, loop, on_device=False):
         inputs += [f"{form.dtype} {name}" for name in names] + (["int64 step_key"] if random else [])
         body += ("" if random else "const long long step_key = 0;\n") + "const long long skip = 0;\n"
     pointers = {o.name: f"at_address<{kinds[o.name]}>(row[OPERANDS + {k}])" for k, o in enumerate(operands)}
-    begin = "" if form.arrays.grouped else " + begin"
+    at = {o.name: f" + at * {o.numbers}" if o.numbers > 1 else " + at" for o in operands}
+    begin = {name: "" if form.arrays.grouped else x.replace("at", "begin") for name, x in at.items()}
     conversions, update = cuda_c_access.for_cuda_c(form, names)
     parts = {
         "scalars": ", ".join(names),
         "pointers": "\n".join(
-            f"{'' if o.stores else 'const '}{kinds[o.name]}* const {o.name} = {pointers[o.name]}{begin};" for o in operands
+            f"{'' if o.stores else 'const '}{kinds[o.name]}* const {o.name} = {pointers[o.name]}{begin[o.name]};" for o in operands
         ),
         "names": ", ".join(o.name for o in operands),
-        "at": ", ".join(f"{o.name} + at" if loop == "table" else f"as<{kinds[o.name]}>(&{o.name}[at])" for o in operands),
-        "at_row": ", ".join(f"{pointers[o.name]} + at" for o in operands),
+        "at": ", ".join(o.name + at[o.name] if loop == "table" else f"as<{kinds[o.name]}>(&{o.name}[{at[o.name][3:]}])" for o in operands),
+        "at_row": ", ".join(pointers[o.name] + at[o.name] for o in operands),
         "element": ", ".join(f"as<{kinds[o.name]}>(&{o.name})" for o in operands),
     }
     defined = {
@@ -147,7 +148,7 @@ def build(rule, form, loop, on_device=False):
         preamble=f"typedef {cuda_c_access.C_TYPES[form.dtype.name]} T;\nconstexpr int LANES = {lanes_of(form)};\n"
         + "".join(f"#define {name} {value}\n" for name, value in defined.items())
         + TABLE_PREAMBLE * (loop == "table")
-        + primitives.for_cuda_c(form.dtype)
+        + primitives.for_cuda_c(form.dtype, form.arrays.numbers)
         + conversions
         + rule.in_cuda_c(form)
         + update,

@@ -19,6 +19,7 @@ from gpuadam.kernels.gpu_batch import GpuBatch, Place
 from gpuadam.kernels.gpu_table import Table
 from gpuadam.kernels.layout import VECTOR_BYTES, bounds, dense
 from gpuadam.kernels.streams import LEGACY_DEFAULT
+from gpuadam.kernels.view import InParts
 
 
 class GpuBackend(Backend):
@@ -187,7 +188,8 @@ class GpuBackend(Backend):
     @staticmethod
     def borrowed(views):
         """Return those arrays of Views that were borrowed by DLPack."""
-        return [view.array for view in views if type(view.array) is Borrowed]
+        owners = [view.array.array if type(view.array) is InParts else view.array for view in views]
+        return [owner for owner in owners if type(owner) is Borrowed]
 
     def keep_until_done(self, stream, borrowed):
         """Keep borrowed arrays until the work that is on a stream is done: their producer does not know of it."""

@@ -60,7 +60,7 @@ class GpuBatch(Batch):
         first = [view._replace(array=None) for view in first]
         if loop == "contiguous":
             self.split = split(self.pointers, [view.dtype.itemsize for view in first], self.size)
-            first = [view._replace(shape=(self.size,), strides=(view.dtype.itemsize,)) for view in first]
+            first = [view.flat for view in first]
         self.updates = [] if self.table else [updates[0]._replace(views=first)]
 
     def place(self, stream):

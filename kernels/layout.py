@@ -28,10 +28,19 @@ def lanes(itemsizes):
     return VECTOR_BYTES // min(n for n in itemsizes if n > 1)
 
 
-def split(pointers, itemsizes, size):
-    """Split `size` elements where all pointers are at 16-byte boundaries, or at those of a vector's bytes if it has fewer.
+def aligned_to(n_bytes):
+    """Return how many bytes an access may take of a run of n_bytes, and so where the run must begin: at most a vector's.
 
-    A vector has `lanes` elements. There are none where the arrays share no such place.
+    >>> aligned_to(64), aligned_to(24)
+    (16, 8)
+    """
+    return min(VECTOR_BYTES, n_bytes & -n_bytes)
+
+
+def split(pointers, itemsizes, size):
+    """Split `size` elements where all pointers are at the boundaries of a vector's accesses.
+
+    A vector has `lanes` elements. There are none where the arrays share no such place. itemsizes: of elements, in bytes.
 
     >>> split([0x1004, 0x2014, 0x3024], [4, 4, 4], size=10)  # 3 elements, 1 vector of 4, 3 elements
     Split(head=3, vectors=1, threads=7)
@@ -41,7 +50,7 @@ def split(pointers, itemsizes, size):
     Split(head=5, vectors=1, threads=13)
     """
     n_lanes = lanes(itemsizes)
-    boundaries = [(pointer, n, min(VECTOR_BYTES, n_lanes * n)) for pointer, n in zip(pointers, itemsizes, strict=True)]
+    boundaries = [(pointer, n, aligned_to(n_lanes * n)) for pointer, n in zip(pointers, itemsizes, strict=True)]
     for head in range(min(n_lanes, size + 1)):
         if all((pointer + head * n) % boundary == 0 for pointer, n, boundary in boundaries):
             vectors = (size - head) // n_lanes
@@ -57,7 +66,7 @@ def split_groups(pointers, itemsizes, size, lanes):
     >>> split_groups([0x1000, 0x2008], [4, 1], size=20, lanes=8)  # float32 beside bytes: 2 vectors, and a rest of 4 elements
     Split(head=0, vectors=2, threads=3)
     """
-    boundaries = [min(VECTOR_BYTES, lanes * n) for n in itemsizes]
+    boundaries = [aligned_to(lanes * n) for n in itemsizes]
     aligned = all(pointer % n == 0 for pointer, n in zip(pointers, boundaries, strict=True))
     return Split(0, size // lanes if aligned else 0, -(-size // lanes))
 

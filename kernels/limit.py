@@ -12,13 +12,13 @@ from gpuadam.kernels.adam import scalar_names
 
 def in_python(form, op):
     """Return the rule as a Python function for Numba to compile; op holds the primitives."""
-    fma, sqrt, ROOT = op.fma, op.sqrt, form.arrays.grouped
+    fma, sqrt, nonzero, ROOT = op.fma, op.sqrt, op.nonzero, form.arrays.grouped
 
-    def update(param, grad, m, v, max_v, ema, lr_scale, where, s):
-        decay = s[1]
+    def update(param, grad, m, v, max_v, ema, lr_scale, where, low, high, s):
+        decay, one = s[1], nonzero(grad)  # a number of the vector that an element may be
         root = sqrt(v) if ROOT else max_v  # 8-bit state keeps the root of v
         return (
-            fma(decay, grad, param), fma(decay, grad, m), fma(decay, grad, v), fma(decay, grad, root), fma(decay, grad, ema),
+            fma(decay, grad, param), fma(decay, grad, m), fma(decay, one, v), fma(decay, one, root), fma(decay, grad, ema),
         )  # fmt: skip
 
     return update
@@ -29,11 +29,12 @@ def in_cuda_c(form):
     root = "sqrt_(v)" if form.arrays.grouped else "max_v"
     declared = ", ".join("T decay" if name == "decay" else "T" for name in scalar_names(form))
     return f"""
-__device__ __forceinline__ void update(T& param, T grad, T& m, T& v, T& max_v, T& ema, T, T, {declared}) {{
+__device__ __forceinline__ void update(V& param, V grad, V& m, T& v, T& max_v, V& ema, T, T, V, V, {declared}) {{
+    const T one = nonzero_(grad);  // a number of the vector that an element may be
     param = fma_(decay, grad, param);
     m = fma_(decay, grad, m);
-    max_v = fma_(decay, grad, {root});
-    v = fma_(decay, grad, v);
+    max_v = fma_(decay, one, {root});
+    v = fma_(decay, one, v);
     ema = fma_(decay, grad, ema);
 }}
 """

@@ -12,9 +12,9 @@ from numba import from_dtype, types
 
 from gpuadam.kernels import llvm
 from gpuadam.kernels.conversions import CONVERSIONS
-from gpuadam.kernels.layout import VECTOR_BYTES
+from gpuadam.kernels.layout import aligned_to
 from gpuadam.kernels.llvm import F32, F64, U8, U16, U32, U64
-from gpuadam.kernels.operands import FORMATS, GROUP, RESULTS, STATE, VALUES, decodings, operands_of_form
+from gpuadam.kernels.operands import FORMATS, GROUP, KINDS, RESULTS, STATE, VALUES, decodings, operands_of_form
 
 
 def functions(form, intrinsic, lanes=1, addrspace=0):
@@ -28,8 +28,11 @@ def functions(form, intrinsic, lanes=1, addrspace=0):
         return kind if lanes == 1 else types.UniTuple(kind, lanes)
 
     void, i32, i64, real = types.void, types.int32, types.int64, from_dtype(form.dtype)
+    vector = real if form.arrays.numbers == 1 else types.UniTuple(real, form.arrays.numbers)
     addresses = types.UniTuple(i64, len(operands_of_form(form)))
-    values, results = (of_lanes(types.UniTuple(real, len(names))) for names in (VALUES, RESULTS))
+    values, results = (
+        of_lanes(types.Tuple([real if KINDS[name].shared else vector for name in names])) for names in (VALUES, RESULTS)
+    )
     units, codec = types.UniTuple(real, 2), types.Tuple((real, real, i32, i32))
     signatures = {
         "load": values(addresses, i64),
@@ -94,7 +97,13 @@ class _Emitter:
 
         def decoded(source, k):
             row, names = source
-            x = self._convert(b, row, *(stored[name][k] for name in names))
+            vectors = [stored[name][k] for name in names]
+            if isinstance(vectors[0], list):
+                return [number(row, *numbers) for numbers in zip(*vectors, strict=True)]
+            return number(row, *vectors)
+
+        def number(row, *parts):
+            x = self._convert(b, row, *parts)
             return b.fpext(x, self.real) if x.type != self.real else x
 
         sources, lanes = decodings(self.form).values(), []
@@ -116,7 +125,8 @@ class _Emitter:
     def zero_grad(self, b, at, i):
         """Store a zero gradient and nothing else."""
         grad = self.operands["grad"]
-        self._store(b, grad, at, i, [_memory_type(grad)(0)] * self.lanes)
+        zero = _memory_type(grad)(0)
+        self._store(b, grad, at, i, [zero if grad.numbers == 1 else [zero] * grad.numbers] * self.lanes)
 
     def moved(self, b, at, i):
         """Return the addresses of element i."""
@@ -162,8 +172,8 @@ class _Emitter:
         m_codes, v_codes = [], []
         for lane, h in zip(self._of_lanes(results), self._random_bits(b, start, i, high, key), strict=True):
             m, v, root = (lane[place] for place in STATE.values())
-            m_codes.append(b.trunc(self._convert(b, "to_m_code", m, m_inverse, m_mask, h), U8))
-            v_codes.append(b.trunc(self._convert(b, "to_v_code", v, root, v_inverse, v_mask, h), U8))
+            m_codes.append(b.trunc(self._convert(b, "to_m_code", m, m_inverse, m_mask, *h), U8))
+            v_codes.append(b.trunc(self._convert(b, "to_v_code", v, root, v_inverse, v_mask, *h), U8))
         self._store(b, self.operands["m"], at, i, m_codes)
         self._store(b, self.operands["v"], at, i, v_codes)
 
@@ -189,9 +199,14 @@ class _Emitter:
     def _of_lanes(self, results):
         return [results] if self.lanes == 1 else results
 
-    def _encoded(self, b, operand, results, h):
-        """Return what an operand is to hold of a lane. h: the lane's random bits."""
+    def _encoded(self, b, operand, results, bits):
+        """Return what an operand is to hold of a lane. bits: random ones, of each number of the lane."""
         x = results[RESULTS.index(operand.value)]
+        if isinstance(x, list):
+            return [self._encoded_number(b, operand, number, h) for number, h in zip(x, bits, strict=True)]
+        return self._encoded_number(b, operand, x, bits[0])
+
+    def _encoded_number(self, b, operand, x, h):
         x = b.fptrunc(x, F32) if x.type == F64 and operand.format != "float64" else x
         if not operand.encoding:
             return x
@@ -199,19 +214,22 @@ class _Emitter:
         return b.trunc(self._convert(b, operand.encoding, x, *random), U16)
 
     def _random_bits(self, b, start, i, high, key):
-        """Return the 32 random bits of each lane."""
+        """Return the 32 random bits of each number of each lane."""
+        numbers = self.form.arrays.numbers
         if not self.form.arrays.random:
-            return [None] * self.lanes
+            return [[None] * numbers] * self.lanes
         key_words = [b.trunc(key, U32), b.trunc(b.lshr(key, U64(32)), U32)]
-        bits = []
-        for k in range(self.lanes):
-            if k == 0:  # the sum of halves, and not half of the sum, so that a vector holds as many as of floats
+        bits, first = [], b.add(start, i)
+        if numbers > 1:
+            first = b.mul(first, U64(numbers))
+        for k in range(self.lanes * numbers):
+            if k == 0 and numbers == 1:  # the sum of halves, and not half of the sum: a vector holds as many as of floats
                 low, upper = b.add(b.trunc(start, U32), b.trunc(i, U32)), b.trunc(high, U32)
             else:
-                number = b.add(b.add(start, i), U64(k))
+                number = b.add(first, U64(k))
                 low, upper = b.trunc(number, U32), b.trunc(b.lshr(number, U64(32)), U32)
             bits.append(self._convert(b, "random", low, upper, *key_words))
-        return bits
+        return [bits[k : k + numbers] for k in range(0, len(bits), numbers)]
 
     def _convert(self, b, row, *operands):
         if not row:
@@ -221,28 +239,34 @@ class _Emitter:
         return CONVERSIONS[row].llvm(b, llvm.nvvm_rn(b) if self.addrspace == 1 else None, *widened)
 
     def _accesses(self, operand):
-        """Return how many lanes an access of an operand takes, how many lanes are packed into a word, and the access's type."""
-        element, width = _memory_type(operand), min(VECTOR_BYTES // operand.itemsize, self.lanes)
-        packed = 4 // operand.itemsize if width > 4 else 1  # NVVM splits vectors of more than four
+        """Return how many numbers an access of an operand takes, how many are packed into a word, and the access's type.
+
+        An element that is alone is accessed number by number: that is all it needs to be aligned to.
+        """
+        element, size = _memory_type(operand), FORMATS[operand.format]
+        width = 1 if self.lanes == 1 else aligned_to(self.lanes * operand.itemsize) // size
+        packed = 4 // size if width > 4 else 1  # NVVM splits vectors of more than four
         return width, packed, llvm.vector(U32 if packed > 1 else element, width // packed)
 
     def _load(self, b, operand, at, i):
-        """Return what an operand holds of each lane."""
-        (width, packed, kind), element, lanes = self._accesses(operand), _memory_type(operand), []
-        for first in range(0, self.lanes, width):
+        """Return what an operand holds of each lane, a list where an element has several numbers."""
+        (width, packed, kind), element, numbers = self._accesses(operand), _memory_type(operand), []
+        for first in range(0, self.lanes * operand.numbers, width):
             place = self._pointer(b, operand, at, i, kind, first)
-            loaded = self._alone(b, b.load(place, align=width * operand.itemsize), operand.name)
+            loaded = self._alone(b, b.load(place, align=width * FORMATS[operand.format]), operand.name)
             for k in range(width):
-                lane = loaded if width == 1 else b.extract_element(loaded, U32(k // packed))
+                number = loaded if width == 1 else b.extract_element(loaded, U32(k // packed))
                 if packed > 1:
-                    lane = b.trunc(b.lshr(lane, U32(element.width * (k % packed))), element)
-                lanes.append(lane)
-        return lanes
+                    number = b.trunc(b.lshr(number, U32(element.width * (k % packed))), element)
+                numbers.append(number)
+        n = operand.numbers
+        return numbers if n == 1 else [numbers[k : k + n] for k in range(0, len(numbers), n)]
 
     def _store(self, b, operand, at, i, lanes):
         (width, packed, kind), element = self._accesses(operand), _memory_type(operand)
-        for first in range(0, self.lanes, width):
-            parts = lanes[first : first + width]
+        numbers = lanes if operand.numbers == 1 else [number for lane in lanes for number in lane]
+        for first in range(0, len(numbers), width):
+            parts = numbers[first : first + width]
             if packed > 1:
                 words = [b.shl(b.zext(x, U32), U32(element.width * (k % packed))) for k, x in enumerate(parts)]
                 parts = [functools.reduce(b.or_, words[k : k + packed]) for k in range(0, width, packed)]
@@ -252,13 +276,14 @@ class _Emitter:
                 for k, part in enumerate(parts):
                     stored = b.insert_element(stored, part, U32(k))
             place = self._pointer(b, operand, at, i, kind, first)
-            self._alone(b, b.store(stored, place, align=width * operand.itemsize), operand.name)
+            self._alone(b, b.store(stored, place, align=width * FORMATS[operand.format]), operand.name)
 
     def _pointer(self, b, operand, at, i, kind, first):
         # by gep, not by sums of integers: LLVM's vectoriser follows no pointer that is made of an integer in the loop
         element = _memory_type(operand)
         address = at[list(self.operands).index(operand.name)]
         start = llvm.pointer(b, address, element, self.addrspace)
+        i = b.mul(i, U64(operand.numbers)) if operand.numbers > 1 else i
         place = b.gep(start, [b.add(i, U64(first)) if first else i])
         return place if kind == element else b.bitcast(place, ir.PointerType(kind, addrspace=self.addrspace))
 

@@ -31,26 +31,44 @@ NDARRAY = id(np.ndarray)
 
 _formats = {
     id(dtype): dtype  # by the object: NumPy has one for each dtype in native byte order
-    for dtype in map(np.dtype, ("float64", "float32", "float16", "int16", "uint16", "uint8", "bool"))
+    for dtype in map(
+        np.dtype, ("float64", "float32", "float16", "int16", "uint16", "uint8", "bool", "complex64", "complex128")
+    )
 }
 
-# The rows of `Columns.expected`
-DTYPE_OBJECT, FLAGS_NEEDED, BYTES, IS_SCALE, WRITTEN = range(5)
+# The rows of `Columns.expected`. BYTES: of an element. LAST: the length of a last dimension of numbers that are within an element,
+# or 0. TIMES: how many elements there are for each that the other dimensions count.
+DTYPE_OBJECT, FLAGS_NEEDED, BYTES, IS_SCALE, WRITTEN, LAST, TIMES = range(7)
 
 
 class Columns(NamedTuple):
     """What the arrays of updates must be to share a table: something for each operand, in the order of the columns."""
 
-    dtypes: tuple[str, ...]
+    dtypes: tuple[str, ...]  # of numbers
     expected: np.ndarray  # int64: a column for each operand
+    numbers: int = 1  # of an element
+    of_complex: bool = False
 
 
-def columns_like(operands, arrays, zero_grad):
+def columns_like(operands, arrays, zero_grad, complex=None, components=1):
     """Return the Columns of updates whose first arrays are these; None if the dtype of one can be in no table.
 
-    operands: their names.
+    operands: their names. complex: what complex params are taken for, "joint" or "parts". components: numbers of real ones that
+    share a v.
     """
-    dtypes = [array.dtype for array in arrays]
+    dtypes, of_complex = [array.dtype for array in arrays], arrays[0].dtype.kind == "c"
+    numbers = (2 if complex == "joint" else 1) if of_complex else components
+    lasts = [0] * len(arrays)
+    if of_complex or numbers > 1:
+        shared = [KINDS[name].shared and (numbers > 1 or name in ("lr_scale", "where")) for name in operands]
+        if (of_complex and not complex) or (numbers == 1 and any(shared)):  # which have an element for two
+            return None
+        if any(dtype.kind == "c" and (one or not of_complex) for dtype, one in zip(dtypes, shared, strict=True)):
+            return None
+        whole = [one or dtype.kind == "c" for dtype, one in zip(dtypes, shared, strict=True)]
+        lasts = [0 if one else 2 if of_complex else numbers for one in whole]
+    elif any(dtype.kind == "c" for dtype in dtypes):
+        return None
     for dtype in dtypes:
         if id(dtype) not in _formats:
             ml_dtypes = sys.modules.get("ml_dtypes")
@@ -58,14 +76,18 @@ def columns_like(operands, arrays, zero_grad):
                 return None
             _formats[id(dtype)] = dtype  # kept alive, so that no other object gets its number
     written = [is_written(name, operands, zero_grad) for name in operands]
+    times = 2 if of_complex and numbers == 1 else 1
     expected = [
         list(map(id, dtypes)),
         [ALIGNED | WRITEABLE * is_written for is_written in written],
-        [dtype.itemsize for dtype in dtypes],
+        [dtype.itemsize * max(last, 1) // times for dtype, last in zip(dtypes, lasts, strict=True)],
         [KINDS[name].of_groups for name in operands],
         written,
+        lasts,
+        [times] * len(lasts),
     ]
-    return Columns(tuple(dtype.name for dtype in dtypes), np.array(expected, np.int64))
+    names = [f"float{4 * dtype.itemsize}" if dtype.kind == "c" else dtype.name for dtype in dtypes]
+    return Columns(tuple(names), np.array(expected, np.int64), numbers, of_complex)
 
 
 def table(columns, like, any_order=True):
@@ -191,17 +213,19 @@ def read(objects, ndarray, expected, any_order, rows):
             # of what is no array, nothing but the head may be read: it may be shorter
             if _int64_at(array + TYPE) != ndarray or _int64_at(array + DTYPE) != expected[DTYPE_OBJECT, k]:
                 return False
-            flags = _int32_at(array + FLAGS)
+            flags, last = _int32_at(array + FLAGS), expected[LAST, k]
             if flags & expected[FLAGS_NEEDED, k] != expected[FLAGS_NEEDED, k]:
                 return False
-            orders &= flags
+            orders &= flags & C_CONTIGUOUS if last else flags
             if expected[IS_SCALE, k]:
-                if _int32_at(array + NDIM) != 1 or _int64_at(_int64_at(array + SHAPE)) != (n + GROUP - 1) // GROUP:
+                of_all = (n * expected[TIMES, 0] + GROUP - 1) // GROUP
+                if _int32_at(array + NDIM) != 1 or _int64_at(_int64_at(array + SHAPE)) != of_all:
                     return False
             else:
+                own = _int32_at(array + NDIM) - (last != 0)
                 if k == 0:
-                    ndim = _int32_at(first + NDIM)
-                if _int32_at(array + NDIM) != ndim:
+                    ndim = own
+                if own != ndim or own < 0 or (last and _int64_at(_int64_at(array + SHAPE) + 8 * own) != last):
                     return False
                 for d in range(ndim):
                     length = _int64_at(_int64_at(array + SHAPE) + 8 * d)
@@ -212,7 +236,7 @@ def read(objects, ndarray, expected, any_order, rows):
             rows[row, PARAM + k] = _int64_at(array + DATA)
         if not (orders & C_CONTIGUOUS or (any_order and orders)):
             return False
-        rows[row, SIZE], rows[row, KEY], rows[row, START] = n, 0, 0
+        rows[row, SIZE], rows[row, KEY], rows[row, START] = n * expected[TIMES, 0], 0, 0
     return disjoint(rows, expected)
 
 

@@ -1,7 +1,10 @@
 """The operands of an update, their order, and their formats in memory.
 
-An update has *operands*, the arrays that its kernel touches, and *values*, the numbers of one element that its rule takes and
-returns. Most operands hold one value each. `param` and `remainder` hold one between them, and `param_copy` holds param once more.
+An update has *operands*, the arrays that its kernel touches, and *values*, what its rule takes and returns of one element. Most
+operands hold one value each. `param` and `remainder` hold one between them, and `param_copy` holds param once more.
+
+An element is mostly one number. Where several share a v, as both parts of a complex number may, an element is a vector of them:
+so are the values of most operands, and v, max_v, lr_scale and where have one number for it.
 
 A loop knows neither: it asks for an element's values, and hands over the new ones. `numba_access.py` and `cuda_c_access.py` write
 these loads and stores from a Form.
@@ -21,7 +24,7 @@ NARROW = ("bfloat16", "float16")  # formats of floats that are not computed with
 GROUP = 32
 GROUP_LANES = 8  # elements of a group that a thread of a GPU takes; 16 would take too many registers
 
-VALUES = ("param", "grad", "m", "v", "max_v", "ema", "lr_scale", "where")  # the arguments of a rule, in its order
+VALUES = ("param", "grad", "m", "v", "max_v", "ema", "lr_scale", "where", "low", "high")  # the arguments of a rule, in its order
 RESULTS = ("param", "m", "v", "max_v", "ema")
 # Where a rule's results have the state. Of 8-bit state a rule returns the root of v in max_v's place.
 STATE = {name: RESULTS.index(name) for name in ("m", "v", "max_v")}
@@ -32,6 +35,7 @@ class Kind(NamedTuple):
 
     formats: tuple[str, ...]  # that the array may have
     of_groups: bool = False  # it has an element for each group of neighbours, not for each of param's
+    shared: bool = False  # it has one number for each element, however many numbers param has there
 
 
 _FLOATS = ("float32", "float64", *NARROW)
@@ -40,14 +44,16 @@ KINDS = {  # by name, in the order in which kernels take them
     "param": Kind(_FLOATS),
     "grad": Kind(_FLOATS),
     "m": Kind(_MOMENTS),
-    "v": Kind(_MOMENTS),
-    "max_v": Kind(_MOMENTS),
+    "v": Kind(_MOMENTS, shared=True),
+    "max_v": Kind(_MOMENTS, shared=True),
     "remainder": Kind(("int16", "uint16")),
     "param_copy": Kind(_FLOATS),
     "ema": Kind(("float32", "float64")),  # a running mean would not move in fewer bits
     "change": Kind(_FLOATS),
-    "lr_scale": Kind(("float32", "float64")),
-    "where": Kind(("bool", "uint8")),
+    "lr_scale": Kind(("float32", "float64"), shared=True),
+    "where": Kind(("bool", "uint8"), shared=True),
+    "low": Kind(_FLOATS),
+    "high": Kind(_FLOATS),
     "m_scale": Kind(("float32",), of_groups=True),
     "v_scale": Kind(("float32",), of_groups=True),
 }
@@ -68,7 +74,7 @@ def is_written(name, names, zero_grad):
     """
     if name == "param":
         return "change" not in names
-    return zero_grad if name == "grad" else name not in ("lr_scale", "where")
+    return zero_grad if name == "grad" else name not in ("lr_scale", "where", "low", "high")
 
 
 class Operand(NamedTuple):
@@ -82,10 +88,12 @@ class Operand(NamedTuple):
     value: str  # the one of RESULTS that it stores; "": it stores nothing, zeros, or codes and scales of 8-bit state
     encoding: str  # the row of CONVERSIONS that makes stored bits of that value, a float32; "": the value itself is stored
     random_bits_from: int | None  # the first of the 16 bits by which it is rounded randomly; None: it is rounded to nearest
+    numbers: int = 1  # that it has of each element
 
     @property
     def itemsize(self):
-        return FORMATS[self.format]
+        """The bytes of an element."""
+        return self.numbers * FORMATS[self.format]
 
     def nbytes(self, n):
         """Return its bytes for n elements of param."""
@@ -106,11 +114,19 @@ class Arrays(NamedTuple):
     change: str = ""  # what would be added to param is stored here, and param stays
     lr_scale: str = ""  # the learning rate of each element is multiplied by this
     where: str = ""  # elements stay where an array is 0, of flags ("array") or the gradient ("nonzero")
+    low: str = ""  # the new param is not below this
+    high: str = ""  # nor above this
+    numbers: int = 1  # of an element, which share a v
 
     @property
     def compute(self):
         """The type that is computed with: float64 if one of the arrays is, else float32."""
         return np.dtype("float64" if "float64" in self else "float32")
+
+    @property
+    def bounded(self):
+        """Whether there are arrays of bounds."""
+        return self.low != "" or self.high != ""
 
     @property
     def grouped(self):
@@ -149,6 +165,7 @@ def operands_of(arrays, zero_grad=False):
             value="" if name == "grad" or coded or not stores else VALUE_OF.get(name, name),
             encoding=encoding,
             random_bits_from=_RANDOM_BITS_FROM[name] if random else None,
+            numbers=1 if kind.shared else arrays.numbers,
         )
 
     return tuple(operand(name, KINDS[name]) for name in there)
@@ -167,7 +184,7 @@ def decodings(form):
         rows[o.name] = row, (o.name, *((f"{o.name}_unit",) if coded else ()))
     if form.arrays.remainder:
         rows["param"] = "from_parts", ("param", "remainder")
-    return {name: rows.get(name) or rows["v" if name == "max_v" else "param"] for name in VALUES}
+    return {name: rows.get(name) or rows["v" if KINDS[name].shared else "param"] for name in VALUES}
 
 
 def operands_of_form(form):
@@ -188,7 +205,7 @@ def lanes_of(form):
 
 
 def bytes_per_element(form):
-    """Return the bytes that an update reads and writes of each element."""
+    """Return the bytes that an update reads and writes of each element: of a number, a complex one, or a vector."""
     return bytes_moved_of(operands_of_form(form), GROUP) / GROUP
 
 

@@ -8,6 +8,9 @@ A row is one IEEE-754 operation, rounded to nearest even, with subnormals kept. 
 - Numba's CUDA target contracts `a * b + c`. The `llvm.nvvm.*.rn` forms are never contracted, nor are the `.rn`
   instructions that they become.
 - `error_model` and NaN handling differ between Numba's operators on the CPU and CUDA. LLVM instructions do not.
+
+Where an element has several numbers, a value of it is a vector, and an operation is made number by number; an operand that is
+one number is the same for all. `REDUCTIONS` are the operations that make one number of a vector.
 """
 
 import functools
@@ -127,6 +130,42 @@ def _bits_of(x):
     return llvm.U32 if x.type == llvm.F32 else llvm.U64
 
 
+# Reductions of the numbers of an element, in their order: an emitter, and CUDA C over the vector `g` and its number g(k)
+REDUCTIONS: dict[str, tuple[Callable, str]] = {}
+
+
+def reduction(text):
+    """Put the function below into REDUCTIONS, by its name, beside its CUDA C."""
+
+    def add_row(emit):
+        REDUCTIONS[emit.__name__] = emit, text
+        return emit
+
+    return add_row
+
+
+@reduction("T r = mul_(g(0), g(0)); for (int k = 1; k < NUMBERS; ++k) r = fma_(g(k), g(k), r); return r;")
+def squares(b, rn, *g):
+    return plus_squares(b, rn, mul(b, rn, g[0], g[0]), *g[1:])
+
+
+@reduction("T r = x; for (int k = 0; k < NUMBERS; ++k) r = fma_(g(k), g(k), r); return r;")
+def plus_squares(b, rn, x, *g):
+    return functools.reduce(lambda total, number: fma(b, rn, number, number, total), g, x)
+
+
+# The length of a vector, |g| of one number
+@reduction("return NUMBERS == 1 ? abs_(g(0)) : sqrt_(squares_(g));")
+def length(b, rn, *g):
+    return abs_(b, rn, *g) if len(g) == 1 else sqrt(b, rn, squares(b, rn, *g))
+
+
+# 0 if all numbers are 0, else another number
+@reduction("T r = g(0); for (int k = 1; k < NUMBERS; ++k) r = larger_(abs_(r), abs_(g(k))); return r;")
+def nonzero(b, rn, *g):
+    return functools.reduce(lambda most, number: larger(b, rn, abs_(b, rn, most), abs_(b, rn, number)), g)
+
+
 def for_numba(intrinsic, contracts=False):
     """Return the primitives as functions that a rule in Python can call.
 
@@ -134,16 +173,64 @@ def for_numba(intrinsic, contracts=False):
     contracts: whether the target fuses a bare product with a bare sum, so that it has to be told not to.
     """
 
+    def rn(builder):
+        return llvm.nvvm_rn(builder) if contracts else None
+
     def function(name, row):
         def emit(builder, *operands):
-            return row.llvm(builder, llvm.nvvm_rn(builder) if contracts else None, *operands)
+            n = max(len(x) if isinstance(x, list) else 0 for x in operands)
+            if not n:
+                return row.llvm(builder, rn(builder), *operands)
+            vectors = [x if isinstance(x, list) else [x] * n for x in operands]
+            return [row.llvm(builder, rn(builder), *numbers) for numbers in zip(*vectors, strict=True)]
+
+        return llvm.function(intrinsic, name, emit, _NUMBER_BY_NUMBER[len(row.operands)])
+
+    def reduced(name, to_number):
+        def emit(builder, *operands):
+            *before, g = operands
+            return to_number(builder, rn(builder), *before, *(g if isinstance(g, list) else [g]))
+
+        return llvm.function(intrinsic, name, emit, _TO_A_NUMBER[len(operands_of_reduction(name))])
+
+    functions = {name: function(name, row) for name, row in PRIMITIVES.items()}
+    return SimpleNamespace(**functions | {name: reduced(name, emit) for name, (emit, _) in REDUCTIONS.items()})
+
+
+def operands_of_reduction(name):
+    """Return the names of the operands of a row of REDUCTIONS."""
+    return ("x", "g") if name == "plus_squares" else ("g",)
+
+
+def _of_vectors(*operands):
+    """Return the signature of an operation that is made number by number."""
+    return next((x for x in operands if hasattr(x, "types")), operands[0])(*operands)
+
+
+_NUMBER_BY_NUMBER = {
+    1: lambda x: _of_vectors(x),
+    2: lambda x, y: _of_vectors(x, y),
+    3: lambda x, y, z: _of_vectors(x, y, z),
+}
+_TO_A_NUMBER = {1: lambda g: getattr(g, "dtype", g)(g), 2: lambda x, g: x(x, g)}
+
+
+def in_assembly(intrinsic, dtype):
+    """Return the primitives likewise as inline PTX, which no option of a kernel changes, fast-math included.
+
+    intrinsic: of Numba's CUDA target. dtype: of T.
+    """
+    types, letter = TYPES_OF_PTX[np.dtype(dtype).name], {"f32": "f", "f64": "d"}[TYPES_OF_PTX[np.dtype(dtype).name]["t"]]
+
+    def function(name, row):
+        text, constraints = row.ptx.format(**types).replace("%", "$"), ",".join([f"={letter}", *letter * len(row.operands)])
+
+        def emit(builder, *operands):
+            return llvm.assembly(builder, text, constraints, operands[0].type, *operands)
 
         return llvm.function(intrinsic, name, emit, _OF_ONE_TYPE[len(row.operands)])
 
     return SimpleNamespace(**{name: function(name, row) for name, row in PRIMITIVES.items()})
-
-
-_OF_ONE_TYPE = {1: lambda x: x(x), 2: lambda x, y: x(x, x), 3: lambda x, y, z: x(x, x, x)}
 
 
 # `tiny` is the smallest normal number
@@ -153,9 +240,34 @@ TYPES_OF_PTX = {
 }
 
 
-def for_cuda_c(dtype):
-    """Return the primitives as CUDA C: inline functions over `T`, which is float or double."""
-    return in_cuda_c(PRIMITIVES, np.dtype(dtype).name)
+VECTORS = """
+struct V {
+    T number[NUMBERS];
+    V() = default;
+    __device__ __forceinline__ V(T x) { for (int k = 0; k < NUMBERS; ++k) number[k] = x; }
+};
+"""
+
+
+def for_cuda_c(dtype, numbers=1):
+    """Return the primitives as CUDA C: inline functions over `T`, which is float or double, and over vectors of it, `V`.
+
+    numbers: of an element.
+    """
+    text = in_cuda_c(PRIMITIVES, np.dtype(dtype).name) + f"constexpr int NUMBERS = {numbers};\n"
+    if numbers == 1:
+        text += "typedef T V;\n"
+    else:
+        text += VECTORS
+        for name, row in PRIMITIVES.items():
+            declared, given = (", ".join(f"{x}{k}{y}" for k in range(len(row.operands))) for x, y in (("V x", ""), ("x", ".number[k]")))
+            body = f"V r; for (int k = 0; k < NUMBERS; ++k) r.number[k] = {name}_({given}); return r;"
+            text += f"__device__ __forceinline__ V {name}_({declared}) {{ {body} }}\n"
+    text += f"#define g(k) {'g' if numbers == 1 else 'g.number[k]'}\n"
+    for name, (_, body) in REDUCTIONS.items():
+        declared = ", ".join(f"{'V' if x == 'g' else 'T'} {x}" for x in operands_of_reduction(name))
+        text += f"__device__ __forceinline__ T {name}_({declared}) {{ {body} }}\n"
+    return text + "#undef g\n"
 
 
 def in_cuda_c(table, dtype="float32"):

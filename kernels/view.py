@@ -29,11 +29,35 @@ class View(NamedTuple):
     stream: int | None = None  # the CUDA stream that wrote it last, if its library says so
     bits: str = ""  # the format that the elements of an array of integers stand for, if the caller or its library named one
     immutable: str = ""  # why it must not be written, beyond being read-only
+    of_complex: str = ""  # the name of the complex dtype whose parts these are, in a last dimension of 2
 
     @property
     def format(self):
-        """The name of what an element is: "float32", "bfloat16"."""
-        return self.bits or _name(self.dtype)
+        """The name of what a number is: "float32", "bfloat16"."""
+        return self.bits or _name(self.dtype.base)
+
+    def in_parts(self):
+        """Return the View of an array of complex numbers as one of their real and imaginary parts, in a last dimension of 2."""
+        real = np.dtype(f"f{self.dtype.itemsize // 2}").newbyteorder(self.dtype.byteorder)
+        shape, strides = (*self.shape, 2), (*self.strides, real.itemsize)
+        if isinstance(self.array, np.ndarray):
+            array = self.array[..., None].view(real)
+        else:
+            array = InParts(self, shape, real, strides)
+        return self._replace(array=array, shape=shape, dtype=real, strides=strides, of_complex=self.dtype.name)
+
+    def in_vectors(self, numbers):
+        """Return the View as one whose elements are vectors of so many numbers, those of the last dimension, without gaps."""
+        if numbers == 1:
+            return self
+        vector = np.dtype((self.dtype, (numbers,)))
+        return self._replace(shape=self.shape[:-1], strides=self.strides[:-1], dtype=vector)
+
+    @property
+    def flat(self):
+        """The View of an array without gaps as one of its numbers in a row."""
+        number = self.dtype.base
+        return self._replace(shape=(self.nbytes // number.itemsize,), strides=(number.itemsize,), dtype=number)
 
     def of_rows(self, shape):
         """Return the View as one of a shape whose leading dimensions it has: each element stands for all that is behind it."""
@@ -52,6 +76,15 @@ class View(NamedTuple):
 
 
 _name = functools.cache(operator.attrgetter("name"))  # which NumPy puts together anew each time
+
+
+class InParts:
+    """An array of complex numbers in CUDA memory as one of their parts, which its library may not be able to make of it."""
+
+    def __init__(self, view, shape, dtype, strides):
+        self.array = view.array  # kept alive
+        described = {"data": (view.pointer, not view.writeable), "shape": shape, "strides": strides, "typestr": dtype.str}
+        self.__cuda_array_interface__ = described | {"version": 3, "stream": view.stream or None}
 
 
 class Bits(NamedTuple):

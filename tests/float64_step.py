@@ -24,7 +24,7 @@ def check_step(before, after, step, options, stochastic):
         `reference.adam_step`. stochastic: whether a narrow param is rounded randomly.
     """
     with np.errstate(all="ignore"):
-        values, new = _numbers(before), _numbers(after)
+        values, new = (_numbers(arrays, options.get("components", 1)) for arrays in (before, after))
         exact, tolerance = _expected(values, step, options, _unit(before, step, options))
         ordinary = np.ones(values["param"].shape, bool)
         for numbers in (*values.values(), *exact.values()):
@@ -48,9 +48,12 @@ def check_step(before, after, step, options, stochastic):
             _compare("param_copy", copy.astype("f8"), exact["param"], tolerance["param"], copy.dtype.name, False, ordinary)
 
 
-def _numbers(arrays):
+def _numbers(arrays, components):
     """Return the numbers that the arrays of an update stand for, in float64 and param's shape."""
     numbers = {name: arrays[name].astype("f8") for name in VALUES if name in arrays}
+    if components > 1:
+        shared = {name: numbers[name][..., None] for name in ("v", "max_v") if name in arrays}
+        numbers |= {name: np.broadcast_to(x, arrays["param"].shape) for name, x in shared.items()}
     if "remainder" in arrays:
         numbers["param"] = model.whole(arrays["param"], arrays["remainder"]).astype("f8")
     if "m_scale" in arrays:

@@ -26,7 +26,7 @@ from ptx import loaded
 
 from gpuadam.kernels import adam, gpu_table, primitives
 from gpuadam.kernels.layout import Update, collapse, split
-from gpuadam.kernels.operands import GROUP_LANES, operands_of_form
+from gpuadam.kernels.operands import GROUP_LANES, KINDS, operands_of_form
 from gpuadam.kernels.scalars import MEMORY_BYTES, REALS_AT, Settings
 from gpuadam.kernels.view import View
 
@@ -144,19 +144,19 @@ def compile_cupy(kernel, arch, output="PTX", cuda_version=13, ndim=1):
 # Numba: NVVM
 
 
-def compile_numba(kernel, signature, arch):
+def compile_numba(kernel, signature, arch, **options):
     cc = (int(arch[3:-1]), int(arch[-1]))
     # a device function asks the current device what it can do; there is none, so answer for it
     original = dispatcher.get_current_device
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
     try:
-        return cuda.compile(kernel, signature, cc=cc, output="ptx", device=False, abi="numba")[0]
+        return cuda.compile(kernel, signature, cc=cc, output="ptx", device=False, abi="numba", **options)[0]
     finally:
         dispatcher.get_current_device = original
 
 
 # what CuPy passes as an array even if it is not raw
-ARRAYS = ("param", "grad", "m", "v", "max_v", "remainder", "param_copy", "ema", "m_scale", "v_scale")
+ARRAYS = tuple(KINDS)
 
 
 def signature(form, loop, on_device):
@@ -222,11 +222,12 @@ def scalars_ptx(backend, form, arch):
 def run(backend, form, arch, arrays, scalars, rule=adam, text=None, key=0, start=0):
     """Run an update of contiguous 1-D NumPy arrays through the compiled kernel of a GPU backend. Returns the Kernel.
 
-    arrays: in the order of `operands.operands_of`; those that are None are left out.
+    arrays: in the order of `operands.operands_of`; those that are None are left out. Where an element has several numbers, they
+    are in a last dimension.
     """
     used = [a for a in arrays if a is not None]
-    n = used[0].size
-    head, vectors, threads = split([a.ctypes.data for a in used], [a.itemsize for a in used], n)
+    n = used[0].size // form.arrays.numbers
+    head, vectors, threads = split([a.ctypes.data for a in used], [o.itemsize for o in operands_of_form(form)], n)
     kernel = loaded(text or ptx(backend, form, arch, rule=rule))
     parameters = contiguous_parameters(backend, form, arrays, (head, vectors, threads), scalars, kernel, key, start)
     kernel.run(math.ceil(threads / BLOCK), BLOCK, parameters, memory_of(used))
@@ -249,14 +250,15 @@ def contiguous_parameters(backend, form, arrays, split, scalars, kernel, key=0, 
     words, used = words_of(form, scalars), [a for a in arrays if a is not None]
     if backend == "numba-cuda":
         return packed(kernel, tuple(a.ctypes.data for a in used), head, vectors, threads, start, key, tuple(words))
-    read, written = in_and_out(form, map(carray, used))
+    read, written = in_and_out(form, (carray(a.reshape(-1)) for a in used))
     row, step = ([0, start], [key]) if form.arrays.random else ([], [])
     return packed(kernel, *read, head, vectors, *row, *words, *step, *written, indexer(kernel, threads))
 
 
 def run_strided(backend, form, arch, arrays, scalars, key=0, start=0):
     """Likewise for NumPy arrays of any strides."""
-    used = [a for a in arrays if a is not None]
+    whole = [a for a in arrays if a is not None]
+    used = [a[..., 0] if o.numbers > 1 else a for a, o in zip(whole, operands_of_form(form), strict=True)]
     n, words = used[0].size, words_of(form, scalars)
     if backend == "numba-cuda":
         shape, strides = collapse(used[0].shape, [a.strides for a in used], form.arrays.random)
@@ -268,7 +270,7 @@ def run_strided(backend, form, arch, arrays, scalars, key=0, start=0):
         read, written = in_and_out(form, map(carray, used))
         row, step = ([0, start], [key]) if form.arrays.random else ([], [])
         parameters = packed(kernel, *read, *row, *words, *step, *written, indexer(kernel, n, used[0].shape))
-    kernel.run(math.ceil(n / BLOCK), BLOCK, parameters, memory_of(used))
+    kernel.run(math.ceil(n / BLOCK), BLOCK, parameters, memory_of(whole))
     return kernel
 
 
@@ -278,7 +280,11 @@ def run_table(backend, form, arch, updates, scalars, memory, on_device=False, ke
     on_device: pass the scalars in memory, and with them the step's key and the flag that turns it off. keys: of each update.
     """
     keys = keys or [0] * len(updates)
-    views = [Update([cuda_view("", a) for a in arrays if a is not None], k) for arrays, k in zip(updates, keys, strict=True)]
+    numbers = [operand.numbers for operand in operands_of_form(form)]
+    views = [
+        Update([cuda_view("", a).in_vectors(n) for a, n in zip((a for a in arrays if a is not None), numbers, strict=True)], k)
+        for arrays, k in zip(updates, keys, strict=True)
+    ]
     rows, owners = gpu_table.rows_and_owners(views, GROUP_LANES if form.arrays.grouped else 0)
     kernel = loaded(ptx(backend, form, arch, loop="table", on_device=on_device))
     given = words_of(form, scalars)

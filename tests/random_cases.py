@@ -57,14 +57,26 @@ class Round(Record):
     lr_scale: str | None = None  # its format
     where: str = ""  # or "array", "nonzero"
     change: str | None = None  # its format
+    complex: str | None = None  # or "joint", "parts"
+    components: int = 1
+    bound_arrays: tuple = (False, False)
+
+    @property
+    def numbers(self):
+        """How many numbers share a v."""
+        return 2 if self.complex == "joint" else self.components
 
     @classmethod
     def drawn(cls, rng):
         """Return a random one that no check refuses. rng: of `random`."""
-        state_dtype = rng.choice([None, None, "float32", "float64", "bfloat16", "8bit"])
+        complex, components = rng.choice([*[(None, 1)] * 6, ("joint", 1), ("parts", 1), (None, 2), (None, 3), (None, 4)])
+        shares = complex == "joint" or components > 1
+        state_dtype = rng.choice([None, None, "float32", "float64", "bfloat16", *(["8bit"] if not shares else [])])
         floats = [x for x in FLOATS if state_dtype != "8bit" or x != "float64"]
+        of_params = [x for x in floats if x in ("float32", "float64")] if complex else floats
         rows = [
-            (rng.choice(floats), rng.choice(floats), rng.choice([None, *floats])) for _ in range(rng.choice([1, 1, 1, 2]))
+            (rng.choice(of_params), rng.choice(of_params), rng.choice([None, *floats]))
+            for _ in range(rng.choice([1, 1, 1, 2]))
         ]
         algorithm = rng.choice(["adam", "adam", "adam", "nadam", "radam", *(["adamax"] if state_dtype != "8bit" else [])])
         of_adam = algorithm == "adam"
@@ -84,11 +96,18 @@ class Round(Record):
             rng.random() < 0.4,
             not is_split and rng.random() < 0.4,
             capturable,
-            rng.random() < 0.3,
-            rng.random() < 0.3,
-            rng.choice([None, None, "float32", *(["float64"] if state_dtype != "8bit" else [])]),
+            complex != "joint" and rng.random() < 0.3,
+            complex != "joint" and rng.random() < 0.3,
+            # of the elements of complex ones, which are rows of the parts: not beside groups
+            rng.choice([None, None, "float32", *(["float64"] if state_dtype != "8bit" else [])])
+            if not (complex and state_dtype == "8bit")
+            else None,
             rng.choice(["", "", "array", "nonzero"]) if state_dtype != "8bit" else "",
+            complex=complex,
+            components=components,
         )
+        if drawn.bounded and rng.random() < 0.5:
+            drawn = dataclasses.replace(drawn, bound_arrays=rng.choice([(True, False), (False, True), (True, True)]))
         if rng.random() < 0.75:
             return drawn
         rows = tuple((param, grad, None) for param, grad, _ in rows)  # the change goes with no copy
@@ -188,8 +207,10 @@ def layouts(draw, round, dimensions):
     bits, offset = draw(st.booleans()), draw(st.sampled_from([0, 4, 8] if is_8bit else [0, 4, 8, 1]))
     if is_8bit or draw(st.booleans()):
         return Layout(offset=offset, bits=bits)
-    order = draw(st.permutations(range(dimensions)))
-    return Layout(tuple(order), tuple(draw(st.sampled_from([1, 2, -1, -2, 3])) for _ in order), offset, bits)
+    last = (dimensions - 1,) if round.components > 1 else ()  # these numbers are neighbours
+    order = draw(st.permutations(range(dimensions - len(last))))
+    steps = tuple(draw(st.sampled_from([1, 2, -1, -2, 3])) for _ in order)
+    return Layout((*order, *last), steps + (1,) * len(last), offset, bits)
 
 
 @st.composite
@@ -223,7 +244,7 @@ def grad_scales(round):
 
 @st.composite
 def parameters(draw, round):
-    formats, shape = draw(st.sampled_from(round.formats)), draw(SHAPES)
+    formats, shape = draw(st.sampled_from(round.formats)), draw(SHAPES) + (round.components,) * (round.components > 1)
     layout, of_copy, *of_grads = (draw(layouts(round, len(shape))) for _ in range(4))
     return Parameter(formats, shape, layout, of_copy, tuple(of_grads))
 
@@ -298,7 +319,7 @@ class Placed:
             return in_memory[(..., *(slice(None, None, step) for step in steps))].transpose(np.argsort(order).astype(int))
 
         self.memory, inside = np.full(nbytes + 32, FILL, "u1"), np.zeros(nbytes + 32, "u1")
-        self.array = view(self.memory, values.dtype)  # of ml_dtypes where it is bfloat16
+        self.array = view(self.memory, values.dtype)  # of ml_dtypes where it is bfloat16, or complex
         self.array[...] = values
         view(inside, f"V{values.itemsize}")[...] = np.void(b"\1" * values.itemsize)
         self.outside = inside == 0
@@ -306,15 +327,30 @@ class Placed:
         in_bits = layout.bits and name in ("bfloat16", "float16")
         self.given = gpuadam.Bits(self.array.view("u2"), name) if in_bits else self.array
 
+    @property
+    def real(self):
+        """The numbers; of complex ones both parts, in a last dimension."""
+        return in_parts(self.array)
+
     def check_outside(self, name):
         assert (self.memory[self.outside] == FILL).all(), f"memory between or around the elements of {name} was written"
 
 
-def random_numbers(rng, shape, format, size=1.0, sparse=False):
-    values = size * rng.standard_normal(shape)
+def random_numbers(rng, shape, format, size=1.0, sparse=False, complex=False):
+    values = size * rng.standard_normal((*shape, 2) if complex else shape)
     if sparse:
-        values = values * (rng.random(shape) < 0.5)
-    return np.asarray(values).astype(model.DTYPES[format])
+        of_elements = rng.random(shape) < 0.5
+        values = values * (of_elements[..., None] if complex else of_elements)
+    values = np.asarray(values).astype(model.DTYPES[format])
+    return values.view({"float32": "c8", "float64": "c16"}[format])[..., 0] if complex and format in COMPLEX else values
+
+
+COMPLEX = ("float32", "float64")  # the formats of both parts of complex arrays; others are arrays of the parts
+
+
+def in_parts(array):
+    """Return the real and imaginary parts of complex numbers in a last dimension, and other arrays as they are."""
+    return array[..., None].view(f"f{array.itemsize // 2}") if array.dtype.kind == "c" else array
 
 
 def typed(array):
@@ -333,20 +369,35 @@ def in_bytes(arrays):
 
 def options_of(round, case, hyperparameters, **others):
     """Return the options of a step of `reference.adam_step`."""
-    of_case = {"eps_root": case.eps_root, "ema_decay": case.ema_decay}
+    of_case = {"eps_root": case.eps_root, "ema_decay": case.ema_decay, "components": round.numbers}
     return {"algorithm": round.algorithm, "formula": round.formula} | of_case | vars(hyperparameters) | others
 
 
 def further_arrays(rng, round, shape):
     """Return operand -> numbers, of the arrays that a step of a round has beside gradients and state."""
-    arrays = {}
+    arrays, of_elements = {}, shape[:-1] if round.components > 1 else shape
     if round.change:
-        arrays["change"] = np.zeros(shape, model.DTYPES[round.change])
+        arrays["change"] = 0 * random_numbers(rng, shape, round.change, complex=bool(round.complex))
     if round.lr_scale:
-        arrays["lr_scale"] = np.abs(random_numbers(rng, shape, round.lr_scale))
+        arrays["lr_scale"] = np.abs(random_numbers(rng, of_elements, round.lr_scale))
     if round.where == "array":
-        arrays["where"] = np.asarray(rng.random(shape) < 0.5)
+        arrays["where"] = np.asarray(rng.random(of_elements) < 0.5)
     return arrays
+
+
+def bounds_of(rng, round, param):
+    """Return arrays of bounds, for both ends or None. param: the numbers that they bound."""
+    ends = (param.dtype.type(-0.5), param.dtype.type(0.25))
+    return [
+        np.asarray(end + np.abs(random_numbers(rng, param.shape, "float32", 0.1))).astype(param.dtype) if there else None
+        for end, there in zip(ends, round.bound_arrays, strict=True)
+    ]
+
+
+def bounds_in_float64(ends, numbers):
+    """Return bounds as `reference.adam_step` takes them. ends: arrays or None; numbers: bounds of numbers, or None."""
+    given = numbers or (None, None)
+    return tuple(x if end is None else in_parts(end).astype("f8") for end, x in zip(ends, given, strict=True))
 
 
 def further_options(round, arrays):
@@ -361,43 +412,51 @@ def further_options(round, arrays):
 def check_function(round, case):
     rng = np.random.default_rng(case.seed)
     (param, grad, copy_format), shape = case.parameter.formats, case.parameter.shape
-    arrays = {}
-    value = random_numbers(rng, shape, param)
+    arrays, is_complex = {}, bool(round.complex)
+    value = random_numbers(rng, shape, param, complex=is_complex)
     if round.master and param == "bfloat16":
         value, arrays["remainder"] = model.parts(random_numbers(rng, shape, "float32"))
     arrays["param"] = value
     state = round.state_dtype or ("float64" if param == "float64" else "float32")
-    m, v, max_v = rng.standard_normal(shape), rng.standard_normal(shape) ** 2, rng.standard_normal(shape) ** 2
+    of_m = (*shape, 2) if is_complex else shape
+    of_v = of_m[:-1] if round.numbers > 1 else of_m
+    m, v, max_v = rng.standard_normal(of_m), rng.standard_normal(of_v) ** 2, rng.standard_normal(of_v) ** 2
     if state == "8bit":
         flat = [np.asarray(x).astype("f4").reshape(-1) for x in (m, v)]
         codes = model.codes(*flat, rng.integers(0, 2**32, flat[0].size).astype("u4"))
-        arrays |= dict(zip(("m", "v"), (x.reshape(shape) for x in codes[:2]), strict=True))
+        arrays |= dict(zip(("m", "v"), (x.reshape(of_m) for x in codes[:2]), strict=True))
         arrays |= dict(zip(("m_scale", "v_scale"), codes[2:], strict=True))
     else:
         arrays |= {name: np.asarray(x).astype(model.DTYPES[state]) for name, x in (("m", m), ("v", v))}
         arrays |= {"max_v": np.asarray(max_v).astype(model.DTYPES[state])} if round.amsgrad else {}
     if copy_format:
-        arrays["param_copy"] = np.zeros(shape, model.DTYPES[copy_format])
+        arrays["param_copy"] = 0 * random_numbers(rng, shape, copy_format, complex=is_complex)
     if round.ema:
-        arrays["ema"] = random_numbers(rng, shape, "float64" if param == "float64" else "float32")
+        arrays["ema"] = random_numbers(rng, shape, "float64" if param == "float64" else "float32", complex=is_complex)
     arrays |= further_arrays(rng, round, shape)
     others = iter(case.layouts)
     placed = {}
     for name, values in arrays.items():
         of_name = {"param": case.parameter.layout, "param_copy": case.parameter.copy} | dict.fromkeys(OF_GROUPS, Layout())
-        placed[name] = Placed(values, of_name.get(name) or next(others))
+        layout = of_name.get(name) or next(others)
+        placed[name] = Placed(values, layout if values.ndim == len(layout.order or values.shape) else Layout())
     options = options_of(round, case, case.hyperparameters, decoupled=round.decoupled, grad_scale=case.grad_scale)
+    low, high = (end if end is None else Placed(end, Layout()) for end in bounds_of(rng, round, placed["param"].array))
     nonzero = {"where": "nonzero"} if round.where == "nonzero" else {}
+    ends, of_vectors = (low and low.array, high and high.array), {"complex": round.complex, "components": round.components}
+    given_bounds = tuple(x if end is None else end for x, end in zip(options["bounds"] or (None, None), ends, strict=True))
     for step in range(case.first, case.first + case.steps):
-        grads = Placed(random_numbers(rng, shape, grad, sparse=bool(nonzero)), case.parameter.grads[step % 2])
-        before = {name: one.array.copy() for name, one in placed.items()} | {"grad": grads.array.copy()}
+        values = random_numbers(rng, shape, grad, sparse=bool(nonzero), complex=is_complex)
+        grads = Placed(values, case.parameter.grads[step % 2])
+        before = {name: one.real.copy() for name, one in placed.items()} | {"grad": grads.real.copy()}
         given = {name: one.given for name, one in placed.items() | {"grad": grads}.items()}
         gpuadam.adam_step(
             step=step, zero_grad=round.zero_grad, stochastic_rounding=round.stochastic, seed=case.seed, **given, **nonzero,
-            **options,
+            **options | of_vectors | {"bounds": given_bounds},
         )  # fmt: skip
-        after = {name: one.array for name, one in placed.items()}
-        check_step(before, after, step, options | further_options(round, before), round.stochastic)
+        after = {name: one.real for name, one in placed.items()}
+        in_float64 = {"bounds": bounds_in_float64(ends, options["bounds"])}
+        check_step(before, after, step, options | further_options(round, before) | in_float64, round.stochastic)
         check_grad("grad", grads, before["grad"], round.zero_grad)
     for name, one in placed.items():
         one.check_outside(name)
@@ -405,7 +464,7 @@ def check_function(round, case):
 
 def check_grad(name, placed, before, zero_grad):
     expected = np.zeros_like(before) if zero_grad else before
-    assert placed.array.tobytes() == expected.tobytes(), f"{name} is not {'zero' if zero_grad else 'as it was'}"
+    assert placed.real.tobytes() == expected.tobytes(), f"{name} is not {'zero' if zero_grad else 'as it was'}"
     placed.check_outside(name)
 
 
@@ -427,9 +486,14 @@ class Training:
         self.params, self.copies = {}, {}
         for name, parameter in self.described.items():
             of_param, _, of_copy = parameter.formats
-            self.params[name] = Placed(random_numbers(self.rng, parameter.shape, of_param), parameter.layout)
+            values = random_numbers(self.rng, parameter.shape, of_param, complex=bool(round.complex))
+            self.params[name] = Placed(values, parameter.layout)
             if of_copy:
-                self.copies[name] = Placed(np.zeros(parameter.shape, model.DTYPES[of_copy]), parameter.copy)
+                zeros = 0 * random_numbers(self.rng, parameter.shape, of_copy, complex=bool(round.complex))
+                self.copies[name] = Placed(zeros, parameter.copy if zeros.ndim == len(parameter.shape) else Layout())
+        self.bounds = {name: (None, None) for name in self.described}
+        if case.in_groups:  # a checkpoint does not hold them: they are given again, in groups
+            self.bounds = {name: bounds_of(self.rng, round, placed.array) for name, placed in self.params.items()}
         self.rates = [self.rate(group) for group in case.groups]
         self.counts, self.steps = dict.fromkeys(self.described, 0), 0
         self.opt = self.made(self.params, self.copies)
@@ -454,8 +518,10 @@ class Training:
     def made(self, params, copies):
         round, case = self.round, self.case
         settings = [
-            vars(group.hyperparameters) | {"lr": rate, "amsgrad": round.amsgrad}
-            for group, rate in zip(case.groups, self.rates, strict=True)
+            vars(group.hyperparameters)
+            | {"lr": rate, "amsgrad": round.amsgrad, "complex": round.complex, "components": round.components}
+            | self.bounds_given(group, names)
+            for group, rate, names in zip(case.groups, self.rates, self.names, strict=True)
         ]
         make = CLASSES.get(round.algorithm) or (gpuadam.AdamW if round.decoupled else gpuadam.Adam)
         return make(
@@ -473,14 +539,27 @@ class Training:
             seed=case.seed,
         )
 
+    def bounds_given(self, group, names):
+        """Return the setting "bounds" of a group, if its bounds are arrays."""
+        if not names or not any(end is not None for name in names for end in self.bounds[name]):
+            return {}
+        numbers = group.hyperparameters.bounds or (None, None)
+        ends = zip(*(self.bounds[name] for name in names), strict=True)
+        return {
+            "bounds": tuple(
+                x if all(end is None for end in of_params) else as_given(group.kind, names, list(of_params))
+                for x, of_params in zip(numbers, ends, strict=True)
+            )
+        }
+
     def arrays(self):
         """Return name -> operand -> a copy of the array, of all that a step may change but the gradients."""
         found = {}
         for name, state in self.opt.state.items():
-            found[name] = {"param": self.params[name].array.copy()}
+            found[name] = {"param": self.params[name].real.copy()}
             found[name] |= {key: typed(array).copy() for key, array in state.items() if key != "step"}
             if name in self.copies:
-                found[name]["param_copy"] = self.copies[name].array.copy()
+                found[name]["param_copy"] = self.copies[name].real.copy()
         return found
 
     def check_counts(self):
@@ -496,17 +575,18 @@ class Training:
                 if group.lr_is != "a callable":
                     settings["lr"] *= 0.5
         grads = self.grads(step)
-        norm = math.sqrt(sum(np.sum(placed.array.astype("f8") ** 2) for placed in grads.values()))
+        norm = math.sqrt(sum(np.sum(placed.real.astype("f8") ** 2) for placed in grads.values()))
         scale = step.grad_scale
         left_out = bool(step.found_inf) or (step.check_finite and not math.isfinite(norm))
         if step.max_norm is not None:
             scale *= min(1.0, step.max_norm / (norm * abs(scale) + 1e-6))
-        before, of_grads = self.arrays(), {name: placed.array.copy() for name, placed in grads.items()}
+        before, of_grads = self.arrays(), {name: placed.real.copy() for name, placed in grads.items()}
         saved = copy.deepcopy(self.opt.state_dict())
         rates = self.rates_now()
         self.further = {
             name: {
-                key: Placed(x, parameter.copy) for key, x in further_arrays(self.rng, self.round, parameter.shape).items()
+                key: Placed(x, parameter.copy if x.ndim == len(parameter.shape) else Layout())
+                for key, x in further_arrays(self.rng, self.round, parameter.shape).items()
             }
             for name, parameter in self.described.items()
         }
@@ -524,8 +604,10 @@ class Training:
             count = self.counts[name]
             now = {"lr": rates[k], "grad_scale": scale, "decoupled": self.opt.decoupled}
             now |= {"ema_decay": 0.0} if count == 1 else {}  # the first step sets ema
-            further = {key: placed.array for key, placed in self.further[name].items()}
+            further = {key: placed.real for key, placed in self.further[name].items()}
             now |= further_options(self.round, further)
+            if any(end is not None for end in self.bounds[name]):
+                now["bounds"] = bounds_in_float64(self.bounds[name], self.case.groups[k].hyperparameters.bounds)
             options = options_of(self.round, self.case, self.case.groups[k].hyperparameters, **now)
             left = after[name] | {key: array for key, array in further.items() if key == "change"}
             try:
@@ -544,11 +626,11 @@ class Training:
         """Go back, and take the same step: it gives the same bits."""
         for arrays, operand in ((self.params, "param"), (self.copies, "param_copy")):
             for name, placed in arrays.items():
-                placed.array[...] = before[name][operand]
+                placed.real[...] = before[name][operand]
         self.opt.load_state_dict(saved)
         assert same(self.arrays(), before), "a state_dict that was loaded is not what it was"
         for name, placed in grads.items():
-            placed.array[...] = of_grads[name]
+            placed.real[...] = of_grads[name]
         self.call(step, grads)
         assert same(self.arrays(), after), "the same step from the same state gave other bits"
         self.check_counts()
@@ -560,7 +642,8 @@ class Training:
             for name in names:
                 parameter, of_group = self.described[name], next(number)
                 if (k if self.round.capturable else of_group) not in step.skipped:
-                    values = random_numbers(self.rng, parameter.shape, parameter.formats[1], step.size, step.sparse)
+                    is_complex, format = bool(self.round.complex), parameter.formats[1]
+                    values = random_numbers(self.rng, parameter.shape, format, step.size, step.sparse, is_complex)
                     grads[name] = Placed(values, parameter.grads[step.other_grads])
         if step.bad is not None:
             for placed in itertools.islice((placed for placed in grads.values() if placed.array.size), 1):
@@ -613,7 +696,8 @@ class Training:
         }
         self.rates = [self.rate(group) for group in self.case.groups]
         own = [rate if group.lr_is != "a number" else None for group, rate in zip(self.case.groups, self.rates, strict=True)]
-        params = self.given({name: placed.given for name, placed in self.params.items()}, [{}] * len(own))
+        settings = [self.bounds_given(*of_group) for of_group in zip(self.case.groups, self.names, strict=True)]
+        params = self.given({name: placed.given for name, placed in self.params.items()}, settings)
         copies = self.given_copies(self.copies)
         self.opt = gpuadam.load(self.file, params, lr=own, param_copies=copies, with_params=True)
 

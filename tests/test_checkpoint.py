@@ -288,7 +288,7 @@ def test_the_file_is_what_its_page_says(tmp_path):
     assert (metadata["format"], metadata["version"], metadata["class"]) == ("gpuadam.optimizer", "1", "AdamW")
     assert json.loads(metadata["groups"])[0] | {"names": 0} == {
         "lr": None, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "amsgrad": False, "maximize": False,
-        "clip_value": None, "bounds": None, "names": 0,
+        "clip_value": None, "bounds": None, "complex": None, "components": 1, "names": 0,
     }  # fmt: skip
     assert json.loads(metadata["params"])["w"] == {"step": 0, "dtype": "float32", "shape": [33, 5]}
     assert json.loads(metadata["options"])["state_dtype"] == "bfloat16"

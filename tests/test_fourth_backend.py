@@ -42,6 +42,7 @@ OPERATIONS = SimpleNamespace(
     larger=larger, zero_below=zero_below,
     at_least=lambda x, low: np.where(x < low, low, x), at_most=lambda x, high: np.where(x > high, high, x),
     choose=lambda c, x, y: np.where(c != 0, x, y),
+    squares=np.square, plus_squares=lambda x, g: fma(g, g, x), length=np.abs, nonzero=lambda g: g,
 )  # fmt: skip
 
 

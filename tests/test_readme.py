@@ -38,7 +38,7 @@ def test_a_block_runs_and_prints_what_its_comments_say(block):
 
 def test_readme_and_guide_have_python():
     pages = {param.id.rpartition("-")[0] for param in blocks()}
-    assert pages == {"README.md", "gpuadam/guide/pytorch.py", "gpuadam/guide/whole_step.py"}
+    assert pages == {"README.md", *(f"gpuadam/guide/{name}.py" for name in ("own_kernels", "pytorch", "whole_step"))}
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only a clone has every file that the pages name")

@@ -43,7 +43,7 @@ scales of 8-bit state have one dimension instead, with one element for each 32 n
 
 | tensor | dtype | holds |
 | --- | --- | --- |
-| `w.m`, `w.v`, `w.max_v` | F32, F64, BF16 or, the codes of 8-bit state, U8 | the moments; `max_v` with `amsgrad` |
+| `w.m`, `w.v`, `w.max_v` | F32, F64, BF16 or, the codes of 8-bit state, U8 | the moments; `max_v` with `amsgrad`; of complex parameters with a last dimension of 2, but for `v` and `max_v` of `complex="joint"` |
 | `w.m_scale`, `w.v_scale` | F32 | the scales of 8-bit state |
 | `w.remainder` | I16 | the low half of a bfloat16 parameter's exact value, with `master="remainder"` |
 | `w.ema` | F32 or F64 | the running mean, with `ema_decay` |

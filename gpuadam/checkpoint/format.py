@@ -23,6 +23,7 @@ ALGORITHMS: dict[str, tuple[str, bool]] = {
 INDEX = "index.safetensors"
 PART = "part-{}-of-{}-{}.safetensors"
 PART_FORMAT = f"{FORMAT}.part"
+COMPLEX = ("complex64", "complex128")
 IS_PART: re.Pattern[str] = re.compile(PART.replace(".", r"\.").format("[0-9]+", "[0-9]+", "[0-9a-f]{16}"))
 
 
@@ -37,6 +38,19 @@ class Saved(NamedTuple):
     params: dict[str, dict[str, Any]]  # name -> {"step", "dtype", "shape"}
     copies: list[str]
     parts: list[dict[str, Any]] | None = None  # {"file", "n_bytes", "crc32"}, in the index of a folder
+
+    def shape(self, name):
+        """Return the shape of a parameter's numbers: a complex one has two, in a last dimension."""
+        entry = self.params[name]
+        return [*entry["shape"], 2] if entry["dtype"] in COMPLEX else entry["shape"]
+
+    def numbers(self, name):
+        """Return how many numbers of a parameter share a v."""
+        group = next(group for group in self.groups if name in group["names"])
+        if self.params[name]["dtype"] in COMPLEX:
+            return 2 if group.get("complex") == "joint" else 1
+        components = group.get("components", 1)
+        return components if type(components) is int else 1  # what is wrong with it says the optimizer that is made with it
 
 
 def check_class(opt, names):
@@ -53,10 +67,21 @@ def encoded(opt, name, groups, params, copies=()):
 
     name: of its class, in ALGORITHMS. groups: as in a state_dict. params: name -> (View, steps taken). copies: names.
     """
-    params = {name: {"step": step, "dtype": view.format, "shape": view.shape} for name, (view, step) in params.items()}
+    params = {name: _entry(view) | {"step": step} for name, (view, step) in params.items()}
     values = {"options": opt.options.saved(), "groups": groups, "steps": opt.steps, "params": params, "copies": list(copies)}
     in_json = {key: as_json(value) for key, value in values.items()}
     return {"format": FORMAT, "version": VERSION, "class": name, "gpuadam": __version__} | in_json
+
+
+def _entry(view):
+    """Return what is saved of a parameter beside its step."""
+    shape = view.shape[:-1] if view.of_complex else view.shape
+    return {"dtype": view.of_complex or view.format, "shape": shape}
+
+
+def of_param(view):
+    """Return the dtype and the shape of a parameter, in words, as `Saved.params` has them."""
+    return "{dtype} of shape {shape}".format(**_entry(view) | {"shape": list(_entry(view)["shape"])})
 
 
 def as_json(value):

@@ -11,7 +11,8 @@ from ..kernels.messages import shortened, shown
 from ..kernels.view import is_array
 from ..options import SAVED, Options
 from ..sharded.layout import CELL
-from .format import CLASSES, check_known
+from ..step_arrays import bounds_of_loaded
+from .format import CLASSES, check_known, of_param
 from .safetensors import CheckpointError, require
 from .stored import Stored, opened_file
 from .tensors import PARAM, chosen, sections
@@ -98,7 +99,7 @@ class Opened(NamedTuple):
 @contextlib.contextmanager
 def opened(path, params, backend, lr):
     """Open a checkpoint and compare it with the parameters that it is loaded for. lr: as in `load`."""
-    groups, (structures, grouped) = parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False})
+    groups, (structures, grouped) = parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1})
     views = {}
     for group in groups:
         for name, param in zip(group["names"], group["params"], strict=True):
@@ -116,7 +117,9 @@ def opened(path, params, backend, lr):
         arguments = []
         for group, structure, rate, saved_group in zip(groups, structures, rates, saved.groups, strict=True):
             members = as_given(structure.kind, structure.names, group["params"])
-            arguments.append(saved_group | {"lr": rate, "params": members})
+            with not_fitting():
+                bounds = bounds_of_loaded(saved_group.get("bounds"), group["bounds"])
+            arguments.append(saved_group | {"lr": rate, "params": members, "bounds": bounds})
             del arguments[-1]["names"]
         yield Opened(stored, *((arguments, {}) if grouped else (arguments[0].pop("params"), arguments[0])))
 
@@ -158,7 +161,7 @@ def _check_params(saved, views):
     difference = differing_names(saved.params, views)
     require(not difference, f"the parameters' names differ: {difference}. State belongs to a name, never to a place")
     was = {name: f"{entry['dtype']} of shape {entry['shape']}" for name, entry in saved.params.items()}
-    now = {name: f"{view.format} of shape {list(view.shape)}" for name, view in views.items()}
+    now = {name: of_param(view) for name, view in views.items()}
     wrong = [f"{shown(name)} was {shortened(was[name])}, and is {now[name]}" for name in now if was[name] != now[name]]
     require(not wrong, "; ".join(wrong[:8]) + ": nothing is cast or reshaped")
 

@@ -81,11 +81,12 @@ class Stored:
         if match is None or match["param"] not in self.saved.params:
             raise CheckpointError(f"it has {some([name])}, for which this optimizer has no place")
         param, key = match["param"], match["key"]
-        shape = self.saved.params[param]["shape"]
+        shape = self.saved.shape(param)
         size = math.prod(shape)
         first, last = (0, size) if part is None else map(int, match.group("first", "last"))
-        start, stop = place(key, first, last)
-        wanted = state.shape(key, shape) if part is None else (stop - start,)
+        numbers = self.saved.numbers(param)
+        start, stop = place(key, first, last, numbers)
+        wanted = state.shape(key, shape, numbers) if part is None else (stop - start,)
         if part is not None and (not first < last <= size or first % GROUP):
             raise CheckpointError(f"{shown(name)} is no piece of {shown(param)}")
         if entry.shape != wanted:
@@ -98,7 +99,7 @@ class Stored:
             self.pieces.setdefault(piece.array_name, []).append(piece)
         for array, of_array in self.pieces.items():
             param, _, key = array.rpartition(".")
-            _, size = place(key, 0, math.prod(self.saved.params[param]["shape"]))
+            _, size = place(key, 0, math.prod(self.saved.shape(param)), self.saved.numbers(param))
             ends, starts = [0, *(piece.stop for piece in of_array)], [*(piece.start for piece in of_array), size]
             for end, start in zip(ends, starts, strict=True):
                 if start != end:
@@ -126,7 +127,7 @@ class Stored:
 
     def read(self, section):
         """Read the elements of a Section. Raises CheckpointError where they are damaged."""
-        first, last = place(section.key, section.start, section.stop)
+        first, last = place(section.key, section.start, section.stop, section.numbers)
         pieces = self.pieces.get(section.array_name, [])
         before = bisect.bisect_right(pieces, first, key=lambda piece: piece.stop)  # of pieces that end before the section
         after = bisect.bisect_left(pieces, last, key=lambda piece: piece.start)

@@ -8,7 +8,7 @@ from ..kernels import array_bytes
 from ..kernels.messages import shown
 from ..kernels.operands import GROUP
 from ..kernels.view import View
-from ..state import OF_GROUPS, shape
+from ..state import OF_GROUPS, SHARED, shape
 from .safetensors import Tensor
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int16": "I16", "uint8": "U8"}
@@ -24,6 +24,7 @@ class Section(NamedTuple):
     key: str  # "m", "v", ... of the state, or PARAM
     backend: Any
     view: View
+    numbers: int = 1  # of the parameter that share a v
 
     @property
     def array_name(self):
@@ -40,13 +41,16 @@ class Section(NamedTuple):
         return Tensor(name, DTYPES[self.view.format], self.view.shape, partial(array_bytes.chunks, self.backend, self.view))
 
 
-def place(key, start, stop):
+def place(key, start, stop, numbers=1):
     """Return which elements of an array belong to elements start ... stop - 1 of its parameter.
 
-    >>> place("m", 4096, 5000), place("m_scale", 4096, 5000)
-    ((4096, 5000), (128, 157))
+    numbers: of the parameter that share a v.
+
+    >>> place("m", 4096, 5000), place("m_scale", 4096, 5000), place("v", 4096, 5000, numbers=2)
+    ((4096, 5000), (128, 157), (2048, 2500))
     """
-    return (start // GROUP, -(-stop // GROUP)) if key in OF_GROUPS else (start, stop)
+    of_one = GROUP if key in OF_GROUPS else numbers if key in SHARED else 1
+    return start // of_one, -(-stop // of_one)
 
 
 def sections(opt, ranges=None):
@@ -61,18 +65,19 @@ def sections(opt, ranges=None):
             label = f"params[{shown(name)}]"
             labels = {key: label if key == PARAM else f"{key} of {label}" for key in arrays}
             viewed = {key: backends.choose([(labels[key], array)], opt.backend) for key, array in arrays.items()}
-            _check(viewed, opt.options)
+            numbers = opt.parameters[name].kind.numbers
+            _check(viewed, opt.options, numbers)
             whole, start, stop = ranges[name] if ranges else (name, 0, viewed[PARAM][1][0].size)
-            listed += [Section(whole, start, stop, key, backend, view) for key, (backend, (view,)) in viewed.items()]
+            listed += [Section(whole, start, stop, key, backend, view, numbers) for key, (backend, (view,)) in viewed.items()]
     return listed
 
 
-def _check(viewed, options):
+def _check(viewed, options, numbers):
     """Refuse state that has another shape or format than the parameter's: it could be written, and would not load."""
     _, (param,) = viewed[PARAM]
-    kept = options.kept(param, "max_v" in viewed) | {PARAM: param.format}
+    kept = options.kept(param, "max_v" in viewed, numbers) | {PARAM: param.format}
     for key, (_, (view,)) in viewed.items():
-        its_shape = shape(key, param.shape)
+        its_shape = param.shape if key == PARAM else shape(key, param.shape, numbers)
         if (view.shape, view.format) != (its_shape, kept[key]):
             raise ValueError(
                 f"{view.name} is {view.format} of shape {view.shape}, and must be {kept[key]} of shape {its_shape}"

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("digits", "gaussians", "tomography", "line_scan", "thomson", "torch_digits", "sharded_digits")
+NAMES = ("digits", "gaussians", "tomography", "line_scan", "photons", "thomson", "torch_digits", "sharded_digits")
 
 
 def main():

@@ -64,8 +64,9 @@ Libraries put eps in different places. `formula=` chooses, for Adam and AdamW:
 ## What has the same bits, and what does not
 
 The same: CPU and GPU; CuPy and Numba CUDA; one thread and many; one array and pieces of it; contiguous and strided arrays; a
-step in memory, offloaded (`gpuadam.offload`) and over many ranks (`gpuadam.sharded`, for equal sums of gradients); a
-training that was saved and loaded (`gpuadam.checkpoint`). Random rounding, 8-bit state and the norm are included.
+step in memory, offloaded (`gpuadam.offload`), over many ranks (`gpuadam.sharded`, for equal sums of gradients) and in kernels
+of users (`gpuadam.Rule`, for equal gradients); a training that was saved and loaded (`gpuadam.checkpoint`). Random rounding,
+8-bit state and the norm are included.
 
 Not the same:
 

@@ -47,8 +47,9 @@ class Folder(Store):
         self.path = Path(os.path.realpath(path))  # which stays when the working directory becomes another
         self.place = f"files in {self.path}"
         parameters = {
-            name: {"shape": list(view.shape), "format": view.format, "state": kept}
-            for name, (_, view, kept) in beginnings.items()
+            name: {"shape": list(view.shape), "format": view.of_complex or view.format, "state": kept}
+            | ({"numbers": numbers} if numbers > 1 else {})
+            for name, (_, view, kept, numbers) in beginnings.items()
         }
         description = {"layout": LAYOUT, "options": options, "parameters": parameters}
         self._longest = 1_000_000 + 2 * len(_text(description))  # bytes of JSON: what is made to harm takes 20 times as many

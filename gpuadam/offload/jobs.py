@@ -4,7 +4,7 @@ from .. import backends, checks, hyperparameters
 from ..kernels.operands import KINDS, Arrays, operands_of
 from ..kernels.scalars import step_key
 from ..kernels.view import View
-from ..update import arrays_of
+from ..update import arrays_of, in_elements
 from .chunks import Job, Launch, PlacedOperand
 from .mapped import mapping_of
 
@@ -22,10 +22,11 @@ def jobs_of(updates, state, on_device, backend):
         zero_grad = group.h.fixed.zero_grad
         launches: dict[Arrays, Launch] = {}
         for n, (name, row) in enumerate(zip(group.names, group.rows(), strict=True)):
-            views = _views(dict(zip(group.operands, row, strict=True)), state[name].get("master"), zero_grad, backend)
+            named, master = dict(zip(group.operands, row, strict=True)), state[name].get("master")
+            views, numbers = _views(named, master, group, backend)
             (written if zero_grad else read).append(views["grad"])
             written += [view for operand, view in views.items() if operand != "grad"]
-            formats = arrays_of({operand: view.format for operand, view in views.items()}, group.stochastic)
+            formats = arrays_of({operand: view.format for operand, view in views.items()}, group.stochastic, numbers=numbers)
             if formats not in launches:
                 form, scalars = hyperparameters.form_and_scalars(group.h, group.step, formats)
                 key = step_key(group.seed, group.step) if formats.random else 0
@@ -39,8 +40,8 @@ def jobs_of(updates, state, on_device, backend):
     return jobs
 
 
-def _views(named, master, zero_grad, backend):
-    """Return the View of each operand of an update, checked. named: operand -> (what errors call the array, the array)."""
+def _views(named, master, group, backend):
+    """Return what `update.in_elements` does. named: operand -> (what errors call the array, the array). group: the Updates."""
     for label, array in named.values():
         checks.given(label, array)
     state = {operand: named.pop(operand) for operand in list(named) if operand not in ("param", "grad", "param_copy")}
@@ -55,8 +56,8 @@ def _views(named, master, zero_grad, backend):
     views = {operand: views[operand] for operand in KINDS if operand in views}
     # the checks ask for one device, and the state may be on another
     device = views["grad"].device
-    checks.update({operand: view._replace(device=device) for operand, view in views.items()}, zero_grad)
-    return views
+    placed, numbers = in_elements({operand: view._replace(device=device) for operand, view in views.items()}, group)
+    return {operand: view._replace(device=views[operand].device) for operand, view in placed.items()}, numbers
 
 
 def check_contiguous(view):

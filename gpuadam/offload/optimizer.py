@@ -113,7 +113,7 @@ class OffloadAdam(Adam):
     def new_state(self, beginnings):
         self._gpu, self._device = self._usable_gpu(list(beginnings.values()))
         self._largest = max(beginnings.values(), key=lambda beginning: beginning.view.size)
-        for _, view, kept in beginnings.values():
+        for _, view, kept, _ in beginnings.values():
             check_contiguous(view)
             if self._master == "float32" and view.format in NARROW:
                 kept["master"] = "float32"
@@ -124,7 +124,7 @@ class OffloadAdam(Adam):
             self._store = Folder(self._state_in, described, beginnings)
             weakref.finalize(self, self._store.close)
         if not self._store.existed:
-            for name, (kernels, view, kept) in beginnings.items():
+            for name, (kernels, view, kept, _) in beginnings.items():
                 if "master" in kept:
                     fill_master(self._store.arrays[name]["master"], view, kernels)
             self._store.end_at(0, {})
@@ -136,7 +136,7 @@ class OffloadAdam(Adam):
     def _usable_gpu(self, views):
         """Return (the kernels of the backend on whose GPU an update can run, or None; the device of the parameters, or None)."""
         # an empty array of Numba or of torch has no device, wherever it is
-        places = {(kernels.name, view.device) for kernels, view, _ in views if view.size or kernels.name == "numba-cpu"}
+        places = {(kernels.name, view.device) for kernels, view, *_ in views if view.size or kernels.name == "numba-cpu"}
         if len(places) > 1:
             raise ValueError(f"all parameters of an OffloadAdam are on one device and of one library; these are on {places}")
         name, device = next(iter(places), (views[0][0].name, None))
@@ -162,7 +162,7 @@ class OffloadAdam(Adam):
 
     def _seconds(self, side, options):
         """Return how long an update of TRIAL elements takes, in the memories and formats of the largest parameter."""
-        kernels, view, _ = self._largest
+        kernels, view, *_ = self._largest
         param, grad = (kernels.zeros(TRIAL, view.dtype, view.device) for _ in range(2))
         if view.bits:
             param, grad = Bits(param, view.bits), Bits(grad, view.bits)
@@ -196,9 +196,10 @@ class OffloadAdam(Adam):
     def with_groups(self, groups, states, copies):
         raise ValueError("OffloadAdam has its parameters for good: load their state into an optimizer of other ones")
 
-    def step_arrays(self, change, lr_scale, where):
+    def step_arrays(self, change, lr_scale, where, bounds):
         raise ValueError(
-            "OffloadAdam takes no change, lr_scale or where: its steps go piece by piece. Use Adam, or leave them out"
+            "OffloadAdam takes no change, lr_scale or where, and no bounds that are arrays: its steps go piece by piece. Use Adam, "
+            "or leave them out"
         )
 
     def conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):

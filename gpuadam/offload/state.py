@@ -24,9 +24,9 @@ def laid_out(beginnings, memory_of):
     arrays: dict[str, dict[str, np.ndarray]] = {name: {} for name in beginnings}
     for kind in dict.fromkeys(kind for beginning in beginnings.values() for kind in beginning.kept):
         places, end = [], 0
-        for name, (_, view, kept) in beginnings.items():
+        for name, (_, view, kept, numbers) in beginnings.items():
             if kind in kept:
-                dtype, its_shape = np.dtype(IN_MEMORY.get(kept[kind], kept[kind])), shape(kind, view.shape)
+                dtype, its_shape = np.dtype(IN_MEMORY.get(kept[kind], kept[kind])), shape(kind, view.shape, numbers)
                 places.append((name, its_shape, dtype, end))
                 end += aligned(math.prod(its_shape) * dtype.itemsize)
         memory = memory_of(kind, end)

@@ -20,6 +20,11 @@ def params(groups, transport, backend):
     named = [(f"params[{shown(name)}]", checks.given(f"params[{shown(name)}]", param)) for name, param in params]
     kernels, views = _chosen(named, transport, backend)
     for view in views:
+        if view.of_complex:
+            raise TypeError(
+                f"{view.name} has dtype {view.of_complex}, which ShardedAdam does not take: give its view('{view.format}') and the "
+                "gradients' likewise, which takes the steps of complex='parts'"
+            )
         checks.one_format(view, checks.FORMATS)
         checks.layout(view)
         if not view.writeable:

@@ -76,6 +76,8 @@ class ShardedAdam(HasGroups):
         maximize=False,
         clip_value=None,
         bounds=None,
+        complex=None,
+        components=1,
         reduction="mean",
         bucket_bytes=1 << 25,
         views=False,
@@ -87,6 +89,7 @@ class ShardedAdam(HasGroups):
         self.reduction, self._bucket_bytes, self._views = reduction, bucket_bytes, views
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"amsgrad": amsgrad, "maximize": maximize, "clip_value": clip_value, "bounds": bounds}
+        defaults |= {"complex": complex, "components": components}
         with transport.calls.alone("the making of an optimizer"):
             settings, _ = agreed(transport, self._parsed, params, defaults, algorithm, decoupled, options)
             buffers = on_all(transport, self._made_buffers, settings)  # state may not fit into memory
@@ -115,6 +118,8 @@ class ShardedAdam(HasGroups):
         self.options = Options(algorithm, decoupled, **options)
         self.params = as_list(params)  # an iterator can be read once
         self.groups, self.arrangement = parsed_groups(self.params, defaults)
+        if any(group["components"] > 1 for group in self.groups):
+            raise ValueError("ShardedAdam has no components: its parts begin and end anywhere among the numbers that share a v")
         self._kernels, views = shard_checks.params(self.groups, self.transport, self._backend)
         names = [(k, name) for k, group in enumerate(self.groups) for name in group["names"]]
         self.members = [Member(n, *name, view) for n, (name, view) in enumerate(zip(names, views, strict=True))]
@@ -344,7 +349,7 @@ class ShardedAdam(HasGroups):
     def _in_structure(self, arrays):
         """Return arrays, given in the order of the parameters, in the structure of params."""
         arrays, groups = iter(arrays), []
-        for kind, names, _ in self.arrangement.structures:
+        for kind, names, *_ in self.arrangement.structures:
             groups.append(as_given(kind, names, list(itertools.islice(arrays, len(names)))))
         return groups if self.arrangement.in_groups else groups[0]
 

@@ -35,8 +35,9 @@ SHOWN = 5  # elements in a message
 class Host:
     """A copy of an array on the host."""
 
-    bits: np.ndarray  # integers or booleans
+    bits: np.ndarray  # integers or booleans; of complex numbers those of both parts, in a last dimension of 2
     format: str
+    of_complex: bool = False
 
     @property
     def numbers(self):
@@ -48,7 +49,7 @@ def assert_same_bits(actual, expected, name=""):
     """Raise AssertionError unless two arrays have the same shape, the same format and the same bits.
 
     actual, expected: NumPy, CuPy or Numba device arrays, torch tensors, what has DLPack or `__cuda_array_interface__`, `Bits`, of
-        floats, integers or booleans; or numbers; or sequences or dicts of such, None in the same places. They may lie in
+        floats, complex numbers, integers or booleans; or numbers; or sequences or dicts of such, None in the same places. They may lie in
         different memory and be of different libraries.
     name: what the message calls them.
 
@@ -87,7 +88,7 @@ def on_host(name, array):
         return array
     if torch_tensors.is_tensor(array):
         array = array.detach().cpu()
-    if isinstance(array, (bool, int, float, np.generic)):
+    if isinstance(array, (bool, int, float, complex, np.generic)):
         array = np.asarray(array)
     name = shortened(name)
     kernels, (view,) = backends.choose([(name, array)], backends.home(name, array))
@@ -97,7 +98,8 @@ def on_host(name, array):
         )
     values = kernels.to_host(view.array)
     native = values.astype(values.dtype.newbyteorder("="), copy=False)
-    return Host(native.view(FLOATS[view.format].bits) if view.format in FLOATS else native, view.format)
+    bits = native.view(FLOATS[view.format].bits) if view.format in FLOATS else native
+    return Host(bits, view.format, bool(view.of_complex))
 
 
 def different(actual, expected):

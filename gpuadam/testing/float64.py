@@ -19,6 +19,7 @@ class Trained:
 
     value: np.ndarray
     format: str  # of the caller's parameter
+    numbers: int = 1  # that share a v
     m: Any = 0.0
     v: Any = 0.0
     max_v: Any = None
@@ -32,7 +33,8 @@ class Reference:
     params: your parameters before the first step: one array, or a sequence or dict of arrays, of any library and format, which
         are copied. lr: a number, or a callable of the number of the step, from 1. The other hyperparameters are those of
         `gpuadam.adam_step`, amsgrad that of `gpuadam.Adam`.
-    Attributes: `params`, name -> float64 array, the name being what messages say, "params['w']"; `steps`.
+    Attributes: `params`, name -> float64 array, the name being what messages say, "params['w']"; `steps`. Of complex parameters
+    the arrays are of both parts, in a last dimension of 2.
 
     Use it on your own update too: it asks nothing but parameters and gradients.
 
@@ -62,6 +64,8 @@ class Reference:
         algorithm="adam",
         formula="torch",
         eps_root=0.0,
+        complex=None,
+        components=1,
     ):
         self._lr = lr
         self._options = {"eps": eps, "weight_decay": weight_decay, "decoupled": decoupled, "maximize": maximize}
@@ -71,7 +75,11 @@ class Reference:
         self._trained = {}
         for name, array in named_arrays("params", params):
             host = on_host(name, array)
-            self._trained[name] = Trained(_numbers(name, host), host.format, max_v=0.0 if amsgrad else None)
+            if host.of_complex and checks.complex_parts(complex) is None:
+                raise TypeError(f"{shortened(name)} is complex: say which Adam it is trained by, complex='joint' or 'parts'")
+            numbers = (2 if complex == "joint" else 1) if host.of_complex else checks.components(components)
+            value = _numbers(name, host)
+            self._trained[name] = Trained(value, host.format, numbers, max_v=0.0 if amsgrad else None)
         if not self._trained:
             raise ValueError("there are no parameters: give one array at least")
         self.steps = 0
@@ -99,8 +107,9 @@ class Reference:
         param.count += 1
         before = param.value
         param.value, param.m, param.v, param.max_v = reference.adam_step(
-            before, grad, param.m, param.v, param.count, lr=lr, max_v=param.max_v, grad_scale=grad_scale, **self._options
-        )
+            before, grad, param.m, param.v, param.count, lr=lr, max_v=param.max_v, grad_scale=grad_scale,
+            components=param.numbers, **self._options,
+        )  # fmt: skip
         with np.errstate(all="ignore"):  # infinities and NaN
             growth = 1 + self._feedback(param, lr)
             param.tolerance = param.tolerance * growth + self._rounding(param, lr, before)

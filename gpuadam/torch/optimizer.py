@@ -37,7 +37,8 @@ class Adam(torch.optim.Optimizer):
     """`torch.optim.Adam` with gpuadam's update: one launch, or one call on the CPU, for all parameters of a group.
 
     params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`; parameters may be
-        float32, float64, bfloat16 or float16, on the CPU and on CUDA devices, of any strides. Of DTensors, as `fully_shard` makes
+        float32, float64, bfloat16, float16 or, with v of each part as torch has it, complex64 or complex128, on the CPU and on
+        CUDA devices, of any strides. Of DTensors, as `fully_shard` makes
         them (torch 2.5 or later), each rank updates its own part, and state is DTensors too.
     capturable: keep the step count on the device too, for CUDA graphs; lr may then be a tensor there. All parameters of such a
         group are on one device, and either all or none of them have gradients. On the CPU it makes no difference.
@@ -209,7 +210,7 @@ class Adam(torch.optim.Optimizer):
         is_random = stochastic or self.options.state_dtype in ("bfloat16", "8bit")
         keys = [_key(seed, number) for number in numbers] if is_random else None
         operands = "param", "grad", *(array.operand for array in arrays)
-        settings = {"now": now, "stochastic": stochastic, "seed": seed, "keys": keys, "starts": starts}
+        settings = {"now": now, "stochastic": stochastic, "seed": seed, "keys": keys, "starts": starts, "complex": "parts"}
         return Updates(h, step, columns, operands, names, **settings)
 
     # State

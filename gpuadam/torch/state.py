@@ -30,14 +30,23 @@ class Array(NamedTuple):
 @functools.cache
 def kept(state_dtype, master, amsgrad, dtype):
     """Return an Array for each array of state of a parameter of some dtype, in the order of operands."""
-    formats = gpuadam_state.kept(str(dtype).removeprefix("torch."), state_dtype, amsgrad, master, ema=False)
+    of_param = dtype.to_real() if dtype.is_complex else dtype
+    formats = gpuadam_state.kept(str(of_param).removeprefix("torch."), state_dtype, amsgrad, master, ema=False)
     names = NAMES | NAMES_OF_8_BITS if state_dtype == "8bit" else NAMES
     operands = [operand for operand in KINDS if operand in formats]
-    return tuple(Array(names[operand], operand, getattr(torch, formats[operand])) for operand in operands)
+    dtypes = [getattr(torch, formats[operand]) for operand in operands]
+    if dtype.is_complex and state_dtype not in ("bfloat16", "8bit"):  # as torch has it
+        dtypes = [kind.to_complex() for kind in dtypes]
+    return tuple(Array(names[operand], operand, kind) for operand, kind in zip(operands, dtypes, strict=True))
 
 
 def new(arrays, param, capturable):
-    """Return the state that a parameter begins with: zeros in its order of memory."""
+    """Return the state that a parameter begins with: zeros in its order of memory.
+
+    Of complex numbers narrow state has both parts, in a last dimension of 2.
+    """
+    if param.is_complex() and not all(array.dtype.is_complex for array in arrays):
+        param = torch.view_as_real(param)
     step = torch.zeros((), dtype=torch.float32, device=param.device if capturable else "cpu")
     state = {"step": step}
     for name, operand, dtype in arrays:
@@ -106,7 +115,8 @@ def converted(state, arrays, param, capturable, name):
             )
         if value.shape != result[key].shape:
             raise ValueError(f"the loaded {key} of {name} has shape {tuple(value.shape)}, not {tuple(result[key].shape)}")
-        if value.dtype != dtype and not (value.is_floating_point() and dtype.is_floating_point):
+        alike = value.is_floating_point() and dtype.is_floating_point or (value.is_complex() and dtype.is_complex)
+        if value.dtype != dtype and not alike:
             raise TypeError(f"the loaded {key} of {name} is {value.dtype}, and cannot become {dtype}")
         result[key].copy_(value)
     return result
