@@ -11,7 +11,17 @@ import pytest
 
 import gpuadam
 from gpuadam.examples import __main__ as listing
-from gpuadam.examples import command_line, digits, gaussians, line_scan, photons, thomson, tomography, torch_digits
+from gpuadam.examples import (
+    command_line,
+    digits,
+    gaussians,
+    line_scan,
+    photons,
+    ptychography,
+    thomson,
+    tomography,
+    torch_digits,
+)
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(listing.__file__).parent
@@ -78,6 +88,16 @@ def test_a_scan_is_sharper_if_rows_that_are_not_read_stay(tmp_path, capsys, arra
     rows, without = np.array(errors, float).T
     assert len(errors) == len(line_scan.RATES)
     assert rows.min() < 0.9 * without.min() and rows[-1] < 0.5 * without[-1]
+    assert_png(plot)
+
+
+@on_each("cupy", also=[CUPYS_MATHEMATICS])
+def test_ptychography_beats_epie_at_as_many_passes(tmp_path, capsys, arrays):
+    pytest.importorskip("skimage")
+    plot = tmp_path / "ptychography.png"
+    ptychography.main(["--steps", "35", "--size", "64", "--plot", str(plot), "--arrays", arrays])
+    epie, adam = re.findall(r"36 patterns, 35 passes over them: error (\S+)% by", capsys.readouterr().out)
+    assert float(adam) < 0.8 * float(epie) < 5
     assert_png(plot)
 
 
@@ -239,6 +259,37 @@ def test_the_optics_of_a_scan_keep_the_brightness():
     np.testing.assert_array_equal(blur[3, 3 : 4 + 2 * line_scan.REACH], blur[0, : 1 + 2 * line_scan.REACH])
 
 
+@pytest.mark.parametrize("name", ["object", "beam"])
+def test_the_gradients_of_the_diffraction_patterns(name):
+    rng = np.random.default_rng(9)
+    patches = [(slice(y, y + 5), slice(x, x + 5)) for y, x in ((0, 0), (2, 3), (3, 1))]
+    waves = {"object": rng.standard_normal((8, 8, 2)) @ [1, 1j], "beam": rng.standard_normal((5, 5, 2)) @ [1, 1j]}
+    amplitudes = rng.random((3, 5, 5))
+
+    def loss_and_gradients(of_name):
+        found, beam = (waves | {name: of_name}).values()
+        return ptychography.loss_and_gradients(np, found, beam, amplitudes, patches)
+
+    gradient = loss_and_gradients(waves[name])[1][name]
+    for real, unit in ((gradient.real, 1), (gradient.imag, 1j)):
+        assert_is_gradient(lambda d, unit=unit: loss_and_gradients(waves[name] + unit * d)[0], np.zeros(real.shape), real)
+
+
+def test_patterns_do_not_show_what_the_error_leaves_out():
+    """A factor, and a phase ramp in the object that goes against one in the beam."""
+    rng = np.random.default_rng(10)
+    truth = (1 + 0.3 * rng.standard_normal((64, 64))) * np.exp(0.5j * rng.random((64, 64)))
+    y, x = np.mgrid[:64, :64]
+    factor, ramp = 0.3 - 0.7j, np.exp(1j * (0.02 * x - 0.03 * y))
+    beam, patch = ptychography.focused(np, 10), (slice(7, 39), slice(20, 52))
+    pattern = abs(np.fft.fft2(beam * truth[patch]))
+    other = abs(np.fft.fft2(beam / factor / ramp[:32, :32] * (factor * ramp * truth)[patch]))
+    np.testing.assert_allclose(other, pattern, rtol=1e-5)
+    sought = truth[ptychography.INNER]
+    assert ptychography.error(factor * ramp * truth, sought)[0] < 1e-3
+    assert ptychography.error(truth + 0.1 * abs(truth) * rng.choice([-1, 1], truth.shape), sought)[0] > 0.05
+
+
 def test_the_gradient_of_the_photons():
     rng, size, smoothing = np.random.default_rng(7), 8, 3.0
     image, counted = rng.uniform(0.2, 1, (2, size, size)).astype("f4")
@@ -327,7 +378,9 @@ def test_an_example_is_short(name):
 
 def test_all_that_the_examples_take_of_an_array_module_is_in_cupy():
     cupy = pytest.importorskip("cupy")
-    texts = [(FOLDER / f"{name}.py").read_text() for name in ("digits", "gaussians", "tomography", "line_scan")]
+    texts = [
+        (FOLDER / f"{name}.py").read_text() for name in ("digits", "gaussians", "tomography", "line_scan", "ptychography")
+    ]
     used = {name for text in texts for name in re.findall(r"\bxp\.((?!fft)\w+)", text)}
     fft = {name for text in texts for name in re.findall(r"\bfft\.(\w+)", text)}
     assert {"exp", "bincount", "maximum"} <= used and "irfft" in fft
@@ -407,7 +460,7 @@ def test_wrong_arguments_are_explained_before_any_work(capsys, arguments, said):
     assert code == 2 and said in error
 
 
-@pytest.mark.parametrize("example", [gaussians, tomography, line_scan, photons, thomson])
+@pytest.mark.parametrize("example", [gaussians, tomography, line_scan, ptychography, photons, thomson])
 @pytest.mark.parametrize("arguments", [[], ["--plot", "x" * 300], ["--plot", "far"]])
 def test_a_picture_that_cannot_be_written_is_named_before_any_work(capsys, tmp_path, monkeypatch, example, arguments):
     monkeypatch.chdir(tmp_path)
