@@ -233,7 +233,7 @@ _NUMBER_BY_NUMBER = {
     2: lambda x, y: _of_vectors(x, y),
     3: lambda x, y, z: _of_vectors(x, y, z),
 }
-_TO_A_NUMBER = {1: lambda g: getattr(g, "dtype", g)(g), 2: lambda x, g: x(x, g)}
+_TO_A_NUMBER = {1: lambda g: (g.dtype if hasattr(g, "types") else g)(g), 2: lambda x, g: x(x, g)}
 
 
 # `tiny` is the smallest normal number
@@ -263,7 +263,9 @@ def for_cuda_c(dtype, numbers=1):
     else:
         text += VECTORS
         for name, row in PRIMITIVES.items():
-            declared, given = (", ".join(f"{x}{k}{y}" for k in range(len(row.operands))) for x, y in (("V x", ""), ("x", ".number[k]")))
+            declared, given = (
+                ", ".join(f"{x}{k}{y}" for k in range(len(row.operands))) for x, y in (("V x", ""), ("x", ".number[k]"))
+            )
             body = f"V r; for (int k = 0; k < NUMBERS; ++k) r.number[k] = {name}_({given}); return r;"
             text += f"__device__ __forceinline__ V {name}_({declared}) {{ {body} }}\n"
     text += f"#define g(k) {'g' if numbers == 1 else 'g.number[k]'}\n"
