@@ -19,7 +19,7 @@ This is the reference. It has a guide, pages about larger subjects, and below th
 | PyTorch and JAX | `gpuadam.guide.pytorch`, `gpuadam.torch` |
 | the arithmetic, its evidence, its limits | `gpuadam.guide.how_exact` |
 | what has been measured | `gpuadam.guide.how_fast` |
-| seven short programs | `gpuadam.guide.examples` |
+| nine short programs | `gpuadam.guide.examples` |
 | saving and loading; the state of torch and optax | `gpuadam.checkpoint`, `gpuadam.foreign_state` |
 | many ranks | `gpuadam.sharded` |
 | state larger than a memory | `gpuadam.offload` |

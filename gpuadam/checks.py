@@ -190,7 +190,7 @@ def complex_parts(value):
 
 def components(value):
     """Return how many numbers share a v, an int."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= 4:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value not in (1, 2, 3, 4):
         raise ValueError(f"components={shown(value)} must be 1, 2, 3 or 4: how many neighbours share a v")
     return int(value)
 
@@ -200,9 +200,9 @@ def numbers(param, complex, components):
     if param.of_complex:
         if complex is None:
             raise TypeError(
-                f"{param.name} has dtype {param.of_complex}, for which there are two Adams. Say which: complex='joint' has one v for "
-                "each number, the mean of |gradient|**2, so that the step turns with the phase (optax, tike); complex='parts' has "
-                "one for the real and one for the imaginary part (torch)"
+                f"{param.name} has dtype {param.of_complex}, for which there are two Adams. Say which: complex='joint' has one v "
+                "for each number, the mean of |gradient|**2, so that the step turns with the phase (optax, tike); complex="
+                "'parts' has one for the real and one for the imaginary part (torch)"
             )
         return 2 if complex == "joint" else 1
     if components > 1:
@@ -211,22 +211,26 @@ def numbers(param, complex, components):
                 f"{param.name} has shape {param.shape}; with components={components} its last dimension is of {components}: the "
                 "numbers that share a v. Put parameters of other shapes into a group of their own"
             )
-        if param.size and param.strides[-1] != param.dtype.itemsize:
-            raise ValueError(
-                f"{param.name} has strides {param.strides}; the {components} numbers that share a v must be neighbours in "
-                "memory: pass a C-contiguous array"
-            )
+        neighbours(param, components)
     return components
+
+
+def neighbours(view, numbers):
+    """Refuse an array in which the numbers of an element are apart."""
+    if view.size and view.strides[-1] != view.dtype.itemsize:
+        raise ValueError(
+            f"{view.name} has strides {view.strides}; the {numbers} numbers that share a v must be neighbours in memory: pass a "
+            "C-contiguous array"
+        )
 
 
 def ordered(param, numbers, h, views):
     """Refuse what needs an order of complex numbers. h: `hyperparameters.Fixed`."""
-    if param.of_complex and numbers > 1:
-        if h.ordered or "low" in views or "high" in views:
-            raise ValueError(
-                f"{param.name} is complex, and bounds or clip_value would need an order of complex numbers: complex='parts' has it, "
-                "for each part"
-            )
+    if param.of_complex and numbers > 1 and (h.ordered or "low" in views or "high" in views):
+        raise ValueError(
+            f"{param.name} is complex, and bounds or clip_value would need an order of complex numbers: complex='parts' has it, "
+            "for each part"
+        )
 
 
 def update(views, zero_grad=False, nonzero=False, numbers=1):
@@ -246,11 +250,8 @@ def update(views, zero_grad=False, nonzero=False, numbers=1):
                 )
         elif view.shape != (param.shape[:-1] if numbers > 1 and KINDS[operand].shared else param.shape):
             _other_shape(view, param, operand, numbers)
-        elif numbers > 1 and not KINDS[operand].shared and view.size and view.strides[-1] != view.dtype.itemsize:
-            raise ValueError(
-                f"{view.name} has strides {view.strides}; the {numbers} numbers of an element must be neighbours in memory: pass a "
-                "C-contiguous array"
-            )
+        elif numbers > 1 and not KINDS[operand].shared:
+            neighbours(view, numbers)
         if view.device != param.device and param.size:
             raise ValueError(f"{view.name} is on device {view.device}, {param.name} on {param.device}: move one of them")
         written = is_written(operand, views, zero_grad)
@@ -265,7 +266,7 @@ def _other_shape(view, param, operand, numbers):
     """Refuse an array whose shape is not the one that it must have beside a parameter."""
     has, param_has = (f"shape {x.shape[:-1] if x.of_complex else x.shape}" for x in (view, param))
     if view.of_complex or param.of_complex:
-        has, param_has = f"dtype {view.of_complex or _name(view)} and {has}", f"{param.of_complex or _name(param)} and {param_has}"
+        has, param_has = f"dtype {_name(view)} and {has}", f"{_name(param)} and {param_has}"
     needed = "nothing is broadcast"
     if numbers > 1 and KINDS[operand].shared:
         needed = f"there is one {operand} for all {numbers} numbers of an element, so its shape is {param.shape[:-1]}"
@@ -284,8 +285,8 @@ def formats(views, nonzero=False, numbers=1):
     for operand in ("low", "high"):
         if operand in views and views[operand].format != param.format:
             raise TypeError(
-                f"{views[operand].name} has dtype {_name(views[operand])}, {param.name} has {_name(param)}: bounds have the dtype "
-                "of what they bound, so that no rounding leaves them"
+                f"{views[operand].name} has dtype {_name(views[operand])}, {param.name} has {_name(param)}: bounds have the "
+                "dtype of what they bound, so that no rounding leaves them"
             )
     for operand in ("v", "max_v"):
         if operand in views and views[operand].format != m.format:
@@ -419,7 +420,9 @@ def layout(view, written=True):
 def _name(view):
     dtype = view.dtype
     return (
-        view.of_complex or view.format if dtype.isnative else f"{shortened(str(dtype.newbyteorder('=')))} in the other byte order ({dtype.str})"
+        view.of_complex or view.format
+        if dtype.isnative
+        else f"{shortened(str(dtype.newbyteorder('=')))} in the other byte order ({dtype.str})"
     )
 
 

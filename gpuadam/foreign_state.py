@@ -184,8 +184,8 @@ def _only_adam(opt):
     for name, parameter in opt.parameters.items():
         if parameter.kind.of_complex or parameter.kind.numbers > 1:
             raise TypeError(
-                f"params[{shown(name)}] is complex or has components, and its state is not exchanged with other libraries: copy m and "
-                "v of opt.state yourself"
+                f"params[{shown(name)}] is complex or has components, and its state is not exchanged with other libraries: copy "
+                "m and v of opt.state yourself"
             )
 
 

@@ -12,7 +12,18 @@ from .kernels.view import Bits, a_kind, is_array
 
 # Those that decide which moments there are, and so stay what they were when an optimizer is made
 FIXED = ("amsgrad", "complex", "components")
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "clip_value", "bounds", "complex", "components")
+HYPERPARAMETERS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "amsgrad",
+    "maximize",
+    "clip_value",
+    "bounds",
+    "complex",
+    "components",
+)
 GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
 
 
@@ -36,7 +47,9 @@ class _OfAGroup:
 class HasGroups:
     """An optimizer whose hyperparameters are in its `groups`, where a step finds what they are now."""
 
-    lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds, complex, components = map(_OfAGroup, HYPERPARAMETERS)
+    lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds, complex, components = map(
+        _OfAGroup, HYPERPARAMETERS
+    )
 
 
 ONE, SEQUENCE, MAPPING = "one array", "a sequence", "a dict"
@@ -212,7 +225,9 @@ def checked_group(group, structure, options, step, grad_scale=1.0):
     options: `Options`. Raises TypeError or ValueError.
     """
     try:
-        lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds, pairs, components, names, params = _values(group)
+        lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds, pairs, components, names, params = _values(
+            group
+        )
     except KeyError:
         names = None
     if names is None or len(group) != len(GROUP_KEYS):

@@ -60,7 +60,10 @@ class Grows:
         if (view.format, view.of_complex, view.device, kernels) != (
             view_before.format, view_before.of_complex, view_before.device, of_old
         ):  # fmt: skip
-            was, now = (f"{x.of_complex or x.format} on {k.name}, device {x.device}" for x, k in ((view_before, of_old), (view, kernels)))
+            was, now = (
+                f"{x.of_complex or x.format} on {k.name}, device {x.device}"
+                for x, k in ((view_before, of_old), (view, kernels))
+            )
             raise TypeError(f"{label} was {was}, and the new one is {now}: they must be alike")
         if not view.shape or view.shape[1:] != view_before.shape[1:]:
             shapes = f"had shape {view_before.shape}, and the new one has {view.shape}"

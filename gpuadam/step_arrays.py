@@ -48,7 +48,9 @@ def bounds_of_loaded(saved, own):
         return saved
     ends = bounds_apart(own)[1:]
     if any(one == ARRAYS and end is None for one, end in zip(saved, ends, strict=True)):
-        raise ValueError("the saved bounds were arrays, which are not saved: give this optimizer's group bounds of arrays first")
+        raise ValueError(
+            "the saved bounds were arrays, which are not saved: give this optimizer's group bounds of arrays first"
+        )
     return tuple(end if one == ARRAYS else one for one, end in zip(saved, ends, strict=True))
 
 
@@ -56,7 +58,9 @@ def of_bounds(groups, structures):
     """Return name -> {"low" or "high": array}, of all groups whose bounds are arrays."""
     of_names: dict[str, dict[str, Any]] = {}
     for k, (settings, structure) in enumerate(zip(groups, structures, strict=True)):
-        for operand, end in zip(ENDS, () if settings["bounds"] is None else bounds_apart(settings["bounds"])[1:], strict=False):
+        for operand, end in zip(
+            ENDS, () if settings["bounds"] is None else bounds_apart(settings["bounds"])[1:], strict=False
+        ):
             if end is not None:
                 arrays = in_order(end, structure, f"the bounds of group {k}, {operand},")
                 for name, array in zip(structure.names, arrays, strict=True):
@@ -91,8 +95,8 @@ class StepArrays:
             together.setdefault(tuple(self._of_names[name]), []).append(n)
         if updates.now is not None and len(together) > 1:
             raise ValueError(
-                "with capturable=True all parameters of a group have the same of change, lr_scale, where and bounds: in the group of "
-                f"{shown(updates.names[0])} some have {' and some '.join(str(list(of_some)) for of_some in together)}"
+                "with capturable=True all parameters of a group have the same of change, lr_scale, where and bounds: in the "
+                f"group of {shown(updates.names[0])} some have {' and some '.join(str(list(of_some)) for of_some in together)}"
             )
         return [self._part(updates, operands, chosen) for operands, chosen in together.items()]
 

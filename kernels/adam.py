@@ -130,7 +130,8 @@ def in_python(form, op):
             param = mul(decay, param) if CHANGE else fma(decay, param, param)
         m = fma(w1, sub(g, m), m if NEAR1 else g)
         v = (
-            larger(mul(w2, v), add(length(g), eps)) if ADAMAX
+            larger(mul(w2, v), add(length(g), eps))
+            if ADAMAX
             else fma(w2, plus_squares(neg(v), g), v if NEAR2 else squares(g))
         )
         v_hat = mul(v, inv_sqrt_bias2) if OPTAX else v

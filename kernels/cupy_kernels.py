@@ -127,10 +127,13 @@ def build(rule, form, loop, on_device=False):
     parts = {
         "scalars": ", ".join(names),
         "pointers": "\n".join(
-            f"{'' if o.stores else 'const '}{kinds[o.name]}* const {o.name} = {pointers[o.name]}{begin[o.name]};" for o in operands
+            f"{'' if o.stores else 'const '}{kinds[o.name]}* const {o.name} = {pointers[o.name]}{begin[o.name]};"
+            for o in operands
         ),
         "names": ", ".join(o.name for o in operands),
-        "at": ", ".join(o.name + at[o.name] if loop == "table" else f"as<{kinds[o.name]}>(&{o.name}[{at[o.name][3:]}])" for o in operands),
+        "at": ", ".join(
+            o.name + at[o.name] if loop == "table" else f"as<{kinds[o.name]}>(&{o.name}[{at[o.name][3:]}])" for o in operands
+        ),
         "at_row": ", ".join(pointers[o.name] + at[o.name] for o in operands),
         "element": ", ".join(f"as<{kinds[o.name]}>(&{o.name})" for o in operands),
     }

@@ -36,8 +36,8 @@ _formats = {
     )
 }
 
-# The rows of `Columns.expected`. BYTES: of an element. LAST: the length of a last dimension of numbers that are within an element,
-# or 0. TIMES: how many elements there are for each that the other dimensions count.
+# The rows of `Columns.expected`. BYTES: of an element. LAST: the length of a last dimension of numbers of one element, or 0.
+# TIMES: how many elements there are for each that the other dimensions count.
 DTYPE_OBJECT, FLAGS_NEEDED, BYTES, IS_SCALE, WRITTEN, LAST, TIMES = range(7)
 
 

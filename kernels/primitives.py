@@ -130,40 +130,41 @@ def _bits_of(x):
     return llvm.U32 if x.type == llvm.F32 else llvm.U64
 
 
-# Reductions of the numbers of an element, in their order: an emitter, and CUDA C over the vector `g` and its number g(k)
+# Reductions of the numbers of an element, in their order: of `op`, which has the primitives, and CUDA C over the vector `g`, of
+# which g(k) is a number
 REDUCTIONS: dict[str, tuple[Callable, str]] = {}
 
 
 def reduction(text):
     """Put the function below into REDUCTIONS, by its name, beside its CUDA C."""
 
-    def add_row(emit):
-        REDUCTIONS[emit.__name__] = emit, text
-        return emit
+    def add_row(function):
+        REDUCTIONS[function.__name__] = function, text
+        return function
 
     return add_row
 
 
 @reduction("T r = mul_(g(0), g(0)); for (int k = 1; k < NUMBERS; ++k) r = fma_(g(k), g(k), r); return r;")
-def squares(b, rn, *g):
-    return plus_squares(b, rn, mul(b, rn, g[0], g[0]), *g[1:])
+def squares(op, *g):
+    return plus_squares(op, op.mul(g[0], g[0]), *g[1:])
 
 
 @reduction("T r = x; for (int k = 0; k < NUMBERS; ++k) r = fma_(g(k), g(k), r); return r;")
-def plus_squares(b, rn, x, *g):
-    return functools.reduce(lambda total, number: fma(b, rn, number, number, total), g, x)
+def plus_squares(op, x, *g):
+    return functools.reduce(lambda total, number: op.fma(number, number, total), g, x)
 
 
 # The length of a vector, |g| of one number
 @reduction("return NUMBERS == 1 ? abs_(g(0)) : sqrt_(squares_(g));")
-def length(b, rn, *g):
-    return abs_(b, rn, *g) if len(g) == 1 else sqrt(b, rn, squares(b, rn, *g))
+def length(op, *g):
+    return op.abs(*g) if len(g) == 1 else op.sqrt(squares(op, *g))
 
 
 # 0 if all numbers are 0, else another number
 @reduction("T r = g(0); for (int k = 1; k < NUMBERS; ++k) r = larger_(abs_(r), abs_(g(k))); return r;")
-def nonzero(b, rn, *g):
-    return functools.reduce(lambda most, number: larger(b, rn, abs_(b, rn, most), abs_(b, rn, number)), g)
+def nonzero(op, *g):
+    return functools.reduce(lambda most, number: op.larger(op.abs(most), op.abs(number)), g)
 
 
 def for_numba(intrinsic, contracts=False):
@@ -173,28 +174,48 @@ def for_numba(intrinsic, contracts=False):
     contracts: whether the target fuses a bare product with a bare sum, so that it has to be told not to.
     """
 
-    def rn(builder):
-        return llvm.nvvm_rn(builder) if contracts else None
+    return _functions(
+        intrinsic, lambda builder, row, *x: row.llvm(builder, llvm.nvvm_rn(builder) if contracts else None, *x)
+    )
 
-    def function(name, row):
-        def emit(builder, *operands):
+
+def in_assembly(intrinsic, dtype):
+    """Return the primitives likewise as inline PTX, which no option of a kernel changes, fast-math included.
+
+    intrinsic: of Numba's CUDA target. dtype: of T.
+    """
+    types, letter = TYPES_OF_PTX[np.dtype(dtype).name], {"f32": "f", "f64": "d"}[TYPES_OF_PTX[np.dtype(dtype).name]["t"]]
+
+    def emit(builder, row, *operands):
+        text, constraints = row.ptx.format(**types).replace("%", "$"), ",".join([f"={letter}", *letter * len(row.operands)])
+        return llvm.assembly(builder, text, constraints, operands[0].type, *operands)
+
+    return _functions(intrinsic, emit)
+
+
+def _functions(intrinsic, emit):
+    """Return the primitives and REDUCTIONS as functions for Numba. emit(builder, row, *operands): one of numbers."""
+
+    def number_by_number(name, row):
+        def emit_all(builder, *operands):
             n = max(len(x) if isinstance(x, list) else 0 for x in operands)
             if not n:
-                return row.llvm(builder, rn(builder), *operands)
+                return emit(builder, row, *operands)
             vectors = [x if isinstance(x, list) else [x] * n for x in operands]
-            return [row.llvm(builder, rn(builder), *numbers) for numbers in zip(*vectors, strict=True)]
+            return [emit(builder, row, *numbers) for numbers in zip(*vectors, strict=True)]
 
-        return llvm.function(intrinsic, name, emit, _NUMBER_BY_NUMBER[len(row.operands)])
+        return llvm.function(intrinsic, name, emit_all, _NUMBER_BY_NUMBER[len(row.operands)])
 
-    def reduced(name, to_number):
-        def emit(builder, *operands):
+    def to_a_number(name, reduce):
+        def emit_all(builder, *operands):
             *before, g = operands
-            return to_number(builder, rn(builder), *before, *(g if isinstance(g, list) else [g]))
+            op = SimpleNamespace(**{x: functools.partial(emit, builder, row) for x, row in PRIMITIVES.items()})
+            return reduce(op, *before, *(g if isinstance(g, list) else [g]))
 
-        return llvm.function(intrinsic, name, emit, _TO_A_NUMBER[len(operands_of_reduction(name))])
+        return llvm.function(intrinsic, name, emit_all, _TO_A_NUMBER[len(operands_of_reduction(name))])
 
-    functions = {name: function(name, row) for name, row in PRIMITIVES.items()}
-    return SimpleNamespace(**functions | {name: reduced(name, emit) for name, (emit, _) in REDUCTIONS.items()})
+    functions = {name: number_by_number(name, row) for name, row in PRIMITIVES.items()}
+    return SimpleNamespace(**functions | {name: to_a_number(name, reduce) for name, (reduce, _) in REDUCTIONS.items()})
 
 
 def operands_of_reduction(name):
@@ -212,25 +233,7 @@ _NUMBER_BY_NUMBER = {
     2: lambda x, y: _of_vectors(x, y),
     3: lambda x, y, z: _of_vectors(x, y, z),
 }
-_TO_A_NUMBER = {1: lambda g: getattr(g, "dtype", g)(g), 2: lambda x, g: x(x, g)}
-
-
-def in_assembly(intrinsic, dtype):
-    """Return the primitives likewise as inline PTX, which no option of a kernel changes, fast-math included.
-
-    intrinsic: of Numba's CUDA target. dtype: of T.
-    """
-    types, letter = TYPES_OF_PTX[np.dtype(dtype).name], {"f32": "f", "f64": "d"}[TYPES_OF_PTX[np.dtype(dtype).name]["t"]]
-
-    def function(name, row):
-        text, constraints = row.ptx.format(**types).replace("%", "$"), ",".join([f"={letter}", *letter * len(row.operands)])
-
-        def emit(builder, *operands):
-            return llvm.assembly(builder, text, constraints, operands[0].type, *operands)
-
-        return llvm.function(intrinsic, name, emit, _OF_ONE_TYPE[len(row.operands)])
-
-    return SimpleNamespace(**{name: function(name, row) for name, row in PRIMITIVES.items()})
+_TO_A_NUMBER = {1: lambda g: (g.dtype if hasattr(g, "types") else g)(g), 2: lambda x, g: x(x, g)}
 
 
 # `tiny` is the smallest normal number
@@ -260,7 +263,9 @@ def for_cuda_c(dtype, numbers=1):
     else:
         text += VECTORS
         for name, row in PRIMITIVES.items():
-            declared, given = (", ".join(f"{x}{k}{y}" for k in range(len(row.operands))) for x, y in (("V x", ""), ("x", ".number[k]")))
+            declared, given = (
+                ", ".join(f"{x}{k}{y}" for k in range(len(row.operands))) for x, y in (("V x", ""), ("x", ".number[k]"))
+            )
             body = f"V r; for (int k = 0; k < NUMBERS; ++k) r.number[k] = {name}_({given}); return r;"
             text += f"__device__ __forceinline__ V {name}_({declared}) {{ {body} }}\n"
     text += f"#define g(k) {'g' if numbers == 1 else 'g.number[k]'}\n"

@@ -40,10 +40,8 @@ class View(NamedTuple):
         """Return the View of an array of complex numbers as one of their real and imaginary parts, in a last dimension of 2."""
         real = np.dtype(f"f{self.dtype.itemsize // 2}").newbyteorder(self.dtype.byteorder)
         shape, strides = (*self.shape, 2), (*self.strides, real.itemsize)
-        if isinstance(self.array, np.ndarray):
-            array = self.array[..., None].view(real)
-        else:
-            array = InParts(self, shape, real, strides)
+        on_host = isinstance(self.array, np.ndarray)
+        array = self.array[..., None].view(real) if on_host else InParts(self, shape, real, strides)
         return self._replace(array=array, shape=shape, dtype=real, strides=strides, of_complex=self.dtype.name)
 
     def in_vectors(self, numbers):

@@ -282,7 +282,9 @@ def run_table(backend, form, arch, updates, scalars, memory, on_device=False, ke
     keys = keys or [0] * len(updates)
     numbers = [operand.numbers for operand in operands_of_form(form)]
     views = [
-        Update([cuda_view("", a).in_vectors(n) for a, n in zip((a for a in arrays if a is not None), numbers, strict=True)], k)
+        Update(
+            [cuda_view("", a).in_vectors(n) for a, n in zip((a for a in arrays if a is not None), numbers, strict=True)], k
+        )
         for arrays, k in zip(updates, keys, strict=True)
     ]
     rows, owners = gpu_table.rows_and_owners(views, GROUP_LANES if form.arrays.grouped else 0)

@@ -491,7 +491,7 @@ class Training:
             if of_copy:
                 zeros = 0 * random_numbers(self.rng, parameter.shape, of_copy, complex=bool(round.complex))
                 self.copies[name] = Placed(zeros, parameter.copy if zeros.ndim == len(parameter.shape) else Layout())
-        self.bounds = {name: (None, None) for name in self.described}
+        self.bounds = dict.fromkeys(self.described, (None, None))
         if case.in_groups:  # a checkpoint does not hold them: they are given again, in groups
             self.bounds = {name: bounds_of(self.rng, round, placed.array) for name, placed in self.params.items()}
         self.rates = [self.rate(group) for group in case.groups]

@@ -135,7 +135,9 @@ def test_the_family_is_that_of_the_reference(what, how):
     dtype, shape = ("complex128", (4, 5)) if "complex" in how else ("float64", (4, 5, 3))
     x = numbers(0, shape, dtype)
     opt = getattr(gpuadam, cls)(x, lr=0.1, **how, **options)
-    settings = {"algorithm": opt.algorithm, "decoupled": opt.decoupled} | {k: v for k, v in options.items() if k != "amsgrad"}
+    settings = {"algorithm": opt.algorithm, "decoupled": opt.decoupled} | {
+        k: v for k, v in options.items() if k != "amsgrad"
+    }
     exact, m, v, max_v = x.copy(), 0 * x, np.zeros(shape[: 2 if "components" in how else None]), None
     v = 0 * x if how == {"complex": "parts"} else v
     max_v = v if "amsgrad" in options else None
@@ -150,7 +152,9 @@ def test_the_family_is_that_of_the_reference(what, how):
 
 def test_testing_has_complex_parameters_too():
     params = {"object": numbers(0), "positions": numbers(1, (4, 3), "float32")}
-    groups = [{"params": {name: p}, **({"components": 3} if p.ndim and p.dtype == "f4" else {})} for name, p in params.items()]
+    groups = [
+        {"params": {name: p}, **({"components": 3} if p.ndim and p.dtype == "f4" else {})} for name, p in params.items()
+    ]
     opt = gpuadam.Adam(groups, lr=0.1, complex="joint")
     exact = Reference({"object": params["object"]}, lr=0.1, complex="joint")
     of_vectors = Reference({"positions": params["positions"]}, lr=0.1, components=3)
@@ -238,7 +242,9 @@ def test_a_checkpoint_is_of_the_same_numbers_and_the_same_choice(tmp_path):
     opt = gpuadam.Adam({"w": numbers(0)}, complex="joint")
     opt.step({"w": numbers(1)})
     opt.save(tmp_path / "a")
-    with pytest.raises(gpuadam.CheckpointError, match=r"was complex64 of shape \[5, 7\], and is float32 of shape \[5, 7, 2\]"):
+    with pytest.raises(
+        gpuadam.CheckpointError, match=r"was complex64 of shape \[5, 7\], and is float32 of shape \[5, 7, 2\]"
+    ):
         gpuadam.load(tmp_path / "a", {"w": numbers(0)[..., None].view("f4")})
     for how in ({"complex": "parts"}, {"complex": "joint", "amsgrad": True}):
         with pytest.raises(ValueError):
@@ -255,11 +261,13 @@ def test_arrays_grow_and_shrink():
         assert_same_bits(opt.state["w"][key], np.stack([was[key][2], np.zeros_like(was[key][0]), was[key][0], was[key][0]]))
     opt.add("positions", np.zeros(3, "c8"))
     opt.step({"w": numbers(2, (4, 4)), "positions": numbers(3, (3,))})
-    with pytest.raises(TypeError, match="was complex64 on .*, and the new one is float32"):
+    with pytest.raises(TypeError, match=r"was complex64 on .*, and the new one is float32"):
         opt.replace("w", np.zeros((4, 4, 2), "f4"), np.arange(4))
 
 
-@pytest.mark.parametrize("options", [{"complex": "joint"}, {"complex": "parts"}, {"complex": "joint", "state_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "options", [{"complex": "joint"}, {"complex": "parts"}, {"complex": "joint", "state_dtype": "bfloat16"}]
+)
 def test_offloaded_steps_have_the_same_bits(options, tmp_path):
     x, y = numbers(0, (300, 200)), numbers(0, (300, 200))
     adam = gpuadam.Adam({"w": x}, lr=0.1, **options)
@@ -337,7 +345,9 @@ def test_gradients_and_state_of_other_kinds_are_refused():
     vectors = np.zeros((4, 3), "f4")
     for name in ("lr_scale", "where"):
         with pytest.raises(ValueError, match=rf"one {name} for all 3 numbers of an element, so its shape is \(4,\)"):
-            gpuadam.Adam(vectors, components=3).step(vectors + 1, **{name: np.ones((4, 3), "f4" if name == "lr_scale" else "?")})
+            gpuadam.Adam(vectors, components=3).step(
+                vectors + 1, **{name: np.ones((4, 3), "f4" if name == "lr_scale" else "?")}
+            )
     with pytest.raises(ValueError, match="must be neighbours in memory"):
         gpuadam.Adam(vectors, components=3).step(np.ones((3, 4), "f4").T)
 

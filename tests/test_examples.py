@@ -11,7 +11,17 @@ import pytest
 
 import gpuadam
 from gpuadam.examples import __main__ as listing
-from gpuadam.examples import command_line, digits, gaussians, photons, thomson, tomography, torch_digits
+from gpuadam.examples import (
+    command_line,
+    digits,
+    gaussians,
+    line_scan,
+    photons,
+    ptychography,
+    thomson,
+    tomography,
+    torch_digits,
+)
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(listing.__file__).parent
@@ -50,12 +60,12 @@ def test_digits_are_read(capsys, arrays):
 
 
 @on_each("cupy", also=[CUPYS_MATHEMATICS])
-def test_gaussians_come_near_the_photograph(tmp_path, capsys, arrays):
+def test_gaussians_that_are_split_come_nearer_to_the_photograph(tmp_path, capsys, arrays):
     pytest.importorskip("skimage")
     plot = tmp_path / "gaussians.png"
     gaussians.main(["--steps", "80", "--size", "32", "--count", "80", "--plot", str(plot), "--arrays", arrays])
-    before, after = numbers(r"PSNR (\S+) dB before, (\S+) dB after 80 steps", capsys)
-    assert before < 15 and after > 22
+    fixed, split = re.findall(r"80 Gaussians, \d+ of them at the start: PSNR (\S+) dB", capsys.readouterr().out)
+    assert 22 < float(fixed) < float(split)
     assert_png(plot)
 
 
@@ -66,6 +76,28 @@ def test_tomography_beats_filtered_back_projection(tmp_path, capsys, arrays):
     tomography.main(["--steps", "80", "--size", "48", "--angles", "16", "--plot", str(plot), "--arrays", arrays])
     classical, found = numbers(r"relative error (\S+)% by filtered back-projection, (\S+)% after 80 steps", capsys)
     assert found < 0.7 * classical < 50
+    assert_png(plot)
+
+
+@on_each("cupy", also=[CUPYS_MATHEMATICS])
+def test_a_scan_is_sharper_if_rows_that_are_not_read_stay(tmp_path, capsys, arrays):
+    pytest.importorskip("skimage")
+    plot = tmp_path / "line_scan.png"
+    line_scan.main(["--steps", "30", "--size", "64", "--plot", str(plot), "--arrays", arrays])
+    errors = re.findall(r"learning rate \S+: error (\S+)% with where=, (\S+)% without", capsys.readouterr().out)
+    rows, without = np.array(errors, float).T
+    assert len(errors) == len(line_scan.RATES)
+    assert rows.min() < 0.9 * without.min() and rows[-1] < 0.5 * without[-1]
+    assert_png(plot)
+
+
+@on_each("cupy", also=[CUPYS_MATHEMATICS])
+def test_ptychography_beats_epie_at_as_many_passes(tmp_path, capsys, arrays):
+    pytest.importorskip("skimage")
+    plot = tmp_path / "ptychography.png"
+    ptychography.main(["--steps", "35", "--size", "64", "--plot", str(plot), "--arrays", arrays])
+    epie, adam = re.findall(r"36 patterns, 35 passes over them: error (\S+)% by", capsys.readouterr().out)
+    assert float(adam) < 0.8 * float(epie) < 5
     assert_png(plot)
 
 
@@ -142,6 +174,47 @@ def test_the_picture_is_the_sum_of_the_gaussians():
     np.testing.assert_allclose(gaussians.picture(np, p, 10), expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.fixture
+def few_gaussians():
+    """Return parameters of 6 Gaussians on a picture of 20 x 20 pixels, one of them faint."""
+    rng = np.random.default_rng(8)
+    p = {name: rng.uniform(*limits, 6) for name, limits in {"x": (0.3, 0.7), "y": (0.3, 0.7), "amplitude": (0.5, 1)}.items()}
+    p |= {"log_width_x": rng.uniform(-3, -2, 6), "log_width_y": rng.uniform(-3, -2, 6)}
+    p["amplitude"][2] = 0.01
+    return p, rng.random((20, 20))
+
+
+def test_what_pulls_a_gaussian_is_added_up_without_cancelling(few_gaussians):
+    p, target = few_gaussians
+    _, grads = gaussians.loss_and_gradients(np, p, target, absolute=True)
+    x, y = (np.arange(20) + 0.5) / 20, (np.arange(20)[:, None] + 0.5) / 20
+    residual = gaussians.picture(np, p, 20) - target
+    for k in range(6):
+        dx, dy = (x - p["x"][k]) * np.exp(-p["log_width_x"][k]), (y - p["y"][k]) * np.exp(-p["log_width_y"][k])
+        bell = p["amplitude"][k] * np.exp(-(dx**2 + dy**2) / 2)
+        assert grads["x"][k] == pytest.approx(np.abs(residual * bell * dx).sum() * np.exp(-p["log_width_x"][k]))
+        assert grads["y"][k] == pytest.approx(np.abs(residual * bell * dy).sum() * np.exp(-p["log_width_y"][k]))
+
+
+def test_halves_have_the_integral_the_centre_and_the_variance_of_the_gaussian_that_was_split(few_gaussians):
+    old, target = few_gaussians
+    new, rows = gaussians.split_and_prune(np, old, target, 8)
+    # of 5 that are bright 2 stay whole and 3 are split; the faint one is pruned
+    assert set(rows[:2]) < {0, 1, 3, 4, 5} and list(rows[2:]) == [-1] * 6
+    for name, param in new.items():
+        np.testing.assert_array_equal(param[:2], old[name][rows[:2]])
+
+    def moments(p, which):  # of each axis: integral, first and second moment, of all Gaussians
+        integral = (p["amplitude"] * 2 * np.pi * np.exp(p["log_width_x"] + p["log_width_y"]))[which]
+        centres = np.stack([p["x"], p["y"]])[:, which]
+        variances = np.exp(2 * np.stack([p["log_width_x"], p["log_width_y"]]))[:, which]
+        return integral.sum(), (integral * centres).sum(axis=1), (integral * (variances + centres**2)).sum(axis=1)
+
+    split = [k for k in range(6) if k != 2 and k not in rows]
+    for halves, whole in zip(moments(new, slice(2, 8)), moments(old, split), strict=True):
+        np.testing.assert_allclose(halves, whole, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["w1", "b1", "w2", "b2"])
 def test_the_gradients_of_the_digits(name):
     rng = np.random.default_rng(2)
@@ -177,6 +250,44 @@ def test_the_gradient_of_the_total_variation():
     image = np.random.default_rng(5).random((8, 9))
     _, gradient = tomography.total_variation(np, image)
     assert_is_gradient(lambda x: tomography.total_variation(np, x)[0], image, gradient)
+
+
+def test_the_optics_of_a_scan_keep_the_brightness():
+    blur = line_scan.optics(np, 10)
+    assert blur.shape == (10, 10 + 2 * line_scan.REACH)
+    np.testing.assert_allclose(blur.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(blur[3, 3 : 4 + 2 * line_scan.REACH], blur[0, : 1 + 2 * line_scan.REACH])
+
+
+@pytest.mark.parametrize("name", ["object", "beam"])
+def test_the_gradients_of_the_diffraction_patterns(name):
+    rng = np.random.default_rng(9)
+    patches = [(slice(y, y + 5), slice(x, x + 5)) for y, x in ((0, 0), (2, 3), (3, 1))]
+    waves = {"object": rng.standard_normal((8, 8, 2)) @ [1, 1j], "beam": rng.standard_normal((5, 5, 2)) @ [1, 1j]}
+    amplitudes = rng.random((3, 5, 5))
+
+    def loss_and_gradients(of_name):
+        found, beam = (waves | {name: of_name}).values()
+        return ptychography.loss_and_gradients(np, found, beam, amplitudes, patches)
+
+    gradient = loss_and_gradients(waves[name])[1][name]
+    for real, unit in ((gradient.real, 1), (gradient.imag, 1j)):
+        assert_is_gradient(lambda d, unit=unit: loss_and_gradients(waves[name] + unit * d)[0], np.zeros(real.shape), real)
+
+
+def test_patterns_do_not_show_what_the_error_leaves_out():
+    """A factor, and a phase ramp in the object that goes against one in the beam."""
+    rng = np.random.default_rng(10)
+    truth = (1 + 0.3 * rng.standard_normal((64, 64))) * np.exp(0.5j * rng.random((64, 64)))
+    y, x = np.mgrid[:64, :64]
+    factor, ramp = 0.3 - 0.7j, np.exp(1j * (0.02 * x - 0.03 * y))
+    beam, patch = ptychography.focused(np, 10), (slice(7, 39), slice(20, 52))
+    pattern = abs(np.fft.fft2(beam * truth[patch]))
+    other = abs(np.fft.fft2(beam / factor / ramp[:32, :32] * (factor * ramp * truth)[patch]))
+    np.testing.assert_allclose(other, pattern, rtol=1e-5)
+    sought = truth[ptychography.INNER]
+    assert ptychography.error(factor * ramp * truth, sought)[0] < 1e-3
+    assert ptychography.error(truth + 0.1 * abs(truth) * rng.choice([-1, 1], truth.shape), sought)[0] > 0.05
 
 
 def test_the_gradient_of_the_photons():
@@ -267,10 +378,11 @@ def test_an_example_is_short(name):
 
 def test_all_that_the_examples_take_of_an_array_module_is_in_cupy():
     cupy = pytest.importorskip("cupy")
-    used = set()
-    for name in ("digits", "gaussians", "tomography"):
-        used |= set(re.findall(r"\bxp\.((?!fft)\w+)", (FOLDER / f"{name}.py").read_text()))
-    fft = set(re.findall(r"\bfft\.(\w+)", (FOLDER / "tomography.py").read_text()))
+    texts = [
+        (FOLDER / f"{name}.py").read_text() for name in ("digits", "gaussians", "tomography", "line_scan", "ptychography")
+    ]
+    used = {name for text in texts for name in re.findall(r"\bxp\.((?!fft)\w+)", text)}
+    fft = {name for text in texts for name in re.findall(r"\bfft\.(\w+)", text)}
     assert {"exp", "bincount", "maximum"} <= used and "irfft" in fft
     assert [name for name in used if not hasattr(cupy, name)] == []
     assert [name for name in fft if not hasattr(cupy.fft, name)] == []
@@ -348,13 +460,12 @@ def test_wrong_arguments_are_explained_before_any_work(capsys, arguments, said):
     assert code == 2 and said in error
 
 
-@pytest.mark.parametrize("example", [gaussians, tomography, thomson, photons])
+@pytest.mark.parametrize("example", [gaussians, tomography, line_scan, ptychography, photons, thomson])
 @pytest.mark.parametrize("arguments", [[], ["--plot", "x" * 300], ["--plot", "far"]])
 def test_a_picture_that_cannot_be_written_is_named_before_any_work(capsys, tmp_path, monkeypatch, example, arguments):
     monkeypatch.chdir(tmp_path)
     Path("far").symlink_to("/no/such/file")
-    for name in ("gaussians", "tomography", "thomson", "photons"):  # the default names
-        Path(f"{name}.png").symlink_to("/no/such/file")
+    Path(f"{example.__name__.rpartition('.')[2]}.png").symlink_to("/no/such/file")  # the default name
     code, error = ended(lambda: example.main(arguments), capsys)
     assert code == 2 and " cannot be written: " in error
 

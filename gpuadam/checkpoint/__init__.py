@@ -39,11 +39,12 @@ half of them with checksums made right; the disk is full; two jobs save into one
 ## A file
 
 Its tensors are named by parameter and kind of state. They are in C order, little-endian, and have the parameter's shape. The
-scales of 8-bit state have one dimension instead, with one element for each 32 neighbours of the parameter.
+scales of 8-bit state have one dimension instead, with one element for each 32 neighbours of the parameter. Complex numbers
+are two, in a last dimension; where several numbers share a v, as of `complex="joint"`, `w.v` and `w.max_v` do not have that dimension.
 
 | tensor | dtype | holds |
 | --- | --- | --- |
-| `w.m`, `w.v`, `w.max_v` | F32, F64, BF16 or, the codes of 8-bit state, U8 | the moments; `max_v` with `amsgrad`; of complex parameters with a last dimension of 2, but for `v` and `max_v` of `complex="joint"` |
+| `w.m`, `w.v`, `w.max_v` | F32, F64, BF16 or, the codes of 8-bit state, U8 | the moments; `max_v` with `amsgrad` |
 | `w.m_scale`, `w.v_scale` | F32 | the scales of 8-bit state |
 | `w.remainder` | I16 | the low half of a bfloat16 parameter's exact value, with `master="remainder"` |
 | `w.ema` | F32 or F64 | the running mean, with `ema_decay` |

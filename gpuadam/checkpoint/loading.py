@@ -99,7 +99,9 @@ class Opened(NamedTuple):
 @contextlib.contextmanager
 def opened(path, params, backend, lr):
     """Open a checkpoint and compare it with the parameters that it is loaded for. lr: as in `load`."""
-    groups, (structures, grouped) = parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1})
+    groups, (structures, grouped) = parsed_groups(
+        params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1}
+    )
     views = {}
     for group in groups:
         for name, param in zip(group["names"], group["params"], strict=True):

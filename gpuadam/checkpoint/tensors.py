@@ -68,7 +68,9 @@ def sections(opt, ranges=None):
             numbers = opt.parameters[name].kind.numbers
             _check(viewed, opt.options, numbers)
             whole, start, stop = ranges[name] if ranges else (name, 0, viewed[PARAM][1][0].size)
-            listed += [Section(whole, start, stop, key, backend, view, numbers) for key, (backend, (view,)) in viewed.items()]
+            listed += [
+                Section(whole, start, stop, key, backend, view, numbers) for key, (backend, (view,)) in viewed.items()
+            ]
     return listed
 
 

@@ -3,7 +3,17 @@
 import importlib
 import sys
 
-NAMES = ("digits", "gaussians", "tomography", "photons", "thomson", "torch_digits", "sharded_digits")
+NAMES = (
+    "digits",
+    "gaussians",
+    "tomography",
+    "line_scan",
+    "ptychography",
+    "photons",
+    "thomson",
+    "torch_digits",
+    "sharded_digits",
+)
 
 
 def main():

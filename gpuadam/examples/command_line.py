@@ -80,14 +80,14 @@ def grey(axis, picture):
     axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
-def save_panels(path, shown, title, draw=grey, **of_panels):
-    """Write square panels side by side as PNG, and say where.
+def save_panels(path, shown, title, draw=grey, rows=1, **of_panels):
+    """Write square panels, row after row, as PNG, and say where.
 
-    shown: title -> what is drawn. draw: called with a panel and that. of_panels: as in `figures.panels`.
+    shown: title -> what is drawn. draw: called with a panel and that. rows: of panels. of_panels: as in `figures.panels`.
     """
-    figure, (axes,) = figures.panels(1, len(shown), width=3.2, height=3.5, **of_panels)
+    figure, axes = figures.panels(rows, len(shown) // rows, width=3.2, height=3.5, **of_panels)
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    for axis, (name, each) in zip(axes, shown.items(), strict=True):
+    for axis, (name, each) in zip(axes.flat, shown.items(), strict=True):
         draw(axis, on_host(each))
         axis.set_title(name, loc="center", fontweight="normal")
         axis.set_axis_off()

@@ -12,7 +12,7 @@
 | `gpuadam.guide.pytorch` | the drop-in for `torch.optim`; tensors of torch and arrays of JAX |
 | `gpuadam.guide.how_exact` | the arithmetic, its evidence, its limits |
 | `gpuadam.guide.how_fast` | what has been measured, and on which machine |
-| `gpuadam.guide.examples` | seven short programs |
+| `gpuadam.guide.examples` | nine short programs |
 
 A subject that has a folder of code has its page there: `gpuadam.checkpoint`, `gpuadam.sharded` (many ranks),
 `gpuadam.offload`, `gpuadam.planning`, `gpuadam.testing`.

@@ -1,4 +1,4 @@
-"""Seven short programs, each one file of less than 120 lines in `gpuadam/examples`.
+"""Nine short programs, each one file of less than 120 lines in `gpuadam/examples`.
 
     pip install "gpuadam[examples]"
     python -m gpuadam.examples.digits
@@ -6,8 +6,10 @@
 | name | what it does | arrays |
 |---|---|---|
 | `digits` | learns to read handwritten digits: a network in plain array code | NumPy, CuPy |
-| `gaussians` | fits 1,200 Gaussians to a photograph, with gradients by hand: 31.0 dB after 300 steps | NumPy, CuPy |
+| `gaussians` | splits and prunes Gaussians while they are fitted to a photograph: 33.8 dB; without 31.0 dB | NumPy, CuPy |
 | `tomography` | reconstructs a slice from 30 noisy projections: error 9.5 %; filtered back-projection has 40.8 % | NumPy, CuPy |
+| `line_scan` | sharpens a photograph while it is read: error 1.3 %; 2.3 % if rows that are done move on | NumPy, CuPy |
+| `ptychography` | finds a complex object and beam from diffraction patterns: error 1.3 %; ePIE has 4.3 % | NumPy, CuPy |
 | `photons` | clears a photograph of few photons, gradient and update in one kernel: 12.9 dB, then 25.2 dB | NumPy, CuPy |
 | `thomson` | spreads charges over a sphere, with a Numba CUDA kernel of its own | Numba, NumPy |
 | `torch_digits` | trains a PyTorch model, with one line changed | PyTorch |

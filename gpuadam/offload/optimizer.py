@@ -198,8 +198,8 @@ class OffloadAdam(Adam):
 
     def step_arrays(self, change, lr_scale, where, bounds):
         raise ValueError(
-            "OffloadAdam takes no change, lr_scale or where, and no bounds that are arrays: its steps go piece by piece. Use Adam, "
-            "or leave them out"
+            "OffloadAdam takes no change, lr_scale or where, and no bounds that are arrays: its steps go piece by piece. Use "
+            "Adam, or leave them out"
         )
 
     def conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):

@@ -22,8 +22,8 @@ def params(groups, transport, backend):
     for view in views:
         if view.of_complex:
             raise TypeError(
-                f"{view.name} has dtype {view.of_complex}, which ShardedAdam does not take: give its view('{view.format}') and the "
-                "gradients' likewise, which takes the steps of complex='parts'"
+                f"{view.name} has dtype {view.of_complex}, which ShardedAdam does not take: give its view('{view.format}') and "
+                "those of its gradients, which take the steps of complex='parts'"
             )
         checks.one_format(view, checks.FORMATS)
         checks.layout(view)

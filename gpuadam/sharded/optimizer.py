@@ -119,7 +119,9 @@ class ShardedAdam(HasGroups):
         self.params = as_list(params)  # an iterator can be read once
         self.groups, self.arrangement = parsed_groups(self.params, defaults)
         if any(group["components"] > 1 for group in self.groups):
-            raise ValueError("ShardedAdam has no components: its parts begin and end anywhere among the numbers that share a v")
+            raise ValueError(
+                "ShardedAdam has no components: its parts begin and end anywhere among the numbers that share a v"
+            )
         self._kernels, views = shard_checks.params(self.groups, self.transport, self._backend)
         names = [(k, name) for k, group in enumerate(self.groups) for name in group["names"]]
         self.members = [Member(n, *name, view) for n, (name, view) in enumerate(zip(names, views, strict=True))]

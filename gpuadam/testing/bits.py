@@ -49,8 +49,8 @@ def assert_same_bits(actual, expected, name=""):
     """Raise AssertionError unless two arrays have the same shape, the same format and the same bits.
 
     actual, expected: NumPy, CuPy or Numba device arrays, torch tensors, what has DLPack or `__cuda_array_interface__`, `Bits`, of
-        floats, complex numbers, integers or booleans; or numbers; or sequences or dicts of such, None in the same places. They may lie in
-        different memory and be of different libraries.
+        floats, complex numbers, integers or booleans; or numbers; or sequences or dicts of such, None in the same places. They
+        may lie in different memory and be of different libraries.
     name: what the message calls them.
 
     NaN equals NaN, whatever its payload; -0 differs from +0. The message says how many elements differ, where the first are, both

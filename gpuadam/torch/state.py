@@ -115,8 +115,8 @@ def converted(state, arrays, param, capturable, name):
             )
         if value.shape != result[key].shape:
             raise ValueError(f"the loaded {key} of {name} has shape {tuple(value.shape)}, not {tuple(result[key].shape)}")
-        alike = value.is_floating_point() and dtype.is_floating_point or (value.is_complex() and dtype.is_complex)
-        if value.dtype != dtype and not alike:
+        both = (value.is_floating_point(), value.is_complex()), (dtype.is_floating_point, dtype.is_complex)
+        if value.dtype != dtype and (both[0] != both[1] or not any(both[0])):
             raise TypeError(f"the loaded {key} of {name} is {value.dtype}, and cannot become {dtype}")
         result[key].copy_(value)
     return result
