@@ -272,7 +272,8 @@ def _other_shape(view, param, operand, numbers):
         needed = f"there is one {operand} for all {numbers} numbers of an element, so its shape is {param.shape[:-1]}"
     elif bool(view.of_complex) != bool(param.of_complex):
         needed = "both are complex, or neither is"
-    raise ValueError(f"{view.name} has {has}, {param.name} has {param_has}: {needed}")
+    error = TypeError if bool(view.of_complex) != bool(param.of_complex) else ValueError
+    raise error(f"{view.name} has {has}, {param.name} has {param_has}: {needed}")
 
 
 def formats(views, nonzero=False, numbers=1):
