@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import DEFAULTS, at_offset, assert_sentinels
+from cases import DEFAULTS, assert_sentinels, at_offset
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
