@@ -210,7 +210,7 @@ def in_files(backend, options, notes):
         for n in _large(options):
             opt = gpuadam.OffloadAdam(np.zeros(n, np.float32), state=Path(folder) / f"{n}")
             optimizers.enter_context(opt)
-            functions.append((opt.flush, functools.partial(opt.step, *measure.data(n, "float32", ("grad",)))))
+            functions.append((opt.flush, functools.partial(opt.step, *measure.data({"grad": n}, "float32"))))
         in_memory, of_files, *steps = _in_turn(functions, 2 * options.seconds)
     moving = constants.typical(in_memory)
     rate = 2 * FILE / (constants.typical(of_files) - moving)

@@ -76,9 +76,9 @@ def adam_step(
     where: a bool or uint8 array: elements of param and moments stay as they are where it is 0, or with "nonzero" where grad is 0.
         ema, a mean over steps, goes on there too. An array may be of rows, as lr_scale. It does not go with 8-bit state.
     complex: what complex64 and complex128 params are taken for. grad is dL/dRe + i dL/dIm, which torch has, and JAX conjugated.
-        "joint": v is the mean of |grad|**2, a real array of param's shape, so that the step turns with the phase. "parts":
-        real and imaginary parts are parameters of their own, and m and v are complex likewise. A complex m, v, max_v or ema may also be
-        a real array with a last dimension of 2, as narrow ones have to be.
+        "joint": v is the mean of |grad|**2, a real array of param's shape, so that the step turns with the phase. "parts": real
+        and imaginary parts are parameters of their own, and m and v are complex likewise. A complex m, v, max_v or ema may be a
+        real array with a last dimension of 2 as well, as narrow ones have to be.
     components: 2, 3 or 4: the numbers in the last dimension of a real param, such as positions or directions, share a v, the mean
         of the sum of their squares (Ling et al. 2022, VectorAdam); v and max_v have param's shape without it, and so have
         lr_scale and where. The numbers are neighbours in memory. 8-bit state is not there for these, nor for "joint".

@@ -257,7 +257,7 @@ def constants(fixed, arrays):
     )
     reals = struct.Struct({"float32": "f", "float64": "d"}[dtype.name] * len(scalar_names(form)))
     further = {"eps_root": rounded("eps_root", fixed.eps_root, to_zero=False), "w_ema": w_ema}
-    further |= {"low": _bound(fixed.low, arrays.param), "high": _bound(fixed.high, arrays.param)}
+    further |= {"least": _bound(fixed.low, arrays.param), "most": _bound(fixed.high, arrays.param)}
     if form.clips:
         further["clip_value"] = rounded("clip_value", fixed.clip_value, to_zero=False)
     later = tuple(further[name] for name in scalar_names(form) if name in further)

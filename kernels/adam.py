@@ -73,7 +73,7 @@ class Scalars(NamedTuple):
     neg_lr: float  # -lr / (1 - beta1**step), times further factors of an algorithm
 
 
-FURTHER = ("of_m", "of_g", "eps_root", "clip_value", "low", "high", "w_ema")  # the scalars that not every form has
+FURTHER = ("of_m", "of_g", "eps_root", "clip_value", "least", "most", "w_ema")  # the scalars that not every form has
 
 
 @functools.lru_cache(maxsize=256)
@@ -81,7 +81,7 @@ def scalars_type(form):
     """Return the type of a form's scalars: Scalars, or a named tuple with more fields."""
     # of_m and of_g are the shares in NAdam's direction; w_ema is 1 - ema_decay if near_ema, else that minus 1
     more = {"nadam": ("of_m", "of_g"), "optax": ("eps_root",)}.get(form.algorithm, ())
-    more += ("clip_value",) * form.clips + ("low", "high") * form.bounded + ("w_ema",) * bool(form.arrays.ema)
+    more += ("clip_value",) * form.clips + ("least", "most") * form.bounded + ("w_ema",) * bool(form.arrays.ema)
     return collections.namedtuple("MoreScalars", Scalars._fields + more) if more else Scalars
 
 
@@ -114,7 +114,7 @@ def in_python(form, op):
         LOWS, HIGHS, NADAM, ADAMAX, OPTAX,
     ) = options(form).values()  # fmt: skip
     names = scalar_names(form)
-    OF_M, OF_G, EPS_ROOT, CLIP_VALUE, LOW, HIGH, W_EMA = (names.index(x) if x in names else 0 for x in FURTHER)
+    OF_M, OF_G, EPS_ROOT, CLIP_VALUE, LEAST, MOST, W_EMA = (names.index(x) if x in names else 0 for x in FURTHER)
 
     def update(param, grad, m, v, max_v, ema, lr_scale, where, low, high, s):
         grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr = s[:7]
@@ -143,7 +143,7 @@ def in_python(form, op):
         param = mul(neg_lr, step) if CHANGE and not DECOUPLED else fma(neg_lr, step, param)
         if BOUNDED:
             bounded = add(old_param, param) if CHANGE else param
-            bounded = at_most(at_least(bounded, low if LOWS else s[LOW]), high if HIGHS else s[HIGH])
+            bounded = at_most(at_least(bounded, low if LOWS else s[LEAST]), high if HIGHS else s[MOST])
             param = sub(bounded, old_param) if CHANGE else bounded
         if WHERE:
             param = choose(where, param, abs_(where) if CHANGE else old_param)
@@ -163,7 +163,7 @@ def in_python(form, op):
 
 IN_CUDA_C = r"""
 __device__ __forceinline__ void update(
-    V& param, V grad, V& m, T& v, T& max_v, V& ema, T lr_scale, T where, V lows, V highs, %(scalars)s) {
+    V& param, V grad, V& m, T& v, T& max_v, V& ema, T lr_scale, T where, V low, V high, %(scalars)s) {
     %(unused)s
     const V old_param = param, old_m = m;
     const T old_v = v, old_max_v = max_v;
@@ -189,7 +189,7 @@ __device__ __forceinline__ void update(
     param = CHANGE && !DECOUPLED ? mul_(neg_lr, step) : fma_(neg_lr, step, param);
     if (BOUNDED) {
         V bounded = CHANGE ? add_(old_param, param) : param;
-        bounded = at_most_(at_least_(bounded, LOWS ? lows : low), HIGHS ? highs : high);
+        bounded = at_most_(at_least_(bounded, LOWS ? low : least), HIGHS ? high : most);
         param = CHANGE ? sub_(bounded, old_param) : bounded;
     }
     if (WHERE)

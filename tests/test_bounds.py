@@ -95,7 +95,7 @@ def test_a_bound_is_rounded_as_numpy_rounds_it():
             h = hyperparameters.checked(0.1, (0.9, 0.99), 1e-8, 0.0, bounds=(x, None))
             wide = "float64" if name == "float64" else "float32"
             _, scalars = hyperparameters.form_and_scalars(h, 1, Arrays(name, name, wide))
-            assert scalars.low == float(np.array(np.float32(x) if name == "bfloat16" else x).astype(dtype))
+            assert scalars.least == float(np.array(np.float32(x) if name == "bfloat16" else x).astype(dtype))
 
 
 def test_ema_copies_and_8_bits_follow_the_bounded_parameter():

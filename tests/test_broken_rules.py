@@ -102,8 +102,8 @@ BREAKS_OF_OTHERS = {
     ),
     "NAdam's direction without g": ("nadam", ("fma_(of_g, g, mul_(of_m, m))", "mul_(of_m, m)"), {"bits"}),
     "nothing of AdaMax": ("adamax", ("fma_", "fma_"), {None}),
-    "AdaMax without eps": ("adamax", ("add_(abs_(g), eps)", "abs_(g)"), {"bits"}),
-    "AdaMax of a signed gradient": ("adamax", ("add_(abs_(g), eps)", "add_(g, eps)"), {"bits"}),
+    "AdaMax without eps": ("adamax", ("add_(length_(g), eps)", "length_(g)"), {"bits"}),
+    "AdaMax of a signed gradient": ("adamax", ("add_(length_(g), eps)", "add_(g, eps)"), {"bits"}),
     "AdaMax with Adam's decay": ("adamax", ("mul_(w2, v)", "mul_(w1, v)"), {"bits"}),
     "nothing of optax": ("optax", ("fma_", "fma_"), {None}),
     "optax's m kept where only the corrected v is not flushed": ("optax", ("AMSGRAD ? max_v : v", "max_v"), {"bits"}),
@@ -114,7 +114,7 @@ BREAKS_OF_OTHERS = {
         {"bits"},
     ),
     "optax's AMSGrad of the uncorrected v": ("optax with amsgrad", ("larger_(max_v, v_hat)", "larger_(max_v, v)"), {"bits"}),
-    "a magnitude by a ternary": ("adamax", ("abs_(g)", "(g < 0 ? -g : g)"), {"refused", "operations", "bits"}),
+    "a magnitude by a ternary": ("adamax", ("length_(g)", "(g < 0 ? -g : g)"), {"refused", "operations", "bits"}),
 }
 
 
@@ -182,8 +182,9 @@ def test_a_swapped_scalar_in_numbas_rule_is_found():
             update = numba_cuda_kernels.cuda.jit(device=True)(adam.in_python(form, op))
             assert adam.scalar_names(form)[2:4] == ("w1", "w2")
 
-            def swapped(param, grad, m, v, max_v, ema, lr_scale, where, s):
-                return update(param, grad, m, v, max_v, ema, lr_scale, where, (s[0], s[1], s[3], s[2], s[4], s[5], s[6]))
+            def swapped(param, grad, m, v, max_v, ema, lr_scale, where, low, high, s):
+                of_arrays = param, grad, m, v, max_v, ema, lr_scale, where, low, high
+                return update(*of_arrays, (s[0], s[1], s[3], s[2], s[4], s[5], s[6]))
 
             return swapped
 

@@ -330,7 +330,7 @@ def test_gradients_and_state_of_other_kinds_are_refused():
         with unchanged(x=x, opt=opt), pytest.raises((TypeError, ValueError), match=message):
             opt.step(grad)
     real = np.zeros((5, 7), "f4")
-    with pytest.raises(ValueError, match="both are complex, or neither is"):
+    with pytest.raises(TypeError, match="both are complex, or neither is"):
         gpuadam.Adam(real, complex="joint").step(x)
     with pytest.raises(ValueError, match=r"one v for all 2 numbers of an element, so its shape is \(5, 7\), and it is real"):
         gpuadam.adam_step(x, numbers(1), np.zeros_like(x), np.zeros_like(x), 1, complex="joint")

@@ -51,7 +51,12 @@ def test_state_of_torch_is_taken_by_name():
     assert opt.steps == 9
     group = {key: value for key, value in opt.groups[0].items() if key not in ("params", "names")}
     of_torch = {"lr": 0.5, "betas": (0.5, 0.75), "eps": 1e-3, "weight_decay": 0, "amsgrad": True, "maximize": True}
-    assert group == of_torch | {"clip_value": None, "bounds": None}  # which torch does not have
+    assert group == of_torch | {
+        "clip_value": None,
+        "bounds": None,
+        "complex": None,
+        "components": 1,
+    }  # which torch does not have
 
 
 def test_names_of_torch_may_come_in_another_order():

@@ -40,7 +40,7 @@ half of them with checksums made right; the disk is full; two jobs save into one
 
 Its tensors are named by parameter and kind of state. They are in C order, little-endian, and have the parameter's shape. The
 scales of 8-bit state have one dimension instead, with one element for each 32 neighbours of the parameter. Complex numbers
-are two, in a last dimension; where several numbers share a v, as of `complex="joint"`, `w.v` and `w.max_v` do not have that dimension.
+are two, in a last dimension. Where several numbers share a v, as of `complex="joint"`, `w.v` and `w.max_v` lack that dimension.
 
 | tensor | dtype | holds |
 | --- | --- | --- |

@@ -36,6 +36,9 @@ CONTRACTS = {
         "a779d122327ad4ce63a84a5e3f8a93a1c5d4f6c86c30898c13bcb5e0f49a211c",
         (("clip_value", 2.0), ("bounds", (-1e-3, 8.0))),
     ),
+    "components": Contract(
+        Arrays(numbers=2, low="float32"), "4657f964f631b932bce6afe43bd89cd326672091975d38a0126c5af3440094fe"
+    ),
     "8-bit state": Contract(Arrays(state="8bit"), "fd5cb12bc6504cdc0ee018c5aed8b85a3e5efa035b1a5f998f95bbae4eabeb1d"),
 }
 ODD = (2654435761, 2246822519, 3266489917, 668265263, 374761393)
@@ -46,8 +49,8 @@ INFINITY = {"float32": 0x7F800000, "bfloat16": 0x7F80}
 def digest_on(name, contract):
     """Do the steps on a backend and return the sha256 of what they leave."""
     kernels = backends.load(name)
-    arrays = [kernels.from_host(a) for a in arrays_of(contract)]
-    views = [kernels.view("", a) for a in arrays]
+    arrays, operands = [kernels.from_host(a) for a in arrays_of(contract)], operands_of(contract.arrays)
+    views = [kernels.view("", a).in_vectors(o.numbers) for a, o in zip(arrays, operands, strict=True)]
     for form, scalars, key in steps_of(contract):
         kernels.launch(form, views, scalars, key=key)
     return digest_of(contract, [kernels.to_host(a) for a in arrays])
@@ -66,7 +69,7 @@ def arrays_of(contract, n=1024):
     """Return the arrays before the first step, in the order of the operands, the same on every machine. bfloat16 is in uint16.
 
     They hold every kind of number, but 8-bit state is zero. Most gradients beside 8-bit state are from 2**-15 to 2, because one
-    that is infinite, or has an infinite square, makes all of its group NaN.
+    that is infinite, or has an infinite square, makes all of its group NaN. The numbers of an element are in a last dimension.
     """
     arrays = []
     for k, operand in enumerate(operands_of(contract.arrays)):
@@ -74,7 +77,7 @@ def arrays_of(contract, n=1024):
             arrays.append(np.zeros(n // GROUP if operand.of_groups else n, operand.format))
             continue
         # multiples of odd constants run through all bit patterns evenly (Knuth's multiplicative hashing)
-        bits = np.arange(1, n + 1, dtype="u4") * np.uint32(ODD[k])
+        bits = np.arange(1, n * operand.numbers + 1, dtype="u4") * np.uint32(ODD[k])
         if operand.name in ("v", "max_v"):
             bits >>= np.uint32(1)
         if contract.arrays.grouped and operand.name == "grad":
@@ -82,7 +85,8 @@ def arrays_of(contract, n=1024):
         if operand.format == "bfloat16":
             bits = (bits >> np.uint32(16)).astype("u2")
         bits[k * 8 : k * 8 + 4] = [0, INFINITY[operand.format], 1, NAN[operand.format]]
-        arrays.append(bits if operand.format == "bfloat16" else bits.view(operand.format))
+        numbers = bits if operand.format == "bfloat16" else bits.view(operand.format)
+        arrays.append(numbers.reshape(n, operand.numbers) if operand.numbers > 1 else numbers)
     return arrays
 
 
@@ -90,8 +94,8 @@ def digest_of(contract, arrays):
     """Return the sha256 of arrays in the order of the operands. Every NaN counts as the same NaN."""
     digest = hashlib.sha256()
     for operand, array in zip(operands_of(contract.arrays), arrays, strict=True):
-        bits = array.view(f"u{operand.itemsize}")
+        bits = array.view(f"u{array.itemsize}")
         if operand.format in NAN:
             bits = np.where(np.isnan(widened(array, operand.format)), bits.dtype.type(NAN[operand.format]), bits)
-        digest.update(bits.astype(f"<u{operand.itemsize}").tobytes())
+        digest.update(bits.astype(f"<u{array.itemsize}").tobytes())
     return digest.hexdigest()

@@ -45,7 +45,7 @@ MOST_ELEMENTS = 10**18
 
 
 class Update(NamedTuple):
-    """What is updated. sizes: the elements of each parameter."""
+    """What is updated. sizes: the elements of each parameter: numbers, complex ones or vectors."""
 
     sizes: tuple[int, ...]
     arrays: Arrays = Arrays()
@@ -58,11 +58,22 @@ class Update(NamedTuple):
 
 
 def update(
-    sizes, param="float32", grad=None, state=None, master=None, amsgrad=False, ema=False, zero_grad=False, stochastic=False
+    sizes,
+    param="float32",
+    grad=None,
+    state=None,
+    master=None,
+    amsgrad=False,
+    ema=False,
+    zero_grad=False,
+    stochastic=False,
+    complex=None,
+    components=1,
 ):
     """Return the Update of parameters. The options are those of `Adam`; master may be "float32" too.
 
-    sizes: a number of elements, or one for each parameter. param, grad: formats; grad is param's by default.
+    sizes: a number of elements, or one for each parameter. param, grad: formats; grad is param's by default. With `complex` an
+    element is a complex number, and these are the formats of its parts.
     ema: whether a running mean is kept. stochastic: whether a narrow param without a master is rounded randomly.
 
     Raises ValueError for what there is not.
@@ -86,13 +97,26 @@ def update(
             raise ValueError(f"master={master!r} goes with {' and '.join(MASTERS[master])} parameters, not with {param}")
     if state == "8bit" and "float64" in (param, grad):
         raise ValueError("8-bit state is computed with in float32: choose another state for float64")
+    if checks.complex_parts(complex) and (wrong := {param, grad} - {"float32", "float64"}):
+        raise ValueError(
+            f"complex parameters and gradients are of float32 or float64 parts, not of {' and '.join(sorted(wrong))}"
+        )
+    numbers = 2 if complex == "joint" else checks.components(components)
+    if complex == "parts":
+        sizes = tuple(2 * size for size in sizes)
+    elif numbers > 1 and not complex:
+        if any(size % numbers for size in sizes):
+            raise ValueError(f"components={numbers} must divide the numbers of each parameter, which are {shown(sizes[:5])}")
+        sizes = tuple(size // numbers for size in sizes)
+    if state == "8bit" and numbers > 1:
+        raise ValueError("8-bit state has a v for each number: choose another state, or complex='parts'")
     if stochastic and (master or param not in NARROW):
         raise ValueError("stochastic rounding is of bfloat16 and float16 parameters without a master")
     formats = {"param": param, "grad": grad} | kept(param, state, amsgrad, master, ema)
     checks.combination("adam", formats, stochastic)
     if master == "float32":  # the parameters of the model are copies of their masters
         formats |= {"param": "float32", "param_copy": param}
-    return Update(sizes, arrays_of(formats, bool(stochastic)), bool(zero_grad))
+    return Update(sizes, arrays_of(formats, bool(stochastic), numbers=numbers), bool(zero_grad))
 
 
 # Seconds

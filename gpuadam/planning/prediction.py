@@ -38,7 +38,7 @@ class Way(NamedTuple):
         if not self.sharded:
             return "gpuadam.Adam" if self.state == "device" else "gpuadam.OffloadAdam"
         rounds_no_gradient = arrays.grad != "float64" or arrays.param == "float64"
-        made = self.state == "device" and rounds_no_gradient and not arrays.param_copy
+        made = self.state == "device" and rounds_no_gradient and not arrays.param_copy and arrays.numbers == 1
         return "gpuadam.ShardedAdam" if made else ""
 
 
@@ -143,7 +143,8 @@ class Prediction:
             self.buffer = self.ranks * self.part
             self.groups = min(self.part // GROUP, self.groups)
             self.arrays = of_shard(update.arrays)
-            of_bucket = max(settings.bucket // FORMATS[self.arrays.grad] // CELL // self.ranks, 1) * self.ranks
+            of_element = self.arrays.numbers * FORMATS[self.arrays.grad]  # bytes
+            of_bucket = max(settings.bucket // of_element // CELL // self.ranks, 1) * self.ranks
             self.buckets = -(-self.cells // of_bucket)
         self.operands = operands_of(self.arrays, update.zero_grad)
         self.state = [operand for operand in self.operands if update.is_state(operand)]
@@ -165,7 +166,7 @@ class Prediction:
 
     def _bytes(self):
         way, by_role = self.way, dict.fromkeys(ROLES, 0)
-        gradient, summed = FORMATS[self.update.arrays.grad], FORMATS[self.arrays.grad]  # bytes
+        gradient, summed = (self.arrays.numbers * FORMATS[x.grad] for x in (self.update.arrays, self.arrays))  # bytes
         in_buffer = way.sharded and summed == gradient  # where the gradients lie; others are copied into it
         by_role["gradients"] = gradient * (self.buffer if in_buffer else self.elements)
         by_role["parameters"] = sum(operand.nbytes(self.buffer) for operand in self.others if operand.name != "grad")
@@ -180,7 +181,7 @@ class Prediction:
     @functools.cached_property
     def stages(self):
         machine, stages = self.machine, {}
-        summed = FORMATS[self.arrays.grad]  # bytes
+        summed = self.arrays.numbers * FORMATS[self.arrays.grad]  # bytes
         if self.way.sharded:
             model = next(operand for operand in self.others if operand.name != "grad")
             stages["reduce-scatter"] = self._collective(self.buffer * summed, self.buckets)

@@ -56,6 +56,9 @@ FORMS = {
     "lr_scale": Case(Arrays(lr_scale="float32")),
     "change": Case(Arrays(change="float32")),
     "clip_value and bounds": Case(Arrays(), clip_value=1.0, bounds=(-1.0, 1.0)),
+    "bounds of arrays": Case(Arrays(low="float32", high="float32")),
+    "joint complex64": Case(Arrays(numbers=2)),
+    "components=3": Case(Arrays(numbers=3)),
     "eps-hat": Case(Arrays(), formula="eps-hat"),  # the kernel of float32 with other scalars; so is apex
 }
 
@@ -93,20 +96,28 @@ def bytes_held(case, n, memory):
     """
     arrays = sum(operand.nbytes(n) for operand in operands_of(case.arrays)) * (2 if case.arrays.grouped else 1)
     # the numbers are made on the host: those of one operand are there until the next one's are
-    return arrays + 2 * n * np.dtype(case.arrays.compute).itemsize * (memory == "CPU")
+    return arrays + 2 * n * case.arrays.numbers * np.dtype(case.arrays.compute).itemsize * (memory == "CPU")
 
 
 def new_arrays(kernels, case, n):
     """Return {operand: array} of numbers that stay ordinary however many steps are done. bfloat16 is in uint16."""
     operands = operands_of(case.arrays)
-    values = measure.data(n, case.arrays.compute, [operand.name for operand in operands])
+    sizes = {operand.name: n * operand.numbers for operand in operands}
+    values = measure.data(sizes, case.arrays.compute)
     return {
         operand.name: kernels.from_host(_stored(operand, array, n)) for operand, array in zip(operands, values, strict=True)
     }
 
 
 def _stored(operand, values, n):
-    """Return numbers in the format of an operand. Codes, scales and remainders are zeros, as at the first step."""
+    """Return numbers in the format of an operand, those of an element in a last dimension.
+
+    Codes, scales and remainders are zeros, as at the first step.
+    """
+    if operand.numbers > 1:
+        values = values.reshape(n, operand.numbers)
+    if operand.name in ("low", "high"):
+        values = np.full_like(values, -1 if operand.name == "low" else 1)
     if operand.of_groups or operand.format in ("int16", "uint8"):
         return np.full(operand.nbytes(n) // operand.itemsize, operand.name == "where", operand.format)
     if operand.format == BF16:
@@ -135,7 +146,11 @@ def launcher(kernels, case, arrays, rule):
 def launcher_of_all(kernels, case, updates, rule):
     """Likewise for several updates in one launch. updates: lists of arrays, of which one may come several times."""
     form, scalars = form_and_scalars(case)
-    views = [Update([kernels.view("", array) for array in arrays]) for arrays in updates]
+    operands = operands_of(case.arrays)
+    views = [
+        Update([kernels.view("", array).in_vectors(o.numbers) for array, o in zip(arrays, operands, strict=True)])
+        for arrays in updates
+    ]
     (batch,) = kernels.batches(views, case.arrays)
     keys = itertools.count(1)  # one a step, for random rounding
 
@@ -150,7 +165,9 @@ def caller(kernels, case, arrays):
     """Return a function that calls adam_step, each time for the next step. arrays: {operand: array}."""
     narrow = [operand.name for operand in operands_of(case.arrays) if operand.format == BF16]
     operands = arrays | {name: gpuadam.Bits(arrays[name], BF16) for name in narrow}
-    options = case.options() | {"stochastic_rounding": case.arrays.stochastic}
+    options = case.options() | {"stochastic_rounding": case.arrays.stochastic, "components": case.arrays.numbers}
+    if case.arrays.bounded:
+        options["bounds"] = operands.pop("low"), operands.pop("high")
     call = functools.partial(gpuadam.adam_step, **operands, **HYPERPARAMETERS, **options, backend=kernels.name)
     steps = itertools.count(1)
     return lambda: call(step=next(steps))

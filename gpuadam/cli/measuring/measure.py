@@ -22,10 +22,13 @@ COLUMNS = (*IDENTITY, *MEASURED, "device", "cpu", "cores", "system", "driver", "
 NUMBERS = {"elements", "arrays", "cores", *MEASURED}
 
 
-def data(n, dtype, names=("param", "grad", "m", "v")):
-    """Yield an array for each name: random numbers, repeated, that stay ordinary under step and limit, however often they run."""
+def data(sizes, dtype):
+    """Yield an array for each name: random numbers, repeated, that stay ordinary under step and limit, however often they run.
+
+    sizes: name of the operand -> how many numbers, or one size, of param, grad, m and v.
+    """
     rng = np.random.default_rng(0)
-    for name in names:
+    for name, n in (sizes if isinstance(sizes, dict) else dict.fromkeys(("param", "grad", "m", "v"), sizes)).items():
         block = rng.standard_normal(min(n, 1 << 20)).astype(dtype)
         yield np.resize(1 + block**2 if name in ("v", "max_v", "lr_scale") else block, n)
 

@@ -15,7 +15,7 @@ from . import options as plan_options
 from . import plot, tables
 
 HELP = "memory and time of a step in memory, sharded, offloaded, on up to 100,000 GPUs"
-OF_UPDATE = ("param", "grad", "state", "master", "amsgrad", "ema", "zero_grad", "stochastic")
+OF_UPDATE = ("param", "grad", "state", "master", "amsgrad", "ema", "zero_grad", "stochastic", "complex", "components")
 add_options = plan_options.add
 
 
@@ -71,6 +71,7 @@ class Asked(NamedTuple):
         a, zero_grad = self.update.arrays, self.update.zero_grad
         said = [f"{a.param_copy or a.param} parameters", f"{a.grad} gradients", f"{a.state} state".replace("8bit", "8-bit")]
         said += ["float32 masters"] * bool(a.param_copy) + ["16 bits of a master"] * a.remainder
+        said += [f"a v for every {a.numbers} numbers"] * (a.numbers > 1)
         said += ["AMSGrad"] * a.amsgrad + ["a running mean"] * bool(a.ema) + ["gradients set to 0"] * zero_grad
         return ", ".join(said)
 

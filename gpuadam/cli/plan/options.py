@@ -56,6 +56,11 @@ def add(parser):
     what.add_argument("--ema", action="store_true", help="a running mean of the parameters")
     what.add_argument("--zero-grad", action="store_true", help="zeros are stored in the gradients")
     what.add_argument("--stochastic-rounding", dest="stochastic", action="store_true")
+    of_complex = "the parameters are complex, of parts of --param-dtype: one v for both parts, or one for each"
+    shared = what.add_mutually_exclusive_group()
+    shared.add_argument("--complex", choices=("joint", "parts"), help=of_complex)
+    of_vectors = "numbers of a vector that share a v, as with Adam(components=...); default 1"
+    shared.add_argument("--components", type=int, choices=(1, 2, 3, 4), default=1, help=of_vectors)
 
     where = parser.add_argument_group("where")
     gpus = (*MACHINES, CPU)
