@@ -181,6 +181,7 @@ def given(name, array):
 
 
 FORMATS = KINDS["param"].formats  # of parameters and gradients
+OF_ROWS = ("lr_scale", "where")  # operands that may have a number for each row
 
 
 def complex_parts(value):
@@ -270,8 +271,11 @@ def _other_shape(view, param, operand, numbers):
     needed = "nothing is broadcast"
     if numbers > 1 and KINDS[operand].shared:
         needed = f"there is one {operand} for all {numbers} numbers of an element, so its shape is {param.shape[:-1]}"
+        needed += ", and it is real" if param.of_complex else ""
     elif bool(view.of_complex) != bool(param.of_complex):
         needed = "both are complex, or neither is"
+    elif operand in OF_ROWS:
+        needed = "it must have that shape, or its leading dimensions and so a number for each row"
     error = TypeError if bool(view.of_complex) != bool(param.of_complex) else ValueError
     raise error(f"{view.name} has {has}, {param.name} has {param_has}: {needed}")
 
@@ -343,6 +347,8 @@ def _in_groups(view):
 def one_format(view, allowed):
     if view.format not in allowed or not view.dtype.isnative:
         other = next(format for format in (view.format, "float32", allowed[0]) if format in allowed)
+        if view.of_complex:
+            other = "complex128" if other == "float64" else "complex64"
         raise TypeError(
             f"{view.name} has dtype {_name(view)}; it must be {' or '.join(allowed)}, in native byte order: "
             f"x = x.astype({other!r})"
@@ -374,6 +380,16 @@ def same_layout(own, loaded, any_layout):
         raise ValueError(f"{loaded.name} has strides {loaded.strides}, the optimizer's {own.strides}: pass it in that order")
     if not own.writeable:
         read_only(own)
+
+
+def copy_of_param(view, param):
+    """Check an array that is to be overwritten with copies of a parameter."""
+    one_format(view, KINDS["param_copy"].formats)
+    if view.shape != param.shape:
+        raise ValueError(f"{view.name} has shape {view.shape}, {param.name} has {param.shape}: nothing is broadcast")
+    layout(view)
+    if not view.writeable:
+        read_only(view)
 
 
 def read_only(view):

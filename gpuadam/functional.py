@@ -72,7 +72,7 @@ def adam_step(
     change: an array of any of the dtypes that is overwritten with what the step would add to param, rounded to nearest even. m
         and v are updated, and param is only read. It goes with neither remainder, param_copy nor ema.
     lr_scale: a float32 or float64 array by which lr is multiplied, element by element, for decoupled decay too. It may have the
-        leading dimensions of param alone, and so a number for each row, which takes some more time.
+        leading dimensions of param alone, and so a number for each row, which takes some more time. Its numbers are not checked.
     where: a bool or uint8 array: elements of param and moments stay as they are where it is 0, or with "nonzero" where grad is 0.
         ema, a mean over steps, goes on there too. An array may be of rows, as lr_scale. It does not go with 8-bit state.
     complex: what complex64 and complex128 params are taken for. grad is dL/dRe + i dL/dIm, which torch has, and JAX conjugated.

@@ -1,6 +1,7 @@
 """Arrays that grow and shrink, come and go while an optimizer trains them, such as points that are split and pruned."""
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -75,13 +76,15 @@ class Grows:
             raise ValueError(f"a row of {label} has {row_size} elements: with 8-bit state it must be a multiple of {GROUP}")
         others = {other: parameter.state for other, parameter in self.parameters.items() if other != name}
         twin = self._twin(groups, others, {name: param_copy})
+        twin._check_arrays(name)
         new = twin.parameters[name]
         for key in new.state.keys() - {"step"}:
             to, source = (kernels.view(f"{key} of {label}", array) for array in (new.state[key], old.state[key]))
             if key == "ema" and (rows < 0).any():
                 _copy_wider(kernels, to, view)
             if key in OF_GROUPS:
-                to, source = (_in_rows(kernels, x, row_size // GROUP) for x in (to, source))
+                to = _in_rows(kernels, to, view.shape[0], row_size // GROUP)
+                source = _in_rows(kernels, source, view_before.shape[0], row_size // GROUP)
             kernels.copy_rows(to, source, rows)
         new.state["step"] = old.state["step"]
         self._become(twin)
@@ -101,15 +104,16 @@ class Grows:
         ['b']
         """
         groups = self._groups_as_they_are()
-        if not isinstance(group, int) or not 0 <= group < len(groups):
+        if isinstance(group, bool) or not isinstance(group, Integral) or int(group) not in range(len(groups)):
             raise ValueError(f"there is no group {shown(group)}: they are numbered from 0 to {len(groups) - 1}")
-        self._check_named(group)
+        self._check_named(group := int(group))
         if not isinstance(name, str) or name in self.parameters:
             raise ValueError(f"the name of a new parameter must be a string that none has, not {shown(name)}")
         self._viewed(f"params[{shown(name)}]", param)
         groups[group]["params"].append(param)
         groups[group]["names"].append(name)
         twin = self._twin(groups, {other: p.state for other, p in self.parameters.items()}, {name: param_copy})
+        twin._check_arrays(name)
         self._become(twin)
 
     def remove(self, name):
@@ -127,7 +131,7 @@ class Grows:
         self.under_way.check()
         self.arrangement.check(self.groups)
         for k, structure in enumerate(self.arrangement.structures):
-            if name in structure.names:
+            if isinstance(name, str) and name in structure.names:
                 return k, structure.names.index(name), self.parameters[name]
         raise ValueError(f"there is no parameter {shown(name)}, only {some(self.parameters)}")
 
@@ -146,6 +150,21 @@ class Grows:
         copies = {name: copy for name, copy in copies.items() if copy is not None}
         copies |= {name: p.copy for name, p in self.parameters.items() if name in states and p.copy is not None}
         return self.with_groups(groups, states, copies)
+
+    def _check_arrays(self, new):
+        """Refuse a copy that a step would refuse, and arrays that share memory. new: the name of the parameter that is new."""
+        views = []
+        for group in self.groups:
+            for name, param in zip(group["names"], group["params"], strict=True):
+                label, parameter = f"params[{shown(name)}]", self.parameters[name]
+                named = [(label, param)] + [(f"{key} of {label}", parameter.state[key]) for key in parameter.kind.kept]
+                if parameter.copy is not None:
+                    named.append((f"param_copy of {label}", parameter.copy))
+                _, of_name = backends.choose(named, self.backend)
+                if name == new and parameter.copy is not None:
+                    checks.copy_of_param(of_name[-1], of_name[0])
+                views += of_name
+        checks.overlap(views, [])
 
     def _become(self, twin):
         """Take over the parameters of a twin. `groups` and `state` stay the objects that a program may hold."""
@@ -172,7 +191,10 @@ def _checked_rows(rows, n, n_old):
     if is_array(rows):
         kernels, (view,) = backends.choose([("rows", rows)])
         rows = kernels.to_host(view.array)
-    rows = np.asarray(rows)
+    try:
+        rows = np.asarray(rows)
+    except ValueError:  # NumPy's, of a list of lists
+        raise TypeError(f"rows must be integers, not {shown(rows)}") from None
     if rows.dtype.kind not in "iu" and rows.size:
         raise TypeError(f"rows must be integers, not {rows.dtype}")
     if rows.shape != (n,):
@@ -182,9 +204,9 @@ def _checked_rows(rows, n, n_old):
     return rows.astype(np.int64)
 
 
-def _in_rows(kernels, view, of_row):
-    """Return the View of scales as one of rows."""
-    return kernels.view(view.name, kernels.native(view).reshape(view.size // of_row, of_row))
+def _in_rows(kernels, view, n, of_row):
+    """Return the View of scales as one of n rows."""
+    return kernels.view(view.name, kernels.native(view).reshape(n, of_row))
 
 
 def _copy_wider(kernels, to, source):

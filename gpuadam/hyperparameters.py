@@ -226,7 +226,8 @@ def constants(fixed, arrays):
             _overflows(name, value, dtype)
         result = float(real(value))
         if value and not result and not to_zero:
-            raise ValueError(f"{name}={value} rounds to 0 in {dtype}: choose a larger one, or 0 itself")
+            instead = "None for no clipping" if name == "clip_value" else "0 itself"
+            raise ValueError(f"{name}={value} rounds to 0 in {dtype}: choose a larger one, or {instead}")
         return result
 
     def weight(beta):

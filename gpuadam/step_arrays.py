@@ -84,6 +84,11 @@ class StepArrays:
                 continue
             for structure, arrays in zip(arrangement.structures, arrangement.in_order(given, operand), strict=True):
                 for name, array in zip(structure.names, arrays, strict=True):
+                    if isinstance(array, str):
+                        raise ValueError(
+                            f"{operand} of params[{shown(name)}] is {shown(array)}: give an array, or where='nonzero' for all "
+                            "parameters"
+                        )
                     self._of_names[name] |= {} if array is None else {operand: array}
         for name, ends in (bounds or {}).items():
             self._of_names[name] |= ends

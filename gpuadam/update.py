@@ -27,7 +27,6 @@ from .kernels.view import Bits
 from .remembered import release
 
 OPERANDS = ("param", "grad", "m", "v")  # that every update has
-OF_ROWS = ("lr_scale", "where")  # that may have an element for each row
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -131,8 +130,10 @@ def _in_numpy_structs(groups):
         if rows is None:
             columns, like = _like(group, struct)
             rows = like and struct.table(columns, like.columns, not like.random)
-        if like is None or rows is None or (like.columns.of_complex and like.columns.numbers > 1 and group.h.fixed.ordered):
+        if like is None or rows is None:
             return None
+        if like.columns.of_complex and like.columns.numbers > 1 and (group.h.fixed.ordered or like.arrays.bounded):
+            return None  # which `_in_views` refuses
         if like.random and group.keys:
             rows[:, struct.KEY] = group.keys
         if like.random and group.starts:
@@ -272,7 +273,7 @@ def in_elements(views, group):
     param, h = views["param"], group.h.fixed
     numbers = checks.numbers(param, group.complex, group.components)
     checks.ordered(param, numbers, h, views)
-    for operand in OF_ROWS:
+    for operand in checks.OF_ROWS:
         if operand in views:
             views[operand] = views[operand].of_rows(param.shape[:-1] if numbers > 1 else param.shape)
     checks.update(views, h.zero_grad, group.nonzero, numbers)

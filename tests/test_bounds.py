@@ -163,7 +163,7 @@ BAD = {
     "clip_value NaN": ({"clip_value": math.nan}, ValueError, "clip_value.*must be finite"),
     "clip_value text": ({"clip_value": "1"}, TypeError, "clip_value.*must be a real number"),
     "clip_value large": ({"clip_value": 1e39}, ValueError, "clip_value is 1e.39, which overflows float32"),
-    "clip_value small": ({"clip_value": 1e-60}, ValueError, "clip_value=1e-60 rounds to 0"),
+    "clip_value small": ({"clip_value": 1e-60}, ValueError, "rounds to 0 in float32: choose a larger one, or None"),
     "one number": ({"bounds": 1.0}, ValueError, r"bounds must be two numbers, \(low, high\)"),
     "three": ({"bounds": (1, 2, 3)}, ValueError, "bounds must be two numbers"),
     "text": ({"bounds": ("a", "b")}, TypeError, "a number of bounds must be a real number"),

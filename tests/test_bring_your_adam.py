@@ -7,17 +7,24 @@ from numpy import sqrt
 import gpuadam
 from gpuadam.guide import bring_your_adam
 
-LR, BETA1, BETA2, EPS, DECAY, SHAPE = 0.05, 0.9, 0.99, 1e-3, 0.1, (6, 4)
+LR, BETA1, BETA2, EPS, DECAY, SHAPE = 0.05, 0.9, 0.99, 1e-3, 0.1, (12, 2)
 RATE = np.linspace(0.5, 1.5, SHAPE[0])
 CHANGE = np.zeros(SHAPE)
+
+
+def numbers(rng, complex=None):
+    """Return random numbers, complex if that is given."""
+    real = rng.standard_normal(SHAPE)
+    return real + 1j * rng.standard_normal(SHAPE) if complex else real
 
 
 class Loop:
     """A program with an Adam of its own: m and v, and a step that a row adds to."""
 
-    def __init__(self):
-        self.x = np.random.default_rng(0).standard_normal(SHAPE)
-        self.m, self.v, self.v_max = np.zeros(SHAPE), np.zeros(SHAPE), np.zeros(SHAPE)
+    def __init__(self, complex=None, components=1, **_):
+        self.x = numbers(np.random.default_rng(0), complex)
+        self.m, self.v_max = 0 * self.x, np.zeros(SHAPE)
+        self.v = np.zeros(SHAPE[:-1] if components > 1 else SHAPE, complex and {"joint": "f8", "parts": "c16"}[complex])
 
     def mean(self, g, t):
         self.m = BETA1 * self.m + (1 - BETA1) * g
@@ -118,6 +125,25 @@ def rates_of_rows(loop, g, t):
     loop.x -= (LR * RATE)[:, None] * loop.direction(g, t)
 
 
+def joint(loop, g, t):
+    loop.m = BETA1 * loop.m + (1 - BETA1) * g
+    loop.v = BETA2 * loop.v + (1 - BETA2) * (g * g.conj()).real
+    loop.x -= LR * loop.m / (1 - BETA1**t) / (sqrt(loop.v / (1 - BETA2**t)) + EPS)
+
+
+def parts(loop, g, t):
+    loop.m = BETA1 * loop.m + (1 - BETA1) * g
+    loop.v = BETA2 * loop.v + (1 - BETA2) * (g.real**2 + 1j * g.imag**2)
+    m_hat, v_hat = loop.m / (1 - BETA1**t), loop.v / (1 - BETA2**t)
+    loop.x -= LR * (m_hat.real / (sqrt(v_hat.real) + EPS) + 1j * m_hat.imag / (sqrt(v_hat.imag) + EPS))
+
+
+def vectors(loop, g, t):
+    loop.m = BETA1 * loop.m + (1 - BETA1) * g
+    loop.v = BETA2 * loop.v + (1 - BETA2) * (g**2).sum(-1)
+    loop.x -= LR * loop.m / (1 - BETA1**t) / (sqrt(loop.v / (1 - BETA2**t)) + EPS)[:, None]
+
+
 def slower(loop, g, t):
     loop.x -= LR / (1 + 0.1 * t) * loop.direction(g, t)
 
@@ -141,6 +167,9 @@ ROWS = {
     "change=change": ([added], {"change": CHANGE}),
     'where="nonzero"': ([masked], {"where": "nonzero"}),
     "lr_scale=rate": ([rates_of_rows], {"lr_scale": RATE}),
+    'complex="joint"': ([joint], {"complex": "joint"}),
+    'complex="parts"': ([parts], {"complex": "parts"}),
+    "components=2": ([vectors], {"components": 2}),
     "lr=lr0 / (1 + 0.1 * t)": ([slower], {"lr": lambda t: LR / (1 + 0.1 * t)}),
 }
 
@@ -149,12 +178,12 @@ ROWS = {
 def test_the_call_gives_the_numbers_of_the_loop(call):
     loops, options = ROWS[call]
     for program in loops:
-        loop = Loop()
-        param, m, v = loop.x.copy(), np.zeros(SHAPE), np.zeros(SHAPE)
+        loop = Loop(**options)
+        param, m, v = loop.x.copy(), loop.m.copy(), loop.v.copy()
         rng = np.random.default_rng(1)
         options = options | {name: np.zeros(SHAPE) for name in options.keys() & {"max_v"}}
         for t in range(1, 41):
-            g = rng.standard_normal(SHAPE) * (rng.random(SHAPE) < 0.7)
+            g = numbers(rng, options.get("complex")) * (rng.random(SHAPE) < 0.7)
             program(loop, g, t)
             now = {name: value(t) if callable(value) else value for name, value in options.items()}
             given = {"step": t, "lr": LR, "betas": (BETA1, BETA2), "eps": EPS} | now

@@ -193,6 +193,15 @@ BAD = {
     "negative": (lambda o: o.replace("points", SAME, [0, 1, -2]), ValueError, "or -1; they are from -2 to 1"),
     "floats": (lambda o: o.replace("points", SAME, [0.0, 1, 2]), TypeError, "rows must be integers, not float64"),
     "flags": (lambda o: o.replace("points", SAME, [True, False, True]), TypeError, "rows must be integers, not bool"),
+    "rows of rows": (
+        lambda o: o.replace("points", SAME, [[0], [1, 2], 3]),
+        TypeError,
+        r"rows must be integers, not \[\[0\]",
+    ),
+    "a name that is an array": (lambda o: o.replace(np.array(["a", "b"]), SAME, [0]), ValueError, "no parameter array"),
+    "another's moments": (lambda o: o.replace("points", o.state["gain"]["m"], [0]), ValueError, "share memory"),
+    "moments as a parameter": (lambda o: o.add("c", o.state["gain"]["m"]), ValueError, "share memory"),
+    "group True": (lambda o: o.add("c", SAME, group=False), ValueError, "there is no group False"),
     "another's memory": (lambda o: o.replace("points", o.groups[0]["params"][1], [0]), ValueError, "share memory"),
     "a copy": (lambda o: o.replace("points", SAME, [0, 1, 2], param_copy=SAME), ValueError, "share memory|has no copy"),
     "a copy where none was": (
@@ -219,6 +228,35 @@ def test_what_is_wrong_is_said_and_nothing_changes(what):
     assert held[0] is opt.groups[0]["params"][0] and held[1] is opt.state["points"]
     assert list(opt.state) == opt.arrangement.structures[0].names == ["points", "gain"]
     opt.step({"points": numbers(1, 6), "gain": numbers(2, 1)})
+
+
+BAD_COPIES = {
+    "a shape": (np.zeros((2, K), "f2"), ValueError, r"param_copy of params\['0'\] has shape"),
+    "a dtype": (np.zeros((3, K), "i4"), TypeError, "it must be float32 or"),
+    "read-only": (np.broadcast_to(np.float16(0), (3, K)), ValueError, "share memory"),
+    "a list": ([1.0], TypeError, "is a list, not an array"),
+    "the parameter": (SAME, ValueError, "share memory"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_COPIES)
+def test_a_copy_is_checked_before_anything_changes(what):
+    copies, kind, match = BAD_COPIES[what]
+    opt = gpuadam.Adam(numbers(0, 3), param_copies=np.zeros((3, K), "f2"))
+    held = opt.groups[0]["params"][0]
+    with pytest.raises(kind, match=match):
+        opt.replace("0", SAME, [0, 1, 2], param_copy=copies)
+    with pytest.raises(kind, match=match.replace("'0'", "'c'")):
+        gpuadam.Adam({"a": numbers(0, 3)}).add("c", SAME, param_copy=copies)
+    assert opt.groups[0]["params"][0] is held
+    opt.step(numbers(1, 3))
+
+
+def test_a_row_may_have_no_elements_and_a_group_a_number_of_numpys():
+    opt = gpuadam.Adam({"a": np.zeros((4, 0), "f4")}, state_dtype="8bit")
+    opt.replace("a", np.zeros((2, 0), "f4"), [0, 1])
+    opt.add("b", numbers(0, 1), group=np.int64(0))
+    opt.step({"a": np.zeros((2, 0), "f4"), "b": numbers(1, 1)})
 
 
 def test_8_bit_rows_are_of_whole_groups():

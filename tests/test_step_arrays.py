@@ -262,7 +262,12 @@ SAME = random(9)
 BAD = {
     "a word": (adam_step, {"where": "zero"}, ValueError, "where='zero' must be one of 'nonzero'"),
     "where is float": (adam_step, {"where": random(1)}, TypeError, "where has dtype float32; it must be bool or uint8"),
-    "where has a shape": (adam_step, {"where": flags(1, 5)}, ValueError, r"where has shape \(5,\)"),
+    "where has a shape": (
+        adam_step,
+        {"where": flags(1, 5)},
+        ValueError,
+        r"where has shape \(5,\).*or its leading dimensions",
+    ),
     "lr_scale is int": (adam_step, {"lr_scale": np.ones(SHAPE, int)}, TypeError, "lr_scale has dtype int64"),
     "lr_scale is a number": (adam_step, {"lr_scale": 0.5}, TypeError, "lr_scale"),
     "change and ema": (adam_step, {"change": random(5), "ema": random(6)}, TypeError, "with change= param stays .*no ema"),
@@ -278,6 +283,7 @@ BAD = {
     "8 bits and where": (eight_bits, {"where": flags(1)}, TypeError, "where= cannot leave elements of 8-bit state"),
     "8 bits and nonzero": (eight_bits, {"where": "nonzero"}, TypeError, "where= cannot leave elements of 8-bit state"),
     "columns": (adam_step, {"lr_scale": random(1, shape=7)}, ValueError, r"lr_scale has shape \(7,\)"),
+    "a word for one": (of_opt, {"where": {"a": "nonzero", "b": None}}, ValueError, "where='nonzero' for all parameters"),
     "names": (of_opt, {"where": {"a": flags(1)}}, ValueError, r"where must be a dict with the names .*it lacks \['b'\]"),
     "one array": (of_opt, {"lr_scale": random(1)}, ValueError, "lr_scale must be a dict with the names"),
 }
