@@ -314,7 +314,10 @@ class Adam(HasGroups, Grows):
         if not (max_norm is norm is found_inf is None and check_finite is False):
             conditions = self.conditions(grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream)
             grad_scale, left_out, on_device = conditions
-        further, bounds = None, of_bounds(self.groups, self.arrangement.structures)
+        further = bounds = None
+        for settings in self.groups:
+            if settings["bounds"] is not None:
+                bounds = of_bounds(self.groups, self.arrangement.structures)
         if bounds or not change is lr_scale is where is None:
             further = self.step_arrays(change, lr_scale, where, bounds)
         updates: list[Updates] = []
@@ -342,7 +345,8 @@ class Adam(HasGroups, Grows):
         (structure, parameters, kind, count), arrays = group, settings["params"]
         lr, grad_scale, now = count.numbers(settings["lr"], grad_scale, on_device)
         known = settings if lr is settings["lr"] else settings | {"lr": lr}
-        h = checked_group(without_arrays(known), structure, self.options, self.steps + 1, grad_scale)
+        known = known if known["bounds"] is None else without_arrays(known)
+        h = checked_group(known, structure, self.options, self.steps + 1, grad_scale)
         if id(None) in map(id, grads):
             present = [grad is not None for grad in grads]
             count.check_present(parameters, present)
@@ -366,8 +370,7 @@ class Adam(HasGroups, Grows):
             columns.append([state[operand] for state in states])
         if len(columns) < len(operands):
             columns.insert(operands.index("param_copy"), [parameter.copy for parameter in parameters])
-        updates = Updates(h, step, columns, operands, names, now)
-        updates.complex, updates.components = structure.complex, structure.components
+        updates = Updates(h, step, columns, operands, names, now, structure.complex, structure.components)
         if counted:
             updates.bits, updates.stochastic = bits, self.options.stochastic_rounding
             updates.seed = checks.seed(self.options.seed)

@@ -39,14 +39,14 @@ class Updates:
     operands: tuple[str, ...] = OPERANDS  # in the order of `operands.operands_of`
     names: list[str] | None = None  # of each param; None for the one that adam_step was given
     now: Any = None  # a device_step.Now, if scalars are computed on the device
+    complex: str | None = None  # what complex params are taken for: "joint" or "parts"
+    components: int = 1  # how many numbers of a real param share a v
     bits: tuple[str, ...] = ()  # of each operand: the format that its integers stand for, or ""
     stochastic: bool = False  # narrow params are rounded randomly
     seed: int = 0
     keys: list[int] | None = None  # of each param, for random rounding
     starts: list[int] | None = None  # likewise the number of its first element, where a param is a part of one
     nonzero: bool = False  # elements whose gradient is 0 stay
-    complex: str | None = None  # what complex params are taken for: "joint" or "parts"
-    components: int = 1  # how many numbers of a real param share a v
 
     def written(self):
         """Return the arrays that are written."""
@@ -132,14 +132,14 @@ def _in_numpy_structs(groups):
             rows = like and struct.table(columns, like.columns, not like.random)
         if like is None or rows is None:
             return None
-        if like.columns.of_complex and like.columns.numbers > 1 and (group.h.fixed.ordered or like.arrays.bounded):
-            return None  # which `_in_views` refuses
+        if not like.plain and like.columns.of_complex and like.arrays.numbers > 1:
+            if group.h.fixed.ordered or like.arrays.bounded:
+                return None  # which `_in_views` refuses
         if like.random and group.keys:
             rows[:, struct.KEY] = group.keys
         if like.random and group.starts:
             rows[:, struct.START] = group.starts
-        one = len(rows) == 1 and not like.columns.of_complex and like.columns.numbers == 1  # of which NumPy knows
-        n = columns[0][0].size if one else rows[:, struct.SIZE].sum().item()
+        n = columns[0][0].size if like.plain and len(rows) == 1 else rows[:, struct.SIZE].sum().item()
         batches.append(kernels.batch_of(rows, n, like.arrays, like.random, k, group.names))
         tables.append((rows, like.columns))
     return batches if len(tables) == 1 or struct.all_disjoint(tables) else None
@@ -151,6 +151,7 @@ class Like(NamedTuple):
     columns: Any  # a numpy_struct.Columns
     arrays: Arrays
     random: bool  # whether a number is rounded randomly
+    plain: bool  # whether an element is a number of NumPy's
 
 
 _likes: dict[tuple, Like] = {}
@@ -181,7 +182,7 @@ def _like(group, struct):
         arrays = like_first and _arrays_of_dtypes(group, like_first, bits)
         if arrays is None:
             return columns, None
-        like = _likes[key] = Like(like_first, arrays, arrays.random)
+        like = _likes[key] = Like(like_first, arrays, arrays.random, not like_first.of_complex and arrays.numbers == 1)
     if not any(type(column[0]) is Bits for column in group.columns):
         _latest[settings] = like
     return columns, like

@@ -1,16 +1,59 @@
-"""What programs that optimize arrays ask of Adam: bounds, clipping by value, parts of arrays, rates, the change alone.
+"""What programs that optimize arrays ask of Adam: complex numbers, vectors, bounds, parts of arrays, rates, the change alone.
 
 Each is an option of the update itself, in the same pass over memory. An option that is not used costs no instruction and no
 byte. All backends give the same bits.
+
+## Complex numbers
+
+A complex parameter needs a choice, because programs mean two things by its Adam:
+
+| | `complex="joint"` | `complex="parts"` |
+|---|---|---|
+| v is the mean of | the gradient's squared absolute value | the squares of both parts, a number for each |
+| the step turns with the phase | yes | no: it depends on where the phase is counted from |
+| as in | optax, tike, ModOpt | torch, Dr.Jit |
+| bytes of a complex64 step | 48 | 56 |
+
+The gradient is dL/dRe + i dL/dIm, which is torch's; JAX's is the conjugate of it, so give `xp.conj(grad)` of that. Arrays may be
+complex64 or complex128, of any strides. A norm, and clipping by it, are of the absolute values.
+
+>>> import numpy as np, gpuadam
+>>> field = np.zeros(2, "complex64")
+>>> opt = gpuadam.Adam({"field": field}, lr=0.1, complex="joint")
+>>> opt.step({"field": np.complex64([3 + 4j, -1])})
+>>> print(field)
+[-0.06-0.08j  0.1 +0.j  ]
+>>> opt.state["field"]["m"].shape, opt.state["field"]["v"].shape
+((2, 2), (2,))
+
+The state has real arrays: m with both parts in a last dimension, and v with one number for each complex one; of "parts" v is as
+m. `adam_step` takes complex m as well, and of "parts" complex v. `clip_value` and `bounds` would need an order of complex
+numbers: "parts" has them, for each part.
+
+## Vectors that share a v
+
+`components=3` does the same for real arrays whose last dimension is 3, or 2, or 4: positions, directions, colours, quaternions.
+All numbers of a vector share the mean of their squares' sum, so that the step is as long in each direction and turns with the
+axes, which Adam's own does not (Ling et al. 2022, VectorAdam). A group may have its own:
+
+>>> points, sizes = np.zeros((5, 3), "float32"), np.ones(5, "float32")
+>>> opt = gpuadam.Adam([{"params": {"points": points}, "components": 3}, {"params": {"sizes": sizes}}], lr=0.1)
+>>> opt.step({"points": np.full((5, 3), [2, 1, -2], "float32"), "sizes": sizes.copy()})
+>>> print(points[0].round(3))  # a tenth of the gradient's direction
+[-0.067 -0.033  0.067]
+
+v and max_v have the parameter's shape without the last dimension, and so have `where` and `lr_scale`. The numbers of a vector are
+neighbours in memory.
 
 ## Bounds, and gradients clipped by value
 
 `bounds=(low, high)` leaves every element of a parameter between two numbers, either of which may be None: the step is made,
 then `min(max(param, low), high)`. A running mean and a copy are of the bounded parameter. A parameter of 16 bits stays between
-the bounds as its dtype has them. `clip_value=c` clips each element of a gradient to -c ... c, after `grad_scale` and before
-weight decay. Both are hyperparameters: groups may have their own, and they may be changed between steps.
+the bounds as its dtype has them. Either may be an array of the parameter's shape and dtype; in a group with several parameters,
+arrays in the structure of its params, with None for those without. `clip_value=c` clips each element of a gradient to -c ... c,
+after `grad_scale` and before weight decay. Both are hyperparameters: groups may have their own, and they may be changed between
+steps.
 
->>> import numpy as np, gpuadam
 >>> density, gain = np.full((2, 3), 0.05, "float32"), np.ones(2, "float32")
 >>> groups = [{"params": {"density": density}, "bounds": (0, None)}, {"params": {"gain": gain}, "clip_value": 10.0}]
 >>> opt = gpuadam.Adam(groups, lr=0.1)
