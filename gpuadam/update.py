@@ -132,9 +132,9 @@ def _in_numpy_structs(groups):
             rows = like and struct.table(columns, like.columns, not like.random)
         if like is None or rows is None:
             return None
-        if not like.plain and like.columns.of_complex and like.arrays.numbers > 1:
-            if group.h.fixed.ordered or like.arrays.bounded:
-                return None  # which `_in_views` refuses
+        joint = not like.plain and like.columns.of_complex and like.arrays.numbers > 1
+        if joint and (group.h.fixed.ordered or like.arrays.bounded):
+            return None  # which `_in_views` refuses
         if like.random and group.keys:
             rows[:, struct.KEY] = group.keys
         if like.random and group.starts:
