@@ -5,6 +5,7 @@ import copy
 import ml_dtypes
 import numpy as np
 import pytest
+from thread_ranks import all_well, on_ranks
 
 import gpuadam
 from gpuadam import foreign_state, reference, transports
@@ -355,10 +356,78 @@ def test_gradients_and_state_of_other_kinds_are_refused():
         gpuadam.Adam(vectors, components=3).step(np.ones((3, 4), "f4").T)
 
 
+SHARDED = {
+    "joint": {"complex": "joint"},
+    "parts, 8 bits": {"complex": "parts", "state_dtype": "8bit"},
+    "joint, bfloat16 state": {"complex": "joint", "state_dtype": "bfloat16", "amsgrad": True, "ema_decay": 0.9},
+    "two": {"components": 2},
+    "four of bfloat16": {"components": 4, "state_dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("what", SHARDED)
+def test_ranks_have_the_bits_of_one(what, tmp_path):
+    """Three ranks, two buckets and more: training, a checkpoint that all ways of loading take, the state in one piece."""
+    options = SHARDED[what]
+    last, dtype = (
+        (options["components"],) if "components" in options else (),
+        "float32" if "components" in options else "complex64",
+    )
+    shapes = {"a": (50, 70, *last), "b": (3, *last), "c": (5000, *last)}
+    grads = [{name: numbers(k, shape, dtype) for name, shape in shapes.items()} for k in range(4)]
+
+    def start():
+        return {name: numbers(9, shape, dtype) for name, shape in shapes.items()}
+
+    def train(transport):
+        params = start()
+        opt = gpuadam.ShardedAdam(params, transport, lr=0.1, bucket_bytes=1 << 14, reduction="sum", **options)
+        for k in range(3):
+            own = {name: g if transport.rank == 0 else 0 * g for name, g in grads[k].items()}
+            opt.step(own, max_norm=3.0)
+        opt.save(tmp_path / "saved", with_params=True)
+        loaded = {name: np.zeros_like(p) for name, p in params.items()}
+        again = gpuadam.load_sharded(tmp_path / "saved", loaded, transport, with_params=True)
+        again.step({name: g if transport.rank == 0 else 0 * g for name, g in grads[3].items()})
+        return params, {key: opt.gathered(key) for key in ("m", "v")}, loaded
+
+    params = start()
+    alone = gpuadam.Adam(params, lr=0.1, **options)
+    for k in range(3):
+        alone.step(grads[k], max_norm=3.0)
+    found = all_well(on_ranks(3, train))
+    for of_rank, state, _ in found:
+        assert_same_bits(of_rank, params)
+        for key, whole in state.items():
+            assert_same_bits(whole, {name: alone.state[name][key] for name in params})
+    other = {name: np.zeros_like(p) for name, p in params.items()}
+    loaded = gpuadam.load(tmp_path / "saved", other, with_params=True)
+    for opt in (alone, loaded):
+        opt.step(grads[3])
+    for *_, of_rank in found:
+        assert_same_bits(of_rank, params)
+    assert_same_bits(other, params)
+
+
+def test_views_of_the_buffers_are_complex_too():
+    opt = gpuadam.ShardedAdam({"w": numbers(0)}, transports.Local(), lr=0.1, complex="joint", views=True)
+    opt.grads["w"][...] = numbers(1)
+    opt.step(opt.grads)
+    x = numbers(0)
+    gpuadam.Adam(x, lr=0.1, complex="joint").step(numbers(1))
+    assert_same_bits(opt.params["w"], x)
+    assert opt.params["w"].dtype == opt.grads["w"].dtype == "complex64"
+
+
 def test_who_takes_no_complex_numbers_says_so():
-    with pytest.raises(TypeError, match=r"ShardedAdam does not take: give its view\('float32'\)"):
-        gpuadam.ShardedAdam(numbers(0), transports.Local(), complex="parts")
-    with pytest.raises(ValueError, match="ShardedAdam has no components"):
+    for options, error, message in (
+        ({}, TypeError, "complex='joint' has one v"),
+        ({"complex": "joint", "bounds": (0, 1)}, ValueError, "would need an order of complex numbers"),
+        ({"complex": "joint", "state_dtype": "8bit"}, TypeError, "share a v use state of 16 bits or more"),
+    ):
+        with pytest.raises(error, match=message):
+            gpuadam.ShardedAdam(numbers(0), transports.Local(), **options)
+    with pytest.raises(ValueError, match="has components=3: ranks own multiples of 4,096 numbers"):
         gpuadam.ShardedAdam(np.zeros((4, 3), "f4"), transports.Local(), components=3)
     opt = gpuadam.Adam({"w": numbers(0)}, complex="joint")
     with pytest.raises(TypeError, match="is not exchanged with other libraries"):
