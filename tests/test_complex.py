@@ -5,6 +5,7 @@ import copy
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import few
 from thread_ranks import all_well, on_ranks
 
 import gpuadam
@@ -37,6 +38,7 @@ class Joint:
         self.x = self.x - self.lr * m_hat / (np.sqrt(v_hat) + self.eps)
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("layout", ["C", "F", "every other", "unaligned", "no dimensions", "empty"])
 @pytest.mark.parametrize("dtype", ["complex64", "complex128"])
 def test_joint_is_the_adam_of_programs_with_complex_arrays_in_any_layout(dtype, layout):
@@ -90,7 +92,7 @@ def test_a_joint_step_turns_with_the_phase_and_that_of_parts_does_not():
     assert found["joint"] < 1e-13 and found["parts"] > 0.01
 
 
-@pytest.mark.parametrize("components", [2, 3, 4])
+@pytest.mark.parametrize("components", few([2, 3, 4], 3))
 def test_a_step_of_components_turns_with_the_vectors(components):
     """VectorAdam: the step of a rotated gradient is the rotated step."""
     turn, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((components, components)))
@@ -216,7 +218,7 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("what", NARROW)
+@pytest.mark.parametrize("what", few(NARROW, "joint, bfloat16 state", "parts, 8 bits"))
 def test_state_is_saved_and_goes_on_with_the_same_bits(what, tmp_path):
     options = NARROW[what]
     x = numbers(0)
@@ -267,7 +269,12 @@ def test_arrays_grow_and_shrink():
 
 
 @pytest.mark.parametrize(
-    "options", [{"complex": "joint"}, {"complex": "parts"}, {"complex": "joint", "state_dtype": "bfloat16"}]
+    "options",
+    [
+        {"complex": "joint", "state_dtype": "bfloat16"},
+        pytest.param({"complex": "joint"}, marks=pytest.mark.exhaustive),
+        pytest.param({"complex": "parts"}, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_offloaded_steps_have_the_same_bits(options, tmp_path):
     x, y = numbers(0, (300, 200)), numbers(0, (300, 200))
@@ -365,7 +372,7 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("what", SHARDED)
+@pytest.mark.parametrize("what", few(SHARDED, "joint", "four of bfloat16"))
 def test_ranks_have_the_bits_of_one(what, tmp_path):
     """Three ranks, two buckets and more: training, a checkpoint that all ways of loading take, the state in one piece."""
     options = SHARDED[what]
