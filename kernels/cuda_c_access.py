@@ -87,6 +87,18 @@ __device__ __forceinline__ void update_group(%(arguments)s) {
 }
 """
 
+# Nothing is stored. i: the number of an element in the arrays.
+PARAM_OF = """
+__device__ __forceinline__ void param_of(T& old_param, T& new_param, %(arguments)s) {
+    constexpr int k = 0;
+    %(load)s
+    %(decode)s
+    old_param = param_k;
+    %(update)s
+    new_param = param_k;
+}
+"""
+
 
 def for_cuda_c(form, scalars):
     """Return the CUDA C that a rule needs before it, and the function that calls it. scalars: the names of the rule's scalars.
@@ -122,16 +134,39 @@ def for_cuda_c(form, scalars):
     return conversions.for_cuda_c() + IN_CUDA_C, (UPDATE_GROUP if grouped else UPDATE_LANES) % parts
 
 
+def param_for_cuda_c(form, scalars):
+    """Return the function of CUDA C for a pass that stores nothing. It goes behind the rule.
+
+    `param_of(old_param, new_param, operands..., i, scalars...)` sets both to the parameter of element i, before and after.
+    """
+    operands = operands_of_form(form)
+    kinds = {o.name: C_TYPES[o.format] for o in operands}
+    arguments = [f"const {kinds[o.name]}* {o.name}" for o in operands] + ["long long i", *(f"T {name}" for name in scalars)]
+    load = [f"const auto {o.name}_was = load<1>({o.name} + i);" for o in operands if o.loads and not o.of_groups]
+    if form.arrays.grouped:
+        load += [f"const float {x}_unit = {x}_unit_({x}_scale[i / {GROUP}]);" for x in ("m", "v")]
+    lines = {"load": load, "decode": _decode(form), "update": [_apply(scalars)]}
+    return PARAM_OF % ({name: "\n".join(text) for name, text in lines.items()} | {"arguments": ", ".join(arguments)})
+
+
 def _update(form, scalars):
     """Return the lines that decode lane k and apply the rule, to variables named value_k."""
+    lines = [*_decode(form), _apply(scalars)]
+    if form.arrays.random:
+        lines.append("const long long number = index + k;")
+        lines.append("const unsigned h = random_(number, number >> 32, key, key >> 32);")
+    return lines
+
+
+def _apply(scalars):
+    return f"update({', '.join(f'{name}_k' for name in VALUES)}, {', '.join(scalars)});"
+
+
+def _decode(form):
     lines = []
     for value, (row, names) in decodings(form).items():
         stored = ", ".join(name if name.endswith("_unit") else f"{name}_was.lane[k]" for name in names)
         lines.append(f"T {value}_k = wide({f'{row}_({stored})' if row else stored});")
-    lines.append(f"update({', '.join(f'{name}_k' for name in VALUES)}, {', '.join(scalars)});")
-    if form.arrays.random:
-        lines.append("const long long number = index + k;")
-        lines.append("const unsigned h = random_(number, number >> 32, key, key >> 32);")
     return lines
 
 
