@@ -389,7 +389,11 @@ def test_a_gpu_gives_the_bits_of_the_cpu(backend, state_dtype, how):
     library, host = testing.array_backend(backend), params_of(in_c_order=state_dtype == "8bit")
     params = {name: library.array(param) for name, param in host.items()}
     options, of_step = {"lr": 0.1, "state_dtype": state_dtype}, {"max_norm": 0.5} if how == "max_norm" else {}
-    opts = [gpuadam.AdamW(x, capturable=how == "capturable", **options) for x in (host, params)]
+    backends = None, backend  # a strided array of Numba's is of no library
+    opts = [
+        gpuadam.AdamW(x, capturable=how == "capturable", backend=own, **options)
+        for x, own in zip((host, params), backends, strict=True)
+    ]
     for k in range(2):
         grads = grads_of(k)
         if k and how != "capturable":
@@ -407,7 +411,7 @@ def test_a_gpu_gives_the_bits_of_the_cpu(backend, state_dtype, how):
 def test_a_captured_graph_writes_them_at_each_replay(cp, backend):
     host = {name: random(k, SHAPES[name]) for k, name in enumerate(("w", "b"))}
     params, grads = ({name: cp.asarray(x) for name, x in host.items()} for _ in range(2))
-    opt = gpuadam.AdamW(params, lr=0.1, capturable=True, backend=backend)
+    opt = gpuadam.AdamW(params, lr=cp.full(1, 0.1), capturable=True, backend=backend)
     ours = gpuadam.AdamW(host, lr=0.1)
     stream = cp.cuda.Stream(non_blocking=True)
     cp.cuda.Device().synchronize()
@@ -429,7 +433,7 @@ def test_a_captured_graph_writes_them_at_each_replay(cp, backend):
 @pytest.mark.gpu
 def test_a_capture_without_such_a_step_before_it_is_refused(cp, backend):
     params, grads = cp.asarray(random(1, 100)), cp.asarray(random(2, 100))
-    opt = gpuadam.Adam(params, capturable=True, backend=backend)
+    opt = gpuadam.Adam(params, lr=cp.full(1, 0.1), capturable=True, backend=backend)
     stream = busy_stream(cp)
     with stream:
         opt.step(grads)
