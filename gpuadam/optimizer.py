@@ -290,7 +290,7 @@ class Adam(HasGroups, Grows):
             none; where may be "nonzero" for all of them. A step that is left out leaves change as it is. With capturable, all or
             none of the parameters of a group have one.
         norms: return (change, param), two float64 arrays of shape () beside the parameters, which have to be on one device:
-            the norm of what the step adds to all parameters, and the norm of these after it (`gpuadam.step_norms.StepNorms`).
+            the norm of what the step adds to all parameters, and the norm of these after it (`gpuadam.guide.array_programs`).
             On a GPU nothing waits for them. With capturable they are the same two arrays at each step, which a graph writes.
         stream: on a GPU, as in `adam_step`.
 
@@ -313,7 +313,7 @@ class Adam(HasGroups, Grows):
         further = None
         if not change is lr_scale is where is None:
             further = self.step_arrays(change, lr_scale, where)
-        of_step = self.norms_of_step() if checks.flag("norms", norms) else None
+        of_step = None if norms is False or not checks.flag("norms", norms) else self.norms_of_step()
         updates: list[Updates] = []
         taking: list[tuple] = []
         for settings, group, grads in zip(self.groups, self._groups, grads_of_groups, strict=True):

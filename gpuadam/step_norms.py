@@ -13,6 +13,12 @@ class StepNorms(NamedTuple):
 
     change: the norm of the change of all parameters: the square root of the sum of the squares of (new - old) over all elements.
     param: the norm of all parameters after the step, the bits of `gpuadam.global_norm(params)`.
+
+    >>> import numpy as np, gpuadam
+    >>> opt = gpuadam.Adam(np.array([3.0, 4.0]), lr=1.0)
+    >>> change, param = opt.step(np.array([5.0, 0.0]), norms=True)  # to 2 and 4
+    >>> print(change.round(6), param.round(6))
+    1.0 4.472136
     """
 
     change: Any

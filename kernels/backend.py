@@ -109,7 +109,7 @@ class Backend:
         """
 
     def step_norms(self, params, device, out):
-        """Return the `change_sums.StepNorms` of a step, whose docstring has the arguments. A backend need not have them."""
+        """Return the `change_sums.NormPasses` of a step, whose docstring has the arguments. A backend need not have them."""
         raise NotImplementedError(f"the backend {self.name} takes no norms of a step: leave norms out")
 
     def chunk_sums(self, views):

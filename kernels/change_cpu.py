@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 from gpuadam.kernels import adam, compiled_cache, cpu_threads, norm_cpu, numba_access, primitives
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.backend import refuse_stream
-from gpuadam.kernels.change_sums import StepNorms
+from gpuadam.kernels.change_sums import NormPasses
 from gpuadam.kernels.norm_order import LANES, QUARTER, WIDTH
 from gpuadam.kernels.numba_memory import load_at, store_at, written_out
 from gpuadam.kernels.operands import GROUP, operands_of_form
@@ -20,7 +20,7 @@ from gpuadam.kernels.operands import GROUP, operands_of_form
 PARALLEL_FROM = 1 << 16
 
 
-class CpuStepNorms(StepNorms):
+class CpuNormPasses(NormPasses):
     """The norms of a step over NumPy arrays."""
 
     def place(self, stream):

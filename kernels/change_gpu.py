@@ -9,13 +9,13 @@ import numpy as np
 
 from gpuadam.kernels import gpu_driver, synchronous
 from gpuadam.kernels import norm_order as order
-from gpuadam.kernels.change_sums import StepNorms
+from gpuadam.kernels.change_sums import NormPasses
 from gpuadam.kernels.gpu_table import Table
 from gpuadam.kernels.layout import VECTOR_BYTES
 from gpuadam.kernels.scalars import MEMORY_BYTES, REALS_AT, ScalarsMemory
 
 
-class GpuStepNorms(StepNorms):
+class GpuNormPasses(NormPasses):
     """The norms of a step over arrays of one GPU.
 
     All passes go on one stream, with which the streams that the arrays name are ordered: those of the update wait for the pass

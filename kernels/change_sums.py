@@ -57,7 +57,7 @@ def table_of(updates, first_sums):
 
 
 class ChangePart(Batch):
-    """The sums of the change of some Updates: a Batch that writes nothing of the caller's. norms: the `StepNorms` it is of."""
+    """The sums of the change of some Updates: a Batch that writes nothing of the caller's. norms: the `NormPasses` it is of."""
 
     def __init__(self, norms, updates, arrays, first_sums):
         super().__init__(updates, arrays)
@@ -79,9 +79,11 @@ class ChangePart(Batch):
             self.norms.launch_part(self)
 
 
-class StepNorms:
-    """The norms of one step. The order of calls: `part` for each kind of arrays, `prepare` of each part, `prepare`; then `launch`
-    of each part, the updates, `launch`.
+class NormPasses:
+    """The passes that the norms of one step take.
+
+    The order of calls: `part` for each kind of arrays, `prepare` of each part, `prepare`; then `launch` of each part, the
+    updates, `launch`.
 
     params: Views of all parameters, of one device. device: its number; None for the CPU, or if no parameter has elements. out:
     Views of two arrays of shape () and dtype float64, for the norms of the change and of the parameters; none for new ones.

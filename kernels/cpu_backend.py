@@ -112,7 +112,7 @@ class NumbaCpu(Backend):
         return result
 
     def step_norms(self, params, device, out):
-        return change_cpu.CpuStepNorms(self, params, device, out)
+        return change_cpu.CpuNormPasses(self, params, device, out)
 
     chunk_sums = staticmethod(norm_cpu.chunk_sums)
     norm_of_chunks = staticmethod(norm_cpu.norm_of_chunks)

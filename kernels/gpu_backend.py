@@ -14,7 +14,7 @@ import numpy as np
 
 from gpuadam.kernels import gpu_driver, norm_order, streams, synchronous
 from gpuadam.kernels.backend import Backend
-from gpuadam.kernels.change_gpu import GpuStepNorms
+from gpuadam.kernels.change_gpu import GpuNormPasses
 from gpuadam.kernels.dlpack import Borrowed
 from gpuadam.kernels.gpu_batch import GpuBatch, Place
 from gpuadam.kernels.gpu_table import Table
@@ -253,7 +253,7 @@ class GpuBackend(Backend):
         return result
 
     def step_norms(self, params, device, out):
-        return GpuStepNorms(self, params, device, out)
+        return GpuNormPasses(self, params, device, out)
 
     def chunk_sums(self, views):
         if not views:
