@@ -63,6 +63,7 @@ A backend is a subclass of `backend.Backend`, whose docstrings are the interface
 | `view(name, array)` | the View of an array; nothing is copied |
 | `batches(updates, arrays)` | `Batch`es, which do `place`, `check`, `prepare`, `launch` and `release` |
 | `norm(...)`, `chunk_sums(views)` | the global norm, whose bits follow from the order in `norm_order.py` |
+| `step_norms(...)` | the norms of a step: sums before its update, and after it (`change_sums.py`) |
 | `zeros`, `shaped`, `fill_zero`, `copy` | memory for state |
 | `from_host`, `to_host`, `native` | copies from and to NumPy; an array as one of the backend's library |
 | `now`, `seconds_between` | the clock of the device |
@@ -97,5 +98,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `numba_memory.py` | numbers in memory, for Numba's code on the CPU and on a GPU |
 | `norm_order.py` | THE ORDER of the global norm, and its plan |
 | `norm_cpu.py`, `norm_cuda_c.py`, `norm_numba_cuda.py` | its kernels |
+| `change_sums.py`, `change_gpu.py` | the norms of a step, and their passes on a GPU |
+| `change_cpu.py`, `change_cuda_c.py`, `change_numba_cuda.py` | the kernels of the norm of its change |
 | `synchronous.py` | GPUADAM_SYNC=1 |
 """

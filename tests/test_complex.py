@@ -210,6 +210,17 @@ def test_clipping_by_norm_is_by_the_absolute_values():
         gpuadam.Adam(x, complex="joint").step(grads[0], check_finite=True)
 
 
+def test_the_norms_of_a_step_are_of_the_absolute_values():
+    for order in "CF":
+        x = np.array(numbers(0, (70, 101)), order=order)
+        opt = gpuadam.Adam(x, lr=0.1, complex="joint")
+        for k in range(2):
+            before = x.astype("c16")
+            change, param = opt.step(np.array(numbers(k + 1, (70, 101)), order=order), norms=True)
+            assert change == gpuadam.global_norm(x - before) and param == gpuadam.global_norm(x)
+    assert float(param) == pytest.approx(np.linalg.norm(x), rel=1e-6)
+
+
 NARROW = {
     "joint, bfloat16 state": {"complex": "joint", "state_dtype": "bfloat16"},
     "parts, bfloat16 state": {"complex": "parts", "state_dtype": "bfloat16", "amsgrad": True},
@@ -477,7 +488,8 @@ def test_a_gpu_gives_the_cpus_bits(library, how, request):
         there, here = ({"a": to(values[0]), "b": to(others[0])} for to in (library.array, np.array))
         opts = [gpuadam.Adam(params, lr=0.1, ema_decay=0.9, **how) for params in (there, here)]
         for k in range(1, 4):
-            opts[0].step({"a": library.array(values[k]), "b": library.array(others[k])}, max_norm=3.0)
-            opts[1].step({"a": values[k], "b": others[k]}, max_norm=3.0)
+            theirs = opts[0].step({"a": library.array(values[k]), "b": library.array(others[k])}, max_norm=3.0, norms=True)
+            ours = opts[1].step({"a": values[k], "b": others[k]}, max_norm=3.0, norms=True)
+            assert_same_bits(list(theirs), list(ours))
         assert_same_bits(there, here)
         assert_same_bits(opts[0].state, opts[1].state)
