@@ -41,7 +41,7 @@ def measure_rows(backend, options, notes):
 
 def contenders_of(kernels, n):
     """Return {contender: function that does, or enqueues, one step}."""
-    param, grad = (kernels.from_host(a) for a in measure.data(n, "float32", ("param", "grad")))
+    param, grad = (kernels.from_host(a) for a in measure.data({"param": n, "grad": n}, "float32"))
     opt = gpuadam.Adam(param, **forms.HYPERPARAMETERS, backend=kernels.name)
     contenders = {STEP: lambda: opt.step(grad), f"{STEP}, norms=True": lambda: opt.step(grad, norms=True)}
     if kernels.name in MODULES:
