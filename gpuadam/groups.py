@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from typing import NamedTuple
 
-from . import checks, hyperparameters
+from . import checks, holders, hyperparameters
 from .kernels.messages import shown
 from .kernels.view import Bits, a_kind, is_array
 
@@ -70,6 +70,7 @@ class Arrangement(NamedTuple):
 
     structures: list[Structure]
     in_groups: bool  # as a list of groups
+    places: holders.Places  # of the parameters in the dicts and lists that they were given in
 
     def in_order(self, arrays, label="grads"):
         """Return arrays or None, in the order of the parameters, of each group. label: what errors call them."""
@@ -78,7 +79,21 @@ class Arrangement(NamedTuple):
         return [in_order(arrays, self.structures[0], label)]
 
     def check(self, groups):
-        """Refuse a list of groups in which there are more or fewer than when the optimizer was made."""
+        """Refuse more or fewer groups than when the optimizer was made, and arrays that a step would not update."""
+        if len(groups) != len(self.structures):
+            self.check_number(groups)
+        try:
+            for holder, key, array, _ in self.places:  # a call for each, or only one for all, would take longer
+                if holder[key] is not array:
+                    break
+            else:
+                return
+        except LookupError:
+            pass
+        holders.check(self.places)
+
+    def check_number(self, groups):
+        """Refuse more or fewer groups than when the optimizer was made."""
         if len(groups) != len(self.structures):
             raise ValueError("groups cannot be added to an optimizer or removed from it after it is made: make another")
 
@@ -88,7 +103,7 @@ def parsed_groups(params, defaults):
     params = as_list(params)
     grouped = is_sequence(params) and len(params) and all(isinstance(p, Mapping) for p in params)
     given = params if grouped else [{"params": params}]
-    groups, structures, count = [], [], 0
+    groups, structures, count, places = [], [], 0, holders.Places()
     for group in given:
         if "params" not in group:
             raise ValueError(f'a group needs "params", and has only {some(sorted(map(str, group)))}')
@@ -96,7 +111,7 @@ def parsed_groups(params, defaults):
             raise ValueError(
                 f"a group has unknown {some(sorted(map(str, strange)))}; its hyperparameters are {HYPERPARAMETERS}"
             )
-        members = as_list(group["params"])
+        members = as_given_in = as_list(group["params"])
         if isinstance(members, Mapping):
             names, members, kind = list(members), list(members.values()), MAPPING
             for name in names:
@@ -106,6 +121,7 @@ def parsed_groups(params, defaults):
             kind = SEQUENCE if is_sequence(members) else ONE
             members = list(members) if kind == SEQUENCE else [members]
             names = [str(count + k) for k in range(len(members))]
+        places += holders.places(as_given_in, names, members)
         count += len(members)
         settings = defaults | {key: value for key, value in group.items() if key != "params"}
         settings |= {name: _checked_fixed(name, settings[name]) for name in FIXED}
@@ -113,7 +129,7 @@ def parsed_groups(params, defaults):
         structures.append(Structure(kind, list(names), *(settings[name] for name in FIXED)))
     if not count:
         raise ValueError("there are no parameters to update")
-    return groups, Arrangement(structures, bool(grouped))
+    return groups, Arrangement(structures, bool(grouped), places)
 
 
 def _checked_fixed(name, value):
@@ -337,6 +353,9 @@ def decay_groups(params, no_decay, weight_decay=1e-2):
         exempt.update(matched)
     weight_decay = checks.non_negative("weight_decay", weight_decay)
     return [
-        {"params": {name: p for name, p in params.items() if name not in exempt}, "weight_decay": weight_decay},
-        {"params": {name: p for name, p in params.items() if name in exempt}, "weight_decay": 0.0},
+        {
+            "params": holders.Part({name: p for name, p in params.items() if name not in exempt}, params),
+            "weight_decay": weight_decay,
+        },
+        {"params": holders.Part({name: p for name, p in params.items() if name in exempt}, params), "weight_decay": 0.0},
     ]

@@ -65,7 +65,9 @@ class Adam(HasGroups, Grows):
 
     params: one array, a sequence of arrays, a dict name -> array, or a list of groups such as
         `{"params": [w, b], "lr": 1e-4}`, whose own hyperparameters go before those given here (`decay_groups` makes two by
-        patterns of names). Arrays as in `adam_step`.
+        patterns of names). Arrays as in `adam_step`. They are updated in place, so write into them, as `params["w"][...] = x`
+        does. If a dict or a list holds another array there than before, as after `params["w"] = params["w"] * 2`, a step refuses:
+        it would update the old one. `replace` puts another array in a parameter's place.
     lr: a number, or a callable of the number of the step, counted from 1: `lambda step: 1e-3 * min(1, step / 100)`. To check it,
         it is also called with 1 here and in `load_state_dict`. It may return an array of no dimensions, which is read, and
         waited for if it is on a GPU: optax's schedules are such callables. They count from 0, so that optax's own first step

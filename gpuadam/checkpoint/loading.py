@@ -6,7 +6,7 @@ import os
 from typing import Any, NamedTuple
 
 from .. import backends, checks, family, torch_tensors
-from ..groups import HYPERPARAMETERS, as_given, differing_names, parsed_groups, places_of_groups, some
+from ..groups import HYPERPARAMETERS, as_given, as_list, differing_names, parsed_groups, places_of_groups, some
 from ..kernels.messages import shortened, shown
 from ..kernels.view import is_array
 from ..options import SAVED, Options
@@ -99,7 +99,8 @@ class Opened(NamedTuple):
 @contextlib.contextmanager
 def opened(path, params, backend, lr):
     """Open a checkpoint and compare it with the parameters that it is loaded for. lr: as in `load`."""
-    groups, (structures, grouped) = parsed_groups(
+    params = as_list(params)  # an iterator can be read once
+    groups, (structures, grouped, _) = parsed_groups(
         params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1}
     )
     views = {}
@@ -117,8 +118,10 @@ def opened(path, params, backend, lr):
         stored.saved = saved = saved._replace(groups=[saved.groups[k] for k in places])
         rates = _learning_rates(lr, groups, saved.groups)
         arguments = []
-        for group, structure, rate, saved_group in zip(groups, structures, rates, saved.groups, strict=True):
-            members = as_given(structure.kind, structure.names, group["params"])
+        given = [group["params"] for group in params] if grouped else [params]
+        for one, group, structure, rate, saved_group in zip(given, groups, structures, rates, saved.groups, strict=True):
+            # what the program holds itself, so that steps notice another array there
+            members = one if isinstance(one, (dict, list)) else as_given(structure.kind, structure.names, group["params"])
             with not_fitting():
                 bounds = bounds_of_loaded(saved_group.get("bounds"), group["bounds"])
             arguments.append(saved_group | {"lr": rate, "params": members, "bounds": bounds})

@@ -155,6 +155,7 @@ class ShardedAdam(HasGroups):
     def _take_over(self):
         """Make the views of the buffers the parameters, and let go of the arrays that were given."""
         self.params = self._in_structure([member.param.array for member in self.members])
+        self.arrangement.places.clear()
         for k, group in enumerate(self.groups):
             group["params"] = [member.param.array for member in self.members if member.group == k]
         for member in self.members:
