@@ -7,7 +7,7 @@ from numbers import Integral, Real
 import numpy as np
 
 from .kernels.layout import bounds, in_rows_apart
-from .kernels.messages import shortened, shown
+from .kernels.messages import shortened, shown, warn
 from .kernels.operands import GROUP, KINDS, is_written
 
 
@@ -157,6 +157,28 @@ def combination(algorithm, operands, stochastic):
         raise ValueError(f"AMSGrad keeps the maximum of Adam's v; {algorithm} has none: leave max_v out")
     if "remainder" in operands and stochastic:
         raise ValueError("with a remainder nothing of param is rounded away: leave stochastic_rounding out")
+
+
+def without_effect(formats, master=None, stochastic_rounding=False):
+    """Return which options do nothing for parameters of some formats, and what they need, in words."""
+    for_narrow = {
+        "master='remainder'": (master == "remainder", {"bfloat16"}),
+        "master='float32'": (master == "float32", {"bfloat16", "float16"}),
+        "stochastic_rounding=True": (stochastic_rounding is True, {"bfloat16", "float16"}),
+    }
+    return {
+        option: " or ".join(sorted(needed))
+        for option, (on, needed) in for_narrow.items()
+        if on and not needed & set(formats)
+    }
+
+
+def warn_of_no_effect(formats, **options):
+    """Warn of options that do nothing. The rest: as in `without_effect`."""
+    for option, needed in without_effect(formats, **options).items():
+        warn(
+            f"{option} does nothing here: no parameter is {needed}; they are {', '.join(sorted(set(formats)))}. Leave it out"
+        )
 
 
 def formula(fixed):

@@ -165,6 +165,7 @@ class Adam(HasGroups, Grows):
         beginnings = self._checked_params()
         self._make_parameters(beginnings, self.copies_of(param_copies, beginnings))
         self._make_groups(beginnings)
+        self.warn_of_no_effect({"master": master, "stochastic_rounding": stochastic_rounding})
 
     def with_groups(self, groups, states, copies):
         """Return an optimizer like this one with other groups. states: name -> state that goes on. copies: name -> array."""
@@ -245,6 +246,10 @@ class Adam(HasGroups, Grows):
             for parameter in members:
                 parameter.state["step"] = count.step
         return Group(structure, members, kinds.pop() if len(kinds) == 1 else None, count or step_counts.HostCount())
+
+    def warn_of_no_effect(self, options):
+        """Warn of options that do nothing for parameters of these formats."""
+        checks.warn_of_no_effect([parameter.kind.param for parameter in self.parameters.values()], **options)
 
     # OffloadAdam does the following in its own way: `copies_of` and then `new_state` when it is made, and `conditions`, `check`,
     # `step_arrays`, `leave_out` and `launch` in a step, and `copy_state` when a state_dict is loaded. It has no `with_groups`.

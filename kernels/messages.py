@@ -1,4 +1,7 @@
-"""Values of users in error messages, which stay readable whatever the values are."""
+"""What users are told: their values in messages, which stay readable whatever the values are, and warnings."""
+
+import sys
+import warnings
 
 
 def shown(value, most=200):
@@ -20,3 +23,11 @@ def shortened(text, most=200):
         return text
     half = most // 2
     return f"{text[:half]}[{len(text) - 2 * half:,} characters left out]{text[-half:]}"
+
+
+def warn(message):
+    """Warn, and name the line of the caller of gpuadam."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gpuadam."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

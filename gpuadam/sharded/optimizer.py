@@ -126,6 +126,8 @@ class ShardedAdam(HasGroups):
         names = [(k, name) for k, group in enumerate(self.groups) for name in group["names"]]
         self.members = [Member(n, *name, view) for n, (name, view) in enumerate(zip(names, views, strict=True))]
         self._dtypes = {(member.group, self.options.computed_in(member.view.format)) for member in self.members}
+        formats = [view.format for view in views]
+        checks.warn_of_no_effect(formats, master=self.options.master, stochastic_rounding=self.options.stochastic_rounding)
         for member in self.members:  # here, because there may be one that no rank has a part of
             self.options.kept(member.view._replace(contiguous=True), self.groups[member.group]["amsgrad"])
         settings, of_groups = self._settings(self._checked(self.groups))

@@ -17,3 +17,6 @@ class ShardAdam(Adam):
         for shard, parameter in zip(shards, self.parameters.values(), strict=True):
             parameter.key, parameter.start = key_of_parameter(options.seed, shard.number), shard.start
             shard.state = parameter.state
+
+    def warn_of_no_effect(self, options):
+        """Warn of nothing: `ShardedAdam` has, of all parameters and not of those of a shard."""

@@ -22,6 +22,20 @@ from .step_counts import Clock, HostCounts
 # The settings of a group: those that torch's Adam has
 OF_A_STEP = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
 SETTINGS = (*OF_A_STEP, "amsgrad", "foreach", "capturable", "differentiable", "fused")
+# Options of all groups, and those that gpuadam.Adam alone has: in a group they would be ignored, as torch ignores other keys
+OF_ALL_GROUPS = ("state_dtype", "master", "stochastic_rounding", "seed", "backend")
+OF_ARRAYS = (
+    "formula",
+    "eps_root",
+    "ema_decay",
+    "zero_grad",
+    "param_copies",
+    "decoupled",
+    "clip_value",
+    "bounds",
+    "complex",
+    "components",
+)
 
 
 class Member(NamedTuple):
@@ -89,11 +103,13 @@ class Adam(torch.optim.Optimizer):
         # the options that torch's Adam does not have: a checkpoint does not hold them
         self.options = Options(state_dtype=state_dtype, master=master, stochastic_rounding=stochastic_rounding, seed=seed)
         self.backend = backends.forced(backend)
-        if self.backend:
+        if self.backend is not None:
             backends.choose([], self.backend)  # refuses a backend that is not there
         self.under_way = UnderWay()
         self._forget()
         super().__init__(params, {name: arguments[name] for name in SETTINGS})
+        formats = [str(param.dtype).removeprefix("torch.") for group in self.param_groups for param in group["params"]]
+        checks.warn_of_no_effect(formats, master=master, stochastic_rounding=stochastic_rounding)
 
     def _forget(self):
         """Begin without what is known beside the state, which others may have replaced."""
@@ -108,6 +124,7 @@ class Adam(torch.optim.Optimizer):
     def add_param_group(self, param_group):
         """Add a group of parameters, a dict with "params" and hyperparameters of its own, as torch's optimizers do."""
         if isinstance(param_group, dict):
+            _check_keys(param_group)
             self._checked(self.defaults | param_group)
         super().add_param_group(param_group)
 
@@ -356,6 +373,13 @@ class AdamW(Adam):
 
 
 _key = functools.cache(key_of_parameter)
+
+
+def _check_keys(group):
+    """Refuse options of gpuadam's in a group, where they would do nothing. torch and its users put other keys there."""
+    for name in group.keys() & {*OF_ALL_GROUPS, *OF_ARRAYS}:
+        hint = "give it to the optimizer, for all of its groups" if name in OF_ALL_GROUPS else "gpuadam.Adam has it"
+        raise ValueError(f"a group has {name}={shown(group[name])}, which does nothing there: {hint}")
 
 
 def _steps(members):
