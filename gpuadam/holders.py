@@ -4,25 +4,17 @@ Updates are in place. After `params["w"] = params["w"] * 2` a program reads one 
 each step looks whether a dict or list still holds, by identity, the arrays that it held when the optimizer was made.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
-
 from . import backends
 from .kernels.messages import shown
 from .kernels.view import a_kind
 
 
-class Place(NamedTuple):
-    """A place in a dict or a list, and the parameter there."""
-
-    holder: Any
-    key: Any
-    array: Any
-    name: str  # of the parameter
-
-
 class Places(list):
-    """A list of Place. A copy of an optimizer has other arrays than the program has, and so no places."""
+    """Tuples (holder, key, array, name): a dict or list, a place in it, the array there, and the name of the parameter.
+
+    They are plain tuples because each step unpacks them, which takes longer of any other. A copy of an optimizer has other arrays
+    than the program has, and so no places.
+    """
 
     def __reduce__(self):
         return (Places, ())
@@ -43,22 +35,22 @@ def places(given, names, arrays):
     """Return the Places of parameters in the dict or list that they were given in. In anything else nothing is put later."""
     holder = given.whole if isinstance(given, Part) else given
     if not isinstance(holder, (dict, list)):
-        return []
+        return Places()
     keys = names if isinstance(holder, dict) else range(len(names))
-    return [Place(holder, *place) for place in zip(keys, arrays, names, strict=True)]
+    return Places((holder, *place) for place in zip(keys, arrays, names, strict=True))
 
 
 def check(places):
-    """Refuse a dict or list that holds another array than a Place says, and bring `places` up to date."""
+    """Refuse a dict or list that holds another array than `places` say, and bring these up to date."""
     now = []
-    for place in places:
+    for holder, key, array, name in places:
         try:
-            held = place.holder[place.key]
+            held = holder[key]
         except LookupError:  # the program has no array of this name any more
             continue
-        if held is not place.array and not _same_memory(held, place.array):
-            raise _rebound(place, held)
-        now.append(place._replace(array=held))
+        if held is not array and not _same_memory(held, array):
+            raise _rebound(holder, key, held, name)
+        now.append((holder, key, held, name))
     places[:] = now
 
 
@@ -67,28 +59,25 @@ def replaced(places, name, param):
 
     A dict or list that does not hold it is let go, and so is the memory of the array before.
     """
-    now = []
-    for place in places:
-        if place.name != name:
-            now.append(place)
-        elif holds(place.holder, place.key, param):
-            now.append(place._replace(array=param))
-        else:
-            places[:] = [other for other in places if other.holder is not place.holder]
-            return
-    places[:] = now
+    holder, key = next((place[:2] for place in places if place[3] == name), (None, None))
+    if holder is None:
+        return
+    if holds(holder, key, param):
+        places[:] = [(holder, key, param, name) if place[3] == name else place for place in places]
+    else:
+        places[:] = [place for place in places if place[0] is not holder]
 
 
 def added(places, names, name, param):
     """Bring `places` up to date after a parameter has come to those of the given names."""
-    holder = next((place.holder for place in places if place.name in names), None)
+    holder = next((place[0] for place in places if place[3] in names), None)
     if holder is not None and holds(holder, name, param):
-        places.append(Place(holder, name, param, name))
+        places.append((holder, name, param, name))
 
 
 def removed(places, name):
     """Bring `places` up to date after the parameter of this name has gone."""
-    places[:] = [place for place in places if place.name != name]
+    places[:] = [place for place in places if place[3] != name]
 
 
 def holds(holder, key, array):
@@ -110,12 +99,11 @@ def _same_memory(held, array):
     )  # fmt: skip
 
 
-def _rebound(place, held):
-    kind = "dict" if isinstance(place.holder, Mapping) else "list"
-    label = f"params[{shown(place.key)}]"
+def _rebound(holder, key, held, name):
+    kind, label = "dict" if isinstance(holder, dict) else "list", f"params[{shown(key)}]"
     return ValueError(
         f"{label} is no longer the array that the optimizer updates: the {kind} that it was given in holds another object there, "
         f"{a_kind(held)}, as after {label} = {label} * 2. Updates are in place, so write into the array: {label}[...] = x. To "
-        f"go on with another array: optimizer.replace({shown(place.name)}, {label}, rows). If the {kind} serves something else "
+        f"go on with another array: optimizer.replace({shown(name)}, {label}, rows). If the {kind} serves something else "
         f"by now, give the optimizer one of its own: {kind}(params)"
     )
