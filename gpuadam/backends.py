@@ -295,17 +295,28 @@ def _memory(name, array):
             "dimensions: pass np.asarray(x) as a gradient, and keep np.array(x) as a parameter"
         )
     if device_type is None:
-        raise TypeError(f"{name} is {arrays.a_kind(array)}, not an array: {_instead(array)}")
+        raise TypeError(f"{name} is {arrays.a_kind(array)}, not an array: {_instead(name, array)}")
     names = {1: "CPU", 3: "CPU", 2: "CUDA", 13: "CUDA"}  # DLDeviceType: kDLCPU, kDLCUDAHost, kDLCUDA, kDLCUDAManaged
     if device_type not in names:
         raise TypeError(f"{name} is on a device of DLPack type {device_type}; only CPU and CUDA memory can be updated")
     return names[device_type]
 
 
-def _instead(array):
-    """Return what to give in the place of what is no array."""
+def _instead(name, array):
+    """Return what to give in the place of what is no array. name: what errors call it."""
+    if hasattr(array, "named_parameters"):
+        return "give the parameters of a model, as dict(model.named_parameters())"
+    if isinstance(array, (set, frozenset)):
+        return "a set has no order; give a list, or a dict with names"
     if isinstance(array, Mapping):
         return "a dict of parameters holds arrays, not dicts; give all of them in one, with names such as 'layer.weight'"
+    if isinstance(array, (list, tuple)) and any(map(arrays.is_array, array)):
+        return "give the arrays in one list or dict that has no lists in it"
+    if name == "grad" or name.startswith("the gradient of "):
+        if isinstance(array, (int, float)):
+            return "nothing is broadcast. np.full_like(param, x), or cupy.full_like, has a number in all places"
+        if isinstance(array, (list, tuple)):
+            return "np.asarray(x, 'float32') makes an array of numbers, and cupy.asarray does for parameters of CuPy"
     if isinstance(array, (int, float, list, tuple)):
         return "x = np.array(x, 'float32') is one, which can be updated in place"
     return "NumPy, CuPy, Numba device arrays and whatever has DLPack or __cuda_array_interface__ can be updated in place"

@@ -56,7 +56,7 @@ class Grows:
         [0.3 0.3 0.  0.1]
         """
         k, at, old = self._found(name)
-        groups, label = self._groups_as_they_are(), f"params[{shown(name)}]"
+        groups, label = self._groups_as_they_are(), self.arrangement.label(name)
         kernels, view = self._viewed(label, param)
         before, groups[k]["params"][at] = groups[k]["params"][at], param
         of_old, (view_before,) = backends.choose([(f"the old {label}", before)], self.backend)
@@ -162,7 +162,7 @@ class Grows:
         views = []
         for group in self.groups:
             for name, param in zip(group["names"], group["params"], strict=True):
-                label, parameter = f"params[{shown(name)}]", self.parameters[name]
+                label, parameter = self.arrangement.label(name), self.parameters[name]
                 named = [(label, param)] + [(f"{key} of {label}", parameter.state[key]) for key in parameter.kind.kept]
                 if parameter.copy is not None:
                     named.append((f"param_copy of {label}", parameter.copy))

@@ -187,7 +187,7 @@ class Adam(HasGroups, Grows):
             for name, param in zip(group["names"], group["params"], strict=True):
                 if name in beginnings:
                     raise ValueError(f"two parameters are named {shown(name)}: names must differ")
-                label = f"params[{shown(name)}]"
+                label = self.arrangement.label(name)
                 kernels, (view,) = backends.choose([(label, checks.given(label, param))], self.backend)
                 checks.one_format(view, checks.FORMATS)
                 checks.layout(view)
@@ -198,7 +198,9 @@ class Adam(HasGroups, Grows):
                 checks.ordered(view, numbers, h.fixed, ())
                 kept = self.options.kept(view, structure.amsgrad, numbers)
                 beginnings[name] = Beginning(kernels, view, kept, numbers)
-        checks.overlap([beginning.view for beginning in beginnings.values()], [])
+        views = [beginning.view for beginning in beginnings.values()]
+        checks.given_once(views)
+        checks.overlap(views, [])
         return beginnings
 
     def _make_parameters(self, beginnings, copies, states=None):
@@ -312,7 +314,7 @@ class Adam(HasGroups, Grows):
         self.under_way.check()
         self.arrangement.check(self.groups)
         if grads is OF_PARAMS:
-            grads_of_groups = [grads_of_params(group) for group in self.groups]
+            grads_of_groups = [grads_of_params(group, self.arrangement) for group in self.groups]
         else:
             grads_of_groups = self.arrangement.in_order(grads)
         left_out, on_device = False, None
@@ -375,6 +377,7 @@ class Adam(HasGroups, Grows):
             columns.insert(operands.index("param_copy"), [parameter.copy for parameter in parameters])
         updates = Updates(h, step, columns, operands, names, now)
         updates.complex, updates.components = structure.complex, structure.components
+        updates.alone = self.arrangement.alone
         if counted:
             updates.bits, updates.stochastic = bits, self.options.stochastic_rounding
             updates.seed = checks.seed(self.options.seed)
@@ -416,7 +419,7 @@ class Adam(HasGroups, Grows):
             )
         for k, group in enumerate(updates):
             (param, *_), *_ = group.columns
-            kernels, (view,) = backends.choose([(f"params[{shown(group.names[0])}]", param)], self.backend)
+            kernels, (view,) = backends.choose([(self.arrangement.label(group.names[0]), param)], self.backend)
             if view.device is None and kernels.memory == "CPU":
                 clipping.refuse_on_gpu("norm")
             if k not in self._norm_counts:
@@ -432,7 +435,8 @@ class Adam(HasGroups, Grows):
             grads = group.columns[1]
             torch_tensors.wrote(grads)
             for grad, name in zip(grads, group.names, strict=True):
-                kernels, (view,) = backends.choose([(f"the gradient of params[{shown(name)}]", grad)], self.backend)
+                label = f"the gradient of {self.arrangement.label(name)}"
+                kernels, (view,) = backends.choose([(label, grad)], self.backend)
                 kernels.fill_zero(view, streams.handle(stream))
 
     def state_dict(self):
@@ -478,7 +482,7 @@ class Adam(HasGroups, Grows):
         states, copies, counts = loaded[1], [], self._counts()
         for name, state in self.state.items():
             for key in state.keys() - {"step"}:
-                label = f"{key} of params[{shown(name)}]"
+                label = f"{key} of {self.arrangement.label(name)}"
                 if state[key] is states[name][key]:
                     if self.under_way.changing or counts[name] != states[name]["step"]:
                         raise ValueError(

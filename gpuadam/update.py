@@ -20,7 +20,7 @@ from . import backends, checks, hyperparameters, torch_tensors
 from .device_step import ScalarsLaunch
 from .kernels import adam, streams
 from .kernels.layout import Update
-from .kernels.messages import shortened, shown
+from .kernels.messages import label_of, shortened
 from .kernels.operands import KINDS, Arrays, is_written
 from .kernels.scalars import step_key
 from .kernels.view import Bits
@@ -47,6 +47,7 @@ class Updates:
     nonzero: bool = False  # elements whose gradient is 0 stay
     complex: str | None = None  # what complex params are taken for: "joint" or "parts"
     components: int = 1  # how many numbers of a real param share a v
+    alone: bool = False  # the param was given as one array, so that nobody knows its name
 
     def written(self):
         """Return the arrays that are written."""
@@ -65,7 +66,7 @@ class Updates:
         """Return what errors call the arrays of an update."""
         if self.names is None:
             return self.operands
-        param = f"params[{shown(self.names[n])}]"
+        param = label_of(self.names[n], self.alone)
         return param, f"the gradient of {param}", *(f"{operand} of {param}" for operand in self.operands[2:])
 
 

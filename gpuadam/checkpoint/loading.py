@@ -63,8 +63,6 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
         arrays = sections(opt)
         state, of_params = chosen(arrays, False), [section for section in arrays if with_params and section.key == PARAM]
         stored.check(arrays, with_params)
-        if with_params is None and stored.has_params:
-            warn_of_params(path)
         with not_fitting():
             for section in (*state, *of_params):
                 checks.no_gaps(section.view)
@@ -78,6 +76,8 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
             torch_tensors.wrote([param for group in opt.groups for param in group["params"]])
         for section in of_params:
             stored.read(section)
+        if with_params is None and stored.has_params:
+            warn_of_params(path)
     return opt
 
 
@@ -117,13 +117,12 @@ class Opened(NamedTuple):
 def opened(path, params, backend, lr):
     """Open a checkpoint and compare it with the parameters that it is loaded for. lr: as in `load`."""
     params = as_list(params)  # an iterator can be read once
-    groups, (structures, grouped, _) = parsed_groups(
-        params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1}
-    )
+    groups, arrangement = parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1})
+    structures, grouped = arrangement.structures, arrangement.in_groups
     views = {}
     for group in groups:
         for name, param in zip(group["names"], group["params"], strict=True):
-            label = f"params[{shown(name)}]"
+            label = arrangement.label(name)
             _, (views[name],) = backends.choose([(label, checks.given(label, param))], backend)
     with opened_file(path, _longest_header(views)) as stored:
         saved = stored.saved

@@ -271,7 +271,7 @@ def _check_place(state):
     if is_word and not Path(state).is_dir():
         raise ValueError(
             f'state={shown(state)} must be "memory" or the path of a folder. For a new folder of that name in the current one '
-            f"give state={shown('./' + state)}"
+            f"give state={shown(f'./{state}')}"
         )
 
 

@@ -122,7 +122,7 @@ class ShardedAdam(HasGroups):
             raise ValueError(
                 "ShardedAdam has no components: its parts begin and end anywhere among the numbers that share a v"
             )
-        self._kernels, views = shard_checks.params(self.groups, self.transport, self._backend)
+        self._kernels, views = shard_checks.params(self.groups, self.arrangement, self.transport, self._backend)
         names = [(k, name) for k, group in enumerate(self.groups) for name in group["names"]]
         self.members = [Member(n, *name, view) for n, (name, view) in enumerate(zip(names, views, strict=True))]
         self._dtypes = {(member.group, self.options.computed_in(member.view.format)) for member in self.members}
