@@ -42,10 +42,11 @@ def test_an_empty_environment_variable_is_none(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "code", ["gpuadam.Adam(np.ones(3, 'f4'))", "gpuadam.adam_step(*(np.ones(3, 'f4') for _ in range(4)), 1)"]
-)
-@pytest.mark.parametrize(
-    "name, said", [("cupy", "asks for it: unset it"), ("gpu", "GPUADAM_BACKEND: there is no backend 'gpu'")]
+    "code, name, said",
+    [
+        ("gpuadam.Adam(np.ones(3, 'f4'))", "cupy", "asks for it: unset it"),
+        ("gpuadam.adam_step(*(np.ones(3, 'f4') for _ in range(4)), 1)", "gpu", "GPUADAM_BACKEND: there is no backend 'gpu'"),
+    ],
 )
 def test_the_environment_variable_is_named_as_the_cause(code, name, said):
     result = subprocess.run(
