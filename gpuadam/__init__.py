@@ -6,6 +6,9 @@
 >>> opt = gpuadam.AdamW(params, lr=0.1)
 >>> opt.step({name: 2 * p for name, p in params.items()})  # a gradient
 
+Arrays are updated in place. So write into them, `params["w"][...] = x`; a step refuses a dict in which another array has taken
+the place of one, because it would update the array before.
+
 This is the reference. It has a guide, pages about larger subjects, and below the classes and functions.
 
 | subject | page |

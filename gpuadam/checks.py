@@ -7,8 +7,9 @@ from numbers import Integral, Real
 import numpy as np
 
 from .kernels.layout import bounds, in_rows_apart
-from .kernels.messages import shortened, shown
+from .kernels.messages import shortened, shown, warn
 from .kernels.operands import GROUP, KINDS, is_written
+from .kernels.view import View
 
 
 def real(name, value):
@@ -145,6 +146,9 @@ def seed(value):
     return int(value) % 2**64
 
 
+NAMES = {"adam": "Adam", "nadam": "NAdam", "radam": "RAdam", "adamax": "AdaMax"}  # of algorithms, for messages
+
+
 def combination(algorithm, operands, stochastic):
     """Refuse options that contradict each other. operands: the names of those that are given."""
     if "m_scale" in operands and algorithm == "adamax":
@@ -152,17 +156,43 @@ def combination(algorithm, operands, stochastic):
             "8-bit state holds the root of a mean of squares, and AdaMax's v is none: use float32 or bfloat16 state"
         )
     if "m_scale" in operands and "max_v" in operands:
-        raise ValueError("8-bit state has no max_v: use float32 or bfloat16 state for AMSGrad")
+        raise ValueError(
+            "8-bit state has no max_v, which AMSGrad keeps: leave amsgrad out, or use float32 or bfloat16 state"
+        )
     if "max_v" in operands and algorithm != "adam":
-        raise ValueError(f"AMSGrad keeps the maximum of Adam's v; {algorithm} has none: leave max_v out")
+        raise ValueError(
+            f"AMSGrad is a variant of Adam, and {NAMES[algorithm]} has none: leave amsgrad, or max_v in adam_step, out"
+        )
     if "remainder" in operands and stochastic:
         raise ValueError("with a remainder nothing of param is rounded away: leave stochastic_rounding out")
+
+
+def without_effect(formats, master=None, stochastic_rounding=False):
+    """Return which options do nothing for parameters of some formats, and what they need, in words."""
+    for_narrow = {
+        "master='remainder'": (master == "remainder", {"bfloat16"}),
+        "master='float32'": (master == "float32", {"bfloat16", "float16"}),
+        "stochastic_rounding=True": (stochastic_rounding is True, {"bfloat16", "float16"}),
+    }
+    return {
+        option: " or ".join(sorted(needed))
+        for option, (on, needed) in for_narrow.items()
+        if on and not needed & set(formats)
+    }
+
+
+def warn_of_no_effect(formats, **options):
+    """Warn of options that do nothing. The rest: as in `without_effect`."""
+    for option, needed in without_effect(formats, **options).items():
+        warn(
+            f"{option} does nothing here: no parameter is {needed}; they are {', '.join(sorted(set(formats)))}. Leave it out"
+        )
 
 
 def formula(fixed):
     """Refuse a formula of Adam's that is another algorithm's, and an eps_root without its formula. fixed: hyperparameters."""
     if fixed.formula != "torch" and fixed.algorithm != "adam":
-        raise ValueError(f"formula={fixed.formula!r} is one of Adam's; {fixed.algorithm} has its own: leave it out")
+        raise ValueError(f"formula={fixed.formula!r} is one of Adam's; {NAMES[fixed.algorithm]} has its own: leave it out")
     if fixed.eps_root and fixed.formula != "optax":
         raise ValueError(f"eps_root={fixed.eps_root} belongs to formula='optax', not to {fixed.formula!r}")
 
@@ -284,6 +314,13 @@ def _other_shape(view, param, operand, numbers):
         needed += ", and it is real" if param.of_complex else ""
     elif bool(view.of_complex) != bool(param.of_complex):
         needed = "both are complex, or neither is"
+        if operand == "grad":
+            needed = "the gradient of a real parameter is real: give its real part, if that is what is meant"
+            if param.of_complex:
+                needed = (
+                    "the gradient of a complex parameter is complex, dL/dRe + 1j * dL/dIm: "
+                    f"grad.astype({shown(param.of_complex)}) if dL/dIm is 0"
+                )
     elif operand in OF_ROWS:
         needed = "it must have that shape, or its leading dimensions and so a number for each row"
     error = TypeError if bool(view.of_complex) != bool(param.of_complex) else ValueError
@@ -431,6 +468,18 @@ def _name(view):
         if dtype.isnative
         else f"{shortened(str(dtype.newbyteorder('=')))} in the other byte order ({dtype.str})"
     )
+
+
+def given_once(views):
+    """Refuse a parameter that is given twice, as the tied weights of a model are. views: of parameters."""
+    first: dict[tuple, View] = {}
+    for view in views:
+        other = first.setdefault((view.pointer, view.shape, view.strides, view.format, view.device), view)
+        if other is not view and view.size:
+            raise ValueError(
+                f"{other.name} and {view.name} are one array: give it once, under one name, and as its gradient the sum of the "
+                "gradients of all its uses"
+            )
 
 
 def overlap(written, read):

@@ -31,6 +31,7 @@ def flatten(arrays, backend=None):
     The buffer is C-contiguous. Each array starts at a multiple of 16 bytes; the elements between are 0, and stay 0 under an
     optimizer while their gradients are 0. An optimizer over `param` has one array, whatever the number of views, and its step
     one launch and no table. From then on use the views: the arrays that were given are copied and left as they are.
+    Write into the views, `flat.grads["w"][...] = x`; another array in the place of one raises TypeError.
 
     Raises ValueError for no arrays or more than one device, TypeError for more than one dtype or library.
 
@@ -79,4 +80,46 @@ def flatten(arrays, backend=None):
         _, (target,) = backends.choose([(view.name, place)], kernels.name)
         checks.same_layout(target, view, kernels.copies_any_layout)
         kernels.copy(target, view)
-    return Flat(param, grad, *(as_given(kind, arrays, of_buffer) for of_buffer in (params, grads)))
+    return Flat(param, grad, *(_fixed(as_given(kind, arrays, of_buffer)) for of_buffer in (params, grads)))
+
+
+class Views(dict):
+    """Views of a buffer by name. Another array in the place of one would be none of the buffer, so it is refused."""
+
+    def __setitem__(self, name, array):
+        _check_same(self.get(name), name, array)
+
+    def update(self, *args, **kwargs):
+        for name, array in dict(*args, **kwargs).items():
+            self[name] = array
+
+    def __ior__(self, arrays):  # type: ignore[misc]
+        self.update(arrays)
+        return self
+
+    def __reduce__(self):
+        return (dict, (dict(self),))
+
+
+class ListedViews(list):
+    """Views of a buffer in order, likewise."""
+
+    def __setitem__(self, number, array):
+        _check_same(self[number], number, array)
+
+    def __reduce__(self):
+        return (list, (list(self),))
+
+
+def _check_same(view, key, array):
+    if array is not view:  # `views[key] += x` gives back the view itself
+        raise TypeError(
+            f"[{shown(key)}] is a view of a buffer, which is what a step takes: write into it, [{shown(key)}][...] = x"
+        )
+
+
+def _fixed(views):
+    """Return views in a dict or a list that lets none be replaced."""
+    if isinstance(views, dict):
+        return Views(views)
+    return ListedViews(views) if isinstance(views, list) else views

@@ -184,8 +184,8 @@ def _only_adam(opt):
     for name, parameter in opt.parameters.items():
         if parameter.kind.of_complex or parameter.kind.numbers > 1:
             raise TypeError(
-                f"params[{shown(name)}] is complex or has components, and its state is not exchanged with other libraries: copy "
-                "m and v of opt.state yourself"
+                f"{opt.arrangement.label(name)} is complex or has components, and its state is not exchanged with other "
+                "libraries: copy m and v of opt.state yourself"
             )
 
 
@@ -272,7 +272,7 @@ def _from_torch(name, state, opt):
     """Return the state of a parameter as `load_state_dict` takes it. torch has none of a parameter that took no step."""
     ours = {key: array for key, array in opt.state[name].items() if key != "step"}
     if state is None:
-        named = [(f"{key} of params[{shown(name)}]", array) for key, array in ours.items()]
+        named = [(f"{key} of {opt.arrangement.label(name)}", array) for key, array in ours.items()]
         backend, views = backends.choose(named, opt.state_backend)
         return {"step": 0} | {key: backend.zeros_like(view) for key, view in zip(ours, views, strict=True)}
     if set(state) != {"step"} | {TORCH.get(key, key) for key in ours}:
@@ -294,7 +294,7 @@ def _to_torch(name, state, opt, torch):
         if format_ != of_param:
             raise TypeError(f"{key} of {shown(name)} is {format_}, and torch would cast it to the parameter's {of_param}")
         array = state[key].view(np.int16) if format_ == "bfloat16" else state[key]
-        _, (view,) = backends.choose([(f"{key} of params[{shown(name)}]", array)], opt.state_backend)
+        _, (view,) = backends.choose([(f"{key} of {opt.arrangement.label(name)}", array)], opt.state_backend)
         device = "cpu" if view.device is None else f"cuda:{view.device}"  # else torch moves the memory to its current one
         tensor = torch.as_tensor(view.array, device=device).clone()
         tensors[TORCH[key]] = tensor.view(torch.bfloat16) if format_ == "bfloat16" else tensor

@@ -66,7 +66,9 @@ class Adam(HasGroups, Grows):
 
     params: one array, a sequence of arrays, a dict name -> array, or a list of groups such as
         `{"params": [w, b], "lr": 1e-4}`, whose own hyperparameters go before those given here (`decay_groups` makes two by
-        patterns of names). Arrays as in `adam_step`.
+        patterns of names). Arrays as in `adam_step`. They are updated in place, so write into them, as `params["w"][...] = x`
+        does. If a dict or a list holds another array there than before, as after `params["w"] = params["w"] * 2`, a step refuses:
+        it would update the old one. `replace` puts another array in a parameter's place.
     lr: a number, or a callable of the number of the step, counted from 1: `lambda step: 1e-3 * min(1, step / 100)`. To check it,
         it is also called with 1 here and in `load_state_dict`. It may return an array of no dimensions, which is read, and
         waited for if it is on a GPU: optax's schedules are such callables. They count from 0, so that optax's own first step
@@ -165,6 +167,7 @@ class Adam(HasGroups, Grows):
         beginnings = self._checked_params()
         self._make_parameters(beginnings, self.copies_of(param_copies, beginnings))
         self._make_groups(beginnings)
+        self.warn_of_no_effect({"master": master, "stochastic_rounding": stochastic_rounding})
 
     def with_groups(self, groups, states, copies):
         """Return an optimizer like this one with other groups. states: name -> state that goes on. copies: name -> array."""
@@ -186,7 +189,7 @@ class Adam(HasGroups, Grows):
             for name, param in zip(group["names"], group["params"], strict=True):
                 if name in beginnings:
                     raise ValueError(f"two parameters are named {shown(name)}: names must differ")
-                label = f"params[{shown(name)}]"
+                label = self.arrangement.label(name)
                 kernels, (view,) = backends.choose([(label, checks.given(label, param))], self.backend)
                 checks.one_format(view, checks.FORMATS)
                 checks.layout(view)
@@ -197,7 +200,9 @@ class Adam(HasGroups, Grows):
                 checks.ordered(view, numbers, h.fixed, ())
                 kept = self.options.kept(view, structure.amsgrad, numbers)
                 beginnings[name] = Beginning(kernels, view, kept, numbers)
-        checks.overlap([beginning.view for beginning in beginnings.values()], [])
+        views = [beginning.view for beginning in beginnings.values()]
+        checks.given_once(views)
+        checks.overlap(views, [])
         return beginnings
 
     def _make_parameters(self, beginnings, copies, states=None):
@@ -245,6 +250,10 @@ class Adam(HasGroups, Grows):
             for parameter in members:
                 parameter.state["step"] = count.step
         return Group(structure, members, kinds.pop() if len(kinds) == 1 else None, count or step_counts.HostCount())
+
+    def warn_of_no_effect(self, options):
+        """Warn of options that do nothing for parameters of these formats."""
+        checks.warn_of_no_effect([parameter.kind.param for parameter in self.parameters.values()], **options)
 
     # OffloadAdam does the following in its own way: `copies_of` and then `new_state` when it is made; `conditions`, `check`,
     # `step_arrays`, `norms_of_step`, `leave_out` and `launch` in a step; `copy_state` when a state_dict is loaded. It has no
@@ -312,7 +321,7 @@ class Adam(HasGroups, Grows):
         self.under_way.check()
         self.arrangement.check(self.groups)
         if grads is OF_PARAMS:
-            grads_of_groups = [grads_of_params(group) for group in self.groups]
+            grads_of_groups = [grads_of_params(group, self.arrangement) for group in self.groups]
         else:
             grads_of_groups = self.arrangement.in_order(grads)
         left_out, on_device = False, None
@@ -386,6 +395,7 @@ class Adam(HasGroups, Grows):
         if len(columns) < len(operands):
             columns.insert(operands.index("param_copy"), [parameter.copy for parameter in parameters])
         updates = Updates(h, step, columns, operands, names, now, structure.complex, structure.components)
+        updates.alone = self.arrangement.alone
         if counted:
             updates.bits, updates.stochastic = bits, self.options.stochastic_rounding
             updates.seed = checks.seed(self.options.seed)
@@ -432,7 +442,7 @@ class Adam(HasGroups, Grows):
             )
         for k, group in enumerate(updates):
             (param, *_), *_ = group.columns
-            kernels, (view,) = backends.choose([(f"params[{shown(group.names[0])}]", param)], self.backend)
+            kernels, (view,) = backends.choose([(self.arrangement.label(group.names[0]), param)], self.backend)
             if view.device is None and kernels.memory == "CPU":
                 clipping.refuse_on_gpu("norm")
             if k not in self._norm_counts:
@@ -448,7 +458,8 @@ class Adam(HasGroups, Grows):
             grads = group.columns[1]
             torch_tensors.wrote(grads)
             for grad, name in zip(grads, group.names, strict=True):
-                kernels, (view,) = backends.choose([(f"the gradient of params[{shown(name)}]", grad)], self.backend)
+                label = f"the gradient of {self.arrangement.label(name)}"
+                kernels, (view,) = backends.choose([(label, grad)], self.backend)
                 kernels.fill_zero(view, streams.handle(stream))
 
     def state_dict(self):
@@ -494,7 +505,7 @@ class Adam(HasGroups, Grows):
         states, copies, counts = loaded[1], [], self._counts()
         for name, state in self.state.items():
             for key in state.keys() - {"step"}:
-                label = f"{key} of params[{shown(name)}]"
+                label = f"{key} of {self.arrangement.label(name)}"
                 if state[key] is states[name][key]:
                     if self.under_way.changing or counts[name] != states[name]["step"]:
                         raise ValueError(

@@ -85,8 +85,8 @@ class StepArrays:
                 for name, array in zip(structure.names, arrays, strict=True):
                     if isinstance(array, str):
                         raise ValueError(
-                            f"{operand} of params[{shown(name)}] is {shown(array)}: give an array, or where='nonzero' for all "
-                            "parameters"
+                            f"{operand} of {arrangement.label(name)} is {shown(array)}: give an array, or where='nonzero' "
+                            "for all parameters"
                         )
                     self._of_names[name] |= {} if array is None else {operand: array}
         for name, ends in (bounds or {}).items():

@@ -21,7 +21,7 @@ from . import backends, checks, hyperparameters, torch_tensors
 from .device_step import ScalarsLaunch
 from .kernels import adam, streams
 from .kernels.layout import Update
-from .kernels.messages import shortened, shown
+from .kernels.messages import label_of, shortened
 from .kernels.operands import KINDS, Arrays, is_written
 from .kernels.scalars import step_key
 from .kernels.view import Bits
@@ -48,6 +48,7 @@ class Updates:
     keys: list[int] | None = None  # of each param, for random rounding
     starts: list[int] | None = None  # likewise the number of its first element, where a param is a part of one
     nonzero: bool = False  # elements whose gradient is 0 stay
+    alone: bool = False  # the param was given as one array, so that nobody knows its name
 
     def written(self):
         """Return the arrays that are written."""
@@ -66,7 +67,7 @@ class Updates:
         """Return what errors call the arrays of an update."""
         if self.names is None:
             return self.operands
-        param = f"params[{shown(self.names[n])}]"
+        param = label_of(self.names[n], self.alone)
         return param, f"the gradient of {param}", *(f"{operand} of {param}" for operand in self.operands[2:])
 
 

@@ -1,5 +1,8 @@
 """`flatten`: one buffer, views in the old shapes, and the same training as with the arrays apart."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from cases import DTYPES, assert_same_bits, state
@@ -105,3 +108,29 @@ def test_complex_arrays_stay_complex(library):
         np.testing.assert_allclose(after, a - 0.1 * (0.6 - 0.8j))
     with pytest.raises(TypeError, match=r"arrays\[1\] has dtype float64"):
         gpuadam.flatten([given["b"], given["b"].real])
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_no_view_can_be_replaced_by_an_array_that_a_step_would_not_see(as_list):
+    arrays = {0: np.ones(2, "f4"), 1: np.ones(3, "f4")}
+    flat = gpuadam.flatten(list(arrays.values()) if as_list else arrays)
+    for views in (flat.params, flat.grads):
+        before = views[0]
+        with pytest.raises(TypeError, match=r"^\[0\] is a view of a buffer.*: write into it, \[0\]\[\.\.\.\] = x"):
+            views[0] = views[0] * 2
+        views[0] += 2
+        views[0][...] = 5
+        assert views[0] is before and (before == 5).all()
+    assert (flat.param[:2] == 5).all() and (flat.grad[:2] == 5).all()
+
+
+def test_no_view_can_be_replaced_by_an_update():
+    flat = gpuadam.flatten({"w": np.ones(2, "f4")})
+    grads = flat.grads
+    with pytest.raises(TypeError, match=r"\['w'\] is a view"):
+        grads.update({"w": np.ones(2, "f4")})
+    with pytest.raises(TypeError, match=r"\['w'\] is a view"):
+        grads |= {"w": np.ones(2, "f4")}
+    assert not flat.grad.any()
+    for copied in (copy.deepcopy(flat.grads), pickle.loads(pickle.dumps(flat.grads))):
+        assert copied.keys() == {"w"}

@@ -14,7 +14,7 @@ ROOT = Path(gpuadam.__file__).parent
 FLOORS = [
     ("kernels.*",),
     ("checks", "torch_tensors", "backends", "terminal.*", "under_way", "version"),
-    ("hyperparameters", "state", "reference"),
+    ("hyperparameters", "state", "reference", "holders"),
     ("options", "groups", "device_step", "step_counts", "clipping", "remembered", "flat", "step_arrays", "growing"),
     ("step_norms",),
     ("update", "functional", "rule"),

@@ -6,8 +6,8 @@ import os
 from typing import Any, NamedTuple
 
 from .. import backends, checks, family, torch_tensors
-from ..groups import HYPERPARAMETERS, as_given, differing_names, parsed_groups, places_of_groups, some
-from ..kernels.messages import shortened, shown
+from ..groups import HYPERPARAMETERS, as_given, as_list, differing_names, parsed_groups, places_of_groups, some
+from ..kernels.messages import shortened, shown, warn
 from ..kernels.view import is_array
 from ..options import SAVED, Options
 from ..sharded.layout import CELL
@@ -18,7 +18,7 @@ from .stored import Stored, opened_file
 from .tensors import PARAM, chosen, sections
 
 
-def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=False):
+def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=None):
     """Make the optimizer that `Adam.save` saved: of its class, with its options, hyperparameters, step counts and state.
 
     path: of the file, or of the folder that `ShardedAdam.save` made, from any number of ranks.
@@ -30,7 +30,8 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
     lr: a learning rate instead of the saved ones; for several groups a list, in which None stands for the saved one. A callable
         is not saved, so it has to be given again, here or in its group. If lr is an array of one number, which `capturable`
         takes, the saved learning rate is written into it.
-    with_params: overwrite the parameters with those that were saved.
+    with_params: overwrite the parameters with those that were saved. By default they stay as they are, and if the file has
+        parameters, a warning says so.
 
     The arrays of the file go straight into the state; a few MB are used beside it. Nothing is cast, and nothing is executed.
     Raises CheckpointError, a ValueError, if the checkpoint is damaged, incomplete or no checkpoint at all, or does not fit the
@@ -47,7 +48,8 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
     >>> type(again).__name__, again.steps, again.groups[0]["lr"]
     ('AdamW', 1, 0.1)
     """
-    path, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
+    path = os.fsdecode(path)
+    check_with_params(with_params)
     with about(path), opened(path, params, backend, lr) as checkpoint:
         stored, saved = checkpoint.stored, checkpoint.stored.saved
         stored.arrange(stored.read_headers())
@@ -74,7 +76,22 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
             torch_tensors.wrote([param for group in opt.groups for param in group["params"]])
         for section in of_params:
             stored.read(section)
+        if with_params is None and stored.has_params:
+            warn_of_params(path)
     return opt
+
+
+def check_with_params(with_params):
+    if with_params is not None:
+        checks.flag("with_params", with_params)
+
+
+def warn_of_params(path):
+    """Warn of saved parameters that are not loaded."""
+    warn(
+        f"{shown(path, 1000)} has parameters, which are not loaded: with_params=True overwrites params with them, and "
+        "with_params=False says that params are right as they are"
+    )
 
 
 def _state_dict(opt, saved):
@@ -99,13 +116,13 @@ class Opened(NamedTuple):
 @contextlib.contextmanager
 def opened(path, params, backend, lr):
     """Open a checkpoint and compare it with the parameters that it is loaded for. lr: as in `load`."""
-    groups, (structures, grouped) = parsed_groups(
-        params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1}
-    )
+    params = as_list(params)  # an iterator can be read once
+    groups, arrangement = parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1})
+    structures, grouped = arrangement.structures, arrangement.in_groups
     views = {}
     for group in groups:
         for name, param in zip(group["names"], group["params"], strict=True):
-            label = f"params[{shown(name)}]"
+            label = arrangement.label(name)
             _, (views[name],) = backends.choose([(label, checks.given(label, param))], backend)
     with opened_file(path, _longest_header(views)) as stored:
         saved = stored.saved
@@ -117,8 +134,10 @@ def opened(path, params, backend, lr):
         stored.saved = saved = saved._replace(groups=[saved.groups[k] for k in places])
         rates = _learning_rates(lr, groups, saved.groups)
         arguments = []
-        for group, structure, rate, saved_group in zip(groups, structures, rates, saved.groups, strict=True):
-            members = as_given(structure.kind, structure.names, group["params"])
+        given = [group["params"] for group in params] if grouped else [params]
+        for one, group, structure, rate, saved_group in zip(given, groups, structures, rates, saved.groups, strict=True):
+            # what the program holds itself, so that steps notice another array there
+            members = one if isinstance(one, (dict, list)) else as_given(structure.kind, structure.names, group["params"])
             with not_fitting():
                 bounds = bounds_of_loaded(saved_group.get("bounds"), group["bounds"])
             arguments.append(saved_group | {"lr": rate, "params": members, "bounds": bounds})

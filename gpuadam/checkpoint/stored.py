@@ -125,6 +125,11 @@ class Stored:
                     piece.entry.dtype == dtype, f"{shown(section.array_name)} is {piece.entry.dtype}, and must be {dtype}"
                 )
 
+    @property
+    def has_params(self):
+        """Whether there are parameters beside the state, after `arrange`."""
+        return any(array.endswith(f".{PARAM}") for array in self.pieces)
+
     def read(self, section):
         """Read the elements of a Section. Raises CheckpointError where they are damaged."""
         first, last = place(section.key, section.start, section.stop, section.numbers)

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from .. import backends
 from ..kernels import array_bytes
-from ..kernels.messages import shown
 from ..kernels.operands import GROUP
 from ..kernels.view import View
 from ..state import OF_GROUPS, SHARED, shape
@@ -62,7 +61,7 @@ def sections(opt, ranges=None):
     for group in opt.groups:
         for name, param in zip(group["names"], group["params"], strict=True):
             arrays = {PARAM: param} | {key: opt.array_of_state(name, key) for key in opt.state[name] if key != "step"}
-            label = f"params[{shown(name)}]"
+            label = opt.arrangement.label(name)
             labels = {key: label if key == PARAM else f"{key} of {label}" for key in arrays}
             viewed = {key: backends.choose([(labels[key], array)], opt.backend) for key, array in arrays.items()}
             numbers = opt.parameters[name].kind.numbers

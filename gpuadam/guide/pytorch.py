@@ -25,7 +25,7 @@ print(loss.item() < 0.1)  # True
 * Checkpoints of `torch.optim.Adam` and `AdamW` load into it, and its checkpoints load into them.
 * Schedulers, hooks and `torch.amp.GradScaler` work as before.
 * `state_dtype="bfloat16"`, `state_dtype="8bit"`, `master="remainder"` and `stochastic_rounding=True` work as in
-  `gpuadam.Adam`.
+  `gpuadam.Adam`. They are given to the optimizer, for all of its groups; in a group they are refused.
 * `capturable=True` keeps the step count on the GPU, for CUDA graphs.
 * `foreach` and `fused` choose no other implementation: there is one. With `fused=True` the step unscales gradients itself,
   without writing them, and `GradScaler` does not. `differentiable` is refused.

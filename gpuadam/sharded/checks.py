@@ -12,19 +12,21 @@ from .layout import CELL
 NARROWER = tuple(format for format in checks.FORMATS if format != "float64")
 
 
-def params(groups, transport, backend):
+def params(groups, arrangement, transport, backend):
     """Return the backend of all parameters and their Views, in order."""
     params = [(name, p) for group in groups for name, p in zip(group["names"], group["params"], strict=True)]
     for name, n in collections.Counter(name for name, _ in params).items():
         if n > 1:
             raise ValueError(f"two parameters are named {shown(name)}: names must differ")
-    named = [(f"params[{shown(name)}]", checks.given(f"params[{shown(name)}]", param)) for name, param in params]
+    labelled = [(arrangement.label(name), param) for name, param in params]
+    named = [(label, checks.given(label, param)) for label, param in labelled]
     kernels, views = _chosen(named, transport, backend)
     for view in views:
         checks.one_format(view, checks.FORMATS)
         checks.layout(view)
         if not view.writeable:
             checks.read_only(view)
+    checks.given_once(views)
     checks.overlap(views, [])
     devices = {view.device for view in views if view.size}
     if len(devices) > 1:

@@ -6,7 +6,7 @@ import os
 
 from .. import checks
 from ..checkpoint.format import ALGORITHMS
-from ..checkpoint.loading import about, not_fitting, opened
+from ..checkpoint.loading import about, check_with_params, not_fitting, opened, warn_of_params
 from ..checkpoint.tensors import chosen
 from ..kernels.messages import shown
 from . import transports
@@ -22,7 +22,7 @@ def load_sharded(
     backend=None,
     *,
     lr=None,
-    with_params=False,
+    with_params=None,
     reduction=None,
     bucket_bytes=1 << 25,
     views=False,
@@ -55,8 +55,9 @@ def load_sharded(
 
         def compared():
             checkpoint = until_loaded.enter_context(opened(location, params, backend, lr))
-            crc, whole = checkpoint.stored.crc, checks.flag("with_params", with_params)
-            return checkpoint, {"path": location, "the checkpoint there": crc, "with_params": whole}, False
+            check_with_params(with_params)
+            described = {"path": location, "the checkpoint there": checkpoint.stored.crc, "with_params": with_params}
+            return checkpoint, described, False
 
         with transport.calls.alone("a load"):
             checkpoint, _ = agreed(transport, compared)
@@ -74,6 +75,8 @@ def load_sharded(
             on_all(transport, _fill, opt, stored, with_params)
             if with_params:
                 opt.collect_params()
+        if with_params is None and stored.has_params:
+            warn_of_params(location)
     return opt
 
 

@@ -119,12 +119,14 @@ class ShardedAdam(HasGroups):
         self.options = Options(algorithm, decoupled, **options)
         self.params = as_list(params)  # an iterator can be read once
         self.groups, self.arrangement = parsed_groups(self.params, defaults)
-        self._kernels, views = shard_checks.params(self.groups, self.transport, self._backend)
+        self._kernels, views = shard_checks.params(self.groups, self.arrangement, self.transport, self._backend)
         names = [(k, name) for k, group in enumerate(self.groups) for name in group["names"]]
         numbers = shard_checks.numbers(views, self.groups)
         of_all = enumerate(zip(names, views, numbers, strict=True))
         self.members = [Member(n, *name, view, of_member) for n, (name, view, of_member) in of_all]
         self._dtypes = {(member.group, self.options.computed_in(member.view.format)) for member in self.members}
+        formats = [view.format for view in views]
+        checks.warn_of_no_effect(formats, master=self.options.master, stochastic_rounding=self.options.stochastic_rounding)
         for member in self.members:  # here, because there may be one that no rank has a part of
             amsgrad = self.groups[member.group]["amsgrad"]
             self.options.kept(member.view._replace(contiguous=True), amsgrad, member.numbers)
@@ -159,6 +161,7 @@ class ShardedAdam(HasGroups):
     def _take_over(self):
         """Make the views of the buffers the parameters, and let go of the arrays that were given."""
         self.params = self._in_structure([member.param_array for member in self.members])
+        self.arrangement.places.clear()
         for k, group in enumerate(self.groups):
             group["params"] = [member.param_array for member in self.members if member.group == k]
         for member in self.members:

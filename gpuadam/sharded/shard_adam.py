@@ -20,6 +20,9 @@ class ShardAdam(Adam):
             parameter.start = shard.start // settings["components"]
             shard.state = parameter.state
 
+    def warn_of_no_effect(self, options):
+        """Warn of nothing: `ShardedAdam` has, of all parameters and not of those of a shard."""
+
 
 def in_vectors(array, numbers):
     """Return a 1-D array as one of vectors of so many numbers; of one number as it is."""
