@@ -16,6 +16,7 @@ from .. import backends, testing
 from ..examples import command_line
 from ..examples import digits as example
 from ..terminal import arguments, figures, output
+from ..terminal.console import Table
 from .measuring import facts
 
 HELP = "train on real data, here and now, on the best backend there is"
@@ -24,13 +25,15 @@ EPOCHS, HIDDEN = 40, 128
 
 
 def add_options(parser):
-    parser.add_argument("--plot", type=arguments.writable, metavar="FILE", help="write the loss and accuracy curves as PNG")
+    parser.add_argument(
+        "--plot", type=arguments.picture, metavar="FILE", help="write the loss and accuracy curves: FILE.png, .pdf or .svg"
+    )
     parser.add_argument("--backend", choices=list(backends.BACKENDS), help="default: the best available")
 
 
 def run(options):
     """Run both parts; return 0 if the test accuracy is at least 97 %."""
-    console = output.console("demo", options)
+    console = output.console(options)
     data = example.load_digits()
     backend = options.backend or backends.some_available()[0]
     backends.load(backend)
@@ -65,9 +68,9 @@ def textbook(xp, backend, console):
             row = {"step": step, "parameter": name, "g": float(grads[name][0]), **moments, "value": float(value[0])}
             first_steps.append(row)
     lines = [[f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()] for row in first_steps]
-    console.print(output.table("a. fit y = w x + b to y = 2 x with lr = 0.1", first_steps[0], lines))
+    console.print(Table("a. fit y = w x + b to y = 2 x with lr = 0.1", list(first_steps[0]), lines, labels=2))
     w, b = (float(value[0]) for value in params.values())
-    console.print(f"after {TEXTBOOK_STEPS} steps: w = {w:.6f}, b = {b:.6f}\n", highlight=False)
+    console.print(f"after {TEXTBOOK_STEPS} steps: w = {w:.6f}, b = {b:.6f}\n")
     return {"first_steps": first_steps, "steps": TEXTBOOK_STEPS, "w": w, "b": b}
 
 
@@ -96,6 +99,7 @@ def digits(xp, backend, console, data):
     def described(epoch):
         return f"epoch {epoch:3d}  loss {epochs[-1][0]:.4f}  test accuracy {epochs[-1][1]:.2%}"
 
+    console.print(f"b. learn to read {len(data[0][1]):,} handwritten digits in {EPOCHS} epochs")
     for _ in output.counted(console, EPOCHS, described, every=10):
         epochs.append((*next(ours), *next(references)))
     curves: dict = dict(
@@ -115,13 +119,11 @@ def digits(xp, backend, console, data):
         "microseconds_per_update": 1e6 * float(np.median(update_seconds)),
     }
     console.print(
-        "b. {train_images} handwritten digits, {epochs} epochs, {updates} updates of 4 arrays, "
-        "{microseconds_per_update:.0f} us each\n"
-        "   of {test_images} digits held out, read rightly: {test_accuracy:.2%}; "
+        "of {test_images} digits held out, read rightly: {test_accuracy:.2%}; "
         "by the float64 reference {reference_test_accuracy:.2%}\n"
-        "   largest difference between the two in a parameter: {largest_difference_from_float64:.1e} "
-        "of {largest_parameter:.2f}".format(**result),
-        highlight=False,
+        "{updates} updates of 4 arrays, {microseconds_per_update:.0f} us each\n"
+        "largest difference between the two in a parameter: {largest_difference_from_float64:.1e} "
+        "of {largest_parameter:.2f}".format(**result)
     )
     return result
 

@@ -1,6 +1,7 @@
-"""Figures of one look, drawn by matplotlib and written as PNG."""
+"""Figures of one look, drawn by matplotlib and written as PNG, PDF or SVG."""
 
 import textwrap
+from pathlib import Path
 
 from .output import need
 
@@ -27,8 +28,8 @@ def panels(n_rows, n_columns, width, height, **of_panels):
 
 
 def save(figure, path, note=""):
-    """Write the figure as PNG, with a note below it."""
+    """Write the figure, with a note below it, as PNG, or as PDF or SVG where the path ends so."""
     characters = int(18 * figure.get_figwidth())  # that fit into a line
     figure.supxlabel(textwrap.fill(note, characters), fontsize=7, color="#555555")
-    figure.savefig(path, format="png")
+    figure.savefig(path, format=Path(path).suffix.lower().removeprefix(".") or "png")
     need("bench", "matplotlib.pyplot")[0].close(figure)
