@@ -172,7 +172,7 @@ def bars(axis, rows, value, text, title, xlabel, series=("state", "clock"), log=
     names = sorted(of_name, key=lambda name: -of_name[name][0][value])
     thick = 0.8 / len(kinds)
     for at, name in enumerate(names):
-        color = plots.OURS if is_ours(name) else plots.LIMIT if name == measure.LIMIT else plots.OTHER
+        color = plots.OURS if is_ours(name) else plots.LIMIT if name.startswith(measure.LIMIT) else plots.OTHER
         for k, row in enumerate(of_name[name]):
             y = at + thick * ((len(of_name[name]) - 1) / 2 - k)
             axis.barh(y, row[value], 0.9 * thick, color=color, alpha=shades[kinds.index(_kind(row, series))])

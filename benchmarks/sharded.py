@@ -178,7 +178,7 @@ def table(rows):
         phases = ["" if row["contender"] == ADAM else report.time(row[f"{phase}_us"]) for phase in PHASES]
         minimum = "" if row["x_minimum"] is None else f"{row['x_minimum']:.4f}"
         median, sent = report.time(row["p50_us"]), f"{row['sent_mb']:,.1f}"
-        figures = (f"{row['ranks']:g}", f"{row['elements']:.3g}", median, *phases, sent, minimum)
+        figures = (f"{row['ranks']:g}", f"{row['elements']:,.0f}", median, *phases, sent, minimum)
         lines.append([row["contender"].removeprefix("gpuadam."), *figures])
     return Table(title, heads, lines)
 

@@ -17,7 +17,7 @@ from ..examples import command_line
 from ..examples import digits as example
 from ..terminal import arguments, figures, output
 from ..terminal.console import Table
-from .measuring import facts
+from .measuring import facts, plots
 
 HELP = "train on real data, here and now, on the best backend there is"
 TEXTBOOK_STEPS = 1000
@@ -138,13 +138,14 @@ def _epochs(xp, params, step, data):
 def _plot(backend, curves):
     figure, ((left, right),) = figures.panels(1, 2, width=4.5, height=3.25)
     epochs = range(1, curves["epochs"] + 1)
-    left.semilogy(epochs, curves["loss"], label=f"gpuadam, float32 ({backend})")
-    left.semilogy(epochs, curves["reference_loss"], "--", label="reference, float64")
+    left.semilogy(epochs, curves["loss"], color=plots.OURS, label=f"gpuadam, float32 ({backend})")
+    left.semilogy(epochs, curves["reference_loss"], "--", color=plots.LIMIT, label="reference, float64")
     left.set(xlabel="epoch", ylabel="training loss (cross-entropy)", title="Loss")
-    right.plot(epochs, [100 * accuracy for accuracy in curves["accuracy"]])
-    right.plot(epochs, [100 * accuracy for accuracy in curves["reference_accuracy"]], "--")
+    right.plot(epochs, [100 * accuracy for accuracy in curves["accuracy"]], color=plots.OURS)
+    right.plot(epochs, [100 * accuracy for accuracy in curves["reference_accuracy"]], "--", color=plots.LIMIT)
     right.set(xlabel="epoch", ylabel="test images read rightly (%)", title="Accuracy")
     left.legend()
+    figures.plain_log(left.yaxis)
     for axis in (left, right):
         axis.grid()
     return figure
