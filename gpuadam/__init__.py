@@ -13,7 +13,7 @@ This is the reference. It has a guide, pages about larger subjects, and below th
 | arrays, backends, streams; groups, schedules, weight decay | `gpuadam.guide.arrays_and_groups` |
 | bfloat16, float16 and 8-bit state | `gpuadam.guide.narrow_numbers` |
 | unscaling, clipping, running means, CUDA graphs | `gpuadam.guide.whole_step` |
-| complex numbers, vectors, bounds, parts of arrays, rates of rows | `gpuadam.guide.array_programs` |
+| complex numbers, bounds, parts of arrays, the change, norms for stopping | `gpuadam.guide.array_programs` |
 | the numbers of the Adam that a program has | `gpuadam.guide.bring_your_adam` |
 | the update in a kernel of your own: `Rule` | `gpuadam.guide.own_kernels` |
 | which options go together | `gpuadam.guide.options` |

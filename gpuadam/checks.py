@@ -239,28 +239,38 @@ def update(views, zero_grad=False, nonzero=False, numbers=1):
 
     nonzero: elements whose gradient is 0 stay. numbers: of an element.
     """
-    param = views["param"]
-    scales = (-(-param.size // GROUP),)
     formats(views, nonzero, numbers)
     for operand, view in views.items():
-        if KINDS[operand].of_groups:
-            if view.shape != scales:
-                raise ValueError(
-                    f"{view.name} has shape {view.shape}; for {param.size} elements there are scales of shape {scales}, one for "
-                    f"each {GROUP} neighbours"
-                )
-        elif view.shape != (param.shape[:-1] if numbers > 1 and KINDS[operand].shared else param.shape):
-            _other_shape(view, param, operand, numbers)
-        elif numbers > 1 and not KINDS[operand].shared:
-            neighbours(view, numbers)
-        if view.device != param.device and param.size:
-            raise ValueError(f"{view.name} is on device {view.device}, {param.name} on {param.device}: move one of them")
-        written = is_written(operand, views, zero_grad)
-        layout(view, written)
-        if written and not view.writeable:
-            read_only(view)
-        if views["m"].format == "uint8":
-            _in_groups(view)
+        written, in_groups = is_written(operand, views, zero_grad), views["m"].format == "uint8"
+        _operand(view, views["param"], operand, numbers, written, in_groups)
+
+
+def copy_of_param(view, param, numbers, in_groups):
+    """Check an array that is to be overwritten with copies of a parameter. in_groups: its state is of 8 bits."""
+    one_format(view, KINDS["param_copy"].formats)
+    _operand(view, param, "param_copy", numbers, True, in_groups)
+
+
+def _operand(view, param, operand, numbers, written, in_groups):
+    """Check the shape, place and layout of an array of an update."""
+    scales = (-(-param.size // GROUP),)
+    if KINDS[operand].of_groups:
+        if view.shape != scales:
+            raise ValueError(
+                f"{view.name} has shape {view.shape}; for {param.size} elements there are scales of shape {scales}, one for "
+                f"each {GROUP} neighbours"
+            )
+    elif view.shape != (param.shape[:-1] if numbers > 1 and KINDS[operand].shared else param.shape):
+        _other_shape(view, param, operand, numbers)
+    elif numbers > 1 and not KINDS[operand].shared:
+        neighbours(view, numbers)
+    if view.device != param.device and param.size:
+        raise ValueError(f"{view.name} is on device {view.device}, {param.name} on {param.device}: move one of them")
+    layout(view, written)
+    if written and not view.writeable:
+        read_only(view)
+    if in_groups:
+        _in_groups(view)
 
 
 def _other_shape(view, param, operand, numbers):
@@ -380,16 +390,6 @@ def same_layout(own, loaded, any_layout):
         raise ValueError(f"{loaded.name} has strides {loaded.strides}, the optimizer's {own.strides}: pass it in that order")
     if not own.writeable:
         read_only(own)
-
-
-def copy_of_param(view, param):
-    """Check an array that is to be overwritten with copies of a parameter."""
-    one_format(view, KINDS["param_copy"].formats)
-    if view.shape != param.shape:
-        raise ValueError(f"{view.name} has shape {view.shape}, {param.name} has {param.shape}: nothing is broadcast")
-    layout(view)
-    if not view.writeable:
-        read_only(view)
 
 
 def read_only(view):

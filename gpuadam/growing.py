@@ -162,7 +162,7 @@ class Grows:
                     named.append((f"param_copy of {label}", parameter.copy))
                 _, of_name = backends.choose(named, self.backend)
                 if name == new and parameter.copy is not None:
-                    checks.copy_of_param(of_name[-1], of_name[0])
+                    checks.copy_of_param(of_name[-1], of_name[0], parameter.kind.numbers, "m_scale" in parameter.state)
                 views += of_name
         checks.overlap(views, [])
 

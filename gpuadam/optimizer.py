@@ -35,6 +35,7 @@ from .options import Options
 from .remembered import Remembered
 from .state import Parameter, ParameterKind
 from .step_arrays import StepArrays, bounds_of_loaded, of_bounds, saved_bounds, without_arrays
+from .step_norms import NormsOfStep
 from .under_way import UnderWay
 from .update import Updates, check, update
 
@@ -159,6 +160,7 @@ class Adam(HasGroups, Grows):
         self.groups, self.arrangement = parsed_groups(params, defaults)
         self._remembered, self.under_way = Remembered(), UnderWay()
         self._norm: Any = None  # of the last step, on a GPU
+        self._step_norms: Any = None  # of every step, if capturable
         self._norm_counts: dict[int, Any] = {}  # for scalars that depend on a norm on the device, where the host counts
         beginnings = self._checked_params()
         self._make_parameters(beginnings, self.copies_of(param_copies, beginnings))
@@ -244,8 +246,9 @@ class Adam(HasGroups, Grows):
                 parameter.state["step"] = count.step
         return Group(structure, members, kinds.pop() if len(kinds) == 1 else None, count or step_counts.HostCount())
 
-    # OffloadAdam does the following in its own way: `copies_of` and then `new_state` when it is made, and `conditions`, `check`,
-    # `step_arrays`, `leave_out` and `launch` in a step, and `copy_state` when a state_dict is loaded. It has no `with_groups`.
+    # OffloadAdam does the following in its own way: `copies_of` and then `new_state` when it is made; `conditions`, `check`,
+    # `step_arrays`, `norms_of_step`, `leave_out` and `launch` in a step; `copy_state` when a state_dict is loaded. It has no
+    # `with_groups`.
 
     def new_state(self, beginnings):
         """Return name -> {key: zeros} of the state of all parameters. beginnings: name -> Beginning."""
@@ -277,9 +280,10 @@ class Adam(HasGroups, Grows):
         change=None,
         lr_scale=None,
         where=None,
+        norms=False,
         stream=None,
     ):
-        """Update every parameter that has a gradient, in place.
+        """Update every parameter that has a gradient, in place. Return None, or with norms the norms of the step.
 
         grads: of the same structure as params; None in an array's place skips it. For groups, a list with the gradients of
             each, or with dicts `{"params": gradients}`, or, if every group is a dict by names, one dict of all names. By default
@@ -296,6 +300,9 @@ class Adam(HasGroups, Grows):
         change, lr_scale, where: as in `adam_step`, arrays of the same structure as params, with None for a parameter that has
             none; where may be "nonzero" for all of them. A step that is left out leaves change as it is. With capturable, all or
             none of the parameters of a group have one.
+        norms: return (change, param), two float64 arrays of shape () beside the parameters, which have to be on one device:
+            the norm of what the step adds to all parameters, and the norm of these after it (`gpuadam.guide.array_programs`).
+            On a GPU nothing waits for them. With capturable they are the same two arrays at each step, which a graph writes.
         stream: on a GPU, as in `adam_step`.
 
         Everything is checked before anything is written: one bad array or hyperparameter stops the whole step. An interrupt or an
@@ -314,9 +321,13 @@ class Adam(HasGroups, Grows):
         if not (max_norm is norm is found_inf is None and check_finite is False):
             conditions = self.conditions(grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream)
             grad_scale, left_out, on_device = conditions
-        further, bounds = None, of_bounds(self.groups, self.arrangement.structures)
+        further = bounds = None
+        for settings in self.groups:
+            if settings["bounds"] is not None:
+                bounds = of_bounds(self.groups, self.arrangement.structures)
         if bounds or not change is lr_scale is where is None:
             further = self.step_arrays(change, lr_scale, where, bounds)
+        of_step = None if norms is False or not checks.flag("norms", norms) else self.norms_of_step()
         updates: list[Updates] = []
         taking: list[tuple] = []
         for settings, group, grads in zip(self.groups, self._groups, grads_of_groups, strict=True):
@@ -329,20 +340,28 @@ class Adam(HasGroups, Grows):
             self._clip_on_the_device(updates, grad_scale, on_device)
         if left_out:
             self.leave_out(updates, stream)
-            return
-        if updates:
-            self.launch(updates, stream)
+        elif updates:
+            self.launch(updates, stream, of_step)
+        if of_step and (left_out or not updates):
+            of_step.without_update(stream)
+        result = of_step and of_step.result()
+        if of_step and self.options.capturable:
+            self._step_norms = of_step.backend, result  # always in the same place, which captured graphs know
+        if left_out:
+            return result
         for count, parameters in taking:
             count.advance(parameters)
         self.steps += 1
         self.ended()
+        return result
 
     def _updates_of(self, settings, group, grads, grad_scale, on_device):
         """Return the Updates of a group's parameters that have a gradient, and these parameters."""
         (structure, parameters, kind, count), arrays = group, settings["params"]
         lr, grad_scale, now = count.numbers(settings["lr"], grad_scale, on_device)
         known = settings if lr is settings["lr"] else settings | {"lr": lr}
-        h = checked_group(without_arrays(known), structure, self.options, self.steps + 1, grad_scale)
+        known = known if known["bounds"] is None else without_arrays(known)
+        h = checked_group(known, structure, self.options, self.steps + 1, grad_scale)
         if id(None) in map(id, grads):
             present = [grad is not None for grad in grads]
             count.check_present(parameters, present)
@@ -366,8 +385,7 @@ class Adam(HasGroups, Grows):
             columns.append([state[operand] for state in states])
         if len(columns) < len(operands):
             columns.insert(operands.index("param_copy"), [parameter.copy for parameter in parameters])
-        updates = Updates(h, step, columns, operands, names, now)
-        updates.complex, updates.components = structure.complex, structure.components
+        updates = Updates(h, step, columns, operands, names, now, structure.complex, structure.components)
         if counted:
             updates.bits, updates.stochastic = bits, self.options.stochastic_rounding
             updates.seed = checks.seed(self.options.seed)
@@ -378,9 +396,14 @@ class Adam(HasGroups, Grows):
         """Return the `StepArrays` of a step."""
         return StepArrays(self.arrangement, change, lr_scale, where, bounds)
 
-    def launch(self, updates, stream):
-        """Check the Updates of a step and launch them."""
-        update(updates, self.backend, stream, self._remembered, self.under_way)
+    def norms_of_step(self):
+        """Return the `NormsOfStep` of a step."""
+        params = {name: param for group in self.groups for name, param in zip(group["names"], group["params"], strict=True)}
+        return NormsOfStep(params, self._step_norms, self.backend)
+
+    def launch(self, updates, stream, norms=None):
+        """Check the Updates of a step and launch them. norms: a `NormsOfStep`, which is computed too."""
+        update(updates, self.backend, stream, self._remembered, self.under_way, norms)
 
     def check(self, updates, stream):
         """Raise what `launch` would raise, and do nothing else."""

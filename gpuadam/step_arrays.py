@@ -27,8 +27,7 @@ def bounds_apart(bounds):
 
 def without_arrays(settings):
     """Return the settings of a group with bounds of numbers alone."""
-    bounds = settings["bounds"]
-    return settings if bounds is None else settings | {"bounds": bounds_apart(bounds)[0]}
+    return settings | {"bounds": bounds_apart(settings["bounds"])[0]}
 
 
 ARRAYS = "arrays"  # in the place of such an end in saved settings

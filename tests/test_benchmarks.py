@@ -40,6 +40,7 @@ SCRIPTS = {
     "many": (*PEERS, "--sizes", "3x100"),
     "memory": ("--peers", "plain NumPy", "--sizes", "4e6"),
     "first_call": ("--peers", "none"),
+    "norms": ("--sizes", "100,1000"),
 }
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the resident set's high-water mark is Linux's")
 

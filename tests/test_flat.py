@@ -92,3 +92,16 @@ def test_the_arrays_given_are_left_as_they_are():
 def test_what_is_wrong_is_said(given, error, said):
     with pytest.raises(error, match=said):
         gpuadam.flatten(given)
+
+
+def test_complex_arrays_stay_complex(library):
+    given = {"w": np.arange(6).reshape(2, 3) + 1j, "scalar": np.array(2j), "b": np.ones(5, "c16")}
+    flat = gpuadam.flatten({name: library.array(a) for name, a in given.items()}, backend=library.name)
+    opt = gpuadam.Adam(flat.param, lr=0.1, complex="joint", backend=library.name)
+    opt.step(library.array(np.full(flat.param.shape, 3 - 4j)))
+    for name, a in given.items():
+        after = library.numpy(flat.params[name])
+        assert after.shape == a.shape and after.dtype == "c16"
+        np.testing.assert_allclose(after, a - 0.1 * (0.6 - 0.8j))
+    with pytest.raises(TypeError, match=r"arrays\[1\] has dtype float64"):
+        gpuadam.flatten([given["b"], given["b"].real])

@@ -252,6 +252,13 @@ def test_a_copy_is_checked_before_anything_changes(what):
     opt.step(numbers(1, 3))
 
 
+def test_a_copy_lies_in_memory_as_its_parameter_needs_it():
+    for options in ({"state_dtype": "8bit"}, {"components": 4}):
+        param, copies = np.zeros((3, 4), "f4"), np.zeros((3, 4), "f2", order="F")
+        with pytest.raises(ValueError, match=r"param_copy of params\['c'\]"):
+            gpuadam.Adam({"a": np.zeros((2, 4), "f4")}, **options).add("c", param, param_copy=copies)
+
+
 def test_a_row_may_have_no_elements_and_a_group_a_number_of_numpys():
     opt = gpuadam.Adam({"a": np.zeros((4, 0), "f4")}, state_dtype="8bit")
     opt.replace("a", np.zeros((2, 0), "f4"), [0, 1])

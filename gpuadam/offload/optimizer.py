@@ -202,6 +202,12 @@ class OffloadAdam(Adam):
             "Adam, or leave them out"
         )
 
+    def norms_of_step(self):
+        raise ValueError(
+            "OffloadAdam takes no norms: its steps go piece by piece. Leave norms out; gpuadam.global_norm takes the norm of the "
+            "parameters"
+        )
+
     def conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):
         present = [grad for grads in grads_of_groups for grad in grads if grad is not None]
         if norm is None and present and (max_norm is not None or check_finite is not False):
@@ -221,7 +227,7 @@ class OffloadAdam(Adam):
             with self._gpu.on(self._device, None):
                 self._gpu.synchronize()
 
-    def launch(self, updates, stream):
+    def launch(self, updates, stream, norms=None):
         self._runner.run(self.check(updates, stream), stream, self._store.begin)
         for group in updates:
             torch_tensors.wrote(group.written())
