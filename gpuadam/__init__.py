@@ -29,6 +29,8 @@ This is the reference. It has a guide, pages about larger subjects, and below th
 | adding a variant, a format or a backend | `gpuadam.kernels` |
 """
 
+import importlib
+
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
 from .checkpoint import CheckpointError
 from .checkpoint.loading import load
@@ -71,3 +73,19 @@ __all__ = [  # noqa: RUF022 - in the order of the reference
     "use_backend",
     "BackendUnavailableError",
 ]
+
+# Loaded on first use, as `gpuadam.torch`, because a program that uses none should not wait for them
+_PAGES = ("backends", "foreign_state", "planning", "reference", "testing", "torch")
+
+
+def __getattr__(name):
+    if name in _PAGES:
+        try:
+            return importlib.import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:  # an AttributeError, so that hasattr and help() work
+            raise AttributeError(f"gpuadam.{name} needs {error.name}: pip install {error.name}", name=name) from error
+    raise AttributeError(f"module 'gpuadam' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*__all__, *_PAGES, "__version__"])
