@@ -204,7 +204,7 @@ at_once() { # options that let tests run side by side, where pytest-xdist is the
     printf '%s\n' -n $(($(nproc) < 16 ? 4 : 8)) --dist loadgroup
 }
 example() { # name, options
-    run "example-$1" 40 "$python" -m "gpuadam.examples.$1" "${@:2}"
+    run "example-$1" 40 "$python" -m gpuadam.examples "$1" "${@:2}"
 }
 
 # -- what each section does

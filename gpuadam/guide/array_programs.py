@@ -74,7 +74,7 @@ of the bias is too.
 >>> print(points[:, 0])
 [-0.1  0.  -0.1  0. ]
 
-`python -m gpuadam.examples.line_scan` shows why rows that are not measured have to stay.
+`python -m gpuadam.examples line_scan` shows why rows that are not measured have to stay.
 
 ## A rate for each row or element
 
@@ -138,7 +138,7 @@ and `opt.remove` are for whole parameters, by name.
 >>> opt.step(np.ones_like(points))
 
 The step count stays, so the bias of new moments is not corrected. A graph that was captured before updates the old arrays.
-`python -m gpuadam.examples.gaussians` splits and prunes Gaussians so.
+`python -m gpuadam.examples gaussians` splits and prunes Gaussians so.
 
 ## What takes what
 
