@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from cases import few
 from numpy import sqrt
 
 import gpuadam
@@ -191,7 +192,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", few(PROGRAMS, "gsplat", "tike"))
 def test_the_program_and_what_replaces_it_end_alike(name):
     program = PROGRAMS[name]
     ours = program.ours(start())

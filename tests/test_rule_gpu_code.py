@@ -73,15 +73,22 @@ def compiled(compiler, arch, rule, fast_math=False):
     return of_cuda_c(compiler, arch, rule, *["--use_fast_math"] * fast_math)
 
 
-@pytest.mark.in_short("compiler", "name")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", few(OPTIONS, *KEYS))
-def test_a_kernel_gives_adam_steps_bits(compiler, name, dtype):
+# each option in float32, and two that stand for all in float64
+NAMES_AND_DTYPES = [(name, "float32") for name in OPTIONS if name not in KEYS] + [
+    (KEYS[0], "float64"), (KEYS[1], "float32"),
+]  # fmt: skip
+
+
+@pytest.mark.in_short("compiler")
+@pytest.mark.parametrize("of_rule", few(NAMES_AND_DTYPES, *NAMES_AND_DTYPES[-2:]), ids=" ".join)
+def test_a_kernel_gives_adam_steps_bits(compiler, of_rule):
+    name, dtype = of_rule
     rule, arch = gpuadam.Rule(dtype, **OPTIONS[name]), ARCHITECTURES[list(OPTIONS).index(name) % len(ARCHITECTURES)]
     assert_steps(OPTIONS[name], rule, compiled(compiler, arch, rule)[1])
 
 
 @pytest.mark.in_short("compiler")
+@pytest.mark.parametrize("arch", ["sm_75", "sm_100"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fast_math_of_a_kernel_does_not_reach_the_update(compiler, arch, dtype):
     """Without the inline PTX NVVM would flush subnormals, and divide by div.full."""

@@ -95,7 +95,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", few(OPTIONS, "8-bit state", "a part, and rates"))
+@pytest.mark.parametrize("name", few(OPTIONS, "a part, and rates"))
 def test_every_option_of_a_step_is_in_them(name):
     options, of_step = OPTIONS[name]
     params = params_of(in_c_order=options.get("state_dtype") == "8bit")
@@ -140,7 +140,8 @@ def test_norms_change_nothing_of_the_step():
 # The change is that of the numbers which are computed with
 
 
-@pytest.mark.parametrize("option", few(["", "master", "stochastic_rounding"], "master"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("option", ["", "master", "stochastic_rounding"])
 def test_the_change_of_a_narrow_parameter_is_not_rounded(option):
     options = {"": {}, "master": {"master": "remainder"}}.get(option, {option: True})
     exact = random(1, 5000).astype(ml_dtypes.bfloat16)
@@ -355,7 +356,7 @@ CODE = {
 
 
 @pytest.mark.in_short()
-@pytest.mark.parametrize("name", few(CODE, "float32", "8 bits", "narrow", "vectors"))
+@pytest.mark.parametrize("name", few(CODE, "float32", "8 bits", "vectors"))
 @pytest.mark.parametrize("arch", ["sm_80", "sm_120"])
 def test_the_code_of_a_gpu_gives_the_bits_of_the_cpu(compiler, arch, name):
     form, scalars = form_and_scalars(*CODE[name])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import DEFAULTS, assert_sentinels, at_offset
+from cases import DEFAULTS, assert_sentinels, at_offset, few
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
@@ -27,6 +27,9 @@ CASES = {  # formats, and hyperparameters
     "four of bfloat16, rounded randomly": (Arrays(*["bfloat16"] * 3, stochastic=True, numbers=4), {}),
     "bounds of arrays": (Arrays(low="float32", high="float32"), {}),
 }
+
+
+SHORT = "three with copies and bounds", "complex64 with bfloat16 state", "the change of three"
 
 
 def form_and_scalars(what):
@@ -65,8 +68,10 @@ def assert_same(form, found, expected):
         assert (np.ascontiguousarray(one).view(bits) == other.view(bits)).all(), operand.name
 
 
-@pytest.mark.in_short("what")
-@pytest.mark.parametrize("what", CASES)
+@pytest.mark.in_short()
+@pytest.mark.parametrize(
+    "what", few(CASES, "complex64 with bfloat16 state", "three with copies and bounds", "the change of three")
+)
 @pytest.mark.parametrize("loop", ["contiguous", "strided", "table"])
 def test_vectors_have_the_cpu_backends_bits(compiler, what, loop):
     form, scalars = form_and_scalars(what)
@@ -91,7 +96,9 @@ def test_vectors_have_the_cpu_backends_bits(compiler, what, loop):
 
 
 @pytest.mark.in_short("what")
-@pytest.mark.parametrize("what", ["complex64", "three with copies and bounds", "four of bfloat16, rounded randomly"])
+@pytest.mark.parametrize(
+    "what", few(["complex64", "three with copies and bounds", "four of bfloat16, rounded randomly"], "complex64")
+)
 def test_a_thread_takes_16_bytes_at_once(compiler, what):
     form, scalars = form_and_scalars(what)
     arrays = [at_offset(a.reshape(-1), 0)[0].reshape(a.shape) for a in made(form, 1024)]

@@ -10,14 +10,14 @@ class ShardAdam(Adam):
     Random rounding goes by a shard's place in its parameter. options: `Options`. settings: hyperparameters, and the backend.
     """
 
-    def __init__(self, shards, options, **settings):
+    def __init__(self, shards, options, components=1, **settings):
         self.algorithm, self.decoupled = options.algorithm, options.decoupled
-        params = {shard.label: in_vectors(shard.param, settings["components"]) for shard in shards}
+        params = {shard.label: in_vectors(shard.param, components) for shard in shards}
         # ShardedAdam zeroes the gradients, not their sums
-        super().__init__(params, **settings, **options.saved() | {"zero_grad": False})
+        super().__init__(params, components=components, **settings, **options.saved() | {"zero_grad": False})
         for shard, parameter in zip(shards, self.parameters.values(), strict=True):
             parameter.key = key_of_parameter(options.seed, shard.number)
-            parameter.start = shard.start // settings["components"]
+            parameter.start = shard.start // components
             shard.state = parameter.state
 
     def warn_of_no_effect(self, options):
