@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 
 import hypothesis
 import numba
@@ -27,6 +28,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=int(datetime.date.today().strftime("%Y%m%d")))
     parser.add_argument("--seconds", type=float, default=60, help="after which no round begins; the first one always does")
     given = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", message=".* does nothing here", category=UserWarning)  # of options that are drawn too
     print(f"seed {given.seed}", flush=True)
     seeds = random.Random(given.seed)
     seed, rounds, ends = given.seed, 0, time.monotonic() + given.seconds
