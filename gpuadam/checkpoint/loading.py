@@ -9,16 +9,17 @@ from .. import backends, checks, family, torch_tensors
 from ..groups import HYPERPARAMETERS, as_given, differing_names, parsed_groups, places_of_groups, some
 from ..kernels.messages import shortened, shown
 from ..kernels.view import is_array
-from ..options import SAVED, Options
+from ..options import SAVED, STATE_DTYPES, Options
 from ..sharded.layout import CELL
 from ..step_arrays import bounds_of_loaded
+from .converting import as_saved, read_state
 from .format import CLASSES, check_known, of_param
 from .safetensors import CheckpointError, require
 from .stored import Stored, opened_file
 from .tensors import PARAM, chosen, sections
 
 
-def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=False):
+def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=False, state_dtype=None):
     """Make the optimizer that `Adam.save` saved: of its class, with its options, hyperparameters, step counts and state.
 
     path: of the file, or of the folder that `ShardedAdam.save` made, from any number of ranks.
@@ -31,8 +32,11 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
         is not saved, so it has to be given again, here or in its group. If lr is an array of one number, which `capturable`
         takes, the saved learning rate is written into it.
     with_params: overwrite the parameters with those that were saved.
+    state_dtype: the format of m, v and max_v, as in `Adam`, if it is to be another than the saved one. They are converted,
+        rounded to nearest, through the host: `gpuadam.guide.narrow_numbers` says what that loses. Nothing else changes.
 
-    The arrays of the file go straight into the state; a few MB are used beside it. Nothing is cast, and nothing is executed.
+    The arrays of the file go straight into the state; a few MB are used beside it. Without state_dtype nothing is cast, and
+    nothing is executed.
     Raises CheckpointError, a ValueError, if the checkpoint is damaged, incomplete or no checkpoint at all, or does not fit the
     parameters; FileNotFoundError if there is no such file; for bad parameters the errors of `Adam`. Nothing of the caller's has
     changed then.
@@ -48,7 +52,7 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
     ('AdamW', 1, 0.1)
     """
     path, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
-    with about(path), opened(path, params, backend, lr) as checkpoint:
+    with about(path), opened(path, params, backend, lr, state_dtype) as checkpoint:
         stored, saved = checkpoint.stored, checkpoint.stored.saved
         stored.arrange(stored.read_headers())
         single = saved.name in CLASSES
@@ -59,13 +63,13 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
             make, settings = getattr(family, saved.name), checkpoint.hyperparameters | saved.options
             opt = make(checkpoint.params, **settings, param_copies=param_copies, backend=backend)
         arrays = sections(opt)
+        in_file = as_saved(arrays, checkpoint.state_dtype)
         state, of_params = chosen(arrays, False), [section for section in arrays if with_params and section.key == PARAM]
-        stored.check(arrays, with_params)
+        stored.check(in_file, with_params)
         with not_fitting():
             for section in (*state, *of_params):
                 checks.no_gaps(section.view)
-        for section in state:
-            stored.read(section)
+        read_state(stored, arrays, in_file)
         for section in of_params:
             stored.verify(section.array_name)
         with not_fitting():
@@ -94,11 +98,14 @@ class Opened(NamedTuple):
     stored: Stored
     params: Any  # the parameters or, with the hyperparameters of each, groups of them
     hyperparameters: dict[str, Any]
+    state_dtype: str | None  # the saved one; the options in `stored.saved` have that of the optimizer
 
 
 @contextlib.contextmanager
-def opened(path, params, backend, lr):
-    """Open a checkpoint and compare it with the parameters that it is loaded for. lr: as in `load`."""
+def opened(path, params, backend, lr, state_dtype=None):
+    """Open a checkpoint and compare it with the parameters that it is loaded for. lr, state_dtype: as in `load`."""
+    if state_dtype is not None:
+        checks.one_of(STATE_DTYPES, "state_dtype", state_dtype)
     groups, (structures, grouped) = parsed_groups(
         params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1}
     )
@@ -112,9 +119,12 @@ def opened(path, params, backend, lr):
         check_known("options", saved.options, SAVED)
         _check_params(saved, views)
         with not_fitting():
-            names, by_place = [group["names"] for group in saved.groups], Options(**saved.options).rounds_randomly
+            names, options = [group["names"] for group in saved.groups], [saved.options]
+            if state_dtype is not None:
+                options.append(saved.options | {"state_dtype": state_dtype})
+            by_place = all(Options(**given).rounds_randomly for given in options)
             places = places_of_groups(names, structures, by_place)
-        stored.saved = saved = saved._replace(groups=[saved.groups[k] for k in places])
+        stored.saved = saved = saved._replace(groups=[saved.groups[k] for k in places], options=options[-1])
         rates = _learning_rates(lr, groups, saved.groups)
         arguments = []
         for group, structure, rate, saved_group in zip(groups, structures, rates, saved.groups, strict=True):
@@ -123,7 +133,8 @@ def opened(path, params, backend, lr):
                 bounds = bounds_of_loaded(saved_group.get("bounds"), group["bounds"])
             arguments.append(saved_group | {"lr": rate, "params": members, "bounds": bounds})
             del arguments[-1]["names"]
-        yield Opened(stored, *((arguments, {}) if grouped else (arguments[0].pop("params"), arguments[0])))
+        members, hyperparameters = (arguments, {}) if grouped else (arguments[0].pop("params"), arguments[0])
+        yield Opened(stored, members, hyperparameters, options[0]["state_dtype"])
 
 
 @contextlib.contextmanager

@@ -228,10 +228,13 @@ class OffloadAdam(Adam):
 
     # Saving and ending
 
-    def load_state_dict(self, state_dict):
-        """Copy a `state_dict()`, of this class or, but for a float32 master, of `Adam` on the CPU, into this optimizer."""
+    def load_state_dict(self, state_dict, *, convert=False):
+        """Copy a `state_dict()`, of this class or, but for a float32 master, of `Adam` on the CPU, into this optimizer.
+
+        convert: as in `Adam.load_state_dict`.
+        """
         self._store.check_open()
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict, convert=convert)
 
     def copy_state(self, copies):
         for _, to, source in copies:
