@@ -38,6 +38,7 @@ from .functional import adam_step
 from .groups import decay_groups
 from .kernels.view import Bits
 from .offload import OffloadAdam
+from .offload.loading import load_offload
 from .optimizer import Adam
 from .rule import Rule
 from .sharded import transports
@@ -60,6 +61,7 @@ __all__ = [  # noqa: RUF022 - in the order of the reference
     "decay_groups",
     "load",
     "load_sharded",
+    "load_offload",
     "CheckpointError",
     "global_norm",
     "flatten",

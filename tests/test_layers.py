@@ -32,7 +32,7 @@ FLOORS = [
     ("checkpoint.saving", "checkpoint.*"),
     ("optimizer", "family"),
     ("checkpoint.loading", "foreign_state", "sharded.*", "offload.*", "torch.*"),
-    ("sharded.loading", "planning.*"),
+    ("sharded.loading", "offload.loading", "planning.*"),
     ("", "testing.*", "guide.*"),
     ("examples.*",),
     ("cli.*", "__main__", "__pyinstaller.*"),

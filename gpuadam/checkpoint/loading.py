@@ -5,9 +5,12 @@ import json
 import os
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .. import backends, checks, family, torch_tensors
 from ..groups import HYPERPARAMETERS, as_given, differing_names, parsed_groups, places_of_groups, some
 from ..kernels.messages import shortened, shown
+from ..kernels.operands import NARROW
 from ..kernels.view import is_array
 from ..options import SAVED, STATE_DTYPES, Options
 from ..sharded.layout import CELL
@@ -53,32 +56,45 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
     """
     path, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
     with about(path), opened(path, params, backend, lr, state_dtype) as checkpoint:
-        stored, saved = checkpoint.stored, checkpoint.stored.saved
-        stored.arrange(stored.read_headers())
+        saved = checkpoint.stored.saved
         single = saved.name in CLASSES
         require(single, f"its class {saved.name} is one of gpuadam.ShardedAdam alone: load it with gpuadam.load_sharded")
-        enough = param_copies is not None or not saved.copies
-        require(enough, f"{some(saved.copies)} had copies: give param_copies=, with None for those without one now")
+        check_copies(saved.copies, param_copies)
         with not_fitting():
             make, settings = getattr(family, saved.name), checkpoint.hyperparameters | saved.options
             opt = make(checkpoint.params, **settings, param_copies=param_copies, backend=backend)
-        arrays = sections(opt)
-        in_file = as_saved(arrays, checkpoint.state_dtype)
-        state, of_params = chosen(arrays, False), [section for section in arrays if with_params and section.key == PARAM]
-        stored.check(in_file, with_params)
-        with not_fitting():
-            for section in (*state, *of_params):
-                checks.no_gaps(section.view)
-        read_state(stored, arrays, in_file)
-        for section in of_params:
-            stored.verify(section.array_name)
-        with not_fitting():
-            opt.go_on_from(*opt.checked_state_dict(_state_dict(opt, saved)))  # its arrays are in place
-        if with_params:  # now that nothing can be wrong
-            torch_tensors.wrote([param for group in opt.groups for param in group["params"]])
-        for section in of_params:
-            stored.read(section)
+        fill(opt, checkpoint, with_params)
     return opt
+
+
+def check_copies(copies, param_copies):
+    """Refuse to load parameters that had copies without any. copies: their names."""
+    enough = param_copies is not None or not copies
+    require(enough, f"{some(copies)} had copies: give param_copies=, with None for those without one now")
+
+
+def fill(opt, checkpoint, with_params):
+    """Read state, counts and, if with_params is true, parameters into a new optimizer. checkpoint: what `opened` yields."""
+    stored, saved = checkpoint.stored, checkpoint.stored.saved
+    stored.arrange(stored.read_headers())
+    arrays = sections(opt)
+    in_file = as_saved(arrays, checkpoint.state_dtype)
+    of_params = [section for section in arrays if with_params and section.key == PARAM and not section.is_master]
+    stored.check(in_file, with_params)
+    with not_fitting():
+        for section in (*chosen(arrays, False), *of_params):
+            checks.no_gaps(section.view)
+        loaded = opt.checked_state_dict(_state_dict(opt, saved))
+    opt.under_way.begin()  # a process that is killed now leaves no files of state that look whole
+    read_state(stored, arrays, in_file)
+    for section in of_params:
+        stored.verify(section.array_name)
+    opt.go_on_from(*loaded)
+    opt.ended()
+    if with_params:  # now that nothing can be wrong
+        torch_tensors.wrote([param for group in opt.groups for param in group["params"]])
+    for section in of_params:
+        stored.read(section)
 
 
 def _state_dict(opt, saved):
@@ -102,8 +118,11 @@ class Opened(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(path, params, backend, lr, state_dtype=None):
-    """Open a checkpoint and compare it with the parameters that it is loaded for. lr, state_dtype: as in `load`."""
+def opened(path, params, backend, lr, state_dtype=None, of_masters=False):
+    """Open a checkpoint and compare it with the parameters that it is loaded for. lr, state_dtype: as in `load`.
+
+    of_masters: a narrow parameter is the copy of a float32 one, which was saved.
+    """
     if state_dtype is not None:
         checks.one_of(STATE_DTYPES, "state_dtype", state_dtype)
     groups, (structures, grouped) = parsed_groups(
@@ -117,7 +136,8 @@ def opened(path, params, backend, lr, state_dtype=None):
     with opened_file(path, _longest_header(views)) as stored:
         saved = stored.saved
         check_known("options", saved.options, SAVED)
-        _check_params(saved, views)
+        masters = [name for name, view in views.items() if of_masters and view.format in NARROW]
+        _check_params(saved, views | {name: views[name]._replace(dtype=np.dtype("f4"), bits="") for name in masters})
         with not_fitting():
             names, options = [group["names"] for group in saved.groups], [saved.options]
             if state_dtype is not None:

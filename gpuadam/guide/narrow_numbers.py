@@ -87,7 +87,8 @@ be right on average, and the result depends on no seed. It is computed on the ho
 back loses nothing: float32 state has exactly the numbers that the narrow state had. What overflows float32 becomes infinite.
 
 After 1,000 of 2,000 steps of the task digits below, in percent: the norm of the errors over the norm of m, of v, and of the
-step m / sqrt(v); then the mean final loss of that of float32 throughout, and the range of five seeds (`benchmarks/conversion.py`).
+step m / sqrt(v); then the mean final loss over that of float32 throughout, and the range of five seeds
+(`benchmarks/conversion.py`). The losses differ by no more than chance.
 
 | | m | v | step | final loss | range |
 |---|---:|---:|---:|---:|---|

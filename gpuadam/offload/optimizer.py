@@ -236,6 +236,17 @@ class OffloadAdam(Adam):
         self._store.check_open()
         super().load_state_dict(state_dict, convert=convert)
 
+    def save(self, path, *, with_params=False):
+        """Write a checkpoint that `gpuadam.load_offload` goes on from, and `gpuadam.load`, as `Adam` or `AdamW`: see `Adam.save`.
+
+        A float32 master is the exact value of its parameter, and is saved as it, with_params or not. To `Adam` that is a float32
+        parameter with a copy: `gpuadam.load(path, float32_arrays, param_copies=narrow_arrays, with_params=True)`.
+        """
+        self._store.check_open()
+        super().save(path, with_params=with_params)
+        drop_mapped([array for state in self.state.values() for key, array in state.items() if key != "step"])
+        drop_mapped(bare([param for group in self.groups for param in group["params"]])[0])
+
     def copy_state(self, copies):
         for _, to, source in copies:
             copy(to.array, source.array)
@@ -248,6 +259,10 @@ class OffloadAdam(Adam):
     def close(self):
         """Flush the files and free the folder. No step can follow."""
         self._store.close()
+
+    def discard(self):
+        """Free the folder, and take its files away. No step can follow."""
+        self._store.discard()
 
     def __enter__(self):
         return self
