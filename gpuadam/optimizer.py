@@ -11,6 +11,7 @@ from . import backends, checks, clipping, hyperparameters, step_counts, torch_te
 from . import state as state_
 from .checkpoint import saving
 from .checkpoint.safetensors import require
+from .description import of_adam, repr_of
 from .device_step import Now
 from .groups import (
     HYPERPARAMETERS,
@@ -111,6 +112,8 @@ class Adam(HasGroups, Grows):
     >>> opt.step({"w": np.float32([-33.0, 1.0, 0.0]), "b": None})
     >>> print(params["w"], params["b"])
     [0.6 0.4 0.5] [0.]
+    >>> opt
+    Adam(2 parameters, 4 elements, steps=1, lr=0.1)
     """
 
     decoupled = False
@@ -168,6 +171,10 @@ class Adam(HasGroups, Grows):
         beginnings = self._checked_params()
         self._make_parameters(beginnings, self.copies_of(param_copies, beginnings))
         self._make_groups(beginnings)
+
+    def __repr__(self):
+        """Return class, parameters, elements, calls of `step`, and what is not the default. No GPU is waited for."""
+        return repr_of(self, lambda: of_adam(self))
 
     def with_groups(self, groups, states, copies):
         """Return an optimizer like this one with other groups. states: name -> state that goes on. copies: name -> array."""

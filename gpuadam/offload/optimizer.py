@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import backends, checks, torch_tensors
 from ..clipping import global_norm
+from ..description import of_adam, repr_of
 from ..groups import OF_PARAMS
 from ..kernels.backend import refuse_stream
 from ..kernels.messages import shown
@@ -93,6 +94,7 @@ class OffloadAdam(Adam):
             raise TypeError(f'state={shown(state)} must be "memory" or the path of a folder')
         if checks.count("budget", budget) < 1:
             raise ValueError(f"budget={budget} must be a number of bytes")
+        self._budget = int(budget)
         self._update = checks.one_of(("auto", "device", "host"), "update", update)
         self.decoupled = checks.flag("decoupled", decoupled)
         self._master, self._state_in = master, state
@@ -192,6 +194,19 @@ class OffloadAdam(Adam):
     def ended(self):
         counts = {name: int(state["step"]) for name, state in self.state.items()}  # a caller may have set NumPy's integers
         self._store.end_at(int(self.steps), {name: n for name, n in counts.items() if n != self.steps})
+
+    def __repr__(self):
+        return repr_of(self, self._description)
+
+    def _description(self):
+        """Return the text of `repr`."""
+        own = {
+            "decoupled": self.decoupled,
+            "state": os.fspath(self._state_in),
+            "budget": self._budget,
+            "update": self._update,
+        }
+        return of_adam(self, master=self._master, **own)
 
     def with_groups(self, groups, states, copies):
         raise ValueError("OffloadAdam has its parameters for good: load their state into an optimizer of other ones")
