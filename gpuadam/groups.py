@@ -172,11 +172,13 @@ class OF_PARAMS:
     """In the place of gradients: those that the parameters hold."""
 
 
-def grads_of_params(group):
-    """Return the `.grad` of each parameter of a group, None included."""
+def grads_of_params(group, method="step"):
+    """Return the `.grad` of each parameter of a group, None included. method: which needs them, for the error."""
     for name, param in zip(group["names"], group["params"], strict=False):
         if not hasattr(param, "grad"):
-            raise TypeError(f"params[{shown(name)}] is {a_kind(param)}, which has no .grad: give the gradients, step(grads)")
+            raise TypeError(
+                f"params[{shown(name)}] is {a_kind(param)}, which has no .grad: give the gradients, {method}(grads)"
+            )
     return [param.grad for param in group["params"]]
 
 

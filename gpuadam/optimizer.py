@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import backends, checks, clipping, hyperparameters, step_counts, torch_tensors
+from . import backends, checks, clipping, gradients, hyperparameters, step_counts, torch_tensors
 from . import state as state_
 from .checkpoint import saving
 from .checkpoint.safetensors import require
@@ -348,6 +348,35 @@ class Adam(HasGroups, Grows):
             count.advance(parameters)
         self.steps += 1
         self.ended()
+
+    def zero_grad(self, grads=OF_PARAMS, *, stream=None):
+        """Fill gradients with zeros, in place; without gradients, set the `.grad` of each tensor of torch to None.
+
+        For gradients that are summed up over several backward passes: an optimizer does not keep them. A step with the option
+        zero_grad does both in one pass over memory.
+
+        grads: as in `step`, arrays beside the parameters that may be written. With torch, `[p.grad for p in params]` keeps the
+            tensors where they are, as a captured graph needs it.
+        stream: on a GPU, as in `adam_step`.
+
+        Raises TypeError or ValueError, for an array that shares memory with a parameter too, and then nothing has changed.
+
+        >>> import numpy as np, gpuadam
+        >>> grads = {"w": np.ones(3, "float32")}
+        >>> gpuadam.Adam({"w": np.ones(3, "float32")}).zero_grad(grads)
+        >>> grads
+        {'w': array([0., 0., 0.], dtype=float32)}
+        """
+        self.arrangement.check(self.groups)
+        if grads is OF_PARAMS:
+            for group in self.groups:
+                grads_of_params(group, "zero_grad")  # which refuses arrays that have no .grad
+            for param in itertools.chain.from_iterable(group["params"] for group in self.groups):
+                param.grad = None
+            return
+        of_groups = zip(self.groups, self.arrangement.in_order(grads), strict=True)
+        named = [zip(group["names"], group["params"], of_group, strict=True) for group, of_group in of_groups]
+        gradients.fill_with_zeros(itertools.chain.from_iterable(named), self.backend, stream)
 
     def _updates_of(self, settings, group, grads, grad_scale, on_device):
         """Return the Updates of a group's parameters that have a gradient, and these parameters."""

@@ -16,7 +16,7 @@ FLOORS = [
     ("checks", "torch_tensors", "backends", "terminal.*", "under_way", "version"),
     ("hyperparameters", "state", "state_conversion", "reference"),
     ("options", "groups", "device_step", "step_counts", "clipping", "remembered", "flat", "step_arrays", "growing"),
-    ("description", "update", "functional", "rule"),
+    ("description", "gradients", "update", "functional", "rule"),
     ("sharded.transports.*", "sharded.agreement", "sharded.layout", "checkpoint", "checkpoint.safetensors"),
     ("checkpoint.saving", "checkpoint.*"),
     ("optimizer", "family"),
