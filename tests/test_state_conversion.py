@@ -5,6 +5,8 @@ import copy
 import narrow_model as model
 import numpy as np
 import pytest
+from checkpoint_files import sealed, taken_apart
+from thread_ranks import all_well, on_ranks
 
 import gpuadam
 from gpuadam import foreign_state, state_conversion
@@ -167,6 +169,32 @@ def test_a_checkpoint_of_ranks_is_converted_too(tmp_path):
 
 def opt_of(tmp_path, params):
     return gpuadam.load(tmp_path / "ranks", params)
+
+
+def test_each_of_three_ranks_converts_its_parts(tmp_path):
+    w = np.random.default_rng(0).standard_normal((5, 4001)).astype("f4")
+    source = gpuadam.Adam({"w": w.copy()})
+    source.step({"w": w})
+    source.save(tmp_path / "a")
+
+    def loads(transport):
+        opt = gpuadam.load_sharded(tmp_path / "a", {"w": w.copy()}, transport, state_dtype="8bit", bucket_bytes=20_000)
+        return {key: opt.gathered(key)["w"] for key in ("m", "v", "m_scale", "v_scale")}
+
+    for found in all_well(on_ranks(3, loads)):
+        for key, array in expected_of(source, "w", "8bit").items():
+            assert model.different(found[key], array) == 0, key
+
+
+def test_a_file_of_state_that_no_optimizer_has_is_refused(tmp_path):
+    source, params = trained("8bit")
+    source.save(tmp_path / "a")
+    header, payload = taken_apart((tmp_path / "a").read_bytes())
+    metadata = header["__metadata__"]
+    metadata["groups"] = metadata["groups"].replace('"amsgrad": false', '"amsgrad": true')
+    (tmp_path / "a").write_bytes(sealed(header, payload))
+    with pytest.raises(CheckpointError, match="8-bit state has no max_v"):
+        gpuadam.load(tmp_path / "a", params, state_dtype="float32")
 
 
 # state_dicts

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 
+from .. import checks
 from ..kernels import array_bytes
 from ..state import IN_MEMORY, kept
 from ..state_conversion import CONVERTED, convert
@@ -11,12 +12,16 @@ from .tensors import PARAM
 
 
 def as_saved(sections, state_dtype):
-    """Return the Sections that a checkpoint has in the place of an optimizer's. state_dtype: the saved option."""
+    """Return the Sections that a checkpoint has in the place of an optimizer's. state_dtype: the saved option.
+
+    Raises ValueError for state that no optimizer has.
+    """
     saved = []
     for param, state in _by_parameter(sections):
         keys = [section.key for section in state]
         master = "remainder" if "remainder" in keys else None
         formats = kept(param.view.format, state_dtype, "max_v" in keys, master, "ema" in keys)
+        checks.combination("adam", formats, stochastic=False)  # which the optimizer's own formats may not show
         saved.append(param)
         for key, format in formats.items():
             dtype, bits = np.dtype(IN_MEMORY.get(format, format)), format if format in IN_MEMORY else ""

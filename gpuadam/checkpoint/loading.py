@@ -78,7 +78,8 @@ def fill(opt, checkpoint, with_params):
     stored, saved = checkpoint.stored, checkpoint.stored.saved
     stored.arrange(stored.read_headers())
     arrays = sections(opt)
-    in_file = as_saved(arrays, checkpoint.state_dtype)
+    with not_fitting():
+        in_file = as_saved(arrays, checkpoint.state_dtype)
     of_params = [section for section in arrays if with_params and section.key == PARAM and not section.is_master]
     stored.check(in_file, with_params)
     with not_fitting():
@@ -154,7 +155,7 @@ def opened(path, params, backend, lr, state_dtype=None, of_masters=False):
             arguments.append(saved_group | {"lr": rate, "params": members, "bounds": bounds})
             del arguments[-1]["names"]
         members, hyperparameters = (arguments, {}) if grouped else (arguments[0].pop("params"), arguments[0])
-        yield Opened(stored, members, hyperparameters, options[0]["state_dtype"])
+        yield Opened(stored, members, hyperparameters, options[0].get("state_dtype"))
 
 
 @contextlib.contextmanager

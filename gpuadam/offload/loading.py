@@ -59,11 +59,11 @@ def load_offload(
         saved = checkpoint.stored.saved
         known = ", which OffloadAdam is not: it is Adam or AdamW"
         require(saved.name in OFFLOADED, f"its class is {shown(saved.name)}{known}")
-        require(not saved.options["capturable"], "it is of a capturable optimizer, which an OffloadAdam cannot be")
+        require(not saved.options.get("capturable"), "it is of a capturable optimizer, which an OffloadAdam cannot be")
         if master is None:
             check_copies(saved.copies, param_copies)
         settings = checkpoint.hyperparameters | {k: v for k, v in saved.options.items() if k not in ("capturable", "master")}
-        settings |= {"decoupled": OFFLOADED[saved.name], "master": master or saved.options["master"]}
+        settings |= {"decoupled": OFFLOADED[saved.name], "master": master or saved.options.get("master")}
         settings |= {"param_copies": param_copies, "backend": backend}
         settings |= {"state": state, "budget": budget, "update": update, "progress": progress}
         if state != "memory":

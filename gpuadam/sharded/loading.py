@@ -93,7 +93,8 @@ def _fill(opt, stored, with_params, state_dtype):
         taken = {name: checks.count(f"step of {shown(name)}", param["step"]) for name, param in saved.params.items()}
         steps = checks.count("steps", saved.steps)
     arrays = sections_of_rank(opt)
-    in_file = as_saved(arrays, state_dtype)
+    with not_fitting():
+        in_file = as_saved(arrays, state_dtype)
     stored.check(in_file, with_params)
     read_state(stored, arrays, in_file)
     for section in arrays:
