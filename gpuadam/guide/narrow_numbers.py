@@ -72,7 +72,9 @@ State changes its format where that is asked for, and nowhere else. Parameters, 
 | a `state_dict()` | `opt.load_state_dict(state_dict, convert=True)` |
 | torch's or optax's Adam | `foreign_state.from_torch(opt, state_dict, names, convert=True)`, and `from_optax` |
 | this optimizer, to torch's Adam | `foreign_state.to_torch(opt, convert=True)` |
-| `torch.optim.Adam`'s checkpoint, in `gpuadam.torch` | `opt.load_state_dict(state_dict, convert=True)` |
+| `torch.optim.Adam`'s checkpoint, in `gpuadam.torch` | `opt.load_state_dict(state_dict, convert=True)`, for 8 bits |
+
+`gpuadam.torch` needs no word for bfloat16: it casts a checkpoint to the optimizer's floats, as torch's own classes do.
 
 >>> w = np.ones(64, "float32")
 >>> before = gpuadam.Adam({"w": w})
