@@ -1,10 +1,14 @@
 """Make the reference: python .pdoc/build.py FOLDER, then open FOLDER/index.html. Needs pdoc. A warning is an error."""
 
 import importlib.util
+import inspect
+import operator
 import re
 import sys
+import types
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pdoc
 
@@ -19,19 +23,35 @@ NAMES = r"\w+(?:,\s+\w+)*"  # of arguments
 
 def main(folder):
     """Write the pages into a folder."""
-    packages = [name for name in PACKAGES if name != "torch" or importlib.util.find_spec("torch")]
-    names = ["gpuadam", "gpuadam.guide"] + [f"gpuadam.{name}" for name in packages]
-    names += [rf"!gpuadam\.({'|'.join(packages)})\."]
+    if not importlib.util.find_spec("torch"):
+        sys.modules["torch"] = torch_to_read()
+    names = ["gpuadam", "gpuadam.guide"] + [f"gpuadam.{name}" for name in PACKAGES]
+    names += [rf"!gpuadam\.({'|'.join(PACKAGES)})\."]
     for name in INNER:
         names += [f"gpuadam.{name}", rf"!gpuadam\.{name}\."]
-    pdoc.render.env.filters["arguments_apart"] = arguments_apart
+    pdoc.render.env.globals["text_of"] = text_of
     pdoc.render.env.globals["for_users"] = for_users
     pdoc.render.configure(template_directory=HERE)
     pdoc.pdoc(*names, output_directory=Path(folder))
+    for page in Path(folder).rglob("*.html"):
+        if found := re.search(r"(object|sentinel|function \w+) at 0x\w+|&lt;object object", page.read_text()):
+            sys.exit(f"{page} shows the address of an object: {found[0]}. Give it a __repr__ that a reader understands")
+
+
+def torch_to_read():
+    """Return a module in torch's place, with which `gpuadam.torch` can be imported and described, and no more."""
+    torch = types.ModuleType("torch")
+    torch.__getattr__ = lambda name: mock.MagicMock(name=f"torch.{name}")
+    torch.optim = types.SimpleNamespace(Optimizer=type("Optimizer", (), {"__module__": "torch.optim"}))
+    torch.no_grad = lambda: lambda function: function
+    return torch
 
 
 def for_users(doc):
-    """Return whether a page shows a name: of an optimizer what users call, of a module no constants but those in `__all__`."""
+    """Return whether a page shows a name: of an optimizer what users call, of a module no constants but those in `__all__`.
+
+    A member of a class of which nothing is said is not shown: the signature and the text of the class have it.
+    """
     of_class = doc.qualname.rpartition(".")[0]
     if of_class.endswith(("Adam", "AdamW", "AdaMax")) and doc.name not in OF_OPTIMIZERS:
         return False
@@ -39,7 +59,26 @@ def for_users(doc):
         return doc.name in getattr(sys.modules[doc.modulename], "__all__", ())
     if doc.name == "__init__":
         return doc.docstring or doc.signature_without_self.parameters
-    return not doc.name.startswith("_")
+    return not doc.name.startswith("_") and bool(not of_class or text_of(doc))
+
+
+def text_of(doc):
+    """Return what a page says of a name, as Markdown: its docstring, or of a field of a record the comment behind it."""
+    text = "" if doc.docstring.startswith(("Alias for field number", "Create new instance of")) else doc.docstring
+    if not text and doc.kind == "variable" and "." in doc.qualname:
+        text = comment_of(doc)
+    return text if doc.kind == "module" else arguments_apart(text)
+
+
+def comment_of(field):
+    """Return the comment that stands behind a field in the source of its class, or "" if there is none."""
+    of_class, _, name = field.qualname.rpartition(".")
+    try:
+        source = inspect.getsource(operator.attrgetter(of_class)(sys.modules[field.modulename]))
+    except (AttributeError, OSError, TypeError):
+        return ""
+    found = re.search(rf"^    {name}: .*?  # (.*)$", source, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def arguments_apart(docstring):

@@ -34,6 +34,7 @@ section small 40 "the host's time of a call, on both backends"
 section tests 420 "every test that is marked gpu"
 section narrow 150 "every format of the arrays, on both backends"
 section amp_step 80 "the whole step of mixed-precision training, on both backends"
+section norms 40 "a step that returns its norms, on both backends"
 section peers 90 "one large array and small ones on CuPy, beside every library that is there"
 section what_binds 200 "the hardware's counters of a launch, by ncu"
 section launch_shapes 45 "other block sizes, more vectors a thread, a grid-stride loop, cache hints"
@@ -114,6 +115,7 @@ if [ "${GPUADAM_GPU:-}" != host ]; then
     small=(--seconds 1)
     narrow=(--seconds 3) narrow_numba=(--seconds 2 --forms "bfloat16 state,8-bit state,all bfloat16")
     amp_step=(--seconds 2) amp_step_numba=(--seconds 2 --sizes gpt2)
+    norms=(--seconds 1)
     peers_large=(--seconds 3 --sizes $((1 << 26)))
     launch_shapes=(--seconds 3)
     offload=(--sizes 8/1,72/8 --seconds 10)
@@ -134,6 +136,7 @@ else
     small=(--seconds 0 --sizes 1000)
     narrow=(--seconds 0 --sizes 4096 --forms "8-bit state") narrow_numba=("${narrow[@]}")
     amp_step=(--seconds 0 --sizes 3x1000) amp_step_numba=("${amp_step[@]}")
+    norms=(--seconds 0 --sizes 4096)
     peers_large=(--seconds 0 --sizes 4096)
     launch_shapes=(--seconds 0 --elements 65536)
     what_binds=(--elements 4096)
@@ -201,7 +204,7 @@ at_once() { # options that let tests run side by side, where pytest-xdist is the
     printf '%s\n' -n $(($(nproc) < 16 ? 4 : 8)) --dist loadgroup
 }
 example() { # name, options
-    run "example-$1" 40 "$python" -m "gpuadam.examples.$1" "${@:2}"
+    run "example-$1" 40 "$python" -m gpuadam.examples "$1" "${@:2}"
 }
 
 # -- what each section does
@@ -251,6 +254,11 @@ section_amp_step() {
     benchmark amp_step cupy 45 "${amp_step[@]}"
     benchmark amp_step numba-cuda 40 "${amp_step_numba[@]}"
     drawn amp_step
+}
+section_norms() {
+    benchmark norms cupy 22 "${norms[@]}"
+    benchmark norms numba-cuda 22 "${norms[@]}"
+    drawn norms
 }
 section_peers() {
     benchmark large cupy 55 "${peers_large[@]}"

@@ -21,7 +21,8 @@ from gpuadam import backends
 from gpuadam.cli.measuring import forms, measure, plots
 from gpuadam.cli.measuring.measure import CALL, KERNEL
 from gpuadam.kernels.operands import GROUP, operands_of
-from gpuadam.terminal import figures, output
+from gpuadam.terminal import figures
+from gpuadam.terminal.console import Table
 
 FLOAT32 = "float32"
 # float64 has no fewer bytes, and eps-hat is float32's kernel.
@@ -100,7 +101,7 @@ def table(rows):
         ratios = [f"{kernel[key]:.3f}" for key in ("x_float32", "x_float32_bytes", "x_limit")]
         call = next((report.time(row["p50_us"]) for row in of_form if row["contender"] == CALL), "")
         lines.append([form, f"{kernel['bytes_per_element']:.4g}", *times, f"{kernel['gb_per_s']:,.1f}", *ratios, call])
-    return output.table(title, heads, lines)
+    return Table(title, heads, lines)
 
 
 def draw(rows, path):

@@ -48,7 +48,8 @@ from gpuadam.planning import machines
 from gpuadam.planning.machines import Link, Processor
 from gpuadam.planning.model import kernel_seconds
 from gpuadam.sharded.layout import CELL
-from gpuadam.terminal import figures, output
+from gpuadam.terminal import figures
+from gpuadam.terminal.console import Table
 
 # Forms of the step: the arguments of `planning.update`.
 FORMS = {
@@ -314,10 +315,9 @@ def table(rows):
         times = [report.time(row[key]) for key in ("p20_us", "p50_us", "p80_us")]
         predicted, error = report.time(row["predicted_us"]), f"{row['error_percent']:+.1f} %"
         lines.append([row["dtype"], predicted, row["bound"], *times, error])
-    shown = output.table(title, ("", "predicted", "bound by", "p20", "median", "p80", "error"), lines)
     worst = max(abs(row["error_percent"]) for row in rows)
-    shown.caption = f"largest error {worst:.1f} %; the aim is {AIM} %"
-    return shown
+    caption = f"largest error {worst:.1f} %; the aim is {AIM} %"
+    return Table(title, ("", "predicted", "bound by", "p20", "median", "p80", "error"), lines, caption=caption)
 
 
 def draw(rows, path):

@@ -30,6 +30,7 @@ import report
 import gpuadam
 from gpuadam.cli.measuring import facts
 from gpuadam.terminal import output
+from gpuadam.terminal.console import Console, Table
 
 LR = 1e-3
 FLOAT32 = "float32"
@@ -228,7 +229,7 @@ def table(rows):
         spread = "" if row["sd_loss"] is None else f"{row['sd_loss']:.5f}"
         percent = (f"{row[key]:.2f}" for key in ("percent_of_float32", "least_percent", "most_percent"))
         lines.append([row["contender"], f"{row['mean_loss']:.5f}", spread, *percent])
-    return output.table(title, heads, lines)
+    return Table(title, heads, lines)
 
 
 def main():
@@ -244,18 +245,16 @@ def main():
     if options.seeds < 1:
         parser.error("--seeds must be at least 1")
     try:
-        rich_console, torch = output.need("peers", "rich.console", "torch")
+        (torch,) = output.need("peers", "torch")
         if "digits" in names:
             output.need("demo", "sklearn.datasets")
     except output.MissingExtraError as error:
         sys.exit(f"quality: {error}")
     torch.set_num_threads(1)  # so that sums have one order, and a run ends with the same loss again
-    console = rich_console.Console()
-    if not console.is_terminal:
-        console = rich_console.Console(width=130)  # a file has no width
+    console = Console()
     rows = []
     for name in names:
-        rows += rows_of(name, options.seeds, options.steps, functools.partial(console.print, highlight=False))
+        rows += rows_of(name, options.seeds, options.steps, console.print)
         console.print(table([row for row in rows if row["task"] == name]))
         if options.out:  # after each task: a run that is cut short keeps what it has
             options.out.mkdir(parents=True, exist_ok=True)

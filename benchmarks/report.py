@@ -26,6 +26,7 @@ from gpuadam.cli.measuring import facts, measure, plots
 from gpuadam.cli.measuring import forms as step_forms
 from gpuadam.cli.measuring.measure import CALL, KERNEL
 from gpuadam.terminal import arguments, figures, output
+from gpuadam.terminal.console import Table
 
 # of lines of contenders that are neither ours nor the limit
 LINES = ("#b5651d", "#5b8c5a", "#8a5a9e", "#b04a5a", "#4a8f9e", "#8c8c3a", "#70757a")
@@ -45,6 +46,7 @@ PREDICTED = ("bound", "predicted_us", "error_percent")
 NUMBERS = {*measure.NUMBERS, *FURTHER, *OF_RANKS, *PREDICTED} - {"bound"}
 
 
+@output.ending_plainly()
 def main(
     name,
     doc,
@@ -61,7 +63,7 @@ def main(
     """Measure, or read rows that were measured before; print them; write what the options say.
 
     sizes: the default for "CPU" and for "CUDA" memory; None if the benchmark has none. table: rows alike in these share a
-    table. forms: of the step, that --forms chooses from. show: makes another rich table of rows than `tabulated`.
+    table. forms: of the step, that --forms chooses from. show: makes another `Table` of rows than `tabulated`.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     best = next(iter(gpuadam.available_backends()), "numba-cpu")
@@ -88,7 +90,7 @@ def main(
             parser.error(f"there is no peer {', '.join(sorted(unknown))}, only {', '.join(known)}")
 
     try:
-        console = output.console("bench", options)
+        console = output.console(options)
         if options.out:
             output.need("bench", "matplotlib")
         if not options.rows:
@@ -113,9 +115,11 @@ def main(
             if options.out:  # after each table: a run that is cut short keeps what it has
                 write_csv(options.out / f"{name}.csv", rows)
     for note in dict.fromkeys(notes):
-        console.print(note, highlight=False)
+        console.print(note)
     if not rows:
         sys.exit(f"{name}: " + (f"{options.rows} has no rows of it" if options.rows else "nothing was measured"))
+    if note := measure.on_busy_machine(rows):
+        console.print(note)
     _print_machine(console, rows[0])
     if options.out:
         draw(rows, options.out / f"{name}.png")
@@ -168,7 +172,7 @@ def bars(axis, rows, value, text, title, xlabel, series=("state", "clock"), log=
     names = sorted(of_name, key=lambda name: -of_name[name][0][value])
     thick = 0.8 / len(kinds)
     for at, name in enumerate(names):
-        color = plots.OURS if is_ours(name) else plots.LIMIT if name == measure.LIMIT else plots.OTHER
+        color = plots.OURS if is_ours(name) else plots.LIMIT if name.startswith(measure.LIMIT) else plots.OTHER
         for k, row in enumerate(of_name[name]):
             y = at + thick * ((len(of_name[name]) - 1) / 2 - k)
             axis.barh(y, row[value], 0.9 * thick, color=color, alpha=shades[kinds.index(_kind(row, series))])
@@ -218,15 +222,12 @@ def time(microseconds):
 
 
 def tabulated(rows):
-    """Return a rich table with a line for each row."""
-    rich_table, rich_box = output.need("bench", "rich.table", "rich.box")
+    """Return a `Table` with a line for each row."""
     first = rows[0]
     head = [f"{first['elements']:,} {first['dtype']}", first["backend"]]
     varying = [key for key in ("state", "clock", "arrays") if len({row[key] for row in rows}) > 1]
     head += [first["state"]] * ("state" not in varying)
     head += [f"{first['clock']} clock"] * bool(first["clock"])
-    title = f"{first['benchmark']}: {', '.join(head)}"
-    table = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD)
     columns = {
         "p20_us": time,
         "p50_us": time,
@@ -240,21 +241,22 @@ def tabulated(rows):
     heads = {"p20_us": "p20", "p50_us": "median", "p80_us": "p80", "gb_per_s": "GB/s", "peak_mb": "peak MB beyond state"}
     heads["bytes_per_element"] = "bytes an element"
     used = [column for column in columns if any(row.get(column) is not None for row in rows)]
-    table.add_column("")
-    for column in used:
-        table.add_column(heads.get(column, column.replace("x_", "x ").replace("_", " ")), justify="right")
-    for key in varying:
-        table.add_column(key)
+    lines = []
     for row in rows:
-        figures = ("" if row[c] is None else columns[c](row[c]) for c in used)
-        table.add_row(row["contender"], *figures, *(f"{row[key]:,}" if key == "arrays" else row[key] for key in varying))
-    return table
+        labels = [f"{row[key]:,}" if key == "arrays" else row[key] or "" for key in varying]
+        figures = {c: "" if row[c] is None else columns[c](row[c]) for c in used}
+        if measure.is_busy(row):
+            figures["p80_us"] += "*"
+        lines.append([row["contender"], *labels, *figures.values()])
+    of_columns = [heads.get(column, column.replace("x_", "x ").replace("_", " ")) for column in used]
+    title = f"{first['benchmark']}: {', '.join(head)}"
+    return Table(title, ("", *varying, *of_columns), lines, labels=1 + len(varying))
 
 
 def _print_machine(console, row):
     machine = dict.fromkeys(str(row[key]) for key in ("device", "driver", "cpu", "system", "date") if row[key])
     versions = [f"{name} {row[name]}" for name in facts.versions() if row.get(name)]
-    console.print(f"{', '.join(machine)}; {row['cores']} cores\n{', '.join(versions)}", highlight=False)
+    console.print(f"{', '.join(machine)}; {row['cores']} cores\n{', '.join(versions)}")
 
 
 def write_csv(path, rows):

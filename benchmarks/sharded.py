@@ -31,7 +31,8 @@ import report
 import gpuadam
 from gpuadam import transports
 from gpuadam.cli.measuring import facts, measure, plots
-from gpuadam.terminal import figures, output
+from gpuadam.terminal import figures
+from gpuadam.terminal.console import Table
 
 RANKS = (1, 2, 4)
 VIEWS, ARRAYS, ADAM = "gpuadam.ShardedAdam, views", "gpuadam.ShardedAdam", "gpuadam.Adam"
@@ -177,9 +178,9 @@ def table(rows):
         phases = ["" if row["contender"] == ADAM else report.time(row[f"{phase}_us"]) for phase in PHASES]
         minimum = "" if row["x_minimum"] is None else f"{row['x_minimum']:.4f}"
         median, sent = report.time(row["p50_us"]), f"{row['sent_mb']:,.1f}"
-        figures = (f"{row['ranks']:g}", f"{row['elements']:.3g}", median, *phases, sent, minimum)
+        figures = (f"{row['ranks']:g}", f"{row['elements']:,.0f}", median, *phases, sent, minimum)
         lines.append([row["contender"].removeprefix("gpuadam."), *figures])
-    return output.table(title, heads, lines)
+    return Table(title, heads, lines)
 
 
 def draw(rows, path):

@@ -98,7 +98,7 @@ def draw(rows, path):
     """Draw, for each backend and size, both states of each contender."""
 
     def title(backend, n, of_size):
-        return f"{backend}, {n:,} element{'s' * (n > 1)}"
+        return f"{backend}\n{n:,} element{'s' * (n > 1)}"
 
     report.draw_bars(rows, path, title, "median time of a call", width=4.6, height=5)
 

@@ -31,6 +31,7 @@ from gpuadam import backends
 from gpuadam.cli.measuring import facts, forms
 from gpuadam.kernels import adam, limit
 from gpuadam.terminal import output
+from gpuadam.terminal.console import Table
 
 METRICS = {
     "nanoseconds": "gpu__time_duration.sum",
@@ -155,7 +156,7 @@ def table(rows):
         )
         for each in rows
     ]
-    return output.table(title, heads, lines)
+    return Table(title, heads, lines)
 
 
 def main():
@@ -170,7 +171,7 @@ def main():
     options = parser.parse_args()
     try:
         backends.load(options.backend)
-        console = output.console("bench", argparse.Namespace(json=None))
+        console = output.console(argparse.Namespace(json=None))
     except (gpuadam.BackendUnavailableError, output.MissingExtraError) as error:
         sys.exit(f"what_binds: {error}")
     if options.launch:

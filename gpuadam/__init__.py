@@ -6,6 +6,9 @@
 >>> opt = gpuadam.AdamW(params, lr=0.1)
 >>> opt.step({name: 2 * p for name, p in params.items()})  # a gradient
 
+Arrays are updated in place. So write into them, `params["w"][...] = x`; a step refuses a dict in which another array has taken
+the place of one, because it would update the array before.
+
 This is the reference. It has a guide, pages about larger subjects, and below the classes and functions.
 
 | subject | page |
@@ -13,7 +16,8 @@ This is the reference. It has a guide, pages about larger subjects, and below th
 | arrays, backends, streams; groups, schedules, weight decay | `gpuadam.guide.arrays_and_groups` |
 | bfloat16, float16 and 8-bit state | `gpuadam.guide.narrow_numbers` |
 | unscaling, clipping, running means, CUDA graphs | `gpuadam.guide.whole_step` |
-| bounds, parts of arrays, rates of rows, the change alone | `gpuadam.guide.array_programs` |
+| complex numbers, bounds, parts of arrays, the change, norms for stopping | `gpuadam.guide.array_programs` |
+| the numbers of the Adam that a program has | `gpuadam.guide.bring_your_adam` |
 | the update in a kernel of your own: `Rule` | `gpuadam.guide.own_kernels` |
 | which options go together | `gpuadam.guide.options` |
 | PyTorch and JAX | `gpuadam.guide.pytorch`, `gpuadam.torch` |
@@ -27,6 +31,8 @@ This is the reference. It has a guide, pages about larger subjects, and below th
 | testing without a GPU; the float64 reference | `gpuadam.testing`, `gpuadam.reference` |
 | adding a variant, a format or a backend | `gpuadam.kernels` |
 """
+
+import importlib
 
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
 from .checkpoint import CheckpointError
@@ -72,3 +78,19 @@ __all__ = [  # noqa: RUF022 - in the order of the reference
     "use_backend",
     "BackendUnavailableError",
 ]
+
+# Loaded on first use, as `gpuadam.torch`, because a program that uses none should not wait for them
+_PAGES = ("backends", "foreign_state", "planning", "reference", "testing", "torch")
+
+
+def __getattr__(name):
+    if name in _PAGES:
+        try:
+            return importlib.import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:  # an AttributeError, so that hasattr and help() work
+            raise AttributeError(f"gpuadam.{name} needs {error.name}: pip install {error.name}", name=name) from error
+    raise AttributeError(f"module 'gpuadam' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*__all__, *_PAGES, "__version__"])

@@ -8,9 +8,10 @@ import sys
 from . import __version__, cli
 from .backends import BackendUnavailableError
 from .terminal.arguments import writable
-from .terminal.output import CommandError
+from .terminal.output import CommandError, ending_plainly
 
 
+@ending_plainly()
 def main(argv=None):
     """Run a command and return its exit status."""
     parser = argparse.ArgumentParser(prog="gpuadam", description="The fused Adam update: try it, time it, check it.")

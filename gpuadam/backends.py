@@ -135,19 +135,19 @@ def load(name):
     if not status.available:
         others = ", ".join(available_backends()) or "none"
         raise BackendUnavailableError(
-            f"backend {shown(name)} is not available: {status.reason}. To mend it: {status.fix}. Available: {others}."
+            f"backend {shown(name)} is not available: {status.reason}. To mend it: {status.fix}. Available: {others}"
         )
     return importlib.import_module(BACKENDS[name].module).backend
 
 
 def forced(backend=None):
     """Return the backend that a call with this `backend=` has to use, or None if the arrays decide."""
-    return backend or _chosen.get() or _environment
+    return (_chosen.get() or _environment or None) if backend is None else backend
 
 
 def takes_numpy(backend=None):
     """Whether a call with this `backend=` would give NumPy arrays to numba-cpu."""
-    return (forced(backend) or "numba-cpu") == "numba-cpu"
+    return forced(backend) in (None, "numba-cpu")
 
 
 def choose(named_arrays, backend=None):
@@ -158,14 +158,15 @@ def choose(named_arrays, backend=None):
     """
     given = [_given(name, array) for name, array in named_arrays]
     name = forced(backend)
-    if name:
-        source = "backend" if backend else "use_backend" if _chosen.get() else "GPUADAM_BACKEND"
+    source = ""
+    if name is not None:
+        source = _source(name)
         chosen = BACKENDS[_known(name, source)]
         strangers = [one for one in given if one.memory != chosen.memory]
         if strangers:
             raise TypeError(
                 f"backend {chosen.name!r} holds arrays in {chosen.memory} memory, and nothing is copied between devices: "
-                + _listing(strangers)
+                f"{_listing(strangers)}{OF_SOURCE[source]}"
             )
     else:
         owners = {_owner(one.plain, one.memory).name for one in given}
@@ -175,8 +176,27 @@ def choose(named_arrays, backend=None):
                 "backend can hold them all"
             )
         chosen = BACKENDS[owners.pop()]
-    kernels = load(chosen.name)
+    try:
+        kernels = load(chosen.name)
+    except BackendUnavailableError as error:
+        raise BackendUnavailableError(f"{error}{OF_SOURCE[source]}") from None
     return kernels, [_view(kernels, one) for one in given]
+
+
+# What errors about a backend say of where its name comes from
+OF_SOURCE = {
+    "": "",
+    "backend": "",
+    "use_backend": ". use_backend asks for it",
+    "GPUADAM_BACKEND": ". The environment variable GPUADAM_BACKEND asks for it: unset it, and the arrays decide",
+}
+
+
+def _source(name):
+    """Return where the name of a backend comes from that a call has to use: an optimizer keeps the one that it was made with."""
+    if name == _chosen.get():
+        return "use_backend"
+    return "GPUADAM_BACKEND" if name == _environment else "backend"
 
 
 class _Given(NamedTuple):
@@ -275,17 +295,28 @@ def _memory(name, array):
             "dimensions: pass np.asarray(x) as a gradient, and keep np.array(x) as a parameter"
         )
     if device_type is None:
-        raise TypeError(f"{name} is {arrays.a_kind(array)}, not an array: {_instead(array)}")
+        raise TypeError(f"{name} is {arrays.a_kind(array)}, not an array: {_instead(name, array)}")
     names = {1: "CPU", 3: "CPU", 2: "CUDA", 13: "CUDA"}  # DLDeviceType: kDLCPU, kDLCUDAHost, kDLCUDA, kDLCUDAManaged
     if device_type not in names:
         raise TypeError(f"{name} is on a device of DLPack type {device_type}; only CPU and CUDA memory can be updated")
     return names[device_type]
 
 
-def _instead(array):
-    """Return what to give in the place of what is no array."""
+def _instead(name, array):
+    """Return what to give in the place of what is no array. name: what errors call it."""
+    if hasattr(array, "named_parameters"):
+        return "give the parameters of a model, as dict(model.named_parameters())"
+    if isinstance(array, (set, frozenset)):
+        return "a set has no order; give a list, or a dict with names"
     if isinstance(array, Mapping):
         return "a dict of parameters holds arrays, not dicts; give all of them in one, with names such as 'layer.weight'"
+    if isinstance(array, (list, tuple)) and any(map(arrays.is_array, array)):
+        return "give the arrays in one list or dict that has no lists in it"
+    if name == "grad" or name.startswith("the gradient of "):
+        if isinstance(array, (int, float)):
+            return "nothing is broadcast. np.full_like(param, x), or cupy.full_like, has a number in all places"
+        if isinstance(array, (list, tuple)):
+            return "np.asarray(x, 'float32') makes an array of numbers, and cupy.asarray does for parameters of CuPy"
     if isinstance(array, (int, float, list, tuple)):
         return "x = np.array(x, 'float32') is one, which can be updated in place"
     return "NumPy, CuPy, Numba device arrays and whatever has DLPack or __cuda_array_interface__ can be updated in place"

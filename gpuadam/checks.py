@@ -7,8 +7,9 @@ from numbers import Integral, Real
 import numpy as np
 
 from .kernels.layout import bounds, in_rows_apart
-from .kernels.messages import shortened, shown
+from .kernels.messages import shortened, shown, warn
 from .kernels.operands import GROUP, KINDS, is_written
+from .kernels.view import View
 
 
 def real(name, value):
@@ -145,6 +146,9 @@ def seed(value):
     return int(value) % 2**64
 
 
+NAMES = {"adam": "Adam", "nadam": "NAdam", "radam": "RAdam", "adamax": "AdaMax"}  # of algorithms, for messages
+
+
 def combination(algorithm, operands, stochastic):
     """Refuse options that contradict each other. operands: the names of those that are given."""
     if "m_scale" in operands and algorithm == "adamax":
@@ -152,21 +156,48 @@ def combination(algorithm, operands, stochastic):
             "8-bit state holds the root of a mean of squares, and AdaMax's v is none: use float32 or bfloat16 state"
         )
     if "m_scale" in operands and "max_v" in operands:
-        raise ValueError("8-bit state has no max_v: use float32 or bfloat16 state for AMSGrad")
+        raise ValueError(
+            "8-bit state has no max_v, which AMSGrad keeps: leave amsgrad out, or use float32 or bfloat16 state"
+        )
     if "max_v" in operands and algorithm != "adam":
-        raise ValueError(f"AMSGrad keeps the maximum of Adam's v; {algorithm} has none: leave max_v out")
+        raise ValueError(
+            f"AMSGrad is a variant of Adam, and {NAMES[algorithm]} has none: leave amsgrad, or max_v in adam_step, out"
+        )
     if "remainder" in operands and stochastic:
         raise ValueError("with a remainder nothing of param is rounded away: leave stochastic_rounding out")
 
 
+def without_effect(formats, master=None, stochastic_rounding=False):
+    """Return which options do nothing for parameters of some formats, and what they need, in words."""
+    for_narrow = {
+        "master='remainder'": (master == "remainder", {"bfloat16"}),
+        "master='float32'": (master == "float32", {"bfloat16", "float16"}),
+        "stochastic_rounding=True": (stochastic_rounding is True, {"bfloat16", "float16"}),
+    }
+    return {
+        option: " or ".join(sorted(needed))
+        for option, (on, needed) in for_narrow.items()
+        if on and not needed & set(formats)
+    }
+
+
+def warn_of_no_effect(formats, **options):
+    """Warn of options that do nothing. The rest: as in `without_effect`."""
+    for option, needed in without_effect(formats, **options).items():
+        warn(
+            f"{option} does nothing here: no parameter is {needed}; they are {', '.join(sorted(set(formats)))}. Leave it out"
+        )
+
+
 def formula(fixed):
     """Refuse a formula that an algorithm does not have, and an eps_root without its formula. fixed: hyperparameters."""
+    name = NAMES[fixed.algorithm]
     if fixed.algorithm == "nadam" and fixed.formula not in ("torch", "optax"):
-        raise ValueError(f"formula={fixed.formula!r} is one of Adam's; nadam has 'torch' and 'optax': use one of these")
+        raise ValueError(f"formula={fixed.formula!r} is one of Adam's; {name} has 'torch' and 'optax': use one of these")
     if fixed.algorithm not in ("adam", "nadam") and fixed.formula != "torch":
-        raise ValueError(f"formula={fixed.formula!r} is one of Adam's; {fixed.algorithm} has its own: leave it out")
+        raise ValueError(f"formula={fixed.formula!r} is one of Adam's; {name} has its own: leave it out")
     if fixed.eps_root and fixed.algorithm == "nadam":
-        raise ValueError(f"eps_root={fixed.eps_root} belongs to Adam's formula='optax'; nadam has none: leave it out")
+        raise ValueError(f"eps_root={fixed.eps_root} belongs to Adam's formula='optax'; {name} has none: leave it out")
     if fixed.eps_root and fixed.formula != "optax":
         raise ValueError(f"eps_root={fixed.eps_root} belongs to formula='optax', not to {fixed.formula!r}")
 
@@ -243,28 +274,38 @@ def update(views, zero_grad=False, nonzero=False, numbers=1):
 
     nonzero: elements whose gradient is 0 stay. numbers: of an element.
     """
-    param = views["param"]
-    scales = (-(-param.size // GROUP),)
     formats(views, nonzero, numbers)
     for operand, view in views.items():
-        if KINDS[operand].of_groups:
-            if view.shape != scales:
-                raise ValueError(
-                    f"{view.name} has shape {view.shape}; for {param.size} elements there are scales of shape {scales}, one for "
-                    f"each {GROUP} neighbours"
-                )
-        elif view.shape != (param.shape[:-1] if numbers > 1 and KINDS[operand].shared else param.shape):
-            _other_shape(view, param, operand, numbers)
-        elif numbers > 1 and not KINDS[operand].shared:
-            neighbours(view, numbers)
-        if view.device != param.device and param.size:
-            raise ValueError(f"{view.name} is on device {view.device}, {param.name} on {param.device}: move one of them")
-        written = is_written(operand, views, zero_grad)
-        layout(view, written)
-        if written and not view.writeable:
-            read_only(view)
-        if views["m"].format == "uint8":
-            _in_groups(view)
+        written, in_groups = is_written(operand, views, zero_grad), views["m"].format == "uint8"
+        _operand(view, views["param"], operand, numbers, written, in_groups)
+
+
+def copy_of_param(view, param, numbers, in_groups):
+    """Check an array that is to be overwritten with copies of a parameter. in_groups: its state is of 8 bits."""
+    one_format(view, KINDS["param_copy"].formats)
+    _operand(view, param, "param_copy", numbers, True, in_groups)
+
+
+def _operand(view, param, operand, numbers, written, in_groups):
+    """Check the shape, place and layout of an array of an update."""
+    scales = (-(-param.size // GROUP),)
+    if KINDS[operand].of_groups:
+        if view.shape != scales:
+            raise ValueError(
+                f"{view.name} has shape {view.shape}; for {param.size} elements there are scales of shape {scales}, one for "
+                f"each {GROUP} neighbours"
+            )
+    elif view.shape != (param.shape[:-1] if numbers > 1 and KINDS[operand].shared else param.shape):
+        _other_shape(view, param, operand, numbers)
+    elif numbers > 1 and not KINDS[operand].shared:
+        neighbours(view, numbers)
+    if view.device != param.device and param.size:
+        raise ValueError(f"{view.name} is on device {view.device}, {param.name} on {param.device}: move one of them")
+    layout(view, written)
+    if written and not view.writeable:
+        read_only(view)
+    if in_groups:
+        _in_groups(view)
 
 
 def _other_shape(view, param, operand, numbers):
@@ -278,6 +319,13 @@ def _other_shape(view, param, operand, numbers):
         needed += ", and it is real" if param.of_complex else ""
     elif bool(view.of_complex) != bool(param.of_complex):
         needed = "both are complex, or neither is"
+        if operand == "grad":
+            needed = "the gradient of a real parameter is real: give its real part, if that is what is meant"
+            if param.of_complex:
+                needed = (
+                    "the gradient of a complex parameter is complex, dL/dRe + 1j * dL/dIm: "
+                    f"grad.astype({shown(param.of_complex)}) if dL/dIm is 0"
+                )
     elif operand in OF_ROWS:
         needed = "it must have that shape, or its leading dimensions and so a number for each row"
     error = TypeError if bool(view.of_complex) != bool(param.of_complex) else ValueError
@@ -386,16 +434,6 @@ def same_layout(own, loaded, any_layout):
         read_only(own)
 
 
-def copy_of_param(view, param):
-    """Check an array that is to be overwritten with copies of a parameter."""
-    one_format(view, KINDS["param_copy"].formats)
-    if view.shape != param.shape:
-        raise ValueError(f"{view.name} has shape {view.shape}, {param.name} has {param.shape}: nothing is broadcast")
-    layout(view)
-    if not view.writeable:
-        read_only(view)
-
-
 def read_only(view):
     if view.immutable:
         raise ValueError(f"{view.name}, which an update writes to, {view.immutable}")
@@ -435,6 +473,18 @@ def _name(view):
         if dtype.isnative
         else f"{shortened(str(dtype.newbyteorder('=')))} in the other byte order ({dtype.str})"
     )
+
+
+def given_once(views):
+    """Refuse a parameter that is given twice, as the tied weights of a model are. views: of parameters."""
+    first: dict[tuple, View] = {}
+    for view in views:
+        other = first.setdefault((view.pointer, view.shape, view.strides, view.format, view.device), view)
+        if other is not view and view.size:
+            raise ValueError(
+                f"{other.name} and {view.name} are one array: give it once, under one name, and as its gradient the sum of the "
+                "gradients of all its uses"
+            )
 
 
 def overlap(written, read):

@@ -46,9 +46,7 @@ def global_norm(grads, *, out=None, backend=None, stream=None):
         raise ValueError("there is no array to take the norm of: grads must have one at least, which may be empty")
     kernels, views = backends.choose([*named, *([] if out is None else [("out", out)])], backend)
     place = None if out is None else views.pop()
-    for view in views:
-        _check(view)
-    device = _one_device(views)
+    device = checked(views)
     if place is not None:
         _check_out(place, views, device)
     result = kernels.norm(views, place, device, streams.handle(stream))
@@ -71,14 +69,12 @@ def named_arrays(name, x):
         yield name, x
 
 
-def _check(view):
-    if order.format_of(view) is None:
-        checks.one_format(view, tuple(order.FORMATS))
-    checks.layout(view, written=False)
-
-
-def _one_device(views):
-    """Return the device of the arrays; None for the CPU, or if they have no elements and are nowhere."""
+def checked(views):
+    """Check the arrays of a norm. Return their device; None for the CPU, or if they have no elements and are nowhere."""
+    for view in views:
+        if order.format_of(view) is None:
+            checks.one_format(view, tuple(order.FORMATS))
+        checks.layout(view, written=False)
     placed = [view for view in views if view.device is not None]
     for view in placed:
         if view.device != placed[0].device:

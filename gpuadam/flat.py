@@ -1,8 +1,11 @@
 """Many parameters in one buffer: one array to the optimizer, the old arrays to everyone else."""
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from . import backends, checks
 from .groups import MAPPING, ONE, SEQUENCE, as_given
@@ -28,6 +31,7 @@ def flatten(arrays, backend=None):
     The buffer is C-contiguous. Each array starts at a multiple of 16 bytes; the elements between are 0, and stay 0 under an
     optimizer while their gradients are 0. An optimizer over `param` has one array, whatever the number of views, and its step
     one launch and no table. From then on use the views: the arrays that were given are copied and left as they are.
+    Write into the views, `flat.grads["w"][...] = x`; another array in the place of one raises TypeError.
 
     Raises ValueError for no arrays or more than one device, TypeError for more than one dtype or library.
 
@@ -53,22 +57,69 @@ def flatten(arrays, backend=None):
     for view in views:
         checks.one_format(view, checks.FORMATS)
         checks.layout(view)
-        if view.dtype != first.dtype:
-            dtypes = f"{view.name} has dtype {view.dtype}, {first.name} has {first.dtype}"
+        if (view.dtype, view.of_complex) != (first.dtype, first.of_complex):
+            dtypes = (
+                f"{view.name} has dtype {view.of_complex or view.dtype}, {first.name} has {first.of_complex or first.dtype}"
+            )
             raise TypeError(f"{dtypes}: flatten each dtype by itself")
     devices = {view.device: view.name for view in views if view.size}
     if len(devices) > 1:
         raise ValueError(f"{' and '.join(devices.values())} are on devices {sorted(devices)}: flatten each device by itself")
 
-    lanes = VECTOR_BYTES // first.dtype.itemsize
-    *starts, size = itertools.accumulate((-(-view.size // lanes) * lanes for view in views), initial=0)
-    param, grad = (kernels.zeros(size, first.dtype, next(iter(devices), 0)) for _ in range(2))
+    dtype, shapes = np.dtype(first.of_complex or first.dtype), [view.shape for view in views]
+    if first.of_complex:  # whose views are of both parts
+        shapes = [shape[:-1] for shape in shapes]
+    sizes, lanes = list(map(math.prod, shapes)), VECTOR_BYTES // dtype.itemsize
+    *starts, size = itertools.accumulate((-(-n // lanes) * lanes for n in sizes), initial=0)
+    param, grad = (kernels.zeros(size, dtype, next(iter(devices), 0)) for _ in range(2))
     params, grads = (
-        [buffer[start : start + view.size].reshape(view.shape) for start, view in zip(starts, views, strict=True)]
+        [buffer[start : start + n].reshape(shape) for start, n, shape in zip(starts, sizes, shapes, strict=True)]
         for buffer in (param, grad)
     )
     for place, view in zip(params, views, strict=True):
-        target = kernels.view(view.name, place)
+        _, (target,) = backends.choose([(view.name, place)], kernels.name)
         checks.same_layout(target, view, kernels.copies_any_layout)
         kernels.copy(target, view)
-    return Flat(param, grad, *(as_given(kind, arrays, of_buffer) for of_buffer in (params, grads)))
+    return Flat(param, grad, *(_fixed(as_given(kind, arrays, of_buffer)) for of_buffer in (params, grads)))
+
+
+class Views(dict):
+    """Views of a buffer by name. Another array in the place of one would be none of the buffer, so it is refused."""
+
+    def __setitem__(self, name, array):
+        _check_same(self.get(name), name, array)
+
+    def update(self, *args, **kwargs):
+        for name, array in dict(*args, **kwargs).items():
+            self[name] = array
+
+    def __ior__(self, arrays):  # type: ignore[misc]
+        self.update(arrays)
+        return self
+
+    def __reduce__(self):
+        return (dict, (dict(self),))
+
+
+class ListedViews(list):
+    """Views of a buffer in order, likewise."""
+
+    def __setitem__(self, number, array):
+        _check_same(self[number], number, array)
+
+    def __reduce__(self):
+        return (list, (list(self),))
+
+
+def _check_same(view, key, array):
+    if array is not view:  # `views[key] += x` gives back the view itself
+        raise TypeError(
+            f"[{shown(key)}] is a view of a buffer, which is what a step takes: write into it, [{shown(key)}][...] = x"
+        )
+
+
+def _fixed(views):
+    """Return views in a dict or a list that lets none be replaced."""
+    if isinstance(views, dict):
+        return Views(views)
+    return ListedViews(views) if isinstance(views, list) else views

@@ -194,8 +194,8 @@ def _only_adam(opt):
     for name, parameter in opt.parameters.items():
         if parameter.kind.of_complex or parameter.kind.numbers > 1:
             raise TypeError(
-                f"params[{shown(name)}] is complex or has components, and its state is not exchanged with other libraries: copy "
-                "m and v of opt.state yourself"
+                f"{opt.arrangement.label(name)} is complex or has components, and its state is not exchanged with other "
+                "libraries: copy m and v of opt.state yourself"
             )
 
 
@@ -282,7 +282,7 @@ def _from_torch(name, state, opt, convert):
     """Return the state of a parameter as `load_state_dict` takes it. torch has none of a parameter that took no step."""
     ours = {key: array for key, array in opt.state[name].items() if key != "step"}
     if state is None:
-        named = [(f"{key} of params[{shown(name)}]", array) for key, array in ours.items()]
+        named = [(f"{key} of {opt.arrangement.label(name)}", array) for key, array in ours.items()]
         backend, views = backends.choose(named, opt.state_backend)
         return {"step": 0} | {key: backend.zeros_like(view) for key, view in zip(ours, views, strict=True)}
     if convert:
@@ -311,7 +311,7 @@ def _to_torch(name, state, opt, torch, convert):
         if format_ != of_param:
             raise TypeError(f"{key} of {shown(name)} is {format_}, and torch would cast it to the parameter's {of_param}")
         array = state[key].view(np.int16) if format_ == "bfloat16" else state[key]
-        _, (view,) = backends.choose([(f"{key} of params[{shown(name)}]", array)], opt.state_backend)
+        _, (view,) = backends.choose([(f"{key} of {opt.arrangement.label(name)}", array)], opt.state_backend)
         device = "cpu" if view.device is None else f"cuda:{view.device}"  # else torch moves the memory to its current one
         tensor = torch.as_tensor(view.array, device=device).clone()
         tensors[TORCH[key]] = tensor.view(torch.bfloat16) if format_ == "bfloat16" else tensor
@@ -320,7 +320,7 @@ def _to_torch(name, state, opt, torch, convert):
 
 def _converted_for_torch(name, state, moments, opt, torch):
     """Return the moments of a parameter as tensors of the parameter's dtype, beside the state."""
-    label, parameter = f"params[{shown(name)}]", opt.parameters[name]
+    label, parameter = opt.arrangement.label(name), opt.parameters[name]
     _, (view,) = backends.choose([(f"m of {label}", state["m"])], opt.state_backend)
     device, dtype = "cpu" if view.device is None else f"cuda:{view.device}", getattr(torch, parameter.kind.param)
     converted = {key: torch.empty(tuple(state[key].shape), dtype=dtype, device=device) for key in moments}

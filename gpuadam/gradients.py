@@ -2,14 +2,15 @@
 
 from . import backends, checks, torch_tensors
 from .kernels import streams
-from .kernels.messages import shown
 
 
-def fill_with_zeros(named, backend, stream):
-    """Fill gradients with zeros, after checking all of them. named: (name, parameter, gradient or None) of each parameter."""
+def fill_with_zeros(labelled, backend, stream):
+    """Fill gradients with zeros, after checking all of them.
+
+    labelled: (what errors call it, the parameter itself, its gradient or None) of each parameter.
+    """
     filled, params, arrays = [], [], []
-    for name, param, grad in named:
-        label = f"params[{shown(name)}]"
+    for label, param, grad in labelled:
         pair = [(label, param), (f"the gradient of {label}", grad)][: 1 + (grad is not None)]
         kernels, (of_param, *of_grad) = backends.choose(pair, backend)
         params.append(of_param)

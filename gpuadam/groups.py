@@ -3,12 +3,13 @@
 import fnmatch
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from typing import NamedTuple
 
-from . import checks, hyperparameters
-from .kernels.messages import shown
+from . import checks, holders, hyperparameters
+from .kernels.messages import label_of, shown
 from .kernels.view import Bits, a_kind, is_array
+from .options import Options
 
 # Those that decide which moments there are, and so stay what they were when an optimizer is made
 FIXED = ("amsgrad", "complex", "components")
@@ -24,6 +25,8 @@ HYPERPARAMETERS = (
     "complex",
     "components",
 )
+# Those that all groups of an optimizer share
+OF_ALL_GROUPS = (*Options.__dataclass_fields__, "param_copies", "backend")
 GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
 
 
@@ -70,6 +73,12 @@ class Arrangement(NamedTuple):
 
     structures: list[Structure]
     in_groups: bool  # as a list of groups
+    places: holders.Places  # of the parameters in the dicts and lists that they were given in
+    alone: bool  # as one array, in nothing
+
+    def label(self, name):
+        """Return what errors call a parameter: nobody who gave one array knows of a name."""
+        return label_of(name, self.alone)
 
     def in_order(self, arrays, label="grads"):
         """Return arrays or None, in the order of the parameters, of each group. label: what errors call them."""
@@ -78,7 +87,21 @@ class Arrangement(NamedTuple):
         return [in_order(arrays, self.structures[0], label)]
 
     def check(self, groups):
-        """Refuse a list of groups in which there are more or fewer than when the optimizer was made."""
+        """Refuse more or fewer groups than when the optimizer was made, and arrays that a step would not update."""
+        if len(groups) != len(self.structures):
+            self.check_number(groups)
+        try:
+            for holder, key, array, _ in self.places:  # a call for each, or only one for all, would take longer
+                if holder[key] is not array:
+                    break
+            else:
+                return
+        except LookupError:
+            pass
+        holders.check(self.places)
+
+    def check_number(self, groups):
+        """Refuse more or fewer groups than when the optimizer was made."""
         if len(groups) != len(self.structures):
             raise ValueError("groups cannot be added to an optimizer or removed from it after it is made: make another")
 
@@ -88,24 +111,24 @@ def parsed_groups(params, defaults):
     params = as_list(params)
     grouped = is_sequence(params) and len(params) and all(isinstance(p, Mapping) for p in params)
     given = params if grouped else [{"params": params}]
-    groups, structures, count = [], [], 0
+    groups, structures, count, places = [], [], 0, holders.Places()
     for group in given:
         if "params" not in group:
             raise ValueError(f'a group needs "params", and has only {some(sorted(map(str, group)))}')
         if strange := set(group) - (GROUP_KEYS - {"names"}):
-            raise ValueError(
-                f"a group has unknown {some(sorted(map(str, strange)))}; its hyperparameters are {HYPERPARAMETERS}"
-            )
-        members = as_list(group["params"])
+            raise ValueError(_unknown(strange))
+        members = as_given_in = as_list(group["params"])
         if isinstance(members, Mapping):
             names, members, kind = list(members), list(members.values()), MAPPING
             for name in names:
                 if not isinstance(name, str):
                     raise TypeError(f"the names of parameters must be strings, not {shown(name)}")
         else:
+            _refuse_pairs(members)
             kind = SEQUENCE if is_sequence(members) else ONE
             members = list(members) if kind == SEQUENCE else [members]
             names = [str(count + k) for k in range(len(members))]
+        places += holders.places(as_given_in, names, members)
         count += len(members)
         settings = defaults | {key: value for key, value in group.items() if key != "params"}
         settings |= {name: _checked_fixed(name, settings[name]) for name in FIXED}
@@ -113,7 +136,28 @@ def parsed_groups(params, defaults):
         structures.append(Structure(kind, list(names), *(settings[name] for name in FIXED)))
     if not count:
         raise ValueError("there are no parameters to update")
-    return groups, Arrangement(structures, bool(grouped))
+    return groups, Arrangement(structures, bool(grouped), places, not grouped and structures[0].kind == ONE)
+
+
+def _refuse_pairs(params):
+    """Refuse (name, array) pairs, such as named_parameters() of a model or items() of a dict."""
+    if (
+        is_sequence(params)
+        and len(params)
+        and all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in params)
+    ):
+        raise TypeError(
+            f"params has pairs of a name and an array, the first of {shown(params[0][0])}: give a dict, dict(params) or "
+            "dict(model.named_parameters())"
+        )
+
+
+def _unknown(keys):
+    """Return what is wrong with keys of a group that it cannot have, in words."""
+    names = sorted(map(str, keys))
+    of_all = [name for name in names if name in OF_ALL_GROUPS]
+    hint = f". Of all groups are {some(of_all)}: give them to the optimizer" if of_all else ""
+    return f"a group has unknown {some(names)}; its hyperparameters are {', '.join(HYPERPARAMETERS)}{hint}"
 
 
 def _checked_fixed(name, value):
@@ -146,6 +190,8 @@ def in_order_of_groups(grads, structures, label="grads"):
 def in_order(grads, structure, label):
     """Return the gradients or None, in the order of the parameters, of one group."""
     if structure.kind == ONE:
+        if type(grads) in (list, tuple, dict) and len(grads) == 1:  # with its array, mostly: others are no arrays
+            raise TypeError(f"{label} is {what_is(grads)}, and the parameter was given as one array: give {label} so, too")
         return [grads]
     grads, names = as_list(grads), structure.names
     if structure.kind == MAPPING:
@@ -172,13 +218,12 @@ class OF_PARAMS:
     """In the place of gradients: those that the parameters hold."""
 
 
-def grads_of_params(group, method="step"):
+def grads_of_params(group, arrangement, method="step"):
     """Return the `.grad` of each parameter of a group, None included. method: which needs them, for the error."""
     for name, param in zip(group["names"], group["params"], strict=False):
         if not hasattr(param, "grad"):
-            raise TypeError(
-                f"params[{shown(name)}] is {a_kind(param)}, which has no .grad: give the gradients, {method}(grads)"
-            )
+            label = arrangement.label(name)
+            raise TypeError(f"{label} is {a_kind(param)}, which has no .grad: give the gradients, {method}(grads)")
     return [param.grad for param in group["params"]]
 
 
@@ -193,7 +238,7 @@ def as_list(x):
     """Return generators and the like, such as `model.parameters()` and `d.values()`, as lists."""
     if type(x) in (list, tuple, dict):  # what it mostly is; asking for the abstract types takes longer
         return x
-    return list(x) if isinstance(x, (Iterator, ValuesView)) else x
+    return list(x) if isinstance(x, (Iterator, ValuesView, ItemsView)) else x
 
 
 def is_sequence(x):
@@ -234,8 +279,9 @@ def checked_group(group, structure, options, step, grad_scale=1.0):
         names = None
     if names is None or len(group) != len(GROUP_KEYS):
         unknown, missing = group.keys() - GROUP_KEYS, sorted(GROUP_KEYS - group.keys())
-        what = f"unknown {some(sorted(map(str, unknown)))}" if unknown else f"missing {missing}"
-        raise ValueError(f"a group has {what}; its hyperparameters are {', '.join(HYPERPARAMETERS)}")
+        if unknown:
+            raise ValueError(_unknown(unknown))
+        raise ValueError(f"a group has missing {missing}; its hyperparameters are {', '.join(HYPERPARAMETERS)}")
     if names != structure.names or len(params) != len(names):
         raise ValueError('the "params" and "names" of a group cannot be changed after the optimizer is made: make another')
     if not (amsgrad is structure.amsgrad and pairs is structure.complex and components is structure.components):
@@ -339,6 +385,9 @@ def decay_groups(params, no_decay, weight_decay=1e-2):
         exempt.update(matched)
     weight_decay = checks.non_negative("weight_decay", weight_decay)
     return [
-        {"params": {name: p for name, p in params.items() if name not in exempt}, "weight_decay": weight_decay},
-        {"params": {name: p for name, p in params.items() if name in exempt}, "weight_decay": 0.0},
+        {
+            "params": holders.Part({name: p for name, p in params.items() if name not in exempt}, params),
+            "weight_decay": weight_decay,
+        },
+        {"params": holders.Part({name: p for name, p in params.items() if name in exempt}, params), "weight_decay": 0.0},
     ]

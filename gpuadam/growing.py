@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from . import backends, checks
+from . import backends, checks, holders
 from .groups import MAPPING, Arrangement, some
 from .kernels.messages import shown
 from .kernels.operands import GROUP, widened
@@ -36,6 +36,9 @@ class Grows:
             read, which waits.
         param_copy: the array for copies, if the parameter had one in `param_copies`.
 
+        If params was given as a dict or a list, put the new array there first: later steps then go on looking whether the array
+        there is the parameter.
+
         The step count is the parameter's, and stays, so the bias of new rows is not corrected. With 8-bit state a row has a
         multiple of 32 elements, because neighbours share a scale. While a graph is captured this is refused; a graph that was
         captured before updates the old arrays, and has to be captured again.
@@ -53,7 +56,7 @@ class Grows:
         [0.3 0.3 0.  0.1]
         """
         k, at, old = self._found(name)
-        groups, label = self._groups_as_they_are(), f"params[{shown(name)}]"
+        groups, label = self._groups_as_they_are(), self.arrangement.label(name)
         kernels, view = self._viewed(label, param)
         before, groups[k]["params"][at] = groups[k]["params"][at], param
         of_old, (view_before,) = backends.choose([(f"the old {label}", before)], self.backend)
@@ -88,6 +91,7 @@ class Grows:
             kernels.copy_rows(to, source, rows)
         new.state["step"] = old.state["step"]
         self._become(twin)
+        holders.replaced(self.arrangement.places, name, param)
 
     def add(self, name, param, group=0, *, param_copy=None):
         """Add a parameter to a group, with state at its start.
@@ -115,6 +119,7 @@ class Grows:
         twin = self._twin(groups, {other: p.state for other, p in self.parameters.items()}, {name: param_copy})
         twin._check_arrays(name)
         self._become(twin)
+        holders.added(self.arrangement.places, groups[group]["names"], name, param)
 
     def remove(self, name):
         """Forget a parameter and its state. Its group's parameters were given as a dict. Raises ValueError."""
@@ -125,11 +130,12 @@ class Grows:
         groups = self._groups_as_they_are()
         del groups[k]["params"][at], groups[k]["names"][at]
         self._become(self._twin(groups, {other: p.state for other, p in self.parameters.items() if other != name}, {}))
+        holders.removed(self.arrangement.places, name)
 
     def _found(self, name):
         """Return the number of a parameter's group, its place there, and the Parameter."""
         self.under_way.check()
-        self.arrangement.check(self.groups)
+        self.arrangement.check_number(self.groups)  # the parameter's dict may hold the new array already
         for k, structure in enumerate(self.arrangement.structures):
             if isinstance(name, str) and name in structure.names:
                 return k, structure.names.index(name), self.parameters[name]
@@ -156,13 +162,13 @@ class Grows:
         views = []
         for group in self.groups:
             for name, param in zip(group["names"], group["params"], strict=True):
-                label, parameter = f"params[{shown(name)}]", self.parameters[name]
+                label, parameter = self.arrangement.label(name), self.parameters[name]
                 named = [(label, param)] + [(f"{key} of {label}", parameter.state[key]) for key in parameter.kind.kept]
                 if parameter.copy is not None:
                     named.append((f"param_copy of {label}", parameter.copy))
                 _, of_name = backends.choose(named, self.backend)
                 if name == new and parameter.copy is not None:
-                    checks.copy_of_param(of_name[-1], of_name[0])
+                    checks.copy_of_param(of_name[-1], of_name[0], parameter.kind.numbers, "m_scale" in parameter.state)
                 views += of_name
         checks.overlap(views, [])
 

@@ -37,6 +37,7 @@ from .remembered import Remembered
 from .state import OF_GROUPS, Parameter, ParameterKind
 from .state_conversion import CONVERTED, Conversion, conversion
 from .step_arrays import StepArrays, bounds_of_loaded, of_bounds, saved_bounds, without_arrays
+from .step_norms import NormsOfStep
 from .under_way import UnderWay
 from .update import Updates, check, update
 
@@ -71,7 +72,9 @@ class Adam(HasGroups, Grows):
 
     params: one array, a sequence of arrays, a dict name -> array, or a list of groups such as
         `{"params": [w, b], "lr": 1e-4}`, whose own hyperparameters go before those given here (`decay_groups` makes two by
-        patterns of names). Arrays as in `adam_step`.
+        patterns of names). Arrays as in `adam_step`. They are updated in place, so write into them, as `params["w"][...] = x`
+        does. If a dict or a list holds another array there than before, as after `params["w"] = params["w"] * 2`, a step refuses:
+        it would update the old one. `replace` puts another array in a parameter's place.
     lr: a number, or a callable of the number of the step, counted from 1: `lambda step: 1e-3 * min(1, step / 100)`. To check it,
         it is also called with 1 here and in `load_state_dict`. It may return an array of no dimensions, which is read, and
         waited for if it is on a GPU: optax's schedules are such callables. They count from 0, so that optax's own first step
@@ -167,10 +170,12 @@ class Adam(HasGroups, Grows):
         self.groups, self.arrangement = parsed_groups(params, defaults)
         self._remembered, self.under_way = Remembered(), UnderWay()
         self._norm: Any = None  # of the last step, on a GPU
+        self._step_norms: Any = None  # of every step, if capturable
         self._norm_counts: dict[int, Any] = {}  # for scalars that depend on a norm on the device, where the host counts
         beginnings = self._checked_params()
         self._make_parameters(beginnings, self.copies_of(param_copies, beginnings))
         self._make_groups(beginnings)
+        self.warn_of_no_effect({"master": master, "stochastic_rounding": stochastic_rounding})
 
     def __repr__(self):
         """Return class, parameters, elements, calls of `step`, and what is not the default. No GPU is waited for."""
@@ -196,7 +201,7 @@ class Adam(HasGroups, Grows):
             for name, param in zip(group["names"], group["params"], strict=True):
                 if name in beginnings:
                     raise ValueError(f"two parameters are named {shown(name)}: names must differ")
-                label = f"params[{shown(name)}]"
+                label = self.arrangement.label(name)
                 kernels, (view,) = backends.choose([(label, checks.given(label, param))], self.backend)
                 checks.one_format(view, checks.FORMATS)
                 checks.layout(view)
@@ -207,7 +212,9 @@ class Adam(HasGroups, Grows):
                 checks.ordered(view, numbers, h.fixed, ())
                 kept = self.options.kept(view, structure.amsgrad, numbers)
                 beginnings[name] = Beginning(kernels, view, kept, numbers)
-        checks.overlap([beginning.view for beginning in beginnings.values()], [])
+        views = [beginning.view for beginning in beginnings.values()]
+        checks.given_once(views)
+        checks.overlap(views, [])
         return beginnings
 
     def _make_parameters(self, beginnings, copies, states=None):
@@ -256,8 +263,13 @@ class Adam(HasGroups, Grows):
                 parameter.state["step"] = count.step
         return Group(structure, members, kinds.pop() if len(kinds) == 1 else None, count or step_counts.HostCount())
 
-    # OffloadAdam does the following in its own way: `copies_of` and then `new_state` when it is made, and `conditions`, `check`,
-    # `step_arrays`, `leave_out` and `launch` in a step, and `copy_state` when a state_dict is loaded. It has no `with_groups`.
+    def warn_of_no_effect(self, options):
+        """Warn of options that do nothing for parameters of these formats."""
+        checks.warn_of_no_effect([parameter.kind.param for parameter in self.parameters.values()], **options)
+
+    # OffloadAdam does the following in its own way: `copies_of` and then `new_state` when it is made; `conditions`, `check`,
+    # `step_arrays`, `norms_of_step`, `leave_out` and `launch` in a step; `copy_state` when a state_dict is loaded. It has no
+    # `with_groups`.
 
     def new_state(self, beginnings):
         """Return name -> {key: zeros} of the state of all parameters. beginnings: name -> Beginning."""
@@ -289,9 +301,10 @@ class Adam(HasGroups, Grows):
         change=None,
         lr_scale=None,
         where=None,
+        norms=False,
         stream=None,
     ):
-        """Update every parameter that has a gradient, in place.
+        """Update every parameter that has a gradient, in place. Return None, or with norms the norms of the step.
 
         grads: of the same structure as params; None in an array's place skips it. For groups, a list with the gradients of
             each, or with dicts `{"params": gradients}`, or, if every group is a dict by names, one dict of all names. By default
@@ -308,6 +321,9 @@ class Adam(HasGroups, Grows):
         change, lr_scale, where: as in `adam_step`, arrays of the same structure as params, with None for a parameter that has
             none; where may be "nonzero" for all of them. A step that is left out leaves change as it is. With capturable, all or
             none of the parameters of a group have one.
+        norms: return (change, param), two float64 arrays of shape () beside the parameters, which have to be on one device:
+            the norm of what the step adds to all parameters, and the norm of these after it (`gpuadam.guide.array_programs`).
+            On a GPU nothing waits for them. With capturable they are the same two arrays at each step, which a graph writes.
         stream: on a GPU, as in `adam_step`.
 
         Everything is checked before anything is written: one bad array or hyperparameter stops the whole step. An interrupt or an
@@ -317,7 +333,7 @@ class Adam(HasGroups, Grows):
         self.under_way.check()
         self.arrangement.check(self.groups)
         if grads is OF_PARAMS:
-            grads_of_groups = [grads_of_params(group) for group in self.groups]
+            grads_of_groups = [grads_of_params(group, self.arrangement) for group in self.groups]
         else:
             grads_of_groups = self.arrangement.in_order(grads)
         left_out, on_device = False, None
@@ -326,9 +342,13 @@ class Adam(HasGroups, Grows):
         if not (max_norm is norm is found_inf is None and check_finite is False):
             conditions = self.conditions(grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream)
             grad_scale, left_out, on_device = conditions
-        further, bounds = None, of_bounds(self.groups, self.arrangement.structures)
+        further = bounds = None
+        for settings in self.groups:
+            if settings["bounds"] is not None:
+                bounds = of_bounds(self.groups, self.arrangement.structures)
         if bounds or not change is lr_scale is where is None:
             further = self.step_arrays(change, lr_scale, where, bounds)
+        of_step = None if norms is False or not checks.flag("norms", norms) else self.norms_of_step()
         updates: list[Updates] = []
         taking: list[tuple] = []
         for settings, group, grads in zip(self.groups, self._groups, grads_of_groups, strict=True):
@@ -341,13 +361,20 @@ class Adam(HasGroups, Grows):
             self._clip_on_the_device(updates, grad_scale, on_device)
         if left_out:
             self.leave_out(updates, stream)
-            return
-        if updates:
-            self.launch(updates, stream)
+        elif updates:
+            self.launch(updates, stream, of_step)
+        if of_step and (left_out or not updates):
+            of_step.without_update(stream)
+        result = of_step and of_step.result()
+        if of_step and self.options.capturable:
+            self._step_norms = of_step.backend, result  # always in the same place, which captured graphs know
+        if left_out:
+            return result
         for count, parameters in taking:
             count.advance(parameters)
         self.steps += 1
         self.ended()
+        return result
 
     def zero_grad(self, grads=OF_PARAMS, *, stream=None):
         """Fill gradients with zeros, in place; without gradients, set the `.grad` of each tensor of torch to None.
@@ -370,20 +397,24 @@ class Adam(HasGroups, Grows):
         self.arrangement.check(self.groups)
         if grads is OF_PARAMS:
             for group in self.groups:
-                grads_of_params(group, "zero_grad")  # which refuses arrays that have no .grad
+                grads_of_params(group, self.arrangement, "zero_grad")  # which refuses arrays that have no .grad
             for param in itertools.chain.from_iterable(group["params"] for group in self.groups):
                 param.grad = None
             return
         of_groups = zip(self.groups, self.arrangement.in_order(grads), strict=True)
-        named = [zip(group["names"], group["params"], of_group, strict=True) for group, of_group in of_groups]
-        gradients.fill_with_zeros(itertools.chain.from_iterable(named), self.backend, stream)
+        labelled = [
+            zip(map(self.arrangement.label, group["names"]), group["params"], of_group, strict=True)
+            for group, of_group in of_groups
+        ]
+        gradients.fill_with_zeros(itertools.chain.from_iterable(labelled), self.backend, stream)
 
     def _updates_of(self, settings, group, grads, grad_scale, on_device):
         """Return the Updates of a group's parameters that have a gradient, and these parameters."""
         (structure, parameters, kind, count), arrays = group, settings["params"]
         lr, grad_scale, now = count.numbers(settings["lr"], grad_scale, on_device)
         known = settings if lr is settings["lr"] else settings | {"lr": lr}
-        h = checked_group(without_arrays(known), structure, self.options, self.steps + 1, grad_scale)
+        known = known if known["bounds"] is None else without_arrays(known)
+        h = checked_group(known, structure, self.options, self.steps + 1, grad_scale)
         if id(None) in map(id, grads):
             present = [grad is not None for grad in grads]
             count.check_present(parameters, present)
@@ -407,8 +438,8 @@ class Adam(HasGroups, Grows):
             columns.append([state[operand] for state in states])
         if len(columns) < len(operands):
             columns.insert(operands.index("param_copy"), [parameter.copy for parameter in parameters])
-        updates = Updates(h, step, columns, operands, names, now)
-        updates.complex, updates.components = structure.complex, structure.components
+        updates = Updates(h, step, columns, operands, names, now, structure.complex, structure.components)
+        updates.alone = self.arrangement.alone
         if counted:
             updates.bits, updates.stochastic = bits, self.options.stochastic_rounding
             updates.seed = checks.seed(self.options.seed)
@@ -419,9 +450,14 @@ class Adam(HasGroups, Grows):
         """Return the `StepArrays` of a step."""
         return StepArrays(self.arrangement, change, lr_scale, where, bounds)
 
-    def launch(self, updates, stream):
-        """Check the Updates of a step and launch them."""
-        update(updates, self.backend, stream, self._remembered, self.under_way)
+    def norms_of_step(self):
+        """Return the `NormsOfStep` of a step."""
+        params = {name: param for group in self.groups for name, param in zip(group["names"], group["params"], strict=True)}
+        return NormsOfStep(params, self._step_norms, self.backend)
+
+    def launch(self, updates, stream, norms=None):
+        """Check the Updates of a step and launch them. norms: a `NormsOfStep`, which is computed too."""
+        update(updates, self.backend, stream, self._remembered, self.under_way, norms)
 
     def check(self, updates, stream):
         """Raise what `launch` would raise, and do nothing else."""
@@ -450,7 +486,7 @@ class Adam(HasGroups, Grows):
             )
         for k, group in enumerate(updates):
             (param, *_), *_ = group.columns
-            kernels, (view,) = backends.choose([(f"params[{shown(group.names[0])}]", param)], self.backend)
+            kernels, (view,) = backends.choose([(self.arrangement.label(group.names[0]), param)], self.backend)
             if view.device is None and kernels.memory == "CPU":
                 clipping.refuse_on_gpu("norm")
             if k not in self._norm_counts:
@@ -466,7 +502,8 @@ class Adam(HasGroups, Grows):
             grads = group.columns[1]
             torch_tensors.wrote(grads)
             for grad, name in zip(grads, group.names, strict=True):
-                kernels, (view,) = backends.choose([(f"the gradient of params[{shown(name)}]", grad)], self.backend)
+                label = f"the gradient of {self.arrangement.label(name)}"
+                kernels, (view,) = backends.choose([(label, grad)], self.backend)
                 kernels.fill_zero(view, streams.handle(stream))
 
     def state_dict(self):
@@ -519,7 +556,7 @@ class Adam(HasGroups, Grows):
             if converted is not None:
                 conversions.append(converted)
             for key in state.keys() - {"step", *(CONVERTED if converted else ())}:
-                label = f"{key} of params[{shown(name)}]"
+                label = f"{key} of {self.arrangement.label(name)}"
                 if state[key] is states[name][key]:
                     if self.under_way.changing or counts[name] != states[name]["step"]:
                         raise ValueError(
@@ -552,7 +589,8 @@ class Adam(HasGroups, Grows):
         """Return the `Conversion` of loaded moments into those of a parameter, or None if they have the same format."""
         own = {key: self.array_of_state(name, key) for key in self.state[name] if key in CONVERTED}
         loaded = {key: array for key, array in loaded.items() if key in CONVERTED}
-        return conversion(f"params[{shown(name)}]", own, loaded, self.parameters[name].kind.numbers, self.state_backend)
+        label, numbers = self.arrangement.label(name), self.parameters[name].kind.numbers
+        return conversion(label, own, loaded, numbers, self.state_backend)
 
     def checked_state_dict(self, state_dict, convert=False):
         """Return (settings of each group, state of each name, steps) of a state_dict, after checking all but the arrays.

@@ -27,8 +27,7 @@ def bounds_apart(bounds):
 
 def without_arrays(settings):
     """Return the settings of a group with bounds of numbers alone."""
-    bounds = settings["bounds"]
-    return settings if bounds is None else settings | {"bounds": bounds_apart(bounds)[0]}
+    return settings | {"bounds": bounds_apart(settings["bounds"])[0]}
 
 
 ARRAYS = "arrays"  # in the place of such an end in saved settings
@@ -86,8 +85,8 @@ class StepArrays:
                 for name, array in zip(structure.names, arrays, strict=True):
                     if isinstance(array, str):
                         raise ValueError(
-                            f"{operand} of params[{shown(name)}] is {shown(array)}: give an array, or where='nonzero' for all "
-                            "parameters"
+                            f"{operand} of {arrangement.label(name)} is {shown(array)}: give an array, or where='nonzero' "
+                            "for all parameters"
                         )
                     self._of_names[name] |= {} if array is None else {operand: array}
         for name, ends in (bounds or {}).items():

@@ -7,7 +7,8 @@ adam_step, Adam.step, gpuadam.torch.Adam.step, ...      make Updates: arrays tha
     _in_views               any arrays are viewed one by one, and what is wrong with them is raised
   _launch
     _place, prepare       for each batch its stream, its form and its scalars; all is compiled, uploaded and refused here
-    launch                nothing but launches: of a step's scalars, if they are computed on the device, then of the batches
+    launch                nothing but launches: of a step's scalars, if they are computed on the device, then of the batches; a
+                          step's norms are summed before and after these
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from . import backends, checks, hyperparameters, torch_tensors
 from .device_step import ScalarsLaunch
 from .kernels import adam, streams
 from .kernels.layout import Update
-from .kernels.messages import shortened, shown
+from .kernels.messages import label_of, shortened
 from .kernels.operands import KINDS, Arrays, is_written
 from .kernels.scalars import step_key
 from .kernels.view import Bits
@@ -39,14 +40,15 @@ class Updates:
     operands: tuple[str, ...] = OPERANDS  # in the order of `operands.operands_of`
     names: list[str] | None = None  # of each param; None for the one that adam_step was given
     now: Any = None  # a device_step.Now, if scalars are computed on the device
+    complex: str | None = None  # what complex params are taken for: "joint" or "parts"
+    components: int = 1  # how many numbers of a real param share a v
     bits: tuple[str, ...] = ()  # of each operand: the format that its integers stand for, or ""
     stochastic: bool = False  # narrow params are rounded randomly
     seed: int = 0
     keys: list[int] | None = None  # of each param, for random rounding
     starts: list[int] | None = None  # likewise the number of its first element, where a param is a part of one
     nonzero: bool = False  # elements whose gradient is 0 stay
-    complex: str | None = None  # what complex params are taken for: "joint" or "parts"
-    components: int = 1  # how many numbers of a real param share a v
+    alone: bool = False  # the param was given as one array, so that nobody knows its name
 
     def written(self):
         """Return the arrays that are written."""
@@ -65,31 +67,32 @@ class Updates:
         """Return what errors call the arrays of an update."""
         if self.names is None:
             return self.operands
-        param = f"params[{shown(self.names[n])}]"
+        param = label_of(self.names[n], self.alone)
         return param, f"the gradient of {param}", *(f"{operand} of {param}" for operand in self.operands[2:])
 
 
-def update(groups, backend=None, stream=None, remembered=None, under_way=None):
+def update(groups, backend=None, stream=None, remembered=None, under_way=None, norms=None):
     """Check all Updates, then launch them: one launch for the dense arrays of each that share a device and a dtype.
 
     remembered: a `remembered.Remembered`, which keeps what is known of the arrays for the next step. under_way: an
         `under_way.UnderWay`, which begins when all is checked and prepared. The caller ends it when the step is counted too.
+    norms: a `step_norms.NormsOfStep`, which the step computes.
     """
     if stream is not None:
         stream = streams.handle(stream)
     takes_numpy = backends.takes_numpy(backend)
     if takes_numpy and (batches := _in_numpy_structs(groups)):
-        _launch(groups, batches, stream, under_way)
+        _launch(groups, batches, stream, under_way, norms)
         return
     has_tensors = any(torch_tensors.among(group.columns) for group in groups)
     batches = _in_numpy_structs(_as_numpy(groups, remembered)) if takes_numpy and has_tensors else None
     if not batches and remembered:
         batches = remembered.batches(groups, backend)
     if batches:
-        _launch(groups, batches, stream, under_way)
+        _launch(groups, batches, stream, under_way, norms)
     else:
         batches = _in_views(groups, backend)
-        _launch(groups, batches, stream, under_way)
+        _launch(groups, batches, stream, under_way, norms)
         if remembered:
             remembered.keep(groups, backend, batches)
         else:
@@ -132,14 +135,14 @@ def _in_numpy_structs(groups):
             rows = like and struct.table(columns, like.columns, not like.random)
         if like is None or rows is None:
             return None
-        if like.columns.of_complex and like.columns.numbers > 1 and (group.h.fixed.ordered or like.arrays.bounded):
+        joint = not like.plain and like.columns.of_complex and like.arrays.numbers > 1
+        if joint and (group.h.fixed.ordered or like.arrays.bounded):
             return None  # which `_in_views` refuses
         if like.random and group.keys:
             rows[:, struct.KEY] = group.keys
         if like.random and group.starts:
             rows[:, struct.START] = group.starts
-        one = len(rows) == 1 and not like.columns.of_complex and like.columns.numbers == 1  # of which NumPy knows
-        n = columns[0][0].size if one else rows[:, struct.SIZE].sum().item()
+        n = columns[0][0].size if like.plain and len(rows) == 1 else rows[:, struct.SIZE].sum().item()
         batches.append(kernels.batch_of(rows, n, like.arrays, like.random, k, group.names))
         tables.append((rows, like.columns))
     return batches if len(tables) == 1 or struct.all_disjoint(tables) else None
@@ -151,6 +154,7 @@ class Like(NamedTuple):
     columns: Any  # a numpy_struct.Columns
     arrays: Arrays
     random: bool  # whether a number is rounded randomly
+    plain: bool  # whether an element is a number of NumPy's
 
 
 _likes: dict[tuple, Like] = {}
@@ -181,7 +185,7 @@ def _like(group, struct):
         arrays = like_first and _arrays_of_dtypes(group, like_first, bits)
         if arrays is None:
             return columns, None
-        like = _likes[key] = Like(like_first, arrays, arrays.random)
+        like = _likes[key] = Like(like_first, arrays, arrays.random, not like_first.of_complex and arrays.numbers == 1)
     if not any(type(column[0]) is Bits for column in group.columns):
         _latest[settings] = like
     return columns, like
@@ -244,19 +248,10 @@ def _in_views(groups, backend):
     for k, group in enumerate(groups):
         together: dict[tuple, list] = {}
         zero_grad = group.h.fixed.zero_grad
-        for n, row in enumerate(group.rows()):
-            for label, array in row:
-                checks.given(label, array)
-            kernels, views = backends.choose(row, backend)
-            by_operand, numbers = in_elements(dict(zip(group.operands, views, strict=True)), group)
+        for kernels, by_operand, arrays, one in _viewed(group, backend):
             for operand, view in by_operand.items():
                 (written if is_written(operand, by_operand, zero_grad) else read).append(view)
-            formats = {operand: view.format for operand, view in by_operand.items()}
-            arrays = arrays_of(formats, group.stochastic, group.nonzero, numbers)
-            one = Update(
-                list(by_operand.values()), group.keys[n] if group.keys else 0, group.starts[n] if group.starts else 0
-            )
-            together.setdefault((kernels, views[0].device, arrays), []).append(one)
+            together.setdefault((kernels, by_operand["param"].device, arrays), []).append(one)
         for (kernels, _, arrays), updates in together.items():
             for batch in kernels.batches(updates, arrays):
                 batch.group = k
@@ -280,12 +275,42 @@ def in_elements(views, group):
     return {name: view if KINDS[name].shared else view.in_vectors(numbers) for name, view in views.items()}, numbers
 
 
-def _launch(groups, batches, stream, under_way):
+def _viewed(group, backend):
+    """Yield of each update of a group the backend, the Views by their operands, the `operands.Arrays` and the `layout.Update`.
+
+    Raise what is wrong with the arrays of one update.
+    """
+    for n, row in enumerate(group.rows()):
+        for label, array in row:
+            checks.given(label, array)
+        kernels, views = backends.choose(row, backend)
+        by_operand, numbers = in_elements(dict(zip(group.operands, views, strict=True)), group)
+        formats = {operand: view.format for operand, view in by_operand.items()}
+        key, start = group.keys[n] if group.keys else 0, group.starts[n] if group.starts else 0
+        arrays = arrays_of(formats, group.stochastic, group.nonzero, numbers)
+        yield kernels, by_operand, arrays, Update([*by_operand.values()], key, start)
+
+
+def _of_change(groups, norms):
+    """Return the batches that sum the changes that Updates, which were checked, will make."""
+    batches = []
+    for k, group in enumerate(groups):
+        together: dict[Arrays, tuple] = {}
+        for name, (_, _, arrays, one) in zip(group.names, _viewed(group, norms.asked), strict=True):
+            names, updates = together.setdefault(arrays, ([], []))
+            names.append(name)
+            updates.append(one)
+        batches += [norms.part(k, *members, arrays) for arrays, members in together.items()]
+    return batches
+
+
+def _launch(groups, batches, stream, under_way, norms=None):
     """Prepare all batches, which may fail, then launch them: nothing is allocated, compiled or refused any more."""
     scalars_of: dict[int, ScalarsLaunch] = {}
     if stream is not None:
         _check_devices(batches)
-    for batch in batches:
+    of_change = _of_change(groups, norms) if norms else []
+    for batch in [*of_change, *batches]:
         group, key = groups[batch.group], 0
         if group.now is None:
             place = None if stream is batch.device is None else _place(group, batch, stream)  # on the CPU there is none
@@ -299,8 +324,11 @@ def _launch(groups, batches, stream, under_way):
             form, scalars = computed.of(batch.arrays)
         batch.prepare(adam, form, scalars, place, key)
     launches = batches
+    if norms:
+        norms.prepare(stream)
+        launches = [*of_change, *batches, norms]
     if scalars_of:
-        launches = [*scalars_of.values(), *batches]
+        launches = [*scalars_of.values(), *launches]
         for scalars in scalars_of.values():
             scalars.prepare()
     if under_way is not None:

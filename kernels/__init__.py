@@ -30,10 +30,15 @@ the numbers of a step.
 ## A rule
 
 A rule is the update of one element: a module with `in_python(form, op)`, which returns a Python function for Numba, and
-`in_cuda_c(form)`, which returns the same in CUDA C for CuPy. Both take (param, grad, m, v, max_v, ema) and the scalars of
-`adam.scalar_names(form)`. Python returns the new (param, m, v, max_v, ema), C writes through references. A rule tests the
+`in_cuda_c(form)`, which returns the same in CUDA C for CuPy. Both take the values of `operands.VALUES` and the scalars of
+`adam.scalar_names(form)`. Python returns the new values of `operands.RESULTS`, C writes through references. A rule tests the
 `Form` outside the arithmetic, so that an unused option costs nothing. `adam.py` is the rule; `limit.py` only moves the
 bytes.
+
+Where several numbers share a v, an element is a vector of them: `Arrays.numbers` says of how many. Operations then go number
+by number, and `primitives.REDUCTIONS` make one number of a vector. The text of the rule is the same. An array of such elements
+is a View whose dtype has several numbers (`View.in_vectors`), so loops, tables and layouts count elements of any size. Complex
+arrays become real ones with a last dimension of 2 before anything else looks at them (`View.in_parts`).
 
 An *operation* of a rule is a row of `primitives.py`: LLVM for Numba beside PTX for CuPy. A *conversion* between a format in
 memory and a float is a row of `conversions.py`. `operands.py` says which arrays an update has, in which formats, and by
@@ -58,6 +63,7 @@ A backend is a subclass of `backend.Backend`, whose docstrings are the interface
 | `view(name, array)` | the View of an array; nothing is copied |
 | `batches(updates, arrays)` | `Batch`es, which do `place`, `check`, `prepare`, `launch` and `release` |
 | `norm(...)`, `chunk_sums(views)` | the global norm, whose bits follow from the order in `norm_order.py` |
+| `step_norms(...)` | the norms of a step: sums before its update, and after it (`change_sums.py`) |
 | `zeros`, `shaped`, `fill_zero`, `copy` | memory for state |
 | `from_host`, `to_host`, `native` | copies from and to NumPy; an array as one of the backend's library |
 | `now`, `seconds_between` | the clock of the device |
@@ -93,5 +99,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `numba_memory.py` | numbers in memory, for Numba's code on the CPU and on a GPU |
 | `norm_order.py` | THE ORDER of the global norm, and its plan |
 | `norm_cpu.py`, `norm_cuda_c.py`, `norm_numba_cuda.py` | its kernels |
+| `change_sums.py`, `change_gpu.py` | the norms of a step, and their passes on a GPU |
+| `change_cpu.py`, `change_cuda_c.py`, `change_numba_cuda.py` | the kernels of the norm of its change |
 | `synchronous.py` | GPUADAM_SYNC=1 |
 """

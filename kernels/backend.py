@@ -108,6 +108,10 @@ class Backend:
         the arrays' device; None for the CPU, or if no array has elements.
         """
 
+    def step_norms(self, params, device, out):
+        """Return the `change_sums.NormPasses` of a step, whose docstring has the arguments. A backend need not have them."""
+        raise NotImplementedError(f"the backend {self.name} takes no norms of a step: leave norms out")
+
     def chunk_sums(self, views):
         """Return the sums of squares of all chunks of arrays on one device, as a NumPy array. The host waits for a GPU."""
 

@@ -6,7 +6,7 @@ import time
 import numba
 import numpy as np
 
-from gpuadam.kernels import cpu_kernels, cpu_threads, norm_cpu, numpy_struct
+from gpuadam.kernels import change_cpu, cpu_kernels, cpu_threads, norm_cpu, numpy_struct
 from gpuadam.kernels.backend import Backend, Batch, refuse_stream
 from gpuadam.kernels.cpu_kernels import CACHE_LINE
 from gpuadam.kernels.layout import collapse, dense
@@ -110,6 +110,9 @@ class NumbaCpu(Backend):
         result = np.empty(()) if out is None else out.array
         result[...] = norm_cpu.norm(views)
         return result
+
+    def step_norms(self, params, device, out):
+        return change_cpu.CpuNormPasses(self, params, device, out)
 
     chunk_sums = staticmethod(norm_cpu.chunk_sums)
     norm_of_chunks = staticmethod(norm_cpu.norm_of_chunks)

@@ -98,6 +98,18 @@ __device__ __forceinline__ void update_group(%(arguments)s) {
 }
 """
 
+# Nothing is stored. i: the place of a number in the arrays.
+PARAM_OF = """
+__device__ __forceinline__ void param_of(T& old_param, T& new_param, %(arguments)s) {
+    constexpr int k = 0;
+    %(load)s
+    %(decode)s
+    old_param = number_of(param_k, i %% NUMBERS);
+    %(update)s
+    new_param = number_of(param_k, i %% NUMBERS);
+}
+"""
+
 
 def for_cuda_c(form, scalars):
     """Return the CUDA C that a rule needs before it, and the function that calls it. scalars: the names of the rule's scalars.
@@ -133,8 +145,42 @@ def for_cuda_c(form, scalars):
     return conversions.for_cuda_c() + IN_CUDA_C, (UPDATE_GROUP if grouped else UPDATE_LANES) % parts
 
 
+def param_for_cuda_c(form, scalars):
+    """Return the function of CUDA C for a pass that stores nothing. It goes behind the rule.
+
+    `param_of(old_param, new_param, operands..., i, scalars...)` sets both to number i of the parameter, before and after.
+    """
+    operands = operands_of_form(form)
+    kinds = {o.name: C_TYPES[o.format] for o in operands}
+    arguments = [f"const {kinds[o.name]}* {o.name}" for o in operands] + ["long long i", *(f"T {name}" for name in scalars)]
+    at = {o.name: f"i / NUMBERS * {o.numbers}" if form.arrays.numbers > 1 else "i" for o in operands}
+    load = [
+        f"const auto {o.name}_was = load<1, {o.numbers}>({o.name} + {at[o.name]});"
+        for o in operands
+        if o.loads and not o.of_groups
+    ]
+    if form.arrays.grouped:
+        load += [f"const float {x}_unit = {x}_unit_({x}_scale[i / {GROUP}]);" for x in ("m", "v")]
+    lines = {"load": load, "decode": _decode(form), "update": [_apply(scalars)]}
+    return PARAM_OF % ({name: "\n".join(text) for name, text in lines.items()} | {"arguments": ", ".join(arguments)})
+
+
 def _update(form, scalars):
     """Return the lines that decode lane k and apply the rule, to variables named value_k."""
+    lines = [*_decode(form), _apply(scalars)]
+    if form.arrays.random:
+        lines.append("unsigned h[NUMBERS];")
+        lines.append("FOR_NUMBERS {")
+        lines.append("const long long number = (index + k) * NUMBERS + j;")
+        lines.append("h[j] = random_(number, number >> 32, key, key >> 32); }")
+    return lines
+
+
+def _apply(scalars):
+    return f"update({', '.join(f'{name}_k' for name in VALUES)}, {', '.join(scalars)});"
+
+
+def _decode(form):
     lines, several = [], form.arrays.numbers > 1
     for value, (row, names) in decodings(form).items():
         is_vector = several and not KINDS[value].shared
@@ -142,12 +188,6 @@ def _update(form, scalars):
         stored = ", ".join(name if name.endswith("_unit") else f"{name}_was.lane[{place}]" for name in names)
         x = f"wide({f'{row}_({stored})' if row else stored})"
         lines.append(f"V {value}_k; FOR_NUMBERS {value}_k.number[j] = {x};" if is_vector else f"T {value}_k = {x};")
-    lines.append(f"update({', '.join(f'{name}_k' for name in VALUES)}, {', '.join(scalars)});")
-    if form.arrays.random:
-        lines.append("unsigned h[NUMBERS];")
-        lines.append("FOR_NUMBERS {")
-        lines.append("const long long number = (index + k) * NUMBERS + j;")
-        lines.append("h[j] = random_(number, number >> 32, key, key >> 32); }")
     return lines
 
 

@@ -8,7 +8,7 @@ import functools
 
 import cupy
 
-from gpuadam.kernels import adam, cuda_c_access, gpu_table, norm_cuda_c, primitives
+from gpuadam.kernels import adam, change_cuda_c, cuda_c_access, gpu_table, norm_cuda_c, primitives
 from gpuadam.kernels.operands import FORMATS, lanes_of, operands_of_form
 from gpuadam.kernels.scalars import Settings, formula_in_cuda_c
 
@@ -190,5 +190,6 @@ def build_scalars(form):
 
 @functools.cache
 def build_sums(form):
-    """Return the RawKernel of a `norm_order.Form`; CuPy compiles it at its first call."""
-    return cupy.RawKernel(*norm_cuda_c.text_and_name(form))
+    """Return the RawKernel of a `norm_order.Form`, or of the changes of an `adam.Form`; CuPy compiles it at its first call."""
+    kernel = change_cuda_c if isinstance(form, adam.Form) else norm_cuda_c
+    return cupy.RawKernel(*kernel.text_and_name(form))

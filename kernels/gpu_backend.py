@@ -14,6 +14,7 @@ import numpy as np
 
 from gpuadam.kernels import gpu_driver, norm_order, streams, synchronous
 from gpuadam.kernels.backend import Backend
+from gpuadam.kernels.change_gpu import GpuNormPasses
 from gpuadam.kernels.dlpack import Borrowed
 from gpuadam.kernels.gpu_batch import GpuBatch, Place
 from gpuadam.kernels.gpu_table import Table
@@ -130,7 +131,10 @@ class GpuBackend(Backend):
         """
 
     def launch_sums(self, form, chunks, arguments, stream):
-        """Launch a pass of a norm. The stream is the current one. arguments: those of the kernel, integers."""
+        """Launch a pass of a norm. The stream is the current one. arguments: those of the kernel, integers.
+
+        form: a `norm_order.Form`; or an `adam.Form`, of the changes that its update will make.
+        """
 
     # From here on, the part that both backends share
 
@@ -250,6 +254,9 @@ class GpuBackend(Backend):
         self._sum(views, device, place, norm_at=address)
         return result
 
+    def step_norms(self, params, device, out):
+        return GpuNormPasses(self, params, device, out)
+
     def chunk_sums(self, views):
         if not views:
             return np.empty(0)
@@ -268,13 +275,8 @@ class GpuBackend(Backend):
             self.before(place)
             with gpu_driver.allowed_while_capturing() if place.capturing else contextlib.nullcontext():
                 address = table.on_stream(place.stream)
-            passes = [one for one in plan.passes if norm_at or one.form.squares]
-            for number, one in enumerate(passes, 1):
-                text = functools.partial(synchronous.text_of_norm, views, plan, number, device)
-                last = bool(norm_at) and number == len(passes)
-                out = norm_at if last else address + n_table + one.out
-                arguments = address, one.first_row, one.n_rows, out, one.chunks, int(last)
-                synchronous.launch(self, place.stream, text, self.launch_sums, one.form, one.chunks, arguments, place.stream)
+            text = functools.partial(synchronous.text_of_norm, views, plan, device=device)
+            self.launch_passes(plan, address, address + n_table, norm_at, place.stream, text)
             table.used(place.stream)
             self.after(place, self.borrowed(views))
             if norm_at is None:
@@ -283,3 +285,17 @@ class GpuBackend(Backend):
                 self.synchronize_stream(place.stream)
         table.release()
         return sums
+
+    def launch_passes(self, plan, table, workspace, norm_at, stream, text):
+        """Launch the passes of a `norm_order.Plan` on a stream, which is the current one.
+
+        table, workspace, norm_at: their addresses; without norm_at the sums of chunks are all. text(number): what an error calls
+        the pass of a number.
+        """
+        passes = [one for one in plan.passes if norm_at or one.form.squares]
+        for number, one in enumerate(passes, 1):
+            last = bool(norm_at) and number == len(passes)
+            out = norm_at if last else workspace + one.out
+            arguments = table, one.first_row, one.n_rows, out, one.chunks, int(last)
+            what = functools.partial(text, number)
+            synchronous.launch(self, stream, what, self.launch_sums, one.form, one.chunks, arguments, stream)

@@ -1,4 +1,7 @@
-"""Values of users in error messages, which stay readable whatever the values are."""
+"""What users are told: their values in messages, which stay readable whatever the values are, and warnings."""
+
+import inspect
+import warnings
 
 
 def shown(value, most=200):
@@ -20,3 +23,20 @@ def shortened(text, most=200):
         return text
     half = most // 2
     return f"{text[:half]}[{len(text) - 2 * half:,} characters left out]{text[-half:]}"
+
+
+def label_of(name, alone=False):
+    """Return what errors call a parameter. alone: it was given as one array.
+
+    >>> label_of("w"), label_of("0", alone=True)
+    ("params['w']", 'params')
+    """
+    return "params" if alone else f"params[{shown(name)}]"
+
+
+def warn(message):
+    """Warn, and name the line of the caller of gpuadam."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("gpuadam."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

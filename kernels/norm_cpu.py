@@ -44,11 +44,23 @@ def norm_of_chunks(sums):
     return math.sqrt(sums[0])
 
 
+def rehearse(views):
+    """Compile what `norm` runs: between an update and the norm of what it has written that could fail."""
+    plan = order.plan(views)
+    for one in plan.passes:
+        build(one.form, "serial")(plan.table, 0, 0, 0, 0, 0)
+        if _parts(one) > 1 and cpu_threads.numba_threads_are_safe():
+            build(one.form, "parallel")(plan.table, 0, 1, 0, 0, 0)
+
+
 def run(one, table, sums):
     """Make a pass, in threads if there is much to sum. sums: an array for those of all chunks."""
-    parts = 1 if one.elements < PARALLEL_FROM else min(cpu_threads.n_threads(), one.chunks)
     arguments = one.first_row, one.n_rows, sums.ctypes.data
-    cpu_threads.run(functools.partial(build, one.form), table, one.chunks, parts, arguments)
+    cpu_threads.run(functools.partial(build, one.form), table, one.chunks, _parts(one), arguments)
+
+
+def _parts(one):
+    return 1 if one.elements < PARALLEL_FROM else min(cpu_threads.n_threads(), one.chunks)
 
 
 @functools.cache

@@ -5,7 +5,54 @@ import functools
 from gpuadam.kernels import conversions, norm_order, primitives
 from gpuadam.kernels.cuda_c_access import C_TYPES
 
-IN_CUDA_C = r"""
+# The row of the chunk that a warp sums, and the chunk's place in its array.
+CHUNK_OF_WARP = r"""
+    const int thread = threadIdx.x % WARP;
+    const long long chunk = (long long)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
+    if (chunk >= chunks)
+        return;  // the whole warp
+    const long long* const table = at_address<const long long>(table_address);
+    long long this_row = first_row, end_row = first_row + n_rows;
+    while (end_row - this_row > 1) {
+        const long long middle = (this_row + end_row) / 2;
+        if (table[middle * COLUMNS + FIRST_CHUNK] <= chunk)
+            this_row = middle;
+        else
+            end_row = middle;
+    }
+    const long long* const row = table + this_row * COLUMNS;
+    const long long start = (chunk - row[FIRST_CHUNK]) * CHUNK;
+    const int n = min(row[SIZE] - start, (long long)CHUNK);
+    double s[LANES_PER_THREAD] = {};
+"""
+
+# The tree. A lane is (part * WARP + thread) * PER_VECTOR + k.
+TREE = r"""
+#pragma unroll
+    for (int half = PARTS / 2; half; half /= 2)
+#pragma unroll
+        for (int k = 0; k < half * PER_VECTOR; ++k)
+            s[k] = add_(s[k], s[k + half * PER_VECTOR]);
+#pragma unroll
+    for (int half = WARP / 2; half; half /= 2)
+#pragma unroll
+        for (int k = 0; k < PER_VECTOR; ++k)
+            s[k] = add_(s[k], __shfl_xor_sync(0xffffffff, s[k], half));
+#pragma unroll
+    for (int half = PER_VECTOR / 2; half; half /= 2)
+#pragma unroll
+        for (int k = 0; k < half; ++k)
+            s[k] = add_(s[k], s[k + half]);
+"""
+
+# A plain cast of an address to a pointer makes generic loads.
+AT_ADDRESS = r"""
+template <typename Type>
+__device__ __forceinline__ Type* at_address(long long a) { return (Type*)__cvta_global_to_generic((size_t)a); }
+"""
+
+IN_CUDA_C = (
+    r"""
 struct alignas(VECTOR_BYTES) Vector { Element element[PER_VECTOR]; };
 
 __device__ __forceinline__ double to_float64(Element x) { return TO_FLOAT64; }
@@ -14,11 +61,9 @@ __device__ __forceinline__ double plus(double s, Element element) {
     const double x = to_float64(element);
     return SQUARES ? fma_(x, x, s) : add_(s, x);
 }
-
-// A plain cast of an address to a pointer makes generic loads.
-template <typename Type>
-__device__ __forceinline__ Type* at_address(long long a) { return (Type*)__cvta_global_to_generic((size_t)a); }
-
+"""
+    + AT_ADDRESS
+    + r"""
 // The address of element i of an array, in C order. Sums of chunks have no gaps.
 __device__ __forceinline__ long long address_of(const long long* table, const long long* row, long long i) {
     long long address = row[POINTER];
@@ -39,24 +84,9 @@ __device__ __forceinline__ long long address_of(const long long* table, const lo
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 NAME(long long table_address, long long first_row, long long n_rows, long long out, long long chunks, long long last) {
-    const int thread = threadIdx.x % WARP;
-    const long long chunk = (long long)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
-    if (chunk >= chunks)
-        return;  // the whole warp
-    const long long* const table = at_address<const long long>(table_address);
-    long long low = first_row, high = first_row + n_rows;
-    while (high - low > 1) {
-        const long long middle = (low + high) / 2;
-        if (table[middle * COLUMNS + FIRST_CHUNK] <= chunk)
-            low = middle;
-        else
-            high = middle;
-    }
-    const long long* const row = table + low * COLUMNS;
-    const long long start = (chunk - row[FIRST_CHUNK]) * CHUNK;
-    const int n = min(row[SIZE] - start, (long long)CHUNK);
-    double s[LANES_PER_THREAD] = {};
-    const int first = thread * PER_VECTOR / WIDTH * QUARTER + thread * PER_VECTOR % WIDTH;
+"""
+    + CHUNK_OF_WARP
+    + r"""    const int first = thread * PER_VECTOR / WIDTH * QUARTER + thread * PER_VECTOR % WIDTH;
     if (row[RUN] && n == CHUNK) {
         const Vector* const at = at_address<const Vector>(row[POINTER] + (start + first) * (long long)sizeof(Element));
 #pragma unroll ROWS_AT_ONCE
@@ -80,27 +110,13 @@ NAME(long long table_address, long long first_row, long long n_rows, long long o
             }
         }
     }
-
-    // The tree. A lane is (part * WARP + thread) * PER_VECTOR + k.
-#pragma unroll
-    for (int half = PARTS / 2; half; half /= 2)
-#pragma unroll
-        for (int k = 0; k < half * PER_VECTOR; ++k)
-            s[k] = add_(s[k], s[k + half * PER_VECTOR]);
-#pragma unroll
-    for (int half = WARP / 2; half; half /= 2)
-#pragma unroll
-        for (int k = 0; k < PER_VECTOR; ++k)
-            s[k] = add_(s[k], __shfl_xor_sync(0xffffffff, s[k], half));
-#pragma unroll
-    for (int half = PER_VECTOR / 2; half; half /= 2)
-#pragma unroll
-        for (int k = 0; k < half; ++k)
-            s[k] = add_(s[k], s[k + half]);
-    if (thread == 0)
+"""
+    + TREE
+    + r"""    if (thread == 0)
         at_address<double>(out)[row[FIRST_SUM] + chunk - row[FIRST_CHUNK]] = last ? sqrt_(s[0]) : s[0];
 }
 """
+)
 
 
 @functools.cache
@@ -117,11 +133,16 @@ def text_and_name(form):
         "PART": form.part,
         "ROWS_AT_ONCE": form.lanes,  # 8 vectors of 16 bytes a thread
     }
-    for constant in (
-        "VECTOR_BYTES", "CHUNK", "QUARTER", "WIDTH", "BLOCK", "WARP", "LANES_PER_THREAD", "COLUMNS",
-        "POINTER", "SIZE", "RUN", "NDIM", "DIMS", "FIRST_CHUNK", "FIRST_SUM",
-    ):  # fmt: skip
-        constants[constant] = getattr(norm_order, constant)
-    defines = "".join(f"#define {constant} {value}\n" for constant, value in constants.items())
+    defines = defined(constants)
     operations = "typedef double T;\n" + primitives.for_cuda_c("float64") + conversions.for_cuda_c()
     return f"{operations}typedef {C_TYPES[form.format]} Element;\n{defines}{IN_CUDA_C}", name
+
+
+def defined(constants):
+    """Return the definitions of the order's constants and of a kernel's own, which go before those. constants: name -> value."""
+    names = (
+        "VECTOR_BYTES", "CHUNK", "QUARTER", "WIDTH", "BLOCK", "WARP", "LANES_PER_THREAD", "COLUMNS",
+        "POINTER", "SIZE", "RUN", "NDIM", "DIMS", "FIRST_CHUNK", "FIRST_SUM",
+    )  # fmt: skip
+    of_order = {name: getattr(norm_order, name) for name in names}
+    return "".join(f"#define {name} {value}\n" for name, value in (of_order | constants).items())

@@ -17,6 +17,7 @@ from gpuadam.kernels.numba_memory import RAW, llvm_type, load_at, store_at, to_f
 
 I32, I64 = llvm.U32, llvm.U64
 LANES_OF_A_THREAD = types.UniTuple(types.float64, LANES_PER_THREAD)
+NO_SUMS = (0.0,) * LANES_PER_THREAD
 
 
 def build(form):
@@ -27,7 +28,7 @@ def build(form):
     ROWS_AT_ONCE = form.lanes  # of all quarters, which a warp loads before it adds the first: 8 vectors of 16 bytes a thread
     int64_at, raw_at = (load_at(intrinsic, kind, addrspace=1) for kind in (types.int64, RAW[form.format]))
     as_float64, store = widened(intrinsic, form.format, on_gpu=True), store_at(intrinsic, types.float64, addrspace=1)
-    add_rows, tree = _add_rows(form), _tree(form)
+    add_rows, tree, chunk_of_warp = _add_rows(form), tree_of(form.lanes), chunk_of_warp_in(order.COLUMNS)
 
     @cuda.jit(device=True)
     def plus(s, x):
@@ -66,23 +67,11 @@ def build(form):
     )
 
     def sums(table, first_row, n_rows, out, chunks, last):
-        thread = types.int64(cuda.threadIdx.x) % WARP
-        chunk = types.int64(cuda.blockIdx.x) * (order.BLOCK // WARP) + types.int64(cuda.threadIdx.x) // WARP
+        thread, chunk = place_of_warp()
         if chunk >= chunks:
             return  # the whole warp
-        low, high = first_row, first_row + n_rows
-        while high - low > 1:
-            middle = (low + high) // 2
-            if int64_at(table + 8 * (middle * order.COLUMNS + order.FIRST_CHUNK)) <= chunk:
-                low = middle
-            else:
-                high = middle
-        row = table + 8 * order.COLUMNS * low
-        k = chunk - int64_at(row + 8 * order.FIRST_CHUNK)
-        start = k * order.CHUNK
-        n = min(int64_at(row + 8 * order.SIZE) - start, order.CHUNK)
-
-        s = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        row, k, start, n = chunk_of_warp(table, first_row, n_rows, chunk)
+        s = NO_SUMS
         first = thread * PER_VECTOR // WIDTH * order.QUARTER + thread * PER_VECTOR % WIDTH
         if int64_at(row + 8 * order.RUN) and n == order.CHUNK:
             at = int64_at(row + 8 * order.POINTER) + (start + first) * ITEMSIZE
@@ -96,6 +85,34 @@ def build(form):
             store(out + 8 * (int64_at(row + 8 * order.FIRST_SUM) + k), sqrt(total) if last else total)
 
     return sums
+
+
+@cuda.jit(device=True)
+def place_of_warp():
+    """Return the number of a thread in its warp, and that of the warp's chunk."""
+    thread = types.int64(cuda.threadIdx.x)
+    return thread % WARP, types.int64(cuda.blockIdx.x) * (order.BLOCK // WARP) + thread // WARP
+
+
+def chunk_of_warp_in(columns):
+    """Return a function to the address of a chunk's row in a table, the chunk's number there, its first element and its size."""
+    int64_at = load_at(intrinsic, types.int64, addrspace=1)
+
+    @cuda.jit(device=True)
+    def chunk_of_warp(table, first_row, n_rows, chunk):
+        low, high = first_row, first_row + n_rows
+        while high - low > 1:
+            middle = (low + high) // 2
+            if int64_at(table + 8 * (middle * columns + order.FIRST_CHUNK)) <= chunk:
+                low = middle
+            else:
+                high = middle
+        row = table + 8 * columns * low
+        k = chunk - int64_at(row + 8 * order.FIRST_CHUNK)
+        start = k * order.CHUNK
+        return row, k, start, min(int64_at(row + 8 * order.SIZE) - start, order.CHUNK)
+
+    return chunk_of_warp
 
 
 def _add_rows(form):
@@ -126,16 +143,16 @@ def _vector_at(b, form, address):
     return [b.trunc(x, ir.IntType(16)) for word in words for x in (word, b.lshr(word, I32(16)))]
 
 
-def _tree(form):
-    """Return a function that adds all lanes of a warp, of which a thread has (part * WARP + thread) * form.lanes + k."""
-    parts = LANES_PER_THREAD // form.lanes
+def tree_of(per_vector):
+    """Return a function that adds all lanes of a warp, of which a thread has (part * WARP + thread) * per_vector + k."""
+    parts = LANES_PER_THREAD // per_vector
 
     def tree(b, lanes):
         for half in _halves(parts):
-            lanes = _folded(b, lanes, half * form.lanes)
+            lanes = _folded(b, lanes, half * per_vector)
         for half in _halves(WARP):
             lanes = [_emit(b, "add", x, _from_other_thread(b, x, half)) for x in lanes]
-        for half in _halves(form.lanes):
+        for half in _halves(per_vector):
             lanes = _folded(b, lanes, half)
         return lanes[0]
 

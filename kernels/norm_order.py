@@ -116,13 +116,16 @@ class Plan(NamedTuple):
         return table
 
 
-def plan(views, alignment=None):
-    """Return the Plan of a norm. alignment: of the address of a vector; by default that of the elements."""
+def plan(views, alignment=None, n_sums=0):
+    """Return the Plan of a norm. alignment: of the address of a vector; by default that of the elements.
+
+    n_sums: of chunks whose sums something else writes, in the place of views: to the start of the workspace.
+    """
     rows: list[list[int]] = []
     dims: list[int] = []
     passes = []
     by_format: dict[str, list[tuple]] = {}  # one launch for the arrays of a format
-    total = 0
+    total = n_sums
     for view in views:
         if view.size:
             by_format.setdefault(format_of(view), []).append((view, total))
@@ -144,7 +147,7 @@ def plan(views, alignment=None):
         passes.append(Pass(form, len(rows) - len(members), len(members), chunks, elements, 0))
     sums, n = 0, total
     workspace = _bytes(n)
-    while n != 1:  # no chunks at all are an array of no elements, whose sum is +0
+    while n != 1 or not passes:  # no chunks at all are an array of no elements, whose sum is +0
         rows.append([sums, n, 1, 0, 0, 0, 0, 0])
         elements, n = n, max(1, chunks_of(n))
         passes.append(Pass(Form("float64", squares=False), len(rows) - 1, 1, n, elements, workspace))

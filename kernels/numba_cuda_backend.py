@@ -11,7 +11,7 @@ from numba import cuda
 from numba.cuda.cudadrv.driver import device_memset
 from numba.cuda.cudadrv.error import CudaSupportError
 
-from gpuadam.kernels import gpu_driver, norm_numba_cuda, norm_order
+from gpuadam.kernels import adam, change_numba_cuda, gpu_driver, norm_numba_cuda, norm_order
 from gpuadam.kernels.gpu_backend import GpuBackend
 from gpuadam.kernels.gpu_table import BLOCK
 from gpuadam.kernels.layout import collapse
@@ -78,7 +78,8 @@ class NumbaCuda(GpuBackend):
 
     def launch_sums(self, form, chunks, arguments, stream):
         blocks = -(-chunks // (norm_order.BLOCK // norm_order.WARP))
-        _configured(compiled(norm_numba_cuda.build, form), blocks, norm_order.BLOCK, stream)(*arguments)
+        build_sums = change_numba_cuda.build if isinstance(form, adam.Form) else norm_numba_cuda.build
+        _configured(compiled(build_sums, form), blocks, norm_order.BLOCK, stream)(*arguments)
 
     # Memory
 

@@ -252,6 +252,17 @@ struct V {
 """
 
 
+# Number j of a vector. An index that is not known when it is compiled would need memory, and so would a choice by C.
+NUMBER_OF = """
+__device__ __forceinline__ T number_of(V g, int j) {
+    T r = g(0);
+    #pragma unroll
+    for (int k = 1; k < NUMBERS; ++k) r = choose_(j == k ? T(1) : T(0), g(k), r);
+    return r;
+}
+"""
+
+
 def for_cuda_c(dtype, numbers=1):
     """Return the primitives as CUDA C: inline functions over `T`, which is float or double, and over vectors of it, `V`.
 
@@ -269,6 +280,7 @@ def for_cuda_c(dtype, numbers=1):
             body = f"V r; for (int k = 0; k < NUMBERS; ++k) r.number[k] = {name}_({given}); return r;"
             text += f"__device__ __forceinline__ V {name}_({declared}) {{ {body} }}\n"
     text += f"#define g(k) {'g' if numbers == 1 else 'g.number[k]'}\n"
+    text += NUMBER_OF
     for name, (_, body) in REDUCTIONS.items():
         declared = ", ".join(f"{'V' if x == 'g' else 'T'} {x}" for x in operands_of_reduction(name))
         text += f"__device__ __forceinline__ T {name}_({declared}) {{ {body} }}\n"

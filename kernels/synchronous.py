@@ -45,7 +45,7 @@ def text_of_updates(updates, loop):
     return f"the update of {_first_three(shown, '; ')} ({count}, {size:,} elements, kernel {loop!r}, device {device})"
 
 
-def text_of_norm(views, plan, number, device):
+def text_of_norm(views, plan, number, *, device):
     """Return what an error calls the launch of a pass, counted from 1, of a global norm."""
     one, size = plan.passes[number - 1], sum(view.size for view in views)
     return (

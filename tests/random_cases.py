@@ -56,6 +56,7 @@ class Round(Record):
     bounded: bool = False
     lr_scale: str | None = None  # its format
     where: str = ""  # or "array", "nonzero"
+    norms: bool = False  # steps return their norms
     change: str | None = None  # its format
     complex: str | None = None  # or "joint", "parts"
     components: int = 1
@@ -105,6 +106,7 @@ class Round(Record):
             if not (complex and state_dtype == "8bit")
             else None,
             rng.choice(["", "", "array", "nonzero"]) if state_dtype != "8bit" else "",
+            norms=rng.random() < 0.3,
             complex=complex,
             components=components,
         )
@@ -592,8 +594,10 @@ class Training:
             }
             for name, parameter in self.described.items()
         }
-        self.call(step, grads)
+        norms = self.call(step, grads)
         after = self.arrays()
+        if self.round.norms:
+            self.check_norms(norms, before, after, left_out)
         if not left_out:
             self.steps += 1
         for k, name in ((k, name) for k, names in enumerate(self.names) for name in names):
@@ -662,10 +666,21 @@ class Training:
             key: self.given({name: of_name[key].given for name, of_name in self.further.items()})
             for key in next(iter(self.further.values()))
         } | ({"where": "nonzero"} if self.round.where == "nonzero" else {})
-        self.opt.step(
+        return self.opt.step(
             self.given(given), grad_scale=step.grad_scale, max_norm=step.max_norm, norm=norm, check_finite=step.check_finite,
-            found_inf=step.found_inf, **further,
+            found_inf=step.found_inf, norms=self.round.norms, **further,
         )  # fmt: skip
+
+    def check_norms(self, norms, before, after, left_out):
+        """Compare the norms of a step with those of the arrays; of the change where all parameters have what is computed."""
+        params = [own["param"] for own in after.values()]
+        assert norms.param.tobytes() == gpuadam.global_norm(params).tobytes()
+        if left_out:
+            assert norms.change == 0
+        elif not self.round.change and all(param.dtype.name in ("float32", "float64") for param in params):
+            changes = [np.asarray(own["param"] - before[name]["param"].astype("f8")) for name, own in after.items()]
+            rounded = 1e-6 * float(gpuadam.global_norm(params))  # a float32 parameter beside a float64 gradient
+            np.testing.assert_allclose(norms.change, gpuadam.global_norm(changes), rtol=1e-12, atol=rounded)
 
     def rates_now(self):
         """Return the learning rate of each group in the next step."""

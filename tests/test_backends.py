@@ -49,6 +49,22 @@ def test_import_adds_only_this_package_and_the_standard_library():
     assert added.strip() == "['gpuadam']"
 
 
+def test_dir_lists_the_public_names_and_pages_load_on_first_use():
+    code = """
+    import gpuadam, sys
+    assert set(gpuadam.__all__) | {"backends", "planning", "torch", "__version__"} <= set(dir(gpuadam)), dir(gpuadam)
+    assert not {"checks", "step_arrays"} & set(dir(gpuadam))
+    assert "gpuadam.planning" not in sys.modules
+    print('h100' in gpuadam.planning.MACHINES, hasattr(gpuadam, "plannin"))
+    sys.modules["torch"] = None
+    try:
+        gpuadam.torch
+    except AttributeError as error:
+        print(error)
+    """
+    assert run(code).splitlines() == ["True False", "gpuadam.torch needs torch: pip install torch"]
+
+
 def test_a_cpu_step_loads_no_gpu_library():
     code = """
     import gpuadam, numpy as np, sys

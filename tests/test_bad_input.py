@@ -187,7 +187,7 @@ BAD_OPTIONS = {
     "a formula of another algorithm": (
         {"formula": "optax", "algorithm": "radam"},
         ValueError,
-        "radam has its own: leave it out",
+        "RAdam has its own: leave it out",
     ),
     "an eps_root without its formula": ({"eps_root": 1e-8}, ValueError, "belongs to formula='optax', not to 'torch'"),
     "a negative eps_root": ({"formula": "optax", "eps_root": -1e-8}, ValueError, "eps_root=-1e-08 must be finite"),
@@ -198,7 +198,7 @@ BAD_OPTIONS = {
     ),
     "an algorithm that is no string": ({"algorithm": None}, ValueError, "algorithm=None"),
     **{
-        f"AMSGrad with {name}": ({"algorithm": name}, ValueError, f"{name} has none: leave max_v out")
+        f"AMSGrad with {name}": ({"algorithm": name}, ValueError, "has none: leave amsgrad, or max_v in adam_step, out")
         for name in ("nadam", "radam", "adamax")
     },
     "a remainder of a float32 parameter": (

@@ -20,7 +20,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    pytest.importorskip("rich")
     return importlib.import_module("plan")
 
 

@@ -13,7 +13,7 @@ import pytest
 import gpuadam
 from gpuadam.__main__ import main
 from gpuadam.cli import contract, doctor, installed
-from gpuadam.cli.measuring import facts, forms
+from gpuadam.cli.measuring import facts, forms, measure
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.operands import operands_of
@@ -65,7 +65,7 @@ def test_doctor_works_and_says_so(tmp_path):
         and found["bits"] == found["steps"]["float32"]
     )
     for name in contract.CONTRACTS:
-        assert f"bits of a 1,024-element step, {name}: as the contract says" in done.stdout
+        assert f"bits of a step, {name}: as the contract says" in done.stdout
     assert report["parts"]["checkpoints"]["works"] is True
     assert "state that was saved and loaded has the same bits" in done.stdout
 
@@ -137,7 +137,7 @@ def test_every_nan_is_one_in_a_digest_and_every_other_bit_counts():
         arrays = contract.arrays_of(known)
         before = contract.digest_of(known, arrays)
         for operand, array in zip(operands_of(known.arrays), arrays, strict=True):
-            bits = array.view(f"u{array.itemsize}")
+            bits = array.reshape(-1).view(f"u{array.itemsize}")
             bits[-1] ^= 1
             assert contract.digest_of(known, arrays) != before
             bits[-1] ^= 1
@@ -288,11 +288,56 @@ def test_a_backend_that_is_not_there_is_explained():
     assert "Traceback" not in error
 
 
+def without(module, folder):
+    """Return the PYTHONPATH with which a module cannot be imported."""
+    (folder / module).mkdir()
+    (folder / module / "__init__.py").write_text(f"raise ModuleNotFoundError('no {module}', name='{module}')")
+    return os.pathsep.join([str(folder), str(ROOT)])
+
+
 def test_a_missing_extra_is_explained(tmp_path):
-    (tmp_path / "rich").mkdir()
-    (tmp_path / "rich" / "__init__.py").write_text("raise ModuleNotFoundError('no rich', name='rich')")
-    error = run("demo", code=2, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)])).stderr
-    assert error == 'gpuadam demo: rich is not installed: pip install "gpuadam[demo]"\n'
+    error = run("demo", code=2, PYTHONPATH=without("sklearn", tmp_path)).stderr
+    assert error == 'gpuadam demo: sklearn is not installed: pip install "gpuadam[examples]"\n'
+
+
+def test_no_command_needs_rich(tmp_path):
+    path = without("rich", tmp_path)
+    assert "best: " in run("plan", "--parameters", "1e9", PYTHONPATH=path).stdout
+    assert "GB/s" in run("bench", "--sizes", "1000", "--seconds", "0.01", PYTHONPATH=path).stdout
+
+
+@pytest.mark.parametrize("command", ["gpuadam plan --parameters 1e9", "gpuadam doctor", "gpuadam.examples"])
+def test_a_reader_who_has_gone_ends_a_command_without_a_traceback(command):
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command.split()],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    with process.stderr:
+        said = process.stderr.read()
+    assert process.wait(timeout=60) == 141 and said == ""
+
+
+def test_an_interrupt_ends_a_command_without_a_traceback(monkeypatch):
+    monkeypatch.setattr(doctor, "run", lambda options: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor"])
+    assert ended.value.code == 130
+
+
+def test_measurements_that_other_work_disturbed_are_flagged():
+    def row(n, *microseconds):
+        return measure.row("bench", measure.KERNEL, "numba-cpu", n, seconds=[1e-6 * x for x in microseconds])
+
+    calm, busy = row(1000, 10, 10, 10, 11, 12), row(2000, 10, 10, 20, 40, 40)
+    assert measure.on_busy_machine([calm, row(1000)]) == ""
+    said = measure.on_busy_machine([calm, busy])
+    assert (
+        said.startswith("BUSY (*): in 1 of 2 measurements") and "4.0 times (gpuadam kernel + launch, float32, 2,000" in said
+    )
 
 
 @pytest.mark.parametrize("option", ["--plot", "--json"])

@@ -5,6 +5,8 @@ import copy
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import few
+from thread_ranks import all_well, on_ranks
 
 import gpuadam
 from gpuadam import foreign_state, reference, transports
@@ -36,6 +38,7 @@ class Joint:
         self.x = self.x - self.lr * m_hat / (np.sqrt(v_hat) + self.eps)
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("layout", ["C", "F", "every other", "unaligned", "no dimensions", "empty"])
 @pytest.mark.parametrize("dtype", ["complex64", "complex128"])
 def test_joint_is_the_adam_of_programs_with_complex_arrays_in_any_layout(dtype, layout):
@@ -89,7 +92,7 @@ def test_a_joint_step_turns_with_the_phase_and_that_of_parts_does_not():
     assert found["joint"] < 1e-13 and found["parts"] > 0.01
 
 
-@pytest.mark.parametrize("components", [2, 3, 4])
+@pytest.mark.parametrize("components", few([2, 3, 4], 3))
 def test_a_step_of_components_turns_with_the_vectors(components):
     """VectorAdam: the step of a rotated gradient is the rotated step."""
     turn, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((components, components)))
@@ -207,6 +210,17 @@ def test_clipping_by_norm_is_by_the_absolute_values():
         gpuadam.Adam(x, complex="joint").step(grads[0], check_finite=True)
 
 
+def test_the_norms_of_a_step_are_of_the_absolute_values():
+    for order in "CF":
+        x = np.array(numbers(0, (70, 101)), order=order)
+        opt = gpuadam.Adam(x, lr=0.1, complex="joint")
+        for k in range(2):
+            before = x.astype("c16")
+            change, param = opt.step(np.array(numbers(k + 1, (70, 101)), order=order), norms=True)
+            assert change == gpuadam.global_norm(x - before) and param == gpuadam.global_norm(x)
+    assert float(param) == pytest.approx(np.linalg.norm(x), rel=1e-6)
+
+
 NARROW = {
     "joint, bfloat16 state": {"complex": "joint", "state_dtype": "bfloat16"},
     "parts, bfloat16 state": {"complex": "parts", "state_dtype": "bfloat16", "amsgrad": True},
@@ -215,7 +229,7 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("what", NARROW)
+@pytest.mark.parametrize("what", few(NARROW, "joint, bfloat16 state", "parts, 8 bits"))
 def test_state_is_saved_and_goes_on_with_the_same_bits(what, tmp_path):
     options = NARROW[what]
     x = numbers(0)
@@ -266,7 +280,12 @@ def test_arrays_grow_and_shrink():
 
 
 @pytest.mark.parametrize(
-    "options", [{"complex": "joint"}, {"complex": "parts"}, {"complex": "joint", "state_dtype": "bfloat16"}]
+    "options",
+    [
+        {"complex": "joint", "state_dtype": "bfloat16"},
+        pytest.param({"complex": "joint"}, marks=pytest.mark.exhaustive),
+        pytest.param({"complex": "parts"}, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_offloaded_steps_have_the_same_bits(options, tmp_path):
     x, y = numbers(0, (300, 200)), numbers(0, (300, 200))
@@ -321,7 +340,7 @@ def test_gradients_and_state_of_other_kinds_are_refused():
     x = numbers(0)
     opt = gpuadam.Adam(x, complex="joint")
     cases = [
-        (numbers(0, dtype="float32"), "both are complex, or neither is"),
+        (numbers(0, dtype="float32"), "the gradient of a complex parameter is complex"),
         (numbers(0, (5,)), "nothing is broadcast"),
         (numbers(0).astype("c16").astype(">c16"), "in the other byte order"),
         (numbers(0).astype(np.clongdouble), r"it must be float32.*x.astype\('complex64'\)"),
@@ -330,7 +349,7 @@ def test_gradients_and_state_of_other_kinds_are_refused():
         with unchanged(x=x, opt=opt), pytest.raises((TypeError, ValueError), match=message):
             opt.step(grad)
     real = np.zeros((5, 7), "f4")
-    with pytest.raises(TypeError, match="both are complex, or neither is"):
+    with pytest.raises(TypeError, match="the gradient of a real parameter is real"):
         gpuadam.Adam(real, complex="joint").step(x)
     with pytest.raises(ValueError, match=r"one v for all 2 numbers of an element, so its shape is \(5, 7\), and it is real"):
         gpuadam.adam_step(x, numbers(1), np.zeros_like(x), np.zeros_like(x), 1, complex="joint")
@@ -355,10 +374,78 @@ def test_gradients_and_state_of_other_kinds_are_refused():
         gpuadam.Adam(vectors, components=3).step(np.ones((3, 4), "f4").T)
 
 
+SHARDED = {
+    "joint": {"complex": "joint"},
+    "parts, 8 bits": {"complex": "parts", "state_dtype": "8bit"},
+    "joint, bfloat16 state": {"complex": "joint", "state_dtype": "bfloat16", "amsgrad": True, "ema_decay": 0.9},
+    "two": {"components": 2},
+    "four of bfloat16": {"components": 4, "state_dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("what", few(SHARDED, "joint", "four of bfloat16"))
+def test_ranks_have_the_bits_of_one(what, tmp_path):
+    """Three ranks, two buckets and more: training, a checkpoint that all ways of loading take, the state in one piece."""
+    options = SHARDED[what]
+    last, dtype = (
+        (options["components"],) if "components" in options else (),
+        "float32" if "components" in options else "complex64",
+    )
+    shapes = {"a": (50, 70, *last), "b": (3, *last), "c": (5000, *last)}
+    grads = [{name: numbers(k, shape, dtype) for name, shape in shapes.items()} for k in range(4)]
+
+    def start():
+        return {name: numbers(9, shape, dtype) for name, shape in shapes.items()}
+
+    def train(transport):
+        params = start()
+        opt = gpuadam.ShardedAdam(params, transport, lr=0.1, bucket_bytes=1 << 14, reduction="sum", **options)
+        for k in range(3):
+            own = {name: g if transport.rank == 0 else 0 * g for name, g in grads[k].items()}
+            opt.step(own, max_norm=3.0)
+        opt.save(tmp_path / "saved", with_params=True)
+        loaded = {name: np.zeros_like(p) for name, p in params.items()}
+        again = gpuadam.load_sharded(tmp_path / "saved", loaded, transport, with_params=True)
+        again.step({name: g if transport.rank == 0 else 0 * g for name, g in grads[3].items()})
+        return params, {key: opt.gathered(key) for key in ("m", "v")}, loaded
+
+    params = start()
+    alone = gpuadam.Adam(params, lr=0.1, **options)
+    for k in range(3):
+        alone.step(grads[k], max_norm=3.0)
+    found = all_well(on_ranks(3, train))
+    for of_rank, state, _ in found:
+        assert_same_bits(of_rank, params)
+        for key, whole in state.items():
+            assert_same_bits(whole, {name: alone.state[name][key] for name in params})
+    other = {name: np.zeros_like(p) for name, p in params.items()}
+    loaded = gpuadam.load(tmp_path / "saved", other, with_params=True)
+    for opt in (alone, loaded):
+        opt.step(grads[3])
+    for *_, of_rank in found:
+        assert_same_bits(of_rank, params)
+    assert_same_bits(other, params)
+
+
+def test_views_of_the_buffers_are_complex_too():
+    opt = gpuadam.ShardedAdam({"w": numbers(0)}, transports.Local(), lr=0.1, complex="joint", views=True)
+    opt.grads["w"][...] = numbers(1)
+    opt.step(opt.grads)
+    x = numbers(0)
+    gpuadam.Adam(x, lr=0.1, complex="joint").step(numbers(1))
+    assert_same_bits(opt.params["w"], x)
+    assert opt.params["w"].dtype == opt.grads["w"].dtype == "complex64"
+
+
 def test_who_takes_no_complex_numbers_says_so():
-    with pytest.raises(TypeError, match=r"ShardedAdam does not take: give its view\('float32'\)"):
-        gpuadam.ShardedAdam(numbers(0), transports.Local(), complex="parts")
-    with pytest.raises(ValueError, match="ShardedAdam has no components"):
+    for options, error, message in (
+        ({}, TypeError, "complex='joint' has one v"),
+        ({"complex": "joint", "bounds": (0, 1)}, ValueError, "would need an order of complex numbers"),
+        ({"complex": "joint", "state_dtype": "8bit"}, TypeError, "share a v use state of 16 bits or more"),
+    ):
+        with pytest.raises(error, match=message):
+            gpuadam.ShardedAdam(numbers(0), transports.Local(), **options)
+    with pytest.raises(ValueError, match="has components=3: ranks own multiples of 4,096 numbers"):
         gpuadam.ShardedAdam(np.zeros((4, 3), "f4"), transports.Local(), components=3)
     opt = gpuadam.Adam({"w": numbers(0)}, complex="joint")
     with pytest.raises(TypeError, match="is not exchanged with other libraries"):
@@ -401,7 +488,8 @@ def test_a_gpu_gives_the_cpus_bits(library, how, request):
         there, here = ({"a": to(values[0]), "b": to(others[0])} for to in (library.array, np.array))
         opts = [gpuadam.Adam(params, lr=0.1, ema_decay=0.9, **how) for params in (there, here)]
         for k in range(1, 4):
-            opts[0].step({"a": library.array(values[k]), "b": library.array(others[k])}, max_norm=3.0)
-            opts[1].step({"a": values[k], "b": others[k]}, max_norm=3.0)
+            theirs = opts[0].step({"a": library.array(values[k]), "b": library.array(others[k])}, max_norm=3.0, norms=True)
+            ours = opts[1].step({"a": values[k], "b": others[k]}, max_norm=3.0, norms=True)
+            assert_same_bits(list(theirs), list(ours))
         assert_same_bits(there, here)
         assert_same_bits(opts[0].state, opts[1].state)

@@ -26,7 +26,6 @@ from gpuadam.examples import (
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(listing.__file__).parent
 
-pytest.importorskip("rich", reason="rich, with which the examples show how far they are, is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib, with which the examples draw, is not installed")
 
 
@@ -371,6 +370,23 @@ def test_all_examples_are_listed_with_a_line_each():
     assert set(listed) == files and len(listed) == len(files)
 
 
+def test_an_example_is_run_by_its_name():
+    done = subprocess.run(
+        [sys.executable, "-m", "gpuadam.examples", "thomson", "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m gpuadam.examples thomson "), done.stderr
+
+
+def test_an_example_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpuadam.examples", "digit"])
+    with pytest.raises(SystemExit, match="there is no example 'digit', only digits, gaussians"):
+        listing.main()
+
+
 @pytest.mark.parametrize("name", listing.NAMES)
 def test_an_example_is_short(name):
     assert len((FOLDER / f"{name}.py").read_text().splitlines()) < 120
@@ -425,7 +441,7 @@ def ended(main, capsys):
 
 @pytest.mark.parametrize(
     "example, missing",
-    [(digits, "sklearn"), (gaussians, "matplotlib"), (gaussians, "skimage"), (digits, "rich")],
+    [(digits, "sklearn"), (gaussians, "matplotlib"), (gaussians, "skimage")],
 )
 def test_a_missing_extra_is_explained(monkeypatch, capsys, tmp_path, example, missing):
     for module in [m for m in sys.modules if m.partition(".")[0] == missing]:

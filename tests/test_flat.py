@@ -1,5 +1,8 @@
 """`flatten`: one buffer, views in the old shapes, and the same training as with the arrays apart."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from cases import DTYPES, assert_same_bits, state
@@ -92,3 +95,42 @@ def test_the_arrays_given_are_left_as_they_are():
 def test_what_is_wrong_is_said(given, error, said):
     with pytest.raises(error, match=said):
         gpuadam.flatten(given)
+
+
+def test_complex_arrays_stay_complex(library):
+    given = {"w": np.arange(6).reshape(2, 3) + 1j, "scalar": np.array(2j), "b": np.ones(5, "c16")}
+    flat = gpuadam.flatten({name: library.array(a) for name, a in given.items()}, backend=library.name)
+    opt = gpuadam.Adam(flat.param, lr=0.1, complex="joint", backend=library.name)
+    opt.step(library.array(np.full(flat.param.shape, 3 - 4j)))
+    for name, a in given.items():
+        after = library.numpy(flat.params[name])
+        assert after.shape == a.shape and after.dtype == "c16"
+        np.testing.assert_allclose(after, a - 0.1 * (0.6 - 0.8j))
+    with pytest.raises(TypeError, match=r"arrays\[1\] has dtype float64"):
+        gpuadam.flatten([given["b"], given["b"].real])
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_no_view_can_be_replaced_by_an_array_that_a_step_would_not_see(as_list):
+    arrays = {0: np.ones(2, "f4"), 1: np.ones(3, "f4")}
+    flat = gpuadam.flatten(list(arrays.values()) if as_list else arrays)
+    for views in (flat.params, flat.grads):
+        before = views[0]
+        with pytest.raises(TypeError, match=r"^\[0\] is a view of a buffer.*: write into it, \[0\]\[\.\.\.\] = x"):
+            views[0] = views[0] * 2
+        views[0] += 2
+        views[0][...] = 5
+        assert views[0] is before and (before == 5).all()
+    assert (flat.param[:2] == 5).all() and (flat.grad[:2] == 5).all()
+
+
+def test_no_view_can_be_replaced_by_an_update():
+    flat = gpuadam.flatten({"w": np.ones(2, "f4")})
+    grads = flat.grads
+    with pytest.raises(TypeError, match=r"\['w'\] is a view"):
+        grads.update({"w": np.ones(2, "f4")})
+    with pytest.raises(TypeError, match=r"\['w'\] is a view"):
+        grads |= {"w": np.ones(2, "f4")}
+    assert not flat.grad.any()
+    for copied in (copy.deepcopy(flat.grads), pickle.loads(pickle.dumps(flat.grads))):
+        assert copied.keys() == {"w"}

@@ -202,7 +202,7 @@ BAD = {
     "another's moments": (lambda o: o.replace("points", o.state["gain"]["m"], [0]), ValueError, "share memory"),
     "moments as a parameter": (lambda o: o.add("c", o.state["gain"]["m"]), ValueError, "share memory"),
     "group True": (lambda o: o.add("c", SAME, group=False), ValueError, "there is no group False"),
-    "another's memory": (lambda o: o.replace("points", o.groups[0]["params"][1], [0]), ValueError, "share memory"),
+    "another's memory": (lambda o: o.replace("points", o.groups[0]["params"][1], [0]), ValueError, "are one array"),
     "a copy": (lambda o: o.replace("points", SAME, [0, 1, 2], param_copy=SAME), ValueError, "share memory|has no copy"),
     "a copy where none was": (
         lambda o: o.replace("points", SAME, [0, 1, 2], param_copy=numbers(1, 3)),
@@ -213,7 +213,7 @@ BAD = {
     "a name twice": (lambda o: o.add("gain", SAME), ValueError, "must be a string that none has, not 'gain'"),
     "no name": (lambda o: o.add(3, SAME), ValueError, "must be a string"),
     "no group": (lambda o: o.add("c", SAME, group=1), ValueError, "there is no group 1: they are numbered from 0 to 0"),
-    "memory twice": (lambda o: o.add("c", o.groups[0]["params"][0]), ValueError, "share memory"),
+    "memory twice": (lambda o: o.add("c", o.groups[0]["params"][0]), ValueError, "are one array"),
     "remove what is not there": (lambda o: o.remove("c"), ValueError, "there is no parameter 'c'"),
 }
 
@@ -231,7 +231,7 @@ def test_what_is_wrong_is_said_and_nothing_changes(what):
 
 
 BAD_COPIES = {
-    "a shape": (np.zeros((2, K), "f2"), ValueError, r"param_copy of params\['0'\] has shape"),
+    "a shape": (np.zeros((2, K), "f2"), ValueError, r"param_copy of params.* has shape"),
     "a dtype": (np.zeros((3, K), "i4"), TypeError, "it must be float32 or"),
     "read-only": (np.broadcast_to(np.float16(0), (3, K)), ValueError, "share memory"),
     "a list": ([1.0], TypeError, "is a list, not an array"),
@@ -250,6 +250,13 @@ def test_a_copy_is_checked_before_anything_changes(what):
         gpuadam.Adam({"a": numbers(0, 3)}).add("c", SAME, param_copy=copies)
     assert opt.groups[0]["params"][0] is held
     opt.step(numbers(1, 3))
+
+
+def test_a_copy_lies_in_memory_as_its_parameter_needs_it():
+    for options in ({"state_dtype": "8bit"}, {"components": 4}):
+        param, copies = np.zeros((3, 4), "f4"), np.zeros((3, 4), "f2", order="F")
+        with pytest.raises(ValueError, match=r"param_copy of params\['c'\]"):
+            gpuadam.Adam({"a": np.zeros((2, 4), "f4")}, **options).add("c", param, param_copy=copies)
 
 
 def test_a_row_may_have_no_elements_and_a_group_a_number_of_numpys():

@@ -21,6 +21,7 @@ OPTIONAL = {
         "jaxlib",
         "optax",
         "deepspeed",
+        "drjit",
         "mpi4py",
         "ml_dtypes",
         "safetensors",

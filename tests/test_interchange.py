@@ -290,6 +290,13 @@ def test_the_steps_of_torch_tensors_in_every_structure(torch):
     assert (params[0] != before[0]).all() and (params[1] == before[1]).all() and params[3] != before[3]
 
 
+def test_the_norms_of_a_step_of_torch_tensors_are_those_of_numpy_arrays(torch):
+    grad, host = np.linspace(-1, 1, 200, dtype="f4"), np.linspace(0, 1, 200, dtype="f4")
+    tensor = torch.tensor(host, requires_grad=True)
+    norms = gpuadam.AdamW(tensor, lr=0.1).step(torch.tensor(grad), norms=True)
+    assert norms == gpuadam.AdamW(host, lr=0.1).step(grad, norms=True)
+
+
 def test_step_without_gradients_skips_parameters_that_have_none(torch):
     params = model(torch)
     with_gradients(params, torch)

@@ -14,8 +14,9 @@ ROOT = Path(gpuadam.__file__).parent
 FLOORS = [
     ("kernels.*",),
     ("checks", "torch_tensors", "backends", "terminal.*", "under_way", "version"),
-    ("hyperparameters", "state", "state_conversion", "reference"),
+    ("hyperparameters", "state", "state_conversion", "reference", "holders"),
     ("options", "groups", "device_step", "step_counts", "clipping", "remembered", "flat", "step_arrays", "growing"),
+    ("step_norms",),
     ("description", "gradients", "update", "functional", "rule"),
     ("sharded.transports.*", "sharded.agreement", "sharded.layout", "checkpoint", "checkpoint.safetensors"),
     ("checkpoint.saving", "checkpoint.*"),

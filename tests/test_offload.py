@@ -246,7 +246,7 @@ def test_files_of_a_process_that_was_killed_while_it_made_them_are_made_anew(tmp
 
 def test_a_relative_path_stays_where_it_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with gpuadam.OffloadAdam(arrays(), state="state") as opt:
+    with gpuadam.OffloadAdam(arrays(), state="./state") as opt:
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
         steps([opt], 1)
@@ -477,7 +477,7 @@ def test_errors_come_before_a_byte_or_the_folder_changes(tmp_path):
 REFUSED = {
     "capturable": ({"capturable": True}, ValueError, "cannot be capturable"),
     "budget": ({"budget": 0}, ValueError, "budget=0"),
-    "budget as text": ({"budget": "1GB"}, TypeError, "budget must be an integer"),
+    "budget as text": ({"budget": "1GB"}, TypeError, "must be a number of bytes, such as"),
     "state": ({"state": 5}, TypeError, 'must be "memory" or the path'),
     "update": ({"update": "gpu"}, ValueError, "'auto', 'device', 'host'"),
     "master": ({"master": "float64"}, ValueError, "'float32', 'remainder'"),

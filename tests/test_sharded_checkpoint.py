@@ -28,6 +28,8 @@ from gpuadam.sharded import saving as sharded_saving
 SHAPES = {"large": (3, 9000), "empty": (0, 2), "scalar": (), "small": (37,), "cells": (8192,)}
 LOCAL = transports.Local()
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* has parameters, which are not loaded")  # most ask for state alone
+
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -838,6 +839,89 @@ def test_parameters_that_cannot_be_updated_are_refused_before_there_is_state():
     with pytest.raises(TypeError, match=r"params\['0'\], a torch.Parameter, does not share its memory"):
         opt.step()
     assert not opt.state[p]
+
+
+@pytest.mark.parametrize("name, value", [("state_dtype", "8bit"), ("master", "remainder"), ("seed", 1), ("backend", "cupy")])
+def test_an_option_of_all_groups_is_refused_in_one(name, value):
+    p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    said = f"a group has {name}={value!r}, which does nothing there: give it to the optimizer, for all of its groups"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        gpuadam.torch.AdamW([{"params": [p], name: value}])
+    opt = gpuadam.torch.AdamW([p])
+    with pytest.raises(ValueError, match=re.escape(said)):
+        opt.add_param_group({"params": [q], name: value})
+    assert len(opt.param_groups) == 1
+
+
+def test_an_option_of_gpuadams_adam_is_refused_in_a_group():
+    with pytest.raises(ValueError, match=r"a group has bounds=\(0, 1\), which does nothing there: gpuadam.Adam has it"):
+        gpuadam.torch.Adam([{"params": [torch.nn.Parameter(torch.ones(3))], "bounds": (0, 1)}])
+
+
+def test_other_keys_of_a_group_are_the_users_as_in_torch():
+    opt = gpuadam.torch.Adam([{"params": [torch.nn.Parameter(torch.ones(3))], "name": "head", "initial_lr": 0.1}])
+    assert opt.param_groups[0]["name"] == "head"
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_parameter_that_is_twice_in_a_group_is_refused(named):
+    p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    params = [("a", p), ("b", q), ("c", p)] if named else [p, q, p]
+    names = "'a' and 'c'" if named else "'0' and '2'"
+    with pytest.raises(ValueError, match=f"the parameters {names} of a group are one tensor: give it once"):
+        gpuadam.torch.Adam(iter(params))
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ({"lr": torch.ones(2)}, r"^lr is a tensor of shape \(2,\): it must be one number"),
+        ({"betas": (0.9, torch.ones(2))}, r"^betas\[1\] is a tensor of shape \(2,\)"),
+    ],
+)
+def test_a_hyperparameter_of_several_numbers_is_named(setting, said):
+    p = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=said):
+        gpuadam.torch.Adam([p], **setting)
+    opt = gpuadam.torch.Adam([p])
+    opt.param_groups[0].update(setting)
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=said):
+        opt.step()
+
+
+def test_one_of_betas_may_be_a_tensor():
+    numbers = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    for p, betas in zip(numbers, [(0.5, 0.75), (0.5, torch.tensor(0.75))], strict=True):
+        p.grad = torch.ones(3)
+        gpuadam.torch.Adam([p], betas=betas).step()
+    assert torch.equal(*numbers)
+
+
+def test_the_loaded_state_of_a_named_parameter_is_named():
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = gpuadam.torch.Adam([("layer.weight", p)])
+    p.grad = torch.ones(3)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["exp_avg"] = torch.ones(4)
+    with pytest.raises(ValueError, match=r"the loaded exp_avg of params\['layer.weight'\] has shape"):
+        opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("options", [{"master": "remainder"}, {"stochastic_rounding": True}])
+def test_an_option_that_does_nothing_for_these_parameters_warns(options):
+    p = torch.nn.Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="does nothing here: no parameter is bfloat16") as said:
+        gpuadam.torch.Adam([p], **options)
+    assert said[0].filename == __file__
+
+
+def test_parameters_of_a_model_are_asked_for_by_name():
+    with pytest.raises(TypeError, match=r"give the parameters of a model, as dict\(model.named_parameters\(\)\)"):
+        gpuadam.Adam(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"pairs of a name and an array, the first of 'weight'"):
+        gpuadam.Adam(torch.nn.Linear(2, 2).named_parameters())
 
 
 def test_a_step_on_the_cpu_checks_tensors_once_and_then_knows_them(monkeypatch):

@@ -369,6 +369,7 @@ def must_be_refused(cell):
     )
 
 
+@pytest.mark.filterwarnings("ignore:.* does nothing here")
 def test_every_two_options_take_a_step_or_are_refused_with_what_to_do(monkeypatch):
     launched = []
 

@@ -7,7 +7,8 @@
 | many ranks: a folder | `opt.save(folder)`, of a `ShardedAdam` | `opt = gpuadam.load_sharded(folder, params, transport)` |
 
 `save` writes the state by name, the hyperparameters and the step counts. `load` makes the optimizer again, and training
-continues bit for bit, on any backend. With `with_params=True`, for both, the parameters are saved and restored too:
+continues bit for bit, on any backend. With `with_params=True`, for both, the parameters are saved and restored too. Where they
+are in a file and `load` is not told whether to restore them, it warns:
 
 >>> import numpy as np, gpuadam, pathlib, tempfile
 >>> path = pathlib.Path(tempfile.mkdtemp()) / "adam.safetensors"

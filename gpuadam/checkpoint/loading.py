@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import backends, checks, family, torch_tensors
-from ..groups import HYPERPARAMETERS, as_given, differing_names, parsed_groups, places_of_groups, some
-from ..kernels.messages import shortened, shown
+from ..groups import HYPERPARAMETERS, as_given, as_list, differing_names, parsed_groups, places_of_groups, some
+from ..kernels.messages import shortened, shown, warn
 from ..kernels.operands import NARROW
 from ..kernels.view import is_array
 from ..options import SAVED, STATE_DTYPES, Options
@@ -22,7 +22,7 @@ from .stored import Stored, opened_file
 from .tensors import PARAM, chosen, sections
 
 
-def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=False, state_dtype=None):
+def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=None, state_dtype=None):
     """Make the optimizer that `Adam.save` saved: of its class, with its options, hyperparameters, step counts and state.
 
     path: of the file, or of the folder that `ShardedAdam.save` made, from any number of ranks.
@@ -34,7 +34,8 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
     lr: a learning rate instead of the saved ones; for several groups a list, in which None stands for the saved one. A callable
         is not saved, so it has to be given again, here or in its group. If lr is an array of one number, which `capturable`
         takes, the saved learning rate is written into it.
-    with_params: overwrite the parameters with those that were saved.
+    with_params: overwrite the parameters with those that were saved. By default they stay as they are, and if the file has
+        parameters, a warning says so.
     state_dtype: the format of m, v and max_v, as in `Adam`, if it is to be another than the saved one. They are converted,
         rounded to nearest, through the host: `gpuadam.guide.narrow_numbers` says what that loses. Nothing else changes.
 
@@ -54,7 +55,8 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
     >>> type(again).__name__, again.steps, again.groups[0]["lr"]
     ('AdamW', 1, 0.1)
     """
-    path, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
+    path = os.fsdecode(path)
+    check_with_params(with_params)
     with about(path), opened(path, params, backend, lr, state_dtype) as checkpoint:
         saved = checkpoint.stored.saved
         single = saved.name in CLASSES
@@ -63,8 +65,13 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
         with not_fitting():
             make, settings = getattr(family, saved.name), checkpoint.hyperparameters | saved.options
             opt = make(checkpoint.params, **settings, param_copies=param_copies, backend=backend)
-        fill(opt, checkpoint, with_params)
+        fill(opt, checkpoint, with_params, path)
     return opt
+
+
+def check_with_params(with_params):
+    if with_params is not None:
+        checks.flag("with_params", with_params)
 
 
 def check_copies(copies, param_copies):
@@ -73,8 +80,11 @@ def check_copies(copies, param_copies):
     require(enough, f"{some(copies)} had copies: give param_copies=, with None for those without one now")
 
 
-def fill(opt, checkpoint, with_params):
-    """Read state, counts and, if with_params is true, parameters into a new optimizer. checkpoint: what `opened` yields."""
+def fill(opt, checkpoint, with_params, path):
+    """Read state, counts and, if with_params is true, parameters into a new optimizer. checkpoint: what `opened` yields.
+
+    Warn if with_params is None and there are parameters in the file of this path that are no masters, which are state.
+    """
     stored, saved = checkpoint.stored, checkpoint.stored.saved
     stored.arrange(stored.read_headers())
     arrays = sections(opt)
@@ -96,6 +106,16 @@ def fill(opt, checkpoint, with_params):
         torch_tensors.wrote([param for group in opt.groups for param in group["params"]])
     for section in of_params:
         stored.read(section)
+    if with_params is None and stored.has_params(besides={section.param for section in arrays if section.is_master}):
+        warn_of_params(path)
+
+
+def warn_of_params(path):
+    """Warn of saved parameters that are not loaded."""
+    warn(
+        f"{shown(path, 1000)} has parameters, which are not loaded: with_params=True overwrites params with them, and "
+        "with_params=False says that params are right as they are"
+    )
 
 
 def _state_dict(opt, saved):
@@ -126,13 +146,13 @@ def opened(path, params, backend, lr, state_dtype=None, of_masters=False):
     """
     if state_dtype is not None:
         checks.one_of(STATE_DTYPES, "state_dtype", state_dtype)
-    groups, (structures, grouped) = parsed_groups(
-        params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1}
-    )
+    params = as_list(params)  # an iterator can be read once
+    groups, arrangement = parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1})
+    structures, grouped = arrangement.structures, arrangement.in_groups
     views = {}
     for group in groups:
         for name, param in zip(group["names"], group["params"], strict=True):
-            label = f"params[{shown(name)}]"
+            label = arrangement.label(name)
             _, (views[name],) = backends.choose([(label, checks.given(label, param))], backend)
     with opened_file(path, _longest_header(views)) as stored:
         saved = stored.saved
@@ -148,8 +168,10 @@ def opened(path, params, backend, lr, state_dtype=None, of_masters=False):
         stored.saved = saved = saved._replace(groups=[saved.groups[k] for k in places], options=options[-1])
         rates = _learning_rates(lr, groups, saved.groups)
         arguments = []
-        for group, structure, rate, saved_group in zip(groups, structures, rates, saved.groups, strict=True):
-            members = as_given(structure.kind, structure.names, group["params"])
+        given = [group["params"] for group in params] if grouped else [params]
+        for one, group, structure, rate, saved_group in zip(given, groups, structures, rates, saved.groups, strict=True):
+            # what the program holds itself, so that steps notice another array there
+            members = one if isinstance(one, (dict, list)) else as_given(structure.kind, structure.names, group["params"])
             with not_fitting():
                 bounds = bounds_of_loaded(saved_group.get("bounds"), group["bounds"])
             arguments.append(saved_group | {"lr": rate, "params": members, "bounds": bounds})

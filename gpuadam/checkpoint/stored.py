@@ -125,6 +125,10 @@ class Stored:
                     piece.entry.dtype == dtype, f"{shown(section.array_name)} is {piece.entry.dtype}, and must be {dtype}"
                 )
 
+    def has_params(self, besides=()):
+        """Whether there are parameters beside the state, and beside those of some names, after `arrange`."""
+        return any(key == PARAM and name not in besides for name, _, key in (array.rpartition(".") for array in self.pieces))
+
     def read(self, section):
         """Read the elements of a Section. Raises CheckpointError where they are damaged."""
         copy(self.chunks(section, section.key), array_bytes.buffers(section.backend, section.view))

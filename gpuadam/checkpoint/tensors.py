@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from .. import backends
 from ..kernels import array_bytes
-from ..kernels.messages import shown
 from ..kernels.view import View
 from ..state import shape
 from .safetensors import Tensor
@@ -52,7 +51,7 @@ def sections(opt, ranges=None):
     for group in opt.groups:
         for name, param in zip(group["names"], group["params"], strict=True):
             kept = {key: opt.array_of_state(name, key) for key in opt.state[name] if key != "step"}
-            master, label = kept.pop("master", None), f"params[{shown(name)}]"
+            master, label = kept.pop("master", None), opt.arrangement.label(name)
             of_param = ("master of " + label, master) if master is not None else (label, param)
             viewed = {PARAM: backends.choose([of_param], opt.backend if master is None else opt.state_backend)}
             for key, array in kept.items():

@@ -10,6 +10,7 @@ import time
 
 from .. import backends
 from ..terminal import arguments, figures, output
+from ..terminal.console import Table
 from .measuring import constants, forms, measure, plots
 from .measuring.measure import CALL
 
@@ -17,8 +18,8 @@ HELP = "throughput, in GB/s and in percent of the measured limit"
 SIZES = {"CPU": (10**3, 10**4, 10**5, 10**6, 10**7, 2 * 10**7), "CUDA": tuple(1 << k for k in range(16, 27, 2))}
 FOOTNOTE = """\
 One step, kernel and launch. % of limit: the limit kernel's time over the step's, medians of one run in turn.
-bytes: read and written of an element. call: host time of one gpuadam.adam_step, its checks included
-(on a GPU it returns before the step is done)."""
+bytes: read and written of an element.
+call: host time of one gpuadam.adam_step, its checks included (on a GPU it returns before the step is done)."""
 
 
 def add_options(parser):
@@ -28,13 +29,15 @@ def add_options(parser):
     names = {"type": forms.chosen, "default": "float32,float64", "metavar": "NAME,NAME"}
     parser.add_argument("--forms", "--dtypes", **names, help=of_forms)
     parser.add_argument("--seconds", type=arguments.number(0), default=1.0, help="time spent on each row (default 1)")
-    parser.add_argument("--plot", type=arguments.writable, metavar="FILE", help="write throughput by size as PNG")
+    parser.add_argument(
+        "--plot", type=arguments.picture, metavar="FILE", help="write throughput by size: FILE.png, .pdf or .svg"
+    )
     parser.add_argument("--backend", choices=list(backends.BACKENDS), help="default: all that there are")
 
 
 def run(options):
     """Print the tables; return 0."""
-    console = output.console("bench", options)
+    console = output.console(options)
     names = [options.backend] if options.backend else backends.some_available()
     cases = [
         (backends.load(name), form, n)
@@ -45,14 +48,15 @@ def run(options):
     for case in cases:
         _refuse_what_has_no_room(*case)
     rows: list[dict] = []
-    with console.status("") as status:
-        for number, (kernels, form, n) in enumerate(cases, 1):
-            status.update(f"{number} of {len(cases)}: {kernels.name} {form} {n:,}")
-            rows += rows_of(kernels, form, n, options.seconds)
+    for number, (kernels, form, n) in enumerate(cases, 1):
+        console.passing(f"{number} of {len(cases)}: {kernels.name} {form} {n:,}")
+        rows += rows_of(kernels, form, n, options.seconds)
     for (backend,), of_backend in measure.groups(rows, "backend").items():
         console.print(table(backend, of_backend))
-    console.print(FOOTNOTE, highlight=False)
-    console.print(", ".join(dict.fromkeys(rows[0][key] for key in ("device", "cpu", "system", "date"))), highlight=False)
+    console.print(FOOTNOTE)
+    if note := measure.on_busy_machine(rows):
+        console.print(note)
+    console.print(", ".join(dict.fromkeys(rows[0][key] for key in ("device", "cpu", "system", "date"))))
     if options.plot:
         plots.save(plot(rows), options.plot, rows)
         console.print(f"plot: {options.plot}")
@@ -97,11 +101,13 @@ def table(backend, rows):
     heads = ("", "elements", "bytes", "p20 us", "p50 us", "p80 us", "GB/s", "% of limit", "call us")
     lines = []
     for (form, n), of_case in measure.groups(rows, "dtype", "elements").items():
-        kernel, _, call = of_case
+        kernel, limit, call = of_case
         numbers = [kernel[key] for key in ("p20_us", "p50_us", "p80_us", "gb_per_s")]
         numbers += [100 / kernel["x_limit"], call["p50_us"]]
-        lines.append([form, f"{n:,}", f"{kernel['bytes_per_element']:g}", *(f"{number:,.1f}" for number in numbers)])
-    return output.table(backend, heads, lines)
+        texts = [f"{number:,.{0 if number >= 1000 else 1}f}" for number in numbers]
+        texts[2] += "*" * (measure.is_busy(kernel) or measure.is_busy(limit))
+        lines.append([form, f"{n:,}", f"{kernel['bytes_per_element']:g}", *texts])
+    return Table(backend, heads, lines, labels=2)
 
 
 def plot(rows):

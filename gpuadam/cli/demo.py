@@ -16,7 +16,8 @@ from .. import backends, testing
 from ..examples import command_line
 from ..examples import digits as example
 from ..terminal import arguments, figures, output
-from .measuring import facts
+from ..terminal.console import Table
+from .measuring import facts, plots
 
 HELP = "train on real data, here and now, on the best backend there is"
 TEXTBOOK_STEPS = 1000
@@ -24,13 +25,15 @@ EPOCHS, HIDDEN = 40, 128
 
 
 def add_options(parser):
-    parser.add_argument("--plot", type=arguments.writable, metavar="FILE", help="write the loss and accuracy curves as PNG")
+    parser.add_argument(
+        "--plot", type=arguments.picture, metavar="FILE", help="write the loss and accuracy curves: FILE.png, .pdf or .svg"
+    )
     parser.add_argument("--backend", choices=list(backends.BACKENDS), help="default: the best available")
 
 
 def run(options):
     """Run both parts; return 0 if the test accuracy is at least 97 %."""
-    console = output.console("demo", options)
+    console = output.console(options)
     data = example.load_digits()
     backend = options.backend or backends.some_available()[0]
     backends.load(backend)
@@ -65,9 +68,9 @@ def textbook(xp, backend, console):
             row = {"step": step, "parameter": name, "g": float(grads[name][0]), **moments, "value": float(value[0])}
             first_steps.append(row)
     lines = [[f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()] for row in first_steps]
-    console.print(output.table("a. fit y = w x + b to y = 2 x with lr = 0.1", first_steps[0], lines))
+    console.print(Table("a. fit y = w x + b to y = 2 x with lr = 0.1", list(first_steps[0]), lines, labels=2))
     w, b = (float(value[0]) for value in params.values())
-    console.print(f"after {TEXTBOOK_STEPS} steps: w = {w:.6f}, b = {b:.6f}\n", highlight=False)
+    console.print(f"after {TEXTBOOK_STEPS} steps: w = {w:.6f}, b = {b:.6f}\n")
     return {"first_steps": first_steps, "steps": TEXTBOOK_STEPS, "w": w, "b": b}
 
 
@@ -96,6 +99,7 @@ def digits(xp, backend, console, data):
     def described(epoch):
         return f"epoch {epoch:3d}  loss {epochs[-1][0]:.4f}  test accuracy {epochs[-1][1]:.2%}"
 
+    console.print(f"b. learn to read {len(data[0][1]):,} handwritten digits in {EPOCHS} epochs")
     for _ in output.counted(console, EPOCHS, described, every=10):
         epochs.append((*next(ours), *next(references)))
     curves: dict = dict(
@@ -115,13 +119,11 @@ def digits(xp, backend, console, data):
         "microseconds_per_update": 1e6 * float(np.median(update_seconds)),
     }
     console.print(
-        "b. {train_images} handwritten digits, {epochs} epochs, {updates} updates of 4 arrays, "
-        "{microseconds_per_update:.0f} us each\n"
-        "   of {test_images} digits held out, read rightly: {test_accuracy:.2%}; "
+        "of {test_images} digits held out, read rightly: {test_accuracy:.2%}; "
         "by the float64 reference {reference_test_accuracy:.2%}\n"
-        "   largest difference between the two in a parameter: {largest_difference_from_float64:.1e} "
-        "of {largest_parameter:.2f}".format(**result),
-        highlight=False,
+        "{updates} updates of 4 arrays, {microseconds_per_update:.0f} us each\n"
+        "largest difference between the two in a parameter: {largest_difference_from_float64:.1e} "
+        "of {largest_parameter:.2f}".format(**result)
     )
     return result
 
@@ -136,13 +138,14 @@ def _epochs(xp, params, step, data):
 def _plot(backend, curves):
     figure, ((left, right),) = figures.panels(1, 2, width=4.5, height=3.25)
     epochs = range(1, curves["epochs"] + 1)
-    left.semilogy(epochs, curves["loss"], label=f"gpuadam, float32 ({backend})")
-    left.semilogy(epochs, curves["reference_loss"], "--", label="reference, float64")
+    left.semilogy(epochs, curves["loss"], color=plots.OURS, label=f"gpuadam, float32 ({backend})")
+    left.semilogy(epochs, curves["reference_loss"], "--", color=plots.LIMIT, label="reference, float64")
     left.set(xlabel="epoch", ylabel="training loss (cross-entropy)", title="Loss")
-    right.plot(epochs, [100 * accuracy for accuracy in curves["accuracy"]])
-    right.plot(epochs, [100 * accuracy for accuracy in curves["reference_accuracy"]], "--")
+    right.plot(epochs, [100 * accuracy for accuracy in curves["accuracy"]], color=plots.OURS)
+    right.plot(epochs, [100 * accuracy for accuracy in curves["reference_accuracy"]], "--", color=plots.LIMIT)
     right.set(xlabel="epoch", ylabel="test images read rightly (%)", title="Accuracy")
     left.legend()
+    figures.plain_log(left.yaxis)
     for axis in (left, right):
         axis.grid()
     return figure

@@ -6,7 +6,6 @@ A backend works if real steps ran on it, in float32 and in narrow formats, and g
 
 import os
 import tempfile
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ def run(options):
     report["works"] = [name for name, part in report["backends"].items() if part["works"]]
     output.write_json(options.json, report)
     if options.json != "-":
-        _print(report)
+        _print(output.console(options), report)
     return 0 if report["works"] else 1
 
 
@@ -99,24 +98,23 @@ def _warnings():
     return warnings
 
 
-def _print(report):
+def _print(console, report):
     versions = [f"{name} {version}" for name, version in report["versions"].items() if version]
-    print(f"{versions[0]} on {report['machine']['system']}, {report['machine']['cpu']}")
-    with_them = "with " + ", ".join(versions[1:])
-    print(textwrap.fill(with_them, 120, subsequent_indent="     ", break_on_hyphens=False))
+    console.print(f"{versions[0]} on {report['machine']['system']}, {report['machine']['cpu']}")
+    console.print("with " + ", ".join(versions[1:]), indent=5)
     for parts in (report["backends"], report["parts"]):
-        print()
+        console.print()
         for name, part in parts.items():
             mark = {True: "works", False: "NO", None: "-"}[part["works"]]
-            print(f"{mark:>7}  {name:<13} {part['reason']}")
+            console.print(f"{mark:>7}  {name:<13} {part['reason']}", indent=23)
             if not part["works"]:
-                print(f"{'':23}to mend it: {part['fix']}")
+                console.print(f"{'':23}to mend it: {part['fix']}", indent=23)
             for label, bits in part.get("steps", {}).items():
-                print(f"{'':23}bits of a 1,024-element step, {label}: {bits}")
-    print()
+                console.print(f"{'':23}bits of a step, {label}: {bits}", indent=23)
+    console.print()
     for name, cache in report["caches"].items():
         state = "can be written" if cache["writable"] else f"CANNOT be written: {cache['fix']}"
-        print(f"{name}'s kernel cache {cache['folder']} {state}")
+        console.print(f"{name}'s kernel cache {cache['folder']} {state}", indent=5)
     for warning in report["warnings"]:
-        print("Warning:", warning)
-    print("Works:", ", ".join(report["works"]) or "nothing")
+        console.print(f"Warning: {warning}", indent=5)
+    console.print(f"Works: {', '.join(report['works']) or 'nothing'}")

@@ -17,9 +17,10 @@ OLDEST = {"torch": (2, 4)}
 # As in pyproject.toml: the extras whose packages a user imports through gpuadam.
 EXTRAS = {
     "gpuadam.torch": ("torch",),
-    "demo": ("rich", "scikit-learn", "matplotlib"),
-    "bench": ("rich", "matplotlib", "ml_dtypes"),
-    "examples": ("rich", "scikit-learn", "matplotlib", "scikit-image"),
+    "demo": ("scikit-learn", "matplotlib"),
+    "bench": ("matplotlib", "ml_dtypes"),
+    "progress": ("rich",),
+    "examples": ("scikit-learn", "matplotlib", "scikit-image"),
 }
 OTHERS = ("ml_dtypes", "safetensors", "mpi4py", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "pytest")
 PACKAGES = tuple(dict.fromkeys((*OTHERS, *(package for packages in EXTRAS.values() for package in packages))))

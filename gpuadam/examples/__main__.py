@@ -1,7 +1,12 @@
-"""python -m gpuadam.examples: list the examples."""
+"""python -m gpuadam.examples: list the examples; python -m gpuadam.examples NAME: run one."""
 
 import importlib
+import runpy
 import sys
+
+from ..kernels.messages import shown
+from ..terminal.console import Console
+from ..terminal.output import ending_plainly
 
 NAMES = (
     "digits",
@@ -16,14 +21,25 @@ NAMES = (
 )
 
 
+@ending_plainly()
 def main():
-    """Print each example's name and the first line of its docstring."""
-    print("python -m gpuadam.examples.NAME runs one; --help shows its options.\n")
+    """Run the example that is named, with the options after its name, or print what each shows."""
+    name = next(iter(sys.argv[1:]), "--help")
+    if name in NAMES:
+        del sys.argv[1]
+        runpy.run_module(f"{__package__}.{name}", run_name="__main__", alter_sys=True)
+    elif name not in ("-h", "--help"):
+        sys.exit(f"there is no example {shown(name)}, only {', '.join(NAMES)}")
+    console = Console()
+    console.print("python -m gpuadam.examples NAME runs one; with --help it shows its options.\n")
+    width = max(map(len, NAMES))
     for name in NAMES:
         text = importlib.import_module(f"{__package__}.{name}").__doc__ or ""
-        print(f"{name:{max(map(len, NAMES))}}  {text.splitlines()[0]}")
-    print('\nWhat they need: pip install "gpuadam[examples]"; torch_digits needs torch too, sharded_digits the extra mpi')
+        console.print(f"{name:{width}}  {text.splitlines()[0]}", indent=width + 2)
+    console.print(
+        '\nWhat they need: pip install "gpuadam[examples]"; torch_digits needs torch too, sharded_digits the extra mpi'
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,13 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from ..backends import BackendUnavailableError, home, load
-from ..terminal import figures
-from ..terminal.arguments import whole, writable
-from ..terminal.output import MissingExtraError, counted, need
+from ..terminal import arguments, figures
+from ..terminal.console import Console
+from ..terminal.output import MissingExtraError, counted, ending_plainly, need
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it stands, and the default of each option."""
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """The description in its paragraphs, as wide as the terminal, and the default of each option."""
+
+    def _fill_text(self, text, width, indent):
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(
+            p if p.startswith("    ") else super(_Help, self)._fill_text(p, width, indent) for p in paragraphs
+        )
 
 
 def options(argv, text, *, arrays="", plot="", **others):
@@ -26,22 +32,24 @@ def options(argv, text, *, arrays="", plot="", **others):
     others: option -> (default, its meaning); of an integer also the least that it may be, if that is not 1.
     """
     parser = argparse.ArgumentParser(
-        f"python -m gpuadam.examples.{Path(sys.argv[0]).stem}", None, text, formatter_class=_Help
+        f"python -m gpuadam.examples {Path(sys.argv[0]).stem}", None, text, formatter_class=_Help
     )
     for option, (default, meaning, *least) in others.items():
-        kind = functools.partial(whole, least=min(least, default=1)) if isinstance(default, int) else type(default)
+        kind = functools.partial(arguments.whole, least=min(least, default=1)) if isinstance(default, int) else type(default)
         parser.add_argument(f"--{option}", type=kind, default=default, help=meaning)
     if arrays:
         default = "auto" if arrays == "numba" else "numpy"
         parser.add_argument("--arrays", choices=("numpy", arrays), default=default, help=f"{arrays} takes a GPU")
     if plot:
-        parser.add_argument("--plot", type=_picture_file, metavar="FILE", default=plot, help="the picture, as PNG")
+        parser.add_argument(
+            "--plot", type=_picture_file, metavar="FILE", default=plot, help="the picture: FILE.png, .pdf or .svg"
+        )
     return parser.parse_args(argv)
 
 
 def _picture_file(text):
     need("examples", "matplotlib")  # argparse passes the default too, so that it is missed before the work is done
-    return writable(text)
+    return arguments.picture(text)
 
 
 def array_module(name):
@@ -70,9 +78,8 @@ def cosine(lr, steps, end=0.02):
 
 def steps(total, describe):
     """Count 1 to total, and show how it goes: describe() is asked for a few words some ten times."""
-    (console,) = need("examples", "rich.console")
     width = len(str(total))
-    return counted(console.Console(), total, lambda n: f"step {n:{width}}  {describe()}", every=max(1, total // 10))
+    return counted(Console(), total, lambda n: f"step {n:{width}}  {describe()}", every=max(1, total // 10))
 
 
 def grey(axis, picture):
@@ -81,7 +88,7 @@ def grey(axis, picture):
 
 
 def save_panels(path, shown, title, draw=grey, rows=1, **of_panels):
-    """Write square panels, row after row, as PNG, and say where.
+    """Write square panels, row after row, as one picture, and say where.
 
     shown: title -> what is drawn. draw: called with a panel and that. rows: of panels. of_panels: as in `figures.panels`.
     """
@@ -98,7 +105,8 @@ def save_panels(path, shown, title, draw=grey, rows=1, **of_panels):
 def run(main):
     """Run an example's main and end the process; what is missing here is one line and exit status 2."""
     try:
-        sys.exit(main())
+        with ending_plainly():
+            sys.exit(main())
     except (BackendUnavailableError, MissingExtraError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

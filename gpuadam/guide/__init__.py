@@ -5,7 +5,7 @@
 | `gpuadam.guide.arrays_and_groups` | which arrays, backends and streams; groups, schedules, weight decay |
 | `gpuadam.guide.narrow_numbers` | bfloat16, float16 and 8-bit state; remainders; random rounding |
 | `gpuadam.guide.whole_step` | unscaling, clipping, leaving a step out, running means, CUDA graphs |
-| `gpuadam.guide.array_programs` | bounds, clipping by value, parts of arrays, rates of rows, the change alone |
+| `gpuadam.guide.array_programs` | complex numbers, vectors, bounds, parts of arrays, rates of rows, the change alone |
 | `gpuadam.guide.own_kernels` | the update in a kernel of your own, beside the gradient |
 | `gpuadam.guide.bring_your_adam` | which call gives the numbers of the Adam that a program has |
 | `gpuadam.guide.options` | which options go together |

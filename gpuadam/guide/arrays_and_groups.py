@@ -29,6 +29,23 @@ read-only, and a broadcast or sliding view, unless `zero_grad` is on.
 These arguments raise an error before a byte is written: other read-only, overlapping or broadcast arrays; shapes, dtypes or
 devices that differ; hyperparameters out of range. One bad gradient in a list stops the step of all arrays.
 
+## In place
+
+A step writes into the arrays that the optimizer was given, and so must a program that changes them between steps:
+
+>>> import numpy as np, gpuadam
+>>> params = {"w": np.float32([0.5, 3.0])}
+>>> opt = gpuadam.Adam(params, lr=0.1)
+>>> params["w"][...] = params["w"].clip(0, 1)  # or np.clip(w, 0, 1, out=w)
+>>> opt.step({"w": np.float32([1, 1])})
+>>> print(params["w"])
+[0.4 0.9]
+
+`params["w"] = params["w"].clip(0, 1)` would put another array into the dict, and steps would go on updating the one before. A
+step notices that in a dict or a list that parameters were given in, and raises ValueError before anything is written. It cannot
+notice it where an array was given alone: after `w = w.clip(0, 1)` the program and the optimizer have two arrays. `bounds=` clips
+within the step. `opt.replace(name, array, rows)` puts another array in a parameter's place, and its state goes along.
+
 ## Many arrays
 
 `step` updates all arrays of a group together. On a GPU that is one launch, which finds the arrays through a table of their
@@ -37,7 +54,6 @@ addresses. The table is sent to the GPU again only when an array has moved. On t
 `gpuadam.flatten` copies arrays into one buffer. It returns views of the buffer in the shapes of the arrays, and a second
 buffer with views for the gradients:
 
->>> import numpy as np, gpuadam
 >>> flat = gpuadam.flatten({"w": np.ones((2, 3), "float32"), "b": np.zeros(2, "float32")})
 >>> opt = gpuadam.Adam(flat.param, lr=0.1)
 >>> flat.grads["w"][:] = 5.0

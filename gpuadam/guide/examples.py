@@ -1,7 +1,7 @@
 """Nine short programs, each one file of less than 120 lines in `gpuadam/examples`.
 
     pip install "gpuadam[examples]"
-    python -m gpuadam.examples.digits
+    python -m gpuadam.examples digits
 
 | name | what it does | arrays |
 |---|---|---|

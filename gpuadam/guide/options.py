@@ -10,10 +10,11 @@
 | `param_copies`, `ema_decay`, `zero_grad`, `maximize`, `weight_decay` | everything | |
 | `clip_value`, `bounds` | everything | `complex="joint"`, `gpuadam.torch` |
 | `bounds` that are arrays | every state; a checkpoint does not hold them | `complex="joint"`, and the classes of `lr_scale` |
-| `complex="joint"`, `components` | every state but 8 bits | `ShardedAdam`, `gpuadam.torch`, `gpuadam.foreign_state` |
-| `complex="parts"` | everything; it is what `gpuadam.torch` does | `ShardedAdam`, `gpuadam.foreign_state` |
+| `complex="joint"`, `components` | every state but 8 bits | `gpuadam.torch`, `gpuadam.foreign_state`; 3 of them: `ShardedAdam` |
+| `complex="parts"` | everything; it is what `gpuadam.torch` does | `gpuadam.foreign_state` |
 | `lr_scale` | everything | `OffloadAdam`, `ShardedAdam`, `gpuadam.torch` |
 | `where` | every state but 8 bits | `OffloadAdam`, `ShardedAdam`, `gpuadam.torch` |
+| `norms` | everything; all parameters are on one device | `OffloadAdam`, `ShardedAdam`, `gpuadam.torch`, `adam_step` |
 | `replace` | every state; with 8 bits rows of a multiple of 32 elements | `OffloadAdam`, `ShardedAdam`, `gpuadam.torch` |
 | `change` | every state | `ema_decay`, `param_copies`, `master`, and the classes of the last row |
 | `max_norm` | everything; on a GPU all arrays of a group are on one device | NAdam on a GPU |

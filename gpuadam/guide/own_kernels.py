@@ -107,6 +107,6 @@ ValueError: weight_decay=0.1 needs another kernel than a Rule made with weight_d
 
 The arrays are those of `gpuadam.adam_step`: moments start at zero, steps are counted from 1, and the two may take turns.
 
-`python -m gpuadam.examples.photons` clears a photograph in one kernel, with NumPy's arrays or CuPy's, and takes the same steps in
+`python -m gpuadam.examples photons` clears a photograph in one kernel, with NumPy's arrays or CuPy's, and takes the same steps in
 two.
 """

@@ -25,7 +25,8 @@ print(loss.item() < 0.1)  # True
 * Checkpoints of `torch.optim.Adam` and `AdamW` load into it, and its checkpoints load into them.
 * Schedulers, hooks and `torch.amp.GradScaler` work as before.
 * `state_dtype="bfloat16"`, `state_dtype="8bit"`, `master="remainder"` and `stochastic_rounding=True` work as in
-  `gpuadam.Adam`. `opt.load_state_dict(state_dict, convert=True)` takes a float32 checkpoint into 8-bit state, or back.
+  `gpuadam.Adam`. They are given to the optimizer, for all of its groups; in a group they are refused.
+  `opt.load_state_dict(state_dict, convert=True)` takes a float32 checkpoint into 8-bit state, or back.
 * `capturable=True` keeps the step count on the GPU, for CUDA graphs.
 * `foreach` and `fused` choose no other implementation: there is one. With `fused=True` the step unscales gradients itself,
   without writing them, and `GradScaler` does not. `differentiable` is refused.

@@ -1,6 +1,6 @@
 """Offloading: state that is larger than the device's memory, or than the machine's.
 
-`gpuadam.OffloadAdam(params, state="folder", budget=10**9)` is `Adam` whose moments lie in files. With `state="memory"` they
+`gpuadam.OffloadAdam(params, state="./folder", budget=10**9)` is `Adam` whose moments lie in files. With `state="memory"` they
 lie in the host's memory, which is pinned if a GPU takes part. With `master="float32"` the master parameters lie with the
 moments. A step takes the state through memory of a fixed budget, in chunks. The result has the same bits as that of
 `gpuadam.Adam`. Parameters and gradients may be `np.memmap`.

@@ -4,7 +4,7 @@ import os
 
 from .. import backends, checks, torch_tensors
 from ..checkpoint.format import OFFLOADED
-from ..checkpoint.loading import about, check_copies, fill, not_fitting, opened
+from ..checkpoint.loading import about, check_copies, check_with_params, fill, not_fitting, opened
 from ..checkpoint.safetensors import require
 from ..kernels import array_bytes
 from ..kernels.messages import shown
@@ -12,7 +12,7 @@ from ..kernels.operands import NARROW
 from ..kernels.state_formats import encoded
 from .folder import check_new
 from .mapped import drop_mapped
-from .optimizer import OffloadAdam
+from .optimizer import OffloadAdam, check_place
 
 
 def load_offload(
@@ -22,7 +22,7 @@ def load_offload(
     *,
     lr=None,
     param_copies=None,
-    with_params=False,
+    with_params=None,
     state_dtype=None,
     state="memory",
     budget=1 << 28,
@@ -37,7 +37,7 @@ def load_offload(
     state: "memory", or the path of a folder that is not there yet or is empty. budget, update, progress: as in `OffloadAdam`.
     master: "float32" if bfloat16 and float16 parameters are the copies of float32 masters. A checkpoint has the masters as the
         parameters, with_params or not: that of an OffloadAdam with masters, or of an Adam of float32 parameters with
-        `param_copies`, which was saved with_params. A remainder needs no word here.
+        `param_copies`, which was saved with_params. They are state, of which no warning tells. A remainder needs no word here.
 
     Training goes on bit for bit. Raises CheckpointError and the other errors of `gpuadam.load` and of `OffloadAdam`. Nothing of
     the caller's has changed then, and a folder that was made is taken away.
@@ -52,7 +52,9 @@ def load_offload(
     ...     print(again.steps, again.groups[0]["lr"], again.decoupled)
     1 0.1 True
     """
-    path, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
+    path = os.fsdecode(path)
+    check_with_params(with_params)
+    check_place(state)
     if master is not None:
         checks.one_of(("float32",), "master", master)
     with about(path), opened(path, params, backend, lr, state_dtype, of_masters=master is not None) as checkpoint:
@@ -71,7 +73,7 @@ def load_offload(
         with not_fitting():
             opt = OffloadAdam(checkpoint.params, **settings)
         try:
-            fill(opt, checkpoint, with_params)
+            fill(opt, checkpoint, with_params, path)
         except BaseException:
             opt.discard()
             raise
@@ -86,7 +88,7 @@ def _show_masters(opt):
     for group in opt.groups:
         for name, param in zip(group["names"], group["params"], strict=True):
             if "master" in opt.state[name]:
-                kernels, (view,) = backends.choose([(f"params[{shown(name)}]", param)], opt.backend)
+                kernels, (view,) = backends.choose([(opt.arrangement.label(name), param)], opt.backend)
                 assert view.format in NARROW
                 rest = opt.state[name]["master"].reshape(-1)
                 for buffer in array_bytes.buffers(kernels, view):

@@ -3,6 +3,8 @@
 import os
 import time
 import weakref
+from numbers import Integral
+from pathlib import Path
 
 import numpy as np
 
@@ -37,7 +39,8 @@ class OffloadAdam(Adam):
     decoupled: weight decay as in `AdamW`.
     master: "float32" keeps a float32 master of each bfloat16 or float16 parameter with the state. The master begins at the
         parameter's value, the update is of the master, and the parameter is its rounded copy. "remainder" as in `Adam`.
-    state: "memory", which is pinned if a GPU takes part, or the path of a folder for files of state. A folder of an earlier
+    state: "memory", which is pinned if a GPU takes part, or the path of a folder for files of state: "./state" and not "state",
+        which may be a slip for "memory", unless the folder is there. A folder of an earlier
         optimizer, with the same options and parameters of the same names, shapes and formats, is continued where it was closed.
         The order of names matters only where numbers are rounded randomly.
         The values of the parameters are not in it: they are the caller's to keep.
@@ -90,11 +93,8 @@ class OffloadAdam(Adam):
             raise ValueError("with master='float32' the parameters are the copies: leave param_copies out")
         if master == "float32" and options.get("stochastic_rounding"):
             raise ValueError("with a float32 master nothing of a parameter is lost: leave stochastic_rounding out")
-        if not isinstance(state, (str, os.PathLike)) or not os.fspath(state):
-            raise TypeError(f'state={shown(state)} must be "memory" or the path of a folder')
-        if checks.count("budget", budget) < 1:
-            raise ValueError(f"budget={budget} must be a number of bytes")
-        self._budget = int(budget)
+        check_place(state)
+        self._budget = budget = _bytes(budget)
         self._update = checks.one_of(("auto", "device", "host"), "update", update)
         self.decoupled = checks.flag("decoupled", decoupled)
         self._master, self._state_in = master, state
@@ -133,6 +133,9 @@ class OffloadAdam(Adam):
         self.under_way = self._store
         return self._store.arrays
 
+    def warn_of_no_effect(self, options):
+        super().warn_of_no_effect(options | {"master": self._master})
+
     # Where the update runs
 
     def _usable_gpu(self, views):
@@ -168,6 +171,9 @@ class OffloadAdam(Adam):
         param, grad = (kernels.zeros(TRIAL, view.dtype, view.device) for _ in range(2))
         if view.bits:
             param, grad = Bits(param, view.bits), Bits(grad, view.bits)
+        stochastic = options.get("stochastic_rounding", False)
+        if checks.without_effect([view.format], options["master"], stochastic):  # it is of smaller parameters
+            options = options | {"master": None, "stochastic_rounding": False}
         trial = OffloadAdam(param, update=side, **options)
         moments = [time.perf_counter()]
         for _ in range(4):
@@ -217,6 +223,12 @@ class OffloadAdam(Adam):
             "Adam, or leave them out"
         )
 
+    def norms_of_step(self):
+        raise ValueError(
+            "OffloadAdam takes no norms: its steps go piece by piece. Leave norms out; gpuadam.global_norm takes the norm of the "
+            "parameters"
+        )
+
     def conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):
         present = [grad for grads in grads_of_groups for grad in grads if grad is not None]
         if norm is None and present and (max_norm is not None or check_finite is not False):
@@ -236,7 +248,7 @@ class OffloadAdam(Adam):
             with self._gpu.on(self._device, None):
                 self._gpu.synchronize()
 
-    def launch(self, updates, stream):
+    def launch(self, updates, stream, norms=None):
         self._runner.run(self.check(updates, stream), stream, self._store.begin)
         for group in updates:
             torch_tensors.wrote(group.written())
@@ -287,6 +299,29 @@ class OffloadAdam(Adam):
 
     def __reduce__(self):
         raise TypeError("an OffloadAdam is not copied or pickled, because its state is not in it alone: use state_dict()")
+
+
+def check_place(state):
+    """Refuse what is neither "memory" nor the path of a folder, and a word that may be a slip for "memory"."""
+    if not isinstance(state, (str, os.PathLike)) or not os.fspath(state):
+        raise TypeError(f'state={shown(state)} must be "memory" or the path of a folder')
+    is_word = isinstance(state, str) and state not in ("memory", "..") and state == Path(state).name
+    if is_word and not Path(state).is_dir():
+        raise ValueError(
+            f'state={shown(state)} must be "memory" or the path of a folder. For a new folder of that name in the current one '
+            f"give state={shown(f'./{state}')}"
+        )
+
+
+def _bytes(budget):
+    """Return the budget as an int. 1e9 is a number of bytes, too."""
+    if isinstance(budget, float) and budget.is_integer():
+        budget = int(budget)
+    if isinstance(budget, bool) or not isinstance(budget, Integral):
+        raise TypeError(f"budget={shown(budget)} must be a number of bytes, such as 10**9 for 1 GB or 2**30 for 1 GiB")
+    if budget < 1:
+        raise ValueError(f"budget={shown(budget)} must be a positive number of bytes")
+    return int(budget)
 
 
 def _number(name, value):

@@ -38,7 +38,7 @@ class Way(NamedTuple):
         if not self.sharded:
             return "gpuadam.Adam" if self.state == "device" else "gpuadam.OffloadAdam"
         rounds_no_gradient = arrays.grad != "float64" or arrays.param == "float64"
-        made = self.state == "device" and rounds_no_gradient and not arrays.param_copy and arrays.numbers == 1
+        made = self.state == "device" and rounds_no_gradient and not arrays.param_copy and CELL % arrays.numbers == 0
         return "gpuadam.ShardedAdam" if made else ""
 
 

@@ -40,7 +40,7 @@ this program:
 ...     print(line["slope"].round(2), line["offset"].round(2))
 3.0 1.0
 
-`python -m gpuadam.examples.sharded_digits` is a whole program. It continues from a checkpoint with any other number of
+`python -m gpuadam.examples sharded_digits` is a whole program. It continues from a checkpoint with any other number of
 ranks.
 
 ## The bits

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..kernels.view import Bits, View
 from .layout import CELL, Layout
+from .shard_adam import in_vectors
 from .transports import Work
 
 
@@ -18,9 +19,12 @@ class Member:
     group: int  # the number of its group
     name: str
     view: View  # the caller's array
+    numbers: int = 1  # that share a v
     taken: int = 0  # how many steps the parameter has taken
     param: Any = None  # a View of its place in the buffer of parameters
     grad: Any = None  # a View of its place in the buffer of gradients
+    param_array: Any = None  # these places as arrays, which are complex if the caller's array is
+    grad_array: Any = None
     shards: list["OwnedShard"] = dataclasses.field(default_factory=list)
 
 
@@ -41,7 +45,7 @@ class OwnedShard:
 
 
 class Buffer:
-    """Flat buffers of some members, which share group and dtype, and of their gradients.
+    """Flat buffers of some members, which share group, dtype and how many numbers share a v, and of their gradients.
 
     make: makes a `ShardAdam` of a list of OwnedShards.
     views: the caller's arrays are read once, by `broadcast`, and not used from then on.
@@ -57,8 +61,11 @@ class Buffer:
         self.grad = kernels.zeros(self.layout.size, grad_dtype, first.device)
         for member, start in zip(members, self.layout.starts, strict=True):
             place, shape = slice(start, start + member.view.size), member.view.shape
-            member.param = kernels.view("", self.param[place].reshape(shape))
-            member.grad = kernels.view("", self.grad[place].reshape(shape))
+            places = [buffer[place].reshape(shape) for buffer in (self.param, self.grad)]
+            member.param, member.grad = (kernels.view("", array) for array in places)
+            if member.view.of_complex:
+                places = [array.view(f"complex{16 * array.itemsize}")[..., 0] for array in places]
+            member.param_array, member.grad_array = places
         self.buckets = [BucketOfRank(self, bucket, make) for bucket in self.layout.buckets]
 
 
@@ -72,6 +79,8 @@ class BucketOfRank:
         self._kernels, self._transport = buffer.kernels, buffer.transport
         layout, members, rank = buffer.layout, buffer.members, buffer.transport.rank
         self.group = members[0].group
+        # the elements that share a v are vectors of the buffer, also where they are complex numbers of the caller
+        self.settings = {"complex": None, "components": members[0].numbers}
         self._param, self._grad = buffer.param[bucket.start : bucket.stop], buffer.grad[bucket.start : bucket.stop]
         self._sums = self._kernels.zeros(bucket.part, self._grad.dtype, members[0].view.device)
         within = [(members[k], layout.starts[k]) for k in layout.within(bucket.start, bucket.stop)]
@@ -115,8 +124,9 @@ class BucketOfRank:
         """Update this rank's shards by the sums, and start to collect the new parameters. settings: of each group."""
         self.work.wait()
         if self.optimizer is not None:
-            sums = {shard.label: None if grads[shard.number] is None else shard.sums for shard in self.shards}
-            self.optimizer.groups[0].update(settings[self.group])
+            n = self.settings["components"]
+            sums = {shard.label: None if grads[shard.number] is None else in_vectors(shard.sums, n) for shard in self.shards}
+            self.optimizer.groups[0].update(settings[self.group] | self.settings)
             self.optimizer.step(sums, grad_scale=grad_scale)
         self.all_gather()
 

@@ -7,33 +7,46 @@ import itertools
 from .. import backends, checks
 from ..kernels.layout import bounds
 from ..kernels.messages import shown
+from .layout import CELL
 
 NARROWER = tuple(format for format in checks.FORMATS if format != "float64")
 
 
-def params(groups, transport, backend):
+def params(groups, arrangement, transport, backend):
     """Return the backend of all parameters and their Views, in order."""
     params = [(name, p) for group in groups for name, p in zip(group["names"], group["params"], strict=True)]
     for name, n in collections.Counter(name for name, _ in params).items():
         if n > 1:
             raise ValueError(f"two parameters are named {shown(name)}: names must differ")
-    named = [(f"params[{shown(name)}]", checks.given(f"params[{shown(name)}]", param)) for name, param in params]
+    labelled = [(arrangement.label(name), param) for name, param in params]
+    named = [(label, checks.given(label, param)) for label, param in labelled]
     kernels, views = _chosen(named, transport, backend)
     for view in views:
-        if view.of_complex:
-            raise TypeError(
-                f"{view.name} has dtype {view.of_complex}, which ShardedAdam does not take: give its view('{view.format}') and "
-                "those of its gradients, which take the steps of complex='parts'"
-            )
         checks.one_format(view, checks.FORMATS)
         checks.layout(view)
         if not view.writeable:
             checks.read_only(view)
+    checks.given_once(views)
     checks.overlap(views, [])
     devices = {view.device for view in views if view.size}
     if len(devices) > 1:
         raise ValueError(f"the parameters are on devices {sorted(devices)}: a rank has one GPU")
     return kernels, views
+
+
+def numbers(views, groups):
+    """Return how many numbers of each parameter share a v. views: of all parameters, in the order of the groups."""
+    of_groups = [group for group in groups for _ in group["params"]]
+    found = [
+        checks.numbers(view, group["complex"], group["components"]) for view, group in zip(views, of_groups, strict=True)
+    ]
+    for view, n in zip(views, found, strict=True):
+        if CELL % n:
+            raise ValueError(
+                f"{view.name} has components={n}: ranks own multiples of {CELL:,} numbers, which are no whole vectors of {n}. "
+                "With a fourth number, whose gradient is 0, components=4 takes the same steps"
+            )
+    return found
 
 
 def _chosen(named, transport, backend):
@@ -56,7 +69,7 @@ def grads(members, listed, transport, taken, zero_grad, backend):
     gradients are written.
     """
     # a gradient that is the array of its place is known
-    views = [member.grad if grad is member.grad.array else None for member, grad in zip(members, listed, strict=True)]
+    views = [member.grad if grad is member.grad_array else None for member, grad in zip(members, listed, strict=True)]
     elsewhere = [m for m, grad, view in zip(members, listed, views, strict=True) if grad is not None and view is None]
     if elsewhere:
         named = [(f"the gradient of {member.view.name}", listed[member.number]) for member in elsewhere]

@@ -7,7 +7,7 @@ import os
 from .. import checks
 from ..checkpoint.converting import as_saved, read_state
 from ..checkpoint.format import ALGORITHMS
-from ..checkpoint.loading import about, not_fitting, opened
+from ..checkpoint.loading import about, check_with_params, not_fitting, opened, warn_of_params
 from ..checkpoint.tensors import PARAM
 from ..kernels.messages import shown
 from . import transports
@@ -23,7 +23,7 @@ def load_sharded(
     backend=None,
     *,
     lr=None,
-    with_params=False,
+    with_params=None,
     reduction=None,
     bucket_bytes=1 << 25,
     views=False,
@@ -57,12 +57,9 @@ def load_sharded(
 
         def compared():
             checkpoint = until_loaded.enter_context(opened(location, params, backend, lr, state_dtype))
-            crc, whole = checkpoint.stored.crc, checks.flag("with_params", with_params)
-            return (
-                checkpoint,
-                {"path": location, "the checkpoint there": crc, "with_params": whole, "state_dtype": state_dtype},
-                False,
-            )
+            check_with_params(with_params)
+            described = {"path": location, "the checkpoint there": checkpoint.stored.crc}
+            return checkpoint, described | {"with_params": with_params, "state_dtype": state_dtype}, False
 
         with transport.calls.alone("a load"):
             checkpoint, _ = agreed(transport, compared)
@@ -80,6 +77,8 @@ def load_sharded(
             on_all(transport, _fill, opt, stored, with_params, checkpoint.state_dtype)
             if with_params:
                 opt.collect_params()
+        if with_params is None and stored.has_params():
+            warn_of_params(location)
     return opt
 
 

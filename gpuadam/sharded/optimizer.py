@@ -30,8 +30,9 @@ class ShardedAdam(HasGroups):
     params: as in `Adam`, of the same names, shapes and dtypes on every rank: arrays in the CPU's memory, or with NCCL in a GPU's.
         At the start they become those of rank 0.
     transport: how ranks are connected, one of `gpuadam.transports`.
-    lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds, formula, eps_root, state_dtype, master, ema_decay,
-        zero_grad, stochastic_rounding, seed, backend: as in `Adam`. decoupled: AdamW's decay. algorithm: as in `adam_step`.
+    lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds, complex, components, formula, eps_root, state_dtype,
+        master, ema_decay, zero_grad, stochastic_rounding, seed, backend: as in `Adam`; components may be 1, 2 or 4, and bounds
+        are numbers. decoupled: AdamW's decay. algorithm: as in `adam_step`.
     reduction: "mean" of the ranks' gradients, which is their sum times grad_scale / ranks in one factor; or "sum".
     bucket_bytes: about how many bytes of gradients go through one collective. One bucket is updated while others are summed or
         collected.
@@ -99,7 +100,7 @@ class ShardedAdam(HasGroups):
                 bucket.broadcast()
             for bucket in self.buckets:
                 bucket.write_params()
-            self.grads = self._in_structure([member.grad.array for member in self.members])
+            self.grads = self._in_structure([member.grad_array for member in self.members])
             if self._views:
                 self._take_over()
             torch_tensors.wrote(self._listed())
@@ -119,20 +120,24 @@ class ShardedAdam(HasGroups):
         self.options = Options(algorithm, decoupled, **options)
         self.params = as_list(params)  # an iterator can be read once
         self.groups, self.arrangement = parsed_groups(self.params, defaults)
-        if any(group["components"] > 1 for group in self.groups):
-            raise ValueError(
-                "ShardedAdam has no components: its parts begin and end anywhere among the numbers that share a v"
-            )
-        self._kernels, views = shard_checks.params(self.groups, self.transport, self._backend)
+        self._kernels, views = shard_checks.params(self.groups, self.arrangement, self.transport, self._backend)
         names = [(k, name) for k, group in enumerate(self.groups) for name in group["names"]]
-        self.members = [Member(n, *name, view) for n, (name, view) in enumerate(zip(names, views, strict=True))]
+        numbers = shard_checks.numbers(views, self.groups)
+        of_all = enumerate(zip(names, views, numbers, strict=True))
+        self.members = [Member(n, *name, view, of_member) for n, (name, view, of_member) in of_all]
         self._dtypes = {(member.group, self.options.computed_in(member.view.format)) for member in self.members}
+        formats = [view.format for view in views]
+        checks.warn_of_no_effect(formats, master=self.options.master, stochastic_rounding=self.options.stochastic_rounding)
         for member in self.members:  # here, because there may be one that no rank has a part of
-            self.options.kept(member.view._replace(contiguous=True), self.groups[member.group]["amsgrad"])
+            amsgrad = self.groups[member.group]["amsgrad"]
+            self.options.kept(member.view._replace(contiguous=True), amsgrad, member.numbers)
         settings, of_groups = self._settings(self._checked(self.groups))
         described = {
             "the number of ranks": self.transport.size,
-            **{f"params[{m.name!r}]": f"number {m.number}, {m.view.format} of shape {m.view.shape}" for m in self.members},
+            **{
+                f"params[{m.name!r}]": f"number {m.number}, {m.view.of_complex or m.view.format} of shape {m.view.shape}"
+                for m in self.members
+            },
             "the group of each parameter": [member.group for member in self.members],
             **of_groups,
             **dataclasses.asdict(self.options),
@@ -145,19 +150,21 @@ class ShardedAdam(HasGroups):
         """Return a Buffer for the parameters of each group and dtype."""
         alike: dict[tuple, list[Member]] = {}
         for member in self.members:
-            alike.setdefault((member.group, member.view.format, member.view.dtype), []).append(member)
+            alike.setdefault((member.group, member.view.format, member.view.dtype, member.numbers), []).append(member)
         buffers = []
         for (group, *_), members in alike.items():
             # one backend for good: `use_backend` around a step would raise only on the ranks that own something
-            make = functools.partial(ShardAdam, options=self.options, backend=self._kernels.name, **settings[group])
+            of_buffer = settings[group] | {"complex": None, "components": members[0].numbers}
+            make = functools.partial(ShardAdam, options=self.options, backend=self._kernels.name, **of_buffer)
             buffers.append(Buffer(self._kernels, members, self.transport, self._bucket_bytes, make, self._views))
         return buffers
 
     def _take_over(self):
         """Make the views of the buffers the parameters, and let go of the arrays that were given."""
-        self.params = self._in_structure([member.param.array for member in self.members])
+        self.params = self._in_structure([member.param_array for member in self.members])
+        self.arrangement.places.clear()
         for k, group in enumerate(self.groups):
-            group["params"] = [member.param.array for member in self.members if member.group == k]
+            group["params"] = [member.param_array for member in self.members if member.group == k]
         for member in self.members:
             member.view = member.view._replace(array=None)
 
@@ -199,11 +206,11 @@ class ShardedAdam(HasGroups):
             agreed(self.transport, lambda: (None, {"the key to gather": key}, False))
             for member in self.members:
                 shards = [shard for shard in member.shards if key != "step" and key in shard.state]
-                on_host = [(shard.start, self._kernels.to_host(shard.state[key])) for shard in shards]
+                on_host = [(shard.start, self._kernels.to_host(shard.state[key]).reshape(-1)) for shard in shards]
                 parts = sorted(itertools.chain.from_iterable(self.transport.exchange(on_host)))
                 if parts:
                     array = np.concatenate([part for _, part in parts])
-                    whole[member.name] = array.reshape(shape(key, member.view.shape))
+                    whole[member.name] = array.reshape(shape(key, member.view.shape, member.numbers))
         return whole
 
     def step(self, grads, *, grad_scale=1.0, max_norm=None, check_finite=False, found_inf=None):
@@ -352,6 +359,8 @@ class ShardedAdam(HasGroups):
         hs = [checked_group(group, structure, self.options, step, grad_scale) for group, structure in pairs]
         for group, dtype in self._dtypes:
             hyperparameters.check_rounding(hs[group], dtype)
+        for member in self.members:
+            checks.ordered(member.view, member.numbers, hs[member.group].fixed, ())
         return hs
 
     def _settings(self, hs):

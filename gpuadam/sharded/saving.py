@@ -166,5 +166,6 @@ def sections_of_rank(opt):
     for bucket in opt.buckets:
         if bucket.optimizer:
             ranges = {shard.label: (shard.name, shard.start, shard.stop) for shard in bucket.shards}
-            listed += sections(bucket.optimizer, ranges)
+            of_bucket = sections(bucket.optimizer, ranges)
+            listed += [section._replace(view=section.view.flat) for section in of_bucket]  # which may be of vectors
     return listed

@@ -1,5 +1,6 @@
 """`Adam` over shards: the optimizer that a rank updates its part of a bucket with."""
 
+from ..kernels.view import Bits
 from ..optimizer import Adam, key_of_parameter
 
 
@@ -11,9 +12,20 @@ class ShardAdam(Adam):
 
     def __init__(self, shards, options, **settings):
         self.algorithm, self.decoupled = options.algorithm, options.decoupled
-        params = {shard.label: shard.param for shard in shards}
+        params = {shard.label: in_vectors(shard.param, settings["components"]) for shard in shards}
         # ShardedAdam zeroes the gradients, not their sums
         super().__init__(params, **settings, **options.saved() | {"zero_grad": False})
         for shard, parameter in zip(shards, self.parameters.values(), strict=True):
-            parameter.key, parameter.start = key_of_parameter(options.seed, shard.number), shard.start
+            parameter.key = key_of_parameter(options.seed, shard.number)
+            parameter.start = shard.start // settings["components"]
             shard.state = parameter.state
+
+    def warn_of_no_effect(self, options):
+        """Warn of nothing: `ShardedAdam` has, of all parameters and not of those of a shard."""
+
+
+def in_vectors(array, numbers):
+    """Return a 1-D array as one of vectors of so many numbers; of one number as it is."""
+    if numbers == 1:
+        return array
+    return Bits(in_vectors(array.array, numbers), array.format) if type(array) is Bits else array.reshape(-1, numbers)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 MOST = 10**18
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def whole(text, least=1):
@@ -70,6 +71,17 @@ def writable(text):
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from error
     return text
+
+
+def picture(text):
+    """Return the path of a picture to write. Its end says of which kind it is; without one it is PNG.
+
+    >>> picture("loss.svg")
+    'loss.svg'
+    """
+    if Path(text).suffix.lower() not in ("", *PICTURES):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in {', '.join(PICTURES)}, or have no such end, for PNG")
+    return writable(text)
 
 
 def folder(text):

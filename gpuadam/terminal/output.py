@@ -1,9 +1,14 @@
-"""How the commands answer: on a terminal or in a pipe, in tables, in JSON; and how they say what is missing."""
+"""How the commands answer: on a console, in JSON; how they end; and how they say what is missing."""
 
+import contextlib
 import importlib
 import json
+import os
 import sys
+import time
 from pathlib import Path
+
+from .console import Console
 
 
 class CommandError(RuntimeError):
@@ -26,29 +31,32 @@ def need(extra, *modules):
         raise MissingExtraError(f"{error.name} is not installed: pip install {wanted}") from error
 
 
-def console(extra, options, width=130):
-    """Return a rich Console on standard output, or on standard error if the JSON goes to standard output.
+def console(options):
+    """Return a Console on standard output, or on standard error if the JSON goes to standard output.
 
-    extra: the extra that has rich, and matplotlib too if a plot is wanted. width: in characters, where there is no terminal.
+    If a plot is wanted, matplotlib is asked for, so that it is missed before the work is done.
     """
-    rich_console, *_ = need(extra, "rich.console", *["matplotlib"] * bool(getattr(options, "plot", None)))
-    stream = sys.stderr if options.json == "-" else sys.stdout
-    return rich_console.Console(file=stream, width=None if stream.isatty() else width)
+    if getattr(options, "plot", None):
+        need("bench", "matplotlib")
+    return Console(sys.stderr if options.json == "-" else sys.stdout)
 
 
-def table(title, heads, lines, styles=None):
-    """Return a rich Table. Its first column is aligned at the left, the others, which hold figures, at the right.
+@contextlib.contextmanager
+def ending_plainly():
+    """End the process without a traceback where the reader of a pipe has gone, as after `| head`, or the user interrupts.
 
-    lines: a list of texts for each line. styles: of the lines, as rich names them.
+    The exit status is what a shell gives to a program that the signal ends: 141 or 130.
     """
-    rich_table, rich_box = need("bench", "rich.table", "rich.box")
-    made = rich_table.Table(title=title, title_justify="left", box=rich_box.SIMPLE_HEAD)
-    for number, head in enumerate(heads):
-        # the last column may be folded, where the terminal is narrow
-        made.add_column(head, justify="right" if number else "left", no_wrap=number < len(heads) - 1)
-    for line, style in zip(lines, styles or [None] * len(lines), strict=True):
-        made.add_row(*line, style=style)
-    return made
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(128 + 13)
+    except KeyboardInterrupt:
+        sys.exit(128 + 2)
 
 
 BYTES = {"PB": 10**15, "TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3, "B": 1}
@@ -70,16 +78,21 @@ def scaled(number, units):
 
 
 def counted(console, total, describe, every):
-    """Yield 1 to total, print a line on the loop after every so many turns, and show a bar on a terminal.
+    """Yield 1 to total, print a line on the loop after every so many turns, and show on a terminal how far it is.
 
     describe(n) returns the line on the n-th turn.
     """
-    (rich_progress,) = need("demo", "rich.progress")
-    bar = rich_progress.track(range(1, total + 1), "", console=console, transient=True, disable=not console.is_terminal)
-    for n in bar:
+    began = shown = time.monotonic()
+    for n in range(1, total + 1):
         yield n
+        now = time.monotonic()
+        if n == total or now > shown + 0.1:
+            left = scaled((now - began) / n * (total - n), SECONDS)
+            console.passing(f"{'#' * (30 * n // total):.<30} {100 * n // total}%, {left} left")
+            shown = now
         if n % every == 0:
-            console.print(describe(n), highlight=False)
+            console.print(describe(n))
+    console.passing("")
 
 
 def write_json(path, result):

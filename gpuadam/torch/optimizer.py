@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,20 @@ from .step_counts import Clock, HostCounts
 # The settings of a group: those that torch's Adam has
 OF_A_STEP = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
 SETTINGS = (*OF_A_STEP, "amsgrad", "foreach", "capturable", "differentiable", "fused")
+# Options of all groups, and those that gpuadam.Adam alone has: in a group they would be ignored, as torch ignores other keys
+OF_ALL_GROUPS = ("state_dtype", "master", "stochastic_rounding", "seed", "backend")
+OF_ARRAYS = (
+    "formula",
+    "eps_root",
+    "ema_decay",
+    "zero_grad",
+    "param_copies",
+    "decoupled",
+    "clip_value",
+    "bounds",
+    "complex",
+    "components",
+)
 
 
 class Member(NamedTuple):
@@ -89,11 +104,13 @@ class Adam(torch.optim.Optimizer):
         # the options that torch's Adam does not have: a checkpoint does not hold them
         self.options = Options(state_dtype=state_dtype, master=master, stochastic_rounding=stochastic_rounding, seed=seed)
         self.backend = backends.forced(backend)
-        if self.backend:
+        if self.backend is not None:
             backends.choose([], self.backend)  # refuses a backend that is not there
         self.under_way = UnderWay()
         self._forget()
         super().__init__(params, {name: arguments[name] for name in SETTINGS})
+        formats = [str(param.dtype).removeprefix("torch.") for group in self.param_groups for param in group["params"]]
+        checks.warn_of_no_effect(formats, master=master, stochastic_rounding=stochastic_rounding)
 
     def _forget(self):
         """Begin without what is known beside the state, which others may have replaced."""
@@ -108,7 +125,12 @@ class Adam(torch.optim.Optimizer):
     def add_param_group(self, param_group):
         """Add a group of parameters, a dict with "params" and hyperparameters of its own, as torch's optimizers do."""
         if isinstance(param_group, dict):
+            _check_keys(param_group)
             self._checked(self.defaults | param_group)
+            params = param_group.get("params")
+            if isinstance(params, Iterable) and not isinstance(params, (torch.Tensor, set, str)):
+                param_group["params"] = list(params)  # as torch does: an iterator can be read once
+                _check_given_once(param_group["params"])
         super().add_param_group(param_group)
 
     def _checked(self, group, grad_scale=1.0):
@@ -122,7 +144,7 @@ class Adam(torch.optim.Optimizer):
         arrays = self._kept(group, torch.bfloat16)  # parameters of this dtype have every kind of state
         checks.combination("adam", [array.operand for array in arrays], self.options.stochastic_rounding)
         lr, betas, eps, weight_decay, decoupled, maximize = (group[key] for key in OF_A_STEP)
-        numbers = _number(lr), _number(betas), eps, weight_decay
+        numbers = _number("lr", lr), _number("betas", betas), eps, weight_decay
         return hyperparameters.with_formulas(*numbers, maximize, grad_scale, _formulas(decoupled))
 
     @torch.compiler.disable
@@ -286,11 +308,11 @@ class Adam(torch.optim.Optimizer):
             group = self.defaults | saved
             self._checked(group)
             checks.bias_correction(saved)
-            for key, param in zip(saved["params"], present["params"], strict=True):
+            names = present.get("param_names") or saved["params"]
+            for key, name, param in zip(saved["params"], names, present["params"], strict=True):
                 if state := states.get(key):
-                    arrays = self._kept(group, param.dtype)
-                    given = state, arrays, param, group["capturable"], f"params[{shown(key)}]", convert
-                    loaded[param] = torch_state.converted(*given)
+                    arrays, label = self._kept(group, param.dtype), f"params[{shown(name)}]"
+                    loaded[param] = torch_state.converted(state, arrays, param, group["capturable"], label, convert)
         return loaded
 
     def __getstate__(self):
@@ -308,7 +330,7 @@ class Adam(torch.optim.Optimizer):
     def _captured(self, group, members, clock, grad_scale, found_inf):
         """Return the Updates of a group whose scalars are computed on its device."""
         lr, device = group["lr"], members[0].param.device
-        lr = lr if isinstance(lr, torch.Tensor) and lr.is_cuda else _number(lr)
+        lr = lr if isinstance(lr, torch.Tensor) and lr.is_cuda else _number("lr", lr)
         scale = 1.0 if grad_scale is None else grad_scale.to(device, non_blocking=True).double().reciprocal()
         skip = None if found_inf is None else found_inf.to(device, non_blocking=True)
         lr, _, now = clock.on_device.numbers(lr, scale, {"found_inf": skip})
@@ -362,6 +384,26 @@ class AdamW(Adam):
 _key = functools.cache(key_of_parameter)
 
 
+def _check_keys(group):
+    """Refuse options of gpuadam's in a group, where they would do nothing. torch and its users put other keys there."""
+    for name in group.keys() & {*OF_ALL_GROUPS, *OF_ARRAYS}:
+        hint = "give it to the optimizer, for all of its groups" if name in OF_ALL_GROUPS else "gpuadam.Adam has it"
+        raise ValueError(f"a group has {name}={shown(group[name])}, which does nothing there: {hint}")
+
+
+def _check_given_once(params):
+    """Refuse a parameter that is twice in a group. torch warns, takes two steps of it, and says that it will refuse."""
+    names: list[str] = []
+    first: dict[int, int] = {}
+    for number, given in enumerate(params):
+        name, param = given if isinstance(given, tuple) and len(given) == 2 else (str(number), given)
+        names.append(name)
+        if (other := first.setdefault(id(param), number)) != number:
+            raise ValueError(
+                f"the parameters {shown(names[other])} and {shown(name)} of a group are one tensor: give it once"
+            )
+
+
 def _steps(members):
     """Return the counts in the state of Members."""
     return [member.state["step"] for member in members]
@@ -373,14 +415,14 @@ def _formulas(decoupled):
     return hyperparameters.formulas(**dataclasses.asdict(hyperparameters.ADAM) | {"decoupled": decoupled})
 
 
-def _number(value):
+def _number(name, value):
     """Return a hyperparameter, a tensor of one number as a number, betas as a tuple of numbers."""
     if isinstance(value, (tuple, list)):
-        return tuple(map(_number, value))
+        return tuple(one if type(one) is float else _number(f"{name}[{k}]", one) for k, one in enumerate(value))
     if not isinstance(value, torch.Tensor):
         return value
     if value.numel() != 1:
-        raise ValueError(f"a hyperparameter is a tensor of shape {tuple(value.shape)}: it must be one number")
+        raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: it must be one number")
     return value.item()
 
 

@@ -13,6 +13,7 @@ from . import facts
 
 ARRAYS_READ_AND_WRITTEN = 7  # reads param, grad, m and v; writes param, m and v
 QUANTILES = (5, 20, 50, 80, 95)
+BUSY = 1.5  # times: on an idle machine p80 is within a few percent of p20
 KERNEL, CALL = "gpuadam kernel + launch", "gpuadam.adam_step"
 LIMIT, TORCH_FUSED = "limit", "torch fused"
 MEASURED = ("samples", *(f"p{q:02}_us" for q in QUANTILES), "gb_per_s", "x_limit", "x_torch_fused", "peak_mb")
@@ -87,6 +88,25 @@ def add_ratios(rows):
             for each in rows:
                 each[column] = _short(each["p50_us"] / by_name[base])
     return rows
+
+
+def is_busy(row):
+    """Return whether other work disturbed a measurement: its p80 is far above its p20, and its median not that of another run."""
+    return bool(row["p20_us"]) and row["p80_us"] > BUSY * row["p20_us"]
+
+
+def on_busy_machine(rows):
+    """Return a sentence on the rows that other work disturbed, or "" if there are none."""
+    rows = [row for row in rows if row["p20_us"] and row["contender"] != CALL]
+    busy = [row for row in rows if is_busy(row)]
+    if not busy:
+        return ""
+    worst = max(busy, key=lambda row: row["p80_us"] / row["p20_us"])
+    name = f"{worst['contender']}, {worst['dtype']}, {worst['elements']:,} elements"
+    return (
+        f"BUSY (*): in {len(busy)} of {len(rows)} measurements p80 is more than {BUSY} times p20, at most "
+        f"{worst['p80_us'] / worst['p20_us']:.1f} times ({name}). Measure again when the machine is idle."
+    )
 
 
 def groups(rows, *keys):

@@ -7,7 +7,7 @@ OURS, LIMIT, OTHER = "#1261c9", "#111111", "#9aa3ad"
 
 
 def save(figure, path, rows):
-    """Write the figure as PNG, below it what the rows were measured on and with."""
+    """Write the figure, below it what the rows were measured on and with."""
     first = rows[0]
     versions = [f"{name} {first[name]}" for name in facts.versions() if first.get(name)]
     machine = dict.fromkeys((first["device"], first["cpu"], f"{first['cores']} cores", first["date"]))

@@ -21,7 +21,7 @@ add_options = plan_options.add
 
 def run(options):
     """Print the tables; return 0 if a way fits, 1 if none does."""
-    console = output.console("bench", options, width=150)
+    console = output.console(options)
     try:
         asked = Asked.of(options)
         predictions = asked.predictions()
@@ -30,11 +30,11 @@ def run(options):
     best = planning.best(predictions)
     cut = [] if best or asked.auto else asked._replace(auto=True).predictions()
     n, devices = sum(asked.update.sizes), f"{asked.settings.world:,} x {asked.machine.name}"
-    console.print(f"{n:,} parameters on {devices}: {asked.formats}", highlight=False)
+    console.print(f"{n:,} parameters on {devices}: {asked.formats}")
     for table in (tables.memory_table(asked, predictions), tables.time_table(predictions, best)):
         console.print(table)
     for line in tables.sentences(asked, predictions, best, planning.best(cut)):
-        console.print(line, highlight=False)
+        console.print(line)
     if options.plot:
         figures.save(plot.draw(asked), options.plot)
         console.print(f"plot: {options.plot}")

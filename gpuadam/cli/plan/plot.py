@@ -11,7 +11,7 @@ from ..measuring import plots
 
 MOST = 100_000
 SIZES = tuple(10**k for k in range(9, 14))
-COLORS = ("#7a4fa3", "#1261c9", "#2b8a57", "#c28f0e", "#c0392b")  # of the sizes
+COLORS = ("#e3a6cb", "#c871ac", "#a03f8b", "#6f2469", "#3b0f42")  # of the sizes, darker for the larger; HUES are of ways
 HUES = {"device": plots.OURS, "host": "#d9730d", "files": "#2b8a57"}  # of a way, by where the state is
 MARKERS = {"device": "o", "host": "s", "files": "D"}
 
@@ -32,16 +32,21 @@ def draw(asked):
     pieces = asked.settings.model_parallel
     cut = ", the model in as few pieces as fit" if asked.auto else f", the model in {pieces:,} pieces" if pieces > 1 else ""
     of_ways[0].set_title(f"{scaled(sum(asked.update.sizes))} parameters{cut}")
-    of_sizes[0].set_title("The fastest way, by parameters; models in as few pieces as fit")
+    of_sizes[0].set_title("The fastest way, by parameters (darker: more); models in as few pieces as fit")
     for times, memory in axes.T:
-        _dress(times, "seconds of a step")
-        _dress(memory, "GB in a device's memory")
         limit = (asked.machine.memory - asked.settings.reserve) / 1e9
         memory.axhline(limit, color=plots.LIMIT, linestyle="--", linewidth=1.2, zorder=1)
-        memory.annotate(f"{limit:,.0f} GB of a device", (0.9, limit), (0, 4), textcoords="offset points", fontsize=8)
+        beside = {
+            "textcoords": "offset points",
+            "fontsize": 8,
+            "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        }
+        memory.annotate(f"{limit:,.0f} GB of a device", (0.9, limit), (0, 5), **beside)
+        _dress(times, "seconds of a step", room=12 if times is of_sizes[0] else 2)
+        _dress(memory, "GB in a device's memory", room=1.6)
         memory.set_xlabel(f"devices: {asked.machine.name}")
     figure.legend(*of_ways[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=5)
-    of_sizes[0].legend(title="parameters", loc="center right")
+    of_sizes[0].legend(title="parameters", loc="upper left", ncols=len(SIZES), alignment="left")
     rates = "rates of data sheets" if asked.constants is None else "rates in part measured"
     note = f"{asked.formats}. Predicted from {rates}; no figure of a step is measured"
     figure.suptitle(note, fontsize=9, color="#555555", x=0.01, ha="left")
@@ -85,14 +90,12 @@ def _marker(way):
     return {"marker": MARKERS[way.state], "markersize": 4.5, **face}
 
 
-def _dress(axis, label):
-    axis.set(xscale="log", yscale="log", xlim=(0.8, 2e6), ylabel=label)
-    low, high = axis.get_ylim()
-    (ticker,) = output.need("bench", "matplotlib.ticker")
-    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1,) if high / low > 1000 else (1, 2, 5)))
-    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
-    for scale, text in ((axis.xaxis, "{x:,.0f}"), (axis.yaxis, "{x:,.5g}")):
-        scale.set_major_formatter(text)
+def _dress(axis, label, room):
+    """Scale and name the axes of a panel, with room at the top: how many times its highest value."""
+    axis.set(xscale="log", yscale="log", xlim=(0.8, 1.3 * MOST), ylabel=label)
+    axis.set_ylim(top=room * axis.dataLim.ymax)
+    figures.plain_log(axis.xaxis)
+    figures.plain_log(axis.yaxis)
     axis.grid()
 
 

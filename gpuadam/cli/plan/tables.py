@@ -4,7 +4,8 @@ import functools
 
 from ... import planning
 from ...planning import model
-from ...terminal.output import BYTES, SECONDS, scaled, table
+from ...terminal.console import Table
+from ...terminal.output import BYTES, SECONDS, scaled
 
 size, time = functools.partial(scaled, units=BYTES), functools.partial(scaled, units=SECONDS)
 # stages and roles, and the heads of their columns
@@ -15,24 +16,24 @@ ROLES = dict(zip(model.ROLES, ("params", "grads", "moments", "masters", "mean", 
 
 def memory_table(asked, predictions):
     used = [role for role in ROLES if any(p.bytes[role] for p in predictions)]
-    heads = ["", *["pieces"] * asked.auto, *(ROLES[role] for role in used), "in all", "host", "files", "fits"]
+    heads = ["", *["pieces"] * asked.auto, "fits", "in all", *(ROLES[role] for role in used), "host", "files"]
     lines = []
     for p in predictions:
         short = ", ".join(f"{size(n)} short{'' if where == 'device' else f' ({where})'}" for where, n in p.short.items())
-        n_bytes = (*(p.bytes[role] for role in used), p.device_bytes, p.host_bytes, p.file_bytes)
-        lines.append([p.way.name, *[f"{p.model_parallel:,}"] * asked.auto, *map(size, n_bytes), short or "yes"])
-    return table(f"memory of a device, {size(asked.machine.memory - asked.settings.reserve)}", heads, lines)
+        n_bytes = (p.device_bytes, *(p.bytes[role] for role in used), p.host_bytes, p.file_bytes)
+        lines.append([p.way.name, *[f"{p.model_parallel:,}"] * asked.auto, short or "yes", *map(size, n_bytes)])
+    return Table(f"memory of a device, {size(asked.machine.memory - asked.settings.reserve)}", heads, lines)
 
 
 def time_table(predictions, best):
     used = [stage for stage in STAGES if any(stage in p.stages for p in predictions)]
-    heads = ["", *(STAGES[stage] for stage in used), "a step", "by"]
+    heads = ["", "a step", *(STAGES[stage] for stage in used), "by"]
     lines, styles = [], []
     for p in predictions:
         stages = [time(p.stages[stage]) if stage in p.stages else "" for stage in used]
-        lines.append([p.way.name, *stages, time(p.seconds), p.made_by.removeprefix("gpuadam.") or "-"])
+        lines.append([p.way.name, time(p.seconds), *stages, p.made_by.removeprefix("gpuadam.") or "-"])
         styles.append("bold" if p is best else None if p.fits else "dim")
-    return table("time of a step", heads, lines, styles)
+    return Table("time of a step", heads, lines, styles)
 
 
 def sentences(asked, predictions, best, cut):

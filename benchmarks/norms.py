@@ -1,0 +1,68 @@
+"""What do the norms of a step cost, beside the step alone and beside norms by hand?
+
+    python benchmarks/norms.py [--backend numba-cpu] [--sizes 1e5,2e7] [--seconds 20] [--out FOLDER]
+
+All contenders are steps of one optimizer on the same arrays. "norms by hand" copies the parameters before the step and takes both
+norms after it, with NumPy or CuPy.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import peers
+import report
+
+import gpuadam
+from gpuadam import backends
+from gpuadam.cli.measuring import forms, measure
+from gpuadam.kernels import limit
+
+STEP = "gpuadam.Adam.step"
+MODULES = {"numba-cpu": "numpy", "cupy": "cupy"}  # that have the norms by hand
+
+
+def measure_rows(backend, options, notes):
+    kernels = backends.load(backend.name)
+    for n in report.numbers(options.sizes):
+        contenders = contenders_of(kernels, n)
+        times = measure.in_turn(kernels, list(contenders.values()), options.seconds)
+        facts = {"state": "in turn", "clock": "device" if backend.memory == "CUDA" else "host"}
+        rows = [
+            measure.row("norms", name, backend.name, n, seconds=seconds, **facts)
+            for name, seconds in zip(contenders, times, strict=True)
+        ]
+        del contenders
+        peers.release(backend)
+        yield measure.add_ratios(rows)
+
+
+def contenders_of(kernels, n):
+    """Return {contender: function that does, or enqueues, one step}."""
+    param, grad = (kernels.from_host(a) for a in measure.data({"param": n, "grad": n}, "float32"))
+    opt = gpuadam.Adam(param, **forms.HYPERPARAMETERS, backend=kernels.name)
+    contenders = {STEP: lambda: opt.step(grad), f"{STEP}, norms=True": lambda: opt.step(grad, norms=True)}
+    if kernels.name in MODULES:
+        xp = importlib.import_module(MODULES[kernels.name])
+
+        def by_hand():
+            before = param.copy()
+            opt.step(grad)
+            before -= param
+            return xp.linalg.norm(before), xp.linalg.norm(param)
+
+        contenders[f"{STEP}, norms by hand"] = by_hand
+    arrays = [param, grad, opt.state["0"]["m"], opt.state["0"]["v"]]
+    return contenders | {measure.LIMIT: forms.launcher(kernels, forms.FORMS["float32"], arrays, limit)}
+
+
+def draw(rows, path):
+    """Draw, for each backend and size, the time of each contender."""
+    report.draw_bars(rows, path, lambda backend, n, _: f"{backend}\n{n:,} elements", "median time", width=6.5, height=2.2)
+
+
+if __name__ == "__main__":
+    sizes = {"CPU": "1e5,2e7", "CUDA": f"{1 << 20},{1 << 26}"}
+    report.main("norms", __doc__, measure_rows, draw, seconds=20.0, sizes=sizes)
