@@ -9,8 +9,8 @@ import pytest
 import gpuadam
 
 
-def arrays():
-    return {"w": np.ones((3, 4), "f4"), "b": np.ones(1, "f4")}
+def arrays(dtype="f4"):
+    return {"w": np.ones((3, 4), dtype), "b": np.ones(1, dtype)}
 
 
 def grouped(n=2):
@@ -48,7 +48,7 @@ TEXTS = {
     "OffloadAdam(2 parameters, 13 elements, steps=0, lr=0.001)": lambda: gpuadam.OffloadAdam(arrays()),
     "OffloadAdam(2 parameters, 13 elements, steps=0, lr=0.001, decoupled=True, master='float32', state='state folder', "
     "budget=100000, update='host')": lambda: gpuadam.OffloadAdam(
-        arrays(), master="float32", decoupled=True, state=PLACE, budget=100_000, update="host"
+        arrays("f2"), master="float32", decoupled=True, state=PLACE, budget=100_000, update="host"
     ),
     "ShardedAdam(2 parameters, 13 elements, steps=0, lr=0.001, rank='0 of 1')": lambda: gpuadam.ShardedAdam(
         arrays(), gpuadam.transports.Local()

@@ -103,7 +103,7 @@ def test_another_algorithm_has_no_formula(cls):
 
 @pytest.mark.parametrize(
     "options, needed",
-    [({"formula": "eps-hat"}, "nadam has 'torch' and 'optax'"), ({"formula": "optax", "eps_root": 1e-9}, "nadam has none")],
+    [({"formula": "eps-hat"}, "NAdam has 'torch' and 'optax'"), ({"formula": "optax", "eps_root": 1e-9}, "NAdam has none")],
 )
 def test_nadam_has_optaxs_formula_and_no_other_of_adams(options, needed):
     with pytest.raises(ValueError, match=needed):

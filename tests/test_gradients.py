@@ -70,6 +70,20 @@ def test_arrays_have_no_grad_to_forget():
         gpuadam.Adam(arrays()).zero_grad()
 
 
+def test_gradients_of_a_parameter_that_was_rebound_are_not_zeroed():
+    params, grads = arrays(), arrays()
+    opt = gpuadam.Adam(params)
+    params["w"] = params["w"] * 2
+    with pytest.raises(ValueError, match="no longer the array that the optimizer updates"):
+        opt.zero_grad(grads)
+    assert grads["w"].all()
+
+
+def test_one_array_is_called_params():
+    with pytest.raises(ValueError, match=r"^the gradient of params has shape"):
+        gpuadam.Adam(np.ones(3, "f4")).zero_grad(np.ones(4, "f4"))
+
+
 def test_the_gradients_of_tensors_are_forgotten_or_kept_as_zeros():
     torch = pytest.importorskip("torch", reason="torch is not installed")
     params = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]

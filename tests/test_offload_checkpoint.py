@@ -161,6 +161,30 @@ def test_parameters_of_every_backend_are_saved_and_loaded(library, master, tmp_p
             assert opt.state[name][key].tobytes() == again.state[name][key].tobytes()
 
 
+def test_only_parameters_that_are_no_masters_are_told_where_they_are_not_loaded(tmp_path):
+    params = {"w": np.ones(3, "f2"), "b": np.ones(3, "f4")}
+    gpuadam.OffloadAdam(params, master="float32").save(tmp_path / "without")  # but with the master of w
+    gpuadam.load_offload(tmp_path / "without", copies(params), master="float32")
+    gpuadam.OffloadAdam(params, master="float32").save(tmp_path / "a", with_params=True)
+    with pytest.warns(UserWarning, match="has parameters, which are not loaded"):
+        gpuadam.load_offload(tmp_path / "a", copies(params), master="float32")
+
+
+def test_a_warning_that_is_an_error_leaves_no_folder(tmp_path):
+    gpuadam.Adam(arrays()).save(tmp_path / "a", with_params=True)
+    with pytest.raises(UserWarning, match="has parameters"):
+        gpuadam.load_offload(tmp_path / "a", arrays(), state=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_step_after_loading_notices_a_parameter_that_was_rebound(tmp_path):
+    gpuadam.Adam(arrays()).save(tmp_path / "a")
+    opt = gpuadam.load_offload(tmp_path / "a", params := arrays())
+    params["w"] = params["w"] * 2
+    with pytest.raises(ValueError, match="no longer the array that the optimizer updates"):
+        opt.step(arrays(1))
+
+
 def test_state_changes_its_format_on_the_way(tmp_path):
     adam = gpuadam.Adam(arrays(), lr=0.1)
     train(adam, 0)

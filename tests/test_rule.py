@@ -73,7 +73,7 @@ def test_what_no_step_can_change_is_refused(name):
         ({"dtype": "bfloat16"}, ValueError, "dtype='bfloat16' must be float32 or float64, .* converts narrower numbers"),
         ({"dtype": None}, ValueError, "dtype=None must be float32 or float64"),
         ({"algorithm": "sgd"}, ValueError, "algorithm='sgd' must be one of"),
-        ({"algorithm": "nadam", "amsgrad": True}, ValueError, "AMSGrad keeps the maximum of Adam's v; nadam has none"),
+        ({"algorithm": "nadam", "amsgrad": True}, ValueError, "AMSGrad is a variant of Adam, and NAdam has none"),
         ({"algorithm": "radam", "formula": "optax"}, ValueError, "formula='optax' is one of Adam's"),
         ({"amsgrad": 1}, TypeError, "amsgrad must be True or False, not 1"),
         ({"eps": 1e-60}, ValueError, "eps=1e-60 rounds to 0 in float32"),
