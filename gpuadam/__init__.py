@@ -42,6 +42,7 @@ from .family import AdaMax, AdamW, NAdam, RAdam
 from .flat import Flat, flatten
 from .functional import adam_step
 from .groups import decay_groups
+from .kernels.messages import shown
 from .kernels.view import Bits
 from .offload import OffloadAdam
 from .offload.loading import load_offload
@@ -89,7 +90,7 @@ def __getattr__(name):
             return importlib.import_module(f"{__name__}.{name}")
         except ModuleNotFoundError as error:  # an AttributeError, so that hasattr and help() work
             raise AttributeError(f"gpuadam.{name} needs {error.name}: pip install {error.name}", name=name) from error
-    raise AttributeError(f"module 'gpuadam' has no attribute {name!r}")
+    raise AttributeError(f"module 'gpuadam' has no attribute {shown(name)}")
 
 
 def __dir__():
