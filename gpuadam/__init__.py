@@ -45,6 +45,7 @@ from .groups import decay_groups
 from .kernels.messages import shown
 from .kernels.view import Bits
 from .offload import OffloadAdam
+from .offload.loading import load_offload
 from .optimizer import Adam
 from .rule import Rule
 from .sharded import transports
@@ -67,6 +68,7 @@ __all__ = [  # noqa: RUF022 - in the order of the reference
     "decay_groups",
     "load",
     "load_sharded",
+    "load_offload",
     "CheckpointError",
     "global_norm",
     "flatten",

@@ -190,9 +190,14 @@ def warn_of_no_effect(formats, **options):
 
 
 def formula(fixed):
-    """Refuse a formula of Adam's that is another algorithm's, and an eps_root without its formula. fixed: hyperparameters."""
-    if fixed.formula != "torch" and fixed.algorithm != "adam":
-        raise ValueError(f"formula={fixed.formula!r} is one of Adam's; {NAMES[fixed.algorithm]} has its own: leave it out")
+    """Refuse a formula that an algorithm does not have, and an eps_root without its formula. fixed: hyperparameters."""
+    name = NAMES[fixed.algorithm]
+    if fixed.algorithm == "nadam" and fixed.formula not in ("torch", "optax"):
+        raise ValueError(f"formula={fixed.formula!r} is one of Adam's; {name} has 'torch' and 'optax': use one of these")
+    if fixed.algorithm not in ("adam", "nadam") and fixed.formula != "torch":
+        raise ValueError(f"formula={fixed.formula!r} is one of Adam's; {name} has its own: leave it out")
+    if fixed.eps_root and fixed.algorithm == "nadam":
+        raise ValueError(f"eps_root={fixed.eps_root} belongs to Adam's formula='optax'; {name} has none: leave it out")
     if fixed.eps_root and fixed.formula != "optax":
         raise ValueError(f"eps_root={fixed.eps_root} belongs to formula='optax', not to {fixed.formula!r}")
 

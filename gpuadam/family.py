@@ -27,8 +27,9 @@ class AdamW(Adam):
 class NAdam(Adam):
     """Adam with Nesterov momentum.   (Dozat 2016, Incorporating Nesterov Momentum into Adam)
 
-    As `Adam`, with the defaults and the schedule of torch.optim.NAdam (momentum_decay 0.004). It has no amsgrad, and cannot be
-    capturable: its scalars depend on all steps before.
+    As `Adam`, with the defaults and the schedule of torch.optim.NAdam (momentum_decay 0.004); with formula="optax" beta1 stays
+    the same in all steps, as in optax.nadam, which has no schedule. It has no eps_root and no amsgrad, and cannot be capturable:
+    only the host computes its scalars.
 
     >>> import numpy as np, gpuadam
     >>> w = np.array([0.5, 0.0], "float32")

@@ -1,6 +1,8 @@
 """The state of Adam and AdamW, exchanged with torch and optax: by name, exactly, or not at all.
 
-torch's exp_avg, exp_avg_sq and max_exp_avg_sq are m, v and max_v; optax's mu and nu are m and v. Nothing is rounded. Loaded state
+torch's exp_avg, exp_avg_sq and max_exp_avg_sq are m, v and max_v; optax's mu and nu are m and v. Nothing is rounded, unless
+`convert=True` is given: then moments of an optimizer with bfloat16 or 8-bit state come from float32 ones, or become them, rounded
+to nearest, through the host, and `gpuadam.guide.narrow_numbers` says what that loses. Without it loaded state
 may be of a narrower dtype than the optimizer's, such as bfloat16 with `mu_dtype` of optax, and is widened; state that is given
 away has the dtype of the other library's, with `state_dtype="bfloat16"` for bfloat16. Nothing is copied between devices. Only
 `to_torch` imports another library.
@@ -23,7 +25,8 @@ from . import backends, checks
 from .groups import MAPPING, differing_names, places_of_groups, some
 from .kernels.messages import shortened, shown
 from .kernels.view import Bits, a_kind, is_jax
-from .state import check_meaning
+from .state import OF_GROUPS, check_meaning
+from .state_conversion import CONVERTED, conversion
 from .torch_tensors import is_tensor
 
 TORCH = {"m": "exp_avg", "v": "exp_avg_sq", "max_v": "max_exp_avg_sq"}
@@ -35,12 +38,13 @@ WIDER = {"float64": (), "float32": ("float64",), **dict.fromkeys(("float16", "bf
 OF_TORCH, OF_OPTAX = ({"algorithm": "adam", "formula": formula} for formula in ("torch", "optax"))
 
 
-def from_torch(opt, state_dict, names=None):
+def from_torch(opt, state_dict, names=None, *, convert=False):
     """Load a `state_dict()` of torch.optim.Adam or AdamW into an optimizer, in place: state, step counts, hyperparameters.
 
     names: this optimizer's names of torch's parameters, in torch's order, through all groups. By default the names in the
         state_dict, which it has if torch's optimizer was made by `torch.optim.Adam(model.named_parameters())`. Both optimizers
         must have the same groups, in any order.
+    convert: this optimizer's state may have another format than torch's, such as 8 bits.
 
     If this optimizer's learning rate is a callable, it stays: torch's schedulers are not in its state. `opt.steps` becomes the
     largest step count. Raises ValueError or TypeError if anything differs, and then nothing has changed.
@@ -74,16 +78,18 @@ def from_torch(opt, state_dict, names=None):
         lr = None if group["lr"] is None else _number(their_group["lr"])
         group |= {key: their_group[key] for key in HYPERPARAMETERS_OF_TORCH if key in their_group}
         group |= {"lr": lr, "betas": tuple(map(_number, their_group["betas"]))}
-    states = {name: _from_torch(name, theirs.get(index), opt) for index, name in name_of.items()}
+    convert = checks.flag("convert", convert)
+    states = {name: _from_torch(name, theirs.get(index), opt, convert) for index, name in name_of.items()}
     steps = max(state["step"] for state in states.values())
-    opt.load_state_dict({"steps": steps, "groups": groups, "state": states, **OF_TORCH})
+    opt.load_state_dict({"steps": steps, "groups": groups, "state": states, **OF_TORCH}, convert=convert)
 
 
-def to_torch(opt, names=None):
+def to_torch(opt, names=None, *, convert=False):
     """Return the state as a `state_dict()` that torch.optim.Adam or AdamW loads, of tensors that are copies on the same device.
 
     names: this optimizer's names of torch's parameters, in torch's order, through all groups; by default in this optimizer's
         order. The order may differ within a group. Parameters must have the state's dtype, because torch would cast the state.
+    convert: moments of another format, such as 8 bits, become the parameter's, which is float32, float64 or bfloat16.
 
     Raises ValueError or TypeError for what torch's Adam cannot hold. Nothing changes here.
     """
@@ -110,11 +116,12 @@ def to_torch(opt, names=None):
         groups.append(settings | {"decoupled_weight_decay": opt.decoupled, "params": list(range(start, stop))})
     # torch has no state of a parameter that took no step
     stepped = {k: name for k, name in enumerate(names) if ours["state"][name]["step"]}
-    states = {k: _to_torch(name, ours["state"][name], opt, torch) for k, name in stepped.items()}
+    convert = checks.flag("convert", convert)
+    states = {k: _to_torch(name, ours["state"][name], opt, torch, convert) for k, name in stepped.items()}
     return {"state": states, "param_groups": groups}
 
 
-def from_optax(opt, state, separator="."):
+def from_optax(opt, state, separator=".", *, convert=False):
     """Load the state of optax.adam or optax.adamw into an optimizer, in place: m, v and the step counts.
 
     state: a state that `init` or `update` returned, also one of `optax.chain` and the like. It has one ScaleByAdamState. The
@@ -122,6 +129,7 @@ def from_optax(opt, state, separator="."):
         not be given.
     separator: goes between the keys, or places in lists, that name a parameter of a nested tree. A tree that is one array is
         named "0", as in `Adam`.
+    convert: this optimizer's state may have another format than optax's, such as 8 bits.
 
     optax holds no hyperparameters in its state, so those of the optimizer stay. Raises ValueError or TypeError if anything
     differs, and then nothing has changed.
@@ -136,6 +144,7 @@ def from_optax(opt, state, separator="."):
     (array([3., 4.], dtype=float32), 3)
     """
     _only_adam(opt)
+    convert = checks.flag("convert", convert)
     _, adam = _adam_state(state)
     count = _count(adam.count)
     states: dict[str, dict] = {name: {"step": count} for name in opt.state}
@@ -143,8 +152,9 @@ def from_optax(opt, state, separator="."):
         leaves = _leaves(tree, separator)
         _check_names(leaves, opt)
         for name, leaf in leaves.items():
-            states[name][key] = _held(key, name, leaf, opt)
-    opt.load_state_dict({"steps": count, "groups": opt.state_dict()["groups"], "state": states, **OF_OPTAX})
+            states[name][key] = leaf if convert else _held(key, name, leaf, opt)
+    loaded = {"steps": count, "groups": opt.state_dict()["groups"], "state": states, **OF_OPTAX}
+    opt.load_state_dict(loaded, convert=convert)
 
 
 def to_optax(opt, like, separator="."):
@@ -240,7 +250,7 @@ def _held(key, name, array, opt):
         theirs = _format(array)
     if theirs != ours:
         wide = "float64" if "float64" in (theirs, ours) else "float32"
-        wider = f"Nothing is rounded: make the optimizer with state_dtype={wide!r}"
+        wider = f"Nothing is rounded: make the optimizer with state_dtype={wide!r}, or give convert=True"
         advice = wider if theirs in WIDER else "Moments are floats"
         raise TypeError(f"{key} of {shown(name)} is {shortened(theirs)} there and {ours} here. {advice}")
     if ours != "bfloat16":
@@ -268,28 +278,35 @@ def _names_of_torch(groups, names):
     return dict(zip(indices, names, strict=True))
 
 
-def _from_torch(name, state, opt):
+def _from_torch(name, state, opt, convert):
     """Return the state of a parameter as `load_state_dict` takes it. torch has none of a parameter that took no step."""
     ours = {key: array for key, array in opt.state[name].items() if key != "step"}
     if state is None:
         named = [(f"{key} of {opt.arrangement.label(name)}", array) for key, array in ours.items()]
         backend, views = backends.choose(named, opt.state_backend)
         return {"step": 0} | {key: backend.zeros_like(view) for key, view in zip(ours, views, strict=True)}
+    if convert:
+        ours = {key: array for key, array in ours.items() if key not in OF_GROUPS}
     if set(state) != {"step"} | {TORCH.get(key, key) for key in ours}:
         differ = f"has {some(sorted(map(str, state)))} there and {sorted(ours)} here: amsgrad and the like must agree"
         raise ValueError(f"the state of {shown(name)} {differ}")
-    return {"step": _count(state["step"])} | {key: _held(key, name, state[TORCH.get(key, key)], opt) for key in ours}
+    loaded = {key: state[TORCH.get(key, key)] for key in ours}
+    loaded = loaded if convert else {key: _held(key, name, array, opt) for key, array in loaded.items()}
+    return {"step": _count(state["step"])} | loaded
 
 
-def _to_torch(name, state, opt, torch):
+def _to_torch(name, state, opt, torch, convert):
     """Return the state of a parameter as torch has it."""
     of_param = opt.parameters[name].kind.param
-    _check_keys(name, state, TORCH, "torch")
+    _check_keys(name, state, (*TORCH, *OF_GROUPS) if convert else TORCH, "torch")
     check_meaning(state, opt.options, **OF_TORCH)
     if float(np.float32(state["step"])) != state["step"]:
         raise ValueError(f"{shown(name)} has taken {shown(state['step'])} steps, which torch's float32 count cannot hold")
     tensors = {"step": torch.tensor(float(state["step"]), dtype=torch.float32)}
-    for key in [key for key in TORCH if key in state]:
+    moments = [key for key in TORCH if key in state]
+    if convert and of_param != "float16" and any(_format_here(key, name, opt) != of_param for key in moments):
+        return tensors | _converted_for_torch(name, state, moments, opt, torch)
+    for key in moments:
         format_ = _format_here(key, name, opt)
         if format_ != of_param:
             raise TypeError(f"{key} of {shown(name)} is {format_}, and torch would cast it to the parameter's {of_param}")
@@ -299,6 +316,17 @@ def _to_torch(name, state, opt, torch):
         tensor = torch.as_tensor(view.array, device=device).clone()
         tensors[TORCH[key]] = tensor.view(torch.bfloat16) if format_ == "bfloat16" else tensor
     return tensors
+
+
+def _converted_for_torch(name, state, moments, opt, torch):
+    """Return the moments of a parameter as tensors of the parameter's dtype, beside the state."""
+    label, parameter = opt.arrangement.label(name), opt.parameters[name]
+    _, (view,) = backends.choose([(f"m of {label}", state["m"])], opt.state_backend)
+    device, dtype = "cpu" if view.device is None else f"cuda:{view.device}", getattr(torch, parameter.kind.param)
+    converted = {key: torch.empty(tuple(state[key].shape), dtype=dtype, device=device) for key in moments}
+    own = {key: opt.array_of_state(name, key) for key in state if key in CONVERTED}
+    conversion(label, converted, own).run()
+    return {TORCH[key]: tensor for key, tensor in converted.items()}
 
 
 # optax

@@ -65,6 +65,8 @@ def adam_step(
     formula: where Adam's eps goes. With m and v corrected for their bias, "torch" and "apex": m / (sqrt(v) + eps), which are
         one formula here; "optax": m / (sqrt(v + eps_root) + eps), with AMSGrad's maximum of the corrected v; "eps-hat", of
         TensorFlow, chainer and thinc: m / (sqrt(v) + eps / sqrt(1 - beta2**step)), so eps counts for more in the first steps.
+        Of NAdam "optax" is optax.nadam's: beta1 / (1 - beta1**(step + 1)) of the m before correction and (1 - beta1) /
+        (1 - beta1**step) of the gradient are added, and there is no eps_root.
     remainder: an int16 array: with it a bfloat16 param is an exact float32 in two parts. Start it at zero, or split a float32 x
         into param, the bits of x plus 0x8000 shifted right by 16, and remainder, the low 16 bits of x.
     param_copy: an array of any of the dtypes that is overwritten with the new param, rounded to nearest even.

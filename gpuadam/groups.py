@@ -218,12 +218,12 @@ class OF_PARAMS:
     """In the place of gradients: those that the parameters hold."""
 
 
-def grads_of_params(group, arrangement):
-    """Return the `.grad` of each parameter of a group, None included."""
+def grads_of_params(group, arrangement, method="step"):
+    """Return the `.grad` of each parameter of a group, None included. method: which needs them, for the error."""
     for name, param in zip(group["names"], group["params"], strict=False):
         if not hasattr(param, "grad"):
             label = arrangement.label(name)
-            raise TypeError(f"{label} is {a_kind(param)}, which has no .grad: give the gradients, step(grads)")
+            raise TypeError(f"{label} is {a_kind(param)}, which has no .grad: give the gradients, {method}(grads)")
     return [param.grad for param in group["params"]]
 
 

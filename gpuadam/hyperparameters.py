@@ -84,8 +84,8 @@ class Fixed(Formulas):
 
     @property
     def variant(self):
-        """What the scalars depend on: the algorithm, or the formula that is not torch's. Apex's is the same but for rounding."""
-        return self.algorithm if self.formula in ("torch", "apex") else self.formula
+        """What the scalars depend on: the algorithm, or Adam's formula that is not torch's. Apex's differs in rounding alone."""
+        return self.formula if self.algorithm == "adam" and self.formula not in ("torch", "apex") else self.algorithm
 
 
 class Hyperparameters(NamedTuple):
@@ -162,7 +162,7 @@ def form_and_scalars(h, step, arrays):
     else:
         decay, inv_sqrt_bias2, eps, neg_lr = of_step(step, power1, power2, lr, fixed.beta2, fixed.weight_decay, eps)
         if fixed.algorithm == "nadam":
-            shares = shares_of_nadam(fixed.beta1, step)
+            shares = shares_of_nadam(fixed.beta1, step, fixed.formula)
             first, later = shares + first, shares + later
     if decay < lowest:
         _overflows("weight_decay times lr", decay, arrays.compute)
@@ -244,7 +244,7 @@ def constants(fixed, arrays):
     decays = fixed.weight_decay != 0.0
     form = Form(
         arrays,
-        "optax" if fixed.formula == "optax" else fixed.algorithm,
+        "optax" if fixed.variant == "optax" else fixed.algorithm,
         scaled=grad_scale != 1.0,
         l2=decays and not fixed.decoupled,
         decoupled=decays and fixed.decoupled,

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import backends, checks, clipping, hyperparameters, step_counts, torch_tensors
+from . import backends, checks, clipping, gradients, hyperparameters, step_counts, torch_tensors
 from . import state as state_
 from .checkpoint import saving
 from .checkpoint.safetensors import require
+from .description import of_adam, repr_of
 from .device_step import Now
 from .groups import (
     HYPERPARAMETERS,
@@ -28,12 +29,13 @@ from .groups import (
 )
 from .growing import Grows
 from .kernels import array_bytes, streams
-from .kernels.messages import shown
+from .kernels.messages import shortened, shown
 from .kernels.scalars import step_key
 from .kernels.view import Bits, View, is_array
 from .options import Options
 from .remembered import Remembered
-from .state import Parameter, ParameterKind
+from .state import OF_GROUPS, Parameter, ParameterKind
+from .state_conversion import CONVERTED, Conversion, conversion
 from .step_arrays import StepArrays, bounds_of_loaded, of_bounds, saved_bounds, without_arrays
 from .step_norms import NormsOfStep
 from .under_way import UnderWay
@@ -41,6 +43,10 @@ from .update import Updates, check, update
 
 # The options that a state_dict has, because the meaning of the moments depends on them, and their values
 OF_MOMENTS = {"algorithm": hyperparameters.ALGORITHMS, "formula": hyperparameters.FORMULAS}
+
+
+# What an error says of moments in another format
+CONVERT = ": load_state_dict(state_dict, convert=True) converts moments to another format"
 
 
 class Beginning(NamedTuple):
@@ -109,6 +115,8 @@ class Adam(HasGroups, Grows):
     >>> opt.step({"w": np.float32([-33.0, 1.0, 0.0]), "b": None})
     >>> print(params["w"], params["b"])
     [0.6 0.4 0.5] [0.]
+    >>> opt
+    Adam(2 parameters, 4 elements, steps=1, lr=0.1)
     """
 
     decoupled = False
@@ -168,6 +176,10 @@ class Adam(HasGroups, Grows):
         self._make_parameters(beginnings, self.copies_of(param_copies, beginnings))
         self._make_groups(beginnings)
         self.warn_of_no_effect({"master": master, "stochastic_rounding": stochastic_rounding})
+
+    def __repr__(self):
+        """Return class, parameters, elements, calls of `step`, and what is not the default. No GPU is waited for."""
+        return repr_of(self, lambda: of_adam(self))
 
     def with_groups(self, groups, states, copies):
         """Return an optimizer like this one with other groups. states: name -> state that goes on. copies: name -> array."""
@@ -364,6 +376,38 @@ class Adam(HasGroups, Grows):
         self.ended()
         return result
 
+    def zero_grad(self, grads=OF_PARAMS, *, stream=None):
+        """Fill gradients with zeros, in place; without gradients, set the `.grad` of each tensor of torch to None.
+
+        For gradients that are summed up over several backward passes: an optimizer does not keep them. A step with the option
+        zero_grad does both in one pass over memory.
+
+        grads: as in `step`, arrays beside the parameters that may be written. With torch, `[p.grad for p in params]` keeps the
+            tensors where they are, as a captured graph needs it.
+        stream: on a GPU, as in `adam_step`.
+
+        Raises TypeError or ValueError, for an array that shares memory with a parameter too, and then nothing has changed.
+
+        >>> import numpy as np, gpuadam
+        >>> grads = {"w": np.ones(3, "float32")}
+        >>> gpuadam.Adam({"w": np.ones(3, "float32")}).zero_grad(grads)
+        >>> grads
+        {'w': array([0., 0., 0.], dtype=float32)}
+        """
+        self.arrangement.check(self.groups)
+        if grads is OF_PARAMS:
+            for group in self.groups:
+                grads_of_params(group, self.arrangement, "zero_grad")  # which refuses arrays that have no .grad
+            for param in itertools.chain.from_iterable(group["params"] for group in self.groups):
+                param.grad = None
+            return
+        of_groups = zip(self.groups, self.arrangement.in_order(grads), strict=True)
+        labelled = [
+            zip(map(self.arrangement.label, group["names"]), group["params"], of_group, strict=True)
+            for group, of_group in of_groups
+        ]
+        gradients.fill_with_zeros(itertools.chain.from_iterable(labelled), self.backend, stream)
+
     def _updates_of(self, settings, group, grads, grad_scale, on_device):
         """Return the Updates of a group's parameters that have a gradient, and these parameters."""
         (structure, parameters, kind, count), arrays = group, settings["params"]
@@ -489,7 +533,7 @@ class Adam(HasGroups, Grows):
         read = [(group.parameters, group.count.read(group.parameters)) for group in self._groups]
         return {p.name: n for parameters, counts in read for p, n in zip(parameters, counts, strict=True)}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict, *, convert=False):
         """Copy a `state_dict()` into this optimizer, which must have parameters of the same names, shapes and dtypes.
 
         Groups must have the same parameters. Where these have names, they and the groups may come in another order, unless
@@ -499,12 +543,19 @@ class Adam(HasGroups, Grows):
         refused if the parameter has. Moments that mean something else are refused: v of AdaMax is no mean of squares, and max_v
         of formula="optax" is that of the corrected v.
 
+        convert: m, v and max_v may be in another format of `state_dtype`, also on another device, and are converted, rounded to
+        nearest, through the host. `gpuadam.guide.narrow_numbers` says what that loses. Otherwise they are refused.
+
         All of it is checked first. Raises ValueError or TypeError, and then nothing has changed.
         """
-        loaded = self.checked_state_dict(state_dict)
+        loaded = self.checked_state_dict(state_dict, checks.flag("convert", convert))
         states, copies, counts = loaded[1], [], self._counts()
+        conversions: list[Conversion] = []
         for name, state in self.state.items():
-            for key in state.keys() - {"step"}:
+            converted = self._conversion(name, states[name]) if convert else None
+            if converted is not None:
+                conversions.append(converted)
+            for key in state.keys() - {"step", *(CONVERTED if converted else ())}:
                 label = f"{key} of {self.arrangement.label(name)}"
                 if state[key] is states[name][key]:
                     if self.under_way.changing or counts[name] != states[name]["step"]:
@@ -517,16 +568,35 @@ class Adam(HasGroups, Grows):
                 named = [(label, state[key]), (f"the loaded {label}", states[name][key])]
                 checks.given(*named[1])
                 kernels, (to, source) = backends.choose(named, self.state_backend)
+                if key in CONVERTED and to.dtype != source.dtype and to.shape == source.shape:
+                    theirs = shortened(str(source.dtype))
+                    raise ValueError(f"{source.name} has dtype {theirs}, the optimizer's {to.dtype}{CONVERT}")
                 checks.same_layout(to, source, kernels.copies_any_layout)
                 copies.append((kernels, to, source))
-        checks.overlap([to for _, to, _ in copies], [source for *_, source in copies])
+        written, read = [to for _, to, _ in copies], [source for *_, source in copies]
+        for to_convert in conversions:
+            written += [view for _, view in to_convert.targets.values()]
+            read += [view for _, view in to_convert.sources.values()]
+        checks.overlap(written, read)
         self.under_way.begin()
         self.copy_state(copies)
+        for to_convert in conversions:
+            to_convert.run()
         self.go_on_from(*loaded)
         self.ended()
 
-    def checked_state_dict(self, state_dict):
-        """Return (settings of each group, state of each name, steps) of a state_dict, after checking all but the arrays."""
+    def _conversion(self, name, loaded):
+        """Return the `Conversion` of loaded moments into those of a parameter, or None if they have the same format."""
+        own = {key: self.array_of_state(name, key) for key in self.state[name] if key in CONVERTED}
+        loaded = {key: array for key, array in loaded.items() if key in CONVERTED}
+        label, numbers = self.arrangement.label(name), self.parameters[name].kind.numbers
+        return conversion(label, own, loaded, numbers, self.state_backend)
+
+    def checked_state_dict(self, state_dict, convert=False):
+        """Return (settings of each group, state of each name, steps) of a state_dict, after checking all but the arrays.
+
+        convert: moments may be in another format.
+        """
         if not isinstance(state_dict, Mapping) or not {"steps", "state", "groups"} <= set(state_dict):
             raise ValueError(f'a state_dict has "steps", "state" and "groups"; this is {what_is(state_dict)}')
         if missing := [key for key in OF_MOMENTS if key not in state_dict]:
@@ -552,9 +622,10 @@ class Adam(HasGroups, Grows):
         settings = [self._checked_settings(k, group) for k, group in enumerate(groups)]
         counted = {}
         for name, state in self.state.items():
-            if set(states[name]) != set(state):
-                theirs = some(sorted(map(str, states[name])))
-                raise ValueError(f"the state of {shown(name)} has {theirs}, the optimizer's {sorted(state)}")
+            differing, scales = set(states[name]) ^ set(state), set(OF_GROUPS)
+            if differing - (scales if convert else set()):
+                theirs, hint = some(sorted(map(str, states[name]))), "" if differing - scales else CONVERT
+                raise ValueError(f"the state of {shown(name)} has {theirs}, the optimizer's {sorted(state)}{hint}")
             state_.check_meaning(state, self.options, **saved)
             counted[name] = dict(states[name]) | {"step": checks.count(f"step of {shown(name)}", states[name]["step"])}
         for group in self._groups:

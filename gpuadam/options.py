@@ -46,7 +46,7 @@ class Options:
             checks.one_of(("remainder",), "master", self.master)
         if self.algorithm == "nadam" and self.capturable:
             raise ValueError(
-                "NAdam cannot be capturable: its scalars depend on all steps before, which only the host counts"
+                "NAdam cannot be capturable: its scalars depend on all steps before, or on the next, which only the host counts"
             )
 
     def _set(self, name, value):

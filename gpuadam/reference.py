@@ -36,7 +36,8 @@ def adam_step(
     Algorithm 2 (with the decay multiplied by lr, as in torch). AMSGrad: Reddi et al. 2018, Algorithm 2, with torch's bias
     correction of the maximum. NAdam: Dozat 2016, with torch's momentum_decay. RAdam: Liu et al. 2020, Algorithm 2; eps is added
     to sqrt(v), as in torch. AdaMax: Kingma & Ba 2015, Algorithm 2, with torch's eps. eps-hat: the last lines of Kingma & Ba 2015,
-    section 2. optax: its documentation of `scale_by_adam` and `scale_by_amsgrad`. components: Ling et al. 2022, VectorAdam.
+    section 2. optax: its documentation of `scale_by_adam`, with nesterov for NAdam, and `scale_by_amsgrad`. components: Ling et
+    al. 2022, VectorAdam.
 
     >>> param, m, v, _ = adam_step(np.array([0.5]), np.array([-33.0]), np.zeros(1), np.zeros(1), 1, lr=0.1)
     >>> print(param)
@@ -73,6 +74,9 @@ def adam_step(
             direction = np.sqrt(bias2) / bias1 * m / (np.sqrt(largest) + eps)
         elif algorithm == "adam":
             direction = m / bias1 / (np.sqrt(v_hat + eps_root) + eps)
+        elif algorithm == "nadam" and formula == "optax":
+            m_bar = beta1 * m / (1 - beta1 ** (step + 1)) + (1 - beta1) * g / bias1
+            direction = m_bar / (np.sqrt(v_hat) + eps)
         elif algorithm == "nadam":
             mu = beta1 * (1 - 0.5 * 0.96 ** (0.004 * np.arange(1, step + 2)))
             now, following = np.prod(mu[:-1]), np.prod(mu)

@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from . import backends, checks, hyperparameters
+from .description import defaults_of, of_values, repr_of
 from .kernels.messages import shown
 from .kernels.operands import Arrays
 
@@ -68,6 +69,16 @@ class Rule:
         self._arrays = Arrays(name, name, name, checks.flag("amsgrad", amsgrad), ema=name if has_ema else "")
         checks.combination(algorithm, ["max_v"] if amsgrad else [], False)
         self._form = self._form_and_scalars(1, {})[0]
+
+    def __repr__(self):
+        return repr_of(self, self._description)
+
+    def _description(self):
+        """Return the text of `repr`."""
+        formulas = {name: getattr(self._formulas, name) for name in ("algorithm", "formula", "eps_root", "decoupled")}
+        values = self._settings | formulas | {"maximize": self._maximize, "amsgrad": self._arrays.amsgrad}
+        values |= {"ema_decay": self._formulas.ema_decay if self._arrays.ema else None}
+        return of_values(type(self).__name__, values, defaults_of(type(self)), [repr(self.dtype.name)])
 
     @functools.cached_property
     def arguments(self):

@@ -49,6 +49,18 @@ def shape(key, param_shape, numbers=1):
     return tuple(param_shape[:-1] if numbers > 1 and key in SHARED else param_shape)
 
 
+def place(key, start, stop, numbers=1):
+    """Return which elements of an array belong to elements start ... stop - 1 of its parameter.
+
+    numbers: of the parameter that share a v.
+
+    >>> place("m", 4096, 5000), place("m_scale", 4096, 5000), place("v", 4096, 5000, numbers=2)
+    ((4096, 5000), (128, 157), (2048, 2500))
+    """
+    of_one = GROUP if key in OF_GROUPS else numbers if key in SHARED else 1
+    return start // of_one, -(-stop // of_one)
+
+
 def meaning(key, algorithm, formula):
     """Return what an array of the state is, in words, if its numbers depend on the algorithm or the formula; else None.
 

@@ -86,6 +86,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `element.py`, `element_numba.py`, `element_numba_cuda.py` | the rule in kernels of users: `gpuadam.Rule` |
 | `scalars.py` | THE FORMULA of a step's scalars |
 | `primitives.py`, `conversions.py`, `llvm.py` | operations; conversions and random bits; LLVM for both |
+| `state_formats.py` | the formats of moments, in NumPy: what 8-bit state is |
 | `operands.py`, `numba_access.py`, `cuda_c_access.py` | operands and formats; loads and stores |
 | `view.py`, `dlpack.py`, `layout.py`, `array_bytes.py` | what is known of an array; how it lies in memory; its bytes |
 | `backend.py` | the interface |

@@ -13,6 +13,16 @@ import numpy as np
 
 from gpuadam.kernels.llvm import F32, F64, U32, U64, assembly
 from gpuadam.kernels.primitives import Operation, abs_, in_cuda_c, mul, neg, operation
+from gpuadam.kernels.state_formats import (
+    BELOW,
+    BIAS,
+    BIAS_BITS,
+    INFINITY,
+    M_LARGEST,
+    M_SMALLEST,
+    V_LARGEST,
+    V_SMALLEST,
+)
 
 CONVERSIONS: dict[str, Operation] = {}
 conversion = functools.partial(operation, CONVERSIONS)
@@ -173,18 +183,8 @@ def _one_nan(b, x):
     return b.select(_is_nan(b, u), U32(0x7FC00000), u)
 
 
-# 8-bit state, in groups of 32 neighbours that share two float32 scales, the largest |m| and the largest sqrt(v) among them. A
-# code is the exponent and the first bits of a float between 2**-7 and 2, less 2**-7: linear within each power of two, and as many
-# codes to each. m has a sign, 3 bits of exponent and 4 more, the root of v 3 and 5. Both are rounded randomly: to nearest, a code
-# of v would stay where it is, because a step changes v by less than half a code.
-#
-# A unit is the value of a 1 among a group's codes, its scale over the largest code. The inverse is a millionth too small so that
-# no product passes that code. A group with a NaN or an infinity becomes NaN; one whose roots are all below 2**-50 becomes 0, so
-# that nothing decoded is ever subnormal, and m becomes 0 where all are below 2**-114. v is never 0 where m is not.
-_BIAS, _BIAS_BITS = 2.0**-7, 120 << 23
-_M_LARGEST, _V_LARGEST = 1.9296875, 1.9609375
-_BELOW = 1 - 2.0**-20
-_INFINITY, _M_SMALLEST, _V_SMALLEST = 0x7F800000, 13 << 23, 77 << 23
+# 8-bit state, which `state_formats.py` explains. Codes are rounded randomly: to nearest, a code of v would stay where it is,
+# because a step changes v by less than half a code.
 
 
 def _ptx(x):
@@ -196,18 +196,18 @@ def _f32(x):
     return F32(float(np.float32(x)))
 
 
-@conversion("f32 -> f32", f"mul.rn.f32 %0, %1, {_ptx(1 / _M_LARGEST)};")
+@conversion("f32 -> f32", f"mul.rn.f32 %0, %1, {_ptx(1 / M_LARGEST)};")
 def m_unit(b, rn, scale):
-    return mul(b, rn, scale, _f32(1 / _M_LARGEST))
+    return mul(b, rn, scale, _f32(1 / M_LARGEST))
 
 
-@conversion("f32 -> f32", f"mul.rn.f32 %0, %1, {_ptx(1 / _V_LARGEST)};")
+@conversion("f32 -> f32", f"mul.rn.f32 %0, %1, {_ptx(1 / V_LARGEST)};")
 def v_unit(b, rn, scale):
-    return mul(b, rn, scale, _f32(1 / _V_LARGEST))
+    return mul(b, rn, scale, _f32(1 / V_LARGEST))
 
 
 _FROM_CODE = (
-    f"or.b32 x, x, {_BIAS_BITS:#x}; mov.b32 z, x; mul.rn.f32 o, %2, {_ptx(_BIAS)}; neg.f32 o, o; fma.rn.f32 z, z, %2, o;"
+    f"or.b32 x, x, {BIAS_BITS:#x}; mov.b32 z, x; mul.rn.f32 o, %2, {_ptx(BIAS)}; neg.f32 o, o; fma.rn.f32 z, z, %2, o;"
 )
 
 
@@ -230,8 +230,8 @@ def from_v_code(b, rn, code, unit):
 
 
 def _from_code(b, rn, shifted, unit):
-    z = b.bitcast(b.or_(shifted, U32(_BIAS_BITS)), F32)
-    return b.fma(z, unit, neg(b, rn, mul(b, rn, unit, F32(_BIAS))))  # as if z - BIAS, which is exact, came first
+    z = b.bitcast(b.or_(shifted, U32(BIAS_BITS)), F32)
+    return b.fma(z, unit, neg(b, rn, mul(b, rn, unit, F32(BIAS))))  # as if z - BIAS, which is exact, came first
 
 
 @conversion("f32 -> u32", "{ .reg .b32 x; mov.b32 x, %1; and.b32 %0, x, 0x7FFFFFFF; }")
@@ -239,35 +239,35 @@ def magnitude(b, rn, x):
     return b.and_(b.bitcast(x, U32), U32(0x7FFFFFFF))
 
 
-@conversion("u32 -> f32", f"{{ .reg .f32 x; mov.b32 x, %1; div.rn.f32 %0, {_ptx(_M_LARGEST * _BELOW)}, x; }}")
+@conversion("u32 -> f32", f"{{ .reg .f32 x; mov.b32 x, %1; div.rn.f32 %0, {_ptx(M_LARGEST * BELOW)}, x; }}")
 def m_inverse(b, rn, largest_m):
-    return b.fdiv(_f32(_M_LARGEST * _BELOW), b.bitcast(largest_m, F32))
+    return b.fdiv(_f32(M_LARGEST * BELOW), b.bitcast(largest_m, F32))
 
 
-@conversion("u32 -> f32", f"{{ .reg .f32 x; mov.b32 x, %1; div.rn.f32 %0, {_ptx(_V_LARGEST * _BELOW)}, x; }}")
+@conversion("u32 -> f32", f"{{ .reg .f32 x; mov.b32 x, %1; div.rn.f32 %0, {_ptx(V_LARGEST * BELOW)}, x; }}")
 def v_inverse(b, rn, largest_root):
-    return b.fdiv(_f32(_V_LARGEST * _BELOW), b.bitcast(largest_root, F32))
+    return b.fdiv(_f32(V_LARGEST * BELOW), b.bitcast(largest_root, F32))
 
 
 # All bits of a mask are 1, or 0 where what it is for becomes 0.
 _MASKS = (
     "{ .reg .pred p; .reg .b32 mm, vm, bad; max.u32 bad, %1, %2;"
-    f" setp.ge.u32 p, bad, {_INFINITY:#x}; selp.b32 bad, 0xFFFFFFFF, 0, p;"
-    f" setp.ge.u32 p, %2, {_V_SMALLEST:#x}; selp.b32 vm, 0xFFFFFFFF, 0, p; not.b32 mm, bad; and.b32 vm, vm, mm;"
-    f" setp.ge.u32 p, %1, {_M_SMALLEST:#x}; selp.b32 mm, vm, 0, p;"
+    f" setp.ge.u32 p, bad, {INFINITY:#x}; selp.b32 bad, 0xFFFFFFFF, 0, p;"
+    f" setp.ge.u32 p, %2, {V_SMALLEST:#x}; selp.b32 vm, 0xFFFFFFFF, 0, p; not.b32 mm, bad; and.b32 vm, vm, mm;"
+    f" setp.ge.u32 p, %1, {M_SMALLEST:#x}; selp.b32 mm, vm, 0, p;"
 )
 _SCALE = "setp.ne.u32 p, bad, 0; selp.b32 mm, 0x7FC00000, mm, p; mov.b32 %0, mm; }"
 
 
 @conversion("u32, u32 -> u32", _MASKS, "mov.b32 %0, mm; }")
 def m_mask(b, rn, largest_m, largest_root):
-    kept = b.icmp_unsigned(">=", largest_m, U32(_M_SMALLEST))
+    kept = b.icmp_unsigned(">=", largest_m, U32(M_SMALLEST))
     return b.and_(b.sext(kept, U32), v_mask(b, rn, largest_m, largest_root))
 
 
 @conversion("u32, u32 -> u32", _MASKS, "mov.b32 %0, vm; }")
 def v_mask(b, rn, largest_m, largest_root):
-    kept = b.icmp_unsigned(">=", largest_root, U32(_V_SMALLEST))
+    kept = b.icmp_unsigned(">=", largest_root, U32(V_SMALLEST))
     return b.sext(b.and_(kept, b.not_(_is_bad(b, largest_m, largest_root))), U32)
 
 
@@ -285,17 +285,17 @@ def v_scale(b, rn, largest_m, largest_root):
 
 def _is_bad(b, *largest):
     """Whether a group has a NaN or an infinity."""
-    return b.or_(*(b.icmp_unsigned(">=", bits, U32(_INFINITY)) for bits in largest))
+    return b.or_(*(b.icmp_unsigned(">=", bits, U32(INFINITY)) for bits in largest))
 
 
 @conversion(
     "f32, f32, u32, u32 -> u32",
-    f"{{ .reg .f32 z; .reg .b32 x, t; abs.f32 z, %1; fma.rn.f32 z, z, %2, {_ptx(_BIAS)}; mov.b32 x, z; shr.u32 t, %4, 13;",
+    f"{{ .reg .f32 z; .reg .b32 x, t; abs.f32 z, %1; fma.rn.f32 z, z, %2, {_ptx(BIAS)}; mov.b32 x, z; shr.u32 t, %4, 13;",
     "add.u32 x, x, t; shr.u32 x, x, 19; and.b32 x, x, 0x7F; mov.b32 t, %1; shr.u32 t, t, 24; and.b32 t, t, 0x80;",
     "or.b32 x, x, t; and.b32 %0, x, %3; }",
 )
 def to_m_code(b, rn, m, inverse, mask, h):
-    z = b.bitcast(b.fma(abs_(b, rn, m), inverse, F32(_BIAS)), U32)
+    z = b.bitcast(b.fma(abs_(b, rn, m), inverse, F32(BIAS)), U32)
     code = b.and_(b.lshr(b.add(z, b.lshr(h, U32(13))), U32(19)), U32(0x7F))
     sign = b.and_(b.lshr(b.bitcast(m, U32), U32(24)), U32(0x80))
     return b.and_(b.or_(code, sign), mask)
@@ -303,12 +303,12 @@ def to_m_code(b, rn, m, inverse, mask, h):
 
 @conversion(
     "f32, f32, f32, u32, u32 -> u32",
-    f"{{ .reg .f32 z; .reg .b32 x, t; fma.rn.f32 z, %2, %3, {_ptx(_BIAS)}; mov.b32 x, z; and.b32 t, %5, 0x3FFFF;",
+    f"{{ .reg .f32 z; .reg .b32 x, t; fma.rn.f32 z, %2, %3, {_ptx(BIAS)}; mov.b32 x, z; and.b32 t, %5, 0x3FFFF;",
     "add.u32 x, x, t; shr.u32 x, x, 18; and.b32 x, x, 0xFF; mov.b32 t, %1; min.u32 t, t, 1; max.u32 x, x, t;",
     "and.b32 %0, x, %4; }",
 )
 def to_v_code(b, rn, v, root, inverse, mask, h):
-    z = b.bitcast(b.fma(root, inverse, F32(_BIAS)), U32)
+    z = b.bitcast(b.fma(root, inverse, F32(BIAS)), U32)
     code = b.and_(b.lshr(b.add(z, b.and_(h, U32(0x3FFFF))), U32(18)), U32(0xFF))
     least = b.select(b.icmp_unsigned("!=", b.bitcast(v, U32), U32(0)), U32(1), U32(0))  # v > 0 has no code 0
     code = b.select(b.icmp_unsigned(">", code, least), code, least)

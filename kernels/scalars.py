@@ -295,11 +295,14 @@ def _low_powers(base):
 NADAM_DECAY = 0.004  # psi of Dozat 2016, and torch's momentum_decay
 
 
-def shares_of_nadam(beta1, step):
+def shares_of_nadam(beta1, step, formula="torch"):
     """Return NAdam's shares of m and of g in the direction.   (Dozat 2016, Incorporating Nesterov Momentum into Adam)
 
-    They depend on all steps before, so only the host computes them.
+    They depend on all steps before, so only the host computes them. optax's do not: its beta1 stays the same in all steps.
     """
+    if formula == "optax":
+        power, next_power = (powers_on_host(beta1, 0.0, t)[0] for t in (step, step + 1))
+        return beta1 / (1.0 - next_power), (1.0 - beta1) / (1.0 - power)
     product = _nadam_product(beta1, step)
     mu, mu_next = _nadam_mu(beta1, step), _nadam_mu(beta1, step + 1)
     return mu_next / (1.0 - product * mu_next), (1.0 - mu) / (1.0 - product)

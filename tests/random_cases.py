@@ -87,7 +87,9 @@ class Round(Record):
         drawn = cls(
             tuple(rows),
             algorithm,
-            rng.choice(["torch", "apex", "eps-hat", "optax"]) if of_adam else "torch",
+            rng.choice(
+                {"adam": ["torch", "apex", "eps-hat", "optax"], "nadam": ["torch", "optax"]}.get(algorithm, ["torch"])
+            ),
             *(rng.random() < 0.5 for _ in range(3)),
             tuple(rng.random() < 0.7 for _ in range(3)),
             state_dtype,
@@ -233,7 +235,7 @@ def hyperparameters(draw, round):
 
 
 def eps_roots(round):
-    return st.sampled_from([0.0, 1e-6] if round.formula == "optax" else [0.0])
+    return st.sampled_from([0.0, 1e-6] if round.formula == "optax" and round.algorithm == "adam" else [0.0])
 
 
 def ema_decays(round):

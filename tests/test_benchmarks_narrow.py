@@ -19,6 +19,7 @@ from gpuadam.kernels.operands import Arrays, operands_of
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import amp_step
+import conversion
 import narrow
 import quality
 import report
@@ -261,6 +262,18 @@ def test_quality_has_a_row_for_each_optimizer_and_its_percentages(tmp_path):
         assert row["percent_of_float32"] == pytest.approx(100 * row["mean_loss"] / rows[0]["mean_loss"], abs=2e-3)
         assert row["contender"] in printed and row["cpu"] and row["torch"]
     assert rows[0]["percent_of_float32"] == 100
+
+
+@NEEDS_TORCH
+def test_conversion_has_a_row_for_each_and_loses_nothing_on_the_way_back(tmp_path):
+    pytest.importorskip("sklearn")
+    run("conversion", "--seeds", "1", "--steps", "4", "--out", str(tmp_path))
+    rows = report.read_csv(tmp_path / "conversion.csv", conversion.NUMBERS)
+    assert [row["contender"] for row in rows] == list(conversion.CONVERSIONS)
+    for row in rows:
+        lost = [row[name] for name in conversion.ERRORS]
+        assert all(0.01 < x < 10 for x in lost) if row["contender"].startswith("float32 to") else not any(lost)
+        assert float(row["losses"]) == pytest.approx(row["mean_loss"], abs=2e-6) and row["elements"] == 9610
 
 
 @NEEDS_TORCH

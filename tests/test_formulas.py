@@ -18,9 +18,9 @@ def start():
     return np.random.default_rng(0).standard_normal(N).astype("f4")
 
 
-def ours(lr, decoupled=False, **options):
+def ours(lr, decoupled=False, make=None, **options):
     param = start()
-    opt = (gpuadam.AdamW if decoupled else gpuadam.Adam)(param, lr=lr, **options)
+    opt = (make or (gpuadam.AdamW if decoupled else gpuadam.Adam))(param, lr=lr, **options)
     for step in range(1, STEPS + 1):
         opt.step(gradients(step))
     return param
@@ -36,6 +36,8 @@ OF_OPTAX = {
     "adam with eps_root": ({"eps": 1e-7, "eps_root": 1e-12}, {"eps": 1e-7, "eps_root": 1e-12}),
     "adamw": ({"weight_decay": 0.1, "eps_root": 1e-14}, {"weight_decay": 0.1, "eps_root": 1e-14, "decoupled": True}),
     "amsgrad": ({"b2": 0.9}, {"amsgrad": True, "betas": (0.9, 0.9)}),
+    "nadam": ({}, {"make": gpuadam.NAdam}),
+    "nadam with other betas": ({"b1": 0.8, "b2": 0.95}, {"make": gpuadam.NAdam, "betas": (0.8, 0.95)}),
 }
 
 
@@ -93,7 +95,16 @@ def test_the_formulas_are_told_apart():
     assert np.abs(ours(lr, formula="optax", eps_root=1e-12) - found["optax"]).max() > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("cls", [gpuadam.NAdam, gpuadam.RAdam, gpuadam.AdaMax])
+@pytest.mark.parametrize("cls", [gpuadam.RAdam, gpuadam.AdaMax])
 def test_another_algorithm_has_no_formula(cls):
     with pytest.raises(ValueError, match="leave it out"):
         cls(np.ones(3, "f4"), formula="eps-hat")
+
+
+@pytest.mark.parametrize(
+    "options, needed",
+    [({"formula": "eps-hat"}, "NAdam has 'torch' and 'optax'"), ({"formula": "optax", "eps_root": 1e-9}, "NAdam has none")],
+)
+def test_nadam_has_optaxs_formula_and_no_other_of_adams(options, needed):
+    with pytest.raises(ValueError, match=needed):
+        gpuadam.NAdam(np.ones(3, "f4"), **options)

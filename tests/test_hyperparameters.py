@@ -65,6 +65,18 @@ def test_the_scalars_are_those_that_a_form_names(algorithm, ema):
         assert s.of_g == pytest.approx((1 - mu[6]) / (1 - math.prod(mu[:7])), rel=1e-7)
 
 
+def test_nadams_formulas_differ_in_their_scalars_alone():
+    forms, shares = {}, {}
+    for formula in ("torch", "optax"):
+        h = checked(algorithm="nadam", formula=formula, lr=0.5)
+        forms[formula], s = hyperparameters.form_and_scalars(h, 7, Arrays())
+        shares[formula] = s.of_m, s.of_g
+        assert s.neg_lr == -0.5 and s.inv_sqrt_bias2 == pytest.approx((1 - 0.999**7) ** -0.5, rel=1e-7)
+    assert forms["torch"] == forms["optax"]  # so one kernel, whose bits are compared on every backend, has both
+    assert shares["optax"] == pytest.approx((0.9 / (1 - 0.9**8), (1 - 0.9) / (1 - 0.9**7)), rel=1e-7)
+    assert shares["torch"] != pytest.approx(shares["optax"], rel=1e-2)
+
+
 def test_the_formulas_differ_in_their_scalars_alone_or_have_one_more():
     kernels = {}
     for formula in hyperparameters.FORMULAS:

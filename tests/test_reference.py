@@ -80,6 +80,7 @@ RULES = {name: {"algorithm": name} for name in ALGORITHMS} | {
     "apex": {"formula": "apex"},
     "eps-hat": {"formula": "eps-hat", "eps": 1e-4},
     "optax": {"formula": "optax", "eps": 1e-4, "eps_root": 1e-5},
+    "nadam of optax": {"algorithm": "nadam", "formula": "optax"},
 }
 
 

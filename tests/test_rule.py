@@ -74,7 +74,7 @@ def test_what_no_step_can_change_is_refused(name):
         ({"dtype": None}, ValueError, "dtype=None must be float32 or float64"),
         ({"algorithm": "sgd"}, ValueError, "algorithm='sgd' must be one of"),
         ({"algorithm": "nadam", "amsgrad": True}, ValueError, "AMSGrad is a variant of Adam, and NAdam has none"),
-        ({"algorithm": "nadam", "formula": "optax"}, ValueError, "formula='optax' is one of Adam's"),
+        ({"algorithm": "radam", "formula": "optax"}, ValueError, "formula='optax' is one of Adam's"),
         ({"amsgrad": 1}, TypeError, "amsgrad must be True or False, not 1"),
         ({"eps": 1e-60}, ValueError, "eps=1e-60 rounds to 0 in float32"),
         ({"ema_decay": 1.0}, ValueError, r"ema_decay=1\.0 must be in \[0, 1\)"),

@@ -144,11 +144,15 @@ def adam_loaded(path, params, **options):
     return gpuadam.load(path, params, **options)
 
 
+def offload_loaded(path, params, **options):
+    return gpuadam.load_offload(path, params, **options)
+
+
 def sharded_loaded(path, params, **options):
     return gpuadam.load_sharded(path, params, transports.Local(), **options)
 
 
-@pytest.mark.parametrize("load", [adam_loaded, sharded_loaded])
+@pytest.mark.parametrize("load", [adam_loaded, offload_loaded, sharded_loaded])
 def test_saved_parameters_that_are_not_loaded_are_told(load, tmp_path):
     gpuadam.Adam({"w": ones()}).save(tmp_path / "file", with_params=True)
     params = {"w": np.zeros(3, "float32")}
@@ -161,7 +165,7 @@ def test_saved_parameters_that_are_not_loaded_are_told(load, tmp_path):
     assert params["w"].all()
 
 
-@pytest.mark.parametrize("load", [adam_loaded, sharded_loaded])
+@pytest.mark.parametrize("load", [adam_loaded, offload_loaded, sharded_loaded])
 def test_a_file_without_parameters_needs_no_word(load, tmp_path):
     gpuadam.Adam({"w": ones()}).save(tmp_path / "file")
     with warnings.catch_warnings():

@@ -363,7 +363,8 @@ def must_be_refused(cell):
         or (eight and cell["param_copies"] == "float64")
         or (cell["amsgrad"] and algorithm in ("NAdam", "RAdam", "AdaMax"))
         or (cell["capturable"] and algorithm == "NAdam")
-        or (cell["formula"] != "torch" and algorithm in ("NAdam", "RAdam", "AdaMax"))
+        or (cell["formula"] != "torch" and algorithm in ("RAdam", "AdaMax"))
+        or (cell["formula"] == "eps-hat" and algorithm == "NAdam")
         or (cell["master"] and cell["dtype"] == "bfloat16" and cell["stochastic_rounding"])
     )
 

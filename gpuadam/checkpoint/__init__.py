@@ -3,6 +3,7 @@
 | | save | load |
 |---|---|---|
 | one process: a file | `opt.save(path)` | `opt = gpuadam.load(path, params)` |
+| state elsewhere: a file | `opt.save(path)`, of an `OffloadAdam` | `opt = gpuadam.load_offload(path, params, state=folder)` |
 | many ranks: a folder | `opt.save(folder)`, of a `ShardedAdam` | `opt = gpuadam.load_sharded(folder, params, transport)` |
 
 `save` writes the state by name, the hyperparameters and the step counts. `load` makes the optimizer again, and training
@@ -27,8 +28,9 @@ are in a file and `load` is not told whether to restore them, it warns:
 * Names, shapes or dtypes that differ are refused. So is a checkpoint that is damaged or incomplete.
   `gpuadam.CheckpointError` is raised before anything of the caller's has changed.
 * Saving and loading use a few MB of memory beside the state.
-* `gpuadam.load` also takes a folder that many ranks wrote. `gpuadam.load_sharded` also takes a file, or a folder that
-  another number of ranks wrote: `gpuadam.sharded`.
+* `gpuadam.load(path, params, state_dtype="8bit")` converts the moments: `gpuadam.guide.narrow_numbers`.
+* `gpuadam.load` and `gpuadam.load_offload` read each other's files, and a folder that many ranks wrote. `gpuadam.load_sharded`
+  also takes a file, or a folder that another number of ranks wrote: `gpuadam.sharded`.
 
 `gpuadam.foreign_state` takes over the state of other libraries' Adam and gives it back, exactly: `from_torch`, `from_optax`,
 `to_torch`, `to_optax`. Checkpoints of a program that uses `gpuadam.torch` are torch's: `gpuadam.guide.pytorch`.
@@ -49,7 +51,7 @@ are two, in a last dimension. Where several numbers share a v, as of `complex="j
 | `w.m_scale`, `w.v_scale` | F32 | the scales of 8-bit state |
 | `w.remainder` | I16 | the low half of a bfloat16 parameter's exact value, with `master="remainder"` |
 | `w.ema` | F32 or F64 | the running mean, with `ema_decay` |
-| `w.param` | F64, F32, F16 or BF16 | the parameter itself, if the file was saved `with_params` |
+| `w.param` | F64, F32, F16 or BF16 | the parameter itself, if the file was saved `with_params`; always a float32 master |
 
 The metadata are strings. Those marked JSON are JSON in a string.
 
@@ -101,7 +103,8 @@ the same folder is refused.
 
 `safetensors` reads and writes the format in pieces. `regular_file` opens and locks files, and `atomic_file` replaces a file
 whole or not at all. `format` has the metadata, `tensors` the arrays of an optimizer as tensors. `saving` writes the checkpoint
-of an `Adam`. `stored` has the arrays of a checkpoint that is open, and `loading` makes an `Adam` of them. Many ranks'
+of an `Adam`. `stored` has the arrays of a checkpoint that is open, `converting` reads moments of another format, and `loading`
+makes an `Adam` of them. Many ranks'
 checkpoints are in `gpuadam/sharded/saving.py` and `gpuadam/sharded/loading.py`.
 """
 

@@ -14,6 +14,7 @@ from .safetensors import parsed_json, require
 
 FORMAT, VERSION = "gpuadam.optimizer", "1"
 CLASSES = ("Adam", "AdamW", "NAdam", "RAdam", "AdaMax")
+OFFLOADED = {"Adam": False, "AdamW": True}  # the classes that an OffloadAdam is saved as -> whether it is decoupled
 # class -> (algorithm, decoupled) of an optimizer over ranks. Those with a W that are not in CLASSES exist over ranks alone
 ALGORITHMS: dict[str, tuple[str, bool]] = {
     name + "W" * decoupled: (name.lower(), decoupled)

@@ -5,20 +5,24 @@ import json
 import os
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .. import backends, checks, family, torch_tensors
 from ..groups import HYPERPARAMETERS, as_given, as_list, differing_names, parsed_groups, places_of_groups, some
 from ..kernels.messages import shortened, shown, warn
+from ..kernels.operands import NARROW
 from ..kernels.view import is_array
-from ..options import SAVED, Options
+from ..options import SAVED, STATE_DTYPES, Options
 from ..sharded.layout import CELL
 from ..step_arrays import bounds_of_loaded
+from .converting import as_saved, read_state
 from .format import CLASSES, check_known, of_param
 from .safetensors import CheckpointError, require
 from .stored import Stored, opened_file
 from .tensors import PARAM, chosen, sections
 
 
-def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=None):
+def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=None, state_dtype=None):
     """Make the optimizer that `Adam.save` saved: of its class, with its options, hyperparameters, step counts and state.
 
     path: of the file, or of the folder that `ShardedAdam.save` made, from any number of ranks.
@@ -32,8 +36,11 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
         takes, the saved learning rate is written into it.
     with_params: overwrite the parameters with those that were saved. By default they stay as they are, and if the file has
         parameters, a warning says so.
+    state_dtype: the format of m, v and max_v, as in `Adam`, if it is to be another than the saved one. They are converted,
+        rounded to nearest, through the host: `gpuadam.guide.narrow_numbers` says what that loses. Nothing else changes.
 
-    The arrays of the file go straight into the state; a few MB are used beside it. Nothing is cast, and nothing is executed.
+    The arrays of the file go straight into the state; a few MB are used beside it. Without state_dtype nothing is cast, and
+    nothing is executed.
     Raises CheckpointError, a ValueError, if the checkpoint is damaged, incomplete or no checkpoint at all, or does not fit the
     parameters; FileNotFoundError if there is no such file; for bad parameters the errors of `Adam`. Nothing of the caller's has
     changed then.
@@ -50,40 +57,57 @@ def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=
     """
     path = os.fsdecode(path)
     check_with_params(with_params)
-    with about(path), opened(path, params, backend, lr) as checkpoint:
-        stored, saved = checkpoint.stored, checkpoint.stored.saved
-        stored.arrange(stored.read_headers())
+    with about(path), opened(path, params, backend, lr, state_dtype) as checkpoint:
+        saved = checkpoint.stored.saved
         single = saved.name in CLASSES
         require(single, f"its class {saved.name} is one of gpuadam.ShardedAdam alone: load it with gpuadam.load_sharded")
-        enough = param_copies is not None or not saved.copies
-        require(enough, f"{some(saved.copies)} had copies: give param_copies=, with None for those without one now")
+        check_copies(saved.copies, param_copies)
         with not_fitting():
             make, settings = getattr(family, saved.name), checkpoint.hyperparameters | saved.options
             opt = make(checkpoint.params, **settings, param_copies=param_copies, backend=backend)
-        arrays = sections(opt)
-        state, of_params = chosen(arrays, False), [section for section in arrays if with_params and section.key == PARAM]
-        stored.check(arrays, with_params)
-        with not_fitting():
-            for section in (*state, *of_params):
-                checks.no_gaps(section.view)
-        for section in state:
-            stored.read(section)
-        for section in of_params:
-            stored.verify(section.array_name)
-        with not_fitting():
-            opt.go_on_from(*opt.checked_state_dict(_state_dict(opt, saved)))  # its arrays are in place
-        if with_params:  # now that nothing can be wrong
-            torch_tensors.wrote([param for group in opt.groups for param in group["params"]])
-        for section in of_params:
-            stored.read(section)
-        if with_params is None and stored.has_params:
-            warn_of_params(path)
+        fill(opt, checkpoint, with_params, path)
     return opt
 
 
 def check_with_params(with_params):
     if with_params is not None:
         checks.flag("with_params", with_params)
+
+
+def check_copies(copies, param_copies):
+    """Refuse to load parameters that had copies without any. copies: their names."""
+    enough = param_copies is not None or not copies
+    require(enough, f"{some(copies)} had copies: give param_copies=, with None for those without one now")
+
+
+def fill(opt, checkpoint, with_params, path):
+    """Read state, counts and, if with_params is true, parameters into a new optimizer. checkpoint: what `opened` yields.
+
+    Warn if with_params is None and there are parameters in the file of this path that are no masters, which are state.
+    """
+    stored, saved = checkpoint.stored, checkpoint.stored.saved
+    stored.arrange(stored.read_headers())
+    arrays = sections(opt)
+    with not_fitting():
+        in_file = as_saved(arrays, checkpoint.state_dtype)
+    of_params = [section for section in arrays if with_params and section.key == PARAM and not section.is_master]
+    stored.check(in_file, with_params)
+    with not_fitting():
+        for section in (*chosen(arrays, False), *of_params):
+            checks.no_gaps(section.view)
+        loaded = opt.checked_state_dict(_state_dict(opt, saved))
+    opt.under_way.begin()  # a process that is killed now leaves no files of state that look whole
+    read_state(stored, arrays, in_file)
+    for section in of_params:
+        stored.verify(section.array_name)
+    opt.go_on_from(*loaded)
+    opt.ended()
+    if with_params:  # now that nothing can be wrong
+        torch_tensors.wrote([param for group in opt.groups for param in group["params"]])
+    for section in of_params:
+        stored.read(section)
+    if with_params is None and stored.has_params(besides={section.param for section in arrays if section.is_master}):
+        warn_of_params(path)
 
 
 def warn_of_params(path):
@@ -111,11 +135,17 @@ class Opened(NamedTuple):
     stored: Stored
     params: Any  # the parameters or, with the hyperparameters of each, groups of them
     hyperparameters: dict[str, Any]
+    state_dtype: str | None  # the saved one; the options in `stored.saved` have that of the optimizer
 
 
 @contextlib.contextmanager
-def opened(path, params, backend, lr):
-    """Open a checkpoint and compare it with the parameters that it is loaded for. lr: as in `load`."""
+def opened(path, params, backend, lr, state_dtype=None, of_masters=False):
+    """Open a checkpoint and compare it with the parameters that it is loaded for. lr, state_dtype: as in `load`.
+
+    of_masters: a narrow parameter is the copy of a float32 one, which was saved.
+    """
+    if state_dtype is not None:
+        checks.one_of(STATE_DTYPES, "state_dtype", state_dtype)
     params = as_list(params)  # an iterator can be read once
     groups, arrangement = parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1})
     structures, grouped = arrangement.structures, arrangement.in_groups
@@ -127,11 +157,15 @@ def opened(path, params, backend, lr):
     with opened_file(path, _longest_header(views)) as stored:
         saved = stored.saved
         check_known("options", saved.options, SAVED)
-        _check_params(saved, views)
+        masters = [name for name, view in views.items() if of_masters and view.format in NARROW]
+        _check_params(saved, views | {name: views[name]._replace(dtype=np.dtype("f4"), bits="") for name in masters})
         with not_fitting():
-            names, by_place = [group["names"] for group in saved.groups], Options(**saved.options).rounds_randomly
+            names, options = [group["names"] for group in saved.groups], [saved.options]
+            if state_dtype is not None:
+                options.append(saved.options | {"state_dtype": state_dtype})
+            by_place = all(Options(**given).rounds_randomly for given in options)
             places = places_of_groups(names, structures, by_place)
-        stored.saved = saved = saved._replace(groups=[saved.groups[k] for k in places])
+        stored.saved = saved = saved._replace(groups=[saved.groups[k] for k in places], options=options[-1])
         rates = _learning_rates(lr, groups, saved.groups)
         arguments = []
         given = [group["params"] for group in params] if grouped else [params]
@@ -142,7 +176,8 @@ def opened(path, params, backend, lr):
                 bounds = bounds_of_loaded(saved_group.get("bounds"), group["bounds"])
             arguments.append(saved_group | {"lr": rate, "params": members, "bounds": bounds})
             del arguments[-1]["names"]
-        yield Opened(stored, *((arguments, {}) if grouped else (arguments[0].pop("params"), arguments[0])))
+        members, hyperparameters = (arguments, {}) if grouped else (arguments[0].pop("params"), arguments[0])
+        yield Opened(stored, members, hyperparameters, options[0].get("state_dtype"))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from ..kernels.operands import GROUP
 from .format import INDEX, PART_FORMAT, VERSION, decoded
 from .regular_file import opened
 from .safetensors import ITEMSIZE, CheckpointError, Entry, Reader, chunks, copy, require
-from .tensors import DTYPES, PARAM, chosen, place
+from .tensors import DTYPES, PARAM, chosen
 
 WHOLE = re.compile(r"(?P<param>.*)\.(?P<key>\w+)", re.DOTALL)
 PIECE = re.compile(r"(?P<param>.*)\[(?P<first>[0-9]{1,19}):(?P<last>[0-9]{1,19})\]\.(?P<key>\w+)", re.DOTALL)
@@ -85,7 +85,7 @@ class Stored:
         size = math.prod(shape)
         first, last = (0, size) if part is None else map(int, match.group("first", "last"))
         numbers = self.saved.numbers(param)
-        start, stop = place(key, first, last, numbers)
+        start, stop = state.place(key, first, last, numbers)
         wanted = state.shape(key, shape, numbers) if part is None else (stop - start,)
         if part is not None and (not first < last <= size or first % GROUP):
             raise CheckpointError(f"{shown(name)} is no piece of {shown(param)}")
@@ -99,7 +99,7 @@ class Stored:
             self.pieces.setdefault(piece.array_name, []).append(piece)
         for array, of_array in self.pieces.items():
             param, _, key = array.rpartition(".")
-            _, size = place(key, 0, math.prod(self.saved.shape(param)), self.saved.numbers(param))
+            _, size = state.place(key, 0, math.prod(self.saved.shape(param)), self.saved.numbers(param))
             ends, starts = [0, *(piece.stop for piece in of_array)], [*(piece.start for piece in of_array), size]
             for end, start in zip(ends, starts, strict=True):
                 if start != end:
@@ -125,23 +125,25 @@ class Stored:
                     piece.entry.dtype == dtype, f"{shown(section.array_name)} is {piece.entry.dtype}, and must be {dtype}"
                 )
 
-    @property
-    def has_params(self):
-        """Whether there are parameters beside the state, after `arrange`."""
-        return any(array.endswith(f".{PARAM}") for array in self.pieces)
+    def has_params(self, besides=()):
+        """Whether there are parameters beside the state, and beside those of some names, after `arrange`."""
+        return any(key == PARAM and name not in besides for name, _, key in (array.rpartition(".") for array in self.pieces))
 
     def read(self, section):
         """Read the elements of a Section. Raises CheckpointError where they are damaged."""
-        first, last = place(section.key, section.start, section.stop, section.numbers)
-        pieces = self.pieces.get(section.array_name, [])
+        copy(self.chunks(section, section.key), array_bytes.buffers(section.backend, section.view))
+
+    def chunks(self, section, key):
+        """Yield the bytes of an array of the state, of the elements of a Section, as buffers. Each is good until the next."""
+        first, last = state.place(key, section.start, section.stop, section.numbers)
+        pieces = self.pieces.get(f"{section.param}.{key}", [])
         before = bisect.bisect_right(pieces, first, key=lambda piece: piece.stop)  # of pieces that end before the section
         after = bisect.bisect_left(pieces, last, key=lambda piece: piece.start)
         for piece in pieces[before:after]:
             start, stop = max(first, piece.start), min(last, piece.stop)
             in_tensor = [(at - piece.start) * ITEMSIZE[piece.entry.dtype] for at in (start, stop)]
             with self._open(piece.part) as file:
-                stored = chunks(file, piece.name, piece.entry, *in_tensor)
-                copy(stored, array_bytes.buffers(section.backend, section.view, start - first, stop - first))
+                yield from chunks(file, piece.name, piece.entry, *in_tensor)
 
     def verify(self, array):
         """Read a whole array and compare its checksums, keeping nothing."""

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 
 from .. import backends
 from ..kernels import array_bytes
-from ..kernels.operands import GROUP
 from ..kernels.view import View
-from ..state import OF_GROUPS, SHARED, shape
+from ..state import shape
 from .safetensors import Tensor
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int16": "I16", "uint8": "U8"}
@@ -24,6 +23,7 @@ class Section(NamedTuple):
     backend: Any
     view: View
     numbers: int = 1  # of the parameter that share a v
+    is_master: bool = False  # it is a parameter's exact value, which is state
 
     @property
     def array_name(self):
@@ -40,35 +40,28 @@ class Section(NamedTuple):
         return Tensor(name, DTYPES[self.view.format], self.view.shape, partial(array_bytes.chunks, self.backend, self.view))
 
 
-def place(key, start, stop, numbers=1):
-    """Return which elements of an array belong to elements start ... stop - 1 of its parameter.
-
-    numbers: of the parameter that share a v.
-
-    >>> place("m", 4096, 5000), place("m_scale", 4096, 5000), place("v", 4096, 5000, numbers=2)
-    ((4096, 5000), (128, 157), (2048, 2500))
-    """
-    of_one = GROUP if key in OF_GROUPS else numbers if key in SHARED else 1
-    return start // of_one, -(-stop // of_one)
-
-
 def sections(opt, ranges=None):
     """Return the Sections of an `Adam`: each parameter, followed by the arrays of its state.
+
+    A float32 master is the parameter, because it is its exact value.
 
     ranges: of an optimizer whose parameters are parts of others, name -> (the whole parameter's name, start, stop).
     """
     listed = []
     for group in opt.groups:
         for name, param in zip(group["names"], group["params"], strict=True):
-            arrays = {PARAM: param} | {key: opt.array_of_state(name, key) for key in opt.state[name] if key != "step"}
-            label = opt.arrangement.label(name)
-            labels = {key: label if key == PARAM else f"{key} of {label}" for key in arrays}
-            viewed = {key: backends.choose([(labels[key], array)], opt.backend) for key, array in arrays.items()}
+            kept = {key: opt.array_of_state(name, key) for key in opt.state[name] if key != "step"}
+            master, label = kept.pop("master", None), opt.arrangement.label(name)
+            of_param = ("master of " + label, master) if master is not None else (label, param)
+            viewed = {PARAM: backends.choose([of_param], opt.backend if master is None else opt.state_backend)}
+            for key, array in kept.items():
+                viewed[key] = backends.choose([(f"{key} of {label}", array)], opt.state_backend)
             numbers = opt.parameters[name].kind.numbers
             _check(viewed, opt.options, numbers)
             whole, start, stop = ranges[name] if ranges else (name, 0, viewed[PARAM][1][0].size)
             listed += [
-                Section(whole, start, stop, key, backend, view, numbers) for key, (backend, (view,)) in viewed.items()
+                Section(whole, start, stop, key, backend, view, numbers, master is not None and key == PARAM)
+                for key, (backend, (view,)) in viewed.items()
             ]
     return listed
 
@@ -87,4 +80,4 @@ def _check(viewed, options, numbers):
 
 def chosen(sections, with_params):
     """Return the Sections of the state, and also those of the parameters if with_params is true."""
-    return [section for section in sections if with_params or section.key != PARAM]
+    return [section for section in sections if with_params or section.key != PARAM or section.is_master]

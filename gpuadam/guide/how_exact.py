@@ -49,11 +49,11 @@ line. With m and v corrected for their bias:
 | class | what differs from Adam | source |
 |---|---|---|
 | `AdamW` | decay is `lr * weight_decay * param`, off the parameter | Loshchilov & Hutter 2019 |
-| `NAdam` | a mean of m and g takes the place of m; torch's momentum_decay, 0.004 | Dozat 2016 |
+| `NAdam` | a mean of m and g takes the place of m; torch's momentum_decay, 0.004, or optax's constant beta1 | Dozat 2016 |
 | `RAdam` | lr is rectified; in the first steps the denominator is 1 | Liu et al. 2020, Algorithm 2 |
 | `AdaMax` | v is max(beta2 * v, abs(g) + eps), and is the denominator | Kingma & Ba 2015, Algorithm 2 |
 
-Libraries put eps in different places. `formula=` chooses, for Adam and AdamW:
+Libraries put eps in different places. `formula=` chooses, for Adam and AdamW (`NAdam(formula="optax")` is optax.nadam):
 
 | `formula` | step, in units of -lr | of |
 |---|---|---|

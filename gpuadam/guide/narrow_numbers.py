@@ -62,6 +62,46 @@ right on average.
 Random bits are a function of the seed, the step, the parameter, and the element's place in the parameter. So they are the
 same on every backend, in any number of threads, and however the arrays are cut up.
 
+## From one format to another
+
+State changes its format where that is asked for, and nowhere else. Parameters, step counts and hyperparameters stay.
+
+| from | call |
+|---|---|
+| a checkpoint, of one process or of ranks | `gpuadam.load(path, params, state_dtype="8bit")`, and `load_sharded` likewise |
+| a `state_dict()` | `opt.load_state_dict(state_dict, convert=True)` |
+| torch's or optax's Adam | `foreign_state.from_torch(opt, state_dict, names, convert=True)`, and `from_optax` |
+| this optimizer, to torch's Adam | `foreign_state.to_torch(opt, convert=True)` |
+| `torch.optim.Adam`'s checkpoint, in `gpuadam.torch` | `opt.load_state_dict(state_dict, convert=True)`, for 8 bits |
+
+`gpuadam.torch` needs no word for bfloat16: it casts a checkpoint to the optimizer's floats, as torch's own classes do.
+
+>>> w = np.ones(64, "float32")
+>>> before = gpuadam.Adam({"w": w})
+>>> before.step({"w": np.linspace(-1, 1, 64, dtype="float32")})
+>>> after = gpuadam.Adam({"w": w}, state_dtype="8bit")
+>>> after.load_state_dict(before.state_dict(), convert=True)
+>>> after.steps, after.state["w"]["m"].dtype
+(1, dtype('uint8'))
+
+Numbers are rounded to nearest, and not randomly as in a step: a conversion is made once, so nothing adds up that would have to
+be right on average, and the result depends on no seed. It is computed on the host, and so the same on every backend. The way
+back loses nothing: float32 state has exactly the numbers that the narrow state had. What overflows float32 becomes infinite.
+
+After 1,000 of 2,000 steps of the task digits below, in percent: the norm of the errors over the norm of m, of v, and of the
+step m / sqrt(v); then the mean final loss over that of float32 throughout, and the range of five seeds
+(`benchmarks/conversion.py`). The losses differ by no more than chance.
+
+| | m | v | step | final loss | range |
+|---|---:|---:|---:|---:|---|
+| float32 to bfloat16 | 0.16 | 0.17 | 0.19 | 99.96 | 99.91 to 100.01 |
+| float32 to 8 bits | 1.18 | 1.09 | 2.66 | 99.89 | 99.76 to 100.14 |
+| bfloat16 to float32 | 0 | 0 | 0 | 99.89 | 99.18 to 100.36 |
+| 8 bits to float32 | 0 | 0 | 0 | 100.17 | 99.44 to 100.71 |
+
+In 8 bits an |m| that is less than 1/7,900 of the largest among its 32 neighbours becomes 0, and a sqrt(v) that is less than
+1/8,000 of the largest becomes that; a v above 0 never becomes 0. A group with a NaN or an infinity becomes NaN.
+
 ## What they cost in quality
 
 The mean final training loss of two tasks, in percent of float32's, and the range of five seeds: `benchmarks/quality.py`, one

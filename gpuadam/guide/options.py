@@ -6,7 +6,7 @@
 | `state_dtype="8bit"` | C-contiguous parameters of 16 or 32 bits | float64, `amsgrad`, AdaMax |
 | `master="remainder"` | bfloat16 parameters; other parameters stay as they are | `stochastic_rounding` |
 | `stochastic_rounding` | bfloat16 and float16 parameters; others stay as they are | `master` |
-| `formula` | every state and option of Adam and AdamW | NAdam, RAdam, AdaMax |
+| `formula` | every state and option of Adam and AdamW; of NAdam `"optax"`, without `eps_root` | RAdam, AdaMax |
 | `param_copies`, `ema_decay`, `zero_grad`, `maximize`, `weight_decay` | everything | |
 | `clip_value`, `bounds` | everything | `complex="joint"`, `gpuadam.torch` |
 | `bounds` that are arrays | every state; a checkpoint does not hold them | `complex="joint"`, and the classes of `lr_scale` |

@@ -26,6 +26,7 @@ print(loss.item() < 0.1)  # True
 * Schedulers, hooks and `torch.amp.GradScaler` work as before.
 * `state_dtype="bfloat16"`, `state_dtype="8bit"`, `master="remainder"` and `stochastic_rounding=True` work as in
   `gpuadam.Adam`. They are given to the optimizer, for all of its groups; in a group they are refused.
+  `opt.load_state_dict(state_dict, convert=True)` takes a float32 checkpoint into 8-bit state, or back.
 * `capturable=True` keeps the step count on the GPU, for CUDA graphs.
 * `foreach` and `fused` choose no other implementation: there is one. With `fused=True` the step unscales gradients itself,
   without writing them, and `GradScaler` does not. `differentiable` is refused.
@@ -49,7 +50,8 @@ opt.step()
 print(w.detach().numpy(), w.grad.numpy())  # [0.9 0.9 0.9] [0. 0. 0.]
 ```
 
-`gpuadam.foreign_state` takes over the state of torch's and optax's Adam, and gives it back, exactly.
+`gpuadam.foreign_state` takes over the state of torch's and optax's Adam, and gives it back: exactly, or with `convert=True` in
+another format.
 
 ## JAX
 

@@ -74,7 +74,17 @@ folder notice that, and refuse to go on with an error that says what to do:
   Otherwise it is refused, because some of the last changes may be missing.
 * *The disk is full*: the constructor says so, and takes all the room that is needed. A step needs no more.
 
-So take checkpoints, of `state_dict()` and the parameters, as often as you can afford to lose the steps between.
+So take checkpoints, `opt.save(path, with_params=True)`, as often as you can afford to lose the steps between.
+
+## Checkpoints
+
+`opt.save(path)` writes the file that `Adam` or `AdamW` with the same options would write, so `gpuadam.load(path, params)` makes
+one of these of it. `gpuadam.load_offload(path, params, state=folder)` makes an OffloadAdam, of such a file or of one of Adam's.
+Training goes on bit for bit on either way, on any backend.
+
+With `master="float32"` the file has the masters in the place of the parameters, whose exact values they are: it is the file of an
+Adam of float32 parameters with copies. `gpuadam.load(path, float32_arrays, param_copies=narrow_arrays, with_params=True)` makes
+that Adam, and `gpuadam.load_offload(path, narrow_arrays, master="float32")` the OffloadAdam.
 
 ## The files
 
@@ -82,7 +92,7 @@ For those who change this package: `optimizer.py` is `OffloadAdam`. `state.py` h
 that say whether they can be relied on. `jobs.py` checks the arrays of a step. `chunks.py` cuts them into *chunks*: pieces of
 one or more parameters that fit in a part of the budget. `runner.py` gives each chunk a slot, and takes it through the stages
 *fetch*, *update* and *store*, several chunks at once by `pipeline.py`; `stages.py` has the stages of an update on the host and of
-one on a GPU. `mapped.py` is memory that is a file.
+one on a GPU. `mapped.py` is memory that is a file. `loading.py` makes an OffloadAdam of a checkpoint.
 """
 
 from .optimizer import OffloadAdam

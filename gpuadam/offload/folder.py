@@ -168,6 +168,15 @@ class Folder(Store):
             finally:
                 self._free()
 
+    def discard(self):
+        """Take the files away, and the folder if nothing else is in it."""
+        for name in (STATE, STEPS, *self._kinds):
+            (self.path / name).unlink(missing_ok=True)
+        self._free()
+        (self.path / LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder with something in it
+            self.path.rmdir()
+
     def _free(self):
         if self._process == os.getpid():
             unlock(self._lock)
@@ -184,6 +193,15 @@ class Folder(Store):
     def _write(self, name, content, durable=True):
         with replacing(self.path / name, durable=durable) as file:
             file.write(_text(content | {"crc32": _crc(content)}))
+
+
+def check_new(path):
+    """Refuse the path of a folder in which there is state already."""
+    if (Path(path) / STATE).exists():
+        raise ValueError(
+            f"{shown(os.fspath(path))} has the state of an optimizer, which a checkpoint would take the place of: give another "
+            "folder, or delete this one"
+        )
 
 
 def reserve(path, n_bytes):

@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import backends, checks, torch_tensors
 from ..clipping import global_norm
+from ..description import of_adam, repr_of
 from ..groups import OF_PARAMS
 from ..kernels.backend import refuse_stream
 from ..kernels.messages import shown
@@ -92,8 +93,8 @@ class OffloadAdam(Adam):
             raise ValueError("with master='float32' the parameters are the copies: leave param_copies out")
         if master == "float32" and options.get("stochastic_rounding"):
             raise ValueError("with a float32 master nothing of a parameter is lost: leave stochastic_rounding out")
-        _check_place(state)
-        budget = _bytes(budget)
+        check_place(state)
+        self._budget = budget = _bytes(budget)
         self._update = checks.one_of(("auto", "device", "host"), "update", update)
         self.decoupled = checks.flag("decoupled", decoupled)
         self._master, self._state_in = master, state
@@ -200,6 +201,19 @@ class OffloadAdam(Adam):
         counts = {name: int(state["step"]) for name, state in self.state.items()}  # a caller may have set NumPy's integers
         self._store.end_at(int(self.steps), {name: n for name, n in counts.items() if n != self.steps})
 
+    def __repr__(self):
+        return repr_of(self, self._description)
+
+    def _description(self):
+        """Return the text of `repr`."""
+        own = {
+            "decoupled": self.decoupled,
+            "state": os.fspath(self._state_in),
+            "budget": self._budget,
+            "update": self._update,
+        }
+        return of_adam(self, master=self._master, **own)
+
     def with_groups(self, groups, states, copies):
         raise ValueError("OffloadAdam has its parameters for good: load their state into an optimizer of other ones")
 
@@ -241,10 +255,24 @@ class OffloadAdam(Adam):
 
     # Saving and ending
 
-    def load_state_dict(self, state_dict):
-        """Copy a `state_dict()`, of this class or, but for a float32 master, of `Adam` on the CPU, into this optimizer."""
+    def load_state_dict(self, state_dict, *, convert=False):
+        """Copy a `state_dict()`, of this class or, but for a float32 master, of `Adam` on the CPU, into this optimizer.
+
+        convert: as in `Adam.load_state_dict`.
+        """
         self._store.check_open()
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict, convert=convert)
+
+    def save(self, path, *, with_params=False):
+        """Write a checkpoint that `gpuadam.load_offload` goes on from, and `gpuadam.load`, as `Adam` or `AdamW`: see `Adam.save`.
+
+        A float32 master is the exact value of its parameter, and is saved as it, with_params or not. To `Adam` that is a float32
+        parameter with a copy: `gpuadam.load(path, float32_arrays, param_copies=narrow_arrays, with_params=True)`.
+        """
+        self._store.check_open()
+        super().save(path, with_params=with_params)
+        drop_mapped([array for state in self.state.values() for key, array in state.items() if key != "step"])
+        drop_mapped(bare([param for group in self.groups for param in group["params"]])[0])
 
     def copy_state(self, copies):
         for _, to, source in copies:
@@ -259,6 +287,10 @@ class OffloadAdam(Adam):
         """Flush the files and free the folder. No step can follow."""
         self._store.close()
 
+    def discard(self):
+        """Free the folder, and take its files away. No step can follow."""
+        self._store.discard()
+
     def __enter__(self):
         return self
 
@@ -269,7 +301,7 @@ class OffloadAdam(Adam):
         raise TypeError("an OffloadAdam is not copied or pickled, because its state is not in it alone: use state_dict()")
 
 
-def _check_place(state):
+def check_place(state):
     """Refuse what is neither "memory" nor the path of a folder, and a word that may be a slip for "memory"."""
     if not isinstance(state, (str, os.PathLike)) or not os.fspath(state):
         raise TypeError(f'state={shown(state)} must be "memory" or the path of a folder')

@@ -74,6 +74,9 @@ class Store(UnderWay):
     def close(self):
         """Flush the state, and let another optimizer have it."""
 
+    def discard(self):
+        """Take the state away, which was never whole."""
+
 
 def fill_master(master, view, kernels):
     """Set a float32 master to the numbers of a narrow parameter."""

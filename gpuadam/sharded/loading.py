@@ -5,9 +5,10 @@ import itertools
 import os
 
 from .. import checks
+from ..checkpoint.converting import as_saved, read_state
 from ..checkpoint.format import ALGORITHMS
 from ..checkpoint.loading import about, check_with_params, not_fitting, opened, warn_of_params
-from ..checkpoint.tensors import chosen
+from ..checkpoint.tensors import PARAM
 from ..kernels.messages import shown
 from . import transports
 from .agreement import agreed, on_all
@@ -26,11 +27,12 @@ def load_sharded(
     reduction=None,
     bucket_bytes=1 << 25,
     views=False,
+    state_dtype=None,
 ):
     """Make a `ShardedAdam` from a checkpoint of `ShardedAdam` or `Adam`, with its options, hyperparameters and step counts.
 
     path: of the folder that `ShardedAdam.save` made, from any number of ranks, or of the file that `Adam.save` made.
-    params, backend, lr, with_params: as in `gpuadam.load`. transport, bucket_bytes, views: as in `ShardedAdam`.
+    params, backend, lr, with_params, state_dtype: as in `gpuadam.load`. transport, bucket_bytes, views: as in `ShardedAdam`.
     reduction: as in `ShardedAdam`; by default the saved one, and "mean" for a checkpoint of `Adam`.
 
     Every rank calls this, and reads the part that it owns, so that together they read the checkpoint about once. A ShardedAdam
@@ -54,10 +56,10 @@ def load_sharded(
     with about(location), contextlib.ExitStack() as until_loaded:
 
         def compared():
-            checkpoint = until_loaded.enter_context(opened(location, params, backend, lr))
+            checkpoint = until_loaded.enter_context(opened(location, params, backend, lr, state_dtype))
             check_with_params(with_params)
-            described = {"path": location, "the checkpoint there": checkpoint.stored.crc, "with_params": with_params}
-            return checkpoint, described, False
+            described = {"path": location, "the checkpoint there": checkpoint.stored.crc}
+            return checkpoint, described | {"with_params": with_params, "state_dtype": state_dtype}, False
 
         with transport.calls.alone("a load"):
             checkpoint, _ = agreed(transport, compared)
@@ -72,22 +74,29 @@ def load_sharded(
         with not_fitting():
             opt = make(checkpoint.params, transport, **checkpoint.hyperparameters, **options)
         with transport.calls.alone("a load"):
-            on_all(transport, _fill, opt, stored, with_params)
+            on_all(transport, _fill, opt, stored, with_params, checkpoint.state_dtype)
             if with_params:
                 opt.collect_params()
-        if with_params is None and stored.has_params:
+        if with_params is None and stored.has_params():
             warn_of_params(location)
     return opt
 
 
-def _fill(opt, stored, with_params):
-    """Read counts, the state of this rank, and its parameters into the buffer that the ranks collect them from."""
+def _fill(opt, stored, with_params, state_dtype):
+    """Read counts, the state of this rank, and its parameters into the buffer that the ranks collect them from.
+
+    state_dtype: the saved one.
+    """
     saved = stored.saved
     with not_fitting():
         taken = {name: checks.count(f"step of {shown(name)}", param["step"]) for name, param in saved.params.items()}
         steps = checks.count("steps", saved.steps)
     arrays = sections_of_rank(opt)
-    stored.check(arrays, with_params)
-    for section in chosen(arrays, with_params):
-        stored.read(section)
+    with not_fitting():
+        in_file = as_saved(arrays, state_dtype)
+    stored.check(in_file, with_params)
+    read_state(stored, arrays, in_file)
+    for section in arrays:
+        if with_params and section.key == PARAM:
+            stored.read(section)
     opt.go_on_from(steps, taken)

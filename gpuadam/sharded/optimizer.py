@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import backends, checks, hyperparameters, torch_tensors
 from ..clipping import LARGEST_NORM, clipped
+from ..description import of_optimizer, repr_of
 from ..groups import HYPERPARAMETERS, HasGroups, as_given, as_list, checked_group, parsed_groups, some
 from ..kernels.messages import shown
 from ..kernels.operands import Arrays
@@ -177,6 +178,18 @@ class ShardedAdam(HasGroups):
                 named += [(f"{key} of params[{shown(shard.name)}]", a) for key, a in shard.state.items() if key != "step"]
             views = [] if self._views else [member.view for member in self.members]
         return views + [self._kernels.view(*one) for one in named]
+
+    def __repr__(self):
+        return repr_of(self, self._description)
+
+    def _description(self):
+        """Return the text of `repr`."""
+        sizes: list[list[int]] = [[] for _ in self.groups]
+        for member in self.members:
+            sizes[member.group].append(member.view.size // (1 + bool(member.view.of_complex)))
+        rank = f"{self.transport.rank} of {self.transport.size}"
+        own = {"reduction": self.reduction, "bucket_bytes": self._bucket_bytes, "views": self._views}
+        return of_optimizer(self, sizes, rank=rank, backend=self._backend, **own)
 
     @property
     def shards(self):
@@ -376,5 +389,7 @@ class ShardedAdamW(ShardedAdam):
     [0.95 0.95]
     """
 
+    decoupled = True  # unless an option says otherwise
+
     def __init__(self, params, transport, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, **options):
-        super().__init__(params, transport, lr, betas, eps, weight_decay, **{"decoupled": True} | options)
+        super().__init__(params, transport, lr, betas, eps, weight_decay, **{"decoupled": self.decoupled} | options)

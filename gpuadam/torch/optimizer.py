@@ -255,19 +255,22 @@ class Adam(torch.optim.Optimizer):
         self.state[param] = state = torch_state.new(self._kept(group, param.dtype), param, group["capturable"])
         return state
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict, *, convert=False):
         """Copy a state_dict of this class, of torch.optim.Adam or of torch.optim.AdamW into this optimizer.
 
         Settings of groups become the loaded ones. As in torch, a parameter is known by its place. But if the checkpoint has
         "param_names", and they are those of this optimizer in another order, names decide. Everything is checked first: nothing
         has changed if it raises ValueError or TypeError.
+
+        convert: the checkpoint may have 8-bit state where this optimizer has none, and the other way round: the moments are
+        converted, rounded to nearest, through the host. `gpuadam.guide.narrow_numbers` says what that loses.
         """
-        loaded = {}
+        loaded, convert = {}, checks.flag("convert", convert)
 
         # torch would cast all state to the dtype of its parameter. So state is taken out, after the hooks of others, and put back
         def take(_, state_dict):
             state_dict = state_dict | {"param_groups": self._in_own_order(state_dict["param_groups"])}
-            loaded.update(self._loaded(state_dict))
+            loaded.update(self._loaded(state_dict, convert))
             self.under_way.begin()
             return state_dict | {"state": {}}
 
@@ -295,7 +298,7 @@ class Adam(torch.optim.Optimizer):
             ordered.append(groups[k] | {"params": [keys[name] for name in names], "param_names": names})
         return ordered
 
-    def _loaded(self, state_dict):
+    def _loaded(self, state_dict, convert):
         """Return parameter -> state, of copies in this optimizer's dtypes and on its devices."""
         groups, loaded = state_dict["param_groups"], {}
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
@@ -309,7 +312,7 @@ class Adam(torch.optim.Optimizer):
             for key, name, param in zip(saved["params"], names, present["params"], strict=True):
                 if state := states.get(key):
                     arrays, label = self._kept(group, param.dtype), f"params[{shown(name)}]"
-                    loaded[param] = torch_state.converted(state, arrays, param, group["capturable"], label)
+                    loaded[param] = torch_state.converted(state, arrays, param, group["capturable"], label, convert)
         return loaded
 
     def __getstate__(self):

@@ -12,6 +12,7 @@ from .. import state as gpuadam_state
 from ..groups import some
 from ..kernels.messages import shown
 from ..kernels.operands import KINDS
+from ..state_conversion import CONVERTED, conversion
 from .distributed import is_distributed
 
 # By gpuadam's names. 8-bit codes have names of their own, so that torch's Adam does not take them for numbers
@@ -89,18 +90,26 @@ def by_key(states, keys):
     return result
 
 
-def converted(state, arrays, param, capturable, name):
+def converted(state, arrays, param, capturable, name, convert=False):
     """Return a copy of a loaded state, in the dtypes of some Arrays, beside the parameter.
+
+    convert: 8-bit state may become other state and the other way round.
 
     A parameter without a remainder in its checkpoint gets one of zero. Raises ValueError for an array that is missing, has no
     place here or is of another shape, TypeError for integers in the place of numbers and the other way round.
     """
+    own = {array.operand: array.name for array in arrays}
+    own_names = NAMES_OF_8_BITS if "m_scale" in own else NAMES
+    their_names = NAMES_OF_8_BITS if "exp_avg_codes" in state else NAMES
+    if convert and own_names is not their_names:
+        return _of_another_format(state, arrays, param, capturable, name, own, their_names)
     needed = ["step", *(array.name for array in arrays)]
     strange = state.keys() - set(needed) - {NAMES["max_v"]}  # which stays in the state when a group's amsgrad is turned off
     if strange or set(needed) - state.keys() - {"remainder"}:
         raise ValueError(
             f"the loaded state of {name} has {some(sorted(map(str, state)))}, and this optimizer needs {needed} and no other: "
             "make one with the amsgrad, state_dtype and master of the one that was saved, which must be an Adam or AdamW"
+            + (". load_state_dict(state_dict, convert=True) converts 8-bit state" if own_names is not their_names else "")
         )
     result = new(arrays, param, capturable)
     result["step"].fill_(count(name, state["step"]))
@@ -120,3 +129,23 @@ def converted(state, arrays, param, capturable, name):
             raise TypeError(f"the loaded {key} of {name} is {value.dtype}, and cannot become {dtype}")
         result[key].copy_(value)
     return result
+
+
+def _of_another_format(state, arrays, param, capturable, name, own, their_names):
+    """Return the same where one of them is 8-bit state. own: operand -> name. their_names: likewise, of the loaded state."""
+    moments = {operand: their_names.get(operand, operand) for operand in CONVERTED}
+    theirs = {operand: state[their] for operand, their in moments.items() if their in state}
+    converting = [array for array in arrays if array.operand in CONVERTED]
+    rest = {key: value for key, value in state.items() if key not in moments.values()}
+    result = converted(rest, [array for array in arrays if array not in converting], param, capturable, name)
+    empty = new(converting, param, capturable)
+    to = {array.operand: empty[array.name] for array in converting}
+    for operand, tensor in theirs.items():
+        if not isinstance(tensor, torch.Tensor) or is_distributed(tensor) or is_distributed(param):
+            raise TypeError(
+                f"the loaded {moments[operand]} of {name} is no tensor that can be converted: load it as it was saved"
+            )
+    to_convert = conversion(name, to, theirs)
+    if to_convert:
+        to_convert.run()
+    return {key: (result | empty)[key] if key != "step" else result["step"] for key in ("step", *own.values())}

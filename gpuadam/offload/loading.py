@@ -1,0 +1,98 @@
+"""Loading an `OffloadAdam` from a checkpoint of its own or of `Adam`."""
+
+import os
+
+from .. import backends, checks, torch_tensors
+from ..checkpoint.format import OFFLOADED
+from ..checkpoint.loading import about, check_copies, check_with_params, fill, not_fitting, opened
+from ..checkpoint.safetensors import require
+from ..kernels import array_bytes
+from ..kernels.messages import shown
+from ..kernels.operands import NARROW
+from ..kernels.state_formats import encoded
+from .folder import check_new
+from .mapped import drop_mapped
+from .optimizer import OffloadAdam, check_place
+
+
+def load_offload(
+    path,
+    params,
+    backend=None,
+    *,
+    lr=None,
+    param_copies=None,
+    with_params=None,
+    state_dtype=None,
+    state="memory",
+    budget=1 << 28,
+    update="auto",
+    master=None,
+    progress=False,
+):
+    """Make an `OffloadAdam` from a checkpoint of `OffloadAdam`, `Adam` or `AdamW`: its options, hyperparameters, counts, state.
+
+    path, params, backend, lr, param_copies, with_params, state_dtype: as in `gpuadam.load`; the checkpoint may be a folder of
+        many ranks, too.
+    state: "memory", or the path of a folder that is not there yet or is empty. budget, update, progress: as in `OffloadAdam`.
+    master: "float32" if bfloat16 and float16 parameters are the copies of float32 masters. A checkpoint has the masters as the
+        parameters, with_params or not: that of an OffloadAdam with masters, or of an Adam of float32 parameters with
+        `param_copies`, which was saved with_params. They are state, of which no warning tells. A remainder needs no word here.
+
+    Training goes on bit for bit. Raises CheckpointError and the other errors of `gpuadam.load` and of `OffloadAdam`. Nothing of
+    the caller's has changed then, and a folder that was made is taken away.
+
+    >>> import numpy as np, gpuadam, pathlib, tempfile
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> w = np.ones(3, "float32")
+    >>> opt = gpuadam.AdamW({"w": w}, lr=0.1)
+    >>> opt.step({"w": w.copy()})
+    >>> opt.save(folder / "adam.safetensors")
+    >>> with gpuadam.load_offload(folder / "adam.safetensors", {"w": w}, state=folder / "state") as again:
+    ...     print(again.steps, again.groups[0]["lr"], again.decoupled)
+    1 0.1 True
+    """
+    path = os.fsdecode(path)
+    check_with_params(with_params)
+    check_place(state)
+    if master is not None:
+        checks.one_of(("float32",), "master", master)
+    with about(path), opened(path, params, backend, lr, state_dtype, of_masters=master is not None) as checkpoint:
+        saved = checkpoint.stored.saved
+        known = ", which OffloadAdam is not: it is Adam or AdamW"
+        require(saved.name in OFFLOADED, f"its class is {shown(saved.name)}{known}")
+        require(not saved.options.get("capturable"), "it is of a capturable optimizer, which an OffloadAdam cannot be")
+        if master is None:
+            check_copies(saved.copies, param_copies)
+        settings = checkpoint.hyperparameters | {k: v for k, v in saved.options.items() if k not in ("capturable", "master")}
+        settings |= {"decoupled": OFFLOADED[saved.name], "master": master or saved.options.get("master")}
+        settings |= {"param_copies": param_copies, "backend": backend}
+        settings |= {"state": state, "budget": budget, "update": update, "progress": progress}
+        if state != "memory":
+            check_new(state)
+        with not_fitting():
+            opt = OffloadAdam(checkpoint.params, **settings)
+        try:
+            fill(opt, checkpoint, with_params, path)
+        except BaseException:
+            opt.discard()
+            raise
+    drop_mapped([array for of_one in opt.state.values() for key, array in of_one.items() if key != "step"])
+    if with_params and master is not None:
+        _show_masters(opt)
+    return opt
+
+
+def _show_masters(opt):
+    """Make narrow parameters the rounded copies of their masters, as a step does."""
+    for group in opt.groups:
+        for name, param in zip(group["names"], group["params"], strict=True):
+            if "master" in opt.state[name]:
+                kernels, (view,) = backends.choose([(opt.arrangement.label(name), param)], opt.backend)
+                assert view.format in NARROW
+                rest = opt.state[name]["master"].reshape(-1)
+                for buffer in array_bytes.buffers(kernels, view):
+                    part, rest = rest[: len(buffer) // 2], rest[len(buffer) // 2 :]
+                    buffer[:] = encoded(part, view.format).tobytes()
+                    drop_mapped([part])
+        torch_tensors.wrote(group["params"])
