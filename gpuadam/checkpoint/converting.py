@@ -1,5 +1,6 @@
 """Reading the state of a checkpoint into an optimizer whose moments have another format."""
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -40,12 +41,16 @@ def read_state(stored, sections, saved):
             others = state
         else:
             others = [section for section in state if section.key not in CONVERTED]
-            chunks = {key: (format, stored.chunks(param, key)) for key, format in sources.items()}
             buffers = {
                 key: (section.view.format, array_bytes.buffers(section.backend, section.view))
                 for key, section in moments.items()
             }
-            convert(chunks, buffers, param.stop - param.start, param.numbers)
+            with contextlib.ExitStack() as files:
+                chunks = {
+                    key: (format, files.enter_context(contextlib.closing(stored.chunks(param, key))))
+                    for key, format in sources.items()
+                }
+                convert(chunks, buffers, param.stop - param.start, param.numbers)
         for section in [param] * param.is_master + others:
             stored.read(section)
 

@@ -131,7 +131,8 @@ class Stored:
 
     def read(self, section):
         """Read the elements of a Section. Raises CheckpointError where they are damaged."""
-        copy(self.chunks(section, section.key), array_bytes.buffers(section.backend, section.view))
+        with contextlib.closing(self.chunks(section, section.key)) as stored:  # its file: a destructor would lose Ctrl-C
+            copy(stored, array_bytes.buffers(section.backend, section.view))
 
     def chunks(self, section, key):
         """Yield the bytes of an array of the state, of the elements of a Section, as buffers. Each is good until the next."""
