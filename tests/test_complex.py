@@ -474,10 +474,9 @@ def test_copies_and_narrow_components():
     assert_same_bits(one.state["0"]["v"], other.state["0"]["v"])
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("library", ["cupy", "numba-cuda"], indirect=True)
 @pytest.mark.parametrize("how", [{"complex": "joint"}, {"complex": "parts"}, {"components": 3}])
-def test_a_gpu_gives_the_cpus_bits(library, how, request):
-    request.applymarker(pytest.mark.gpu)
+def test_a_gpu_gives_the_cpus_bits(library, how):
     is_complex = "complex" in how
     dtype, shape = ("complex64", (50, 7)) if is_complex else ("float32", (50, 7, 3))
     for layout in ("C", "F"):

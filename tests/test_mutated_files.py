@@ -381,6 +381,8 @@ def step(opt, params, in_json):
         assert in_json and ("step" in str(error) or "overflows float32" in str(error)), error
 
 
+@pytest.mark.filterwarnings("ignore:stochastic_rounding=True does nothing here")  # such a file says what an optimizer would
+@pytest.mark.filterwarnings("ignore:master='remainder' does nothing here")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_changed_file_is_refused_or_is_what_was_saved(kind, examples):
     faulthandler.dump_traceback_later(1800, exit=True)  # whatever waits

@@ -152,6 +152,7 @@ def test_the_change_of_a_narrow_parameter_is_not_rounded(option):
     assert bits(norms.param) == bits(global_norm(narrow))  # of the array as it is stored
 
 
+@pytest.mark.exhaustive
 def test_with_change_it_is_the_norm_of_the_change():
     params = params_of()
     before, changes = copies_of(params), {key: np.zeros(param.shape, "f4") for key, param in params.items()}
