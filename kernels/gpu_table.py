@@ -79,11 +79,14 @@ class Table:
         self._buffer.in_use = False
         return event
 
-    def release(self):
-        """Give the buffer back, for when all that was enqueued so far is done. A captured graph keeps its own for ever."""
+    def release(self, waits=True):
+        """Give the buffer back, for when all that was enqueued so far is done. A captured graph keeps its own for ever.
+
+        waits: whether this may wait for the device, for work that no event could be recorded behind. Else its buffer stays lent.
+        """
         buffer, self._buffer = self._buffer, None
-        if buffer is not None and not buffer.captured:  # a captured one stays lent
-            if buffer.in_use:  # no event could be recorded behind the work
+        if buffer is not None and not buffer.captured and (waits or not buffer.in_use):  # a captured one stays lent
+            if buffer.in_use:
                 with self.backend.on(self.device, None):
                     self.backend.synchronize()
             buffer.in_use, buffer.events = False, [*self.streams.values()]
@@ -93,7 +96,7 @@ class Table:
     def __del__(self):
         # goes with its optimizer. Work on streams that the buffer's allocator does not know may still read it
         if _lock is not None:  # else Python ends
-            self.release()
+            self.release(waits=False)  # garbage may be collected amid a capture, which waiting would end
 
 
 class _Buffer:

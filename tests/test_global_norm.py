@@ -342,6 +342,7 @@ def at_offset(x, n_bytes):
     return placed
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("arch", ["sm_80", "sm_120"])
 def test_the_code_of_a_gpu_gives_the_bits_of_the_cpu(compiler, arch):
     for n in (*SIZES[:-1], 20_003):

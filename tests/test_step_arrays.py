@@ -116,6 +116,7 @@ def test_flags_are_bool_or_uint8_and_a_nan_is_not_zero():
     np.testing.assert_array_equal(param != 0, [False, False, True, True])
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("shape", [(9,), (), (9, 7)])
 @pytest.mark.parametrize("order", "CF")
 def test_rows_are_as_their_elements(shape, order):

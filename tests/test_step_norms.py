@@ -95,7 +95,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", few(OPTIONS, "a part, and rates"))
+@pytest.mark.parametrize("name", few(OPTIONS, "max_norm"))
 def test_every_option_of_a_step_is_in_them(name):
     options, of_step = OPTIONS[name]
     params = params_of(in_c_order=options.get("state_dtype") == "8bit")
