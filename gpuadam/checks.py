@@ -274,6 +274,10 @@ def update(views, zero_grad=False, nonzero=False, numbers=1):
 
     nonzero: elements whose gradient is 0 stay. numbers: of an element.
     """
+    for operand in OF_ROWS:
+        if operand in views and views[operand].of_complex:
+            name, dtype = views[operand].name, views[operand].of_complex
+            raise TypeError(f"{name} has dtype {dtype}: it has real numbers, one for each complex number too")
     formats(views, nonzero, numbers)
     for operand, view in views.items():
         written, in_groups = is_written(operand, views, zero_grad), views["m"].format == "uint8"

@@ -20,7 +20,7 @@ def repr_of(described, text):
     """Return text(), or if that fails a text that says so: a debugger asks amid a constructor, too, and after any fault."""
     try:
         return text()
-    except Exception as error:  # noqa: BLE001 - of any kind
+    except Exception as error:  # noqa: BLE001 - of any kind: nobody expects one of repr
         return f"<{type(described).__name__}, which cannot be described: {type(error).__name__}>"
 
 

@@ -77,7 +77,7 @@ def adam_step(
         leading dimensions of param alone, and so a number for each row, which takes some more time. Its numbers are not checked.
     where: a bool or uint8 array: elements of param and moments stay as they are where it is 0, or with "nonzero" where grad is 0.
         ema, a mean over steps, goes on there too. An array may be of rows, as lr_scale. It does not go with 8-bit state.
-    complex: what complex64 and complex128 params are taken for. grad is dL/dRe + i dL/dIm, which torch has, and JAX conjugated.
+    complex: what complex64 and complex128 params are taken for. grad is dL/dRe + i dL/dIm, as in torch; conjugate that of JAX.
         "joint": v is the mean of |grad|**2, a real array of param's shape, so that the step turns with the phase. "parts": real
         and imaginary parts are parameters of their own, and m and v are complex likewise. A complex m, v, max_v or ema may be a
         real array with a last dimension of 2 as well, as narrow ones have to be.

@@ -356,6 +356,15 @@ def test_gradients_and_state_of_other_kinds_are_refused():
     with unchanged(x=x, opt=opt), pytest.raises(ValueError, match="would need an order of complex numbers"):
         opt.groups[0]["bounds"] = (numbers(2), None)
         opt.step(numbers(1))
+    for how in ("joint", "parts"):
+        for name in ("lr_scale", "where"):
+            with unchanged(x=x), pytest.raises(TypeError, match=f"{name} .* has dtype complex64: it has real numbers"):
+                gpuadam.Adam(x, complex=how).step(numbers(1), **{name: numbers(2)})
+    fixed = numbers(0)
+    fixed.flags.writeable = False
+    with pytest.raises(ValueError, match="is read-only, and an update writes to it"):
+        gpuadam.adam_step(fixed, numbers(1), numbers(2), np.zeros((5, 7), "f4"), 1, complex="joint")
+    gpuadam.adam_step(numbers(1), fixed, 0 * fixed, np.zeros((5, 7), "f4"), 1, complex="joint")  # a gradient may be
     with pytest.raises(ValueError, match="complex cannot be changed after the optimizer is made"):
         opt.groups[0]["complex"] = "parts"
         opt.step(numbers(1))

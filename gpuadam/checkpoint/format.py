@@ -51,7 +51,7 @@ class Saved(NamedTuple):
         if self.params[name]["dtype"] in COMPLEX:
             return 2 if group.get("complex") == "joint" else 1
         components = group.get("components", 1)
-        # what is wrong with another says the optimizer that is made with it
+        # the optimizer that is made with any other value refuses it
         return components if type(components) is int and 1 <= components <= 4 else 1
 
 
