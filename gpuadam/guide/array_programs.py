@@ -14,8 +14,8 @@ A complex parameter needs a choice, because programs mean two things by its Adam
 | as in | optax, tike, ModOpt | torch, Dr.Jit |
 | bytes of a complex64 step | 48 | 56 |
 
-The gradient is dL/dRe + i dL/dIm. torch computes it so, and JAX its conjugate: give `xp.conj(grad)` there. Arrays may be complex64
-or complex128, of any strides. A norm, and clipping by it, are of the absolute values.
+The gradient is dL/dRe + i dL/dIm. torch computes it so, and JAX its conjugate: give `xp.conj(grad)` there.
+Arrays may be complex64 or complex128, of any strides. A norm, and clipping by it, are of the absolute values.
 
 >>> import numpy as np, gpuadam
 >>> field = np.zeros(2, "complex64")
