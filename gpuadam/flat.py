@@ -93,7 +93,7 @@ class Views(dict):
         for name, array in dict(*args, **kwargs).items():
             self[name] = array
 
-    def __ior__(self, arrays):  # type: ignore[misc]
+    def __ior__(self, arrays):  # type: ignore[misc]  # narrower than dict.__or__: a mapping alone
         self.update(arrays)
         return self
 
