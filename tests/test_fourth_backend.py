@@ -191,6 +191,16 @@ def test_formats_that_it_does_not_take_are_refused_before_a_write():
     assert all((a == 1).all() for a in arrays)
 
 
+def test_norms_that_it_does_not_take_are_refused_before_a_write():
+    params = {"w": np.ones(3, "f4")}
+    opt = gpuadam.Adam(params, lr=0.1, backend="numpy")
+    with pytest.raises(NotImplementedError, match="the backend numpy takes no norms of a step: leave norms out"):
+        opt.step({"w": np.ones(3, "f4")}, norms=True)
+    assert opt.state_dict()["state"]["w"]["step"] == 0 and (params["w"] == 1).all()
+    opt.step({"w": np.ones(3, "f4")})
+    assert opt.state_dict()["state"]["w"]["step"] == 1
+
+
 def test_a_name_that_is_taken_is_refused():
     with pytest.raises(ValueError, match="there is a backend 'numpy' already"):
         backends.register(backend)
