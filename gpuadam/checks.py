@@ -50,6 +50,11 @@ def bounds_of_param(value):
     """Return (low, high): of bounds, None or a pair of numbers, either of which may be None."""
     if value is None:
         return -math.inf, math.inf
+    if isinstance(value, dict):  # which would be unpacked into its names
+        raise ValueError(
+            f"bounds must be a pair, (low, high), not {shown(value)}. Bounds of arrays by name are a dict each, or None: "
+            "({'x': low_of_x}, {'x': high_of_x})"
+        )
     try:
         low, high = value
     except (TypeError, ValueError):

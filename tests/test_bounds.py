@@ -172,6 +172,7 @@ BAD = {
     "infinite": ({"bounds": (0, math.inf)}, ValueError, "the first not above the second; None is for no bound"),
     "too large": ({"bounds": (0, 1e39)}, ValueError, "bounds: 1e.39 overflows float32"),
     "empty": ({"bounds": ()}, ValueError, "bounds must be two numbers"),
+    "dict of pairs": ({"bounds": {"x": (0, 1), "y": (0, 1)}}, ValueError, "bounds must be a pair.* are a dict each"),
     "flag": ({"bounds": False}, ValueError, "bounds must be two numbers"),
 }
 
