@@ -1,8 +1,11 @@
 """`adam_step`: one update of one parameter's arrays."""
 
 from . import checks, hyperparameters
+from .repeated import RepeatedCall
 from .step_arrays import bounds_apart
 from .update import OPERANDS, Updates, update
+
+_REPEATED = RepeatedCall()
 
 
 def adam_step(
@@ -106,6 +109,13 @@ def adam_step(
     >>> print(param)
     [0.6 0.1]
     """
+    settings = (
+        betas, eps, weight_decay, decoupled, max_v, maximize, grad_scale, clip_value, bounds, algorithm, formula, eps_root,
+        remainder, param_copy, ema, ema_decay, change, lr_scale, where, complex, components, m_scale, v_scale, zero_grad,
+        stochastic_rounding, seed, backend, stream,
+    )  # fmt: skip
+    if _REPEATED.does((param, grad, m, v), settings, step, lr, backend):
+        return
     usual = algorithm == "adam" and formula == "torch" and eps_root == 0.0 and ema_decay == 0.999
     formulas = hyperparameters.ADAM  # which takes less time than to look it up
     if not usual or zero_grad is not False or decoupled is not False:
@@ -132,3 +142,4 @@ def adam_step(
         group.complex, group.components = checks.complex_parts(complex), checks.components(components)
         checks.combination(algorithm, optional, group.stochastic)
     update([group], backend, stream)
+    _REPEATED.note(group, settings)

@@ -34,6 +34,7 @@ from .kernels.scalars import step_key
 from .kernels.view import Bits, View, is_array
 from .options import Options
 from .remembered import Remembered
+from .repeated import RepeatedStep
 from .state import OF_GROUPS, Parameter, ParameterKind
 from .state_conversion import CONVERTED, Conversion, conversion
 from .step_arrays import StepArrays, bounds_of_loaded, of_bounds, saved_bounds, without_arrays
@@ -121,6 +122,7 @@ class Adam(HasGroups, Grows):
 
     decoupled = False
     algorithm = "adam"
+    repeats = True  # steps that are as the last ones take the short way
 
     def __init__(
         self,
@@ -168,7 +170,7 @@ class Adam(HasGroups, Grows):
         defaults |= {"amsgrad": amsgrad, "maximize": maximize, "clip_value": clip_value, "bounds": bounds}
         defaults |= {"complex": complex, "components": components}
         self.groups, self.arrangement = parsed_groups(params, defaults)
-        self._remembered, self.under_way = Remembered(), UnderWay()
+        self._remembered, self._repeated, self.under_way = Remembered(), RepeatedStep(), UnderWay()
         self._norm: Any = None  # of the last step, on a GPU
         self._step_norms: Any = None  # of every step, if capturable
         self._norm_counts: dict[int, Any] = {}  # for scalars that depend on a norm on the device, where the host counts
@@ -185,6 +187,7 @@ class Adam(HasGroups, Grows):
         """Return an optimizer like this one with other groups. states: name -> state that goes on. copies: name -> array."""
         twin = copy.copy(self)
         structures = [s._replace(names=list(g["names"])) for s, g in zip(self.arrangement.structures, groups, strict=True)]
+        twin._repeated = RepeatedStep()
         twin.groups, twin.arrangement = groups, self.arrangement._replace(structures=structures)
         beginnings = twin._checked_params()
         twin._make_parameters(beginnings, copies, states)
@@ -330,6 +333,9 @@ class Adam(HasGroups, Grows):
         error between the first launch and the end leaves parameters and state of two different steps: `step`, `state_dict` and
         `save` refuse from then on, until `load_state_dict` has set all of the state; the parameters have to be set too.
         """
+        options = grad_scale, max_norm, norm, check_finite, found_inf, change, lr_scale, where, norms, stream
+        if self._repeated.does(self, grads, options):
+            return None
         self.under_way.check()
         self.arrangement.check(self.groups)
         if grads is OF_PARAMS:
@@ -374,6 +380,8 @@ class Adam(HasGroups, Grows):
             count.advance(parameters)
         self.steps += 1
         self.ended()
+        if self.repeats:
+            self._repeated.note(self, self._groups, updates, options)
         return result
 
     def zero_grad(self, grads=OF_PARAMS, *, stream=None):

@@ -162,6 +162,11 @@ _latest: dict[tuple, Like] = {}  # by `settings_of`
 IN_STRUCTS = np.ndarray, Bits
 
 
+def known_like(group):
+    """Return the latest Like of updates with these settings whose arrays are NumPy's, or None."""
+    return _latest.get(settings_of(group))
+
+
 def settings_of(group):
     """Return what decides beside the arrays which Updates can be in one table."""
     settings = group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad, group.nonzero
@@ -331,14 +336,19 @@ def _launch(groups, batches, stream, under_way, norms=None):
         launches = [*scalars_of.values(), *launches]
         for scalars in scalars_of.values():
             scalars.prepare()
+    launch(launches, batches, scalars_of.values(), under_way)
+
+
+def launch(launches, batches, scalars=(), under_way=None):
+    """Make launches that are prepared, among them those of batches and of scalars. An error says how far they came."""
     if under_way is not None:
         under_way.begin()
     try:
-        for launch in launches:
-            launch.launch()
+        for one in launches:
+            one.launch()
     except Exception as error:
-        if any(launch.begun for launch in launches):
-            raise _cut_short(error, scalars_of.values(), batches) from error
+        if any(one.begun for one in launches):
+            raise _cut_short(error, scalars, batches) from error
         if under_way is not None:
             under_way.end()
         raise

@@ -6,11 +6,11 @@ import time
 import numba
 import numpy as np
 
-from gpuadam.kernels import change_cpu, cpu_kernels, cpu_threads, norm_cpu, numpy_struct
+from gpuadam.kernels import change_cpu, cpu_kernels, cpu_step, cpu_threads, norm_cpu, numpy_struct
 from gpuadam.kernels.backend import Backend, Batch, refuse_stream
 from gpuadam.kernels.cpu_kernels import CACHE_LINE
 from gpuadam.kernels.layout import collapse, dense
-from gpuadam.kernels.operands import widened
+from gpuadam.kernels.operands import operands_of_form, widened
 from gpuadam.kernels.view import on_cpu
 
 
@@ -62,7 +62,7 @@ class NumbaCpu(Backend):
 
     name, memory, boundary = "numba-cpu", "CPU", CACHE_LINE
 
-    numpy_struct = numpy_struct
+    numpy_struct, cpu_step = numpy_struct, cpu_step
     n_threads = staticmethod(cpu_threads.n_threads)
     one_thread = staticmethod(cpu_threads.one_thread)
     view = staticmethod(on_cpu)
@@ -75,6 +75,13 @@ class NumbaCpu(Backend):
         # Elements from which two threads finish sooner than one. `benchmarks/cpu_threads.py` shows where the lines cross.
         self.PARALLEL_FROM = 1 << 16
         self._rehearsed: set[tuple] = set()
+
+    def compiled(self, rule, form, scalars):
+        """Return the serial loop, compiled."""
+        kernel = self.build(rule, form, "serial")
+        table = np.zeros((0, numpy_struct.PARAM + len(operands_of_form(form))), np.int64)
+        kernel(table, 0, 0, 0, *scalars)
+        return kernel
 
     def rehearse(self, what, kernel, over_nothing):
         """Run a kernel once over no elements, which compiles it: between two launches that could fail."""

@@ -38,7 +38,7 @@ _formats = {
 
 # The rows of `Columns.expected`. BYTES: of an element. LAST: the length of a last dimension of numbers of one element, or 0.
 # TIMES: how many elements there are for each that the other dimensions count.
-DTYPE_OBJECT, FLAGS_NEEDED, BYTES, IS_SCALE, WRITTEN, LAST, TIMES = range(7)
+DTYPE_OBJECT, FLAGS_NEEDED, BYTES, IS_SCALE, WRITTEN, LAST, TIMES, FACTS = range(8)
 
 
 class Columns(NamedTuple):

@@ -69,6 +69,8 @@ class OffloadAdam(Adam):
     1 [0.6 0.4 0.5]
     """
 
+    repeats = False  # a step reads and writes files
+
     def __init__(
         self,
         params,
