@@ -60,7 +60,7 @@ class RepeatedCall:
         """Take over the settings of Updates that were made, if they were also those of the call before."""
         again = len(settings) == len(self._seen) and all(map(operator.is_, settings, self._seen))
         self._seen = settings
-        if not again or type(group.columns[0][0]) is not np.ndarray or not all(map(_stays, settings)):
+        if not again or type(group.columns[0][0]) is not np.ndarray or not all(map(stays, settings)):
             return
         kernels = self._kernels = backends.load("numba-cpu")
         like = known_like(group)
@@ -74,51 +74,67 @@ class RepeatedCall:
             self._plan.expect((kernels.build, kernels.PARALLEL_FROM, *settings))
 
 
-def _stays(setting):
-    return type(setting) in IMMUTABLE or (type(setting) is tuple and all(map(_stays, setting)))
+def stays(setting):
+    """Whether a setting stays what it is while it is the same object."""
+    return type(setting) in IMMUTABLE or (type(setting) is tuple and all(map(stays, setting)))
 
 
-class RepeatedStep:
-    """The last steps of an optimizer, and the plan of steps that are as these. An optimizer has one.
+class Repeats:
+    """The last steps of an optimizer.
 
     A step is taken over once several in a row were alike, and after more of them each time that the next one was not.
     """
 
     def __init__(self):
-        self._plan: Any = None
+        self.ready = False  # to take the next step if it is as the last one
         self._in_a_row, self._needed = 0, 1
 
     def __reduce__(self):  # a copy of an optimizer has other arrays
-        return (RepeatedStep, ())
+        return (type(self), ())
 
-    def does(self, optimizer, grads, options):
-        """Take the step if it is as the last ones, and return whether it was taken. options: the other arguments of `step`."""
-        if self._plan is None:
+    def worth_a_look(self):
+        """Count a step that went the long way, and return whether the next ones may be as this one."""
+        self._in_a_row += 1
+        return self._in_a_row > self._needed
+
+    def does(self, *step):
+        """Take the step if it is as the last one, and return whether it was taken. step: what `as_last` takes."""
+        if not self.ready:
             return False
-        if self._done(optimizer, grads, options):
+        if self.as_last(*step):
             return True
-        self._plan, self._in_a_row, self._needed = None, 0, min(2 * self._needed, 1024)
+        self.ready, self._in_a_row, self._needed = False, 0, min(2 * self._needed, 1024)
         return False
+
+    def as_last(self, *step):
+        """Take the step if it is as the last one; else do nothing. Return whether it was taken."""
+        raise NotImplementedError
+
+
+class RepeatedStep(Repeats):
+    """The last steps of an `Adam` over NumPy arrays."""
 
     def note(self, optimizer, groups, updates, options):
         """Take over a step that went the long way, if the next ones may be alike.
 
-        groups: the optimizer's, with parameters. updates: all of the step's. options: as in `does`.
+        groups: the optimizer's, with parameters. updates: all of the step's. options: all arguments of `step` but the gradients.
         """
-        self._in_a_row += 1
-        if self._in_a_row <= self._needed or len(groups) != 1 or len(updates) != 1:
+        if not self.worth_a_look() or len(groups) != 1 or len(updates) != 1:
             return
         (settings,), (group,), (only,) = optimizer.groups, groups, updates
         parameters, places = group.parameters, optimizer.arrangement.places
         states, names, n = [parameter.state for parameter in parameters], group.structure.names, len(parameters)
-        stays = {**settings, "params": None, "names": None}
-        self._holder = places[0][0] if places else None
-        if (
-            group.kind is None or len(only.columns[0]) != n or not all(map(operator.is_, options[1:], NO_OPTIONS))
-            or not all(map(_stays, (options[0], *stays.values()))) or not all(type(s["step"]) is int for s in states)
-            or len(only.columns) != 2 + len(group.kind.kept) or not all(type(x) is np.ndarray for x in sum(only.columns, []))
-            or (places and (type(self._holder) not in (dict, list) or len(places) != n or len(self._holder) != n))
-        ):  # fmt: skip
+        kind, others = group.kind, [value for key, value in settings.items() if key not in ("params", "names")]
+        holder = places[0][0] if places else None
+        if kind is None or len(only.columns) != 2 + len(kind.kept) or len(only.columns[0]) != n:
+            return  # of several kinds, with more arrays, or not of all parameters
+        if not all(map(operator.is_, options[1:], NO_OPTIONS)) or not all(map(stays, (options[0], *others))):
+            return
+        if places and (type(holder) not in (dict, list) or not len(places) == len(holder) == n):
+            return  # in several, or beside others
+        if not all(type(state["step"]) is int for state in states):
+            return
+        if not all(type(array) is np.ndarray for column in only.columns for array in column):
             return
         self._plan = plan_of(only, n)
         if self._plan is None:
@@ -126,22 +142,14 @@ class RepeatedStep:
         kernels = self._kernels = backends.load("numba-cpu")
         values = [kernels.cpu_step.ANY if key == "lr" else value for key, value in settings.items()]
         self._plan.expect((kernels.build, kernels.PARALLEL_FROM, *options, *settings, *values))
-        self._one, self._states, self._names = group.structure.kind == ONE, states, names
-        self._of_state = operator.itemgetter("step", *group.kind.kept)
+        self._one, self._states, self._names, self._holder = group.structure.kind == ONE, states, names, holder
+        self._of_state = operator.itemgetter("step", *kind.kept)
         self._form = hyperparameters.constants(only.h.fixed, known_like(only).arrays).form
         for state in states:
             state["step"] = states[0]["step"]  # one object, which compiled code finds again
+        self.ready = True
 
-    def does(self, optimizer, grads, options):
-        """Take the step if it is as the last ones, and return whether it was taken. options: the other arguments of `step`."""
-        if self._plan is None:
-            return False
-        if self._done(optimizer, grads, options):
-            return True
-        self._plan, self._in_a_row, self._needed = None, 0, min(2 * self._needed, 1024)
-        return False
-
-    def _done(self, optimizer, grads, options):
+    def as_last(self, optimizer, grads, options):
         plan, kernels, under_way, names = self._plan, self._kernels, optimizer.under_way, self._names
         if len(optimizer.groups) != 1 or under_way.changing or not backends.takes_numpy(optimizer.backend):
             return False

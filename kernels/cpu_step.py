@@ -229,3 +229,27 @@ def _of_several(arrays, n_rows, width, list_type, objects):
         for k in range(2, width):
             objects[k * n_rows + row] = _int64_at(state + 8 * (k - 1))
     return True
+
+
+def _stored(function):
+    return compiled_cache.stored(njit(function), function.__name__)
+
+
+_float32_at, _store_float32 = load_at(intrinsic, types.float32), store_at(intrinsic, types.float32)
+
+
+@_stored
+def common_count(addresses):
+    """Return the number that the float32 at all addresses are, or -1."""
+    count = _float32_at(addresses[0])
+    for k in range(1, addresses.size):
+        if _float32_at(addresses[k]) != count:
+            return np.float32(-1)
+    return count
+
+
+@_stored
+def advance(addresses):
+    """Add 1 to the float32 at all addresses."""
+    for k in range(addresses.size):
+        _store_float32(addresses[k], _float32_at(addresses[k]) + np.float32(1))

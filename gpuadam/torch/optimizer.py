@@ -18,6 +18,7 @@ from ..under_way import UnderWay
 from ..update import Updates, update
 from . import distributed
 from . import state as torch_state
+from .repeated import RepeatedSteps
 from .step_counts import Clock, HostCounts
 
 # The settings of a group: those that torch's Adam has
@@ -114,7 +115,7 @@ class Adam(torch.optim.Optimizer):
 
     def _forget(self):
         """Begin without what is known beside the state, which others may have replaced."""
-        self._remembered, self._counts = Remembered(), HostCounts()
+        self._remembered, self._repeated, self._counts = Remembered(), RepeatedSteps(), HostCounts()
         self._clocks: list[Clock] = []
 
     @property
@@ -141,7 +142,7 @@ class Adam(torch.optim.Optimizer):
             raise ValueError("foreach and fused cannot both be True: they name two implementations. Leave them out")
         checks.flag("capturable", group["capturable"])
         checks.flag("amsgrad", group["amsgrad"])
-        arrays = self._kept(group, torch.bfloat16)  # parameters of this dtype have every kind of state
+        arrays = self.kept(group, torch.bfloat16)  # parameters of this dtype have every kind of state
         checks.combination("adam", [array.operand for array in arrays], self.options.stochastic_rounding)
         lr, betas, eps, weight_decay, decoupled, maximize = (group[key] for key in OF_A_STEP)
         numbers = _number("lr", lr), _number("betas", betas), eps, weight_decay
@@ -159,13 +160,17 @@ class Adam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not hasattr(self, "grad_scale") and self._repeated.does(self):
+            return loss
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and not all(map(_on_device, self.param_groups)):
             if found_inf.item():
                 return loss
             found_inf = None
         updates, params, counted, clocks = [], [], [], []
+        taken: list[tuple] = []
         for k, (group, members) in enumerate(self._members()):
+            before = len(updates)
             if members and _on_device(group):
                 clocks.append(self._clock(k, group, members))
                 updates.append(self._captured(group, members, clocks[-1], grad_scale, found_inf))
@@ -174,6 +179,7 @@ class Adam(torch.optim.Optimizer):
                 for count, alike in self._alike(members):
                     updates.append(self._update(h, count + 1, group, alike))
                     counted.append((count + 1, _steps(alike)))
+            taken.append((group, members, updates[before:]))
             params += [member.param for member in members]
         if updates:
             update(updates, self.backend, remembered=self._remembered, under_way=self.under_way)
@@ -182,6 +188,8 @@ class Adam(torch.optim.Optimizer):
             for clock in clocks:
                 clock.copy()
             self.under_way.end()
+            if grad_scale is None:
+                self._repeated.note(self, taken)
         return loss
 
     def state_dict(self):
@@ -220,7 +228,7 @@ class Adam(torch.optim.Optimizer):
     def _update(self, h, step, group, members, now=None):
         """Return the Updates of Members that take the same step."""
         numbers, names, params, states = map(list, zip(*members, strict=True))
-        arrays = self._kept(group, params[0].dtype)
+        arrays = self.kept(group, params[0].dtype)
         try:
             columns = [params, [param.grad for param in params], *([state[a.name] for state in states] for a in arrays)]
         except KeyError as error:
@@ -237,7 +245,7 @@ class Adam(torch.optim.Optimizer):
 
     # State
 
-    def _kept(self, group, dtype):
+    def kept(self, group, dtype):
         """Return the Arrays of state of the parameters of some dtype in a group."""
         return torch_state.kept(self.options.state_dtype, self.options.master, group["amsgrad"], dtype)
 
@@ -252,7 +260,7 @@ class Adam(torch.optim.Optimizer):
         checks.layout(view)
         if self.options.state_dtype == "8bit":
             checks.eight_bits(view)
-        self.state[param] = state = torch_state.new(self._kept(group, param.dtype), param, group["capturable"])
+        self.state[param] = state = torch_state.new(self.kept(group, param.dtype), param, group["capturable"])
         return state
 
     def load_state_dict(self, state_dict, *, convert=False):
@@ -311,7 +319,7 @@ class Adam(torch.optim.Optimizer):
             names = present.get("param_names") or saved["params"]
             for key, name, param in zip(saved["params"], names, present["params"], strict=True):
                 if state := states.get(key):
-                    arrays, label = self._kept(group, param.dtype), f"params[{shown(name)}]"
+                    arrays, label = self.kept(group, param.dtype), f"params[{shown(name)}]"
                     loaded[param] = torch_state.converted(state, arrays, param, group["capturable"], label, convert)
         return loaded
 

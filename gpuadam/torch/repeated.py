@@ -1,0 +1,164 @@
+"""Steps over torch's tensors in CPU memory that are as the last one, but for the learning rate and the gradients' memory.
+
+The long way makes NumPy arrays of tensors, which takes some microseconds for each. Here a step reads of each tensor what may have
+changed since the last one, compares it, and updates the memory that it knows. It goes the long way as soon as anything differs.
+"""
+
+import itertools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .. import backends, checks, hyperparameters, torch_tensors
+from ..kernels import adam
+from ..repeated import Repeats, stays
+from ..update import Like, known_like, launch
+from .distributed import PLAIN
+from .step_counts import LAST
+
+OPEN = "params", "param_names", "lr"  # the settings of a group that may be other objects, or are compared in another way
+# What may change of a tensor while it stays the same object, and what has to be known of a gradient, which may be a new one
+OF_HELD = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.size, torch.Tensor.dtype.__get__, torch.Tensor.is_neg  # type: ignore[attr-defined]
+OF_GRADS = *OF_HELD[1:], torch.Tensor.is_cpu.__get__  # type: ignore[attr-defined]
+IS_LEAF = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
+GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
+
+
+class Known(NamedTuple):
+    """What is known of a group of parameters after a step."""
+
+    settings: dict[str, Any]
+    params: list[torch.Tensor]  # that have gradients
+    absent: list[torch.Tensor]  # that have none
+    states: list[dict[str, Any]]
+    of_state: Callable | None  # the tensors of a state, of which the first is its count
+    held: list[torch.Tensor]  # params, and those of all states
+    of_held: list  # what was read of params and moments
+    of_grads: list
+    pointers: list[int]  # to the gradients
+    counts: np.ndarray  # the addresses of the counts, float32
+    h: hyperparameters.Hyperparameters | None
+    like: Like | None
+    table: np.ndarray
+    names: list[str]
+    written: list[torch.Tensor]
+
+
+class RepeatedSteps(Repeats):
+    """The last steps of an optimizer of torch, where they were of tensors in CPU memory. An optimizer has one."""
+
+    def note(self, optimizer, taken):
+        """Take over a step that went the long way, if the next ones may be alike.
+
+        taken: (group, Members, list of their Updates) of each group.
+        """
+        if not self.worth_a_look():
+            return
+        self._known = [_known(optimizer, *of_group) for of_group in taken]
+        self.ready = None not in self._known
+
+    def as_last(self, optimizer):
+        groups, known = optimizer.param_groups, self._known
+        if len(groups) != len(known) or optimizer.under_way.changing or not backends.takes_numpy(optimizer.backend):
+            return False
+        kernels, moved = backends.load("numba-cpu"), False
+        for group, one in zip(groups, known, strict=True):
+            if not (_same_settings(group, one.settings) and _same_tensors(group, one, optimizer.state)):
+                return False
+            grads = list(map(GRAD, one.params))
+            if not set(map(type, grads)) <= PLAIN or _read(grads, OF_GRADS) != one.of_grads:
+                return False
+            pointers = list(map(torch.Tensor.data_ptr, grads))
+            if pointers != one.pointers:
+                if not all(pointers):  # one has no elements, or its storage was freed
+                    return False
+                one.pointers[:], one.table[:, kernels.numpy_struct.PARAM + 1], moved = pointers, pointers, True
+        present = [(group["lr"], one) for group, one in zip(groups, known, strict=True) if one.params]
+        if moved and not kernels.numpy_struct.all_disjoint([(one.table, one.like.columns) for _, one in present]):
+            return False
+        batches = []
+        for lr, one in present:
+            count = int(kernels.cpu_step.common_count(one.counts))
+            if not 0 <= count < LAST:
+                return False
+            h = one.h._replace(lr=checks.non_negative("lr", lr))
+            form, scalars = hyperparameters.form_and_scalars(h, count + 1, one.like.arrays)
+            n = one.table[:, kernels.numpy_struct.SIZE].sum().item()
+            batches.append(kernels.batch_of(one.table, n, one.like.arrays, False, 0, one.names))
+            batches[-1].prepare(adam, form, scalars, None)
+        launch(batches, batches, under_way=optimizer.under_way)
+        for _, one in present:
+            kernels.cpu_step.advance(one.counts)
+            torch_tensors.wrote(one.written)
+        optimizer.under_way.end()
+        return True
+
+
+def _known(optimizer, group, members, updates):
+    """Return what is Known of a group after its step, or None if steps of it are not repeated."""
+    settings, params = dict(group), [member.param for member in members]
+    absent = [param for param in group["params"] if param.grad is None]
+    if not all(stays(value) for key, value in settings.items() if key not in OPEN) or type(group["lr"]) is not float:
+        return None
+    if not members:
+        nothing = np.zeros(0, np.int64)
+        of_held, of_grads = _read([], OF_HELD), _read([], OF_GRADS)
+        return Known(settings, [], absent, [], None, [], of_held, of_grads, [], nothing, None, None, nothing, [], [])
+    like = known_like(updates[0]) if len(updates) == 1 else None
+    only, kernels = updates[0], backends.load("numba-cpu")
+    if like is None or like.random or like.columns.of_complex or only.now is not None or only.starts:
+        return None
+    if not all(set(map(type, column)) <= PLAIN for column in only.columns):
+        return None
+    columns = [torch_tensors.all_in_numpy(column, written=False) for column in only.columns]
+    table = kernels.numpy_struct.table(columns, like.columns) if all(type(x) is np.ndarray for x in sum(columns, [])) else None
+    states = [member.state for member in members]
+    counts = [state["step"] for state in states]
+    if table is None or not _are_counts(counts):
+        return None
+    names_of_state = [array.name for array in optimizer.kept(group, params[0].dtype)]
+    of_state, (_, grads, *_) = operator.itemgetter("step", *names_of_state), only.columns
+    held = [*params, *itertools.chain.from_iterable(map(of_state, states))]
+    return Known(
+        settings, params, absent, states, of_state, held, _read(held, OF_HELD), _read(grads, OF_GRADS),
+        list(map(torch.Tensor.data_ptr, grads)), np.array(list(map(torch.Tensor.data_ptr, counts))), only.h, like, table, only.names, only.written(),
+    )  # fmt: skip
+
+
+def _are_counts(counts):
+    """Whether the counts of states are such as torch makes them."""
+    return all(type(c) is torch.Tensor and c.dtype is torch.float32 and c.is_cpu and c.ndim == 0 for c in counts)
+
+
+def _read(tensors, functions):
+    """Return what functions read of tensors."""
+    return [list(map(function, tensors)) for function in functions]
+
+
+def _same_settings(group, known):
+    """Whether the settings of a group are the same objects as before, but for lr, which has to be a float."""
+    if type(group["lr"]) is not float or list(group) != list(known):
+        return False
+    return all(value is known[key] for key, value in group.items() if key != "lr")
+
+
+def _same_tensors(group, one, state):
+    """Whether the parameters of a group and their state are the tensors of before, and as they were, and the same have gradients."""
+    params = group["params"]
+    if len(params) != len(one.params) + len(one.absent) or any(param.grad is not None for param in one.absent):
+        return False
+    if one.absent:
+        params = [param for param in params if param.grad is not None]
+    if not (len(params) == len(one.params) and all(map(operator.is_, params, one.params))):
+        return False
+    states = list(map(state.get, params))
+    if not all(map(operator.is_, states, one.states)):
+        return False
+    try:
+        held = [*params, *itertools.chain.from_iterable(map(one.of_state, states))]
+    except KeyError:
+        return False
+    return all(map(operator.is_, held, one.held)) and all(map(IS_LEAF, params)) and _read(held, OF_HELD) == one.of_held
