@@ -43,6 +43,7 @@ class Known(NamedTuple):
     h: hyperparameters.Hyperparameters | None
     like: Like | None
     table: np.ndarray
+    n: int  # elements of the table
     names: list[str]
     written: list[torch.Tensor]
 
@@ -84,10 +85,9 @@ class RepeatedSteps(Repeats):
             count = int(kernels.cpu_step.common_count(one.counts))
             if not 0 <= count < LAST:
                 return False
-            h = one.h._replace(lr=checks.non_negative("lr", lr))
+            h = hyperparameters.Hyperparameters(checks.non_negative("lr", lr), one.h.fixed)
             form, scalars = hyperparameters.form_and_scalars(h, count + 1, one.like.arrays)
-            n = one.table[:, kernels.numpy_struct.SIZE].sum().item()
-            batches.append(kernels.batch_of(one.table, n, one.like.arrays, False, 0, one.names))
+            batches.append(kernels.batch_of(one.table, one.n, one.like.arrays, False, 0, one.names))
             batches[-1].prepare(adam, form, scalars, None)
         launch(batches, batches, under_way=optimizer.under_way)
         for _, one in present:
@@ -106,7 +106,7 @@ def _known(optimizer, group, members, updates):
     if not members:
         nothing = np.zeros(0, np.int64)
         of_held, of_grads = _read([], OF_HELD), _read([], OF_GRADS)
-        return Known(settings, [], absent, [], None, [], of_held, of_grads, [], nothing, None, None, nothing, [], [])
+        return Known(settings, [], absent, [], None, [], of_held, of_grads, [], nothing, None, None, nothing, 0, [], [])
     like = known_like(updates[0]) if len(updates) == 1 else None
     only, kernels = updates[0], backends.load("numba-cpu")
     if like is None or like.random or like.columns.of_complex or only.now is not None or only.starts:
@@ -124,7 +124,8 @@ def _known(optimizer, group, members, updates):
     held = [*params, *itertools.chain.from_iterable(map(of_state, states))]
     return Known(
         settings, params, absent, states, of_state, held, _read(held, OF_HELD), _read(grads, OF_GRADS),
-        list(map(torch.Tensor.data_ptr, grads)), np.array(list(map(torch.Tensor.data_ptr, counts))), only.h, like, table, only.names, only.written(),
+        list(map(torch.Tensor.data_ptr, grads)), np.array(list(map(torch.Tensor.data_ptr, counts))), only.h, like, table,
+        table[:, kernels.numpy_struct.SIZE].sum().item(), only.names, only.written(),
     )  # fmt: skip
 
 
