@@ -83,7 +83,7 @@ def bytes_held(name, n):
 def contenders_of(kernels, name, n):
     """Return {contender: function that does, or enqueues, one step} of a form."""
     case = FORMS[name]
-    found = forms.kernel_and_limit(kernels, case, forms.new_arrays(kernels, case, n))
+    found = forms.kernel_and_movers(kernels, case, forms.new_arrays(kernels, case, n))
     if name in CALLED:
         found[CALL] = forms.caller(kernels, case, forms.new_arrays(kernels, case, n))
     return found

@@ -55,7 +55,9 @@ def contenders_of(kernels, n):
 
         contenders[f"{STEP}, norms by hand"] = by_hand
     arrays = [param, grad, opt.state["0"]["m"], opt.state["0"]["v"]]
-    return contenders | {measure.LIMIT: forms.launcher(kernels, forms.FORMS["float32"], arrays, limit)}
+    for name, rule in limit.movers(kernels.memory).items():
+        contenders[measure.OF_MOVER + name] = forms.launcher(kernels, forms.FORMS["float32"], arrays, rule)
+    return contenders
 
 
 def draw(rows, path):

@@ -173,12 +173,16 @@ class RepeatedStep(Repeats):
         elif holder is not None:
             arrays += holder, params
         under_way.begin()
-        status = plan.step(arrays, (kernels.build, kernels.PARALLEL_FROM, *options, *settings, *settings.values()), count + 1, lr)
+        status = plan.step(
+            arrays, (kernels.build, kernels.PARALLEL_FROM, *options, *settings, *settings.values()), count + 1, lr
+        )
         if status != kernels.cpu_step.DONE:
             under_way.end()  # nothing has been done
             if status == kernels.cpu_step.OTHER:
                 return False
-            batch = kernels.batch_of(plan.table, plan.table[:, kernels.numpy_struct.SIZE].sum().item(), None, False, 0, names)
+            batch = kernels.batch_of(
+                plan.table, plan.table[:, kernels.numpy_struct.SIZE].sum().item(), None, False, 0, names
+            )
             batch.prepare(adam, self._form, plan.scalars.tolist(), None)
             launch([batch], [batch], under_way=under_way)
         for state in states:

@@ -12,10 +12,9 @@ from numba import njit
 from numba.extending import intrinsic
 
 from gpuadam.kernels import adam, compiled_cache, cpu_threads, numba_access, primitives
+from gpuadam.kernels.numba_access import CACHE_LINE, FETCHED
 from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
 from gpuadam.kernels.operands import GROUP, operands_of_form
-
-CACHE_LINE = 64  # bytes
 
 
 @functools.cache
@@ -29,7 +28,9 @@ def build(rule, form, loop):
     element = compiled_cache.named(rule.in_python(form, primitives.for_numba(intrinsic)), rule, form)
     update = njit(error_model="numpy")(element)
     access = numba_access.functions(form, intrinsic)
-    load, store, moved, stepped = access.load, access.store, access.moved, access.stepped
+    load, store, moved, stepped, fetch = access.load, access.store, access.moved, access.stepped, access.fetch
+    # How many elements ahead of an element a rule wants its memory asked for; without it the processor finds out by itself.
+    AHEAD = getattr(rule, "AHEAD", 0)
     operands_at = numba_access.tuple_at(intrinsic, len(operands_of_form(form)))
     PARAM_SIZE = operands_of_form(form)[0].itemsize
 
@@ -49,8 +50,14 @@ def build(rule, form, loop):
                     high = (index + start) >> 32
                     end_of_part = min(line if start < line else stop, ((high + 1) << 32) - index)
                     here, first_here = moved(at, start), index + start
-                    for i in range(end_of_part - start):
-                        store(here, i, update(*load(here, i), s), first_here, high, row_key)
+                    if AHEAD:
+                        for block in range(0, end_of_part - start, FETCHED):
+                            fetch(here, block + AHEAD)
+                            for i in range(block, min(block + FETCHED, end_of_part - start)):
+                                store(here, i, update(*load(here, i), s), first_here, high, row_key)
+                    else:
+                        for i in range(end_of_part - start):
+                            store(here, i, update(*load(here, i), s), first_here, high, row_key)
                     start = end_of_part
 
     def strided(at, shape, strides, index, key, s):

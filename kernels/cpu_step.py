@@ -120,7 +120,12 @@ _store = store_at(intrinsic, types.float64)
 _pointer = llvm.function(
     intrinsic, "pointer", lambda b, address: b.inttoptr(address, ir.IntType(8).as_pointer()), types.voidptr(types.int64)
 )
-OF_A_KERNEL = types.Array(types.int64, 2, "C"), types.int64, types.int64, types.int64  # table, first, last, key; then its scalars
+OF_A_KERNEL = (
+    types.Array(types.int64, 2, "C"),
+    types.int64,
+    types.int64,
+    types.int64,
+)  # table, first, last, key; then its scalars
 
 
 def _launching(n):
@@ -163,7 +168,11 @@ def compiled(variant, decoupled, n_scalars, several):
                 return OTHER
         n_rows, width = _int64_at(plan + 8 * ROWS), _int64_at(plan + 8 * WIDTH)
         objects = np.empty(n_rows * width, np.int64)
-        if t < _int64_at(plan + 8 * BEGINS) or not 0.0 <= lr < np.inf or not gather(arrays, n_rows, width, _int64_at(plan + 8 * LIST_TYPE), objects):
+        if (
+            t < _int64_at(plan + 8 * BEGINS)
+            or not 0.0 <= lr < np.inf
+            or not gather(arrays, n_rows, width, _int64_at(plan + 8 * LIST_TYPE), objects)
+        ):
             return OTHER
         expected = carray(_pointer(_int64_at(plan + 8 * EXPECTED)), (FACTS, width), np.int64)
         table = carray(_pointer(_int64_at(plan + 8 * TABLE)), (n_rows, PARAM + width), np.int64)

@@ -1,11 +1,13 @@
 """The limit rule: the bytes of an Adam step and no arithmetic worth the name.
 
-Its speed is the memory's limit, the measure of every other rule: `python -m gpuadam bench` runs both in turn, through the same
-kernels and on the same arrays.
+The speed of the fastest of its MOVERS is the memory's limit, the measure of every other rule: `python -m gpuadam bench` runs all of
+them in turn, through the same kernels and on the same arrays.
 
 It adds decay * grad to every value. decay is 0 in a step without weight decay, but a compiler does not know this: every byte is
 read and written, and no number changes, however often it runs.
 """
+
+import sys
 
 from gpuadam.kernels.adam import scalar_names
 
@@ -38,3 +40,22 @@ __device__ __forceinline__ void update(V& param, V grad, V& m, T& v, T& max_v, V
     ema = fma_(decay, grad, ema);
 }}
 """
+
+
+class Ahead:
+    """A rule with the wish that a loop of the CPU asks for the memory of elements that are so many ahead of its own."""
+
+    def __init__(self, rule, n):
+        self.in_python, self.AHEAD, self.__name__ = rule.in_python, n, f"{rule.__name__}_{n}_ahead"
+
+
+# The ways to move the bytes, by what they are called: on a GPU, and on a CPU, where it depends on the processor which is fastest
+ON_GPU = {"a kernel": sys.modules[__name__]}
+ON_CPU = {"a loop": sys.modules[__name__]} | {
+    f"a loop, {n} elements ahead": Ahead(sys.modules[__name__], n) for n in (128, 512, 2048)
+}
+
+
+def movers(memory):
+    """Return the rules that move the bytes of a step, by what they are called. memory: of the backend, "CPU" or "CUDA"."""
+    return ON_CPU if memory == "CPU" else ON_GPU

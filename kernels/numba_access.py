@@ -16,6 +16,9 @@ from gpuadam.kernels.layout import aligned_to
 from gpuadam.kernels.llvm import F32, F64, U8, U16, U32, U64
 from gpuadam.kernels.operands import FORMATS, GROUP, KINDS, RESULTS, STATE, VALUES, decodings, operands_of_form
 
+CACHE_LINE = 64  # bytes
+FETCHED = 64  # elements that `fetch` asks for at once: whole cache lines of every format
+
 
 def functions(form, intrinsic, lanes=1, addrspace=0):
     """Return the functions of a Form, for Python that Numba compiles. They are the public methods of `_Emitter`, less b.
@@ -39,6 +42,7 @@ def functions(form, intrinsic, lanes=1, addrspace=0):
         "store": void(addresses, i64, results, i64, i64, i64),
         "zero_grad": void(addresses, i64),
         "moved": addresses(addresses, i64),
+        "fetch": void(addresses, i64),
         "stepped": addresses(addresses, addresses, i64),
     }
     of_groups = {
@@ -131,6 +135,20 @@ class _Emitter:
     def moved(self, b, at, i):
         """Return the addresses of element i."""
         return self.stepped(b, at, [U64(operand.itemsize) for operand in self.operands.values()], i)
+
+    def fetch(self, b, at, i):
+        """Ask for the memory of the elements i ... i + FETCHED - 1, which need not be there."""
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        prefetch = b.module.globals.get("llvm.prefetch.p0i8") or ir.Function(b.module, kind, "llvm.prefetch.p0i8")
+        for operand, address in zip(self.operands.values(), at, strict=True):
+            if not operand.of_groups:
+                first = b.add(address, b.mul(U64(operand.itemsize), i))
+                for line in range(0, FETCHED * operand.itemsize, CACHE_LINE):
+                    place = b.inttoptr(b.add(first, U64(line)), byte)
+                    b.call(
+                        prefetch, [place, number(int(operand.stores)), number(3), number(1)]
+                    )  # to write it; keep it; data
 
     def stepped(self, b, at, strides, k):
         """Return the addresses k strides on."""

@@ -1,9 +1,9 @@
 """python -m gpuadam bench: throughput of every form of the step, in GB/s and in percent of the limit.
 
 An Adam step of float32 moves 28 bytes an element: it reads param, grad, m and v, and writes param, m and v. Other forms
-(`measuring/forms.py`) move other bytes. The limit is the time of a kernel of the same shape, which moves the same bytes of the
-same formats and computes next to nothing (`kernels/limit.py`). It is measured in the same run, in turn with the step, so that the
-machine's other work touches both.
+(`measuring/forms.py`) move other bytes. The limit is the time of the fastest of several ways to move the same bytes of the same
+arrays, which compute next to nothing (`kernels/limit.py`). They are measured in the same run, in turn with the step, so that the
+machine's other work touches all of them.
 """
 
 import time
@@ -17,7 +17,7 @@ from .measuring.measure import CALL
 HELP = "throughput, in GB/s and in percent of the measured limit"
 SIZES = {"CPU": (10**3, 10**4, 10**5, 10**6, 10**7, 2 * 10**7), "CUDA": tuple(1 << k for k in range(16, 27, 2))}
 FOOTNOTE = """\
-One step, kernel and launch. % of limit: the limit kernel's time over the step's, medians of one run in turn.
+One step, kernel and launch. % of limit: the time of the fastest way to move its bytes over the step's, medians of one run in turn.
 bytes: read and written of an element.
 call: host time of one gpuadam.adam_step, its checks included (on a GPU it returns before the step is done)."""
 
@@ -54,6 +54,8 @@ def run(options):
     for (backend,), of_backend in measure.groups(rows, "backend").items():
         console.print(table(backend, of_backend))
     console.print(FOOTNOTE)
+    movers = dict.fromkeys(row["mover"] for row in rows if row["mover"])
+    console.print(f"The fastest way was {' or '.join(movers)}.")
     if note := measure.on_busy_machine(rows):
         console.print(note)
     console.print(", ".join(dict.fromkeys(rows[0][key] for key in ("device", "cpu", "system", "date"))))
@@ -77,7 +79,7 @@ def rows_of(kernels, form, n, seconds):
     """Return the rows of one size: the step and the limit kernel in turn, for about `seconds`, and the host's time of a call."""
     case = forms.FORMS[form]
     arrays = forms.new_arrays(kernels, case, n)
-    contenders = forms.kernel_and_limit(kernels, case, arrays)
+    contenders = forms.kernel_and_movers(kernels, case, arrays)
     times = measure.in_turn(kernels, list(contenders.values()), seconds)
     call, calls = forms.caller(kernels, case, arrays), []
     for _ in range(min(len(times[0]), 200)):
@@ -91,7 +93,7 @@ def rows_of(kernels, form, n, seconds):
         measure.row("bench", contender, **of_row, **in_turn, seconds=seconds)
         for contender, seconds in zip(contenders, times, strict=True)
     ]
-    measure.add_ratios(rows)
+    rows = measure.add_ratios(rows)
     rows.append(measure.row("bench", CALL, **of_row, state="warm", seconds=calls))
     return [row | {"bytes_per_element": n_bytes} for row in rows]
 

@@ -114,7 +114,9 @@ def _known(optimizer, group, members, updates):
     if not all(set(map(type, column)) <= PLAIN for column in only.columns):
         return None
     columns = [torch_tensors.all_in_numpy(column, written=False) for column in only.columns]
-    table = kernels.numpy_struct.table(columns, like.columns) if all(type(x) is np.ndarray for x in sum(columns, [])) else None
+    table = (
+        kernels.numpy_struct.table(columns, like.columns) if all(type(x) is np.ndarray for x in sum(columns, [])) else None
+    )
     states = [member.state for member in members]
     counts = [state["step"] for state in states]
     if table is None or not _are_counts(counts):

@@ -89,7 +89,7 @@ def bytes_moved(case):
 
 
 def bytes_held(case, n, memory):
-    """Return about how many bytes of a kind of memory are held while `kernel_and_limit` is measured on arrays of n elements.
+    """Return about how many bytes of a kind of memory are held while `kernel_and_movers` is measured on arrays of n elements.
 
     >>> bytes_held(FORMS["float32"], 1000, "CUDA"), bytes_held(FORMS["float32"], 1000, "CPU")
     (16000, 24000)
@@ -125,17 +125,17 @@ def _stored(operand, values, n):
     return values.astype(operand.format, copy=False)
 
 
-def kernel_and_limit(kernels, case, arrays):
-    """Return {contender: function that launches it}: the step on these arrays, and its limit.
+def kernel_and_movers(kernels, case, arrays):
+    """Return {contender: function that launches it}: the step on these arrays, and the ways to move its bytes.
 
-    Both have the same arrays, because the pages of an array can matter. With 8-bit state each has its own: the limit would store
+    All have the same arrays, because the pages of an array can matter. With 8-bit state the movers have their own: they would store
     v in the place of the root of v.
     """
     of_limit = new_arrays(kernels, case, arrays["param"].size) if case.arrays.grouped else arrays
-    return {
-        measure.KERNEL: launcher(kernels, case, arrays.values(), adam),
-        measure.LIMIT: launcher(kernels, case, of_limit.values(), limit),
-    }
+    contenders = {measure.KERNEL: launcher(kernels, case, arrays.values(), adam)}
+    for name, rule in limit.movers(kernels.memory).items():
+        contenders[measure.OF_MOVER + name] = launcher(kernels, case, of_limit.values(), rule)
+    return contenders
 
 
 def launcher(kernels, case, arrays, rule):

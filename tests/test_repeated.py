@@ -1,0 +1,361 @@
+"""Steps that are as the last one are made in one compiled call: they have the bits of the long way, and miss no change."""
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+
+import gpuadam
+from gpuadam import functional, hyperparameters
+from gpuadam.kernels import cpu_step
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
+from gpuadam.kernels.scalars import on_host, powers_on_host
+from gpuadam.repeated import RepeatedCall
+
+CLASSES = {
+    "Adam": gpuadam.Adam, "AdamW": gpuadam.AdamW, "RAdam": gpuadam.RAdam, "AdaMax": gpuadam.AdaMax, "NAdam": gpuadam.NAdam,
+}  # fmt: skip
+OPTIONS = [
+    {},
+    {"amsgrad": True},
+    {"ema_decay": 0.9},
+    {"zero_grad": True},
+    {"clip_value": 0.5},
+    {"formula": "optax", "eps_root": 1e-9},
+]
+
+
+def numbers(shape, seed, dtype="f4"):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def same(a, b):
+    return a.dtype == b.dtype and a.tobytes("A") == b.tobytes("A")
+
+
+def long_way(opt):
+    """Let every step of an optimizer go the long way."""
+    opt._repeated.does = lambda *step: False
+    return opt
+
+
+def everything(opt):
+    arrays = [param for group in opt.groups for param in group["params"]]
+    states = [(key, value) for state in opt.state.values() for key, value in state.items()]
+    return arrays, states, opt.steps
+
+
+def assert_same(one, other):
+    (arrays, states, steps), (theirs, their_states, their_steps) = everything(one), everything(other)
+    assert steps == their_steps and all(map(same, arrays, theirs))
+    for (key, value), (their_key, their_value) in zip(states, their_states, strict=True):
+        assert key == their_key and (same(value, their_value) if isinstance(value, np.ndarray) else value == their_value)
+
+
+def given(kind, arrays):
+    return {"one": arrays[0], "list": arrays, "tuple": tuple(arrays), "dict": {f"w{k}": a for k, a in enumerate(arrays)}}[
+        kind
+    ]
+
+
+@pytest.mark.parametrize("kind", ["one", "list", "tuple", "dict"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_repeated_steps_have_the_bits_of_the_long_way(name, kind):
+    if name == "NAdam":
+        kind = "list"
+    pair = []
+    for _ in range(2):
+        arrays = [numbers((5, 3), 1), np.asfortranarray(numbers((4, 6), 2)), numbers(7, 3)][: 1 if kind == "one" else 3]
+        pair.append((CLASSES[name](given(kind, arrays), lr=0.1), arrays))
+    grads = [numbers(a.shape, 9 + k) if k != 1 else np.asfortranarray(numbers(a.shape, 9)) for k, a in enumerate(pair[0][1])]
+    long_way(pair[1][0])
+    for k in range(6):
+        for opt, _ in pair:
+            opt.groups[0]["lr"] = 0.1 / (k + 1)
+            opt.step(given(kind, grads))
+        assert_same(pair[0][0], pair[1][0])
+    assert pair[0][0]._repeated.ready == (name != "NAdam")  # whose shares only the long way knows
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_so_they_have_with_each_option(options, dtype):
+    opts = [gpuadam.AdamW([numbers(33, 1, dtype), numbers(4, 2, dtype)], weight_decay=0.1, **options) for _ in range(2)]
+    long_way(opts[1])
+    for k in range(5):
+        for opt in opts:
+            opt.step([numbers(33, k + 10, dtype), numbers(4, k + 20, dtype)])
+        assert_same(*opts)
+    assert opts[0]._repeated.ready
+
+
+def test_large_arrays_are_left_to_several_threads():
+    n = numba_cpu.PARALLEL_FROM + 5
+    opts = [gpuadam.Adam([numbers(n, 1), numbers(3, 2)]) for _ in range(2)]
+    long_way(opts[1])
+    for k in range(5):
+        for opt in opts:
+            opt.step([numbers(n, k + 10), numbers(3, k)])
+        assert_same(*opts)
+    assert opts[0]._repeated.ready
+
+
+# What may change between two steps: each is done to an optimizer whose steps repeat and to one that goes the long way. Both must
+# do the same, or say the same.
+
+
+def set_in(opt, key, value):
+    opt.groups[0][key] = value
+
+
+def set_state(opt, key, value):
+    opt.state["w0"][key] = value
+
+
+CHANGES = {
+    "lr nan": lambda opt, p, g: set_in(opt, "lr", math.nan),
+    "lr below 0": lambda opt, p, g: set_in(opt, "lr", -1.0),
+    "lr infinite": lambda opt, p, g: set_in(opt, "lr", math.inf),
+    "lr too large": lambda opt, p, g: set_in(opt, "lr", 1e39),
+    "lr an int": lambda opt, p, g: set_in(opt, "lr", 1),
+    "lr a callable": lambda opt, p, g: set_in(opt, "lr", lambda step: 0.5 / step),
+    "lr a string": lambda opt, p, g: set_in(opt, "lr", "0.1"),
+    "betas": lambda opt, p, g: set_in(opt, "betas", (0.5, 0.9)),
+    "betas wrong": lambda opt, p, g: set_in(opt, "betas", (0.5, 1.0)),
+    "weight_decay": lambda opt, p, g: set_in(opt, "weight_decay", 0.25),
+    "eps": lambda opt, p, g: set_in(opt, "eps", 1e-3),
+    "maximize": lambda opt, p, g: set_in(opt, "maximize", True),
+    "amsgrad": lambda opt, p, g: set_in(opt, "amsgrad", True),
+    "clip_value": lambda opt, p, g: set_in(opt, "clip_value", 1e-3),
+    "bounds": lambda opt, p, g: set_in(opt, "bounds", (-0.1, 0.1)),
+    "a key too many": lambda opt, p, g: set_in(opt, "momentum", 0.9),
+    "a key too few": lambda opt, p, g: opt.groups[0].pop("eps"),
+    "no lr": lambda opt, p, g: opt.groups[0].pop("lr"),
+    "no params": lambda opt, p, g: opt.groups[0].pop("params"),
+    "names": lambda opt, p, g: opt.groups[0]["names"].__setitem__(0, "other"),
+    "one name fewer": lambda opt, p, g: opt.groups[0]["names"].pop(),
+    "params": lambda opt, p, g: opt.groups[0]["params"].__setitem__(1, numbers(4, 77)),
+    "one param fewer": lambda opt, p, g: opt.groups[0]["params"].pop(),
+    "a group more": lambda opt, p, g: opt.groups.append(dict(opt.groups[0])),
+    "no group": lambda opt, p, g: opt.groups.clear(),
+    "rebound": lambda opt, p, g: p.__setitem__("w1", p["w1"] * 2),
+    "rebound to a view": lambda opt, p, g: p.__setitem__("w1", p["w1"][:]),
+    "taken away": lambda opt, p, g: p.pop("w0"),
+    "another name": lambda opt, p, g: p.__setitem__("x", numbers(3, 5)),
+    "grad shape": lambda opt, p, g: g.__setitem__("w1", numbers(5, 1)),
+    "grad dtype": lambda opt, p, g: g.__setitem__("w1", numbers(4, 1, "f8")),
+    "grad int": lambda opt, p, g: g.__setitem__("w1", np.ones(4, "i4")),
+    "grad strided": lambda opt, p, g: g.__setitem__("w1", numbers(8, 1)[::2]),
+    "grad big-endian": lambda opt, p, g: g.__setitem__("w1", numbers(4, 1, ">f4")),
+    "grad masked": lambda opt, p, g: g.__setitem__("w1", np.ma.masked_array(numbers(4, 1), [0, 1, 0, 0])),
+    "grad a list": lambda opt, p, g: g.__setitem__("w1", [1.0, 2.0, 3.0, 4.0]),
+    "grad None": lambda opt, p, g: g.__setitem__("w1", None),
+    "grad missing": lambda opt, p, g: g.pop("w1"),
+    "grad too many": lambda opt, p, g: g.__setitem__("w2", numbers(4, 1)),
+    "grads in another order": lambda opt, p, g: g.update({"w0": g.pop("w0")}),
+    "grad is param": lambda opt, p, g: g.__setitem__("w1", p["w1"]),
+    "grad is in m": lambda opt, p, g: g.__setitem__("w1", opt.state["w1"]["m"]),
+    "grad new": lambda opt, p, g: g.__setitem__("w1", numbers(4, 8)),
+    "grad read-only": lambda opt, p, g: g["w1"].setflags(write=False),
+    "param read-only": lambda opt, p, g: p["w1"].setflags(write=False),
+    "param shape": lambda opt, p, g: setattr(p["w1"], "shape", (2, 2)),
+    "param dtype": lambda opt, p, g: setattr(p["w1"], "dtype", np.int32),
+    "m other": lambda opt, p, g: set_state(opt, "m", numbers(6, 3)),
+    "m wrong": lambda opt, p, g: set_state(opt, "m", numbers(5, 3)),
+    "m missing": lambda opt, p, g: opt.state["w0"].pop("m"),
+    "m is v": lambda opt, p, g: set_state(opt, "m", opt.state["w0"]["v"]),
+    "step": lambda opt, p, g: set_state(opt, "step", 41),
+    "step of no int": lambda opt, p, g: set_state(opt, "step", 3.5),
+    "step below 0": lambda opt, p, g: set_state(opt, "step", -2),
+    "under way": lambda opt, p, g: opt.under_way.begin(),
+    "backend": lambda opt, p, g: setattr(opt, "backend", "cupy"),
+    "loaded": lambda opt, p, g: opt.load_state_dict(copy.deepcopy(opt.state_dict()) | {"steps": 30}),
+    "replaced": lambda opt, p, g: opt.replace("w0", numbers(6, 31), np.arange(6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_steps_is_noticed(change):
+    outcomes = []
+    for to_the_long_way in (lambda opt: opt, long_way):
+        params, grads = {"w0": numbers(6, 1), "w1": numbers(4, 2)}, {"w0": numbers(6, 3), "w1": numbers(4, 4)}
+        opt = to_the_long_way(gpuadam.AdamW(params, lr=0.1))
+        for _ in range(4):
+            opt.step(grads)
+        outcome = []
+        repeats = opt._repeated.ready
+        CHANGES[change](opt, params, grads)
+        for _ in range(3):
+            try:
+                opt.step(grads)
+            except Exception as error:  # noqa: BLE001 - whatever it is, both have to raise it
+                outcome.append((type(error), str(error)))
+        states = [(name, key, np.array(x)) for name, state in opt.state.items() for key, x in state.items()]
+        outcome += [opt.steps, *((name, key, x.tobytes()) for name, key, x in states)]
+        outcome += [np.array(x).tobytes() for x in (*params.values(), *(g for g in grads.values() if g is not None))]
+        outcomes.append((repeats, outcome))
+    (repeats, one), (_, other) = outcomes
+    assert repeats and one == other
+
+
+def test_options_of_a_step_are_noticed():
+    for option in (
+        {"grad_scale": 0.5},
+        {"max_norm": 0.1},
+        {"check_finite": True},
+        {"found_inf": 1},
+        {"norms": True},
+        {"where": "nonzero"},
+    ):
+        opts = [gpuadam.Adam(numbers(9, 1)), long_way(gpuadam.Adam(numbers(9, 1)))]
+        for k in range(8):
+            results = [opt.step(numbers(9, k), **option if k in (3, 6) else {}) for opt in opts]
+            assert (
+                np.array_equal(*map(np.array, results))
+                if option == {"norms": True} and results[0]
+                else results == [None, None]
+            )
+            assert_same(*opts)
+
+
+def test_steps_that_never_repeat_are_looked_at_less_and_less():
+    opt = gpuadam.Adam(numbers(5, 1))
+    looks = []
+    for k in range(100):
+        opt.groups[0]["eps"] = 1e-8 * (k + 1)
+        opt.step(numbers(5, k))
+        looks.append(opt._repeated.ready)
+    assert 0 < sum(looks) < 8
+
+
+def test_a_copy_of_an_optimizer_has_its_own_arrays():
+    opt = gpuadam.Adam({"w": numbers(5, 1)})
+    for k in range(4):
+        opt.step({"w": numbers(5, k)})
+    before = opt.groups[0]["params"][0].copy()
+    for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert not other._repeated.ready
+        for k in range(4):
+            other.step({"w": numbers(5, k)})
+        assert same(opt.groups[0]["params"][0], before) and not same(other.groups[0]["params"][0], before)
+
+
+def test_random_bits_and_a_count_in_an_array_take_the_long_way():
+    for options in ({"state_dtype": "bfloat16"}, {"state_dtype": "8bit"}, {"capturable": True}):
+        opt = gpuadam.Adam(numbers(64, 1), **options)
+        for k in range(4):
+            opt.step(numbers(64, k))
+        assert not opt._repeated.ready, options
+
+
+# adam_step
+
+
+def arrays_of_one(n=40):
+    return [numbers(n, 1), numbers(n, 2), np.zeros(n, "f4"), np.zeros(n, "f4")]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many calls of adam_step were repeated."""
+    repeated, counted = RepeatedCall(), []
+    does = repeated.does
+
+    def counting(*arguments):
+        counted.append(does(*arguments))
+        return counted[-1]
+
+    repeated.does = counting
+    monkeypatch.setattr(functional, "_REPEATED", repeated)
+    return counted
+
+
+def test_calls_with_the_settings_of_the_last_one_repeat_it(calls, monkeypatch):
+    one, other = arrays_of_one(), arrays_of_one()
+    for step in range(1, 7):
+        gpuadam.adam_step(*one, step=step, lr=0.1 * step, weight_decay=0.01)
+    assert calls == [False, False, True, True, True, True]
+    monkeypatch.setattr(functional._REPEATED, "does", lambda *arguments: False)
+    for step in range(1, 7):
+        gpuadam.adam_step(*other, step=step, lr=0.1 * step, weight_decay=0.01)
+    assert all(map(same, one, other))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 0}, {"step": True}, {"step": 2.5}, {"step": 1 << 70}, {"lr": -1.0}, {"lr": math.nan}, {"lr": 1e39}, {"eps": -1.0},
+        {"betas": [0.9, 0.999]}, {"betas": (0.9, 1.0)}, {"grad_scale": math.inf}, {"max_v": np.zeros(40, "f4")},
+        {"grad": numbers(41, 2)}, {"grad": numbers(40, 2, "f8")}, {"grad": None}, {"m": np.zeros(40)}, {"algorithm": "radam"},
+        {"decoupled": 1}, {"backend": "cupy"}, {"stream": 3}, {"where": "nonzero"}, {"seed": 1.5}, {"v": numbers(40, 1)[::-1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_change_between_calls_is_noticed(change, monkeypatch):
+    outcomes = []
+    for does in (RepeatedCall.does, lambda *arguments: False):
+        monkeypatch.setattr(RepeatedCall, "does", does)
+        monkeypatch.setattr(functional, "_REPEATED", RepeatedCall())
+        named = dict(zip(("param", "grad", "m", "v"), arrays_of_one(), strict=True))
+        for step in range(1, 5):
+            gpuadam.adam_step(**named, step=step)
+        outcome = []
+        try:
+            gpuadam.adam_step(**named | {"step": 5} | copy.deepcopy(change))
+        except Exception as error:  # noqa: BLE001 - whatever it is, both have to raise it
+            outcome = [type(error), str(error)]
+        outcomes.append([*outcome, *(array.tobytes() for array in named.values())])
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_list_of_betas_may_change_between_calls(calls):
+    betas, arrays = [0.9, 0.999], arrays_of_one()
+    for step in range(1, 5):
+        gpuadam.adam_step(*arrays, step=step, betas=betas)
+    assert not any(calls)  # a list may hold other numbers the next time
+
+
+def test_arrays_that_overlap_are_refused_in_a_repeated_call(calls):
+    memory = np.zeros(80, "f4")
+    for step in range(1, 4):
+        gpuadam.adam_step(*arrays_of_one(), step=step)
+    with pytest.raises(ValueError, match="share"):
+        gpuadam.adam_step(memory[:40], memory[39:79], np.zeros(40, "f4"), np.zeros(40, "f4"), step=4)
+    assert calls[-2:] == [True, False]
+
+
+# The compiled code
+
+
+def test_tuples_and_lists_are_laid_out_as_the_compiled_code_reads_them(monkeypatch):
+    assert cpu_step.known()
+    for name in ("ITEMS_OF_TUPLE", "SIZE_OF_MANY", "TUPLE", "LIST"):
+        with monkeypatch.context() as patched:
+            patched.setattr(cpu_step, name, getattr(cpu_step, name) - 8)
+            assert not cpu_step.known.__wrapped__(), name
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RAdam", "AdaMax"])
+def test_the_compiled_formula_has_the_bits_of_pythons(name):
+    opt = CLASSES[name](numbers(3, 1), lr=0.37, weight_decay=0.11)
+    for k in range(4):
+        opt.step(numbers(3, k))
+    plan, rng = opt._repeated._plan, np.random.default_rng(5)
+    fixed = hyperparameters.checked(
+        lr=0.37, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.11, algorithm=opt.algorithm, decoupled=opt.decoupled
+    ).fixed
+    formula = on_host(fixed.variant, opt.decoupled)
+    for t in [1, 2, 3, 5, *rng.integers(4, 1 << 40, 30).tolist()]:
+        powers = powers_on_host(0.9, 0.999, t)
+        assert formula.powers(t, 0.9, 0.999) == powers
+        opt.state["0"]["step"] = t - 1
+        lr = float(rng.uniform(0, 2))
+        opt.groups[0]["lr"] = lr
+        opt.step(numbers(3, 4))
+        eps = float(np.float32(1e-8))
+        expected = formula.of_step(t, *powers, lr, 0.999, 0.11, eps)
+        got = [plan.scalars[cpu_step.Scalars._fields.index(name)] for name in cpu_step.VARYING]
+        assert tuple(got) == expected, t
+    assert opt._repeated.ready
