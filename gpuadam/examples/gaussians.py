@@ -13,6 +13,7 @@ import numpy as np
 
 import gpuadam
 
+from ..typing import Group
 from . import command_line
 
 # Each kind of parameter has a learning rate of its own; all of them fall along a cosine.
@@ -53,7 +54,8 @@ def initial_parameters(target, count, seed):
 def fit(xp, params, target, steps, count):
     """Fit the Gaussians params, in place. If they are fewer than count, they are split in six rounds until they are count."""
     start, lr = len(params["x"]), {name: command_line.cosine(rate, steps) for name, rate in RATES.items()}
-    opt = gpuadam.Adam([{"params": {name: p}, "lr": lr[name]} for name, p in params.items()], betas=(0.9, 0.99))
+    groups: list[Group] = [{"params": {name: p}, "lr": lr[name]} for name, p in params.items()]
+    opt = gpuadam.Adam(groups, betas=(0.9, 0.99))
     rounds = {max(1, steps * k // 10): start + (count - start) * k // 6 for k in range(1, 7)}
     for step in command_line.steps(steps, lambda: f"PSNR {psnr(picture(xp, params, len(target)), target):.2f} dB"):
         opt.step(loss_and_gradients(xp, params, target)[1])

@@ -7,6 +7,7 @@ the gradient, then adam_step. The photograph is scikit-image's `camera`.
 
 import math
 import time
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ import gpuadam
 from . import command_line, gaussians
 
 WHITE, FAINT = 10.0, 1e-4  # photons of a white pixel; a number added to squares, because at 0 roots have no derivative
-OPTIONS = {"betas": (0.9, 0.99), "bounds": (1e-3, 1)}
+OPTIONS: dict[str, Any] = {"betas": (0.9, 0.99), "bounds": (1e-3, 1)}
 
 
 def main(argv=None):

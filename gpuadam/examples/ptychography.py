@@ -13,6 +13,7 @@ import numpy as np
 
 import gpuadam
 
+from ..typing import Group
 from . import command_line
 
 WIDTH, APART, BATCH = 32, 6, 4  # pixels of a patch, pixels between patches, patterns in a step of Adam
@@ -76,7 +77,7 @@ def adam(xp, found, beam, amplitudes, patches, steps, sought):
     """Update object and beam with some patterns in each step."""
     rng, total = np.random.default_rng(2), steps * math.ceil(len(patches) / BATCH)
     rates = ("object", found, 0.1), ("beam", beam, 0.1 * float(abs(beam).mean()))
-    groups = [{"params": {name: param}, "lr": command_line.cosine(rate, total)} for name, param, rate in rates]
+    groups: list[Group] = [{"params": {name: param}, "lr": command_line.cosine(rate, total)} for name, param, rate in rates]
     opt = gpuadam.Adam(groups, betas=(0.9, 0.99), complex="joint")
     for _ in command_line.steps(steps, lambda: f"Adam: error {error(found, sought)[0]:.2%}"):
         order = rng.permutation(len(patches))

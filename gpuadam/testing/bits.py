@@ -1,8 +1,11 @@
 """Equality of arrays bit for bit, and a message that helps where there is none."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,7 +48,7 @@ class Host:
         return widened(self.bits, self.format) if self.format == "bfloat16" else self.bits.view(self.format)
 
 
-def assert_same_bits(actual, expected, name=""):
+def assert_same_bits(actual: Any, expected: Any, name: str = "") -> None:
     """Raise AssertionError unless two arrays have the same shape, the same format and the same bits.
 
     actual, expected: NumPy, CuPy or Numba device arrays, torch tensors, what has DLPack or `__cuda_array_interface__`, `Bits`, of
@@ -146,7 +149,7 @@ def _ulps(one, other):
 
 
 @contextlib.contextmanager
-def unchanged(**things):
+def unchanged(**things: Any) -> Iterator[None]:
     """Assert that a block leaves arrays, and the state of optimizers with its step counts, bit for bit as they were.
 
     things: by the names that a message calls them: arrays, numbers, sequences or dicts of such, or what has a `state_dict`.

@@ -1,10 +1,12 @@
 """Adam and AdamW as optimizers of torch."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -14,12 +16,16 @@ from ..kernels.messages import shown
 from ..optimizer import key_of_parameter
 from ..options import Options
 from ..remembered import Remembered
+from ..typing import StateDtype
 from ..under_way import UnderWay
 from ..update import Updates, update
 from . import distributed
 from . import state as torch_state
 from .repeated import RepeatedSteps
 from .step_counts import Clock, HostCounts
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
 
 # The settings of a group: those that torch's Adam has
 OF_A_STEP = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
@@ -82,25 +88,25 @@ class Adam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
-        amsgrad=False,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
         *,
-        foreach=None,
-        maximize=False,
-        capturable=False,
-        differentiable=False,
-        fused=None,
-        decoupled_weight_decay=False,
-        state_dtype=None,
-        master=None,
-        stochastic_rounding=False,
-        seed=0,
-        backend=None,
-    ):
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        state_dtype: StateDtype | None = None,
+        master: Literal["remainder"] | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        backend: str | None = None,
+    ) -> None:
         arguments = dict(locals())
         # the options that torch's Adam does not have: a checkpoint does not hold them
         self.options = Options(state_dtype=state_dtype, master=master, stochastic_rounding=stochastic_rounding, seed=seed)
@@ -123,7 +129,7 @@ class Adam(torch.optim.Optimizer):
         """Whether GradScaler sets grad_scale and found_inf and leaves the rest to the step, as with torch's if fused."""
         return bool(self.defaults["fused"])
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, a dict with "params" and hyperparameters of its own, as torch's optimizers do."""
         if isinstance(param_group, dict):
             _check_keys(param_group)
@@ -150,7 +156,7 @@ class Adam(torch.optim.Optimizer):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, in place, and return the closure's loss.
 
         closure: computes the loss anew, with gradients, before the update.
@@ -192,7 +198,7 @@ class Adam(torch.optim.Optimizer):
                 self._repeated.note(self, taken)
         return loss
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizers do. Raises ValueError after a step that was cut short."""
         self.under_way.check()
         return super().state_dict()
@@ -263,7 +269,7 @@ class Adam(torch.optim.Optimizer):
         self.state[param] = state = torch_state.new(self.kept(group, param.dtype), param, group["capturable"])
         return state
 
-    def load_state_dict(self, state_dict, *, convert=False):
+    def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
         """Copy a state_dict of this class, of torch.optim.Adam or of torch.optim.AdamW into this optimizer.
 
         Settings of groups become the loaded ones. As in torch, a parameter is known by its place. But if the checkpoint has
