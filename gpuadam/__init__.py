@@ -2,7 +2,7 @@
 
 >>> import numpy as np
 >>> import gpuadam
->>> params = {"w": np.float32([0.5, -1.0, 2.0]), "b": np.float32([0.0])}
+>>> params = {"w": np.array([0.5, -1.0, 2.0], "float32"), "b": np.array([0.0], "float32")}
 >>> opt = gpuadam.AdamW(params, lr=0.1)
 >>> opt.step({name: 2 * p for name, p in params.items()})  # a gradient
 

@@ -62,7 +62,7 @@ class NAdam(Adam):
 
     >>> import numpy as np, gpuadam
     >>> w = np.array([0.5, 0.0], "float32")
-    >>> gpuadam.NAdam(w, lr=0.1).step(np.float32([-33.0, 1.0]))
+    >>> gpuadam.NAdam(w, lr=0.1).step(np.array([-33.0, 1.0], "float32"))
     >>> print(w.round(4))
     [ 0.6056 -0.1056]
     """
@@ -89,7 +89,7 @@ class RAdam(Adam):
 
     >>> import numpy as np, gpuadam
     >>> w = np.array([0.5, 0.0], "float32")
-    >>> gpuadam.RAdam(w, lr=0.1).step(np.float32([-3.0, 1.0]))  # as momentum at first
+    >>> gpuadam.RAdam(w, lr=0.1).step(np.array([-3.0, 1.0], "float32"))  # as momentum at first
     >>> print(w)
     [ 0.8 -0.1]
     """
@@ -115,7 +115,7 @@ class AdaMax(Adam):
 
     >>> import numpy as np, gpuadam
     >>> w = np.array([0.5, 0.0], "float32")
-    >>> gpuadam.AdaMax(w, lr=0.1).step(np.float32([-33.0, 1.0]))
+    >>> gpuadam.AdaMax(w, lr=0.1).step(np.array([-33.0, 1.0], "float32"))
     >>> print(w)
     [ 0.6 -0.1]
     """

@@ -58,7 +58,7 @@ def from_torch(
     >>> import numpy as np, gpuadam
     >>> opt = gpuadam.Adam({"w": np.zeros(2, "float32")})
     >>> group = {"lr": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "maximize": False}
-    >>> moments = {"step": 3.0, "exp_avg": np.float32([1, 2]), "exp_avg_sq": np.float32([3, 4])}
+    >>> moments = {"step": 3.0, "exp_avg": np.array([1, 2], "float32"), "exp_avg_sq": np.array([3, 4], "float32")}
     >>> from_torch(opt, {"state": {0: moments}, "param_groups": [group | {"params": [0]}]}, ["w"])
     >>> opt.state["w"]["m"], opt.steps, opt.groups[0]["lr"]
     (array([1., 2.], dtype=float32), 3, 0.5)

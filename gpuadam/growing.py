@@ -51,7 +51,7 @@ class Grows:
         >>> import numpy as np, gpuadam
         >>> points = np.zeros((3, 2), "float32")
         >>> opt = gpuadam.Adam({"points": points}, lr=0.1)
-        >>> opt.step({"points": np.float32([[1, 1], [2, 2], [3, 3]])})
+        >>> opt.step({"points": np.array([[1, 1], [2, 2], [3, 3]], "float32")})
         >>> rows = [2, 2, -1, 0]  # the last is split, the middle one pruned, and one is new
         >>> points = np.concatenate([points[[2, 2]], np.zeros((1, 2), "float32"), points[[0]]])
         >>> opt.replace("points", points, rows)

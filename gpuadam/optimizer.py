@@ -132,7 +132,7 @@ class Adam(HasGroups, Grows):
     >>> import numpy as np, gpuadam
     >>> params = {"w": np.full(3, 0.5, "float32"), "b": np.zeros(1, "float32")}
     >>> opt = gpuadam.Adam(params, lr=0.1)
-    >>> opt.step({"w": np.float32([-33.0, 1.0, 0.0]), "b": None})
+    >>> opt.step({"w": np.array([-33.0, 1.0, 0.0], "float32"), "b": None})
     >>> print(params["w"], params["b"])
     [0.6 0.4 0.5] [0.]
     >>> opt

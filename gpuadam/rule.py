@@ -45,7 +45,7 @@ class Rule:
     ...         x[i], m[i], v[i] = update(x[i], x[i] - target[i], m[i], v[i], s)
     >>> x, m, v = np.zeros((3, 2), "float32")
     >>> for step in range(1, 101):
-    ...     fit(x, np.float32([1, -1]), m, v, rule.scalars(step))
+    ...     fit(x, np.array([1, -1], "float32"), m, v, rule.scalars(step))
     >>> print(x.round(2))
     [1. 0.]
     """

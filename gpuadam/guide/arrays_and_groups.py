@@ -34,10 +34,10 @@ devices that differ; hyperparameters out of range. One bad gradient in a list st
 A step writes into the arrays that the optimizer was given, and so must a program that changes them between steps:
 
 >>> import numpy as np, gpuadam
->>> params = {"w": np.float32([0.5, 3.0])}
+>>> params = {"w": np.array([0.5, 3.0], "float32")}
 >>> opt = gpuadam.Adam(params, lr=0.1)
 >>> params["w"][...] = params["w"].clip(0, 1)  # or np.clip(w, 0, 1, out=w)
->>> opt.step({"w": np.float32([1, 1])})
+>>> opt.step({"w": np.array([1, 1], "float32")})
 >>> print(params["w"])
 [0.4 0.9]
 

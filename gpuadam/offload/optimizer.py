@@ -89,7 +89,7 @@ class OffloadAdam(Adam):
     >>> param = np.full(3, 0.5, "float32")
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with gpuadam.OffloadAdam(param, lr=0.1, state=folder, budget=1 << 20) as opt:
-    ...         opt.step(np.float32([-33.0, 1.0, 0.0]))
+    ...         opt.step(np.array([-33.0, 1.0, 0.0], "float32"))
     ...     with gpuadam.OffloadAdam(param, lr=0.1, state=folder, budget=1 << 20) as opt:
     ...         print(opt.steps, param)
     1 [0.6 0.4 0.5]

@@ -77,10 +77,16 @@ class ShardedAdam(HasGroups):
     >>> import numpy as np, gpuadam
     >>> params = {"w": np.full(3, 0.5, "float32"), "b": np.zeros(1, "float32")}
     >>> opt = gpuadam.ShardedAdam(params, gpuadam.transports.Local(), lr=0.1)  # transports.MPI() for many ranks
-    >>> opt.step({"w": np.float32([-33.0, 1.0, 0.0]), "b": None})
+    >>> opt.step({"w": np.array([-33.0, 1.0, 0.0], "float32"), "b": None})
     >>> print(params["w"], params["b"])
     [0.6 0.4 0.5] [0.]
     """
+
+    steps: int
+    options: Options
+    groups: list[dict[str, Any]]
+    params: Any
+    grads: Any
 
     def __init__(
         self,

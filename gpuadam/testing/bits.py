@@ -59,8 +59,8 @@ def assert_same_bits(actual: Any, expected: Any, name: str = "") -> None:
     NaN equals NaN, whatever its payload; -0 differs from +0. The message says how many elements differ, where the first are, both
     values and their bits, and how many units in the last place (ulp) lie between.
 
-    >>> assert_same_bits(np.float32([1, 2, np.nan]), np.float32([1, 2, np.nan]))
-    >>> assert_same_bits(np.float32([1, 2, 0]), np.float32([1, 2.0000002, -0.0]), "w")
+    >>> assert_same_bits(np.array([1, 2, np.nan], "float32"), np.array([1, 2, np.nan], "float32"))
+    >>> assert_same_bits(np.array([1, 2, 0], "float32"), np.array([1, 2.0000002, -0.0], "float32"), "w")
     Traceback (most recent call last):
     AssertionError: w: 2 of 3 elements differ in their bits (float32), by at most 1 ulp
       at [1]: 2.0 0x40000000, expected 2.0000002 0x40000001, 1 ulp
@@ -158,7 +158,7 @@ def unchanged(**things: Any) -> Iterator[None]:
     >>> w = np.ones(3, "float32")
     >>> opt = gpuadam.Adam(w)
     >>> with unchanged(w=w, opt=opt):
-    ...     opt.step(np.float32([1, np.inf, 2]), check_finite=True)
+    ...     opt.step(np.array([1, np.inf, 2], "float32"), check_finite=True)
     """
     before = _arrays_in(things)
     yield

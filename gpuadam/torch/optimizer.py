@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 
@@ -14,9 +14,9 @@ from .. import backends, checks, hyperparameters
 from ..groups import MAPPING, Structure, places_of_groups, some
 from ..kernels.messages import shown
 from ..optimizer import key_of_parameter
-from ..options import Options
+from ..options import Options, arguments
 from ..remembered import Remembered
-from ..typing import StateDtype
+from ..typing import Integer, StateDtype
 from ..under_way import UnderWay
 from ..update import Updates, update
 from . import distributed
@@ -104,10 +104,10 @@ class Adam(torch.optim.Optimizer):
         state_dtype: StateDtype | None = None,
         master: Literal["remainder"] | None = None,
         stochastic_rounding: bool = False,
-        seed: int = 0,
+        seed: Integer = 0,
         backend: str | None = None,
     ) -> None:
-        arguments = dict(locals())
+        given = arguments(locals())
         # the options that torch's Adam does not have: a checkpoint does not hold them
         self.options = Options(state_dtype=state_dtype, master=master, stochastic_rounding=stochastic_rounding, seed=seed)
         self.backend = backends.forced(backend)
@@ -115,7 +115,7 @@ class Adam(torch.optim.Optimizer):
             backends.choose([], self.backend)  # refuses a backend that is not there
         self.under_way = UnderWay()
         self._forget()
-        super().__init__(params, {name: arguments[name] for name in SETTINGS})
+        super().__init__(params, {name: given[name] for name in SETTINGS})
         formats = [str(param.dtype).removeprefix("torch.") for group in self.param_groups for param in group["params"]]
         checks.warn_of_no_effect(formats, master=master, stochastic_rounding=stochastic_rounding)
 
@@ -153,6 +153,12 @@ class Adam(torch.optim.Optimizer):
         lr, betas, eps, weight_decay, decoupled, maximize = (group[key] for key in OF_A_STEP)
         numbers = _number("lr", lr), _number("betas", betas), eps, weight_decay
         return hyperparameters.with_formulas(*numbers, maximize, grad_scale, _formulas(decoupled))
+
+    @overload
+    def step(self, closure: None = ...) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -332,7 +338,7 @@ class Adam(torch.optim.Optimizer):
     def __getstate__(self):
         return super().__getstate__() | {"options": self.options, "backend": self.backend, "under_way": self.under_way}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
         for group in self.param_groups:  # those of other versions of torch have fewer settings
@@ -386,8 +392,27 @@ class AdamW(Adam):
     [0.949999988079071, 0.949999988079071]
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, **options):
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **options)
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Literal["remainder"] | None = None,
+        stochastic_rounding: bool = False,
+        seed: Integer = 0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(**arguments(locals()), decoupled_weight_decay=True)
 
     def __setstate__(self, state):
         super().__setstate__(state)
