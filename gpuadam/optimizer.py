@@ -40,7 +40,7 @@ from .repeated import RepeatedStep
 from .state import OF_GROUPS, Parameter, ParameterKind
 from .state_conversion import CONVERTED, Conversion, conversion
 from .step_arrays import StepArrays, bounds_of_loaded, of_bounds, saved_bounds, without_arrays
-from .step_norms import NormsOfStep
+from .step_norms import NormsOfStep, StepNorms
 from .typing import (
     Algorithm,
     Array,
@@ -331,7 +331,7 @@ class Adam(HasGroups, Grows):
         where: LikeParams | Literal["nonzero"] = ...,
         norms: Literal[True],
         stream: Stream | None = ...,
-    ) -> tuple[Any, Any]: ...
+    ) -> StepNorms: ...
 
     @overload
     def step(
@@ -348,7 +348,7 @@ class Adam(HasGroups, Grows):
         where: LikeParams | Literal["nonzero"] = ...,
         norms: bool = ...,
         stream: Stream | None = ...,
-    ) -> tuple[Any, Any] | None: ...
+    ) -> StepNorms | None: ...
 
     def step(
         self,
@@ -364,7 +364,7 @@ class Adam(HasGroups, Grows):
         where: LikeParams | Literal["nonzero"] = None,
         norms: bool = False,
         stream: Stream | None = None,
-    ) -> tuple[Any, Any] | None:
+    ) -> StepNorms | None:
         """Update every parameter that has a gradient, in place. Return None, or with norms the norms of the step.
 
         grads: of the same structure as params; None in an array's place skips it. For groups, a list with the gradients of

@@ -89,7 +89,7 @@ def convert(sources, targets, n, numbers=1):
     sources: key -> (format, their bytes in C order, as chunks). targets: key -> (format, buffers for theirs). n: how many
     elements m has. numbers: of them that share a v.
 
-    >>> source = {"m": ("float32", [np.array([1, -2, 3], "float32").tobytes()]), "v": ("float32", [np.array([1, 4, 9], "float32").tobytes()])}
+    >>> source = {"m": ("float32", [np.float32([1, -2, 3]).tobytes()]), "v": ("float32", [np.float32([1, 4, 9]).tobytes()])}
     >>> m, v = np.zeros((2, 3), "uint16")
     >>> convert(source, {"m": ("bfloat16", [m.view("u1").data]), "v": ("bfloat16", [v.view("u1").data])}, 3)
     >>> [hex(x) for x in m]

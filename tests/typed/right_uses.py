@@ -33,7 +33,7 @@ def adam_step_of_arrays() -> None:
     )
     bits, remainder = gpuadam.Bits(np.zeros(3, "uint16"), "bfloat16"), np.zeros(3, "int16")
     gpuadam.adam_step(bits, grad, m, v, 6, remainder=remainder)
-    z, n = np.ones(3, "complex64"), np.zeros(3, "float32")
+    z, n = np.ones(3, np.complex64), floats()
     gpuadam.adam_step(z, z.copy(), np.zeros_like(z), n, 7, complex="joint")
 
 
@@ -53,7 +53,7 @@ def groups_of_params() -> None:
     gpuadam.Adam([{"params": [w], "lr": 1e-3, "amsgrad": True}, {"params": {"b": b}, "weight_decay": 0.0}])
     gpuadam.Adam([{"params": w, "bounds": (0, 1), "clip_value": None}])
     groups: list[Group] = [{"params": {name: p}, "lr": lambda step: 1.0 / step} for name, p in {"w": w, "b": b}.items()]
-    opt = gpuadam.AdamW(groups)
+    opt: gpuadam.Adam = gpuadam.AdamW(groups)
     opt.step({"w": floats(), "b": None})
     opt.groups[0]["lr"] = 0.5
     opt = gpuadam.Adam(gpuadam.decay_groups({"w": w, "b": b}, no_decay="b"))
