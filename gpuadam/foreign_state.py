@@ -59,7 +59,7 @@ def from_torch(
     >>> opt = gpuadam.Adam({"w": np.zeros(2, "float32")})
     >>> group = {"lr": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "maximize": False}
     >>> moments = {"step": 3.0, "exp_avg": np.array([1, 2], "float32"), "exp_avg_sq": np.array([3, 4], "float32")}
-    >>> from_torch(opt, {"state": {0: moments}, "param_groups": [group | {"params": [0]}]}, ["w"])
+    >>> gpuadam.foreign_state.from_torch(opt, {"state": {0: moments}, "param_groups": [group | {"params": [0]}]}, ["w"])
     >>> opt.state["w"]["m"], opt.steps, opt.groups[0]["lr"]
     (array([1., 2.], dtype=float32), 3, 0.5)
     """
@@ -141,11 +141,11 @@ def from_optax(opt: Adam, state: Any, separator: str = ".", *, convert: bool = F
     differs, and then nothing has changed.
 
     >>> import numpy as np, gpuadam
-    >>> from typing import NamedTuple
-    >>> ScaleByAdamState = NamedTuple("ScaleByAdamState", [("count", int), ("mu", dict), ("nu", dict)])
+    >>> from typing import Any, NamedTuple
+    >>> ScaleByAdamState = NamedTuple("ScaleByAdamState", [("count", int), ("mu", Any), ("nu", Any)])
     >>> opt = gpuadam.Adam({"layer.w": np.zeros(2, "float32")})
-    >>> mu, nu = ({"layer": {"w": np.float32(x)}} for x in ([1, 2], [3, 4]))
-    >>> from_optax(opt, (ScaleByAdamState(3, mu, nu), ()))
+    >>> mu, nu = ({"layer": {"w": np.array(x, "float32")}} for x in ([1, 2], [3, 4]))
+    >>> gpuadam.foreign_state.from_optax(opt, (ScaleByAdamState(3, mu, nu), ()))
     >>> opt.state["layer.w"]["v"], opt.state["layer.w"]["step"]
     (array([3., 4.], dtype=float32), 3)
     """

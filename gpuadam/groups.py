@@ -370,9 +370,9 @@ def decay_groups(params: Mapping[str, Array], no_decay: str | Iterable[str], wei
     >>> import numpy as np, gpuadam
     >>> params = {"dense.weight": np.ones((2, 2)), "dense.bias": np.ones(2), "norm.scale": np.ones(2)}
     >>> groups = gpuadam.decay_groups(params, no_decay=("*.bias", "norm.*"), weight_decay=0.5)
-    >>> [(list(group["params"]), group["weight_decay"]) for group in groups]
-    [(['dense.weight'], 0.5), (['dense.bias', 'norm.scale'], 0.0)]
     >>> opt = gpuadam.AdamW(groups, lr=0.1)
+    >>> [(group["names"], group["weight_decay"]) for group in opt.groups]
+    [(['dense.weight'], 0.5), (['dense.bias', 'norm.scale'], 0.0)]
     >>> opt.step({name: np.zeros_like(p) for name, p in params.items()})
     >>> print(params["dense.weight"][0], params["dense.bias"])
     [0.95 0.95] [1. 1.]

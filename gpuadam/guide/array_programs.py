@@ -20,7 +20,7 @@ Arrays may be complex64 or complex128, of any strides. A norm, and clipping by i
 >>> import numpy as np, gpuadam
 >>> field = np.zeros(2, "complex64")
 >>> opt = gpuadam.Adam({"field": field}, lr=0.1, complex="joint")
->>> opt.step({"field": np.complex64([3 + 4j, -1])})
+>>> opt.step({"field": np.array([3 + 4j, -1], "complex64")})
 >>> print(field)
 [-0.06-0.08j  0.1 +0.j  ]
 >>> opt.state["field"]["m"].shape, opt.state["field"]["v"].shape
@@ -55,8 +55,8 @@ after `grad_scale` and before weight decay. Both are hyperparameters: groups may
 steps.
 
 >>> density, gain = np.full((2, 3), 0.05, "float32"), np.ones(2, "float32")
->>> groups = [{"params": {"density": density}, "bounds": (0, None)}, {"params": {"gain": gain}, "clip_value": 10.0}]
->>> opt = gpuadam.Adam(groups, lr=0.1)
+>>> bounded, clipped = {"density": density}, {"gain": gain}
+>>> opt = gpuadam.Adam([{"params": bounded, "bounds": (0, None)}, {"params": clipped, "clip_value": 10.0}], lr=0.1)
 >>> opt.step({"density": np.ones_like(density), "gain": np.array([-3, 1000], "float32")})
 >>> print(density.min(), gain)
 0.0 [1.1 0.9]

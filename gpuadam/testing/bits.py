@@ -154,7 +154,8 @@ def unchanged(**things: Any) -> Iterator[None]:
 
     things: by the names that a message calls them: arrays, numbers, sequences or dicts of such, or what has a `state_dict`.
 
-    >>> import gpuadam
+    >>> import numpy as np, gpuadam
+    >>> from gpuadam.testing import unchanged
     >>> w = np.ones(3, "float32")
     >>> opt = gpuadam.Adam(w)
     >>> with unchanged(w=w, opt=opt):

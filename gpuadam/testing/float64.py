@@ -42,7 +42,8 @@ class Reference:
 
     Use it on your own update too: it asks nothing but parameters and gradients.
 
-    >>> import gpuadam
+    >>> import numpy as np, gpuadam
+    >>> from gpuadam.testing import Reference
     >>> params = {"w": np.linspace(-1, 1, 5, dtype="float32")}
     >>> opt, exact = gpuadam.Adam(params, lr=0.1), Reference(params, lr=0.1)
     >>> for step in range(3):

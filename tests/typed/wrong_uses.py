@@ -18,7 +18,8 @@ Floats = npt.NDArray[np.float32]
 def wrong_uses(
     w: Floats, params: dict[str, Floats], opt: gpuadam.Adam, local: gpuadam.transports.Local, nested: dict[str, list[Any]]
 ) -> None:
-    # names of options
+    # names
+    gpuadam.Adamw(params)  # attr-defined, reportAttributeAccessIssue
     gpuadam.AdamW(params, weight_dacay=1)  # call-arg, reportCallIssue
     gpuadam.Adam(params, learning_rate=0.1)  # call-arg, reportCallIssue
     gpuadam.NAdam(params, momentum_decay=0.004)  # call-arg, reportCallIssue
