@@ -12,9 +12,9 @@ AdamW(1 parameter, 3 elements, steps=0, lr=<<lambda>>, weight_decay=0.1)
 
 | alias | values |
 |---|---|
-| `Array` | one array: `numpy.ndarray`, `DLPackArray`, `CudaArray` or `gpuadam.Bits` |
-| `Params` | parameters: one array, a sequence or a dict of arrays, or a list of `Group` |
-| `LikeParams` | arrays of the structure of `Params`, with None where there is none: gradients, copies, rates |
+| `Array`, `OptionalArray` | one array: `numpy.ndarray`, `DLPackArray`, `CudaArray` or `gpuadam.Bits`; or None |
+| `Params`, `GroupParams` | parameters: one array, a sequence or a dict of arrays, or a list of `Group`; those of one group |
+| `LikeParams`, `LikeGroupParams` | arrays of this structure, with None where there is none: gradients, copies, rates |
 | `ArrayTree` | arrays in sequences and dicts, in any depth; None where there is none |
 | `Number`, `Integer` | numbers of Python or NumPy |
 | `LearningRate` | a number, a callable of the number of the step, or, if `capturable`, an array of one number |
@@ -24,7 +24,8 @@ AdamW(1 parameter, 3 elements, steps=0, lr=<<lambda>>, weight_decay=0.1)
 | `FilePath` | the path of a file or of a folder |
 | `Algorithm`, `Formula`, `Complex`, `Components` | the choices of the arguments of these names |
 | `StateDtype`, `Format`, `BitsFormat` | names of formats: of state, of parameters, of what `gpuadam.Bits` holds |
-| `Reduction`, `Side` | the choices of `reduction` of `ShardedAdam`, and of `update` of `OffloadAdam` |
+| `Reduction`, `Side` | the choices of `reduction` of `gpuadam.ShardedAdam`, and of `update` of `gpuadam.OffloadAdam` |
+| `RuleChanges` | the keywords of `gpuadam.Rule.scalars` |
 
 The names of backends are `str`, because `gpuadam.backends.register` adds to them.
 """
@@ -39,11 +40,14 @@ from .kernels.view import Bits, BitsFormat
 
 __all__ = [  # noqa: RUF022 - in the order of the page
     "Array",
+    "OptionalArray",
     "DLPackArray",
     "CudaArray",
     "Params",
+    "GroupParams",
     "Group",
     "LikeParams",
+    "LikeGroupParams",
     "ArrayTree",
     "Number",
     "Integer",
@@ -105,20 +109,18 @@ class TorchStream(Protocol):
 Number: TypeAlias = float | np.floating[Any] | np.integer[Any]
 Integer: TypeAlias = int | np.integer[Any]
 Array: TypeAlias = np.ndarray[Any, Any] | DLPackArray | CudaArray | Bits
-_MaybeArray: TypeAlias = Array | None
+OptionalArray: TypeAlias = Array | None
 
 # A list has one type for arrays and groups, because mypy finds no dict of a `Group` in a union of lists
-_OfGroup: TypeAlias = Array | Mapping[str, Array] | Iterable[Array]
-_LikeGroup: TypeAlias = _MaybeArray | Mapping[str, _MaybeArray] | Iterable[_MaybeArray]
-LikeParams: TypeAlias = (
-    _MaybeArray | Mapping[str, _MaybeArray] | Iterable[_MaybeArray | Iterable[_MaybeArray] | Mapping[str, _LikeGroup]]
-)
-ArrayTree: TypeAlias = _MaybeArray | Iterable["ArrayTree"] | Mapping[Any, "ArrayTree"]
+GroupParams: TypeAlias = Array | Mapping[str, Array] | Iterable[Array]
+LikeGroupParams: TypeAlias = OptionalArray | Mapping[str, OptionalArray] | Iterable[OptionalArray]
+LikeParams: TypeAlias = LikeGroupParams | Iterable[OptionalArray | Iterable[OptionalArray] | Mapping[str, LikeGroupParams]]
+ArrayTree: TypeAlias = OptionalArray | Iterable["ArrayTree"] | Mapping[Any, "ArrayTree"]
 
 LearningRate: TypeAlias = Number | Array | Callable[[int], Number | Array]
 Betas: TypeAlias = tuple[Number, Number] | list[float]
 Bounds: TypeAlias = tuple[Number | None, Number | None] | list[float] | list[float | None]
-ArrayBounds: TypeAlias = Bounds | tuple[Number | _MaybeArray, Number | _MaybeArray]
+ArrayBounds: TypeAlias = Bounds | tuple[Number | OptionalArray, Number | OptionalArray]
 ParamBounds: TypeAlias = Bounds | tuple[Number | LikeParams, Number | LikeParams]
 
 Stream: TypeAlias = int | CudaStream | TorchStream
@@ -135,11 +137,14 @@ Side: TypeAlias = Literal["auto", "device", "host"]
 
 
 class _NeededInGroup(TypedDict):
-    params: _OfGroup
+    params: GroupParams
 
 
 class Group(_NeededInGroup, total=False):
-    """A group of parameters: "params", and hyperparameters that go before those of the optimizer.
+    """A group of parameters: a dict with "params", and hyperparameters that go before those of the optimizer.
+
+    Its other keys, each of which may be missing, are "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "clip_value",
+    "bounds", "complex" and "components", as `gpuadam.Adam` has them.
 
     >>> import numpy as np, gpuadam
     >>> from gpuadam.typing import Group
@@ -160,7 +165,7 @@ class Group(_NeededInGroup, total=False):
 
 
 class RuleChanges(TypedDict, total=False):
-    """What `gpuadam.Rule.scalars` and `struct` can be told of one step, by keywords."""
+    """What `gpuadam.Rule.scalars` and `struct` can be told of one step by keywords: lr, betas, eps, and so on."""
 
     lr: Number
     betas: Betas

@@ -57,8 +57,10 @@ def groups_of_params() -> None:
     opt.step({"w": floats(), "b": None})
     opt.groups[0]["lr"] = 0.5
     opt = gpuadam.Adam(gpuadam.decay_groups({"w": w, "b": b}, no_decay="b"))
+    opt.step([{"w": floats()}, {"b": None}])
+    opt = gpuadam.Adam([{"params": [w]}, {"params": {"b": b}}])
     opt.step([{"params": [floats()]}, {"b": floats(1)}])
-    opt.step([{"w": floats()}, [None]])
+    opt.step([[None], {"params": {"b": None}}])
 
 
 def learning_rates() -> None:

@@ -87,7 +87,7 @@ def wrong_uses(
     gpuadam.load(None, params)  # arg-type, reportArgumentType
     opt.save(1.5)  # arg-type, reportArgumentType
     backends.register("jax")  # arg-type, reportArgumentType
-    foreign_state.to_torch(params)  # arg-type, reportArgumentType
+    foreign_state.from_torch(opt, [])  # arg-type, reportArgumentType
     testing.array_backend(0)  # arg-type, reportArgumentType
     testing.Reference(params, algorithm="adamw")  # arg-type, reportArgumentType
     planning.plan(10, planning.MACHINES["h100"], planning.Settings())  # arg-type, reportArgumentType
