@@ -20,7 +20,7 @@ from ..terminal.output import need as need
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """The description in its paragraphs, as wide as the terminal, and the default of each option."""
 
-    def _fill_text(self, text: str | None, width: int, indent: str) -> Any:
+    def _fill_text(self, text: str, width: int, indent: str) -> Any:
         paragraphs = text.strip().split("\n\n")
         return "\n\n".join(
             p if p.startswith("    ") else super(_Help, self)._fill_text(p, width, indent) for p in paragraphs

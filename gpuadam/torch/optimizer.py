@@ -109,7 +109,7 @@ class Adam(torch.optim.Optimizer):
     ) -> None:
         given = arguments(locals())
         # the options that torch's Adam does not have: a checkpoint does not hold them
-        self.options = Options(state_dtype=state_dtype, master=master, stochastic_rounding=stochastic_rounding, seed=seed)
+        self.options = Options(**{name: given[name] for name in ("state_dtype", "master", "stochastic_rounding", "seed")})
         self.backend = backends.forced(backend)
         if self.backend is not None:
             backends.choose([], self.backend)  # refuses a backend that is not there
@@ -179,7 +179,8 @@ class Adam(torch.optim.Optimizer):
             if found_inf.item():
                 return loss
             found_inf = None
-        updates, params, counted, clocks = [], [], [], []
+        updates: list[Updates] = []
+        params, counted, clocks = [], [], []
         taken: list[tuple] = []
         for k, (group, members) in enumerate(self._members()):
             before = len(updates)
