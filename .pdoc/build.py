@@ -1,19 +1,33 @@
 """Make the reference: python .pdoc/build.py FOLDER, then open FOLDER/index.html. Needs pdoc. A warning is an error."""
 
+import ast
 import importlib.util
 import inspect
 import operator
 import re
 import sys
 import types
+import typing
 import warnings
 from pathlib import Path
 from unittest import mock
 
+import jinja2
 import pdoc
 
 HERE = Path(__file__).parent
-PACKAGES = ("testing", "checkpoint", "foreign_state", "sharded", "offload", "planning", "torch", "reference", "kernels")
+PACKAGES = (
+    "typing",
+    "testing",
+    "checkpoint",
+    "foreign_state",
+    "sharded",
+    "offload",
+    "planning",
+    "torch",
+    "reference",
+    "kernels",
+)
 INNER = ("planning.model", "sharded.transports")  # every other file of these packages is internal
 # What users call of an optimizer. Its other methods are for other files of gpuadam.
 OF_OPTIMIZERS = ("__init__", "step", "state_dict", "load_state_dict", "save", "gathered", "describe", "flush", "close")
@@ -29,6 +43,7 @@ def main(folder):
     names += [rf"!gpuadam\.({'|'.join(PACKAGES)})\."]
     for name in INNER:
         names += [f"gpuadam.{name}", rf"!gpuadam\.{name}\."]
+    types_as_written()
     pdoc.render.env.globals["text_of"] = text_of
     pdoc.render.env.globals["for_users"] = for_users
     pdoc.render.configure(template_directory=HERE)
@@ -47,6 +62,36 @@ def torch_to_read():
     return torch
 
 
+def types_as_written():
+    """Let signatures have their types as the source has them, `Array | None`, with links, and not what the names stand for."""
+    path = HERE.parent / "gpuadam/typing.py"
+    assigned = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.AnnAssign)]
+    aliases = {node.target.id: ast.unparse(node.value) for node in assigned}
+    linked = rf"\b({'|'.join([*aliases, 'Group', 'RuleChanges', 'BitsFormat'])})\b(?!')"
+
+    class Written(str):
+        def __repr__(self):
+            return re.sub(linked, r"gpuadam.typing.\1", self)
+
+    def as_written(of_type, *_):
+        if isinstance(of_type, typing.ForwardRef):
+            of_type = of_type.__forward_arg__
+        return Written(of_type) if isinstance(of_type, str) else of_type
+
+    @jinja2.pass_context
+    def linkify(context, code, namespace="", shorten=True):
+        html = pdoc.render_helpers.linkify(context, code, namespace, shorten)
+        return type(html)(re.sub(r">gpuadam\.typing\.(\w+)<", r">\1<", str(html))) if shorten else html
+
+    pdoc.doc.safe_eval_type = pdoc.doc_types.safe_eval_type = as_written
+    pdoc.render.env.filters["linkify"] = linkify
+    value_of = pdoc.doc.Variable.default_value_str
+    in_source = property(
+        lambda doc: aliases.get(doc.name, "") if doc.modulename == "gpuadam.typing" else value_of.__get__(doc)
+    )
+    pdoc.doc.Variable.default_value_str = in_source
+
+
 def for_users(doc):
     """Return whether a page shows a name: of an optimizer what users call, of a module no constants but those in `__all__`.
 
@@ -58,6 +103,8 @@ def for_users(doc):
     if doc.kind == "variable" and not of_class:
         return doc.name in getattr(sys.modules[doc.modulename], "__all__", ())
     if doc.name == "__init__":
+        if getattr(getattr(sys.modules[doc.modulename], of_class, None), "_is_protocol", False):
+            return False  # what a protocol is, no one makes
         return doc.docstring or doc.signature_without_self.parameters
     return not doc.name.startswith("_") and bool(not of_class or text_of(doc))
 
@@ -101,5 +148,7 @@ def arguments_apart(docstring):
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
+    # a key that a TypedDict inherits: at run time it has no base to look at
+    warnings.filterwarnings("ignore", "Cannot determine where gpuadam.typing.Group.params is taken from")
     sys.path.insert(0, str(HERE.parent))
     main(*sys.argv[1:])

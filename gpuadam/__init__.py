@@ -2,7 +2,7 @@
 
 >>> import numpy as np
 >>> import gpuadam
->>> params = {"w": np.float32([0.5, -1.0, 2.0]), "b": np.float32([0.0])}
+>>> params = {"w": np.array([0.5, -1.0, 2.0], "float32"), "b": np.array([0.0], "float32")}
 >>> opt = gpuadam.AdamW(params, lr=0.1)
 >>> opt.step({name: 2 * p for name, p in params.items()})  # a gradient
 
@@ -28,11 +28,15 @@ This is the reference. It has a guide, pages about larger subjects, and below th
 | many ranks | `gpuadam.sharded` |
 | state larger than a memory | `gpuadam.offload` |
 | bytes and time of a step, before a machine is rented | `gpuadam.planning` |
+| the types of arguments | `gpuadam.typing` |
 | testing without a GPU; the float64 reference | `gpuadam.testing`, `gpuadam.reference` |
 | adding a variant, a format or a backend | `gpuadam.kernels` |
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import TYPE_CHECKING
 
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
 from .checkpoint import CheckpointError
@@ -81,17 +85,26 @@ __all__ = [  # noqa: RUF022 - in the order of the reference
 ]
 
 # Loaded on first use, as `gpuadam.torch`, because a program that uses none should not wait for them
-_PAGES = ("backends", "foreign_state", "planning", "reference", "testing", "torch")
+_PAGES = ("backends", "foreign_state", "planning", "reference", "testing", "torch", "typing")
+
+if TYPE_CHECKING:
+    from . import backends as backends
+    from . import foreign_state as foreign_state
+    from . import planning as planning
+    from . import reference as reference
+    from . import testing as testing
+    from . import torch as torch
+    from . import typing as typing
+else:  # a type checker that saw this would take every name for one of the package
+
+    def __getattr__(name):
+        if name in _PAGES:
+            try:
+                return importlib.import_module(f"{__name__}.{name}")
+            except ModuleNotFoundError as error:  # an AttributeError, so that hasattr and help() work
+                raise AttributeError(f"gpuadam.{name} needs {error.name}: pip install {error.name}", name=name) from error
+        raise AttributeError(f"module 'gpuadam' has no attribute {shown(name)}")
 
 
-def __getattr__(name):
-    if name in _PAGES:
-        try:
-            return importlib.import_module(f"{__name__}.{name}")
-        except ModuleNotFoundError as error:  # an AttributeError, so that hasattr and help() work
-            raise AttributeError(f"gpuadam.{name} needs {error.name}: pip install {error.name}", name=name) from error
-    raise AttributeError(f"module 'gpuadam' has no attribute {shown(name)}")
-
-
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*__all__, *_PAGES, "__version__"])

@@ -4,12 +4,14 @@
 devices, and no fallback from one to the other. To add a backend: a class in kernels/ and a row in BACKENDS, or `register`.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import numpy as np
 from . import checks, torch_tensors
 from .kernels import array_bytes
 from .kernels import view as arrays
+from .kernels.backend import Backend
 from .kernels.messages import shown
 from .kernels.operands import widened
 
@@ -60,7 +63,7 @@ BACKENDS = {
 }
 
 
-def register(backend, package=""):
+def register(backend: Backend, package: str = "") -> None:
     """Make a backend known, after those that there are: `backend=`, `use_backend` and GPUADAM_BACKEND then take its name.
 
     backend: an instance of a subclass of `gpuadam.kernels.backend.Backend`, which its module calls `backend`. package: the
@@ -71,7 +74,7 @@ def register(backend, package=""):
     BACKENDS[backend.name] = Row(backend.name, type(backend).__module__, backend.memory, package)
 
 
-def unregister(name):
+def unregister(name: str) -> None:
     """Forget a backend that was registered."""
     del BACKENDS[_known(name, "unregister")]
     load.cache_clear()
@@ -82,7 +85,7 @@ _environment = os.environ.get("GPUADAM_BACKEND")
 _chosen: ContextVar[str | None] = ContextVar("gpuadam_backend", default=None)
 
 
-def available_backends():
+def available_backends() -> tuple[str, ...]:
     """Return the names of the backends that can run here, most preferred first.
 
     >>> "numba-cpu" in available_backends()
@@ -101,7 +104,7 @@ def some_available():
     return names
 
 
-def backend_status():
+def backend_status() -> dict[str, Status]:
     """Return, for each backend's name, whether it can run here, why (not), and what mends it.
 
     >>> backend_status()["numba-cpu"].available
@@ -111,7 +114,7 @@ def backend_status():
 
 
 @contextlib.contextmanager
-def use_backend(name):
+def use_backend(name: str) -> Iterator[None]:
     """Use one backend, as if every call within the `with` block had `backend=name`.
 
     The environment variable GPUADAM_BACKEND, read when gpuadam is imported, does so for a whole process. A `backend=` argument

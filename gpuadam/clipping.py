@@ -1,5 +1,7 @@
 """The norm of all gradients as one vector, and what a step does by it: clip, or leave itself out."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, ValuesView
 from typing import Any, NamedTuple
 
@@ -12,9 +14,12 @@ from .kernels import streams
 from .kernels.messages import shortened
 from .kernels.scalars import on_host
 from .kernels.view import Bits, is_array
+from .typing import Array, ArrayTree, Stream
 
 
-def global_norm(grads, *, out=None, backend=None, stream=None):
+def global_norm(
+    grads: ArrayTree, *, out: Array | None = None, backend: str | None = None, stream: Stream | None = None
+) -> Any:
     """Return the square root of the sum of the squares of all elements of all arrays, in their memory.
 
     grads: one array, or a sequence or dict of arrays, or of such; None is skipped. float32, float64, bfloat16 or float16, of any

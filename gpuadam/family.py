@@ -1,9 +1,30 @@
 """The family: optimizers that differ from `Adam` in one thing.
 
-The rule of each is in `kernels/adam.py`, known by the name of its algorithm.
+The rule of each is in `kernels/adam.py`, known by the name of its algorithm. Each constructor lists all of its options, because
+editors, type checkers and the reference read signatures, and an error of Python names the class; what a class has not is typed
+`Literal[False]`.
 """
 
+from __future__ import annotations
+
+from typing import Literal
+
 from .optimizer import Adam as Adam  # with the others, for what looks one up by its name
+from .options import arguments
+from .typing import (
+    Algorithm,
+    Betas,
+    Complex,
+    Components,
+    Formula,
+    Integer,
+    LearningRate,
+    LikeParams,
+    Number,
+    ParamBounds,
+    Params,
+    StateDtype,
+)  # fmt: skip
 
 
 class AdamW(Adam):
@@ -20,8 +41,16 @@ class AdamW(Adam):
 
     decoupled = True
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, **options):
-        super().__init__(params, lr, betas, eps, weight_decay, **options)
+    def __init__(
+        self, params: Params, lr: LearningRate = 1e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8,
+        weight_decay: Number = 1e-2, *,
+        amsgrad: bool = False, maximize: bool = False, clip_value: Number | None = None,
+        bounds: ParamBounds | None = None, complex: Complex | None = None, components: Components = 1, capturable: bool = False,
+        formula: Formula = "torch", eps_root: Number = 0.0, state_dtype: StateDtype | None = None,
+        master: Literal["remainder"] | None = None, param_copies: LikeParams = None, ema_decay: Number | None = None,
+        zero_grad: bool = False, stochastic_rounding: bool = False, seed: Integer = 0, backend: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(**arguments(locals()))
 
 
 class NAdam(Adam):
@@ -33,15 +62,24 @@ class NAdam(Adam):
 
     >>> import numpy as np, gpuadam
     >>> w = np.array([0.5, 0.0], "float32")
-    >>> gpuadam.NAdam(w, lr=0.1).step(np.float32([-33.0, 1.0]))
+    >>> gpuadam.NAdam(w, lr=0.1).step(np.array([-33.0, 1.0], "float32"))
     >>> print(w.round(4))
     [ 0.6056 -0.1056]
     """
 
-    algorithm = "nadam"
+    algorithm: Algorithm = "nadam"
 
-    def __init__(self, params, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **options):
-        super().__init__(params, lr, betas, eps, weight_decay, **options)
+    def __init__(
+        self, params: Params, lr: LearningRate = 2e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8,
+        weight_decay: Number = 0.0, *,
+        amsgrad: Literal[False] = False, maximize: bool = False, clip_value: Number | None = None,
+        bounds: ParamBounds | None = None, complex: Complex | None = None, components: Components = 1,
+        capturable: Literal[False] = False, formula: Literal["torch", "optax"] = "torch", eps_root: Number = 0.0,
+        state_dtype: StateDtype | None = None,
+        master: Literal["remainder"] | None = None, param_copies: LikeParams = None, ema_decay: Number | None = None,
+        zero_grad: bool = False, stochastic_rounding: bool = False, seed: Integer = 0, backend: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(**arguments(locals()))
 
 
 class RAdam(Adam):
@@ -51,12 +89,23 @@ class RAdam(Adam):
 
     >>> import numpy as np, gpuadam
     >>> w = np.array([0.5, 0.0], "float32")
-    >>> gpuadam.RAdam(w, lr=0.1).step(np.float32([-3.0, 1.0]))  # as momentum at first
+    >>> gpuadam.RAdam(w, lr=0.1).step(np.array([-3.0, 1.0], "float32"))  # as momentum at first
     >>> print(w)
     [ 0.8 -0.1]
     """
 
-    algorithm = "radam"
+    algorithm: Algorithm = "radam"
+
+    def __init__(
+        self, params: Params, lr: LearningRate = 1e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8,
+        weight_decay: Number = 0.0, *,
+        amsgrad: Literal[False] = False, maximize: bool = False, clip_value: Number | None = None,
+        bounds: ParamBounds | None = None, complex: Complex | None = None, components: Components = 1, capturable: bool = False,
+        formula: Literal["torch"] = "torch", eps_root: Number = 0.0, state_dtype: StateDtype | None = None,
+        master: Literal["remainder"] | None = None, param_copies: LikeParams = None, ema_decay: Number | None = None,
+        zero_grad: bool = False, stochastic_rounding: bool = False, seed: Integer = 0, backend: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(**arguments(locals()))
 
 
 class AdaMax(Adam):
@@ -66,12 +115,20 @@ class AdaMax(Adam):
 
     >>> import numpy as np, gpuadam
     >>> w = np.array([0.5, 0.0], "float32")
-    >>> gpuadam.AdaMax(w, lr=0.1).step(np.float32([-33.0, 1.0]))
+    >>> gpuadam.AdaMax(w, lr=0.1).step(np.array([-33.0, 1.0], "float32"))
     >>> print(w)
     [ 0.6 -0.1]
     """
 
-    algorithm = "adamax"
+    algorithm: Algorithm = "adamax"
 
-    def __init__(self, params, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **options):
-        super().__init__(params, lr, betas, eps, weight_decay, **options)
+    def __init__(
+        self, params: Params, lr: LearningRate = 2e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8,
+        weight_decay: Number = 0.0, *,
+        amsgrad: Literal[False] = False, maximize: bool = False, clip_value: Number | None = None,
+        bounds: ParamBounds | None = None, complex: Complex | None = None, components: Components = 1, capturable: bool = False,
+        formula: Literal["torch"] = "torch", eps_root: Number = 0.0, state_dtype: StateDtype | None = None,
+        master: Literal["remainder"] | None = None, param_copies: LikeParams = None, ema_decay: Number | None = None,
+        zero_grad: bool = False, stochastic_rounding: bool = False, seed: Integer = 0, backend: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(**arguments(locals()))

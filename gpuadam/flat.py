@@ -1,8 +1,10 @@
 """Many parameters in one buffer: one array to the optimizer, the old arrays to everyone else."""
 
+from __future__ import annotations
+
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +13,7 @@ from . import backends, checks
 from .groups import MAPPING, ONE, SEQUENCE, as_given
 from .kernels.layout import VECTOR_BYTES
 from .kernels.messages import shown
+from .typing import Array
 
 
 class Flat(NamedTuple):
@@ -22,7 +25,7 @@ class Flat(NamedTuple):
     grads: Any
 
 
-def flatten(arrays, backend=None):
+def flatten(arrays: Array | Sequence[Array] | Mapping[str, Array], backend: str | None = None) -> Flat:
     """Copy arrays into one buffer, and return it with views of it in their shapes and, likewise, a buffer of zeros for gradients.
 
     arrays: one array, a sequence or a dict name -> array: of one dtype, on one device; NumPy, CuPy or Numba device arrays.
@@ -44,6 +47,7 @@ def flatten(arrays, backend=None):
     [[0.9 0.9 0.9]
      [1.  1.  1. ]]
     """
+    labelled: list[tuple[str, Any]]
     if isinstance(arrays, Mapping):
         kind, labelled = MAPPING, [(f"arrays[{shown(name)}]", array) for name, array in arrays.items()]
     elif isinstance(arrays, (list, tuple)):

@@ -14,10 +14,13 @@ without eps_root. With amsgrad "optax" is refused too, because its max_v is that
     foreign_state.from_torch(opt, torch_optimizer.state_dict(), [name for name, _ in model.named_parameters()])
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +28,7 @@ from . import backends, checks
 from .groups import MAPPING, differing_names, places_of_groups, some
 from .kernels.messages import shortened, shown
 from .kernels.view import Bits, a_kind, is_jax
+from .optimizer import Adam
 from .state import OF_GROUPS, check_meaning
 from .state_conversion import CONVERTED, conversion
 from .torch_tensors import is_tensor
@@ -38,7 +42,9 @@ WIDER = {"float64": (), "float32": ("float64",), **dict.fromkeys(("float16", "bf
 OF_TORCH, OF_OPTAX = ({"algorithm": "adam", "formula": formula} for formula in ("torch", "optax"))
 
 
-def from_torch(opt, state_dict, names=None, *, convert=False):
+def from_torch(
+    opt: Adam, state_dict: Mapping[str, Any], names: Iterable[str] | None = None, *, convert: bool = False
+) -> None:
     """Load a `state_dict()` of torch.optim.Adam or AdamW into an optimizer, in place: state, step counts, hyperparameters.
 
     names: this optimizer's names of torch's parameters, in torch's order, through all groups. By default the names in the
@@ -52,8 +58,8 @@ def from_torch(opt, state_dict, names=None, *, convert=False):
     >>> import numpy as np, gpuadam
     >>> opt = gpuadam.Adam({"w": np.zeros(2, "float32")})
     >>> group = {"lr": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "maximize": False}
-    >>> moments = {"step": 3.0, "exp_avg": np.float32([1, 2]), "exp_avg_sq": np.float32([3, 4])}
-    >>> from_torch(opt, {"state": {0: moments}, "param_groups": [group | {"params": [0]}]}, ["w"])
+    >>> moments = {"step": 3.0, "exp_avg": np.array([1, 2], "float32"), "exp_avg_sq": np.array([3, 4], "float32")}
+    >>> gpuadam.foreign_state.from_torch(opt, {"state": {0: moments}, "param_groups": [group | {"params": [0]}]}, ["w"])
     >>> opt.state["w"]["m"], opt.steps, opt.groups[0]["lr"]
     (array([1., 2.], dtype=float32), 3, 0.5)
     """
@@ -84,7 +90,7 @@ def from_torch(opt, state_dict, names=None, *, convert=False):
     opt.load_state_dict({"steps": steps, "groups": groups, "state": states, **OF_TORCH}, convert=convert)
 
 
-def to_torch(opt, names=None, *, convert=False):
+def to_torch(opt: Adam, names: Iterable[str] | None = None, *, convert: bool = False) -> dict[str, Any]:
     """Return the state as a `state_dict()` that torch.optim.Adam or AdamW loads, of tensors that are copies on the same device.
 
     names: this optimizer's names of torch's parameters, in torch's order, through all groups; by default in this optimizer's
@@ -121,7 +127,7 @@ def to_torch(opt, names=None, *, convert=False):
     return {"state": states, "param_groups": groups}
 
 
-def from_optax(opt, state, separator=".", *, convert=False):
+def from_optax(opt: Adam, state: Any, separator: str = ".", *, convert: bool = False) -> None:
     """Load the state of optax.adam or optax.adamw into an optimizer, in place: m, v and the step counts.
 
     state: a state that `init` or `update` returned, also one of `optax.chain` and the like. It has one ScaleByAdamState. The
@@ -135,11 +141,11 @@ def from_optax(opt, state, separator=".", *, convert=False):
     differs, and then nothing has changed.
 
     >>> import numpy as np, gpuadam
-    >>> from typing import NamedTuple
-    >>> ScaleByAdamState = NamedTuple("ScaleByAdamState", [("count", int), ("mu", dict), ("nu", dict)])
+    >>> from typing import Any, NamedTuple
+    >>> ScaleByAdamState = NamedTuple("ScaleByAdamState", [("count", int), ("mu", Any), ("nu", Any)])
     >>> opt = gpuadam.Adam({"layer.w": np.zeros(2, "float32")})
-    >>> mu, nu = ({"layer": {"w": np.float32(x)}} for x in ([1, 2], [3, 4]))
-    >>> from_optax(opt, (ScaleByAdamState(3, mu, nu), ()))
+    >>> mu, nu = ({"layer": {"w": np.array(x, "float32")}} for x in ([1, 2], [3, 4]))
+    >>> gpuadam.foreign_state.from_optax(opt, (ScaleByAdamState(3, mu, nu), ()))
     >>> opt.state["layer.w"]["v"], opt.state["layer.w"]["step"]
     (array([3., 4.], dtype=float32), 3)
     """
@@ -157,7 +163,7 @@ def from_optax(opt, state, separator=".", *, convert=False):
     opt.load_state_dict(loaded, convert=convert)
 
 
-def to_optax(opt, like, separator="."):
+def to_optax(opt: Adam, like: Any, separator: str = ".") -> Any:
     """Return the state of optax.adam or optax.adamw with m, v and the step count of an optimizer.
 
     like: a state of the same tree, such as `optax.adam(lr).init(params)`. The returned state is a copy of it, in which the

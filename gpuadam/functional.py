@@ -1,50 +1,55 @@
 """`adam_step`: one update of one parameter's arrays."""
 
+from __future__ import annotations
+
+from typing import Literal
+
 from . import checks, hyperparameters
 from .repeated import RepeatedCall
 from .step_arrays import bounds_apart
+from .typing import Algorithm, Array, ArrayBounds, Betas, Complex, Components, Formula, Integer, Number, Stream
 from .update import OPERANDS, Updates, update
 
 _REPEATED = RepeatedCall()
 
 
 def adam_step(
-    param,
-    grad,
-    m,
-    v,
-    step,
+    param: Array,
+    grad: Array,
+    m: Array,
+    v: Array,
+    step: Integer,
     *,
-    lr=1e-3,
-    betas=(0.9, 0.999),
-    eps=1e-8,
-    weight_decay=0.0,
-    decoupled=False,
-    max_v=None,
-    maximize=False,
-    grad_scale=1.0,
-    clip_value=None,
-    bounds=None,
-    algorithm="adam",
-    formula="torch",
-    eps_root=0.0,
-    remainder=None,
-    param_copy=None,
-    ema=None,
-    ema_decay=0.999,
-    change=None,
-    lr_scale=None,
-    where=None,
-    complex=None,
-    components=1,
-    m_scale=None,
-    v_scale=None,
-    zero_grad=False,
-    stochastic_rounding=False,
-    seed=0,
-    backend=None,
-    stream=None,
-):
+    lr: Number = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    decoupled: bool = False,
+    max_v: Array | None = None,
+    maximize: bool = False,
+    grad_scale: Number = 1.0,
+    clip_value: Number | None = None,
+    bounds: ArrayBounds | None = None,
+    algorithm: Algorithm = "adam",
+    formula: Formula = "torch",
+    eps_root: Number = 0.0,
+    remainder: Array | None = None,
+    param_copy: Array | None = None,
+    ema: Array | None = None,
+    ema_decay: Number = 0.999,
+    change: Array | None = None,
+    lr_scale: Array | None = None,
+    where: Array | Literal["nonzero"] | None = None,
+    complex: Complex | None = None,
+    components: Components = 1,
+    m_scale: Array | None = None,
+    v_scale: Array | None = None,
+    zero_grad: bool = False,
+    stochastic_rounding: bool = False,
+    seed: Integer = 0,
+    backend: str | None = None,
+    stream: Stream | None = None,
+) -> None:
     """Apply one Adam update in place, in one pass over memory.   (Kingma & Ba 2015, Algorithm 1, arXiv:1412.6980)
 
     param, grad, m, v, max_v: arrays of one shape on one device: NumPy, CuPy, Numba device arrays, or anything with DLPack or

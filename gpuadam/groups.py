@@ -1,15 +1,18 @@
 """Groups of parameters: what an optimizer is given, what is checked of it at each step, and gradients of the same structure."""
 
+from __future__ import annotations
+
 import fnmatch
 import itertools
 import operator
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from . import checks, holders, hyperparameters
 from .kernels.messages import label_of, shown
 from .kernels.view import Bits, a_kind, is_array
 from .options import Options
+from .typing import Array, Group, Number
 
 # Those that decide which moments there are, and so stay what they were when an optimizer is made
 FIXED = ("amsgrad", "complex", "components")
@@ -36,15 +39,15 @@ class _OfAGroup:
     def __init__(self, name):
         self.name = name
 
-    def __get__(self, optimizer, _):
+    def __get__(self, optimizer: object, _: object = None) -> Any:
         if optimizer is None:
             return self
         raise AttributeError(
             f"{self.name} belongs to a group of parameters: read or set groups[0][{self.name!r}] of the optimizer, and so on"
         )
 
-    def __set__(self, optimizer, _):
-        self.__get__(optimizer, None)
+    def __set__(self, optimizer: object, value: NoReturn) -> None:  # no value at all, so that type checkers refuse too
+        self.__get__(optimizer)
 
 
 class HasGroups:
@@ -214,8 +217,14 @@ def _difference(grads, names):
     return " and ".join([f"it lacks {some(missing)}"] * bool(missing) + [f"only it has {some(extra)}"] * bool(extra))
 
 
-class OF_PARAMS:
+class _OfParams:
     """In the place of gradients: those that the parameters hold."""
+
+    def __repr__(self):
+        return "OF_PARAMS"
+
+
+OF_PARAMS: Any = _OfParams()
 
 
 def grads_of_params(group, arrangement, method="step"):
@@ -345,7 +354,7 @@ def places_of_groups(names, structures, by_place):
     return places
 
 
-def decay_groups(params, no_decay, weight_decay=1e-2):
+def decay_groups(params: Mapping[str, Array], no_decay: str | Iterable[str], weight_decay: Number = 1e-2) -> list[Group]:
     """Return two groups for `Adam` or `AdamW`: the parameters that decay, and those that do not.
 
     params: a dict name -> array.
@@ -361,9 +370,9 @@ def decay_groups(params, no_decay, weight_decay=1e-2):
     >>> import numpy as np, gpuadam
     >>> params = {"dense.weight": np.ones((2, 2)), "dense.bias": np.ones(2), "norm.scale": np.ones(2)}
     >>> groups = gpuadam.decay_groups(params, no_decay=("*.bias", "norm.*"), weight_decay=0.5)
-    >>> [(list(group["params"]), group["weight_decay"]) for group in groups]
-    [(['dense.weight'], 0.5), (['dense.bias', 'norm.scale'], 0.0)]
     >>> opt = gpuadam.AdamW(groups, lr=0.1)
+    >>> [(group["names"], group["weight_decay"]) for group in opt.groups]
+    [(['dense.weight'], 0.5), (['dense.bias', 'norm.scale'], 0.0)]
     >>> opt.step({name: np.zeros_like(p) for name, p in params.items()})
     >>> print(params["dense.weight"][0], params["dense.bias"])
     [0.95 0.95] [1. 1.]

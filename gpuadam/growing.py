@@ -1,6 +1,8 @@
 """Arrays that grow and shrink, come and go while an optimizer trains them, such as points that are split and pruned."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -12,6 +14,7 @@ from .kernels.messages import shown
 from .kernels.operands import GROUP, widened
 from .kernels.view import is_array
 from .state import OF_GROUPS, Parameter
+from .typing import Array, Integer
 from .under_way import UnderWay
 
 
@@ -26,7 +29,7 @@ class Grows:
     backend: str | None
     with_groups: Callable
 
-    def replace(self, name, param, rows, *, param_copy=None):
+    def replace(self, name: str, param: Array, rows: Sequence[int] | Array, *, param_copy: Array | None = None) -> None:
         """Put another array in a parameter's place: row i takes over the state of row rows[i] of the old one.
 
         name: of the parameter. param: an array of its dtype and device, whose shape differs in the first dimension at most. What
@@ -48,7 +51,7 @@ class Grows:
         >>> import numpy as np, gpuadam
         >>> points = np.zeros((3, 2), "float32")
         >>> opt = gpuadam.Adam({"points": points}, lr=0.1)
-        >>> opt.step({"points": np.float32([[1, 1], [2, 2], [3, 3]])})
+        >>> opt.step({"points": np.array([[1, 1], [2, 2], [3, 3]], "float32")})
         >>> rows = [2, 2, -1, 0]  # the last is split, the middle one pruned, and one is new
         >>> points = np.concatenate([points[[2, 2]], np.zeros((1, 2), "float32"), points[[0]]])
         >>> opt.replace("points", points, rows)
@@ -73,7 +76,7 @@ class Grows:
             raise ValueError(f"{label} {shapes}: all but the first dimension must be the same")
         if (old.copy is None) != (param_copy is None):
             raise ValueError(f"{label} has {'no' if old.copy is None else 'a'} copy: give param_copy likewise")
-        rows = _checked_rows(rows, view.shape[0], view_before.shape[0])
+        of_new = _checked_rows(rows, view.shape[0], view_before.shape[0])
         row_size = int(np.prod(view.shape[1:]))
         if "m_scale" in old.state and row_size % GROUP:
             raise ValueError(f"a row of {label} has {row_size} elements: with 8-bit state it must be a multiple of {GROUP}")
@@ -83,17 +86,17 @@ class Grows:
         new = twin.parameters[name]
         for key in new.state.keys() - {"step"}:
             to, source = (kernels.view(f"{key} of {label}", array) for array in (new.state[key], old.state[key]))
-            if key == "ema" and (rows < 0).any():
+            if key == "ema" and (of_new < 0).any():
                 _copy_wider(kernels, to, view)
             if key in OF_GROUPS:
                 to = _in_rows(kernels, to, view.shape[0], row_size // GROUP)
                 source = _in_rows(kernels, source, view_before.shape[0], row_size // GROUP)
-            kernels.copy_rows(to, source, rows)
+            kernels.copy_rows(to, source, of_new)
         new.state["step"] = old.state["step"]
         self._become(twin)
         holders.replaced(self.arrangement.places, name, param)
 
-    def add(self, name, param, group=0, *, param_copy=None):
+    def add(self, name: str, param: Array, group: Integer = 0, *, param_copy: Array | None = None) -> None:
         """Add a parameter to a group, with state at its start.
 
         group: the number of the group, whose parameters were given as a dict. param_copy: an array for copies of it. With
@@ -121,7 +124,7 @@ class Grows:
         self._become(twin)
         holders.added(self.arrangement.places, groups[group]["names"], name, param)
 
-    def remove(self, name):
+    def remove(self, name: str) -> None:
         """Forget a parameter and its state. Its group's parameters were given as a dict. Raises ValueError."""
         k, at, _ = self._found(name)
         self._check_named(k)

@@ -9,7 +9,7 @@ import functools
 import math
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
@@ -17,9 +17,10 @@ from . import checks
 from .kernels.adam import Form, scalar_names, scalars_type
 from .kernels.operands import Arrays
 from .kernels.scalars import on_host, powers_on_host, shares_of_nadam
+from .typing import Algorithm, Formula
 
-ALGORITHMS = ("adam", "nadam", "radam", "adamax")
-FORMULAS = ("torch", "apex", "eps-hat", "optax")
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+FORMULAS: tuple[str, ...] = get_args(Formula)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)  # told apart by identity, which is quick to hash

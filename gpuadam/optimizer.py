@@ -1,9 +1,11 @@
 """`Adam`: parameters in groups, their state, and the step over all of them."""
 
+from __future__ import annotations
+
 import copy
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -32,13 +34,30 @@ from .kernels import array_bytes, streams
 from .kernels.messages import shortened, shown
 from .kernels.scalars import step_key
 from .kernels.view import Bits, View, is_array
-from .options import Options
+from .options import SAVED, Options, arguments
 from .remembered import Remembered
 from .repeated import RepeatedStep
 from .state import OF_GROUPS, Parameter, ParameterKind
 from .state_conversion import CONVERTED, Conversion, conversion
 from .step_arrays import StepArrays, bounds_of_loaded, of_bounds, saved_bounds, without_arrays
-from .step_norms import NormsOfStep
+from .step_norms import NormsOfStep, StepNorms
+from .typing import (
+    Algorithm,
+    Array,
+    Betas,
+    Complex,
+    Components,
+    FilePath,
+    Formula,
+    Integer,
+    LearningRate,
+    LikeParams,
+    Number,
+    ParamBounds,
+    Params,
+    StateDtype,
+    Stream,
+)
 from .under_way import UnderWay
 from .update import Updates, check, update
 
@@ -113,63 +132,51 @@ class Adam(HasGroups, Grows):
     >>> import numpy as np, gpuadam
     >>> params = {"w": np.full(3, 0.5, "float32"), "b": np.zeros(1, "float32")}
     >>> opt = gpuadam.Adam(params, lr=0.1)
-    >>> opt.step({"w": np.float32([-33.0, 1.0, 0.0]), "b": None})
+    >>> opt.step({"w": np.array([-33.0, 1.0, 0.0], "float32"), "b": None})
     >>> print(params["w"], params["b"])
     [0.6 0.4 0.5] [0.]
     >>> opt
     Adam(2 parameters, 4 elements, steps=1, lr=0.1)
     """
 
-    decoupled = False
-    algorithm = "adam"
+    decoupled: bool = False
+    algorithm: Algorithm = "adam"
+    steps: int
+    options: Options
     repeats = True  # steps that are as the last ones take the short way
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
+        params: Params,
+        lr: LearningRate = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Number = 1e-8,
+        weight_decay: Number = 0.0,
         *,
-        amsgrad=False,
-        maximize=False,
-        clip_value=None,
-        bounds=None,
-        complex=None,
-        components=1,
-        capturable=False,
-        formula="torch",
-        eps_root=0.0,
-        state_dtype=None,
-        master=None,
-        param_copies=None,
-        ema_decay=None,
-        zero_grad=False,
-        stochastic_rounding=False,
-        seed=0,
-        backend=None,
-    ):
+        amsgrad: bool = False,
+        maximize: bool = False,
+        clip_value: Number | None = None,
+        bounds: ParamBounds | None = None,
+        complex: Complex | None = None,
+        components: Components = 1,
+        capturable: bool = False,
+        formula: Formula = "torch",
+        eps_root: Number = 0.0,
+        state_dtype: StateDtype | None = None,
+        master: Literal["remainder"] | None = None,
+        param_copies: LikeParams = None,
+        ema_decay: Number | None = None,
+        zero_grad: bool = False,
+        stochastic_rounding: bool = False,
+        seed: Integer = 0,
+        backend: str | None = None,
+    ) -> None:
+        given = arguments(locals())
         self.backend = backends.forced(backend)  # one that was in use when the moments were made stays in use
         self.state_backend = self.backend
         self.steps = 0
-        self.options = Options(
-            self.algorithm,
-            self.decoupled,
-            capturable,
-            formula,
-            eps_root,
-            state_dtype,
-            master,
-            ema_decay,
-            zero_grad,
-            stochastic_rounding,
-            seed,
-        )
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"amsgrad": amsgrad, "maximize": maximize, "clip_value": clip_value, "bounds": bounds}
-        defaults |= {"complex": complex, "components": components}
-        self.groups, self.arrangement = parsed_groups(params, defaults)
+        self.options = Options(self.algorithm, self.decoupled, **{name: given[name] for name in SAVED})
+        self.groups, self.arrangement = parsed_groups(params, {name: given[name] for name in HYPERPARAMETERS})
         self._remembered, self._repeated, self.under_way = Remembered(), RepeatedStep(), UnderWay()
         self._norm: Any = None  # of the last step, on a GPU
         self._step_norms: Any = None  # of every step, if capturable
@@ -179,7 +186,7 @@ class Adam(HasGroups, Grows):
         self._make_groups(beginnings)
         self.warn_of_no_effect({"master": master, "stochastic_rounding": stochastic_rounding})
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         """Return class, parameters, elements, calls of `step`, and what is not the default. No GPU is waited for."""
         return repr_of(self, lambda: of_adam(self))
 
@@ -292,21 +299,72 @@ class Adam(HasGroups, Grows):
         """Return the Hyperparameters of a group for a step, checked."""
         return checked_group(without_arrays(group), structure, self.options, step, grad_scale)
 
+    @overload
     def step(
         self,
-        grads=OF_PARAMS,
+        grads: LikeParams = ...,
         *,
-        grad_scale=1.0,
-        max_norm=None,
-        norm=None,
-        check_finite=False,
-        found_inf=None,
-        change=None,
-        lr_scale=None,
-        where=None,
-        norms=False,
-        stream=None,
-    ):
+        grad_scale: Number | Array = ...,
+        max_norm: Number | None = ...,
+        norm: Number | Array | None = ...,
+        check_finite: bool = ...,
+        found_inf: Number | Array | None = ...,
+        change: LikeParams = ...,
+        lr_scale: LikeParams = ...,
+        where: LikeParams | Literal["nonzero"] = ...,
+        norms: Literal[False] = ...,
+        stream: Stream | None = ...,
+    ) -> None: ...
+
+    @overload
+    def step(
+        self,
+        grads: LikeParams = ...,
+        *,
+        grad_scale: Number | Array = ...,
+        max_norm: Number | None = ...,
+        norm: Number | Array | None = ...,
+        check_finite: bool = ...,
+        found_inf: Number | Array | None = ...,
+        change: LikeParams = ...,
+        lr_scale: LikeParams = ...,
+        where: LikeParams | Literal["nonzero"] = ...,
+        norms: Literal[True],
+        stream: Stream | None = ...,
+    ) -> StepNorms: ...
+
+    @overload
+    def step(
+        self,
+        grads: LikeParams = ...,
+        *,
+        grad_scale: Number | Array = ...,
+        max_norm: Number | None = ...,
+        norm: Number | Array | None = ...,
+        check_finite: bool = ...,
+        found_inf: Number | Array | None = ...,
+        change: LikeParams = ...,
+        lr_scale: LikeParams = ...,
+        where: LikeParams | Literal["nonzero"] = ...,
+        norms: bool = ...,
+        stream: Stream | None = ...,
+    ) -> StepNorms | None: ...
+
+    def step(
+        self,
+        grads: LikeParams = OF_PARAMS,
+        *,
+        grad_scale: Number | Array = 1.0,
+        max_norm: Number | None = None,
+        norm: Number | Array | None = None,
+        check_finite: bool = False,
+        found_inf: Number | Array | None = None,
+        change: LikeParams = None,
+        lr_scale: LikeParams = None,
+        where: LikeParams | Literal["nonzero"] = None,
+        norms: bool = False,
+        stream: Stream | None = None,
+    ) -> StepNorms | None:
         """Update every parameter that has a gradient, in place. Return None, or with norms the norms of the step.
 
         grads: of the same structure as params; None in an array's place skips it. For groups, a list with the gradients of
@@ -384,7 +442,7 @@ class Adam(HasGroups, Grows):
             self._repeated.note(self, self._groups, updates, options)
         return result
 
-    def zero_grad(self, grads=OF_PARAMS, *, stream=None):
+    def zero_grad(self, grads: LikeParams = OF_PARAMS, *, stream: Stream | None = None) -> None:
         """Fill gradients with zeros, in place; without gradients, set the `.grad` of each tensor of torch to None.
 
         For gradients that are summed up over several backward passes: an optimizer does not keep them. A step with the option
@@ -514,7 +572,7 @@ class Adam(HasGroups, Grows):
                 kernels, (view,) = backends.choose([(label, grad)], self.backend)
                 kernels.fill_zero(view, streams.handle(stream))
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Return {"steps", "state", "groups", "algorithm", "formula"}.
 
         "state" has, by name, the moments themselves and not copies, and "groups" the settings of each group. "algorithm" and
@@ -541,7 +599,7 @@ class Adam(HasGroups, Grows):
         read = [(group.parameters, group.count.read(group.parameters)) for group in self._groups]
         return {p.name: n for parameters, counts in read for p, n in zip(parameters, counts, strict=True)}
 
-    def load_state_dict(self, state_dict, *, convert=False):
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, convert: bool = False) -> None:
         """Copy a `state_dict()` into this optimizer, which must have parameters of the same names, shapes and dtypes.
 
         Groups must have the same parameters. Where these have names, they and the groups may come in another order, unless
@@ -662,7 +720,7 @@ class Adam(HasGroups, Grows):
             hyperparameters.check_rounding(h, self.options.computed_in(parameter.kind.param))
         return settings
 
-    def save(self, path, *, with_params=False):
+    def save(self, path: FilePath, *, with_params: bool = False) -> None:
         """Write class, options, hyperparameters, step counts and state to a safetensors file, from which `gpuadam.load` goes on.
 
         with_params: the parameters too, as `gpuadam.load(..., with_params=True)` needs them.
@@ -687,7 +745,7 @@ class Adam(HasGroups, Grows):
         """Return an array of the state of a parameter, in `Bits` if it is of integers that stand for other numbers."""
         kind, array = self.parameters[name].kind, self.state[name][key]
         bits = dict(zip(kind.operands, kind.bits, strict=True)).get(key)
-        return Bits(array, bits) if bits else array
+        return Bits(array, bits) if bits else array  # type: ignore[arg-type]  # its name is one of these
 
     def ended(self):
         """Note that a step, or the loading of a state, has ended."""

@@ -1,13 +1,17 @@
 """What an optimizer is made with beside parameters, hyperparameters and a backend: one record, checked once."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
+from typing import Any, get_args
 
 import numpy as np
 
 from . import checks, hyperparameters, state
+from .typing import StateDtype
 
-STATE_DTYPES = ("float32", "float64", "bfloat16", "8bit")
+STATE_DTYPES: tuple[str, ...] = get_args(StateDtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,3 +96,11 @@ class Options:
 
 
 SAVED = tuple(Options().saved())
+
+
+def arguments(given: dict[str, Any], besides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return what a constructor hands on to the one of its base: its arguments, but for its own.
+
+    given: its `locals()`, before it has any others.
+    """
+    return {name: value for name, value in given.items() if name not in ("self", "__class__", *besides)}

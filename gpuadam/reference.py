@@ -1,35 +1,41 @@
 """Adam and its family in float64 NumPy, written from the papers. Kernels are measured against it, and share no code with it."""
 
+from __future__ import annotations
+
+from typing import Any, Literal
+
 import numpy as np
+
+from .typing import Algorithm, ArrayBounds, Betas, Complex, Components, Formula, Integer, Number
 
 
 def adam_step(
-    param,
-    grad,
-    m,
-    v,
-    step,
+    param: np.ndarray[Any, Any],
+    grad: np.ndarray[Any, Any],
+    m: np.ndarray[Any, Any],
+    v: np.ndarray[Any, Any],
+    step: Integer,
     *,
-    lr=1e-3,
-    betas=(0.9, 0.999),
-    eps=1e-8,
-    weight_decay=0.0,
-    decoupled=False,
-    max_v=None,
-    maximize=False,
-    grad_scale=1.0,
-    clip_value=None,
-    bounds=None,
-    algorithm="adam",
-    formula="torch",
-    eps_root=0.0,
-    ema=None,
-    ema_decay=0.999,
-    lr_scale=1.0,
-    where=None,
-    complex=None,
-    components=1,
-):
+    lr: float | np.ndarray[Any, Any] = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    decoupled: bool = False,
+    max_v: np.ndarray[Any, Any] | None = None,
+    maximize: bool = False,
+    grad_scale: Number = 1.0,
+    clip_value: Number | None = None,
+    bounds: ArrayBounds | None = None,
+    algorithm: Algorithm = "adam",
+    formula: Formula = "torch",
+    eps_root: Number = 0.0,
+    ema: np.ndarray[Any, Any] | None = None,
+    ema_decay: Number = 0.999,
+    lr_scale: float | np.ndarray[Any, Any] = 1.0,
+    where: np.ndarray[Any, Any] | Literal["nonzero"] | None = None,
+    complex: Complex | None = None,
+    components: Components = 1,
+) -> tuple[Any, ...]:
     """Return new float64 (param, m, v, max_v), and ema if it is given; nothing is changed in place.
 
     Arguments as in `gpuadam.adam_step`. Adam: Kingma & Ba 2015, Algorithm 1. L2 decay and AdamW: Loshchilov & Hutter 2019,
@@ -92,6 +98,8 @@ def adam_step(
         else:
             direction = m / bias1 / v
         theta = theta - lr * direction
+        low: Any
+        high: Any
         low, high = (None, None) if bounds is None else bounds
         theta = theta if low is None else np.where(theta < low, low, theta)
         theta = theta if high is None else np.where(theta > high, high, theta)

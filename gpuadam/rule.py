@@ -1,15 +1,24 @@
 """`Rule`: the update of one element, for kernels of your own."""
 
+from __future__ import annotations
+
 import functools
 import importlib
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from . import backends, checks, hyperparameters
 from .description import defaults_of, of_values, repr_of
 from .kernels.messages import shown
 from .kernels.operands import Arrays
+from .typing import Algorithm, Betas, Bounds, Formula, Integer, Number, RuleChanges
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # type checkers have it, and Python from 3.11 on
 
 NAMES = ("lr", "betas", "eps", "weight_decay", "grad_scale", "clip_value", "bounds")  # that a step may change
 
@@ -36,30 +45,30 @@ class Rule:
     ...         x[i], m[i], v[i] = update(x[i], x[i] - target[i], m[i], v[i], s)
     >>> x, m, v = np.zeros((3, 2), "float32")
     >>> for step in range(1, 101):
-    ...     fit(x, np.float32([1, -1]), m, v, rule.scalars(step))
+    ...     fit(x, np.array([1, -1], "float32"), m, v, rule.scalars(step))
     >>> print(x.round(2))
     [1. 0.]
     """
 
     def __init__(
         self,
-        dtype="float32",
+        dtype: npt.DTypeLike = "float32",
         *,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
-        decoupled=False,
-        amsgrad=False,
-        maximize=False,
-        grad_scale=1.0,
-        clip_value=None,
-        bounds=None,
-        algorithm="adam",
-        formula="torch",
-        eps_root=0.0,
-        ema_decay=None,
-    ):
+        lr: Number = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Number = 1e-8,
+        weight_decay: Number = 0.0,
+        decoupled: bool = False,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        grad_scale: Number = 1.0,
+        clip_value: Number | None = None,
+        bounds: Bounds | None = None,
+        algorithm: Algorithm = "adam",
+        formula: Formula = "torch",
+        eps_root: Number = 0.0,
+        ema_decay: Number | None = None,
+    ) -> None:
         self.dtype = _computed_with(dtype)
         self._settings = dict(zip(NAMES, (lr, betas, eps, weight_decay, grad_scale, clip_value, bounds), strict=True))
         self._maximize = checks.flag("maximize", maximize)
@@ -70,7 +79,7 @@ class Rule:
         checks.combination(algorithm, ["max_v"] if amsgrad else [], False)
         self._form = self._form_and_scalars(1, {})[0]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return repr_of(self, self._description)
 
     def _description(self):
@@ -81,11 +90,11 @@ class Rule:
         return of_values(type(self).__name__, values, defaults_of(type(self)), [repr(self.dtype.name)])
 
     @functools.cached_property
-    def arguments(self):
+    def arguments(self) -> tuple[str, ...]:
         """The names of the values that an update takes, in their order: param, grad, m, v; max_v and ema if there are any."""
         return tuple(_kernels("element").arguments(self._form))
 
-    def scalars(self, step, **changes):
+    def scalars(self, step: Integer, **changes: Unpack[RuleChanges]) -> tuple[Any, ...]:
         """Return the numbers of a step as a tuple of NumPy scalars of the rule's dtype.
 
         Numba's code takes the tuple as it is; CuPy's ElementwiseKernel takes the numbers one by one.
@@ -115,12 +124,12 @@ class Rule:
             )
         return tuple(map(self.dtype.type, values))
 
-    def struct(self, step, **changes):
+    def struct(self, step: Integer, **changes: Unpack[RuleChanges]) -> npt.NDArray[np.void]:
         """Return the same as one `Scalars` of the CUDA C, an array of one element, which CuPy passes to a RawKernel by value."""
         numbers = np.array(self.scalars(step, **changes))
         return numbers.view(np.dtype([("value", numbers.dtype, numbers.shape)]))
 
-    def for_njit(self):
+    def for_njit(self) -> Callable[..., Any]:
         """Return update(param, grad, m, v, [max_v,] [ema,] s) -> (param, m, v, [max_v,] [ema]), for @njit code.
 
         All are numbers of the rule's dtype, s is what `scalars` returns; another type is an error when the code is compiled.
@@ -132,7 +141,7 @@ class Rule:
         backends.load("numba-cpu")
         return _kernels("element_numba").build(self._form)
 
-    def for_cuda_jit(self):
+    def for_cuda_jit(self) -> Callable[..., Any]:
         """Return the same for @cuda.jit code of numba-cuda. There too fastmath=True changes the caller's arithmetic alone."""
         try:
             return _kernels("element_numba_cuda").build(self._form)
@@ -140,7 +149,7 @@ class Rule:
             backends.load("numba-cuda")  # which says what is missing
             raise
 
-    def for_cuda_c(self, namespace="gpuadam"):
+    def for_cuda_c(self, namespace: str = "gpuadam") -> str:
         """Return CUDA C, to put before a RawKernel's code, or into the preamble of an ElementwiseKernel.
 
         It has a namespace with the function `update(param, grad, m, v, [max_v,] [ema,] s)`, which takes references and changes
@@ -150,7 +159,7 @@ class Rule:
         """
         return _kernels("element").in_cuda_c(self._form, _identifier(namespace))
 
-    def for_elementwise(self, namespace="gpuadam"):
+    def for_elementwise(self, namespace: str = "gpuadam") -> tuple[str, str]:
         """Return two texts for an ElementwiseKernel: its input parameters for `*rule.scalars(step)`, and `update`'s argument s.
 
         >>> import gpuadam

@@ -42,7 +42,7 @@ class Updates:
     now: Any = None  # a device_step.Now, if scalars are computed on the device
     complex: str | None = None  # what complex params are taken for: "joint" or "parts"
     components: int = 1  # how many numbers of a real param share a v
-    bits: tuple[str, ...] = ()  # of each operand: the format that its integers stand for, or ""
+    bits: tuple[Any, ...] = ()  # of each operand: the format that its integers stand for, or ""
     stochastic: bool = False  # narrow params are rounded randomly
     seed: int = 0
     keys: list[int] | None = None  # of each param, for random rounding

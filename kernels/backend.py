@@ -4,10 +4,19 @@ A backend updates the arrays of one library in one kind of memory. `gpu_backend.
 `cpu_backend.py`, `cupy_backend.py` and `numba_cuda_backend.py` each hold one backend, the module's `backend`.
 """
 
+from __future__ import annotations
+
+import abc
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from gpuadam.kernels import adam
 from gpuadam.kernels.layout import Update, offset_like, strides_like
+from gpuadam.kernels.operands import Arrays
+from gpuadam.kernels.view import View
 
 
 class Batch:
@@ -20,20 +29,20 @@ class Batch:
     lasts = False
     device: int | None = None  # the number of the GPU
 
-    def __init__(self, updates, arrays):
+    def __init__(self, updates: Sequence[Update], arrays: Arrays) -> None:
         """updates: `layout.Update`s. arrays: the `operands.Arrays` of all."""
         self.updates, self.arrays, self.is_random = updates, arrays, arrays.random
         self.names: Sequence[str] = [update.views[0].name for update in updates]  # of the parameters, for errors
         self.group, self.begun = 0, False
 
-    def place(self, stream):
+    def place(self, stream: int | None) -> Any:
         """Return where a launch goes, for `check` and `prepare`, or None on the CPU. stream: the handle of one, or None."""
         refuse_stream(stream)
 
-    def check(self, place, on_device):
+    def check(self, place: Any, on_device: bool) -> None:
         """Refuse what a CUDA graph that is being captured cannot hold. on_device: whether the scalars are in device memory."""
 
-    def prepare(self, rule, form, scalars, place, key=0):
+    def prepare(self, rule: Any, form: adam.Form, scalars: Any, place: Any, key: int = 0) -> None:
         """Do what may fail before anything is written, and keep the arguments for `launch`.
 
         rule: `adam` or `limit`. form: an `adam.Form`. scalars: `adam.Scalars` of form.dtype, or on a GPU the
@@ -41,23 +50,23 @@ class Batch:
         """
         self.prepared, self.begun = (rule, form, scalars, place, key), False
 
-    def launch(self):
+    def launch(self) -> None:
         """Make the updates that were prepared, or enqueue them on a GPU."""
 
-    def release(self):
+    def release(self) -> None:
         """Give back what the Batch holds on a device."""
 
 
-def refuse_stream(stream):
+def refuse_stream(stream: object) -> None:
     """Raise TypeError if a stream was given for arrays of the CPU."""
     if stream is not None:
         raise TypeError("stream is for arrays on a GPU; these are on the CPU, which has no streams")
 
 
-class Backend:
+class Backend(abc.ABC):
     """A backend. There is one instance of each class, the attribute `backend` of its module.
 
-    A method without code is the interface: every backend has to have its own.
+    The abstract methods are the interface: every backend has to have its own.
 
     `view` is a `gpuadam.kernels.view.View`: what is known of an array. `array` is an array of the backend's library. `stream` is
     the handle of a CUDA stream; None stands for the current one, or the one that the arrays name.
@@ -68,27 +77,38 @@ class Backend:
     boundary: int  # bytes: where state begins, counted from such a boundary, is where the parameter begins
     copies_any_layout = True  # whether `copy` takes arrays of different strides
 
-    def __reduce__(self):
+    def __reduce__(self) -> str:
         return "backend"  # copies and pickles are the one instance, which its module has under this name
 
-    def status(self):
+    @abc.abstractmethod
+    def status(self) -> tuple[bool, str] | tuple[bool, str, str]:
         """Return (whether the backend can run on this machine, its version or what is missing).
 
         What mends it may follow, if it is anything but the driver of a GPU.
         """
 
-    def view(self, name, array):
+    @abc.abstractmethod
+    def view(self, name: str, array: Any) -> View:
         """Return the View of an array of any library that shares this memory. Nothing is copied. name: for errors."""
 
     # Updates
 
-    def batches(self, updates, arrays):
+    @abc.abstractmethod
+    def batches(self, updates: Sequence[Update], arrays: Arrays) -> Sequence[Batch]:
         """Return the `Batch`es of several updates, of any shapes: one for all dense arrays, one for each other.
 
         updates: `layout.Update`s of arrays on one device, which were checked. arrays: the `operands.Arrays` of all.
         """
 
-    def launch(self, form, views, scalars, rule=adam, stream=None, key=0):
+    def launch(
+        self,
+        form: adam.Form,
+        views: Sequence[View | None],
+        scalars: Any,
+        rule: Any = adam,
+        stream: int | None = None,
+        key: int = 0,
+    ) -> None:
         """Make one update in place.
 
         views: in the order of `operands.operands_of`, of one shape and device, checked. None stands for an array that is not
@@ -101,29 +121,33 @@ class Backend:
 
     # The global norm, in the order of norm_order.py
 
-    def norm(self, views, out, device, stream):
+    @abc.abstractmethod
+    def norm(self, views: Sequence[View], out: View | None, device: int | None, stream: int | None) -> Any:
         """Return the norm of arrays, an array of shape () and dtype float64, or on a GPU enqueue it.
 
         out: the View of an array that the norm is written to and that is returned; or None, for a new one. device: the number of
         the arrays' device; None for the CPU, or if no array has elements.
         """
 
-    def step_norms(self, params, device, out):
+    def step_norms(self, params: Sequence[View], device: int | None, out: Any) -> Any:
         """Return the `change_sums.NormPasses` of a step, whose docstring has the arguments. A backend need not have them."""
         raise NotImplementedError(f"the backend {self.name} takes no norms of a step: leave norms out")
 
-    def chunk_sums(self, views):
+    @abc.abstractmethod
+    def chunk_sums(self, views: Sequence[View]) -> np.ndarray[Any, Any]:
         """Return the sums of squares of all chunks of arrays on one device, as a NumPy array. The host waits for a GPU."""
 
     # Memory
 
-    def zeros(self, n, dtype, device):
+    @abc.abstractmethod
+    def zeros(self, n: int, dtype: npt.DTypeLike, device: int | None) -> Any:
         """Return a 1-D array of n zeros, at a boundary. They are there, for any stream, when this returns."""
 
-    def shaped(self, memory, shape, strides):
+    @abc.abstractmethod
+    def shaped(self, memory: Any, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Any:
         """Return an array of a shape and of strides (in bytes; None for C order) over a 1-D array."""
 
-    def zeros_like(self, view, dtype=None):
+    def zeros_like(self, view: View, dtype: npt.DTypeLike | None = None) -> Any:
         """Return zeros for the state of an array: its shape and order of memory, its boundaries at the same elements.
 
         dtype: of the state, by default the array's.
@@ -133,35 +157,43 @@ class Backend:
         memory = self.zeros(offset + view.size, dtype, view.device)[offset:]
         return self.shaped(memory, view.shape, strides_like(view, dtype))
 
-    def fill_zero(self, view, stream=None):
+    @abc.abstractmethod
+    def fill_zero(self, view: View, stream: int | None = None) -> None:
         """Store zeros in an array, in the order of a launch."""
 
-    def copy(self, to, source):
+    @abc.abstractmethod
+    def copy(self, to: View, source: View) -> None:
         """Copy one array, given as a View, to another of the same shape, in the order of a launch.
 
         If `copies_any_layout` the strides may differ, and the dtype of `to` may be wider. Otherwise both must be equal, and the
         arrays without gaps.
         """
 
-    def copy_rows(self, to, source, rows):
+    @abc.abstractmethod
+    def copy_rows(self, to: View, source: View, rows: np.ndarray[Any, Any]) -> None:
         """Copy row rows[k] of an array to row k of another, given as Views, in the order of a launch; where rows[k] is -1, none.
 
         Both are of one dtype, and of shapes that differ in the first dimension alone. rows: a NumPy array of int64.
         """
 
-    def from_host(self, array):
+    @abc.abstractmethod
+    def from_host(self, array: np.ndarray[Any, Any]) -> Any:
         """Return a copy of a NumPy array in this backend's memory. It is there when this returns."""
 
-    def to_host(self, array):
+    @abc.abstractmethod
+    def to_host(self, array: Any) -> np.ndarray[Any, Any]:
         """Return a NumPy copy of an array in this backend's memory, of any library, after waiting for its device."""
 
-    def native(self, view):
+    @abc.abstractmethod
+    def native(self, view: View) -> Any:
         """Return an array as one of the backend's library, over the same memory."""
 
     # Time
 
-    def now(self):
+    @abc.abstractmethod
+    def now(self) -> Any:
         """Return a moment for `seconds_between`; on a GPU it is of the current stream."""
 
-    def seconds_between(self, start, end):
+    @abc.abstractmethod
+    def seconds_between(self, start: Any, end: Any) -> float:
         """Return the seconds between two moments, after waiting for the later one."""

@@ -5,7 +5,7 @@ import functools
 import math
 import operator
 import sys
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -85,6 +85,9 @@ class InParts:
         self.__cuda_array_interface__ = described | {"version": 3, "stream": view.stream or None}
 
 
+BitsFormat: TypeAlias = Literal["bfloat16", "float16"]
+
+
 class Bits(NamedTuple):
     """An array of 16-bit integers whose bits are numbers of a format that its library may not know: "bfloat16" or "float16".
 
@@ -93,8 +96,8 @@ class Bits(NamedTuple):
     >>> param = gpuadam.Bits(ones, "bfloat16")
     """
 
-    array: Any
-    format: str
+    array: Any  # of 16-bit integers
+    format: BitsFormat
 
 
 def on_cpu(name, array):

@@ -12,7 +12,7 @@ are in a file and `load` is not told whether to restore them, it warns:
 
 >>> import numpy as np, gpuadam, pathlib, tempfile
 >>> path = pathlib.Path(tempfile.mkdtemp()) / "adam.safetensors"
->>> w, grad = np.ones(3, "float32"), np.float32([1.0, -1.0, 0.5])
+>>> w, grad = np.ones(3, "float32"), np.array([1.0, -1.0, 0.5], "float32")
 >>> opt = gpuadam.AdamW({"w": w}, lr=0.1, state_dtype="bfloat16")
 >>> opt.step({"w": grad})
 >>> opt.save(path, with_params=True)

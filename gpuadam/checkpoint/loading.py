@@ -1,8 +1,11 @@
 """Loading an `Adam`. `opened`, `about` and `not_fitting` also serve the loading of many ranks."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +15,11 @@ from ..groups import HYPERPARAMETERS, as_given, as_list, differing_names, parsed
 from ..kernels.messages import shortened, shown, warn
 from ..kernels.operands import NARROW
 from ..kernels.view import is_array
+from ..optimizer import Adam
 from ..options import SAVED, STATE_DTYPES, Options
 from ..sharded.layout import CELL
 from ..step_arrays import bounds_of_loaded
+from ..typing import FilePath, LearningRate, LikeParams, Params, StateDtype
 from .converting import as_saved, read_state
 from .format import CLASSES, check_known, of_param
 from .safetensors import CheckpointError, require
@@ -22,7 +27,16 @@ from .stored import Stored, opened_file
 from .tensors import PARAM, chosen, sections
 
 
-def load(path, params, backend=None, *, lr=None, param_copies=None, with_params=None, state_dtype=None):
+def load(
+    path: FilePath,
+    params: Params,
+    backend: str | None = None,
+    *,
+    lr: LearningRate | Sequence[LearningRate | None] | None = None,
+    param_copies: LikeParams = None,
+    with_params: bool | None = None,
+    state_dtype: StateDtype | None = None,
+) -> Adam:
     """Make the optimizer that `Adam.save` saved: of its class, with its options, hyperparameters, step counts and state.
 
     path: of the file, or of the folder that `ShardedAdam.save` made, from any number of ranks.

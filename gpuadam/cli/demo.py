@@ -7,6 +7,7 @@ b. Learn to read 1,797 handwritten digits (scikit-learn's `load_digits`, from th
 """
 
 import time
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def digits(xp, backend, console, data):
     """Train on the digits twice, with gpuadam in float32 and with the reference in float64. Return and print how well."""
     exact = example.initial_parameters(HIDDEN)
     params = {name: xp.asarray(p, dtype="float32") for name, p in exact.items()}
-    settings = {"lr": 2e-3, "weight_decay": 0.1}
+    settings: dict[str, Any] = {"lr": 2e-3, "weight_decay": 0.1}
     opt = gpuadam.AdamW(params, **settings, backend=backend)
     reference = testing.Reference(exact, decoupled=True, **settings)
     update_seconds = []

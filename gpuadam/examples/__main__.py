@@ -22,7 +22,7 @@ NAMES = (
 
 
 @ending_plainly()
-def main():
+def main() -> None:
     """Run the example that is named, with the options after its name, or print what each shows."""
     name = next(iter(sys.argv[1:]), "--help")
     if name in NAMES:

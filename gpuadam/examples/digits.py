@@ -4,6 +4,8 @@ The digits are scikit-learn's `load_digits`, 1,797 images of 8 x 8 pixels from t
 `python -m gpuadam demo` trains it too, beside the same in float64.
 """
 
+from typing import Any
+
 import numpy as np
 
 import gpuadam
@@ -11,7 +13,7 @@ import gpuadam
 from . import command_line
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Train, print the loss on the way and at the end how many of the images held out are read rightly."""
     counts = {"steps": (30, "passes over the images"), "size": (128, "units of the hidden layer")}
     options = command_line.options(argv, __doc__, **counts, arrays="cupy")
@@ -27,7 +29,7 @@ def main(argv=None):
     print(f"of {len(y_test)} digits held out, {accuracy(xp, params, x_test, y_test):.2%} are read rightly")
 
 
-def load_digits():
+def load_digits() -> Any:
     """Return ((images, labels) to train on, those held out), pixels from 0 to 1."""
     datasets, selection = command_line.need("examples", "sklearn.datasets", "sklearn.model_selection")
     images, labels = datasets.load_digits(return_X_y=True)
@@ -35,17 +37,17 @@ def load_digits():
     return (x, y), (x_test, y_test)
 
 
-def initial_parameters(hidden):
+def initial_parameters(hidden: int) -> Any:
     """Return float64 parameters (He et al. 2015, arXiv:1502.01852) that float32 holds exactly, so runs in both start as one."""
     rng = np.random.default_rng(1)
 
-    def layer(n_in, n_out):
+    def layer(n_in: int, n_out: int) -> Any:
         return (rng.standard_normal((n_in, n_out)) * np.sqrt(2 / n_in)).astype("float32").astype("float64")
 
     return {"w1": layer(64, hidden), "b1": np.zeros(hidden), "w2": layer(hidden, 10), "b2": np.zeros(10)}
 
 
-def train(xp, params, step, images, labels, batch=64):
+def train(xp: Any, params: Any, step: Any, images: Any, labels: Any, batch: int = 64) -> Any:
     """Yield the mean loss of each pass over the images, for ever. step(grads) is called for each batch and changes params.
 
     The order of the images is new in each pass, and the same in every run.
@@ -61,7 +63,7 @@ def train(xp, params, step, images, labels, batch=64):
         yield float(xp.stack(losses).mean())
 
 
-def loss_and_gradients(xp, p, x, y):
+def loss_and_gradients(xp: Any, p: Any, x: Any, y: Any) -> Any:
     """Return the mean cross-entropy of a batch and its gradient for every parameter; xp is numpy or cupy."""
     hidden = xp.maximum(x @ p["w1"] + p["b1"], 0)
     logits = hidden @ p["w2"] + p["b2"]
@@ -83,7 +85,7 @@ def loss_and_gradients(xp, p, x, y):
     }
 
 
-def accuracy(xp, p, x, y):
+def accuracy(xp: Any, p: Any, x: Any, y: Any) -> float:
     """Return the fraction of images that are read rightly."""
     hidden = xp.maximum(x @ p["w1"] + p["b1"], 0)
     return float(((hidden @ p["w2"] + p["b2"]).argmax(axis=1) == y).mean())

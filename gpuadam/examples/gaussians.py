@@ -3,11 +3,11 @@
 Each Gaussian has a centre, a width along each axis and an amplitude, which may be negative. It is a product of a factor along x
 and one along y, so the sum over all Gaussians is one matrix product, and so is the way back to each factor. As in 3-D Gaussian
 splatting (Kerbl et al. 2023, arXiv:2308.04079) those that fit worst are split and faint ones pruned: `opt.replace` takes arrays
-of other lengths, and the moments of Gaussians that stay go along. Beside it is a fit with all Gaussians from the start.
-The photograph is scikit-image's `camera`.
+of other lengths, and moments of those that stay go along. Beside it all are fitted from the start, to scikit-image's `camera`.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ RATES = {"x": 5e-3, "y": 5e-3, "log_width_x": 1e-1, "log_width_y": 1e-1, "amplit
 HALF = math.sqrt(0.5)  # halves with this amplitude, width and distance have the integral and the variance of the whole
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Fit in both ways, print the PSNR of each, save a picture."""
     counts = {"size": (160, "width of the picture in pixels"), "count": (1200, "number of Gaussians in the end", 2)}
     others = {"seed": (0, "of the random places at the start", 0), "arrays": "cupy", "plot": "gaussians.png"}
@@ -39,7 +39,7 @@ def main(argv=None):
     command_line.save_panels(options.plot, shown, f"{count} Gaussians after {steps} steps by gpuadam.Adam")
 
 
-def initial_parameters(target, count, seed):
+def initial_parameters(target: Any, count: int, seed: int) -> Any:
     """Return Gaussians at random places, about as wide as they are apart, that add up to roughly the target."""
     rng = np.random.default_rng(seed)
     x, y = rng.random((2, count), dtype="float32")
@@ -50,7 +50,7 @@ def initial_parameters(target, count, seed):
     return {"x": x, "y": y, "log_width_x": log_width, "log_width_y": log_width.copy(), "amplitude": amplitude}
 
 
-def fit(xp, params, target, steps, count):
+def fit(xp: Any, params: Any, target: Any, steps: int, count: int) -> None:
     """Fit the Gaussians params, in place. If they are fewer than count, they are split in six rounds until they are count."""
     start, lr = len(params["x"]), {name: command_line.cosine(rate, steps) for name, rate in RATES.items()}
     opt = gpuadam.Adam([{"params": {name: p}, "lr": lr[name]} for name, p in params.items()], betas=(0.9, 0.99))
@@ -63,7 +63,7 @@ def fit(xp, params, target, steps, count):
                 opt.replace(name, params[name], rows)
 
 
-def split_and_prune(xp, p, target, count):
+def split_and_prune(xp: Any, p: Any, target: Any, count: int) -> Any:
     """Return count Gaussians, and for each the number of the one that it was, or -1 for the half of one."""
     bright, grads = xp.abs(p["amplitude"]) > 0.02, loss_and_gradients(xp, p, target, absolute=True)[1]
     order = xp.argsort(xp.where(bright, -xp.hypot(grads["x"], grads["y"]), xp.inf))[: int(bright.sum())]
@@ -78,20 +78,20 @@ def split_and_prune(xp, p, target, count):
     return p, xp.concatenate([whole, xp.full(2 * len(worst), -1)])  # halves with the moments of the whole cost 3 dB
 
 
-def along(xp, p, axis, size):
+def along(xp: Any, p: Any, axis: Any, size: int) -> Any:
     """Return the pixels' distance along "x" or "y" from each centre, in widths, and the Gaussian of it; both (count, size)."""
     pixels = ((xp.arange(size) + 0.5) / size).astype(p[axis].dtype)
     distance = (pixels - p[axis][:, None]) * xp.exp(-p[f"log_width_{axis}"])[:, None]
     return distance, xp.exp(-distance * distance / 2)
 
 
-def picture(xp, p, size):
+def picture(xp: Any, p: Any, size: int) -> Any:
     """Return the sum of the Gaussians p, of shape (size, size)."""
     (_, along_x), (_, along_y) = (along(xp, p, axis, size) for axis in "xy")
     return (p["amplitude"][:, None] * along_y).T @ along_x
 
 
-def loss_and_gradients(xp, p, target, absolute=False):
+def loss_and_gradients(xp: Any, p: Any, target: Any, absolute: bool = False) -> Any:
     """Return half the sum of squared differences from the target, and its gradient for every parameter.
 
     absolute: add up |gradient| of each pixel: several may pull a Gaussian apart (AbsGS, Ye et al. 2024, arXiv:2404.10484).
@@ -110,7 +110,7 @@ def loss_and_gradients(xp, p, target, absolute=False):
     return (residual * residual).sum() / 2, grads
 
 
-def psnr(picture, target):
+def psnr(picture: Any, target: Any) -> float:
     """Return the peak signal-to-noise ratio in dB: 20 dB are errors of a tenth of white."""
     return -10 * math.log10(float(((picture - target) ** 2).mean()))
 

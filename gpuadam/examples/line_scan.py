@@ -7,6 +7,8 @@ momentum moves them further, and no reading is left that would bring them back. 
 from the readings, plus a little total variation. The photograph is scikit-image's `moon`.
 """
 
+from typing import Any
+
 import numpy as np
 
 import gpuadam
@@ -18,7 +20,7 @@ REACH = 4  # the optics reach so many rows to each side of a line
 RATES, SHOWN = (0.005, 0.01, 0.02, 0.04, 0.08), 0.04  # learning rates, and that of the picture
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Scan with several learning rates in both ways, print the errors and save a picture."""
     counts = {"steps": (40, "updates for each window"), "size": (160, "number of lines, and of pixels in each", WINDOW)}
     options = command_line.options(argv, __doc__, **counts, arrays="cupy", plot="line_scan.png")
@@ -43,19 +45,19 @@ def main(argv=None):
     )
 
 
-def draw(axis, image):
+def draw(axis: Any, image: Any) -> None:
     """Draw an image with more contrast: there is little on the Moon."""
     command_line.grey(axis, 2.5 * (image - 0.2))
 
 
-def optics(xp, size):
+def optics(xp: Any, size: int) -> Any:
     """Return the blur along one axis: a matrix of shape (size, size + 2 * REACH), of which each row adds up to 1."""
     distance = xp.arange(size + 2 * REACH) - xp.arange(REACH, REACH + size)[:, None]
     weights = xp.exp(-((distance / 1.5) ** 2) / 2) * (abs(distance) <= REACH)
     return (weights / weights.sum(axis=1, keepdims=True)).astype("float32")
 
 
-def scan(xp, blur, readings, rate, steps, only_rows):
+def scan(xp: Any, blur: Any, readings: Any, rate: float, steps: int, only_rows: bool) -> Any:
     """Return what Adam makes of the readings, in one pass. only_rows: those outside the window stay."""
     image = xp.full((blur.shape[1], blur.shape[1]), float(readings[:WINDOW].mean()), "float32")
     falls = command_line.cosine(rate, steps)  # and begins anew for each window
@@ -72,7 +74,7 @@ def scan(xp, blur, readings, rate, steps, only_rows):
     return image[REACH:-REACH, REACH:-REACH]
 
 
-def error(image, truth):
+def error(image: Any, truth: Any) -> Any:
     """Return the root of the mean squared difference."""
     return float(((image - truth) ** 2).mean()) ** 0.5
 

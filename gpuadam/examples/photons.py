@@ -1,12 +1,12 @@
-"""Clear a photograph of few photons, with the gradient and its update in one kernel of your own.
+"""Clear a photograph of few photons, scikit-image's `camera`, with the gradient and its update in one kernel of your own.
 
-Minimized is the negative logarithm of the likelihood of the counts (Poisson), plus smoothing * total variation. A step reads one
-image and writes another, as a gradient needs the neighbours as they were. The same steps are taken again in two kernels: one for
-the gradient, then adam_step. The photograph is scikit-image's `camera`.
+Minimized is minus the log-likelihood of the counts (Poisson), plus smoothing * total variation. A step reads one image and writes
+another, as a gradient needs the neighbours as they were. The same steps are taken in two kernels: the gradient, then adam_step.
 """
 
 import math
 import time
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +15,10 @@ import gpuadam
 from . import command_line, gaussians
 
 WHITE, FAINT = 10.0, 1e-4  # photons of a white pixel; a number added to squares, because at 0 roots have no derivative
-OPTIONS = {"betas": (0.9, 0.99), "bounds": (1e-3, 1)}
+OPTIONS: dict[str, Any] = {"betas": (0.9, 0.99), "bounds": (1e-3, 1)}
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Count photons, find the picture in one kernel and in two, print how long a step takes, save a picture."""
     others = {"size": (512, "width in pixels"), "smoothing": (5.0, "weight of the total variation"), "arrays": "cupy"}
     options = command_line.options(argv, __doc__, steps=(200, "updates"), **others, plot="photons.png")
@@ -36,7 +36,7 @@ def main(argv=None):
     command_line.save_panels(options.plot, shown, f"{WHITE:.0f} photons for a white pixel, by gpuadam.Rule")
 
 
-def minimize(xp, photons, kernels, lr, steps, fuse):
+def minimize(xp: Any, photons: Any, kernels: Any, lr: Any, steps: int, fuse: bool) -> Any:
     """Return the image that Adam finds from a grey one, and the milliseconds of a step."""
     (fused, gradient_of, scalars), begin = kernels, time.perf_counter()
     image, new, m, v = (xp.full_like(photons, x) for x in (0.5, 0, 0, 0))
@@ -50,7 +50,7 @@ def minimize(xp, photons, kernels, lr, steps, fuse):
     return command_line.on_host(image), (time.perf_counter() - begin) / steps * 1e3
 
 
-def on_cpu(rule, smoothing, size):
+def on_cpu(rule: Any, smoothing: float, size: int) -> Any:
     """Return a function that takes a step, one that computes the gradient alone, and one that returns a step's scalars."""
     update = rule.for_njit()  # which says so if Numba is missing
     import numba
@@ -59,21 +59,21 @@ def on_cpu(rule, smoothing, size):
     pull = numba.njit(lambda difference: difference / math.sqrt(difference * difference + faint), error_model="numpy")
 
     @numba.njit(error_model="numpy")
-    def gradient_at(image, photons, y, x):
+    def gradient_at(image: Any, photons: Any, y: Any, x: Any) -> Any:
         here = image[y, x]
         pulls = pull(here - image[max(y - 1, 0), x]) + pull(here - image[min(y + 1, size - 1), x])
         pulls += pull(here - image[y, max(x - 1, 0)]) + pull(here - image[y, min(x + 1, size - 1)])
         return white - photons[y, x] / here + smooth * pulls
 
     @numba.njit(parallel=True)
-    def fused(image, photons, new, m, v, s):
+    def fused(image: Any, photons: Any, new: Any, m: Any, v: Any, s: Any) -> None:
         for y in numba.prange(size):
             for x in range(size):
                 gradient = gradient_at(image, photons, np.int64(y), x)  # prange has no sign, and y - 1 would be a float64
                 new[y, x], m[y, x], v[y, x] = update(image[y, x], gradient, m[y, x], v[y, x], s)
 
     @numba.njit(parallel=True)
-    def gradient_of(image, photons, gradient):
+    def gradient_of(image: Any, photons: Any, gradient: Any) -> None:
         for y in numba.prange(size):
             for x in range(size):
                 gradient[y, x] = gradient_at(image, photons, np.int64(y), x)
@@ -81,13 +81,13 @@ def on_cpu(rule, smoothing, size):
     return fused, gradient_of, rule.scalars
 
 
-def on_gpu(rule, smoothing, size):
+def on_gpu(rule: Any, smoothing: float, size: int) -> Any:
     """Return the same for CuPy's arrays. For Numba's, kernels of cuda.jit call rule.for_cuda_jit() as those above do."""
     import cupy
 
     numbers = f"constexpr float WHITE = {WHITE}, FAINT = {FAINT}, SMOOTHING = {smoothing}; constexpr int SIZE = {size};"
 
-    def launching(name):  # with fmad one kernel might fuse a product and a sum, and the other not
+    def launching(name: str) -> Any:  # with fmad one kernel might fuse a product and a sum, and the other not
         kernel = cupy.RawKernel(rule.for_cuda_c() + numbers + IN_CUDA_C, name, ("--fmad=false",))
         return lambda *arguments: kernel((-(-(size**2) // 128),), (128,), arguments)
 

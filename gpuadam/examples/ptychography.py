@@ -1,13 +1,13 @@
 """Find a complex object and the complex beam that lights it from diffraction patterns, which have no phases.
 
 The beam lights one small patch of the object after another, and the patches overlap. A detector counts photons: their mean is
-|Fourier transform of beam * patch|^2. Minimized is half the sum of squared differences from the square roots of the counts (Yeh
-et al. 2015, Optics Express 23, 33214). Gradients are dL/dRe + i dL/dIm. With `complex="joint"` a number has one v, of
-|gradient|: a phase that all share, which no pattern shows, makes no difference. Beside it is ePIE, the classical method (Maiden
-& Rodenburg 2009, Ultramicroscopy 109, 1256). The object's amplitude is scikit-image's `camera`, and its phase is `coins`.
+|Fourier transform of beam * patch|^2. Minimized is half the sum of squared differences from roots of counts (Yeh et al. 2015,
+Optics Express 23, 33214). Gradients are dL/dRe + i dL/dIm. With `complex="joint"` a number has one v, of |gradient|: a phase that
+all share makes no difference. Beside it is ePIE (Maiden & Rodenburg 2009). Amplitude and phase: scikit-image's camera, coins.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ PHOTONS = 1e6  # in a pattern
 INNER = (slice(WIDTH // 2, -WIDTH // 2),) * 2  # outside of it there was little light
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Simulate patterns, find object and beam from them in both ways, print the errors and save a picture."""
     counts = {"steps": (30, "passes over the patterns"), "size": (128, "width of the object in pixels", 2 * WIDTH)}
     options = command_line.options(argv, __doc__, **counts, arrays="cupy", plot="ptychography.png")
@@ -45,7 +45,7 @@ def main(argv=None):
     command_line.save_panels(options.plot, shown, title, rows=2)
 
 
-def focused(xp, defocus):
+def focused(xp: Any, defocus: Any) -> Any:
     """Return a beam: the picture of a round aperture, so far out of focus."""
     frequency = 2 * xp.fft.fftfreq(WIDTH)
     squared = frequency**2 + frequency[:, None] ** 2
@@ -53,7 +53,7 @@ def focused(xp, defocus):
     return (beam * (PHOTONS / (abs(beam) ** 2).sum()) ** 0.5).astype("complex64")
 
 
-def places(size):
+def places(size: int) -> Any:
     """Return the slices of all patches. They are off a grid, or its period would be in the object that is found."""
     rng, grid = np.random.default_rng(1), range(0, size - WIDTH + 1, APART)
     corners = np.array([(y, x) for y in grid for x in grid])
@@ -61,7 +61,7 @@ def places(size):
     return [(slice(y, y + WIDTH), slice(x, x + WIDTH)) for y, x in corners.tolist()]
 
 
-def epie(xp, found, beam, amplitudes, patches, steps, sought):
+def epie(xp: Any, found: Any, beam: Any, amplitudes: Any, patches: Any, steps: int, sought: Any) -> None:
     """Update object and beam with one pattern after another, as ePIE does with its steps of 1."""
     rng = np.random.default_rng(2)
     for _ in command_line.steps(steps, lambda: f"ePIE: error {error(found, sought)[0]:.2%}"):
@@ -72,11 +72,11 @@ def epie(xp, found, beam, amplitudes, patches, steps, sought):
             beam -= lit.conj() * gradient / (abs(lit) ** 2).max()
 
 
-def adam(xp, found, beam, amplitudes, patches, steps, sought):
+def adam(xp: Any, found: Any, beam: Any, amplitudes: Any, patches: Any, steps: int, sought: Any) -> None:
     """Update object and beam with some patterns in each step."""
     rng, total = np.random.default_rng(2), steps * math.ceil(len(patches) / BATCH)
     rates = ("object", found, 0.1), ("beam", beam, 0.1 * float(abs(beam).mean()))
-    groups = [{"params": {name: param}, "lr": command_line.cosine(rate, total)} for name, param, rate in rates]
+    groups: list[gpuadam.typing.Group] = [{"params": {k: p}, "lr": command_line.cosine(rate, total)} for k, p, rate in rates]
     opt = gpuadam.Adam(groups, betas=(0.9, 0.99), complex="joint")
     for _ in command_line.steps(steps, lambda: f"Adam: error {error(found, sought)[0]:.2%}"):
         order = rng.permutation(len(patches))
@@ -86,7 +86,7 @@ def adam(xp, found, beam, amplitudes, patches, steps, sought):
             opt.step(loss_and_gradients(xp, found, beam, counted, [patches[k] for k in chosen])[1])
 
 
-def loss_and_gradients(xp, found, beam, amplitudes, patches):
+def loss_and_gradients(xp: Any, found: Any, beam: Any, amplitudes: Any, patches: Any) -> Any:
     """Return half the sum of squared differences of amplitudes, and its gradients, dL/dRe + i dL/dIm."""
     lit, grads = xp.stack([found[patch] for patch in patches]), {"object": xp.zeros_like(found)}
     loss, of_waves = loss_and_gradient_of(xp, beam * lit, amplitudes)
@@ -96,14 +96,14 @@ def loss_and_gradients(xp, found, beam, amplitudes, patches):
     return loss, grads
 
 
-def loss_and_gradient_of(xp, waves, amplitudes):
+def loss_and_gradient_of(xp: Any, waves: Any, amplitudes: Any) -> Any:
     """Return the loss of waves behind the object, of shape (..., WIDTH, WIDTH), and its gradient for them."""
     spectrum = xp.fft.fft2(waves, norm="ortho")
     residual = spectrum - amplitudes * xp.exp(1j * xp.angle(spectrum))
     return (abs(residual) ** 2).sum() / 2, xp.fft.ifft2(residual, norm="ortho")
 
 
-def error(found, sought):
+def error(found: Any, sought: Any) -> Any:
     """Return the relative error of an object, and it with the factor and phase ramp of sought, which no pattern shows."""
     found, across = command_line.on_host(found)[INNER], np.arange(len(sought)) - len(sought) / 2
     for _ in range(5):

@@ -7,6 +7,7 @@ Each rank has a part of the images of `digits`, and of the optimizer's state; al
 Without mpiexec it is one rank. Needs mpi4py and MPICH: pip install "gpuadam[mpi]".
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import gpuadam
 from . import command_line, digits
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Train, print the loss on the way and at the end how many of the images held out are read rightly."""
     counts = {"steps": (60, "steps over all images"), "size": (128, "units of the hidden layer")}
     options = command_line.options(argv, __doc__, **counts, checkpoint=("digits.checkpoint", "the folder where it is saved"))
@@ -33,7 +34,7 @@ def main(argv=None):
         opt = gpuadam.ShardedAdamW(groups, transport, lr=1e-2)
 
     before, losses = opt.steps, [0.0]
-    counted = range(options.steps)
+    counted: Iterable[int] = range(options.steps)
     if transport.rank == 0:  # one of them says how it goes
         print(f"ranks: {transport.size}, steps before: {before}")
         counted = command_line.steps(options.steps, lambda: f"loss {losses[-1]:.4f}")

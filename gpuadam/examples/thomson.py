@@ -7,6 +7,7 @@ of one charge is compiled for the CPU, and the arrays are NumPy's. A charge's pl
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from . import command_line
 LEAST_KNOWN = {12: 49.165253, 32: 412.261275, 72: 2255.001191, 100: 4448.350634}
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Find places for the charges, print the energy, save a picture."""
     counts = {"steps": (600, "updates"), "size": (32, "number of charges", 4)}
     options = command_line.options(argv, __doc__, **counts, arrays="numba", plot="thomson.png")
@@ -53,7 +54,7 @@ def main(argv=None):
     command_line.save_panels(options.plot, shown, "Charges on a sphere, by gpuadam.Adam", draw, projection="3d")
 
 
-def gradient_of(points, k, gradient, energies):
+def gradient_of(points: Any, k: Any, gradient: Any, energies: Any) -> None:
     """Write the gradient for charge k to gradient[k], of shape (3,), and the energy of its pairs to energies[k]."""
     one = np.float32(1)  # Numba's own literals are float64, and would make all that they meet so
     px, py, pz = points[k, 0], points[k, 1], points[k, 2]
@@ -75,12 +76,12 @@ def gradient_of(points, k, gradient, energies):
         gradient[k, axis] = (g - outward * along) * shrink
 
 
-def gradient_kernel(cuda):
+def gradient_kernel(cuda: Any) -> Any:
     """Return the kernel of all gradients, a thread for each charge. cuda: the module numba.cuda."""
     of_one = cuda.jit(device=True)(gradient_of)
 
     @cuda.jit
-    def kernel(points, gradient, energies):
+    def kernel(points: Any, gradient: Any, energies: Any) -> None:
         k = cuda.grid(1)
         if k < points.shape[0]:
             of_one(points, k, gradient, energies)
@@ -88,21 +89,21 @@ def gradient_kernel(cuda):
     return kernel
 
 
-def gradient_loop():
+def gradient_loop() -> Any:
     """Return the same on the CPU: a loop over the charges."""
     import numba
 
     of_one = numba.njit(gradient_of)
 
     @numba.njit
-    def loop(points, gradient, energies):
+    def loop(points: Any, gradient: Any, energies: Any) -> None:
         for k in range(points.shape[0]):
             of_one(points, k, gradient, energies)
 
     return loop
 
 
-def draw(axis, points):
+def draw(axis: Any, points: Any) -> None:
     """Draw the polyhedron whose corners are the charges."""
     hulls, art3d = command_line.need("examples", "scipy.spatial", "mpl_toolkits.mplot3d.art3d")
     on_sphere = points / np.linalg.norm(points, axis=1, keepdims=True)

@@ -7,6 +7,7 @@ The slice is scikit-image's `shepp_logan_phantom`; filtered back-projection, the
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ import gpuadam
 from . import command_line
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Project, add noise, reconstruct; print the errors and save a picture."""
     counts = {"size": (128, "width of the slice in pixels"), "angles": (30, "directions of projection")}
     others = {"smoothing": (1.0, "weight of the total variation"), "arrays": "cupy", "plot": "tomography.png"}
@@ -42,7 +43,7 @@ def main(argv=None):
 class Rays:
     """Parallel rays through a square slice, from directions evenly spread over half a turn."""
 
-    def __init__(self, xp, size, angles):
+    def __init__(self, xp: Any, size: int, angles: Any) -> None:
         self.xp, self.size, self.angles = xp, size, angles
         self.bins = math.ceil(size * math.sqrt(2)) + 2
         across = xp.arange(size, dtype="float32") - (size - 1) / 2
@@ -53,19 +54,19 @@ class Rays:
         self.first = left.astype("int64") + self.bins * xp.arange(angles)[:, None, None]
         self.share = (shadow - left).astype("float32")
 
-    def project(self, image):
+    def project(self, image: Any) -> Any:
         """Return the readings of a slice, of shape (angles, bins)."""
         readings = self.xp.zeros(self.angles * self.bins)
         for bins, shares in ((self.first, 1 - self.share), (self.first + 1, self.share)):
             readings += self.xp.bincount(bins.ravel(), (shares * image).ravel(), minlength=len(readings))
         return readings.astype("float32").reshape(self.angles, self.bins)
 
-    def back_project(self, readings):
+    def back_project(self, readings: Any) -> Any:
         """Return the transpose of `project`, applied to readings: of shape (size, size)."""
         readings = readings.ravel()
         return ((1 - self.share) * readings[self.first] + self.share * readings[self.first + 1]).sum(axis=0)
 
-    def filtered_back_projection(self, readings):
+    def filtered_back_projection(self, readings: Any) -> Any:
         """Return the classical reconstruction: a ramp filter along the bins, then back-projection."""
         fft, length = self.xp.fft, 2 * self.bins
         ramp = 2 * fft.rfftfreq(length)
@@ -73,7 +74,7 @@ class Rays:
         return self.back_project(filtered.astype("float32")) * (math.pi / (2 * self.angles))
 
 
-def reconstruct(rays, readings, smoothing, steps):
+def reconstruct(rays: Any, readings: Any, smoothing: float, steps: int) -> Any:
     """Return the slice that Adam finds from a black one. No density is negative: the update itself keeps the bound."""
     xp = rays.xp
     image = xp.zeros((rays.size, rays.size), "float32")
@@ -84,7 +85,7 @@ def reconstruct(rays, readings, smoothing, steps):
     return image
 
 
-def total_variation(xp, image, rounding=1e-2):
+def total_variation(xp: Any, image: Any, rounding: float = 1e-2) -> Any:
     """Return the sum over pixels of |gradient of the image|, rounded off at 0, and its gradient."""
     down, right = xp.zeros_like(image), xp.zeros_like(image)
     down[:-1], right[:, :-1] = image[1:] - image[:-1], image[:, 1:] - image[:, :-1]
@@ -96,7 +97,7 @@ def total_variation(xp, image, rounding=1e-2):
     return length.sum(), gradient
 
 
-def error(image, truth):
+def error(image: Any, truth: Any) -> Any:
     """Return the norm of the difference over the norm of the truth."""
     return float(((image - truth) ** 2).sum() / (truth**2).sum()) ** 0.5
 

@@ -6,11 +6,13 @@
 Both train the same model from the same parameters on the same batches of scikit-learn's handwritten digits.
 """
 
+from typing import Any
+
 from . import command_line
 from .digits import load_digits
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Train twice and print how many of the images held out each reads rightly."""
     counts = {"steps": (20, "passes over the images"), "size": (128, "units of the hidden layer")}
     options = command_line.options(argv, __doc__, **counts, device=("cpu", "a torch device, such as cuda"))
@@ -31,10 +33,10 @@ def main(argv=None):
         print(f"{name:20} loss {loss:.4f}, {right:.2%} of {len(y_test)} digits held out are read rightly")
 
 
-def train(torch, model, optimizer, x, y, passes, batch=64):
+def train(torch: Any, model: Any, optimizer: Any, x: Any, y: Any, passes: int, batch: int = 64) -> Any:
     """Train as ever: zero the gradients, loss, backward, step. Return the mean loss of the last pass."""
     order = torch.Generator().manual_seed(0)
-    losses: list = []
+    losses: list[Any] = []
     for _ in command_line.steps(passes, lambda: f"loss {torch.stack(losses).mean().item():.4f}"):
         losses.clear()
         for chosen in torch.randperm(len(x), generator=order).to(x.device).split(batch):

@@ -20,7 +20,7 @@ Arrays may be complex64 or complex128, of any strides. A norm, and clipping by i
 >>> import numpy as np, gpuadam
 >>> field = np.zeros(2, "complex64")
 >>> opt = gpuadam.Adam({"field": field}, lr=0.1, complex="joint")
->>> opt.step({"field": np.complex64([3 + 4j, -1])})
+>>> opt.step({"field": np.array([3 + 4j, -1], "complex64")})
 >>> print(field)
 [-0.06-0.08j  0.1 +0.j  ]
 >>> opt.state["field"]["m"].shape, opt.state["field"]["v"].shape
@@ -55,9 +55,9 @@ after `grad_scale` and before weight decay. Both are hyperparameters: groups may
 steps.
 
 >>> density, gain = np.full((2, 3), 0.05, "float32"), np.ones(2, "float32")
->>> groups = [{"params": {"density": density}, "bounds": (0, None)}, {"params": {"gain": gain}, "clip_value": 10.0}]
->>> opt = gpuadam.Adam(groups, lr=0.1)
->>> opt.step({"density": np.ones_like(density), "gain": np.float32([-3, 1000])})
+>>> bounded, clipped = {"density": density}, {"gain": gain}
+>>> opt = gpuadam.Adam([{"params": bounded, "bounds": (0, None)}, {"params": clipped, "clip_value": 10.0}], lr=0.1)
+>>> opt.step({"density": np.ones_like(density), "gain": np.array([-3, 1000], "float32")})
 >>> print(density.min(), gain)
 0.0 [1.1 0.9]
 
@@ -81,7 +81,7 @@ of the bias is too.
 `lr_scale=` is a float32 or float64 array of the parameter's shape or of its leading dimensions. It multiplies the learning
 rate, in decoupled weight decay too.
 
->>> opt.step(np.ones_like(points), lr_scale=np.float32([1, 1, 0, 0.5]))
+>>> opt.step(np.ones_like(points), lr_scale=np.array([1, 1, 0, 0.5], "float32"))
 >>> print(points[:, 0].round(4))
 [-0.2    -0.0744 -0.1    -0.0372]
 

@@ -34,10 +34,10 @@ devices that differ; hyperparameters out of range. One bad gradient in a list st
 A step writes into the arrays that the optimizer was given, and so must a program that changes them between steps:
 
 >>> import numpy as np, gpuadam
->>> params = {"w": np.float32([0.5, 3.0])}
+>>> params = {"w": np.array([0.5, 3.0], "float32")}
 >>> opt = gpuadam.Adam(params, lr=0.1)
 >>> params["w"][...] = params["w"].clip(0, 1)  # or np.clip(w, 0, 1, out=w)
->>> opt.step({"w": np.float32([1, 1])})
+>>> opt.step({"w": np.array([1, 1], "float32")})
 >>> print(params["w"])
 [0.4 0.9]
 
@@ -64,11 +64,11 @@ buffer with views for the gradients:
 ## Groups and schedules
 
 A group is a dict with parameters and hyperparameters of its own. `opt.groups` is the list of them; numbers in it may be
-changed between steps. A gradient of `None` skips its array.
+changed between steps. A gradient of `None` skips its array. To type checkers a list of groups that is made before the call is
+`list[gpuadam.typing.Group]`.
 
 >>> w, b = np.ones(2, "float32"), np.ones(2, "float32")
->>> groups = [{"params": {"w": w}, "lr": 0.1}, {"params": {"b": b}, "lr": 0.2}]
->>> opt = gpuadam.Adam(groups)
+>>> opt = gpuadam.Adam([{"params": {"w": w}, "lr": 0.1}, {"params": {"b": b}, "lr": 0.2}])
 >>> opt.groups[0]["lr"] = 0.4
 >>> opt.step({"w": np.ones(2, "float32"), "b": None})
 >>> print(w, b)
@@ -86,7 +86,7 @@ counts from 0; `lr=lambda step: schedule(step - 1)` is the same as in optax.
 
 >>> params = {name: np.ones(2) for name in ("dense.weight", "dense.bias", "norm.scale")}
 >>> groups = gpuadam.decay_groups(params, ("*.bias", "norm*"), weight_decay=0.01)
->>> [list(group["params"]) for group in groups]
+>>> [group["names"] for group in gpuadam.AdamW(groups).groups]
 [['dense.weight'], ['dense.bias', 'norm.scale']]
 
 `step` takes the gradients of such groups as one dict of all names.

@@ -46,8 +46,8 @@ model reads the bfloat16 part. There is no third copy of the parameter.
 >>> plain = gpuadam.Adam(params[0], lr=1e-4)
 >>> with_master = gpuadam.Adam(params[1], lr=1e-4, master="remainder")
 >>> for step in range(100):
-...     for opt in (plain, with_master):
-...         opt.step({"w": np.ones(3, "float32")})
+...     for each in (plain, with_master):
+...         each.step({"w": np.ones(3, "float32")})
 >>> def value(bfloat16, remainder=0):
 ...     return ((bfloat16.astype("int32") << 16) + remainder).view("float32")
 >>> print(value(nearest), value(exact, with_master.state["w"]["remainder"]).round(4))

@@ -15,7 +15,7 @@ CPU and on GPUs.
 ...     for i in numba.prange(x.size):
 ...         gradient = x[i] - target[i]
 ...         x[i], m[i], v[i] = update(x[i], gradient, m[i], v[i], s)
->>> target = np.float32([3, -2])
+>>> target = np.array([3, -2], "float32")
 >>> x, m, v = np.zeros((3, 2), "float32")
 >>> for step in range(1, 201):
 ...     fit(x, target, m, v, rule.scalars(step, lr=0.1))

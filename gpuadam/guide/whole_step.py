@@ -9,8 +9,7 @@ when the kernel is compiled.
 >>> rng = np.random.default_rng(0)
 >>> w, b = rng.standard_normal((64, 32)).astype("float32"), np.zeros(32, "float32")
 >>> params = {"w": w, "b": b}
->>> options = {"state_dtype": "8bit", "ema_decay": 0.99, "zero_grad": True}
->>> opt = gpuadam.AdamW(params, lr=1e-2, **options)
+>>> opt = gpuadam.AdamW(params, lr=1e-2, state_dtype="8bit", ema_decay=0.99, zero_grad=True)
 >>> grads = {name: np.zeros_like(p) for name, p in params.items()}
 >>> loss_scale = 1024.0
 >>> for step in range(100):

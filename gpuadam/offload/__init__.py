@@ -48,9 +48,8 @@ Parameters and state in files, trained, closed and continued:
 >>> import numpy as np, gpuadam
 >>> folder = pathlib.Path(tempfile.mkdtemp())
 >>> w = np.memmap(folder / "w", "float32", "w+", shape=(1000, 100))
->>> options = {"state": folder / "state", "budget": 10**6, "update": "host"}
 >>> def train(steps):
-...     with gpuadam.OffloadAdam({"w": w}, lr=0.1, **options) as opt:
+...     with gpuadam.OffloadAdam({"w": w}, lr=0.1, state=folder / "state", budget=10**6, update="host") as opt:
 ...         for _ in range(steps):
 ...             grads = {"w": w - 1}  # your backward pass
 ...             opt.step(grads)

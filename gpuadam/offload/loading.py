@@ -1,6 +1,10 @@
 """Loading an `OffloadAdam` from a checkpoint of its own or of `Adam`."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Sequence
+from typing import Literal
 
 from .. import backends, checks, torch_tensors
 from ..checkpoint.format import OFFLOADED
@@ -10,26 +14,27 @@ from ..kernels import array_bytes
 from ..kernels.messages import shown
 from ..kernels.operands import NARROW
 from ..kernels.state_formats import encoded
+from ..typing import FilePath, LearningRate, LikeParams, Number, Params, Side, StateDtype
 from .folder import check_new
 from .mapped import drop_mapped
 from .optimizer import OffloadAdam, check_place
 
 
 def load_offload(
-    path,
-    params,
-    backend=None,
+    path: FilePath,
+    params: Params,
+    backend: str | None = None,
     *,
-    lr=None,
-    param_copies=None,
-    with_params=None,
-    state_dtype=None,
-    state="memory",
-    budget=1 << 28,
-    update="auto",
-    master=None,
-    progress=False,
-):
+    lr: LearningRate | Sequence[LearningRate | None] | None = None,
+    param_copies: LikeParams = None,
+    with_params: bool | None = None,
+    state_dtype: StateDtype | None = None,
+    state: FilePath = "memory",
+    budget: Number = 1 << 28,
+    update: Side = "auto",
+    master: Literal["float32"] | None = None,
+    progress: bool = False,
+) -> OffloadAdam:
     """Make an `OffloadAdam` from a checkpoint of `OffloadAdam`, `Adam` or `AdamW`: its options, hyperparameters, counts, state.
 
     path, params, backend, lr, param_copies, with_params, state_dtype: as in `gpuadam.load`; the checkpoint may be a folder of

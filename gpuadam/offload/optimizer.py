@@ -1,10 +1,14 @@
 """OffloadAdam: Adam whose state lies in the host's memory or in files, and goes through each step in chunks."""
 
+from __future__ import annotations
+
 import os
 import time
 import weakref
+from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -17,16 +21,38 @@ from ..kernels.messages import shown
 from ..kernels.operands import NARROW
 from ..kernels.view import Bits, bare, is_array
 from ..optimizer import Adam
+from ..options import arguments
 from ..terminal.output import need
+from ..typing import (
+    Array,
+    Betas,
+    Bounds,
+    Complex,
+    Components,
+    FilePath,
+    Formula,
+    Integer,
+    LearningRate,
+    LikeParams,
+    Number,
+    Params,
+    Side,
+    StateDtype,
+    Stream,
+)
 from .folder import Folder
 from .jobs import check_contiguous, jobs_of
 from .mapped import drop_mapped
 from .stages import OnDevice, OnHost
 from .state import Store, copy, fill_master
 
+SelfT = TypeVar("SelfT", bound="OffloadAdam")
 TRIAL = 1 << 22  # elements of the update by which the faster side is found
 # The options that decide what the numbers of state mean: a folder of state belongs to an optimizer with the same ones
 DESCRIBED = ("algorithm", "decoupled", "state_dtype", "seed", "stochastic_rounding", "formula", "eps_root", "ema_decay")
+
+# What the optimizer that is measured has of its own
+OF_TRIAL = ("params", "lr", "betas", "eps", "weight_decay")
 
 
 class OffloadAdam(Adam):
@@ -63,7 +89,7 @@ class OffloadAdam(Adam):
     >>> param = np.full(3, 0.5, "float32")
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with gpuadam.OffloadAdam(param, lr=0.1, state=folder, budget=1 << 20) as opt:
-    ...         opt.step(np.float32([-33.0, 1.0, 0.0]))
+    ...         opt.step(np.array([-33.0, 1.0, 0.0], "float32"))
     ...     with gpuadam.OffloadAdam(param, lr=0.1, state=folder, budget=1 << 20) as opt:
     ...         print(opt.steps, param)
     1 [0.6 0.4 0.5]
@@ -73,44 +99,59 @@ class OffloadAdam(Adam):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
+        params: Params,
+        lr: LearningRate = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Number = 1e-8,
+        weight_decay: Number = 0.0,
         *,
-        decoupled=False,
-        state="memory",
-        budget=1 << 28,
-        update="auto",
-        master=None,
-        progress=False,
-        **options,
-    ):
-        if options.get("capturable"):
+        decoupled: bool = False,
+        state: FilePath = "memory",
+        budget: Number = 1 << 28,
+        update: Side = "auto",
+        master: Literal["float32", "remainder"] | None = None,
+        progress: bool = False,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        clip_value: Number | None = None,
+        bounds: Bounds | None = None,
+        complex: Complex | None = None,
+        components: Components = 1,
+        capturable: Literal[False] = False,
+        formula: Formula = "torch",
+        eps_root: Number = 0.0,
+        state_dtype: StateDtype | None = None,
+        param_copies: LikeParams = None,
+        ema_decay: Number | None = None,
+        zero_grad: bool = False,
+        stochastic_rounding: bool = False,
+        seed: Integer = 0,
+        backend: str | None = None,
+    ) -> None:
+        of_adam = arguments(locals(), besides=("decoupled", "state", "budget", "update", "master", "progress"))
+        if capturable:
             raise ValueError("OffloadAdam cannot be capturable: its steps are many launches and copies that the host orders")
         if master is not None:
             checks.one_of(("float32", "remainder"), "master", master)
-        if master == "float32" and options.get("param_copies") is not None:
+        if master == "float32" and param_copies is not None:
             raise ValueError("with master='float32' the parameters are the copies: leave param_copies out")
-        if master == "float32" and options.get("stochastic_rounding"):
+        if master == "float32" and stochastic_rounding:
             raise ValueError("with a float32 master nothing of a parameter is lost: leave stochastic_rounding out")
         check_place(state)
-        self._budget = budget = _bytes(budget)
+        self._budget = _bytes(budget)
         self._update = checks.one_of(("auto", "device", "host"), "update", update)
         self.decoupled = checks.flag("decoupled", decoupled)
         self._master, self._state_in = master, state
         bar = need("progress", "rich.progress")[0].Progress if checks.flag("progress", progress) else None
-        of_adam = master if master == "remainder" else None
-        super().__init__(params, lr, betas, eps, weight_decay, master=of_adam, **options)
+        super().__init__(**of_adam, master=master if master == "remainder" else None)
         self.state_backend = "numba-cpu"
         if self._store.existed:
             self.steps = self._store.marks["steps"]
             for name, arrays in self.state.items():
                 arrays["step"] = self._store.marks["behind"].get(name, self.steps)
-        of_trial = {"decoupled": self.decoupled, "budget": int(budget), "master": master, "param_copies": None}
-        on_device, self._why = self._chosen_side(options | of_trial)
-        self._runner = (OnDevice if on_device else OnHost)(self._gpu, self._device, int(budget), bar)
+        of_trial = {"decoupled": self.decoupled, "budget": self._budget, "master": master, "param_copies": None}
+        on_device, self._why = self._chosen_side(arguments(of_adam, besides=OF_TRIAL) | of_trial)
+        self._runner = (OnDevice if on_device else OnHost)(self._gpu, self._device, self._budget, bar)
 
     # The state
 
@@ -183,7 +224,7 @@ class OffloadAdam(Adam):
             moments.append(time.perf_counter())
         return min(np.diff(moments)[1:])  # the first step compiles
 
-    def describe(self):
+    def describe(self) -> str:
         """Return a text: how much state there is and where, where the update runs and why, and the chunks of the last step."""
         n = sum(state["m"].size for state in self.state.values())
         n_bytes = sum(array.nbytes for state in self.state.values() for key, array in state.items() if key != "step")
@@ -194,16 +235,31 @@ class OffloadAdam(Adam):
 
     # A step
 
-    def step(self, grads=OF_PARAMS, **options):
+    def step(  # type: ignore[override]  # what goes piece by piece has none of these four
+        self,
+        grads: LikeParams = OF_PARAMS,
+        *,
+        grad_scale: Number = 1.0,
+        max_norm: Number | None = None,
+        norm: Number | Array | None = None,
+        check_finite: bool = False,
+        found_inf: Number | Array | None = None,
+        change: None = None,
+        lr_scale: None = None,
+        where: None = None,
+        norms: Literal[False] = False,
+        stream: Stream | None = None,
+    ) -> None:
         """Update every parameter that has a gradient, in place. As `Adam.step`, but on a GPU too it returns when all is done."""
+        of_step = arguments(locals())
         self._store.check_open()
-        super().step(grads, **options)
+        super().step(**of_step)
 
     def ended(self):
         counts = {name: int(state["step"]) for name, state in self.state.items()}  # a caller may have set NumPy's integers
         self._store.end_at(int(self.steps), {name: n for name, n in counts.items() if n != self.steps})
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return repr_of(self, self._description)
 
     def _description(self):
@@ -257,7 +313,7 @@ class OffloadAdam(Adam):
 
     # Saving and ending
 
-    def load_state_dict(self, state_dict, *, convert=False):
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, convert: bool = False) -> None:
         """Copy a `state_dict()`, of this class or, but for a float32 master, of `Adam` on the CPU, into this optimizer.
 
         convert: as in `Adam.load_state_dict`.
@@ -265,7 +321,7 @@ class OffloadAdam(Adam):
         self._store.check_open()
         super().load_state_dict(state_dict, convert=convert)
 
-    def save(self, path, *, with_params=False):
+    def save(self, path: FilePath, *, with_params: bool = False) -> None:
         """Write a checkpoint that `gpuadam.load_offload` goes on from, and `gpuadam.load`, as `Adam` or `AdamW`: see `Adam.save`.
 
         A float32 master is the exact value of its parameter, and is saved as it, with_params or not. To `Adam` that is a float32
@@ -280,23 +336,23 @@ class OffloadAdam(Adam):
         for _, to, source in copies:
             copy(to.array, source.array)
 
-    def flush(self):
+    def flush(self) -> None:
         """Wait until the state in files is on the disk. Raises ValueError while another thread takes a step."""
         self._store.check_open()
         self._store.flush()
 
-    def close(self):
+    def close(self) -> None:
         """Flush the files and free the folder. No step can follow."""
         self._store.close()
 
-    def discard(self):
+    def discard(self) -> None:
         """Free the folder, and take its files away. No step can follow."""
         self._store.discard()
 
-    def __enter__(self):
+    def __enter__(self: SelfT) -> SelfT:
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __reduce__(self):

@@ -15,6 +15,8 @@ L40S servers a network of 100 Gb/s for each GPU, and 1 TB of host memory; of the
 83 GB/s (two channels of DDR5-5200) and one drive of 2 TB.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -56,7 +58,7 @@ class Machine(NamedTuple):
     disk_read: float  # bytes a second of a node
     disk_write: float
 
-    def figures(self):
+    def figures(self) -> dict[str, float]:
         """Return {name: number}, of names such as "memory" and "device bandwidth"."""
         figures: dict[str, float] = {}
         for field, value in self._asdict().items():
@@ -64,7 +66,7 @@ class Machine(NamedTuple):
             figures |= {f"{field} {key}".strip(): n for key, n in parts.items() if isinstance(n, (int, float))}
         return figures
 
-    def with_figure(self, name, number):
+    def with_figure(self, name: str, number: float) -> Machine:
         """Return a machine with another figure, named as in `figures`."""
         part, _, key = name.rpartition(" ")
         change = {key: number}
@@ -96,14 +98,14 @@ DATA_SHEET_OF_DGX = ("across bandwidth", "host_memory", "host bandwidth", "disk"
 NCCL = ("within latency", "across latency", "pcie latency")
 
 
-def sources(kind):
+def sources(kind: str) -> dict[str, str]:
     """Return {figure: where it is from} of one of MACHINES."""
     of_dgx = () if kind in ("l40s", "rtx4090") else DATA_SHEET_OF_DGX
     known = dict.fromkeys(MACHINES[kind].figures(), "assumed") | dict.fromkeys((*DATA_SHEET, *of_dgx), "data sheet")
     return known | dict.fromkeys(NCCL, "NCCL's tuning")
 
 
-def cpu_only(name, processor, memory, disk, disk_read, disk_write):
+def cpu_only(name: str, processor: Processor, memory: int, disk: int, disk_read: float, disk_write: float) -> Machine:
     """Return a machine whose only device is its CPU, on a network of 100 Gb/s."""
     network = Link(12.5 * GB, NETWORK_LATENCY)
     return Machine(name, processor, memory, 1, network, network, None, memory, None, disk, disk_read, disk_write)

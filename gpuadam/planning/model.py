@@ -25,15 +25,19 @@ What is not in it: the norm of gradients, the backward pass, behind which a redu
 fabric with less than full bisection, and what a device's system keeps of its memory.
 """
 
+from __future__ import annotations
+
 import math
 import operator
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 from .. import checks
 from ..kernels.messages import shown
-from ..kernels.operands import KINDS, NARROW, Arrays, bytes_moved_of
+from ..kernels.operands import KINDS, NARROW, Arrays, Operand, bytes_moved_of
 from ..options import STATE_DTYPES
 from ..state import kept
+from ..typing import Complex, Components, Format, StateDtype
 from ..update import arrays_of
 
 PARAMS = KINDS["param"].formats
@@ -51,25 +55,25 @@ class Update(NamedTuple):
     arrays: Arrays = Arrays()
     zero_grad: bool = False
 
-    def is_state(self, operand):
+    def is_state(self, operand: Operand) -> bool:
         """Whether an operand is of the optimizer alone, and so can be sharded and offloaded."""
         model = "param_copy" if self.arrays.param_copy else "param"  # with a float32 master the copy is the model's
         return operand.name not in (model, "grad")
 
 
 def update(
-    sizes,
-    param="float32",
-    grad=None,
-    state=None,
-    master=None,
-    amsgrad=False,
-    ema=False,
-    zero_grad=False,
-    stochastic=False,
-    complex=None,
-    components=1,
-):
+    sizes: int | Iterable[int],
+    param: Format = "float32",
+    grad: Format | None = None,
+    state: StateDtype | None = None,
+    master: Literal["remainder", "float32"] | None = None,
+    amsgrad: bool = False,
+    ema: bool = False,
+    zero_grad: bool = False,
+    stochastic: bool = False,
+    complex: Complex | None = None,
+    components: Components = 1,
+) -> Update:
     """Return the Update of parameters. The options are those of `Adam`; master may be "float32" too.
 
     sizes: a number of elements, or one for each parameter. param, grad: formats; grad is param's by default. With `complex` an

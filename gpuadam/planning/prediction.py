@@ -4,16 +4,20 @@ A *device* is a GPU, or the CPU of a machine without one. Devices that hold the 
 another. `model.py` has the seconds of each stage.
 """
 
+from __future__ import annotations
+
 import functools
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .. import checks
 from ..kernels.messages import shown
-from ..kernels.operands import FORMATS, GROUP, operands_of
+from ..kernels.operands import FORMATS, GROUP, Arrays, operands_of
 from ..offload.chunks import CHUNKS, SLOTS_ON_GPU, SMALLEST_CHUNK, aligned
 from ..sharded.layout import CELL, placed
-from .model import COLLECTIVES, ROLE_OF, ROLES, Ranks, collective_seconds, kernel_seconds, overlapped
+from .machines import Machine
+from .model import COLLECTIVES, ROLE_OF, ROLES, Ranks, Update, collective_seconds, kernel_seconds, overlapped
 
 LEAST_BUDGET = 1 << 15  # chunks of the fewest elements, of any formats, in as many slots as a CPU has, take no more
 MOST_DEVICES = 10**7
@@ -27,12 +31,12 @@ class Way(NamedTuple):
     updated_on: str = "device"  # or "host"
 
     @property
-    def name(self):
+    def name(self) -> str:
         place = {"device": "in memory", "host": "host memory", "files": "files"}[self.state]
         updates = "" if self.state == "device" else f", {self.updated_on} updates"
         return f"{'sharded, ' * self.sharded}{place}{updates}"
 
-    def made_by(self, update):
+    def made_by(self, update: Update) -> str:
         """Return the name of the class that makes such steps; empty if none does."""
         arrays = update.arrays
         if not self.sharded:
@@ -42,7 +46,7 @@ class Way(NamedTuple):
         return "gpuadam.ShardedAdam" if made else ""
 
 
-def ways(machine, ranks):
+def ways(machine: Machine, ranks: int) -> list[Way]:
     """Return the Ways that there are on a machine, for so many ranks that hold the same piece of the model."""
     places = [("device", "device"), ("files", "device")]
     if machine.host:
@@ -61,7 +65,7 @@ class Settings(NamedTuple):
     collective: str = "ring"
 
 
-def plan(update, machine, settings, auto=False):
+def plan(update: Update, machine: Machine, settings: Settings, auto: bool = False) -> list[Prediction]:
     """Return the Predictions of all ways of a step.
 
     update: an Update. machine: one of MACHINES, or another Machine. auto: cut the model into as few pieces as let a way fit, for
@@ -74,7 +78,7 @@ def plan(update, machine, settings, auto=False):
     return [_in_fewest_pieces(way, update, machine, settings, pieces) for way in ways(machine, settings.world // pieces[0])]
 
 
-def best(predictions):
+def best(predictions: Iterable[Prediction]) -> Prediction | None:
     """Return the fastest Prediction of those that fit, or None."""
     return min((p for p in predictions if p.fits), key=lambda p: (p.seconds, p.device_bytes), default=None)
 
@@ -89,7 +93,7 @@ def _in_fewest_pieces(way, update, machine, settings, pieces):
     return prediction
 
 
-def divisors(n):
+def divisors(n: int) -> list[int]:
     """Return the divisors of n, the smallest first.
 
     >>> divisors(12)
@@ -129,7 +133,7 @@ class Prediction:
     Nothing is checked here: `plan` does it.
     """
 
-    def __init__(self, way, update, machine, settings):
+    def __init__(self, way: Way, update: Update, machine: Machine, settings: Settings) -> None:
         self.way, self.update, self.machine, self.settings = way, update, machine, settings
         self.made_by = way.made_by(update)
         self.model_parallel = settings.model_parallel
@@ -179,7 +183,7 @@ class Prediction:
         return by_role
 
     @functools.cached_property
-    def stages(self):
+    def stages(self) -> dict[str, float]:
         machine, stages = self.machine, {}
         summed = self.arrays.numbers * FORMATS[self.arrays.grad]  # bytes
         if self.way.sharded:
@@ -193,7 +197,7 @@ class Prediction:
         processor, sharing = (machine.device, 1) if on_device else (machine.host, self.neighbours)
         launches, n = max(self._chunks, self.buckets), min(self.part, self.elements)
         stages["update"] = kernel_seconds(self.arrays, self.operands, n, processor, launches, sharing)
-        if self.way.state != "device" and machine.host:
+        if self.way.state != "device" and machine.host and machine.pcie:
             up, down = self._over_pcie
             stages["to the device"] = up / machine.pcie.bandwidth + self._chunks * machine.pcie.latency
             stages["to the host"] = down / machine.pcie.bandwidth + self._chunks * machine.pcie.latency
@@ -205,7 +209,7 @@ class Prediction:
         return stages
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         if not self.machine.host:
             return sum(self.stages.values())
         stages = dict(self.stages)
@@ -266,6 +270,6 @@ def _aligned(sizes, model_parallel, operand):
     return sum(aligned(operand.nbytes(-(-size // model_parallel))) for size in sizes)
 
 
-def of_shard(arrays):
+def of_shard(arrays: Arrays) -> Arrays:
     """Return the formats of a sharded update, which takes the sums of gradients: those are float32 at least."""
     return arrays._replace(grad="float64" if "float64" in (arrays.param, arrays.grad) else "float32")

@@ -1,8 +1,11 @@
 """Loading a checkpoint on many ranks, whatever number of ranks wrote it: each reads the part that it owns."""
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import os
+from collections.abc import Sequence
 
 from .. import checks
 from ..checkpoint.converting import as_saved, read_state
@@ -10,6 +13,7 @@ from ..checkpoint.format import ALGORITHMS
 from ..checkpoint.loading import about, check_with_params, not_fitting, opened, warn_of_params
 from ..checkpoint.tensors import PARAM
 from ..kernels.messages import shown
+from ..typing import FilePath, Integer, LearningRate, Params, Reduction, StateDtype
 from . import transports
 from .agreement import agreed, on_all
 from .optimizer import ShardedAdam, ShardedAdamW
@@ -17,18 +21,18 @@ from .saving import sections_of_rank
 
 
 def load_sharded(
-    path,
-    params,
-    transport,
-    backend=None,
+    path: FilePath,
+    params: Params,
+    transport: transports.Transport,
+    backend: str | None = None,
     *,
-    lr=None,
-    with_params=None,
-    reduction=None,
-    bucket_bytes=1 << 25,
-    views=False,
-    state_dtype=None,
-):
+    lr: LearningRate | Sequence[LearningRate | None] | None = None,
+    with_params: bool | None = None,
+    reduction: Reduction | None = None,
+    bucket_bytes: Integer = 1 << 25,
+    views: bool = False,
+    state_dtype: StateDtype | None = None,
+) -> ShardedAdam:
     """Make a `ShardedAdam` from a checkpoint of `ShardedAdam` or `Adam`, with its options, hyperparameters and step counts.
 
     path: of the folder that `ShardedAdam.save` made, from any number of ranks, or of the file that `Adam.save` made.

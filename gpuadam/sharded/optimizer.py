@@ -1,23 +1,42 @@
 """Adam over many ranks, each of which keeps and updates a part of the state: ZeRO's stage 1."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import itertools
+from typing import Any, Literal
 
 import numpy as np
 
 from .. import backends, checks, hyperparameters, torch_tensors
 from ..clipping import LARGEST_NORM, clipped
 from ..description import of_optimizer, repr_of
-from ..groups import HYPERPARAMETERS, HasGroups, as_given, as_list, checked_group, parsed_groups, some
+from ..groups import HYPERPARAMETERS, HasGroups, as_given, as_list, checked_group, parsed_groups
 from ..kernels.messages import shown
 from ..kernels.operands import Arrays
-from ..options import SAVED, Options
+from ..options import SAVED, Options, arguments
 from ..state import shape
+from ..typing import (
+    Algorithm,
+    Array,
+    Betas,
+    Bounds,
+    Complex,
+    FilePath,
+    Formula,
+    Integer,
+    LearningRate,
+    LikeParams,
+    Number,
+    Params,
+    Reduction,
+    StateDtype,
+)
 from . import checks as shard_checks
 from . import saving, transports
 from .agreement import agreed, on_all
-from .buffer import Buffer, Member
+from .buffer import Buffer, Member, OwnedShard
 from .norm import ShardedNorm
 from .shard_adam import ShardAdam
 
@@ -58,40 +77,52 @@ class ShardedAdam(HasGroups):
     >>> import numpy as np, gpuadam
     >>> params = {"w": np.full(3, 0.5, "float32"), "b": np.zeros(1, "float32")}
     >>> opt = gpuadam.ShardedAdam(params, gpuadam.transports.Local(), lr=0.1)  # transports.MPI() for many ranks
-    >>> opt.step({"w": np.float32([-33.0, 1.0, 0.0]), "b": None})
+    >>> opt.step({"w": np.array([-33.0, 1.0, 0.0], "float32"), "b": None})
     >>> print(params["w"], params["b"])
     [0.6 0.4 0.5] [0.]
     """
 
+    steps: int
+    options: Options
+    groups: list[dict[str, Any]]
+    params: Any
+    grads: Any
+
     def __init__(
         self,
-        params,
-        transport,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
+        params: Params,
+        transport: transports.Transport,
+        lr: LearningRate = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Number = 1e-8,
+        weight_decay: Number = 0.0,
         *,
-        decoupled=False,
-        algorithm="adam",
-        amsgrad=False,
-        maximize=False,
-        clip_value=None,
-        bounds=None,
-        complex=None,
-        components=1,
-        reduction="mean",
-        bucket_bytes=1 << 25,
-        views=False,
-        backend=None,
-        **options,
-    ):
+        decoupled: bool = False,
+        algorithm: Algorithm = "adam",
+        amsgrad: bool = False,
+        maximize: bool = False,
+        clip_value: Number | None = None,
+        bounds: Bounds | None = None,
+        complex: Complex | None = None,
+        components: Literal[1, 2, 4] = 1,
+        formula: Formula = "torch",
+        eps_root: Number = 0.0,
+        state_dtype: StateDtype | None = None,
+        master: Literal["remainder"] | None = None,
+        ema_decay: Number | None = None,
+        zero_grad: bool = False,
+        stochastic_rounding: bool = False,
+        seed: Integer = 0,
+        reduction: Reduction = "mean",
+        bucket_bytes: Integer = 1 << 25,
+        views: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        given = arguments(locals())
         transports.check(transport)
         self.transport, self.steps, self._backend = transport, 0, backend
         self.reduction, self._bucket_bytes, self._views = reduction, bucket_bytes, views
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"amsgrad": amsgrad, "maximize": maximize, "clip_value": clip_value, "bounds": bounds}
-        defaults |= {"complex": complex, "components": components}
+        defaults, options = ({name: given[name] for name in names} for names in (HYPERPARAMETERS, OPTIONS))
         with transport.calls.alone("the making of an optimizer"):
             settings, _ = agreed(transport, self._parsed, params, defaults, algorithm, decoupled, options)
             buffers = on_all(transport, self._made_buffers, settings)  # state may not fit into memory
@@ -110,10 +141,6 @@ class ShardedAdam(HasGroups):
 
     def _parsed(self, params, defaults, algorithm, decoupled, options):
         """Check the arguments of the constructor, as `agreed` needs it. Return the settings of each group for the first step."""
-        if strange := set(options) - set(OPTIONS):
-            raise TypeError(
-                f"ShardedAdam has no option {some(sorted(strange))}; beside those of its signature it has {OPTIONS}"
-            )
         checks.one_of(("mean", "sum"), "reduction", self.reduction)
         self._views = checks.flag("views", self._views)
         self._bucket_bytes = checks.count("bucket_bytes", self._bucket_bytes)
@@ -179,7 +206,7 @@ class ShardedAdam(HasGroups):
             views = [] if self._views else [member.view for member in self.members]
         return views + [self._kernels.view(*one) for one in named]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return repr_of(self, self._description)
 
     def _description(self):
@@ -192,11 +219,11 @@ class ShardedAdam(HasGroups):
         return of_optimizer(self, sizes, rank=rank, backend=self._backend, **own)
 
     @property
-    def shards(self):
+    def shards(self) -> list[OwnedShard]:
         """The parts of parameters that this rank owns, and their state: a list of OwnedShard."""
         return [shard for bucket in self.buckets for shard in bucket.shards]
 
-    def gathered(self, key):
+    def gathered(self, key: str) -> dict[str, np.ndarray[Any, Any]]:
         """Return name -> the whole array of each parameter's state, as NumPy arrays in the host's memory, on every rank.
 
         key: a key of the state, such as "m", "v" or "ema". Parameters without it, or without elements, are left out.
@@ -213,7 +240,15 @@ class ShardedAdam(HasGroups):
                     whole[member.name] = array.reshape(shape(key, member.view.shape, member.numbers))
         return whole
 
-    def step(self, grads, *, grad_scale=1.0, max_norm=None, check_finite=False, found_inf=None):
+    def step(
+        self,
+        grads: LikeParams,
+        *,
+        grad_scale: Number = 1.0,
+        max_norm: Number | None = None,
+        check_finite: bool = False,
+        found_inf: Number | Array | None = None,
+    ) -> None:
         """Update every parameter that has a gradient, on all ranks.
 
         grads: this rank's gradients, of the same structure as params. None in an array's place, on all ranks, skips it.
@@ -226,9 +261,9 @@ class ShardedAdam(HasGroups):
         An exception amid the collectives, such as Ctrl-C, may leave parameters and state of different steps. Every later call
         over the transport raises ValueError, and says how to go on; `gpuadam.sharded` says what the other ranks do.
         """
-        arguments = grads, grad_scale, max_norm, check_finite, found_inf
+        of_step = grads, grad_scale, max_norm, check_finite, found_inf
         with self.transport.calls.alone("a step"):
-            (listed, views, settings, scale, max_norm), left_out = agreed(self.transport, self._checked_step, *arguments)
+            (listed, views, settings, scale, max_norm), left_out = agreed(self.transport, self._checked_step, *of_step)
             if not left_out:
                 self._take(views, settings, scale, max_norm, check_finite)
                 torch_tensors.wrote([param for param, grad in zip(self._listed(), views, strict=True) if grad is not None])
@@ -297,7 +332,7 @@ class ShardedAdam(HasGroups):
             member.taken += grads[member.number] is not None
         self.steps += 1
 
-    def save(self, path, *, with_params=False):
+    def save(self, path: FilePath, *, with_params: bool = False) -> None:
         """Write a checkpoint into a folder, from which any number of ranks, or a single `Adam`, goes on bit for bit.
 
         path: of the folder, which all ranks must see, and which holds this checkpoint alone. It is made if its parent is there.
@@ -389,7 +424,34 @@ class ShardedAdamW(ShardedAdam):
     [0.95 0.95]
     """
 
-    decoupled = True  # unless an option says otherwise
-
-    def __init__(self, params, transport, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, **options):
-        super().__init__(params, transport, lr, betas, eps, weight_decay, **{"decoupled": self.decoupled} | options)
+    def __init__(
+        self,
+        params: Params,
+        transport: transports.Transport,
+        lr: LearningRate = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Number = 1e-8,
+        weight_decay: Number = 1e-2,
+        *,
+        decoupled: bool = True,
+        algorithm: Algorithm = "adam",
+        amsgrad: bool = False,
+        maximize: bool = False,
+        clip_value: Number | None = None,
+        bounds: Bounds | None = None,
+        complex: Complex | None = None,
+        components: Literal[1, 2, 4] = 1,
+        formula: Formula = "torch",
+        eps_root: Number = 0.0,
+        state_dtype: StateDtype | None = None,
+        master: Literal["remainder"] | None = None,
+        ema_decay: Number | None = None,
+        zero_grad: bool = False,
+        stochastic_rounding: bool = False,
+        seed: Integer = 0,
+        reduction: Reduction = "mean",
+        bucket_bytes: Integer = 1 << 25,
+        views: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(**arguments(locals()))

@@ -1,5 +1,7 @@
 """How the commands answer: on a console, in JSON; how they end; and how they say what is missing."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import json
@@ -7,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from .console import Console
 
@@ -19,7 +22,7 @@ class MissingExtraError(CommandError):
     """A command needs a library that is not installed."""
 
 
-def need(extra, *modules):
+def need(extra: str | None, *modules: str) -> list[Any]:
     """Import modules of an extra, or raise MissingExtraError with the command that installs it.
 
     extra: None for a package that no extra brings.

@@ -1,13 +1,19 @@
 """Arrays of each backend, by the same few functions, so that a test is written once."""
 
+from __future__ import annotations
+
 import ctypes
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .. import backends, checks
 from ..kernels.operands import widened
 from ..kernels.view import Bits
+from ..typing import Array
 
 
 class ArrayBackend:
@@ -16,11 +22,11 @@ class ArrayBackend:
     Attributes: `name`, as in `backend=`; `on_gpu`, whether its memory is a GPU's.
     """
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         self.name, self.on_gpu = name, backends.BACKENDS[name].memory == "CUDA"
         self._kernels = backends.load(name)
 
-    def array(self, a):
+    def array(self, a: npt.ArrayLike) -> Any:
         """Return a copy of a NumPy array, or of what NumPy makes one of, in this backend's memory, of the same layout.
 
         NumPy alone knows the bfloat16 of ml_dtypes: on a GPU the copy is `gpuadam.Bits`.
@@ -30,26 +36,26 @@ class ArrayBackend:
             return Bits(self._copy(a.view("u2")), "bfloat16")
         return self._copy(a)
 
-    def zeros(self, shape, dtype="float32"):
+    def zeros(self, shape: int | Sequence[int], dtype: npt.DTypeLike = "float32") -> Any:
         """Return zeros in this backend's memory."""
         return self.array(np.zeros(shape, dtype))
 
-    def flag(self, value):
+    def flag(self, value: float) -> Any:
         """Return a flag in this backend's memory, an array of one float32, for `step(found_inf=...)`."""
         return self.array(np.array([value], "float32"))
 
-    def numpy(self, array):
+    def numpy(self, array: Array) -> np.ndarray[Any, Any]:
         """Return a copy of an array of this backend as a NumPy array, after waiting for the device. Bits come as numbers."""
         if type(array) is Bits:
             return widened(self._kernels.to_host(array.array).view("f2"), array.format)
         return self._kernels.to_host(array)
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         """Wait until the device has done all work that was enqueued there."""
         if self.on_gpu:
             self._kernels.synchronize()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<arrays of {self.name}>"
 
     def _copy(self, a):
@@ -80,14 +86,16 @@ class StridedDeviceArray:
         }
 
 
-@functools.cache
-def array_backend(name):
+def array_backend(name: str) -> ArrayBackend:
     """Return the ArrayBackend of a backend's name, or raise BackendUnavailableError with the reason.
 
     >>> from gpuadam import testing
     >>> backend = testing.array_backend("numba-cpu")
-    >>> param = backend.array(np.float32([1.0, 2.0]))
+    >>> param = backend.array(np.array([1.0, 2.0], "float32"))
     >>> backend.numpy(param)
     array([1., 2.], dtype=float32)
     """
-    return ArrayBackend(checks.one_of(backends.BACKENDS, "name", name))
+    return _made(checks.one_of(backends.BACKENDS, "name", name))
+
+
+_made = functools.cache(ArrayBackend)  # a cache around the public function would hide its types

@@ -1,8 +1,11 @@
 """Equality of arrays bit for bit, and a message that helps where there is none."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,7 +48,7 @@ class Host:
         return widened(self.bits, self.format) if self.format == "bfloat16" else self.bits.view(self.format)
 
 
-def assert_same_bits(actual, expected, name=""):
+def assert_same_bits(actual: Any, expected: Any, name: str = "") -> None:
     """Raise AssertionError unless two arrays have the same shape, the same format and the same bits.
 
     actual, expected: NumPy, CuPy or Numba device arrays, torch tensors, what has DLPack or `__cuda_array_interface__`, `Bits`, of
@@ -56,8 +59,8 @@ def assert_same_bits(actual, expected, name=""):
     NaN equals NaN, whatever its payload; -0 differs from +0. The message says how many elements differ, where the first are, both
     values and their bits, and how many units in the last place (ulp) lie between.
 
-    >>> assert_same_bits(np.float32([1, 2, np.nan]), np.float32([1, 2, np.nan]))
-    >>> assert_same_bits(np.float32([1, 2, 0]), np.float32([1, 2.0000002, -0.0]), "w")
+    >>> assert_same_bits(np.array([1, 2, np.nan], "float32"), np.array([1, 2, np.nan], "float32"))
+    >>> assert_same_bits(np.array([1, 2, 0], "float32"), np.array([1, 2.0000002, -0.0], "float32"), "w")
     Traceback (most recent call last):
     AssertionError: w: 2 of 3 elements differ in their bits (float32), by at most 1 ulp
       at [1]: 2.0 0x40000000, expected 2.0000002 0x40000001, 1 ulp
@@ -146,16 +149,17 @@ def _ulps(one, other):
 
 
 @contextlib.contextmanager
-def unchanged(**things):
+def unchanged(**things: Any) -> Iterator[None]:
     """Assert that a block leaves arrays, and the state of optimizers with its step counts, bit for bit as they were.
 
     things: by the names that a message calls them: arrays, numbers, sequences or dicts of such, or what has a `state_dict`.
 
-    >>> import gpuadam
+    >>> import numpy as np, gpuadam
+    >>> from gpuadam.testing import unchanged
     >>> w = np.ones(3, "float32")
     >>> opt = gpuadam.Adam(w)
     >>> with unchanged(w=w, opt=opt):
-    ...     opt.step(np.float32([1, np.inf, 2]), check_finite=True)
+    ...     opt.step(np.array([1, np.inf, 2], "float32"), check_finite=True)
     """
     before = _arrays_in(things)
     yield

@@ -1,9 +1,11 @@
 """Faults in gradients, as overflow and bad data make them: does a training loop survive?"""
 
+from __future__ import annotations
+
 import math
 import operator
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -11,9 +13,10 @@ from .. import backends, checks
 from ..clipping import named_arrays
 from ..groups import is_sequence
 from ..kernels.messages import shortened, shown
+from ..typing import ArrayTree, Integer
 from .bits import FLOATS
 
-HUGE = "huge"
+HUGE: Literal["huge"] = "huge"
 
 
 class Fault(NamedTuple):
@@ -24,7 +27,14 @@ class Fault(NamedTuple):
     value: float
 
 
-def inject(grads, value=math.nan, *, at=None, count=1, seed=0):
+def inject(
+    grads: ArrayTree,
+    value: float | Literal["huge"] = math.nan,
+    *,
+    at: int | Sequence[Any] | Mapping[Any, Any] | None = None,
+    count: Integer = 1,
+    seed: Integer = 0,
+) -> list[Fault]:
     """Write a fault into gradients, in place, and return the list of Faults.
 
     grads: one array, or a sequence or dict of arrays, as for `global_norm`: of any library, on a GPU or the CPU; None is skipped.
@@ -73,7 +83,14 @@ class Faults:
     [False, False, True, False, False, False]
     """
 
-    def __init__(self, seed=0, *, probability=0.1, values=(math.nan, math.inf, -math.inf, HUGE), count=1):
+    def __init__(
+        self,
+        seed: Integer = 0,
+        *,
+        probability: float = 0.1,
+        values: Sequence[float | Literal["huge"]] = (math.nan, math.inf, -math.inf, HUGE),
+        count: Integer = 1,
+    ) -> None:
         probability = checks.real("probability", probability)
         if not 0.0 <= probability <= 1.0:
             raise ValueError(f"probability={probability} must be in [0, 1]")
@@ -83,7 +100,7 @@ class Faults:
         self._random = np.random.default_rng(checks.seed(seed))
         self._probability, self._values, self._count = probability, tuple(values), count
 
-    def inject(self, grads):
+    def inject(self, grads: ArrayTree) -> list[Fault]:
         """Write the faults of this step into its gradients, in place, and return them: an empty list if there are none."""
         # each step takes as many random numbers, whether or not it gets a fault, so that later steps have the same ones
         chance, which, seed = self._random.random(), self._random.integers(len(self._values)), self._random.integers(2**63)

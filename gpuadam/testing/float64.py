@@ -1,6 +1,9 @@
 """The same training in float64, and how far a result may be from it."""
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,6 +11,7 @@ import numpy as np
 from .. import checks, hyperparameters, reference
 from ..clipping import named_arrays
 from ..kernels.messages import shortened
+from ..typing import Algorithm, ArrayTree, Betas, Bounds, Complex, Components, Formula, Number
 from .bits import FLOATS, on_host
 
 ROUNDINGS, FEEDBACK = 32, 4
@@ -38,7 +42,8 @@ class Reference:
 
     Use it on your own update too: it asks nothing but parameters and gradients.
 
-    >>> import gpuadam
+    >>> import numpy as np, gpuadam
+    >>> from gpuadam.testing import Reference
     >>> params = {"w": np.linspace(-1, 1, 5, dtype="float32")}
     >>> opt, exact = gpuadam.Adam(params, lr=0.1), Reference(params, lr=0.1)
     >>> for step in range(3):
@@ -50,29 +55,34 @@ class Reference:
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
+        params: ArrayTree,
+        lr: Number | Callable[[int], float] = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Number = 1e-8,
+        weight_decay: Number = 0.0,
         *,
-        decoupled=False,
-        amsgrad=False,
-        maximize=False,
-        clip_value=None,
-        bounds=None,
-        algorithm="adam",
-        formula="torch",
-        eps_root=0.0,
-        complex=None,
-        components=1,
-    ):
+        decoupled: bool = False,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        clip_value: Number | None = None,
+        bounds: Bounds | None = None,
+        algorithm: Algorithm = "adam",
+        formula: Formula = "torch",
+        eps_root: Number = 0.0,
+        complex: Complex | None = None,
+        components: Components = 1,
+    ) -> None:
         self._lr = lr
-        self._options = {"eps": eps, "weight_decay": weight_decay, "decoupled": decoupled, "maximize": maximize}
+        self._options: dict[str, Any] = {
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
+            "maximize": maximize,
+        }
         self._options |= {"betas": checks.betas(betas), "eps_root": eps_root, "clip_value": clip_value, "bounds": bounds}
         self._options["algorithm"] = checks.one_of(hyperparameters.ALGORITHMS, "algorithm", algorithm)
         self._options["formula"] = checks.one_of(hyperparameters.FORMULAS, "formula", formula)
-        self._trained = {}
+        self._trained: dict[str, Trained] = {}
         for name, array in named_arrays("params", params):
             host = on_host(name, array)
             if host.of_complex and checks.complex_parts(complex) is None:
@@ -85,10 +95,10 @@ class Reference:
         self.steps = 0
 
     @property
-    def params(self):
+    def params(self) -> dict[str, np.ndarray[Any, Any]]:
         return {name: param.value for name, param in self._trained.items()}
 
-    def step(self, grads, *, grad_scale=1.0):
+    def step(self, grads: ArrayTree, *, grad_scale: Number = 1.0) -> None:
         """Take a step. grads: of the structure of params, on the host or a GPU, before they are scaled; None skips one.
 
         A step that your loop leaves out must be left out here too.
@@ -136,7 +146,7 @@ class Reference:
             denom = np.sqrt(largest + options["eps_root"]) + options["eps"]
         return FEEDBACK * lr * options["weight_decay"] / denom
 
-    def assert_close(self, params, *, atol=0.0):
+    def assert_close(self, params: ArrayTree, *, atol: Number = 0.0) -> None:
         """Raise AssertionError where your parameters differ from those in float64 by more than roundings make.
 
         Over the steps so far an element may differ by the sum of

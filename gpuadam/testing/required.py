@@ -1,5 +1,7 @@
 """Backends that a test needs: without them it skips, or fails where a GPU is required."""
 
+from __future__ import annotations
+
 import os
 
 from .. import backends, checks
@@ -10,7 +12,7 @@ def gpu_is_required():
     return os.environ.get("GPUADAM_REQUIRE_GPU") == "1"
 
 
-def require_backends(*names):
+def require_backends(*names: str) -> None:
     """Skip the test that calls it unless these backends can run here; the reason says what mends it. For tests under pytest.
 
     With GPUADAM_REQUIRE_GPU=1 a GPU backend that cannot run is a failure. Raises ValueError for an unknown name.

@@ -1,10 +1,12 @@
 """Adam and AdamW as optimizers of torch."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 
@@ -12,14 +14,18 @@ from .. import backends, checks, hyperparameters
 from ..groups import MAPPING, Structure, places_of_groups, some
 from ..kernels.messages import shown
 from ..optimizer import key_of_parameter
-from ..options import Options
+from ..options import Options, arguments
 from ..remembered import Remembered
+from ..typing import Integer, StateDtype
 from ..under_way import UnderWay
 from ..update import Updates, update
 from . import distributed
 from . import state as torch_state
 from .repeated import RepeatedSteps
 from .step_counts import Clock, HostCounts
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
 
 # The settings of a group: those that torch's Adam has
 OF_A_STEP = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
@@ -82,34 +88,34 @@ class Adam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
-        amsgrad=False,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
         *,
-        foreach=None,
-        maximize=False,
-        capturable=False,
-        differentiable=False,
-        fused=None,
-        decoupled_weight_decay=False,
-        state_dtype=None,
-        master=None,
-        stochastic_rounding=False,
-        seed=0,
-        backend=None,
-    ):
-        arguments = dict(locals())
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        state_dtype: StateDtype | None = None,
+        master: Literal["remainder"] | None = None,
+        stochastic_rounding: bool = False,
+        seed: Integer = 0,
+        backend: str | None = None,
+    ) -> None:
+        given = arguments(locals())
         # the options that torch's Adam does not have: a checkpoint does not hold them
-        self.options = Options(state_dtype=state_dtype, master=master, stochastic_rounding=stochastic_rounding, seed=seed)
+        self.options = Options(**{name: given[name] for name in ("state_dtype", "master", "stochastic_rounding", "seed")})
         self.backend = backends.forced(backend)
         if self.backend is not None:
             backends.choose([], self.backend)  # refuses a backend that is not there
         self.under_way = UnderWay()
         self._forget()
-        super().__init__(params, {name: arguments[name] for name in SETTINGS})
+        super().__init__(params, {name: given[name] for name in SETTINGS})
         formats = [str(param.dtype).removeprefix("torch.") for group in self.param_groups for param in group["params"]]
         checks.warn_of_no_effect(formats, master=master, stochastic_rounding=stochastic_rounding)
 
@@ -123,7 +129,7 @@ class Adam(torch.optim.Optimizer):
         """Whether GradScaler sets grad_scale and found_inf and leaves the rest to the step, as with torch's if fused."""
         return bool(self.defaults["fused"])
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, a dict with "params" and hyperparameters of its own, as torch's optimizers do."""
         if isinstance(param_group, dict):
             _check_keys(param_group)
@@ -148,9 +154,15 @@ class Adam(torch.optim.Optimizer):
         numbers = _number("lr", lr), _number("betas", betas), eps, weight_decay
         return hyperparameters.with_formulas(*numbers, maximize, grad_scale, _formulas(decoupled))
 
+    @overload
+    def step(self, closure: None = ...) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.compiler.disable
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, in place, and return the closure's loss.
 
         closure: computes the loss anew, with gradients, before the update.
@@ -167,7 +179,8 @@ class Adam(torch.optim.Optimizer):
             if found_inf.item():
                 return loss
             found_inf = None
-        updates, params, counted, clocks = [], [], [], []
+        updates: list[Updates] = []
+        params, counted, clocks = [], [], []
         taken: list[tuple] = []
         for k, (group, members) in enumerate(self._members()):
             before = len(updates)
@@ -192,7 +205,7 @@ class Adam(torch.optim.Optimizer):
                 self._repeated.note(self, taken)
         return loss
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizers do. Raises ValueError after a step that was cut short."""
         self.under_way.check()
         return super().state_dict()
@@ -263,7 +276,7 @@ class Adam(torch.optim.Optimizer):
         self.state[param] = state = torch_state.new(self.kept(group, param.dtype), param, group["capturable"])
         return state
 
-    def load_state_dict(self, state_dict, *, convert=False):
+    def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
         """Copy a state_dict of this class, of torch.optim.Adam or of torch.optim.AdamW into this optimizer.
 
         Settings of groups become the loaded ones. As in torch, a parameter is known by its place. But if the checkpoint has
@@ -326,7 +339,7 @@ class Adam(torch.optim.Optimizer):
     def __getstate__(self):
         return super().__getstate__() | {"options": self.options, "backend": self.backend, "under_way": self.under_way}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
         for group in self.param_groups:  # those of other versions of torch have fewer settings
@@ -380,8 +393,27 @@ class AdamW(Adam):
     [0.949999988079071, 0.949999988079071]
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, **options):
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **options)
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Literal["remainder"] | None = None,
+        stochastic_rounding: bool = False,
+        seed: Integer = 0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(**arguments(locals()), decoupled_weight_decay=True)
 
     def __setstate__(self, state):
         super().__setstate__(state)

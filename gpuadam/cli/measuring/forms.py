@@ -6,7 +6,7 @@ Shared by `python -m gpuadam bench` and the scripts in benchmarks/.
 import argparse
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,10 +16,11 @@ from ... import hyperparameters
 from ...kernels import adam, limit
 from ...kernels.layout import Update
 from ...kernels.operands import Arrays, bytes_per_element, operands_of
+from ...kernels.view import BitsFormat
 from . import measure
 
-BF16 = "bfloat16"
-HYPERPARAMETERS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+BF16: BitsFormat = "bfloat16"
+HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
 class Case(NamedTuple):

@@ -1,7 +1,10 @@
 """The calls of the ranks over a transport: one at a time, and none after a call that was cut short."""
 
+from __future__ import annotations
+
 import contextlib
 import threading
+from collections.abc import Iterator
 
 
 class Calls:
@@ -12,13 +15,13 @@ class Calls:
     ranks are no longer at the same collective.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.under_way = ""
         # of the thread that is in a call; a call that a signal's handler makes in that thread comes in, and is refused
         self._lock = threading.RLock()
 
     @contextlib.contextmanager
-    def alone(self, what):
+    def alone(self, what: str) -> Iterator[None]:
         """Make a call, after those of other threads. Raise ValueError amid a call of this thread, and after one cut short."""
         with self._lock:
             if self.under_way:
@@ -31,6 +34,6 @@ class Calls:
             yield
             self.over()
 
-    def over(self):
+    def over(self) -> None:
         """Note that the call has ended on all ranks, and in the same way."""
         self.under_way = ""

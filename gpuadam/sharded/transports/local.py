@@ -1,5 +1,9 @@
 """The transport of one rank."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from .calls import Calls
 from .protocol import Work
 
@@ -17,18 +21,18 @@ class Local:
 
     rank, size, memory = 0, 1, "any"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.calls = Calls()
 
-    def reduce_scatter(self, buffer, part):
+    def reduce_scatter(self, buffer: Any, part: Any) -> Work:
         part[...] = buffer
         return Work()
 
-    def all_gather(self, buffer):
+    def all_gather(self, buffer: Any) -> Work:
         return Work()
 
-    def broadcast(self, buffer):
+    def broadcast(self, buffer: Any) -> None:
         pass
 
-    def exchange(self, item):
+    def exchange(self, item: Any) -> list[Any]:
         return [item]

@@ -1,5 +1,7 @@
 """The transport of MPI, through mpi4py."""
 
+from __future__ import annotations
+
 import atexit
 import itertools
 import os
@@ -41,14 +43,17 @@ class MPI:
 
     memory = "CPU"
 
-    def __init__(self, comm=None, timeout=None):
+    def __init__(self, comm: Any = None, timeout: float | None = None) -> None:
         self._mpi = imported("mpi4py.MPI", 'pip install "gpuadam[mpi]"')
         if timeout is not None and (timeout := checks.finite("timeout", timeout)) <= 0:
             raise ValueError(f"timeout={timeout} must be a positive number of seconds, or None to wait for ever")
         comm = self._mpi.COMM_WORLD if comm is None else comm
         self.rank, self.size, self.calls = comm.rank, comm.size, Calls()
         self._ended: list[int] = []  # the ranks that make no more calls
+        self._requests: dict[int, Any]
         self._started, self._requests = 0, {}  # how many collectives have begun, and number -> the request of those not done
+        self._timeout: Any
+        self._heard: dict[int, int]
         self._timeout, self._told, self._heard = timeout, 0, {}  # for `_watch`
         if self.size > 1:
             _tell_of_the_end(self)
@@ -59,16 +64,16 @@ class MPI:
         if len(set(timeouts := self.exchange(timeout))) > 1:
             raise ValueError(f"the ranks differ in timeout, {timeouts}: give all ranks the same")
 
-    def reduce_scatter(self, buffer, part):
+    def reduce_scatter(self, buffer: Any, part: Any) -> Work:
         return self._work(self._comm.Ireduce_scatter_block(buffer, part, self._mpi.SUM))
 
-    def all_gather(self, buffer):
+    def all_gather(self, buffer: Any) -> Work:
         return self._work(self._comm.Iallgather(self._mpi.IN_PLACE, buffer.view(np.uint8)))
 
-    def broadcast(self, buffer):
+    def broadcast(self, buffer: Any) -> None:
         self._work(self._comm.Ibcast(buffer.view(np.uint8))).wait()
 
-    def exchange(self, item):
+    def exchange(self, item: Any) -> list[Any]:
         self._check_ended()
         if self._requests:
             raise ValueError(
@@ -87,7 +92,7 @@ class MPI:
         self._work(self._comm.Iallgatherv(pickled, [everything, sizes])).wait()
         return [pickle.loads(bytes(part)) for part in np.split(everything, np.cumsum(sizes)[:-1])]
 
-    def close(self):
+    def close(self) -> None:
         """Tell the other ranks, without waiting for them, that this rank makes no more calls. Theirs raise RankEnded."""
         with self.calls.alone("the closing of a transport"):
             if not self._ended:

@@ -1,5 +1,9 @@
 """The transport of NCCL, through CuPy."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from .mpi import MPI
 from .protocol import Work, imported
 
@@ -20,7 +24,7 @@ class NCCL(MPI):
 
     memory = "CUDA"
 
-    def __init__(self, comm=None, timeout=None):
+    def __init__(self, comm: Any = None, timeout: float | None = None) -> None:
         self._cupy = imported("cupy", 'pip install "gpuadam[cuda13]" (or cuda12)')
         self._nccl = imported("cupy.cuda.nccl", "install a CuPy that has it")
         if not self._nccl.available:
@@ -31,18 +35,18 @@ class NCCL(MPI):
         self._stream = self._cupy.cuda.Stream(non_blocking=True)
         self._dtypes = {"float32": self._nccl.NCCL_FLOAT32, "float64": self._nccl.NCCL_FLOAT64}
 
-    def reduce_scatter(self, buffer, part):
+    def reduce_scatter(self, buffer: Any, part: Any) -> Work:
         dtype = self._dtypes[buffer.dtype.name]
         return self._enqueued(
             self._communicator.reduceScatter, buffer.data.ptr, part.data.ptr, part.size, dtype, self._nccl.NCCL_SUM
         )
 
-    def all_gather(self, buffer):
+    def all_gather(self, buffer: Any) -> Work:
         n_bytes = buffer.nbytes // self.size
         part = buffer.data.ptr + self.rank * n_bytes  # NCCL knows from this address that it works in place
         return self._enqueued(self._communicator.allGather, part, buffer.data.ptr, n_bytes, self._nccl.NCCL_UINT8)
 
-    def broadcast(self, buffer):
+    def broadcast(self, buffer: Any) -> None:
         at = buffer.data.ptr
         self._enqueued(self._communicator.broadcast, at, at, buffer.nbytes, self._nccl.NCCL_UINT8, 0).wait()
 

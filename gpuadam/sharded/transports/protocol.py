@@ -1,5 +1,7 @@
 """The methods that `ShardedAdam` needs of a transport, and what the transports share."""
 
+from __future__ import annotations
+
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -38,16 +40,16 @@ class Transport(Protocol):
     memory: str
     calls: Calls
 
-    def reduce_scatter(self, buffer, part) -> Work:
+    def reduce_scatter(self, buffer: Any, part: Any) -> Work:
         """Store in part, of 1/size of the buffer, the sum over all ranks of the rank-th part of their buffers."""
 
-    def all_gather(self, buffer) -> Work:
+    def all_gather(self, buffer: Any) -> Work:
         """Fill the buffer, whose rank-th part is there, with the parts of the other ranks. They are bytes of any dtype."""
 
-    def broadcast(self, buffer):
+    def broadcast(self, buffer: Any) -> None:
         """Make the buffer that of rank 0, and return when it is."""
 
-    def exchange(self, item) -> list:
+    def exchange(self, item: Any) -> list:
         """Return the items of all ranks, in the order of the ranks: Python objects that can be pickled, and NumPy arrays."""
 
 
@@ -59,7 +61,7 @@ def imported(name, fix):
         raise ImportError(f"{name} is needed for this transport and cannot be imported ({error}): {fix}") from error
 
 
-def check(transport):
+def check(transport: Any) -> None:
     """Raise TypeError for an object that is no transport, before it is used. Give it `calls` if it has none."""
     for name in ("rank", "size", "memory", "reduce_scatter", "all_gather", "broadcast", "exchange"):
         if isinstance(transport, type) or not hasattr(transport, name):

@@ -1,5 +1,7 @@
 """The transport of torch's process groups."""
 
+from __future__ import annotations
+
 import contextlib
 from typing import Any
 
@@ -19,7 +21,7 @@ class Torch:
     was cut short, a new transport needs a new group.
     """
 
-    def __init__(self, group=None):
+    def __init__(self, group: Any = None) -> None:
         self._torch = imported("torch", "pip install torch")
         self._dist = dist = imported("torch.distributed", "install a torch that is built with it")
         if not dist.is_available() or not dist.is_initialized():
@@ -32,17 +34,17 @@ class Torch:
         self._reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         self._all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-    def reduce_scatter(self, buffer, part):
+    def reduce_scatter(self, buffer: Any, part: Any) -> Work:
         return self._enqueued(self._reduce_scatter, self._tensor(part), self._tensor(buffer))
 
-    def all_gather(self, buffer):
+    def all_gather(self, buffer: Any) -> Work:
         whole = self._tensor(buffer.view(np.uint8))
         return self._enqueued(self._all_gather, whole, whole.chunk(self.size)[self.rank])
 
-    def broadcast(self, buffer):
+    def broadcast(self, buffer: Any) -> None:
         self._enqueued(self._dist.broadcast, self._tensor(buffer.view(np.uint8)), self._root).wait()
 
-    def exchange(self, item):
+    def exchange(self, item: Any) -> list[Any]:
         items: list[Any] = [None] * self.size
         with self._stream():
             self._dist.all_gather_object(items, item, group=self._group)
