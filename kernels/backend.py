@@ -123,15 +123,26 @@ class Backend:
     def shaped(self, memory, shape, strides):
         """Return an array of a shape and of strides (in bytes; None for C order) over a 1-D array."""
 
+    def zeros_in_one(self, sizes, dtype, device):
+        """Return 1-D arrays of zeros, of some sizes, each at a boundary. They may be parts of one allocation."""
+        return [self.zeros(n, dtype, device) for n in sizes]
+
     def zeros_like(self, view, dtype=None):
         """Return zeros for the state of an array: its shape and order of memory, its boundaries at the same elements.
 
         dtype: of the state, by default the array's.
         """
-        dtype = view.dtype if dtype is None else dtype
-        offset = offset_like(view, dtype, self.boundary)
-        memory = self.zeros(offset + view.size, dtype, view.device)[offset:]
-        return self.shaped(memory, view.shape, strides_like(view, dtype))
+        return self.zeros_like_all([view], view.dtype if dtype is None else dtype)[0]
+
+    def zeros_like_all(self, views, dtype):
+        """Return `zeros_like` of arrays on one device, in one allocation if the backend makes one."""
+        offsets = [offset_like(view, dtype, self.boundary) for view in views]
+        sizes = [offset + view.size for offset, view in zip(offsets, views, strict=True)]
+        memories = self.zeros_in_one(sizes, dtype, views[0].device)
+        return [
+            self.shaped(memory[offset:], view.shape, strides_like(view, dtype))
+            for memory, offset, view in zip(memories, offsets, views, strict=True)
+        ]
 
     def fill_zero(self, view, stream=None):
         """Store zeros in an array, in the order of a launch."""
