@@ -23,7 +23,6 @@ from gpuadam.kernels.layout import VECTOR_BYTES, bounds, dense
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 from gpuadam.kernels.view import InParts
 
-
 LARGE = 2 << 20  # bytes: arrays of state from here on have an allocation of their own
 APART = 512  # bytes: others begin at multiples of it, as arrays of CuPy's pool do
 

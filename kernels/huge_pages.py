@@ -130,7 +130,7 @@ class _Part:
     """The memory of one array in an allocation of several. NumPy keeps it for as long as there are views of the array."""
 
     def __init__(self, memory, place, n_bytes):
-        self._memory = memory  # the whole allocation, which is given back with its last part
+        self.memory = memory  # the whole allocation, which is given back with its last part
         start = address_of(memory) + place
         self.__array_interface__ = {"version": 3, "shape": (n_bytes,), "typestr": "|u1", "data": (start, False)}
         page = page_bytes()
