@@ -16,7 +16,15 @@ QUANTILES = (5, 20, 50, 80, 95)
 BUSY = 1.5  # times: on an idle machine p80 is within a few percent of p20
 KERNEL, CALL = "gpuadam kernel + launch", "gpuadam.adam_step"
 LIMIT, TORCH_FUSED = "limit", "torch fused"
-MEASURED = ("samples", *(f"p{q:02}_us" for q in QUANTILES), "gb_per_s", "x_limit", "x_torch_fused", "peak_mb")
+MEASURED = (
+    "samples",
+    *(f"p{q:02}_us" for q in QUANTILES),
+    "gb_per_s",
+    "x_limit",
+    "x_torch_fused",
+    "peak_mb",
+    "huge_percent",
+)
 # The columns of a row: its identity, then its figures, then the facts of the measurement.
 IDENTITY = ("benchmark", "contender", "backend", "dtype", "elements", "arrays", "state", "clock")
 COLUMNS = (*IDENTITY, *MEASURED, "device", "cpu", "cores", "system", "driver", "date", *facts.versions())
