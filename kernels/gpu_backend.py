@@ -111,6 +111,7 @@ class GpuBackend(Backend):
         """Return memory of the current device and stream: its owner, and its address."""
 
     def zeros_in_one(self, sizes, dtype, device):
+        dtype = np.dtype(dtype)
         # A large array can then be freed while others stay, and lies on large pages of the GPU in any case
         small = [n for n in sizes if 0 < n * dtype.itemsize < LARGE]
         if len(small) < 2:
