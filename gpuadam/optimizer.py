@@ -276,7 +276,7 @@ class Adam(HasGroups, Grows):
 
     def new_state(self, beginnings):
         """Return name -> {key: zeros} of the state of all parameters. beginnings: name -> Beginning."""
-        states = {}
+        states: dict[str, dict[str, Any]] = {}
         for structure in self.arrangement.structures:
             states |= state_.zeros({name: beginnings[name] for name in structure.names if name in beginnings})
         return states
