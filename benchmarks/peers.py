@@ -357,10 +357,10 @@ PEERS = (
     Peer("plain CuPy", plain("cupy"), ("CUDA",), "cupy", floats=5, passes=13),
     Peer("torch for-loop", torch_adam(foreach=False, fused=False), floats=6, passes=13, **OF_TORCH),
     Peer("plain NumPy", plain("numpy"), ("CPU",), "numpy", floats=5, passes=13),
-    Peer("gpuadam.Adam.step, NumPy's memory", adam_class_on_numpys, **OWN),
-    Peer("torch fused, its own memory", torch_adam(own=True, fused=True), **OWN, **OF_TORCH),
-    Peer("DeepSpeed CPUAdam, its own memory", functools.partial(deepspeed_cpu_adam, own=True), **OWN, **OF_DEEPSPEED),
-    Peer("optax under jit, its own memory", functools.partial(optax_adam, own=True), **OWN, **OF_OPTAX),
+    Peer("gpuadam.Adam.step (NumPy's memory)", adam_class_on_numpys, **OWN),
+    Peer("torch fused (its own memory)", torch_adam(own=True, fused=True), **OWN, **OF_TORCH),
+    Peer("DeepSpeed CPUAdam (its own memory)", functools.partial(deepspeed_cpu_adam, own=True), **OWN, **OF_DEEPSPEED),
+    Peer("optax under jit (its own memory)", functools.partial(optax_adam, own=True), **OWN, **OF_OPTAX),
 )
 
 
