@@ -46,7 +46,7 @@ def zeros(n_bytes, boundary):
     if is_large(n_bytes):
         return _mapped(n_bytes)[:n_bytes]
     memory = np.zeros(n_bytes + boundary, np.uint8)
-    start = -memory.ctypes.data % boundary
+    start = -address_of(memory) % boundary
     return memory[start : start + n_bytes]
 
 
