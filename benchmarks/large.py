@@ -24,8 +24,9 @@ MARKERS = {"o": "\u25cf ", "^": "\u25b2 ", "s": "\u25a0 "}  # of gpuadam's lines
 
 
 def measure_rows(backend, options, notes):
-    present, absent = peers.chosen(backend, options.peers)
+    present, absent = peers.chosen(backend, options.peers, own=True)
     notes += report.listed(absent)
+    notes += report.on_pages(backend)
     kernels = backends.load(backend.name)
     clock = "device" if backend.memory == "CUDA" else "host"
     for n in report.numbers(options.sizes):
@@ -33,13 +34,15 @@ def measure_rows(backend, options, notes):
         notes += report.listed(left_out)
         contenders = [peer.build(backend, [(n,)]) for peer in fitting]
         times = measure.in_turn(kernels, [contender.whole(kernels) for contender in contenders], options.seconds)
+        huge = [contender.percent_huge(backend) for contender in contenders]
         del contenders
         peers.release(backend)
         moved = 4 * measure.ARRAYS_READ_AND_WRITTEN * n
         yield measure.add_ratios(
             [
                 measure.row("large", peer.name, backend.name, n, state="in turn", clock=clock, seconds=seconds, moved=moved)
-                for peer, seconds in zip(fitting, times, strict=True)
+                | {"huge_percent": percent}
+                for peer, seconds, percent in zip(fitting, times, huge, strict=True)
             ]
         )
 

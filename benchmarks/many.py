@@ -40,8 +40,9 @@ def shapes_of(case):
 
 
 def measure_rows(backend, options, notes):
-    present, absent = peers.chosen(backend, options.peers)
+    present, absent = peers.chosen(backend, options.peers, own=True)
     notes += report.listed(absent)
+    notes += report.on_pages(backend)
     present = [peer for peer in present if peer.passes < SLOW_PASSES]
     over_the_list, limit = (peer for peer in peers.OURS if peer.name in ("gpuadam.Adam.step", measure.LIMIT))
     flat = [over_the_list._replace(name="gpuadam.Adam.step, one flat array"), limit]
@@ -60,16 +61,18 @@ def measure_rows(backend, options, notes):
             timed = {"device": measure.in_turn(kernels, whole, options.seconds / 2)}
             wait = peers.wait_for_all(contenders, kernels)
             timed["host"] = timing.on_host([contender.step for contender in contenders], wait, options.seconds / 2)
+        huge = [contender.percent_huge(backend) for contender in contenders]
         del contenders, whole
         peers.release(backend)
         moved = 4 * measure.ARRAYS_READ_AND_WRITTEN * n
         for clock, times in timed.items():
             rows = []
-            for peer, seconds in zip(fitting, times, strict=True):
+            for peer, seconds, percent in zip(fitting, times, huge, strict=True):
                 identity = {"state": "in turn", "clock": clock, "arrays": len(shapes_for[peer.name])}
                 # the host's clock of a GPU's step says nothing of the memory
                 throughput = {"moved": moved} if clock == next(iter(timed)) else {}
-                rows.append(measure.row("many", peer.name, backend.name, n, **identity, seconds=seconds, **throughput))
+                row = measure.row("many", peer.name, backend.name, n, **identity, seconds=seconds, **throughput)
+                rows.append(row | {"huge_percent": percent})
             yield measure.add_ratios(rows)
 
 

@@ -22,7 +22,7 @@ import timing
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli.measuring import forms, measure
+from gpuadam.cli.measuring import forms, measure, pages
 from gpuadam.kernels import adam, limit
 
 HYPERPARAMETERS = forms.HYPERPARAMETERS
@@ -30,10 +30,19 @@ LR, BETAS, EPS = HYPERPARAMETERS.values()
 
 
 class Contender(NamedTuple):
-    """step: does, or enqueues, one step. finish: waits for it, where the library has threads or streams of its own."""
+    """step: does, or enqueues, one step. finish: waits for it, where the library has threads or streams of its own.
+
+    extents: returns (address, bytes) of each array that a step reads or writes, on a CPU.
+    """
 
     step: Callable[[], Any]
     finish: Callable[[], Any] | None = None
+    extents: Callable[[], list[tuple[int, int]]] | None = None
+
+    def percent_huge(self, backend):
+        """Return what percentage of the arrays lies on huge pages; None on a GPU, or where the system does not say it."""
+        on_cpu = backend.memory == "CPU" and self.extents
+        return pages.percent_huge(self.extents()) if on_cpu else None
 
     def whole(self, kernels):
         """Return a function that does one step between two moments of the backend's clock, and nothing else."""
@@ -70,12 +79,13 @@ class Peer(NamedTuple):
     floats: int = 4  # an element, held at the peak of a step
     passes: int = 1  # over memory, roughly: many take too long on large arrays
     problem: Callable[[str], str] = lambda memory: ""  # why it cannot run although its package is there
+    own: bool = False  # whether its arrays are as its library makes them, and not in the memory that all contenders have
 
 
 # -- gpuadam --
 
 
-def _host_arrays(shapes, count):
+def host_arrays(shapes, count):
     """Yield lists of the first `count` of param, grad, m and v, for each shape."""
     for shape in shapes:
         arrays = itertools.islice(measure.data(math.prod(shape), "float32"), count)
@@ -83,8 +93,25 @@ def _host_arrays(shapes, count):
 
 
 def _own_arrays(backend, shapes, count=4):
+    """Return lists likewise of arrays of the backend: on a CPU each operand's are parts of one allocation, on huge pages."""
     kernels = backends.load(backend.name)
-    return [[kernels.from_host(a) for a in arrays] for arrays in _host_arrays(shapes, count)]
+    if backend.memory != "CPU":
+        return [[kernels.from_host(a) for a in arrays] for arrays in host_arrays(shapes, count)]
+    places = [_places(shapes) for _ in range(count)]
+    for k, arrays in enumerate(host_arrays(shapes, count)):
+        for place, array in zip(places, arrays, strict=True):
+            place[k][...] = array
+    return list(map(list, zip(*places, strict=True)))
+
+
+def _places(shapes):
+    """Return zeros of these shapes, float32, in one allocation, on huge pages if it is large."""
+    arrays = backends.load("numba-cpu").zeros_in_one(list(map(math.prod, shapes)), np.float32, None)
+    return [array.reshape(shape) for array, shape in zip(arrays, shapes, strict=True)]
+
+
+def _extents(of_parameters):
+    return lambda: pages.extents(itertools.chain.from_iterable(of_parameters))
 
 
 @functools.lru_cache(maxsize=1)
@@ -102,26 +129,37 @@ def adam_step(backend, shapes):
         for param, grad, m, v in arrays:
             gpuadam.adam_step(param, grad, m, v, number, **HYPERPARAMETERS)
 
-    return Contender(step)
+    return Contender(step, extents=_extents(arrays))
 
 
 def adam_class(backend, shapes):
-    params, grads = map(list, zip(*_own_arrays(backend, shapes, 2), strict=True))
+    return _of_class(_own_arrays(backend, shapes, 2))
+
+
+def adam_class_on_numpys(backend, shapes):
+    """`gpuadam.Adam` over arrays as NumPy makes them; the moments are gpuadam's own."""
+    return _of_class(list(host_arrays(shapes, 2)))
+
+
+def _of_class(arrays):
+    params, grads = map(list, zip(*arrays, strict=True))
     opt = gpuadam.Adam(params, **HYPERPARAMETERS)
-    return Contender(lambda: opt.step(grads))
+    moments = [(state["m"], state["v"]) for state in opt.state.values()]
+    return Contender(lambda: opt.step(grads), extents=_extents([params, grads, *moments]))
 
 
 def _rule(rule):
     def build(backend, shapes):
         kernels = backends.load(backend.name)
         case = forms.FORMS["float32"]
-        launchers = [forms.launcher(kernels, case, arrays, rule) for arrays in _same_arrays(backend, tuple(shapes))]
+        same = _same_arrays(backend, tuple(shapes))
+        launchers = [forms.launcher(kernels, case, arrays, rule) for arrays in same]
 
         def step():
             for launch in launchers:
                 launch()
 
-        return Contender(launchers[0] if len(launchers) == 1 else step)
+        return Contender(launchers[0] if len(launchers) == 1 else step, extents=_extents(same))
 
     return build
 
@@ -142,7 +180,7 @@ def plain(xp):
             for param, grad, m, v in arrays:
                 plain_step(module, param, grad, m, v, number)
 
-        return Contender(step)
+        return Contender(step, extents=_extents(arrays))
 
     return build
 
@@ -186,22 +224,47 @@ def one_element_a_thread(backend, shapes):
 # -- PyTorch, DeepSpeed --
 
 
-def _torch_parameters(backend, shapes):
+def _torch_parameters(backend, shapes, own):
+    """Return parameters with gradients. own: in torch's memory; on a GPU they always are."""
     import torch
 
-    device = "cuda" if backend.memory == "CUDA" else "cpu"
+    if own or backend.memory != "CPU":
+        device = "cuda" if backend.memory == "CUDA" else "cpu"
+        pairs = ([torch.tensor(array, device=device) for array in arrays] for arrays in host_arrays(shapes, 2))
+    else:
+        pairs = (map(torch.from_numpy, arrays) for arrays in _own_arrays(backend, shapes, 2))
     params = []
-    for param, grad in _host_arrays(shapes, 2):
-        params.append(torch.nn.Parameter(torch.tensor(param, device=device)))
-        params[-1].grad = torch.tensor(grad, device=device)
+    for param, grad in pairs:
+        params.append(torch.nn.Parameter(param))
+        params[-1].grad = grad
     return params
 
 
-def torch_adam(**form):
+def _of_torch(opt, backend, own, step):
+    """Return the Contender of an optimizer of torch's interface. step: the count with which its state begins."""
+    import torch
+
+    params = [param for group in opt.param_groups for param in group["params"]]
+    if not own and backend.memory == "CPU":
+        moments = [_places([param.shape for param in params]) for _ in range(2)]
+        for param, *of_param in zip(params, *moments, strict=True):
+            exp_avg, exp_avg_sq = map(torch.from_numpy, of_param)
+            opt.state[param].update(step=step(), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+
+    def extents():
+        tensors = [tensor for param in params for tensor in (param, param.grad, *opt.state[param].values())]
+        tensors = [tensor for tensor in tensors if torch.is_tensor(tensor) and tensor.dim()]  # a step count is a number
+        return [(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors]
+
+    return Contender(opt.step, extents=extents)
+
+
+def torch_adam(own=False, **form):
     def build(backend, shapes):
         import torch
 
-        return Contender(torch.optim.Adam(_torch_parameters(backend, shapes), **HYPERPARAMETERS, **form).step)
+        opt = torch.optim.Adam(_torch_parameters(backend, shapes, own), **HYPERPARAMETERS, **form)
+        return _of_torch(opt, backend, own, lambda: torch.zeros((), dtype=torch.float32))
 
     return build
 
@@ -212,12 +275,12 @@ def _torch_problem(memory):
     return "" if memory == "CPU" or torch.cuda.is_available() else "torch finds no GPU"
 
 
-def deepspeed_cpu_adam(backend, shapes):
+def deepspeed_cpu_adam(backend, shapes, own=False):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for a GPU, and says at length that there is none
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    params = _torch_parameters(backend, shapes)
-    return Contender(DeepSpeedCPUAdam(params, **HYPERPARAMETERS, adamw_mode=False).step)
+    opt = DeepSpeedCPUAdam(_torch_parameters(backend, shapes, own), **HYPERPARAMETERS, adamw_mode=False)
+    return _of_torch(opt, backend, own, int)
 
 
 def _deepspeed_problem(memory):
@@ -228,7 +291,7 @@ def _deepspeed_problem(memory):
 # -- JAX --
 
 
-def optax_adam(backend, shapes):
+def optax_adam(backend, shapes, own=False):
     import jax
     import optax
 
@@ -238,7 +301,7 @@ def optax_adam(backend, shapes):
     def on_device(array):
         return jax.device_put(np.array(array), device)
 
-    params, grads = map(list, zip(*([on_device(a) for a in arrays] for arrays in _host_arrays(shapes, 2)), strict=True))
+    params, grads = map(list, zip(*([on_device(a) for a in arrays] for arrays in host_arrays(shapes, 2)), strict=True))
     held = [params, jax.device_put(transform.init(params), device)]
 
     def update(params, state, grads):
@@ -247,10 +310,21 @@ def optax_adam(backend, shapes):
 
     jitted = jax.jit(update, donate_argnums=(0, 1))
 
+    def finish():
+        return jax.block_until_ready(held)
+
+    def extents():
+        arrays = [array for array in jax.tree_util.tree_leaves([held, grads]) if array.ndim]
+        return [(array.unsafe_buffer_pointer(), array.nbytes) for array in arrays]
+
     def step():
         held[:] = jitted(*held, grads)
 
-    return Contender(step, lambda: jax.block_until_ready(held))
+    if not own and backend.memory == "CPU":  # JAX takes no memory of others to write into: its own is moved to huge pages
+        step()  # which makes the arrays that later steps write
+        finish()
+        pages.collapse(extents())
+    return Contender(step, finish, extents)
 
 
 def _optax_problem(memory):
@@ -270,30 +344,34 @@ OURS = (
     Peer("gpuadam kernel + launch", _rule(adam)),
     Peer(measure.LIMIT, _rule(limit)),
 )
+OF_TORCH = {"package": "torch", "problem": _torch_problem}
+OF_DEEPSPEED = {"package": "deepspeed", "problem": _deepspeed_problem}
+OF_OPTAX = {"package": "optax", "floats": 5, "problem": _optax_problem}
+OWN = {"memory": ("CPU",), "own": True}
 PEERS = (
-    Peer(measure.TORCH_FUSED, torch_adam(fused=True), package="torch", problem=_torch_problem),
-    Peer("DeepSpeed CPUAdam", deepspeed_cpu_adam, ("CPU",), "deepspeed", problem=_deepspeed_problem),
-    Peer("optax under jit", optax_adam, package="optax", floats=5, problem=_optax_problem),
-    Peer("torch foreach", torch_adam(foreach=True), package="torch", floats=6, passes=5, problem=_torch_problem),
+    Peer(measure.TORCH_FUSED, torch_adam(fused=True), **OF_TORCH),
+    Peer("DeepSpeed CPUAdam", deepspeed_cpu_adam, ("CPU",), **OF_DEEPSPEED),
+    Peer("optax under jit", optax_adam, **OF_OPTAX),
+    Peer("torch foreach", torch_adam(foreach=True), floats=6, passes=5, **OF_TORCH),
     Peer("one element a thread", one_element_a_thread, ("CUDA",), "cupy"),
     Peer("plain CuPy", plain("cupy"), ("CUDA",), "cupy", floats=5, passes=13),
-    Peer(
-        "torch for-loop",
-        torch_adam(foreach=False, fused=False),
-        package="torch",
-        floats=6,
-        passes=13,
-        problem=_torch_problem,
-    ),
+    Peer("torch for-loop", torch_adam(foreach=False, fused=False), floats=6, passes=13, **OF_TORCH),
     Peer("plain NumPy", plain("numpy"), ("CPU",), "numpy", floats=5, passes=13),
+    Peer("gpuadam.Adam.step (NumPy's memory)", adam_class_on_numpys, **OWN),
+    Peer("torch fused (its own memory)", torch_adam(own=True, fused=True), **OWN, **OF_TORCH),
+    Peer("DeepSpeed CPUAdam (its own memory)", functools.partial(deepspeed_cpu_adam, own=True), **OWN, **OF_DEEPSPEED),
+    Peer("optax under jit (its own memory)", functools.partial(optax_adam, own=True), **OWN, **OF_OPTAX),
 )
 
 
-def chosen(backend, names=None):
-    """Return (those peers that can run on this backend, {the others' name: why not}). names: only these; None for all."""
+def chosen(backend, names=None, own=False):
+    """Return (those peers that can run on this backend, {the others' name: why not}).
+
+    names: only these; None for all. own: also those in their own memory, which is another one if arrays are large.
+    """
     present, absent = [], {}
     for peer in PEERS:
-        if backend.memory not in peer.memory or not (names is None or peer.name in names):
+        if backend.memory not in peer.memory or peer.own > own or not (names is None or peer.name in names):
             continue
         if peer.package == "cupy" and backend.name != "cupy":
             absent[peer.name] = "measured with the backend cupy, whose arrays it takes"

@@ -22,7 +22,7 @@ import peers
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli.measuring import facts, measure, plots
+from gpuadam.cli.measuring import facts, measure, pages, plots
 from gpuadam.cli.measuring import forms as step_forms
 from gpuadam.cli.measuring.measure import CALL, KERNEL
 from gpuadam.terminal import arguments, figures, output
@@ -34,6 +34,7 @@ TABLE = ("backend", "elements", "state", "clock")
 # Columns that some benchmarks have beyond measure.COLUMNS: the bytes that a step moves of each element; and of a form of the
 # step, how many times float32's time and bytes it takes.
 FURTHER = ("bytes_per_element", "x_float32", "x_float32_bytes")
+OF_PAGES = ("x_flat",)  # a time over that of one flat array on huge pages
 # Likewise of many ranks: the phases of a step, what a rank sends, and that over the least that it could.
 OF_RANKS = (
     "ranks",
@@ -43,7 +44,7 @@ OF_RANKS = (
 )
 # Those of a prediction: what binds it, the time, and how far it is from what was measured.
 PREDICTED = ("bound", "predicted_us", "error_percent")
-NUMBERS = {*measure.NUMBERS, *FURTHER, *OF_RANKS, *PREDICTED} - {"bound"}
+NUMBERS = {*measure.NUMBERS, *FURTHER, *OF_RANKS, *OF_PAGES, *PREDICTED} - {"bound"}
 
 
 @output.ending_plainly()
@@ -144,6 +145,11 @@ def listed(absent):
     return [f"not measured: {name} ({reason})" for name, reason in absent.items()]
 
 
+def on_pages(backend):
+    """Return a note on the pages of the arrays, if they are on a CPU."""
+    return [pages.described(pages.system())] if backend.memory == "CPU" else []
+
+
 def draw_bars(rows, path, title, label, *, width, height):
     """Draw, for each backend and number of elements, the time of each contender. title: of (backend, elements, rows)."""
     backends_of = measure.groups(rows, "backend")
@@ -237,14 +243,16 @@ def tabulated(rows):
         "x_torch_fused": lambda x: f"{x:,.3f}",
         "peak_mb": lambda x: f"{x:,.3f}",
         "bytes_per_element": lambda x: f"{x:,.4g}",
+        "x_flat": lambda x: f"{x:,.3f}",
+        "huge_percent": lambda x: f"{x:.0f} %",
     }
     heads = {"p20_us": "p20", "p50_us": "median", "p80_us": "p80", "gb_per_s": "GB/s", "peak_mb": "peak MB beyond state"}
-    heads["bytes_per_element"] = "bytes an element"
+    heads |= {"bytes_per_element": "bytes an element", "huge_percent": "huge pages"}
     used = [column for column in columns if any(row.get(column) is not None for row in rows)]
     lines = []
     for row in rows:
         labels = [f"{row[key]:,}" if key == "arrays" else row[key] or "" for key in varying]
-        figures = {c: "" if row[c] is None else columns[c](row[c]) for c in used}
+        figures = {c: "" if row.get(c) is None else columns[c](row[c]) for c in used}
         if measure.is_busy(row):
             figures["p80_us"] += "*"
         lines.append([row["contender"], *labels, *figures.values()])
@@ -312,6 +320,7 @@ SUMMARY = {
     "narrow": (KERNEL,),
     "amp_step": (STEP, f"{STEP}, bfloat16 copies"),
     "small": (CALL, STEP),
+    "pages": ("one flat array, huge pages", "list, huge pages", "list and state, small pages"),
     "memory": (STEP, measure.TORCH_FUSED),
     "offload": (
         "gpuadam.OffloadAdam.step",

@@ -283,10 +283,10 @@ class Adam(HasGroups, Grows):
 
     def new_state(self, beginnings):
         """Return name -> {key: zeros} of the state of all parameters. beginnings: name -> Beginning."""
-        return {
-            name: {key: state_.zeros(backend, view, key, format, numbers) for key, format in kept.items()}
-            for name, (backend, view, kept, numbers) in beginnings.items()
-        }
+        states: dict[str, dict[str, Any]] = {}
+        for structure in self.arrangement.structures:
+            states |= state_.zeros({name: beginnings[name] for name in structure.names if name in beginnings})
+        return states
 
     def copies_of(self, param_copies, beginnings):
         """Return name -> copy of the parameter, of those that have one."""

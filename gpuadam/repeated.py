@@ -125,7 +125,7 @@ class RepeatedStep(Repeats):
         parameters, places = group.parameters, optimizer.arrangement.places
         states, names, n = [parameter.state for parameter in parameters], group.structure.names, len(parameters)
         kind, others = group.kind, [value for key, value in settings.items() if key not in ("params", "names")]
-        holder = places[0][0] if places else None
+        holder: Any = places[0][0] if places else None
         if kind is None or len(only.columns) != 2 + len(kind.kept) or len(only.columns[0]) != n:
             return  # of several kinds, with more arrays, or not of all parameters
         if not all(map(operator.is_, options[1:], NO_OPTIONS)) or not all(map(stays, (options[0], *others))):
@@ -165,7 +165,7 @@ class RepeatedStep(Repeats):
             grads = list(grads)
         params, holder = settings.get("params"), self._holder
         try:
-            arrays = count, params, grads, list(map(self._of_state, states)), settings.get("names"), names
+            arrays: tuple[Any, ...] = count, params, grads, list(map(self._of_state, states)), settings.get("names"), names
         except KeyError:  # state was taken away
             return False
         if type(holder) is dict:

@@ -87,15 +87,34 @@ def check_meaning(keys, options, algorithm, formula):
             )
 
 
-def zeros(backend, param, key, format, numbers=1):
-    """Return an array of the state at its start: zeros beside a parameter, in its order of memory.
+def zeros(beginnings):
+    """Return name -> {key: zeros} of the state of a group's parameters at its start, beside them, in their order of memory.
 
-    param: its View. numbers: of it that share a v.
+    On each device the arrays of a dtype are parts of one allocation, first m of all parameters, then v, as far as the backend
+    makes one (`Backend.zeros_in_one`).
+
+    beginnings: name -> `optimizer.Beginning`.
     """
-    dtype = np.dtype(IN_MEMORY.get(format, format))
+    states: dict[str, dict[str, Any]] = {name: dict.fromkeys(beginning.kept) for name, beginning in beginnings.items()}
+    together: dict[tuple, list[tuple]] = {}
+    for key in dict.fromkeys(key for beginning in beginnings.values() for key in beginning.kept):
+        for name, (backend, view, kept, numbers) in beginnings.items():
+            if key in kept:
+                dtype = np.dtype(IN_MEMORY.get(kept[key], kept[key]))
+                place = name, key, _like(key, view, numbers)
+                together.setdefault((backend, view.device, dtype), []).append(place)
+    for (backend, _, dtype), places in together.items():
+        arrays = backend.zeros_like_all([view for *_, view in places], dtype)
+        for (name, key, _), array in zip(places, arrays, strict=True):
+            states[name][key] = array
+    return states
+
+
+def _like(key, param, numbers):
+    """Return a View of whose shape and order of memory an array of the state is. param: the parameter's."""
     if key in OF_GROUPS:
-        return backend.zeros(*shape(key, param.shape), dtype, param.device)
-    return backend.zeros_like(param.in_vectors(numbers) if key in SHARED else param, dtype)
+        return param._replace(pointer=0, shape=shape(key, param.shape), contiguous=True)
+    return param.in_vectors(numbers) if key in SHARED else param
 
 
 class ParameterKind(NamedTuple):

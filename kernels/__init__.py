@@ -64,13 +64,14 @@ A backend is a subclass of `backend.Backend`, whose docstrings are the interface
 | `batches(updates, arrays)` | `Batch`es, which do `place`, `check`, `prepare`, `launch` and `release` |
 | `norm(...)`, `chunk_sums(views)` | the global norm, whose bits follow from the order in `norm_order.py` |
 | `step_norms(...)` | the norms of a step: sums before its update, and after it (`change_sums.py`) |
-| `zeros`, `shaped`, `fill_zero`, `copy` | memory for state |
+| `zeros`, `zeros_in_one`, `shaped`, `fill_zero`, `copy` | memory for state |
 | `from_host`, `to_host`, `native` | copies from and to NumPy; an array as one of the backend's library |
 | `now`, `seconds_between` | the clock of the device |
 
-`Backend` itself has `launch`, for one update, and `zeros_like`. `gpu_backend.GpuBackend` adds what two libraries share on a
-GPU: batches, streams, events and copies by the driver, rehearsals, captured graphs, and the passes of the norm. A GPU backend
-brings devices, memory, and `run`, `launch_scalars` and `launch_sums`, which launch a kernel.
+`Backend` itself has `launch`, for one update, `zeros_like`, and a `zeros_in_one` that makes an allocation for each array.
+`gpu_backend.GpuBackend` adds what two libraries share on a GPU: batches, streams, events and copies by the driver,
+rehearsals, captured graphs, and the passes of the norm. A GPU backend brings devices, memory, and `run`, `launch_scalars` and
+`launch_sums`, which launch a kernel.
 
 **To add a backend**: one class, in a file that ends with `backend = TheClass()`, and one row in BACKENDS of
 `gpuadam/backends.py`. Outside this package `gpuadam.backends.register(backend)` takes the place of the row. Then `python -m
@@ -91,6 +92,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `view.py`, `dlpack.py`, `layout.py`, `array_bytes.py` | what is known of an array; how it lies in memory; its bytes |
 | `backend.py` | the interface |
 | `cpu_backend.py`, `cpu_kernels.py`, `cpu_threads.py`, `numpy_struct.py`, `compiled_cache.py` | `numba-cpu` |
+| `huge_pages.py` | memory of the host on pages of 2 MB |
 | `ownership.py` | which files no other user can have written |
 | `messages.py` | values of users in the messages of errors |
 | `gpu_backend.py`, `gpu_driver.py`, `gpu_batch.py`, `gpu_table.py`, `streams.py` | both GPU backends |

@@ -147,15 +147,26 @@ class Backend(abc.ABC):
     def shaped(self, memory: Any, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Any:
         """Return an array of a shape and of strides (in bytes; None for C order) over a 1-D array."""
 
+    def zeros_in_one(self, sizes: Sequence[int], dtype: npt.DTypeLike, device: int | None) -> list[Any]:
+        """Return 1-D arrays of zeros, of some sizes, each at a boundary. They may be parts of one allocation."""
+        return [self.zeros(n, dtype, device) for n in sizes]
+
     def zeros_like(self, view: View, dtype: npt.DTypeLike | None = None) -> Any:
         """Return zeros for the state of an array: its shape and order of memory, its boundaries at the same elements.
 
         dtype: of the state, by default the array's.
         """
-        dtype = view.dtype if dtype is None else dtype
-        offset = offset_like(view, dtype, self.boundary)
-        memory = self.zeros(offset + view.size, dtype, view.device)[offset:]
-        return self.shaped(memory, view.shape, strides_like(view, dtype))
+        return self.zeros_like_all([view], view.dtype if dtype is None else dtype)[0]
+
+    def zeros_like_all(self, views: Sequence[View], dtype: npt.DTypeLike) -> list[Any]:
+        """Return `zeros_like` of arrays on one device, in one allocation if the backend makes one."""
+        offsets = [offset_like(view, dtype, self.boundary) for view in views]
+        sizes = [offset + view.size for offset, view in zip(offsets, views, strict=True)]
+        memories = self.zeros_in_one(sizes, dtype, views[0].device)
+        return [
+            self.shaped(memory[offset:], view.shape, strides_like(view, dtype))
+            for memory, offset, view in zip(memories, offsets, views, strict=True)
+        ]
 
     @abc.abstractmethod
     def fill_zero(self, view: View, stream: int | None = None) -> None:

@@ -6,7 +6,7 @@ import time
 import numba
 import numpy as np
 
-from gpuadam.kernels import change_cpu, cpu_kernels, cpu_step, cpu_threads, norm_cpu, numpy_struct
+from gpuadam.kernels import change_cpu, cpu_kernels, cpu_step, cpu_threads, huge_pages, norm_cpu, numpy_struct
 from gpuadam.kernels.backend import Backend, Batch, refuse_stream
 from gpuadam.kernels.cpu_kernels import CACHE_LINE
 from gpuadam.kernels.layout import collapse, dense
@@ -126,9 +126,12 @@ class NumbaCpu(Backend):
 
     def zeros(self, n, dtype, device):
         dtype = np.dtype(dtype)
-        memory = np.zeros(n * dtype.itemsize + CACHE_LINE, np.uint8)
-        start = -memory.ctypes.data % CACHE_LINE
-        return memory[start : start + n * dtype.itemsize].view(dtype)
+        return huge_pages.zeros(n * dtype.itemsize, CACHE_LINE).view(dtype)
+
+    def zeros_in_one(self, sizes, dtype, device):
+        dtype = np.dtype(dtype)
+        parts = huge_pages.zeros_in_one([n * dtype.itemsize for n in sizes], CACHE_LINE)
+        return [part.view(dtype) for part in parts]
 
     def shaped(self, memory, shape, strides):
         return np.ndarray(shape, memory.dtype, memory, strides=strides)
@@ -144,7 +147,12 @@ class NumbaCpu(Backend):
         to.array[there] = source.array[rows[there]]
 
     def from_host(self, array):
-        return np.array(array)
+        if not huge_pages.is_large(array.nbytes):
+            return np.array(array)
+        like = np.empty_like(array, subok=False)  # of which nothing but the order of memory is used
+        there = self.shaped(self.zeros(array.size, array.dtype, None), array.shape, like.strides)
+        there[...] = array
+        return there
 
     def to_host(self, array):
         return np.array(array)

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import ctypes
 import functools
+import itertools
 import threading
 
 import numpy as np
@@ -21,6 +22,9 @@ from gpuadam.kernels.gpu_table import Table
 from gpuadam.kernels.layout import VECTOR_BYTES, bounds, dense
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 from gpuadam.kernels.view import InParts
+
+LARGE = 2 << 20  # bytes: arrays of state from here on have an allocation of their own
+APART = 512  # bytes: others begin at multiples of it, as arrays of CuPy's pool do
 
 
 class GpuBackend(Backend):
@@ -105,6 +109,18 @@ class GpuBackend(Backend):
 
     def device_bytes(self, n_bytes):
         """Return memory of the current device and stream: its owner, and its address."""
+
+    def zeros_in_one(self, sizes, dtype, device):
+        dtype = np.dtype(dtype)
+        # A large array can then be freed while others stay, and lies on large pages of the GPU in any case
+        small = [n for n in sizes if 0 < n * dtype.itemsize < LARGE]
+        if len(small) < 2:
+            return super().zeros_in_one(sizes, dtype, device)
+        in_elements = APART // dtype.itemsize
+        *places, end = itertools.accumulate((-(-n // in_elements) * in_elements for n in small), initial=0)
+        memory = self.zeros(end, dtype, device)
+        parts = iter([memory[place : place + n] for place, n in zip(places, small, strict=True)])
+        return [next(parts) if 0 < n * dtype.itemsize < LARGE else self.zeros(n, dtype, device) for n in sizes]
 
     def send(self, address, host, n_bytes, stream):
         """Copy from an array of the host, in pinned memory, to the device, on a stream."""

@@ -1,5 +1,6 @@
 """The benchmark scripts, as they are run, at tiny sizes: what they write, not how fast anything is."""
 
+import ctypes
 import doctest
 import json
 import math
@@ -17,6 +18,8 @@ import pytest
 import gpuadam
 from gpuadam import backends
 from gpuadam.cli.measuring import measure
+from gpuadam.cli.measuring import pages as measured_pages
+from gpuadam.kernels import huge_pages
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -24,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import large
 import many
 import memory
+import pages as of_pages
 import peers
 import report
 import sharded
@@ -169,6 +173,77 @@ def test_a_step_of_ours_allocates_nothing_and_plain_numpy_one_array():
     for state in (memory.RESIDENT, memory.TRACED):
         assert ours[state] < 1e6
         assert numpy[state] == pytest.approx(4 * n, rel=0.1)  # the kernel counts pages, a few hundred of them late
+
+
+CPU = backends.BACKENDS["numba-cpu"]
+ON_HUGE = [(1023, 1024), (8,), (1024, 1024)]  # of more than 8 MB in all; the second and the third begin within a huge page
+
+
+def built(name, shapes=ON_HUGE):
+    peer = next(peer for peer in (*peers.OURS, *peers.PEERS) if peer.name == name)
+    if peer not in (*peers.OURS, *peers.chosen(CPU, own=True)[0]):
+        pytest.skip(f"{name} cannot be measured here")
+    contender = peer.build(CPU, shapes)
+    contender.step()
+    return contender
+
+
+@ON_LINUX
+@pytest.mark.parametrize("name", ["gpuadam.adam_step", "gpuadam.Adam.step", "limit", "torch fused", "plain NumPy"])
+def test_contenders_have_arrays_in_aligned_memory_moments_included(name):
+    starts = [start for start, _ in built(name).extents()]
+    allocations = 3 if name == "gpuadam.Adam.step" else 4  # which has one for both moments
+    assert len(starts) == 4 * len(ON_HUGE)
+    assert sum(start % huge_pages.page_bytes() == 0 for start in starts) == allocations
+
+
+@ON_LINUX
+@pytest.mark.parametrize("name", ["torch fused (its own memory)", "optax under jit", "optax under jit (its own memory)"])
+def test_contenders_say_where_the_arrays_of_their_library_lie(name):
+    contender = built(name)
+    n_bytes = sum(4 * math.prod(shape) for shape in ON_HUGE)
+    assert sum(size for _, size in contender.extents()) == 4 * n_bytes
+    assert 0 <= contender.percent_huge(CPU) <= 100
+
+
+def test_moments_that_are_given_to_torch_are_its_own_beginning():
+    pytest.importorskip("torch")
+    ours, own = (built(name, [(50, 3), (7,)]) for name in ("torch fused", "torch fused (its own memory)"))
+    for _ in range(3):
+        ours.step()
+        own.step()
+    for a, b in zip(ours.extents(), own.extents(), strict=True):
+        assert bytes_at(*a) == bytes_at(*b)
+
+
+def bytes_at(address, n_bytes):
+    return ctypes.string_at(address, n_bytes)
+
+
+def test_each_peer_can_be_named_in_a_list():
+    assert not any("," in peer.name for peer in peers.PEERS)
+
+
+def test_rows_in_the_libraries_own_memory_are_of_large_arrays():
+    assert not any(peer.own for peer in peers.chosen(CPU)[0])
+    assert any(peer.own for peer in peers.chosen(CPU, own=True)[0])
+
+
+@ON_LINUX
+def test_pages_are_compared_with_one_flat_array(monkeypatch):
+    monkeypatch.setattr(of_pages, "layers", lambda count: count * [(40, 3), (7,)])
+    options = SimpleNamespace(sizes=["2"], seconds=0)
+    (rows,) = of_pages.measure_rows(CPU, options, notes := [])
+    assert [row["contender"] for row in rows] == list(of_pages.OF_FORM) and [row["arrays"] for row in rows] == [1] + 5 * [4]
+    for row in rows:
+        assert row["x_flat"] == pytest.approx(row["p50_us"] / rows[0]["p50_us"], rel=1e-4)
+    assert notes[0].startswith("Huge pages")
+
+
+@ON_LINUX
+def test_arrays_on_small_pages_have_no_others():
+    array = of_pages.on_small_pages(np.full((1024, 2048), 3, "f4"))
+    assert (array == 3).all() and measured_pages.percent_huge(measured_pages.extents([array])) == 0
 
 
 def test_all_contenders_run_equally_often_and_in_changing_order():

@@ -1,5 +1,6 @@
 """State on a GPU that the host reads and writes: after every stream, on the state's own device; and what a graph would freeze."""
 
+import itertools
 import sys
 import types
 from typing import NamedTuple
@@ -297,3 +298,38 @@ def test_state_goes_to_optax_on_its_own_device(cp, second):
     opt = gpuadam.Adam(params)
     there_is = foreign_state.to_optax(opt, ScaleByAdamState(0, host_params(), host_params()))
     assert {a.device.id for tree in (there_is.mu, there_is.nu) for a in tree.values()} == {1}
+
+
+# Where state lies
+
+
+def extent(array):
+    """Return the addresses of the first byte of an array and of the one after the last."""
+    start = array.__cuda_array_interface__["data"][0]
+    return start, start + array.size * array.dtype.itemsize
+
+
+def test_small_arrays_of_state_share_an_allocation_and_large_ones_have_their_own(cp, backend):
+    params = {f"p{k}": cp.zeros(n, "f4") for k, n in enumerate((5, 1003, 600_000, 7, 0))}
+    opt = gpuadam.Adam(params, backend=backend)
+    places = {(key, name): extent(moments[key]) for key in ("m", "v") for name, moments in opt.state.items()}
+    small = [places[key, name] for key in ("m", "v") for name in ("p0", "p1", "p3")]
+    for (_, end), (start, _) in itertools.pairwise(small):
+        assert start % 512 == small[0][0] % 512 and end <= start < end + 512
+    assert all(opt.state[name][key].shape == param.shape for name, param in params.items() for key in ("m", "v"))
+    everything = sorted(extent for key_and_name, extent in places.items() if key_and_name[1] != "p4")
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(everything))
+    for moments in opt.state.values():
+        assert not to_numpy(moments["m"]).any() and not to_numpy(moments["v"]).any()
+
+
+def test_an_array_of_state_stays_when_the_optimizer_has_gone(cp, backend):
+    params, grads = there(cp, host_params()), there(cp, host_grads())
+    opt = gpuadam.AdamW(params, lr=0.1, backend=backend)
+    opt.step(grads)
+    m = opt.state["b"]["m"]
+    del opt
+    used = cp.full(2 * N, 7.0, "f4")  # which could take memory that was given back
+    expected, _ = on_cpu(1)
+    assert_same_bits([to_numpy(m)], [expected.state["b"]["m"]], "m")
+    del used

@@ -11,7 +11,7 @@ import time
 from .. import backends
 from ..terminal import arguments, figures, output
 from ..terminal.console import Table
-from .measuring import constants, forms, measure, plots
+from .measuring import constants, forms, measure, pages, plots
 from .measuring.measure import CALL
 
 HELP = "throughput, in GB/s and in percent of the measured limit"
@@ -20,6 +20,8 @@ FOOTNOTE = """\
 One step, kernel and launch. % of limit: the time of the fastest way to move its bytes over the step's, medians of one run in turn.
 bytes: read and written of an element.
 call: host time of one gpuadam.adam_step, its checks included (on a GPU it returns before the step is done)."""
+
+PAGES = "% huge: of the arrays, on huge pages (`python -m gpuadam doctor` has more on them)."
 
 
 def add_options(parser):
@@ -56,6 +58,8 @@ def run(options):
     console.print(FOOTNOTE)
     movers = dict.fromkeys(row["mover"] for row in rows if row["mover"])
     console.print(f"The fastest way was {' or '.join(movers)}.")
+    if any(row["huge_percent"] is not None for row in rows):
+        console.print(PAGES)
     if note := measure.on_busy_machine(rows):
         console.print(note)
     console.print(", ".join(dict.fromkeys(rows[0][key] for key in ("device", "cpu", "system", "date"))))
@@ -94,13 +98,18 @@ def rows_of(kernels, form, n, seconds):
         for contender, seconds in zip(contenders, times, strict=True)
     ]
     rows = measure.add_ratios(rows)
+    if kernels.memory == "CPU":
+        huge = pages.percent_huge(pages.extents(arrays.values()))
+        rows = [row | {"huge_percent": huge} for row in rows]
     rows.append(measure.row("bench", CALL, **of_row, state="warm", seconds=calls))
     return [row | {"bytes_per_element": n_bytes} for row in rows]
 
 
 def table(backend, rows):
     """Return the table of a backend, with a line for each form and size."""
-    heads = ("", "elements", "bytes", "p20 us", "p50 us", "p80 us", "GB/s", "% of limit", "call us")
+    heads = ["", "elements", "bytes", "p20 us", "p50 us", "p80 us", "GB/s", "% of limit", "call us"]
+    on_cpu = any(row["huge_percent"] is not None for row in rows)
+    heads += ["% huge"] * on_cpu
     lines = []
     for (form, n), of_case in measure.groups(rows, "dtype", "elements").items():
         kernel, limit, call = of_case
@@ -108,6 +117,7 @@ def table(backend, rows):
         numbers += [100 / kernel["x_limit"], call["p50_us"]]
         texts = [f"{number:,.{0 if number >= 1000 else 1}f}" for number in numbers]
         texts[2] += "*" * (measure.is_busy(kernel) or measure.is_busy(limit))
+        texts += [f"{kernel['huge_percent']:.0f}"] * on_cpu
         lines.append([form, f"{n:,}", f"{kernel['bytes_per_element']:g}", *texts])
     return Table(backend, heads, lines, labels=2)
 

@@ -13,7 +13,7 @@ import numpy as np
 from .. import backends
 from ..terminal import output
 from . import contract, installed
-from .measuring import facts
+from .measuring import facts, pages
 
 HELP = "what is installed, what works, how to mend it"
 AS_THE_CONTRACT = "as the contract says"
@@ -31,6 +31,7 @@ def run(options):
         "backends": {name: _examine(name) for name in backends.BACKENDS},
         "parts": installed.parts(),
         "caches": _caches(),
+        "huge_pages": pages.system(),
         "warnings": _warnings(),
     }
     report["works"] = [name for name, part in report["backends"].items() if part["works"]]
@@ -115,6 +116,7 @@ def _print(console, report):
     for name, cache in report["caches"].items():
         state = "can be written" if cache["writable"] else f"CANNOT be written: {cache['fix']}"
         console.print(f"{name}'s kernel cache {cache['folder']} {state}", indent=5)
+    console.print(pages.described(report["huge_pages"]), indent=5)
     for warning in report["warnings"]:
         console.print(f"Warning: {warning}", indent=5)
     console.print(f"Works: {', '.join(report['works']) or 'nothing'}")

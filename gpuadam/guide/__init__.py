@@ -10,6 +10,7 @@
 | `gpuadam.guide.bring_your_adam` | which call gives the numbers of the Adam that a program has |
 | `gpuadam.guide.options` | which options go together |
 | `gpuadam.guide.pytorch` | the drop-in for `torch.optim`; tensors of torch and arrays of JAX |
+| `gpuadam.guide.memory_pages` | pages of 2 MB on a CPU: what they change, and how to have them |
 | `gpuadam.guide.how_exact` | the arithmetic, its evidence, its limits |
 | `gpuadam.guide.how_fast` | what has been measured, and on which machine |
 | `gpuadam.guide.examples` | nine short programs |

@@ -61,6 +61,8 @@ buffer with views for the gradients:
 >>> print(flat.params["w"][0], flat.params["b"])
 [0.9 0.9 0.9] [0. 0.]
 
+On a CPU the buffers lie on pages of 2 MB, which small arrays cannot have: `gpuadam.guide.memory_pages`.
+
 ## Groups and schedules
 
 A group is a dict with parameters and hyperparameters of its own. `opt.groups` is the list of them; numbers in it may be

@@ -4,24 +4,21 @@ The pages of a mapped file that a process has touched count as its memory. `Mapp
 update and in a thread of its own. `Mapping.drop` takes them out of the process again; the system writes the changed ones to disk.
 """
 
-import ctypes
 import errno
 import mmap
 import operator
-import os
 import sys
 import weakref
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from ..kernels import huge_pages
 
 PAGE = mmap.PAGESIZE
 AROUND = 1 << 16  # a fault may bring in neighbours of its page, as far as this boundary
 # Of Linux 5.14 and later, for reading and for writing; Python has no names for them
 POPULATE = {False: 22, True: 23}
-
-# Python's own method keeps the interpreter's lock for as long as the disk takes
-_libc: Any = ctypes.CDLL(None, use_errno=True) if hasattr(mmap.mmap, "madvise") else None  # Windows has none
 
 
 class Mapping(NamedTuple):
@@ -45,7 +42,7 @@ class Mapping(NamedTuple):
 
     def drop(self, start, end):
         """Take the memory between two addresses out of the process. Neighbours that go with it come back when touched."""
-        if _libc:
+        if huge_pages.libc:
             start, end = self._around(start, end, AROUND)
             self._advise(start, end, mmap.MADV_DONTNEED)
 
@@ -65,9 +62,11 @@ class Mapping(NamedTuple):
         return self.start + start // boundary * boundary, min(self.start + -(-end // boundary) * boundary, self.end)
 
     def _advise(self, start, end, advice):
-        if _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice):
-            code = ctypes.get_errno()
-            raise OSError(code, f"the system cannot provide {end - start:,} bytes of a mapped file: {os.strerror(code)}")
+        try:
+            huge_pages.advise(start, end - start, advice)  # Python's method keeps its lock for as long as the disk takes
+        except OSError as error:
+            why = f"the system cannot provide {end - start:,} bytes of a mapped file: {error.strerror}"
+            raise OSError(error.errno, why) from None
 
 
 # Of each map, the address, which takes NumPy long to say

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels import array_bytes
+from ..kernels import array_bytes, huge_pages
 from ..kernels.operands import widened
 from ..state import IN_MEMORY, shape
 from ..under_way import UnderWay
-from .chunks import aligned, aligned_memory
+from .chunks import ALIGNMENT, aligned, aligned_memory
 from .mapped import drop_mapped
 
 COPIED_AT_ONCE = 1 << 22  # elements
@@ -51,15 +51,15 @@ class Store(UnderWay):
     def __init__(self, beginnings, gpu, device):
         self.place = "memory" if gpu is None else "pinned memory"
 
-        def zeros(n_bytes):
+        def zeros(kind, n_bytes):
             if gpu is None:
-                return np.zeros(n_bytes, np.uint8)
+                return huge_pages.zeros(n_bytes, ALIGNMENT)
             with gpu.on(device or 0, None):
-                memory = gpu.pinned(n_bytes)
+                memory = aligned_memory(gpu.pinned, n_bytes)
             memory[:] = 0
             return memory
 
-        self.arrays = laid_out(beginnings, lambda kind, n_bytes: aligned_memory(zeros, n_bytes))
+        self.arrays = laid_out(beginnings, zeros)
 
     def check_open(self):
         """Raise ValueError if the state cannot be changed any more."""

@@ -66,7 +66,9 @@ class Buffer:
             if member.view.of_complex:
                 places = [array.view(f"complex{16 * array.itemsize}")[..., 0] for array in places]
             member.param_array, member.grad_array = places
-        self.buckets = [BucketOfRank(self, bucket, make) for bucket in self.layout.buckets]
+        buckets = self.layout.buckets
+        sums = kernels.zeros_in_one([bucket.part for bucket in buckets], grad_dtype, first.device)
+        self.buckets = [BucketOfRank(self, *of_bucket, make) for of_bucket in zip(buckets, sums, strict=True)]
 
 
 class BucketOfRank:
@@ -75,14 +77,14 @@ class BucketOfRank:
     In its methods `grads` are Views of the gradients of all parameters, by number; None for a parameter without a gradient.
     """
 
-    def __init__(self, buffer, bucket, make):
+    def __init__(self, buffer, bucket, sums, make):
         self._kernels, self._transport = buffer.kernels, buffer.transport
         layout, members, rank = buffer.layout, buffer.members, buffer.transport.rank
         self.group = members[0].group
         # the elements that share a v are vectors of the buffer, also where they are complex numbers of the caller
         self.settings = {"complex": None, "components": members[0].numbers}
         self._param, self._grad = buffer.param[bucket.start : bucket.stop], buffer.grad[bucket.start : bucket.stop]
-        self._sums = self._kernels.zeros(bucket.part, self._grad.dtype, members[0].view.device)
+        self._sums = sums  # of the gradients of all ranks
         within = [(members[k], layout.starts[k]) for k in layout.within(bucket.start, bucket.stop)]
         self._beginning = [member for member, start in within if start >= bucket.start]
         ending = [member for member, start in within if start + member.view.size <= bucket.stop]

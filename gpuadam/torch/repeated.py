@@ -21,10 +21,10 @@ from .step_counts import LAST
 
 OPEN = "params", "param_names", "lr"  # the settings of a group that may be other objects, or are compared in another way
 # What may change of a tensor while it stays the same object, and what has to be known of a gradient, which may be a new one
-OF_HELD = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.size, torch.Tensor.dtype.__get__, torch.Tensor.is_neg  # type: ignore[attr-defined]
-OF_GRADS = *OF_HELD[1:], torch.Tensor.is_cpu.__get__  # type: ignore[attr-defined]
-IS_LEAF = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
-GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
+OF_HELD = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.size, torch.Tensor.dtype.__get__, torch.Tensor.is_neg
+OF_GRADS = *OF_HELD[1:], torch.Tensor.is_cpu.__get__
+IS_LEAF = torch.Tensor.is_leaf.__get__
+GRAD = torch.Tensor.grad.__get__
 
 
 class Known(NamedTuple):

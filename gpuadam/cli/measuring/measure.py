@@ -17,7 +17,16 @@ BUSY = 1.5  # times: on an idle machine p80 is within a few percent of p20
 KERNEL, CALL = "gpuadam kernel + launch", "gpuadam.adam_step"
 LIMIT, TORCH_FUSED = "limit", "torch fused"
 OF_MOVER = f"{LIMIT}: "  # before the name of one of several ways to move the bytes; the fastest of them is the limit
-MEASURED = ("samples", *(f"p{q:02}_us" for q in QUANTILES), "gb_per_s", "x_limit", "x_torch_fused", "peak_mb", "mover")
+MEASURED = (
+    "samples",
+    *(f"p{q:02}_us" for q in QUANTILES),
+    "gb_per_s",
+    "x_limit",
+    "x_torch_fused",
+    "peak_mb",
+    "huge_percent",
+    "mover",  # the fastest, whose time is the limit
+)
 # The columns of a row: its identity, then its figures, then the facts of the measurement.
 IDENTITY = ("benchmark", "contender", "backend", "dtype", "elements", "arrays", "state", "clock")
 COLUMNS = (*IDENTITY, *MEASURED, "device", "cpu", "cores", "system", "driver", "date", *facts.versions())

@@ -1,0 +1,41 @@
+"""Pages of memory: why large arrays on a CPU want pages of 2 MB, and how to have them.
+
+A processor remembers where some thousand pages of memory lie. With pages of 4 KB that is a few megabytes; a step over large
+arrays then looks each page up in tables, in a virtual machine in two of them. On a 2-core virtual Intel Xeon a step over
+arrays on small pages took twice as long as on pages of 2 MB, "huge pages". On a virtual AMD EPYC it made less difference.
+`benchmarks/pages.py` measures it on your machine. All of this is about Linux and the CPU: a GPU has large pages in any case.
+
+## What gpuadam does
+
+Memory that gpuadam allocates is aligned to 2 MB and asks for huge pages, from 4 MB on: the state of an optimizer, the buffers
+of `gpuadam.flatten` and `gpuadam.ShardedAdam`, and the state of `gpuadam.OffloadAdam` in memory. What the system did not give
+at once is moved to huge pages (MADV_COLLAPSE, Linux 6.1). The numbers are the same on any pages.
+
+The state of a group is one allocation for each dtype: first m of all its parameters, then v. So the moments of a thousand
+small arrays lie on huge pages, too. It is touched when the optimizer is made, which takes some 0.15 s for 1 GB; the first
+step is faster by as much. When a parameter is removed or replaced, the huge pages that its moments have to themselves go back
+to the system; the rest goes with the last array of the group.
+
+## What to do
+
+Parameters and gradients are yours, and as large as both moments.
+
+1. See what the system gives: `python -m gpuadam doctor` says it in a line, `python -m gpuadam bench` has a column "% huge".
+   The setting is in `/sys/kernel/mm/transparent_hugepage/enabled`. With `madvise`, the default of many systems, memory has to
+   ask. With `always` it need not. With `never` only memory that is moved afterwards gets them, as gpuadam's is. As root:
+   `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`.
+2. Put many arrays into one buffer with `gpuadam.flatten`: its parameters and gradients, views in the shapes of your arrays,
+   lie on huge pages whole.
+3. NumPy asks for huge pages for arrays of 4 MB and more. They begin anywhere, and huge pages only at multiples of 2 MB, so an
+   array of 9 MB has 6 to 8 MB on huge pages, and smaller arrays have none. One large array loses little.
+4. torch's arrays do not ask. With `madvise`, run it with `THP_MEM_ALLOC_ENABLE=1`, or make its tensors over such a buffer:
+   `torch.from_numpy(flat.params["w"])`.
+
+>>> import numpy as np, gpuadam
+>>> layers = {f"w{k}": np.ones((768, 768), "float32") for k in range(4)}
+>>> flat = gpuadam.flatten(layers)
+>>> flat.grad.nbytes >= 4 << 20
+True
+
+A container that limits memory counts a huge page whole, so each allocation may count up to 2 MB more than its bytes.
+"""

@@ -1,0 +1,145 @@
+"""Memory of the host on huge pages, of 2 MB instead of 4 KB: with small pages a step can take twice as long.
+
+A processor remembers where some thousand pages lie. A step over large arrays touches many more, and must look up each in tables
+in memory; in a virtual machine it needs two sets of tables. One huge page takes the place of 512 small ones.
+
+Linux gives huge pages to memory that asks for them (`madvise`), at addresses that are multiples of their size. So large
+allocations are made here in four steps:
+
+1. They are aligned, and end with a whole huge page.
+2. They ask for huge pages (MADV_HUGEPAGE).
+3. One byte of each huge page is written. Where a step reads new memory first, some versions of Linux map a shared page of
+   zeros, and put small pages in its place when the step writes.
+4. Pages that are small nevertheless are made huge ones (MADV_COLLAPSE, Linux 6.1).
+
+Where memory is nearer to some processors than to others, steps 3 and 4 are left out: a page lies where it is touched first, which
+is best done by the threads of the update.
+
+Where a system has no huge pages, it has small ones, and the numbers are the same. That is no error.
+"""
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import mmap
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
+NODES = Path("/sys/devices/system/node")
+COLLAPSE = 25  # of Linux 6.1 and later; Python has no name for it
+USUAL_BYTES = 2 << 20  # of a huge page
+
+libc: Any = ctypes.CDLL(None, use_errno=True) if hasattr(mmap.mmap, "madvise") else None  # Windows has none
+
+
+def zeros(n_bytes, boundary):
+    """Return zeros as an array of bytes that begins at a multiple of boundary: on huge pages if it is large.
+
+    Raises MemoryError.
+    """
+    if is_large(n_bytes):
+        return _mapped(n_bytes)[:n_bytes]
+    memory = np.zeros(n_bytes + boundary, np.uint8)
+    start = -address_of(memory) % boundary
+    return memory[start : start + n_bytes]
+
+
+def zeros_in_one(sizes, boundary):
+    """Return arrays of zeros, of some sizes in bytes, that share an allocation, each from a multiple of boundary on.
+
+    When one of them is freed, the huge pages that it has to itself go back to the system, and with the last one the rest. Arrays
+    that are small, all together, have allocations of their own. Raises MemoryError.
+    """
+    if len(sizes) == 1 or not is_large(sum(sizes)):
+        return [zeros(n_bytes, boundary) for n_bytes in sizes]
+    *places, end = itertools.accumulate((-(-n_bytes // boundary) * boundary for n_bytes in sizes), initial=0)
+    memory = _mapped(end)
+    return [np.asarray(_Part(memory, place, n_bytes)) for place, n_bytes in zip(places, sizes, strict=True)]
+
+
+def is_large(n_bytes):
+    """Whether an allocation of so many bytes is on huge pages: two of them or more. NumPy asks for them from 4 MB on, too."""
+    return hasattr(mmap, "MADV_HUGEPAGE") and n_bytes >= 2 * page_bytes()
+
+
+@functools.cache
+def page_bytes():
+    """Return how many bytes a huge page has: 2 MB but on some ARM systems."""
+    with contextlib.suppress(OSError, ValueError):  # a system without these settings
+        return int((SETTINGS / "hpage_pmd_size").read_text())
+    return USUAL_BYTES
+
+
+def advise(start, n_bytes, advice):
+    """Call `madvise`, without Python's lock. start: an address. Raises OSError."""
+    if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(n_bytes), advice):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def make_huge(start, n_bytes):
+    """Ask for huge pages between two addresses, multiples of their size, and make small ones there huge, if they are in use."""
+    _ask(start, n_bytes, mmap.MADV_HUGEPAGE)
+    _ask(start, n_bytes, COLLAPSE)
+
+
+def _ask(start, n_bytes, advice):
+    with contextlib.suppress(OSError):  # a system without huge pages, or with none left, has small ones
+        advise(start, n_bytes, advice)
+
+
+def address_of(array):
+    """Return the address of the first byte of an array."""
+    return array.__array_interface__["data"][0]
+
+
+def _mapped(n_bytes):
+    """Return new zeros: an array of whole huge pages. Their memory is given back when nothing refers to it any more."""
+    page = page_bytes()
+    whole = -(-n_bytes // page) * page
+    try:
+        memory = mmap.mmap(-1, whole + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"unable to allocate {n_bytes:,} bytes: {error}") from error
+    array = np.frombuffer(memory, np.uint8)
+    offset = -address_of(array) % page
+    array = array[offset : offset + whole]
+    _ask(address_of(array), whole, mmap.MADV_HUGEPAGE)
+    if not _has_several_nodes():
+        array[::page] = 0
+        _ask(address_of(array), whole, COLLAPSE)
+    return array
+
+
+@functools.cache
+def _has_several_nodes():
+    """Whether memory is near to some processors and far from others.
+
+    A page then lies beside the processor that touches it first, which should be the one that will update it.
+    """
+    return len(list(NODES.glob("node[0-9]*"))) > 1
+
+
+class _Part:
+    """The memory of one array in an allocation of several. NumPy keeps it for as long as there are views of the array."""
+
+    def __init__(self, memory, place, n_bytes):
+        self.memory = memory  # the whole allocation, which is given back with its last part
+        start = address_of(memory) + place
+        self.__array_interface__ = {"version": 3, "shape": (n_bytes,), "typestr": "|u1", "data": (start, False)}
+        page = page_bytes()
+        first, after = -(-start // page) * page, (start + n_bytes) // page * page
+        if first < after:
+            weakref.finalize(self, _give_back, memory, first, after - first).atexit = False
+
+
+def _give_back(memory, start, n_bytes):
+    """Give pages back to the system. memory: the allocation that they lie in, which is there until this is done."""
+    with contextlib.suppress(OSError):  # of pages that the program has locked: they go with the allocation
+        advise(start, n_bytes, mmap.MADV_DONTNEED)
