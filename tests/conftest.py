@@ -1,5 +1,6 @@
 import os
 
+import libraries
 import numpy as np
 import pytest
 
@@ -31,7 +32,7 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # in one process
         kept.tidy()
     if os.environ.get("GPUADAM_NO_POOL") == "1":  # each array is an allocation of its own, which compute-sanitizer watches
-        pytest.importorskip("cupy").cuda.set_allocator(None)
+        libraries.imported("cupy").cuda.set_allocator(None)
     config.addinivalue_line("markers", "xdist_group(name): tests that pytest-xdist runs in one process")
     if np.float32(1e-38) * np.float32(0.01) == 0:
         raise pytest.UsageError("this thread flushes subnormal numbers to zero (FTZ), so no bits can be compared")
@@ -89,7 +90,21 @@ def backend(request):
 
 @pytest.fixture
 def cp():
-    return pytest.importorskip("cupy")
+    return libraries.imported("cupy")
+
+
+@pytest.fixture(scope="session")
+def torch():
+    return libraries.imported("torch")
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread(torch):
+    """Have torch use one thread: its threads wait by spinning, and take the cores of tests that run beside this one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -101,11 +116,10 @@ def driver():
 
 
 @pytest.fixture
-def cuda_torch():
+def cuda_torch(torch):
     """PyTorch with CUDA, for tests with the marker gpu."""
-    torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
-        (pytest.fail if required.gpu_is_required() else pytest.skip)("this torch has no CUDA")
+        required.skip_without_gpu("this torch has no CUDA")
     return torch
 
 
@@ -123,3 +137,11 @@ def arch(request):
 @pytest.fixture(params=COMPILERS)
 def compiler(request):
     return request.param
+
+
+@pytest.fixture(params=["Adam", "AdamW"])
+def pair(request, torch):
+    """A class of gpuadam.torch, and torch's of the same name."""
+    from gpuadam.torch import optimizer
+
+    return getattr(optimizer, request.param), getattr(torch.optim, request.param)

@@ -4,6 +4,7 @@ import functools
 import math
 import operator
 
+import libraries
 import numpy as np
 import pytest
 from ptx import Incomplete, Kernel, Refused
@@ -430,7 +431,7 @@ def test_floats_become_the_nearest_bfloat16s():
 
 
 def test_floats_become_the_bfloat16s_of_ml_dtypes():
-    bfloat16 = pytest.importorskip("ml_dtypes", reason="ml_dtypes, the reference here, is not installed").bfloat16
+    bfloat16 = libraries.imported("ml_dtypes", reason="ml_dtypes, the reference here, is not installed").bfloat16
     x = float32_bits_around(np.arange(65536, dtype="u2").view(bfloat16).astype("f4"))
     out = each("cvt.rn.bf16.f32 out, x;", "u2", x)
     with np.errstate(invalid="ignore"):
