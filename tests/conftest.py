@@ -1,4 +1,5 @@
 import os
+import sys
 
 import libraries
 import numpy as np
@@ -19,6 +20,9 @@ from cases import ARCHITECTURES, COMPILERS
 from gpuadam import testing
 from gpuadam.backends import BACKENDS
 from gpuadam.testing import required
+
+sys.dont_write_bytecode = False  # tests start many processes, each of which would compile every file anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 pytest_plugins = ["pytester"]
 
@@ -44,6 +48,7 @@ def pytest_collection_modifyitems(config, items):
         if hasattr(item, "callspec") and item.callspec.params.get("library") in ("cupy", "numba-cuda"):
             item.add_marker("gpu")
     short_run.select(config, items)
+    libraries.mark(items)
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if "cuda_torch" in getattr(item, "fixturenames", ()):
@@ -98,6 +103,14 @@ def torch():
     return libraries.imported("torch")
 
 
+@pytest.fixture(params=["Adam", "AdamW"])
+def pair(request, torch):
+    """A class of gpuadam.torch, and torch's of the same name."""
+    import gpuadam.torch
+
+    return getattr(gpuadam.torch, request.param), getattr(torch.optim, request.param)
+
+
 @pytest.fixture(scope="module")
 def one_torch_thread(torch):
     """Have torch use one thread: its threads wait by spinning, and take the cores of tests that run beside this one."""
@@ -137,11 +150,3 @@ def arch(request):
 @pytest.fixture(params=COMPILERS)
 def compiler(request):
     return request.param
-
-
-@pytest.fixture(params=["Adam", "AdamW"])
-def pair(request, torch):
-    """A class of gpuadam.torch, and torch's of the same name."""
-    from gpuadam.torch import optimizer
-
-    return getattr(optimizer, request.param), getattr(torch.optim, request.param)

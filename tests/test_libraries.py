@@ -46,3 +46,53 @@ def test_no_file_skips_for_want_of_a_library_by_itself():
         asked = re.findall(r"\bpytest\.importorskip\(\"(\w+)", path.read_text(encoding="utf-8"))
         found |= {f"{path.name}: {name}" for name in {*asked} - ASKED_BY_PYTEST_ITSELF - sys.stdlib_module_names}
     assert found == set()
+
+
+MARKED = """
+import json
+import libraries
+import pytest
+
+@pytest.fixture
+def optax():
+    return libraries.imported("optax")
+
+@pytest.fixture
+def schedule(optax): pass
+
+class OfTorch:
+    def __init__(self): libraries.imported("torch")
+
+def made(): return OfTorch()
+def of(library): return libraries.imported(library)
+
+def test_by_itself(): libraries.imported("jax.numpy")
+def test_by_a_fixture(schedule): pass
+def test_by_functions(): made()
+@pytest.mark.parametrize("library", ["thinc", "json"])
+def test_by_a_value(library): of(library)
+
+@pytest.mark.parametrize("name", ["optax"])
+def test_of_that_name(name): pass
+def test_of_another(): libraries.imported("json")
+"""
+MARKING = """
+import libraries
+
+def pytest_configure(config): config.addinivalue_line("markers", "beside")
+def pytest_collection_modifyitems(items): libraries.mark(items)
+"""
+
+
+def test_the_tests_that_ask_for_a_library_can_be_selected(pytester):
+    pytester.makeconftest(MARKING)
+    pytester.makepyfile(MARKED)
+    result = pytester.runpytest_inprocess("-p", "no:xdist", "-m", "beside", "--collect-only", "-q")
+    found = [line.rpartition("::")[2] for line in result.outlines if "::" in line]
+    assert found == ["test_by_itself", "test_by_a_fixture", "test_by_functions", "test_by_a_value[thinc]"]
+
+
+def test_a_file_that_is_about_a_library_is_selected_as_a_whole(pytester):
+    pytester.makeconftest(MARKING)
+    pytester.makepyfile(test_file="import sys, types; thinc = types.ModuleType('thinc')\ndef test_it(): pass")
+    pytester.runpytest_inprocess("-p", "no:xdist", "-m", "beside").assert_outcomes(passed=1)
