@@ -26,6 +26,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 pytest_plugins = ["pytester"]
 
+MADE_ONCE = {"of_eight", "of_four", "filled", "narrow_rows"}  # fixtures that take long
+
 
 def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="also run what takes long: see CONTRIBUTING.md")
@@ -55,8 +57,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.real_gpu("torch's CUDA runtime is its own"))
         if "compiler" in params:  # under pytest-xdist, what one process has compiled serves all its tests
             item.add_marker(pytest.mark.xdist_group(f"{params['compiler']} {params.get('arch')}"))
-        for job in {"of_eight", "of_four"} & {*getattr(item, "fixturenames", ()), params.get("of_job")}:
-            item.add_marker(pytest.mark.xdist_group(job))  # what one job of ranks has found serves all its tests
+        for fixture in MADE_ONCE & {*getattr(item, "fixturenames", ()), params.get("of_job")}:
+            item.add_marker(pytest.mark.xdist_group(fixture))  # what it has made in one process serves all its tests
 
 
 @pytest.fixture(autouse=True)
