@@ -22,9 +22,12 @@ BESIDE = ("torch", "jax", "optax", "thinc", "drjit")  # what gpuadam is compared
 
 
 def imported(module, reason=None):
-    """Return a module of a library; without it, skip the test that asks, or the whole file if it asks while it is imported."""
+    """Return a module of a library; without it, skip the test that asks, or the whole file if it asks while it is imported.
+
+    One that is there and cannot be imported is a failure.
+    """
     try:
-        return pytest.importorskip(module, reason=reason, exc_type=ImportError)
+        return pytest.importorskip(module, reason=reason, exc_type=ModuleNotFoundError)
     except pytest.skip.Exception as skipped:
         name = module.partition(".")[0]
         return required.skip(str(skipped), name in os.environ.get(VARIABLE, "").split() and f"{VARIABLE} has {name}")

@@ -35,6 +35,13 @@ def test_where_it_is_required_that_is_a_failure(pytester, monkeypatch, text, cou
     result.stdout.fnmatch_lines(["*GPUADAM_REQUIRE_LIBRARIES has no_such, but it is not installed*"])
 
 
+def test_a_library_that_is_there_and_broken_is_a_failure(monkeypatch, tmp_path):
+    (tmp_path / "broken_library.py").write_text("raise ImportError('a file of it is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="a file of it is missing"):
+        libraries.imported("broken_library", reason="it is not installed")
+
+
 def test_a_library_that_is_there_is_returned(monkeypatch):
     monkeypatch.setenv(libraries.VARIABLE, "pytest")
     assert libraries.imported("pytest") is pytest
