@@ -22,6 +22,7 @@ import report
 import gpuadam
 from gpuadam.cli.measuring import facts
 from gpuadam.terminal import output
+from gpuadam.terminal.console import Console, Table
 
 UNCHANGED = "float32 throughout"
 # name -> (state_dtype of the first half, of the second)
@@ -101,17 +102,15 @@ def main():
     if options.seeds < 1 or options.steps < 2:
         parser.error("--seeds must be at least 1, and --steps 2")
     try:
-        rich_console, torch, _ = output.need("peers", "rich.console", "torch", "sklearn.datasets")
+        torch, _ = output.need("peers", "torch", "sklearn.datasets")
     except output.MissingExtraError as error:
         sys.exit(f"conversion: {error}")
     torch.set_num_threads(1)  # so that sums have one order, and a run ends with the same loss again
-    console = rich_console.Console()
-    if not console.is_terminal:
-        console = rich_console.Console(width=130)  # a file has no width
     rows = rows_of(options.seeds, options.steps)
     title = f"conversion after {options.steps // 2:,} of {options.steps:,} steps, {options.seeds} seeds"
     heads = ("", "m, %", "v, %", "step, %", "v, median, %", "final loss", "% of float32's", "least of a seed", "most")
-    console.print(output.table(title, heads, [[row["contender"], *(str(row[name]) for name in MEASURED)] for row in rows]))
+    lines = [[row["contender"], *(str(row[name]) for name in MEASURED)] for row in rows]
+    Console().print(Table(title, heads, lines))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         report.write_csv(options.out / "conversion.csv", rows)

@@ -61,8 +61,8 @@ def build(form, loop):
         return cpu_threads.parallel_of(build(form, "serial"))
     this = sys.modules[__name__]
 
-    def compiled(function):
-        return njit(error_model="numpy", nogil=True)(compiled_cache.named(function, this, form))
+    def compiled(function, options=compiled_cache.INNER):
+        return njit(**options)(compiled_cache.named(function, this, form))
 
     op = primitives.for_numba(intrinsic)
     fma, sub, add = op.fma, op.sub, op.add
@@ -75,7 +75,9 @@ def build(form, loop):
     to_reals, n_scalars = numba_access.to_reals(form, intrinsic), len(adam.scalar_names(form))
     float64_at, int64_at = load_at(intrinsic, types.float64), load_at(intrinsic, types.int64)
     units: Any = access.units if GROUPED else None
-    scalars_at = njit(written_out("address", "float64_at(address + 8 * {k})", n_scalars, float64_at=float64_at))
+    scalars_at = njit(**compiled_cache.INNER)(
+        written_out("address", "float64_at(address + 8 * {k})", n_scalars, float64_at=float64_at)
+    )
 
     @compiled
     def number(x, k):
@@ -147,4 +149,4 @@ def build(form, loop):
                 half //= 2
             store(out + 8 * (table[row + order.FIRST_SUM] + k), lanes[0])
 
-    return compiled_cache.stored(compiled(serial), __name__, form)
+    return compiled_cache.stored(compiled(serial, compiled_cache.KERNEL), __name__, form)

@@ -22,6 +22,12 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 from gpuadam.kernels import ownership
 
+# Options of Numba for a kernel, and for a function that only kernels call. What would call them from C, or from Python, would
+# take a quarter of the time of compiling. Numba's default error model tests every divisor for zero: a loop would not vectorise,
+# and would raise half-way through the arrays.
+KERNEL = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
+INNER = {"error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": True}
+
 
 def stored(dispatcher, *key):
     """Return a Numba dispatcher with the cache on disk. key: tells it from others that the same lines make."""

@@ -22,11 +22,8 @@ def build(rule, form, loop):
     """Return the compiled kernel of a form. loop: "serial", "parallel" or "strided"."""
     if loop == "parallel":
         return cpu_threads.parallel_of(build(rule, form, "serial"))
-    # Numba's default error model tests every divisor for zero: the loop would not vectorise, and would raise half-way
-    # through the arrays.
-    compiled = njit(error_model="numpy", nogil=True)
     element = compiled_cache.named(rule.in_python(form, primitives.for_numba(intrinsic)), rule, form)
-    update = njit(error_model="numpy")(element)
+    update = njit(**compiled_cache.INNER)(element)
     access = numba_access.functions(form, intrinsic)
     load, store, moved, stepped, fetch = access.load, access.store, access.moved, access.stepped, access.fetch
     # How many elements ahead of an element a rule wants its memory asked for; without it the processor finds out by itself.
@@ -79,9 +76,9 @@ def build(rule, form, loop):
         "strided": ("at, shape, strides, index, key", strided),
         "serial": ("table, first, last, key", _over_groups(form, update, operands_at) if form.arrays.grouped else serial),
     }[loop]
-    body = njit(error_model="numpy")(compiled_cache.named(body, rule, form))
+    body = njit(error_model="numpy", inline="always")(compiled_cache.named(body, rule, form))
     function = compiled_cache.named(_taking(arguments, form, body=body), rule, form)
-    return compiled_cache.of_rule(compiled(function), rule, form)
+    return compiled_cache.of_rule(njit(**compiled_cache.KERNEL)(function), rule, form)
 
 
 def _taking(arguments, form, **names):

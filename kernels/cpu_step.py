@@ -154,7 +154,7 @@ def _launching(n):
 def compiled(variant, decoupled, n_scalars, several):
     """Return the compiled call of a Plan. several: whether there are several updates."""
     formula, launch = on_host(variant, decoupled), _launching(n_scalars)
-    quick = njit(error_model="numpy")
+    quick = njit(**compiled_cache.INNER)
     powers, of_step, gather = quick(formula.powers), quick(formula.of_step), quick(_of_several if several else _of_one)
     DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
 

@@ -70,8 +70,8 @@ def build(form, loop):
         return cpu_threads.parallel_of(build(form, "serial"))
     this = sys.modules[__name__]
 
-    def compiled(function):
-        return njit(error_model="numpy", nogil=True)(compiled_cache.named(function, this, form))
+    def compiled(function, options=compiled_cache.INNER):
+        return njit(**options)(compiled_cache.named(function, this, form))
 
     op = primitives.for_numba(intrinsic)
     fma, add = op.fma, op.add
@@ -139,4 +139,4 @@ def build(form, loop):
                 add_strided(s, table, row, start, n)
             store(out + 8 * (table[row + order.FIRST_SUM] + k), tree(s))
 
-    return compiled_cache.stored(compiled(serial), __name__, form)
+    return compiled_cache.stored(compiled(serial, compiled_cache.KERNEL), __name__, form)

@@ -1,5 +1,7 @@
 import os
+import sys
 
+import libraries
 import numpy as np
 import pytest
 
@@ -19,7 +21,12 @@ from gpuadam import testing
 from gpuadam.backends import BACKENDS
 from gpuadam.testing import required
 
+sys.dont_write_bytecode = False  # tests start many processes, each of which would compile every file anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 pytest_plugins = ["pytester"]
+
+MADE_ONCE = {"of_eight", "of_four", "filled", "narrow_rows"}  # fixtures that take long
 
 
 def pytest_addoption(parser):
@@ -31,7 +38,7 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # in one process
         kept.tidy()
     if os.environ.get("GPUADAM_NO_POOL") == "1":  # each array is an allocation of its own, which compute-sanitizer watches
-        pytest.importorskip("cupy").cuda.set_allocator(None)
+        libraries.imported("cupy").cuda.set_allocator(None)
     config.addinivalue_line("markers", "xdist_group(name): tests that pytest-xdist runs in one process")
     if np.float32(1e-38) * np.float32(0.01) == 0:
         raise pytest.UsageError("this thread flushes subnormal numbers to zero (FTZ), so no bits can be compared")
@@ -43,14 +50,15 @@ def pytest_collection_modifyitems(config, items):
         if hasattr(item, "callspec") and item.callspec.params.get("library") in ("cupy", "numba-cuda"):
             item.add_marker("gpu")
     short_run.select(config, items)
+    libraries.mark(items)
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if "cuda_torch" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.real_gpu("torch's CUDA runtime is its own"))
         if "compiler" in params:  # under pytest-xdist, what one process has compiled serves all its tests
             item.add_marker(pytest.mark.xdist_group(f"{params['compiler']} {params.get('arch')}"))
-        for job in {"of_eight", "of_four"} & {*getattr(item, "fixturenames", ()), params.get("of_job")}:
-            item.add_marker(pytest.mark.xdist_group(job))  # what one job of ranks has found serves all its tests
+        for fixture in MADE_ONCE & {*getattr(item, "fixturenames", ()), params.get("of_job")}:
+            item.add_marker(pytest.mark.xdist_group(fixture))  # what it has made in one process serves all its tests
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +97,29 @@ def backend(request):
 
 @pytest.fixture
 def cp():
-    return pytest.importorskip("cupy")
+    return libraries.imported("cupy")
+
+
+@pytest.fixture(scope="session")
+def torch():
+    return libraries.imported("torch")
+
+
+@pytest.fixture(params=["Adam", "AdamW"])
+def pair(request, torch):
+    """A class of gpuadam.torch, and torch's of the same name."""
+    import gpuadam.torch
+
+    return getattr(gpuadam.torch, request.param), getattr(torch.optim, request.param)
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread(torch):
+    """Have torch use one thread: its threads wait by spinning, and take the cores of tests that run beside this one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -101,11 +131,10 @@ def driver():
 
 
 @pytest.fixture
-def cuda_torch():
+def cuda_torch(torch):
     """PyTorch with CUDA, for tests with the marker gpu."""
-    torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
-        (pytest.fail if required.gpu_is_required() else pytest.skip)("this torch has no CUDA")
+        required.skip_without_gpu("this torch has no CUDA")
     return torch
 
 

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import kept
+import libraries
 import numpy as np
 import pytest
 from ptx import loaded
@@ -32,8 +33,8 @@ from gpuadam.kernels.view import View
 
 BLOCK = gpu_table.BLOCK
 
-cupy = pytest.importorskip("cupy", reason="CuPy, whose generated source is compiled here, is not installed")
-pytest.importorskip("numba_cuda", reason="numba-cuda, whose PTX is run here, is not installed")
+cupy = libraries.imported("cupy", reason="CuPy, whose generated source is compiled here, is not installed")
+libraries.imported("numba_cuda", reason="numba-cuda, whose PTX is run here, is not installed")
 
 from cupy._core import _carray, _kernel, _scalar, core  # noqa: E402
 from numba import cuda, types  # noqa: E402

@@ -1,4 +1,4 @@
-"""What the ranks of `test_sharded.py` do, and what they compare themselves with.
+"""What the ranks of `mpi_jobs.py` do, and what they compare themselves with.
 
 A job is a function here that every rank runs. Rank 0 prints what was found as one line of JSON; then all step on for ever,
 until the test kills one of them.

@@ -1,5 +1,6 @@
 """`adam_step` over every backend: sizes, layouts, special values, and the CPU backend's bits."""
 
+import libraries
 import numpy as np
 import pytest
 from cases import DTYPES, FORMS, assert_same_bits, different_bits, state, wide_state
@@ -134,7 +135,7 @@ def test_the_gaps_of_a_strided_parameter_keep_their_sentinels(backend):
 
 
 def test_an_array_of_another_library_is_updated_in_place_through_dlpack():
-    torch = pytest.importorskip("torch")
+    torch = libraries.imported("torch")
     arrays = [torch.from_numpy(a) for a in state(100)[:4]]
     expected = step(state(100))
     gpuadam.adam_step(*arrays, 3)

@@ -1,15 +1,16 @@
 """Layouts that nobody thought of: random views against contiguous arrays, on the CPU."""
 
+import libraries
 import numpy as np
 import pytest
 from cases import assert_same_bits, examples, state
 
 import gpuadam
 
-pytest.importorskip("hypothesis")
+libraries.imported("hypothesis")
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 
 @given(data=st.data())

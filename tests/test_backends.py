@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 from unittest import mock
 
+import libraries
 import numpy as np
 import pytest
 from cases import few, state
@@ -310,7 +311,7 @@ def test_where_numba_compiles_nothing_all_say_so_and_what_mends_it(tmp_path, wha
 
 
 def test_numbas_simulator_of_a_gpu_is_no_backend():
-    pytest.importorskip("numba_cuda")
+    libraries.imported("numba_cuda")
     code = """
     import gpuadam, numpy as np
     from numba import cuda

@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 
+import libraries
 import numpy as np
 import pytest
 
@@ -463,7 +464,7 @@ def test_a_read_only_dlpack_producer_is_refused():
 
 
 def test_torch_tensors_that_cannot_be_shared_say_why():
-    torch = pytest.importorskip("torch")
+    torch = libraries.imported("torch")
     arrays = good()
     arrays["param"] = torch.ones(6, requires_grad=True) * 1
     assert_refused(ValueError, "param.* is not a leaf.*detach", arrays)

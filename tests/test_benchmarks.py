@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import libraries
 import numpy as np
 import pytest
 
@@ -306,9 +307,7 @@ def test_the_scaling_over_ranks_is_tabulated_and_drawn(monkeypatch, tmp_path):
 
 @pytest.mark.exhaustive
 def test_ranks_are_timed_and_send_the_padded_buffers():
-    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
-    if not (Path(sys.executable).parent / "mpiexec").exists():
-        pytest.skip(f"mpiexec is not installed beside {Path(sys.executable).name}: pip install mpich")
+    libraries.mpiexec()
     found = sharded.timed_job(2, sharded.VIEWS, 5000, 0.0)
     assert len(found["seconds"]) == 5 and min(found["seconds"]) > 0
     assert set(found["phases"]) == set(sharded.PHASES) and min(found["phases"].values()) > 0
@@ -415,7 +414,7 @@ def test_what_is_not_to_be_had_has_not_passed(tmp_path):
 @BASH
 @pytest.mark.exhaustive
 def test_without_a_gpu_it_runs_over_the_stand_in(tmp_path):
-    pytest.importorskip("cupy")
+    libraries.imported("cupy")
     done = gpu_sh("--within", "115", tmp_path, "small", "sanitize-initcheck", GPUADAM_GPU="host", PYTHON=sys.executable)
     assert "1 of 2 sections passed; not to be had here: sanitize-initcheck;" in done.stdout
     assert "all times are meaningless" in done.stdout

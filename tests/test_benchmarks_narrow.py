@@ -1,11 +1,11 @@
 """The benchmarks of narrow formats, of the mixed-precision step and of training quality, at tiny sizes: what they write."""
 
 import argparse
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import libraries
 import numpy as np
 import pytest
 from test_benchmarks import run
@@ -27,7 +27,6 @@ import report
 CPU = backends.BACKENDS["numba-cpu"]
 QUICK = ("--backend", "numba-cpu", "--seconds", "0")
 FORMS = ("bfloat16 state", "8-bit state", "all bfloat16")
-NEEDS_TORCH = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
 
 def rows_of(script, folder, *arguments):
@@ -195,7 +194,7 @@ def test_a_contender_does_on_a_gpu_what_it_does_on_the_cpu(backend, contender):
     testing.assert_same_bits(*written)
 
 
-@NEEDS_TORCH
+@pytest.mark.usefixtures("torch")
 def test_the_mixed_precision_step_is_measured_beside_torchs(tmp_path):
     rows = rows_of(amp_step, tmp_path, "--sizes", "1000,3x100")
     assert [(row["elements"], row["arrays"]) for row in rows] == 4 * [(1000, 1)] + 4 * [(300, 3)]
@@ -220,18 +219,6 @@ def test_the_bytes_of_the_mixed_precision_step_are_those_of_its_kernels():
         assert amp_step.BYTES[contender] == amp_step.NORM + moved
 
 
-@pytest.fixture
-def one_torch_thread():
-    """Have torch use one thread: its threads wait by spinning, and take the cores of tests that run beside this one."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@NEEDS_TORCH
 def test_gpuadam_and_torch_do_the_same_mixed_precision_step(one_torch_thread):
     shapes = [(30, 7), (5,), (), (128, 3)]
     found = {}
@@ -248,9 +235,9 @@ def test_gpuadam_and_torch_do_the_same_mixed_precision_step(one_torch_thread):
             assert (a != c).all()
 
 
-@NEEDS_TORCH
+@pytest.mark.usefixtures("torch")
 def test_quality_has_a_row_for_each_optimizer_and_its_percentages(tmp_path):
-    pytest.importorskip("sklearn")
+    libraries.imported("sklearn")
     printed = run("quality", "--tasks", "digits", "--seeds", "2", "--steps", "3", "--out", str(tmp_path)).stdout
     rows = report.read_csv(tmp_path / "quality.csv", quality.NUMBERS)
     assert [row["contender"] for row in rows] == list(quality.CANDIDATES)
@@ -264,9 +251,9 @@ def test_quality_has_a_row_for_each_optimizer_and_its_percentages(tmp_path):
     assert rows[0]["percent_of_float32"] == 100
 
 
-@NEEDS_TORCH
+@pytest.mark.usefixtures("torch")
 def test_conversion_has_a_row_for_each_and_loses_nothing_on_the_way_back(tmp_path):
-    pytest.importorskip("sklearn")
+    libraries.imported("sklearn")
     run("conversion", "--seeds", "1", "--steps", "4", "--out", str(tmp_path))
     rows = report.read_csv(tmp_path / "conversion.csv", conversion.NUMBERS)
     assert [row["contender"] for row in rows] == list(conversion.CONVERSIONS)
@@ -276,7 +263,6 @@ def test_conversion_has_a_row_for_each_and_loses_nothing_on_the_way_back(tmp_pat
         assert float(row["losses"]) == pytest.approx(row["mean_loss"], abs=2e-6) and row["elements"] == 9610
 
 
-@NEEDS_TORCH
 def test_the_text_task_learns(one_torch_thread):
     module, batches, _ = quality.text(seed=0, steps=10)
     training = quality.Training(module, quality.CANDIDATES["bfloat16 params, stochastic, and state"], seed=0)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import libraries
 import pytest
 
 from gpuadam import backends, transports
@@ -66,7 +67,7 @@ def test_the_benchmark_collects_as_a_step_does(benchmark, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_the_benchmark_measures_what_it_predicts(benchmark, tmp_path):
-    pytest.importorskip("matplotlib")
+    libraries.imported("matplotlib")
     command = [sys.executable, str(ROOT / "benchmarks" / "plan.py"), "--backend", "numba-cpu", "--seconds", "0.01"]
     command += ["--sizes", "2000", "--forms", "float32,AMSGrad", "--out", str(tmp_path)]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)

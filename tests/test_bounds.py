@@ -3,6 +3,7 @@
 import copy
 import math
 
+import libraries
 import ml_dtypes
 import numpy as np
 import pytest
@@ -195,7 +196,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(what):
 
 
 def test_torch_has_neither():
-    pytest.importorskip("torch")
+    libraries.imported("torch")
     for options in ({"clip_value": 1.0}, {"bounds": (0, 1)}):
         with pytest.raises(ValueError, match="torch's Adam has no clip_value and no bounds"):
             gpuadam.foreign_state.to_torch(trained(**options)[1])

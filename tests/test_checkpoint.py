@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import libraries
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ import gpuadam
 from gpuadam import groups
 from gpuadam.kernels import array_bytes
 
-ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes, which has NumPy's bfloat16, is not installed")
+ml_dtypes = libraries.imported("ml_dtypes", reason="ml_dtypes, which has NumPy's bfloat16, is not installed")
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -276,7 +277,7 @@ def test_a_parameter_may_have_any_name(name, tmp_path):
 
 
 def test_the_file_is_what_its_page_says(tmp_path):
-    safetensors = pytest.importorskip("safetensors", reason="an independent reader of the format")
+    safetensors = libraries.imported("safetensors", reason="an independent reader of the format")
     opt = gpuadam.AdamW(params(), state_dtype="bfloat16", lr=lambda step: 1.0)
     opt.state["w"]["v"].flat[:3] = [0x3F80, 0x4000, 0x7FC0]
     opt.save(tmp_path / "a", with_params=True)
@@ -296,9 +297,9 @@ def test_the_file_is_what_its_page_says(tmp_path):
 
 @pytest.mark.parametrize("what, match", [("metadata", "another program rewrote th"), (None, "are lost. Load")])
 def test_a_file_that_another_program_rewrote_is_refused_with_what_happened(what, match, tmp_path):
-    numpy = pytest.importorskip("safetensors.numpy")
+    numpy = libraries.imported("safetensors.numpy")
     gpuadam.Adam(params()).save(tmp_path / "a")
-    with pytest.importorskip("safetensors").safe_open(tmp_path / "a", "numpy") as file:
+    with libraries.imported("safetensors").safe_open(tmp_path / "a", "numpy") as file:
         metadata = file.metadata() if what else None
     numpy.save_file(numpy.load_file(tmp_path / "a"), tmp_path / "b", metadata=metadata)
     for load in (gpuadam.load, lambda path, p: gpuadam.load_sharded(path, p, gpuadam.transports.Local())):
@@ -318,7 +319,7 @@ def test_a_file_of_another_kind_is_no_checkpoint(header, tmp_path):
 
 
 def test_a_rewritten_part_of_a_folder_is_refused_too(tmp_path):
-    numpy = pytest.importorskip("safetensors.numpy")
+    numpy = libraries.imported("safetensors.numpy")
     gpuadam.ShardedAdam(params(), gpuadam.transports.Local()).save(tmp_path / "a")
     part = next((tmp_path / "a").glob("part-*"))
     numpy.save_file(numpy.load_file(part), part)
@@ -392,7 +393,7 @@ def test_a_long_name_is_loaded_however_it_is_written_in_json(tmp_path, character
 
 
 def test_autograd_is_told_of_parameters_that_are_loaded(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = libraries.imported("torch", reason="torch is not installed")
     param = torch.nn.Parameter(torch.ones(3))
     gpuadam.Adam({"w": param}).save(tmp_path / "a", with_params=True)
     loss = (param**2).sum()

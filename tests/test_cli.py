@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import libraries
 import numpy as np
 import pytest
 
@@ -36,7 +37,7 @@ def run(*arguments, code=0, **env):
 
 @pytest.mark.exhaustive
 def test_demo_solves_the_textbook_problem_and_reads_digits(tmp_path):
-    pytest.importorskip("sklearn")
+    libraries.imported("sklearn")
     plot, result = tmp_path / "demo.png", tmp_path / "demo.json"
     done = run("demo", "--backend", "numba-cpu", "--plot", str(plot), "--json", str(result))
     found = json.loads(result.read_text())

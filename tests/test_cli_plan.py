@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import libraries
 import pytest
 
 from gpuadam import planning
@@ -233,7 +234,7 @@ def test_a_file_without_shapes_is_refused(capsys, tmp_path, content):
 
 
 def test_the_plot_is_made(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
+    libraries.imported("matplotlib")
     file = tmp_path / "plan"  # the name is the caller's, whatever its end
     code, out, _ = run(capsys, "--parameters", "7B", "--param-dtype", "bfloat16", "--plot", str(file))
     assert code == 0 and f"plot: {file}" in out.replace("\n", "")

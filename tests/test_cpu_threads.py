@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+import libraries
 import numba
 import numpy as np
 import pytest
@@ -446,16 +447,12 @@ if comm.rank == 0:
 @pytest.mark.parametrize("layer", few(["default", "workqueue"], "workqueue"))
 @pytest.mark.exhaustive
 def test_ranks_of_mpi_get_the_bits_of_the_serial_loop(layer):
-    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
-    mpiexec = Path(sys.executable).parent / "mpiexec"
-    if not mpiexec.exists():
-        pytest.skip(f"mpiexec is not installed beside {Path(sys.executable).name}: pip install mpich")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "NUMBA_NUM_THREADS": "2",
         "NUMBA_THREADING_LAYER": layer,
     }
-    command = [mpiexec, "-n", "2", sys.executable, "-m", "mpi4py", "-c", RANK]
+    command = [libraries.mpiexec(), "-n", "2", sys.executable, "-m", "mpi4py", "-c", RANK]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[rank, expected(), [expected()]] for rank in range(2)]

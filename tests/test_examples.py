@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import libraries
 import numpy as np
 import pytest
 
@@ -26,7 +27,7 @@ from gpuadam.examples import (
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(listing.__file__).parent
 
-pytest.importorskip("matplotlib", reason="matplotlib, with which the examples draw, is not installed")
+libraries.imported("matplotlib", reason="matplotlib, with which the examples draw, is not installed")
 
 
 def numbers(pattern, capsys):
@@ -52,7 +53,7 @@ def on_each(*gpu, also=()):
 
 @on_each("cupy", also=[CUPYS_MATHEMATICS])
 def test_digits_are_read(capsys, arrays):
-    pytest.importorskip("sklearn")
+    libraries.imported("sklearn")
     digits.main(["--steps", "4", "--size", "32", "--arrays", arrays])
     (right,) = numbers(r"of 360 digits held out, (\S+)% are read rightly", capsys)
     assert right > 85
@@ -60,7 +61,7 @@ def test_digits_are_read(capsys, arrays):
 
 @on_each("cupy", also=[CUPYS_MATHEMATICS])
 def test_gaussians_that_are_split_come_nearer_to_the_photograph(tmp_path, capsys, arrays):
-    pytest.importorskip("skimage")
+    libraries.imported("skimage")
     plot = tmp_path / "gaussians.png"
     gaussians.main(["--steps", "80", "--size", "32", "--count", "80", "--plot", str(plot), "--arrays", arrays])
     fixed, split = re.findall(r"80 Gaussians, \d+ of them at the start: PSNR (\S+) dB", capsys.readouterr().out)
@@ -70,7 +71,7 @@ def test_gaussians_that_are_split_come_nearer_to_the_photograph(tmp_path, capsys
 
 @on_each("cupy", also=[CUPYS_MATHEMATICS])
 def test_tomography_beats_filtered_back_projection(tmp_path, capsys, arrays):
-    pytest.importorskip("skimage")
+    libraries.imported("skimage")
     plot = tmp_path / "tomography.png"
     tomography.main(["--steps", "80", "--size", "48", "--angles", "16", "--plot", str(plot), "--arrays", arrays])
     classical, found = numbers(r"relative error (\S+)% by filtered back-projection, (\S+)% after 80 steps", capsys)
@@ -80,7 +81,7 @@ def test_tomography_beats_filtered_back_projection(tmp_path, capsys, arrays):
 
 @on_each("cupy", also=[CUPYS_MATHEMATICS])
 def test_a_scan_is_sharper_if_rows_that_are_not_read_stay(tmp_path, capsys, arrays):
-    pytest.importorskip("skimage")
+    libraries.imported("skimage")
     plot = tmp_path / "line_scan.png"
     line_scan.main(["--steps", "30", "--size", "64", "--plot", str(plot), "--arrays", arrays])
     errors = re.findall(r"learning rate \S+: error (\S+)% with where=, (\S+)% without", capsys.readouterr().out)
@@ -92,7 +93,7 @@ def test_a_scan_is_sharper_if_rows_that_are_not_read_stay(tmp_path, capsys, arra
 
 @on_each("cupy", also=[CUPYS_MATHEMATICS])
 def test_ptychography_beats_epie_at_as_many_passes(tmp_path, capsys, arrays):
-    pytest.importorskip("skimage")
+    libraries.imported("skimage")
     plot = tmp_path / "ptychography.png"
     ptychography.main(["--steps", "35", "--size", "64", "--plot", str(plot), "--arrays", arrays])
     epie, adam = re.findall(r"36 patterns, 35 passes over them: error (\S+)% by", capsys.readouterr().out)
@@ -102,7 +103,7 @@ def test_ptychography_beats_epie_at_as_many_passes(tmp_path, capsys, arrays):
 
 @on_each("cupy")
 def test_a_photograph_of_few_photons_is_cleared_in_one_kernel_with_the_bits_of_two(tmp_path, capsys, arrays):
-    pytest.importorskip("skimage")
+    libraries.imported("skimage")
     plot = tmp_path / "photons.png"
     photons.main(["--steps", "60", "--size", "48", "--smoothing", "2.0", "--plot", str(plot), "--arrays", arrays])
     said = r"PSNR (\S+) dB as counted, (\S+) dB after 60 steps\n.* in two; their bits differ in (\d+) pixels"
@@ -113,7 +114,7 @@ def test_a_photograph_of_few_photons_is_cleared_in_one_kernel_with_the_bits_of_t
 
 @on_each("numba")
 def test_twelve_charges_become_an_icosahedron(tmp_path, capsys, arrays):
-    pytest.importorskip("scipy")
+    libraries.imported("scipy")
     plot = tmp_path / "thomson.png"
     thomson.main(["--steps", "600", "--size", "12", "--plot", str(plot), "--arrays", arrays])
     energy, known = numbers(r"12 charges: energy (\S+); the least known is (\S+)", capsys)
@@ -122,9 +123,9 @@ def test_twelve_charges_become_an_icosahedron(tmp_path, capsys, arrays):
 
 
 def test_the_torch_example_learns_as_much_with_either_optimizer(capsys):
-    pytest.importorskip("torch")
+    libraries.imported("torch")
     pytest.importorskip("gpuadam.torch", reason="gpuadam.torch is not there")
-    pytest.importorskip("sklearn")
+    libraries.imported("sklearn")
     torch_digits.main(["--steps", "2", "--size", "32"])
     losses, right = zip(*re.findall(r"loss (\S+), (\S+)% of 360", capsys.readouterr().out), strict=True)
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-2)
@@ -393,7 +394,7 @@ def test_an_example_is_short(name):
 
 
 def test_all_that_the_examples_take_of_an_array_module_is_in_cupy():
-    cupy = pytest.importorskip("cupy")
+    cupy = libraries.imported("cupy")
     texts = [
         (FOLDER / f"{name}.py").read_text() for name in ("digits", "gaussians", "tomography", "line_scan", "ptychography")
     ]
@@ -406,14 +407,10 @@ def test_all_that_the_examples_take_of_an_array_module_is_in_cupy():
 
 @pytest.mark.exhaustive
 def test_ranks_go_on_where_another_number_of_them_was(tmp_path):
-    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
-    mpiexec = Path(sys.executable).parent / "mpiexec"
-    if not mpiexec.exists():
-        pytest.skip("mpiexec is not installed beside Python: pip install mpich")
     said = []
     for ranks in ("2", "3"):
         command = [
-            mpiexec,
+            libraries.mpiexec(),
             "-n",
             ranks,
             sys.executable,

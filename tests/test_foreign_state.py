@@ -3,6 +3,7 @@
 import importlib
 from typing import Any, NamedTuple
 
+import libraries
 import numpy as np
 import pytest
 
@@ -134,11 +135,6 @@ def test_only_the_state_of_adam_is_exchanged():
     for function in (foreign_state.from_torch, foreign_state.from_optax, foreign_state.to_optax):
         with pytest.raises(TypeError, match="RAdam's state is not exchanged"):
             function(gpuadam.RAdam(arrays(0)), {})
-
-
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch", reason="torch is not installed; its state_dict is then imitated only")
 
 
 def trained(torch, dtype, make="Adam", **options):
@@ -307,7 +303,7 @@ def test_one_count_is_needed_for_optax():
 
 def narrow_of(library, array):
     """Return an array of a library in bfloat16, or float16 where the library has no other."""
-    module = pytest.importorskip(library)
+    module = libraries.imported(library)
     return module.from_numpy(array).bfloat16() if library == "torch" else array.astype(getattr(module, "bfloat16", "f2"))
 
 
@@ -358,7 +354,7 @@ def test_a_group_without_bias_correction_is_refused_by_name():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("make", ["adam", "adamw"])
 def test_state_goes_from_optax_and_back_bit_for_bit(dtype, make):
-    optax = pytest.importorskip("optax", reason="optax is not installed; its state is then imitated only")
+    optax = libraries.imported("optax", reason="optax is not installed; its state is then imitated only")
     import jax
     import jax.numpy as jnp
 

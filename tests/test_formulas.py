@@ -1,5 +1,6 @@
 """Adam as other libraries write it: 1,000 steps beside theirs."""
 
+import libraries
 import numpy as np
 import pytest
 
@@ -44,7 +45,7 @@ OF_OPTAX = {
 @pytest.mark.parametrize("lr", [1e-3, 1e-2])
 @pytest.mark.parametrize("name", OF_OPTAX)
 def test_a_thousand_steps_are_optaxs(name, lr):
-    optax = pytest.importorskip("optax", reason="optax is not installed; the float64 reference stands for it")
+    optax = libraries.imported("optax", reason="optax is not installed; the float64 reference stands for it")
     import jax
 
     theirs, options = OF_OPTAX[name]
@@ -65,7 +66,7 @@ def test_a_thousand_steps_are_optaxs(name, lr):
 
 @pytest.mark.parametrize("lr", [1e-3, 1e-2])
 def test_a_thousand_steps_are_thincs(lr):
-    thinc = pytest.importorskip("thinc.api", reason="thinc is not installed; the float64 reference stands for it")
+    thinc = libraries.imported("thinc.api", reason="thinc is not installed; the float64 reference stands for it")
     opt, param = thinc.Adam(lr, L2=0.0, grad_clip=0.0, eps=1e-8), start()
     for step in range(1, STEPS + 1):
         param, _ = opt((0, "w"), param, gradients(step))

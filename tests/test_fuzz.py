@@ -2,15 +2,16 @@
 
 from unittest import mock
 
+import libraries
 import numpy as np
 import pytest
 
-pytest.importorskip("hypothesis")
+libraries.imported("hypothesis")
 
-import fuzz
-from random_cases import Round
+import fuzz  # noqa: E402
+from random_cases import Round  # noqa: E402
 
-from gpuadam import clipping, hyperparameters, step_counts
+from gpuadam import clipping, hyperparameters, step_counts  # noqa: E402
 
 form_and_scalars, on_host = hyperparameters.form_and_scalars, clipping.on_host
 

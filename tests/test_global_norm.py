@@ -8,6 +8,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import libraries
 import llvmlite.binding
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from gpuadam.kernels import compiled_cache, cpu_threads, norm_cpu, synchronous
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
-ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes, which has NumPy's bfloat16, is not installed")
+ml_dtypes = libraries.imported("ml_dtypes", reason="ml_dtypes, which has NumPy's bfloat16, is not installed")
 
 FORMATS = ("float32", "float64", "bfloat16", "float16")
 SIZES = (0, 1, 31, 255, 4095, 4096, 4097, 100_003)

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import libraries
 import numpy as np
 import pytest
 from cases import DTYPES, FORMS, KEY_FORMS, assert_same_bits, form_and_scalars, state, wide_state
@@ -125,7 +126,7 @@ def test_arrays_of_the_current_stream_are_waited_for_by_none(cp, backend, driver
 
 
 def test_the_kernels_are_named_for_what_is_in_them():
-    pytest.importorskip("cupy")
+    libraries.imported("cupy")
     from gpuadam.kernels import adam, cupy_kernels, limit
 
     form, _ = form_and_scalars("adam", "float32")

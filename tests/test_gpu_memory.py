@@ -3,14 +3,15 @@
 import ctypes
 import importlib
 
+import libraries
 import numpy as np
 import pytest
 
 from gpuadam.kernels import gpu_driver
 from gpuadam.kernels.view import on_cuda
 
-cupy = pytest.importorskip("cupy")
-pytest.importorskip("numba_cuda")
+cupy = libraries.imported("cupy")
+libraries.imported("numba_cuda")
 cupy_backend = importlib.import_module("gpuadam.kernels.cupy_backend")
 
 

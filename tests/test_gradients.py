@@ -1,5 +1,6 @@
 """`zero_grad`: gradients that a program keeps become zeros, and nothing else is written."""
 
+import libraries
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ def arrays(dtype="f4"):
 
 
 def test_gradients_of_every_backend_become_zeros(library):
-    ml_dtypes = pytest.importorskip("ml_dtypes")
+    ml_dtypes = libraries.imported("ml_dtypes")
     for dtype in ("f4", "f2", ml_dtypes.bfloat16, "c8"):
         params, grads = ({name: library.array(x) for name, x in arrays(dtype).items()} for _ in range(2))
         opt = gpuadam.Adam(params, complex="parts")
@@ -85,7 +86,7 @@ def test_one_array_is_called_params():
 
 
 def test_the_gradients_of_tensors_are_forgotten_or_kept_as_zeros():
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = libraries.imported("torch", reason="torch is not installed")
     params = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
     opt = gpuadam.Adam(params)
     params[0].sum().backward()

@@ -9,6 +9,7 @@ import pickle
 import weakref
 from types import SimpleNamespace
 
+import libraries
 import numpy as np
 import pytest
 from gpu_work import Lent
@@ -200,7 +201,7 @@ def test_what_was_borrowed_is_kept_until_the_device_is_done_with_it():
 
 @pytest.fixture(scope="module")
 def jnp():
-    return pytest.importorskip("jax.numpy", reason="JAX is not installed")
+    return libraries.imported("jax.numpy")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -223,11 +224,6 @@ def test_a_jax_array_is_never_written(jnp, k, name):
 
 
 # PyTorch
-
-
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch", reason="torch is not installed")
 
 
 def model(torch, dtype=None):

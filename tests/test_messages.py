@@ -6,6 +6,7 @@ import copy
 import inspect
 from pathlib import Path
 
+import libraries
 import numpy as np
 import pytest
 
@@ -263,7 +264,7 @@ def test_any_names_may_be_missing_or_wrong(case, messages, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "8bit"}, {"capturable": True}], ids=str)
 @pytest.mark.parametrize("name", ["w", LONG], ids=["a name", "a long name"])
 def test_any_entry_of_the_drop_in_may_be_huge(messages, name, options):
-    torch = pytest.importorskip("torch")
+    torch = libraries.imported("torch")
     import gpuadam.torch
 
     def made():

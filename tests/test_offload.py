@@ -9,6 +9,7 @@ import threading
 from fractions import Fraction
 from pathlib import Path
 
+import libraries
 import ml_dtypes
 import numpy as np
 import pytest
@@ -543,7 +544,7 @@ def test_state_goes_from_adam_to_files_and_back(tmp_path):
 
 
 def test_a_bar_is_shown_if_asked_for(tmp_path, capsys):
-    pytest.importorskip("rich")
+    libraries.imported("rich")
     with gpuadam.OffloadAdam(arrays(), state=tmp_path, budget=40_000, progress=True) as opt:
         steps([opt], 1)
     assert capsys.readouterr().out
@@ -706,7 +707,7 @@ def test_ten_times_the_budget_of_state_is_updated_within_the_budget(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit by calls is by those of Linux")
 @pytest.mark.exhaustive
 def test_the_benchmark_compares_its_bits_and_writes_its_rows(tmp_path):
-    pytest.importorskip("rich")
+    libraries.imported("rich")
     script = Path(__file__).parent.parent / "benchmarks" / "offload.py"
     environment = os.environ | {"TMPDIR": str(tmp_path), "NUMBA_NUM_THREADS": "1"}
     command = [sys.executable, script, "--backend", "numba-cpu", "--sizes", "0.003/0.01", "--seconds", "0", "--json", "-"]

@@ -5,6 +5,7 @@ numbers of about 1 at other places than theirs, by 2**-53, and steps towards a m
 leaves room for a thousand of them.
 """
 
+import libraries
 import numpy as np
 import pytest
 
@@ -61,7 +62,7 @@ def test_bounds_are_projected_adam(bounds):
 
 
 def test_bounds_lead_to_the_solution_that_scipy_finds():
-    optimize = pytest.importorskip("scipy.optimize")
+    optimize = libraries.imported("scipy.optimize")
     rng = np.random.default_rng(0)
     a, b, x = rng.standard_normal((30, 8)), rng.standard_normal(30), np.zeros(8)
     opt = gpuadam.Adam(x, lr=lambda step: 0.1 * 0.96**step, bounds=(0.0, 0.2))
@@ -79,7 +80,7 @@ class OfDrjit:
     """An optimizer of Dr.Jit that is given its gradients."""
 
     def __init__(self, name, x, **options):
-        self.dr = pytest.importorskip("drjit", reason="drjit is not installed; test_bring_your_adam.py has its rule")
+        self.dr = libraries.imported("drjit", reason="drjit is not installed; test_bring_your_adam.py has its rule")
         if not self.dr.has_backend(self.dr.JitBackend.LLVM):
             pytest.skip("drjit finds no libLLVM")
         from drjit import opt
@@ -161,7 +162,7 @@ def test_rows_are_selective_adam_of_gsplat():
 
 def test_rows_are_sparse_adam_of_torch():
     """Its rows are those of sparse gradients; the moments are corrected by the number of steps, as eps-hat."""
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = libraries.imported("torch", reason="torch is not installed")
     x, theirs = start(), torch.tensor(start(), requires_grad=True)
     sparse = torch.optim.SparseAdam([theirs], lr=LR, betas=BETAS, eps=1e-3)
     opt = gpuadam.Adam(x, lr=LR, betas=BETAS, eps=1e-3, formula="eps-hat")
@@ -207,7 +208,7 @@ OF_TORCH = {
 @pytest.mark.parametrize("dtype", ["complex128", "complex64"])
 @pytest.mark.parametrize("what", OF_TORCH)
 def test_parts_are_complex_parameters_of_torch(what, dtype):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = libraries.imported("torch", reason="torch is not installed")
     name, options = OF_TORCH[what]
     x, theirs = complex_start(dtype), torch.tensor(complex_start(dtype), requires_grad=True)
     of_torch = getattr(torch.optim, name)([theirs], lr=LR, betas=BETAS, **options)
@@ -221,7 +222,7 @@ def test_parts_are_complex_parameters_of_torch(what, dtype):
 
 @pytest.mark.parametrize("what", OF_TORCH)
 def test_the_drop_in_for_torch_takes_complex_parameters_in_parts_too(what):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = libraries.imported("torch", reason="torch is not installed")
     import gpuadam.torch
 
     name, options = OF_TORCH[what]
@@ -241,7 +242,7 @@ def test_the_drop_in_for_torch_takes_complex_parameters_in_parts_too(what):
 
 
 def test_a_gradient_is_as_torch_has_it():
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = libraries.imported("torch", reason="torch is not installed")
     x = torch.tensor(complex_start(), requires_grad=True)
     ((x - torch.from_numpy(complex_start().conj())).abs() ** 2).sum().mul(0.5).backward()
     np.testing.assert_allclose(x.grad.numpy(), complex_start() - complex_start().conj(), rtol=1e-13)
@@ -257,7 +258,7 @@ OF_OPTAX = {
 @pytest.mark.parametrize("name", OF_OPTAX)
 def test_joint_is_optax_with_the_conjugate_of_jax_gradients(name):
     """optax is given the conjugates, without which it goes away from the minimum; v is the mean of |gradient|**2."""
-    optax = pytest.importorskip("optax", reason="optax is not installed")
+    optax = libraries.imported("optax", reason="optax is not installed")
     import jax
 
     theirs, same = OF_OPTAX[name]

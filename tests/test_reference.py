@@ -1,5 +1,6 @@
 """The rule is Adam: against a float64 reference written from the paper."""
 
+import libraries
 import narrow_model
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ TORCHS = {"adam": "Adam", "nadam": "NAdam", "radam": "RAdam", "adamax": "Adamax"
 @pytest.fixture
 def torch():
     """torch, which keeps NAdam's product of mu in its default dtype."""
-    torch = pytest.importorskip("torch", reason="torch is not installed; the oracle is then taken on trust")
+    torch = libraries.imported("torch", reason="torch is not installed; the oracle is then taken on trust")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield torch
@@ -167,7 +168,7 @@ def test_decoupled_decay_of_each_algorithm_is_torchs(torch, algorithm):
 
 
 def test_torchs_form_is_torchs():
-    torch = pytest.importorskip("torch", reason="torch is not installed; the yardstick is then taken on trust")
+    torch = libraries.imported("torch", reason="torch is not installed; the yardstick is then taken on trust")
     param, grad, *_ = state(1003)
     theirs = torch.nn.Parameter(torch.from_numpy(param.copy()))
     opt = torch.optim.Adam([theirs], lr=1e-2, betas=(0.9, 0.999), foreach=False)

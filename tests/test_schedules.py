@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 
+import libraries
 import numpy as np
 import pytest
 from cases import different_bits
@@ -25,8 +26,8 @@ def trained(lr):
 
 @pytest.fixture
 def optax():
-    pytest.importorskip("jax", reason="JAX, by which optax computes, is not installed")
-    return pytest.importorskip("optax", reason="optax is not installed")
+    libraries.imported("jax", reason="JAX, by which optax computes, is not installed")
+    return libraries.imported("optax", reason="optax is not installed")
 
 
 @pytest.fixture(params=["warmup_cosine", "linear", "exponential", "joined"])
@@ -48,7 +49,7 @@ def test_a_schedule_of_optax_is_a_learning_rate(schedule):
 
 def test_one_step_earlier_a_schedule_is_as_in_optax(optax):
     """optax counts from 0: its first update has schedule(0)."""
-    jax = pytest.importorskip("jax")
+    jax = libraries.imported("jax")
     schedule = optax.warmup_cosine_decay_schedule(0.01, 0.1, 4, STEPS)
     theirs = jax.numpy.linspace(-1, 1, 40).astype("float32")
     adam = optax.adam(schedule)
@@ -72,7 +73,7 @@ def test_a_schedule_may_return_any_number_or_an_array_of_no_dimensions(number):
 
 
 def test_a_schedule_may_return_a_tensor_of_no_dimensions():
-    torch = pytest.importorskip("torch")
+    torch = libraries.imported("torch")
     rates = [0.125 / 2**step for step in range(STEPS)]
     assert different_bits(trained(lambda step: torch.tensor(0.25 / 2**step)), trained(rates)) == 0
 

@@ -1,6 +1,6 @@
 """Checkpoints of many ranks: any number of them loads what another number saved, and nothing damaged or half written is taken.
 
-Ranks are threads here. With MPI, and killed amid a save: `test_sharded.py`.
+Ranks are threads here. With MPI: `test_sharded_mpi.py`; killed amid a save: `test_sharded_ends.py`.
 """
 
 import errno
@@ -11,6 +11,7 @@ import tracemalloc
 import zlib
 from pathlib import Path
 
+import libraries
 import numpy as np
 import pytest
 from cases import few
@@ -282,7 +283,7 @@ def test_the_folder_is_what_its_page_says(by_four):
 
 
 def test_any_reader_of_safetensors_opens_a_part(by_four):
-    safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+    safetensors = libraries.imported("safetensors.numpy", reason="safetensors is not installed")
     folder, _ = by_four
     found = {}
     for path in parts_of(folder):
@@ -727,7 +728,7 @@ def test_a_rank_reads_what_is_its_own(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_what_a_gpu_saved_goes_on_on_the_cpu_and_back(tmp_path):
-    cp = pytest.importorskip("cupy")
+    cp = libraries.imported("cupy")
 
     def there(seed):
         return {name: cp.asarray(p) for name, p in params(seed).items()}

@@ -2,6 +2,7 @@
 
 import copy
 
+import libraries
 import narrow_model as model
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_pieces_of_any_size_give_the_same(piece, tmp_path, monkeypatch):
 
 
 def test_what_is_no_moment_stays_as_it_is(tmp_path):
-    ml_dtypes = pytest.importorskip("ml_dtypes")
+    ml_dtypes = libraries.imported("ml_dtypes")
     params = arrays(dtype=ml_dtypes.bfloat16)
     source = gpuadam.Adam(params, master="remainder", ema_decay=0.9, amsgrad=True)
     source.step(arrays(1))
@@ -317,7 +318,7 @@ def test_an_optimizer_in_files_converts_too(tmp_path):
 
 
 def test_torchs_state_becomes_8_bits_and_comes_back():
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = libraries.imported("torch", reason="torch is not installed")
     source, params = trained(make=gpuadam.Adam)
     theirs = foreign_state.to_torch(source)
     opt = gpuadam.Adam(arrays(), state_dtype="8bit")
@@ -337,7 +338,7 @@ def test_torchs_state_becomes_8_bits_and_comes_back():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_drop_in_for_torch_loads_float32_checkpoints_as_8_bits_and_back(dtype):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = libraries.imported("torch", reason="torch is not installed")
     import gpuadam.torch
 
     params = [torch.nn.Parameter(torch.randn(33, 7)), torch.nn.Parameter(torch.randn(5))]
@@ -364,7 +365,7 @@ def test_the_drop_in_for_torch_loads_float32_checkpoints_as_8_bits_and_back(dtyp
 
 
 def test_optaxs_state_becomes_8_bits():
-    optax = pytest.importorskip("optax", reason="optax is not installed")
+    optax = libraries.imported("optax", reason="optax is not installed")
     params = arrays()
     transformation = optax.adam(1e-3)
     state = transformation.init(params)

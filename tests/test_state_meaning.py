@@ -7,6 +7,7 @@ import itertools
 import json
 import pickle
 
+import libraries
 import numpy as np
 import pytest
 from test_foreign_state import ScaleByAdamState
@@ -208,7 +209,7 @@ def test_foreign_state_goes_on_as_it_would_have_there_or_is_refused(library):
 
 
 def test_what_torch_is_given_goes_on_there_or_is_refused():
-    torch = pytest.importorskip("torch")
+    torch = libraries.imported("torch")
     counts = collections.Counter()
     for k, kind in enumerate(kinds()):
         opt, _ = made(kind)

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import libraries
 import pytest
 
 from gpuadam.terminal import arguments, figures, output
@@ -89,7 +90,7 @@ def test_words_are_not_broken():
 
 @pytest.mark.parametrize("ends, kind", [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml"), ("", b"\x89PNG")])
 def test_a_picture_is_of_the_kind_that_its_name_says(tmp_path, ends, kind):
-    pytest.importorskip("matplotlib")
+    libraries.imported("matplotlib")
     path = arguments.picture(str(tmp_path / f"plot.{ends}".rstrip(".")))
     figure, _ = figures.panels(1, 1, width=2, height=2)
     figures.save(figure, path)

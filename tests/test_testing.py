@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import libraries
 import numpy as np
 import pytest
 from cases import FORMS, state
@@ -83,7 +84,7 @@ def test_places_are_those_of_the_array_and_no_more_than_five_are_shown():
 
 
 def test_arrays_of_all_libraries_on_the_cpu_are_compared():
-    ml_dtypes, torch = pytest.importorskip("ml_dtypes"), pytest.importorskip("torch")
+    ml_dtypes, torch = libraries.imported("ml_dtypes"), libraries.imported("torch")
     x = np.float32([1, -2.5, 3])
     for torchs in (torch.from_numpy(x.copy()), torch.from_numpy(x.copy()).requires_grad_()):
         testing.assert_same_bits(torchs, x)
@@ -112,7 +113,7 @@ def test_arrays_of_every_backend_come_back_as_they_were(library):
 
 
 def test_bfloat16_goes_to_every_backend_and_comes_back_as_numbers(library):
-    ml_dtypes = pytest.importorskip("ml_dtypes")
+    ml_dtypes = libraries.imported("ml_dtypes")
     x = np.array([1.5, -2], ml_dtypes.bfloat16)
     there = library.array(x)
     opt = gpuadam.Adam(there, lr=0.0)

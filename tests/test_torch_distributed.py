@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+import libraries
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed")
+torch = libraries.imported("torch", reason="torch is not installed")
 if not torch.distributed.is_available():
     pytest.skip("torch is built without torch.distributed", allow_module_level=True)
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):

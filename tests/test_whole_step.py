@@ -5,6 +5,7 @@ import itertools
 import re
 from typing import Any
 
+import libraries
 import ml_dtypes
 import narrow_model as model
 import numpy as np
@@ -42,7 +43,7 @@ def norm_of(grads):
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e3])
 def test_max_norm_is_torchs_clip_grad_norm(max_norm):
-    torch = pytest.importorskip("torch", reason="torch, which is compared with, is not installed")
+    torch = libraries.imported("torch", reason="torch, which is compared with, is not installed")
     params = random_arrays()
     ours = {name: a.copy() for name, a in params.items()}
     theirs = {name: torch.nn.Parameter(torch.tensor(a)) for name, a in params.items()}

@@ -1,4 +1,4 @@
-"""Backends that a test needs: without them it skips, or fails where a GPU is required."""
+"""What a test needs: without it the test skips, or fails where it is required."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ import os
 from .. import backends, checks
 
 
-def gpu_is_required():
-    """Whether GPUADAM_REQUIRE_GPU=1 is set: a test that would skip for want of a GPU fails."""
-    return os.environ.get("GPUADAM_REQUIRE_GPU") == "1"
+def skip(reason, required_by=""):
+    """Skip the test, or the file, that calls it; fail it if `required_by` has a setting that forbids to skip."""
+    import pytest
+
+    if required_by:
+        pytest.fail(f"{required_by}, but {reason}", pytrace=False)
+    pytest.skip(reason, allow_module_level=True)
+
+
+def skip_without_gpu(reason):
+    """Likewise for want of a GPU, which GPUADAM_REQUIRE_GPU=1 requires."""
+    skip(reason, os.environ.get("GPUADAM_REQUIRE_GPU") == "1" and "GPUADAM_REQUIRE_GPU=1")
 
 
 def require_backends(*names: str) -> None:
@@ -19,12 +28,8 @@ def require_backends(*names: str) -> None:
 
     >>> require_backends("numba-cpu")
     """
-    import pytest
-
     for name in names:
         status = backends.backend_status()[checks.one_of(backends.BACKENDS, "name", name)]
-        reason = f"{name}: {status.reason}. To mend it: {status.fix}"
-        if not status.available and gpu_is_required() and backends.BACKENDS[name].memory == "CUDA":
-            pytest.fail(f"GPUADAM_REQUIRE_GPU=1, but {reason}", pytrace=False)
         if not status.available:
-            pytest.skip(reason)
+            on_gpu = backends.BACKENDS[name].memory == "CUDA"
+            (skip_without_gpu if on_gpu else skip)(f"{name}: {status.reason}. To mend it: {status.fix}")
