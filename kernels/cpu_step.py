@@ -1,7 +1,7 @@
 """A step of NumPy arrays in one compiled call, for programs that take the same step again and again.
 
 Python needs ten times as long for a step of 1,000 elements as their update takes. So what stays the same from step to step is
-kept in a `Plan`: the objects that were the settings, what the arrays must be like, the kernel, and the scalars that do not change.
+kept in a `Plan`: the objects that were the settings, what the arrays must be like, the kernel, the scalars that do not change.
 One call of its compiled code then does the rest: it compares the settings by identity, reads and checks the arrays
 (`numpy_struct.py`), computes the scalars by THE FORMULA of `scalars.py`, and launches the kernel. If anything is not as before it
 has done nothing, and says so; the step then takes the long way, which knows what to refuse and how.
@@ -182,6 +182,7 @@ def compiled(variant, decoupled, n_scalars, several):
         beta2, weight_decay = _float64_at(numbers + 8 * BETA2), _float64_at(numbers + 8 * WEIGHT_DECAY)
         power1, power2 = powers(t, _float64_at(numbers + 8 * BETA1), beta2)
         eps = _float64_at(numbers + 8 * EPS)
+        lr += 0.0  # of -0.0 this makes 0.0, as the long way does
         decay, inv_sqrt_bias2, eps, neg_lr = of_step(t, power1, power2, lr, beta2, weight_decay, eps)
         lowest = _float64_at(numbers + 8 * LOWEST)
         if decay < lowest or neg_lr < lowest:

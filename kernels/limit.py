@@ -1,7 +1,7 @@
 """The limit rule: the bytes of an Adam step and no arithmetic worth the name.
 
-The speed of the fastest of its MOVERS is the memory's limit, the measure of every other rule: `python -m gpuadam bench` runs all of
-them in turn, through the same kernels and on the same arrays.
+The speed of the fastest of its `movers` is the memory's limit, the measure of every other rule: `python -m gpuadam bench` runs
+all of them in turn, through the same kernels and on the same arrays.
 
 It adds decay * grad to every value. decay is 0 in a step without weight decay, but a compiler does not know this: every byte is
 read and written, and no number changes, however often it runs.

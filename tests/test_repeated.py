@@ -117,6 +117,7 @@ def set_state(opt, key, value):
 CHANGES = {
     "lr nan": lambda opt, p, g: set_in(opt, "lr", math.nan),
     "lr below 0": lambda opt, p, g: set_in(opt, "lr", -1.0),
+    "lr -0.0": lambda opt, p, g: set_in(opt, "lr", -0.0),
     "lr infinite": lambda opt, p, g: set_in(opt, "lr", math.inf),
     "lr too large": lambda opt, p, g: set_in(opt, "lr", 1e39),
     "lr an int": lambda opt, p, g: set_in(opt, "lr", 1),
@@ -286,8 +287,8 @@ def test_calls_with_the_settings_of_the_last_one_repeat_it(calls, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        {"step": 0}, {"step": True}, {"step": 2.5}, {"step": 1 << 70}, {"lr": -1.0}, {"lr": math.nan}, {"lr": 1e39}, {"eps": -1.0},
-        {"betas": [0.9, 0.999]}, {"betas": (0.9, 1.0)}, {"grad_scale": math.inf}, {"max_v": np.zeros(40, "f4")},
+        {"step": 0}, {"step": True}, {"step": 2.5}, {"step": 1 << 70}, {"lr": -1.0}, {"lr": -0.0}, {"lr": math.nan}, {"lr": 1e39},
+        {"eps": -1.0}, {"betas": [0.9, 0.999]}, {"betas": (0.9, 1.0)}, {"grad_scale": math.inf}, {"max_v": np.zeros(40, "f4")},
         {"grad": numbers(41, 2)}, {"grad": numbers(40, 2, "f8")}, {"grad": None}, {"m": np.zeros(40)}, {"algorithm": "radam"},
         {"decoupled": 1}, {"backend": "cupy"}, {"stream": 3}, {"where": "nonzero"}, {"seed": 1.5}, {"v": numbers(40, 1)[::-1]},
     ],

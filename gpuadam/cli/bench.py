@@ -17,7 +17,8 @@ from .measuring.measure import CALL
 HELP = "throughput, in GB/s and in percent of the measured limit"
 SIZES = {"CPU": (10**3, 10**4, 10**5, 10**6, 10**7, 2 * 10**7), "CUDA": tuple(1 << k for k in range(16, 27, 2))}
 FOOTNOTE = """\
-One step, kernel and launch. % of limit: the time of the fastest way to move its bytes over the step's, medians of one run in turn.
+One step, kernel and launch. % of limit: the fastest way to move its bytes took that much of the step's time,
+medians of one run in turn.
 bytes: read and written of an element.
 call: host time of one gpuadam.adam_step, its checks included (on a GPU it returns before the step is done)."""
 

@@ -115,7 +115,9 @@ def _known(optimizer, group, members, updates):
         return None
     columns = [torch_tensors.all_in_numpy(column, written=False) for column in only.columns]
     table = (
-        kernels.numpy_struct.table(columns, like.columns) if all(type(x) is np.ndarray for x in sum(columns, [])) else None
+        kernels.numpy_struct.table(columns, like.columns)
+        if all(type(x) is np.ndarray for column in columns for x in column)
+        else None
     )
     states = [member.state for member in members]
     counts = [state["step"] for state in states]
@@ -149,7 +151,7 @@ def _same_settings(group, known):
 
 
 def _same_tensors(group, one, state):
-    """Whether the parameters of a group and their state are the tensors of before, and as they were, and the same have gradients."""
+    """Whether the parameters of a group and their state are as before, the same tensors, and the same have gradients."""
     params = group["params"]
     if len(params) != len(one.params) + len(one.absent) or any(param.grad is not None for param in one.absent):
         return False

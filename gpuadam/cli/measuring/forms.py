@@ -129,8 +129,8 @@ def _stored(operand, values, n):
 def kernel_and_movers(kernels, case, arrays):
     """Return {contender: function that launches it}: the step on these arrays, and the ways to move its bytes.
 
-    All have the same arrays, because the pages of an array can matter. With 8-bit state the movers have their own: they would store
-    v in the place of the root of v.
+    All have the same arrays, because the pages of an array can matter. With 8-bit state the movers have their own: they would
+    store v in the place of the root of v.
     """
     of_limit = new_arrays(kernels, case, arrays["param"].size) if case.arrays.grouped else arrays
     contenders = {measure.KERNEL: launcher(kernels, case, arrays.values(), adam)}
