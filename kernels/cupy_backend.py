@@ -25,6 +25,7 @@ class Cupy(GpuBackend):
     """Kernels in CUDA C (`cupy_kernels.py`, `norm_cuda_c.py`), launched by CuPy."""
 
     name = "cupy"
+    interleaves = True
 
     def status(self):
         try:
@@ -46,7 +47,7 @@ class Cupy(GpuBackend):
 
     def run(self, batch, form, scalars, rule, stream, key):
         on_device, random = isinstance(scalars, ScalarsMemory), form.arrays.random
-        kernel = cupy_kernels.build(rule, form, batch.loop, on_device)
+        kernel = cupy_kernels.build(rule, form, batch.loop, on_device, batch.vectors)
         if on_device:
             address, n = scalars.address + REALS_AT, len(adam.scalar_names(form))
             numbers = [_unowned(address, (n,), scalars.dtype, batch.device)]
@@ -65,7 +66,9 @@ class Cupy(GpuBackend):
             views = zip(update.views, operands, strict=True)
             batch.arguments = [_unowned(v.pointer, v.shape, IN_MEMORY[o.format], v.device, v.strides) for v, o in views]
         contiguous = batch.loop == "contiguous"
-        head_and_vectors, size = (batch.split[:2], {"size": batch.split.threads}) if contiguous else ((), {})
+        head_and_vectors, size = (), {}
+        if contiguous:
+            head_and_vectors, size = batch.split[:2], {"size": batch.split.threads_of(batch.vectors)}
         of_row = (update.key, update.start) if random else ()
         read, written = in_and_out(operands, batch.arguments)
         kernel(*read, *head_and_vectors, *of_row, *numbers, *written, **size)

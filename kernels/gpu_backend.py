@@ -36,6 +36,7 @@ class GpuBackend(Backend):
 
     memory = "CUDA"
     boundary = VECTOR_BYTES
+    interleaves = False  # whether the compiler computes the lanes of a vector side by side, which takes more registers
     default_named: int | None = None  # the stream that the library names for a new array
 
     def __init__(self):

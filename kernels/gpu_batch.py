@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpuadam.kernels import synchronous
+from gpuadam.kernels import gpu_driver, synchronous
 from gpuadam.kernels.backend import Batch
+from gpuadam.kernels.gpu_in_flight import vectors_of
 from gpuadam.kernels.gpu_table import Table, rows_and_owners
 from gpuadam.kernels.layout import split
 from gpuadam.kernels.operands import GROUP_LANES
@@ -47,6 +48,7 @@ class GpuBatch(Batch):
         self.streams = list(dict.fromkeys(view.stream for view in views))  # that the arrays name
         self.pointers = [view.pointer for view in first]
         self.borrowed = backend.borrowed(views)
+        self.form, self.vectors = None, 1  # of the last launch: how many vectors a thread takes
         self.arguments = None  # the arrays as CuPy's, made at the first launch
         self.text = synchronous.text_of_updates(updates, loop) if synchronous.ON else ""
         # what CuPy compiles a kernel for, beside its form
@@ -85,6 +87,9 @@ class GpuBatch(Batch):
     def prepare(self, rule, form, scalars, place, key=0):
         """Put the table on the device, and compile the kernel."""
         super().prepare(rule, form, scalars, place, key)
+        if form is not self.form:
+            capability = gpu_driver.compute_capability(self.device)
+            self.form, self.vectors = form, vectors_of(form, self.loop, capability, self.backend.interleaves)
         with self.backend.on(self.device, place.stream):
             if self.table:
                 self.address = self.table.on_stream(place.stream)

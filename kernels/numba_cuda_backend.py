@@ -52,7 +52,7 @@ class NumbaCuda(GpuBackend):
         numbers = scalars.address if on_device else tuple(map(form.dtype.type, scalars))
 
         def kernel(loop, blocks):
-            return _configured(compiled(build, rule, form, loop, on_device), blocks, BLOCK, stream)
+            return _configured(compiled(build, rule, form, loop, on_device, batch.vectors), blocks, BLOCK, stream)
 
         if batch.loop == "table":
             owners = batch.address + batch.rows.nbytes
@@ -61,7 +61,8 @@ class NumbaCuda(GpuBackend):
         (update,) = batch.updates
         rest = update.start, update.key ^ key, numbers
         if batch.loop == "contiguous":
-            kernel("contiguous", -(-batch.split.threads // BLOCK))(tuple(batch.pointers), *batch.split, *rest)
+            threads = batch.split.threads_of(batch.vectors)
+            kernel("contiguous", -(-threads // BLOCK))(tuple(batch.pointers), *batch.split[:2], threads, *rest)
         else:
             views = update.views
             shape, strides = collapse(views[0].shape, [view.strides for view in views], form.arrays.random)
