@@ -3,9 +3,9 @@
     python benchmarks/host_time.py [--backend cupy] [--sizes 1,148,1000] [--seconds 6] [--out FOLDER]
 
 --sizes are numbers of arrays, of 1,000 elements each. Beside `adam_step` over each array and `Adam.step` over all stands the
-library's own launch of as much: on CuPy an ElementwiseKernel of one element a thread over param, grad, m and v, on Numba a
-kernel that takes the same four arrays. The bare launches are one for each array; `Adam.step` makes one for all. Times are the
-host's, until the call returns.
+library's own launch of as much: Adam as one writes it, in an ElementwiseKernel of CuPy and in a kernel of Numba, which take
+four arrays and four numbers. The bare launches are one for each array; `Adam.step` makes one for all. Times are the host's, until
+the call returns.
 
 With GPUADAM_GPU=host it measures without a GPU: the libraries run over tests/stand_in, whose driver then answers from compiled
 code in no time and runs no kernel (tests/stand_in/instant.py). What is left is Python's time and the libraries'.
@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import os
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -54,34 +55,28 @@ def steps(arrays):
     return {"gpuadam.adam_step": adam_steps, "gpuadam.Adam.step": lambda: opt.step(grads)}
 
 
-def bare_elementwise_kernel(arrays):
-    import cupy
-
-    kernel = cupy.ElementwiseKernel("T grad, T lr", "T param, T m, T v", "param -= lr * grad", "bare")
-
-    def launch():
-        for param, grad, m, v in arrays:
-            kernel(grad, 0.0, param, m, v)
-
-    return launch
-
-
-def bare_numba_kernel(arrays):
+def bare_numba_kernel(backend, shapes):
+    """A Numba kernel whose body is Adam as one writes it: the arguments of `peers.one_element_a_thread`."""
     from numba import cuda
 
     @cuda.jit
-    def kernel(param, grad, m, v, lr):
+    def kernel(grad, lr, one_minus_beta1, one_minus_beta2, eps, param, m, v):
         i = cuda.grid(1)
         if i < param.size:
-            param[i] -= lr * grad[i]
+            m[i] += one_minus_beta1 * (grad[i] - m[i])
+            v[i] += one_minus_beta2 * (grad[i] * grad[i] - v[i])
+            param[i] -= lr * m[i] / (v[i] ** 0.5 + eps)
 
-    configured = kernel[-(-ELEMENTS // 128), 128]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Grid size")  # of arrays too small to fill a GPU
+        configured = kernel[-(-ELEMENTS // 128), 128]
+    arrays, (beta1, beta2) = peers.own_arrays(backend, shapes), peers.BETAS
 
-    def launch():
+    def step():
         for param, grad, m, v in arrays:
-            configured(param, grad, m, v, 0.0)
+            configured(grad, peers.LR, 1 - beta1, 1 - beta2, peers.EPS, param, m, v)
 
-    return launch
+    return peers.Contender(step)
 
 
 def measure_rows(backend, options, notes):
@@ -90,9 +85,9 @@ def measure_rows(backend, options, notes):
         notes.append("a step on a CPU takes its time on the host: see small.py and many.py")
         return
     for n in report.numbers(options.sizes):
-        arrays = peers._own_arrays(backend, n * [(ELEMENTS,)])
-        bare = (bare_elementwise_kernel if backend.name == "cupy" else bare_numba_kernel)(arrays)
-        contenders = steps(arrays) | {BARE[backend.name]: bare}
+        shapes = n * [(ELEMENTS,)]
+        bare = (peers.one_element_a_thread if backend.name == "cupy" else bare_numba_kernel)(backend, shapes).step
+        contenders = steps(peers.own_arrays(backend, shapes)) | {BARE[backend.name]: bare}
         for function in [*contenders.values()] * 3:  # compiled, and known to the optimizer
             function()
         timing.drain(kernels)

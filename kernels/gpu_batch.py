@@ -1,6 +1,7 @@
 """What one launch on a GPU updates, and where it goes."""
 
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,7 @@ class Place(NamedTuple):
     stream: int
     others: list[int]  # streams to order the launch with
     capturing: bool  # whether a graph is being captured on the stream
+    is_current: bool = False  # whether device and stream were the current ones when the place was chosen
 
     def check_capture(self):
         """Refuse to capture work that would have to wait for streams outside the graph."""
@@ -48,8 +50,9 @@ class GpuBatch(Batch):
         self.streams = list(dict.fromkeys(view.stream for view in views))  # that the arrays name
         self.pointers = [view.pointer for view in first]
         self.borrowed = backend.borrowed(views)
-        self.form, self.vectors = None, 1  # of the last launch: how many vectors a thread takes
-        self.arguments = None  # the arrays as CuPy's, made at the first launch
+        self.built: Any = None  # (rule, form, whether scalars are on the device) of the kernel that is known to be there
+        self.vectors = 1  # that a thread of it takes
+        self.call: Any = None  # what the backend keeps for the next launch of the same kernel
         self.text = synchronous.text_of_updates(updates, loop) if synchronous.ON else ""
         # what CuPy compiles a kernel for, beside its form
         self.kernel = loop, *((view.contiguous, len(view.shape), view.nbytes > MOST_OF_32_BITS) for view in first)
@@ -87,20 +90,25 @@ class GpuBatch(Batch):
     def prepare(self, rule, form, scalars, place, key=0):
         """Put the table on the device, and compile the kernel."""
         super().prepare(rule, form, scalars, place, key)
-        if form is not self.form:
-            capability = gpu_driver.compute_capability(self.device)
-            self.form, self.vectors = form, vectors_of(form, self.loop, capability, self.backend.interleaves)
-        with self.backend.on(self.device, place.stream):
+        kernel = rule, form, isinstance(scalars, ScalarsMemory)
+        with self.backend.at(self.device, place):
             if self.table:
                 self.address = self.table.on_stream(place.stream)
+            if self.built is not None and all(map(operator.is_, kernel, self.built)):
+                return
+            self.built = self.call = None
+            capability = gpu_driver.compute_capability(self.device)
+            self.vectors = vectors_of(form, self.loop, capability, self.backend.interleaves)
             if not place.capturing:
-                kernel = rule, form, isinstance(scalars, ScalarsMemory), self.kernel
-                self.backend.rehearse(self.device, kernel, lambda s: self.backend.run(self, form, scalars, rule, s, key))
+                self.backend.rehearse(
+                    self.device, (*kernel, self.kernel), lambda s: self.backend.run(self, form, scalars, rule, s, key)
+                )
+                self.built = kernel
 
     def launch(self):
         rule, form, scalars, place, key = self.prepared
         backend, stream = self.backend, place.stream
-        with backend.on(self.device, stream):
+        with backend.at(self.device, place):
             backend.before(place)
             synchronous.launch(backend, stream, lambda: self.text, backend.run, self, form, scalars, rule, stream, key)
             self.begun = True

@@ -50,7 +50,7 @@ def asked(name, *arguments, kind=ctypes.c_void_p):
 def current_device():
     """Return the number of the device of this thread's context, or None if the thread has none."""
     device = ctypes.c_int()
-    return None if status("cuCtxGetDevice", ctypes.byref(device)) else device.value
+    return None if _function("cuCtxGetDevice", 1)(ctypes.byref(device)) else device.value
 
 
 @functools.cache
