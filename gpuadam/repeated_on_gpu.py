@@ -2,7 +2,7 @@
 
 A step goes the long way first, by `update`, and its batches are kept (`remembered.py`). The next one is compared with it: the
 settings and the arrays of parameters and state by identity, and of each array what its library lets change while it stays the
-same object. If nothing differs, what is left to do are the scalars and the launches. If anything does, the step goes the long way,
+same object. If nothing differs, only the scalars and the launches are left to do. If anything does, the step goes the long way,
 which refuses what is wrong: nothing is refused here.
 """
 
@@ -18,34 +18,28 @@ from .groups import MAPPING, ONE
 from .kernels import adam
 from .kernels.scalars import step_key
 from .kernels.view import type_name
-from .repeated import IMMUTABLE, NO_OPTIONS
+from .repeated import NO_OPTIONS, Repeats, stays
 from .step_counts import HostCount
 from .update import launch
 
 MOST_KEPT = 1024  # calls of adam_step on different arrays, in each thread
 
 
-def _stays(setting):
-    return type(setting) in IMMUTABLE or (type(setting) is tuple and all(map(_stays, setting)))
-
-
 def _same(some, others):
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
-class RepeatedOnGpu:
-    """The last step of an optimizer on a GPU. An optimizer has one."""
+class RepeatedOnGpu(Repeats):
+    """The last steps of an optimizer on a GPU. An optimizer has one."""
 
     def __init__(self):
+        super().__init__()
         self._batches: list[Any] = []
-
-    def __reduce__(self):  # a copy of an optimizer has other arrays
-        return (RepeatedOnGpu, ())
 
     def note(self, optimizer, groups, updates, options):
         """Take over a step that went the long way, if the next ones may be alike. The arguments are those of `RepeatedStep`."""
-        self._batches, kept = [], optimizer.kept_batches()
-        if not kept or len(groups) != 1 or len(updates) != 1:
+        kept = optimizer.kept_batches()
+        if not kept or len(groups) != 1 or len(updates) != 1 or not self.worth_a_look():
             return
         (settings,), (group,), (only,) = optimizer.groups, groups, updates
         n, held = len(group.parameters), [only.columns[0], *only.columns[2:]]
@@ -58,24 +52,26 @@ class RepeatedOnGpu:
             or len(held[0]) != n
             or len(only.columns) != 2 + len(group.kind.kept)
             or not _same(options[1:], NO_OPTIONS)
-            or not all(map(_stays, (options[0], *fixed)))
+            or not all(map(stays, (options[0], *fixed)))
             or any(type(array) is not cls for column in only.columns for array in column)
         ):
             return
         (self._changing,), (self._all,) = remembered.READ_CHANGING[name], remembered.READ_ALL[name]
         self._class, self._held, self._kind = cls, held, group.structure.kind
         self._options, self._keys, self._fixed, self._names = options, list(settings), fixed, list(group.structure.names)
+        self._facts_of = kept[0].backend.facts
+        self._facts = self._facts_of(list(itertools.chain.from_iterable(held)))
         self._shapes = [list(map(self._changing, column)) for column in held]
         self._note_grads(only.columns[1])
         self._states = [parameter.state for parameter in group.parameters]
         self._of_state = operator.itemgetter("step", *group.kind.kept)
         self._h, self._seed = only.h.fixed, only.seed
-        self._backend, self._batches = backends.forced(optimizer.backend), kept
+        self._backend, self._batches, self.ready = backends.forced(optimizer.backend), kept, True
 
-    def does(self, optimizer, grads, options):
-        """Take the step if it is as the last one, and return whether it was taken. options: the other arguments of `step`."""
+    def as_last(self, optimizer, grads, options):
+        """Take the step if it is as the last one; else do nothing. options: the other arguments of `step`."""
         batches = self._batches
-        if not batches or optimizer.kept_batches() is not batches or not _same(options, self._options):
+        if optimizer.kept_batches() is not batches or not _same(options, self._options):
             return False
         if len(optimizer.groups) != 1 or optimizer.under_way.changing or backends.forced(optimizer.backend) != self._backend:
             return False
@@ -97,7 +93,12 @@ class RepeatedOnGpu:
         step = steps[0]
         if type(step) is not int or step < 0 or steps.count(step) != len(steps) or not all(map(_same, held, self._held)):
             return False
-        if [list(map(self._changing, column)) for column in held] != self._shapes or not self._like_before(grads):
+        if self._facts is not None:
+            if not self._facts.unchanged():
+                return False
+        elif [list(map(self._changing, column)) for column in held] != self._shapes:
+            return False
+        if not self._like_before(grads):
             return False
         h = hyperparameters.Hyperparameters(lr, self._h)
         for batch in batches:
@@ -115,11 +116,16 @@ class RepeatedOnGpu:
 
     def _note_grads(self, grads):
         self._grads, self._objects = list(map(self._all, grads)), list(map(weakref.ref, grads))  # none is kept alive
-        self._shapes_of_grads = list(map(self._changing, grads))
+        self._shapes_of_grads, self._facts_of_grads = list(map(self._changing, grads)), None
 
     def _like_before(self, grads):
-        """Whether gradients have the memory, the shapes and so on of those of the step before: mostly these are the same objects."""
+        """Whether gradients have the memory and shapes of those of the step before. Mostly they are the same objects."""
         if _same(grads, [weak() for weak in self._objects]):
+            if self._facts_of_grads is not None:
+                return self._facts_of_grads.unchanged()
+            self._facts_of_grads = self._facts_of(
+                grads
+            )  # at the second step with the same objects: mostly they are new ones
             return list(map(self._changing, grads)) == self._shapes_of_grads
         if not all(type(grad) is self._class for grad in grads) or list(map(self._all, grads)) != self._grads:
             return False
@@ -135,18 +141,20 @@ class RepeatedOnGpu:
         return list(grads) if type(grads) in (list, tuple) else []
 
 
+# All that checks and launches depend on of an array, without the array
+READ = {
+    remembered.CUPY: operator.attrgetter("data.ptr", "data.device_id", "shape", "strides", "dtype"),
+    remembered.NUMBA: operator.attrgetter(
+        "device_ctypes_pointer.value", "gpu_data.context.device.id", "shape", "strides", "dtype", "stream"
+    ),
+}
+
+
 class CallsOnGpu(threading.local):
-    """The batches of the last calls of adam_step in a thread, by all that checks and launches depend on of their arrays.
+    """The batches of the last calls of adam_step in a thread, by what `READ` says of their arrays.
 
     It takes the place of a `remembered.Remembered`. No array is kept alive: one with the same memory, shape and dtype is as good.
     """
-
-    READ = {
-        remembered.CUPY: operator.attrgetter("data.ptr", "data.device_id", "shape", "strides", "dtype"),
-        remembered.NUMBA: operator.attrgetter(
-            "device_ctypes_pointer.value", "gpu_data.context.device.id", "shape", "strides", "dtype", "stream"
-        ),
-    }
 
     def __init__(self):
         self._batches: dict[tuple, list] = {}
@@ -154,7 +162,7 @@ class CallsOnGpu(threading.local):
 
     def takes(self, array):
         """Whether arrays of this type are remembered."""
-        return type_name(type(array)) in self.READ
+        return type_name(type(array)) in READ
 
     def batches(self, groups, backend):
         """Return the batches of an earlier call with the same settings on such arrays, or None."""
@@ -165,7 +173,7 @@ class CallsOnGpu(threading.local):
         if any(type(array) is not cls for array in arrays):
             return None
         settings = group.operands, group.stochastic, group.nonzero, group.complex, group.components, group.h.fixed
-        self._key = cls, backends.forced(backend), *settings, *map(self.READ[type_name(cls)], arrays)
+        self._key = cls, backends.forced(backend), *settings, *map(READ[type_name(cls)], arrays)
         return self._batches.get(self._key)
 
     def keep(self, groups, backend, batches):

@@ -97,7 +97,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `messages.py` | values of users in the messages of errors |
 | `gpu_backend.py`, `gpu_driver.py`, `gpu_batch.py`, `gpu_table.py`, `streams.py` | both GPU backends |
 | `gpu_in_flight.py` | how many vectors a thread of a GPU takes |
-| `cupy_backend.py`, `cupy_kernels.py` | `cupy` |
+| `cupy_backend.py`, `cupy_kernels.py`, `cupy_struct.py` | `cupy` |
 | `numba_cuda_backend.py`, `numba_cuda_kernels.py` | `numba-cuda` |
 | `numba_memory.py` | numbers in memory, for Numba's code on the CPU and on a GPU |
 | `norm_order.py` | THE ORDER of the global norm, and its plan |

@@ -8,7 +8,7 @@ import warnings
 import cupy
 import numpy as np
 
-from gpuadam.kernels import adam, cupy_kernels, gpu_driver, gpu_table, norm_order
+from gpuadam.kernels import adam, cupy_kernels, cupy_struct, gpu_driver, gpu_table, norm_order
 from gpuadam.kernels.cupy_kernels import IN_MEMORY, in_and_out
 from gpuadam.kernels.gpu_backend import UNCHANGED, GpuBackend
 from gpuadam.kernels.operands import operands_of_form, widened
@@ -41,6 +41,9 @@ class Cupy(GpuBackend):
         memory = array.data
         contiguous = array.flags.c_contiguous
         return View(name, array, memory.ptr, array.shape, array.strides, array.dtype, True, contiguous, memory.device_id)
+
+    def facts(self, arrays):
+        return cupy_struct.facts(arrays)
 
     # Launches
 

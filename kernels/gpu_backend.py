@@ -58,6 +58,9 @@ class GpuBackend(Backend):
         """Return the context of a Place, which this thread has chosen and not left since."""
         return UNCHANGED if place.is_current else self.on(device, place.stream)
 
+    def facts(self, arrays):
+        """Return what tells, by its method `unchanged`, whether arrays of the library are what they were; None if nothing can."""
+
     def current_device(self):
         """Return the number of the current device."""
 

@@ -148,7 +148,7 @@ class NumbaCuda(GpuBackend):
 
 
 def _call_of(batch, form, rule, on_device, stream):
-    """Return the configured kernel of a batch, its arguments before the key and the numbers of a step, and its parameter's key."""
+    """Return the configured kernel of a batch, its arguments before the key and the scalars, and the key of its parameter."""
 
     def kernel(loop, blocks):
         return _configured(compiled(build, rule, form, loop, on_device, batch.vectors), blocks, BLOCK, stream)
