@@ -281,8 +281,10 @@ def numbers_of_an_element():
 def _cub_problem(memory):
     if importlib.util.find_spec("cuda.compute") is None:
         return "cuda-cccl is not installed: pip install 'cuda-cccl[cu13]', or [cu12]"
-    from cuda import compute
-
+    try:
+        compute = importlib.import_module("cuda.compute")
+    except Exception as error:  # noqa: BLE001 - of CUDA's libraries, which it loads; the reason is kept
+        return f"cuda.compute cannot be loaded: {error}".splitlines()[0]
     return "" if hasattr(compute, "make_unary_transform") else "this cuda-cccl has no cuda.compute.make_unary_transform"
 
 

@@ -56,6 +56,7 @@ def assert_same(form, found, expected, context):
         assert (one.view(bits) == other.view(bits)).all(), f"{operand.name} {context}"
 
 
+@pytest.mark.in_short("compiler")
 @pytest.mark.parametrize("vectors", few((2, 3, 4), 2))
 @pytest.mark.parametrize("loop", ["contiguous", "table"])
 def test_every_start_and_size_has_the_cpu_backends_bits_and_touches_its_own_bytes_alone(compiler, loop, vectors):
@@ -100,18 +101,19 @@ def test_numbers_of_any_format_have_the_cpu_backends_bits(compiler, arch, loop, 
 
 @pytest.mark.in_short("compiler")
 @pytest.mark.parametrize("arch", BLACKWELL)
-@pytest.mark.parametrize("n", [1, 8 * 160 + 5, 8 * 256, 8 * 300, 8 * 1300 + 3])
-def test_8_bit_state_of_any_size_has_the_cpu_backends_bits(compiler, arch, n):
+def test_8_bit_state_of_any_size_has_the_cpu_backends_bits(compiler, arch):
     case = forms.FORMS["8-bit state"]
     form, scalars = forms.form_and_scalars(case)
-    arrays = list(forms.new_arrays(numba_cpu, case, n).values())
-    for _ in range(2):
-        expected = updated_on_cpu(form, arrays, scalars, [1] * len(arrays))
-        memory = gpu_code.memory_of(arrays)
-        gpu_code.run_table(compiler, form, arch, [arrays], scalars, memory, key=STEP_KEY, keys=[KEY], vectors=2)
-        assert_same(form, arrays, expected, f"n={n}")
+    for n in (1, 8 * 160 + 5, 8 * 256, 8 * 300, 8 * 1300 + 3):
+        arrays = list(forms.new_arrays(numba_cpu, case, n).values())
+        for _ in range(2):
+            expected = updated_on_cpu(form, arrays, scalars, [1] * len(arrays))
+            memory = gpu_code.memory_of(arrays)
+            gpu_code.run_table(compiler, form, arch, [arrays], scalars, memory, key=STEP_KEY, keys=[KEY], vectors=2)
+            assert_same(form, arrays, expected, f"n={n}")
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("name", few(["float32", "8-bit state"], "float32"))
 def test_a_step_that_is_turned_off_zeroes_the_gradient_and_nothing_else(compiler, name):
     case = forms.FORMS[name]
@@ -164,6 +166,7 @@ def test_both_vectors_are_loaded_before_the_first_is_used(compiler, name):
         assert found.loaded == found.asked == 2 * 16 * (5 if form.amsgrad else 4), (loop, found)
 
 
+@pytest.mark.exhaustive
 def test_the_limit_has_as_many_bytes_in_flight(compiler):
     form, _ = form_and_scalars("adam", "float32")
     sass = gpu_code.machine_code(compiler, form, "sm_107", rule=limit, vectors=2)
