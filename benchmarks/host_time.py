@@ -13,6 +13,7 @@ code in no time and runs no kernel (tests/stand_in/instant.py). What is left is 
 
 import contextlib
 import itertools
+import math
 import os
 import sys
 import warnings
@@ -65,7 +66,7 @@ def bare_numba_kernel(backend, shapes):
         if i < param.size:
             m[i] += one_minus_beta1 * (grad[i] - m[i])
             v[i] += one_minus_beta2 * (grad[i] * grad[i] - v[i])
-            param[i] -= lr * m[i] / (v[i] ** 0.5 + eps)
+            param[i] -= lr * m[i] / (math.sqrt(v[i]) + eps)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Grid size")  # of arrays too small to fill a GPU

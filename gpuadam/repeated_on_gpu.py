@@ -58,7 +58,8 @@ class RepeatedOnGpu(Repeats):
             return
         (self._changing,), (self._all,) = remembered.READ_CHANGING[name], remembered.READ_ALL[name]
         self._class, self._held, self._kind = cls, held, group.structure.kind
-        self._options, self._keys, self._fixed, self._names = options, list(settings), fixed, list(group.structure.names)
+        self._keys, self._names, self._lr = list(settings), list(group.structure.names), list(settings).index("lr")
+        self._fixed = [*options, *(settings | {"lr": None}).values()]
         self._facts_of = kept[0].backend.facts
         self._facts = self._facts_of(list(itertools.chain.from_iterable(held)))
         self._shapes = [list(map(self._changing, column)) for column in held]
@@ -71,15 +72,16 @@ class RepeatedOnGpu(Repeats):
     def as_last(self, optimizer, grads, options):
         """Take the step if it is as the last one; else do nothing. options: the other arguments of `step`."""
         batches = self._batches
-        if optimizer.kept_batches() is not batches or not _same(options, self._options):
+        if optimizer.kept_batches() is not batches:
             return False
         if len(optimizer.groups) != 1 or optimizer.under_way.changing or backends.forced(optimizer.backend) != self._backend:
             return False
         (settings,) = optimizer.groups
         if list(settings) != self._keys:
             return False
-        lr, fixed = settings["lr"], [value for key, value in settings.items() if key not in ("lr", "params", "names")]
-        if type(lr) is not float or not 0.0 <= lr < math.inf or not _same(fixed, self._fixed):
+        values = list(settings.values())
+        lr, values[self._lr] = values[self._lr], None
+        if type(lr) is not float or not 0.0 <= lr < math.inf or not _same([*options, *values], self._fixed):
             return False
         if settings["names"] != self._names or not (grads := self._in_order(grads)):
             return False
