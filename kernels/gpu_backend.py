@@ -188,14 +188,19 @@ class GpuBackend(Backend):
     def place(self, device, stream, named):
         """Return the Place of work on a device. stream: the one that the caller asks for. named: those that the arrays name."""
         context = self.on(device, None)
+        if context is UNCHANGED:
+            return self._place(stream, named, True)
         with context:
-            current = self.current_stream()
-            target, others = streams.choose(stream, current, named)
-            is_current = context is UNCHANGED and (target == current or not self.enters_streams)
-            capturing = self.is_capturing(target)
-            if capturing:  # captured work cannot wait for the default stream: a graph is ordered where it is launched
-                others = [other for other in others if other != LEGACY_DEFAULT]
-            return Place(target, others, capturing, is_current)
+            return self._place(stream, named, False)
+
+    def _place(self, stream, named, is_current):
+        """Likewise on the current device. is_current: whether it will be that then."""
+        current = self.current_stream()
+        target, others = streams.choose(stream, current, named)
+        capturing = self.is_capturing(target)
+        if capturing:  # captured work cannot wait for the default stream: a graph is ordered where it is launched
+            others = [other for other in others if other != LEGACY_DEFAULT]
+        return Place(target, others, capturing, is_current and (target == current or not self.enters_streams))
 
     def before(self, place):
         """Make the next work at a Place, whose stream is current, wait for the other streams."""

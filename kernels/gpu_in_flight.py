@@ -50,8 +50,8 @@ def vectors_of(form, loop, capability, interleaves):
     if loop.startswith("strided"):
         return 1
     loaded, grouped, random = loaded_bytes(form), form.arrays.grouped, form.arrays.random
-    if is_rubin(capability):  # a block of a table has 8 vectors a thread, which these numbers divide
-        return 1 if grouped else 4 if loaded <= 112 else 2
     if grouped:
         return 2 if interleaves and capability >= (9, 0) else 1
+    if is_rubin(capability):  # a block of a table has 8 vectors a thread, which these numbers divide
+        return 4 if loaded <= 112 else 2
     return 2 if capability >= (10, 0) and (loaded < 64 or (loaded == 64 and random)) else 1

@@ -75,7 +75,20 @@ on Rubin, whose multiprocessors hold 1,024 threads, for nearly all.
     python benchmarks/in_flight.py --arch sm_90,sm_100,sm_107       # every form: registers, threads, bytes, what is needed
     benchmarks/gpu.sh OUTDIR launch_shapes                          # on a GPU: the time of one, two and four vectors a thread
 
-TABLE
+| float32, CuPy | registers | threads | vectors, bytes of each thread | KiB in flight | needed |
+|---|---:|---:|---:|---:|---:|
+| H200 (sm_90), one array | 40 | 1,536 | 1, 64 | 96 | 48 |
+| H200 (sm_90), many arrays | 61 | 1,024 | 1, 64 | 64 | 48 |
+| B200 (sm_100), one array | 40 | 1,536 | 1, 64 | 96 | 64 |
+| B200 (sm_100), many arrays | 53 | 1,152 | 1, 64 | 72 | 64 |
+| Rubin (sm_107), one array | 94 | 640 | 4, 256 | 160 | 128 |
+| Rubin (sm_107), many arrays | 96 | 640 | 4, 256 | 160 | 128 |
+| 8-bit state, H200 | 127 | 512 | 2, 160 | 80 | 48 |
+| 8-bit state, B200 | 137 | 384 | 2, 160 | **60** | 64 |
+
+8-bit state falls short on a B200 in CuPy, by 6 %, and on Rubin on both backends, by half. So do bfloat16 alone and `change` on
+Rubin in Numba, by a quarter and by a tenth. The script names what is short.
+
 The host's time of a step on a GPU is that of Python and of the libraries. `benchmarks/host_time.py` measures it beside bare
 launches, on a GPU, and without one over a driver that answers in no time.
 """

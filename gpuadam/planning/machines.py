@@ -102,7 +102,7 @@ NCCL = ("within latency", "across latency", "pcie latency")
 def sources(kind: str) -> dict[str, str]:
     """Return {figure: where it is from} of one of MACHINES."""
     of_dgx = () if kind in ("l40s", "rtx4090") else DATA_SHEET_OF_DGX
-    of_driver = {"device bandwidth": "its driver"} if kind == "b200" else {}
+    of_driver = {"device bandwidth": "driver"} if kind == "b200" else {}
     known = dict.fromkeys(MACHINES[kind].figures(), "assumed") | dict.fromkeys((*DATA_SHEET, *of_dgx), "data sheet")
     return known | dict.fromkeys(NCCL, "NCCL's tuning") | of_driver
 
