@@ -3,13 +3,13 @@
 All rates are bytes a second in one direction; a GB is 10^9 bytes. They are data sheets' rates, which no program quite reaches:
 times predicted from them are what can be hoped for. `python -m gpuadam plan --measure` puts measured ones in their place.
 
-Memory, its bandwidth and NVLink are from NVIDIA's data sheets: H100 (2023), H200 (2024), DGX B200 (2024: 1,440 GB for eight), A100
-(2021), L40S (2023). The bandwidth of a B200 is what its driver tells, its memory's clock times the width of its bus: 7,672 GB/s,
-where the data sheet rounds to 8 TB/s. That of the RTX 4090 is from the Ada architecture's white paper (2022: 384 bits at 21 Gb/s). Data sheets
-add both directions of NVLink and PCIe: 900 GB/s are 450 each way, and PCIe 5.0 x16 is 64, PCIe 4.0 x16 is 32. Networks and
-hosts are those of DGX systems (user guides: one port for each GPU, of 200 Gb/s with A100, else of 400; 2 TB of memory, two
-processors with eight channels each). Latencies are those by which NCCL chooses its algorithms (hwLat in its src/graph/tuning.cc,
-ring, protocol Simple): 3.4 us over NVLink, 5.7 over PCIe, 14 over a network.
+Memory, its bandwidth and NVLink are from NVIDIA's data sheets: H100 (2023), H200 (2024), DGX B200 (2024: 1,440 GB for eight),
+A100 (2021), L40S (2023). The bandwidth of a B200 is what its driver tells, the clock of its memory times the width of its bus:
+7,672 GB/s, where the data sheet rounds to 8 TB/s. That of the RTX 4090 is from the Ada architecture's white paper (2022: 384 bits
+at 21 Gb/s). Data sheets add both directions of NVLink and PCIe: 900 GB/s are 450 each way, and PCIe 5.0 x16 is 64, PCIe 4.0 x16
+is 32. Networks and hosts are those of DGX systems (user guides: one port for each GPU, of 200 Gb/s with A100, else of 400; 2 TB
+of memory, two processors with eight channels each). Latencies are those by which NCCL chooses its algorithms (hwLat in its
+src/graph/tuning.cc, ring, protocol Simple): 3.4 us over NVLink, 5.7 over PCIe, 14 over a network.
 
 Assumed, without such a source: 10 us for a launch; drives of 6.5 GB/s read and 3.5 GB/s written, eight of 3.84 TB in a DGX; of
 L40S servers a network of 100 Gb/s for each GPU, and 1 TB of host memory; of the RTX 4090 one GPU, 10 Gb/s, 128 GB of memory at
