@@ -21,7 +21,8 @@ From a call to the memory:
             convert, store              and back
 
 Two shorter ways lead to the same batches. Compiled code reads plain NumPy arrays faster than Python can (`numpy_struct.py`).
-Arrays of other libraries are remembered from step to step (`gpuadam/remembered.py`).
+Arrays of other libraries are remembered from step to step (`gpuadam/remembered.py`), and a step on a GPU that is as the last one
+makes its launches and little else (`gpuadam/repeated_on_gpu.py`).
 
 **Words.** An *operand* is an array that a kernel touches. A *view* is what is known of an array. An *update* is one
 parameter's operands. A *batch* is what one launch takes. A *form* is what is known when a kernel is compiled. *Scalars* are
