@@ -31,6 +31,7 @@ section tests-gpu 120 "tests that only a real GPU can run: 2^31 elements and byt
 section large 90 "one large array on both backends, beside torch's fused Adam"
 section many 55 "GPT-2's 148 arrays and 1,000 arrays, on both backends"
 section small 40 "the host's time of a call, on both backends"
+section host_time 40 "the host's time of a step beside bare launches, on both backends"
 section tests 420 "every test that is marked gpu"
 section narrow 150 "every format of the arrays, on both backends"
 section amp_step 80 "the whole step of mixed-precision training, on both backends"
@@ -113,6 +114,7 @@ if [ "${GPUADAM_GPU:-}" != host ]; then
     large=(--seconds 2 --sizes $((1 << 20)),$((1 << 26)),$((1 << 28)))
     many=(--seconds 3)
     small=(--seconds 1)
+    host_time=(--seconds 3)
     narrow=(--seconds 3) narrow_numba=(--seconds 2 --forms "bfloat16 state,8-bit state,all bfloat16")
     amp_step=(--seconds 2) amp_step_numba=(--seconds 2 --sizes gpt2)
     norms=(--seconds 1)
@@ -134,6 +136,7 @@ else
     large=(--seconds 0 --sizes 4096,8192)
     many=(--seconds 0 --sizes 20x1000)
     small=(--seconds 0 --sizes 1000)
+    host_time=(--seconds 0 --sizes 2)
     narrow=(--seconds 0 --sizes 4096 --forms "8-bit state") narrow_numba=("${narrow[@]}")
     amp_step=(--seconds 0 --sizes 3x1000) amp_step_numba=("${amp_step[@]}")
     norms=(--seconds 0 --sizes 4096)
@@ -238,6 +241,11 @@ section_small() {
     benchmark small cupy 22 "${small[@]}" --peers "torch fused,torch foreach"
     benchmark small numba-cuda 22 "${small[@]}" --peers "torch fused,torch foreach"
     drawn small
+}
+section_host_time() {
+    benchmark host_time cupy 22 "${host_time[@]}"
+    benchmark host_time numba-cuda 22 "${host_time[@]}"
+    drawn host_time
 }
 section_tests() {
     local side_by_side k=${every:+($every) and }

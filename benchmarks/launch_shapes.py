@@ -1,10 +1,10 @@
-"""What would another shape of the GPU kernel cost or gain: block size, vectors a thread, one-shot or grid-stride, cache hints?
+"""What would another shape of the GPU kernel cost or gain: block size, vectors a thread, cache hints?
 
     python benchmarks/launch_shapes.py [--arch sm_90] [--elements 268435456] [--seconds 5] [--out FOLDER]
 
-Each variant is CuPy's kernel with its loop changed and the rule left as it is. Compiling them needs no GPU: registers, the
-threads that fit on a multiprocessor, and the bytes that these have on their way say what the memory will see. Where there is a
-GPU, they run in turn with the kernel as it is and with the limit kernel.
+Each variant is CuPy's kernel with the rule left as it is. Compiling them needs no GPU: registers, the threads that fit on a
+multiprocessor, and the bytes that these have in flight say what the memory will see. Where there is a GPU, they run in turn with
+the kernel as it is launched and with the limit kernel.
 """
 
 import argparse
@@ -20,14 +20,16 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+import in_flight
+
 import gpuadam
 from gpuadam import hyperparameters
 from gpuadam.cli.measuring import facts, forms, measure
 from gpuadam.kernels import adam, limit
+from gpuadam.kernels.layout import Split
 from gpuadam.kernels.operands import Arrays
 from gpuadam.terminal import output
 
-THREADS, REGISTERS, BLOCKS = 2048, 65536, 32  # of a multiprocessor of an A100, H100 or B200
 HYPERPARAMETERS = {
     "lr": 1e-3,
     "betas": (0.9, 0.999),
@@ -40,80 +42,55 @@ HYPERPARAMETERS = {
 
 class Variant(NamedTuple):
     block: int = 128
-    vectors: int = 1  # of 16 bytes of each array, to a thread, all loaded before the first is stored
-    grid_stride: bool = False
+    vectors: int = 1  # of 16 bytes of each array, to a thread, all loaded before the first is used
     hint: str = ""  # "cs": streaming loads and stores, which leave the caches first
 
 
 VARIANTS = {
-    "as it is": Variant(),
+    "1 vector a thread": Variant(),
     "64 threads a block": Variant(block=64),
     "256 threads a block": Variant(block=256),
     "512 threads a block": Variant(block=512),
     "2 vectors a thread": Variant(vectors=2),
+    "2 vectors, 256 threads": Variant(block=256, vectors=2),
     "4 vectors a thread": Variant(vectors=4),
-    "grid-stride": Variant(grid_stride=True),
     "streaming loads and stores": Variant(hint="cs"),
 }
 
-HINTS = """
-typedef Vector<LANES, T> Lanes;
-__device__ __forceinline__ Lanes load_(const T* p) {
-    float4 x = __ldcs((const float4*)p); return *reinterpret_cast<Lanes*>(&x); }
-__device__ __forceinline__ void store_(T* p, Lanes x) { __stcs((float4*)p, *reinterpret_cast<float4*>(&x)); }
-"""
-PLAIN = """
-typedef Vector<LANES, T> Lanes;
-__device__ __forceinline__ Lanes load_(const T* p) { return vector_at<LANES>(p); }
-__device__ __forceinline__ void store_(T* p, Lanes x) { vector_at<LANES>(p) = x; }
-"""
-# Arrays without a head or a tail: what is measured is the vectors.
-LOOP = """
-const ptrdiff_t threads = (ptrdiff_t)gridDim.x * blockDim.x;
-for (ptrdiff_t j = i; j < vectors / %(vectors)d; j += threads) {
-    Lanes G[%(vectors)d], P[%(vectors)d], M[%(vectors)d], V[%(vectors)d];
-    #pragma unroll
-    for (int n = 0; n < %(vectors)d; ++n) {
-        const ptrdiff_t at = (j / 32 * 32 * %(vectors)d + n * 32 + j %% 32) * LANES;  // a warp's vectors lie side by side
-        G[n] = load_(&grad[at]); P[n] = load_(&param[at]); M[n] = load_(&m[at]); V[n] = load_(&v[at]);
-    }
-    #pragma unroll
-    for (int n = 0; n < %(vectors)d; ++n) {
-        const ptrdiff_t at = (j / 32 * 32 * %(vectors)d + n * 32 + j %% 32) * LANES;
-        #pragma unroll
-        for (int k = 0; k < LANES; ++k) {
-            T max_v = V[n].lane[k], ema = P[n].lane[k];  // which this form does not have
-            update(P[n].lane[k], G[n].lane[k], M[n].lane[k], V[n].lane[k], max_v, ema, %(scalars)s);
-        }
-        store_(&param[at], P[n]); store_(&m[at], M[n]); store_(&v[at], V[n]);
-    }
-    %(one_shot)s
-}
-break;
-"""
+# In the place of the load and the store of `cuda_c_access.py`, for four floats
+HINTS = (
+    (
+        "    return *as<Vector<N, S, M>>(p);",
+        """    Vector<N, S, M> x;
+    if constexpr (sizeof(x) == 16) *as<float4>(&x) = __ldcs(as<float4>(p));
+    else x = *as<Vector<N, S, M>>(p);
+    return x;""",
+    ),
+    (
+        "    *as<Vector<N, S, M>>(p) = v;",
+        """    if constexpr (sizeof(v) == 16) __stcs(as<float4>(p), *as<float4>(&v));
+    else *as<Vector<N, S, M>>(p) = v;""",
+    ),
+)
 
 
-def build(variant, form):
+def build(variant, form, rule=adam):
     """Return a variant as an ElementwiseKernel."""
     import cupy
 
     from gpuadam.kernels import cupy_kernels
 
-    base = cupy_kernels.build(adam, form, "contiguous")
-    names = [(p.raw, np.dtype(p.dtype).name, p.name) for p in base.params[:-1]]
-    declared = [f"{'raw ' if raw else ''}{dtype} {name}" for raw, dtype, name in names]
-    body = LOOP % {
-        "vectors": variant.vectors,
-        "scalars": ", ".join(adam.scalar_names(form)),
-        "one_shot": "" if variant.grid_stride else "break;",
-    }
-    return cupy.ElementwiseKernel(
-        ", ".join(declared[: base.nin]),
-        ", ".join(declared[base.nin :]),
-        body,
-        f"variant_{variant.block}_{variant.vectors}_{variant.grid_stride}_{variant.hint}",
-        preamble=base.preamble + (HINTS if variant.hint else PLAIN),
-    )
+    base = cupy_kernels.build(rule, form, "contiguous", vectors=variant.vectors)
+    if not variant.hint:
+        return base
+    preamble = base.preamble
+    for plain, hinted in HINTS:
+        if preamble.count(plain) != 1:
+            raise RuntimeError(f"kernels/cuda_c_access.py has no {plain.strip()!r} any more, which the hints replace")
+        preamble = preamble.replace(plain, hinted)
+    declared = [f"{'raw ' if p.raw else ''}{np.dtype(p.dtype).name} {p.name}" for p in base.params[:-1]]
+    inputs, outputs = ", ".join(declared[: base.nin]), ", ".join(declared[base.nin :])
+    return cupy.ElementwiseKernel(inputs, outputs, base.operation, f"{base.name}_{variant.hint}", preamble=preamble)
 
 
 def machine_code(kernel, arch):
@@ -133,13 +110,6 @@ def machine_code(kernel, arch):
     return int(re.search(r"\bREG:(\d+)", usage)[1]), len(accesses), " ".join(sorted(set(accesses)))
 
 
-def occupancy(registers, block):
-    """Return how many threads fit on a multiprocessor: registers are given out to warps in units of 256."""
-    per_warp = -(-registers * 32 // 256) * 256
-    warps = REGISTERS // per_warp
-    return min(warps * 32 // block, BLOCKS, THREADS // block) * block
-
-
 def run_on_gpu(kernels, form, scalars, options):
     """Return the median microseconds of every variant, of the package's kernel and of the limit, in turn on the same arrays."""
     import cupy
@@ -148,15 +118,12 @@ def run_on_gpu(kernels, form, scalars, options):
 
     n = options.elements // 2048 * 2048
     param, grad, m, v = (cupy.asarray(a) for a in measure.data(n, "float32"))
-    multiprocessors = cupy.cuda.Device().attributes["MultiProcessorCount"]
 
     def launcher(name):
         variant, kernel = VARIANTS[name], kernels[name]
-        vectors = n // 4
-        threads = vectors // variant.vectors
-        if variant.grid_stride:
-            threads = multiprocessors * THREADS
-        return lambda: kernel(grad, 0, vectors, *scalars, param, m, v, size=threads, block_size=variant.block)
+        cut = Split(0, n // 4, n // 4)
+        size = cut.threads_of(variant.vectors)
+        return lambda: kernel(grad, 0, cut.vectors, *scalars, param, m, v, size=size, block_size=variant.block)
 
     launchers = {name: launcher(name) for name in kernels}
     arrays = [param, grad, m, v]
@@ -182,14 +149,14 @@ def main():
     kernels = {name: build(variant, form) for name, variant in VARIANTS.items()}
     measured = run_on_gpu(kernels, form, scalars, options) if "cupy" in gpuadam.available_backends() else {}
     rows = []
-    print(f"{'':28}{'registers':>10}{'threads/SM':>12}{'KiB on their way/SM':>21}{'us':>10}{'x limit':>9}")
+    print(f"{'':28}{'registers':>10}{'threads/SM':>12}{'KiB in flight/SM':>21}{'us':>10}{'x limit':>9}")
     for name, variant in VARIANTS.items():
         row, shown = {"variant": name, **variant._asdict()}, f"{'':43}"
         if any(Path(folder, "nvidia/cu13/bin/nvdisasm").exists() for folder in sys.path):  # the wheels of the test extra
             registers, accesses, kinds = machine_code(kernels[name], options.arch)
-            threads = occupancy(registers, variant.block)
+            threads = in_flight.resident_threads(registers, options.arch, variant.block)
             row |= {"arch": options.arch, "registers": registers, "accesses": accesses, "kinds": kinds, "threads": threads}
-            row["kib_on_their_way"] = threads * 64 * variant.vectors / 1024
+            row["kib_in_flight"] = threads * 64 * variant.vectors / 1024
             shown = f"{registers:10}{threads:12}{row['kib_on_their_way']:21.0f}"
         if name in measured:
             row |= {"p50_us": measured[name], "x_limit": measured[name] / measured["limit"]}

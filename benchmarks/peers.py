@@ -79,6 +79,7 @@ class Peer(NamedTuple):
     floats: int = 4  # an element, held at the peak of a step
     passes: int = 1  # over memory, roughly: many take too long on large arrays
     problem: Callable[[str], str] = lambda memory: ""  # why it cannot run although its package is there
+    arrays_of: str = ""  # the backend whose arrays it takes, if it takes no others
     own: bool = False  # whether its arrays are as its library makes them, and not in the memory that all contenders have
 
 
@@ -92,7 +93,7 @@ def host_arrays(shapes, count):
         yield [a.reshape(shape) for a in arrays]
 
 
-def _own_arrays(backend, shapes, count=4):
+def own_arrays(backend, shapes, count=4):
     """Return lists likewise of arrays of the backend: on a CPU each operand's are parts of one allocation, on huge pages."""
     kernels = backends.load(backend.name)
     if backend.memory != "CPU":
@@ -117,11 +118,11 @@ def _extents(of_parameters):
 @functools.lru_cache(maxsize=1)
 def _same_arrays(backend, shapes):
     """Return the arrays of the kernel and of its limit: which pages an array has can matter more than the arithmetic."""
-    return _own_arrays(backend, shapes)
+    return own_arrays(backend, shapes)
 
 
 def adam_step(backend, shapes):
-    arrays = _own_arrays(backend, shapes)
+    arrays = own_arrays(backend, shapes)
     count = itertools.count(1)
 
     def step():
@@ -133,7 +134,7 @@ def adam_step(backend, shapes):
 
 
 def adam_class(backend, shapes):
-    return _of_class(_own_arrays(backend, shapes, 2))
+    return _of_class(own_arrays(backend, shapes, 2))
 
 
 def adam_class_on_numpys(backend, shapes):
@@ -171,7 +172,7 @@ def plain(xp):
     """Adam as it is written by hand with NumPy or CuPy, with no more temporaries than it needs: one."""
 
     def build(backend, shapes):
-        arrays = _own_arrays(backend, shapes)
+        arrays = own_arrays(backend, shapes)
         count = itertools.count(1)
         module = importlib.import_module(xp)
 
@@ -212,13 +213,79 @@ def one_element_a_thread(backend, shapes):
         "m += one_minus_beta1 * (grad - m); v += one_minus_beta2 * (grad * grad - v); param -= lr * m / (sqrt(v) + eps);",
         "one_element_a_thread_adam",
     )
-    arrays = _own_arrays(backend, shapes)
+    arrays = own_arrays(backend, shapes)
 
     def step():
         for param, grad, m, v in arrays:
             kernel(grad, LR, 1 - BETAS[0], 1 - BETAS[1], EPS, param, m, v)
 
     return Contender(step)
+
+
+def thinc_adam(backend, shapes):
+    """thinc's kernel is `one_element_a_thread`; thinc then fills the gradient with zeros, in a pass of its own."""
+    from thinc.api import CupyOps
+
+    ops, arrays = CupyOps(), own_arrays(backend, shapes)
+
+    def step():
+        for param, grad, m, v in arrays:
+            ops.adam(param, grad, m, v, *BETAS, EPS, LR)
+
+    return Contender(step)
+
+
+def _thinc_problem(memory):
+    from thinc.backends import cupy_ops
+
+    return "" if cupy_ops.adam_kernel is not None else "thinc finds no CuPy"
+
+
+def cub_transform(backend, shapes):
+    """CUB's transform of four arrays into three, by CCCL's Python: one launch for each array, tuned for the GPU by NVIDIA.
+
+    The arithmetic is that of `one_element_a_thread`.
+    """
+    import cupy
+    from cuda.compute import ZipIterator, make_unary_transform
+
+    op = numbers_of_an_element()
+    launches = []
+    for arrays in own_arrays(backend, shapes):
+        param, grad, m, v = (array.ravel() for array in arrays)  # views: they have no gaps
+        given, taken = ZipIterator(param, grad, m, v), ZipIterator(param, m, v)
+        transform = make_unary_transform(d_in=given, d_out=taken, op=op)
+        launches.append((transform, given, taken, param.size))
+
+    def step():
+        stream = cupy.cuda.get_current_stream()
+        for transform, given, taken, n in launches:
+            transform(d_in=given, d_out=taken, op=op, num_items=n, stream=stream)
+
+    return Contender(step)
+
+
+def numbers_of_an_element():
+    """Return the function of one element, of (param, grad, m, v) to (param, m, v), that cuda.compute compiles."""
+    lr, w1, w2, eps = (np.float32(x) for x in (LR, 1 - BETAS[0], 1 - BETAS[1], EPS))
+
+    def update(element):
+        param, grad, m, v = element[0], element[1], element[2], element[3]
+        m += w1 * (grad - m)
+        v += w2 * (grad * grad - v)
+        return param - lr * m / (math.sqrt(v) + eps), m, v
+
+    return update
+
+
+def _cub_problem(memory):
+    if importlib.util.find_spec("cuda.compute") is None:
+        return "cuda-cccl is not installed: pip install 'cuda-cccl[cu13]', or [cu12]"
+    try:
+        compute = importlib.import_module("cuda.compute")
+    except Exception as error:  # noqa: BLE001 - of CUDA's libraries, which it loads; the reason is kept
+        return f"cuda.compute cannot be loaded: {error}".splitlines()[0]
+    return "" if hasattr(compute, "make_unary_transform") else "this cuda-cccl has no cuda.compute.make_unary_transform"
 
 
 # -- PyTorch, DeepSpeed --
@@ -232,7 +299,7 @@ def _torch_parameters(backend, shapes, own):
         device = "cuda" if backend.memory == "CUDA" else "cpu"
         pairs = ([torch.tensor(array, device=device) for array in arrays] for arrays in host_arrays(shapes, 2))
     else:
-        pairs = (map(torch.from_numpy, arrays) for arrays in _own_arrays(backend, shapes, 2))
+        pairs = (map(torch.from_numpy, arrays) for arrays in own_arrays(backend, shapes, 2))
     params = []
     for param, grad in pairs:
         params.append(torch.nn.Parameter(param))
@@ -348,13 +415,16 @@ OF_TORCH = {"package": "torch", "problem": _torch_problem}
 OF_DEEPSPEED = {"package": "deepspeed", "problem": _deepspeed_problem}
 OF_OPTAX = {"package": "optax", "floats": 5, "problem": _optax_problem}
 OWN = {"memory": ("CPU",), "own": True}
+OF_CUPY = {"arrays_of": "cupy"}
 PEERS = (
     Peer(measure.TORCH_FUSED, torch_adam(fused=True), **OF_TORCH),
     Peer("DeepSpeed CPUAdam", deepspeed_cpu_adam, ("CPU",), **OF_DEEPSPEED),
     Peer("optax under jit", optax_adam, **OF_OPTAX),
     Peer("torch foreach", torch_adam(foreach=True), floats=6, passes=5, **OF_TORCH),
-    Peer("one element a thread", one_element_a_thread, ("CUDA",), "cupy"),
-    Peer("plain CuPy", plain("cupy"), ("CUDA",), "cupy", floats=5, passes=13),
+    Peer("CUB's transform", cub_transform, ("CUDA",), "cuda", problem=_cub_problem, **OF_CUPY),
+    Peer("thinc", thinc_adam, ("CUDA",), "thinc", passes=2, problem=_thinc_problem, **OF_CUPY),
+    Peer("one element a thread", one_element_a_thread, ("CUDA",), "cupy", **OF_CUPY),
+    Peer("plain CuPy", plain("cupy"), ("CUDA",), "cupy", floats=5, passes=13, **OF_CUPY),
     Peer("torch for-loop", torch_adam(foreach=False, fused=False), floats=6, passes=13, **OF_TORCH),
     Peer("plain NumPy", plain("numpy"), ("CPU",), "numpy", floats=5, passes=13),
     Peer("gpuadam.Adam.step (NumPy's memory)", adam_class_on_numpys, **OWN),
@@ -373,8 +443,8 @@ def chosen(backend, names=None, own=False):
     for peer in PEERS:
         if backend.memory not in peer.memory or peer.own > own or not (names is None or peer.name in names):
             continue
-        if peer.package == "cupy" and backend.name != "cupy":
-            absent[peer.name] = "measured with the backend cupy, whose arrays it takes"
+        if peer.arrays_of not in ("", backend.name):
+            absent[peer.name] = f"measured with the backend {peer.arrays_of}, whose arrays it takes"
         elif importlib.util.find_spec(peer.package) is None:
             absent[peer.name] = f"{peer.package} is not installed"
         elif problem := peer.problem(backend.memory):

@@ -6,11 +6,12 @@ from typing import Literal
 
 from . import checks, hyperparameters
 from .repeated import RepeatedCall
+from .repeated_on_gpu import CallsOnGpu
 from .step_arrays import bounds_apart
 from .typing import Algorithm, Array, ArrayBounds, Betas, Complex, Components, Formula, Integer, Number, Stream
 from .update import OPERANDS, Updates, update
 
-_REPEATED = RepeatedCall()
+_REPEATED, _ON_GPU = RepeatedCall(), CallsOnGpu()
 
 
 def adam_step(
@@ -146,5 +147,5 @@ def adam_step(
         group.seed = checks.seed(seed)
         group.complex, group.components = checks.complex_parts(complex), checks.components(components)
         checks.combination(algorithm, optional, group.stochastic)
-    update([group], backend, stream)
+    update([group], backend, stream, _ON_GPU if _ON_GPU.takes(param) else None)
     _REPEATED.note(group, settings)

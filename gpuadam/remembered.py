@@ -84,6 +84,11 @@ class Remembered:
         self._backend, self._known, self._batches = None, [], []
         self._numpy = {}  # number of the Updates -> what was read of the tensors, the NumPy arrays
 
+    @property
+    def kept(self):
+        """The batches of the last step that can be launched again."""
+        return self._batches
+
     def batches(self, groups, backend):
         """Return the batches of the last step if its arrays were the same in all that matters, or None."""
         if not self._batches or self._backend != backends.forced(backend) or len(self._known) != len(groups):

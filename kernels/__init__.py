@@ -21,7 +21,8 @@ From a call to the memory:
             convert, store              and back
 
 Two shorter ways lead to the same batches. Compiled code reads plain NumPy arrays faster than Python can (`numpy_struct.py`).
-Arrays of other libraries are remembered from step to step (`gpuadam/remembered.py`).
+Arrays of other libraries are remembered from step to step (`gpuadam/remembered.py`), and a step on a GPU that is as the last one
+makes its launches and little else (`gpuadam/repeated_on_gpu.py`).
 
 **Words.** An *operand* is an array that a kernel touches. A *view* is what is known of an array. An *update* is one
 parameter's operands. A *batch* is what one launch takes. A *form* is what is known when a kernel is compiled. *Scalars* are
@@ -96,7 +97,8 @@ complete backend, in plain NumPy and some 100 lines.
 | `ownership.py` | which files no other user can have written |
 | `messages.py` | values of users in the messages of errors |
 | `gpu_backend.py`, `gpu_driver.py`, `gpu_batch.py`, `gpu_table.py`, `streams.py` | both GPU backends |
-| `cupy_backend.py`, `cupy_kernels.py` | `cupy` |
+| `gpu_in_flight.py` | how many vectors a thread of a GPU takes |
+| `cupy_backend.py`, `cupy_kernels.py`, `cupy_struct.py` | `cupy` |
 | `numba_cuda_backend.py`, `numba_cuda_kernels.py` | `numba-cuda` |
 | `numba_memory.py` | numbers in memory, for Numba's code on the CPU and on a GPU |
 | `norm_order.py` | THE ORDER of the global norm, and its plan |

@@ -1,4 +1,8 @@
-"""Loads and stores of neighbours in CUDA C, for CuPy: `update_lanes` applies a rule to them, of 8-bit state `update_group`."""
+"""Loads and stores of neighbours in CUDA C, for CuPy: `update_lanes` applies a rule to them, of 8-bit state `update_group`.
+
+Both take several vectors of neighbours at once, each APART elements behind the one before. All are loaded before the rule is
+applied to the first, so that all their bytes are on the way together.
+"""
 
 from gpuadam.kernels import conversions
 from gpuadam.kernels.operands import GROUP, GROUP_LANES, KINDS, VALUES, decodings, operands_of_form
@@ -9,6 +13,7 @@ C_TYPES = {"float64": "double", "float32": "float", "uint8": "unsigned char"} | 
 
 IN_CUDA_C = r"""
 #define FOR_LANES _Pragma("unroll") for (int k = 0; k < N; ++k)
+#define FOR_VECTORS _Pragma("unroll") for (int n = 0; n < TIMES; ++n)
 #define FOR_NUMBERS _Pragma("unroll") for (int j = 0; j < NUMBERS; ++j)
 template <class S, class U> __device__ __forceinline__ S* as(U* p) { return reinterpret_cast<S*>(p); }
 template <class S, class U> __device__ __forceinline__ const S* as(const U* p) { return reinterpret_cast<const S*>(p); }
@@ -44,56 +49,72 @@ __device__ __forceinline__ unsigned rotated(unsigned h, int n) { return n ? h >>
 # Everything is loaded before the first store, because the compiler must assume that the arrays overlap, and would load again. A
 # step that is turned off leaves all but the gradient as it is.
 UPDATE_LANES = """
-template <int N> __device__ __forceinline__ void update_lanes(%(arguments)s) {
-    if (skip) { %(zero_lanes)s return; }
+template <int N, int TIMES> __device__ __forceinline__ void update_lanes(%(arguments)s) {
+    if (skip) {
+        %(zero_lanes)s
+        return;
+    }
     %(declare)s
-    %(load_lanes)s
-    FOR_LANES { %(update)s %(encode)s }
-    %(store_lanes)s
+    FOR_VECTORS { const int at = n * APART; %(load_lanes)s }
+    FOR_VECTORS {
+        const int at = n * APART;
+        FOR_LANES { %(update)s %(encode)s }
+        %(store_lanes)s
+    }
 }
 """
 
 # All threads of a warp call it. Lanes after the last element load that element, and store nothing.
 UPDATE_GROUP = """
-__device__ __forceinline__ void update_group(%(arguments)s) {
+template <int TIMES> __device__ __forceinline__ void update_group(%(arguments)s) {
     constexpr int GROUP = %(GROUP)s, N = %(GROUP_LANES)s;
     const long long last = size - 1;
     if (skip) {
-        FOR_LANES if (at + k < size) { %(zero_one)s }
+        FOR_VECTORS {
+            const long long at = first + n * APART;
+            FOR_LANES if (at + k < size) { %(zero_one)s }
+        }
         return;
     }
     %(declare)s
-    if (whole) { %(load_lanes)s } else {
-        FOR_LANES { %(load_one)s }
+    float m_unit[TIMES], v_unit[TIMES];
+    FOR_VECTORS {
+        const long long at = first + n * APART, group = min(at, last) / GROUP;
+        if (whole) { %(load_lanes)s } else {
+            FOR_LANES { %(load_one)s }
+        }
+        m_unit[n] = m_scale[group], v_unit[n] = v_scale[group];
     }
-    const long long group = min(at, last) / GROUP;
-    const float m_unit = m_unit_(m_scale[group]), v_unit = v_unit_(v_scale[group]);
-    float new_m[N], new_v[N], new_root[N];
-    unsigned bits[N], largest_m = 0, largest_root = 0;
-    FOR_LANES {
-        %(update)s
-        %(encode)s
-        new_m[k] = m_k; new_v[k] = v_k; new_root[k] = max_v_k; bits[k] = h[0];  // a rule returns the root in max_v's place
-        largest_m = max(largest_m, at + k < size ? magnitude_(m_k) : 0u);
-        largest_root = max(largest_root, at + k < size ? magnitude_(max_v_k) : 0u);
-    }
-    #pragma unroll
-    for (int other = 1; other < GROUP / N; other *= 2) {
-        largest_m = max(largest_m, __shfl_xor_sync(0xffffffffu, largest_m, other));
-        largest_root = max(largest_root, __shfl_xor_sync(0xffffffffu, largest_root, other));
-    }
-    const float m_inverse = m_inverse_(largest_m), v_inverse = v_inverse_(largest_root);
-    const unsigned m_mask = m_mask_(largest_m, largest_root), v_mask = v_mask_(largest_m, largest_root);
-    FOR_LANES {
-        m_is.lane[k] = to_m_code_(new_m[k], m_inverse, m_mask, bits[k]);
-        v_is.lane[k] = to_v_code_(new_v[k], new_root[k], v_inverse, v_mask, bits[k]);
-    }
-    if (at < size && at %% GROUP == 0) {
-        m_scale[group] = m_scale_(largest_m, largest_root);
-        v_scale[group] = v_scale_(largest_m, largest_root);
-    }
-    if (whole) { %(store_lanes)s } else {
-        FOR_LANES if (at + k < size) { %(store_one)s }
+    FOR_VECTORS {
+        const long long at = first + n * APART, group = min(at, last) / GROUP;
+        m_unit[n] = m_unit_(m_unit[n]), v_unit[n] = v_unit_(v_unit[n]);
+        float new_m[N], new_v[N], new_root[N];
+        unsigned bits[N], largest_m = 0, largest_root = 0;
+        FOR_LANES {
+            %(update)s
+            %(encode)s
+            new_m[k] = m_k; new_v[k] = v_k; new_root[k] = max_v_k; bits[k] = h[0];  // a rule returns the root in max_v's place
+            largest_m = max(largest_m, at + k < size ? magnitude_(m_k) : 0u);
+            largest_root = max(largest_root, at + k < size ? magnitude_(max_v_k) : 0u);
+        }
+        #pragma unroll
+        for (int other = 1; other < GROUP / N; other *= 2) {
+            largest_m = max(largest_m, __shfl_xor_sync(0xffffffffu, largest_m, other));
+            largest_root = max(largest_root, __shfl_xor_sync(0xffffffffu, largest_root, other));
+        }
+        const float m_inverse = m_inverse_(largest_m), v_inverse = v_inverse_(largest_root);
+        const unsigned m_mask = m_mask_(largest_m, largest_root), v_mask = v_mask_(largest_m, largest_root);
+        FOR_LANES {
+            m_is[n].lane[k] = to_m_code_(new_m[k], m_inverse, m_mask, bits[k]);
+            v_is[n].lane[k] = to_v_code_(new_v[k], new_root[k], v_inverse, v_mask, bits[k]);
+        }
+        if (at < size && at %% GROUP == 0) {
+            m_scale[group] = m_scale_(largest_m, largest_root);
+            v_scale[group] = v_scale_(largest_m, largest_root);
+        }
+        if (whole) { %(store_lanes)s } else {
+            FOR_LANES if (at + k < size) { %(store_one)s }
+        }
     }
 }
 """
@@ -101,7 +122,7 @@ __device__ __forceinline__ void update_group(%(arguments)s) {
 # Nothing is stored. i: the place of a number in the arrays.
 PARAM_OF = """
 __device__ __forceinline__ void param_of(T& old_param, T& new_param, %(arguments)s) {
-    constexpr int k = 0;
+    constexpr int k = 0, n = 0;
     %(load)s
     %(decode)s
     old_param = number_of(param_k, i %% NUMBERS);
@@ -114,31 +135,36 @@ __device__ __forceinline__ void param_of(T& old_param, T& new_param, %(arguments
 def for_cuda_c(form, scalars):
     """Return the CUDA C that a rule needs before it, and the function that calls it. scalars: the names of the rule's scalars.
 
-    `update_lanes<N>(operands..., index, key, skip, scalars...)` applies the rule to N neighbours. The operands are pointers to
-    the first of them. index is the number of the first element in its parameter.
+    `update_lanes<N, TIMES>(operands..., index, key, skip, scalars...)` applies the rule to TIMES vectors of N neighbours. The
+    operands are pointers to the first of them. index is the number of the first element in its parameter.
 
-    `update_group(operands..., at, size, whole, index, key, skip, scalars...)` applies it to GROUP_LANES neighbours with 8-bit
-    state, from `at` on, of `size`. whole: all of them are there, and can be loaded as vectors.
+    `update_group<TIMES>(operands..., first, size, whole, index, key, skip, scalars...)` applies it to TIMES vectors of
+    GROUP_LANES neighbours with 8-bit state, from `first` on, of `size`. whole: all of them are there, and can be loaded as
+    vectors.
+
+    The kernel defines APART.
     """
     operands, grouped = operands_of_form(form), form.arrays.grouped
     kinds, numbers = {o.name: C_TYPES[o.format] for o in operands}, {o.name: o.numbers for o in operands}
     arguments = [f"{'' if o.stores else 'const '}{kinds[o.name]}* {o.name}" for o in operands]
-    arguments += ["long long at", "long long size", "bool whole"] if grouped else []
+    arguments += ["long long first", "long long size", "bool whole"] if grouped else []
     arguments += ["long long index", "long long key", "long long skip", *(f"T {name}" for name in scalars)]
     loads = [o.name for o in operands if o.loads and not o.of_groups]
     stores = [o.name for o in operands if o.stores and not o.of_groups]
-    at = " + at" if grouped else ""
+    at = {name: f" + at * {n}" if n > 1 else " + at" for name, n in numbers.items()}
     lines = {
-        "zero_lanes": [f"store(grad, Vector<N, {kinds['grad']}, NUMBERS>{{}});"] if form.zero_grad else [],
+        "zero_lanes": [f"FOR_VECTORS store(grad + n * APART * NUMBERS, Vector<N, {kinds['grad']}, NUMBERS>{{}});"]
+        if form.zero_grad
+        else [],
         "zero_one": ["grad[at + k] = {};"] if form.zero_grad else [],
-        "declare": [f"Vector<N, {kinds[name]}, {numbers[name]}> {name}_was;" for name in loads]
-        + [f"Vector<N, {kinds[name]}, {numbers[name]}> {name}_is = {{}};" for name in stores],
-        "load_lanes": [f"{name}_was = load<N, {numbers[name]}>({name}{at});" for name in loads],
-        "load_one": [f"{name}_was.lane[k] = {name}[min(at + k, last)];" for name in loads],
+        "declare": [f"Vector<N, {kinds[name]}, {numbers[name]}> {name}_was[TIMES];" for name in loads]
+        + [f"Vector<N, {kinds[name]}, {numbers[name]}> {name}_is[TIMES] = {{}};" for name in stores],
+        "load_lanes": [f"{name}_was[n] = load<N, {numbers[name]}>({name}{at[name]});" for name in loads],
+        "load_one": [f"{name}_was[n].lane[k] = {name}[min(at + k, last)];" for name in loads],
         "update": _update(form, scalars),
         "encode": [_encode(o) for o in operands if o.value],
-        "store_lanes": [f"store({name}{at}, {name}_is);" for name in stores],
-        "store_one": [f"{name}[at + k] = {name}_is.lane[k];" for name in stores],
+        "store_lanes": [f"store({name}{at[name]}, {name}_is[n]);" for name in stores],
+        "store_one": [f"{name}[at + k] = {name}_is[n].lane[k];" for name in stores],
     }
     parts = {name: "\n".join(text) for name, text in lines.items()} | {"arguments": ", ".join(arguments)}
     parts |= {"GROUP": str(GROUP), "GROUP_LANES": str(GROUP_LANES)}
@@ -155,12 +181,12 @@ def param_for_cuda_c(form, scalars):
     arguments = [f"const {kinds[o.name]}* {o.name}" for o in operands] + ["long long i", *(f"T {name}" for name in scalars)]
     at = {o.name: f"i / NUMBERS * {o.numbers}" if form.arrays.numbers > 1 else "i" for o in operands}
     load = [
-        f"const auto {o.name}_was = load<1, {o.numbers}>({o.name} + {at[o.name]});"
+        f"const Vector<1, {kinds[o.name]}, {o.numbers}> {o.name}_was[1] = {{load<1, {o.numbers}>({o.name} + {at[o.name]})}};"
         for o in operands
         if o.loads and not o.of_groups
     ]
     if form.arrays.grouped:
-        load += [f"const float {x}_unit = {x}_unit_({x}_scale[i / {GROUP}]);" for x in ("m", "v")]
+        load += [f"const float {x}_unit[1] = {{{x}_unit_({x}_scale[i / {GROUP}])}};" for x in ("m", "v")]
     lines = {"load": load, "decode": _decode(form), "update": [_apply(scalars)]}
     return PARAM_OF % ({name: "\n".join(text) for name, text in lines.items()} | {"arguments": ", ".join(arguments)})
 
@@ -171,7 +197,7 @@ def _update(form, scalars):
     if form.arrays.random:
         lines.append("unsigned h[NUMBERS];")
         lines.append("FOR_NUMBERS {")
-        lines.append("const long long number = (index + k) * NUMBERS + j;")
+        lines.append("const long long number = (index + n * APART + k) * NUMBERS + j;")
         lines.append("h[j] = random_(number, number >> 32, key, key >> 32); }")
     return lines
 
@@ -185,7 +211,7 @@ def _decode(form):
     for value, (row, names) in decodings(form).items():
         is_vector = several and not KINDS[value].shared
         place = "k * NUMBERS + j" if is_vector else "k"
-        stored = ", ".join(name if name.endswith("_unit") else f"{name}_was.lane[{place}]" for name in names)
+        stored = ", ".join(f"{name}[n]" if name.endswith("_unit") else f"{name}_was[n].lane[{place}]" for name in names)
         x = f"wide({f'{row}_({stored})' if row else stored})"
         lines.append(f"V {value}_k; FOR_NUMBERS {value}_k.number[j] = {x};" if is_vector else f"T {value}_k = {x};")
     return lines
@@ -199,4 +225,8 @@ def _encode(operand):
     if operand.encoding:
         bits = f", rotated(h[{'j' if several else 0}], {operand.random_bits_from})"
         x = f"{operand.encoding}_({x}{'' if operand.random_bits_from is None else bits})"
-    return f"FOR_NUMBERS {operand.name}_is.lane[k * NUMBERS + j] = {x};" if several else f"{operand.name}_is.lane[k] = {x};"
+    return (
+        f"FOR_NUMBERS {operand.name}_is[n].lane[k * NUMBERS + j] = {x};"
+        if several
+        else f"{operand.name}_is[n].lane[k] = {x};"
+    )

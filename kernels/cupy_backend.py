@@ -8,9 +8,9 @@ import warnings
 import cupy
 import numpy as np
 
-from gpuadam.kernels import adam, cupy_kernels, gpu_driver, gpu_table, norm_order
+from gpuadam.kernels import adam, cupy_kernels, cupy_struct, gpu_driver, gpu_table, norm_order
 from gpuadam.kernels.cupy_kernels import IN_MEMORY, in_and_out
-from gpuadam.kernels.gpu_backend import GpuBackend
+from gpuadam.kernels.gpu_backend import UNCHANGED, GpuBackend
 from gpuadam.kernels.operands import operands_of_form, widened
 from gpuadam.kernels.scalars import REALS_AT, ScalarsMemory
 from gpuadam.kernels.streams import LEGACY_DEFAULT
@@ -18,13 +18,13 @@ from gpuadam.kernels.view import View, on_cuda, on_device
 
 MOST_OF_POOL = 1 << 20  # bytes of pinned memory
 
-_UNCHANGED = contextlib.nullcontext()
-
 
 class Cupy(GpuBackend):
     """Kernels in CUDA C (`cupy_kernels.py`, `norm_cuda_c.py`), launched by CuPy."""
 
     name = "cupy"
+    enters_streams = True
+    interleaves = True
 
     def status(self):
         try:
@@ -42,33 +42,23 @@ class Cupy(GpuBackend):
         contiguous = array.flags.c_contiguous
         return View(name, array, memory.ptr, array.shape, array.strides, array.dtype, True, contiguous, memory.device_id)
 
+    def facts(self, arrays):
+        return cupy_struct.facts(arrays)
+
     # Launches
 
     def run(self, batch, form, scalars, rule, stream, key):
-        on_device, random = isinstance(scalars, ScalarsMemory), form.arrays.random
-        kernel = cupy_kernels.build(rule, form, batch.loop, on_device)
+        if batch.call is None:
+            batch.call = _call_of(batch, form, rule, isinstance(scalars, ScalarsMemory))
+        kernel, before, after, options, random, on_device = batch.call
         if on_device:
             address, n = scalars.address + REALS_AT, len(adam.scalar_names(form))
             numbers = [_unowned(address, (n,), scalars.dtype, batch.device)]
             if random or form.skips:
                 numbers.append(_unowned(scalars.address, (2,), np.int64, batch.device))
         else:
-            numbers = [*scalars, *([key] if random else [])]
-        if batch.loop == "table":
-            rows = _unowned(batch.address, (batch.rows.size,), np.int64, batch.device)
-            owners = _unowned(batch.address + batch.rows.nbytes, batch.owners.shape, np.int32, batch.device)
-            kernel(owners, *numbers, rows, size=owners.size * gpu_table.BLOCK, block_size=gpu_table.BLOCK)
-            return
-        (update,) = batch.updates
-        operands = operands_of_form(form)
-        if batch.arguments is None:
-            views = zip(update.views, operands, strict=True)
-            batch.arguments = [_unowned(v.pointer, v.shape, IN_MEMORY[o.format], v.device, v.strides) for v, o in views]
-        contiguous = batch.loop == "contiguous"
-        head_and_vectors, size = (batch.split[:2], {"size": batch.split.threads}) if contiguous else ((), {})
-        of_row = (update.key, update.start) if random else ()
-        read, written = in_and_out(operands, batch.arguments)
-        kernel(*read, *head_and_vectors, *of_row, *numbers, *written, **size)
+            numbers = (*scalars, key) if random else scalars
+        kernel(*before, *numbers, *after, **options)
 
     def launch_scalars(self, form, settings, numbers, out, stream):
         values = settings._asdict() | {name: (x.pointer, 1) if isinstance(x, View) else x for name, x in numbers.items()}
@@ -141,7 +131,7 @@ class Cupy(GpuBackend):
 
     def on(self, device, stream):
         if gpu_driver.current_device() == device:
-            return _UNCHANGED if stream is None or self.current_stream() == stream else _stream(stream)
+            return UNCHANGED if stream is None or self.current_stream() == stream else _stream(stream)
         return self._on_another(device, stream)
 
     @contextlib.contextmanager
@@ -156,6 +146,27 @@ class Cupy(GpuBackend):
 
     def current_stream(self):
         return cupy.cuda.get_current_stream().ptr or LEGACY_DEFAULT
+
+
+def _call_of(batch, form, rule, on_device):
+    """Return the kernel of a batch, its arguments before and after the numbers of a step, and what these are."""
+    kernel, random = cupy_kernels.build(rule, form, batch.loop, on_device, batch.vectors), form.arrays.random
+    if batch.loop == "table":
+        rows = _unowned(batch.address, (batch.rows.size,), np.int64, batch.device)
+        owners = _unowned(batch.address + batch.rows.nbytes, batch.owners.shape, np.int32, batch.device)
+        options = {"size": owners.size * gpu_table.BLOCK, "block_size": gpu_table.BLOCK}
+        return kernel, (owners,), (rows,), options, random, on_device
+    (update,) = batch.updates
+    operands, options, head_and_vectors = operands_of_form(form), {}, ()
+    arrays = [
+        _unowned(v.pointer, v.shape, IN_MEMORY[o.format], v.device, v.strides)
+        for v, o in zip(update.views, operands, strict=True)
+    ]
+    if batch.loop == "contiguous":
+        head_and_vectors, options = batch.split[:2], {"size": batch.split.threads_of(batch.vectors)}
+    of_row = (update.key, update.start) if random else ()
+    read, written = in_and_out(operands, arrays)
+    return kernel, (*read, *head_and_vectors, *of_row), written, options, random, on_device
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,7 +1,7 @@
 """The CUDA C of a rule, as `cupy.ElementwiseKernel`s.
 
 CuPy's own indexing gives each thread one element and 4-byte accesses. Here the arrays are `raw`, or addresses in a table, and a
-thread takes 16 bytes of each, so `size` counts threads, not elements.
+thread takes one or several vectors of 16 bytes of each, so `size` counts threads, not elements.
 """
 
 import functools
@@ -9,17 +9,25 @@ import functools
 import cupy
 
 from gpuadam.kernels import adam, change_cuda_c, cuda_c_access, gpu_table, norm_cuda_c, primitives
+from gpuadam.kernels.layout import WARP
 from gpuadam.kernels.operands import FORMATS, lanes_of, operands_of_form
 from gpuadam.kernels.scalars import Settings, formula_in_cuda_c
 
-# i is CuPy's: the number of this thread, 64 bits wide.
+# i is CuPy's: the number of this thread, 64 bits wide. `layout.Split` says which elements it has.
 CONTIGUOUS = r"""
-if (i < vectors) {
-    const ptrdiff_t at = head + i * LANES;
-    update_lanes<LANES>(%(at)s, start + at, row_key ^ step_key, skip, %(scalars)s);
+const ptrdiff_t several = VECTORS_A_THREAD > 1 ? vectors / (WARP * VECTORS_A_THREAD) * WARP : 0;
+if (i < several) {
+    const ptrdiff_t at = head + (i / WARP * (WARP * VECTORS_A_THREAD) + i %% WARP) * LANES;
+    update_lanes<LANES, VECTORS_A_THREAD>(%(at)s, start + at, row_key ^ step_key, skip, %(scalars)s);
 } else {
-    const ptrdiff_t k = i - vectors, at = k < head ? k : k + vectors * LANES;
-    update_lanes<1>(%(at)s, start + at, row_key ^ step_key, skip, %(scalars)s);
+    const ptrdiff_t j = i + several * (VECTORS_A_THREAD - 1);
+    if (j < vectors) {
+        const ptrdiff_t at = head + j * LANES;
+        update_lanes<LANES, 1>(%(at)s, start + at, row_key ^ step_key, skip, %(scalars)s);
+    } else {
+        const ptrdiff_t k = j - vectors, at = k < head ? k : k + vectors * LANES;
+        update_lanes<1, 1>(%(at)s, start + at, row_key ^ step_key, skip, %(scalars)s);
+    }
 }
 """
 
@@ -41,12 +49,17 @@ const long long begin = row[HEAD] + first * LANES;
 %(pointers)s
 #pragma unroll 1
 for (int item = i %% BLOCK; item < items_here; item += BLOCK) {
-    if (item < vectors_here) {
+    if (VECTORS_A_THREAD > 1 && item + (VECTORS_A_THREAD - 1) * BLOCK < vectors_here) {
         const int at = item * LANES;
-        update_lanes<LANES>(%(at)s, START_OF_ROW + begin + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
+        update_lanes<LANES, VECTORS_A_THREAD>(
+            %(at)s, START_OF_ROW + begin + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
+        item += (VECTORS_A_THREAD - 1) * BLOCK;
+    } else if (item < vectors_here) {
+        const int at = item * LANES;
+        update_lanes<LANES, 1>(%(at)s, START_OF_ROW + begin + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
     } else {
         const long long k = item + first - row[VECTORS], at = k < row[HEAD] ? k : k + row[VECTORS] * LANES;
-        update_lanes<1>(%(at_row)s, START_OF_ROW + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
+        update_lanes<1, 1>(%(at_row)s, START_OF_ROW + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
     }
 }
 break;  // there are as many blocks as chunks: a thread has only one i
@@ -62,7 +75,14 @@ const long long size = row[SIZE];
 #pragma unroll 1
 for (int item = i %% BLOCK; item < (items_here + 31) / 32 * 32; item += BLOCK) {
     const long long at = (first + item) * LANES;
-    update_group(%(names)s, at, size, item < vectors_here, START_OF_ROW + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
+    if (VECTORS_A_THREAD > 1 && (item | 31) + (VECTORS_A_THREAD - 1) * BLOCK < vectors_here) {  // of the last of the warp
+        update_group<VECTORS_A_THREAD>(
+            %(names)s, at, size, true, START_OF_ROW + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
+        item += (VECTORS_A_THREAD - 1) * BLOCK;
+    } else {
+        update_group<1>(
+            %(names)s, at, size, item < vectors_here, START_OF_ROW + at, KEY_OF_ROW ^ step_key, skip, %(scalars)s);
+    }
 }
 break;
 """
@@ -78,7 +98,7 @@ template <class S> __device__ __forceinline__ S* at_address(long long a) { retur
 
 # Not raw: CuPy finds the element of each array, whatever its strides. i counts them in C order.
 STRIDED = r"""
-update_lanes<1>(%(element)s, start + i, row_key ^ step_key, skip, %(scalars)s);
+update_lanes<1, 1>(%(element)s, start + i, row_key ^ step_key, skip, %(scalars)s);
 """
 
 
@@ -93,10 +113,11 @@ IN_MEMORY = {format: f"uint{8 * n}" if n < 4 else format for format, n in FORMAT
 
 
 @functools.cache
-def build(rule, form, loop, on_device=False):
+def build(rule, form, loop, on_device=False, vectors=1):
     """Return the ElementwiseKernel of a form; CuPy compiles it at its first call.
 
-    loop: "contiguous", "table" or "strided". on_device: whether the scalars are in device memory.
+    loop: "contiguous", "table" or "strided". on_device: whether the scalars are in device memory. vectors: that a thread takes
+    at once, where there are enough.
     """
     operands, names = operands_of_form(form), adam.scalar_names(form)
     random = form.arrays.random
@@ -138,6 +159,8 @@ def build(rule, form, loop, on_device=False):
         "element": ", ".join(f"as<{kinds[o.name]}>(&{o.name})" for o in operands),
     }
     defined = {
+        "VECTORS_A_THREAD": vectors,
+        "WARP": WARP,
         "COLUMNS": gpu_table.OPERANDS + len(operands),
         "KEY_OF_ROW": "row[KEY]" if random else "0LL",
         "START_OF_ROW": "row[START]" if random else "0LL",
@@ -147,8 +170,10 @@ def build(rule, form, loop, on_device=False):
         ", ".join(inputs),
         ", ".join(outputs),
         body + text % parts,
-        f"gpuadam_{rule.__name__.rpartition('.')[2]}_{form.dtype}_{loop}{'_device' * on_device}",
+        f"gpuadam_{rule.__name__.rpartition('.')[2]}_{form.dtype}_{loop}{'_device' * on_device}"
+        + f"_{vectors}_vectors" * (vectors > 1),
         preamble=f"typedef {cuda_c_access.C_TYPES[form.dtype.name]} T;\nconstexpr int LANES = {lanes_of(form)};\n"
+        + f"constexpr int APART = LANES * {WARP if loop == 'contiguous' else gpu_table.BLOCK};\n"
         + "".join(f"#define {name} {value}\n" for name, value in defined.items())
         + TABLE_PREAMBLE * (loop == "table")
         + primitives.for_cuda_c(form.dtype, form.arrays.numbers)

@@ -23,8 +23,12 @@ from gpuadam.kernels.layout import VECTOR_BYTES, bounds, dense
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 from gpuadam.kernels.view import InParts
 
+<<<<<<< HEAD
 LARGE = 2 << 20  # bytes: arrays of state from here on have an allocation of their own
 APART = 512  # bytes: others begin at multiples of it, as arrays of CuPy's pool do
+=======
+UNCHANGED = contextlib.nullcontext()  # what `on` returns where device and stream are the current ones
+>>>>>>> 8d70715 (A step on a GPU that is as the last one makes its launches and little else; CUB and thinc among the peers)
 
 
 class GpuBackend(Backend):
@@ -36,6 +40,8 @@ class GpuBackend(Backend):
 
     memory = "CUDA"
     boundary = VECTOR_BYTES
+    enters_streams = False  # whether kernels go on the stream that `on` makes the current one
+    interleaves = False  # whether the compiler computes the lanes of a vector side by side, which takes more registers
     default_named: int | None = None  # the stream that the library names for a new array
 
     def __init__(self):
@@ -47,6 +53,13 @@ class GpuBackend(Backend):
 
     def on(self, device, stream):
         """Return a context in which a device and a stream are the current ones. stream: None for the device's current one."""
+
+    def at(self, device, place):
+        """Return the context of a Place, which this thread has chosen and not left since."""
+        return UNCHANGED if place.is_current else self.on(device, place.stream)
+
+    def facts(self, arrays):
+        """Return what tells, by its method `unchanged`, whether arrays of the library are what they were; None if nothing can."""
 
     def current_device(self):
         """Return the number of the current device."""
@@ -65,9 +78,9 @@ class GpuBackend(Backend):
         stream = gpu_driver.Owned("Stream", gpu_driver.NON_BLOCKING)
         return stream, stream.handle
 
-    def record(self, stream, flags=gpu_driver.DISABLE_TIMING):
-        """Return an event that is done when the work that is on a stream so far is."""
-        event = gpu_driver.Owned("Event", flags)
+    def record(self, stream, flags=gpu_driver.DISABLE_TIMING, event=None):
+        """Return an event that is done when the work that is on a stream so far is: a new one, or the one that is given."""
+        event = event or gpu_driver.Owned("Event", flags)
         gpu_driver.call("cuEventRecord", event.handle, stream)
         return event
 
@@ -174,12 +187,20 @@ class GpuBackend(Backend):
 
     def place(self, device, stream, named):
         """Return the Place of work on a device. stream: the one that the caller asks for. named: those that the arrays name."""
-        with self.on(device, None):
-            target, others = streams.choose(stream, self.current_stream(), named)
-            capturing = self.is_capturing(target)
-            if capturing:  # captured work cannot wait for the default stream: a graph is ordered where it is launched
-                others = [other for other in others if other != LEGACY_DEFAULT]
-            return Place(target, others, capturing)
+        context = self.on(device, None)
+        if context is UNCHANGED:
+            return self._place(stream, named, True)
+        with context:
+            return self._place(stream, named, False)
+
+    def _place(self, stream, named, is_current):
+        """Likewise on the current device. is_current: whether it will be that then."""
+        current = self.current_stream()
+        target, others = streams.choose(stream, current, named)
+        capturing = self.is_capturing(target)
+        if capturing:  # captured work cannot wait for the default stream: a graph is ordered where it is launched
+            others = [other for other in others if other != LEGACY_DEFAULT]
+        return Place(target, others, capturing, is_current and (target == current or not self.enters_streams))
 
     def before(self, place):
         """Make the next work at a Place, whose stream is current, wait for the other streams."""

@@ -1,11 +1,13 @@
 """What one launch on a GPU updates, and where it goes."""
 
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpuadam.kernels import synchronous
+from gpuadam.kernels import gpu_driver, synchronous
 from gpuadam.kernels.backend import Batch
+from gpuadam.kernels.gpu_in_flight import vectors_of
 from gpuadam.kernels.gpu_table import Table, rows_and_owners
 from gpuadam.kernels.layout import split
 from gpuadam.kernels.operands import GROUP_LANES
@@ -20,6 +22,7 @@ class Place(NamedTuple):
     stream: int
     others: list[int]  # streams to order the launch with
     capturing: bool  # whether a graph is being captured on the stream
+    is_current: bool = False  # whether device and stream were the current ones when the place was chosen
 
     def check_capture(self):
         """Refuse to capture work that would have to wait for streams outside the graph."""
@@ -47,7 +50,9 @@ class GpuBatch(Batch):
         self.streams = list(dict.fromkeys(view.stream for view in views))  # that the arrays name
         self.pointers = [view.pointer for view in first]
         self.borrowed = backend.borrowed(views)
-        self.arguments = None  # the arrays as CuPy's, made at the first launch
+        self.built: Any = None  # (rule, form, whether scalars are on the device) of the kernel that is known to be there
+        self.vectors = 1  # that a thread of it takes
+        self.call: Any = None  # what the backend keeps for the next launch of the same kernel
         self.text = synchronous.text_of_updates(updates, loop) if synchronous.ON else ""
         # what CuPy compiles a kernel for, beside its form
         self.kernel = loop, *((view.contiguous, len(view.shape), view.nbytes > MOST_OF_32_BITS) for view in first)
@@ -85,17 +90,25 @@ class GpuBatch(Batch):
     def prepare(self, rule, form, scalars, place, key=0):
         """Put the table on the device, and compile the kernel."""
         super().prepare(rule, form, scalars, place, key)
-        with self.backend.on(self.device, place.stream):
+        kernel = rule, form, isinstance(scalars, ScalarsMemory)
+        with self.backend.at(self.device, place):
             if self.table:
                 self.address = self.table.on_stream(place.stream)
+            if self.built is not None and all(map(operator.is_, kernel, self.built)):
+                return
+            self.built = self.call = None
+            capability = gpu_driver.compute_capability(self.device)
+            self.vectors = vectors_of(form, self.loop, capability, self.backend.interleaves)
             if not place.capturing:
-                kernel = rule, form, isinstance(scalars, ScalarsMemory), self.kernel
-                self.backend.rehearse(self.device, kernel, lambda s: self.backend.run(self, form, scalars, rule, s, key))
+                self.backend.rehearse(
+                    self.device, (*kernel, self.kernel), lambda s: self.backend.run(self, form, scalars, rule, s, key)
+                )
+                self.built = kernel
 
     def launch(self):
         rule, form, scalars, place, key = self.prepared
         backend, stream = self.backend, place.stream
-        with backend.on(self.device, stream):
+        with backend.at(self.device, place):
             backend.before(place)
             synchronous.launch(backend, stream, lambda: self.text, backend.run, self, form, scalars, rule, stream, key)
             self.begun = True

@@ -11,6 +11,7 @@ import os
 DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, and _MINOR
 DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 
 
@@ -49,7 +50,13 @@ def asked(name, *arguments, kind=ctypes.c_void_p):
 def current_device():
     """Return the number of the device of this thread's context, or None if the thread has none."""
     device = ctypes.c_int()
-    return None if status("cuCtxGetDevice", ctypes.byref(device)) else device.value
+    return None if _function("cuCtxGetDevice", 1)(ctypes.byref(device)) else device.value
+
+
+@functools.cache
+def compute_capability(device):
+    """Return the compute capability of a device: (9, 0) for an H100."""
+    return tuple(asked("cuDeviceGetAttribute", attribute, device, kind=ctypes.c_int) for attribute in CAPABILITY)
 
 
 def device_of(address):

@@ -60,7 +60,7 @@ class Table:
             self.backend.send(self._buffer.address, self._buffer.pinned, contents.size, stream)
             self._buffer.in_use = True
             if not self.once:
-                self._sent = self._record(stream)
+                self._sent = self.streams[stream] = self._record(stream, None)
         elif stream not in self.streams:
             self.backend.wait(stream, self._sent)
             self.streams[stream] = self._sent
@@ -72,10 +72,12 @@ class Table:
             self._buffer.captured = True
         else:
             self._buffer.in_use = True
-            self._record(stream)
+            before = self.streams.get(stream)
+            self.streams[stream] = self._record(stream, None if before is self._sent else before)
 
-    def _record(self, stream):
-        event = self.streams[stream] = self.backend.record(stream)
+    def _record(self, stream, event):
+        """Record an event on a stream, the one that was there before if there was one, and return it."""
+        event = self.backend.record(stream, event=event)
         self._buffer.in_use = False
         return event
 

@@ -5,6 +5,7 @@ import math
 from typing import NamedTuple
 
 VECTOR_BYTES = 16  # the widest load and store of one thread (before sm_100), and a quarter of what a warp asks for at once
+WARP = 32  # threads
 
 
 class Split(NamedTuple):
@@ -17,6 +18,18 @@ class Split(NamedTuple):
     head: int
     vectors: int
     threads: int
+
+    def threads_of(self, vectors_a_thread):
+        """Return how many threads there are where a thread takes several vectors.
+
+        The first warps take as many vectors at once as their threads together, side by side: a thread's are WARP vectors apart.
+        The vectors that no whole warp is left for, and the elements, have a thread each.
+
+        >>> Split(head=3, vectors=70, threads=75).threads_of(2)  # a warp for 64 vectors; 6 vectors, and 5 elements
+        43
+        """
+        several = self.vectors // (WARP * vectors_a_thread) * WARP
+        return self.threads - several * (vectors_a_thread - 1)
 
 
 def lanes(itemsizes):

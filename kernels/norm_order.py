@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpuadam.kernels import operands
-from gpuadam.kernels.layout import VECTOR_BYTES, collapse
+from gpuadam.kernels.layout import VECTOR_BYTES, WARP, collapse
 
 CHUNK = 4096
 QUARTER = 1024
@@ -37,7 +37,6 @@ WIDTH = 64
 LANES = CHUNK // QUARTER * WIDTH
 
 BLOCK = 128  # threads of a GPU
-WARP = 32
 LANES_PER_THREAD = LANES // WARP
 
 # name of a format: the rows of `conversions.py` that make a float64 of an element

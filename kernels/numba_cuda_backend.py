@@ -1,6 +1,5 @@
 """The backend `numba-cuda`: Numba's device arrays, and all arrays in CUDA memory."""
 
-import contextlib
 import functools
 import importlib
 import sys
@@ -12,15 +11,13 @@ from numba.cuda.cudadrv.driver import device_memset
 from numba.cuda.cudadrv.error import CudaSupportError
 
 from gpuadam.kernels import adam, change_numba_cuda, gpu_driver, norm_numba_cuda, norm_order
-from gpuadam.kernels.gpu_backend import GpuBackend
+from gpuadam.kernels.gpu_backend import UNCHANGED, GpuBackend
 from gpuadam.kernels.gpu_table import BLOCK
 from gpuadam.kernels.layout import collapse
 from gpuadam.kernels.numba_cuda_kernels import build, build_copy_rows, build_fill_zero, build_scalars, compiled
 from gpuadam.kernels.scalars import ScalarsMemory
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 from gpuadam.kernels.view import View, on_cuda, on_device
-
-_UNCHANGED = contextlib.nullcontext()
 
 
 class NumbaCuda(GpuBackend):
@@ -49,25 +46,11 @@ class NumbaCuda(GpuBackend):
 
     def run(self, batch, form, scalars, rule, stream, key):
         on_device = isinstance(scalars, ScalarsMemory)
+        if batch.call is None or batch.call[0] != stream:
+            batch.call = stream, *_call_of(batch, form, rule, on_device, stream)
+        _, launch, arguments, row_key = batch.call
         numbers = scalars.address if on_device else tuple(map(form.dtype.type, scalars))
-
-        def kernel(loop, blocks):
-            return _configured(compiled(build, rule, form, loop, on_device), blocks, BLOCK, stream)
-
-        if batch.loop == "table":
-            owners = batch.address + batch.rows.nbytes
-            kernel("table", batch.owners.size)(batch.address, owners, key, numbers)
-            return
-        (update,) = batch.updates
-        rest = update.start, update.key ^ key, numbers
-        if batch.loop == "contiguous":
-            kernel("contiguous", -(-batch.split.threads // BLOCK))(tuple(batch.pointers), *batch.split, *rest)
-        else:
-            views = update.views
-            shape, strides = collapse(views[0].shape, [view.strides for view in views], form.arrays.random)
-            steps = tuple(zip(*strides, strict=True))  # by dimension
-            launch = kernel(f"strided {len(shape)}", -(-batch.size // BLOCK))
-            launch(tuple(batch.pointers), shape, steps, batch.size, *rest)
+        launch(*arguments, row_key ^ key, numbers)
 
     def launch_scalars(self, form, settings, numbers, out, stream):
         # an array is passed as its address, an array that is not there as 0
@@ -154,7 +137,7 @@ class NumbaCuda(GpuBackend):
         """Return a context in which a device is the current one. Kernels name their stream."""
         gpu = cuda.gpus[device]
         # Numba's own context manager calls more of the driver, which takes as long as a launch
-        return _UNCHANGED if gpu_driver.asked("cuCtxGetCurrent") == int(gpu.get_primary_context().handle) else gpu
+        return UNCHANGED if gpu_driver.asked("cuCtxGetCurrent") == int(gpu.get_primary_context().handle) else gpu
 
     def current_device(self):
         return cuda.get_current_device().id
@@ -162,6 +145,26 @@ class NumbaCuda(GpuBackend):
     def current_stream(self):
         cupy = sys.modules.get("cupy")
         return cupy and (cupy.cuda.get_current_stream().ptr or LEGACY_DEFAULT)
+
+
+def _call_of(batch, form, rule, on_device, stream):
+    """Return the configured kernel of a batch, its arguments before the key and the scalars, and the key of its parameter."""
+
+    def kernel(loop, blocks):
+        return _configured(compiled(build, rule, form, loop, on_device, batch.vectors), blocks, BLOCK, stream)
+
+    if batch.loop == "table":
+        return kernel("table", batch.owners.size), (batch.address, batch.address + batch.rows.nbytes), 0
+    (update,) = batch.updates
+    if batch.loop == "contiguous":
+        threads = batch.split.threads_of(batch.vectors)
+        arguments = tuple(batch.pointers), *batch.split[:2], threads, update.start
+        return kernel("contiguous", -(-threads // BLOCK)), arguments, update.key
+    views = update.views
+    shape, strides = collapse(views[0].shape, [view.strides for view in views], form.arrays.random)
+    steps = tuple(zip(*strides, strict=True))  # by dimension
+    arguments = tuple(batch.pointers), shape, steps, batch.size, update.start
+    return kernel(f"strided {len(shape)}", -(-batch.size // BLOCK)), arguments, update.key
 
 
 @functools.cache

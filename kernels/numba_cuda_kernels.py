@@ -14,6 +14,7 @@ from numba.cuda.extending import intrinsic
 
 from gpuadam.kernels import adam, numba_access, primitives
 from gpuadam.kernels.gpu_table import BLOCK, CHUNK, FIRST_CHUNK, HEAD, ITEMS, KEY, OPERANDS, SIZE, START, VECTORS
+from gpuadam.kernels.layout import WARP
 from gpuadam.kernels.numba_memory import load_at, store_at, written_out
 from gpuadam.kernels.operands import GROUP, GROUP_LANES, lanes_of, operands_of_form
 from gpuadam.kernels.scalars import KEY_AT, REALS_AT, SKIP_AT, formula_in_python
@@ -39,41 +40,64 @@ def compiled(build, *arguments):
     return cuda.jit(build(*arguments))
 
 
-def build(rule, form, loop, on_device=False):
+def build(rule, form, loop, on_device=False, vectors=1):
     """Return the kernel of a form as a Python function.
 
     loop: "contiguous", "table" or "strided N", N the number of dimensions. on_device: whether the scalars are in device memory,
-    and the kernel's last argument is their address.
+    and the kernel's last argument is their address. vectors: that a thread takes at once, where there are enough.
     """
     update = cuda.jit(device=True)(rule.in_python(form, primitives.for_numba(intrinsic, contracts=True)))
     if form.arrays.grouped:
-        return _over_groups(form, update, on_device)
+        return _over_groups(form, update, on_device, vectors)
     operands, LANES = operands_of_form(form), lanes_of(form)
     N, SKIPS, ZERO_GRAD, RANDOM = len(operands), form.skips, form.zero_grad, form.arrays.random
     one, several = (numba_access.functions(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
     scalars_of, moved, stepped = _scalars_of(form, on_device), one.moved, one.stepped
 
-    def updating(access, lanes):
-        load, store, zero_grad = access.load, access.store, access.zero_grad
+    def updating(access, lanes, times=1, apart=0):
+        """Return the update of `times` vectors, of which each is some elements behind the one before."""
         update_lanes = _over_lanes(update, lanes)
+
+        @cuda.jit(device=True)
+        def store_one(at, i, new, start, key):
+            store(at, i, new, start, (start + i) >> 32, key)
+
+        store, zero_grad = access.store, access.zero_grad
+        # all are loaded before the first is stored
+        load_all = _tuple_of("at, i", f"load(at, i + {{k}} * {apart})", times, load=access.load)
+        update_all = _tuple_of("old, s", "update_lanes(old[{k}], s)", times, update_lanes=update_lanes)
+        arguments, item = "at, i, new, start, key", f"store_one(at, i + {{k}} * {apart}, new[{{k}}], start, key)"
+        store_all = _tuple_of(arguments, item, times, store_one=store_one)
+        zero_all = _tuple_of("at, i", f"zero_grad(at, i + {{k}} * {apart})", times, zero_grad=zero_grad)
 
         @cuda.jit(device=True)
         def update_at(at, i, start, key, s):
             scalars, step_key, skip = s
             if SKIPS and skip:
                 if ZERO_GRAD:
-                    zero_grad(at, i)
+                    zero_all(at, i)
             else:
-                store(at, i, update_lanes(load(at, i), scalars), start, (start + i) >> 32, key ^ step_key)
+                store_all(at, i, update_all(load_all(at, i), scalars), start, key ^ step_key)
 
         return update_at
 
+    V = vectors
+    apart = LANES * (WARP if loop == "contiguous" else BLOCK)
     update_element, update_vector = updating(one, 1), updating(several, LANES)
+    update_vectors = updating(several, LANES, V, apart) if V > 1 else update_vector
 
     if loop == "contiguous":
 
         def contiguous(at, head, vectors, threads, start, key, scalars):
             i = cuda.grid(1)
+            if V > 1:  # `layout.Split` says which elements a thread has
+                of_several = vectors // (WARP * V) * WARP
+                if i < of_several:
+                    k = head + (i // WARP * (WARP * V) + i % WARP) * LANES
+                    update_vectors(at, k, start, key, scalars_of(scalars))
+                    return
+                i += of_several * (V - 1)
+                threads += of_several * (V - 1)
             if i < vectors:
                 k = head + i * LANES
                 update_vector(at, k, start, key, scalars_of(scalars))
@@ -97,9 +121,11 @@ def build(rule, form, loop, on_device=False):
                 start, row_key = load_int64(row + 8 * START), load_int64(row + 8 * KEY) ^ key
             item = types.int64(cuda.threadIdx.x)
             while item < items_here:
-                if item < vectors_here:
-                    k = item * LANES
-                    update_vector(at, k, start + begin, row_key, s)
+                if V > 1 and item + (V - 1) * BLOCK < vectors_here:
+                    update_vectors(at, item * LANES, start + begin, row_key, s)
+                    item += (V - 1) * BLOCK
+                elif item < vectors_here:
+                    update_vector(at, item * LANES, start + begin, row_key, s)
                 else:
                     # read from the row again, so that it takes no registers
                     head, vectors = load_int64(row + 8 * HEAD), load_int64(row + 8 * VECTORS)
@@ -125,10 +151,11 @@ def build(rule, form, loop, on_device=False):
     return strided
 
 
-def _over_groups(form, update, on_device):
+def _over_groups(form, update, on_device, V):
     """Return the kernel of 8-bit state: an item is a part of a group, and whole warps go through the loop together."""
     operands, LANES = operands_of_form(form), GROUP_LANES
     N, SKIPS, ZERO_GRAD = len(operands), form.skips, form.zero_grad
+    APART = BLOCK * LANES  # elements
     one, several = (numba_access.functions(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
     load, store, encode = one.load, one.store, one.encode
     units, codec, scales = one.units, one.codec, one.scales
@@ -148,37 +175,50 @@ def _over_groups(form, update, on_device):
     item = "store_one(at, i + {k}, size, new[{k}], how, start, key)"
     store_some = _tuple_of(arguments, item, LANES, store_one=store_one)
 
+    @cuda.jit(device=True)
+    def update_group(at, i, size, whole, unit, old, start, key, s):
+        new = update_lanes(old, s)
+        m, root = magnitudes(new, size - i)
+        for k in range(2):  # among the four threads of a group
+            m = max(m, cuda.shfl_xor_sync(0xFFFFFFFF, m, 1 << k))
+            root = max(root, cuda.shfl_xor_sync(0xFFFFFFFF, root, 1 << k))
+        how = codec(m, root)
+        if i < size and i % GROUP == 0:
+            scales(at, i // GROUP, m, root)
+        if whole:
+            store_lanes(at, i, new, start, (start + i) >> 32, key)
+            encode_lanes(at, i, new, how, start, (start + i) >> 32, key)
+        else:
+            store_some(at, i, size, new, how, start, key)
+
+    # all are loaded before the first is stored
+    load_all = _tuple_of("at, i, unit", f"load_lanes(at, i + {{k}} * {APART}, unit[{{k}}])", V, load_lanes=load_lanes)
+    units_of_all = _tuple_of("at, i", f"units(at, (i + {{k}} * {APART}) // {GROUP})", V, units=units)
+    item = f"update_group(at, i + {{k}} * {APART}, size, True, unit[{{k}}], old[{{k}}], start, key, s)"
+    update_all = _tuple_of("at, i, size, unit, old, start, key, s", item, V, update_group=update_group)
+
     def table(rows, owners, key, scalars):
         row, first, vectors_here, items_here = chunk_of(rows, owners)
         size, at = load_int64(row + 8 * SIZE), load_operands(row + 8 * OPERANDS)
         s, step_key, skip = scalars_of(scalars)
         start, row_key = load_int64(row + 8 * START), load_int64(row + 8 * KEY) ^ key ^ step_key
         item = types.int64(cuda.threadIdx.x)
-        while item < (items_here + 31) // 32 * 32:
+        while item < (items_here + WARP - 1) // WARP * WARP:
             i = (first + item) * LANES
             if SKIPS and skip:
                 if ZERO_GRAD:
                     for k in range(LANES):
                         if i + k < size:
                             zero_grad(at, i + k)
+            elif V > 1 and (item | (WARP - 1)) + (V - 1) * BLOCK < vectors_here:  # of the last thread of the warp
+                unit = units_of_all(at, i)
+                update_all(at, i, size, unit, load_all(at, i, unit), start, row_key, s)
+                item += (V - 1) * BLOCK
             else:
-                group = min(i, size - 1) // GROUP
-                unit = units(at, group)
+                unit = units(at, min(i, size - 1) // GROUP)
                 whole = item < vectors_here
                 old = load_lanes(at, i, unit) if whole else load_some(at, i, size - 1, unit)
-                new = update_lanes(old, s)
-                m, root = magnitudes(new, size - i)
-                for k in range(2):  # among the four threads of a group
-                    m = max(m, cuda.shfl_xor_sync(0xFFFFFFFF, m, 1 << k))
-                    root = max(root, cuda.shfl_xor_sync(0xFFFFFFFF, root, 1 << k))
-                how = codec(m, root)
-                if i < size and i % GROUP == 0:
-                    scales(at, group, m, root)
-                if whole:
-                    store_lanes(at, i, new, start, (start + i) >> 32, row_key)
-                    encode_lanes(at, i, new, how, start, (start + i) >> 32, row_key)
-                else:
-                    store_some(at, i, size, new, how, start, row_key)
+                update_group(at, i, size, whole, unit, old, start, row_key, s)
             item += BLOCK
 
     return table

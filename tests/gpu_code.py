@@ -176,28 +176,30 @@ def signature(form, loop, on_device):
 # Both, by the names of COMPILERS in cases.py
 
 
-def ptx(backend, form, arch, ndim=None, rule=adam, loop=None, on_device=False):
+def ptx(backend, form, arch, ndim=None, rule=adam, loop=None, on_device=False, vectors=1):
     """Return the PTX of a kernel: contiguous, strided of `ndim` dimensions, or of another loop."""
-    return _ptx(backend, form, arch, loop or ("contiguous" if ndim is None else f"strided {ndim}"), rule, on_device)
+    return _ptx(backend, form, arch, loop or ("contiguous" if ndim is None else f"strided {ndim}"), rule, on_device, vectors)
 
 
 @functools.cache
-def _ptx(backend, form, arch, loop, rule, on_device):
+def _ptx(backend, form, arch, loop, rule, on_device, vectors):
     if backend == "numba-cuda":
-        return _numba_ptx(form, arch, loop, rule, on_device)
+        return _numba_ptx(form, arch, loop, rule, on_device, vectors)
     name, _, ndim = loop.partition(" ")
-    kernel = cupy_kernels.build(rule, form, name, on_device)
+    kernel = cupy_kernels.build(rule, form, name, on_device, vectors)
     version = 12 if backend == "cupy-cuda12" else 13
     return compile_cupy(kernel, arch, "PTX", version, int(ndim or 1)).rstrip(b"\0").decode()
 
 
-def _numba_ptx(form, arch, loop, rule, on_device):
+def _numba_ptx(form, arch, loop, rule, on_device, vectors):
     def make():
-        return compile_numba(numba_cuda_kernels.build(rule, form, loop, on_device), signature(form, loop, on_device), arch)
+        kernel = numba_cuda_kernels.build(rule, form, loop, on_device, vectors)
+        return compile_numba(kernel, signature(form, loop, on_device), arch)
 
     if rule not in (adam, limit) or PRIMITIVES != primitives.PRIMITIVES:  # a test's own, whose text is in no key
         return make()
-    return kept.text("nvvm", (repr(form), arch, loop, rule.__name__, str(on_device), package_text(), versions()), make)
+    key = repr(form), arch, loop, rule.__name__, str(on_device), str(vectors), package_text(), versions()
+    return kept.text("nvvm", key, make)
 
 
 @functools.cache
@@ -220,7 +222,7 @@ def scalars_ptx(backend, form, arch):
     )
 
 
-def run(backend, form, arch, arrays, scalars, rule=adam, text=None, key=0, start=0):
+def run(backend, form, arch, arrays, scalars, rule=adam, text=None, key=0, start=0, vectors=1):
     """Run an update of contiguous 1-D NumPy arrays through the compiled kernel of a GPU backend. Returns the Kernel.
 
     arrays: in the order of `operands.operands_of`; those that are None are left out. Where an element has several numbers, they
@@ -228,9 +230,10 @@ def run(backend, form, arch, arrays, scalars, rule=adam, text=None, key=0, start
     """
     used = [a for a in arrays if a is not None]
     n = used[0].size // form.arrays.numbers
-    head, vectors, threads = split([a.ctypes.data for a in used], [o.itemsize for o in operands_of_form(form)], n)
-    kernel = loaded(text or ptx(backend, form, arch, rule=rule))
-    parameters = contiguous_parameters(backend, form, arrays, (head, vectors, threads), scalars, kernel, key, start)
+    cut = split([a.ctypes.data for a in used], [o.itemsize for o in operands_of_form(form)], n)
+    threads = cut.threads_of(vectors)
+    kernel = loaded(text or ptx(backend, form, arch, rule=rule, vectors=vectors))
+    parameters = contiguous_parameters(backend, form, arrays, cut._replace(threads=threads), scalars, kernel, key, start)
     kernel.run(math.ceil(threads / BLOCK), BLOCK, parameters, memory_of(used))
     return kernel
 
@@ -275,7 +278,7 @@ def run_strided(backend, form, arch, arrays, scalars, key=0, start=0):
     return kernel
 
 
-def run_table(backend, form, arch, updates, scalars, memory, on_device=False, key=0, keys=None, skip=0):
+def run_table(backend, form, arch, updates, scalars, memory, on_device=False, key=0, keys=None, skip=0, vectors=1):
     """Likewise for the arrays of several updates in one launch. memory: ranges that hold all arrays; the table is added.
 
     on_device: pass the scalars in memory, and with them the step's key and the flag that turns it off. keys: of each update.
@@ -289,7 +292,7 @@ def run_table(backend, form, arch, updates, scalars, memory, on_device=False, ke
         for arrays, k in zip(updates, keys, strict=True)
     ]
     rows, owners = gpu_table.rows_and_owners(views, GROUP_LANES if form.arrays.grouped else 0)
-    kernel = loaded(ptx(backend, form, arch, loop="table", on_device=on_device))
+    kernel = loaded(ptx(backend, form, arch, loop="table", on_device=on_device, vectors=vectors))
     given = words_of(form, scalars)
     in_memory = np.zeros(MEMORY_BYTES // 8, "i8")
     in_memory[:2] = key, skip
@@ -442,21 +445,65 @@ class Resources(NamedTuple):
     local_bytes: int  # stack and spills, of one thread
 
 
-def machine_code(backend, form, arch, ndim=None, rule=adam, loop=None, on_device=False):
+def machine_code(backend, form, arch, ndim=None, rule=adam, loop=None, on_device=False, vectors=1):
     """Return the SASS of a kernel as nvdisasm prints it."""
-    return _on_cubin("nvdisasm", backend, form, arch, ndim, rule, loop, on_device)
+    return _on_cubin("nvdisasm", backend, form, arch, ndim, rule, loop, on_device, vectors)
 
 
-def resources(backend, form, arch, ndim=None, rule=adam, loop=None, on_device=False):
+def resources(backend, form, arch, ndim=None, rule=adam, loop=None, on_device=False, vectors=1):
     """Return what cuobjdump says that a thread of a kernel takes."""
-    usage = _on_cubin("cuobjdump", backend, form, arch, ndim, rule, loop, on_device, "--dump-resource-usage")
+    usage = _on_cubin("cuobjdump", backend, form, arch, ndim, rule, loop, on_device, vectors, "--dump-resource-usage")
     registers, stack, local = (int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
     return Resources(registers, stack + local)
 
 
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+WIDE = {"128": 16, "64": 8}
+
+
+def loaded_before_use(sass):
+    """Return the most bytes that a thread loads in a run of instructions before one of them takes what was loaded.
+
+    A run ends at a label and at a branch. The loads of a table's row, of 8 bytes, do not count: from its address many numbers are
+    read. What is 4 bytes wide or less does not count either, for the elements beyond the vectors are.
+    """
+    lines = [(line, INSTRUCTION.match(line)) for line in sass.splitlines()]
+    offsets: dict[str, set] = {}
+    for _, found in lines:
+        if found and found[1].startswith("LDG"):
+            offsets.setdefault(_address(found[2]), set()).add(found[2])
+    most, loaded, pending = 0, 0, set()
+    for line, found in lines:
+        if not found:
+            if line.strip().endswith(":"):
+                loaded, pending = 0, set()
+            continue
+        operation, operands = found.groups()
+        written, _, read = operands.partition(",") if not operation.startswith("ST") else ("", "", operands)
+        used = {int(number) for number in re.findall(r"\bR(\d+)", read)}
+        if operation.startswith(("BRA", "EXIT")) or used & pending:
+            loaded, pending = 0, set()
+        if operation.startswith("LDG"):
+            n = next((WIDE[part] for part in operation.split(".") if part in WIDE), 0)
+            if n == 8 and len(offsets[_address(operands)]) > 4:
+                continue
+            first = int(re.match(r"\s*R(\d+)", written)[1])
+            pending |= set(range(first, first + n // 4))
+            loaded += n
+            most = max(most, loaded)
+    return most
+
+
+def _address(operands):
+    """Return the address register in the operands of a load, without what is added to it."""
+    return re.search(r"\[(R\d+)", operands)[1]
+
+
 @functools.cache
-def _on_cubin(tool, backend, form, arch, ndim, rule, loop, on_device, *options):
-    code = _cubin(backend, form, arch, loop or ("contiguous" if ndim is None else f"strided {ndim}"), rule, on_device)
+def _on_cubin(tool, backend, form, arch, ndim, rule, loop, on_device, vectors, *options):
+    code = _cubin(
+        backend, form, arch, loop or ("contiguous" if ndim is None else f"strided {ndim}"), rule, on_device, vectors
+    )
 
     def make():
         with tempfile.TemporaryDirectory() as folder:
@@ -469,12 +516,12 @@ def _on_cubin(tool, backend, form, arch, ndim, rule, loop, on_device, *options):
 
 
 @functools.cache
-def _cubin(backend, form, arch, loop, rule, on_device):
+def _cubin(backend, form, arch, loop, rule, on_device, vectors):
     if backend != "numba-cuda":
         name, _, ndim = loop.partition(" ")
-        kernel = cupy_kernels.build(rule, form, name, on_device)
+        kernel = cupy_kernels.build(rule, form, name, on_device, vectors)
         return compile_cupy(kernel, arch, "CUBIN", 12 if backend == "cupy-cuda12" else 13, int(ndim or 1))
-    text = _ptx(backend, form, arch, loop, rule, on_device)
+    text = _ptx(backend, form, arch, loop, rule, on_device, vectors)
 
     def make():
         with tempfile.TemporaryDirectory() as folder:

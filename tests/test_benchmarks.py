@@ -346,7 +346,7 @@ def test_what_binds_is_read_from_the_profilers_rows(monkeypatch, capsys, tmp_pat
 # gpu.sh
 
 BASH = pytest.mark.skipif(sys.platform != "linux", reason="gpu.sh is for Linux")
-NOT_ON_A_GPU = {"conversion", "cpu_threads", "killed_rank", "peers", "quality", "report", "sharded", "timing"}
+NOT_ON_A_GPU = {"conversion", "cpu_threads", "in_flight", "killed_rank", "peers", "quality", "report", "sharded", "timing"}
 
 
 def gpu_sh(*arguments, code=0, **env):

@@ -21,6 +21,7 @@ OPTIONAL = {
         "jaxlib",
         "optax",
         "deepspeed",
+        "thinc",
         "drjit",
         "mpi4py",
         "ml_dtypes",

@@ -61,10 +61,34 @@ A step with 8 GB of state in files takes 1.95 s, 1.22 times as long as moving th
 
 ## What is expected of a GPU
 
-No time on a GPU has been measured. `benchmarks/launch_shapes.py` reads the machine code, which needs no GPU. For sm_90 the
-kernel takes 39 registers, so 1,536 threads fit on a multiprocessor and have 96 KiB of loads on their way. An H100's memory,
-at 3.35 TB/s (its data sheet) and a latency of some 700 ns, needs 18 KiB on each of 132 multiprocessors: a fifth of what the
-kernel has, whatever the block size. So two or four vectors a thread (56 and 88 registers; 144 and 160 KiB) gain nothing, and
-a grid-stride loop costs 6 registers and a branch. What is left are the DRAM's read/write turnaround, which all shapes share,
-and the last wave of blocks. `benchmarks/gpu.sh OUTDIR launch_shapes` measures the variants in turn on the same arrays.
+No time on a GPU has been measured. What the machine code says needs no GPU. A memory is busy while enough bytes are in
+flight: on each multiprocessor 16 KiB on an A100, 32 on an H100, 48 on an H200, 64 on a B200 and 128 on Rubin. NVIDIA tunes
+the transforms of its library CUB for these numbers (`cc_to_min_bytes_in_flight`), and they reach 91 to 94 % of the data
+sheet's bandwidth. A latency and a bandwidth alone would ask for less: 18 KiB on an H100.
+
+A kernel has in flight what its resident threads load before they use the first number. The float32 kernel of one array takes
+40 registers, so 1,536 threads fit on a multiprocessor, and each loads 64 bytes: 96 KiB. Where one vector of each array is too
+little, a thread takes several, all of which it loads first (`kernels/gpu_in_flight.py`). That is so on a B200 for arrays that
+have a change in the place of the parameter's update, and for bfloat16 alone; on an H100 and later for 8-bit state in CuPy; and
+on Rubin, whose multiprocessors hold 1,024 threads, for nearly all.
+
+    python benchmarks/in_flight.py --arch sm_90,sm_100,sm_107       # every form: registers, threads, bytes, what is needed
+    benchmarks/gpu.sh OUTDIR launch_shapes                          # on a GPU: the time of one, two and four vectors a thread
+
+| float32, CuPy | registers | threads | vectors, bytes of each thread | KiB in flight | needed |
+|---|---:|---:|---:|---:|---:|
+| H200 (sm_90), one array | 40 | 1,536 | 1, 64 | 96 | 48 |
+| H200 (sm_90), many arrays | 61 | 1,024 | 1, 64 | 64 | 48 |
+| B200 (sm_100), one array | 40 | 1,536 | 1, 64 | 96 | 64 |
+| B200 (sm_100), many arrays | 53 | 1,152 | 1, 64 | 72 | 64 |
+| Rubin (sm_107), one array | 94 | 640 | 4, 256 | 160 | 128 |
+| Rubin (sm_107), many arrays | 96 | 640 | 4, 256 | 160 | 128 |
+| 8-bit state, H200 | 127 | 512 | 2, 160 | 80 | 48 |
+| 8-bit state, B200 | 137 | 384 | 2, 160 | **60** | 64 |
+
+8-bit state falls short on a B200 in CuPy, by 6 %, and on Rubin on both backends, by half. So do bfloat16 alone and `change` on
+Rubin in Numba, by a quarter and by a tenth. The script names what is short.
+
+The host's time of a step on a GPU is that of Python and of the libraries. `benchmarks/host_time.py` measures it beside bare
+launches, on a GPU, and without one over a driver that answers in no time.
 """

@@ -3,12 +3,13 @@
 All rates are bytes a second in one direction; a GB is 10^9 bytes. They are data sheets' rates, which no program quite reaches:
 times predicted from them are what can be hoped for. `python -m gpuadam plan --measure` puts measured ones in their place.
 
-Memory, its bandwidth and NVLink are from NVIDIA's data sheets: H100 (2023), H200 (2024), DGX B200 (2024: 1,440 GB and 64 TB/s for
-eight), A100 (2021), L40S (2023); of the RTX 4090 from the Ada architecture's white paper (2022: 384 bits at 21 Gb/s). Data sheets
-add both directions of NVLink and PCIe: 900 GB/s are 450 each way, and PCIe 5.0 x16 is 64, PCIe 4.0 x16 is 32. Networks and
-hosts are those of DGX systems (user guides: one port for each GPU, of 200 Gb/s with A100, else of 400; 2 TB of memory, two
-processors with eight channels each). Latencies are those by which NCCL chooses its algorithms (hwLat in its src/graph/tuning.cc,
-ring, protocol Simple): 3.4 us over NVLink, 5.7 over PCIe, 14 over a network.
+Memory, its bandwidth and NVLink are from NVIDIA's data sheets: H100 (2023), H200 (2024), DGX B200 (2024: 1,440 GB for eight),
+A100 (2021), L40S (2023). The bandwidth of a B200 is what its driver tells, the clock of its memory times the width of its bus:
+7,672 GB/s, where the data sheet rounds to 8 TB/s. That of the RTX 4090 is from the Ada architecture's white paper (2022: 384 bits
+at 21 Gb/s). Data sheets add both directions of NVLink and PCIe: 900 GB/s are 450 each way, and PCIe 5.0 x16 is 64, PCIe 4.0 x16
+is 32. Networks and hosts are those of DGX systems (user guides: one port for each GPU, of 200 Gb/s with A100, else of 400; 2 TB
+of memory, two processors with eight channels each). Latencies are those by which NCCL chooses its algorithms (hwLat in its
+src/graph/tuning.cc, ring, protocol Simple): 3.4 us over NVLink, 5.7 over PCIe, 14 over a network.
 
 Assumed, without such a source: 10 us for a launch; drives of 6.5 GB/s read and 3.5 GB/s written, eight of 3.84 TB in a DGX; of
 L40S servers a network of 100 Gb/s for each GPU, and 1 TB of host memory; of the RTX 4090 one GPU, 10 Gb/s, 128 GB of memory at
@@ -88,7 +89,7 @@ MACHINES = {
     "a100-80gb": _dgx("A100 SXM 80 GB", 80, 2039, 300, 32, 25, 409.6),
     "h100": _dgx("H100 SXM 80 GB", 80, 3350, 450, 64, 50, 614.4),
     "h200": _dgx("H200 SXM 141 GB", 141, 4800, 450, 64, 50, 614.4),
-    "b200": _dgx("B200 SXM 180 GB", 180, 8000, 900, 64, 50, 716.8),
+    "b200": _dgx("B200 SXM 180 GB", 180, 7672, 900, 64, 50, 716.8),
     "l40s": _dgx("L40S 48 GB", 48, 864, 32, 32, 12.5, 614.4)._replace(within=OVER_PCIE, host_memory=1000 * GB),
     "rtx4090": _dgx("RTX 4090 24 GB", 24, 1008, 32, 32, 1.25, 83.2)._replace(within=OVER_PCIE, **DESKTOP),
 }
@@ -101,8 +102,9 @@ NCCL = ("within latency", "across latency", "pcie latency")
 def sources(kind: str) -> dict[str, str]:
     """Return {figure: where it is from} of one of MACHINES."""
     of_dgx = () if kind in ("l40s", "rtx4090") else DATA_SHEET_OF_DGX
+    of_driver = {"device bandwidth": "driver"} if kind == "b200" else {}
     known = dict.fromkeys(MACHINES[kind].figures(), "assumed") | dict.fromkeys((*DATA_SHEET, *of_dgx), "data sheet")
-    return known | dict.fromkeys(NCCL, "NCCL's tuning")
+    return known | dict.fromkeys(NCCL, "NCCL's tuning") | of_driver
 
 
 def cpu_only(name: str, processor: Processor, memory: int, disk: int, disk_read: float, disk_write: float) -> Machine:

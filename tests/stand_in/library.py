@@ -4,6 +4,7 @@ CuPy, the CUDA runtime, cuda-bindings and numba-cuda open `libcuda.so.1` and ask
 that is loaded before is what they get.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -89,6 +90,15 @@ class Library:
         """Return a C function. kinds: letters of KINDS, one for each argument; after a ">" the result's, which else is an int."""
         arguments, _, result = kinds.partition(">")
         return ctypes.CFUNCTYPE(KINDS[result or "i"], *(KINDS[kind] for kind in arguments))(function)
+
+    @contextlib.contextmanager
+    def led_to(self, functions):
+        """Let other functions answer for a while. functions: name -> address, of those names that there are."""
+        before = list(self._slots)
+        for k, name in enumerate(self._names):
+            self._slots[k] = functions.get(name, before[k])
+        yield
+        self._slots[:] = before
 
     def close(self):
         """Answer no more: Python ends."""
