@@ -103,7 +103,7 @@ def _seconds(code, folder):
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, "-c", START + code],
-        env=os.environ | caches | {"PYTHONPATH": paths},
+        env={**os.environ, **caches, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": ""},  # which would compile it each time
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -32,17 +32,17 @@ def measure_rows(backend, options, notes):
     for n in report.numbers(options.sizes):
         fitting, left_out = peers.fitting([*peers.OURS, *present], n, backend)
         notes += report.listed(left_out)
-        contenders = [peer.build(backend, [(n,)]) for peer in fitting]
-        times = measure.in_turn(kernels, [contender.whole(kernels) for contender in contenders], options.seconds)
-        huge = [contender.percent_huge(backend) for contender in contenders]
+        contenders = peers.with_movers({peer.name: peer.build(backend, [(n,)]) for peer in fitting})
+        times = measure.in_turn(kernels, [contender.whole(kernels) for contender in contenders.values()], options.seconds)
+        huge = {name: contender.percent_huge(backend) for name, contender in contenders.items()}
         del contenders
         peers.release(backend)
         moved = 4 * measure.ARRAYS_READ_AND_WRITTEN * n
         yield measure.add_ratios(
             [
-                measure.row("large", peer.name, backend.name, n, state="in turn", clock=clock, seconds=seconds, moved=moved)
+                measure.row("large", name, backend.name, n, state="in turn", clock=clock, seconds=seconds, moved=moved)
                 | {"huge_percent": percent}
-                for peer, seconds, percent in zip(fitting, times, huge, strict=True)
+                for (name, percent), seconds in zip(huge.items(), times, strict=True)
             ]
         )
 

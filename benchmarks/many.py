@@ -53,7 +53,8 @@ def measure_rows(backend, options, notes):
         fitting, left_out = peers.fitting([over_the_list, *flat, *present], n, backend)
         notes += report.listed(left_out)
         shapes_for = {peer.name: [(n,)] if peer in flat else shapes for peer in fitting}
-        contenders = [peer.build(backend, shapes_for[peer.name]) for peer in fitting]
+        named = peers.with_movers({peer.name: peer.build(backend, shapes_for[peer.name]) for peer in fitting})
+        contenders = list(named.values())
         whole = [contender.whole(kernels) for contender in contenders]
         if backend.memory == "CPU":
             timed = {"host": measure.in_turn(kernels, whole, options.seconds)}
@@ -61,17 +62,18 @@ def measure_rows(backend, options, notes):
             timed = {"device": measure.in_turn(kernels, whole, options.seconds / 2)}
             wait = peers.wait_for_all(contenders, kernels)
             timed["host"] = timing.on_host([contender.step for contender in contenders], wait, options.seconds / 2)
-        huge = [contender.percent_huge(backend) for contender in contenders]
-        del contenders, whole
+        huge = {name: contender.percent_huge(backend) for name, contender in named.items()}
+        del named, contenders, whole
         peers.release(backend)
         moved = 4 * measure.ARRAYS_READ_AND_WRITTEN * n
         for clock, times in timed.items():
             rows = []
-            for peer, seconds, percent in zip(fitting, times, huge, strict=True):
-                identity = {"state": "in turn", "clock": clock, "arrays": len(shapes_for[peer.name])}
+            for (name, percent), seconds in zip(huge.items(), times, strict=True):
+                arrays = len(shapes_for.get(name, [n]))  # the limit moves one flat array
+                identity = {"state": "in turn", "clock": clock, "arrays": arrays}
                 # the host's clock of a GPU's step says nothing of the memory
                 throughput = {"moved": moved} if clock == next(iter(timed)) else {}
-                row = measure.row("many", peer.name, backend.name, n, **identity, seconds=seconds, **throughput)
+                row = measure.row("many", name, backend.name, n, **identity, seconds=seconds, **throughput)
                 rows.append(row | {"huge_percent": percent})
             yield measure.add_ratios(rows)
 

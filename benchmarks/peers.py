@@ -32,12 +32,14 @@ LR, BETAS, EPS = HYPERPARAMETERS.values()
 class Contender(NamedTuple):
     """step: does, or enqueues, one step. finish: waits for it, where the library has threads or streams of its own.
 
-    extents: returns (address, bytes) of each array that a step reads or writes, on a CPU.
+    extents: returns (address, bytes) of each array that a step reads or writes, on a CPU. movers: of the limit, the ways to move
+    the bytes of its arrays: (name, step) pairs.
     """
 
     step: Callable[[], Any]
     finish: Callable[[], Any] | None = None
     extents: Callable[[], list[tuple[int, int]]] | None = None
+    movers: tuple[tuple[str, Callable[[], Any]], ...] = ()
 
     def percent_huge(self, backend):
         """Return what percentage of the arrays lies on huge pages; None on a GPU, or where the system does not say it."""
@@ -55,6 +57,15 @@ class Contender(NamedTuple):
             self.finish()
 
         return alone
+
+
+def with_movers(contenders):
+    """Return {name: Contender} with all ways to move the bytes in the place of the limit, which is the fastest of them."""
+    result: dict[str, Contender] = {}
+    for name, contender in contenders.items():
+        movers = {measure.OF_MOVER + mover: contender._replace(step=step) for mover, step in contender.movers}
+        result |= movers or {name: contender}
+    return result
 
 
 def wait_for_all(contenders, kernels):
@@ -152,17 +163,24 @@ def _of_class(arrays):
 def _rule(rule):
     def build(backend, shapes):
         kernels = backends.load(backend.name)
-        case = forms.FORMS["float32"]
         same = _same_arrays(backend, tuple(shapes))
-        launchers = [forms.launcher(kernels, case, arrays, rule) for arrays in same]
-
-        def step():
-            for launch in launchers:
-                launch()
-
-        return Contender(launchers[0] if len(launchers) == 1 else step, extents=_extents(same))
+        step = _launching(kernels, same, rule)
+        movers = limit.movers(kernels.memory) if rule is limit else {}
+        steps = tuple((name, _launching(kernels, same, mover)) for name, mover in movers.items())
+        return Contender(step, extents=_extents(same), movers=steps)
 
     return build
+
+
+def _launching(kernels, of_arrays, rule):
+    """Return a function that launches a rule on each of several sets of arrays."""
+    launchers = [forms.launcher(kernels, forms.FORMS["float32"], arrays, rule) for arrays in of_arrays]
+
+    def step():
+        for launch in launchers:
+            launch()
+
+    return launchers[0] if len(launchers) == 1 else step
 
 
 # -- plain array code --

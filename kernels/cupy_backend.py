@@ -53,7 +53,7 @@ class Cupy(GpuBackend):
         kernel, before, after, options, random, on_device = batch.call
         if on_device:
             address, n = scalars.address + REALS_AT, len(adam.scalar_names(form))
-            numbers = [_unowned(address, (n,), scalars.dtype, batch.device)]
+            numbers: Any = [_unowned(address, (n,), scalars.dtype, batch.device)]
             if random or form.skips:
                 numbers.append(_unowned(scalars.address, (2,), np.int64, batch.device))
         else:
