@@ -35,7 +35,7 @@ w = np.ones((2, 3), "f4")
         ({"reduction": "max"}, ValueError, "reduction='max' must be one of 'mean', 'sum'"),
         ({"bucket_bytes": -1}, ValueError, "bucket_bytes must not be negative"),
         ({"bucket_bytes": 1e6}, TypeError, "bucket_bytes must be an integer"),
-        ({"capturable": True}, TypeError, "no option .'capturable'"),
+        ({"capturable": True}, TypeError, "unexpected keyword argument 'capturable'"),
         ({"algorithm": "sgd"}, ValueError, "algorithm='sgd'"),
         ({"state_dtype": "int4"}, ValueError, "state_dtype='int4'"),
         ({"algorithm": "adamax", "state_dtype": "8bit"}, ValueError, "AdaMax's v is none"),
