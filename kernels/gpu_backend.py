@@ -23,12 +23,9 @@ from gpuadam.kernels.layout import VECTOR_BYTES, bounds, dense
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 from gpuadam.kernels.view import InParts
 
-<<<<<<< HEAD
 LARGE = 2 << 20  # bytes: arrays of state from here on have an allocation of their own
 APART = 512  # bytes: others begin at multiples of it, as arrays of CuPy's pool do
-=======
 UNCHANGED = contextlib.nullcontext()  # what `on` returns where device and stream are the current ones
->>>>>>> 8d70715 (A step on a GPU that is as the last one makes its launches and little else; CUB and thinc among the peers)
 
 
 class GpuBackend(Backend):
