@@ -57,7 +57,7 @@ class Cupy(GpuBackend):
             if random or form.skips:
                 numbers.append(_unowned(scalars.address, (2,), np.int64, batch.device))
         else:
-            numbers = (*scalars, key) if random else scalars
+            numbers = [*scalars, *([key] if random else [])]
         kernel(*before, *numbers, *after, **options)
 
     def launch_scalars(self, form, settings, numbers, out, stream):

@@ -54,4 +54,6 @@ def vectors_of(form, loop, capability, interleaves):
         return 2 if interleaves and capability >= (9, 0) else 1
     if is_rubin(capability):  # a block of a table has 8 vectors a thread, which these numbers divide
         return 4 if loaded <= 112 else 2
-    return 2 if capability >= (10, 0) and (loaded < 64 or (loaded == 64 and random)) else 1
+    # without decay a change does not depend on the parameter, and compilers leave its load out
+    thin = loaded <= 64 and (random or form.arrays.change != "")
+    return 2 if capability >= (10, 0) and thin else 1
