@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import warnings
+from typing import Any
 
 import cupy
 import numpy as np
