@@ -172,9 +172,9 @@ class Adam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not hasattr(self, "grad_scale") and self._repeated.does(self):
-            return loss
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if grad_scale is None and found_inf is None and self._repeated.does(self):
+            return loss
         if found_inf is not None and not all(map(_on_device, self.param_groups)):
             if found_inf.item():
                 return loss

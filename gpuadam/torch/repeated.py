@@ -82,8 +82,8 @@ class RepeatedSteps(Repeats):
             return False
         batches = []
         for lr, one in present:
-            count = int(kernels.cpu_step.common_count(one.counts))
-            if not 0 <= count < LAST:
+            nearest = kernels.cpu_step.common_count(one.counts)
+            if not 0 <= nearest < LAST or nearest != (count := int(nearest)):
                 return False
             h = hyperparameters.Hyperparameters(checks.non_negative("lr", lr), one.h.fixed)
             form, scalars = hyperparameters.form_and_scalars(h, count + 1, one.like.arrays)

@@ -1,0 +1,159 @@
+"""Steps of `gpuadam.torch` that are as the last one: the bits of the long way, and no change is missed."""
+
+import copy
+import math
+
+import libraries
+import numpy as np
+import pytest
+
+torch = libraries.imported("torch", reason="torch is not installed")
+
+import gpuadam.torch  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+
+def tensors(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((4, 5), (7,), (2, 3, 2), (6,))]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
+
+
+def made(groups=False, cls=gpuadam.torch.AdamW, **options):
+    params = tensors()
+    given = [{"params": params[:1], "lr": 0.2}, {"params": params[1:], "weight_decay": 0.0}] if groups else params
+    return params, cls(given, lr=0.1, **options)
+
+
+def long_way(opt):
+    """Let every step of an optimizer go the long way."""
+    opt._repeated.does = lambda *step: False
+    return opt
+
+
+def bits(params, opt):
+    states = [(key, value) for param in params for key, value in sorted(opt.state.get(param, {}).items())]
+    return [p.detach().resolve_neg().numpy().tobytes() for p in params], [
+        (key, value.detach().numpy().tobytes()) for key, value in states
+    ]
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"state_dtype": "float64"}], ids=str)
+def test_repeated_steps_have_the_bits_of_the_long_way(groups, options):
+    (params, opt), (others, by_the_long_way) = made(groups, **options), made(groups, **options)
+    long_way(by_the_long_way)
+    for k in range(7):
+        for own, each in ((params, opt), (others, by_the_long_way)):
+            torch.manual_seed(k)
+            each.param_groups[0]["lr"] = 0.1 / (k + 1)
+            for param in own:
+                if k == 4:
+                    param.grad = torch.randn_like(param)  # new memory
+                else:
+                    param.grad.copy_(torch.randn_like(param))
+            each.step()
+        assert bits(params, opt) == bits(others, by_the_long_way)
+    assert opt._repeated.ready and [int(state["step"]) for state in opt.state.values()] == [7] * 4
+
+
+def test_a_parameter_without_a_gradient_stays_without_one():
+    (params, opt), (others, by_the_long_way) = made(), made()
+    long_way(by_the_long_way)
+    for own, each in ((params, opt), (others, by_the_long_way)):
+        gradient, own[1].grad = own[1].grad, None
+        for _ in range(4):
+            each.step()
+        own[1].grad = gradient
+        for _ in range(4):
+            each.step()
+    assert bits(params, opt) == bits(others, by_the_long_way)
+
+
+def test_autograd_is_told_of_a_repeated_step():
+    params, opt = made()
+    for _ in range(4):
+        opt.step()
+    assert opt._repeated.ready
+    loss = (params[1] * params[1].exp()).sum()
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def set_data(param, tensor):
+    param.data = tensor
+
+
+def set_grad(param, grad):
+    param.grad = grad
+
+
+CHANGES = {
+    "lr nan": lambda p, opt: opt.param_groups[0].update(lr=math.nan),
+    "lr below 0": lambda p, opt: opt.param_groups[0].update(lr=-0.1),
+    "lr -0.0": lambda p, opt: opt.param_groups[0].update(lr=-0.0),
+    "lr too large": lambda p, opt: opt.param_groups[0].update(lr=1e39),
+    "lr a tensor": lambda p, opt: opt.param_groups[0].update(lr=torch.tensor(0.05)),
+    "betas": lambda p, opt: opt.param_groups[0].update(betas=(0.5, 0.75)),
+    "weight_decay": lambda p, opt: opt.param_groups[0].update(weight_decay=0.5),
+    "amsgrad": lambda p, opt: opt.param_groups[0].update(amsgrad=True),
+    "differentiable": lambda p, opt: opt.param_groups[0].update(differentiable=True),
+    "a group more": lambda p, opt: opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]}),
+    "a sparse gradient": lambda p, opt: set_grad(p[1], torch.ones(7).to_sparse()),
+    "a strided gradient": lambda p, opt: set_grad(p[1], torch.ones(14)[::2]),
+    "no gradient": lambda p, opt: set_grad(p[1], None),
+    "no gradient at all": lambda p, opt: opt.zero_grad(),
+    "other memory": lambda p, opt: set_data(p[1], torch.ones(7)),
+    "transposed": lambda p, opt: set_data(p[0], torch.ones(5, 4).t()),
+    "another shape in the same memory": lambda p, opt: p[0].data.resize_(4, 4),
+    "a negated view": lambda p, opt: set_data(p[1], torch.ones(7)._neg_view()),
+    "another dtype": lambda p, opt: set_data(p[1], torch.ones(7, dtype=torch.float64)),
+    "other moments": lambda p, opt: opt.state[p[1]].update(exp_avg=torch.ones(7)),
+    "moments of another shape": lambda p, opt: opt.state[p[1]].update(exp_avg=torch.ones(6)),
+    "moments taken away": lambda p, opt: opt.state[p[1]].pop("exp_avg_sq"),
+    "state taken away": lambda p, opt: opt.state.pop(p[1]),
+    "a count set": lambda p, opt: opt.state[p[1]]["step"].fill_(30),
+    "all counts set": lambda p, opt: [opt.state[x]["step"].fill_(30) for x in p],
+    "a count that is none": lambda p, opt: [opt.state[x]["step"].fill_(2.5) for x in p],
+    "another count": lambda p, opt: opt.state[p[1]].update(step=torch.tensor(12.0)),
+    "counts near the end of float32": lambda p, opt: [opt.state[x]["step"].fill_(float((1 << 24) - 1)) for x in p],
+    "loaded": lambda p, opt: opt.load_state_dict(copy.deepcopy(opt.state_dict())),
+    "a scale": lambda p, opt: setattr(opt, "grad_scale", torch.tensor(8.0)),
+    "infinities": lambda p, opt: setattr(opt, "found_inf", torch.tensor(1.0)),
+    "a parameter that is computed": lambda p, opt: opt.param_groups[0]["params"].__setitem__(1, p[1] * 1),
+    "under way": lambda p, opt: opt.under_way.begin(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_steps_is_noticed(change):
+    outcomes = []
+    for to_the_long_way in (lambda opt: opt, long_way):
+        params, opt = made()
+        to_the_long_way(opt)
+        for _ in range(4):
+            opt.step()
+        ready, outcome = opt._repeated.ready, []
+        CHANGES[change](params, opt)
+        for _ in range(3):
+            try:
+                opt.step()
+            except Exception as error:  # noqa: BLE001 - whatever it is, both have to raise it
+                outcome.append((type(error), str(error)))
+        outcomes.append((ready, [outcome, bits(params, opt)]))
+    (ready, one), (_, other) = outcomes
+    assert ready and one == other
+
+
+def test_random_bits_and_narrow_state_take_the_long_way():
+    for options in ({"state_dtype": "bfloat16"}, {"state_dtype": "8bit"}):
+        params = [torch.nn.Parameter(torch.ones(64))]
+        opt = gpuadam.torch.Adam(params, **options)
+        params[0].grad = torch.ones(64)
+        for _ in range(4):
+            opt.step()
+        assert not opt._repeated.ready
