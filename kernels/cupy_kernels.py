@@ -16,7 +16,7 @@ from gpuadam.kernels.scalars import Settings, formula_in_cuda_c
 # i is CuPy's: the number of this thread, 64 bits wide. `layout.Split` says which elements it has.
 CONTIGUOUS = r"""
 const ptrdiff_t several = VECTORS_A_THREAD > 1 ? vectors / (WARP * VECTORS_A_THREAD) * WARP : 0;
-if (i < several) {
+if (VECTORS_A_THREAD > 1 && i < several) {
     const ptrdiff_t at = head + (i / WARP * (WARP * VECTORS_A_THREAD) + i %% WARP) * LANES;
     update_lanes<LANES, VECTORS_A_THREAD>(%(at)s, start + at, row_key ^ step_key, skip, %(scalars)s);
 } else {

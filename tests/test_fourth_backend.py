@@ -111,6 +111,10 @@ class PlainNumpy(Backend):
     def copy(self, to, source):
         to.array[...] = source.array
 
+    def copy_rows(self, to, source, rows):
+        there = rows >= 0
+        to.array[there] = source.array[rows[there]]
+
     def from_host(self, array):
         return np.array(array)
 

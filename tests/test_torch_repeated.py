@@ -4,7 +4,6 @@ import copy
 import math
 
 import libraries
-import numpy as np
 import pytest
 
 torch = libraries.imported("torch", reason="torch is not installed")
