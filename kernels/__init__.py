@@ -21,8 +21,12 @@ From a call to the memory:
             convert, store              and back
 
 Two shorter ways lead to the same batches. Compiled code reads plain NumPy arrays faster than Python can (`numpy_struct.py`).
-Arrays of other libraries are remembered from step to step (`gpuadam/remembered.py`), and a step on a GPU that is as the last one
-makes its launches and little else (`gpuadam/repeated_on_gpu.py`).
+Arrays of other libraries are remembered from step to step (`gpuadam/remembered.py`).
+
+A step whose settings are the objects of the step before needs less still: one compiled call for NumPy arrays
+(`gpuadam/repeated.py`, `cpu_step.py`), and a comparison and the launches for torch's tensors in CPU memory
+(`gpuadam/torch/repeated.py`) and for arrays on a GPU (`gpuadam/repeated_on_gpu.py`). If anything differs they do nothing, and the
+step goes the route above, where alone things are refused.
 
 **Words.** An *operand* is an array that a kernel touches. A *view* is what is known of an array. An *update* is one
 parameter's operands. A *batch* is what one launch takes. A *form* is what is known when a kernel is compiled. *Scalars* are
@@ -92,7 +96,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `operands.py`, `numba_access.py`, `cuda_c_access.py` | operands and formats; loads and stores |
 | `view.py`, `dlpack.py`, `layout.py`, `array_bytes.py` | what is known of an array; how it lies in memory; its bytes |
 | `backend.py` | the interface |
-| `cpu_backend.py`, `cpu_kernels.py`, `cpu_threads.py`, `numpy_struct.py`, `compiled_cache.py` | `numba-cpu` |
+| `cpu_backend.py`, `cpu_kernels.py`, `cpu_threads.py`, `numpy_struct.py`, `cpu_step.py`, `compiled_cache.py` | `numba-cpu` |
 | `huge_pages.py` | memory of the host on pages of 2 MB |
 | `ownership.py` | which files no other user can have written |
 | `messages.py` | values of users in the messages of errors |
