@@ -39,8 +39,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 from .backends import BackendUnavailableError, available_backends, backend_status, use_backend
-from .checkpoint import CheckpointError
-from .checkpoint.loading import load
 from .clipping import global_norm
 from .family import AdaMax, AdamW, NAdam, RAdam
 from .flat import Flat, flatten
@@ -48,13 +46,7 @@ from .functional import adam_step
 from .groups import decay_groups
 from .kernels.messages import shown
 from .kernels.view import Bits
-from .offload import OffloadAdam
-from .offload.loading import load_offload
 from .optimizer import Adam
-from .rule import Rule
-from .sharded import transports
-from .sharded.loading import load_sharded
-from .sharded.optimizer import ShardedAdam, ShardedAdamW
 from .version import __version__ as __version__
 
 __all__ = [  # noqa: RUF022 - in the order of the reference
@@ -84,8 +76,20 @@ __all__ = [  # noqa: RUF022 - in the order of the reference
     "BackendUnavailableError",
 ]
 
-# Loaded on first use, as `gpuadam.torch`, because a program that uses none should not wait for them
+# Loaded on first use, as `gpuadam.torch`, because a program that uses none should not wait for them: pages of the reference,
+# other modules, and names by the module that has them
 _PAGES = ("backends", "foreign_state", "planning", "reference", "testing", "torch", "typing")
+_MODULES = {name: name for name in (*_PAGES, "checkpoint", "offload", "sharded")} | {"transports": "sharded.transports"}
+_PLACES = {
+    "CheckpointError": "checkpoint",
+    "load": "checkpoint.loading",
+    "OffloadAdam": "offload",
+    "load_offload": "offload.loading",
+    "Rule": "rule",
+    "ShardedAdam": "sharded.optimizer",
+    "ShardedAdamW": "sharded.optimizer",
+    "load_sharded": "sharded.loading",
+}
 
 if TYPE_CHECKING:
     from . import backends as backends
@@ -95,12 +99,23 @@ if TYPE_CHECKING:
     from . import testing as testing
     from . import torch as torch
     from . import typing as typing
+    from .checkpoint import CheckpointError
+    from .checkpoint.loading import load
+    from .offload import OffloadAdam
+    from .offload.loading import load_offload
+    from .rule import Rule
+    from .sharded import transports
+    from .sharded.loading import load_sharded
+    from .sharded.optimizer import ShardedAdam, ShardedAdamW
 else:  # a type checker that saw this would take every name for one of the package
 
     def __getattr__(name):
-        if name in _PAGES:
+        if name in _PLACES:
+            found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+            return found
+        if name in _MODULES:
             try:
-                return importlib.import_module(f"{__name__}.{name}")
+                return importlib.import_module(f"{__name__}.{_MODULES[name]}")
             except ModuleNotFoundError as error:  # an AttributeError, so that hasattr and help() work
                 raise AttributeError(f"gpuadam.{name} needs {error.name}: pip install {error.name}", name=name) from error
         raise AttributeError(f"module 'gpuadam' has no attribute {shown(name)}")

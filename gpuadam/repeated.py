@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import backends, hyperparameters
-from .groups import ONE
+from .groups import MAPPING, ONE
 from .kernels import adam
 from .update import Updates, known_like, launch
 
@@ -142,7 +142,7 @@ class RepeatedStep(Repeats):
         kernels = self._kernels = backends.load("numba-cpu")
         values = [kernels.cpu_step.ANY if key == "lr" else value for key, value in settings.items()]
         self._plan.expect((kernels.build, kernels.PARALLEL_FROM, *options, *settings, *values))
-        self._one, self._states, self._names, self._holder = group.structure.kind == ONE, states, names, holder
+        self._kind, self._states, self._names, self._holder = group.structure.kind, states, names, holder
         self._of_state = operator.itemgetter("step", *kind.kept)
         self._form = hyperparameters.constants(only.h.fixed, known_like(only).arrays).form
         for state in states:
@@ -157,13 +157,14 @@ class RepeatedStep(Repeats):
         lr, states, count = settings.get("lr"), self._states, self._states[0].get("step")
         if type(lr) is not float or type(count) is not int or not 0 <= count < kernels.cpu_step.MOST_STEPS - 1:
             return False
-        if self._one:
+        if self._kind == ONE:
             grads = [grads]
-        elif type(grads) is dict:
-            grads = list(grads.values()) if list(grads) == names else None
-        elif type(grads) is tuple:
-            grads = list(grads)
+        elif self._kind == MAPPING:
+            grads = list(grads.values()) if type(grads) is dict and list(grads) == names else None
+        else:
+            grads = list(grads) if type(grads) in (list, tuple) else None
         params, holder = settings.get("params"), self._holder
+        params = list(params) if type(params) is list else None  # of its own: no other thread lets an array go meanwhile
         try:
             arrays: tuple[Any, ...] = count, params, grads, list(map(self._of_state, states)), settings.get("names"), names
         except KeyError:  # state was taken away

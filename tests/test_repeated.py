@@ -201,6 +201,33 @@ def test_a_change_between_steps_is_noticed(change):
     assert repeats and one == other
 
 
+@pytest.mark.parametrize("kind", ["one", "list", "dict"])
+@pytest.mark.parametrize("as_kind", ["one", "list", "tuple", "dict", "numbered", "generator", "array"])
+def test_gradients_in_another_form_are_taken_or_refused_as_ever(kind, as_kind):
+    outcomes = []
+    for to_the_long_way in (lambda opt: opt, long_way):
+        params, grads = [numbers((3, 4), 1), numbers((3, 4), 2)], [numbers((3, 4), 3), numbers((3, 4), 4)]
+        if kind == "one":
+            params, grads = params[:1], grads[:1]
+        opt = to_the_long_way(gpuadam.Adam(given(kind, params)))
+        for _ in range(4):
+            opt.step(given(kind, grads))
+        ready = opt._repeated.ready
+        others = {
+            "numbered": {str(k): g for k, g in enumerate(grads)},
+            "generator": iter(grads),
+            "array": np.array(grads),
+        }
+        outcome = []
+        try:
+            opt.step(others[as_kind] if as_kind in others else given(as_kind, grads))
+        except Exception as error:  # noqa: BLE001 - whatever it is, both have to raise it
+            outcome = [type(error), str(error)]
+        outcomes.append((ready, [*outcome, *(p.tobytes() for p in params)]))
+    (ready, one), (_, other) = outcomes
+    assert ready and one == other
+
+
 def test_options_of_a_step_are_noticed():
     for option in (
         {"grad_scale": 0.5},
