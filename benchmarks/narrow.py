@@ -68,9 +68,7 @@ def rows_of(backend, n, clock, measured):
     for row in rows:
         row["x_float32"] = float(f"{row['p50_us'] / float32[row['contender']]:.6g}")
         row["x_float32_bytes"] = float(f"{row['x_float32_bytes']:.6g}")
-    for of_form in measure.groups(rows, "dtype").values():
-        measure.add_ratios(of_form)
-    return rows
+    return [row for of_form in measure.groups(rows, "dtype").values() for row in measure.add_ratios(of_form)]
 
 
 def bytes_held(name, n):

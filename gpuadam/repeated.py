@@ -34,6 +34,8 @@ def plan_of(group: Updates, n_rows=None):
     scalars = (constants.grad_scale, 0.0, constants.w1, constants.w2, 0.0, constants.eps, 0.0, *later)
     numbers = constants.lowest, fixed.beta1, fixed.beta2, fixed.weight_decay, constants.eps
     kernel = kernels.compiled(adam, form, scalars)
+    if not hasattr(kernel, "overloads"):  # somebody's own in the place of a loop of Numba's
+        return None
     formula, begins = (fixed.variant, form.decoupled), 1 if constants.first == later else 2
     return kernels.cpu_step.Plan(like.columns, kernel, formula, numbers, scalars, begins, kernels.PARALLEL_FROM, n_rows)
 

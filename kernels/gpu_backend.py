@@ -57,6 +57,7 @@ class GpuBackend(Backend):
 
     def facts(self, arrays):
         """Return what tells, by its method `unchanged`, whether arrays of the library are what they were; None if nothing can."""
+        return
 
     def current_device(self):
         """Return the number of the current device."""

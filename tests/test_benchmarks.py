@@ -208,7 +208,7 @@ def test_contenders_say_where_the_arrays_of_their_library_lie(name):
 
 
 def test_moments_that_are_given_to_torch_are_its_own_beginning():
-    pytest.importorskip("torch")
+    libraries.imported("torch", reason="torch is not installed")
     ours, own = (built(name, [(50, 3), (7,)]) for name in ("torch fused", "torch fused (its own memory)"))
     for _ in range(3):
         ours.step()
@@ -346,7 +346,10 @@ def test_what_binds_is_read_from_the_profilers_rows(monkeypatch, capsys, tmp_pat
 # gpu.sh
 
 BASH = pytest.mark.skipif(sys.platform != "linux", reason="gpu.sh is for Linux")
-NOT_ON_A_GPU = {"conversion", "cpu_threads", "in_flight", "killed_rank", "peers", "quality", "report", "sharded", "timing"}
+NOT_ON_A_GPU = {
+    "conversion", "cpu_threads", "in_caches", "in_flight", "killed_rank", "pages", "peers", "quality", "report", "sharded",
+    "timing",
+}  # fmt: skip
 
 
 def gpu_sh(*arguments, code=0, **env):

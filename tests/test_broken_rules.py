@@ -130,8 +130,8 @@ def test_a_broken_rule_of_another_algorithm_is_found(what):
     [
         ("an off-by-one tail", ("k < head ? k : k + vectors * LANES", "k < head ? k : k + vectors * LANES - 1"), {"bits"}),
         ("a tail past the end", ("k + vectors * LANES", "k + vectors * LANES + 1"), {"memory"}),
-        ("a vector off its boundary", ("head + i * LANES", "head + i * LANES + 1"), {"memory"}),
-        ("a vector body one short", ("i < vectors", "i < vectors - 1"), {"bits", "memory"}),
+        ("a vector off its boundary", ("head + j * LANES", "head + j * LANES + 1"), {"memory"}),
+        ("a vector body one short", ("j < vectors", "j < vectors - 1"), {"bits", "memory"}),
     ],
 )
 def test_a_broken_cover_of_the_elements_is_found(what, operation, ways):

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import libraries
 import numpy as np
 import pytest
 
@@ -41,7 +42,7 @@ def test_answers_of_no_time_run_no_kernel_and_the_stand_in_answers_again_after_t
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["cupy", "numba-cuda"])
 def test_the_script_measures_both_steps_beside_bare_launches(name, tmp_path):
-    pytest.importorskip("cupy" if name == "cupy" else "numba_cuda")
+    libraries.imported("cupy" if name == "cupy" else "numba_cuda")
     from test_benchmarks import run
 
     run("host_time", "--backend", name, "--seconds", "0", "--sizes", "1,2", "--out", str(tmp_path), GPUADAM_GPU="host")
