@@ -31,6 +31,9 @@ MADE_ONCE = {"of_eight", "of_four", "filled", "narrow_rows"}  # fixtures that ta
 
 def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="also run what takes long: see CONTRIBUTING.md")
+    parser.addoption(
+        "--part", metavar="K/N", help="only the K-th of N parts of the tests, K from 0; which one has a test is chance"
+    )
 
 
 def pytest_configure(config):

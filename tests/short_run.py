@@ -7,6 +7,7 @@ the key forms.
 """
 
 import itertools
+import zlib
 from collections import Counter, defaultdict
 
 import cases
@@ -18,8 +19,16 @@ def select(config, items):
     mark(items, cases.exhaustive)
     if not cases.exhaustive:
         left_out = {item for item in items if item.get_closest_marker("exhaustive")}
-        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-        items[:] = [item for item in items if item not in left_out]
+        leave_out(config, items, left_out)
+    if part := config.getoption("--part", None):
+        k, n = map(int, part.split("/"))
+        leave_out(config, items, {item for item in items if zlib.crc32(item.nodeid.encode()) % n != k})
+
+
+def leave_out(config, items, left_out):
+    """Take tests out of a run."""
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 def mark(items, exhaustive):

@@ -37,6 +37,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.exhaustive
 def test_where_there_is_no_mistake_none_is_found(tmp_path):
     assert fuzz.failure(ROUND, 0, tmp_path) is None
 

@@ -71,6 +71,7 @@ import cases, pytest, short_run
 
 def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true")
+    parser.addoption("--part")
 
 def pytest_configure(config):
     cases.exhaustive = config.getoption("--exhaustive")
@@ -94,6 +95,18 @@ def test_the_two_runs_have_all_between_them(pytester, monkeypatch, options, pass
     pytester.makeini("[pytest]\nmarkers =\n  gpu\n  exhaustive\n  in_short")
     result = pytester.runpytest_inprocess("-p", "no:xdist", "-p", "no:gpuadam", *options)
     result.assert_outcomes(passed=passed, deselected=13 - passed)
+
+
+def test_the_parts_of_a_run_have_each_test_once(pytester, monkeypatch):
+    monkeypatch.setattr("cases.exhaustive", False)  # put back afterwards
+    pytester.makepyfile(test_it=TESTS)
+    pytester.makeconftest(CONFTEST)
+    pytester.makeini("[pytest]\nmarkers =\n  gpu\n  exhaustive\n  in_short")
+    passed = []
+    for k in range(3):
+        result = pytester.runpytest_inprocess("-p", "no:xdist", "-p", "no:gpuadam", "--exhaustive", "--part", f"{k}/3", "-v")
+        passed += [line.split()[0] for line in result.outlines if " PASSED" in line]
+    assert len(passed) == len(set(passed)) == 13
 
 
 # What is kept
