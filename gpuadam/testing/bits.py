@@ -97,7 +97,8 @@ def on_host(name, array):
     kernels, (view,) = backends.choose([(name, array)], backends.home(name, array))
     if view.format not in FLOATS and view.dtype.kind not in "biu":
         raise TypeError(
-            f"{name} has dtype {shortened(str(view.dtype))}: bits are compared of {', '.join(FLOATS)}, integers and booleans"
+            f"{name} has dtype {shortened(str(view.dtype))}: bits are compared of {', '.join(FLOATS)}, complex numbers, "
+            "integers and booleans"
         )
     values = kernels.to_host(view.array)
     native = values.astype(values.dtype.newbyteorder("="), copy=False)
