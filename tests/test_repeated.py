@@ -178,6 +178,7 @@ CHANGES = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Setting the (shape|dtype):DeprecationWarning")  # of NumPy 2.5; it can still be done
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_between_steps_is_noticed(change):
     outcomes = []
