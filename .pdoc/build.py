@@ -15,6 +15,8 @@ from unittest import mock
 import jinja2
 import pdoc
 
+import gpuadam
+
 HERE = Path(__file__).parent
 PACKAGES = (
     "typing",
@@ -39,6 +41,8 @@ def main(folder):
     """Write the pages into a folder."""
     if not importlib.util.find_spec("torch"):
         sys.modules["torch"] = torch_to_read()
+    for name in gpuadam.__all__:  # some are loaded on first use, and pdoc looks into the module's dict
+        getattr(gpuadam, name)
     names = ["gpuadam", "gpuadam.guide"] + [f"gpuadam.{name}" for name in PACKAGES]
     names += [rf"!gpuadam\.({'|'.join(PACKAGES)})\."]
     for name in INNER:

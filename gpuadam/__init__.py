@@ -115,7 +115,8 @@ else:  # a type checker that saw this would take every name for one of the packa
             return found
         if name in _MODULES:
             try:
-                return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+                module = globals()[name] = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+                return module
             except ModuleNotFoundError as error:  # an AttributeError, so that hasattr and help() work
                 raise AttributeError(f"gpuadam.{name} needs {error.name}: pip install {error.name}", name=name) from error
         raise AttributeError(f"module 'gpuadam' has no attribute {shown(name)}")

@@ -21,10 +21,10 @@ from .step_counts import LAST
 
 OPEN = "params", "param_names", "lr"  # the settings of a group that may be other objects, or are compared in another way
 # What may change of a tensor while it stays the same object, and what has to be known of a gradient, which may be a new one
-OF_HELD = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.size, torch.Tensor.dtype.__get__, torch.Tensor.is_neg
-OF_GRADS = *OF_HELD[1:], torch.Tensor.is_cpu.__get__
-IS_LEAF = torch.Tensor.is_leaf.__get__
-GRAD = torch.Tensor.grad.__get__
+OF_HELD = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.size, operator.attrgetter("dtype"), torch.Tensor.is_neg
+OF_GRADS = *OF_HELD[1:], operator.attrgetter("is_cpu")
+IS_LEAF = operator.attrgetter("is_leaf")
+GRAD = operator.attrgetter("grad")
 
 
 class Known(NamedTuple):
