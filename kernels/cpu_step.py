@@ -79,7 +79,7 @@ class Plan:
         self.memory = np.zeros(end, np.int64)
         address = self.memory.ctypes.data
         at = [address + 8 * k for k in (expected, table, of_numbers)]
-        self.memory[:HEAD] = NDARRAY, LIST, address_of(kernel), most, begins, n_rows, width, 0, *at
+        self.memory[:HEAD] = NDARRAY, LIST, address_of(kernel, n), most, begins, n_rows, width, 0, *at
         self.memory[expected:table] = like.expected.ravel()
         self.table = self.memory[table:of_numbers].reshape(n_rows, PARAM + width)
         floats = self.memory[of_numbers:].view(np.float64)
@@ -109,9 +109,9 @@ class Plan:
         return status
 
 
-def address_of(kernel):
-    """Return the address of the machine code of a kernel that has been called."""
-    (made,) = kernel.overloads.values()
+def address_of(kernel, n):
+    """Return the address of the machine code of a kernel that has been called with n scalars, and perhaps with other types."""
+    made = kernel.overloads[(*OF_A_KERNEL, *[types.float64] * n)]
     return made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
 
 
