@@ -111,7 +111,8 @@ class Plan:
 
 def address_of(kernel, n):
     """Return the address of the machine code of a kernel that has been called with n scalars, and perhaps with other types."""
-    made = kernel.overloads[(*OF_A_KERNEL, *[types.float64] * n)]
+    signature = *OF_A_KERNEL, *[types.float64] * n
+    made = kernel.overloads[signature]
     return made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
 
 
