@@ -29,12 +29,12 @@ compiled call. Microseconds of a call on 1,000 elements, medians on 2026-11-29, 
 
 | | warm caches | in turn with the others |
 |---|---:|---:|
-| `gpuadam.adam_step` | 3.9 | 17 |
-| `gpuadam.Adam.step` | 6.8 | 25 |
-| its kernel alone | 2.4 | 12 |
-| Adam by hand in plain NumPy | 16 | 42 |
-| torch fused | 94 | 153 |
-| `optax.adam` under `jax.jit` | 40 | 175 |
+| `gpuadam.adam_step` | 4.1 | 24 |
+| `gpuadam.Adam.step` | 5.7 | 33 |
+| its kernel alone | 2.2 | 15 |
+| Adam by hand in plain NumPy | 15 | 54 |
+| torch fused | 99 | 198 |
+| `optax.adam` under `jax.jit` | 38 | 223 |
 
 `gpuadam.torch.Adam` takes 0.9 to 1.0 of the time of torch fused for one tensor of 1,000 elements, 0.9 to 1.0 for 148 and 0.8 for
 1,000 tensors: most of it is spent on asking torch about its tensors. The first step of a process takes 1.2 s with a warm compile
