@@ -495,8 +495,12 @@ def loaded_before_use(sass):
 
 
 def _address(operands):
-    """Return the address register in the operands of a load, without what is added to it."""
-    return re.search(r"\[(R\d+)", operands)[1]
+    """Return the address register in the operands of a load, without what is added to it.
+
+    >>> _address("R4, desc[UR6][R2.64+0x10]"), _address("R0, [UR4]")
+    ('R2', 'UR4')
+    """
+    return re.findall(r"\[(U?R\w+)", operands)[-1]
 
 
 @functools.cache
