@@ -19,6 +19,7 @@ from pathlib import Path
 import llvmlite
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.runtime import rtsys
 
 from gpuadam.kernels import ownership
 
@@ -82,8 +83,11 @@ class KernelCache(FunctionCache):
         return repr((sig, codegen.magic_tuple(), self.key)).encode()
 
     def load_overload(self, sig, target_context):
+        # Numba makes ready to compile before it looks for what is compiled, for half of a first step's time: it learns all that
+        # it can translate, and imports SciPy if that is installed. Machine code needs the manager of Numba's memory alone.
+        rtsys.initialize(target_context)
         try:
-            return super().load_overload(sig, target_context)
+            return self._load_overload(sig, target_context)
         except Exception:  # noqa: BLE001 - a damaged file fails in any way; the kernel is compiled again, and written again
             return None
 

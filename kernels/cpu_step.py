@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 from gpuadam.kernels import compiled_cache, llvm
 from gpuadam.kernels.adam import Scalars
 from gpuadam.kernels.numba_memory import load_at, store_at
-from gpuadam.kernels.numpy_struct import FACTS, NDARRAY, PARAM, SIZE, TYPE, read
+from gpuadam.kernels.numpy_struct import FACTS, NDARRAY, PARAM, SIZE, TYPE, read, read_one
 from gpuadam.kernels.scalars import on_host
 
 # What a call returns: the step is another one; it is done; it is one for several threads, and its table and scalars are ready; it
@@ -156,6 +156,7 @@ def compiled(variant, decoupled, n_scalars, several):
     """Return the compiled call of a Plan. several: whether there are several updates."""
     formula, launch = on_host(variant, decoupled), _launching(n_scalars)
     quick = njit(**compiled_cache.INNER)
+    read_all = read if several else read_one
     powers, of_step, gather = quick(formula.powers), quick(formula.of_step), quick(_of_several if several else _of_one)
     DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
 
@@ -177,7 +178,7 @@ def compiled(variant, decoupled, n_scalars, several):
             return OTHER
         expected = carray(_pointer(_int64_at(plan + 8 * EXPECTED)), (FACTS, width), np.int64)
         table = carray(_pointer(_int64_at(plan + 8 * TABLE)), (n_rows, PARAM + width), np.int64)
-        if not read(objects, _int64_at(plan + 8 * ARRAY_TYPE), expected, True, table):
+        if not read_all(objects, _int64_at(plan + 8 * ARRAY_TYPE), expected, True, table):
             return OTHER
         numbers = _int64_at(plan + 8 * NUMBERS)
         beta2, weight_decay = _float64_at(numbers + 8 * BETA2), _float64_at(numbers + 8 * WEIGHT_DECAY)

@@ -45,7 +45,7 @@ with warnings.catch_warnings(record=True) as warned:
     param, grad, m, v = (np.linspace(0.1, 1, 9, dtype="f4") for _ in range(4))
     gpuadam.adam_step(param, grad, m, v, 3{options})
 names = [re.sub("_[0-9a-f]{{16}}$", "", name) for name in Compiled.names]
-own = [name for name in names if name in ("read", "read_one", "disjoint", "apart", "extents") or name == "kernel"]
+own = [name for name in names if name in ("kernel", "read", "read_one", "read_four")]
 print(json.dumps([param.tobytes().hex(), own, [f"{{w.category.__name__}}: {{w.message}}" for w in warned]]))
 """
 
@@ -92,7 +92,7 @@ def loaded(kernel):
     return sum(kernel.stats.cache_hits.values())
 
 
-NEEDED = ["apart", "disjoint", "extents", "kernel", "read", "read_one"]
+NEEDED = ["kernel", "read_four"]
 
 
 def files(folder):
@@ -122,6 +122,18 @@ def test_the_next_process_compiles_nothing(cache):
     before = {path: path.stat().st_mtime_ns for path in files(cache)}
     assert step(cache) == [expected(), [], []]
     assert {path: path.stat().st_mtime_ns for path in files(cache)} == before
+
+
+def test_the_next_process_does_not_wait_for_what_only_a_compiler_needs(cache):
+    """What Numba can translate it learns from modules like these, which take half of a first step's time."""
+    not_needed = "numba.np.linalg", "numba.typed.typeddict", "scipy.linalg"
+    assert step(cache, f"); assert not set({not_needed}) & sys.modules.keys(") == [expected(), [], []]
+
+
+def test_the_next_process_can_compile_as_well(cache):
+    """What was left out to load a kernel is made up for, and machine code that was loaded goes on."""
+    compiled = "import numba; assert numba.njit(lambda x: np.linalg.det(x))(np.eye(4)) == 1.0"
+    assert step(cache, f"); {compiled}; gpuadam.adam_step(param, grad, m, v, 4, lr=0.0") == [expected(), [], []]
 
 
 @pytest.mark.exhaustive
@@ -216,7 +228,7 @@ def test_a_folder_that_becomes_unusable_brings_a_warning_of_ours(tmp_path):
     folder = tmp_path / "cache"
     before = "import pathlib, shutil; p = pathlib.Path(os.environ['NUMBA_CACHE_DIR']); shutil.rmtree(p); p.write_text('')"
     param, compiled, warned = step(folder, before=before)
-    assert param == expected() and {"read", "disjoint"} <= set(compiled)
+    assert param == expected() and "read_four" in compiled
     assert len(warned) == len(NEEDED) - 1
     assert all(
         w.startswith("RuntimeWarning: compiled kernels cannot be kept in ") and "NUMBA_CACHE_DIR" in w for w in warned

@@ -12,6 +12,7 @@ import pytest
 from cases import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
 import gpuadam
 from gpuadam import functional, hyperparameters, update
@@ -304,6 +305,9 @@ def test_an_object_at_the_address_of_one_that_is_gone_is_read_anew():
 
 # Overlap
 
+# These are for compiled code alone
+disjoint, disjoint_in_one = njit(numpy_struct.disjoint.py_func), njit(numpy_struct.disjoint_in_one.py_func)
+
 
 def expected_of(itemsizes, scales=()):
     """What `columns_like` says of five columns of elements of some bytes."""
@@ -340,7 +344,9 @@ def disjoint_byte_by_byte(rows, expected):
 )
 def test_disjoint_is_what_comparing_all_bytes_says(rows, itemsizes, scales):
     rows, expected = np.array(rows, np.int64), expected_of(itemsizes, scales)
-    assert numpy_struct.disjoint(rows, expected) == disjoint_byte_by_byte(rows, expected)
+    assert disjoint(rows, expected) == disjoint_byte_by_byte(rows, expected)
+    for row in rows:
+        assert disjoint_in_one(row[None], expected) == disjoint_byte_by_byte([row], expected)
     like = numpy_struct.Columns((), expected)
     assert numpy_struct.all_disjoint([(rows[:1], like), (rows[1:], like)]) == disjoint_byte_by_byte(rows, expected)
 
@@ -353,8 +359,9 @@ def test_disjoint_is_what_comparing_all_bytes_says_of_arrays_side_by_side():
             row = [2] + [0] * 7
             for place, k in enumerate(order):
                 row[PARAM + k] = 100 + 8 * place - shift * (place == 3)
-            found.add(numpy_struct.disjoint(np.array([row]), expected))
-            assert numpy_struct.disjoint(np.array([row]), expected) == disjoint_byte_by_byte([row], expected) == (not shift)
+            for function in (disjoint, disjoint_in_one):
+                found.add(function(np.array([row]), expected))
+                assert function(np.array([row]), expected) == disjoint_byte_by_byte([row], expected) == (not shift)
     assert found == {True, False}
 
 
@@ -363,11 +370,11 @@ def test_disjoint_is_right_for_many_arrays():
     rng, n, expected = np.random.default_rng(0), 700, expected_of(4)
     addresses = rng.permutation(5 * n).reshape(n, 5) * 16 + 64
     rows = np.column_stack([np.full((n, 1), 4), np.zeros((n, 2), int), addresses])
-    assert numpy_struct.disjoint(rows, expected)
+    assert disjoint(rows, expected)
     for row, column in [(0, PARAM), (n // 2, V), (n - 1, MAX_V)]:
         moved = rows.copy()
         moved[row, column] += 1
-        assert numpy_struct.disjoint(moved, expected) == (moved[row, column] + 15 == addresses.max() + 16)
+        assert disjoint(moved, expected) == (moved[row, column] + 15 == addresses.max() + 16)
 
 
 def test_gradients_may_overlap_whatever_lies_between_them():
@@ -376,9 +383,9 @@ def test_gradients_may_overlap_whatever_lies_between_them():
     base[:, SIZE] = [100, 1, 1]
     base[:, [PARAM, M, V, MAX_V]] = np.arange(12).reshape(3, 4) * 1000 + 10_000
     base[:, GRAD] = [100, 120, 300]
-    assert numpy_struct.disjoint(base, expected)
+    assert disjoint(base, expected)
     base[2, M] = 496  # within the first gradient, behind the others
-    assert not numpy_struct.disjoint(base, expected)
+    assert not disjoint(base, expected)
 
 
 # With this way or without it, the outcome is the same

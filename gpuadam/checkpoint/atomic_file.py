@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def replacing(path, *, follow=False, durable=True):
     old = check_regular(target)
     mode = 0o666 if old is None else stat.S_IMODE(old.st_mode) & 0o777
     with _flushed_afterwards(target.parent) if durable else contextlib.nullcontext():
-        temporary = target.parent / f".gpuadam-{secrets.token_hex(8)}.tmp"
+        temporary = target.parent / f".gpuadam-{os.urandom(8).hex()}.tmp"
         file = opened(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
         try:
             if old is not None and stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:  # the umask was another then

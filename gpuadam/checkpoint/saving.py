@@ -7,7 +7,7 @@ from .. import checks
 from ..kernels.messages import shown
 from .atomic_file import NotFlushedError, replacing
 from .format import CLASSES, OFFLOADED, check_class, encoded
-from .safetensors import CheckpointError, write
+from .safetensors import CheckpointError, require, write
 from .tensors import PARAM, chosen, sections
 
 CHANGED = "a step was under way, or was taken, while it was saved: save between steps, or in the thread that takes them"
@@ -20,7 +20,7 @@ ADVICE: dict[int | None, str] = {
 }
 
 
-def save(opt, state_dict, path, check_unchanged, *, with_params=False):
+def save(opt, state_dict, path, is_unchanged, *, with_params=False):
     """Save an `Adam`: see `Adam.save`. state_dict: the optimizer's own, which has been checked. The rest: `write_file`."""
     path, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
     check_class(opt, (*CLASSES, "OffloadAdam"))
@@ -32,19 +32,19 @@ def save(opt, state_dict, path, check_unchanged, *, with_params=False):
     copies = [own for own, parameter in opt.parameters.items() if parameter.copy is not None or own in masters]
     metadata = encoded(opt, name, state_dict["groups"], params, copies)
     tensors = [section.tensor(section.array_name) for section in chosen(arrays, with_params)]
-    write_file(path, tensors, metadata, check_unchanged, follow=True)
+    write_file(path, tensors, metadata, is_unchanged, follow=True)
 
 
-def write_file(path, tensors, metadata, check_unchanged=lambda: None, *, follow=False):
+def write_file(path, tensors, metadata, is_unchanged=lambda: True, *, follow=False):
     """Write a file, or leave the one that is there. Return (how many bytes it has, the checksum of its header).
 
-    check_unchanged: raises, after the tensors were read, if they may be of several steps. follow: as of `replacing`.
+    is_unchanged: whether, after the tensors were read, all are of one step. follow: as of `replacing`.
     Raises CheckpointError.
     """
     try:
         with replacing(path, follow=follow) as file:
             crc = write(file, tensors, metadata)
-            check_unchanged()
+            require(is_unchanged(), CHANGED)
             return file.seek(0, os.SEEK_END), crc
     except OSError as error:
         n_bytes = sum(tensor.n_bytes for tensor in tensors)

@@ -9,7 +9,6 @@ Between that and the new index, rank 0 holds a lock, so that another job does no
 import contextlib
 import os
 import re
-import secrets
 from pathlib import Path
 
 from .. import checks
@@ -91,7 +90,7 @@ def _cleared(folder, lock):
     except OSError as error:
         where, advice = str(error.filename or folder), "Give a folder that can be made and read"
         raise CheckpointError(f"{shown(where, 1000)} was not saved: {error.strerror}. {advice}") from error
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 def _known(folder):
