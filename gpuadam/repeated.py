@@ -175,6 +175,8 @@ class RepeatedStep(Repeats):
             arrays += list(holder), names, list(holder.values()), params
         elif holder is not None:
             arrays += holder, params
+        if not plan.rehearsed:
+            plan.rehearse()
         under_way.begin()
         status = plan.step(
             arrays, (kernels.build, kernels.PARALLEL_FROM, *options, *settings, *settings.values()), count + 1, lr

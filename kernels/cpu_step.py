@@ -87,6 +87,7 @@ class Plan:
         self.scalars = floats[SCALARS:]
         self._kept = like, kernel  # whose memory the compiled code knows
         self._settings, self._address, self._call = (), address, compiled(*formula, n, several)
+        self.rehearsed = False
 
     def expect(self, settings):
         """Take over the objects that are the settings: ANY stands for one that may be any object."""
@@ -95,6 +96,11 @@ class Plan:
         self._settings = settings  # kept alive, so that no other objects get their addresses
         self.memory[HEAD : HEAD + len(settings)] = addresses
         self.memory[N_SETTINGS] = len(settings)
+
+    def rehearse(self):
+        """Make a call that finds other settings and does nothing: it compiles the call, which may fail or be interrupted."""
+        self._call(self._address, id(()), id(()), 0, 0.0)
+        self.rehearsed = True
 
     def step(self, arrays, settings, t, lr):
         """Return DONE, LARGE or OTHER. Raise MemoryError if the step was cut short.

@@ -272,6 +272,35 @@ def test_a_copy_of_an_optimizer_has_its_own_arrays():
         assert same(opt.groups[0]["params"][0], before) and not same(other.groups[0]["params"][0], before)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_step_whose_compilation_is_cut_short_has_done_nothing(error, monkeypatch):
+    """The call is compiled for the first step that repeats another, and takes a second where nothing is on disk."""
+    failures, compiled = [error], cpu_step.compiled
+
+    def failing_once(*key):
+        def call(*arguments):
+            if failures:
+                raise failures.pop()
+            return compiled(*key)(*arguments)
+
+        return call
+
+    monkeypatch.setattr(cpu_step, "compiled", failing_once)
+    (opt, other), failed = (gpuadam.Adam({"w": numbers(5, 1)}) for _ in range(2)), 0
+    long_way(other)
+    for k in range(5):
+        grads = {"w": numbers(5, k)}
+        try:
+            opt.step(grads)
+        except error:
+            failed += 1
+            assert_same(opt, other)
+            opt.step(grads)
+        other.step(grads)
+        assert_same(opt, other)
+    assert failed == 1 and opt._repeated.ready
+
+
 def test_random_bits_and_a_count_in_an_array_take_the_long_way():
     for options in ({"state_dtype": "bfloat16"}, {"state_dtype": "8bit"}, {"capturable": True}):
         opt = gpuadam.Adam(numbers(64, 1), **options)

@@ -9,6 +9,7 @@ import pytest
 torch = libraries.imported("torch", reason="torch is not installed")
 
 import gpuadam.torch  # noqa: E402
+from gpuadam.kernels import cpu_step  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -146,6 +147,25 @@ def test_a_change_between_steps_is_noticed(change):
         outcomes.append((ready, [outcome, bits(params, opt)]))
     (ready, one), (_, other) = outcomes
     assert ready and one == other
+
+
+def test_a_step_that_cannot_compile_has_done_nothing(monkeypatch):
+    params, opt = made()
+    opt.step()
+    opt.step()
+    before, advance = bits(params, opt), cpu_step.advance
+
+    def failing(addresses):
+        monkeypatch.setattr(cpu_step, "advance", advance)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cpu_step, "advance", failing)
+    assert opt._repeated.ready
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    assert bits(params, opt) == before
+    opt.step()
+    assert [int(state["step"]) for state in opt.state.values()] == [3] * 4
 
 
 def test_random_bits_and_narrow_state_take_the_long_way():

@@ -23,6 +23,7 @@ OPEN = "params", "param_names", "lr"  # the settings of a group that may be othe
 # What may change of a tensor while it stays the same object, and what has to be known of a gradient, which may be a new one
 OF_HELD = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.size, operator.attrgetter("dtype"), torch.Tensor.is_neg
 OF_GRADS = *OF_HELD[1:], operator.attrgetter("is_cpu")
+NO_COUNTS = np.zeros(0, np.int64)
 IS_LEAF = operator.attrgetter("is_leaf")
 GRAD = operator.attrgetter("grad")
 
@@ -89,6 +90,7 @@ class RepeatedSteps(Repeats):
             form, scalars = hyperparameters.form_and_scalars(h, count + 1, one.like.arrays)
             batches.append(kernels.batch_of(one.table, one.n, one.like.arrays, False, 0, one.names))
             batches[-1].prepare(adam, form, scalars, None)
+        kernels.cpu_step.advance(NO_COUNTS)  # compiled before anything is written
         launch(batches, batches, under_way=optimizer.under_way)
         for _, one in present:
             kernels.cpu_step.advance(one.counts)
@@ -104,9 +106,8 @@ def _known(optimizer, group, members, updates):
     if not all(stays(value) for key, value in settings.items() if key not in OPEN) or type(group["lr"]) is not float:
         return None
     if not members:
-        nothing = np.zeros(0, np.int64)
         of_held, of_grads = _read([], OF_HELD), _read([], OF_GRADS)
-        return Known(settings, [], absent, [], None, [], of_held, of_grads, [], nothing, None, None, nothing, 0, [], [])
+        return Known(settings, [], absent, [], None, [], of_held, of_grads, [], NO_COUNTS, None, None, NO_COUNTS, 0, [], [])
     like = known_like(updates[0]) if len(updates) == 1 else None
     only, kernels = updates[0], backends.load("numba-cpu")
     if like is None or like.random or like.columns.of_complex or only.now is not None or only.starts:
