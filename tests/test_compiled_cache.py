@@ -132,7 +132,7 @@ def test_the_next_process_does_not_wait_for_what_only_a_compiler_needs(cache):
 
 def test_the_next_process_can_compile_as_well(cache):
     """What was left out to load a kernel is made up for, and machine code that was loaded goes on."""
-    compiled = "import numba; assert numba.njit(lambda x: np.linalg.det(x))(np.eye(4)) == 1.0"
+    compiled = "import numba; assert numba.njit(lambda x: {1: x.sum()}[1])(np.ones(4)) == 4.0"
     assert step(cache, f"); {compiled}; gpuadam.adam_step(param, grad, m, v, 4, lr=0.0") == [expected(), [], []]
 
 
