@@ -344,11 +344,12 @@ def _of_torch(opt, backend, own, step):
     return Contender(opt.step, extents=extents)
 
 
-def torch_adam(own=False, **form):
+def torch_adam(own=False, module="torch.optim", **form):
     def build(backend, shapes):
         import torch
 
-        opt = torch.optim.Adam(_torch_parameters(backend, shapes, own), **HYPERPARAMETERS, **form)
+        adam = importlib.import_module(module).Adam
+        opt = adam(_torch_parameters(backend, shapes, own), **HYPERPARAMETERS, **form)
         return _of_torch(opt, backend, own, lambda: torch.zeros((), dtype=torch.float32))
 
     return build
@@ -435,6 +436,7 @@ OF_OPTAX = {"package": "optax", "floats": 5, "problem": _optax_problem}
 OWN = {"memory": ("CPU",), "own": True}
 OF_CUPY = {"arrays_of": "cupy"}
 PEERS = (
+    Peer("gpuadam.torch.Adam", torch_adam(module="gpuadam.torch"), **OF_TORCH),
     Peer(measure.TORCH_FUSED, torch_adam(fused=True), **OF_TORCH),
     Peer("DeepSpeed CPUAdam", deepspeed_cpu_adam, ("CPU",), **OF_DEEPSPEED),
     Peer("optax under jit", optax_adam, **OF_OPTAX),
