@@ -13,18 +13,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import libraries
+import numba
 import numpy as np
 import pytest
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli.measuring import measure
+from gpuadam.cli.measuring import forms, measure
 from gpuadam.cli.measuring import pages as measured_pages
-from gpuadam.kernels import huge_pages
+from gpuadam.kernels import adam, huge_pages
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import in_caches
 import large
 import many
 import memory
@@ -341,6 +343,18 @@ def test_what_binds_is_read_from_the_profilers_rows(monkeypatch, capsys, tmp_pat
     assert [row["nanoseconds"] for row in rows] == [0, 1000, 2000, 3000] and rows[1]["dram_percent"] == 1001
     assert {"--launch", "--backend", "cupy"} <= set(asked[0])
     assert "8-bit state, limit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [in_caches.STEP, *in_caches.RULES])
+def test_a_step_without_an_operation_has_none_of_it(name):
+    """Else `in_caches.py` would find that the operation costs nothing."""
+    case, rule = forms.FORMS["float32"], in_caches.RULES.get(name, adam)
+    form, scalars = forms.form_and_scalars(case)
+    whole = numba.njit(error_model="numpy")(numba_cpu.build(rule, form, "serial").py_func)  # not from a cache
+    whole(np.zeros((0, 7), np.int64), 0, 0, 0, *scalars)
+    (code,) = whole.inspect_llvm().values()
+    there = {operation for operation, text in {"div": " fdiv ", "sqrt": "@llvm.sqrt"}.items() if text in code}
+    assert there == {"div", "sqrt"} - set(in_caches.LEFT_OUT.get(name.removeprefix(f"{in_caches.STEP}, "), ()))
 
 
 # gpu.sh
