@@ -297,7 +297,7 @@ def numbers_of_an_element():
 
 
 def _cub_problem(memory):
-    if importlib.util.find_spec("cuda.compute") is None:
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.compute") is None:
         return "cuda-cccl is not installed: pip install 'cuda-cccl[cu13]', or [cu12]"
     try:
         compute = importlib.import_module("cuda.compute")
