@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--backend numba-cpu] [--sizes 1e8] [--out FOLDER]
 
-State is param, grad and the moments. Each contender does three steps in a fresh process; what the last one had at its peak beyond
+State is param, grad and the moments. Each contender does five steps in a fresh process; what the last one had at its peak beyond
 what was there before it is reported. On the CPU it is the resident set, as the kernel counts it (its high-water mark is reset
 before the step, which needs Linux), and, by tracemalloc, what Python and NumPy allocated. On a GPU it is what the library's
 pool gave out, by CuPy's, torch's and JAX's own counts; for Numba, which has none, what the driver gave out while freeing was put
@@ -78,7 +78,7 @@ def report_peaks(backend_name, name, n):
         contender.step()
         wait()
 
-    for _ in range(2):  # compiles; torch makes its moments in its first step
+    for _ in range(4):  # compiles; torch makes its moments in the first one, and in the third ours repeats a step
         step()
     gc.collect()
     if backend.memory == "CUDA":
