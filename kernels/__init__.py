@@ -100,7 +100,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `huge_pages.py` | memory of the host on pages of 2 MB |
 | `ownership.py` | which files no other user can have written |
 | `messages.py` | values of users in the messages of errors |
-| `gpu_backend.py`, `gpu_driver.py`, `gpu_batch.py`, `gpu_table.py`, `streams.py` | both GPU backends |
+| `gpu_backend.py`, `gpu_driver.py`, `gpu_batch.py`, `gpu_table.py`, `gpu_launch.py`, `streams.py` | both GPU backends |
 | `gpu_in_flight.py` | how many vectors a thread of a GPU takes |
 | `cupy_backend.py`, `cupy_kernels.py`, `cupy_struct.py` | `cupy` |
 | `numba_cuda_backend.py`, `numba_cuda_kernels.py` | `numba-cuda` |

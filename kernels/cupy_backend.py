@@ -12,6 +12,7 @@ import numpy as np
 from gpuadam.kernels import adam, cupy_kernels, cupy_struct, gpu_driver, gpu_table, norm_order
 from gpuadam.kernels.cupy_kernels import IN_MEMORY, in_and_out
 from gpuadam.kernels.gpu_backend import UNCHANGED, GpuBackend
+from gpuadam.kernels.gpu_launch import Changing
 from gpuadam.kernels.operands import operands_of_form, widened
 from gpuadam.kernels.scalars import REALS_AT, ScalarsMemory
 from gpuadam.kernels.streams import LEGACY_DEFAULT
@@ -60,6 +61,12 @@ class Cupy(GpuBackend):
         else:
             numbers = [*scalars, *([key] if random else [])]
         kernel(*before, *numbers, *after, **options)
+
+    def changing(self, batch, form):
+        _, before, after, _, random, _ = batch.call
+        n, scalars = len(adam.scalar_names(form)), len(before)
+        n_all = scalars + n + random + len(after) + 1  # CuPy adds the number of threads
+        return Changing(scalars, scalars + n if random else None, n_all)
 
     def launch_scalars(self, form, settings, numbers, out, stream):
         values = settings._asdict() | {name: (x.pointer, 1) if isinstance(x, View) else x for name, x in numbers.items()}

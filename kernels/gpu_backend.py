@@ -13,7 +13,7 @@ import threading
 
 import numpy as np
 
-from gpuadam.kernels import gpu_driver, norm_order, streams, synchronous
+from gpuadam.kernels import gpu_driver, gpu_launch, norm_order, streams, synchronous
 from gpuadam.kernels.backend import Backend
 from gpuadam.kernels.change_gpu import GpuNormPasses
 from gpuadam.kernels.dlpack import Borrowed
@@ -149,6 +149,9 @@ class GpuBackend(Backend):
     def run(self, batch, form, scalars, rule, stream, key):
         """Launch a `GpuBatch`. Its device and the stream are the current ones."""
 
+    def changing(self, batch, form):
+        """Return the `gpu_launch.Changing` of what `run` launches with scalars of the host, after a call of `run`."""
+
     def launch_scalars(self, form, settings, numbers, out, stream):
         """Enqueue the kernel that advances the step count and computes the scalars of a step on the device.
 
@@ -248,17 +251,25 @@ class GpuBackend(Backend):
         """
         if (device, kernel) in self._rehearsed:
             return
-        owner, stream = self.new_stream()
-        with self.on(device, stream):
-            gpu_driver.call("cuStreamBeginCapture_v2", stream, gpu_driver.RELAXED)
-            try:
-                launch(stream)
-            finally:
-                graph = ctypes.c_void_p()
-                gpu_driver.call("cuStreamEndCapture", stream, ctypes.byref(graph))
-                gpu_driver.call("cuGraphDestroy", graph)
-        del owner
+        self._captured(device, launch)
         self._rehearsed.add((device, kernel))
+
+    def recorded(self, batch, form, scalars, rule, key):
+        """Return the `gpu_launch.Recorded` launch of a batch, or None if the library does not launch it as `changing` says.
+
+        It is the launch of `run`, with scalars of the host, and only for as long as the arrays of the batch stay where they are.
+        """
+        graph = self._captured(batch.device, lambda stream: self.run(batch, form, scalars, rule, stream, key))
+        return gpu_launch.recorded(graph, self.changing(batch, form), form.dtype, scalars, key)
+
+    def _captured(self, device, enqueue):
+        """Return the `gpu_driver.Graph` of what enqueue(stream) puts on a stream of a device."""
+        owner, stream = self.new_stream()
+        try:
+            with self.on(device, stream):
+                return gpu_driver.Graph(stream, lambda: enqueue(stream))
+        finally:
+            del owner  # now, even if an error keeps this frame: a capture that could not be ended ends with its stream
 
     def to_host(self, array):
         view = self.view("", array)

@@ -53,6 +53,7 @@ class GpuBatch(Batch):
         self.built: Any = None  # (rule, form, whether scalars are on the device) of the kernel that is known to be there
         self.vectors = 1  # that a thread of it takes
         self.call: Any = None  # what the backend keeps for the next launch of the same kernel
+        self.recorded: Any = None  # the gpu_launch.Recorded launch of the kernel; False if there can be none
         self.text = synchronous.text_of_updates(updates, loop) if synchronous.ON else ""
         # what CuPy compiles a kernel for, beside its form
         self.kernel = loop, *((view.contiguous, len(view.shape), view.nbytes > MOST_OF_32_BITS) for view in first)
@@ -88,15 +89,17 @@ class GpuBatch(Batch):
             )
 
     def prepare(self, rule, form, scalars, place, key=0):
-        """Put the table on the device, and compile the kernel."""
+        """Put the table on the device, and compile the kernel. The second time, record its launch."""
         super().prepare(rule, form, scalars, place, key)
         kernel = rule, form, isinstance(scalars, ScalarsMemory)
         with self.backend.at(self.device, place):
             if self.table:
                 self.address = self.table.on_stream(place.stream)
             if self.built is not None and all(map(operator.is_, kernel, self.built)):
+                if self.recorded is None and not kernel[-1] and not place.capturing:
+                    self.recorded = self.backend.recorded(self, form, scalars, rule, key) or False
                 return
-            self.built = self.call = None
+            self.built = self.call = self.recorded = None
             capability = gpu_driver.compute_capability(self.device)
             self.vectors = vectors_of(form, self.loop, capability, self.backend.interleaves)
             if not place.capturing:
@@ -110,7 +113,11 @@ class GpuBatch(Batch):
         backend, stream = self.backend, place.stream
         with backend.at(self.device, place):
             backend.before(place)
-            synchronous.launch(backend, stream, lambda: self.text, backend.run, self, form, scalars, rule, stream, key)
+            if self.recorded:
+                launch = self.recorded.launch, stream, scalars, key
+            else:
+                launch = backend.run, self, form, scalars, rule, stream, key
+            synchronous.launch(backend, stream, lambda: self.text, *launch)
             self.begun = True
             if self.table:
                 self.table.used(stream)

@@ -7,12 +7,38 @@ import contextlib
 import ctypes
 import functools
 import os
+import threading
 
 DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, and _MINOR
 DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+KERNEL_NODE = 0  # CU_GRAPH_NODE_TYPE_KERNEL
+
+
+class KernelNode(ctypes.Structure):
+    """CUDA_KERNEL_NODE_PARAMS_v2. values: the address of an array with the address of each parameter's value."""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("shape", ctypes.c_uint * 7),  # of the grid and of a block in three dimensions, and bytes of shared memory
+        ("values", ctypes.c_void_p),
+        ("extra", ctypes.c_void_p),
+        ("kernel", ctypes.c_void_p),  # in the place of a function, where the library launches by one
+        ("context", ctypes.c_void_p),
+    )
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("shape", ctypes.c_uint * 7),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("n_attributes", ctypes.c_uint),
+    )
 
 
 @functools.cache
@@ -30,14 +56,17 @@ def status(name, *arguments):
 
 def call(name, *arguments):
     """Call a function of the driver, or raise RuntimeError with the name of its error."""
-    code = status(name, *arguments)
-    if code:
-        error = ctypes.c_char_p()
-        status("cuGetErrorName", code, ctypes.byref(error))
-        raise RuntimeError(
-            f"the CUDA driver reports {(error.value or b'an error').decode()} ({name}). It may be of work enqueued earlier: with "
-            "the environment variable GPUADAM_SYNC=1 gpuadam waits for each of its launches and names the one that failed"
-        )
+    if code := status(name, *arguments):
+        _raise(name, code)
+
+
+def _raise(name, code):
+    error = ctypes.c_char_p()
+    status("cuGetErrorName", code, ctypes.byref(error))
+    raise RuntimeError(
+        f"the CUDA driver reports {(error.value or b'an error').decode()} ({name}). It may be of work enqueued earlier: with "
+        "the environment variable GPUADAM_SYNC=1 gpuadam waits for each of its launches and names the one that failed"
+    )
 
 
 def asked(name, *arguments, kind=ctypes.c_void_p):
@@ -47,10 +76,29 @@ def asked(name, *arguments, kind=ctypes.c_void_p):
     return result.value
 
 
+class _Answer(threading.local):
+    """Places that the driver writes an answer to, one of each thread: each step asks, and to make a new one takes longer."""
+
+    def __init__(self):
+        self.int, self.pointer = ctypes.c_int(), ctypes.c_void_p()
+        self.of_int, self.of_pointer = (self.int, ctypes.addressof(self.int)), (self.pointer, ctypes.addressof(self.pointer))
+
+
+_answer = _Answer()
+
+
 def current_device():
     """Return the number of the device of this thread's context, or None if the thread has none."""
-    device = ctypes.c_int()
-    return None if _function("cuCtxGetDevice", 1)(ctypes.byref(device)) else device.value
+    device, address = _answer.of_int
+    return None if _function("cuCtxGetDevice", 1)(address) else device.value
+
+
+def current_context():
+    """Return the handle of this thread's context, or None."""
+    context, address = _answer.of_pointer
+    if code := _function("cuCtxGetCurrent", 1)(address):
+        _raise("cuCtxGetCurrent", code)
+    return context.value
 
 
 @functools.cache
@@ -81,9 +129,41 @@ class Owned:
 
 def is_capturing(stream):
     """Whether a graph is being captured on a stream."""
-    capturing = ctypes.c_int()
-    call("cuStreamIsCapturing", stream, ctypes.byref(capturing))
+    capturing, address = _answer.of_int
+    if code := _function("cuStreamIsCapturing", 2)(stream, address):
+        _raise("cuStreamIsCapturing", code)
     return capturing.value != 0
+
+
+class Graph:
+    """What `enqueue` puts on a stream, captured in a graph, which ends with this object. Nothing of it runs."""
+
+    def __init__(self, stream, enqueue):
+        self.handle, graph = None, ctypes.c_void_p()
+        call("cuStreamBeginCapture_v2", stream, RELAXED)
+        try:
+            enqueue()
+        finally:
+            call("cuStreamEndCapture", stream, ctypes.byref(graph))
+            self.handle = graph.value
+
+    def __del__(self):
+        if self.handle is not None:
+            status("cuGraphDestroy", self.handle)
+
+    def kernel(self):
+        """Return the node of the only operation if it is the launch of a kernel, else None."""
+        n, node, kind = ctypes.c_size_t(), ctypes.c_void_p(), ctypes.c_int()
+        call("cuGraphGetNodes", self.handle, None, ctypes.byref(n))
+        if n.value != 1:
+            return None
+        call("cuGraphGetNodes", self.handle, ctypes.byref(node), ctypes.byref(n))
+        call("cuGraphNodeGetType", node, ctypes.byref(kind))
+        if kind.value != KERNEL_NODE:
+            return None
+        launch = KernelNode()
+        call("cuGraphKernelNodeGetParams_v2", node, ctypes.byref(launch))
+        return launch
 
 
 @contextlib.contextmanager

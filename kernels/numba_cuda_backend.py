@@ -12,6 +12,7 @@ from numba.cuda.cudadrv.error import CudaSupportError
 
 from gpuadam.kernels import adam, change_numba_cuda, gpu_driver, norm_numba_cuda, norm_order
 from gpuadam.kernels.gpu_backend import UNCHANGED, GpuBackend
+from gpuadam.kernels.gpu_launch import Changing
 from gpuadam.kernels.gpu_table import BLOCK
 from gpuadam.kernels.layout import collapse
 from gpuadam.kernels.numba_cuda_kernels import build, build_copy_rows, build_fill_zero, build_scalars, compiled
@@ -51,6 +52,11 @@ class NumbaCuda(GpuBackend):
         _, launch, arguments, row_key = batch.call
         numbers = scalars.address if on_device else tuple(map(form.dtype.type, scalars))
         launch(*arguments, row_key ^ key, numbers)
+
+    def changing(self, batch, form):
+        _, _, arguments, row_key = batch.call
+        key = sum(map(_n_numbers, arguments))
+        return Changing(key + 1, key, key + 1 + len(adam.scalar_names(form)), row_key)
 
     def launch_scalars(self, form, settings, numbers, out, stream):
         # an array is passed as its address, an array that is not there as 0
@@ -135,9 +141,9 @@ class NumbaCuda(GpuBackend):
 
     def on(self, device, stream):
         """Return a context in which a device is the current one. Kernels name their stream."""
-        gpu = cuda.gpus[device]
+        gpu, context = _gpu(device)
         # Numba's own context manager calls more of the driver, which takes as long as a launch
-        return UNCHANGED if gpu_driver.asked("cuCtxGetCurrent") == int(gpu.get_primary_context().handle) else gpu
+        return UNCHANGED if gpu_driver.current_context() == context else gpu
 
     def current_device(self):
         return cuda.get_current_device().id
@@ -165,6 +171,17 @@ def _call_of(batch, form, rule, on_device, stream):
     steps = tuple(zip(*strides, strict=True))  # by dimension
     arguments = tuple(batch.pointers), shape, steps, batch.size, update.start
     return kernel(f"strided {len(shape)}", -(-batch.size // BLOCK)), arguments, update.key
+
+
+@functools.cache
+def _gpu(device):
+    """Return Numba's device of a number, and the handle of its context."""
+    return cuda.gpus[device], int(cuda.gpus[device].get_primary_context().handle)
+
+
+def _n_numbers(argument):
+    """Return how many parameters Numba makes of an argument: it takes tuples apart."""
+    return sum(map(_n_numbers, argument)) if type(argument) is tuple else 1
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 """Captures, and graphs."""
 
+import ctypes
 import threading
 
 from . import graphs, work
-from .driver import I32, U64, Failure, entry
+from .driver import I32, U32, U64, Failure, entry
 from .library import write
 
 
@@ -95,7 +96,38 @@ def graph_upload(d, executable, handle):
 
 @entry("cuGraphGetNodes", "ppp")
 def graph_nodes(d, graph, out, n):
-    write(n, U64, len(d.graphs[graph].nodes))
+    nodes = d.graphs[graph].nodes
+    for k, node in enumerate(nodes if out else []):
+        write(out + 8 * k, U64, id(node))
+    write(n, U64, len(nodes))
+
+
+def node_of(d, handle):
+    """Return the node of a graph that is there."""
+    nodes = [node for graph in d.graphs.values() for node in graph.nodes if id(node) == handle]
+    if not nodes:
+        raise Failure("INVALID_VALUE")
+    return nodes[0]
+
+
+KERNEL_NODE, HOST_NODE = 0, 3
+
+
+@entry("cuGraphNodeGetType", "pp")
+def node_type(d, node, out):
+    write(out, I32, KERNEL_NODE if node_of(d, node).kernel else HOST_NODE)  # of the others nobody asks which
+
+
+@entry("cuGraphKernelNodeGetParams_v2", "pp")
+def kernel_node(d, node, out):
+    kernel = node_of(d, node).kernel
+    if kernel is None:
+        raise Failure("INVALID_VALUE")
+    write(out, U64, kernel.function)
+    for k, number in enumerate((*kernel.grid, *kernel.block, kernel.shared)):
+        write(out + 8 + 4 * k, U32, number)
+    for k, address in enumerate((ctypes.addressof(kernel.values), 0, 0, 0)):
+        write(out + 40 + 8 * k, U64, address)
 
 
 @entry("cuGraphDestroy", "p")

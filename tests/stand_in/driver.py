@@ -409,4 +409,6 @@ class Driver:
         def run():
             kernel.run(grid, block, shared, copies, self.guarded_ranges(device), self.memory.where)
 
-        self.enqueue(stream, run, f"the kernel {kernel.name}")
+        operation = self.enqueue(stream, run, f"the kernel {kernel.name}")
+        if stream.capture is not None:
+            operation.kernel = graphs.KernelLaunch(function, grid, block, shared, copies)

@@ -1,5 +1,6 @@
 """Captured graphs of the stand-in: what a capture writes down, what it forbids, and the replay."""
 
+import ctypes
 import threading
 
 GLOBAL, THREAD_LOCAL, RELAXED = range(3)
@@ -8,8 +9,19 @@ GLOBAL, THREAD_LOCAL, RELAXED = range(3)
 class Node:
     """An operation of a graph. needs: the nodes before it."""
 
+    kernel = None  # the KernelLaunch, if it is one
+
     def __init__(self, run, what, needs):
         self.run, self.what, self.needs = run, what, list(needs)
+
+
+class KernelLaunch:
+    """What a graph knows of the launch of a kernel. copies: the bytes of its parameters, whose addresses are in `values`."""
+
+    def __init__(self, function, grid, block, shared, copies):
+        self.function, self.grid, self.block, self.shared = function, grid, block, shared
+        self._kept = [ctypes.create_string_buffer(copy, len(copy)) for copy in copies]
+        self.values = (ctypes.c_void_p * len(copies))(*map(ctypes.addressof, self._kept))
 
 
 class Graph:

@@ -24,6 +24,9 @@ def stream_destroy(d, handle):
     stream = d.stream(handle)
     if stream.capture is not None:
         stream.capture.invalid = True
+        if stream.capture.origin is stream:  # nothing can end it any more
+            d.captures.remove(stream.capture)
+            stream.capture.end()
     d.work.streams.pop(handle, None)  # what is on it goes on
 
 
