@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from . import checks, hyperparameters
-from .repeated import RepeatedCall
+from .repeated_on_cpu import RepeatedCall
 from .repeated_on_gpu import CallsOnGpu
 from .step_arrays import bounds_apart
 from .typing import Algorithm, Array, ArrayBounds, Betas, Complex, Components, Formula, Integer, Number, Stream

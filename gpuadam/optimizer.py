@@ -35,7 +35,6 @@ from .kernels.view import Bits, View, is_array
 from .options import SAVED, Options, arguments
 from .remembered import Remembered
 from .repeated import RepeatedStep
-from .repeated_on_gpu import RepeatedOnGpu
 from .state import OF_GROUPS, Parameter, ParameterKind
 from .state_conversion import CONVERTED, Conversion, conversion
 from .step_arrays import StepArrays, bounds_of_loaded, of_bounds, saved_bounds, without_arrays
@@ -177,7 +176,6 @@ class Adam(HasGroups, Grows):
         self.options = Options(self.algorithm, self.decoupled, **{name: given[name] for name in SAVED})
         self.groups, self.arrangement = parsed_groups(params, {name: given[name] for name in HYPERPARAMETERS})
         self._remembered, self._repeated, self.under_way = Remembered(), RepeatedStep(), UnderWay()
-        self._on_gpu = RepeatedOnGpu()
         self._norm: Any = None  # of the last step, on a GPU
         self._step_norms: Any = None  # of every step, if capturable
         self._norm_counts: dict[int, Any] = {}  # for scalars that depend on a norm on the device, where the host counts
@@ -194,7 +192,7 @@ class Adam(HasGroups, Grows):
         """Return an optimizer like this one with other groups. states: name -> state that goes on. copies: name -> array."""
         twin = copy.copy(self)
         structures = [s._replace(names=list(g["names"])) for s, g in zip(self.arrangement.structures, groups, strict=True)]
-        twin._repeated, twin._on_gpu = RepeatedStep(), RepeatedOnGpu()
+        twin._repeated = RepeatedStep()
         twin.groups, twin.arrangement = groups, self.arrangement._replace(structures=structures)
         beginnings = twin._checked_params()
         twin._make_parameters(beginnings, copies, states)
@@ -392,7 +390,7 @@ class Adam(HasGroups, Grows):
         `save` refuse from then on, until `load_state_dict` has set all of the state; the parameters have to be set too.
         """
         options = grad_scale, max_norm, norm, check_finite, found_inf, change, lr_scale, where, norms, stream
-        if self._repeated.does(self, grads, options) or self._on_gpu.does(self, grads, options):
+        if self._repeated.does(self, grads, options):
             return None
         self.under_way.check()
         self.arrangement.check(self.groups)
@@ -440,7 +438,6 @@ class Adam(HasGroups, Grows):
         self.ended()
         if self.repeats:
             self._repeated.note(self, self._groups, updates, options)
-            self._on_gpu.note(self, self._groups, updates, options)
         return result
 
     def zero_grad(self, grads: LikeParams = OF_PARAMS, *, stream: Stream | None = None) -> None:

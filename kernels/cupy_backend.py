@@ -27,6 +27,7 @@ class Cupy(GpuBackend):
     name = "cupy"
     enters_streams = True
     interleaves = True
+    struct = cupy_struct
 
     def status(self):
         try:
@@ -43,9 +44,6 @@ class Cupy(GpuBackend):
         memory = array.data
         contiguous = array.flags.c_contiguous
         return View(name, array, memory.ptr, array.shape, array.strides, array.dtype, True, contiguous, memory.device_id)
-
-    def facts(self, arrays):
-        return cupy_struct.facts(arrays)
 
     # Launches
 

@@ -1,72 +1,88 @@
 """CuPy's arrays as their objects have them in memory, where compiled code sees whether one of many has changed.
 
-Python takes some 0.2 us to read the shape of an array, and a step of GPT-2 small has 592 arrays. `Facts` keep what the objects of
-arrays held: the size, the shape and the strides (C++ vectors, of which the object has the beginning, the end and the end of the
-capacity), whether they are contiguous, and the objects of dtype and memory. They are made only if all of these are at the places
-that they have in CuPy 14, which the arrays themselves tell.
+Python takes some 0.2 us to read the shape of an array, and a step of GPT-2 small has 592 arrays. What is told of an array here is
+all that checks and launches depend on: its address and device, which are in an object of their own, its size, dtype, shape and
+strides (C++ vectors, of which the array has the beginning, the end and the end of the capacity), and whether it is contiguous.
+That is read only if all of it is at the places that it has in CuPy 14, which the arrays themselves tell.
 """
 
 import ctypes
-import functools
 
+import cupy
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from gpuadam.kernels import compiled_cache
 from gpuadam.kernels.numba_memory import load_at
+from gpuadam.kernels.step_objects import TYPE, int64_at
 
-# Bytes into the object, and the numbers of its words from there on
-BEGIN = 32
-SIZE, SHAPE, SHAPE_END, _, STRIDES, STRIDES_END, _, CONTIGUOUS, _, DTYPE, DATA, WORDS = range(12)
+# Bytes into the object of an array. CONTIGUOUS: two of 4 bytes, for C and for Fortran order.
+SIZE, SHAPE, SHAPE_END, _, STRIDES, STRIDES_END, _, CONTIGUOUS, _, DTYPE, DATA, END = range(32, 32 + 8 * 12, 8)
+POINTER, DEVICE, END_OF_DATA = 24, 32, 40  # and into that of its memory; DEVICE has 4 bytes
 
-_int64_at = load_at(intrinsic, types.int64)
-
-
-class Facts:
-    """What the objects of arrays held. The arrays have to be alive whenever `unchanged` is called."""
-
-    def __init__(self, addresses, words, lengths):
-        self._arguments = addresses, words, lengths
-        self._unchanged = _compiled()
-
-    def unchanged(self):
-        """Whether the arrays have the memory, the shapes and the strides that they had."""
-        return self._unchanged(*self._arguments)
+_int32_at = load_at(intrinsic, types.int32)
+ARRAY = id(cupy.ndarray)
 
 
-def facts(arrays):
-    """Return the Facts of arrays, or None if this CuPy's objects are of another kind."""
-    words, lengths = np.empty((len(arrays), WORDS), np.int64), []
-    for row, array in zip(words, arrays, strict=True):
-        if type(array).__basicsize__ < BEGIN + 8 * WORDS:
+def tell(array, array_type, words, n, compares):
+    """Store what is told of an array, from word n on, or with compares compare it. Return the next n, or -1.
+
+    It is -1 if a word differs, the array is not of CuPy's type, or the words are too few. array, array_type: addresses.
+    """
+    if int64_at(array + TYPE) != array_type:
+        return -1
+    shape, strides, data = int64_at(array + SHAPE), int64_at(array + STRIDES), int64_at(array + DATA)
+    dims = (int64_at(array + SHAPE_END) - shape) // 8
+    if n + 6 + 2 * dims > len(words) or int64_at(array + STRIDES_END) - strides != 8 * dims:
+        return -1
+    fixed = (
+        int64_at(data + POINTER),
+        types.int64(_int32_at(data + DEVICE)),
+        int64_at(array + SIZE),
+        int64_at(array + DTYPE),
+        int64_at(array + CONTIGUOUS),
+        dims,
+    )
+    for word in fixed:
+        if compares and words[n] != word:
+            return -1
+        if not compares:
+            words[n] = word
+        n += 1
+    for vector in (shape, strides):
+        for d in range(dims):
+            word = int64_at(vector + 8 * d)
+            if compares and words[n] != word:
+                return -1
+            if not compares:
+                words[n] = word
+            n += 1
+    return n
+
+
+def told(arrays):
+    """Return the words of arrays, int64, or None if this CuPy's objects are of another kind."""
+    words = []
+    for array in arrays:
+        if array.__class__ is not cupy.ndarray or type(array).__basicsize__ < END:
             return None
-        row[:] = (ctypes.c_int64 * WORDS).from_address(id(array) + BEGIN)
-        known = array.size, id(array.dtype), id(array.data)
-        if (row[SIZE], row[DTYPE], row[DATA]) != known or row[CONTIGUOUS] & 0xFFFFFFFF != array.flags.c_contiguous:
+        if type(array.data).__basicsize__ < END_OF_DATA:
+            return None
+
+        def field(offset, kind=ctypes.c_int64, of=array):
+            return kind.from_address(id(of) + offset).value
+
+        known = array.size, id(array.dtype), id(array.data), array.flags.c_contiguous, array.flags.f_contiguous
+        flags = field(CONTIGUOUS, ctypes.c_int32), field(CONTIGUOUS + 4, ctypes.c_int32)
+        if (field(SIZE), field(DTYPE), field(DATA), *flags) != known:
+            return None
+        memory = field(POINTER, of=array.data), field(DEVICE, ctypes.c_int32, array.data)
+        if memory != (array.data.ptr, array.data.device_id):
             return None
         for place, given in ((SHAPE, array.shape), (STRIDES, array.strides)):
-            if row[place + 1] - row[place] != 8 * len(given):
+            if field(place + 8) - field(place) != 8 * len(given):
                 return None
-            if tuple((ctypes.c_int64 * len(given)).from_address(int(row[place]))) != given:
+            if tuple((ctypes.c_int64 * len(given)).from_address(field(place))) != given:
                 return None
-            lengths += given
-    return Facts(np.array([id(array) for array in arrays], np.int64), words, np.array(lengths, np.int64))
-
-
-@functools.cache
-def _compiled():
-    def unchanged(addresses, words, lengths):
-        n = 0
-        for k in range(len(addresses)):
-            for word in range(WORDS):
-                if _int64_at(addresses[k] + BEGIN + 8 * word) != words[k, word]:
-                    return False
-            for place in (SHAPE, STRIDES):  # the vectors are where they were, and as long
-                for at in range(words[k, place], words[k, place + 1], 8):
-                    if _int64_at(at) != lengths[n]:
-                        return False
-                    n += 1
-        return True
-
-    return compiled_cache.stored(njit(unchanged), "cupy_struct")
+        words += [*memory, field(SIZE), field(DTYPE), field(CONTIGUOUS), array.ndim, *array.shape, *array.strides]
+    return np.array(words, np.int64)

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import itertools
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,9 @@ class GpuBackend(Backend):
     enters_streams = False  # whether kernels go on the stream that `on` makes the current one
     interleaves = False  # whether the compiler computes the lanes of a vector side by side, which takes more registers
     default_named: int | None = None  # the stream that the library names for a new array
+    struct: Any = (
+        None  # the module that reads the objects of the library's arrays, as `cupy_struct.py` does; None if none can
+    )
 
     def __init__(self):
         self._rehearsed: set = set()  # (device, kernel)
@@ -54,10 +58,6 @@ class GpuBackend(Backend):
     def at(self, device, place):
         """Return the context of a Place, which this thread has chosen and not left since."""
         return UNCHANGED if place.is_current else self.on(device, place.stream)
-
-    def facts(self, arrays):
-        """Return what tells, by its method `unchanged`, whether arrays of the library are what they were; None if nothing can."""
-        return
 
     def current_device(self):
         """Return the number of the current device."""

@@ -139,7 +139,7 @@ class Graph:
     """What `enqueue` puts on a stream, captured in a graph, which ends with this object. Nothing of it runs."""
 
     def __init__(self, stream, enqueue):
-        self.handle, graph = None, ctypes.c_void_p()
+        self.handle, self._destroy, graph = None, _function("cuGraphDestroy", 1), ctypes.c_void_p()
         call("cuStreamBeginCapture_v2", stream, RELAXED)
         try:
             enqueue()
@@ -149,7 +149,7 @@ class Graph:
 
     def __del__(self):
         if self.handle is not None:
-            status("cuGraphDestroy", self.handle)
+            self._destroy(self.handle)
 
     def kernel(self):
         """Return the node of the only operation if it is the launch of a kernel, else None."""

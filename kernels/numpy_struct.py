@@ -18,12 +18,12 @@ from numba.extending import intrinsic
 from gpuadam.kernels import compiled_cache
 from gpuadam.kernels.numba_memory import load_at
 from gpuadam.kernels.operands import GROUP, KINDS, is_written
+from gpuadam.kernels.step_objects import TYPE
 
 # A row of a table, of int64, is an update: how many elements it has; the key and the number of the first element, for random
 # rounding; and from PARAM on the addresses of its operands, in their order.
 SIZE, KEY, START, PARAM = range(4)
 
-TYPE = object.__basicsize__ - 8  # the last field of every Python object's head
 DATA, NDIM, SHAPE, STRIDES, _BASE, DTYPE, FLAGS = (object.__basicsize__ + 8 * k for k in range(7))
 C_CONTIGUOUS, F_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x2, 0x100, 0x400
 

@@ -19,7 +19,7 @@ from gpuadam import functional, hyperparameters, update
 from gpuadam.kernels import numpy_struct
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.numpy_struct import BYTES, IS_SCALE, KEY, PARAM, SIZE, START, WRITTEN
-from gpuadam.repeated import RepeatedCall
+from gpuadam.repeated_on_cpu import RepeatedCall
 
 F4, F8 = np.dtype("float32"), np.dtype("float64")
 NAMES = ("param", "grad", "m", "v", "max_v")

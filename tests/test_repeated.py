@@ -10,10 +10,10 @@ from cases import few
 
 import gpuadam
 from gpuadam import functional, hyperparameters
-from gpuadam.kernels import cpu_step
+from gpuadam.kernels import cpu_step, step_objects
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.scalars import on_host, powers_on_host
-from gpuadam.repeated import RepeatedCall
+from gpuadam.repeated_on_cpu import RepeatedCall
 
 CLASSES = {
     "Adam": gpuadam.Adam, "AdamW": gpuadam.AdamW, "RAdam": gpuadam.RAdam, "AdaMax": gpuadam.AdaMax, "NAdam": gpuadam.NAdam,
@@ -389,11 +389,11 @@ def test_arrays_that_overlap_are_refused_in_a_repeated_call(calls):
 
 
 def test_tuples_and_lists_are_laid_out_as_the_compiled_code_reads_them(monkeypatch):
-    assert cpu_step.known()
+    assert step_objects.known()
     for name in ("ITEMS_OF_TUPLE", "SIZE_OF_MANY", "TUPLE", "LIST"):
         with monkeypatch.context() as patched:
-            patched.setattr(cpu_step, name, getattr(cpu_step, name) - 8)
-            assert not cpu_step.known.__wrapped__(), name
+            patched.setattr(step_objects, name, getattr(step_objects, name) - 8)
+            assert not step_objects.known.__wrapped__(), name
 
 
 @pytest.mark.parametrize("name", few(["Adam", "AdamW", "RAdam", "AdaMax"], "AdamW"))

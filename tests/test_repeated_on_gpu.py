@@ -9,7 +9,7 @@ import pytest
 
 import gpuadam
 from gpuadam import repeated_on_gpu, testing, update
-from gpuadam.repeated_on_gpu import RepeatedOnGpu
+from gpuadam.repeated import RepeatedStep
 
 pytestmark = pytest.mark.gpu
 
@@ -49,13 +49,13 @@ class Twins:
 @pytest.fixture
 def took(monkeypatch):
     """A list of whether each step of an optimizer that could be quick was."""
-    done, as_last = [], RepeatedOnGpu.as_last
+    done, as_last = [], RepeatedStep.as_last
 
     def noted(self, *step):
         done.append(as_last(self, *step))
         return done[-1]
 
-    monkeypatch.setattr(RepeatedOnGpu, "as_last", noted)
+    monkeypatch.setattr(RepeatedStep, "as_last", noted)
     return done
 
 

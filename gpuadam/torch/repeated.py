@@ -14,7 +14,8 @@ import torch
 
 from .. import backends, checks, hyperparameters, torch_tensors
 from ..kernels import adam
-from ..repeated import Repeats, stays
+from ..kernels.step_objects import stays
+from ..repeated import Repeats
 from ..update import Like, known_like, launch
 from .distributed import PLAIN
 from .step_counts import LAST

@@ -1,0 +1,113 @@
+"""Steps of NumPy arrays that are as the last one: compared, checked and done in one compiled call (`kernels/cpu_step.py`)."""
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from . import backends, hyperparameters
+from .kernels import adam, step_objects
+from .kernels.step_objects import stays
+from .update import Updates, known_like, launch
+
+KEPT = 64  # plans of calls of adam_step
+
+
+def plan_of(group: Updates, n_rows=None, by_name=False):
+    """Return a `cpu_step.Plan` for Updates that were made, or None if there is none for their like. n_rows, by_name: as in Plan."""
+    like, fixed = known_like(group), group.h.fixed
+    kernels = backends.load("numba-cpu")
+    if like is None or like.random or like.arrays.grouped or group.now is not None or not step_objects.known():
+        return None
+    joint = like.columns.of_complex and like.arrays.numbers > 1
+    if fixed.algorithm == "nadam" or (joint and (fixed.ordered or like.arrays.bounded)):
+        return None
+    constants = hyperparameters.constants(fixed, like.arrays)
+    form, later = constants.form, constants.later
+    scalars = (constants.grad_scale, 0.0, constants.w1, constants.w2, 0.0, constants.eps, 0.0, *later)
+    numbers = constants.lowest, fixed.beta1, fixed.beta2, fixed.weight_decay, constants.eps
+    kernel = kernels.compiled(adam, form, scalars)
+    if not hasattr(kernel, "overloads"):  # somebody's own in the place of a loop of Numba's
+        return None
+    formula, begins = (fixed.variant, form.decoupled), 1 if constants.first == later else 2
+    most = kernels.PARALLEL_FROM
+    return kernels.cpu_step.Plan(like.columns, kernel, formula, numbers, scalars, begins, most, n_rows, by_name)
+
+
+class RepeatedCall:
+    """The last settings of adam_step, and the plan of calls that have the same."""
+
+    def __init__(self):
+        self._plan: Any = None
+        self._kernels: Any = None
+        self._seen: tuple = ()
+        self._plans: dict[tuple, Any] = {}
+
+    def does(self, arrays, settings, step, lr, backend):
+        """Make the update if its settings are the last ones, and its arrays like those; return whether it was made."""
+        plan, kernels = self._plan, self._kernels
+        if plan is None or type(step) is not int or type(lr) is not float or not backends.takes_numpy(backend):
+            return False
+        if not 0 < step < step_objects.MOST_STEPS:
+            return False
+        return plan.step(arrays, (kernels.build, kernels.PARALLEL_FROM, *settings), step, lr) == kernels.cpu_step.DONE
+
+    def note(self, group, settings):
+        """Take over the settings of Updates that were made, if they were also those of the call before."""
+        again = len(settings) == len(self._seen) and all(map(operator.is_, settings, self._seen))
+        self._seen = settings
+        if not again or type(group.columns[0][0]) is not np.ndarray or not all(map(stays, settings)):
+            return
+        kernels = self._kernels = backends.load("numba-cpu")
+        like = known_like(group)
+        key = id(like), group.h.fixed, kernels.build, kernels.PARALLEL_FROM
+        if key not in self._plans:
+            if len(self._plans) == KEPT:
+                self._plans.clear()
+            self._plans[key] = plan_of(group), like  # kept alive, so that no other gets its number
+        self._plan, _ = self._plans[key]
+        if self._plan is not None:
+            self._plan.expect((kernels.build, kernels.PARALLEL_FROM, *settings))
+
+
+class StepsOnCpu:
+    """The plan of an optimizer's steps over NumPy arrays."""
+
+    def __init__(self, plan, only):
+        self._plan, self._kernels, self._names = plan, backends.load("numba-cpu"), only.names
+        self._form = hyperparameters.constants(only.h.fixed, known_like(only).arrays).form
+        self.expect = plan.expect
+
+    @classmethod
+    def of(cls, optimizer, only, by_name):
+        """Return that of a step that went the long way, whose only Updates were these, or None if there is none for its like."""
+        if not all(type(array) is np.ndarray for column in only.columns for array in column):
+            return None
+        plan = plan_of(only, len(only.names), by_name) if backends.takes_numpy(optimizer.backend) else None
+        return plan and cls(plan, only)
+
+    def own_settings(self, optimizer):
+        """Return the objects that a step depends on beside those that the optimizer and the user have."""
+        return backends.forced(optimizer.backend), self._kernels.build, self._kernels.PARALLEL_FROM
+
+    def step(self, arrays, settings, step, lr, under_way):
+        """Make the step if it is as the last one, and return whether it was made. The arguments are those of `cpu_step.Plan`."""
+        plan, kernels = self._plan, self._kernels
+        if not plan.rehearsed:
+            plan.rehearse()
+        under_way.begin()
+        status = plan.step(arrays, settings, step, lr)
+        if status == kernels.cpu_step.DONE:
+            return True
+        under_way.end()  # nothing has been done
+        if status == kernels.cpu_step.OTHER:
+            return False
+        kept = step_objects.all_of(arrays)  # several threads will work without Python's lock: no other lets an array go
+        if plan.step(arrays, settings, step, lr) != kernels.cpu_step.LARGE:
+            return False
+        n = plan.table[:, kernels.numpy_struct.SIZE].sum().item()
+        batch = kernels.batch_of(plan.table, n, None, False, 0, self._names)
+        batch.prepare(adam, self._form, plan.scalars.tolist(), None)
+        launch([batch], [batch], under_way=under_way)
+        del kept
+        return True

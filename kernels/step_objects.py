@@ -1,0 +1,180 @@
+"""What a step is given, compared in compiled code with what the last one was given.
+
+Python needs some 50 ns to look at an object, and a step of GPT-2 small has 592 arrays, in dicts of state, lists and dicts. Compiled
+code reads their addresses where CPython has them: in tuples and lists from memory, in dicts by a function of Python's. It compares
+the settings of a step by identity, and gathers the addresses of its arrays. What the arrays are is for `numpy_struct.py` and
+`cupy_struct.py` to read.
+
+The calls hold Python's lock, so no other thread changes or frees an object meanwhile.
+"""
+
+import ctypes
+import functools
+import sys
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from gpuadam.kernels import llvm
+from gpuadam.kernels.numba_memory import load_at
+
+TYPE = object.__basicsize__ - 8  # the last field of every Python object's head
+ITEMS_OF_TUPLE = tuple.__basicsize__  # where a tuple's items begin
+SIZE_OF_MANY = object.__basicsize__  # where tuples and lists have their length
+ITEMS_OF_LIST = object.__basicsize__ + 8  # where a list has the address of its items
+LIST, TUPLE, DICT = id(list), id(tuple), id(dict)
+
+# Where the memory of a Plan has what: int64. Behind the settings is what a kind of Plan adds.
+LIST_TYPE, TUPLE_TYPE, DICT_TYPE, BY_NAME, ROWS, WIDTH, N_SETTINGS, SETTINGS = range(8)
+MOST_SETTINGS = 96
+OWN = SETTINGS + MOST_SETTINGS
+
+# What a step of several updates is given: a tuple of these. States are dicts of an optimizer, of which each has the arrays and the
+# count by the same keys, the count first. A holder is what parameters were given in, or the list of parameters if that is no matter.
+COUNT, PARAMS, GRADS, STATES, KEYS, NAMES, NAMES_NOW, HOLDER = range(8)
+
+
+@functools.cache
+def known():
+    """Whether tuples and lists are laid out in memory as this file says."""
+    if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return False
+    items = [object(), object(), object()]
+    in_tuple = tuple(items)
+
+    def int64(address):
+        return ctypes.c_int64.from_address(address).value
+
+    of_tuple = [int64(id(in_tuple) + ITEMS_OF_TUPLE + 8 * k) for k in range(3)]
+    of_list = [int64(int64(id(items) + ITEMS_OF_LIST) + 8 * k) for k in range(3)]
+    heads = [(int64(id(x) + TYPE), int64(id(x) + SIZE_OF_MANY)) for x in (in_tuple, items)]
+    return of_tuple == of_list == list(map(id, items)) and heads == [(TUPLE, 3), (LIST, 3)]
+
+
+IMMUTABLE = type(None), bool, int, float, str  # types of settings that stay what they are while they are the same objects
+MOST_STEPS = 1 << 53  # the formula takes the step for a float64
+ANY = object()  # among the settings that a Plan expects: any object
+
+
+def stays(setting):
+    """Whether a setting stays what it is while it is the same object."""
+    return type(setting) in IMMUTABLE or (type(setting) is tuple and all(map(stays, setting)))
+
+
+class Plan:
+    """The memory that compiled code compares a step with: an address, `address`, of int64 numbers.
+
+    width: how many arrays an update has. n_rows: of several updates, how many there are. by_name: whether gradients are given in
+    a dict by the names of parameters. n_own: how many numbers a kind of Plan adds.
+    """
+
+    def __init__(self, width, n_rows=1, by_name=False, n_own=0):
+        self.memory = np.zeros(OWN + n_own, np.int64)
+        self.memory[:SETTINGS] = LIST, TUPLE, DICT, by_name, n_rows, width, 0
+        self.address = self.memory.ctypes.data
+        self._settings = ()
+
+    def expect(self, settings):
+        """Take over the objects that are the settings: ANY stands for one that may be any object."""
+        addresses = [0 if x is ANY else id(x) for x in settings]
+        self.memory[N_SETTINGS] = 0
+        self._settings = settings  # kept alive, so that no other objects get their addresses
+        self.memory[SETTINGS : SETTINGS + len(settings)] = addresses
+        self.memory[N_SETTINGS] = len(settings)
+
+
+def all_of(step):
+    """Return the arrays of a step of several updates, which are then kept alive. step: what `of_several` takes."""
+    grads = step[GRADS]
+    of_states = [list(map(state.get, step[KEYS])) for state in step[STATES]]
+    return list(step[PARAMS]), list(grads.values() if type(grads) is dict else grads), of_states
+
+
+int64_at = load_at(intrinsic, types.int64)
+
+
+def _of_python(name, *arguments):
+    """Return a function that calls one of Python's, which takes and returns addresses."""
+
+    def emit(b, *values):
+        called = cgutils.get_or_insert_function(b.module, ir.FunctionType(llvm.U64, [llvm.U64] * len(values)), name)
+        return b.call(called, values)
+
+    signature = types.int64(*[types.int64] * len(arguments))
+    return llvm.function(intrinsic, name, emit, signature)
+
+
+_in_dict, _size_of_dict = _of_python("PyDict_GetItem", "dict", "key"), _of_python("PyDict_Size", "dict")
+
+
+# The following functions are compiled into those that use them. plan: the address of a Plan's memory; others: of objects.
+
+
+def same_settings(plan, settings):
+    """Return whether a tuple has the objects that a Plan expects."""
+    n = int64_at(plan + 8 * N_SETTINGS)
+    if int64_at(settings + SIZE_OF_MANY) != n:
+        return False
+    for k in range(n):
+        wanted = int64_at(plan + 8 * (SETTINGS + k))
+        if wanted != 0 and wanted != int64_at(settings + ITEMS_OF_TUPLE + 8 * k):
+            return False
+    return True
+
+
+def of_one(plan, arrays, objects):
+    """Fill in the addresses of the arrays in a tuple; return whether it has as many as an update takes."""
+    n = int64_at(plan + 8 * WIDTH)
+    if int64_at(arrays + SIZE_OF_MANY) != n:
+        return False
+    for k in range(n):
+        objects[k] = int64_at(arrays + ITEMS_OF_TUPLE + 8 * k)
+    return True
+
+
+def of_several(plan, arrays, objects):
+    """Fill in the addresses of the arrays of several updates, column by column; return whether all is as it has to be."""
+    list_type, n, width = int64_at(plan + 8 * LIST_TYPE), int64_at(plan + 8 * ROWS), int64_at(plan + 8 * WIDTH)
+    dict_type = int64_at(plan + 8 * DICT_TYPE)
+    items = arrays + ITEMS_OF_TUPLE
+    count, params, grads = int64_at(items + 8 * COUNT), int64_at(items + 8 * PARAMS), int64_at(items + 8 * GRADS)
+    names, names_now = int64_at(items + 8 * NAMES), int64_at(items + 8 * NAMES_NOW)
+    keys, holder = int64_at(items + 8 * KEYS) + ITEMS_OF_TUPLE, int64_at(items + 8 * HOLDER)
+    for one in (params, names_now):
+        if int64_at(one + TYPE) != list_type or int64_at(one + SIZE_OF_MANY) != n:
+            return False
+    params, names = int64_at(params + ITEMS_OF_LIST), int64_at(names + ITEMS_OF_LIST)
+    names_now = int64_at(names_now + ITEMS_OF_LIST)
+    states = int64_at(int64_at(items + 8 * STATES) + ITEMS_OF_LIST)
+    kind = int64_at(grads + TYPE)
+    grads_by_name, grad_items = kind == dict_type, 0
+    if grads_by_name != (int64_at(plan + 8 * BY_NAME) != 0):
+        return False
+    if grads_by_name:
+        if _size_of_dict(grads) != n:
+            return False
+    elif kind not in (list_type, int64_at(plan + 8 * TUPLE_TYPE)) or int64_at(grads + SIZE_OF_MANY) != n:
+        return False
+    else:
+        grad_items = int64_at(grads + ITEMS_OF_LIST) if kind == list_type else grads + ITEMS_OF_TUPLE
+    holds_by_name, held_items = int64_at(holder + TYPE) == dict_type, 0
+    if not holds_by_name:
+        if int64_at(holder + TYPE) != list_type or int64_at(holder + SIZE_OF_MANY) != n:
+            return False
+        held_items = int64_at(holder + ITEMS_OF_LIST)
+    for row in range(n):
+        name, param, state = int64_at(names + 8 * row), int64_at(params + 8 * row), int64_at(states + 8 * row)
+        held = _in_dict(holder, name) if holds_by_name else int64_at(held_items + 8 * row)
+        if name != int64_at(names_now + 8 * row) or held != param or _in_dict(state, int64_at(keys)) != count:
+            return False
+        objects[row] = param
+        objects[n + row] = _in_dict(grads, name) if grads_by_name else int64_at(grad_items + 8 * row)
+        for k in range(2, width):
+            objects[k * n + row] = _in_dict(state, int64_at(keys + 8 * (k - 1)))
+    for k in range(width * n):
+        if objects[k] == 0:  # which a dict does not have
+            return False
+    return True
