@@ -120,7 +120,9 @@ def adam_step(
         remainder, param_copy, ema, ema_decay, change, lr_scale, where, complex, components, m_scale, v_scale, zero_grad,
         stochastic_rounding, seed, backend, stream,
     )  # fmt: skip
-    if _REPEATED.does((param, grad, m, v), settings, step, lr, backend):
+    on_gpu = _ON_GPU.takes(param)
+    calls = _ON_GPU if on_gpu else _REPEATED
+    if calls.does((param, grad, m, v), settings, step, lr, backend):
         return
     usual = algorithm == "adam" and formula == "torch" and eps_root == 0.0 and ema_decay == 0.999
     formulas = hyperparameters.ADAM  # which takes less time than to look it up
@@ -147,5 +149,6 @@ def adam_step(
         group.seed = checks.seed(seed)
         group.complex, group.components = checks.complex_parts(complex), checks.components(components)
         checks.combination(algorithm, optional, group.stochastic)
-    update([group], backend, stream, _ON_GPU if _ON_GPU.takes(param) else None)
-    _REPEATED.note(group, settings)
+    update([group], backend, stream, _ON_GPU if on_gpu else None)
+    if stream is None:
+        calls.note(group, settings)

@@ -1,7 +1,7 @@
-"""Whether a step of arrays on a GPU is as the last one, in one compiled call.
+"""What the steps of arrays on a GPU have in common with the last ones, found out in one compiled call.
 
-It compares the settings, the parameters and the state by identity, and reads of each array what its library lets change while it
-stays the same object, if its objects can be read (`cupy_struct.py`). The launch is left to the caller.
+Settings, parameters and state are compared by identity. Of each array is read what its library lets change while it stays the
+same object, if its objects can be read (`cupy_struct.py`). The launch is left to the caller.
 """
 
 import functools
@@ -13,55 +13,99 @@ from gpuadam.kernels import compiled_cache, step_objects
 from gpuadam.kernels.cpu_step import pointer
 from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH, int64_at
 
-# Where the memory of a Plan has what. WORDS: how many words are told of all arrays; 0: what arrays are is not read here.
+# Where the memory of a plan has what. WORDS: how many words there are for what is told of arrays.
 HELD, TOLD, WORDS, ARRAY_TYPE, HEAD = range(OWN, OWN + 5)
 GRADS = 1  # the column that is not compared by identity: gradients may be in new arrays that lie where the last ones did
+WORDS_OF_CALL = 256  # enough for four arrays of 29 dimensions
 
 
 class Plan(step_objects.Plan):
     """The memory that steps of several updates are compared with.
 
-    columns: the arrays of each operand. told: what the library's struct tells of them, by columns, or None. array_type: the
-    address of their type. struct: the module that reads them.
+    columns: the arrays of each operand. struct: the module that reads their objects. told: what it tells of them, by columns. If
+    it is None, what the arrays are is not compared.
     """
 
-    def __init__(self, columns, by_name, told, struct):
+    def __init__(self, columns, by_name, struct, told):
         super().__init__(len(columns), len(columns[0]), by_name, HEAD - OWN)
         self._held = np.array([id(array) for column in columns for array in column], np.int64)
         self._told = np.zeros(0, np.int64) if told is None else told
         array_type = 0 if told is None else struct.ARRAY
         self.memory[OWN:HEAD] = self._held.ctypes.data, self._told.ctypes.data, self._told.size, array_type
-        self._call = _compiled(None if told is None else struct)
+        self._same = _same(None if told is None else struct)
 
     def same(self, arrays, settings):
         """Whether a step is as the last one. arrays: what `step_objects.of_several` takes. settings: a tuple."""
-        return self._call(self.address, id(arrays), id(settings))
+        return self._same(self.address, id(arrays), id(settings))
+
+
+class Calls(step_objects.Plan):
+    """The memory that the settings of calls of adam_step are compared with. struct: as in Plan."""
+
+    def __init__(self, width, struct):
+        super().__init__(width, n_own=HEAD - OWN)
+        self._words = np.zeros(WORDS_OF_CALL, np.int64)
+        self._bytes = memoryview(self._words).cast("B")
+        self.memory[OWN:HEAD] = 0, self._words.ctypes.data, self._words.size, struct.ARRAY
+        self._tell = _tell(struct)
+
+    def key(self, arrays, settings):
+        """Return what is told of the arrays of a call, as bytes; None if its settings are others, or it cannot be told.
+
+        arrays, settings: tuples.
+        """
+        n = self._tell(self.address, id(arrays), id(settings))
+        return None if n < 0 else bytes(self._bytes[: 8 * n])
 
 
 @functools.cache
-def _compiled(struct):
-    quick, READS = njit(**compiled_cache.INNER), struct is not None
+def _same(struct):
+    quick = njit(**compiled_cache.INNER)
     same_settings, gather = quick(step_objects.same_settings), quick(step_objects.of_several)
-    tell = quick(struct.tell) if struct else None
+    READS, tell_all = struct is not None, quick(_telling(struct)) if struct else None
 
     def same(plan, arrays, settings):
-        if not same_settings(plan, settings):
+        n = int64_at(plan + 8 * ROWS) * int64_at(plan + 8 * WIDTH)
+        objects = np.empty(n, np.int64)
+        if not same_settings(plan, settings) or not gather(plan, arrays, objects):
             return False
-        rows, width = int64_at(plan + 8 * ROWS), int64_at(plan + 8 * WIDTH)
-        objects = np.empty(rows * width, np.int64)
-        if not gather(plan, arrays, objects):
-            return False
-        held = int64_at(plan + 8 * HELD)
-        for k in range(width * rows):
-            if k // rows != GRADS and objects[k] != int64_at(held + 8 * k):
+        held, rows = int64_at(plan + 8 * HELD), int64_at(plan + 8 * ROWS)
+        for k in range(n):
+            if objects[k] != int64_at(held + 8 * k) and not GRADS * rows <= k < (GRADS + 1) * rows:
                 return False
         if READS:
-            words = carray(pointer(int64_at(plan + 8 * TOLD)), int64_at(plan + 8 * WORDS), np.int64)
-            array_type, n = int64_at(plan + 8 * ARRAY_TYPE), 0
-            for k in range(width * rows):
-                n = tell(objects[k], array_type, words, n, True)
-                if n < 0:
-                    return False
+            return tell_all(plan, objects, True) >= 0
         return True
 
     return compiled_cache.stored(njit(same), "gpu_step", struct and struct.__name__)
+
+
+@functools.cache
+def _tell(struct):
+    quick = njit(**compiled_cache.INNER)
+    same_settings, gather = quick(step_objects.same_settings), quick(step_objects.of_one)
+    tell_all = quick(_telling(struct))
+
+    def tell(plan, arrays, settings):
+        objects = np.empty(int64_at(plan + 8 * WIDTH), np.int64)
+        if not same_settings(plan, settings) or not gather(plan, arrays, objects):
+            return -1
+        return tell_all(plan, objects, False)
+
+    return compiled_cache.stored(njit(tell), "gpu_step", struct.__name__)
+
+
+def _telling(struct):
+    """Return the function that tells, or compares, what a plan has words for. Its result is how many words these are, or -1."""
+    tell_one = njit(**compiled_cache.INNER)(struct.tell)
+
+    def tell_all(plan, objects, compares):
+        words = carray(pointer(int64_at(plan + 8 * TOLD)), int64_at(plan + 8 * WORDS), np.int64)
+        array_type, n = int64_at(plan + 8 * ARRAY_TYPE), 0
+        for k in range(len(objects)):
+            n = tell_one(objects[k], array_type, words, n, compares)
+            if n < 0:
+                return -1
+        return n
+
+    return tell_all
