@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
+
 from . import checks, hyperparameters
 from .repeated_on_cpu import RepeatedCall
 from .repeated_on_gpu import CallsOnGpu
@@ -120,8 +122,7 @@ def adam_step(
         remainder, param_copy, ema, ema_decay, change, lr_scale, where, complex, components, m_scale, v_scale, zero_grad,
         stochastic_rounding, seed, backend, stream,
     )  # fmt: skip
-    on_gpu = _ON_GPU.takes(param)
-    calls = _ON_GPU if on_gpu else _REPEATED
+    calls = _REPEATED if type(param) is np.ndarray else _ON_GPU
     if calls.does((param, grad, m, v), settings, step, lr, backend):
         return
     usual = algorithm == "adam" and formula == "torch" and eps_root == 0.0 and ema_decay == 0.999
@@ -149,6 +150,7 @@ def adam_step(
         group.seed = checks.seed(seed)
         group.complex, group.components = checks.complex_parts(complex), checks.components(components)
         checks.combination(algorithm, optional, group.stochastic)
-    update([group], backend, stream, _ON_GPU if on_gpu else None)
-    if stream is None:
+    remembered = _ON_GPU if _ON_GPU.takes(param) else None
+    update([group], backend, stream, remembered)
+    if stream is None and (remembered or calls is _REPEATED):
         calls.note(group, settings)

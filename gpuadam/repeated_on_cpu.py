@@ -14,7 +14,10 @@ KEPT = 64  # plans of calls of adam_step
 
 
 def plan_of(group: Updates, n_rows=None, by_name=False):
-    """Return a `cpu_step.Plan` for Updates that were made, or None if there is none for their like. n_rows, by_name: as in Plan."""
+    """Return a `cpu_step.Plan` for Updates that were made, or None if there is none for their like.
+
+    n_rows, by_name: as in Plan.
+    """
     like, fixed = known_like(group), group.h.fixed
     kernels = backends.load("numba-cpu")
     if like is None or like.random or like.arrays.grouped or group.now is not None or not step_objects.known():

@@ -49,7 +49,8 @@ class StepsOnGpu:
         self._batches, self._names = batches, only.names
         self._fixed, self._seed = only.h.fixed, only.seed
         columns, struct = only.columns, batches[0].backend.struct
-        self._held = columns[0], columns[2:]  # kept alive; gradients are not
+        # kept alive, so that no others get their addresses; gradients are not, but their dtypes are
+        self._held = columns[0], [grad.dtype for grad in columns[1]], columns[2:]
         told = struct.told(itertools.chain.from_iterable(columns)) if struct else None
         self._plan = gpu_step.Plan(columns, by_name, struct, told)
         self._read = ReadInPython(columns) if told is None else None
@@ -91,7 +92,7 @@ class ReadInPython:
         self._changing_of_grads = list(map(self._changing, grads))
 
     def same(self, step):
-        """Whether arrays are what they were. step: what `step_objects.of_several` takes, in which all but gradients are the same."""
+        """Whether arrays are what they were. step: what `step_objects.of_several` takes, known to have the same state."""
         grads = step[step_objects.GRADS]
         if type(grads) is dict:
             grads = [grads[name] for name in step[step_objects.NAMES]]

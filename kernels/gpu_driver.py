@@ -56,17 +56,13 @@ def status(name, *arguments):
 
 def call(name, *arguments):
     """Call a function of the driver, or raise RuntimeError with the name of its error."""
-    if code := status(name, *arguments):
-        _raise(name, code)
-
-
-def _raise(name, code):
-    error = ctypes.c_char_p()
-    status("cuGetErrorName", code, ctypes.byref(error))
-    raise RuntimeError(
-        f"the CUDA driver reports {(error.value or b'an error').decode()} ({name}). It may be of work enqueued earlier: with "
-        "the environment variable GPUADAM_SYNC=1 gpuadam waits for each of its launches and names the one that failed"
-    )
+    if code := _function(name, len(arguments))(*arguments):
+        error = ctypes.c_char_p()
+        status("cuGetErrorName", code, ctypes.byref(error))
+        raise RuntimeError(
+            f"the CUDA driver reports {(error.value or b'an error').decode()} ({name}). It may be of work enqueued earlier: with "
+            "the environment variable GPUADAM_SYNC=1 gpuadam waits for each of its launches and names the one that failed"
+        )
 
 
 def asked(name, *arguments, kind=ctypes.c_void_p):
@@ -96,8 +92,7 @@ def current_device():
 def current_context():
     """Return the handle of this thread's context, or None."""
     context, address = _answer.of_pointer
-    if code := _function("cuCtxGetCurrent", 1)(address):
-        _raise("cuCtxGetCurrent", code)
+    call("cuCtxGetCurrent", address)
     return context.value
 
 
@@ -130,8 +125,7 @@ class Owned:
 def is_capturing(stream):
     """Whether a graph is being captured on a stream."""
     capturing, address = _answer.of_int
-    if code := _function("cuStreamIsCapturing", 2)(stream, address):
-        _raise("cuStreamIsCapturing", code)
+    call("cuStreamIsCapturing", stream, address)
     return capturing.value != 0
 
 

@@ -1,11 +1,10 @@
 """What a step is given, compared in compiled code with what the last one was given.
 
-Python needs some 50 ns to look at an object, and a step of GPT-2 small has 592 arrays, in dicts of state, lists and dicts. Compiled
-code reads their addresses where CPython has them: in tuples and lists from memory, in dicts by a function of Python's. It compares
-the settings of a step by identity, and gathers the addresses of its arrays. What the arrays are is for `numpy_struct.py` and
-`cupy_struct.py` to read.
+Python needs some 50 ns to look at an object, and a step of GPT-2 small has 592 arrays, in lists and dicts. Compiled code reads
+their addresses where CPython has them: in tuples and lists from memory, in dicts by a function of Python's. It compares the
+settings of a step by identity, and gathers the addresses of its arrays. `numpy_struct.py` and `cupy_struct.py` read the arrays.
 
-The calls hold Python's lock, so no other thread changes or frees an object meanwhile.
+Compiled code holds Python's lock, so no other thread changes or frees an object meanwhile.
 """
 
 import ctypes
@@ -14,11 +13,12 @@ import sys
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpuadam.kernels import llvm
+from gpuadam.kernels.compiled_cache import INNER
 from gpuadam.kernels.numba_memory import load_at
 
 TYPE = object.__basicsize__ - 8  # the last field of every Python object's head
@@ -32,8 +32,8 @@ LIST_TYPE, TUPLE_TYPE, DICT_TYPE, BY_NAME, ROWS, WIDTH, N_SETTINGS, SETTINGS = r
 MOST_SETTINGS = 96
 OWN = SETTINGS + MOST_SETTINGS
 
-# What a step of several updates is given: a tuple of these. States are dicts of an optimizer, of which each has the arrays and the
-# count by the same keys, the count first. A holder is what parameters were given in, or the list of parameters if that is no matter.
+# What a step of several updates is given: a tuple of these. States are dicts, each with the count and the arrays of one parameter
+# under the same keys, the count first. The holder is the dict or list that the parameters were given in, or else their own list.
 COUNT, PARAMS, GRADS, STATES, KEYS, NAMES, NAMES_NOW, HOLDER = range(8)
 
 
@@ -125,56 +125,56 @@ def same_settings(plan, settings):
     return True
 
 
+@functools.partial(njit, **INNER)
+def is_dict(plan, x):
+    return int64_at(x + TYPE) == int64_at(plan + 8 * DICT_TYPE)
+
+
+@functools.partial(njit, **INNER)
+def items_of(plan, x, n):
+    """Return where the items of a list or tuple of n are; 0 if it is none, or of another length."""
+    kind = int64_at(x + TYPE)
+    is_list = kind == int64_at(plan + 8 * LIST_TYPE)
+    if (not is_list and kind != int64_at(plan + 8 * TUPLE_TYPE)) or int64_at(x + SIZE_OF_MANY) != n:
+        return 0
+    return int64_at(x + ITEMS_OF_LIST) if is_list else x + ITEMS_OF_TUPLE
+
+
 def of_one(plan, arrays, objects):
     """Fill in the addresses of the arrays in a tuple; return whether it has as many as an update takes."""
-    n = int64_at(plan + 8 * WIDTH)
-    if int64_at(arrays + SIZE_OF_MANY) != n:
+    if int64_at(arrays + SIZE_OF_MANY) != len(objects):
         return False
-    for k in range(n):
+    for k in range(len(objects)):
         objects[k] = int64_at(arrays + ITEMS_OF_TUPLE + 8 * k)
     return True
 
 
-def of_several(plan, arrays, objects):
+def of_several(plan, step, objects):
     """Fill in the addresses of the arrays of several updates, column by column; return whether all is as it has to be."""
-    list_type, n, width = int64_at(plan + 8 * LIST_TYPE), int64_at(plan + 8 * ROWS), int64_at(plan + 8 * WIDTH)
-    dict_type = int64_at(plan + 8 * DICT_TYPE)
-    items = arrays + ITEMS_OF_TUPLE
+    n, width, items = int64_at(plan + 8 * ROWS), int64_at(plan + 8 * WIDTH), step + ITEMS_OF_TUPLE
     count, params, grads = int64_at(items + 8 * COUNT), int64_at(items + 8 * PARAMS), int64_at(items + 8 * GRADS)
     names, names_now = int64_at(items + 8 * NAMES), int64_at(items + 8 * NAMES_NOW)
     keys, holder = int64_at(items + 8 * KEYS) + ITEMS_OF_TUPLE, int64_at(items + 8 * HOLDER)
-    for one in (params, names_now):
-        if int64_at(one + TYPE) != list_type or int64_at(one + SIZE_OF_MANY) != n:
-            return False
-    params, names = int64_at(params + ITEMS_OF_LIST), int64_at(names + ITEMS_OF_LIST)
-    names_now = int64_at(names_now + ITEMS_OF_LIST)
-    states = int64_at(int64_at(items + 8 * STATES) + ITEMS_OF_LIST)
-    kind = int64_at(grads + TYPE)
-    grads_by_name, grad_items = kind == dict_type, 0
-    if grads_by_name != (int64_at(plan + 8 * BY_NAME) != 0):
+    grads_by_name, holds_by_name = is_dict(plan, grads), is_dict(plan, holder)
+    if grads_by_name != (int64_at(plan + 8 * BY_NAME) != 0) or (grads_by_name and _size_of_dict(grads) != n):
         return False
-    if grads_by_name:
-        if _size_of_dict(grads) != n:
-            return False
-    elif kind not in (list_type, int64_at(plan + 8 * TUPLE_TYPE)) or int64_at(grads + SIZE_OF_MANY) != n:
+    param_at, name_at, name_now_at = items_of(plan, params, n), items_of(plan, names, n), items_of(plan, names_now, n)
+    grad_at = name_at if grads_by_name else items_of(plan, grads, n)
+    held_at = name_at if holds_by_name else items_of(plan, holder, n)
+    state_at = items_of(plan, int64_at(items + 8 * STATES), n)
+    if param_at == 0 or name_now_at == 0 or grad_at == 0 or held_at == 0:
         return False
-    else:
-        grad_items = int64_at(grads + ITEMS_OF_LIST) if kind == list_type else grads + ITEMS_OF_TUPLE
-    holds_by_name, held_items = int64_at(holder + TYPE) == dict_type, 0
-    if not holds_by_name:
-        if int64_at(holder + TYPE) != list_type or int64_at(holder + SIZE_OF_MANY) != n:
+    for k in range(0, 8 * n, 8):
+        name, param, state = int64_at(name_at + k), int64_at(param_at + k), int64_at(state_at + k)
+        held, grad = int64_at(held_at + k), int64_at(grad_at + k)  # or their names
+        held, grad = _in_dict(holder, held) if holds_by_name else held, _in_dict(grads, grad) if grads_by_name else grad
+        if name != int64_at(name_now_at + k) or held != param or grad == 0 or _in_dict(state, int64_at(keys)) != count:
             return False
-        held_items = int64_at(holder + ITEMS_OF_LIST)
-    for row in range(n):
-        name, param, state = int64_at(names + 8 * row), int64_at(params + 8 * row), int64_at(states + 8 * row)
-        held = _in_dict(holder, name) if holds_by_name else int64_at(held_items + 8 * row)
-        if name != int64_at(names_now + 8 * row) or held != param or _in_dict(state, int64_at(keys)) != count:
-            return False
-        objects[row] = param
-        objects[n + row] = _in_dict(grads, name) if grads_by_name else int64_at(grad_items + 8 * row)
-        for k in range(2, width):
-            objects[k * n + row] = _in_dict(state, int64_at(keys + 8 * (k - 1)))
-    for k in range(width * n):
-        if objects[k] == 0:  # which a dict does not have
-            return False
+        row = k // 8
+        objects[row], objects[n + row] = param, grad
+        for operand in range(2, width):
+            array = _in_dict(state, int64_at(keys + 8 * (operand - 1)))
+            if array == 0:  # it was taken away
+                return False
+            objects[operand * n + row] = array
     return True

@@ -401,7 +401,7 @@ def test_the_compiled_formula_has_the_bits_of_pythons(name):
     opt = CLASSES[name](numbers(3, 1), lr=0.37, weight_decay=0.11)
     for k in range(4):
         opt.step(numbers(3, k))
-    plan, rng = opt._repeated._plan, np.random.default_rng(5)
+    plan, rng = opt._repeated._plan._plan, np.random.default_rng(5)
     fixed = hyperparameters.checked(
         lr=0.37, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.11, algorithm=opt.algorithm, decoupled=opt.decoupled
     ).fixed
