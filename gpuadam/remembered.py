@@ -26,8 +26,11 @@ READ_ALL: dict[str, list[Callable]] = {
 for name in TENSORS:
     methods = [operator.methodcaller(method) for method in ("data_ptr", "stride", "is_neg")]
     READ_ALL[name] = [*methods, operator.attrgetter("shape", "dtype", "device", "is_leaf")]
-# The same, less what cannot change while an array is the same object
-READ_CHANGING = READ_ALL | {CUPY: [operator.attrgetter("shape")]}
+# The same, less what cannot change while an array is the same object. It may keep the array's memory alive.
+READ_CHANGING = READ_ALL | {
+    CUPY: [operator.attrgetter("shape")],
+    NUMBA: [operator.attrgetter("gpu_data", "shape", "strides", "dtype", "stream")],  # quicker than the address
+}
 
 
 class Known(NamedTuple):

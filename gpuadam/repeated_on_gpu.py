@@ -9,7 +9,6 @@ import itertools
 import math
 import operator
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -80,30 +79,20 @@ class ReadInPython:
     """What Python reads of the arrays of a step whose objects no compiled code knows."""
 
     def __init__(self, columns):
-        self._class = type(columns[0][0])
+        params, grads, *state = columns
+        self._class, self._held = type(params[0]), [*params, *itertools.chain.from_iterable(state)]
         name = type_name(self._class)
         (self._all,), (self._changing,) = remembered.READ_ALL[name], remembered.READ_CHANGING[name]
-        self._held = [*columns[0], *itertools.chain.from_iterable(columns[2:])]
-        self._changing_of_held = list(map(self._changing, self._held))
-        self._note_grads(columns[1])
-
-    def _note_grads(self, grads):
-        self._all_of_grads, self._objects = list(map(self._all, grads)), list(map(weakref.ref, grads))  # none is kept alive
-        self._changing_of_grads = list(map(self._changing, grads))
+        self._of_held, self._of_grads = list(map(self._changing, self._held)), list(map(self._all, grads))
 
     def same(self, step):
         """Whether arrays are what they were. step: what `step_objects.of_several` takes, known to have the same state."""
         grads = step[step_objects.GRADS]
         if type(grads) is dict:
             grads = [grads[name] for name in step[step_objects.NAMES]]
-        if list(map(self._changing, self._held)) != self._changing_of_held:
+        if list(map(self._changing, self._held)) != self._of_held or set(map(type, grads)) != {self._class}:
             return False
-        if _same(grads, [weak() for weak in self._objects]):  # mostly
-            return list(map(self._changing, grads)) == self._changing_of_grads
-        if not all(type(grad) is self._class for grad in grads) or list(map(self._all, grads)) != self._all_of_grads:
-            return False
-        self._note_grads(grads)
-        return True
+        return list(map(self._all, grads)) == self._of_grads
 
 
 # All that checks and launches depend on of an array, without the array
@@ -173,11 +162,11 @@ class CallsOnGpu(threading.local):
         """Take over the settings of Updates that were made, if they were also those of the call before."""
         again, self._seen = _same(settings, self._seen), settings
         batches = self._batches.get(self._key) if again and all(map(stays, settings)) else None
-        if batches is None:
+        if not batches:
             return
         arrays, backend, alike = tuple(array for (array,) in group.columns), self._key[1], self._alike
         key = alike.key_of(arrays, settings) if alike else None
-        if key is None or alike.backend != backend or len(alike.batches) == MOST_KEPT:
+        if alike is None or key is None or alike.backend != backend or len(alike.batches) == MOST_KEPT:
             alike = self._alike = Alike.of(settings, group, arrays, backend, batches[0].backend.struct)
             key = alike.key_of(arrays, settings)
         if key is not None:

@@ -5,6 +5,7 @@ same object, if its objects can be read (`cupy_struct.py`). The launch is left t
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 from numba import carray, njit
@@ -45,7 +46,7 @@ class Calls(step_objects.Plan):
     def __init__(self, width, struct):
         super().__init__(width, n_own=HEAD - OWN)
         self._words = np.zeros(WORDS_OF_CALL, np.int64)
-        self._bytes = memoryview(self._words).cast("B")
+        self._bytes = self._words.data.cast("B")
         self.memory[OWN:HEAD] = 0, self._words.ctypes.data, self._words.size, struct.ARRAY
         self._tell = _tell(struct)
 
@@ -62,7 +63,8 @@ class Calls(step_objects.Plan):
 def _same(struct):
     quick = njit(**compiled_cache.INNER)
     same_settings, gather = quick(step_objects.same_settings), quick(step_objects.of_several)
-    READS, tell_all = struct is not None, quick(_telling(struct)) if struct else None
+    READS = struct is not None
+    tell_all: Any = quick(_telling(struct)) if READS else None
 
     def same(plan, arrays, settings):
         n = int64_at(plan + 8 * ROWS) * int64_at(plan + 8 * WIDTH)

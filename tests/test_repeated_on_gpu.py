@@ -1,15 +1,19 @@
 """Steps on a GPU that are as the last one: the same bits as the long way, and nothing that differs goes unnoticed."""
 
+import contextlib
 import copy
 import gc
+import math
+import re
 import weakref
 
 import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam import repeated_on_gpu, testing, update
+from gpuadam import functional, repeated_on_gpu, testing, update
 from gpuadam.repeated import RepeatedStep
+from gpuadam.repeated_on_gpu import CallsOnGpu
 
 pytestmark = pytest.mark.gpu
 
@@ -86,33 +90,183 @@ def test_gradients_in_new_arrays_are_taken(backend):
     twins.assert_same()
 
 
-def other_decay(twins):
-    for opt in (twins.quick, twins.slow):
-        opt.groups[0]["weight_decay"] = 0.1
+# What may change between two steps: each is done to an optimizer whose steps repeat and to one that goes the long way. Both must
+# do the same, or say the same.
 
 
-def other_state(twins):
-    for opt in (twins.quick, twins.slow):
-        list(opt.state.values())[1]["m"] = twins.library.array(np.ones(SHAPES[1], "float32"))
+class Pair:
+    """What a change is done to: an optimizer of two arrays in a dict, its parameters, and its gradients."""
+
+    def __init__(self, backend, **options):
+        self.library = testing.array_backend(backend)
+        self.params = {"w0": self.array(6, 1), "w1": self.array(4, 2)}
+        self.grads = {"w0": self.array(6, 3), "w1": self.array(4, 4)}
+        self.opt = gpuadam.AdamW(self.params, lr=0.1, **options)
+        self.state, (self.group,) = self.opt.state, self.opt.groups
+
+    def array(self, shape, seed, dtype="float32"):
+        return self.library.array(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+
+    def outcome(self, times=3):
+        """Return what steps raise, and all numbers after them."""
+        told = []
+        for _ in range(times):
+            try:
+                self.opt.step(self.grads)
+            except Exception as error:  # noqa: BLE001 - whatever it is, both have to raise it
+                told.append((type(error), re.sub("0x[0-9a-f]+", "an address", str(error))))
+        arrays = [*self.params.values(), *(g for g in self.grads.values() if hasattr(g, "__cuda_array_interface__"))]
+        for state in self.state.values():
+            told.append(state.get("step"))
+            arrays += [x for key, x in state.items() if key != "step"]
+        return [*told, self.opt.steps, *(self.library.numpy(x).tobytes() for x in arrays)]
 
 
-def other_count(twins):
-    for opt in (twins.quick, twins.slow):
-        list(opt.state.values())[2]["step"] = 40
+def view_of(pair, array, **described):
+    """Return another object over the memory of an array, described in another way."""
+    interface = array.__cuda_array_interface__ | described
+
+    class Described:
+        __cuda_array_interface__ = interface
+        owner = array
+
+    if pair.library.name == "cupy":
+        import cupy
+
+        return cupy.asarray(Described())
+    from numba import cuda
+
+    return cuda.as_cuda_array(Described())
 
 
-CHANGES = {"decay": other_decay, "state": other_state, "count": other_count}
+CHANGES = {
+    "lr": lambda x: x.group.update(lr=0.5),
+    "lr nan": lambda x: x.group.update(lr=math.nan),
+    "lr below 0": lambda x: x.group.update(lr=-1.0),
+    "lr -0.0": lambda x: x.group.update(lr=-0.0),
+    "lr infinite": lambda x: x.group.update(lr=math.inf),
+    "lr too large": lambda x: x.group.update(lr=1e39),
+    "lr an int": lambda x: x.group.update(lr=1),
+    "lr a callable": lambda x: x.group.update(lr=lambda step: 0.5 / step),
+    "betas": lambda x: x.group.update(betas=(0.5, 0.9)),
+    "betas wrong": lambda x: x.group.update(betas=(0.5, 1.0)),
+    "weight_decay": lambda x: x.group.update(weight_decay=0.25),
+    "eps": lambda x: x.group.update(eps=1e-3),
+    "maximize": lambda x: x.group.update(maximize=True),
+    "amsgrad": lambda x: x.group.update(amsgrad=True),
+    "clip_value": lambda x: x.group.update(clip_value=1e-3),
+    "bounds": lambda x: x.group.update(bounds=(-0.1, 0.1)),
+    "a key too many": lambda x: x.group.update(momentum=0.9),
+    "a key too few": lambda x: x.group.pop("eps"),
+    "no lr": lambda x: x.group.pop("lr"),
+    "no params": lambda x: x.group.pop("params"),
+    "names": lambda x: x.group["names"].__setitem__(0, "other"),
+    "one name fewer": lambda x: x.group["names"].pop(),
+    "params": lambda x: x.group["params"].__setitem__(1, x.array(4, 77)),
+    "one param fewer": lambda x: x.group["params"].pop(),
+    "a group more": lambda x: x.opt.groups.append(dict(x.group)),
+    "no group": lambda x: x.opt.groups.clear(),
+    "rebound": lambda x: x.params.update(w1=x.array(4, 7)),
+    "rebound to a view": lambda x: x.params.update(w1=view_of(x, x.params["w1"])),
+    "taken away": lambda x: x.params.pop("w0"),
+    "another name": lambda x: x.params.update(x=x.array(3, 5)),
+    "grad shape": lambda x: x.grads.update(w1=x.array(5, 1)),
+    "grad of the same memory, shape": lambda x: x.grads.update(w1=view_of(x, x.grads["w1"], shape=(2, 2))),
+    "grad of the same memory, shorter": lambda x: x.grads.update(w1=view_of(x, x.grads["w1"], shape=(2,))),
+    "grad of the same memory, strides": lambda x: x.grads.update(w1=view_of(x, x.grads["w1"], strides=(0,))),
+    "grad of the same memory, int": lambda x: x.grads.update(w1=view_of(x, x.grads["w1"], typestr="<i4")),
+    "grad of the same memory": lambda x: x.grads.update(w1=view_of(x, x.grads["w1"])),
+    "grad dtype": lambda x: x.grads.update(w1=x.array(4, 1, "float64")),
+    "grad of NumPy": lambda x: x.grads.update(w1=np.ones(4, "float32")),
+    "grad a list": lambda x: x.grads.update(w1=[1.0, 2.0, 3.0, 4.0]),
+    "grad None": lambda x: x.grads.update(w1=None),
+    "grad missing": lambda x: x.grads.pop("w1"),
+    "grad too many": lambda x: x.grads.update(w2=x.array(4, 1)),
+    "grads in another order": lambda x: x.grads.update(w0=x.grads.pop("w0")),
+    "grads in a list": lambda x: setattr(x, "grads", Listed(x.grads.values())),
+    "grad is param": lambda x: x.grads.update(w1=x.params["w1"]),
+    "grad is in m": lambda x: x.grads.update(w1=x.state["w1"]["m"]),
+    "grad new": lambda x: x.grads.update(w1=x.array(4, 8)),
+    "m other": lambda x: x.state["w0"].update(m=x.array(6, 3)),
+    "m wrong": lambda x: x.state["w0"].update(m=x.array(5, 3)),
+    "m missing": lambda x: x.state["w0"].pop("m"),
+    "v other": lambda x: x.state["w1"].update(v=x.array(4, 3)),
+    "m is v": lambda x: x.state["w0"].update(m=x.state["w0"]["v"]),
+    "step": lambda x: x.state["w0"].update(step=41),
+    "step of the second": lambda x: x.state["w1"].update(step=41),
+    "step of no int": lambda x: x.state["w0"].update(step=3.5),
+    "step below 0": lambda x: x.state["w0"].update(step=-2),
+    "step missing": lambda x: x.state["w1"].pop("step"),
+    "under way": lambda x: x.opt.under_way.begin(),
+    "backend": lambda x: setattr(x.opt, "backend", "numba-cpu"),
+    "loaded": lambda x: x.opt.load_state_dict(x.opt.state_dict() | {"steps": 30}),
+    "replaced": lambda x: x.opt.replace("w0", x.array(6, 31), np.arange(6)),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_what_has_changed_is_noticed(backend, took, what):
-    twins = Twins(backend)
-    twins.step(times=4)
-    CHANGES[what](twins)
-    twins.step()
-    assert not took[-1]
-    twins.step(times=3)
-    twins.assert_same()
+class Listed(list):
+    """Gradients that are not in a dict."""
+
+    def values(self):
+        return list(self)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_steps_is_noticed(backend, took, change):
+    outcomes = []
+    for repeats in (True, False):
+        pair = Pair(backend)
+        pair.opt.repeats = repeats
+        pair.outcome(4)
+        CHANGES[change](pair)
+        outcomes.append(pair.outcome())
+    assert took[:2] == [True, True] and outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("what", ["shape", "strides", "gpu_data", "dtype", "stream"])
+@pytest.mark.parametrize("which", ["param", "grad", "v"])
+def test_an_attribute_that_is_set_on_an_array_of_numba_is_noticed(cp, took, what, which):
+    stream = cp.cuda.Stream(non_blocking=True)
+    pair = Pair("numba-cuda")
+    pair.outcome(4)
+    array = {"param": pair.params["w1"], "grad": pair.grads["w1"], "v": pair.state["w1"]["v"]}[which]
+    pair.kept = array.gpu_data
+    others = {"shape": (2, 2), "strides": (0,), "gpu_data": pair.array(4, 9).gpu_data, "dtype": np.dtype("i4")}
+    setattr(array, what, (others | {"stream": stream.ptr})[what])
+    with contextlib.suppress(TypeError, ValueError):  # the long way's
+        pair.opt.step(pair.grads)
+    assert took[-1] is False
+
+
+@pytest.mark.parametrize("which", ["param", "grad", "v"])
+def test_an_array_of_cupy_that_takes_another_shape_in_place_is_noticed(cp, took, which):
+    pair = Pair("cupy")
+    pair.outcome(4)
+    {"param": pair.params["w1"], "grad": pair.grads["w1"], "v": pair.state["w1"]["v"]}[which].shape = (2, 2)
+    with pytest.raises(ValueError, match="shape"):
+        pair.opt.step(pair.grads)
+    assert took[-1] is False
+
+
+@pytest.mark.parametrize("of_memory", [False, True])
+def test_objects_that_are_not_as_cupy_14_has_them_are_read_by_python(cp, took, monkeypatch, of_memory):
+    if of_memory:
+        monkeypatch.setattr(cupy_struct(), "POINTER", cupy_struct().DEVICE)
+    else:
+        monkeypatch.setattr(cupy_struct(), "DTYPE", cupy_struct().DATA)
+    pair = Pair("cupy")
+    assert cupy_struct().told(pair.params.values()) is None
+    pair.outcome(6)
+    assert took and all(took)
+    pair.grads["w1"].shape = (2, 2)
+    with pytest.raises(ValueError, match="shape"):
+        pair.opt.step(pair.grads)
+
+
+def cupy_struct():
+    from gpuadam.kernels import cupy_struct
+
+    return cupy_struct
 
 
 def test_a_parameter_without_a_gradient_stays(backend, took):
@@ -217,3 +371,138 @@ def test_adam_step_notices_other_arrays_and_settings(backend):
         gpuadam.adam_step(param, grad, m, m, 2)
     gpuadam.adam_step(param, grad, m, v, 2, zero_grad=True)
     assert not library.numpy(grad).any()
+
+
+CALLS = {
+    "lr": lambda x: {"lr": 0.5},
+    "lr nan": lambda x: {"lr": math.nan},
+    "lr -0.0": lambda x: {"lr": -0.0},
+    "lr infinite": lambda x: {"lr": math.inf},
+    "lr too large": lambda x: {"lr": 1e39},
+    "lr an int": lambda x: {"lr": 1},
+    "betas": lambda x: {"betas": (0.5, 0.9)},
+    "betas wrong": lambda x: {"betas": (0.5, 1.0)},
+    "weight_decay": lambda x: {"weight_decay": 0.25},
+    "grad_scale": lambda x: {"grad_scale": 0.5},
+    "zero_grad": lambda x: {"zero_grad": True},
+    "step of NumPy": lambda x: {"step": np.int64(7)},
+    "step 0": lambda x: {"step": 0},
+    "step True": lambda x: {"step": True},
+    "step large": lambda x: {"step": 1 << 60},
+    "max_v": lambda x: {"max_v": x.array(6, 5)},
+    "backend": lambda x: {"backend": "numba-cpu"},
+    "another param": lambda x: {"param": x.array(6, 7)},
+    "another grad": lambda x: {"grad": x.array(6, 7)},
+    "grad shape": lambda x: {"grad": x.array(5, 7)},
+    "grad of the same memory, shape": lambda x: {"grad": view_of(x, x.arrays[1], shape=(2, 3))},
+    "grad of the same memory, shorter": lambda x: {"grad": view_of(x, x.arrays[1], shape=(3,))},
+    "grad of the same memory, strides": lambda x: {"grad": view_of(x, x.arrays[1], strides=(0,))},
+    "grad of the same memory, int": lambda x: {"grad": view_of(x, x.arrays[1], typestr="<i4")},
+    "grad of the same memory": lambda x: {"grad": view_of(x, x.arrays[1])},
+    "grad dtype": lambda x: {"grad": x.array(6, 1, "float64")},
+    "grad of NumPy": lambda x: {"grad": np.ones(6, "float32")},
+    "grad None": lambda x: {"grad": None},
+    "grad is param": lambda x: {"grad": x.arrays[0]},
+    "m is v": lambda x: {"m": x.arrays[3]},
+}  # fmt: skip
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """A list of whether each call of adam_step was quick."""
+    done, does = [], CallsOnGpu.does
+
+    def noted(self, *call):
+        done.append(does(self, *call))
+        return done[-1]
+
+    monkeypatch.setattr(CallsOnGpu, "does", noted)
+    return done
+
+
+class Call(Pair):
+    """What a change is done to: the four arrays of a call."""
+
+    def __init__(self, backend):
+        self.library = testing.array_backend(backend)
+        self.arrays = [self.array(6, 1), self.array(6, 2), self.library.zeros(6), self.library.zeros(6)]
+
+    def make(self, **other):
+        gpuadam.adam_step(**dict(zip(("param", "grad", "m", "v"), self.arrays, strict=True)) | {"step": 5} | other)
+
+
+@pytest.mark.parametrize("change", CALLS)
+def test_a_change_between_calls_is_noticed(backend, called, change, monkeypatch):
+    outcomes = []
+    for repeats in (True, False):
+        call = Call(backend)
+        with monkeypatch.context() as patched:
+            if not repeats:
+                patched.setattr(repeated_on_gpu, "READ", {})
+                patched.setattr(functional, "_ON_GPU", CallsOnGpu())
+            for _ in range(4):
+                call.make()
+            told, other = [], CALLS[change](call)
+            for _ in range(3):
+                try:
+                    call.make(**other)
+                except Exception as error:  # noqa: BLE001 - whatever it is, both have to raise it
+                    told.append((type(error), re.sub("0x[0-9a-f]+", "an address", str(error))))
+            arrays = [*call.arrays, *(x for x in other.values() if hasattr(x, "__cuda_array_interface__"))]
+            outcomes.append([*told, *(call.library.numpy(x).tobytes() for x in arrays)])
+    assert called[3] and outcomes[0] == outcomes[1]
+
+
+def test_a_call_goes_to_the_stream_that_is_current_then_or_that_it_is_given(cp, called, driver):
+    call, stream = Call("cupy"), cp.cuda.Stream(non_blocking=True)
+    for _ in range(4):
+        call.make()
+    cp.cuda.Device().synchronize()
+    driver.listen()
+    with stream:
+        call.make()
+    call.make(stream=stream)
+    call.make(stream=stream.ptr)
+    cp.cuda.Device().synchronize()
+    assert [handle for _, handle in driver.launches] == [stream.ptr] * 3
+    assert called[-3:] == [True, False, False]
+
+
+def test_a_call_that_a_graph_would_freeze_is_refused(cp, called):
+    call, stream = Call("cupy"), cp.cuda.Stream(non_blocking=True)
+    for _ in range(4):
+        call.make()
+    cp.cuda.Device().synchronize()
+    before = cp.asnumpy(call.arrays[0])
+    with stream:
+        stream.begin_capture()
+        try:
+            with pytest.raises(RuntimeError, match="capturable"):
+                call.make()
+        finally:
+            stream.end_capture()
+    assert called[-1] is False and (cp.asnumpy(call.arrays[0]) == before).all()
+
+
+def test_a_backend_that_is_in_use_is_noticed(cp, called):
+    call = Call("cupy")
+    for _ in range(4):
+        call.make()
+    with gpuadam.use_backend("numba-cuda"):
+        call.make()
+    assert called[-2:] == [True, False]
+
+
+def test_gradients_that_lie_in_turn_in_two_places_are_both_found_again(backend, called):
+    call = Call(backend)
+    others = call.array(6, 8), call.array(6, 9)
+    for k in range(12):
+        call.make(grad=others[k % 2])
+    assert all(called[-6:])
+
+
+def test_calls_of_arrays_without_elements_do_nothing(backend):
+    library = testing.array_backend(backend)
+    arrays = [library.zeros(0) for _ in range(4)]
+    for step in range(1, 6):
+        gpuadam.adam_step(*arrays, step)
