@@ -143,6 +143,7 @@ class CallsOnGpu(threading.local):
         self._key: Any = None
         self._seen: tuple = ()
         self._alike: Alike | None = None
+        self._told: Any = None  # of the arrays of the latest call
 
     def takes(self, array):
         """Whether arrays of this type are remembered."""
@@ -150,27 +151,27 @@ class CallsOnGpu(threading.local):
 
     def does(self, arrays, settings, step, lr, backend):
         """Make the update if its settings are the last ones and its arrays were in a call; return whether it was made."""
-        alike = self._alike
+        alike, self._told = self._alike, None
         if alike is None or type(step) is not int or type(lr) is not float or not 0 < step < step_objects.MOST_STEPS:
             return False
-        batches = alike.batches.get(alike.key_of(arrays, settings))
+        self._told = alike.key_of(arrays, settings)
+        batches = alike.batches.get(self._told)
         if batches is None or backends.forced(backend) != alike.backend:
             return False
         return launch_again(batches, lr, alike.fixed, alike.seed, step)
 
     def note(self, group, settings):
-        """Take over the settings of Updates that were made, if they were also those of the call before."""
+        """Take over Updates that were made after `does`, if their settings were also those of the call before."""
         again, self._seen = _same(settings, self._seen), settings
         batches = self._batches.get(self._key) if again and all(map(stays, settings)) else None
         if not batches:
             return
-        arrays, backend, alike = tuple(array for (array,) in group.columns), self._key[1], self._alike
-        key = alike.key_of(arrays, settings) if alike else None
-        if alike is None or key is None or alike.backend != backend or len(alike.batches) == MOST_KEPT:
-            alike = self._alike = Alike.of(settings, group, arrays, backend, batches[0].backend.struct)
-            key = alike.key_of(arrays, settings)
-        if key is not None:
-            alike.batches[key] = batches
+        alike, backend = self._alike, self._key[1]
+        if alike is None or self._told is None or alike.backend != backend or len(alike.batches) == MOST_KEPT:
+            arrays = tuple(array for (array,) in group.columns)
+            self._alike = Alike.of(settings, group, arrays, backend, batches[0].backend.struct)
+        else:
+            alike.batches[self._told] = batches
 
     def batches(self, groups, backend):
         """Return the batches of an earlier call with the same settings on such arrays, or None."""

@@ -23,10 +23,11 @@ From a call to the memory:
 Two shorter ways lead to the same batches. Compiled code reads plain NumPy arrays faster than Python can (`numpy_struct.py`).
 Arrays of other libraries are remembered from step to step (`gpuadam/remembered.py`).
 
-A step whose settings are the objects of the step before needs less still: one compiled call for NumPy arrays
-(`gpuadam/repeated.py`, `cpu_step.py`), and a comparison and the launches for torch's tensors in CPU memory
-(`gpuadam/torch/repeated.py`) and for arrays on a GPU (`gpuadam/repeated_on_gpu.py`). If anything differs they do nothing, and the
-step goes the route above, where alone things are refused.
+A step whose settings are the objects of the step before needs less still (`gpuadam/repeated.py`). One compiled call compares it
+with the last one (`step_objects.py`). For NumPy arrays the call makes the step, too (`gpuadam/repeated_on_cpu.py`,
+`cpu_step.py`). On a GPU the driver repeats the launches (`gpuadam/repeated_on_gpu.py`, `gpu_step.py`, `gpu_launch.py`). Python
+compares torch's tensors in CPU memory (`gpuadam/torch/repeated.py`). If anything differs nothing is done, and the step goes the
+route above, where alone things are refused.
 
 **Words.** An *operand* is an array that a kernel touches. A *view* is what is known of an array. An *update* is one
 parameter's operands. A *batch* is what one launch takes. A *form* is what is known when a kernel is compiled. *Scalars* are
@@ -75,8 +76,8 @@ A backend is a subclass of `backend.Backend`, whose docstrings are the interface
 
 `Backend` itself has `launch`, for one update, `zeros_like`, and a `zeros_in_one` that makes an allocation for each array.
 `gpu_backend.GpuBackend` adds what two libraries share on a GPU: batches, streams, events and copies by the driver,
-rehearsals, captured graphs, and the passes of the norm. A GPU backend brings devices, memory, and `run`, `launch_scalars` and
-`launch_sums`, which launch a kernel.
+rehearsals, captured graphs, repeated launches, and the passes of the norm. A GPU backend brings devices, memory, and `run`,
+`launch_scalars` and `launch_sums`, which launch a kernel. It may bring `changing`, so that launches are repeated, and `struct`.
 
 **To add a backend**: one class, in a file that ends with `backend = TheClass()`, and one row in BACKENDS of
 `gpuadam/backends.py`. Outside this package `gpuadam.backends.register(backend)` takes the place of the row. Then `python -m
@@ -97,10 +98,12 @@ complete backend, in plain NumPy and some 100 lines.
 | `view.py`, `dlpack.py`, `layout.py`, `array_bytes.py` | what is known of an array; how it lies in memory; its bytes |
 | `backend.py` | the interface |
 | `cpu_backend.py`, `cpu_kernels.py`, `cpu_threads.py`, `numpy_struct.py`, `cpu_step.py`, `compiled_cache.py` | `numba-cpu` |
+| `step_objects.py` | what a step is given, compared in compiled code |
 | `huge_pages.py` | memory of the host on pages of 2 MB |
 | `ownership.py` | which files no other user can have written |
 | `messages.py` | values of users in the messages of errors |
-| `gpu_backend.py`, `gpu_driver.py`, `gpu_batch.py`, `gpu_table.py`, `gpu_launch.py`, `streams.py` | both GPU backends |
+| `gpu_backend.py`, `gpu_driver.py`, `gpu_batch.py`, `gpu_table.py`, `streams.py` | both GPU backends |
+| `gpu_step.py`, `gpu_launch.py` | steps on a GPU that are as the last one, and launches that the driver repeats |
 | `gpu_in_flight.py` | how many vectors a thread of a GPU takes |
 | `cupy_backend.py`, `cupy_kernels.py`, `cupy_struct.py` | `cupy` |
 | `numba_cuda_backend.py`, `numba_cuda_kernels.py` | `numba-cuda` |

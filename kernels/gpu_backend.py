@@ -150,7 +150,7 @@ class GpuBackend(Backend):
         """Launch a `GpuBatch`. Its device and the stream are the current ones."""
 
     def changing(self, batch, form):
-        """Return the `gpu_launch.Changing` of what `run` launches with scalars of the host, after a call of `run`."""
+        """Return the `gpu_launch.Changing` of what `run` launched with scalars of the host; None if that cannot be repeated."""
 
     def launch_scalars(self, form, settings, numbers, out, stream):
         """Enqueue the kernel that advances the step count and computes the scalars of a step on the device.
@@ -255,12 +255,13 @@ class GpuBackend(Backend):
         self._rehearsed.add((device, kernel))
 
     def recorded(self, batch, form, scalars, rule, key):
-        """Return the `gpu_launch.Recorded` launch of a batch, or None if the library does not launch it as `changing` says.
+        """Return what `run` launches as a `gpu_launch.Recorded`, or None if that is not as `changing` says.
 
-        It is the launch of `run`, with scalars of the host, and only for as long as the arrays of the batch stay where they are.
+        scalars: of the host. The arrays of the batch have to stay where they are.
         """
         graph = self._captured(batch.device, lambda stream: self.run(batch, form, scalars, rule, stream, key))
-        return gpu_launch.recorded(graph, self.changing(batch, form), form.dtype, scalars, key)
+        changing = self.changing(batch, form)
+        return changing and gpu_launch.recorded(graph, changing, form.dtype, scalars, key)
 
     def _captured(self, device, enqueue):
         """Return the `gpu_driver.Graph` of what enqueue(stream) puts on a stream of a device."""

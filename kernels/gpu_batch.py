@@ -113,9 +113,11 @@ class GpuBatch(Batch):
         backend, stream = self.backend, place.stream
         with backend.at(self.device, place):
             backend.before(place)
-            launch: tuple[Any, ...] = backend.run, self, form, scalars, rule, stream, key
+            launch: tuple[Any, ...]
             if self.recorded:
                 launch = self.recorded.launch, stream, scalars, key
+            else:
+                launch = backend.run, self, form, scalars, rule, stream, key
             synchronous.launch(backend, stream, lambda: self.text, *launch)
             self.begun = True
             if self.table:

@@ -115,7 +115,8 @@ class Pair:
                 self.opt.step(self.grads)
             except Exception as error:  # noqa: BLE001 - whatever it is, both have to raise it
                 told.append((type(error), re.sub("0x[0-9a-f]+", "an address", str(error))))
-        arrays = [*self.params.values(), *(g for g in self.grads.values() if hasattr(g, "__cuda_array_interface__"))]
+        grads = self.grads.values() if isinstance(self.grads, dict) else self.grads
+        arrays = [*self.params.values(), *(g for g in grads if hasattr(g, "__cuda_array_interface__"))]
         for state in self.state.values():
             told.append(state.get("step"))
             arrays += [x for key, x in state.items() if key != "step"]
@@ -183,7 +184,7 @@ CHANGES = {
     "grad missing": lambda x: x.grads.pop("w1"),
     "grad too many": lambda x: x.grads.update(w2=x.array(4, 1)),
     "grads in another order": lambda x: x.grads.update(w0=x.grads.pop("w0")),
-    "grads in a list": lambda x: setattr(x, "grads", Listed(x.grads.values())),
+    "grads in a list": lambda x: setattr(x, "grads", list(x.grads.values())),
     "grad is param": lambda x: x.grads.update(w1=x.params["w1"]),
     "grad is in m": lambda x: x.grads.update(w1=x.state["w1"]["m"]),
     "grad new": lambda x: x.grads.update(w1=x.array(4, 8)),
@@ -204,13 +205,6 @@ CHANGES = {
 }  # fmt: skip
 
 
-class Listed(list):
-    """Gradients that are not in a dict."""
-
-    def values(self):
-        return list(self)
-
-
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_between_steps_is_noticed(backend, took, change):
     outcomes = []
@@ -221,6 +215,17 @@ def test_a_change_between_steps_is_noticed(backend, took, change):
         CHANGES[change](pair)
         outcomes.append(pair.outcome())
     assert took[:2] == [True, True] and outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_gradients_in_a_list_or_a_tuple_are_taken_and_a_dict_of_numbers_refused(backend, took, kind):
+    twins = Twins(backend)
+    twins.step(kind(twins.grads), times=6)
+    assert took and all(took)
+    twins.assert_same()
+    with pytest.raises(ValueError, match="sequence"):
+        twins.quick.step({str(k): grad for k, grad in enumerate(twins.grads)})
+    twins.assert_same()
 
 
 @pytest.mark.parametrize("what", ["shape", "strides", "gpu_data", "dtype", "stream"])
@@ -246,6 +251,22 @@ def test_an_array_of_cupy_that_takes_another_shape_in_place_is_noticed(cp, took,
     with pytest.raises(ValueError, match="shape"):
         pair.opt.step(pair.grads)
     assert took[-1] is False
+
+
+def test_of_an_object_of_another_class_nothing_is_read(cp, took, called):
+    class Other(cp.ndarray):
+        """One that is laid out as CuPy's arrays are, so that to read it does no harm."""
+
+    pair = Pair("cupy")
+    pair.outcome(4)
+    pair.grads["w1"] = pair.grads["w1"].view(Other)
+    pair.opt.step(pair.grads)
+    assert took[-2:] == [True, False]
+    call = Call("cupy")
+    for _ in range(4):
+        call.make()
+    call.make(grad=call.arrays[1].view(Other))
+    assert called[-2:] == [True, False]
 
 
 @pytest.mark.parametrize("of_memory", [False, True])
