@@ -1,134 +1,120 @@
-"""A launch on a GPU: what is updated and what is left alone, on which stream the launch goes, and which streams wait."""
+"""Launches that the driver repeats: the bits of the library's own, the scalars of each step, and nothing left behind."""
 
-from concurrent.futures import ThreadPoolExecutor
+import gc
 
-import libraries
 import numpy as np
 import pytest
-from cases import DTYPES, FORMS, KEY_FORMS, assert_same_bits, form_and_scalars, state, wide_state
-from gpu_work import STREAM_WAITS, busy_stream
 
 import gpuadam
+from gpuadam import backends, testing
+from gpuadam.kernels import gpu_driver, gpu_launch
+
+pytestmark = pytest.mark.gpu
 
 
-def assert_a_step_gives_the_cpus_bits(cp, backend, wholes, views, step=3, **options):
-    """wholes: NumPy arrays or None. views: functions of a whole that return the array to update, whose neighbours must stay."""
-    on_gpu = [None if whole is None else cp.asarray(whole) for whole in wholes]
-    on_cpu = [None if whole is None else whole.copy() for whole in wholes]
-    for arrays, name in ((on_gpu, backend), (on_cpu, "numba-cpu")):
-        *used, max_v = [None if whole is None else view(whole) for view, whole in zip(views, arrays, strict=True)]
-        gpuadam.adam_step(*used, step, max_v=max_v, backend=name, **options)
-    assert_same_bits([None if whole is None else whole.get() for whole in on_gpu], on_cpu)
+def optimizer(backend, n_arrays=1, strided=False, **options):
+    """Return an optimizer, its parameters and its gradients."""
+    library, rng = testing.array_backend(backend), np.random.default_rng(3)
+
+    def arrays():
+        numbers = [rng.standard_normal((9, 10)).astype("f4") for _ in range(n_arrays)]
+        return [library.array(x)[:, ::2] if strided else library.array(x) for x in numbers]
+
+    params, grads = arrays(), arrays()
+    return gpuadam.Adam(params, lr=0.1, backend=backend, **options), params, grads
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", KEY_FORMS)
-def test_arrays_of_any_size_and_start_are_updated_and_nothing_beside_them(cp, backend, name, dtype):
-    options = dict(FORMS[name])
-    amsgrad = options.pop("amsgrad", False)
-    for n in (0, 1, 5, 1003):
-        for offsets in ((0,) * 5, (1,) * 5, (0, 1, 0, 1, 0)):
-            arrays = zip(wide_state(n, dtype, amsgrad), offsets, strict=True)
-            wholes = [None if a is None else np.pad(a, (offset, 8), constant_values=7) for a, offset in arrays]
-            views = [lambda whole, offset=offset, n=n: whole[offset : offset + n] for offset in offsets]
-            assert_a_step_gives_the_cpus_bits(cp, backend, wholes, views, **options)
+CASES = {
+    "contiguous": {},
+    "table": {"n_arrays": 3},
+    "strided": {"strided": True},
+    "with random bits": {"state_dtype": "bfloat16"},
+    "8-bit": {"state_dtype": "8bit"},
+    "RAdam": {"algorithm": "radam"},
+}
 
 
-@pytest.mark.gpu
-def test_arrays_that_are_each_laid_out_differently_are_updated_and_nothing_beside_them(cp, backend):
-    views = [
-        lambda whole: whole[:153].reshape(17, 9).T,
-        lambda whole: whole[:153].reshape(9, 17),
-        lambda whole: whole[:306:2].reshape(9, 17),
-        lambda whole: whole[:400].reshape(20, 20)[3:12, 1:18],
-        lambda whole: whole[152::-1].reshape(9, 17)[::-1],
-    ]
-    assert_a_step_gives_the_cpus_bits(cp, backend, wide_state(400, amsgrad=True), views, **FORMS["adamw"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_driver_repeats_a_launch_with_the_bits_of_the_library(backend, case, monkeypatch):
+    options = CASES[case] if case != "RAdam" else {}
+    maker = gpuadam.RAdam if case == "RAdam" else None
+    kernels, outcomes = backends.load(backend), []
+    for repeats in (True, False):
+        with monkeypatch.context() as patched:
+            opt, params, grads = optimizer(backend, **options)
+            opt = maker(params, lr=0.1, backend=backend) if maker else opt
+            if not repeats:
+                patched.setattr(type(kernels), "changing", lambda *arguments: None)
+            opt.step(grads)
+            opt.step(grads)
+            run, runs = kernels.run, []
+            patched.setattr(kernels, "run", lambda *arguments, run=run, runs=runs: runs.append(1) or run(*arguments))
+            for rate in (0.3, 0.2, 0.1):
+                opt.groups[0]["lr"] = rate
+                opt.step(grads)
+            assert len(runs) == (0 if repeats else 3)
+            outcomes.append([testing.array_backend(backend).numpy(param).tobytes() for param in params])
+    assert outcomes[0] == outcomes[1]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("order", "CF")
-def test_arrays_of_one_order_of_memory_are_read_by_16_bytes(cp, backend, driver, order):
-    arrays = [cp.asarray(np.array(a.reshape(9, 17), order=order)) for a in state(153)[:4]]
-    driver.listen()
-    gpuadam.adam_step(*arrays, 1, backend=backend)
-    ((kernel, _),) = driver.launches
-    assert "ld.global.v4.f32" in kernel.text.replace(".nc.", ".").replace(".b32", ".f32").replace(".u32", ".f32")
+@pytest.mark.parametrize("shift", ["scalars", "key"])
+def test_a_launch_that_is_not_as_it_should_be_is_left_to_the_library(backend, shift, monkeypatch):
+    kernels = backends.load(backend)
+    changing = type(kernels).changing
+
+    def shifted(self, batch, form):
+        found = changing(self, batch, form)
+        return found._replace(scalars=found.scalars - 1) if shift == "scalars" else found._replace(key=0)
+
+    recorded, results = gpu_launch.recorded, []
+    monkeypatch.setattr(type(kernels), "changing", shifted)
+    monkeypatch.setattr(gpu_launch, "recorded", lambda *arguments: results.append(recorded(*arguments)) or results[-1])
+    (opt, params, grads), (other, same, _) = (optimizer(backend, state_dtype="bfloat16") for _ in range(2))
+    other.repeats = False
+    for _ in range(5):
+        opt.step(grads)
+        other.step(grads)
+    assert results == [None, None]
+    library = testing.array_backend(backend)
+    assert library.numpy(params[0]).tobytes() == library.numpy(same[0]).tobytes()
 
 
-@pytest.mark.gpu
-def test_a_thread_without_a_context_updates_too(cp, backend):
-    arrays = [cp.ones(1000, "f4") for _ in range(4)]
-    cp.cuda.Device().synchronize()
-    with ThreadPoolExecutor(1) as threads:
-        threads.submit(gpuadam.adam_step, *arrays, 1, backend=backend).result()
-    assert not np.any(arrays[0].get() == 1)
+@pytest.mark.parametrize("operations", [0, 1, 2])
+def test_a_graph_without_a_kernel_alone_is_no_launch(cp, backend, operations):
+    kernels, array = backends.load(backend), cp.zeros(5, "f4")
+    owner, stream = kernels.new_stream()
+
+    def enqueue():
+        for value in range(operations):
+            gpu_driver.call("cuMemsetD8Async", array.data.ptr, 1 + value, array.nbytes, stream)
+
+    with kernels.on(0, stream):
+        assert gpu_driver.Graph(stream, enqueue).kernel() is None
+    del owner
+    assert (array == 0).all()
 
 
-@pytest.mark.gpu
-def test_an_update_of_no_elements_launches_nothing(cp, backend, driver):
-    arrays = [cp.zeros(0, "f4") for _ in range(4)]
-    driver.listen()
-    gpuadam.adam_step(*arrays, 1, backend=backend)
-    assert driver.launches == []
+def test_a_launch_goes_with_its_optimizer(backend, driver):
+    gc.collect()
+    before = len(driver.graphs)
+    opt, _, grads = optimizer(backend)
+    for _ in range(4):
+        opt.step(grads)
+    assert len(driver.graphs) == before + 1
+    del opt
+    gc.collect()
+    assert len(driver.graphs) == before
 
 
-class OnStream:
-    """A CuPy array of another library that says on which stream it was last used. stream: a handle, or None."""
-
-    def __init__(self, array, stream):
-        self.array = array
-        self.__cuda_array_interface__ = array.__cuda_array_interface__ | {"stream": stream}
-
-
-LEGACY_DEFAULT = 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("read_on", ["current", "named"])
-def test_an_update_waits_for_the_streams_that_arrays_name_and_they_wait_for_the_update(cp, backend, read_on):
-    given = wide_state(1003)[:4]
-    expected = [a.copy() for a in given]
-    gpuadam.adam_step(*expected, 1)
-    made, arrays = [cp.asarray(a) for a in given], [cp.zeros(1003, "f4") for _ in given]
-    stream = busy_stream(cp)
-    with stream:
-        for array, values in zip(arrays[1::2], made[1::2], strict=True):
-            array[...] = values
-    for array, values in zip(arrays[::2], made[::2], strict=True):
-        array[...] = values
-    named = [OnStream(a, s) for a, s in zip(arrays, (LEGACY_DEFAULT, stream.ptr, None, stream.ptr), strict=True)]
-    gpuadam.adam_step(*named, 1, backend=backend)
-    with stream if read_on == "named" else cp.cuda.Stream.null:
-        assert_same_bits([a.get() for a in arrays], expected)
-
-
-@pytest.mark.gpu
-def test_an_update_goes_to_the_one_stream_that_its_arrays_name_and_nothing_waits(cp, backend, driver):
-    ones = [cp.ones(64, "f4") for _ in range(4)]
-    stream = busy_stream(cp)  # when they are there
-    arrays = [OnStream(one, stream.ptr) for one in ones]
-    driver.listen()
-    gpuadam.adam_step(*arrays, 1, backend=backend)
-    assert [handle for _, handle in driver.launches] == [stream.ptr]
-    assert not set(driver.calls) & set(STREAM_WAITS)
-    stream.synchronize()  # before the arrays go
-
-
-@pytest.mark.gpu
-def test_arrays_of_the_current_stream_are_waited_for_by_none(cp, backend, driver):
-    arrays = [cp.ones(64, "f4") for _ in range(4)]
-    driver.listen()
-    gpuadam.adam_step(*arrays, 1, backend=backend)
-    assert [handle for _, handle in driver.launches] == [LEGACY_DEFAULT]
-    assert not set(driver.calls) & set(STREAM_WAITS)
-
-
-def test_the_kernels_are_named_for_what_is_in_them():
-    libraries.imported("cupy")
-    from gpuadam.kernels import adam, cupy_kernels, limit
-
-    form, _ = form_and_scalars("adam", "float32")
-    assert cupy_kernels.build(adam, form, "contiguous").name == "gpuadam_adam_float32_contiguous"
-    assert cupy_kernels.build(limit, form, "strided").name == "gpuadam_limit_float32_strided"
+def test_a_launch_that_fails_says_so_and_changes_nothing(backend, driver):
+    opt, params, grads = optimizer(backend)
+    library = testing.array_backend(backend)
+    for _ in range(4):
+        opt.step(grads)
+    before = library.numpy(params[0])
+    driver.fail(0, "LAUNCH_OUT_OF_RESOURCES", ["cuLaunchKernelEx"])
+    with pytest.raises(RuntimeError, match="cuLaunchKernelEx"):
+        opt.step(grads)
+    assert (library.numpy(params[0]) == before).all() and opt.steps == 4
+    opt.step(grads)
+    assert (library.numpy(params[0]) != before).any() and opt.steps == 5

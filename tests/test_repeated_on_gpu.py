@@ -105,7 +105,10 @@ class Pair:
         self.state, (self.group,) = self.opt.state, self.opt.groups
 
     def array(self, shape, seed, dtype="float32"):
-        return self.library.array(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+        numbers = np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+        if seed < 3:  # a parameter, in which signs of zero can be told apart
+            numbers.flat[0] = -0.0
+        return self.library.array(numbers)
 
     def outcome(self, times=3):
         """Return what steps raise, and all numbers after them."""
