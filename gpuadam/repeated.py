@@ -1,7 +1,7 @@
 """Steps that are as the last one but for the step's number, the learning rate, the gradients and what is in the arrays.
 
 Most programs take the same step again and again. At first it goes the long way, by `update`. The next ones are compared with it
-in one compiled call (`kernels/step_objects.py`), and go the long way again as soon as anything differs: nothing is refused here.
+in one compiled call (`kernels/same_objects.py`), and go the long way again as soon as anything differs: nothing is refused here.
 This file says what a step of an optimizer has to have in common with the last one. A plan knows what the arrays are and how the
 step is made: `repeated_on_cpu.py` has plans for NumPy's arrays, `repeated_on_gpu.py` for those of CuPy and Numba.
 """

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import backends, hyperparameters, remembered
-from .kernels import adam, gpu_step, step_objects
+from .kernels import adam, step_objects
 from .kernels.scalars import step_key
 from .kernels.step_objects import stays
 from .kernels.view import type_name
@@ -47,11 +47,12 @@ class StepsOnGpu:
     def __init__(self, batches, only, by_name):
         self._batches, self._names = batches, only.names
         self._fixed, self._seed = only.h.fixed, only.seed
-        columns, struct = only.columns, batches[0].backend.struct
+        columns, kernels = only.columns, batches[0].backend
+        struct = kernels.struct
         # kept alive, so that no others get their addresses; gradients are not, but their dtypes are
         self._held = columns[0], [grad.dtype for grad in columns[1]], columns[2:]
         told = struct.told(itertools.chain.from_iterable(columns)) if struct else None
-        self._plan = gpu_step.Plan(columns, by_name, struct, told)
+        self._plan = kernels.gpu_step.Plan(columns, by_name, struct, told)
         self._read = ReadInPython(columns) if told is None else None
         self.expect = self._plan.expect
 
@@ -86,7 +87,7 @@ class ReadInPython:
         self._of_held, self._of_grads = list(map(self._changing, self._held)), list(map(self._all, grads))
 
     def same(self, step):
-        """Whether arrays are what they were. step: what `step_objects.of_several` takes, known to have the same state."""
+        """Whether arrays are what they were. step: what `same_objects.of_several` takes, known to have the same state."""
         grads = step[step_objects.GRADS]
         if type(grads) is dict:
             grads = [grads[name] for name in step[step_objects.NAMES]]
@@ -115,10 +116,11 @@ class Alike(NamedTuple):
     batches: dict[Any, list]
 
     @classmethod
-    def of(cls, settings, group, arrays, backend, struct):
-        """Return those of a call that was made. struct: as in `GpuBackend`."""
+    def of(cls, settings, group, arrays, backend, kernels):
+        """Return those of a call that was made. backend: the one that is forced. kernels: the `GpuBackend` that made it."""
+        struct = kernels.struct
         if struct and step_objects.known() and struct.told(arrays) is not None:
-            calls = gpu_step.Calls(len(arrays), struct)
+            calls = kernels.gpu_step.Calls(len(arrays), struct)
             calls.expect(settings)
             key_of = calls.key
         else:
@@ -169,7 +171,7 @@ class CallsOnGpu(threading.local):
         alike, backend = self._alike, self._key[1]
         if alike is None or self._told is None or alike.backend != backend or len(alike.batches) == MOST_KEPT:
             arrays = tuple(array for (array,) in group.columns)
-            self._alike = Alike.of(settings, group, arrays, backend, batches[0].backend.struct)
+            self._alike = Alike.of(settings, group, arrays, backend, batches[0].backend)
         else:
             alike.batches[self._told] = batches
 

@@ -17,12 +17,13 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from gpuadam.kernels import compiled_cache, llvm, step_objects
+from gpuadam.kernels import compiled_cache, llvm, same_objects, step_objects
 from gpuadam.kernels.adam import Scalars
 from gpuadam.kernels.numba_memory import load_at, store_at
 from gpuadam.kernels.numpy_struct import FACTS, NDARRAY, PARAM, SIZE, read, read_one
+from gpuadam.kernels.same_objects import int64_at, pointer
 from gpuadam.kernels.scalars import on_host
-from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH, int64_at
+from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 
 # What a call returns: the step is another one; it is done; it is one for several threads, and its table and scalars are ready; it
 # was cut short, because the kernel found no memory
@@ -68,7 +69,7 @@ class Plan(step_objects.Plan):
     def step(self, arrays, settings, t, lr):
         """Return DONE, LARGE or OTHER. Raise MemoryError if the step was cut short.
 
-        arrays: a tuple of the arrays of one update; or, of several, what `step_objects.of_several` takes. settings: a tuple. t:
+        arrays: a tuple of the arrays of one update; or, of several, what `same_objects.of_several` takes. settings: a tuple. t:
         the step, from 1. lr: a float.
         """
         status = self._call(self.address, id(arrays), id(settings), t, lr)
@@ -86,9 +87,6 @@ def address_of(kernel, n):
 
 _float64_at = load_at(intrinsic, types.float64)
 _store = store_at(intrinsic, types.float64)
-pointer = llvm.function(
-    intrinsic, "pointer", lambda b, address: b.inttoptr(address, ir.IntType(8).as_pointer()), types.voidptr(types.int64)
-)
 OF_A_KERNEL = (
     types.Array(types.int64, 2, "C"),
     types.int64,
@@ -125,8 +123,8 @@ def compiled(variant, decoupled, n_scalars, several):
     formula, launch = on_host(variant, decoupled), _launching(n_scalars)
     quick = njit(**compiled_cache.INNER)
     read_all = read if several else read_one
-    powers, of_step, same_settings = map(quick, (formula.powers, formula.of_step, step_objects.same_settings))
-    gather = quick(step_objects.of_several if several else step_objects.of_one)
+    powers, of_step, same_settings = map(quick, (formula.powers, formula.of_step, same_objects.same_settings))
+    gather = quick(same_objects.of_several if several else same_objects.of_one)
     DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
 
     def step(plan, arrays, settings, t, lr):

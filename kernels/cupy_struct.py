@@ -14,7 +14,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpuadam.kernels.numba_memory import load_at
-from gpuadam.kernels.step_objects import TYPE, int64_at
+from gpuadam.kernels.same_objects import int64_at
+from gpuadam.kernels.step_objects import TYPE
 
 # Bytes into the object of an array. CONTIGUOUS: two of 4 bytes, for C and for Fortran order.
 SIZE, SHAPE, SHAPE_END, _, STRIDES, STRIDES_END, _, CONTIGUOUS, _, DTYPE, DATA, END = range(32, 32 + 8 * 12, 8)

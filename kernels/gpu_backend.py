@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuadam.kernels import gpu_driver, gpu_launch, norm_order, streams, synchronous
+from gpuadam.kernels import gpu_driver, gpu_launch, gpu_step, norm_order, streams, synchronous
 from gpuadam.kernels.backend import Backend
 from gpuadam.kernels.change_gpu import GpuNormPasses
 from gpuadam.kernels.dlpack import Borrowed
@@ -41,9 +41,8 @@ class GpuBackend(Backend):
     enters_streams = False  # whether kernels go on the stream that `on` makes the current one
     interleaves = False  # whether the compiler computes the lanes of a vector side by side, which takes more registers
     default_named: int | None = None  # the stream that the library names for a new array
-    struct: Any = (
-        None  # the module that reads the objects of the library's arrays, as `cupy_struct.py` does; None if none can
-    )
+    gpu_step = gpu_step
+    struct: Any = None  # the module that reads objects of the library's arrays, as `cupy_struct.py` does
 
     def __init__(self):
         self._rehearsed: set = set()  # (device, kernel)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from gpuadam.kernels import compiled_cache, step_objects
-from gpuadam.kernels.cpu_step import pointer
-from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH, int64_at
+from gpuadam.kernels import compiled_cache, same_objects, step_objects
+from gpuadam.kernels.same_objects import int64_at, pointer
+from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 
 # Where the memory of a plan has what. WORDS: how many words there are for what is told of arrays.
 HELD, TOLD, WORDS, ARRAY_TYPE, HEAD = range(OWN, OWN + 5)
@@ -36,7 +36,7 @@ class Plan(step_objects.Plan):
         self._same = _same(None if told is None else struct)
 
     def same(self, arrays, settings):
-        """Whether a step is as the last one. arrays: what `step_objects.of_several` takes. settings: a tuple."""
+        """Whether a step is as the last one. arrays: what `same_objects.of_several` takes. settings: a tuple."""
         return self._same(self.address, id(arrays), id(settings))
 
 
@@ -62,7 +62,7 @@ class Calls(step_objects.Plan):
 @functools.cache
 def _same(struct):
     quick = njit(**compiled_cache.INNER)
-    same_settings, gather = quick(step_objects.same_settings), quick(step_objects.of_several)
+    same_settings, gather = quick(same_objects.same_settings), quick(same_objects.of_several)
     READS = struct is not None
     tell_all: Any = quick(_telling(struct)) if READS else None
 
@@ -85,7 +85,7 @@ def _same(struct):
 @functools.cache
 def _tell(struct):
     quick = njit(**compiled_cache.INNER)
-    same_settings, gather = quick(step_objects.same_settings), quick(step_objects.of_one)
+    same_settings, gather = quick(same_objects.same_settings), quick(same_objects.of_one)
     tell_all = quick(_telling(struct))
 
     def tell(plan, arrays, settings):

@@ -1,10 +1,7 @@
-"""What a step is given, compared in compiled code with what the last one was given.
+"""The objects that a step is given, and the memory in which compiled code finds those of the last step.
 
-Python needs some 50 ns to look at an object, and a step of GPT-2 small has 592 arrays, in lists and dicts. Compiled code reads
-their addresses where CPython has them: in tuples and lists from memory, in dicts by a function of Python's. It compares the
-settings of a step by identity, and gathers the addresses of its arrays. `numpy_struct.py` and `cupy_struct.py` read the arrays.
-
-Compiled code holds Python's lock, so no other thread changes or frees an object meanwhile.
+Python needs some 50 ns to look at an object, and a step of GPT-2 small has 592 arrays, in lists and dicts. Compiled code compares
+them in less time (`same_objects.py`).
 """
 
 import ctypes
@@ -12,14 +9,6 @@ import functools
 import sys
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
-
-from gpuadam.kernels import llvm
-from gpuadam.kernels.compiled_cache import INNER
-from gpuadam.kernels.numba_memory import load_at
 
 TYPE = object.__basicsize__ - 8  # the last field of every Python object's head
 ITEMS_OF_TUPLE = tuple.__basicsize__  # where a tuple's items begin
@@ -91,90 +80,3 @@ def all_of(step):
     grads = step[GRADS]
     of_states = [list(map(state.get, step[KEYS])) for state in step[STATES]]
     return list(step[PARAMS]), list(grads.values() if type(grads) is dict else grads), of_states
-
-
-int64_at = load_at(intrinsic, types.int64)
-
-
-def _of_python(name, *arguments):
-    """Return a function that calls one of Python's, which takes and returns addresses."""
-
-    def emit(b, *values):
-        called = cgutils.get_or_insert_function(b.module, ir.FunctionType(llvm.U64, [llvm.U64] * len(values)), name)
-        return b.call(called, values)
-
-    signature = types.int64(*[types.int64] * len(arguments))
-    return llvm.function(intrinsic, name, emit, signature)
-
-
-_in_dict, _size_of_dict = _of_python("PyDict_GetItem", "dict", "key"), _of_python("PyDict_Size", "dict")
-
-
-# The following functions are compiled into those that use them. plan: the address of a Plan's memory; others: of objects.
-
-
-def same_settings(plan, settings):
-    """Return whether a tuple has the objects that a Plan expects."""
-    n = int64_at(plan + 8 * N_SETTINGS)
-    if int64_at(settings + SIZE_OF_MANY) != n:
-        return False
-    for k in range(n):
-        wanted = int64_at(plan + 8 * (SETTINGS + k))
-        if wanted != 0 and wanted != int64_at(settings + ITEMS_OF_TUPLE + 8 * k):
-            return False
-    return True
-
-
-@functools.partial(njit, **INNER)
-def is_dict(plan, x):
-    return int64_at(x + TYPE) == int64_at(plan + 8 * DICT_TYPE)
-
-
-@functools.partial(njit, **INNER)
-def items_of(plan, x, n):
-    """Return where the items of a list or tuple of n are; 0 if it is none, or of another length."""
-    kind = int64_at(x + TYPE)
-    is_list = kind == int64_at(plan + 8 * LIST_TYPE)
-    if (not is_list and kind != int64_at(plan + 8 * TUPLE_TYPE)) or int64_at(x + SIZE_OF_MANY) != n:
-        return 0
-    return int64_at(x + ITEMS_OF_LIST) if is_list else x + ITEMS_OF_TUPLE
-
-
-def of_one(plan, arrays, objects):
-    """Fill in the addresses of the arrays in a tuple; return whether it has as many as an update takes."""
-    if int64_at(arrays + SIZE_OF_MANY) != len(objects):
-        return False
-    for k in range(len(objects)):
-        objects[k] = int64_at(arrays + ITEMS_OF_TUPLE + 8 * k)
-    return True
-
-
-def of_several(plan, step, objects):
-    """Fill in the addresses of the arrays of several updates, column by column; return whether all is as it has to be."""
-    n, width, items = int64_at(plan + 8 * ROWS), int64_at(plan + 8 * WIDTH), step + ITEMS_OF_TUPLE
-    count, params, grads = int64_at(items + 8 * COUNT), int64_at(items + 8 * PARAMS), int64_at(items + 8 * GRADS)
-    names, names_now = int64_at(items + 8 * NAMES), int64_at(items + 8 * NAMES_NOW)
-    keys, holder = int64_at(items + 8 * KEYS) + ITEMS_OF_TUPLE, int64_at(items + 8 * HOLDER)
-    grads_by_name, holds_by_name = is_dict(plan, grads), is_dict(plan, holder)
-    if grads_by_name != (int64_at(plan + 8 * BY_NAME) != 0) or (grads_by_name and _size_of_dict(grads) != n):
-        return False
-    param_at, name_at, name_now_at = items_of(plan, params, n), items_of(plan, names, n), items_of(plan, names_now, n)
-    grad_at = name_at if grads_by_name else items_of(plan, grads, n)
-    held_at = name_at if holds_by_name else items_of(plan, holder, n)
-    state_at = items_of(plan, int64_at(items + 8 * STATES), n)
-    if param_at == 0 or name_now_at == 0 or grad_at == 0 or held_at == 0:
-        return False
-    for k in range(0, 8 * n, 8):
-        name, param, state = int64_at(name_at + k), int64_at(param_at + k), int64_at(state_at + k)
-        held, grad = int64_at(held_at + k), int64_at(grad_at + k)  # or their names
-        held, grad = _in_dict(holder, held) if holds_by_name else held, _in_dict(grads, grad) if grads_by_name else grad
-        if name != int64_at(name_now_at + k) or held != param or grad == 0 or _in_dict(state, int64_at(keys)) != count:
-            return False
-        row = k // 8
-        objects[row], objects[n + row] = param, grad
-        for operand in range(2, width):
-            array = _in_dict(state, int64_at(keys + 8 * (operand - 1)))
-            if array == 0:  # it was taken away
-                return False
-            objects[operand * n + row] = array
-    return True
