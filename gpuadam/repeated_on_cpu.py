@@ -99,14 +99,14 @@ class StepsOnCpu:
         if not plan.rehearsed:
             plan.rehearse()
         under_way.begin()
-        status = plan.step(arrays, settings, step, lr)
+        status, kept = plan.step(arrays, settings, step, lr), None
+        if status == kernels.cpu_step.LARGE:  # several threads will work without Python's lock: again, with no array let go
+            kept = step_objects.all_of(arrays)
+            status = plan.step(arrays, settings, step, lr)
         if status == kernels.cpu_step.DONE:
             return True
         under_way.end()  # nothing has been done
         if status == kernels.cpu_step.OTHER:
-            return False
-        kept = step_objects.all_of(arrays)  # several threads will work without Python's lock: no other lets an array go
-        if plan.step(arrays, settings, step, lr) != kernels.cpu_step.LARGE:
             return False
         n = plan.table[:, kernels.numpy_struct.SIZE].sum().item()
         batch = kernels.batch_of(plan.table, n, None, False, 0, self._names)

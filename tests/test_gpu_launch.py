@@ -57,6 +57,23 @@ def test_the_driver_repeats_a_launch_with_the_bits_of_the_library(backend, case,
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_kernel_has_as_many_parameters_as_the_backend_says(backend, case, driver, monkeypatch):
+    recorded, numbers = gpu_launch.recorded, []
+
+    def noted(graph, changing, *arguments):
+        (node,) = driver.graphs[graph.handle].nodes
+        numbers.append((len(node.kernel.values), changing.n))
+        return recorded(graph, changing, *arguments)
+
+    monkeypatch.setattr(gpu_launch, "recorded", noted)
+    opt, _, grads = optimizer(backend, **({} if case == "RAdam" else CASES[case]))
+    for _ in range(3):
+        opt.step(grads)
+    ((there, said),) = numbers
+    assert there == said
+
+
 @pytest.mark.parametrize("shift", ["scalars", "key"])
 def test_a_launch_that_is_not_as_it_should_be_is_left_to_the_library(backend, shift, monkeypatch):
     kernels = backends.load(backend)
