@@ -146,7 +146,7 @@ class Graph:
             self._destroy(self.handle)
 
     def kernel(self):
-        """Return the node of the only operation if it is the launch of a kernel, else None."""
+        """Return the node of the only operation if it is the launch of a kernel and the driver tells which, else None."""
         n, node, kind = ctypes.c_size_t(), ctypes.c_void_p(), ctypes.c_int()
         call("cuGraphGetNodes", self.handle, None, ctypes.byref(n))
         if n.value != 1:
@@ -156,8 +156,7 @@ class Graph:
         if kind.value != KERNEL_NODE:
             return None
         launch = KernelNode()
-        call("cuGraphKernelNodeGetParams_v2", node, ctypes.byref(launch))
-        return launch
+        return launch if status("cuGraphKernelNodeGetParams_v2", node, ctypes.byref(launch)) == 0 else None
 
 
 @contextlib.contextmanager

@@ -123,6 +123,20 @@ def test_a_launch_goes_with_its_optimizer(backend, driver):
     assert len(driver.graphs) == before
 
 
+def test_where_the_driver_does_not_tell_of_a_launch_the_library_makes_it(backend, driver):
+    (opt, params, grads), (other, same, _) = (optimizer(backend) for _ in range(2))
+    opt.step(grads)
+    other.step(grads)
+    driver.fail(0, "NOT_SUPPORTED", ["cuGraphKernelNodeGetParams_v2"])
+    opt.step(grads)
+    assert not driver.fail_no_more()
+    other.step(grads)
+    opt.step(grads)
+    other.step(grads)
+    library = testing.array_backend(backend)
+    assert library.numpy(params[0]).tobytes() == library.numpy(same[0]).tobytes()
+
+
 def test_a_launch_that_fails_says_so_and_changes_nothing(backend, driver):
     opt, params, grads = optimizer(backend)
     library = testing.array_backend(backend)
