@@ -6,14 +6,17 @@ This file says what a step of an optimizer has to have in common with the last o
 step is made: `repeated_on_cpu.py` has plans for NumPy's arrays, `repeated_on_gpu.py` for those of CuPy and Numba.
 """
 
+import dataclasses
+import itertools
 import operator
 from typing import Any
 
 from .groups import MAPPING, ONE
 from .kernels.step_objects import ANY, MOST_STEPS, stays
-from .repeated_on_cpu import StepsOnCpu
+from .repeated_on_cpu import StepsOnCpu, disjoint
 from .repeated_on_gpu import StepsOnGpu
 from .step_counts import HostCount
+from .update import launch
 
 NO_OPTIONS = None, None, False, None, None, None, None, False, None  # of `Adam.step`, but for grad_scale
 
@@ -50,6 +53,63 @@ class Repeats:
         raise NotImplementedError
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class Known:
+    """What is known of a group of parameters after a step."""
+
+    plan: StepsOnCpu | StepsOnGpu
+    states: list[dict[str, Any]]
+    keys: tuple[str, ...]  # of a state: the count's, and those of its arrays
+    names: list[str]
+    alone: bool  # whether the group is one array, in nothing
+    by_name: bool  # whether it is a dict
+    holder: Any  # the dict or list that the parameters were given in; None if they were in nothing that is kept
+
+    @classmethod
+    def of(cls, optimizer, group, k, only, options):
+        """Return what is known of the k-th group after a step whose k-th Updates were these; None if steps are not repeated."""
+        settings = optimizer.groups[k]
+        kind, names = group.kind, list(group.structure.names)
+        others = [value for key, value in settings.items() if key not in ("params", "names")]
+        if kind is None or len(only.columns) != 2 + len(kind.kept) or only.names != names or not all(map(stays, others)):
+            return None  # of several kinds, with more arrays, or not of all parameters
+        states = [parameter.state for parameter in group.parameters]
+        if type(group.count) is not HostCount or not all(type(x) is dict and type(x["step"]) is int for x in states):
+            return None
+        places = [place for place in optimizer.arrangement.places if place[3] in set(names)]
+        if not _in_one(places, names):
+            return None
+        plan = StepsOnCpu.of(optimizer, only) or StepsOnGpu.of(optimizer, k, only)
+        if plan is None:
+            return None
+        values = [ANY if key == "lr" else value for key, value in settings.items()]
+        plan.expect((*plan.own_settings(optimizer), *options, *settings, *values))
+        for state in states:
+            state["step"] = states[0]["step"]  # one object, which compiled code finds again
+        keys, form, holder = ("step", *kind.kept), group.structure.kind, places[0][0] if places else None
+        return cls(plan, states, keys, names, form == ONE, form == MAPPING, holder)
+
+    def step(self, optimizer, settings, grads, options):
+        """Return what the plan takes for a step: arrays, settings, the number of the step, lr. None if it is another one."""
+        lr, count, params = settings.get("lr"), self.states[0].get("step"), settings.get("params")
+        if type(lr) is not float or type(count) is not int or not 0 <= count < MOST_STEPS - 1:
+            return None
+        grads, holder = [grads] if self.alone else grads, params if self.holder is None else self.holder
+        arrays = count, params, grads, self.states, self.keys, self.names, settings.get("names"), holder
+        return arrays, (*self.plan.own_settings(optimizer), *options, *settings, *settings.values()), count + 1, lr
+
+    def fits(self, grads):
+        """Whether gradients are a dict of as many if they have to be, and else none."""
+        is_dict = type(grads) is dict
+        return is_dict == self.by_name and (not is_dict or len(grads) == len(self.names))
+
+    def count(self):
+        """Count a step that was made."""
+        count = self.states[0]["step"] + 1
+        for state in self.states:
+            state["step"] = count
+
+
 class RepeatedStep(Repeats):
     """The last steps of an `Adam`."""
 
@@ -58,50 +118,54 @@ class RepeatedStep(Repeats):
 
         groups: the optimizer's, with parameters. updates: all of the step's. options: all arguments of `step` but the gradients.
         """
-        if not self.worth_a_look() or len(groups) != 1 or len(updates) != 1:
+        if not self.worth_a_look() or len(updates) != len(groups):
             return
-        (settings,), (group,), (only,) = optimizer.groups, groups, updates
-        kind, n = group.kind, len(group.parameters)
-        others = [value for key, value in settings.items() if key not in ("params", "names")]
-        if kind is None or len(only.columns) != 2 + len(kind.kept) or len(only.columns[0]) != n:
-            return  # of several kinds, with more arrays, or not of all parameters
-        if not all(map(operator.is_, options[1:], NO_OPTIONS)) or not all(map(stays, (options[0], *others))):
+        if not all(map(operator.is_, options[1:], NO_OPTIONS)) or not stays(options[0]):
             return
-        states, names = [parameter.state for parameter in group.parameters], list(group.structure.names)
-        places, by_name = optimizer.arrangement.places, group.structure.kind == MAPPING
-        if type(group.count) is not HostCount or not all(type(x) is dict and type(x["step"]) is int for x in states):
+        known = [Known.of(optimizer, *one, options) for one in zip(groups, itertools.count(), updates)]
+        if None in known:
             return
-        if not _in_one(places, names):
-            return
-        plan = StepsOnCpu.of(optimizer, only, by_name) or StepsOnGpu.of(optimizer, only, by_name)
-        if plan is None:
-            return
-        values = [ANY if key == "lr" else value for key, value in settings.items()]
-        plan.expect((*plan.own_settings(optimizer), *options, *settings, *values))
-        self._plan, self._states, self._keys, self._names = plan, states, ("step", *kind.kept), names
-        self._alone, self._holder = group.structure.kind == ONE, places[0][0] if places else None
-        for state in states:
-            state["step"] = states[0]["step"]  # one object, which compiled code finds again
+        self._known, self._in_groups = known, optimizer.arrangement.in_groups
         self.ready = True
 
     def as_last(self, optimizer, grads, options):
         """Take the step if it is as the last one; else do nothing. options: the other arguments of `step`."""
-        if len(optimizer.groups) != 1 or optimizer.under_way.changing:
+        known, groups = self._known, optimizer.groups
+        if len(groups) != len(known) or optimizer.under_way.changing:
             return False
-        (settings,), plan, states, holder = optimizer.groups, self._plan, self._states, self._holder
-        lr, count, params = settings.get("lr"), states[0].get("step"), settings.get("params")
-        if type(lr) is not float or type(count) is not int or not 0 <= count < MOST_STEPS - 1:
+        if self._in_groups:
+            made = self._groups_as_last(optimizer, grads, options)
+        else:  # without a list of one: half of the time of a small step
+            one = known[0]
+            step = one.step(optimizer, groups[0], grads, options) if one.fits(grads) else None
+            made = step and one.plan.step(*step, optimizer.under_way)
+        if not made:
             return False
-        grads, holder = [grads] if self._alone else grads, params if holder is None else holder
-        arrays = count, params, grads, states, self._keys, self._names, settings.get("names"), holder
-        objects = *plan.own_settings(optimizer), *options, *settings, *settings.values()
-        if not plan.step(arrays, objects, count + 1, lr, optimizer.under_way):
-            return False
-        count += 1
-        for state in states:
-            state["step"] = count
+        for one in known:
+            one.count()
         optimizer.steps += 1
         optimizer.ended()
+        return True
+
+    def _groups_as_last(self, optimizer, grads, options):
+        """Make the step of all groups, or of none; return whether it was made."""
+        known = self._known
+        if type(grads) is dict:  # of all names
+            if not all(one.by_name for one in known) or len(grads) != sum(len(one.names) for one in known):
+                return False
+            grads = [grads] * len(known)
+        elif type(grads) not in (list, tuple) or len(grads) != len(known) or not all(map(Known.fits, known, grads)):
+            return False
+        prepared = []
+        for one, group, own in zip(known, optimizer.groups, grads, strict=True):
+            step = one.step(optimizer, group, own, options)
+            batches = step and one.plan.prepared(*step)
+            if not batches:
+                return False
+            prepared += batches
+        if not disjoint([one.plan for one in known]):
+            return False
+        launch(prepared, prepared, under_way=optimizer.under_way)
         return True
 
 

@@ -13,10 +13,10 @@ from .update import Updates, known_like, launch
 KEPT = 64  # plans of calls of adam_step
 
 
-def plan_of(group: Updates, n_rows=None, by_name=False):
+def plan_of(group: Updates, n_rows=None, beside=False):
     """Return a `cpu_step.Plan` for Updates that were made, or None if there is none for their like.
 
-    n_rows, by_name: as in Plan.
+    n_rows: as in Plan. beside: whether the step has other Updates, so that the call leaves all launches to its caller.
     """
     like, fixed = known_like(group), group.h.fixed
     kernels = backends.load("numba-cpu")
@@ -33,8 +33,8 @@ def plan_of(group: Updates, n_rows=None, by_name=False):
     if not hasattr(kernel, "overloads"):  # somebody's own in the place of a loop of Numba's
         return None
     formula, begins = (fixed.variant, form.decoupled), 1 if constants.first == later else 2
-    most = kernels.PARALLEL_FROM
-    return kernels.cpu_step.Plan(like.columns, kernel, formula, numbers, scalars, begins, most, n_rows, by_name)
+    most = 0 if beside else kernels.PARALLEL_FROM
+    return kernels.cpu_step.Plan(like.columns, kernel, formula, numbers, scalars, begins, most, n_rows)
 
 
 class RepeatedCall:
@@ -74,20 +74,27 @@ class RepeatedCall:
 
 
 class StepsOnCpu:
-    """The plan of an optimizer's steps over NumPy arrays."""
+    """The plan of an optimizer's steps over NumPy arrays: of all of them, or of a group beside others."""
 
     def __init__(self, plan, only):
         self._plan, self._kernels, self._names = plan, backends.load("numba-cpu"), only.names
-        self._form = hyperparameters.constants(only.h.fixed, known_like(only).arrays).form
+        like = known_like(only)
+        self._form, self._columns = hyperparameters.constants(only.h.fixed, like.arrays).form, like.columns
         self.expect = plan.expect
 
     @classmethod
-    def of(cls, optimizer, only, by_name):
-        """Return that of a step that went the long way, whose only Updates were these, or None if there is none for its like."""
+    def of(cls, optimizer, only):
+        """Return that of a step that went the long way, whose Updates were these, or None if there is none for its like."""
         if not all(type(array) is np.ndarray for column in only.columns for array in column):
             return None
-        plan = plan_of(only, len(only.names), by_name) if backends.takes_numpy(optimizer.backend) else None
+        beside = len(optimizer.groups) > 1  # whose arrays have to be compared, too, before any is updated
+        plan = plan_of(only, len(only.names), beside) if backends.takes_numpy(optimizer.backend) else None
         return plan and cls(plan, only)
+
+    @property
+    def table(self):
+        """The table of the step that is prepared, and its Columns."""
+        return self._plan.table, self._columns
 
     def own_settings(self, optimizer):
         """Return the objects that a step depends on beside those that the optimizer and the user have."""
@@ -95,22 +102,45 @@ class StepsOnCpu:
 
     def step(self, arrays, settings, step, lr, under_way):
         """Make the step if it is as the last one, and return whether it was made. The arguments are those of `cpu_step.Plan`."""
-        plan, kernels = self._plan, self._kernels
-        if not plan.rehearsed:
-            plan.rehearse()
+        if not self._plan.rehearsed:
+            self._plan.rehearse()
         under_way.begin()
-        status, kept = plan.step(arrays, settings, step, lr), None
-        if status == kernels.cpu_step.LARGE:  # several threads will work without Python's lock: again, with no array let go
-            kept = step_objects.all_of(arrays)
-            status = plan.step(arrays, settings, step, lr)
-        if status == kernels.cpu_step.DONE:
+        status, kept = self._compared(arrays, settings, step, lr)
+        if status == self._kernels.cpu_step.DONE:
             return True
         under_way.end()  # nothing has been done
-        if status == kernels.cpu_step.OTHER:
+        if status == self._kernels.cpu_step.OTHER:
             return False
-        n = plan.table[:, kernels.numpy_struct.SIZE].sum().item()
-        batch = kernels.batch_of(plan.table, n, None, False, 0, self._names)
-        batch.prepare(adam, self._form, plan.scalars.tolist(), None)
+        batch = self._batch(kept)
         launch([batch], [batch], under_way=under_way)
-        del kept
         return True
+
+    def prepared(self, arrays, settings, step, lr):
+        """Return the batches of the step if it is as the last one, ready to be launched; else None. Of a group beside others."""
+        status, kept = self._compared(arrays, settings, step, lr)
+        return [self._batch(kept)] if status == self._kernels.cpu_step.READY else None
+
+    def _compared(self, *step):
+        """Return what `cpu_step.Plan.step` does, and the arrays if they are to be updated without Python's lock."""
+        status, kept = self._plan.step(*step), None
+        if status == self._kernels.cpu_step.READY:
+            kept = step_objects.all_of(step[0])
+            status = self._plan.step(*step)  # again: no other thread lets an array go from here on
+        return status, kept
+
+    def _batch(self, kept):
+        """Return the batch of the table. kept: its arrays, which it keeps alive."""
+        plan, kernels = self._plan, self._kernels
+        n = plan.table[:, kernels.numpy_struct.SIZE].sum().item()
+        batch = kernels.batch_of(plan.table, n, None, False, 0, self._names, kept)
+        batch.prepare(adam, self._form, plan.scalars.tolist(), None)
+        return batch
+
+
+def disjoint(plans):
+    """Return whether no array that the prepared steps of several plans write shares memory with another.
+
+    Those of StepsOnGpu lie where they did when that was checked.
+    """
+    tables = [plan.table for plan in plans if isinstance(plan, StepsOnCpu)]
+    return not tables or backends.load("numba-cpu").numpy_struct.all_disjoint(tables)

@@ -26,25 +26,31 @@ def _same(some, others):
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
-def launch_again(batches, lr, fixed, seed, step, under_way=None):
-    """Launch batches with the scalars of another step, and return whether it was done. A graph would freeze these."""
+def prepared_again(batches, lr, fixed, seed, step):
+    """Return batches ready to be launched with the scalars of another step; None if a graph would freeze these."""
     if not 0.0 <= lr < math.inf:
-        return False
+        return None
     h = hyperparameters.Hyperparameters(lr + 0.0, fixed)  # of -0.0 this makes 0.0, as the long way does
     for batch in batches:
         place = batch.place(None)
         if place.capturing:  # which the long way refuses
-            return False
+            return None
         form, scalars = hyperparameters.form_and_scalars(h, step, batch.arrays)
         batch.prepare(adam, form, scalars, place, step_key(seed, step) if batch.is_random else 0)
-    launch(batches, batches, (), under_way)
-    return True
+    return batches
+
+
+def launch_again(batches, under_way=None):
+    """Launch batches, if there are any; return whether there were."""
+    if batches:
+        launch(batches, batches, (), under_way)
+    return bool(batches)
 
 
 class StepsOnGpu:
-    """The plan of an optimizer's steps over arrays of CuPy or Numba."""
+    """The plan of an optimizer's steps over arrays of CuPy or Numba: of all of them, or of a group beside others."""
 
-    def __init__(self, batches, only, by_name):
+    def __init__(self, batches, only):
         self._batches, self._names = batches, only.names
         self._fixed, self._seed = only.h.fixed, only.seed
         columns, kernels = only.columns, batches[0].backend
@@ -52,18 +58,19 @@ class StepsOnGpu:
         # kept alive, so that no others get their addresses; gradients are not, but their dtypes are
         self._held = columns[0], [grad.dtype for grad in columns[1]], columns[2:]
         told = struct.told(itertools.chain.from_iterable(columns)) if struct else None
-        self._plan = kernels.gpu_step.Plan(columns, by_name, struct, told)
+        self._plan = kernels.gpu_step.Plan(columns, struct, told)
         self._read = ReadInPython(columns) if told is None else None
         self.expect = self._plan.expect
 
     @classmethod
-    def of(cls, optimizer, only, by_name):
-        """Return that of a step that went the long way, whose only Updates were these, or None if there is none for its like."""
-        batches, cls_of_arrays = optimizer.kept_batches(), type(only.columns[0][0])
+    def of(cls, optimizer, k, only):
+        """Return that of a step that went the long way, whose k-th Updates were these, or None if there is none for its like."""
+        batches = [batch for batch in optimizer.kept_batches() or () if batch.group == k]
+        cls_of_arrays = type(only.columns[0][0])
         if not batches or type_name(cls_of_arrays) not in READ or not step_objects.known():
             return None
         alike = all(type(array) is cls_of_arrays for column in only.columns for array in column)
-        return cls(batches, only, by_name) if alike else None
+        return cls(batches, only) if alike else None
 
     def own_settings(self, optimizer):
         """Return the objects that a step depends on beside those that the optimizer and the user have."""
@@ -71,9 +78,13 @@ class StepsOnGpu:
 
     def step(self, arrays, settings, step, lr, under_way):
         """Make the step if it is as the last one, and return whether it was made. The arguments are those of `cpu_step.Plan`."""
+        return launch_again(self.prepared(arrays, settings, step, lr), under_way)
+
+    def prepared(self, arrays, settings, step, lr):
+        """Return the batches of the step if it is as the last one, ready to be launched; else None."""
         if not self._plan.same(arrays, settings) or not (self._read is None or self._read.same(arrays)):
-            return False
-        return launch_again(self._batches, lr, self._fixed, self._seed, step, under_way)
+            return None
+        return prepared_again(self._batches, lr, self._fixed, self._seed, step)
 
 
 class ReadInPython:
@@ -160,7 +171,7 @@ class CallsOnGpu(threading.local):
         batches = alike.batches.get(self._told)
         if batches is None or backends.forced(backend) != alike.backend:
             return False
-        return launch_again(batches, lr, alike.fixed, alike.seed, step)
+        return launch_again(prepared_again(batches, lr, alike.fixed, alike.seed, step))
 
     def note(self, group, settings):
         """Take over Updates that were made after `does`, if their settings were also those of the call before."""

@@ -27,7 +27,7 @@ from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 
 # What a call returns: the step is another one; it is done; it is one for several threads, and its table and scalars are ready; it
 # was cut short, because the kernel found no memory
-OTHER, DONE, LARGE, CUT_SHORT = range(4)
+OTHER, DONE, READY, CUT_SHORT = range(4)
 # Where the memory of a Plan has what: int64. Behind it are `expected`, the table and the scalars.
 ARRAY_TYPE, KERNEL, MOST, BEGINS, EXPECTED, TABLE, NUMBERS, HEAD = range(OWN, OWN + 8)
 # Where its numbers have what: float64. The last are the scalars of the kernel.
@@ -41,16 +41,15 @@ class Plan(step_objects.Plan):
     like: the `numpy_struct.Columns` of the arrays, of which none is rounded randomly. kernel: a serial loop of `cpu_kernels`
     that has been called. formula: (variant, decoupled) of `scalars.on_host`. numbers: the first ones of NUMBERS, up to EPS.
     scalars: those of a step, of which the call computes VARYING. begins: the first step with these scalars. most: from how many
-    elements on the call leaves the launch to several threads. n_rows: of several updates, how many there are. by_name: of these,
-    whether gradients are in a dict.
+    elements on the call leaves the launch to several threads. n_rows: of several updates, how many there are.
     """
 
-    def __init__(self, like, kernel, formula, numbers, scalars, begins, most, n_rows=None, by_name=False):
+    def __init__(self, like, kernel, formula, numbers, scalars, begins, most, n_rows=None):
         width, n = like.expected.shape[1], len(scalars)
         several, n_rows = n_rows is not None, n_rows or 1
         sizes = like.expected.size, n_rows * (PARAM + width), SCALARS + n
         expected, table, of_numbers, end = (HEAD + sum(sizes[:k]) for k in range(4))
-        super().__init__(width, n_rows, by_name, end - OWN)
+        super().__init__(width, n_rows, end - OWN)
         at = [self.address + 8 * k for k in (expected, table, of_numbers)]
         self.memory[OWN:HEAD] = NDARRAY, address_of(kernel, n), most, begins, *at
         self.memory[expected:table] = like.expected.ravel()
@@ -67,7 +66,7 @@ class Plan(step_objects.Plan):
         self.rehearsed = True
 
     def step(self, arrays, settings, t, lr):
-        """Return DONE, LARGE or OTHER. Raise MemoryError if the step was cut short.
+        """Return DONE, READY or OTHER. Raise MemoryError if the step was cut short.
 
         arrays: a tuple of the arrays of one update; or, of several, what `same_objects.of_several` takes. settings: a tuple. t:
         the step, from 1. lr: a float.
@@ -155,7 +154,7 @@ def compiled(variant, decoupled, n_scalars, several):
         for row in range(n_rows):
             elements += table[row, SIZE]
         if elements >= int64_at(plan + 8 * MOST):
-            return LARGE
+            return READY
         ended = launch(int64_at(plan + 8 * KERNEL), table, elements, numbers + 8 * SCALARS)
         return DONE if ended == 0 else CUT_SHORT
 

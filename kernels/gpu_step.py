@@ -27,8 +27,8 @@ class Plan(step_objects.Plan):
     it is None, what the arrays are is not compared.
     """
 
-    def __init__(self, columns, by_name, struct, told):
-        super().__init__(len(columns), len(columns[0]), by_name, HEAD - OWN)
+    def __init__(self, columns, struct, told):
+        super().__init__(len(columns), len(columns[0]), HEAD - OWN)
         self._held = np.array([id(array) for column in columns for array in column], np.int64)
         self._told = np.zeros(0, np.int64) if told is None else told
         array_type = 0 if told is None else struct.ARRAY

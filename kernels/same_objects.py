@@ -18,7 +18,6 @@ from gpuadam.kernels import llvm
 from gpuadam.kernels.compiled_cache import INNER
 from gpuadam.kernels.numba_memory import load_at
 from gpuadam.kernels.step_objects import (
-    BY_NAME,
     COUNT,
     DICT_TYPE,
     GRADS,
@@ -48,18 +47,12 @@ pointer = llvm.function(
 )
 
 
-def _of_python(name, *arguments):
-    """Return a function that calls one of Python's, which takes and returns addresses."""
-
-    def emit(b, *values):
-        called = cgutils.get_or_insert_function(b.module, ir.FunctionType(llvm.U64, [llvm.U64] * len(values)), name)
-        return b.call(called, values)
-
-    signature = types.int64(*[types.int64] * len(arguments))
-    return llvm.function(intrinsic, name, emit, signature)
+def _call_of_python(b, *values):
+    signature = ir.FunctionType(llvm.U64, [llvm.U64] * len(values))
+    return b.call(cgutils.get_or_insert_function(b.module, signature, "PyDict_GetItem"), values)
 
 
-_in_dict, _size_of_dict = _of_python("PyDict_GetItem", "dict", "key"), _of_python("PyDict_Size", "dict")
+_in_dict = llvm.function(intrinsic, "in_dict", _call_of_python, types.int64(types.int64, types.int64))
 
 
 # The following functions are compiled into those that use them. plan: the address of a Plan's memory; others: of objects.
@@ -102,14 +95,15 @@ def of_one(plan, arrays, objects):
 
 
 def of_several(plan, step, objects):
-    """Fill in the addresses of the arrays of several updates, column by column; return whether all is as it has to be."""
+    """Fill in the addresses of the arrays of several updates, column by column; return whether all is as it has to be.
+
+    Gradients are taken from a dict by the names, whatever else is in it.
+    """
     n, width, items = int64_at(plan + 8 * ROWS), int64_at(plan + 8 * WIDTH), step + ITEMS_OF_TUPLE
     count, params, grads = int64_at(items + 8 * COUNT), int64_at(items + 8 * PARAMS), int64_at(items + 8 * GRADS)
     names, names_now = int64_at(items + 8 * NAMES), int64_at(items + 8 * NAMES_NOW)
     keys, holder = int64_at(items + 8 * KEYS) + ITEMS_OF_TUPLE, int64_at(items + 8 * HOLDER)
     grads_by_name, holds_by_name = is_dict(plan, grads), is_dict(plan, holder)
-    if grads_by_name != (int64_at(plan + 8 * BY_NAME) != 0) or (grads_by_name and _size_of_dict(grads) != n):
-        return False
     param_at, name_at, name_now_at = items_of(plan, params, n), items_of(plan, names, n), items_of(plan, names_now, n)
     grad_at = name_at if grads_by_name else items_of(plan, grads, n)
     held_at = name_at if holds_by_name else items_of(plan, holder, n)

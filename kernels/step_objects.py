@@ -17,7 +17,7 @@ ITEMS_OF_LIST = object.__basicsize__ + 8  # where a list has the address of its 
 LIST, TUPLE, DICT = id(list), id(tuple), id(dict)
 
 # Where the memory of a Plan has what: int64. Behind the settings is what a kind of Plan adds.
-LIST_TYPE, TUPLE_TYPE, DICT_TYPE, BY_NAME, ROWS, WIDTH, N_SETTINGS, SETTINGS = range(8)
+LIST_TYPE, TUPLE_TYPE, DICT_TYPE, ROWS, WIDTH, N_SETTINGS, SETTINGS = range(7)
 MOST_SETTINGS = 96
 OWN = SETTINGS + MOST_SETTINGS
 
@@ -56,13 +56,13 @@ def stays(setting):
 class Plan:
     """The memory that compiled code compares a step with: an address, `address`, of int64 numbers.
 
-    width: how many arrays an update has. n_rows: of several updates, how many there are. by_name: whether gradients are given in
-    a dict by the names of parameters. n_own: how many numbers a kind of Plan adds.
+    width: how many arrays an update has. n_rows: of several updates, how many there are. n_own: how many numbers a kind of Plan
+    adds.
     """
 
-    def __init__(self, width, n_rows=1, by_name=False, n_own=0):
+    def __init__(self, width, n_rows=1, n_own=0):
         self.memory = np.zeros(OWN + n_own, np.int64)
-        self.memory[:SETTINGS] = LIST, TUPLE, DICT, by_name, n_rows, width, 0
+        self.memory[:SETTINGS] = LIST, TUPLE, DICT, n_rows, width, 0
         self.address = self.memory.ctypes.data
         self._settings = ()
 

@@ -92,13 +92,54 @@ def test_so_they_have_with_each_option(options, dtype):
     assert opts[0]._repeated.ready
 
 
-def test_large_arrays_are_left_to_several_threads():
+GROUPS = {  # how gradients of two groups may be given, by how the parameters were
+    "dict of all": (dict, lambda of_groups: of_groups[0] | of_groups[1]),
+    "dicts": (dict, list),
+    "tuple of dicts": (dict, tuple),
+    "lists": (lambda group: list(group.values()), lambda of_groups: [list(group.values()) for group in of_groups]),
+    "arrays": (
+        lambda group: group["w0"] if "w0" in group else [group["w2"]],
+        lambda of_groups: [of_groups[0]["w0"], [of_groups[1]["w2"]]],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_so_have_steps_of_several_groups(kind):
+    as_params, as_grads = GROUPS[kind]
+
+    def of_groups(seed):
+        first = {"w0": numbers((5, 3), seed), "w1": np.asfortranarray(numbers((4, 6), seed + 1))}
+        return [first, {"w2": numbers(7, seed + 2)}]
+
+    opts = []
+    for _ in range(2):
+        decayed, plain = map(as_params, of_groups(1))
+        opts.append(gpuadam.AdamW([{"params": decayed, "weight_decay": 0.3}, {"params": plain, "lr": 0.01}], lr=0.1))
+    long_way(opts[1])
+    for k in range(6):
+        for opt in opts:
+            opt.groups[1]["lr"] = 0.1 / (k + 1)
+            opt.step(as_grads(of_groups(10 + k)))
+        assert_same(*opts)
+    assert opts[0]._repeated.ready
+
+
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_large_arrays_are_left_to_several_threads(in_groups):
     n = numba_cpu.PARALLEL_FROM + 5
-    opts = [gpuadam.Adam([numbers(n, 1), numbers(3, 2)]) for _ in range(2)]
+
+    def as_given(large, small):
+        return [[large], [small]] if in_groups else [large, small]
+
+    opts = []
+    for _ in range(2):
+        params = as_given(numbers(n, 1), numbers(3, 2))
+        opts.append(gpuadam.Adam([{"params": group} for group in params] if in_groups else params))
     long_way(opts[1])
     for k in range(5):
         for opt in opts:
-            opt.step([numbers(n, k + 10), numbers(3, k)])
+            opt.step(as_given(numbers(n, k + 10), numbers(3, k)))
         assert_same(*opts)
     assert opts[0]._repeated.ready
 
@@ -176,20 +217,45 @@ CHANGES = {
     "loaded": lambda opt, p, g: opt.load_state_dict(copy.deepcopy(opt.state_dict()) | {"steps": 30}),
     "replaced": lambda opt, p, g: opt.replace("w0", numbers(6, 31), np.arange(6)),
 }  # fmt: skip
+# Likewise of w2, which is in a second group
+CHANGES_OF_GROUPS = {
+    "lr": lambda opt, p, g: opt.groups[1].__setitem__("lr", 0.5),
+    "lr nan": lambda opt, p, g: opt.groups[1].__setitem__("lr", math.nan),
+    "weight_decay": lambda opt, p, g: opt.groups[1].__setitem__("weight_decay", 0.5),
+    "rebound": lambda opt, p, g: p.__setitem__("w2", p["w2"] * 2),
+    "a group fewer": lambda opt, p, g: opt.groups.pop(),
+    "the other order": lambda opt, p, g: opt.groups.reverse(),
+    "grad shape": lambda opt, p, g: g.__setitem__("w2", numbers(5, 1)),
+    "grad None": lambda opt, p, g: g.__setitem__("w2", None),
+    "grad missing": lambda opt, p, g: g.pop("w2"),
+    "grad is a param of the first": lambda opt, p, g: g.__setitem__("w2", p["w0"]),
+    "grad of the first is its param": lambda opt, p, g: g.__setitem__("w0", p["w2"]),
+    "grad of the first, too": lambda opt, p, g: g.__setitem__("w2", g["w0"]),  # which is allowed
+    "m is the first's": lambda opt, p, g: opt.state["w2"].__setitem__("m", opt.state["w0"]["m"]),
+    "m wrong": lambda opt, p, g: opt.state["w2"].__setitem__("m", numbers(5, 3)),
+    "step": lambda opt, p, g: opt.state["w2"].__setitem__("step", 41),
+    "step of no int": lambda opt, p, g: opt.state["w2"].__setitem__("step", 3.5),
+    "replaced": lambda opt, p, g: opt.replace("w2", numbers(6, 31), np.arange(6)),
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:Setting the (shape|dtype):DeprecationWarning")  # of NumPy 2.5; it can still be done
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_between_steps_is_noticed(change):
+@pytest.mark.parametrize(
+    ("groups", "change"),
+    [(1, name) for name in CHANGES] + [(2, name) for name in CHANGES] + [(3, name) for name in CHANGES_OF_GROUPS],
+)
+def test_a_change_between_steps_is_noticed(groups, change):
     outcomes = []
     for to_the_long_way in (lambda opt: opt, long_way):
         params, grads = {"w0": numbers(6, 1), "w1": numbers(4, 2)}, {"w0": numbers(6, 3), "w1": numbers(4, 4)}
-        opt = to_the_long_way(gpuadam.AdamW(params, lr=0.1))
+        if groups > 1:
+            params["w2"], grads["w2"] = numbers(6, 5), numbers(6, 6)
+        opt = to_the_long_way(gpuadam.AdamW(gpuadam.decay_groups(params, "w2") if groups > 1 else params, lr=0.1))
         for _ in range(4):
             opt.step(grads)
         outcome = []
         repeats = opt._repeated.ready
-        CHANGES[change](opt, params, grads)
+        (CHANGES_OF_GROUPS if groups == 3 else CHANGES)[change](opt, params, grads)
         for _ in range(3):
             try:
                 opt.step(grads)
@@ -401,7 +467,7 @@ def test_the_compiled_formula_has_the_bits_of_pythons(name):
     opt = CLASSES[name](numbers(3, 1), lr=0.37, weight_decay=0.11)
     for k in range(4):
         opt.step(numbers(3, k))
-    plan, rng = opt._repeated._plan._plan, np.random.default_rng(5)
+    plan, rng = opt._repeated._known[0].plan._plan, np.random.default_rng(5)
     fixed = hyperparameters.checked(
         lr=0.37, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.11, algorithm=opt.algorithm, decoupled=opt.decoupled
     ).fixed

@@ -95,14 +95,20 @@ def test_gradients_in_new_arrays_are_taken(backend):
 
 
 class Pair:
-    """What a change is done to: an optimizer of two arrays in a dict, its parameters, and its gradients."""
+    """What a change is done to: an optimizer of two arrays in a dict, its parameters, and its gradients.
 
-    def __init__(self, backend, **options):
+    groups: 2 for an optimizer of a group more, with a third array of the dict.
+    """
+
+    def __init__(self, backend, groups=1, **options):
         self.library = testing.array_backend(backend)
         self.params = {"w0": self.array(6, 1), "w1": self.array(4, 2)}
         self.grads = {"w0": self.array(6, 3), "w1": self.array(4, 4)}
-        self.opt = gpuadam.AdamW(self.params, lr=0.1, **options)
-        self.state, (self.group,) = self.opt.state, self.opt.groups
+        if groups > 1:
+            self.params["w2"], self.grads["w2"] = self.array(6, 2), self.array(6, 6)
+        given = gpuadam.decay_groups(self.params, "w2") if groups > 1 else self.params
+        self.opt = gpuadam.AdamW(given, lr=0.1, **options)
+        self.state, self.group = self.opt.state, self.opt.groups[0]
 
     def array(self, shape, seed, dtype="float32"):
         numbers = np.random.default_rng(seed).standard_normal(shape).astype(dtype)
@@ -118,7 +124,8 @@ class Pair:
                 self.opt.step(self.grads)
             except Exception as error:  # noqa: BLE001 - whatever it is, both have to raise it
                 told.append((type(error), re.sub("0x[0-9a-f]+", "an address", str(error))))
-        grads = self.grads.values() if isinstance(self.grads, dict) else self.grads
+        grads = self.grads if isinstance(self.grads, (list, tuple)) else [self.grads]
+        grads = [grad for own in grads for grad in (own.values() if isinstance(own, dict) else [own])]
         arrays = [*self.params.values(), *(g for g in grads if hasattr(g, "__cuda_array_interface__"))]
         for state in self.state.values():
             told.append(state.get("step"))
@@ -206,16 +213,34 @@ CHANGES = {
     "loaded": lambda x: x.opt.load_state_dict(x.opt.state_dict() | {"steps": 30}),
     "replaced": lambda x: x.opt.replace("w0", x.array(6, 31), np.arange(6)),
 }  # fmt: skip
+CHANGES_OF_GROUPS = {
+    "lr": lambda x: x.opt.groups[1].update(lr=0.5),
+    "lr nan": lambda x: x.opt.groups[1].update(lr=math.nan),
+    "weight_decay": lambda x: x.opt.groups[1].update(weight_decay=0.5),
+    "a group fewer": lambda x: x.opt.groups.pop(),
+    "the other order": lambda x: x.opt.groups.reverse(),
+    "rebound": lambda x: x.params.update(w2=x.array(6, 7)),
+    "grad shape": lambda x: x.grads.update(w2=x.array(5, 1)),
+    "grad missing": lambda x: x.grads.pop("w2"),
+    "grad None": lambda x: x.grads.update(w2=None),
+    "grad is a param of the first": lambda x: x.grads.update(w2=x.params["w0"]),
+    "grad of the first is its param": lambda x: x.grads.update(w0=x.params["w2"]),
+    "m is the first's": lambda x: x.state["w2"].update(m=x.state["w0"]["m"]),
+    "step": lambda x: x.state["w2"].update(step=41),
+    "grads in dicts": lambda x: setattr(x, "grads", [{"w0": x.grads["w0"], "w1": x.grads["w1"]}, {"w2": x.grads["w2"]}]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_between_steps_is_noticed(backend, took, change):
+@pytest.mark.parametrize(
+    ("groups", "change"), [(k, name) for k in (1, 2) for name in CHANGES] + [(3, name) for name in CHANGES_OF_GROUPS]
+)
+def test_a_change_between_steps_is_noticed(backend, took, groups, change):
     outcomes = []
     for repeats in (True, False):
-        pair = Pair(backend)
+        pair = Pair(backend, groups)
         pair.opt.repeats = repeats
         pair.outcome(4)
-        CHANGES[change](pair)
+        (CHANGES_OF_GROUPS if groups == 3 else CHANGES)[change](pair)
         outcomes.append(pair.outcome())
     assert took[:2] == [True, True] and outcomes[0] == outcomes[1]
 

@@ -39,8 +39,9 @@ OPTIMIZERS = {
     "8-bit state": lambda params: dense(params, state_dtype="8bit"),
     "OffloadAdam": offload,
     "repeated": dense,
+    "repeated groups": lambda params: gpuadam.Adam([{"params": {name: params[name]}} for name in ("a", "b")]),
 }
-STEPS_BEFORE = {"repeated": 3}  # of the step that is cut short; else one
+STEPS_BEFORE = {"repeated": 3, "repeated groups": 3}  # of the step that is cut short; else one
 
 
 def grads_of(opt, seed=1):
@@ -74,8 +75,8 @@ def test_an_interrupt_at_any_moment_of_a_step_leaves_all_or_nothing_changed_or_i
     after = begun()
     after.step(grads)
     after = everything(after)
-    assert name != "repeated" or begun()._repeated.ready
-    every = 7 if name == "repeated" else 61  # it has fewer opcodes
+    assert name not in STEPS_BEFORE or begun()._repeated.ready
+    every = 7 if name in STEPS_BEFORE else 61  # it has fewer opcodes
     opt = begun()
     with Interrupt() as whole:
         opt.step(grads)
