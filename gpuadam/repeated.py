@@ -89,19 +89,19 @@ class Known:
         keys, form, holder = ("step", *kind.kept), group.structure.kind, places[0][0] if places else None
         return cls(plan, states, keys, names, form == ONE, form == MAPPING, holder)
 
-    def step(self, optimizer, settings, grads, options):
-        """Return what the plan takes for a step: arrays, settings, the number of the step, lr. None if it is another one."""
+    def step(self, optimizer, settings, grads, options, n_named):
+        """Return what the plan takes for a step: arrays, settings, the number of the step, lr. None if it is another one.
+
+        n_named: how many gradients there have to be in a dict, if they are in one: their names are looked up, and no others.
+        """
+        if (type(grads) is dict) != self.by_name or (self.by_name and len(grads) != n_named):
+            return None
         lr, count, params = settings.get("lr"), self.states[0].get("step"), settings.get("params")
         if type(lr) is not float or type(count) is not int or not 0 <= count < MOST_STEPS - 1:
             return None
         grads, holder = [grads] if self.alone else grads, params if self.holder is None else self.holder
         arrays = count, params, grads, self.states, self.keys, self.names, settings.get("names"), holder
         return arrays, (*self.plan.own_settings(optimizer), *options, *settings, *settings.values()), count + 1, lr
-
-    def fits(self, grads):
-        """Whether gradients are a dict of as many if they have to be, and else none."""
-        is_dict = type(grads) is dict
-        return is_dict == self.by_name and (not is_dict or len(grads) == len(self.names))
 
     def count(self):
         """Count a step that was made."""
@@ -137,7 +137,7 @@ class RepeatedStep(Repeats):
             made = self._groups_as_last(optimizer, grads, options)
         else:  # without a list of one: half of the time of a small step
             one = known[0]
-            step = one.step(optimizer, groups[0], grads, options) if one.fits(grads) else None
+            step = one.step(optimizer, groups[0], grads, options, len(one.names))
             made = step and one.plan.step(*step, optimizer.under_way)
         if not made:
             return False
@@ -149,16 +149,14 @@ class RepeatedStep(Repeats):
 
     def _groups_as_last(self, optimizer, grads, options):
         """Make the step of all groups, or of none; return whether it was made."""
-        known = self._known
+        known, prepared = self._known, []
+        lengths = [len(one.names) for one in known]
         if type(grads) is dict:  # of all names
-            if not all(one.by_name for one in known) or len(grads) != sum(len(one.names) for one in known):
-                return False
-            grads = [grads] * len(known)
-        elif type(grads) not in (list, tuple) or len(grads) != len(known) or not all(map(Known.fits, known, grads)):
+            grads, lengths = [grads] * len(known), [sum(lengths)] * len(known)
+        if type(grads) not in (list, tuple) or len(grads) != len(known):
             return False
-        prepared = []
-        for one, group, own in zip(known, optimizer.groups, grads, strict=True):
-            step = one.step(optimizer, group, own, options)
+        for one, group, own, n_named in zip(known, optimizer.groups, grads, lengths, strict=True):
+            step = one.step(optimizer, group, own, options, n_named)
             batches = step and one.plan.prepared(*step)
             if not batches:
                 return False
