@@ -1,18 +1,19 @@
 """Which calls of MPI sum gradients over ranks, and collect parameters, the fastest on one machine?
 
-    python benchmarks/collectives.py [--sizes 1e6,2e7] [--seconds 30] [--out FOLDER]
+    python benchmarks/collectives.py [--sizes 1e6,2e7] [--seconds 10] [--out FOLDER]
 
-A size is the float32 elements of each rank's buffer. In a reduce-scatter a rank receives its part of the other ranks' buffers, and
-sums these parts; in an all-gather it receives their parts. Each takes turns with the others in one job of 2 and of 4 ranks, each
-rank with one thread, and with `gpuadam.transports.MPI`. A time is that of the slowest rank, from a barrier on. The limit is a
-memory copy of the bytes that a rank receives, by all ranks at once. "x present" is over MPI's non-blocking collective.
+A size is the float32 elements of each rank's buffer. In a reduce-scatter a rank receives its part of the other ranks' buffers,
+and sums these parts; in an all-gather it receives their parts. All ways, and `gpuadam.transports.MPI`, take turns in one job of 2
+and in one of 4 ranks, each rank with one thread. A time is that of the slowest rank, from a barrier on. The limit is a memory
+copy of the bytes that a rank receives, by all ranks at once. "x present" is over MPI's non-blocking collective.
 
 "+ sum" is a local sum by NumPy, in the order of the ranks. Its memory is kept from call to call. "pairs" are Isend and Irecv; in
 chunks, a chunk is summed while it is in the caches, and two are under way. With shared memory the buffers themselves lie where
-all ranks of a machine read them, so nothing is sent.
+all ranks of a machine read them, so nothing is sent; that memory has small pages, the others' has huge ones where it is large.
 
-A setting of MPICH's is read when a job starts, so each has jobs of its own, in turn with the others. "sum of" says whether the
-bits are those of a sum in the order of the ranks; of two numbers there is one order.
+A setting of MPICH's is read when a job starts, so each has jobs of its own, in turn with the others: of MPI's non-blocking
+collective, and without CMA, by which ranks read one another's memory, of gpuadam's transport. "sum" says whether the bits are
+those of a sum in the order of the ranks; two numbers have one order.
 """
 
 import functools
@@ -33,21 +34,21 @@ from gpuadam import backends, transports
 from gpuadam.cli.measuring import facts, measure
 from gpuadam.terminal.console import Table
 
-
 RANKS = (2, 4)
 ROUNDS = 3  # of jobs
-FEWEST = 3  # turns in a job
+FEWEST = 5  # turns in a job
 PRESENT = {"reduce-scatter": "Ireduce_scatter_block", "all-gather": "Iallgather"}
 COPY = "limit: a memory copy"
 TRANSPORT = "gpuadam.transports.MPI"
 CHUNKS = {"256 KB": 1 << 18, "1 MB": 1 << 20, "4 MB": 1 << 22}
 SUMS = ("noncommutative", "pairwise", "recursive_doubling", "recursive_halving")
 GATHERS = ("sched_ring", "sched_brucks", "sched_recursive_doubling", "tsp_ring", "tsp_brucks", "tsp_recexch_doubling")
+NO_CMA = "MPIR_CVAR_CH4_CMA_ENABLE=0"
 SETTINGS = (
     "MPIR_CVAR_IREDUCE_SCATTER_BLOCK_INTRA_ALGORITHM=tsp_recexch",
     *(f"MPIR_CVAR_IREDUCE_SCATTER_BLOCK_INTRA_ALGORITHM=sched_{name}" for name in SUMS),
     *(f"MPIR_CVAR_IALLGATHER_INTRA_ALGORITHM={name}" for name in GATHERS),
-    "MPIR_CVAR_CH4_CMA_ENABLE=0",
+    NO_CMA,
 )
 
 
@@ -64,9 +65,11 @@ class Ranks:
         # from the next rank on, so that no two ranks begin with the same one
         self.others = [(self.rank + k) % self.size for k in range(1, self.size)]
         length = n // self.size
-        zeros = functools.partial(backends.load("numba-cpu").zeros, dtype="f4", device=None)  # on huge pages, as the optimizer's
+        # on huge pages, as the optimizer's buffers
+        zeros = functools.partial(backends.load("numba-cpu").zeros, dtype="f4", device=None)
         self.parts, self.received, self.copied = (zeros(length * self.size).reshape(self.size, -1) for _ in range(3))
-        self.buffer, self.part, self.rooms = self.parts.reshape(-1), zeros(length), [zeros(self.parts.size) for _ in range(2)]
+        self.buffer, self.part = self.parts.reshape(-1), zeros(length)
+        self.rooms = [zeros(self.parts.size) for _ in range(2)]
         self.parts[...] = np.random.default_rng(self.rank).standard_normal((self.size, length), "f4")
         self.segment = mpi.Win.Allocate_shared(self.parts.nbytes, 4, comm=self.comm)
         of_ranks = [np.frombuffer(self.segment.Shared_query(rank)[0], "f4") for rank in range(self.size)]
@@ -121,7 +124,8 @@ class Ranks:
         for k, edge in enumerate(edges):
             rows, requests = coming.pop(0)
             self.until(*requests)
-            self.add([self.parts[rank, edge] if rank == self.rank else rows[rank] for rank in range(self.size)], self.part[edge])
+            terms = [self.parts[rank, edge] if rank == self.rank else row for rank, row in enumerate(rows)]
+            self.add(terms, self.part[edge])
             if k + 2 < len(edges):
                 coming.append(received(k + 2))
         self.until(*sent)
@@ -175,7 +179,10 @@ class Ranks:
         # one count and one place for each neighbour, in elements
         out, back = ([rank * part.size for rank in self.others] for _ in range(2))
         counts = [part.size] * len(self.others)
-        to_neighbours = lambda: self.neighbours.Ineighbor_alltoallv([buffer, (counts, out)], [received, (counts, back)])
+
+        def to_neighbours():
+            return self.neighbours.Ineighbor_alltoallv([buffer, (counts, out)], [received, (counts, back)])
+
         return {
             PRESENT["reduce-scatter"]: lambda: until(comm.Ireduce_scatter_block(buffer, part, mpi.SUM)),
             "Reduce_scatter_block": lambda: comm.Reduce_scatter_block(buffer, part, mpi.SUM),
@@ -197,7 +204,10 @@ class Ranks:
         comm, until, buffer, here = self.comm, self.until, self.buffer, self.mpi.IN_PLACE
         counts, at = [self.part.size] * len(self.others), [rank * self.part.size for rank in self.others]
         own = self.parts[self.rank]
-        to_neighbours = lambda: self.neighbours.Ineighbor_allgatherv(own, [self.copied, (counts, at)])
+
+        def to_neighbours():
+            return self.neighbours.Ineighbor_allgatherv(own, [self.copied, (counts, at)])
+
         return {
             PRESENT["all-gather"]: lambda: until(comm.Iallgather(here, buffer)),
             "Allgather": lambda: comm.Allgather(here, buffer),
@@ -240,7 +250,7 @@ class Ranks:
 
 
 def rank_main(sizes, seconds, setting):
-    """Measure on this rank. Rank 0 prints {elements: {operation: {name: [seconds, whether in the order of the ranks]}}}."""
+    """Measure on this rank. Rank 0 prints what is found: the seconds of each, and whether it sums in order."""
     from mpi4py import MPI as mpi
 
     found = {}
@@ -249,7 +259,7 @@ def rank_main(sizes, seconds, setting):
         operations = {"reduce-scatter": ranks.sums(), "all-gather": ranks.gathers()}
         for operation, functions in operations.items():
             if setting:
-                functions = {name: functions[name] for name in (PRESENT[operation], COPY)}
+                functions = {name: functions[name] for name in (of_setting(setting, operation), COPY)}
             of_sums = operation == "reduce-scatter"
             order = {name: ranks.check(name, function) if of_sums else None for name, function in functions.items()}
             for function in functions.values():
@@ -261,6 +271,11 @@ def rank_main(sizes, seconds, setting):
     if mpi.COMM_WORLD.rank == 0:
         library = mpi.Get_library_version().split("\n")[0].replace("Version:", "").split()
         print(json.dumps({"library": " ".join(library), "found": found}), flush=True)
+
+
+def of_setting(setting, operation):
+    """Return which function a setting of MPICH's is measured with."""
+    return TRANSPORT if setting == NO_CMA else PRESENT[operation]
 
 
 def of_job(ranks, sizes, seconds, setting=""):
@@ -290,57 +305,42 @@ def measure_rows(backend, options, notes):
 
 def _tables(ranks, backend, sizes, seconds):
     """Yield the rows of each table of some ranks. seconds: of a round."""
-    samples, library, order = {}, "", {}
-    settings = ["", *SETTINGS]
-    for _ in range(ROUNDS):
-        for setting in settings:
-            done = of_job(ranks, sizes, seconds / (2 if not setting else 2 * len(SETTINGS)), setting)
-            library = done["library"]
-            if not library.startswith("MPICH"):
-                settings = [""]
-            for n, of_size in done["found"].items():
-                for operation, of_names in of_size.items():
-                    for name, (times, in_order) in of_names.items():
-                        if setting and name != COPY:
-                            if not _concerns(setting, operation):
-                                continue
-                            name = setting.removeprefix("MPIR_CVAR_")
-                        samples.setdefault((operation, int(n)), {}).setdefault(name, []).extend(times)
-                        order[operation, name] = in_order and order.get((operation, name), True)
-        if len(settings) == 1:
-            break
+    samples, order, library = {}, {}, ""
+    for _, setting in itertools.product(range(ROUNDS), ("", *SETTINGS)):
+        if setting and not library.startswith("MPICH"):
+            continue
+        done = of_job(ranks, sizes, seconds / 2 / (len(SETTINGS) if setting else 1), setting)
+        library = done["library"]
+        for n, of_size in done["found"].items():
+            for operation, of_names in of_size.items():
+                if {"reduce-scatter": "GATHER", "all-gather": "SCATTER"}[operation] in setting:
+                    continue  # it is one of the other operation
+                for name, (times, in_order) in of_names.items():
+                    if setting and name != COPY:
+                        name = f"{name}, {setting.removeprefix('MPIR_CVAR_')}"
+                    samples.setdefault((operation, int(n)), {}).setdefault(name, []).extend(times)
+                    order[name] = in_order
     for (operation, n), of_names in samples.items():
         received = 4 * n // ranks * (ranks - 1)
-        rows = [
-            measure.row("collectives", name, backend.name, n, state=operation, seconds=times, moved=received)
-            | {"driver": library, "ranks": ranks, "sum_of": _in_words(order[operation, name])}
-            for name, times in of_names.items()
-        ]
+        rows = []
+        for name, times in of_names.items():
+            row = measure.row("collectives", name, backend.name, n, state=operation, seconds=times, moved=received)
+            in_order = {True: "in order", False: "in another", None: None}[order[name]]
+            rows.append(row | {"driver": library, "ranks": ranks, "sum": in_order})
         present = next(row["p50_us"] for row in rows if row["contender"] == PRESENT[operation])
         yield [row | {"x_present": float(f"{row['p50_us'] / present:.6g}")} for row in measure.add_ratios(rows)]
 
 
-def _concerns(setting, operation):
-    """Whether a setting of MPICH's changes an operation."""
-    other = {"reduce-scatter": "GATHER", "all-gather": "SCATTER"}[operation]
-    return other not in setting
-
-
-def _in_words(in_order):
-    return None if in_order is None else "ranks in order" if in_order else "another order"
-
-
 def table(rows):
-    """Return the table of one operation, number of ranks and size."""
+    """Return the table of one operation, number of ranks and size, the fastest first."""
     first = rows[0]
     title = f"{first['state']}: {first['ranks']:g} ranks, {first['elements']:,} float32 each, {first['driver']}"
-    heads = ["", "p20", "median", "p80", "x present", "x memory copy"] + ["sum of"] * (first["state"] == "reduce-scatter")
+    heads = ["", "p20", "median", "p80", "x present", "x memory copy", "sum"]
     lines = []
     for row in sorted(rows, key=lambda row: row["p50_us"]):
-        figures = [report.time(row[f"p{q}_us"]) for q in (20, 50, 80)]
-        figures += [f"{row['x_present']:.2f}", f"{row['x_limit']:.2f}"]
-        figures += [row["sum_of"] or ""] * (first["state"] == "reduce-scatter")
-        lines.append([row["contender"] if row["contender"] != measure.LIMIT else "a memory copy", *figures])
+        name = "a memory copy" if row["contender"] == measure.LIMIT else row["contender"]
+        times = [report.time(row[f"p{q}_us"]) for q in (20, 50, 80)]
+        lines.append([name, *times, f"{row['x_present']:.2f}", f"{row['x_limit']:.2f}", row["sum"] or ""])
     return Table(title, heads, lines)
 
 
@@ -362,4 +362,4 @@ if __name__ == "__main__":
     else:
         sizes = dict.fromkeys(("CPU", "CUDA"), "1e6,2e7")
         tables = ("state", "ranks", "elements")
-        report.main("collectives", __doc__, measure_rows, draw, seconds=30.0, sizes=sizes, table=tables, show=table)
+        report.main("collectives", __doc__, measure_rows, draw, seconds=10.0, sizes=sizes, table=tables, show=table)

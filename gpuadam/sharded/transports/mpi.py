@@ -39,9 +39,9 @@ class MPI:
 
     Raises ImportError without mpi4py, and TypeError or ValueError for a timeout that is none, or differs between ranks.
 
-    Gradients are summed in the order of the ranks, (g0 + g1) + g2 and so on, in float32 or float64. So the bits of a sum depend on
-    nothing but the gradients and their number: neither on the library of MPI nor on buckets, nor on which rank owns an element.
-    `sums` says how; of MPI's own reduce-scatters none has an order that is known.
+    Gradients are summed in the order of the ranks: ((g0 + g1) + g2) + g3, each sum rounded to float32, or to float64 for float64.
+    So the bits of a sum depend on the gradients and the number of ranks alone. They depend neither on the library of MPI, whose
+    own reduce-scatter has no order that is known, nor on buckets, nor on which rank owns an element.
 
     Collectives are non-blocking, but MPICH moves bytes only while a rank is inside a call of MPI. With the environment variable
     MPIR_CVAR_ASYNC_PROGRESS=1 a thread of MPICH's moves them all the time, which pays where there is a core for it.
