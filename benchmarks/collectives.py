@@ -12,8 +12,8 @@ chunks, a chunk is summed while it is in the caches, and two are under way. With
 all ranks of a machine read them, so nothing is sent; that memory has small pages, the others' has huge ones where it is large.
 
 A setting of MPICH's is read when a job starts, so each has jobs of its own, in turn with the others: of MPI's non-blocking
-collective, and without CMA, by which ranks read one another's memory, of gpuadam's transport. "sum" says whether the bits are
-those of a sum in the order of the ranks; two numbers have one order.
+collective, and where it concerns both, of gpuadam's transport. CH4_CMA_ENABLE=0 is as in a container in which no process may
+read another's memory. "sum" says whether the bits are those of a sum in the order of the ranks; two numbers have one order.
 """
 
 import functools
@@ -36,13 +36,13 @@ from gpuadam.terminal.console import Table
 
 RANKS = (2, 4)
 ROUNDS = 3  # of jobs
-FEWEST = 5  # turns in a job
+FEWEST = 3  # turns in a job
 PRESENT = {"reduce-scatter": "Ireduce_scatter_block", "all-gather": "Iallgather"}
 COPY = "limit: a memory copy"
 TRANSPORT = "gpuadam.transports.MPI"
 CHUNKS = {"256 KB": 1 << 18, "1 MB": 1 << 20, "4 MB": 1 << 22}
 SUMS = ("noncommutative", "pairwise", "recursive_doubling", "recursive_halving")
-GATHERS = ("sched_ring", "sched_brucks", "sched_recursive_doubling", "tsp_ring", "tsp_brucks", "tsp_recexch_doubling")
+GATHERS = ("sched_ring", "sched_recursive_doubling", "tsp_ring", "tsp_recexch_doubling")
 NO_CMA = "MPIR_CVAR_CH4_CMA_ENABLE=0"
 SETTINGS = (
     "MPIR_CVAR_IREDUCE_SCATTER_BLOCK_INTRA_ALGORITHM=tsp_recexch",
@@ -259,7 +259,9 @@ def rank_main(sizes, seconds, setting):
         operations = {"reduce-scatter": ranks.sums(), "all-gather": ranks.gathers()}
         for operation, functions in operations.items():
             if setting:
-                functions = {name: functions[name] for name in (of_setting(setting, operation), COPY)}
+                functions = {name: functions[name] for name in of_setting(setting, operation)}
+            if not functions:
+                continue
             of_sums = operation == "reduce-scatter"
             order = {name: ranks.check(name, function) if of_sums else None for name, function in functions.items()}
             for function in functions.values():
@@ -274,8 +276,10 @@ def rank_main(sizes, seconds, setting):
 
 
 def of_setting(setting, operation):
-    """Return which function a setting of MPICH's is measured with."""
-    return TRANSPORT if setting == NO_CMA else PRESENT[operation]
+    """Return which functions a setting of MPICH's is measured with: none if it is one of the other operation."""
+    if {"reduce-scatter": "GATHER", "all-gather": "SCATTER"}[operation] in setting:
+        return ()
+    return (PRESENT[operation], *([TRANSPORT] if setting == NO_CMA else []), COPY)
 
 
 def of_job(ranks, sizes, seconds, setting=""):
@@ -313,19 +317,17 @@ def _tables(ranks, backend, sizes, seconds):
         library = done["library"]
         for n, of_size in done["found"].items():
             for operation, of_names in of_size.items():
-                if {"reduce-scatter": "GATHER", "all-gather": "SCATTER"}[operation] in setting:
-                    continue  # it is one of the other operation
                 for name, (times, in_order) in of_names.items():
                     if setting and name != COPY:
                         name = f"{name}, {setting.removeprefix('MPIR_CVAR_')}"
                     samples.setdefault((operation, int(n)), {}).setdefault(name, []).extend(times)
-                    order[name] = in_order
+                    order[operation, name] = in_order
     for (operation, n), of_names in samples.items():
         received = 4 * n // ranks * (ranks - 1)
         rows = []
         for name, times in of_names.items():
             row = measure.row("collectives", name, backend.name, n, state=operation, seconds=times, moved=received)
-            in_order = {True: "in order", False: "in another", None: None}[order[name]]
+            in_order = {True: "in order", False: "in another", None: None}[order[operation, name]]
             rows.append(row | {"driver": library, "ranks": ranks, "sum": in_order})
         present = next(row["p50_us"] for row in rows if row["contender"] == PRESENT[operation])
         yield [row | {"x_present": float(f"{row['p50_us'] / present:.6g}")} for row in measure.add_ratios(rows)]
