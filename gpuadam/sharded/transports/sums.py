@@ -1,6 +1,6 @@
 """The reduce-scatter over MPI: ranks send one another pieces of their gradients, and each adds up what it receives.
 
-On one machine this takes a fifth of the time of MPICH's own reduce-scatter between two ranks, and two thirds between four
+On one machine this takes a quarter of the time of MPICH's own reduce-scatter between two ranks, and two thirds between four
 (`benchmarks/collectives.py`). That one allocates memory of the size of the buffers in each call, and the system has to make its
 pages. Here a piece is received into memory that is kept, straight from the sender's, and is added while it is in the caches.
 """
