@@ -20,8 +20,11 @@ With `update="auto"`, the default, and parameters on a GPU, both ways are measur
 ## Memory
 
 Beside the arrays that stay where they are, a step holds at most `budget` bytes of mapped files and copies on the host, and
-as many on the GPU. State takes 8 bytes an element (m and v in float32), 4 with `state_dtype="bfloat16"`, 2.25 with `"8bit"`,
-and 4 more with `master="float32"`.
+as many on the GPU. Where parameters and state in files fit in the budget, beside the chunks under way, their pages stay in the
+process's memory between steps, as if they were ordinary arrays.
+
+State takes 8 bytes an element (m and v in float32), 4 with `state_dtype="bfloat16"`, 2.25 with `"8bit"`, and 4 more with
+`master="float32"`.
 
 ## Speed
 
