@@ -98,13 +98,13 @@ On the machine of `gpuadam.guide.how_fast`, a CPU with two cores, a step over MP
 
 | ranks | 1 | 2 | 4 |
 |---|---:|---:|---:|
-| ms | 24 | 63 | 79 |
+| ms | 21 | 34 | 39 |
 
-Ranks on one machine share its memory, so nothing can become faster there: of the 27 ms of two ranks, 10 are the update, 10 the
-reduce-scatter and 7 the all-gather. Each rank sends 1.0002 times the least number of bytes (`benchmarks/sharded.py`). The
-reduce-scatter takes 0.24 times as long as MPICH's between two ranks, and 0.61 times between four (`benchmarks/collectives.py`).
-Where a container forbids that processes read one another's memory (CMA), all collectives between its ranks take 3 to 7 times as
-long.
+Ranks on one machine share its memory, so nothing can become faster there: of the 34 ms of two ranks, 12 are the update, 12 the
+reduce-scatter and 8 the all-gather. Each rank sends 1.0002 times the least number of bytes (`benchmarks/sharded.py`). The
+reduce-scatter takes 0.23 times as long as MPICH's own between two ranks, and 0.62 times between four
+(`benchmarks/collectives.py`). Where a container forbids that processes read one another's memory (CMA), collectives between its
+ranks take 4 to 7 times as long.
 
 ## The files
 
