@@ -42,9 +42,10 @@ OF_RANKS = (
     "x_minimum",
     *(f"{p}_us" for p in ("agree", "reduce_scatter", "update", "all_gather", "rest")),
 )
+OF_CALLS = ("x_present",)  # of MPI: the time over that of its non-blocking collective
 # Those of a prediction: what binds it, the time, and how far it is from what was measured.
 PREDICTED = ("bound", "predicted_us", "error_percent")
-NUMBERS = {*measure.NUMBERS, *FURTHER, *OF_RANKS, *OF_PAGES, *PREDICTED} - {"bound"}
+NUMBERS = {*measure.NUMBERS, *FURTHER, *OF_RANKS, *OF_CALLS, *OF_PAGES, *PREDICTED} - {"bound"}
 
 
 @output.ending_plainly()

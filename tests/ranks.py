@@ -17,6 +17,7 @@ import numpy as np
 
 import gpuadam
 from gpuadam import transports
+from gpuadam.sharded.transports.sums import PIECE
 
 STEPS, MORE = 2, 10
 SHAPES = {
@@ -472,6 +473,38 @@ WAYS = {
     "SIGTERM": lambda opt: os.kill(os.getpid(), signal.SIGTERM),
     "SIGSTOP": lambda opt: os.kill(os.getpid(), signal.SIGSTOP),
 }
+
+
+def sums():
+    """Start several sums at once, in pieces and smaller ones, and wait from the last on. Say which are in the ranks' order."""
+    transport = transports.MPI()
+
+    def gradients(rank, k, n, dtype):
+        return np.random.default_rng([rank, k]).standard_normal((transport.size, n)).astype(dtype)
+
+    for dtype in ("f4", "f8"):
+        piece = PIECE // np.dtype(dtype).itemsize
+        sizes = (2 * piece + 5, 1, piece, 4096)
+        parts = [np.zeros(n, dtype) for n in sizes]
+        buffers = [gradients(transport.rank, k, n, dtype).reshape(-1) for k, n in enumerate(sizes)]
+        works = [transport.reduce_scatter(*pair) for pair in zip(buffers, parts, strict=True)]
+        for work in reversed(works):
+            work.wait()
+        for k, (n, part) in enumerate(zip(sizes, parts, strict=True)):
+            wanted, *terms = (gradients(rank, k, n, dtype)[transport.rank] for rank in range(transport.size))
+            for term in terms:
+                wanted = wanted + term
+            sys.stdout.write(f"{dtype} {n} {np.array_equal(part, wanted)}\n")
+    sys.stdout.write(f"{transport.exchange(1)}\n")  # nothing is left over
+
+
+def alone_in_a_sum():
+    """Rank 1 does something else, while the others start a sum of several pieces and say what they raise."""
+    transport = transports.MPI(timeout=2)
+    if transport.rank == 1:
+        time.sleep(600)
+    buffer, part = np.ones((transport.size, PIECE), "f4").reshape(-1), np.zeros(PIECE, "f4")
+    sys.stdout.write(f"{message(transport.reduce_scatter(buffer, part).wait)}\n")
 
 
 def not_made():

@@ -26,6 +26,7 @@ from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import collectives
 import in_caches
 import large
 import many
@@ -316,6 +317,27 @@ def test_ranks_are_timed_and_send_the_padded_buffers():
     assert found["n_bytes"] == 2 * 4 * 8192 // 2  # two cells, of which each rank sends the other's, twice
 
 
+@pytest.mark.exhaustive
+def test_the_calls_of_mpi_are_compared_and_each_has_the_sum_of_the_ranks(monkeypatch, tmp_path):
+    """A job ends with an error if one has another sum."""
+    libraries.mpiexec()
+    for name, value in {"RANKS": (3,), "ROUNDS": 1, "FEWEST": 1, "SETTINGS": collectives.SETTINGS[:1]}.items():
+        monkeypatch.setattr(collectives, name, value)
+    options = SimpleNamespace(sizes=["3e4"], seconds=0.0)
+    sums, gathers = collectives.measure_rows(backends.BACKENDS["numba-cpu"], options, [])
+    assert {row["state"] for row in sums} == {"reduce-scatter"} and {row["state"] for row in gathers} == {"all-gather"}
+    order = {row["contender"]: row["sum"] for row in sums}
+    assert order["gpuadam.transports.MPI"] == order["shared memory + sum"] == "in order"
+    assert any("tsp_recexch" in name for name in order) == sums[0]["driver"].startswith("MPICH")
+    for rows in (sums, gathers):
+        assert all(row["x_present"] > 0 and row["x_limit"] > 0 for row in rows)
+        assert len(collectives.table(rows).lines) == len(rows)
+    report.write_csv(tmp_path / "collectives.csv", sums + gathers)
+    assert report.read_csv(tmp_path / "collectives.csv", report.NUMBERS) == sums + gathers
+    collectives.draw(sums + gathers, tmp_path / "collectives.png")
+    assert (tmp_path / "collectives.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_what_binds_is_read_from_the_profilers_rows(monkeypatch, capsys, tmp_path):
     """ncu is played: it writes its CSV, with a row for each counter of each launch, into the file that it is told."""
     asked = []
@@ -361,8 +383,8 @@ def test_a_step_without_an_operation_has_none_of_it(name):
 
 BASH = pytest.mark.skipif(sys.platform != "linux", reason="gpu.sh is for Linux")
 NOT_ON_A_GPU = {
-    "conversion", "cpu_threads", "in_caches", "in_flight", "killed_rank", "pages", "peers", "quality", "report", "sharded",
-    "timing",
+    "collectives", "conversion", "cpu_threads", "in_caches", "in_flight", "killed_rank", "pages", "peers", "quality", "report",
+    "sharded", "timing",
 }  # fmt: skip
 
 

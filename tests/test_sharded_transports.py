@@ -12,7 +12,7 @@ import libraries
 import numpy as np
 import pytest
 import ranks
-from mpi_jobs import expected
+from mpi_jobs import ended, expected, started
 
 import gpuadam
 from gpuadam import transports
@@ -36,6 +36,24 @@ def test_what_follows_a_collective_that_was_not_waited_for_is_refused():
         transport.exchange("a")
     work.wait()
     assert transport.exchange("b") == ["b"]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_sums_over_mpi_are_in_the_order_of_the_ranks_however_they_are_waited_for(n):
+    """Bit for bit: of two numbers there is one order, of four there are several."""
+    status, _, output = ended(started(n, "sums"))
+    found = output.splitlines()
+    assert status == 0, output
+    assert sum(line.endswith(" True") for line in found) == n * 2 * 4 and found.count(str([1] * n)) == n, output
+
+
+@pytest.mark.exhaustive
+def test_a_rank_that_does_not_come_to_a_sum_is_named_though_pieces_of_the_others_are_under_way():
+    status, _, output = ended(started(3, "alone_in_a_sum", run=()))
+    assert status != 0
+    for rank in (0, 2):
+        said = f"RankMissing: rank {rank} has waited for its timeout, 2.0 s, and rank 1 has not come: it may be stopped"
+        assert said in output
 
 
 def of_gloo(rank, file, folder):

@@ -20,8 +20,11 @@ With `update="auto"`, the default, and parameters on a GPU, both ways are measur
 ## Memory
 
 Beside the arrays that stay where they are, a step holds at most `budget` bytes of mapped files and copies on the host, and
-as many on the GPU. State takes 8 bytes an element (m and v in float32), 4 with `state_dtype="bfloat16"`, 2.25 with `"8bit"`,
-and 4 more with `master="float32"`.
+as many on the GPU. Where parameters and state in files fit in the budget, beside the chunks under way, their pages stay in the
+process's memory between steps, as if they were ordinary arrays.
+
+State takes 8 bytes an element (m and v in float32), 4 with `state_dtype="bfloat16"`, 2.25 with `"8bit"`, and 4 more with
+`master="float32"`.
 
 ## Speed
 
@@ -35,10 +38,12 @@ files without arithmetic (`benchmarks/offload.py`):
 | state in files | a step | times the limit |
 |---|---|---:|
 | 8 GB, with a budget of 1 GB | 1.95 s, and 67 MB of memory | 1.22 |
-| 2 GB, which the system's cache holds | 0.26 s | 1.36 |
+| 2 GB, which the system's cache holds | 0.18 s, and 67 MB of memory | 1.04 |
+| 2 GB, with a budget of 4 GB | 0.12 s, and 2.3 GB of memory | 1.01 |
 
-The smaller state is further from its limit because two cores share the work on pages and the arithmetic. `python -m gpuadam
-plan` predicts the time of a step: `gpuadam.planning`.
+The limit includes the system's work on pages, which is half of a step's processor time: ext4 notes each block that will be
+written. It goes where parameters and state fit in the budget, because their pages then stay. `python -m gpuadam plan` predicts
+the time of a step: `gpuadam.planning`.
 
 ## An example
 

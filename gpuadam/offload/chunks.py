@@ -31,6 +31,11 @@ class PlacedOperand(NamedTuple):
         """Whether the budget counts the array: as a copy, or as pages of a file."""
         return self.copied or self.mapping is not None
 
+    @property
+    def lasts(self):
+        """Whether every step has the same array: the parameter and its state. A gradient may lie elsewhere in the next one."""
+        return self.kind.name != "grad"
+
     def part(self, start, stop):
         """Return a View of the part for the elements start ... stop - 1 of the parameter. start: a multiple of GROUP."""
         if self.kind.of_groups:

@@ -2,6 +2,7 @@
 
 The pages of a mapped file that a process has touched count as its memory. `Mapping.populate` brings pages in, ahead of the
 update and in a thread of its own. `Mapping.drop` takes them out of the process again; the system writes the changed ones to disk.
+Both cost ext4 some 0.1 us for each 4 KB, on large pages too, because it notes for each block that it will be written.
 """
 
 import errno
@@ -106,6 +107,7 @@ class Extent(NamedTuple):
     start: int
     end: int
     writes: bool  # whether it is written, or only read
+    lasts: bool  # whether every step has it: parameters and state, and not gradients
 
 
 def merged(extents):
@@ -113,14 +115,15 @@ def merged(extents):
 
     >>> a, b = Mapping(None, 0, 10**7), Mapping(None, 10**7, 10**8)
     >>> addresses = [(a, 0, 10, True), (b, 10**7, 10**7 + 5, False), (a, 64, 70, True), (a, 10**6, 10**7, True)]
-    >>> [(extent.start, extent.end) for extent in merged(Extent(*four) for four in addresses)]
+    >>> [(extent.start, extent.end) for extent in merged(Extent(*four, lasts=True) for four in addresses)]
     [(10000000, 10000005), (0, 70), (1000000, 10000000)]
     """
     result: list[Extent] = []
-    for mapping, start, end, writes in sorted(extents, key=operator.attrgetter("writes", "start")):
+    for extent in sorted(extents, key=operator.attrgetter("writes", "start")):
         last = result[-1] if result else None
-        if last and (last.mapping, last.writes) == (mapping, writes) and start <= last.end + PAGE:
-            result[-1] = Extent(mapping, last.start, max(last.end, end), writes)
+        alike = last and (last.mapping, last.writes, last.lasts) == (extent.mapping, extent.writes, extent.lasts)
+        if last and alike and extent.start <= last.end + PAGE:
+            result[-1] = last._replace(end=max(last.end, extent.end))
         else:
-            result.append(Extent(mapping, start, end, writes))
+            result.append(extent)
     return result

@@ -72,7 +72,8 @@ class OffloadAdam(Adam):
         The values of the parameters are not in it: they are the caller's to keep.
     budget: bytes of the arrays that are under way at once: of mapped files, and of copies, in the host's memory and on the GPU
         each. A step needs no more memory than this beside the arrays that stay, but for the rounding to pages: small parameters
-        in files of their own take a page each, and where Linux caches files in pages of 2 MB, chunks take whole ones.
+        in files of their own take a page each, and where Linux caches files in pages of 2 MB, chunks take whole ones. Parameters
+        and state in files that all fit in it stay in the process's memory between steps, which saves half of a step's time.
     update: "device": the state goes through the GPU; "host": gradients come down and parameters go up; "auto": with a GPU, both
         are measured once, and the faster is taken. `describe()` says which, and why.
     progress: show a bar during each step, by the package rich.
@@ -329,6 +330,10 @@ class OffloadAdam(Adam):
         """
         self._store.check_open()
         super().save(path, with_params=with_params)
+        self._let_go()
+
+    def _let_go(self):
+        """Take parameters and state in files out of the process's memory."""
         drop_mapped([array for state in self.state.values() for key, array in state.items() if key != "step"])
         drop_mapped(bare([param for group in self.groups for param in group["params"]])[0])
 
@@ -344,6 +349,7 @@ class OffloadAdam(Adam):
     def close(self) -> None:
         """Flush the files and free the folder. No step can follow."""
         self._store.close()
+        self._let_go()
 
     def discard(self) -> None:
         """Free the folder, and take its files away. No step can follow."""

@@ -49,7 +49,8 @@ class Runner:
     """Runs steps. It keeps its slots from step to step, and with them their memory.
 
     gpu: the kernels of the GPU's backend, or None. device: of the parameters; None if they are on the host. budget: bytes.
-    bar: the class of rich's progress bars, or None to show nothing. Attribute: `last_step`, a text.
+    bar: the class of rich's progress bars, or None to show nothing. Attributes: `last_step`, a text; `keeps`, whether all
+    parameters and state in files fit in the budget, beside the chunks under way, and so stay in the process's memory.
 
     A subclass has the three stages of a chunk. number: of the chunk's slot.
     """
@@ -65,6 +66,8 @@ class Runner:
         self.room, self.files = 0, False  # the bytes of each slot, and whether they serve arrays in files
         self.placed: dict[int, Placed] = {}  # by the number of the slot
         self.alone = True  # whether the step is one chunk, which may take all threads
+        self.keeps = False
+        self._lasting: dict[int, int] = {}  # the bytes of each array in a file, but of gradients, by its address
         self.last_step = "no step was taken yet"
 
     def fetch(self, chunk, number):
@@ -86,6 +89,9 @@ class Runner:
         work = list(chunks.cut(jobs, room))
         self._make_slots(room, any(operand.mapping for job in jobs for operand in job.operands))
         self.alone = len(work) == 1
+        lasting = (operand.view for job in jobs for operand in job.operands if operand.lasts and operand.mapping)
+        self._lasting.update((view.pointer, view.nbytes) for view in lasting)  # a step may leave some of them out
+        self.keeps = sum(self._lasting.values()) + self.n_slots * room <= self.budget
         size = f"{len(work)} chunks of up to {room:,} bytes"
         self.last_step = f"the last step in {size}, {self.n_slots} of them under way at once"
         if not self.on_host:
@@ -175,7 +181,7 @@ class Runner:
                     view = gpu if self.on_gpu else host
                 elif operand.mapping:
                     end = array.pointer + array.nbytes
-                    placed.extents.append(Extent(operand.mapping, array.pointer, end, operand.kind.stores))
+                    placed.extents.append(Extent(operand.mapping, array.pointer, end, operand.kind.stores, operand.lasts))
                 views.append(view)
             placed.updates.append((job.launch, Update(views, job.key, start)))
         placed.extents[:] = merged(placed.extents)

@@ -1,8 +1,8 @@
 """The stages of a chunk: `fetch`, `update` and `store`. `OnHost` updates by the CPU, `OnDevice` by a GPU.
 
 Arrays that are already on the updating side are updated in place. The others are copied there and back, through the memory of a
-slot. On the host, the pages of files are brought in before the update and let go after it. Each slot has a stream of its own, so
-that a copy to the GPU, a kernel and a copy from it, of three chunks, run at once.
+slot. On the host, the pages of files are brought in before the update, and let go after it unless all of them fit in the budget.
+Each slot has a stream of its own, so that a copy to the GPU, a kernel and a copy from it, of three chunks, run at once.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ class OnHost(Runner):
 
     def store(self, chunk, number):
         for extent in self.placed[number].extents:
-            extent.mapping.drop(extent.start, extent.end)
+            if not (self.keeps and extent.lasts):
+                extent.mapping.drop(extent.start, extent.end)
         if self.gpu:
             self.cross(number, back=True)
             self.finish(number)

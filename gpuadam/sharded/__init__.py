@@ -49,6 +49,9 @@ After every step all ranks have the same bits of parameters: those of `Adam` for
 rounding of these sums depends on the number of ranks. Where the sums are exact, parameters and state have the same bits for
 any number of ranks. The norm for clipping, random rounding and 8-bit state never depend on the number of ranks.
 
+`transports.MPI` adds the gradients in the order of the ranks. So its sums depend neither on the library of MPI, nor on
+`bucket_bytes`, nor on which rank owns an element. The order of other transports is that of NCCL and of torch.
+
 ## Errors
 
 Arguments are checked on each rank, and compared between ranks, before a byte is written. Whatever differs (parameters,
@@ -95,10 +98,13 @@ On the machine of `gpuadam.guide.how_fast`, a CPU with two cores, a step over MP
 
 | ranks | 1 | 2 | 4 |
 |---|---:|---:|---:|
-| ms | 24 | 63 | 79 |
+| ms | 21 | 34 | 39 |
 
-Of the 79 ms, 45 are MPI's reduce-scatter. Ranks on one machine share its memory, so nothing can become faster there. Each
-rank sends 1.0002 times the least number of bytes (`benchmarks/sharded.py`).
+Ranks on one machine share its memory, so nothing can become faster there: of the 34 ms of two ranks, 12 are the update, 12 the
+reduce-scatter and 8 the all-gather. Each rank sends 1.0002 times the least number of bytes (`benchmarks/sharded.py`). The
+reduce-scatter takes 0.23 times as long as MPICH's own between two ranks, and 0.62 times between four
+(`benchmarks/collectives.py`). Where a container forbids that processes read one another's memory (CMA), collectives between its
+ranks take 4 to 7 times as long.
 
 ## The files
 

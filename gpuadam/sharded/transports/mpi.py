@@ -15,9 +15,11 @@ import numpy as np
 from ... import checks
 from .calls import Calls
 from .protocol import RankEnded, RankMissing, Work, imported
+from .sums import Sums
 
 FIRST = 248  # bytes of an object that go through the first collective of `exchange`
 ENDED = -1  # in the place of an object's size
+HERE, PART = 1, 2  # tags of messages: that this rank is here, for `_watch`; and a piece of a sum, for `Sums`
 
 
 class MPI:
@@ -36,6 +38,10 @@ class MPI:
     not, the timeout does.
 
     Raises ImportError without mpi4py, and TypeError or ValueError for a timeout that is none, or differs between ranks.
+
+    Gradients are summed in the order of the ranks: ((g0 + g1) + g2) + g3, each sum rounded to float32, or to float64 for float64.
+    So the bits of a sum depend on the gradients and the number of ranks alone. They depend neither on the library of MPI, whose
+    own reduce-scatter has no order that is known, nor on buckets, nor on which rank owns an element.
 
     Collectives are non-blocking, but MPICH moves bytes only while a rank is inside a call of MPI. With the environment variable
     MPIR_CVAR_ASYNC_PROGRESS=1 a thread of MPICH's moves them all the time, which pays where there is a core for it.
@@ -60,12 +66,12 @@ class MPI:
         self._comm: Any = None
         duplicate, request = comm.Idup()
         self._work(request).wait()
-        self._comm = duplicate
+        self._comm, self._sums = duplicate, Sums(self._mpi, duplicate, PART)
         if len(set(timeouts := self.exchange(timeout))) > 1:
             raise ValueError(f"the ranks differ in timeout, {timeouts}: give all ranks the same")
 
     def reduce_scatter(self, buffer: Any, part: Any) -> Work:
-        return self._work(self._comm.Ireduce_scatter_block(buffer, part, self._mpi.SUM))
+        return self._work(self._sums.start(buffer, part))
 
     def all_gather(self, buffer: Any) -> Work:
         return self._work(self._comm.Iallgather(self._mpi.IN_PLACE, buffer.view(np.uint8)))
@@ -115,7 +121,7 @@ class MPI:
         return first, self._work(self._comm.Iallgather(self._mpi.IN_PLACE, first.reshape(-1)))
 
     def _work(self, request):
-        """Return the Work of a request of MPI."""
+        """Return the Work of a request of MPI, or of a sum."""
         self._started += 1
         number = self._started
         self._requests[number] = request
@@ -141,16 +147,16 @@ class MPI:
         the end of the timeout the rank knows who is there.
         """
         asked = False
-        while self._comm is not None and self._comm.Iprobe():
+        while self._comm is not None and self._comm.Iprobe(tag=HERE):
             message, status = np.zeros(1, np.int64), self._mpi.Status()
-            self._comm.Recv(message, status=status)
+            self._comm.Recv(message, tag=HERE, status=status)
             self._heard[status.source] = message[0]
             asked = True
         others = [rank for rank in range(self.size) if rank != self.rank]
         if self._comm is not None and self._told < self._started and (asked or waited > self._timeout / 2):
             self._told = self._started
             # never waited for: a rank that does not receive them is stopped, and messages of 8 bytes do not wait for it
-            self._sent = [self._comm.Isend(np.array([self._started], np.int64), rank) for rank in others]
+            self._sent = [self._comm.Isend(np.array([self._started], np.int64), rank, HERE) for rank in others]
         if waited > self._timeout:
             missing = [str(rank) for rank in others if self._heard.get(rank, 0) < number]
             if self._comm is None:
