@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PIECE = (
-    1 << 20
-)  # bytes from each rank: in smaller ones the messages cost more than their bytes, larger ones leave the caches
+# Bytes from each rank. In smaller pieces the messages cost more than their bytes; larger ones leave the caches.
+PIECE = 1 << 20
 UNDER_WAY = 2  # pieces: one comes while another is added
 
 
