@@ -10,6 +10,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import llvmlite.binding
+
 from ... import __version__, backends
 
 PACKAGES = (
@@ -43,10 +45,11 @@ def machine():
 
 
 def _cpu_name():
+    """Return the name of the processor, and LLVM's of its kind, which says more: a virtual machine may be told "EPYC" alone."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    return f"{next(named, platform.processor() or platform.machine())} ({llvmlite.binding.get_host_cpu_name()})"
 
 
 @functools.cache
