@@ -1,4 +1,4 @@
-"""Who is measured: gpuadam, its limit, and other fused and unfused Adams, each on arrays of its own.
+"""Who is measured: gpuadam, its limit, and other fused and unfused Adams, each on arrays of its own unless they are large.
 
 A contender takes a list of shapes and returns a Contender, which does one float32 Adam step on all of them, in place where its
 library can. Every one starts from the same numbers, which stay ordinary (finite, no subnormals) however many steps are done: the
@@ -104,8 +104,26 @@ def host_arrays(shapes, count):
         yield [a.reshape(shape) for a in arrays]
 
 
+SHARED_FROM = 10_000_000  # elements, of which no cache holds much
+
+
 def own_arrays(backend, shapes, count=4):
-    """Return lists likewise of arrays of the backend: on a CPU each operand's are parts of one allocation, on huge pages."""
+    """Return lists likewise of arrays of the backend, for one contender alone if a cache may hold them.
+
+    Larger ones in a CPU's memory are the same for all contenders: where a virtual machine's host has put an allocation can make
+    a step 1.5 times as long.
+    """
+    if _are_shared(backend, shapes):
+        return [arrays[:count] for arrays in _same_arrays(backend, tuple(shapes))]
+    return _new_arrays(backend, shapes, count)
+
+
+def _are_shared(backend, shapes):
+    return backend.memory == "CPU" and sum(map(math.prod, shapes)) >= SHARED_FROM
+
+
+def _new_arrays(backend, shapes, count):
+    """Return lists of new arrays: on a CPU each operand's are parts of one allocation, on huge pages."""
     kernels = backends.load(backend.name)
     if backend.memory != "CPU":
         return [[kernels.from_host(a) for a in arrays] for arrays in host_arrays(shapes, count)]
@@ -126,10 +144,10 @@ def _extents(of_parameters):
     return lambda: pages.extents(itertools.chain.from_iterable(of_parameters))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # of a list of arrays, and of one flat array
 def _same_arrays(backend, shapes):
     """Return the arrays of the kernel and of its limit: which pages an array has can matter more than the arithmetic."""
-    return own_arrays(backend, shapes)
+    return _new_arrays(backend, shapes, 4)
 
 
 def adam_step(backend, shapes):
@@ -145,7 +163,7 @@ def adam_step(backend, shapes):
 
 
 def adam_class(backend, shapes):
-    return _of_class(own_arrays(backend, shapes, 2))
+    return _of_class(own_arrays(backend, shapes, 4 if _are_shared(backend, shapes) else 2))
 
 
 def adam_class_on_numpys(backend, shapes):
@@ -154,8 +172,11 @@ def adam_class_on_numpys(backend, shapes):
 
 
 def _of_class(arrays):
-    params, grads = map(list, zip(*arrays, strict=True))
+    params, grads, *moments = map(list, zip(*arrays, strict=True))
     opt = gpuadam.Adam(params, **HYPERPARAMETERS)
+    if moments:
+        for state, m, v in zip(opt.state.values(), *moments, strict=True):
+            state["m"], state["v"] = m, v
     moments = [(state["m"], state["v"]) for state in opt.state.values()]
     return Contender(lambda: opt.step(grads), extents=_extents([params, grads, *moments]))
 
@@ -331,8 +352,14 @@ def _of_torch(opt, backend, own, step):
 
     params = [param for group in opt.param_groups for param in group["params"]]
     if not own and backend.memory == "CPU":
-        moments = [_places([param.shape for param in params]) for _ in range(2)]
-        for param, *of_param in zip(params, *moments, strict=True):
+        shapes = [tuple(param.shape) for param in params]
+        shared = _are_shared(backend, shapes)
+        moments = (
+            [arrays[2:] for arrays in own_arrays(backend, shapes)]
+            if shared
+            else zip(*(_places(shapes) for _ in range(2)), strict=True)
+        )
+        for param, of_param in zip(params, moments, strict=True):
             exp_avg, exp_avg_sq = map(torch.from_numpy, of_param)
             opt.state[param].update(step=step(), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
 
