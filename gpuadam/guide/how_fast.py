@@ -9,72 +9,78 @@ the same run.
 
 These commands measure your machine: GB/s, bytes an element, and percent of the limit of each form.
 
-All figures below were measured on a 2-core AMD EPYC (AVX2) virtual machine on 2026-11-23, with numba 0.68.1, torch
-2.13.0+cpu, jax 0.10.2, optax 0.2.8 and deepspeed 0.19.8. Runs on this shared machine differ by some 5 %, and short ones of
-100 million elements by more. README.md has the table of one large array. There the kernel takes 0.95 to 1.06 times the
-limit's time. All contenders take turns, in a new order each round, so each finds the caches as the others left them. Every
-row with its quantiles is in `benchmarks/results`; `benchmarks/README.md` says how it was measured.
+The figures are of two virtual machines with two cores. "AVX2": an AMD EPYC of 2026-11-23, with torch 2.13.0+cpu, jax 0.10.2,
+optax 0.2.8 and deepspeed 0.19.8. "AVX-512": an AMD EPYC that LLVM calls znver4, of 2026-11-29. Both with numba 0.68.1. Runs on
+these shared machines differ by some 5 %. Where the host has put an allocation of 100 million elements changes a step on it by
+half, whoever makes the step; so all contenders that can have the same large arrays. All take turns, in a new order each round, so
+each finds the caches as the others left them. Every row with its quantiles is in `benchmarks/results`, by machine;
+`benchmarks/README.md` says how it was measured, and README.md has the table of one array.
 
 ## Many arrays, and small ones
 
 | | gpuadam | torch fused | ratio |
 |---|---:|---:|---:|
-| GPT-2 small: 148 arrays, 124 million elements, `Adam.step` | 72 ms (one flat array: 72) | 75 ms | 0.95 |
-| 1,000 arrays of 1,000 elements, `Adam.step` | 2.8 ms | 12.0 ms | 0.24 |
-| 1,000,000 elements, warm caches: `adam_step` | 0.33 ms (its limit: 0.19) | 0.45 ms | 0.74 |
-| memory of a step beyond its state, 100 million elements | 0 MB | 0 MB (foreach: 400 MB) | |
+| AVX-512: GPT-2 small: 148 arrays, 124 million elements, `Adam.step` | 66 ms (one flat array: 69) | 67 ms | 0.99 |
+| AVX-512: 1,000 arrays of 1,000 elements, `Adam.step` | 2.0 ms | 9.7 ms | 0.21 |
+| AVX2: memory of a step beyond its state, 100 million elements | 0 MB | 0 MB (foreach: 400 MB) | |
 
 **Calls.** A step that is as the last one, but for its number, the learning rate and the gradients, is checked and made in one
-compiled call. Microseconds of a call on 1,000 elements, medians on 2026-11-29, when the same kind of machine was slower:
+compiled call; several groups are compared one by one, and then updated. Microseconds of a call on 1,000 elements, AVX-512:
 
 | | warm caches | in turn with the others |
 |---|---:|---:|
-| `gpuadam.adam_step` | 4.1 | 24 |
-| `gpuadam.Adam.step` | 5.7 | 33 |
-| its kernel alone | 2.2 | 15 |
-| Adam by hand in plain NumPy | 15 | 54 |
-| torch fused | 99 | 198 |
-| `optax.adam` under `jax.jit` | 38 | 223 |
+| `gpuadam.adam_step` | 2.2 | 7.6 |
+| `gpuadam.Adam.step` | 3.5 | 12 |
+| its kernel alone | 1.1 | 4.3 |
+| Adam by hand in plain NumPy | 8.7 | 22 |
+| `gpuadam.torch.Adam` | 30 | 71 |
+| torch fused | 32 | 65 |
+| `optax.adam` under `jax.jit` | 17 | 66 |
 
-`gpuadam.torch.Adam` takes 0.9 to 1.0 of the time of torch fused for one tensor of 1,000 elements, 0.9 to 1.0 for 148 and 0.8 for
-1,000 tensors: most of it is spent on asking torch about its tensors. The first step of a process takes 1.2 s with a warm compile
-cache and 5.5 s with a cold one, where `import torch` and its first step take 4.5 s. `import gpuadam` takes 71 ms beyond NumPy.
+`gpuadam.torch.Adam` takes 0.96 of the time of torch fused for one tensor in warm caches, and 1.1 among ten others, whose turns
+leave none of its code in the caches; it takes 0.5 for 148 tensors, and 0.6 to 0.7 for 1,000. Most of it is spent on asking torch
+about its tensors.
+
+**The first step** of a process takes 0.27 s with a warm compile cache and 1.6 s with a cold one, `import gpuadam` and Numba's own
+import included, where `import torch` and its first step take 2.1 s. `import gpuadam` takes 21 ms, 0.4 of what `import numpy`
+takes.
 
 **Arrays in the caches** are bound by the processor's arithmetic. `benchmarks/in_caches.py` leaves out parts of the step. With the
-limit at 1, a step of 100,000 elements takes 1.31; without its division 1.23, without its square root 1.19, and without both 1.14.
-So the unit that divides and takes roots, which rounds each number exactly, is half of what is above the limit; the other half are
-some twenty other operations. A division by Newton's iteration and fma, without the divider, took 1.6 times as long here.
+limit at 1, a step of 100,000 elements takes on AVX-512 1.36, without its division 1.14, without its square root 1.09, and without
+both 1.06: the unit that divides and takes roots, which rounds each number exactly, is nearly all of what is above the limit. On
+AVX2 it is half of that, 1.31, 1.23, 1.19 and 1.14; the other half are some twenty other operations. A division by Newton's
+iteration and fma, without the divider, took 1.6 times as long there.
 
-**Asking for memory ahead.** Loops that ask for elements 128 to 2,048 ahead were no faster anywhere on this AMD processor: 1.02 to
-1.2 times the time of a loop that does not ask. On an Intel Xeon with AVX-512 such a loop, in C, took 0.93.
+**Asking for memory ahead.** Loops that ask for elements 128 to 2,048 ahead were no faster on AMD's processors, of either kind:
+1.00 to 1.2 times the time of a loop that does not ask. On an Intel Xeon with AVX-512 such a loop, in C, took 0.93.
 
 ## Narrow numbers
 
-Narrow numbers save memory everywhere. They save time where the memory is the limit. On these two cores, whose memory was
-quick that day, conversions and random bits take longer than the bytes. 20 million elements, measured in turn, times
-float32's:
+Narrow numbers save memory everywhere. They save time where the memory is the limit. Where it is quick, or the processor slow,
+conversions and random bits take longer than the bytes. 20 million elements, measured in turn, times float32's:
 
-| form | bytes an element | time |
-|---|---:|---:|
-| float32 | 28 | 1.00 |
-| bfloat16 parameters and gradients | 22 | 1.04 |
-| bfloat16 parameters with a remainder, bfloat16 gradients | 26 | 1.10 |
-| bfloat16 state | 20 | 1.36 |
-| all bfloat16, rounded randomly | 14 | 1.66 |
-| 8-bit state | 16.5 | 2.51 |
-| AMSGrad | 36 | 1.27 |
-| NAdam, RAdam, AdaMax | 28 | 0.96 to 0.99 |
+| form | bytes an element | AVX-512 | AVX2 |
+|---|---:|---:|---:|
+| float32 | 28 | 1.00 | 1.00 |
+| bfloat16 parameters and gradients | 22 | 0.82 | 1.04 |
+| bfloat16 parameters with a remainder, bfloat16 gradients | 26 | 1.01 | 1.10 |
+| bfloat16 state | 20 | 0.91 | 1.36 |
+| all bfloat16, rounded randomly | 14 | 1.02 | 1.66 |
+| 8-bit state | 16.5 | 1.81 | 2.51 |
+| AMSGrad | 36 | 1.32 | 1.27 |
+| NAdam, RAdam, AdaMax | 28 | 0.97 to 1.03 | 0.96 to 0.99 |
 
 ## The whole step
 
-Unscaling, check, clipping, update and zeros take 12.8 ms for 20 million elements, and 98 ms for GPT-2 small's 148 arrays.
+AVX2: unscaling, check, clipping, update and zeros take 12.8 ms for 20 million elements, and 98 ms for GPT-2 small's 148 arrays.
 That is 0.55 and 0.59 of the time of torch's `unscale_`, `clip_grad_norm_`, fused step and `zero_grad`.
 
 ## State in files, and many ranks
 
-A step with 8 GB of state in files takes 1.95 s, 1.22 times as long as moving the same bytes without arithmetic:
-`gpuadam.offload` has more. MPI's ranks on these two cores share one memory, so nothing can become faster:
-`gpuadam.sharded` has the times.
+AVX2: a step with 8 GB of state in files takes 1.95 s, 1.22 times as long as moving the same bytes without arithmetic. AVX-512:
+with 2 GB of state in the system's cache it takes 1.04 times as long, and half of that time if all of it fits in the budget:
+`gpuadam.offload` has more. MPI's ranks on two cores share one memory, so nothing can become faster: `gpuadam.sharded` has the
+times.
 
 ## What is expected of a GPU
 
@@ -107,5 +113,13 @@ on Rubin, whose multiprocessors hold 1,024 threads, for nearly all.
 Rubin in Numba, by a quarter and by a tenth. The script names what is short.
 
 The host's time of a step on a GPU is that of Python and of the libraries. `benchmarks/host_time.py` measures it beside bare
-launches, on a GPU, and without one over a driver that answers in no time.
+launches, on a GPU, and without one over a driver that answers in no time. Over this one, in microseconds (p20, AVX-512):
+
+| | CuPy | Numba |
+|---|---:|---:|
+| a bare launch: an ElementwiseKernel, a Numba kernel | 4.7 | 35 |
+| `adam_step` | 9.2 | 15 |
+| `Adam.step`, one array | 9.7 | 12 |
+| `Adam.step`, 148 arrays | 49 | 240 |
+| 148 bare launches | 710 | 5,900 |
 """
