@@ -4,7 +4,18 @@ import mmap
 
 import numpy as np
 import pytest
-from cases import DTYPES, FORMS, assert_same_bits, assert_sentinels, at_offset, different_bits, form_and_scalars, wide_state
+from cases import (
+    DTYPES,
+    FORMS,
+    KEY_FORMS,
+    assert_same_bits,
+    assert_sentinels,
+    at_offset,
+    different_bits,
+    few,
+    form_and_scalars,
+    wide_state,
+)  # fmt: skip
 from ptx import Refused
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
@@ -26,7 +37,7 @@ def on_cpu_backend(form, arrays, scalars):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", few(FORMS, *dict.fromkeys((*KEY_FORMS, *list(FORMS)[::3]))))
 def test_every_form_gives_the_cpu_backends_bits(compiler, arch, name, dtype):
     for eps in (0.0, 1e-30, 1e-20, 1e-8):
         form, scalars = form_and_scalars(name, dtype, eps=eps)

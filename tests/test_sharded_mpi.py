@@ -4,7 +4,7 @@ import libraries
 import numpy as np
 import pytest
 import ranks
-from cases import examples
+from cases import examples, few
 from mpi_jobs import assert_ended_as_a_failure, expected, job
 
 from gpuadam.sharded.layout import CELL
@@ -24,6 +24,7 @@ def of_eight(tmp_path_factory, examples):
     return job(examples(4, 8), "bits", CHECKPOINTS=str(folder))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", ranks.CASES)
 def test_1_2_3_4_and_8_ranks_have_the_bits_of_one_optimizer(of_eight, case):
     """Parameters on every rank, and all state."""
@@ -31,6 +32,7 @@ def test_1_2_3_4_and_8_ranks_have_the_bits_of_one_optimizer(of_eight, case):
     assert {n: found[case][n] for n in NUMBERS} == {n: [expected()[case][0]] for n in NUMBERS}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", ranks.CASES)
 @pytest.mark.parametrize("saved", ["4", "alone"])
 def test_what_was_saved_goes_on_bit_for_bit_with_any_number_of_ranks(of_eight, case, saved):
@@ -142,7 +144,7 @@ def test_a_rank_knows_what_it_owns_and_has_no_other_state(of_four):
 
 
 @pytest.mark.usefixtures("examples")
-@pytest.mark.parametrize("of_job", ["of_eight", "of_four"])
+@pytest.mark.parametrize("of_job", few(["of_eight", "of_four"], "of_four"))
 def test_a_job_ends_when_one_of_its_ranks_is_killed(of_job, request):
     _, end = request.getfixturevalue(of_job)
     assert_ended_as_a_failure(end)
