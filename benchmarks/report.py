@@ -321,6 +321,8 @@ SUMMARY = {
     "narrow": (KERNEL,),
     "amp_step": (STEP, f"{STEP}, bfloat16 copies"),
     "small": (CALL, STEP),
+    "norms": (STEP, f"{STEP}, norms=True", f"{STEP}, norms by hand"),
+    "host_time": (CALL, STEP, "bare ElementwiseKernel", "bare Numba kernel"),
     "pages": ("one flat array, huge pages", "list, huge pages", "list and state, small pages"),
     "memory": (STEP, measure.TORCH_FUSED),
     "offload": (

@@ -404,6 +404,7 @@ def test_the_list_of_sections_is_complete_and_a_wrong_name_is_refused(tmp_path):
     assert sorted(sections) == sorted(re.findall(r"^section_([\w-]+)\(\)", text, re.M))
     scripts = {path.stem for path in FOLDER.glob("*.py")} - NOT_ON_A_GPU
     assert scripts == {name for name in scripts if f"benchmark {name} " in text or f"benchmarks/{name}.py" in text}
+    assert set(re.findall(r"\bbenchmark ([a-z_]+) (?:cupy|numba-cuda) ", text)) <= report.SUMMARY.keys()
     of_default = re.findall(r"^\* ([\w-]+) +(\d+) s", listed, re.M)
     assert sum(int(seconds) for _, seconds in of_default) <= 350  # of the 360 that all may take
     for wrong in (("out", "larg"), ("--with", "out"), ("--within", "soon", "out"), ()):
