@@ -87,7 +87,7 @@ class StepsOnCpu:
         """Return that of a step that went the long way, whose Updates were these, or None if there is none for its like."""
         if not all(type(array) is np.ndarray for column in only.columns for array in column):
             return None
-        beside = len(optimizer.groups) > 1  # whose arrays have to be compared, too, before any is updated
+        beside = optimizer.arrangement.in_groups  # all groups are compared before any is updated
         plan = plan_of(only, len(only.names), beside) if backends.takes_numpy(optimizer.backend) else None
         return plan and cls(plan, only)
 

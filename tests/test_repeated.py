@@ -104,6 +104,18 @@ GROUPS = {  # how gradients of two groups may be given, by how the parameters we
 }
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_so_have_steps_of_one_group_in_a_list(dtype):
+    """Such a step is made once: by the call that compares it, or by the launch after that, and not by both."""
+    opts = [gpuadam.AdamW([{"params": {"w0": numbers(5, 1, dtype)}}], lr=0.1) for _ in range(2)]
+    long_way(opts[1])
+    for k in range(6):
+        for opt, as_given in zip(opts, (lambda x: x, lambda x: [x]), strict=True):
+            opt.step(as_given({"w0": numbers(5, 10 + k, dtype)}))
+        assert_same(*opts)
+    assert opts[0]._repeated.ready
+
+
 @pytest.mark.parametrize("kind", GROUPS)
 def test_so_have_steps_of_several_groups(kind):
     as_params, as_grads = GROUPS[kind]
