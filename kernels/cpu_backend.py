@@ -17,7 +17,8 @@ from gpuadam.kernels.view import on_cpu
 class CpuBatch(Batch):
     """Updates that one launch makes: those of a table (`numpy_struct.py`), or without a table one update of any strides.
 
-    n: how many elements a table has. updates: `layout.Update`s, which keep the arrays alive; None where the caller does.
+    n: how many elements a table has. updates: `layout.Update`s, which keep the arrays alive; of a table
+    anything that does; None where the caller does.
     """
 
     __slots__ = ("arguments", "arrays", "begun", "group", "is_random", "kernel", "n", "names", "table", "updates")
