@@ -110,24 +110,28 @@ def beta(name, value):
     return value
 
 
+def integer(name, value):
+    """Return an integer as a Python int, which never wraps. name: what errors call it, and what it is."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, not {shown(value)} ({type(value).__name__})")
+    return int(value)
+
+
 def step_number(step):
-    if type(step) is not int and (isinstance(step, bool) or not isinstance(step, Integral)):
-        raise TypeError(f"step must be an integer, counted from 1, not {shown(step)} ({type(step).__name__})")
-    step = int(step)
+    step = integer("step, counted from 1,", step)
     if step < 1:
         raise ValueError(f"step={shown(step)} must be at least 1: the first update is step 1")
     return step
 
 
 def count(name, value):
-    """Return a number of steps taken as a Python int, which never wraps."""
-    if type(value) is int and value >= 0:
-        return value
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, not {shown(value)} ({type(value).__name__})")
+    """Return a number of steps taken as a Python int."""
+    value = integer(name, value)
     if value < 0:
         raise ValueError(f"{name} must not be negative")
-    return int(value)
+    return value
 
 
 def one_of(choices, name, value):
@@ -144,11 +148,7 @@ def flag(name, value):
 
 def seed(value):
     """Return a seed for random rounding as an int of 64 bits."""
-    if type(value) is int and 0 <= value < 2**64:
-        return value
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"seed must be an integer, not {shown(value)} ({type(value).__name__})")
-    return int(value) % 2**64
+    return integer("seed", value) % 2**64
 
 
 NAMES = {"adam": "Adam", "nadam": "NAdam", "radam": "RAdam", "adamax": "AdaMax"}  # of algorithms, for messages
@@ -311,8 +311,8 @@ def _operand(view, param, operand, numbers, written, in_groups):
     if view.device != param.device and param.size:
         raise ValueError(f"{view.name} is on device {view.device}, {param.name} on {param.device}: move one of them")
     layout(view, written)
-    if written and not view.writeable:
-        read_only(view)
+    if written:
+        writeable(view)
     if in_groups:
         _in_groups(view)
 
@@ -346,8 +346,6 @@ def formats(views, nonzero=False, numbers=1):
     for operand, view in views.items():
         one_format(view, KINDS[operand].formats)
     param, m = views["param"], views["m"]
-    if m.format == "uint8" and numbers > 1:
-        of_8_bits(m.name)
     for operand in ("low", "high"):
         if operand in views and views[operand].format != param.format:
             raise TypeError(
@@ -358,16 +356,18 @@ def formats(views, nonzero=False, numbers=1):
         if operand in views and views[operand].format != m.format:
             raise TypeError(f"{views[operand].name} has dtype {_name(views[operand])}, {m.name} has {_name(m)}: use one")
     if m.format == "uint8":
+        if numbers > 1:
+            of_8_bits(m.name)
         if not {"m_scale", "v_scale"} <= set(views):
             raise TypeError(f"{m.name} has dtype uint8, so it is 8-bit state, which needs m_scale and v_scale too")
         for view in views.values():
             _not_wide(view)
+        if nonzero or "where" in views:
+            raise TypeError(
+                f"{m.name} has dtype uint8: where= cannot leave elements of 8-bit state as they are, which share scales"
+            )
     elif "m_scale" in views or "v_scale" in views:
         raise TypeError(f"m_scale and v_scale belong to 8-bit state, and {m.name} has dtype {_name(m)}: it must be uint8")
-    if m.format == "uint8" and (nonzero or "where" in views):
-        raise TypeError(
-            f"{m.name} has dtype uint8: where= cannot leave elements of 8-bit state as they are, which share scales"
-        )
     if "change" in views and (others := sorted({"remainder", "param_copy", "ema"} & set(views))):
         raise TypeError(
             f"{views['change'].name}: with change= param stays as it is, so there can be no {' and no '.join(others)}"
@@ -439,14 +439,22 @@ def same_layout(own, loaded, any_layout):
     steps, loaded_steps = ([s for s, n in zip(view.strides, view.shape, strict=True) if n > 1] for view in (own, loaded))
     if not any_layout and steps != loaded_steps:
         raise ValueError(f"{loaded.name} has strides {loaded.strides}, the optimizer's {own.strides}: pass it in that order")
-    if not own.writeable:
-        read_only(own)
+    writeable(own)
 
 
-def read_only(view):
+def writeable(view):
+    """Refuse an array that must not be written."""
     if view.immutable:
         raise ValueError(f"{view.name}, which an update writes to, {view.immutable}")
-    raise ValueError(f"{view.name} is read-only, and an update writes to it: pass a writeable array")
+    if not view.writeable:
+        raise ValueError(f"{view.name} is read-only, and an update writes to it: pass a writeable array")
+
+
+def param(view):
+    """Check an array that is to be a parameter, or is to be overwritten with zeros as its gradient."""
+    one_format(view, FORMATS)
+    layout(view)
+    writeable(view)
 
 
 def no_gaps(view):

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from . import backends, checks
-from .groups import MAPPING, differing_names, places_of_groups, some
+from .groups import MAPPING, check_names, places_of_groups, some
 from .kernels.messages import shortened, shown
 from .kernels.view import Bits, a_kind, is_jax
 from .optimizer import Adam
@@ -69,7 +69,7 @@ def from_torch(
         raise ValueError('a state_dict of torch has "state" and "param_groups"; this one does not')
     theirs, their_groups, groups = state_dict["state"], state_dict["param_groups"], opt.state_dict()["groups"]
     name_of = _names_of_torch(their_groups, names)
-    _check_names(name_of.values(), opt)
+    check_names(name_of.values(), opt.state)
     if strange := [index for index in theirs if index not in name_of]:
         raise ValueError(f"the state_dict has state of {some(strange)}, which are in none of its groups")
     structures = [structure._replace(kind=MAPPING) for structure in opt.arrangement.structures]  # all have names now
@@ -156,7 +156,7 @@ def from_optax(opt: Adam, state: Any, separator: str = ".", *, convert: bool = F
     states: dict[str, dict] = {name: {"step": count} for name in opt.state}
     for key, tree in (("m", adam.mu), ("v", adam.nu)):
         leaves = _leaves(tree, separator)
-        _check_names(leaves, opt)
+        check_names(leaves, opt.state)
         for name, leaf in leaves.items():
             states[name][key] = leaf if convert else _held(key, name, leaf, opt)
     loaded = {"steps": count, "groups": opt.state_dict()["groups"], "state": states, **OF_OPTAX}
@@ -178,7 +178,7 @@ def to_optax(opt: Adam, like: Any, separator: str = ".") -> Any:
     for name, state in ours.items():
         _check_keys(name, state, ("m", "v"), "optax")
     for tree in (adam.mu, adam.nu):
-        _check_names(_leaves(tree, separator), opt)
+        check_names(_leaves(tree, separator), opt.state)
     counts = sorted({state["step"] for state in ours.values()})
     if len(counts) > 1 or counts[0] >= COUNTS_OF_OPTAX:
         raise ValueError(f"optax has one step count, an int32, for all parameters; here they are {some(counts)}")
@@ -210,11 +210,6 @@ def _check_eps(opt):
     if opt.options.formula == "eps-hat" or opt.options.eps_root:
         has = f"formula={opt.options.formula!r} with eps_root={opt.options.eps_root}"
         raise ValueError(f"the optimizer has {has}, in which eps is not what it is in torch: use one with formula='torch'")
-
-
-def _check_names(theirs, opt):
-    if difference := differing_names(theirs, opt.state):
-        raise ValueError(f"the parameters' names differ: {difference}")
 
 
 def _check_keys(name, state, known, library):

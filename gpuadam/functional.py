@@ -150,7 +150,7 @@ def adam_step(
         group.seed = checks.seed(seed)
         group.complex, group.components = checks.complex_parts(complex), checks.components(components)
         checks.combination(algorithm, optional, group.stochastic)
-    remembered = _ON_GPU if _ON_GPU.takes(param) else None
+    remembered = calls if calls is _ON_GPU and calls.takes(param) else None
     update([group], backend, stream, remembered)
     if stream is None and (remembered or calls is _REPEATED):
         calls.note(group, settings)

@@ -91,8 +91,7 @@ class Arrangement(NamedTuple):
 
     def check(self, groups):
         """Refuse more or fewer groups than when the optimizer was made, and arrays that a step would not update."""
-        if len(groups) != len(self.structures):
-            self.check_number(groups)
+        self.check_number(groups)
         try:
             for holder, key, array, _ in self.places:  # a call for each, or only one for all, would take longer
                 if holder[key] is not array:
@@ -123,9 +122,7 @@ def parsed_groups(params, defaults):
         members = as_given_in = as_list(group["params"])
         if isinstance(members, Mapping):
             names, members, kind = list(members), list(members.values()), MAPPING
-            for name in names:
-                if not isinstance(name, str):
-                    raise TypeError(f"the names of parameters must be strings, not {shown(name)}")
+            _check_strings(names)
         else:
             _refuse_pairs(members)
             kind = SEQUENCE if is_sequence(members) else ONE
@@ -142,13 +139,17 @@ def parsed_groups(params, defaults):
     return groups, Arrangement(structures, bool(grouped), places, not grouped and structures[0].kind == ONE)
 
 
+def _check_strings(names):
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"the names of parameters must be strings, not {shown(name)}")
+
+
 def _refuse_pairs(params):
     """Refuse (name, array) pairs, such as named_parameters() of a model or items() of a dict."""
-    if (
-        is_sequence(params)
-        and len(params)
-        and all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in params)
-    ):
+    if not is_sequence(params) or not len(params):
+        return
+    if all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in params):
         raise TypeError(
             f"params has pairs of a name and an array, the first of {shown(params[0][0])}: give a dict, dict(params) or "
             "dict(model.named_parameters())"
@@ -199,22 +200,12 @@ def in_order(grads, structure, label):
     grads, names = as_list(grads), structure.names
     if structure.kind == MAPPING:
         if not isinstance(grads, Mapping) or grads.keys() != set(names):
-            raise ValueError(
-                f"{label} must be a dict with the names {some(names)} (None skips one); {_difference(grads, names)}"
-            )
+            wrong = differing_names(grads, names) if isinstance(grads, Mapping) else f"it is {what_is(grads)}"
+            raise ValueError(f"{label} must be a dict with the names {some(names)} (None skips one); {wrong}")
         return [grads[name] for name in names]
     if not is_sequence(grads) or len(grads) != len(names):
         raise ValueError(f"{label} must be a sequence of {len(names)} (None skips one); it is {what_is(grads)}")
     return list(grads)
-
-
-def _difference(grads, names):
-    """Return what is wrong with a dict that should have some names, or is none."""
-    if not isinstance(grads, Mapping):
-        return f"it is {what_is(grads)}"
-    known = set(names)
-    missing, extra = [name for name in names if name not in grads], [name for name in grads if name not in known]
-    return " and ".join([f"it lacks {some(missing)}"] * bool(missing) + [f"only it has {some(extra)}"] * bool(extra))
 
 
 class _OfParams:
@@ -280,17 +271,8 @@ def checked_group(group, structure, options, step, grad_scale=1.0):
 
     options: `Options`. Raises TypeError or ValueError.
     """
-    try:
-        lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds, pairs, components, names, params = _values(
-            group
-        )
-    except KeyError:
-        names = None
-    if names is None or len(group) != len(GROUP_KEYS):
-        unknown, missing = group.keys() - GROUP_KEYS, sorted(GROUP_KEYS - group.keys())
-        if unknown:
-            raise ValueError(_unknown(unknown))
-        raise ValueError(f"a group has missing {missing}; its hyperparameters are {', '.join(HYPERPARAMETERS)}")
+    check_keys(group)
+    lr, betas, eps, weight_decay, amsgrad, maximize, clip_value, bounds, pairs, components, names, params = _values(group)
     if names != structure.names or len(params) != len(names):
         raise ValueError('the "params" and "names" of a group cannot be changed after the optimizer is made: make another')
     if not (amsgrad is structure.amsgrad and pairs is structure.complex and components is structure.components):
@@ -308,6 +290,15 @@ def checked_group(group, structure, options, step, grad_scale=1.0):
     return hyperparameters.with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, of_options, clip_value, bounds)
 
 
+def check_keys(group):
+    """Refuse a group that lacks a setting, or has one more."""
+    if group.keys() != GROUP_KEYS:
+        if unknown := group.keys() - GROUP_KEYS:
+            raise ValueError(_unknown(unknown))
+        missing = sorted(GROUP_KEYS - group.keys())
+        raise ValueError(f"a group lacks {missing}; its hyperparameters are {', '.join(HYPERPARAMETERS)}")
+
+
 _values = operator.itemgetter(*HYPERPARAMETERS, "names", "params")
 
 
@@ -319,13 +310,20 @@ def as_given(kind, names, arrays):
 
 
 def differing_names(theirs, ours):
-    """Return how the names of loaded state differ from those of the parameters, in words, or nothing if they are the same.
+    """Return how names of gradients or of state differ from those of the parameters, in words, or nothing if they do not.
 
     >>> differing_names(["w", "c"], ["w", "b"])
-    "it does not have ['b'] and only it has ['c']"
+    "it lacks ['b'] and only it has ['c']"
     """
-    missing, extra = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
-    return " and ".join([f"it does not have {some(missing)}"] * bool(missing) + [f"only it has {some(extra)}"] * bool(extra))
+    theirs, ours = dict.fromkeys(theirs), dict.fromkeys(ours)  # in their order
+    missing, extra = [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
+    return " and ".join([f"it lacks {some(missing)}"] * bool(missing) + [f"only it has {some(extra)}"] * bool(extra))
+
+
+def check_names(theirs, ours):
+    """Refuse state of other names than those of the parameters."""
+    if difference := differing_names(theirs, ours):
+        raise ValueError(f"the parameters' names differ: {difference}")
 
 
 def places_of_groups(names, structures, by_place):
@@ -379,9 +377,7 @@ def decay_groups(params: Mapping[str, Array], no_decay: str | Iterable[str], wei
     """
     if not isinstance(params, Mapping):
         raise TypeError(f"params is {a_kind(params)}; patterns need names: pass a dict name -> array")
-    for name in params:
-        if not isinstance(name, str):
-            raise TypeError(f"the names of parameters must be strings, not {shown(name)}")
+    _check_strings(params)
     if not isinstance(no_decay, Iterable):
         raise TypeError(f"no_decay must be patterns of names, not {shown(no_decay)}")
     exempt: set[str] = set()
@@ -392,11 +388,7 @@ def decay_groups(params: Mapping[str, Array], no_decay: str | Iterable[str], wei
         if not matched:
             raise ValueError(f"no_decay: no parameter's name matches {shown(pattern)}; there are {some(params)}")
         exempt.update(matched)
-    weight_decay = checks.non_negative("weight_decay", weight_decay)
-    return [
-        {
-            "params": holders.Part({name: p for name, p in params.items() if name not in exempt}, params),
-            "weight_decay": weight_decay,
-        },
-        {"params": holders.Part({name: p for name, p in params.items() if name in exempt}, params), "weight_decay": 0.0},
-    ]
+    parts = [{name: p for name, p in params.items() if (name in exempt) is is_exempt} for is_exempt in (False, True)]
+    decays = checks.non_negative("weight_decay", weight_decay), 0.0
+    pairs = zip(parts, decays, strict=True)
+    return [{"params": holders.Part(part, params), "weight_decay": decay} for part, decay in pairs]

@@ -36,7 +36,9 @@ class Formulas:
     decoupled: bool = False
 
 
-def formulas(algorithm, formula, eps_root, ema_decay, ema_starts, zero_grad, decoupled):
+def formulas(
+    algorithm="adam", formula="torch", eps_root=0.0, ema_decay=0.999, ema_starts=False, zero_grad=False, decoupled=False
+):
     """Return Formulas, or raise TypeError or ValueError naming the one that is wrong."""
     arguments = algorithm, formula, eps_root, ema_decay, ema_starts, zero_grad, decoupled
     try:
@@ -106,7 +108,7 @@ def checked(
     >>> checked(0.1, (0.9, 0.999), 1e-8, 0.0, algorithm="radam").fixed.algorithm
     'radam'
     """
-    of_options = formulas(**dataclasses.asdict(ADAM) | options | {"decoupled": decoupled})
+    of_options = formulas(decoupled=decoupled, **options)
     return with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, of_options, clip_value, bounds)
 
 

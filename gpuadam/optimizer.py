@@ -4,40 +4,22 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
-from . import backends, checks, clipping, gradients, hyperparameters, step_counts, torch_tensors
+from . import backends, checks, clipping, gradients, step_counts
 from . import state as state_
 from .description import of_adam, repr_of
 from .device_step import Now
-from .groups import (
-    HYPERPARAMETERS,
-    OF_PARAMS,
-    HasGroups,
-    Structure,
-    checked_group,
-    grads_of_params,
-    is_sequence,
-    parsed_groups,
-    places_of_groups,
-    saved_settings,
-    some,
-    what_is,
-)
+from .groups import HYPERPARAMETERS, OF_PARAMS, HasGroups, grads_of_params, parsed_groups
 from .growing import Grows
-from .kernels import array_bytes, streams
-from .kernels.messages import shortened, shown
-from .kernels.scalars import step_key
-from .kernels.view import Bits, View, is_array
 from .options import SAVED, Options, arguments
+from .parameters import begun, made_group, made_parameters
 from .remembered import Remembered
 from .repeated import RepeatedStep
-from .state import OF_GROUPS, Parameter, ParameterKind
-from .state_conversion import CONVERTED, Conversion, conversion
-from .step_arrays import StepArrays, bounds_of_loaded, of_bounds, saved_bounds, without_arrays
+from .state_dict import HasState
+from .step_arrays import StepArrays, of_bounds
 from .step_norms import NormsOfStep, StepNorms
 from .typing import (
     Algorithm,
@@ -45,7 +27,6 @@ from .typing import (
     Betas,
     Complex,
     Components,
-    FilePath,
     Formula,
     Integer,
     LearningRate,
@@ -59,33 +40,8 @@ from .typing import (
 from .under_way import UnderWay
 from .update import Updates, check, update
 
-# The options that a state_dict has, because the meaning of the moments depends on them, and their values
-OF_MOMENTS = {"algorithm": hyperparameters.ALGORITHMS, "formula": hyperparameters.FORMULAS}
 
-
-# What an error says of moments in another format
-CONVERT = ": load_state_dict(state_dict, convert=True) converts moments to another format"
-
-
-class Beginning(NamedTuple):
-    """What an optimizer begins with of a parameter."""
-
-    backend: Any
-    view: View
-    kept: dict[str, str]  # key of the state -> format
-    numbers: int = 1  # of the parameter that share a v
-
-
-class Group(NamedTuple):
-    """A group of parameters, beside its settings in `Adam.groups`."""
-
-    structure: Structure
-    parameters: list[Parameter]
-    kind: ParameterKind | None  # of all parameters, if they have one
-    count: Any  # of steps, one of step_counts.py
-
-
-class Adam(HasGroups, Grows):
+class Adam(HasGroups, HasState, Grows):
     """Adam with L2 decay, in place on the caller's arrays.   (Kingma & Ba 2015, arXiv:1412.6980)
 
     params: one array, a sequence of arrays, a dict name -> array, or a list of groups such as
@@ -179,9 +135,8 @@ class Adam(HasGroups, Grows):
         self._norm: Any = None  # of the last step, on a GPU
         self._step_norms: Any = None  # of every step, if capturable
         self._norm_counts: dict[int, Any] = {}  # for scalars that depend on a norm on the device, where the host counts
-        beginnings = self._checked_params()
-        self._make_parameters(beginnings, self.copies_of(param_copies, beginnings))
-        self._make_groups(beginnings)
+        beginnings = begun(self)
+        self._take(beginnings, self.copies_of(param_copies, beginnings))
         self.warn_of_no_effect({"master": master, "stochastic_rounding": stochastic_rounding})
 
     def __repr__(self) -> str:
@@ -194,82 +149,28 @@ class Adam(HasGroups, Grows):
         structures = [s._replace(names=list(g["names"])) for s, g in zip(self.arrangement.structures, groups, strict=True)]
         twin._repeated = RepeatedStep()
         twin.groups, twin.arrangement = groups, self.arrangement._replace(structures=structures)
-        beginnings = twin._checked_params()
-        twin._make_parameters(beginnings, copies, states)
-        twin._make_groups(beginnings, [group.count for group in self._groups])
+        twin._take(begun(twin), copies, states, [group.count for group in self._groups])
         return twin
 
-    def _checked_params(self):
-        """Check the parameters and hyperparameters. Return name -> Beginning of each parameter."""
-        beginnings: dict[str, Beginning] = {}
-        of_bounds(self.groups, self.arrangement.structures)  # which refuses those of another structure
-        for group, structure in zip(self.groups, self.arrangement.structures, strict=True):
-            has_array = self.options.capturable and is_array(group["lr"])  # whose number is not known before it is read
-            h = self.checked(group | {"lr": 0.0} if has_array else group, structure, step=1)
-            for name, param in zip(group["names"], group["params"], strict=True):
-                if name in beginnings:
-                    raise ValueError(f"two parameters are named {shown(name)}: names must differ")
-                label = self.arrangement.label(name)
-                kernels, (view,) = backends.choose([(label, checks.given(label, param))], self.backend)
-                checks.one_format(view, checks.FORMATS)
-                checks.layout(view)
-                if not view.writeable:
-                    checks.read_only(view)
-                hyperparameters.check_rounding(h, self.options.computed_in(view.format))
-                numbers = checks.numbers(view, structure.complex, structure.components)
-                checks.ordered(view, numbers, h.fixed, ())
-                kept = self.options.kept(view, structure.amsgrad, numbers)
-                beginnings[name] = Beginning(kernels, view, kept, numbers)
-        views = [beginning.view for beginning in beginnings.values()]
-        checks.given_once(views)
-        checks.overlap(views, [])
-        return beginnings
+    def _take(self, beginnings, copies, states=None, counts=None):
+        """Make the Parameters and the Groups.
 
-    def _make_parameters(self, beginnings, copies, states=None):
-        """Make a Parameter of each. copies: name -> array. states: name -> state that goes on; others are at their start."""
+        copies: name -> array. states: name -> state that goes on; others are at their start. counts: of each group, if these go
+        on.
+        """
         states = dict(states or {})
         new = self.new_state({name: beginning for name, beginning in beginnings.items() if name not in states})
         states |= {name: {"step": 0} | arrays for name, arrays in new.items()}
-        seed, stochastic = checks.seed(self.options.seed), self.options.stochastic_rounding
-        self.parameters = {}
-        for number, (name, (_, view, kept, numbers)) in enumerate(beginnings.items()):
-            kind = ParameterKind.of(view, kept, name in copies, stochastic, numbers)
-            key = key_of_parameter(seed, number)
-            self.parameters[name] = Parameter(name, kind, states[name], key, copies.get(name))
+        self.parameters = made_parameters(beginnings, states, copies, self.options)
         self.state = {name: parameter.state for name, parameter in self.parameters.items()}
         computed_in = {self.options.computed_in(beginning.view.format) for beginning in beginnings.values()}
         self._largest_norm = min(map(clipping.LARGEST_NORM.__getitem__, computed_in))
-
-    def _make_groups(self, beginnings, counts=None):
-        """Make the Group of each. counts: of each, if they go on."""
-        given = zip(self.groups, self.arrangement.structures, counts or [None] * len(self.groups), strict=True)
-        self._groups = [self._made_group(k, *of_group, beginnings) for k, of_group in enumerate(given)]
-
-    def _made_group(self, k, settings, structure, count, beginnings):
-        """Return the Group of number k."""
-        members = [self.parameters[name] for name in settings["names"]]
-        kinds = {parameter.kind for parameter in members}
-        places = {(beginning.backend, beginning.view.device) for beginning in map(beginnings.get, structure.names)}
-        if not members and self.options.capturable and is_array(settings["lr"]):
-            kernels, (view,) = backends.choose([("lr", settings["lr"])], self.backend)
-            places = {(kernels, view.device)}
-        if places and self.options.capturable:
-            if len({kind.operands for kind in kinds}) > 1:
-                raise ValueError(
-                    f"with capturable=True the parameters of a group have the same kinds of state; group {k} has some with a "
-                    "remainder or a copy and some without: put them into groups of their own"
-                )
-            if len({backend for backend, _ in places}) > 1 or len({device for _, device in places} - {None}) > 1:
-                raise ValueError(
-                    f"with capturable=True the parameters of a group share a device and a backend; group {k} does not"
-                )
-            kernels, device = max(places, key=lambda place: place[1] or 0)
-            if not (isinstance(count, step_counts.ArrayCount) and count.is_at(kernels, device)):
-                count = step_counts.in_array(kernels, device)
-            count.number("lr", settings["lr"])
-            for parameter in members:
-                parameter.state["step"] = count.step
-        return Group(structure, members, kinds.pop() if len(kinds) == 1 else None, count or step_counts.HostCount())
+        self._groups = [
+            made_group(k, settings, structure, beginnings, self, count)
+            for k, (settings, structure, count) in enumerate(
+                zip(self.groups, self.arrangement.structures, counts or [None] * len(self.groups), strict=True)
+            )
+        ]
 
     def warn_of_no_effect(self, options):
         """Warn of options that do nothing for parameters of these formats."""
@@ -293,60 +194,29 @@ class Adam(HasGroups, Grows):
         copies = itertools.chain.from_iterable(self.arrangement.in_order(param_copies, "param_copies"))
         return {name: copy for name, copy in zip(beginnings, copies, strict=True) if copy is not None}
 
-    def checked(self, group, structure, step, grad_scale=1.0):
-        """Return the Hyperparameters of a group for a step, checked."""
-        return checked_group(without_arrays(group), structure, self.options, step, grad_scale)
+    @overload
+    def step(
+        self, grads: LikeParams = ..., *, grad_scale: Number | Array = ..., max_norm: Number | None = ...,
+        norm: Number | Array | None = ..., check_finite: bool = ..., found_inf: Number | Array | None = ...,
+        change: LikeParams = ..., lr_scale: LikeParams = ..., where: LikeParams | Literal["nonzero"] = ...,
+        norms: Literal[False] = ..., stream: Stream | None = ...,
+    ) -> None: ...  # fmt: skip
 
     @overload
     def step(
-        self,
-        grads: LikeParams = ...,
-        *,
-        grad_scale: Number | Array = ...,
-        max_norm: Number | None = ...,
-        norm: Number | Array | None = ...,
-        check_finite: bool = ...,
-        found_inf: Number | Array | None = ...,
-        change: LikeParams = ...,
-        lr_scale: LikeParams = ...,
-        where: LikeParams | Literal["nonzero"] = ...,
-        norms: Literal[False] = ...,
-        stream: Stream | None = ...,
-    ) -> None: ...
+        self, grads: LikeParams = ..., *, grad_scale: Number | Array = ..., max_norm: Number | None = ...,
+        norm: Number | Array | None = ..., check_finite: bool = ..., found_inf: Number | Array | None = ...,
+        change: LikeParams = ..., lr_scale: LikeParams = ..., where: LikeParams | Literal["nonzero"] = ...,
+        norms: Literal[True], stream: Stream | None = ...,
+    ) -> StepNorms: ...  # fmt: skip
 
     @overload
     def step(
-        self,
-        grads: LikeParams = ...,
-        *,
-        grad_scale: Number | Array = ...,
-        max_norm: Number | None = ...,
-        norm: Number | Array | None = ...,
-        check_finite: bool = ...,
-        found_inf: Number | Array | None = ...,
-        change: LikeParams = ...,
-        lr_scale: LikeParams = ...,
-        where: LikeParams | Literal["nonzero"] = ...,
-        norms: Literal[True],
-        stream: Stream | None = ...,
-    ) -> StepNorms: ...
-
-    @overload
-    def step(
-        self,
-        grads: LikeParams = ...,
-        *,
-        grad_scale: Number | Array = ...,
-        max_norm: Number | None = ...,
-        norm: Number | Array | None = ...,
-        check_finite: bool = ...,
-        found_inf: Number | Array | None = ...,
-        change: LikeParams = ...,
-        lr_scale: LikeParams = ...,
-        where: LikeParams | Literal["nonzero"] = ...,
-        norms: bool = ...,
-        stream: Stream | None = ...,
-    ) -> StepNorms | None: ...
+        self, grads: LikeParams = ..., *, grad_scale: Number | Array = ..., max_norm: Number | None = ...,
+        norm: Number | Array | None = ..., check_finite: bool = ..., found_inf: Number | Array | None = ...,
+        change: LikeParams = ..., lr_scale: LikeParams = ..., where: LikeParams | Literal["nonzero"] = ...,
+        norms: bool = ..., stream: Stream | None = ...,
+    ) -> StepNorms | None: ...  # fmt: skip
 
     def step(
         self,
@@ -405,16 +275,15 @@ class Adam(HasGroups, Grows):
             conditions = self.conditions(grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream)
             grad_scale, left_out, on_device = conditions
         further = bounds = None
-        for settings in self.groups:
-            if settings["bounds"] is not None:
-                bounds = of_bounds(self.groups, self.arrangement.structures)
+        if any(settings.get("bounds") is not None for settings in self.groups):
+            bounds = of_bounds(self.groups, self.arrangement.structures)
         if bounds or not change is lr_scale is where is None:
             further = self.step_arrays(change, lr_scale, where, bounds)
         of_step = None if norms is False or not checks.flag("norms", norms) else self.norms_of_step()
         updates: list[Updates] = []
         taking: list[tuple] = []
         for settings, group, grads in zip(self.groups, self._groups, grads_of_groups, strict=True):
-            of_group, parameters = self._updates_of(settings, group, grads, grad_scale, on_device)
+            of_group, parameters = group.updates(settings, grads, grad_scale, on_device, self.steps + 1, self.options)
             if further:
                 of_group = [part for whole in of_group for part in further.parts(whole)]
             updates += of_group
@@ -472,44 +341,6 @@ class Adam(HasGroups, Grows):
         ]
         gradients.fill_with_zeros(itertools.chain.from_iterable(labelled), self.backend, stream)
 
-    def _updates_of(self, settings, group, grads, grad_scale, on_device):
-        """Return the Updates of a group's parameters that have a gradient, and these parameters."""
-        (structure, parameters, kind, count), arrays = group, settings["params"]
-        lr, grad_scale, now = count.numbers(settings["lr"], grad_scale, on_device)
-        known = settings if lr is settings["lr"] else settings | {"lr": lr}
-        known = known if known["bounds"] is None else without_arrays(known)
-        h = checked_group(known, structure, self.options, self.steps + 1, grad_scale)
-        if id(None) in map(id, grads):
-            present = [grad is not None for grad in grads]
-            count.check_present(parameters, present)
-            parameters, arrays, grads = (list(itertools.compress(x, present)) for x in (parameters, arrays, grads))
-        updates = []
-        for step, alike in count.alike(parameters, kind):
-            columns, names = [arrays, grads], structure.names
-            if len(alike) < len(names):
-                names = [parameter.name for parameter in alike]
-            if len(alike) < len(parameters):
-                chosen = set(map(id, alike))
-                columns = [list(itertools.compress(x, [id(p) in chosen for p in parameters])) for x in columns]
-            updates.append(self._updates(h, structure, step, alike, names, columns, now))
-        return updates, parameters
-
-    def _updates(self, h, structure, step, parameters, names, columns, now):
-        """Return the Updates of parameters of one kind. columns: their arrays and gradients, to which those of the state come."""
-        _, operands, kept, bits, counted, *_ = parameters[0].kind
-        states = [parameter.state for parameter in parameters]
-        for operand in kept:
-            columns.append([state[operand] for state in states])
-        if len(columns) < len(operands):
-            columns.insert(operands.index("param_copy"), [parameter.copy for parameter in parameters])
-        updates = Updates(h, step, columns, operands, names, now, structure.complex, structure.components)
-        updates.alone = self.arrangement.alone
-        if counted:
-            updates.bits, updates.stochastic = bits, self.options.stochastic_rounding
-            updates.seed = checks.seed(self.options.seed)
-            updates.keys, updates.starts = [p.key for p in parameters], [p.start for p in parameters]
-        return updates
-
     def step_arrays(self, change, lr_scale, where, bounds):
         """Return the `StepArrays` of a step."""
         return StepArrays(self.arrangement, change, lr_scale, where, bounds)
@@ -564,219 +395,9 @@ class Adam(HasGroups, Grows):
     def leave_out(self, updates, stream):
         """Check a step that is left out, and zero the gradients if a step would."""
         self.check(updates, stream)
-        for group in updates:
-            if not group.h.fixed.zero_grad:
-                continue
-            grads = group.columns[1]
-            torch_tensors.wrote(grads)
-            for grad, name in zip(grads, group.names, strict=True):
-                label = f"the gradient of {self.arrangement.label(name)}"
-                kernels, (view,) = backends.choose([(label, grad)], self.backend)
-                kernels.fill_zero(view, streams.handle(stream))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return {"steps", "state", "groups", "algorithm", "formula"}.
-
-        "state" has, by name, the moments themselves and not copies, and "groups" the settings of each group. "algorithm" and
-        "formula" say what the numbers of the moments mean.
-
-        With capturable, step counts and learning rates are read from the device, as numbers, after waiting for all that is
-        enqueued there, graphs included: the moments are then those of the counts.
-        A learning rate that is a callable is not state: None stands in its place.
-        """
-        self.under_way.check()
-        groups, states = [], {name: dict(state) for name, state in self.state.items()}
-        for own, group in zip(self.groups, self._groups, strict=True):
-            settings = saved_settings(own | {"bounds": saved_bounds(own["bounds"])})
-            if is_array(settings["lr"]):
-                settings["lr"] = group.count.value(settings["lr"])
-            groups.append(settings)
-        for name, n in self._counts().items():
-            states[name]["step"] = n
-        of_moments = {key: getattr(self.options, key) for key in OF_MOMENTS}
-        return {"steps": self.steps, "state": states, "groups": groups} | of_moments
-
-    def _counts(self):
-        """Return how many steps each parameter has taken, by name."""
-        read = [(group.parameters, group.count.read(group.parameters)) for group in self._groups]
-        return {p.name: n for parameters, counts in read for p, n in zip(parameters, counts, strict=True)}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *, convert: bool = False) -> None:
-        """Copy a `state_dict()` into this optimizer, which must have parameters of the same names, shapes and dtypes.
-
-        Groups must have the same parameters. Where these have names, they and the groups may come in another order, unless
-        numbers are rounded randomly, which goes by the place of a parameter.
-
-        An array that is the optimizer's own, because the state_dict was not copied when it was taken, has gone on since: it is
-        refused if the parameter has. Moments that mean something else are refused: v of AdaMax is no mean of squares, and max_v
-        of formula="optax" is that of the corrected v.
-
-        convert: m, v and max_v may be in another format of `state_dtype`, also on another device, and are converted, rounded to
-        nearest, through the host. `gpuadam.guide.narrow_numbers` says what that loses. Otherwise they are refused.
-
-        All of it is checked first. Raises ValueError or TypeError, and then nothing has changed.
-        """
-        loaded = self.checked_state_dict(state_dict, checks.flag("convert", convert))
-        states, copies, counts = loaded[1], [], self._counts()
-        conversions: list[Conversion] = []
-        for name, state in self.state.items():
-            converted = self._conversion(name, states[name]) if convert else None
-            if converted is not None:
-                conversions.append(converted)
-            for key in state.keys() - {"step", *(CONVERTED if converted else ())}:
-                label = f"{key} of {self.arrangement.label(name)}"
-                if state[key] is states[name][key]:
-                    if self.under_way.changing or counts[name] != states[name]["step"]:
-                        raise ValueError(
-                            f"{label} in the state_dict is the optimizer's own array, which has changed since the state_dict was "
-                            f"taken, at step {shown(states[name]['step'])}: give the arrays of a checkpoint, or of a copy that "
-                            "was made then, as by copy.deepcopy(optimizer.state_dict())"
-                        )
-                    continue
-                named = [(label, state[key]), (f"the loaded {label}", states[name][key])]
-                checks.given(*named[1])
-                kernels, (to, source) = backends.choose(named, self.state_backend)
-                if key in CONVERTED and to.dtype != source.dtype and to.shape == source.shape:
-                    theirs = shortened(str(source.dtype))
-                    raise ValueError(f"{source.name} has dtype {theirs}, the optimizer's {to.dtype}{CONVERT}")
-                checks.same_layout(to, source, kernels.copies_any_layout)
-                copies.append((kernels, to, source))
-        written, read = [to for _, to, _ in copies], [source for *_, source in copies]
-        for to_convert in conversions:
-            written += [view for _, view in to_convert.targets.values()]
-            read += [view for _, view in to_convert.sources.values()]
-        checks.overlap(written, read)
-        self.under_way.begin()
-        self.copy_state(copies)
-        for to_convert in conversions:
-            to_convert.run()
-        self.go_on_from(*loaded)
-        self.ended()
-
-    def _conversion(self, name, loaded):
-        """Return the `Conversion` of loaded moments into those of a parameter, or None if they have the same format."""
-        own = {key: self.array_of_state(name, key) for key in self.state[name] if key in CONVERTED}
-        loaded = {key: array for key, array in loaded.items() if key in CONVERTED}
-        label, numbers = self.arrangement.label(name), self.parameters[name].kind.numbers
-        return conversion(label, own, loaded, numbers, self.state_backend)
-
-    def checked_state_dict(self, state_dict, convert=False):
-        """Return (settings of each group, state of each name, steps) of a state_dict, after checking all but the arrays.
-
-        convert: moments may be in another format.
-        """
-        if not isinstance(state_dict, Mapping) or not {"steps", "state", "groups"} <= set(state_dict):
-            raise ValueError(f'a state_dict has "steps", "state" and "groups"; this is {what_is(state_dict)}')
-        if missing := [key for key in OF_MOMENTS if key not in state_dict]:
-            raise ValueError(
-                f"the state_dict has no {missing}, and does not say what its moments mean. An older gpuadam made it: add "
-                'those of the optimizer that it was taken from, such as state_dict | {"algorithm": "adam", "formula": "torch"}'
-            )
-        states, groups = state_dict["state"], state_dict["groups"]
-        if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
-            raise ValueError('"state" of a state_dict must be a dict: name -> dict of "step" and moments')
-        if not is_sequence(groups) or not all(isinstance(group, Mapping) for group in groups):
-            raise ValueError('"groups" of a state_dict must be a list of dicts')
-        if set(states) != set(self.state):
-            missing, extra = sorted(set(self.state) - set(states)), sorted(map(str, set(states) - set(self.state)))
-            difference = f"not in the state_dict {some(missing)}, only in it {some(extra)}"
-            raise ValueError(f"the parameters' names differ: {difference}")
-        names = [group.get("names") for group in groups]
-        if not all(isinstance(own, (list, tuple)) and all(isinstance(name, str) for name in own) for own in names):
-            raise ValueError('the "names" of a group of a state_dict must be a list of strings')
-        structures, by_place = self.arrangement.structures, self.options.rounds_randomly
-        groups = [groups[k] for k in places_of_groups(list(map(list, names)), structures, by_place)]
-        saved = {key: checks.one_of(known, f"the state_dict's {key}", state_dict[key]) for key, known in OF_MOMENTS.items()}
-        settings = [self._checked_settings(k, group) for k, group in enumerate(groups)]
-        counted = {}
-        for name, state in self.state.items():
-            differing, scales = set(states[name]) ^ set(state), set(OF_GROUPS)
-            if differing - (scales if convert else set()):
-                theirs, hint = some(sorted(map(str, states[name]))), "" if differing - scales else CONVERT
-                raise ValueError(f"the state of {shown(name)} has {theirs}, the optimizer's {sorted(state)}{hint}")
-            state_.check_meaning(state, self.options, **saved)
-            counted[name] = dict(states[name]) | {"step": checks.count(f"step of {shown(name)}", states[name]["step"])}
-        for group in self._groups:
-            group.count.check_counts([counted[p.name]["step"] for p in group.parameters], group.parameters)
-        return settings, counted, checks.count("steps", state_dict["steps"])
-
-    def _checked_settings(self, k, saved):
-        """Return the hyperparameters of group k in a state_dict."""
-        # older ones do not have all
-        saved = {"clip_value": None, "bounds": None, "complex": None, "components": 1} | saved
-        if set(saved) != {"names", *HYPERPARAMETERS}:
-            raise ValueError(
-                f'a group of a state_dict has "names" and {HYPERPARAMETERS}; this one has {some(sorted(map(str, saved)))}'
-            )
-        settings = {key: saved[key] for key in HYPERPARAMETERS}
-        if settings["lr"] is None:
-            if not callable(self.groups[k]["lr"]):
-                raise ValueError("the saved lr was a callable, which is not saved: give this optimizer's group one first")
-            settings["lr"] = self.groups[k]["lr"]
-        own_lr, count = self.groups[k]["lr"], self._groups[k].count
-        if is_array(own_lr) and not callable(settings["lr"]):
-            count.check_fill("lr", own_lr)
-        settings["bounds"] = bounds_of_loaded(settings["bounds"], self.groups[k]["bounds"])
-        h = self.checked(self.groups[k] | settings, self.arrangement.structures[k], step=1)
-        for parameter in self._groups[k].parameters:
-            hyperparameters.check_rounding(h, self.options.computed_in(parameter.kind.param))
-        return settings
-
-    def save(self, path: FilePath, *, with_params: bool = False) -> None:
-        """Write class, options, hyperparameters, step counts and state to a safetensors file, from which `gpuadam.load` goes on.
-
-        with_params: the parameters too, as `gpuadam.load(..., with_params=True)` needs them.
-
-        Whatever happens, the file is the new one or as it was before: it is written beside its place, flushed to the disk and
-        renamed. A killed save leaves ".gpuadam-*.tmp" in that folder, which may be deleted. It takes a few MB of memory, from a
-        GPU too, which is waited for. A learning rate that is a callable is not saved. The format: `gpuadam.checkpoint`.
-
-        Raises CheckpointError if the file cannot be written, or if another thread, or a graph with capturable, took a step
-        meanwhile; ValueError or TypeError for what could not be loaded again.
-        """
-        from .checkpoint import saving  # a fifth of the time of importing gpuadam, which most programs need not wait for
-
-        begun, counts = self.under_way.begun, self._counts()  # before `state_dict` sees that no step is under way
-
-        def is_unchanged():
-            return begun == self.under_way.begun and counts == self._counts()
-
-        state_dict = self.state_dict()
-        self.checked_state_dict(state_dict)  # what could not be loaded is not saved either
-        saving.save(self, state_dict, path, is_unchanged, with_params=with_params)
-
-    def array_of_state(self, name, key):
-        """Return an array of the state of a parameter, in `Bits` if it is of integers that stand for other numbers."""
-        kind, array = self.parameters[name].kind, self.state[name][key]
-        bits = dict(zip(kind.operands, kind.bits, strict=True)).get(key)
-        return Bits(array, bits) if bits else array  # type: ignore[arg-type]  # its name is one of these
-
-    def ended(self):
-        """Note that a step, or the loading of a state, has ended."""
-        self.under_way.end()
-
-    def go_on_from(self, groups, states, steps):
-        """Take over what `checked_state_dict` returned: all but the arrays."""
-        for own, group, settings in zip(self.groups, self._groups, groups, strict=True):
-            if is_array(own["lr"]) and not callable(settings["lr"]):
-                group.count.fill(own["lr"], settings["lr"])  # in place: a captured graph knows this array
-                settings["lr"] = own["lr"]
-            own.update(settings)
-            if group.parameters:
-                group.count.set(group.parameters, [states[parameter.name]["step"] for parameter in group.parameters])
-        self.steps = steps
-
-    def copy_state(self, copies):
-        """Copy arrays of state into others. copies: (backend, View of one, View of what is loaded into it)."""
-        for kernels, to, source in copies:
-            array_bytes.wait(kernels, to)  # graphs may write it on any stream
-            kernels.copy(to, source)
-            array_bytes.wait(kernels, to)  # and may read it
-
-
-OF_PARAMETERS = 0xD1B54A32D192ED03  # so that the keys of parameters are none of a step
-
-
-def key_of_parameter(seed, number):
-    """Return the key of the number-th parameter of all groups, counted from 0, for random rounding."""
-    return step_key(seed ^ OF_PARAMETERS, number)
+        of_groups = [
+            zip(map(self.arrangement.label, group.names), *group.columns[:2], strict=True)
+            for group in updates
+            if group.h.fixed.zero_grad
+        ]
+        gradients.fill_with_zeros(itertools.chain.from_iterable(of_groups), self.backend, stream)

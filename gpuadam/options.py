@@ -39,8 +39,7 @@ class Options:
     def __post_init__(self):
         for name in ("capturable", "decoupled", "zero_grad", "stochastic_rounding"):
             self._set(name, checks.flag(name, getattr(self, name)))
-        checks.seed(self.seed)
-        self._set("seed", int(self.seed))
+        self._set("seed", checks.seed(self.seed))
         self._set("eps_root", checks.non_negative("eps_root", self.eps_root))
         if self.ema_decay is not None:
             self._set("ema_decay", checks.beta("ema_decay", self.ema_decay))

@@ -1,4 +1,4 @@
-"""What is known of a step's arrays, for as long as they stay what and where they were.
+"""What a step found out about its arrays. It holds until an array is replaced, moved or changed in shape.
 
 At each step whatever may have changed is read again and compared: arrays by identity, and of each what its library lets change
 while the object stays the same. No gradient is kept alive; parameters and state are, as by their optimizer.
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import backends, torch_tensors
+from .kernels.step_objects import same
 from .kernels.view import bare, torch_stream, type_name
 
 CUPY = "cupy.ndarray"
@@ -20,8 +21,12 @@ TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter")
 
 # By type, so that nothing is imported: functions that read all that checks and launches depend on of an array
 READ_ALL: dict[str, list[Callable]] = {
-    CUPY: [operator.attrgetter("data.ptr", "shape", "strides", "dtype")],
-    NUMBA: [operator.attrgetter("device_ctypes_pointer.value", "shape", "strides", "dtype", "stream")],
+    CUPY: [operator.attrgetter("data.ptr", "data.device_id", "shape", "strides", "dtype")],
+    NUMBA: [
+        operator.attrgetter(
+            "device_ctypes_pointer.value", "gpu_data.context.device.id", "shape", "strides", "dtype", "stream"
+        )
+    ],
 }
 for name in TENSORS:
     methods = [operator.methodcaller(method) for method in ("data_ptr", "stride", "is_neg")]
@@ -33,7 +38,7 @@ READ_CHANGING = READ_ALL | {
 }
 
 
-class Known(NamedTuple):
+class ArraysRead(NamedTuple):
     """What was read of the arrays of Updates."""
 
     what: tuple  # which operands there are, and whether elements whose gradient is 0 stay
@@ -41,37 +46,36 @@ class Known(NamedTuple):
     read: list[Any]  # of these, and of the gradients
 
     def same(self, other):
-        same_held = len(self.held) == len(other.held) and all(map(operator.is_, self.held, other.held))
-        return same_held and (self.what, self.read) == (other.what, other.read)
+        return same(self.held, other.held) and (self.what, self.read) == (other.what, other.read)
 
 
-def known(updates):
-    """Return what is Known of Updates, or None if an array is of a type that is not listed here."""
+def arrays_read(updates):
+    """Return the ArraysRead of Updates, or None if an array is of a type that is not listed here."""
     params, grads, *state = updates.columns
     held, formats = bare([*params, *itertools.chain.from_iterable(state)])
     grads, formats_of_grads = bare(grads)
-    changing, all_of_grads = _read(held, READ_CHANGING), _read(grads, READ_ALL)
+    changing, all_of_grads = read(held, READ_CHANGING), read(grads, READ_ALL)
     if changing is None or all_of_grads is None:
         return None
-    return Known((updates.operands, updates.nonzero), held, [changing, formats, all_of_grads, formats_of_grads])
+    return ArraysRead((updates.operands, updates.nonzero), held, [changing, formats, all_of_grads, formats_of_grads])
 
 
-def _read(arrays, functions):
+def read(arrays, functions):
     """Return what functions read of arrays; None if one is of another type, or has no memory. functions: by a type's name."""
-    read: list[Any] = []
+    values: list[Any] = []
     for kind, of_kind in itertools.groupby(arrays, type):
         name = type_name(kind)
         if name not in functions:
             return None
         run = list(of_kind)
-        read.append(kind)
+        values.append(kind)
         try:
-            read += [list(map(function, run)) for function in functions[name]]
+            values += [list(map(function, run)) for function in functions[name]]
         except RuntimeError:  # a tensor without memory of its own
             return None
         if name in TENSORS:
-            read += map(torch_stream, {tensor.device for tensor in run if tensor.is_cuda})
-    return read
+            values += map(torch_stream, {tensor.device for tensor in run if tensor.is_cuda})
+    return values
 
 
 def release(batches):
@@ -97,7 +101,7 @@ class Remembered:
         if not self._batches or self._backend != backends.forced(backend) or len(self._known) != len(groups):
             return None
         for before, group in zip(self._known, groups, strict=True):
-            now = known(group)
+            now = arrays_read(group)
             if now is None or not before.same(now):
                 return None
         return self._batches
@@ -106,7 +110,7 @@ class Remembered:
         """Take over the batches of a step: to launch them again, if that is possible, or to release them."""
         release(self._batches)
         self._known, self._batches = [], []
-        of_groups = [known(group) for group in groups] if all(batch.lasts for batch in batches) else [None]
+        of_groups = [arrays_read(group) for group in groups] if all(batch.lasts for batch in batches) else [None]
         if all(of_groups):
             self._backend, self._known, self._batches = backends.forced(backend), of_groups, batches
         else:
@@ -117,7 +121,7 @@ class Remembered:
 
         A tensor can get other memory, another shape or dtype and remain the same object, by `tensor.data = ...` for one.
         """
-        now = _read(tensors, READ_ALL)
+        now = read(tensors, READ_ALL)
         before, arrays = self._numpy.get(group, (None, None))
         if now is None or now != before:
             arrays = torch_tensors.all_in_numpy(tensors)

@@ -8,23 +8,23 @@ step is made: `repeated_on_cpu.py` has plans for NumPy's arrays, `repeated_on_gp
 
 import dataclasses
 import itertools
-import operator
 from typing import Any
 
 from .groups import MAPPING, ONE
-from .kernels.step_objects import ANY, MOST_STEPS, stays
+from .kernels.step_objects import ANY, MOST_STEPS, same, stays
 from .repeated_on_cpu import StepsOnCpu, disjoint
 from .repeated_on_gpu import StepsOnGpu
 from .step_counts import HostCount
 from .update import launch
 
-NO_OPTIONS = None, None, False, None, None, None, None, False, None  # of `Adam.step`, but for grad_scale
+NO_OPTIONS = None, None, False, None, None, None, None, False, None  # the defaults of `Adam.step`'s options after grad_scale
 
 
 class Repeats:
     """The last steps of an optimizer.
 
-    A step is taken over once several in a row were alike, and after more of them each time that the next one was not.
+    After some steps that went the long way, the next ones are compared with the last. Each time that this fails, twice as many
+    long steps must pass first, at most 1,024.
     """
 
     def __init__(self):
@@ -54,7 +54,7 @@ class Repeats:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class Known:
+class RepeatedGroup:
     """What is known of a group of parameters after a step."""
 
     plan: StepsOnCpu | StepsOnGpu
@@ -76,7 +76,8 @@ class Known:
         states = [parameter.state for parameter in group.parameters]
         if type(group.count) is not HostCount or not all(type(x) is dict and type(x["step"]) is int for x in states):
             return None
-        places = [place for place in optimizer.arrangement.places if place[3] in set(names)]
+        own = set(names)
+        places = [place for place in optimizer.arrangement.places if place[3] in own]
         if not _in_one(places, names):
             return None
         plan = StepsOnCpu.of(optimizer, only) or StepsOnGpu.of(optimizer, k, only)
@@ -92,7 +93,7 @@ class Known:
     def step(self, optimizer, settings, grads, options, n_named):
         """Return what the plan takes for a step: arrays, settings, the number of the step, lr. None if it is another one.
 
-        n_named: how many gradients there have to be in a dict, if they are in one: their names are looked up, and no others.
+        n_named: how long a dict of gradients has to be. Only known names are looked up in it, so another one would go unnoticed.
         """
         if (type(grads) is dict) != self.by_name or (self.by_name and len(grads) != n_named):
             return None
@@ -120,9 +121,9 @@ class RepeatedStep(Repeats):
         """
         if not self.worth_a_look() or len(updates) != len(groups):
             return
-        if not all(map(operator.is_, options[1:], NO_OPTIONS)) or not stays(options[0]):
+        if not same(options[1:], NO_OPTIONS) or not stays(options[0]):
             return
-        known = [Known.of(optimizer, *one, options) for one in zip(groups, itertools.count(), updates)]
+        known = [RepeatedGroup.of(optimizer, *one, options) for one in zip(groups, itertools.count(), updates)]
         if None in known:
             return
         self._known, self._in_groups = known, optimizer.arrangement.in_groups

@@ -1,14 +1,13 @@
 """Steps of NumPy arrays that are as the last one: compared, checked and done in one compiled call (`kernels/cpu_step.py`)."""
 
-import operator
 from typing import Any
 
 import numpy as np
 
 from . import backends, hyperparameters
 from .kernels import adam, step_objects
-from .kernels.step_objects import stays
-from .update import Updates, known_like, launch
+from .kernels.step_objects import same, stays
+from .update import Updates, launch
 
 KEPT = 64  # plans of calls of adam_step
 
@@ -18,7 +17,7 @@ def plan_of(group: Updates, n_rows=None, beside=False):
 
     n_rows: as in Plan. beside: whether the step has other Updates, so that the call leaves all launches to its caller.
     """
-    like, fixed = known_like(group), group.h.fixed
+    like, fixed = group.like, group.h.fixed
     kernels = backends.load("numba-cpu")
     if like is None or like.random or like.arrays.grouped or group.now is not None or not step_objects.known():
         return None
@@ -57,17 +56,15 @@ class RepeatedCall:
 
     def note(self, group, settings):
         """Take over the settings of Updates that were made, if they were also those of the call before."""
-        again = len(settings) == len(self._seen) and all(map(operator.is_, settings, self._seen))
-        self._seen = settings
+        again, self._seen = same(settings, self._seen), settings
         if not again or type(group.columns[0][0]) is not np.ndarray or not all(map(stays, settings)):
             return
         kernels = self._kernels = backends.load("numba-cpu")
-        like = known_like(group)
-        key = id(like), group.h.fixed, kernels.build, kernels.PARALLEL_FROM
+        key = id(group.like), group.h.fixed, kernels.build, kernels.PARALLEL_FROM
         if key not in self._plans:
             if len(self._plans) == KEPT:
                 self._plans.clear()
-            self._plans[key] = plan_of(group), like  # kept alive, so that no other gets its number
+            self._plans[key] = plan_of(group), group.like  # kept alive, so that no other gets its number
         self._plan, _ = self._plans[key]
         if self._plan is not None:
             self._plan.expect((kernels.build, kernels.PARALLEL_FROM, *settings))
@@ -78,8 +75,7 @@ class StepsOnCpu:
 
     def __init__(self, plan, only):
         self._plan, self._kernels, self._names = plan, backends.load("numba-cpu"), only.names
-        like = known_like(only)
-        self._form, self._columns = hyperparameters.constants(only.h.fixed, like.arrays).form, like.columns
+        self._form, self._columns = hyperparameters.constants(only.h.fixed, only.like.arrays).form, only.like.columns
         self.expect = plan.expect
 
     @classmethod

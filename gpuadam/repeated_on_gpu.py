@@ -7,7 +7,6 @@ differs, only the scalars and the launches are left to do.
 
 import itertools
 import math
-import operator
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,15 +14,11 @@ from typing import Any, NamedTuple
 from . import backends, hyperparameters, remembered
 from .kernels import adam, step_objects
 from .kernels.scalars import step_key
-from .kernels.step_objects import stays
+from .kernels.step_objects import same, stays
 from .kernels.view import type_name
 from .update import launch
 
 MOST_KEPT = 1024  # calls of adam_step on different arrays, in each thread
-
-
-def _same(some, others):
-    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def prepared_again(batches, lr, fixed, seed, step):
@@ -92,28 +87,22 @@ class ReadInPython:
 
     def __init__(self, columns):
         params, grads, *state = columns
-        self._class, self._held = type(params[0]), [*params, *itertools.chain.from_iterable(state)]
-        name = type_name(self._class)
-        (self._all,), (self._changing,) = remembered.READ_ALL[name], remembered.READ_CHANGING[name]
-        self._of_held, self._of_grads = list(map(self._changing, self._held)), list(map(self._all, grads))
+        self._held = [*params, *itertools.chain.from_iterable(state)]
+        self._then = self._now(grads)
+
+    def _now(self, grads):
+        return remembered.read(self._held, remembered.READ_CHANGING), remembered.read(grads, remembered.READ_ALL)
 
     def same(self, step):
         """Whether arrays are what they were. step: what `same_objects.of_several` takes, known to have the same state."""
         grads = step[step_objects.GRADS]
         if type(grads) is dict:
             grads = [grads[name] for name in step[step_objects.NAMES]]
-        if list(map(self._changing, self._held)) != self._of_held or set(map(type, grads)) != {self._class}:
-            return False
-        return list(map(self._all, grads)) == self._of_grads
+        return self._now(grads) == self._then
 
 
-# All that checks and launches depend on of an array, without the array
-READ = {
-    remembered.CUPY: operator.attrgetter("data.ptr", "data.device_id", "shape", "strides", "dtype"),
-    remembered.NUMBA: operator.attrgetter(
-        "device_ctypes_pointer.value", "gpu_data.context.device.id", "shape", "strides", "dtype", "stream"
-    ),
-}
+# By type: what reads all that checks and launches depend on of an array, without the array
+READ = {name: remembered.READ_ALL[name][0] for name in (remembered.CUPY, remembered.NUMBA)}
 
 
 class Alike(NamedTuple):
@@ -139,7 +128,7 @@ class Alike(NamedTuple):
             read = READ[type_name(array_type)]
 
             def key_of(arrays, others):
-                alike = _same(settings, others) and all(type(array) is array_type for array in arrays)
+                alike = same(settings, others) and all(type(array) is array_type for array in arrays)
                 return tuple(map(read, arrays)) if alike else None
 
         return cls(settings, key_of, backend, group.h.fixed, group.seed, {})
@@ -175,7 +164,7 @@ class CallsOnGpu(threading.local):
 
     def note(self, group, settings):
         """Take over Updates that were made after `does`, if their settings were also those of the call before."""
-        again, self._seen = _same(settings, self._seen), settings
+        again, self._seen = same(settings, self._seen), settings
         batches = self._batches.get(self._key) if again and all(map(stays, settings)) else None
         if not batches:
             return

@@ -11,6 +11,7 @@ import numpy as np
 
 from .kernels.messages import shown
 from .kernels.operands import GROUP, KINDS
+from .kernels.scalars import step_key
 
 OF_GROUPS = tuple(name for name, kind in KINDS.items() if kind.of_groups)
 SHARED = tuple(name for name, kind in KINDS.items() if kind.shared)  # by the numbers of an element
@@ -93,7 +94,7 @@ def zeros(beginnings):
     On each device the arrays of a dtype are parts of one allocation, first m of all parameters, then v, as far as the backend
     makes one (`Backend.zeros_in_one`).
 
-    beginnings: name -> `optimizer.Beginning`.
+    beginnings: name -> `parameters.Beginning`.
     """
     states: dict[str, dict[str, Any]] = {name: dict.fromkeys(beginning.kept) for name, beginning in beginnings.items()}
     together: dict[tuple, list[tuple]] = {}
@@ -111,7 +112,7 @@ def zeros(beginnings):
 
 
 def _like(key, param, numbers):
-    """Return a View of whose shape and order of memory an array of the state is. param: the parameter's."""
+    """Return a View with the shape and order of memory that an array of the state gets. param: the parameter's."""
     if key in OF_GROUPS:
         return param._replace(pointer=0, shape=shape(key, param.shape), contiguous=True)
     return param.in_vectors(numbers) if key in SHARED else param
@@ -149,3 +150,11 @@ class Parameter:
     key: int  # for random rounding: an int64 that tells the parameter from others
     copy: Any = None  # an array that is overwritten with the new parameter
     start: int = 0  # the number of the first element, where the parameter is a part of one
+
+
+OF_PARAMETERS = 0xD1B54A32D192ED03  # so that the keys of parameters are none of a step
+
+
+def key_of_parameter(seed, number):
+    """Return the key of the number-th parameter of all groups, counted from 0, for random rounding."""
+    return step_key(seed ^ OF_PARAMETERS, number)

@@ -27,7 +27,8 @@ def bounds_apart(bounds):
 
 def without_arrays(settings):
     """Return the settings of a group with bounds of numbers alone."""
-    return settings | {"bounds": bounds_apart(settings["bounds"])[0]}
+    bounds = settings.get("bounds")
+    return settings if bounds is None else settings | {"bounds": bounds_apart(bounds)[0]}
 
 
 ARRAYS = "arrays"  # in the place of such an end in saved settings
@@ -57,9 +58,7 @@ def of_bounds(groups, structures):
     """Return name -> {"low" or "high": array}, of all groups whose bounds are arrays."""
     of_names: dict[str, dict[str, Any]] = {}
     for k, (settings, structure) in enumerate(zip(groups, structures, strict=True)):
-        for operand, end in zip(
-            ENDS, () if settings["bounds"] is None else bounds_apart(settings["bounds"])[1:], strict=False
-        ):
+        for operand, end in zip(ENDS, bounds_apart(settings.get("bounds"))[1:], strict=True):
             if end is not None:
                 arrays = in_order(end, structure, f"the bounds of group {k}, {operand},")
                 for name, array in zip(structure.names, arrays, strict=True):

@@ -4,8 +4,6 @@ The three counts have one interface: `alike` says which parameters take which st
 for state_dicts, and `numbers` makes of lr and grad_scale what a step takes.
 """
 
-import itertools
-
 import numpy as np
 
 from . import backends, checks, clipping
@@ -25,20 +23,19 @@ class HostCount:
     on_device = False
 
     def alike(self, parameters, kind):
-        """Return (step, parameters) of those that have taken as many steps and are of one kind.
+        """Return (step, flags that choose the parameters which take it next and are of one kind; None for all of them).
 
         Parameters that were skipped before are at another step. kind: of all of them, or None if they are of several.
         """
         counts = [parameter.state["step"] for parameter in parameters]
         first = counts[0] if counts else 0
         if kind and type(first) is int and first >= 0 and counts.count(first) == len(counts):
-            return [(first + 1, parameters)] if parameters else []
+            return [(first + 1, None)] if parameters else []
         pairs = [
             (checks.count(f"the step of params[{shown(parameter.name)}]", n), parameter.kind)
             for parameter, n in zip(parameters, counts, strict=True)
         ]
-        chosen = [(pair, [pair == other for other in pairs]) for pair in dict.fromkeys(pairs)]
-        return [(checks.step_number(n + 1), list(itertools.compress(parameters, those))) for (n, _), those in chosen]
+        return [(pair[0] + 1, [pair == other for other in pairs]) for pair in dict.fromkeys(pairs)]
 
     def check_present(self, parameters, present):
         """Refuse gradients for some parameters if these cannot be counted alone. Here they can."""
@@ -87,8 +84,8 @@ class ArrayCount:
         return self.kernels is kernels and (not self.on_device or self.device == (device or 0))
 
     def alike(self, parameters, kind):
-        """Return (step, parameters): all of them take the same step."""
-        return [(self.count() + 1, parameters)] if parameters else []
+        """Return (step, None): all of them take the same step."""
+        return [(self.count() + 1, None)] if parameters else []
 
     def check_present(self, parameters, present):
         """Refuse gradients for some parameters and not for all."""
@@ -143,12 +140,11 @@ class ArrayCount:
             raise ValueError(f"{name} is on device {view.device}, the parameters are on {self.device}: move it")
         return view
 
-    def value(self, number, dtypes=NUMBERS):
+    def value(self, number):
         """Return a hyperparameter as a number. An array on a GPU is read, after waiting for the device."""
         if not is_array(number):
             return number
-        view = self.number("lr, grad_scale, norm or found_inf", number, dtypes)
-        return float(array_bytes.number(self.kernels, view))
+        return float(array_bytes.number(self.kernels, self.number("lr or grad_scale", number)))
 
     def count(self):
         """Return the step count as an int. On a GPU this waits for the device: graphs may count on any stream."""
@@ -156,9 +152,7 @@ class ArrayCount:
 
     def check_fill(self, name, array):
         """Refuse an array that `fill` cannot write."""
-        view = self.number(name, array)
-        if not view.writeable:
-            checks.read_only(view)
+        checks.writeable(self.number(name, array))
 
     def fill(self, array, value):
         """Write a number into an array of one, in place, so that captured graphs see it. On a GPU this waits for the device."""
@@ -180,9 +174,12 @@ class DeviceCount(ArrayCount):
                 self.memory[dtype] = ScalarsMemory(owner, address, dtype, device)
             self.step = kernels.from_host(np.zeros(1, np.int64)) if step is None else step
 
+    def __reduce__(self):  # a copy has memory of its own
+        return type(self), (self.kernels, self.device, self.step)
+
     def alike(self, parameters, kind):
-        """Return (1, parameters): all of them take the same step, and only the device knows which."""
-        return [(1, parameters)] if parameters else []
+        """Return (1, None): all of them take the same step, and only the device knows which."""
+        return [(1, None)] if parameters else []
 
     def advance(self, parameters):
         """A step counts itself, on the device."""

@@ -49,6 +49,7 @@ class Updates:
     starts: list[int] | None = None  # likewise the number of its first element, where a param is a part of one
     nonzero: bool = False  # elements whose gradient is 0 stay
     alone: bool = False  # the param was given as one array, so that nobody knows its name
+    like: Any = None  # what its arrays are like, a Like, if they were found to be in one table
 
     def written(self):
         """Return the arrays that are written."""
@@ -81,22 +82,21 @@ def update(groups, backend=None, stream=None, remembered=None, under_way=None, n
     if stream is not None:
         stream = streams.handle(stream)
     takes_numpy = backends.takes_numpy(backend)
-    if takes_numpy and (batches := _in_numpy_structs(groups)):
-        _launch(groups, batches, stream, under_way, norms)
-        return
-    has_tensors = any(torch_tensors.among(group.columns) for group in groups)
-    batches = _in_numpy_structs(_as_numpy(groups, remembered)) if takes_numpy and has_tensors else None
+    batches = _in_numpy_structs(groups) if takes_numpy else None
+    has_tensors = not batches and any(torch_tensors.among(group.columns) for group in groups)
+    if has_tensors and takes_numpy:
+        in_numpy = _as_numpy(groups, remembered)
+        batches = _in_numpy_structs(in_numpy)
+        for group, own in zip(groups, in_numpy, strict=True):
+            group.like = own.like
     if not batches and remembered:
         batches = remembered.batches(groups, backend)
-    if batches:
-        _launch(groups, batches, stream, under_way, norms)
+    viewed = None if batches else _in_views(groups, backend)
+    _launch(groups, batches or viewed, stream, under_way, norms)
+    if remembered and viewed is not None:
+        remembered.keep(groups, backend, viewed)
     else:
-        batches = _in_views(groups, backend)
-        _launch(groups, batches, stream, under_way, norms)
-        if remembered:
-            remembered.keep(groups, backend, batches)
-        else:
-            release(batches)
+        release(viewed or ())
     if has_tensors:
         for group in groups:
             torch_tensors.wrote(group.written())
@@ -127,7 +127,7 @@ def _in_numpy_structs(groups):
         if type(columns[0][0]) not in IN_STRUCTS:
             return None
         # the latest is mostly the right one, and to read tells
-        like = _latest.get(settings_of(group))
+        like = _latest.get(_settings_of(group))
         if like is not None:
             rows = struct.table(columns, like.columns, not like.random)
         if rows is None:
@@ -145,6 +145,7 @@ def _in_numpy_structs(groups):
         n = columns[0][0].size if like.plain and len(rows) == 1 else rows[:, struct.SIZE].sum().item()
         batches.append(kernels.batch_of(rows, n, like.arrays, like.random, k, group.names))
         tables.append((rows, like.columns))
+        group.like = like
     return batches if len(tables) == 1 or struct.all_disjoint(tables) else None
 
 
@@ -158,16 +159,11 @@ class Like(NamedTuple):
 
 
 _likes: dict[tuple, Like] = {}
-_latest: dict[tuple, Like] = {}  # by `settings_of`
+_latest: dict[tuple, Like] = {}  # by `_settings_of`
 IN_STRUCTS = np.ndarray, Bits
 
 
-def known_like(group):
-    """Return the latest Like of updates with these settings whose arrays are NumPy's, or None."""
-    return _latest.get(settings_of(group))
-
-
-def settings_of(group):
+def _settings_of(group):
     """Return what decides beside the arrays which Updates can be in one table."""
     settings = group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad, group.nonzero
     return (*settings, group.complex, group.components)
@@ -182,7 +178,7 @@ def _like(group, struct):
     first = [column[0] for column in columns]
     if not struct.known() or not all(type(array) is np.ndarray for array in first):
         return columns, None
-    settings = settings_of(group)
+    settings = _settings_of(group)
     key = *settings, tuple(bits), *[id(array.dtype) for array in first]
     like = _likes.get(key)
     if like is None:

@@ -6,6 +6,7 @@ them in less time (`same_objects.py`).
 
 import ctypes
 import functools
+import operator
 import sys
 
 import numpy as np
@@ -51,6 +52,11 @@ ANY = object()  # among the settings that a Plan expects: any object
 def stays(setting):
     """Whether a setting stays what it is while it is the same object."""
     return type(setting) in IMMUTABLE or (type(setting) is tuple and all(map(stays, setting)))
+
+
+def same(some, others):
+    """Whether two sequences have the same objects."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 class Plan:

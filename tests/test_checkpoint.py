@@ -199,10 +199,10 @@ def test_copies_have_to_be_given_again(tmp_path):
 
 MISFITS = {
     "a name less": (lambda p: {n: p[n] for n in "wse"}, r"names differ: only it has \['b'\]"),
-    "a name more": (lambda p: p | {"c": p["b"].copy()}, r"names differ: it does not have \['c'\]"),
+    "a name more": (lambda p: p | {"c": p["b"].copy()}, r"names differ: it lacks \['c'\]"),
     "another name": (
         lambda p: {"v": p["w"], "s": p["s"], "e": p["e"], "b": p["b"]},
-        r"does not have \['v'\] and only it has \['w'\]",
+        r"it lacks \['v'\] and only it has \['w'\]",
     ),
     "a list": (lambda p: list(p.values()), "State belongs to a name, never to a place"),
     "other groups": (

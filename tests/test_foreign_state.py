@@ -92,7 +92,7 @@ WRONG = {
         lambda d: d,
         ["layer.w", "layer.b", "t"],
         ValueError,
-        r"it does not have \['s'\] and only it has \['t'\]",
+        r"it lacks \['s'\] and only it has \['t'\]",
     ),
     "permuted names": (lambda d: d, ["layer.b", "layer.w", "s"], ValueError, "shape"),
     "no state_dict": (lambda d: {}, NAMES, ValueError, "state_dict of torch"),
@@ -272,7 +272,7 @@ def test_state_of_optax_is_taken_by_name_and_given_back():
     [
         (lambda s: (), ValueError, "one ScaleByAdamState"),
         (lambda s: (s, s), ValueError, "one ScaleByAdamState"),
-        (lambda s: s._replace(mu={"s": s.mu["s"]}), ValueError, r"it does not have \['layer.b', 'layer.w'\]"),
+        (lambda s: s._replace(mu={"s": s.mu["s"]}), ValueError, r"it lacks \['layer.w', 'layer.b'\]"),
         (lambda s: s._replace(nu=s.nu | {"t": 1}), ValueError, r"only it has \['t'\]"),
         (lambda s: s._replace(nu=s.nu | {"layer.w": 1}), ValueError, "two parameters of the tree get the same name"),
         (lambda s: s._replace(mu=nested(arrays(1, "f8"))), TypeError, "float64 there and float32 here"),

@@ -21,7 +21,7 @@ FLOORS = [
     ("description", "gradients", "update", "repeated", "repeated_on_cpu", "repeated_on_gpu", "functional", "rule"),
     ("sharded.transports.*", "sharded.agreement", "sharded.layout", "checkpoint", "checkpoint.safetensors"),
     ("checkpoint.saving", "checkpoint.*"),
-    ("optimizer", "family"),
+    ("parameters", "state_dict", "optimizer", "family"),
     ("checkpoint.loading", "foreign_state", "sharded.*", "offload.*", "torch.*"),
     ("sharded.loading", "offload.loading", "planning.*"),
     ("", "testing.*", "guide.*"),

@@ -266,6 +266,26 @@ def test_a_copy_of_an_optimizer_goes_on_by_itself(cp):
         assert_same_bits([a.get() for a in opt.groups[0]["params"]], reference.groups[0]["params"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [{"capturable": True}, {}], ids=["capturable", "clipped"])
+def test_a_copy_of_an_optimizer_computes_its_scalars_in_memory_of_its_own(cp, how):
+    """Of the backend cupy, as above. Both steps are enqueued before either has run."""
+    clips = {} if how else {"max_norm": 1e3}
+    opt = gpuadam.Adam(cp.ones(3, "f4"), lr=0.1, **how)
+    opt.step(cp.ones(3, "f4"), **clips)
+    other = copy.deepcopy(opt)
+    other.groups[0]["lr"] = 0.001
+    streams_of = [cp.cuda.Stream(non_blocking=True) for _ in range(2)]
+    cp.cuda.Device().synchronize()
+    for stream, one in zip(streams_of, (opt, other), strict=True):
+        with stream:
+            one.step(cp.ones(3, "f4"), **clips)
+    cp.cuda.Device().synchronize()
+    for one, lr in ((opt, 0.1), (other, 0.001)):
+        expected = np.full(3, 1.0 - 0.1 - lr, "f4")
+        np.testing.assert_allclose(one.groups[0]["params"][0].get(), expected, rtol=1e-6)
+
+
 class TorchStream:
     cuda_stream = 77
 

@@ -3,13 +3,14 @@
 import copy
 import math
 import pickle
+import threading
 
 import numpy as np
 import pytest
 from cases import few
 
 import gpuadam
-from gpuadam import functional, hyperparameters
+from gpuadam import functional, hyperparameters, repeated_on_cpu
 from gpuadam.kernels import cpu_step, step_objects
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.scalars import on_host, powers_on_host
@@ -133,6 +134,39 @@ def test_so_have_steps_of_several_groups(kind):
         for opt in opts:
             opt.groups[1]["lr"] = 0.1 / (k + 1)
             opt.step(as_grads(of_groups(10 + k)))
+        assert_same(*opts)
+    assert opts[0]._repeated.ready
+
+
+def test_so_have_steps_of_groups_of_several_dtypes():
+    opts = [gpuadam.Adam([{"params": [numbers(9, 1, dtype)]} for dtype in ("f4", "f8")], lr=0.1) for _ in range(2)]
+    long_way(opts[1])
+    for k in range(5):
+        for opt in opts:
+            opt.step([[numbers(9, k, "f4")], [numbers(9, k, "f8")]])
+        assert_same(*opts)
+    assert opts[0]._repeated.ready
+
+
+def test_another_threads_step_of_another_dtype_changes_nothing(monkeypatch):
+    """The other step comes while the first one is taken over to be repeated, which compiles and so takes long."""
+    opts = [gpuadam.Adam(numbers(70_000, 1, "f8"), lr=0.1) for _ in range(2)]
+    other = gpuadam.Adam(numbers(3, 1, "f4"), lr=0.1)
+    other.repeats = False
+    long_way(opts[1])
+    plan_of = repeated_on_cpu.plan_of
+
+    def plan_beside_a_step(*args, **kwargs):
+        plan = plan_of(*args, **kwargs)
+        thread = threading.Thread(target=other.step, args=[numbers(3, 2, "f4")])
+        thread.start()
+        thread.join()
+        return plan
+
+    monkeypatch.setattr(repeated_on_cpu, "plan_of", plan_beside_a_step)
+    for k in range(4):
+        for opt in opts:
+            opt.step(numbers(70_000, k, "f8"))
         assert_same(*opts)
     assert opts[0]._repeated.ready
 

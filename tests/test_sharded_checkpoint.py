@@ -438,7 +438,7 @@ DIFFERENT = {
         lambda rank: params() | {"small": np.ones(38, "f4")},
         "'small' was float32 of shape [37], and is float32 of shape [38]",
     ),
-    "a name": (lambda rank: params() | {"other": np.ones(2, "f4")}, "it does not have ['other']"),
+    "a name": (lambda rank: params() | {"other": np.ones(2, "f4")}, "it lacks ['other']"),
     "a shape on rank 1": (
         lambda rank: params() | ({"small": np.ones(38, "f4")} if rank == 1 else {}),
         "'small' was float32 of shape [37], and is float32 of shape [38]",

@@ -40,7 +40,7 @@ DAMAGED = f"the state is damaged. {MEND}"
 class Folder(Store):
     """The files of an optimizer. They are created, or opened if they are there; `existed` says which.
 
-    options: name -> value of those that decide what the numbers of state mean. beginnings: name -> `optimizer.Beginning`.
+    options: name -> value of those that decide what the numbers of state mean. beginnings: name -> `parameters.Beginning`.
     """
 
     def __init__(self, path, options, beginnings):

@@ -18,7 +18,7 @@ COPIED_AT_ONCE = 1 << 22  # elements
 def laid_out(beginnings, memory_of):
     """Return parameter -> {kind: array}. The arrays of a kind lie one after the other, each at a multiple of ALIGNMENT.
 
-    beginnings: name -> `optimizer.Beginning`. memory_of(kind, n_bytes): the memory for all arrays of a kind, as an aligned array
+    beginnings: name -> `parameters.Beginning`. memory_of(kind, n_bytes): the memory for all arrays of a kind, as an aligned array
     of bytes.
     """
     arrays: dict[str, dict[str, np.ndarray]] = {name: {} for name in beginnings}
@@ -38,8 +38,8 @@ def laid_out(beginnings, memory_of):
 class Store(UnderWay):
     """The state of an optimizer, in memory. A `Folder` is one whose memory is files.
 
-    beginnings: name -> `optimizer.Beginning`; the state begins at zero. gpu: the kernels of the backend of a GPU that takes part,
-    for which the memory is pinned, or None. device: the GPU's number, or None.
+    beginnings: name -> `parameters.Beginning`; the state begins at zero. gpu: the kernels of the backend of a GPU that takes
+    part, for which the memory is pinned, or None. device: the GPU's number, or None.
 
     Attributes: `arrays`, parameter -> {kind: array}; `place`, a text; `existed`, whether the state is that of an earlier
     optimizer, whose step counts are in `marks` then.

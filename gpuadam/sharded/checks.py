@@ -22,10 +22,7 @@ def params(groups, arrangement, transport, backend):
     named = [(label, checks.given(label, param)) for label, param in labelled]
     kernels, views = _chosen(named, transport, backend)
     for view in views:
-        checks.one_format(view, checks.FORMATS)
-        checks.layout(view)
-        if not view.writeable:
-            checks.read_only(view)
+        checks.param(view)
     checks.given_once(views)
     checks.overlap(views, [])
     devices = {view.device for view in views if view.size}
@@ -76,8 +73,8 @@ def grads(members, listed, transport, taken, zero_grad, backend):
         _, their_views = _chosen(named, transport, backend)
         for member, view in zip(elsewhere, their_views, strict=True):
             _grad(view, member, zero_grad)
-            if zero_grad and not view.writeable:
-                checks.read_only(view)
+            if zero_grad:
+                checks.writeable(view)
             taken.check(view, member.grad)
             views[member.number] = view
     return views

@@ -1,7 +1,8 @@
 """`Adam` over shards: the optimizer that a rank updates its part of a bucket with."""
 
 from ..kernels.view import Bits
-from ..optimizer import Adam, key_of_parameter
+from ..optimizer import Adam
+from ..state import key_of_parameter
 
 
 class ShardAdam(Adam):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable
@@ -13,9 +12,9 @@ import torch
 from .. import backends, checks, hyperparameters
 from ..groups import MAPPING, Structure, places_of_groups, some
 from ..kernels.messages import shown
-from ..optimizer import key_of_parameter
 from ..options import Options, arguments
 from ..remembered import Remembered
+from ..state import key_of_parameter
 from ..typing import Integer, StateDtype
 from ..under_way import UnderWay
 from ..update import Updates, update
@@ -152,7 +151,7 @@ class Adam(torch.optim.Optimizer):
         checks.combination("adam", [array.operand for array in arrays], self.options.stochastic_rounding)
         lr, betas, eps, weight_decay, decoupled, maximize = (group[key] for key in OF_A_STEP)
         numbers = _number("lr", lr), _number("betas", betas), eps, weight_decay
-        return hyperparameters.with_formulas(*numbers, maximize, grad_scale, _formulas(decoupled))
+        return hyperparameters.with_formulas(*numbers, maximize, grad_scale, hyperparameters.formulas(decoupled=decoupled))
 
     @overload
     def step(self, closure: None = ...) -> None: ...
@@ -216,14 +215,12 @@ class Adam(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group["params"]
             names = group.get("param_names") or map(str, range(first, first + len(params)))
-            yield (
-                group,
-                [
-                    Member(number, name, param, self.state[param] or self._new_state(group, param, name))
-                    for number, (name, param) in enumerate(zip(names, params, strict=True), first)
-                    if param.grad is not None
-                ],
-            )
+            members = []
+            for number, (name, param) in enumerate(zip(names, params, strict=True), first):
+                if param.grad is not None:
+                    state = self.state[param] or self._new_state(group, param, name)
+                    members.append(Member(number, name, param, state))
+            yield group, members
             first += len(params)
 
     def _alike(self, members):
@@ -231,12 +228,10 @@ class Adam(torch.optim.Optimizer):
         together: dict[tuple, list[Member]] = {}
         bfloat16 = torch.bfloat16 if self.options.master else None  # parameters that have a remainder
         for member in members:
-            together.setdefault((self._counts.taken(member.state["step"]), member.param.dtype is bfloat16), []).append(
-                member
-            )
-        return [
-            (torch_state.count(f"params[{shown(alike[0].name)}]", count), alike) for (count, _), alike in together.items()
-        ]
+            key = self._counts.taken(member.state["step"]), member.param.dtype is bfloat16
+            together.setdefault(key, []).append(member)
+        pairs = [(f"params[{shown(alike[0].name)}]", count, alike) for (count, _), alike in together.items()]
+        return [(torch_state.count(label, count), alike) for label, count, alike in pairs]
 
     def _update(self, h, step, group, members, now=None):
         """Return the Updates of Members that take the same step."""
@@ -250,8 +245,7 @@ class Adam(torch.optim.Optimizer):
             ) from None
         columns, starts = distributed.local_columns(names, columns)
         stochastic, seed = self.options.stochastic_rounding, self.options.seed
-        is_random = stochastic or self.options.state_dtype in ("bfloat16", "8bit")
-        keys = [_key(seed, number) for number in numbers] if is_random else None
+        keys = [_key(seed, number) for number in numbers] if self.options.rounds_randomly else None
         operands = "param", "grad", *(array.operand for array in arrays)
         settings = {"now": now, "stochastic": stochastic, "seed": seed, "keys": keys, "starts": starts, "complex": "parts"}
         return Updates(h, step, columns, operands, names, **settings)
@@ -447,12 +441,6 @@ def _check_given_once(params):
 def _steps(members):
     """Return the counts in the state of Members."""
     return [member.state["step"] for member in members]
-
-
-@functools.lru_cache(typed=True)  # typed: 1 and True are equal, and 1 is refused
-def _formulas(decoupled):
-    """Return the formulas of Adam; decoupled: a setting of a group."""
-    return hyperparameters.formulas(**dataclasses.asdict(hyperparameters.ADAM) | {"decoupled": decoupled})
 
 
 def _number(name, value):

@@ -14,9 +14,9 @@ import torch
 
 from .. import backends, checks, hyperparameters, torch_tensors
 from ..kernels import adam
-from ..kernels.step_objects import stays
+from ..kernels.step_objects import same, stays
 from ..repeated import Repeats
-from ..update import Like, known_like, launch
+from ..update import Like, launch
 from .distributed import PLAIN
 from .step_counts import LAST
 
@@ -29,12 +29,12 @@ IS_LEAF = operator.attrgetter("is_leaf")
 GRAD = operator.attrgetter("grad")
 
 
-class Known(NamedTuple):
+class RepeatedGroup(NamedTuple):
     """What is known of a group of parameters after a step."""
 
     settings: dict[str, Any]
     params: list[torch.Tensor]  # that have gradients
-    absent: list[torch.Tensor]  # that have none
+    lacks: bool  # whether others have none
     states: list[dict[str, Any]]
     of_state: Callable | None  # the tensors of a state, of which the first is its count
     held: list[torch.Tensor]  # params, and those of all states
@@ -101,15 +101,17 @@ class RepeatedSteps(Repeats):
 
 
 def _known(optimizer, group, members, updates):
-    """Return what is Known of a group after its step, or None if steps of it are not repeated."""
+    """Return the RepeatedGroup of a group after its step, or None if steps of it are not repeated."""
     settings, params = dict(group), [member.param for member in members]
-    absent = [param for param in group["params"] if param.grad is None]
+    lacks = len(params) < len(group["params"])
     if not all(stays(value) for key, value in settings.items() if key not in OPEN) or type(group["lr"]) is not float:
         return None
     if not members:
         of_held, of_grads = _read([], OF_HELD), _read([], OF_GRADS)
-        return Known(settings, [], absent, [], None, [], of_held, of_grads, [], NO_COUNTS, None, None, NO_COUNTS, 0, [], [])
-    like = known_like(updates[0]) if len(updates) == 1 else None
+        return RepeatedGroup(
+            settings, [], lacks, [], None, [], of_held, of_grads, [], NO_COUNTS, None, None, NO_COUNTS, 0, [], []
+        )
+    like = updates[0].like if len(updates) == 1 else None
     only, kernels = updates[0], backends.load("numba-cpu")
     if like is None or like.random or like.columns.of_complex or only.now is not None or only.starts:
         return None
@@ -128,8 +130,8 @@ def _known(optimizer, group, members, updates):
     names_of_state = [array.name for array in optimizer.kept(group, params[0].dtype)]
     of_state, (_, grads, *_) = operator.itemgetter("step", *names_of_state), only.columns
     held = [*params, *itertools.chain.from_iterable(map(of_state, states))]
-    return Known(
-        settings, params, absent, states, of_state, held, _read(held, OF_HELD), _read(grads, OF_GRADS),
+    return RepeatedGroup(
+        settings, params, lacks, states, of_state, held, _read(held, OF_HELD), _read(grads, OF_GRADS),
         list(map(torch.Tensor.data_ptr, grads)), np.array(list(map(torch.Tensor.data_ptr, counts))), only.h, like, table,
         table[:, kernels.numpy_struct.SIZE].sum().item(), only.names, only.written(),
     )  # fmt: skip
@@ -155,17 +157,15 @@ def _same_settings(group, known):
 def _same_tensors(group, one, state):
     """Whether the parameters of a group and their state are as before, the same tensors, and the same have gradients."""
     params = group["params"]
-    if len(params) != len(one.params) + len(one.absent) or any(param.grad is not None for param in one.absent):
-        return False
-    if one.absent:
+    if one.lacks:
         params = [param for param in params if param.grad is not None]
-    if not (len(params) == len(one.params) and all(map(operator.is_, params, one.params))):
+    if not same(params, one.params):
         return False
     states = list(map(state.get, params))
-    if not all(map(operator.is_, states, one.states)):
+    if not same(states, one.states):
         return False
     try:
         held = [*params, *itertools.chain.from_iterable(map(one.of_state, states))]
     except KeyError:
         return False
-    return all(map(operator.is_, held, one.held)) and all(map(IS_LEAF, params)) and _read(held, OF_HELD) == one.of_held
+    return same(held, one.held) and all(map(IS_LEAF, params)) and _read(held, OF_HELD) == one.of_held

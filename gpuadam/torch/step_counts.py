@@ -6,12 +6,12 @@ that are captured, integers count, and "step" is the float32 nearest to them. A 
 """
 
 import itertools
-import operator
 
 import numpy as np
 import torch
 
 from .. import torch_tensors
+from ..kernels.step_objects import same
 from ..step_counts import DeviceCount
 
 LAST = 1 << 24  # float32 holds every count up to this one
@@ -53,7 +53,7 @@ class Clock:
 
     def is_of(self, steps):
         """Whether these "step"s are the copies."""
-        return len(steps) == len(self._steps) and all(map(operator.is_, steps, self._steps))
+        return same(steps, self._steps)
 
     @property
     def is_current(self):
