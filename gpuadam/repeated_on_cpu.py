@@ -1,5 +1,6 @@
 """Steps of NumPy arrays that are as the last one: compared, checked and done in one compiled call (`kernels/cpu_step.py`)."""
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,14 @@ def plan_of(group: Updates, n_rows=None, beside=False):
 
 
 class RepeatedCall:
-    """The last settings of adam_step, and the plan of calls that have the same."""
+    """The last settings of adam_step, in any thread, and the plan of calls that have the same."""
 
     def __init__(self):
         self._plan: Any = None
         self._kernels: Any = None
         self._seen: tuple = ()
         self._plans: dict[tuple, Any] = {}
+        self._noting = threading.RLock()  # a call in a destructor may come amid one of the same thread
 
     def does(self, arrays, settings, step, lr, backend):
         """Make the update if its settings are the last ones, and its arrays like those; return whether it was made."""
@@ -56,6 +58,10 @@ class RepeatedCall:
 
     def note(self, group, settings):
         """Take over the settings of Updates that were made, if they were also those of the call before."""
+        with self._noting:
+            self._note(group, settings)
+
+    def _note(self, group, settings):
         again, self._seen = same(settings, self._seen), settings
         if not again or type(group.columns[0][0]) is not np.ndarray or not all(map(stays, settings)):
             return
@@ -65,9 +71,10 @@ class RepeatedCall:
             if len(self._plans) == KEPT:
                 self._plans.clear()
             self._plans[key] = plan_of(group), group.like  # kept alive, so that no other gets its number
-        self._plan, _ = self._plans[key]
-        if self._plan is not None:
-            self._plan.expect((kernels.build, kernels.PARALLEL_FROM, *settings))
+        plan, _ = self._plans[key]
+        if plan is not None:
+            plan.expect((kernels.build, kernels.PARALLEL_FROM, *settings))
+        self._plan = plan
 
 
 class StepsOnCpu:

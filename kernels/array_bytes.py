@@ -8,7 +8,6 @@ the device, on whatever stream, and the host waits for the copy.
 import numpy as np
 
 from gpuadam.kernels.layout import bounds
-from gpuadam.kernels.streams import LEGACY_DEFAULT
 
 CHUNK = 1 << 22  # bytes
 
@@ -27,7 +26,8 @@ def chunks(backend, view, start=0, stop=None):
 
 
 def buffers(backend, view, start=0, stop=None):
-    """Yield buffers for the bytes of elements start to stop, counted in C order. What is put into one is stored afterwards.
+    """Yield buffers for the bytes of elements start to stop, counted in C order. What is in one is stored when the
+    next is asked for.
 
     An array on a GPU must have passed `checks.no_gaps`.
 
@@ -81,18 +81,18 @@ def _pieces(backend, view, start, stop, writes):
         for first, last in ranges:
             piece, address = host[: (last - first) * itemsize], view.pointer + first * itemsize
             if not writes:
-                _copy(backend, view.device, backend.receive, piece, address, piece.nbytes)
+                backend.copy_now(view.device, backend.receive, piece, address, piece.nbytes)
             yield piece.data
             if writes:
-                _copy(backend, view.device, backend.send, address, piece, piece.nbytes)
+                backend.copy_now(view.device, backend.send, address, piece, piece.nbytes)
     else:
         low, high = bounds(view)
         host = np.empty(high - low, np.uint8)
-        _copy(backend, view.device, backend.receive, host, low, host.nbytes)
+        backend.copy_now(view.device, backend.receive, host, low, host.nbytes)
         array = np.ndarray(view.shape, f"u{itemsize}", host, view.pointer - low, view.strides)
         yield from _pieces_on_host(array, ranges, writes)
         if writes:
-            _copy(backend, view.device, backend.send, low, host, host.nbytes)
+            backend.copy_now(view.device, backend.send, low, host, host.nbytes)
 
 
 def _pieces_on_host(array, ranges, writes):
@@ -107,11 +107,3 @@ def _pieces_on_host(array, ranges, writes):
             yield piece.view(np.uint8).data
             if writes:
                 integers.flat[first:last] = piece
-
-
-def _copy(backend, device, copy, target, source, n_bytes):
-    """Copy to or from a device. It is the current device only here: between two pieces the caller's code runs."""
-    with backend.on(device, None):
-        backend.synchronize()
-        copy(target, source, n_bytes, LEGACY_DEFAULT)
-        backend.synchronize()

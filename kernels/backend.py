@@ -74,7 +74,7 @@ class Backend(abc.ABC):
 
     name: str  # as in `backend="numba-cpu"`
     memory: str  # which arrays it can update: those in "CPU" or in "CUDA" memory
-    boundary: int  # bytes: where state begins, counted from such a boundary, is where the parameter begins
+    boundary: int  # bytes: state begins as far behind a multiple of this as its parameter does
     copies_any_layout = True  # whether `copy` takes arrays of different strides
 
     def __reduce__(self) -> str:
@@ -100,23 +100,14 @@ class Backend(abc.ABC):
         updates: `layout.Update`s of arrays on one device, which were checked. arrays: the `operands.Arrays` of all.
         """
 
-    def launch(
-        self,
-        form: adam.Form,
-        views: Sequence[View | None],
-        scalars: Any,
-        rule: Any = adam,
-        stream: int | None = None,
-        key: int = 0,
-    ) -> None:
+    def launch(self, form: adam.Form, views: Sequence[View], scalars: Any, key: int = 0) -> None:
         """Make one update in place.
 
-        views: in the order of `operands.operands_of`, of one shape and device, checked. None stands for an array that is not
-        there.
-        The other arguments are those of `Batch.prepare`.
+        views: in the order of `operands.operands_of`, of one shape and device, checked. The other arguments are those of
+        `Batch.prepare`.
         """
-        for batch in self.batches([Update([view for view in views if view is not None])], form.arrays):
-            batch.prepare(rule, form, scalars, batch.place(stream), key)
+        for batch in self.batches([Update(list(views))], form.arrays):
+            batch.prepare(adam, form, scalars, batch.place(None), key)
             batch.launch()
 
     # The global norm, in the order of norm_order.py

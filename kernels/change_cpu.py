@@ -1,19 +1,18 @@
 """The norms of a step on the CPU: the sums of `change_sums.py` as Numba loops."""
 
 import functools
-import sys
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from gpuadam.kernels import adam, compiled_cache, cpu_threads, norm_cpu, numba_access, primitives
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.backend import refuse_stream
 from gpuadam.kernels.change_sums import NormPasses
-from gpuadam.kernels.norm_order import LANES, QUARTER, WIDTH
-from gpuadam.kernels.numba_memory import load_at, store_at, written_out
+from gpuadam.kernels.norm_order import QUARTER, WIDTH
+from gpuadam.kernels.numba_memory import load_at, tuple_at
 from gpuadam.kernels.operands import GROUP, operands_of_form
 
 # Elements from which two threads finish sooner than one, as in an update.
@@ -39,19 +38,20 @@ class CpuNormPasses(NormPasses):
     def prepare(self, stream):
         refuse_stream(stream)
         self.sums = np.zeros(self.total)
-        norm_cpu.rehearse(self.params)
+        self.plan = order.plan(self.params)
+        norm_cpu.rehearse(self.plan)
         self.result = tuple(view.array for view in self.out) if self.out else (np.empty(()), np.empty(()))
 
     def launch(self):
         change, param = self.result
         change[...] = norm_cpu.norm_of_chunks(self.sums)
-        param[...] = norm_cpu.norm(self.params)
+        param[...] = norm_cpu.norm_of(self.plan)
 
 
 def _run(form, part, chunks, sums):
     """Sum the first chunks of a part, in its threads. sums: the address of those of all parameters."""
     build_loop = functools.partial(build, form)
-    cpu_threads.run(build_loop, part.table, chunks, part.threads, (part.n_rows, sums, part.scalars.ctypes.data))
+    cpu_threads.run(build_loop, part.table, chunks, part.threads, (0, part.n_rows, sums, part.scalars.ctypes.data))
 
 
 @functools.cache
@@ -59,25 +59,17 @@ def build(form, loop):
     """Return the compiled kernel of an `adam.Form`. loop: "serial" or "parallel"."""
     if loop == "parallel":
         return cpu_threads.parallel_of(build(form, "serial"))
-    this = sys.modules[__name__]
-
-    def compiled(function, options=compiled_cache.INNER):
-        return njit(**options)(compiled_cache.named(function, this, form))
-
+    compiled = compiled_cache.compiler(__name__, form)
     op = primitives.for_numba(intrinsic)
-    fma, sub, add = op.fma, op.sub, op.add
+    fma, sub = op.fma, op.sub
     update, access = compiled(adam.in_python(form, op)), numba_access.functions(form, intrinsic)
     load, moved, stepped = access.load, access.moved, access.stepped
     N, CHANGE, GROUPED = len(operands_of_form(form)), form.arrays.change != "", form.arrays.grouped
     NUMBERS, SEVERAL = form.arrays.numbers, form.arrays.numbers > 1
-    COLUMNS, RUN = order.COLUMNS + N, GROUP if GROUPED else WIDTH
-    operands_at, store = numba_access.tuple_at(intrinsic, N), store_at(intrinsic, types.float64)
+    RUN, operands_at = GROUP if GROUPED else WIDTH, tuple_at(intrinsic, N)
     to_reals, n_scalars = numba_access.to_reals(form, intrinsic), len(adam.scalar_names(form))
-    float64_at, int64_at = load_at(intrinsic, types.float64), load_at(intrinsic, types.int64)
+    scalars_at, int64_at = tuple_at(intrinsic, n_scalars, types.float64), load_at(intrinsic, types.int64)
     units: Any = access.units if GROUPED else None
-    scalars_at = njit(**compiled_cache.INNER)(
-        written_out("address", "float64_at(address + 8 * {k})", n_scalars, float64_at=float64_at)
-    )
 
     @compiled
     def number(x, k):
@@ -91,12 +83,6 @@ def build(form, loop):
 
     def near(lanes, at, i, n, s):
         """Add the numbers i ... i + n - 1 of arrays without gaps to neighbouring lanes."""
-        here = moved(at, i)
-        for j in range(n):
-            x = change_of(load(here, j), 0, s)
-            lanes[j] = fma(x, x, lanes[j])
-
-    def near_of_vectors(lanes, at, i, n, s):
         for j in range(n):
             x = change_of(load(at, (i + j) // NUMBERS), (i + j) % NUMBERS, s)
             lanes[j] = fma(x, x, lanes[j])
@@ -119,34 +105,18 @@ def build(form, loop):
             x, lane = change_of(load(here, 0), (start + i) % NUMBERS, s), i // QUARTER * WIDTH + i % WIDTH
             lanes[lane] = fma(x, x, lanes[lane])
 
-    add_near = compiled(near_of_group if GROUPED else near_of_vectors if SEVERAL else near)
+    add_near = compiled(near_of_group if GROUPED else near)
     add_with_gaps: Any = None if GROUPED else compiled(with_gaps)  # 8-bit state has none
 
-    def serial(table, first, end, n_rows, out, scalars):
-        """Sum the chunks first ... end - 1."""
-        lanes, s = np.empty(LANES), to_reals(scalars_at(scalars))
-        row, after = 0, n_rows * COLUMNS
-        for chunk in range(first, end):
-            while row + COLUMNS < after and table[row + COLUMNS + order.FIRST_CHUNK] <= chunk:
-                row += COLUMNS
-            k = chunk - table[row + order.FIRST_CHUNK]
-            start = k * order.CHUNK
-            n = min(table[row + order.SIZE] - start, order.CHUNK)
-            at = operands_at(table.ctypes.data + 8 * (row + order.COLUMNS))
-            for j in range(LANES):
-                lanes[j] = 0.0
-            if GROUPED or table[row + order.RUN]:
-                for i in range(0, n, RUN):
-                    lane = i // QUARTER * WIDTH + i % WIDTH
-                    add_near(lanes[lane : lane + RUN], at, start + i, min(RUN, n - i), s)
-            if not GROUPED and not table[row + order.RUN]:
-                dims = table.ctypes.data + 8 * table[row + order.DIMS]
-                add_with_gaps(lanes, at, dims, table[row + order.NDIM], start, n, s)
-            half = LANES // 2
-            while half:
-                for j in range(half):
-                    lanes[j] = add(lanes[j], lanes[j + half])
-                half //= 2
-            store(out + 8 * (table[row + order.FIRST_SUM] + k), lanes[0])
+    @compiled
+    def add_chunk(lanes, table, row, start, n, scalars):
+        at, s = operands_at(table.ctypes.data + 8 * (row + order.OPERANDS)), to_reals(scalars_at(scalars))
+        if GROUPED or table[row + order.RUN]:
+            for i in range(0, n, RUN):
+                lane = i // QUARTER * WIDTH + i % WIDTH
+                add_near(lanes[lane : lane + RUN], at, start + i, min(RUN, n - i), s)
+        if not GROUPED and not table[row + order.RUN]:
+            dims = table.ctypes.data + 8 * table[row + order.DIMS]
+            add_with_gaps(lanes, at, dims, table[row + order.NDIM], start, n, s)
 
-    return compiled_cache.stored(compiled(serial, compiled_cache.KERNEL), __name__, form)
+    return compiled_cache.stored(norm_cpu.over_chunks(compiled, order.OPERANDS + N, add_chunk), __name__, form)

@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
             long long rest = number / ::NUMBERS;
 #pragma unroll
             for (int j = 0; j < N_OPERANDS; ++j)
-                at[j] = row[FIRST_OPERAND + j];
+                at[j] = row[OPERANDS + j];
 #pragma unroll 1
             for (long long d = row[NDIM] - 1; d >= 0; --d) {
                 const long long* const dimension = table + row[DIMS] + d * (N_OPERANDS + 1);
@@ -84,8 +84,7 @@ def text_and_name(form):
     kinds = [cuda_c_access.C_TYPES[o.format] for o in operands]
     constants = {
         "N_OPERANDS": len(operands),
-        "FIRST_OPERAND": norm_order.COLUMNS,
-        "COLUMNS": norm_order.COLUMNS + len(operands),
+        "COLUMNS": norm_order.OPERANDS + len(operands),
         "PER_VECTOR": 1,
         "PARTS": norm_order.LANES_PER_THREAD,
         "SKIPS": int(form.skips),
@@ -95,12 +94,12 @@ def text_and_name(form):
     name = f"gpuadam_change_{form.dtype}"
     parts = {
         "name": name,
-        "float64": "typedef double T;\n" + primitives.for_cuda_c("float64"),
+        "float64": primitives.for_cuda_c("float64"),
         "reals": "\n".join(
             f"const ::T {x} = at_address<const ::T>(scalars + {REALS_AT})[{k}];" for k, x in enumerate(names)
         ),
         "pointers": "\n".join(
-            f"const {kind}* const {o.name} = at_address<const {kind}>(row[FIRST_OPERAND + {j}]);"
+            f"const {kind}* const {o.name} = at_address<const {kind}>(row[OPERANDS + {j}]);"
             for j, (o, kind) in enumerate(zip(operands, kinds, strict=True))
         ),
         "operands": ", ".join(o.name for o in operands),
@@ -109,8 +108,7 @@ def text_and_name(form):
     }
     conversions, _ = cuda_c_access.for_cuda_c(form, names)
     text = (
-        f"typedef {cuda_c_access.C_TYPES[form.dtype.name]} T;\n"
-        + primitives.for_cuda_c(form.dtype, form.arrays.numbers)
+        primitives.for_cuda_c(form.dtype, form.arrays.numbers)
         + conversions
         + adam.in_cuda_c(form)
         + cuda_c_access.param_for_cuda_c(form, names)

@@ -1,17 +1,15 @@
 """The norms of a step on a GPU: one table for all passes, and their launches on one stream."""
 
-import contextlib
 import functools
-import itertools
 from typing import Any
 
 import numpy as np
 
-from gpuadam.kernels import gpu_driver, synchronous
 from gpuadam.kernels import norm_order as order
+from gpuadam.kernels import synchronous
 from gpuadam.kernels.change_sums import NormPasses
 from gpuadam.kernels.gpu_table import Table
-from gpuadam.kernels.layout import VECTOR_BYTES
+from gpuadam.kernels.layout import VECTOR_BYTES, side_by_side
 from gpuadam.kernels.scalars import MEMORY_BYTES, REALS_AT, ScalarsMemory
 
 
@@ -30,16 +28,12 @@ class GpuNormPasses(NormPasses):
 
     def place(self, stream):
         if self._place is None:
-            views = [*self.params, *(view for part in self.parts for view in part.views), *self.out]
-            # a new result is there for the current stream, and for the one that its library names, wherever the work goes
-            named = [view.stream for view in views] + ([] if self.out else [None, self.backend.default_named])
-            self._place = self.backend.place(self.device, stream, named)
-            self._place.check_capture()
-            if self._place.capturing and not self.out:
-                raise RuntimeError(
-                    "a graph is being captured, and the norms have no arrays yet that outlive it: take a step with norms=True "
-                    "before the capture, with the same arrays, on this stream"
-                )
+            views = [*self.params, *(view for part in self.parts for view in part.views)]
+            why = (
+                "the norms have no arrays yet that outlive it: take a step with norms=True before the capture, with the same "
+                "arrays, on this stream"
+            )
+            self._place = self.backend.place_with_results(self.device, stream, views, self.out, why)
         return self._place
 
     def prepare_part(self, part):
@@ -68,7 +62,7 @@ class GpuNormPasses(NormPasses):
                 self._rehearse(one.form)
         tables = [x for part in self.parts for x in (part.table, part.scalars)]
         sizes = [x.nbytes for x in (*tables, *(plan.table for plan in self._plans))] + [p.workspace for p in self._plans]
-        *starts, end = itertools.accumulate((-(-n // VECTOR_BYTES) * VECTOR_BYTES for n in sizes), initial=0)
+        starts, end = side_by_side(sizes, VECTOR_BYTES)
         self._places, self._sums = starts[:-2], starts[-2:]  # of tables and of both workspaces, in bytes
 
         def contents(address):
@@ -83,8 +77,7 @@ class GpuNormPasses(NormPasses):
             results = [(view.array, view.pointer) for view in self.out] or [backend.empty_number(), backend.empty_number()]
         self.result, self._norms_at = zip(*results, strict=True)
         self._table = Table(backend, self.device, end, contents, once=True)
-        allowed = gpu_driver.allowed_while_capturing() if place.capturing else contextlib.nullcontext()
-        with backend.on(self.device, place.stream), allowed:
+        with backend.on(self.device, place.stream):
             self._address = self._table.on_stream(place.stream)
 
     def launch_part(self, part):
@@ -92,24 +85,16 @@ class GpuNormPasses(NormPasses):
         table, words = (self._address + start for start in self._places[number : number + 2])
         words = scalars.address if isinstance(scalars, ScalarsMemory) else words
         arguments = table, 0, part.n_rows, self._address + self._sums[0], part.chunks, words
-        with self._ordered(part.views) as stream:
+        with self.backend.ordered_at(self._place, self.device, part.views) as stream:
             what = functools.partial(synchronous.text_of_updates, part.updates, "change")
             synchronous.launch(
                 self.backend, stream, what, self.backend.launch_sums, part.prepared[1], part.chunks, arguments, stream
             )
 
     def launch(self):
-        with self._ordered(self.params) as stream:
+        with self.backend.ordered_at(self._place, self.device, self.params) as stream:
             for plan, table, sums, norm in zip(self._plans, self._places[-2:], self._sums, self._norms_at, strict=True):
                 text = functools.partial(synchronous.text_of_norm, self.params, plan, device=self.device)
                 self.backend.launch_passes(plan, self._address + table, self._address + sums, norm, stream, text)
             self._table.used(stream)
         self._table.release()
-
-    @contextlib.contextmanager
-    def _ordered(self, views):
-        backend, place = self.backend, self._place
-        with backend.on(self.device, place.stream):
-            backend.before(place)
-            yield place.stream
-            backend.after(place, backend.borrowed(views))

@@ -1,14 +1,14 @@
 """The sums of `change_sums.py` as Numba CUDA kernels. Line by line they are IN_CUDA_C of `change_cuda_c.py`."""
 
-from numba import cuda, types
+from numba import cuda, from_dtype, types
 from numba.cuda.extending import intrinsic
 
 from gpuadam.kernels import adam, numba_access, primitives
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.change_sums import PLACES
-from gpuadam.kernels.norm_numba_cuda import NO_SUMS, chunk_of_warp_in, place_of_warp, tree_of
+from gpuadam.kernels.norm_numba_cuda import NO_SUMS, chunk_of_warp_in, int64_at, place_of_warp, tree_of, tuple_of
 from gpuadam.kernels.norm_order import LANES_PER_THREAD, WARP, WIDTH
-from gpuadam.kernels.numba_memory import load_at, store_at, widened, written_out
+from gpuadam.kernels.numba_memory import store_at, tuple_at, widened
 from gpuadam.kernels.operands import GROUP, operands_of_form
 from gpuadam.kernels.scalars import REALS_AT, SKIP_AT
 
@@ -21,16 +21,10 @@ def build(form):
     load, stepped = access.load, access.stepped
     N, CHANGE, GROUPED, SKIPS = len(operands_of_form(form)), form.arrays.change != "", form.arrays.grouped, form.skips
     NUMBERS, SEVERAL = form.arrays.numbers, form.arrays.numbers > 1
-    int64_at = load_at(intrinsic, types.int64, addrspace=1)
-    operands_at, store = numba_access.tuple_at(intrinsic, N, addrspace=1), store_at(intrinsic, types.float64, addrspace=1)
-    tree, chunk_of_warp = tree_of(1), chunk_of_warp_in(order.COLUMNS + N)
+    operands_at, store = tuple_at(intrinsic, N, addrspace=1), store_at(intrinsic, types.float64, addrspace=1)
+    tree, chunk_of_warp = tree_of(1), chunk_of_warp_in(order.OPERANDS + N)
     as_float64 = widened(intrinsic, form.dtype.name, on_gpu=True)
-    scalars_at = _written_out(
-        "address",
-        f"real_at(address + {REALS_AT} + {{k}} * {form.dtype.itemsize})",
-        len(adam.scalar_names(form)),
-        real_at=load_at(intrinsic, {"float32": types.float32, "float64": types.float64}[form.dtype.name], addrspace=1),
-    )
+    scalars_at = tuple_at(intrinsic, len(adam.scalar_names(form)), from_dtype(form.dtype), addrspace=1)
 
     @cuda.jit(device=True)
     def number(x, k):
@@ -81,23 +75,17 @@ def build(form):
         x = change_of(values_at(at, k), k % NUMBERS, i < n, s)
         return fma(x, x, sum_of_lane)
 
-    add_row = _written_out(
-        "sums, at, start, i, n, s",
-        "plus(sums[{k}], at, start, i + PLACES[{k}], n, s)",
-        LANES_PER_THREAD,
-        plus=plus,
-        PLACES=PLACES,
-    )
-    add_to_lane = _written_out(
-        "sums, lane, x", "fma(x, x, sums[{k}]) if lane == {k} else sums[{k}]", LANES_PER_THREAD, fma=fma
-    )
+    arguments, item = "sums, at, start, i, n, s", "plus(sums[{k}], at, start, i + PLACES[{k}], n, s)"
+    add_row = tuple_of(arguments, item, LANES_PER_THREAD, plus=plus, PLACES=PLACES)
+    item = "fma(x, x, sums[{k}]) if lane == {k} else sums[{k}]"
+    add_to_lane = tuple_of("sums, lane, x", item, LANES_PER_THREAD, fma=fma)
 
     def sums(table, first_row, n_rows, out, chunks, scalars):
         thread, chunk = place_of_warp()
         if chunk >= chunks:
             return  # the whole warp
         row, of_row, start, n = chunk_of_warp(table, first_row, n_rows, chunk)
-        lanes, s, at = NO_SUMS, scalars_at(scalars), operands_at(row + 8 * order.COLUMNS)
+        lanes, s, at = NO_SUMS, scalars_at(scalars + REALS_AT), operands_at(row + 8 * order.OPERANDS)
         if SKIPS and int64_at(scalars + SKIP_AT):
             pass
         elif GROUPED or int64_at(row + 8 * order.RUN):
@@ -115,7 +103,3 @@ def build(form):
             store(out + 8 * (int64_at(row + 8 * order.FIRST_SUM) + of_row), total)
 
     return sums
-
-
-def _written_out(head, item, n, **names):
-    return cuda.jit(device=True)(written_out(head, item, n, **names))

@@ -12,48 +12,24 @@ On a GPU a warp sums a chunk, and thread t has the lanes t, t + 32, ... t + 224:
 
 from typing import Any
 
-import numpy as np
-
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.backend import Batch
-from gpuadam.kernels.layout import collapse
 
 # The places in a chunk of the first elements of the lanes that thread 0 of a warp has; the others' are behind them.
 PLACES = tuple(lane // order.WIDTH * order.QUARTER + lane % order.WIDTH for lane in range(0, order.LANES, order.WARP))
 
 
 def table_of(updates, first_sums):
-    """Return the table of `layout.Update`s, of int64, the number of its rows, and that of their chunks.
+    """Return the table of `layout.Update`s, the number of its rows, and that of their chunks.
 
     first_sums: of each update the number of its first chunk among those of all parameters.
-
-    A row has the columns of `norm_order.py`, of which POINTER is unused, and then the addresses of the operands. A dimension has
-    a length, and then a stride for each operand. SIZE and chunks count numbers, dimensions elements, which may have several.
     """
-    rows: list[list[int]] = []
-    dims: list[int] = []
-    chunks = 0
+    rows, chunks = order.Rows(), 0
     for update, first_sum in zip(updates, first_sums, strict=True):
-        views, elements, numbers = update.views, update.views[0].size, update.views[0].flat.size
-        if not elements:
-            continue
-        itemsizes = [view.dtype.itemsize for view in views]
-        run = all(view.pointer % view.dtype.base.itemsize == 0 for view in views)
-        dimensions = [(elements, *itemsizes)]
-        if not all(view.contiguous for view in views):
-            shape, strides = collapse(views[0].shape, [view.strides for view in views], in_c_order=True)
-            if shape:
-                dimensions = list(zip(shape, *strides, strict=True))
-            run = run and dimensions == [(elements, *itemsizes)]
-        pointers = (view.pointer for view in views)
-        rows.append([0, numbers, run, len(dimensions), len(dims), chunks, first_sum, 0, *pointers])
-        dims += [number for dimension in dimensions for number in dimension]
-        chunks += order.chunks_of(numbers)
-    table = np.array([number for row in rows for number in row] + dims, np.int64)
-    if rows:
-        width = len(rows[0])
-        table[order.DIMS : len(rows) * width : width] += len(rows) * width
-    return table, len(rows), chunks
+        if size := update.views[0].size:
+            rows.add(update.views, size, chunks, first_sum)
+            chunks += order.chunks_of(rows.rows[-1][order.SIZE])
+    return rows.table(), len(rows.rows), chunks
 
 
 class ChangePart(Batch):

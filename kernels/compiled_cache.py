@@ -18,14 +18,15 @@ from pathlib import Path
 
 import llvmlite
 import numba
+from numba import njit
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.runtime import rtsys
 
 from gpuadam.kernels import ownership
 
-# Options of Numba for a kernel, and for a function that only kernels call. What would call them from C, or from Python, would
-# take a quarter of the time of compiling. Numba's default error model tests every divisor for zero: a loop would not vectorise,
-# and would raise half-way through the arrays.
+# Options of Numba for a kernel, and for a function that only kernels call. They have no wrappers for calls from C, or for inner
+# functions from Python: these would take a quarter of the time of compiling. Numba's default error model tests every divisor for
+# zero: a loop would not vectorise, and would raise half-way through the arrays.
 KERNEL = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
 INNER = {"error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": True}
 
@@ -39,22 +40,32 @@ def stored(dispatcher, *key):
     return dispatcher
 
 
+def kept(function):
+    """Compile a function whose name tells it from all others, with the cache on disk."""
+    return stored(njit(function), function.__name__)
+
+
 def of_rule(dispatcher, rule, form):
-    """Return the kernel of a rule likewise, if the rule is in this folder: the text of another rule is not in the key."""
+    """Likewise for the kernel of a rule. One from outside this folder is not kept, because its text is not in the key."""
     in_this_folder = getattr(rule, "__name__", "").startswith(__package__ + ".")
     return stored(dispatcher, rule.__name__, form) if in_this_folder else dispatcher
 
 
-def named(function, rule, form):
-    """Give a function a name of its own for each rule and form, and return it.
+def named(function, *key):
+    """Give a function a name of its own for each key, and return it.
 
     Numba makes symbols of names and of numbers that start again in every process. Kernels of the same name that come from two
     processes would take each other's place when both are loaded.
     """
-    digest = hashlib.sha256(repr((rule.__name__, form)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     function.__name__ = f"{function.__name__}_{digest}"
     function.__qualname__ = f"{function.__qualname__}_{digest}"
     return function
+
+
+def compiler(*key):
+    """Return a function that compiles functions under the names of a key, by default those that only kernels call."""
+    return lambda function, options=INNER: njit(**options)(named(function, *key))
 
 
 def folder():

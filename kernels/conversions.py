@@ -249,7 +249,7 @@ def v_inverse(b, rn, largest_root):
     return b.fdiv(_f32(V_LARGEST * BELOW), b.bitcast(largest_root, F32))
 
 
-# All bits of a mask are 1, or 0 where what it is for becomes 0.
+# A mask is all ones, or all zeros where m (or v) of the group becomes 0.
 _MASKS = (
     "{ .reg .pred p; .reg .b32 mm, vm, bad; max.u32 bad, %1, %2;"
     f" setp.ge.u32 p, bad, {INFINITY:#x}; selp.b32 bad, 0xFFFFFFFF, 0, p;"

@@ -17,8 +17,8 @@ from gpuadam.kernels.view import on_cpu
 class CpuBatch(Batch):
     """Updates that one launch makes: those of a table (`numpy_struct.py`), or without a table one update of any strides.
 
-    n: how many elements a table has. updates: `layout.Update`s, which keep the arrays alive; of a table
-    anything that does; None where the caller does.
+    n: how many elements a table has. updates: the `layout.Update`s. For a table, any object that keeps its arrays
+    alive, or None if the caller does.
     """
 
     __slots__ = ("arguments", "arrays", "begun", "group", "is_random", "kernel", "n", "names", "table", "updates")
@@ -32,9 +32,7 @@ class CpuBatch(Batch):
         if self.table is not None and self.n < backend.PARALLEL_FROM:
             latest = backend.latest
             if latest[0] is not form or latest[1] is not rule or latest[2] is not backend.build:
-                kernel = backend.build(rule, form, "serial")
-                kernel(self.table, 0, 0, key, *scalars)
-                latest = backend.latest = form, rule, backend.build, kernel
+                latest = backend.latest = form, rule, backend.build, backend.compiled(rule, form, scalars)
             self.kernel, self.arguments = latest[3], (self.table, 0, self.n, key, *scalars)
             return
         if self.table is not None:

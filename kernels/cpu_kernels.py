@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 
 from gpuadam.kernels import adam, compiled_cache, cpu_threads, numba_access, primitives
 from gpuadam.kernels.numba_access import CACHE_LINE, FETCHED
+from gpuadam.kernels.numba_memory import tuple_at
 from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
 from gpuadam.kernels.operands import GROUP, operands_of_form
 
@@ -22,13 +23,13 @@ def build(rule, form, loop):
     """Return the compiled kernel of a form. loop: "serial", "parallel" or "strided"."""
     if loop == "parallel":
         return cpu_threads.parallel_of(build(rule, form, "serial"))
-    element = compiled_cache.named(rule.in_python(form, primitives.for_numba(intrinsic)), rule, form)
+    element = compiled_cache.named(rule.in_python(form, primitives.for_numba(intrinsic)), rule.__name__, form)
     update = njit(**compiled_cache.INNER)(element)
     access = numba_access.functions(form, intrinsic)
     load, store, moved, stepped, fetch = access.load, access.store, access.moved, access.stepped, access.fetch
-    # How many elements ahead of an element a rule wants its memory asked for; without it the processor finds out by itself.
+    # How many elements ahead the loop prefetches; with 0 it leaves this to the processor.
     AHEAD = getattr(rule, "AHEAD", 0)
-    operands_at = numba_access.tuple_at(intrinsic, len(operands_of_form(form)))
+    operands_at = tuple_at(intrinsic, len(operands_of_form(form)))
     PARAM_SIZE = operands_of_form(form)[0].itemsize
 
     def serial(table, first, last, key, s):
@@ -74,10 +75,10 @@ def build(rule, form, loop):
 
     arguments, body = {
         "strided": ("at, shape, strides, index, key", strided),
-        "serial": ("table, first, last, key", _over_groups(form, update, operands_at) if form.arrays.grouped else serial),
+        "serial": ("table, first, last, key", _over_groups(access, update, operands_at) if form.arrays.grouped else serial),
     }[loop]
-    body = njit(error_model="numpy", inline="always")(compiled_cache.named(body, rule, form))
-    function = compiled_cache.named(_taking(arguments, form, body=body), rule, form)
+    body = njit(error_model="numpy", inline="always")(compiled_cache.named(body, rule.__name__, form))
+    function = compiled_cache.named(_taking(arguments, form, body=body), rule.__name__, form)
     return compiled_cache.of_rule(njit(**compiled_cache.KERNEL)(function), rule, form)
 
 
@@ -95,8 +96,7 @@ def _taking(arguments, form, **names):
     return namespace["kernel"]
 
 
-def _over_groups(form, update, operands_at):
-    groups = numba_access.functions(form, intrinsic)
+def _over_groups(groups, update, operands_at):
     load, units, store, magnitudes, codec = groups.load, groups.units, groups.store, groups.magnitudes, groups.codec
     scales, encode, keep, kept = groups.scales, groups.encode, groups.keep, groups.kept
     moved, ZERO = groups.moved, np.int32(0)

@@ -17,11 +17,11 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from gpuadam.kernels import compiled_cache, llvm, same_objects, step_objects
+from gpuadam.kernels import compiled_cache, llvm, step_objects
 from gpuadam.kernels.adam import Scalars
 from gpuadam.kernels.numba_memory import load_at, store_at
 from gpuadam.kernels.numpy_struct import FACTS, NDARRAY, PARAM, SIZE, read, read_one
-from gpuadam.kernels.same_objects import int64_at, pointer
+from gpuadam.kernels.same_objects import int64_at, of_one, of_several, pointer, same_settings
 from gpuadam.kernels.scalars import on_host
 from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 
@@ -40,8 +40,8 @@ class Plan(step_objects.Plan):
 
     like: the `numpy_struct.Columns` of the arrays, of which none is rounded randomly. kernel: a serial loop of `cpu_kernels`
     that has been called. formula: (variant, decoupled) of `scalars.on_host`. numbers: the first ones of NUMBERS, up to EPS.
-    scalars: those of a step, of which the call computes VARYING. begins: the first step with these scalars. most: from how many
-    elements on the call leaves the launch to several threads. n_rows: of several updates, how many there are.
+    scalars: those of a step, of which the call computes VARYING. begins: the first step for which these scalars hold. most:
+    with so many elements or more, the call leaves the launch to several threads. n_rows: of several updates, how many there are.
     """
 
     def __init__(self, like, kernel, formula, numbers, scalars, begins, most, n_rows=None):
@@ -86,12 +86,7 @@ def address_of(kernel, n):
 
 _float64_at = load_at(intrinsic, types.float64)
 _store = store_at(intrinsic, types.float64)
-OF_A_KERNEL = (
-    types.Array(types.int64, 2, "C"),
-    types.int64,
-    types.int64,
-    types.int64,
-)  # table, first, last, key; then its scalars
+OF_A_KERNEL = types.Array(types.int64, 2, "C"), *[types.int64] * 3  # table, first, last, key; then its scalars
 
 
 def _launching(n):
@@ -120,10 +115,8 @@ def _launching(n):
 def compiled(variant, decoupled, n_scalars, several):
     """Return the compiled call of a Plan. several: whether there are several updates."""
     formula, launch = on_host(variant, decoupled), _launching(n_scalars)
-    quick = njit(**compiled_cache.INNER)
-    read_all = read if several else read_one
-    powers, of_step, same_settings = map(quick, (formula.powers, formula.of_step, same_objects.same_settings))
-    gather = quick(same_objects.of_several if several else same_objects.of_one)
+    read_all, gather = (read, of_several) if several else (read_one, of_one)
+    powers, of_step = map(njit(**compiled_cache.INNER), (formula.powers, formula.of_step))
     DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
 
     def step(plan, arrays, settings, t, lr):
@@ -161,14 +154,10 @@ def compiled(variant, decoupled, n_scalars, several):
     return compiled_cache.stored(njit(error_model="numpy")(step), "step", variant, decoupled, n_scalars, several)
 
 
-def _stored(function):
-    return compiled_cache.stored(njit(function), function.__name__)
-
-
 _float32_at, _store_float32 = load_at(intrinsic, types.float32), store_at(intrinsic, types.float32)
 
 
-@_stored
+@compiled_cache.kept
 def common_count(addresses):
     """Return the number that the float32 at all addresses are, or -1."""
     count = _float32_at(addresses[0])
@@ -178,7 +167,7 @@ def common_count(addresses):
     return count
 
 
-@_stored
+@compiled_cache.kept
 def advance(addresses):
     """Add 1 to the float32 at all addresses."""
     for k in range(addresses.size):

@@ -52,7 +52,7 @@ def n_threads():
 
 @contextlib.contextmanager
 def one_thread():
-    """Return a context in which the updates of this thread take no others: there are as many of it as there are processors."""
+    """Return a context in which updates of this thread use this thread alone, for callers with one such thread per processor."""
     if threading_layer() is None:
         yield
         return

@@ -11,6 +11,22 @@ C_TYPES = {"float64": "double", "float32": "float", "uint8": "unsigned char"} | 
     ("bfloat16", "float16", "int16"), "unsigned short"
 )
 
+
+def place(operand, i):
+    """Return the CUDA C of how many numbers of an operand are before element i."""
+    return f"{i} * {operand.numbers}" if operand.numbers > 1 else i
+
+
+def vector_of(operand, n="N"):
+    """Return the CUDA C of the type of n lanes of an operand."""
+    return f"Vector<{n}, {C_TYPES[operand.format]}, {operand.numbers}>"
+
+
+def pointer_to(operand):
+    """Return the CUDA C of the type of a pointer to an operand."""
+    return f"{'' if operand.stores else 'const '}{C_TYPES[operand.format]}*"
+
+
 IN_CUDA_C = r"""
 #define FOR_LANES _Pragma("unroll") for (int k = 0; k < N; ++k)
 #define FOR_VECTORS _Pragma("unroll") for (int n = 0; n < TIMES; ++n)
@@ -145,26 +161,21 @@ def for_cuda_c(form, scalars):
     The kernel defines APART.
     """
     operands, grouped = operands_of_form(form), form.arrays.grouped
-    kinds, numbers = {o.name: C_TYPES[o.format] for o in operands}, {o.name: o.numbers for o in operands}
-    arguments = [f"{'' if o.stores else 'const '}{kinds[o.name]}* {o.name}" for o in operands]
+    arguments = [f"{pointer_to(o)} {o.name}" for o in operands]
     arguments += ["long long first", "long long size", "bool whole"] if grouped else []
     arguments += ["long long index", "long long key", "long long skip", *(f"T {name}" for name in scalars)]
-    loads = [o.name for o in operands if o.loads and not o.of_groups]
-    stores = [o.name for o in operands if o.stores and not o.of_groups]
-    at = {name: f" + at * {n}" if n > 1 else " + at" for name, n in numbers.items()}
+    loads, stores = ([o for o in operands if getattr(o, does) and not o.of_groups] for does in ("loads", "stores"))
     lines = {
-        "zero_lanes": [f"FOR_VECTORS store(grad + n * APART * NUMBERS, Vector<N, {kinds['grad']}, NUMBERS>{{}});"]
-        if form.zero_grad
-        else [],
-        "zero_one": ["grad[at + k] = {};"] if form.zero_grad else [],
-        "declare": [f"Vector<N, {kinds[name]}, {numbers[name]}> {name}_was[TIMES];" for name in loads]
-        + [f"Vector<N, {kinds[name]}, {numbers[name]}> {name}_is[TIMES] = {{}};" for name in stores],
-        "load_lanes": [f"{name}_was[n] = load<N, {numbers[name]}>({name}{at[name]});" for name in loads],
-        "load_one": [f"{name}_was[n].lane[k] = {name}[min(at + k, last)];" for name in loads],
+        "zero_lanes": [f"FOR_VECTORS store(grad + n * APART * NUMBERS, {vector_of(operands[1])}{{}});"] * form.zero_grad,
+        "zero_one": ["grad[at + k] = {};"] * form.zero_grad,
+        "declare": [f"{vector_of(o)} {o.name}_was[TIMES];" for o in loads]
+        + [f"{vector_of(o)} {o.name}_is[TIMES] = {{}};" for o in stores],
+        "load_lanes": [f"{o.name}_was[n] = load<N, {o.numbers}>({o.name} + {place(o, 'at')});" for o in loads],
+        "load_one": [f"{o.name}_was[n].lane[k] = {o.name}[min(at + k, last)];" for o in loads],
         "update": _update(form, scalars),
         "encode": [_encode(o) for o in operands if o.value],
-        "store_lanes": [f"store({name}{at[name]}, {name}_is[n]);" for name in stores],
-        "store_one": [f"{name}[at + k] = {name}_is[n].lane[k];" for name in stores],
+        "store_lanes": [f"store({o.name} + {place(o, 'at')}, {o.name}_is[n]);" for o in stores],
+        "store_one": [f"{o.name}[at + k] = {o.name}_is[n].lane[k];" for o in stores],
     }
     parts = {name: "\n".join(text) for name, text in lines.items()} | {"arguments": ", ".join(arguments)}
     parts |= {"GROUP": str(GROUP), "GROUP_LANES": str(GROUP_LANES)}
@@ -177,11 +188,10 @@ def param_for_cuda_c(form, scalars):
     `param_of(old_param, new_param, operands..., i, scalars...)` sets both to number i of the parameter, before and after.
     """
     operands = operands_of_form(form)
-    kinds = {o.name: C_TYPES[o.format] for o in operands}
-    arguments = [f"const {kinds[o.name]}* {o.name}" for o in operands] + ["long long i", *(f"T {name}" for name in scalars)]
-    at = {o.name: f"i / NUMBERS * {o.numbers}" if form.arrays.numbers > 1 else "i" for o in operands}
+    arguments = [f"const {C_TYPES[o.format]}* {o.name}" for o in operands]
+    arguments += ["long long i", *(f"T {name}" for name in scalars)]
     load = [
-        f"const Vector<1, {kinds[o.name]}, {o.numbers}> {o.name}_was[1] = {{load<1, {o.numbers}>({o.name} + {at[o.name]})}};"
+        f"const {vector_of(o, 1)} {o.name}_was[1] = {{load<1, {o.numbers}>({o.name} + {place(o, 'i / NUMBERS')})}};"
         for o in operands
         if o.loads and not o.of_groups
     ]

@@ -50,21 +50,21 @@ class Cupy(GpuBackend):
     def run(self, batch, form, scalars, rule, stream, key):
         if batch.call is None:
             batch.call = _call_of(batch, form, rule, isinstance(scalars, ScalarsMemory))
-        kernel, before, after, options, random, on_device = batch.call
-        if on_device:
+        kernel, before, after, options = batch.call
+        if isinstance(scalars, ScalarsMemory):
             address, n = scalars.address + REALS_AT, len(adam.scalar_names(form))
             numbers: Any = [_unowned(address, (n,), scalars.dtype, batch.device)]
-            if random or form.skips:
+            if batch.is_random or form.skips:
                 numbers.append(_unowned(scalars.address, (2,), np.int64, batch.device))
         else:
-            numbers = [*scalars, *([key] if random else [])]
+            numbers = [*scalars, *([key] if batch.is_random else [])]
         kernel(*before, *numbers, *after, **options)
 
     def changing(self, batch, form):
-        _, before, after, _, random, _ = batch.call
+        _, before, after, _ = batch.call
         n, scalars = len(adam.scalar_names(form)), len(before)
-        n_all = scalars + n + random + len(after) + 1  # CuPy adds the number of threads
-        return Changing(scalars, scalars + n if random else None, n_all)
+        n_all = scalars + n + batch.is_random + len(after) + 1  # CuPy adds the number of threads
+        return Changing(scalars, scalars + n if batch.is_random else None, n_all)
 
     def launch_scalars(self, form, settings, numbers, out, stream):
         values = settings._asdict() | {name: (x.pointer, 1) if isinstance(x, View) else x for name, x in numbers.items()}
@@ -155,13 +155,13 @@ class Cupy(GpuBackend):
 
 
 def _call_of(batch, form, rule, on_device):
-    """Return the kernel of a batch, its arguments before and after the numbers of a step, and what these are."""
-    kernel, random = cupy_kernels.build(rule, form, batch.loop, on_device, batch.vectors), form.arrays.random
+    """Return the kernel of a batch, its arguments before and after the numbers of a step, and CuPy's options of its launch."""
+    kernel = cupy_kernels.build(rule, form, batch.loop, on_device, batch.vectors)
     if batch.loop == "table":
         rows = _unowned(batch.address, (batch.rows.size,), np.int64, batch.device)
         owners = _unowned(batch.address + batch.rows.nbytes, batch.owners.shape, np.int32, batch.device)
         options = {"size": owners.size * gpu_table.BLOCK, "block_size": gpu_table.BLOCK}
-        return kernel, (owners,), (rows,), options, random, on_device
+        return kernel, (owners,), (rows,), options
     (update,) = batch.updates
     operands, options, head_and_vectors = operands_of_form(form), {}, ()
     arrays = [
@@ -170,9 +170,9 @@ def _call_of(batch, form, rule, on_device):
     ]
     if batch.loop == "contiguous":
         head_and_vectors, options = batch.split[:2], {"size": batch.split.threads_of(batch.vectors)}
-    of_row = (update.key, update.start) if random else ()
+    of_row = (update.key, update.start) if batch.is_random else ()
     read, written = in_and_out(operands, arrays)
-    return kernel, (*read, *head_and_vectors, *of_row), written, options, random, on_device
+    return kernel, (*read, *head_and_vectors, *of_row), written, options
 
 
 @functools.lru_cache(maxsize=1024)

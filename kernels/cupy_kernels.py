@@ -9,6 +9,7 @@ import functools
 import cupy
 
 from gpuadam.kernels import adam, change_cuda_c, cuda_c_access, gpu_table, norm_cuda_c, primitives
+from gpuadam.kernels.cuda_c_access import C_TYPES, place, pointer_to
 from gpuadam.kernels.layout import WARP
 from gpuadam.kernels.operands import FORMATS, lanes_of, operands_of_form
 from gpuadam.kernels.scalars import Settings, formula_in_cuda_c
@@ -88,10 +89,7 @@ break;
 """
 )
 
-# A plain cast of an address to a pointer makes generic loads.
-TABLE_PREAMBLE = """
-template <class S> __device__ __forceinline__ S* at_address(long long a) { return (S*)__cvta_global_to_generic((size_t)a); }
-""" + "".join(
+TABLE_PREAMBLE = norm_cuda_c.AT_ADDRESS + "".join(
     f"#define {name} {getattr(gpu_table, name)}\n"
     for name in ("BLOCK", "CHUNK", "HEAD", "VECTORS", "ITEMS", "FIRST_CHUNK", "KEY", "START", "SIZE", "OPERANDS")
 )
@@ -103,7 +101,7 @@ update_lanes<1, 1>(%(element)s, start + i, row_key ^ step_key, skip, %(scalars)s
 
 
 def in_and_out(operands, values):
-    """Return what belongs to the operands that are only read, and to the others."""
+    """Split values, one for each operand: those of operands that are only read, and the rest."""
     pairs = list(zip(operands, values, strict=True))
     return [x for operand, x in pairs if not operand.stores], [x for operand, x in pairs if operand.stores]
 
@@ -121,7 +119,6 @@ def build(rule, form, loop, on_device=False, vectors=1):
     """
     operands, names = operands_of_form(form), adam.scalar_names(form)
     random = form.arrays.random
-    kinds = {o.name: cuda_c_access.C_TYPES[o.format] for o in operands}
     raw = "" if loop == "strided" else "raw "
     arrays = [] if loop == "table" else [f"{raw}{IN_MEMORY[o.format]} {o.name}" for o in operands]
     inputs, outputs = in_and_out(operands, arrays) if arrays else (["raw int32 owners"], ["raw int64 rows"])
@@ -141,22 +138,20 @@ def build(rule, form, loop, on_device=False, vectors=1):
     else:
         inputs += [f"{form.dtype} {name}" for name in names] + (["int64 step_key"] if random else [])
         body += ("" if random else "const long long step_key = 0;\n") + "const long long skip = 0;\n"
-    pointers = {o.name: f"at_address<{kinds[o.name]}>(row[OPERANDS + {k}])" for k, o in enumerate(operands)}
-    at = {o.name: f" + at * {o.numbers}" if o.numbers > 1 else " + at" for o in operands}
-    begin = {name: "" if form.arrays.grouped else x.replace("at", "begin") for name, x in at.items()}
+    kinds = [C_TYPES[o.format] for o in operands]
+    in_row = [f"at_address<{kind}>(row[OPERANDS + {k}])" for k, kind in enumerate(kinds)]
+    begin, at = ([place(o, first) for o in operands] for first in ("0" if form.arrays.grouped else "begin", "at"))
+    of_all = list(zip(operands, kinds, in_row, begin, at, strict=True))
     conversions, update = cuda_c_access.for_cuda_c(form, names)
     parts = {
         "scalars": ", ".join(names),
-        "pointers": "\n".join(
-            f"{'' if o.stores else 'const '}{kinds[o.name]}* const {o.name} = {pointers[o.name]}{begin[o.name]};"
-            for o in operands
-        ),
+        "pointers": "\n".join(f"{pointer_to(o)} const {o.name} = {row} + {begin};" for o, _, row, begin, _ in of_all),
         "names": ", ".join(o.name for o in operands),
         "at": ", ".join(
-            o.name + at[o.name] if loop == "table" else f"as<{kinds[o.name]}>(&{o.name}[{at[o.name][3:]}])" for o in operands
+            f"{o.name} + {at}" if loop == "table" else f"as<{kind}>(&{o.name}[{at}])" for o, kind, _, _, at in of_all
         ),
-        "at_row": ", ".join(pointers[o.name] + at[o.name] for o in operands),
-        "element": ", ".join(f"as<{kinds[o.name]}>(&{o.name})" for o in operands),
+        "at_row": ", ".join(f"{row} + {at}" for *_, row, _, at in of_all),
+        "element": ", ".join(f"as<{kind}>(&{o.name})" for o, kind, *_ in of_all),
     }
     defined = {
         "VECTORS_A_THREAD": vectors,
@@ -172,7 +167,7 @@ def build(rule, form, loop, on_device=False, vectors=1):
         body + text % parts,
         f"gpuadam_{rule.__name__.rpartition('.')[2]}_{form.dtype}_{loop}{'_device' * on_device}"
         + f"_{vectors}_vectors" * (vectors > 1),
-        preamble=f"typedef {cuda_c_access.C_TYPES[form.dtype.name]} T;\nconstexpr int LANES = {lanes_of(form)};\n"
+        preamble=f"constexpr int LANES = {lanes_of(form)};\n"
         + f"constexpr int APART = LANES * {WARP if loop == 'contiguous' else gpu_table.BLOCK};\n"
         + "".join(f"#define {name} {value}\n" for name, value in defined.items())
         + TABLE_PREAMBLE * (loop == "table")
@@ -209,7 +204,7 @@ def build_scalars(form):
         ", ".join(map(" ".join, outputs)),
         body,
         f"gpuadam_scalars_{form.dtype}",
-        preamble="typedef double T;\n" + primitives.for_cuda_c("float64") + before,
+        preamble=primitives.for_cuda_c("float64") + before,
     )
 
 

@@ -1,7 +1,7 @@
 """The rule in kernels of users: the update of one element, as CUDA C. `element_numba.py` has it for Numba.
 
-A user's kernel passes the values that a form has, and no others: `arguments` lists them. What else the rule takes is filled in
-here and there, and nowhere else.
+A user's kernel passes the values that a form has, and no others: `arguments` lists them. Other values that the rule takes
+are filled in here and in `element_numba.py`.
 
 The types must be exact, because C++ and Numba convert silently: a literal makes a float32 gradient a float64, with which a GPU
 computes many times slower.
@@ -22,10 +22,9 @@ def arguments(form):
 IN_CUDA_C = r"""
 namespace %(namespace)s {
 namespace rule {
-typedef %(type)s T;
+%(rule)s
 template <class S> struct IsT { static const bool value = false; };
 template <> struct IsT<T> { static const bool value = true; };
-%(rule)s
 }
 struct Scalars { rule::T value[%(count)s]; };
 template <class G> __device__ __forceinline__ void update(%(parameters)s, const Scalars& s) {

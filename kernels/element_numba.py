@@ -17,10 +17,10 @@ from gpuadam.kernels.operands import RESULTS, VALUES
 @functools.cache
 def build(form):
     """Return the update of a form as a function for @njit code."""
-    # A function takes the options of the code that first calls it over, but for those that it has itself.
+    # A function inherits options, such as fastmath, from the code that first calls it; so both are set here.
     compiled = njit(error_model="numpy", fastmath=False)
-    rule = compiled(compiled_cache.named(adam.in_python(form, primitives.for_numba(intrinsic)), adam, form))
-    return compiled(compiled_cache.named(in_python(form, intrinsic, rule, TypingError), adam, form))
+    rule = compiled(compiled_cache.named(adam.in_python(form, primitives.for_numba(intrinsic)), adam.__name__, form))
+    return compiled(compiled_cache.named(in_python(form, intrinsic, rule, TypingError), adam.__name__, form))
 
 
 def in_python(form, intrinsic, rule, error):

@@ -8,7 +8,6 @@ import collections
 import contextlib
 import ctypes
 import functools
-import itertools
 import threading
 from typing import Any
 
@@ -20,7 +19,7 @@ from gpuadam.kernels.change_gpu import GpuNormPasses
 from gpuadam.kernels.dlpack import Borrowed
 from gpuadam.kernels.gpu_batch import GpuBatch, Place
 from gpuadam.kernels.gpu_table import Table
-from gpuadam.kernels.layout import VECTOR_BYTES, bounds, dense
+from gpuadam.kernels.layout import VECTOR_BYTES, bounds, dense, side_by_side
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 from gpuadam.kernels.view import InParts
 
@@ -127,7 +126,7 @@ class GpuBackend(Backend):
         if len(small) < 2:
             return super().zeros_in_one(sizes, dtype, device)
         in_elements = APART // dtype.itemsize
-        *places, end = itertools.accumulate((-(-n // in_elements) * in_elements for n in small), initial=0)
+        places, end = side_by_side(small, in_elements)
         memory = self.zeros(end, dtype, device)
         parts = iter([memory[place : place + n] for place, n in zip(places, small, strict=True)])
         return [next(parts) if 0 < n * dtype.itemsize < LARGE else self.zeros(n, dtype, device) for n in sizes]
@@ -139,6 +138,13 @@ class GpuBackend(Backend):
     def receive(self, host, address, n_bytes, stream):
         """Copy from the device to an array of the host, on a stream."""
         gpu_driver.call("cuMemcpyDtoHAsync_v2", host.ctypes.data, address, n_bytes, stream)
+
+    def copy_now(self, device, copy, target, source, n_bytes):
+        """Copy by `send` or `receive` when the device is idle, and wait. It is the current device only here."""
+        with self.on(device, None):
+            self.synchronize()  # any stream may have work on the arrays
+            copy(target, source, n_bytes, LEGACY_DEFAULT)
+            self.synchronize()
 
     def empty_number(self):
         """Return a new array of shape () and dtype float64 on the current device and stream, and its address."""
@@ -214,13 +220,16 @@ class GpuBackend(Backend):
         if not place.capturing:
             self.keep_until_done(place.stream, borrowed)
 
-    @contextlib.contextmanager
     def ordered(self, device, views, stream=None):
         """Make a device and a stream current for work on arrays outside a Batch, order the work, and give the stream.
 
         The work is also ordered with the current stream, where others may have used the same memory.
         """
-        place = self.place(device, stream, [*(view.stream for view in views), None])
+        return self.ordered_at(self.place(device, stream, [*(view.stream for view in views), None]), device, views)
+
+    @contextlib.contextmanager
+    def ordered_at(self, place, device, views):
+        """Likewise for work at a Place."""
         with self.on(device, place.stream):
             self.before(place)
             yield place.stream
@@ -237,8 +246,9 @@ class GpuBackend(Backend):
         if not borrowed and not self._in_use:
             return
         with self._in_use_lock:
-            while self._in_use and self.done(self._in_use[0][0]):
-                self._in_use.popleft()
+            with gpu_driver.allowed_while_capturing():
+                while self._in_use and self.done(self._in_use[0][0]):
+                    self._in_use.popleft()
             if borrowed:
                 self._in_use.append((self.record(stream), borrowed))
 
@@ -277,28 +287,34 @@ class GpuBackend(Backend):
             return np.empty(view.shape, view.dtype)
         start, end = bounds(view)
         memory = np.empty(end - start, np.uint8)
-        with self.on(view.device, None):
-            self.synchronize()  # any stream may write it
-            self.receive(memory, start, memory.nbytes, LEGACY_DEFAULT)
-            self.synchronize_stream(LEGACY_DEFAULT)
+        self.copy_now(view.device, self.receive, memory, start, memory.nbytes)
         return np.ndarray(view.shape, view.dtype, memory, view.pointer - start, view.strides)
 
     def norm(self, views, out, device, stream):
         if device is None:
             device = self.current_device() if out is None or out.device is None else out.device
-        # a new result is there for the current stream, and for the one that its library names, wherever the work goes
-        named = [view.stream for view in views] + ([out.stream] if out else [None, self.default_named])
-        place = self.place(device, stream, named)
-        if place.capturing and out is None:
-            raise RuntimeError(
-                "a graph is being captured, and a new array for the norm would not outlive this call for it: give out=, an "
-                "array of shape () and dtype float64 that you keep"
-            )
-        place.check_capture()
+        why = (
+            "a new array for the norm would not outlive this call for it: give out=, an array of shape () and dtype float64 that "
+            "you keep"
+        )
+        place = self.place_with_results(device, stream, views, [] if out is None else [out], why)
         with self.on(device, None):
             result, address = self.empty_number() if out is None else (out.array, out.pointer)
         self._sum(views, device, place, norm_at=address)
         return result
+
+    def place_with_results(self, device, stream, views, out, why):
+        """Return the Place of work that writes results to arrays `out`, or if there are none to new ones.
+
+        why: no graph can capture the second.
+        """
+        # a new result is there for the current stream, and for the one that its library names, wherever the work goes
+        named = [view.stream for view in (*views, *out)] + ([] if out else [None, self.default_named])
+        place = self.place(device, stream, named)
+        if place.capturing and not out:
+            raise RuntimeError(f"a graph is being captured, and {why}")
+        place.check_capture()
+        return place
 
     def step_norms(self, params, device, out):
         return GpuNormPasses(self, params, device, out)
@@ -314,20 +330,17 @@ class GpuBackend(Backend):
     def _sum(self, views, device, place, norm_at=None):
         """Enqueue the passes of a norm. norm_at: its address; None: return the sums of all chunks, after waiting for them."""
         plan = norm_order.plan(views, VECTOR_BYTES)
-        n_table = -(-plan.table.nbytes // VECTOR_BYTES) * VECTOR_BYTES  # behind it a workspace for the sums
-        table = Table(self, device, n_table + plan.workspace, lambda at: plan.placed(at + n_table).view(np.uint8), once=True)
+        (_, sums_at), n_bytes = side_by_side([plan.table.nbytes, plan.workspace], VECTOR_BYTES)
+        table = Table(self, device, n_bytes, lambda at: plan.placed(at + sums_at).view(np.uint8), once=True)
         sums = None
-        with self.on(device, place.stream):
-            self.before(place)
-            with gpu_driver.allowed_while_capturing() if place.capturing else contextlib.nullcontext():
-                address = table.on_stream(place.stream)
+        with self.ordered_at(place, device, views):
+            address = table.on_stream(place.stream)
             text = functools.partial(synchronous.text_of_norm, views, plan, device=device)
-            self.launch_passes(plan, address, address + n_table, norm_at, place.stream, text)
+            self.launch_passes(plan, address, address + sums_at, norm_at, place.stream, text)
             table.used(place.stream)
-            self.after(place, self.borrowed(views))
             if norm_at is None:
                 sums = np.empty(norm_order.chunks_of_all(views))
-                self.receive(sums, address + n_table, sums.nbytes, place.stream)
+                self.receive(sums, address + sums_at, sums.nbytes, place.stream)
                 self.synchronize_stream(place.stream)
         table.release()
         return sums

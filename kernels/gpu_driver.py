@@ -137,9 +137,12 @@ class Graph:
         call("cuStreamBeginCapture_v2", stream, RELAXED)
         try:
             enqueue()
-        finally:
-            call("cuStreamEndCapture", stream, ctypes.byref(graph))
+        except BaseException:  # says more than the error of a capture which it ended
+            status("cuStreamEndCapture", stream, ctypes.byref(graph))
             self.handle = graph.value
+            raise
+        call("cuStreamEndCapture", stream, ctypes.byref(graph))
+        self.handle = graph.value
 
     def __del__(self):
         if self.handle is not None:

@@ -19,26 +19,18 @@ class Changing(NamedTuple):
     scalars: int  # the first of them
     key: int | None  # of a step, for random rounding
     n: int  # how many parameters there are
-    row_key: int = 0  # the parameter is this one, exclusive-or the key of the step
+    row_key: int = 0  # the kernel's key is this one, exclusive-or the key of the step
 
 
 class Recorded:
     """A launch of a kernel. The function and the memory of other parameters have to be there whenever it is made again."""
 
-    def __init__(self, graph, node, changing, dtype, n_scalars):
-        self._graph = graph  # which has the other values
-        self._row_key = changing.row_key
-        self._pack = struct.Struct(f"=q{n_scalars}{dtype.char}").pack_into  # as NumPy's bytes of them
-        self._numbers = ctypes.create_string_buffer(8 + n_scalars * dtype.itemsize)
-        self._values = (ctypes.c_void_p * changing.n).from_buffer_copy(
-            (ctypes.c_void_p * changing.n).from_address(node.values)
-        )
-        at = ctypes.addressof(self._numbers)
-        places = {changing.scalars + k: at + 8 + k * dtype.itemsize for k in range(n_scalars)}
-        places |= {} if changing.key is None else {changing.key: at}
-        self._config = gpu_driver.LaunchConfig(shape=node.shape)
+    def __init__(self, graph, node, values, places, pack, row_key):
+        self._graph, self._row_key, self._pack = graph, row_key, pack.pack_into  # the graph has the other values
+        self._numbers, self._values = ctypes.create_string_buffer(pack.size), type(values).from_buffer_copy(values)
         for parameter, place in places.items():
-            self._values[parameter] = place
+            self._values[parameter] = ctypes.addressof(self._numbers) + place
+        self._config = gpu_driver.LaunchConfig(shape=node.shape)
         self._arguments = ctypes.addressof(self._config), node.function or node.kernel, ctypes.addressof(self._values), None
 
     def launch(self, stream, scalars, key):
@@ -56,9 +48,11 @@ def recorded(graph, changing, dtype, scalars, key):
     node = graph.kernel()
     if node is None or not node.values:
         return None
-    places = (ctypes.c_void_p * changing.n).from_address(node.values)
-    wanted = {changing.scalars + k: dtype.type(value).tobytes() for k, value in enumerate(scalars)}
-    wanted |= {} if changing.key is None else {changing.key: struct.pack("=q", changing.row_key ^ key)}
-    if any(ctypes.string_at(places[k], len(value)) != value for k, value in wanted.items()):
+    values = (ctypes.c_void_p * changing.n).from_address(node.values)
+    pack = struct.Struct(f"=q{len(scalars)}{dtype.char}")  # as NumPy's bytes of them
+    sizes = {} if changing.key is None else {changing.key: (0, 8)}
+    sizes |= {changing.scalars + k: (8 + k * dtype.itemsize, dtype.itemsize) for k in range(len(scalars))}
+    now = pack.pack(changing.row_key ^ key, *scalars)
+    if any(ctypes.string_at(values[parameter], n) != now[at : at + n] for parameter, (at, n) in sizes.items()):
         return None
-    return Recorded(graph, node, changing, dtype, len(scalars))
+    return Recorded(graph, node, values, {parameter: at for parameter, (at, _) in sizes.items()}, pack, changing.row_key)

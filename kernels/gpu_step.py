@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from gpuadam.kernels import compiled_cache, same_objects, step_objects
-from gpuadam.kernels.same_objects import int64_at, pointer
+from gpuadam.kernels import compiled_cache, step_objects
+from gpuadam.kernels.same_objects import inner, int64_at, of_one, of_several, pointer, same_settings
 from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 
 # Where the memory of a plan has what. WORDS: how many words there are for what is told of arrays.
@@ -61,15 +61,13 @@ class Calls(step_objects.Plan):
 
 @functools.cache
 def _same(struct):
-    quick = njit(**compiled_cache.INNER)
-    same_settings, gather = quick(same_objects.same_settings), quick(same_objects.of_several)
     READS = struct is not None
-    tell_all: Any = quick(_telling(struct)) if READS else None
+    tell_all: Any = _telling(struct) if READS else None
 
     def same(plan, arrays, settings):
         n = int64_at(plan + 8 * ROWS) * int64_at(plan + 8 * WIDTH)
         objects = np.empty(n, np.int64)
-        if not same_settings(plan, settings) or not gather(plan, arrays, objects):
+        if not same_settings(plan, settings) or not of_several(plan, arrays, objects):
             return False
         held, rows = int64_at(plan + 8 * HELD), int64_at(plan + 8 * ROWS)
         for k in range(n):
@@ -84,13 +82,11 @@ def _same(struct):
 
 @functools.cache
 def _tell(struct):
-    quick = njit(**compiled_cache.INNER)
-    same_settings, gather = quick(same_objects.same_settings), quick(same_objects.of_one)
-    tell_all = quick(_telling(struct))
+    tell_all = _telling(struct)
 
     def tell(plan, arrays, settings):
         objects = np.empty(int64_at(plan + 8 * WIDTH), np.int64)
-        if not same_settings(plan, settings) or not gather(plan, arrays, objects):
+        if not same_settings(plan, settings) or not of_one(plan, arrays, objects):
             return -1
         return tell_all(plan, objects, False)
 
@@ -99,8 +95,9 @@ def _tell(struct):
 
 def _telling(struct):
     """Return the function that tells, or compares, what a plan has words for. Its result is how many words these are, or -1."""
-    tell_one = njit(**compiled_cache.INNER)(struct.tell)
+    tell_one = inner(struct.tell)
 
+    @inner
     def tell_all(plan, objects, compares):
         words = carray(pointer(int64_at(plan + 8 * TOLD)), int64_at(plan + 8 * WORDS), np.int64)
         array_type, n = int64_at(plan + 8 * ARRAY_TYPE), 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuadam.kernels import gpu_driver
 from gpuadam.kernels.layout import split, split_groups
 
 BLOCK = 128  # threads
@@ -54,7 +55,8 @@ class Table:
     def on_stream(self, stream):
         """Return the table's address, for work on a stream."""
         if self._buffer is None:
-            self._buffer = _take(self.backend, self.device, self.n_bytes)
+            with gpu_driver.allowed_while_capturing():
+                self._buffer = _take(self.backend, self.device, self.n_bytes)
             contents = self.contents(self._buffer.address)
             self._buffer.pinned[: contents.size] = contents
             self.backend.send(self._buffer.address, self._buffer.pinned, contents.size, stream)
@@ -114,7 +116,8 @@ class _Buffer:
         self.in_use = False  # by work that no event is recorded behind
 
 
-# All there are: one that is garbage together with its Table could have its memory freed by Numba before `Table.__del__`
+# All buffers. The list keeps them alive: if a buffer and its Table became garbage together, Numba could free its memory before
+# `Table.__del__` runs.
 buffers: list[_Buffer] = []
 _lock = threading.RLock()  # Python may end a Table in a thread that holds it
 

@@ -21,7 +21,6 @@ Where a system has no huge pages, it has small ones, and the numbers are the sam
 import contextlib
 import ctypes
 import functools
-import itertools
 import mmap
 import os
 import weakref
@@ -29,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gpuadam.kernels.layout import side_by_side
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 NODES = Path("/sys/devices/system/node")
@@ -58,7 +59,7 @@ def zeros_in_one(sizes, boundary):
     """
     if len(sizes) == 1 or not is_large(sum(sizes)):
         return [zeros(n_bytes, boundary) for n_bytes in sizes]
-    *places, end = itertools.accumulate((-(-n_bytes // boundary) * boundary for n_bytes in sizes), initial=0)
+    places, end = side_by_side(sizes, boundary)
     memory = _mapped(end)
     return [np.asarray(_Part(memory, place, n_bytes)) for place, n_bytes in zip(places, sizes, strict=True)]
 

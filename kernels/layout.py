@@ -1,6 +1,7 @@
 """How arrays lie in memory: which are one run of elements, and how a launch covers runs that may start anywhere."""
 
 import bisect
+import itertools
 import math
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def aligned_to(n_bytes):
 def split(pointers, itemsizes, size):
     """Split `size` elements where all pointers are at the boundaries of a vector's accesses.
 
-    A vector has `lanes` elements. There are none where the arrays share no such place. itemsizes: of elements, in bytes.
+    A vector has `lanes` elements. If no element is at a boundary in all arrays, there are none. itemsizes: of elements, in bytes.
 
     >>> split([0x1004, 0x2014, 0x3024], [4, 4, 4], size=10)  # 3 elements, 1 vector of 4, 3 elements
     Split(head=3, vectors=1, threads=7)
@@ -82,6 +83,16 @@ def split_groups(pointers, itemsizes, size, lanes):
     boundaries = [aligned_to(lanes * n) for n in itemsizes]
     aligned = all(pointer % n == 0 for pointer, n in zip(pointers, boundaries, strict=True))
     return Split(0, size // lanes if aligned else 0, -(-size // lanes))
+
+
+def side_by_side(sizes, boundary):
+    """Return where parts of some sizes begin, each at a multiple of boundary, and where the last one ends, at another.
+
+    >>> side_by_side([5, 8], 8)
+    ([0, 8], 16)
+    """
+    *starts, end = itertools.accumulate((-(-n // boundary) * boundary for n in sizes), initial=0)
+    return starts, end
 
 
 class Update(NamedTuple):

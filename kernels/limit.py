@@ -43,7 +43,7 @@ __device__ __forceinline__ void update(V& param, V grad, V& m, T& v, T& max_v, V
 
 
 class Ahead:
-    """A rule with the wish that a loop of the CPU asks for the memory of elements that are so many ahead of its own."""
+    """A rule whose loop on the CPU prefetches the memory n elements ahead."""
 
     def __init__(self, rule, n):
         self.in_python, self.AHEAD, self.__name__ = rule.in_python, n, f"{rule.__name__}_{n}_ahead"

@@ -13,15 +13,15 @@ FLOATS = {4: F32, 8: F64}  # by their bytes
 INTS = {1: U8, 2: U16, 4: U32, 8: U64}
 
 
-def function(intrinsic, name, emit, signature):
+def function(intrinsic, name, emit, signature, n=1):
     """Return a function that code compiled by Numba can call, made of an emitter.
 
-    intrinsic: `numba.extending.intrinsic`, or the one of Numba's CUDA target. signature: Numba's, or a function from the types of
-    the arguments to one, which then names its parameters. emit: takes and returns tuples as lists, also within each other; it
-    returns None for a function without a result.
+    intrinsic: `numba.extending.intrinsic`, or the one of Numba's CUDA target. signature: Numba's, or a function
+    from the types of n arguments to one. emit: takes and returns tuples as lists, also within each other; it returns None for a
+    function without a result.
     """
     fixed = hasattr(signature, "args")
-    names = [f"x{k}" for k in range(len(signature.args))] if fixed else inspect.signature(signature).parameters
+    names = [f"x{k}" for k in range(len(signature.args) if fixed else n)]
 
     def codegen(context, builder, signature, args):
         values = [_as_lists(builder, kind, value) for kind, value in zip(signature.args, args, strict=True)]

@@ -66,7 +66,7 @@ __device__ __forceinline__ double plus(double s, Element element) {
     + r"""
 // The address of element i of an array, in C order. Sums of chunks have no gaps.
 __device__ __forceinline__ long long address_of(const long long* table, const long long* row, long long i) {
-    long long address = row[POINTER];
+    long long address = row[OPERANDS];
 #if SQUARES
     const long long* const first = table + row[DIMS];
     const long long* dimension = first + 2 * row[NDIM];
@@ -88,7 +88,7 @@ NAME(long long table_address, long long first_row, long long n_rows, long long o
     + CHUNK_OF_WARP
     + r"""    const int first = thread * PER_VECTOR / WIDTH * QUARTER + thread * PER_VECTOR % WIDTH;
     if (row[RUN] && n == CHUNK) {
-        const Vector* const at = at_address<const Vector>(row[POINTER] + (start + first) * (long long)sizeof(Element));
+        const Vector* const at = at_address<const Vector>(row[OPERANDS] + (start + first) * (long long)sizeof(Element));
 #pragma unroll ROWS_AT_ONCE
         for (int r = 0; r < QUARTER / WIDTH; ++r) {
 #pragma unroll
@@ -134,7 +134,7 @@ def text_and_name(form):
         "ROWS_AT_ONCE": form.lanes,  # 8 vectors of 16 bytes a thread
     }
     defines = defined(constants)
-    operations = "typedef double T;\n" + primitives.for_cuda_c("float64") + conversions.for_cuda_c()
+    operations = primitives.for_cuda_c("float64") + conversions.for_cuda_c()
     return f"{operations}typedef {C_TYPES[form.format]} Element;\n{defines}{IN_CUDA_C}", name
 
 
@@ -142,7 +142,7 @@ def defined(constants):
     """Return the definitions of the order's constants and of a kernel's own, which go before those. constants: name -> value."""
     names = (
         "VECTOR_BYTES", "CHUNK", "QUARTER", "WIDTH", "BLOCK", "WARP", "LANES_PER_THREAD", "COLUMNS",
-        "POINTER", "SIZE", "RUN", "NDIM", "DIMS", "FIRST_CHUNK", "FIRST_SUM",
+        "SIZE", "RUN", "NDIM", "DIMS", "FIRST_CHUNK", "FIRST_SUM", "OPERANDS",
     )  # fmt: skip
     of_order = {name: getattr(norm_order, name) for name in names}
     return "".join(f"#define {name} {value}\n" for name, value in (of_order | constants).items())

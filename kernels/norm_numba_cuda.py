@@ -12,10 +12,11 @@ from numba.cuda.extending import intrinsic
 from gpuadam.kernels import llvm, primitives
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.layout import VECTOR_BYTES
+from gpuadam.kernels.llvm import U16, U32, U64
 from gpuadam.kernels.norm_order import LANES_PER_THREAD, WARP, WIDTH
 from gpuadam.kernels.numba_memory import RAW, llvm_type, load_at, store_at, to_float64, widened, written_out
 
-I32, I64 = llvm.U32, llvm.U64
+int64_at = load_at(intrinsic, types.int64, addrspace=1)
 LANES_OF_A_THREAD = types.UniTuple(types.float64, LANES_PER_THREAD)
 NO_SUMS = (0.0,) * LANES_PER_THREAD
 
@@ -26,8 +27,8 @@ def build(form):
     fma, add, sqrt = op.fma, op.add, op.sqrt
     PER_VECTOR, ITEMSIZE, SQUARES = form.lanes, form.itemsize, form.squares
     ROWS_AT_ONCE = form.lanes  # of all quarters, which a warp loads before it adds the first: 8 vectors of 16 bytes a thread
-    int64_at, raw_at = (load_at(intrinsic, kind, addrspace=1) for kind in (types.int64, RAW[form.format]))
-    as_float64, store = widened(intrinsic, form.format, on_gpu=True), store_at(intrinsic, types.float64, addrspace=1)
+    raw_at, as_float64 = load_at(intrinsic, RAW[form.format], addrspace=1), widened(intrinsic, form.format, on_gpu=True)
+    store = store_at(intrinsic, types.float64, addrspace=1)
     add_rows, tree, chunk_of_warp = _add_rows(form), tree_of(form.lanes), chunk_of_warp_in(order.COLUMNS)
 
     @cuda.jit(device=True)
@@ -37,7 +38,7 @@ def build(form):
     @cuda.jit(device=True)
     def address_of(table, row, i):
         """Return the address of element i of an array, in C order. Sums of chunks have no gaps."""
-        address = int64_at(row + 8 * order.POINTER)
+        address = int64_at(row + 8 * order.OPERANDS)
         if not SQUARES:
             return address + i * ITEMSIZE
         first = table + 8 * int64_at(row + 8 * order.DIMS)
@@ -55,16 +56,10 @@ def build(form):
         """Add element i of a chunk to its lane, if the chunk has it."""
         return plus(s, as_float64(raw_at(address_of(table, row, start + i)))) if i < n else s
 
-    add_elements = cuda.jit(device=True)(
-        written_out(
-            "s, table, row, start, i, n",
-            "add_element(s[{k}], table, row, start, i + PLACES[{k}], n)",
-            LANES_PER_THREAD,
-            add_element=add_element,
-            # from the first element of a thread in a row to those of its lanes
-            PLACES=tuple(k // PER_VECTOR * form.part + k % PER_VECTOR for k in range(LANES_PER_THREAD)),
-        )
-    )
+    # from the first element of a thread in a row to those of its lanes
+    PLACES = tuple(k // PER_VECTOR * form.part + k % PER_VECTOR for k in range(LANES_PER_THREAD))
+    arguments, item = "s, table, row, start, i, n", "add_element(s[{k}], table, row, start, i + PLACES[{k}], n)"
+    add_elements = tuple_of(arguments, item, LANES_PER_THREAD, add_element=add_element, PLACES=PLACES)
 
     def sums(table, first_row, n_rows, out, chunks, last):
         thread, chunk = place_of_warp()
@@ -74,7 +69,7 @@ def build(form):
         s = NO_SUMS
         first = thread * PER_VECTOR // WIDTH * order.QUARTER + thread * PER_VECTOR % WIDTH
         if int64_at(row + 8 * order.RUN) and n == order.CHUNK:
-            at = int64_at(row + 8 * order.POINTER) + (start + first) * ITEMSIZE
+            at = int64_at(row + 8 * order.OPERANDS) + (start + first) * ITEMSIZE
             for r in range(0, order.QUARTER // WIDTH, ROWS_AT_ONCE):
                 s = add_rows(s, at + r * WIDTH * ITEMSIZE)
         else:
@@ -94,9 +89,13 @@ def place_of_warp():
     return thread % WARP, types.int64(cuda.blockIdx.x) * (order.BLOCK // WARP) + thread // WARP
 
 
+def tuple_of(head, item, n, **names):
+    """Return a device function whose value is a tuple, as `written_out` says."""
+    return cuda.jit(device=True)(written_out(head, item, n, **names))
+
+
 def chunk_of_warp_in(columns):
     """Return a function to the address of a chunk's row in a table, the chunk's number there, its first element and its size."""
-    int64_at = load_at(intrinsic, types.int64, addrspace=1)
 
     @cuda.jit(device=True)
     def chunk_of_warp(table, first_row, n_rows, chunk):
@@ -121,7 +120,7 @@ def _add_rows(form):
 
     def add_rows(b, lanes, at):
         places = [(r * WIDTH + part * form.part) * form.itemsize for r in range(form.lanes) for part in range(parts)]
-        vectors = [_vector_at(b, form, b.add(at, I64(place))) for place in places]
+        vectors = [_vector_at(b, form, b.add(at, U64(place))) for place in places]
         for k, vector in enumerate(vectors):
             for e in range(form.lanes):
                 x = to_float64(b, form.format, vector[e], on_gpu=True)
@@ -135,12 +134,12 @@ def _add_rows(form):
 def _vector_at(b, form, address):
     """Return the elements in 16 bytes. A vector of 8 short ones would be two loads of 8 bytes: they come in words."""
     halves = form.itemsize == 2
-    kind = ir.VectorType(I32, 4) if halves else ir.VectorType(llvm_type(RAW[form.format]), form.lanes)
+    kind = ir.VectorType(U32, 4) if halves else ir.VectorType(llvm_type(RAW[form.format]), form.lanes)
     vector = b.load(llvm.pointer(b, address, kind, addrspace=1), align=VECTOR_BYTES)
     if not halves:
-        return [b.extract_element(vector, I32(k)) for k in range(form.lanes)]
-    words = [b.extract_element(vector, I32(k)) for k in range(4)]
-    return [b.trunc(x, ir.IntType(16)) for word in words for x in (word, b.lshr(word, I32(16)))]
+        return [b.extract_element(vector, U32(k)) for k in range(form.lanes)]
+    words = [b.extract_element(vector, U32(k)) for k in range(4)]
+    return [b.trunc(x, U16) for word in words for x in (word, b.lshr(word, U32(16)))]
 
 
 def tree_of(per_vector):
@@ -174,12 +173,12 @@ def _emit(b, primitive, *operands):
 
 def _from_other_thread(b, x, mask):
     """Return the x of the thread whose number differs in a bit: a shuffle of both halves."""
-    result = ir.LiteralStructType((I32, ir.IntType(1)))
+    result = ir.LiteralStructType((U32, ir.IntType(1)))
     name = "llvm.nvvm.shfl.sync.i32"
-    shuffle = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(result, [I32] * 5), name)
-    bits = b.bitcast(x, I64)
+    shuffle = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(result, [U32] * 5), name)
+    bits = b.bitcast(x, U64)
     low, high = (
-        b.extract_value(b.call(shuffle, [I32(0xFFFFFFFF), I32(3), b.trunc(part, I32), I32(mask), I32(WARP - 1)]), 0)
-        for part in (bits, b.lshr(bits, I64(32)))
+        b.extract_value(b.call(shuffle, [U32(0xFFFFFFFF), U32(3), b.trunc(part, U32), U32(mask), U32(WARP - 1)]), 0)
+        for part in (bits, b.lshr(bits, U64(32)))
     )
-    return b.bitcast(b.or_(b.zext(low, I64), b.shl(b.zext(high, I64), I64(32))), x.type)
+    return b.bitcast(b.or_(b.zext(low, U64), b.shl(b.zext(high, U64), U64(32))), x.type)

@@ -79,10 +79,12 @@ class Form(NamedTuple):
         return WARP * self.lanes // WIDTH * QUARTER
 
 
-# The table of the arrays, of int64: a row for each array, then the length and the stride in bytes of each dimension. A kernel
-# takes rows first_row ... first_row + n_rows - 1, whose chunks it counts from 0. RUN: whether vectors can be loaded. NDIM,
-# DIMS: how many dimensions there are and where they start, of which sums of chunks need none.
-POINTER, SIZE, RUN, NDIM, DIMS, FIRST_CHUNK, FIRST_SUM, _UNUSED, COLUMNS = range(9)
+# The table of the arrays, of int64: a row for each array, then its dimensions, of which each has a length and a stride in bytes.
+# A kernel takes rows first_row ... first_row + n_rows - 1, whose chunks it counts from 0. RUN: whether vectors can be loaded.
+# NDIM, DIMS: how many dimensions there are and where they start; sums of chunks need none. From OPERANDS on are the addresses,
+# one in a norm; where arrays are read together (`change_sums.py`) there are more, and a dimension has a stride for each.
+SIZE, RUN, NDIM, DIMS, FIRST_CHUNK, FIRST_SUM, OPERANDS = range(7)
+COLUMNS = OPERANDS + 1  # of a norm
 
 
 class Pass(NamedTuple):
@@ -111,7 +113,43 @@ class Plan(NamedTuple):
         table = self.table.copy()
         for one in self.passes:
             if not one.form.squares:
-                table[one.first_row * COLUMNS + POINTER] += workspace
+                table[one.first_row * COLUMNS + OPERANDS] += workspace
+        return table
+
+
+class Rows:
+    """The rows of a table and their dimensions, while they are put together."""
+
+    def __init__(self):
+        self.rows, self.dims = [], []
+
+    def add(self, views, size, first_chunk, first_sum, alignment=None):
+        """Add the row of arrays of one shape, of `size` elements, that are read together. alignment: as in `plan`.
+
+        SIZE counts numbers, and dimensions count elements, which may have several.
+        """
+        pointers, itemsizes, run, gaps = [], [], True, False
+        for view in views:
+            pointers.append(view.pointer)
+            itemsizes.append(view.dtype.itemsize)
+            run = run and view.pointer % (alignment or view.dtype.base.itemsize) == 0
+            gaps = gaps or not view.contiguous
+        in_a_run = dimensions = [(size, *itemsizes)]
+        if gaps:
+            shape, strides = collapse(views[0].shape, [view.strides for view in views], in_c_order=True)
+            dimensions = list(zip(shape, *strides, strict=True)) or in_a_run
+        numbers = size * (itemsizes[0] // views[0].dtype.base.itemsize)
+        run, here = run and dimensions == in_a_run, len(self.dims)
+        self.rows.append([numbers, run, len(dimensions), here, first_chunk, first_sum, *pointers])
+        for dimension in dimensions:
+            self.dims += dimension
+
+    def table(self):
+        """Return rows and dimensions as one array."""
+        width = len(self.rows[0]) if self.rows else 1  # of arrays without elements
+        n = width * len(self.rows)
+        table = np.fromiter(itertools.chain(*self.rows, self.dims), np.int64, n + len(self.dims))
+        table[DIMS:n:width] += n
         return table
 
 
@@ -120,40 +158,29 @@ def plan(views, alignment=None, n_sums=0):
 
     n_sums: of chunks whose sums something else writes, in the place of views: to the start of the workspace.
     """
-    rows: list[list[int]] = []
-    dims: list[int] = []
+    rows = Rows()
     passes = []
     by_format: dict[str, list[tuple]] = {}  # one launch for the arrays of a format
     total = n_sums
     for view in views:
-        if view.size:
-            by_format.setdefault(format_of(view), []).append((view, total))
-            total += chunks_of(view.size)
+        if size := view.size:
+            by_format.setdefault(format_of(view), []).append((view, size, total))
+            total += chunks_of(size)
     for format, members in by_format.items():
         form, chunks, elements = Form(format), 0, 0
-        for view, first_sum in members:
-            if view.contiguous:
-                dimensions = [(view.size, form.itemsize)]
-            else:
-                shape, (strides,) = collapse(view.shape, [view.strides], in_c_order=True)
-                dimensions = list(zip(shape, strides, strict=True)) or [(1, form.itemsize)]
-            run = len(dimensions) == 1 and dimensions[0][1] == form.itemsize
-            run = run and view.pointer % (alignment or form.itemsize) == 0
-            rows.append([view.pointer, view.size, run, len(dimensions), len(dims), chunks, first_sum, 0])
-            dims += itertools.chain.from_iterable(dimensions)
-            chunks += chunks_of(view.size)
-            elements += view.size
-        passes.append(Pass(form, len(rows) - len(members), len(members), chunks, elements, 0))
+        for view, size, first_sum in members:
+            rows.add([view], size, chunks, first_sum, alignment)
+            chunks += chunks_of(size)
+            elements += size
+        passes.append(Pass(form, len(rows.rows) - len(members), len(members), chunks, elements, 0))
     sums, n = 0, total
     workspace = _bytes(n)
     while n != 1 or not passes:  # no chunks at all are an array of no elements, whose sum is +0
-        rows.append([sums, n, 1, 0, 0, 0, 0, 0])
+        rows.rows.append([n, 1, 0, 0, 0, 0, sums])
         elements, n = n, max(1, chunks_of(n))
-        passes.append(Pass(Form("float64", squares=False), len(rows) - 1, 1, n, elements, workspace))
+        passes.append(Pass(Form("float64", squares=False), len(rows.rows) - 1, 1, n, elements, workspace))
         sums, workspace = workspace, workspace + _bytes(n)
-    table = np.array([*itertools.chain.from_iterable(rows), *dims], np.int64)
-    table[DIMS : len(rows) * COLUMNS : COLUMNS] += len(rows) * COLUMNS
-    return Plan(table, passes, workspace)
+    return Plan(rows.table(), passes, workspace)
 
 
 def chunks_of(n):

@@ -14,6 +14,7 @@ from gpuadam.kernels import llvm
 from gpuadam.kernels.conversions import CONVERSIONS
 from gpuadam.kernels.layout import aligned_to
 from gpuadam.kernels.llvm import F32, F64, U8, U16, U32, U64
+from gpuadam.kernels.numba_memory import RAW, llvm_type
 from gpuadam.kernels.operands import FORMATS, GROUP, KINDS, RESULTS, STATE, VALUES, decodings, operands_of_form
 
 CACHE_LINE = 64  # bytes
@@ -58,16 +59,6 @@ def functions(form, intrinsic, lanes=1, addrspace=0):
     emit, signatures = _Emitter(form, lanes, addrspace), signatures | (of_groups if form.arrays.grouped else {})
     emitted = {name: llvm.function(intrinsic, name, getattr(emit, name), kind) for name, kind in signatures.items()}
     return SimpleNamespace(**emitted)
-
-
-def tuple_at(intrinsic, n, addrspace=0):
-    """Return a function that loads n int64 from an address, as a tuple."""
-
-    def tuple_at(b, address):
-        start = llvm.pointer(b, address, U64, addrspace)
-        return [b.load(b.gep(start, [U64(k)]), align=8) for k in range(n)]
-
-    return llvm.function(intrinsic, "tuple_at", tuple_at, types.UniTuple(types.int64, n)(types.int64))
 
 
 def to_reals(form, intrinsic):
@@ -138,17 +129,15 @@ class _Emitter:
 
     def fetch(self, b, at, i):
         """Ask for the memory of the elements i ... i + FETCHED - 1, which need not be there."""
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        byte = U8.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, U32, U32, U32])
         prefetch = b.module.globals.get("llvm.prefetch.p0i8") or ir.Function(b.module, kind, "llvm.prefetch.p0i8")
         for operand, address in zip(self.operands.values(), at, strict=True):
             if not operand.of_groups:
                 first = b.add(address, b.mul(U64(operand.itemsize), i))
                 for line in range(0, FETCHED * operand.itemsize, CACHE_LINE):
                     place = b.inttoptr(b.add(first, U64(line)), byte)
-                    b.call(
-                        prefetch, [place, number(int(operand.stores)), number(3), number(1)]
-                    )  # to write it; keep it; data
+                    b.call(prefetch, [place, U32(int(operand.stores)), U32(3), U32(1)])  # to write it; keep it; data
 
     def stepped(self, b, at, strides, k):
         """Return the addresses k strides on."""
@@ -324,5 +313,4 @@ def _rotated(b, h, first):
 
 
 def _memory_type(operand):
-    types_of = llvm.FLOATS if operand.format in ("float32", "float64") else llvm.INTS
-    return types_of[FORMATS[operand.format]]
+    return llvm_type(RAW[operand.format])

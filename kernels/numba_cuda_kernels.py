@@ -9,13 +9,14 @@ import importlib
 from unittest import mock
 
 import numpy as np
-from numba import cuda, types
+from numba import cuda, from_dtype, types
 from numba.cuda.extending import intrinsic
 
 from gpuadam.kernels import adam, numba_access, primitives
 from gpuadam.kernels.gpu_table import BLOCK, CHUNK, FIRST_CHUNK, HEAD, ITEMS, KEY, OPERANDS, SIZE, START, VECTORS
 from gpuadam.kernels.layout import WARP
-from gpuadam.kernels.numba_memory import load_at, store_at, written_out
+from gpuadam.kernels.norm_numba_cuda import tuple_of
+from gpuadam.kernels.numba_memory import load_at, store_at, tuple_at
 from gpuadam.kernels.operands import GROUP, GROUP_LANES, lanes_of, operands_of_form
 from gpuadam.kernels.scalars import KEY_AT, REALS_AT, SKIP_AT, formula_in_python
 
@@ -25,7 +26,6 @@ if not hasattr(np, "row_stack"):
     with mock.patch.object(np, "row_stack", np.vstack, create=True):
         importlib.import_module("numba.cuda.cudaimpl")
 
-REALS = {"float32": types.float32, "float64": types.float64}
 UNSIGNED = {1: types.uint8, 2: types.uint16, 4: types.uint32, 8: types.uint64}  # by bytes
 
 # functions from an element's type to a load or a store of one in global memory
@@ -58,17 +58,13 @@ def build(rule, form, loop, on_device=False, vectors=1):
         """Return the update of `times` vectors, of which each is some elements behind the one before."""
         update_lanes = _over_lanes(update, lanes)
 
-        @cuda.jit(device=True)
-        def store_one(at, i, new, start, key):
-            store(at, i, new, start, (start + i) >> 32, key)
-
-        store, zero_grad = access.store, access.zero_grad
         # all are loaded before the first is stored
-        load_all = _tuple_of("at, i", f"load(at, i + {{k}} * {apart})", times, load=access.load)
-        update_all = _tuple_of("old, s", "update_lanes(old[{k}], s)", times, update_lanes=update_lanes)
-        arguments, item = "at, i, new, start, key", f"store_one(at, i + {{k}} * {apart}, new[{{k}}], start, key)"
-        store_all = _tuple_of(arguments, item, times, store_one=store_one)
-        zero_all = _tuple_of("at, i", f"zero_grad(at, i + {{k}} * {apart})", times, zero_grad=zero_grad)
+        here = f"i + {{k}} * {apart}"
+        load_all = tuple_of("at, i", f"load(at, {here})", times, load=access.load)
+        update_all = tuple_of("old, s", "update_lanes(old[{k}], s)", times, update_lanes=update_lanes)
+        item = f"store(at, {here}, new[{{k}}], start, (start + {here}) >> 32, key)"
+        store_all = tuple_of("at, i, new, start, key", item, times, store=access.store)
+        zero_all = tuple_of("at, i", f"zero_grad(at, {here})", times, zero_grad=access.zero_grad)
 
         @cuda.jit(device=True)
         def update_at(at, i, start, key, s):
@@ -109,7 +105,7 @@ def build(rule, form, loop, on_device=False, vectors=1):
         return contiguous
 
     if loop == "table":
-        load_operands, chunk_of = numba_access.tuple_at(intrinsic, N, addrspace=1), _chunk_of(N)
+        load_operands, chunk_of = tuple_at(intrinsic, N, addrspace=1), _chunk_of(N)
 
         def table(rows, owners, key, scalars):
             row, first, vectors_here, items_here = chunk_of(rows, owners)
@@ -162,7 +158,7 @@ def _over_groups(form, update, on_device, V):
     load_lanes, store_lanes, magnitudes, encode_lanes = several.load, several.store, several.magnitudes, several.encode
     update_lanes = _over_lanes(update, LANES)
     scalars_of, zero_grad = _scalars_of(form, on_device), one.zero_grad
-    load_operands, chunk_of = numba_access.tuple_at(intrinsic, N, addrspace=1), _chunk_of(N)
+    load_operands, chunk_of = tuple_at(intrinsic, N, addrspace=1), _chunk_of(N)
 
     @cuda.jit(device=True)
     def store_one(at, i, size, new, how, start, key):
@@ -170,10 +166,10 @@ def _over_groups(form, update, on_device, V):
             store(at, i, new, start, (start + i) >> 32, key)
             encode(at, i, new, how, start, (start + i) >> 32, key)
 
-    load_some = _tuple_of("at, i, last, unit", "load(at, min(i + {k}, last), unit)", LANES, load=load)
+    load_some = tuple_of("at, i, last, unit", "load(at, min(i + {k}, last), unit)", LANES, load=load)
     arguments = "at, i, size, new, how, start, key"
     item = "store_one(at, i + {k}, size, new[{k}], how, start, key)"
-    store_some = _tuple_of(arguments, item, LANES, store_one=store_one)
+    store_some = tuple_of(arguments, item, LANES, store_one=store_one)
 
     @cuda.jit(device=True)
     def update_group(at, i, size, whole, unit, old, start, key, s):
@@ -192,10 +188,10 @@ def _over_groups(form, update, on_device, V):
             store_some(at, i, size, new, how, start, key)
 
     # all are loaded before the first is stored
-    load_all = _tuple_of("at, i, unit", f"load_lanes(at, i + {{k}} * {APART}, unit[{{k}}])", V, load_lanes=load_lanes)
-    units_of_all = _tuple_of("at, i", f"units(at, (i + {{k}} * {APART}) // {GROUP})", V, units=units)
+    load_all = tuple_of("at, i, unit", f"load_lanes(at, i + {{k}} * {APART}, unit[{{k}}])", V, load_lanes=load_lanes)
+    units_of_all = tuple_of("at, i", f"units(at, (i + {{k}} * {APART}) // {GROUP})", V, units=units)
     item = f"update_group(at, i + {{k}} * {APART}, size, True, unit[{{k}}], old[{{k}}], start, key, s)"
-    update_all = _tuple_of("at, i, size, unit, old, start, key, s", item, V, update_group=update_group)
+    update_all = tuple_of("at, i, size, unit, old, start, key, s", item, V, update_group=update_group)
 
     def table(rows, owners, key, scalars):
         row, first, vectors_here, items_here = chunk_of(rows, owners)
@@ -243,9 +239,8 @@ def _scalars_of(form, on_device):
     """Return a function from a kernel's last argument to the scalars, the step's key and whether to skip the step."""
     if not on_device:
         return cuda.jit(device=True)(lambda scalars: (scalars, types.int64(0), types.int64(0)))
-    real, RANDOM, SKIPS = REALS[form.dtype.name], form.arrays.random, form.skips
-    item, n = f"load_real(address + {{k}} * {form.dtype.itemsize})", len(adam.scalar_names(form))
-    load_scalars = _tuple_of("address", item, n, load_real=global_load(real))
+    real, RANDOM, SKIPS = from_dtype(form.dtype), form.arrays.random, form.skips
+    load_scalars = tuple_at(intrinsic, len(adam.scalar_names(form)), real, addrspace=1)
 
     @cuda.jit(device=True)
     def scalars_at(address):
@@ -259,22 +254,17 @@ def _scalars_of(form, on_device):
     return scalars_at
 
 
-def _tuple_of(head, item, n, **names):
-    """Return a device function whose value is a tuple, as `written_out` says."""
-    return cuda.jit(device=True)(written_out(head, item, n, **names))
-
-
 def _over_lanes(update, n):
     """Return the rule over the values of n elements: of one alone, or a tuple of those of several."""
     if n > 1:
-        return _tuple_of("values, s", "update(*values[{k}], s)", n, update=update)
+        return tuple_of("values, s", "update(*values[{k}], s)", n, update=update)
     return cuda.jit(device=True)(lambda values, s: update(*values, s))
 
 
 def build_scalars(form):
     """Return the kernel of a `scalars.ScalarsForm` as a Python function. An lr or grad_scale on the device is its address."""
     # Numba's casts between float32 and float64 round to nearest and keep subnormal numbers
-    op, real = primitives.for_numba(intrinsic, contracts=True), REALS[form.dtype.name]
+    op, real = primitives.for_numba(intrinsic, contracts=True), from_dtype(form.dtype)
     op.u64, op.i64 = types.uint64, types.int64
     formula = formula_in_python(form.algorithm, form.decoupled, op)
     powers, of_step, clipped, too_large, key_of = map(cuda.jit(device=True), formula)
@@ -325,7 +315,7 @@ def _number_of(dtype):
     """Return a function from an argument to a float64. dtype: of the array whose address the argument is; None of a number."""
     if dtype is None:
         return cuda.jit(device=True)(lambda number: number)
-    load = global_load(REALS[dtype.name])
+    load = global_load(from_dtype(dtype))
     return cuda.jit(device=True)(lambda address: types.float64(load(address)))
 
 

@@ -10,7 +10,9 @@ from numba import types
 from gpuadam.kernels import conversions, llvm, norm_order
 
 # how an element of a format is loaded
-RAW = {"float64": types.float64, "float32": types.float32, "bfloat16": types.uint16, "float16": types.uint16}
+RAW = {"float64": types.float64, "float32": types.float32, "uint8": types.uint8} | dict.fromkeys(
+    ("bfloat16", "float16", "int16"), types.uint16
+)
 
 
 def llvm_type(element):
@@ -31,6 +33,16 @@ def load_at(intrinsic, element, addrspace=0, align=None):
         return b.load(pointer, align=align or element.bitwidth // 8)
 
     return llvm.function(intrinsic, "load", load, element(types.int64))
+
+
+def tuple_at(intrinsic, n, element=types.int64, addrspace=0):
+    """Return a function from an address to the n numbers from there on, a tuple. The arguments are those of `load_at`."""
+
+    def load_all(b, address):
+        start = llvm.pointer(b, address, llvm_type(element), addrspace)
+        return [b.load(b.gep(start, [llvm.U64(k)]), align=element.bitwidth // 8) for k in range(n)]
+
+    return llvm.function(intrinsic, "tuple_at", load_all, types.UniTuple(element, n)(types.int64))
 
 
 @functools.cache
@@ -58,7 +70,6 @@ def written_out(head, item, n, **names):
 
 def to_float64(b, format, x, on_gpu):
     """Return an element as a double, which is exact. b: an llvmlite builder."""
-
     for row in norm_order.FORMATS[format]:
         x = conversions.CONVERSIONS[row].llvm(b, on_gpu, b.zext(x, llvm.U32) if x.type == llvm.U16 else x)
     return x

@@ -29,12 +29,8 @@ C_CONTIGUOUS, F_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x2, 0x100, 0x400
 
 NDARRAY = id(np.ndarray)
 
-_formats = {
-    id(dtype): dtype  # by the object: NumPy has one for each dtype in native byte order
-    for dtype in map(
-        np.dtype, ("float64", "float32", "float16", "int16", "uint16", "uint8", "bool", "complex64", "complex128")
-    )
-}
+NAMES = "float64", "float32", "float16", "int16", "uint16", "uint8", "bool", "complex64", "complex128"
+_formats = {id(x): x for x in map(np.dtype, NAMES)}  # by the object: NumPy has one for each dtype in native byte order
 
 # The rows of `Columns.expected`. BYTES: of an element. LAST: the length of a last dimension of numbers of one element, or 0.
 # TIMES: how many elements there are for each that the other dimensions count.
@@ -132,22 +128,13 @@ def known():
 _int64_at, _int32_at = load_at(intrinsic, types.int64), load_at(intrinsic, types.int32)
 
 
-def _stored(function):
-    return compiled_cache.stored(njit(function), function.__name__)
-
-
 _inner = njit(**compiled_cache.INNER)
 
 
-@_stored
+@compiled_cache.kept
 def apart(starts, ends, written):
     """Return whether no extent of memory that is written overlaps another; two that are only read may."""
-    order, gap = (
-        np.empty(starts.size, np.int64),
-        1,
-    )  # sorted by Shell's method: a few lines, and quick for thousands of arrays
-    for k in range(order.size):
-        order[k] = k
+    order, gap = np.arange(starts.size), 1  # sorted by Shell's method: a few lines, and quick for thousands of arrays
     while gap < order.size // 3:
         gap = 3 * gap + 1
     while gap:
@@ -179,7 +166,7 @@ def _end(rows, expected, row, k):
     return rows[row, PARAM + k] + size * expected[BYTES, k]
 
 
-@_stored
+@compiled_cache.kept
 def extents(rows, expected, starts, ends, written):
     """Fill in the extent of each array of a table, and whether an update writes it."""
     n = 0
@@ -262,7 +249,7 @@ def _described(objects, ndarray, expected, any_order, rows):
     return True
 
 
-@_stored
+@compiled_cache.kept
 def read(objects, ndarray, expected, any_order, rows):
     """Fill rows; return whether every array is as expected, and none that is written shares memory with another.
 
@@ -271,13 +258,13 @@ def read(objects, ndarray, expected, any_order, rows):
     return _described(objects, ndarray, expected, any_order, rows) and disjoint(rows, expected)
 
 
-@_stored
+@compiled_cache.kept
 def read_one(objects, ndarray, expected, any_order, rows):
     """Likewise of one update."""
     return _described(objects, ndarray, expected, any_order, rows) and disjoint_in_one(rows, expected)
 
 
-@_stored
+@compiled_cache.kept
 def read_four(param, grad, m, v, ndarray, expected, any_order, rows):
     """Likewise of one update of four arrays, by the addresses of their structs: it takes Python less time to pass them."""
     objects = np.array((param, grad, m, v))

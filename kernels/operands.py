@@ -24,18 +24,8 @@ NARROW = ("bfloat16", "float16")  # formats of floats that are not computed with
 GROUP = 32
 GROUP_LANES = 8  # elements of a group that a thread of a GPU takes; 16 would take too many registers
 
-VALUES = (
-    "param",
-    "grad",
-    "m",
-    "v",
-    "max_v",
-    "ema",
-    "lr_scale",
-    "where",
-    "low",
-    "high",
-)  # the arguments of a rule, in its order
+# The arguments of a rule, in its order
+VALUES = "param", "grad", "m", "v", "max_v", "ema", "lr_scale", "where", "low", "high"
 RESULTS = ("param", "m", "v", "max_v", "ema")
 # Where a rule's results have the state. Of 8-bit state a rule returns the root of v in max_v's place.
 STATE = {name: RESULTS.index(name) for name in ("m", "v", "max_v")}

@@ -184,7 +184,8 @@ def in_assembly(intrinsic, dtype):
 
     intrinsic: of Numba's CUDA target. dtype: of T.
     """
-    types, letter = TYPES_OF_PTX[np.dtype(dtype).name], {"f32": "f", "f64": "d"}[TYPES_OF_PTX[np.dtype(dtype).name]["t"]]
+    types = TYPES_OF_PTX[np.dtype(dtype).name]
+    _, letter = KINDS[types["t"]]
 
     def emit(builder, row, *operands):
         text, constraints = row.ptx.format(**types).replace("%", "$"), ",".join([f"={letter}", *letter * len(row.operands)])
@@ -204,7 +205,7 @@ def _functions(intrinsic, emit):
             vectors = [x if isinstance(x, list) else [x] * n for x in operands]
             return [emit(builder, row, *numbers) for numbers in zip(*vectors, strict=True)]
 
-        return llvm.function(intrinsic, name, emit_all, _NUMBER_BY_NUMBER[len(row.operands)])
+        return llvm.function(intrinsic, name, emit_all, _of_vectors, len(row.operands))
 
     def to_a_number(name, reduce):
         def emit_all(builder, *operands):
@@ -212,7 +213,7 @@ def _functions(intrinsic, emit):
             op = SimpleNamespace(**{x: functools.partial(emit, builder, row) for x, row in PRIMITIVES.items()})
             return reduce(op, *before, *(g if isinstance(g, list) else [g]))
 
-        return llvm.function(intrinsic, name, emit_all, _TO_A_NUMBER[len(operands_of_reduction(name))])
+        return llvm.function(intrinsic, name, emit_all, _of_a_vector, len(operands_of_reduction(name)))
 
     functions = {name: number_by_number(name, row) for name, row in PRIMITIVES.items()}
     return SimpleNamespace(**functions | {name: to_a_number(name, reduce) for name, (reduce, _) in REDUCTIONS.items()})
@@ -228,12 +229,10 @@ def _of_vectors(*operands):
     return next((x for x in operands if hasattr(x, "types")), operands[0])(*operands)
 
 
-_NUMBER_BY_NUMBER = {
-    1: lambda x: _of_vectors(x),
-    2: lambda x, y: _of_vectors(x, y),
-    3: lambda x, y, z: _of_vectors(x, y, z),
-}
-_TO_A_NUMBER = {1: lambda g: (g.dtype if hasattr(g, "types") else g)(g), 2: lambda x, g: x(x, g)}
+def _of_a_vector(*operands):
+    """Return the signature of a reduction, of which the vector is the last operand."""
+    g = operands[-1]
+    return (g.dtype if hasattr(g, "types") else g)(*operands)
 
 
 # `tiny` is the smallest normal number
@@ -264,11 +263,13 @@ __device__ __forceinline__ T number_of(V g, int j) {
 
 
 def for_cuda_c(dtype, numbers=1):
-    """Return the primitives as CUDA C: inline functions over `T`, which is float or double, and over vectors of it, `V`.
+    """Return the primitives as CUDA C: `T`, which is float or double, vectors of it, `V`, and inline functions over both.
 
     numbers: of an element.
     """
-    text = in_cuda_c(PRIMITIVES, np.dtype(dtype).name) + f"constexpr int NUMBERS = {numbers};\n"
+    name = np.dtype(dtype).name
+    text = f"typedef {KINDS[TYPES_OF_PTX[name]['t']][0]} T;\n" + in_cuda_c(PRIMITIVES, name)
+    text += f"constexpr int NUMBERS = {numbers};\n"
     if numbers == 1:
         text += "typedef T V;\n"
     else:
@@ -287,10 +288,12 @@ def for_cuda_c(dtype, numbers=1):
     return text + "#undef g\n"
 
 
+KINDS = {"f32": ("float", "f"), "f64": ("double", "d"), "u32": ("unsigned", "r")}  # in C, and as operands of inline PTX
+
+
 def in_cuda_c(table, dtype="float32"):
     """Return the operations of a table as inline functions of CUDA C. dtype: of T."""
-    kinds = {"f32": ("float", "f"), "f64": ("double", "d"), "u32": ("unsigned", "r")}
-    kinds["T"] = "T", kinds[TYPES_OF_PTX[dtype]["t"]][1]
+    kinds = KINDS | {"T": ("T", KINDS[TYPES_OF_PTX[dtype]["t"]][1])}
     functions = []
     for name, row in table.items():
         kind, letter = kinds[row.result]

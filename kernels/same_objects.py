@@ -7,37 +7,15 @@ Python's. It compares the settings of a step by identity, and gathers the addres
 It holds Python's lock, so no other thread changes or frees an object meanwhile.
 """
 
-import functools
-
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpuadam.kernels import llvm
+from gpuadam.kernels import step_objects as at
 from gpuadam.kernels.compiled_cache import INNER
 from gpuadam.kernels.numba_memory import load_at
-from gpuadam.kernels.step_objects import (
-    COUNT,
-    DICT_TYPE,
-    GRADS,
-    HOLDER,
-    ITEMS_OF_LIST,
-    ITEMS_OF_TUPLE,
-    KEYS,
-    LIST_TYPE,
-    N_SETTINGS,
-    NAMES,
-    NAMES_NOW,
-    PARAMS,
-    ROWS,
-    SETTINGS,
-    SIZE_OF_MANY,
-    STATES,
-    TUPLE_TYPE,
-    TYPE,
-    WIDTH,
-)
 
 int64_at = load_at(intrinsic, types.int64)
 
@@ -55,59 +33,63 @@ def _call_of_python(b, *values):
 _in_dict = llvm.function(intrinsic, "in_dict", _call_of_python, types.int64(types.int64, types.int64))
 
 
-# The following functions are compiled into those that use them. plan: the address of a Plan's memory; others: of objects.
+# Called by compiled code. plan: the address of a Plan's memory. Other arguments are addresses of objects.
+inner = njit(**INNER)
 
 
+@inner
 def same_settings(plan, settings):
     """Return whether a tuple has the objects that a Plan expects."""
-    n = int64_at(plan + 8 * N_SETTINGS)
-    if int64_at(settings + SIZE_OF_MANY) != n:
+    n = int64_at(plan + 8 * at.N_SETTINGS)
+    if int64_at(settings + at.SIZE_OF_MANY) != n:
         return False
     for k in range(n):
-        wanted = int64_at(plan + 8 * (SETTINGS + k))
-        if wanted != 0 and wanted != int64_at(settings + ITEMS_OF_TUPLE + 8 * k):
+        wanted = int64_at(plan + 8 * (at.SETTINGS + k))
+        if wanted != 0 and wanted != int64_at(settings + at.ITEMS_OF_TUPLE + 8 * k):
             return False
     return True
 
 
-@functools.partial(njit, **INNER)
+@inner
 def is_dict(plan, x):
-    return int64_at(x + TYPE) == int64_at(plan + 8 * DICT_TYPE)
+    return int64_at(x + at.TYPE) == int64_at(plan + 8 * at.DICT_TYPE)
 
 
-@functools.partial(njit, **INNER)
+@inner
 def items_of(plan, x, n):
     """Return where the items of a list or tuple of n are; 0 if it is none, or of another length."""
-    kind = int64_at(x + TYPE)
-    is_list = kind == int64_at(plan + 8 * LIST_TYPE)
-    if (not is_list and kind != int64_at(plan + 8 * TUPLE_TYPE)) or int64_at(x + SIZE_OF_MANY) != n:
+    kind = int64_at(x + at.TYPE)
+    is_list = kind == int64_at(plan + 8 * at.LIST_TYPE)
+    if (not is_list and kind != int64_at(plan + 8 * at.TUPLE_TYPE)) or int64_at(x + at.SIZE_OF_MANY) != n:
         return 0
-    return int64_at(x + ITEMS_OF_LIST) if is_list else x + ITEMS_OF_TUPLE
+    return int64_at(x + at.ITEMS_OF_LIST) if is_list else x + at.ITEMS_OF_TUPLE
 
 
+@inner
 def of_one(plan, arrays, objects):
     """Fill in the addresses of the arrays in a tuple; return whether it has as many as an update takes."""
-    if int64_at(arrays + SIZE_OF_MANY) != len(objects):
+    if int64_at(arrays + at.SIZE_OF_MANY) != len(objects):
         return False
     for k in range(len(objects)):
-        objects[k] = int64_at(arrays + ITEMS_OF_TUPLE + 8 * k)
+        objects[k] = int64_at(arrays + at.ITEMS_OF_TUPLE + 8 * k)
     return True
 
 
+@inner
 def of_several(plan, step, objects):
     """Fill in the addresses of the arrays of several updates, column by column; return whether all is as it has to be.
 
     Gradients are taken from a dict by the names, whatever else is in it.
     """
-    n, width, items = int64_at(plan + 8 * ROWS), int64_at(plan + 8 * WIDTH), step + ITEMS_OF_TUPLE
-    count, params, grads = int64_at(items + 8 * COUNT), int64_at(items + 8 * PARAMS), int64_at(items + 8 * GRADS)
-    names, names_now = int64_at(items + 8 * NAMES), int64_at(items + 8 * NAMES_NOW)
-    keys, holder = int64_at(items + 8 * KEYS) + ITEMS_OF_TUPLE, int64_at(items + 8 * HOLDER)
+    n, width, items = int64_at(plan + 8 * at.ROWS), int64_at(plan + 8 * at.WIDTH), step + at.ITEMS_OF_TUPLE
+    count, params, grads = int64_at(items + 8 * at.COUNT), int64_at(items + 8 * at.PARAMS), int64_at(items + 8 * at.GRADS)
+    names, names_now = int64_at(items + 8 * at.NAMES), int64_at(items + 8 * at.NAMES_NOW)
+    keys, holder = int64_at(items + 8 * at.KEYS) + at.ITEMS_OF_TUPLE, int64_at(items + 8 * at.HOLDER)
     grads_by_name, holds_by_name = is_dict(plan, grads), is_dict(plan, holder)
     param_at, name_at, name_now_at = items_of(plan, params, n), items_of(plan, names, n), items_of(plan, names_now, n)
     grad_at = name_at if grads_by_name else items_of(plan, grads, n)
     held_at = name_at if holds_by_name else items_of(plan, holder, n)
-    state_at = items_of(plan, int64_at(items + 8 * STATES), n)
+    state_at = items_of(plan, int64_at(items + 8 * at.STATES), n)
     if param_at == 0 or name_now_at == 0 or grad_at == 0 or held_at == 0:
         return False
     for k in range(0, 8 * n, 8):

@@ -42,7 +42,7 @@ class ScalarsForm(NamedTuple):
     decoupled: bool
     algorithm: str = "adam"  # or "radam", "adamax", "optax", "eps-hat"
     further: int = 0  # how many scalars there are behind neg_lr
-    ema: bool = False  # the last of them is another one at step 1
+    ema: bool = False  # the last of these scalars, w_ema, has another value at step 1
     random: bool = False  # the step has a key for random rounding
     counts: bool = True  # the step count is on the device
     found_inf: np.dtype | None = None  # of a flag that leaves the step out; None: there is none
@@ -62,7 +62,7 @@ class ScalarsForm(NamedTuple):
 class Settings(NamedTuple):
     """The numbers that the host passes to the kernel, in their order: two int64, then float64."""
 
-    advance: int  # added to the step count first: 0 if it was advanced for another dtype. Without a count there, the step
+    advance: int  # added to the step count first: 0 if the launch for another dtype added 1. If the host counts: the step
     seed: int
     sign: float  # of the gradient: -1 to maximize
     beta1: float

@@ -29,8 +29,9 @@ COUNT, PARAMS, GRADS, STATES, KEYS, NAMES, NAMES_NOW, HOLDER = range(8)
 
 @functools.cache
 def known():
-    """Whether tuples and lists are laid out in memory as this file says."""
-    if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8:
+    """Whether tuples and lists are laid out in memory as this file says, and Python's lock keeps them what they are."""
+    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+    if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8 or not has_lock:
         return False
     items = [object(), object(), object()]
     in_tuple = tuple(items)
@@ -74,6 +75,7 @@ class Plan:
 
     def expect(self, settings):
         """Take over the objects that are the settings: ANY stands for one that may be any object."""
+        assert len(settings) <= MOST_SETTINGS
         addresses = [0 if x is ANY else id(x) for x in settings]
         self.memory[N_SETTINGS] = 0
         self._settings = settings  # kept alive, so that no other objects get their addresses

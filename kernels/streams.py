@@ -23,8 +23,8 @@ def choose(asked, current, named):
     """Return the stream of a launch, and the other streams to order it with.
 
     asked: the stream that the caller asks for, or None. current: CuPy's current stream, or None without CuPy. named: the streams
-    that the arrays name; None for those that name none, whose stream is the current one. A stream that the caller chose goes
-    before one that an array was last used on.
+    that the arrays name; None stands for an array that names no stream, and the current one is taken. A stream that the caller
+    chose goes before one that an array was last used on.
 
     >>> choose(None, 1, [77, 77])
     (77, [])

@@ -163,7 +163,7 @@ ARRAYS = tuple(KINDS)
 def signature(form, loop, on_device):
     """Return the types of the arguments of a Numba kernel."""
     i64 = types.int64
-    scalars = i64 if on_device else types.UniTuple(numba_cuda_kernels.REALS[form.dtype.name], len(adam.scalar_names(form)))
+    scalars = i64 if on_device else types.UniTuple(__import__("numba").from_dtype(form.dtype), len(adam.scalar_names(form)))
     addresses = types.UniTuple(i64, len(operands_of_form(form)))
     if loop == "table":
         return (i64, i64, i64, scalars)

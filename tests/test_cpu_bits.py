@@ -29,7 +29,7 @@ def copies(arrays):
 
 
 def launched(form, arrays, scalars):
-    numba_cpu.launch(form, [None if a is None else on_cpu("", a) for a in arrays], scalars)
+    numba_cpu.launch(form, [on_cpu("", a) for a in arrays if a is not None], scalars)
     return arrays
 
 

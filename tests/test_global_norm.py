@@ -277,7 +277,7 @@ def test_the_loop_is_vectorised(monkeypatch):
     monkeypatch.setattr(compiled_cache, "stored", lambda dispatcher, *key: dispatcher)  # what is loaded cannot be inspected
     form = order.Form("float32")
     kernel = norm_cpu.build.__wrapped__(form, "serial")
-    kernel(np.zeros(order.COLUMNS, np.int64), 0, 0, 0, 1, 0)
+    kernel(np.zeros(order.COLUMNS, np.int64), 0, 0, 0, 1, 0, 0)
     code = "".join(kernel.inspect_asm().values())
     assert re.search(r"vfmadd\d+pd\s.*%[yz]mm", code) and re.search(r"vcvtps2pd\s.*%[yz]mm", code)
 

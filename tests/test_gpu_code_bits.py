@@ -32,7 +32,7 @@ UNSHARED = [(0, 1, 0, 0, 0), (3, 2, 1, 0, 1)]
 
 def on_cpu_backend(form, arrays, scalars):
     copies = [None if a is None else a.copy() for a in arrays]
-    numba_cpu.launch(form, [None if a is None else on_cpu("", a) for a in copies], scalars)
+    numba_cpu.launch(form, [on_cpu("", a) for a in copies if a is not None], scalars)
     return copies
 
 

@@ -60,7 +60,7 @@ def laid_out(form, ns, offsets):
 def one_by_one(form, updates, scalars):
     expected = [[None if a is None else a.copy() for a in arrays] for arrays in updates]
     for arrays in expected:
-        numba_cpu.launch(form, [None if a is None else on_cpu("", a) for a in arrays], scalars)
+        numba_cpu.launch(form, [on_cpu("", a) for a in arrays if a is not None], scalars)
     return expected
 
 

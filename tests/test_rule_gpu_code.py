@@ -54,7 +54,7 @@ def of_cuda_c(compiler, arch, rule, *options):
 def of_numba(arch, rule, grad="grad[i]", **options):
     """Return the same of Numba CUDA. options: of cuda.jit."""
     kernel = over_elements(rule, rule.for_cuda_jit(), GRID, grad, cuda=gpu_code.cuda)
-    real = gpu_code.numba_cuda_kernels.REALS[rule.dtype.name]
+    real = __import__("numba").from_dtype(rule.dtype)
     signature = *[types.Array(real, 1, "C")] * len(rule.arguments), types.UniTuple(real, len(rule.scalars(1)))
     kernel = gpu_code.loaded(gpu_code.compile_numba(kernel, signature, arch, **options))
 

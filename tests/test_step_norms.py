@@ -292,7 +292,7 @@ def sums_on_cpu(form, updates, scalars):
     views = [Update(in_vectors(form, [on_cpu("", a) for a in arrays])) for arrays in updates]
     table, n_rows, chunks = change_sums.table_of(views, first_sums(views))
     sums, numbers = np.full(chunks, np.nan), np.array(scalars, "f8")
-    change_cpu.build(form, "serial")(table, 0, chunks, n_rows, sums.ctypes.data, numbers.ctypes.data)
+    change_cpu.build(form, "serial")(table, 0, chunks, 0, n_rows, sums.ctypes.data, numbers.ctypes.data)
     return sums
 
 
