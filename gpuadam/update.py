@@ -2,7 +2,7 @@
 
 adam_step, Adam.step, gpuadam.torch.Adam.step, ...      make Updates: arrays that take the same step
   update                  what the arrays are, checked, in one of three ways; each returns Batches (`kernels/backend.py`):
-    _in_numpy_structs       NumPy's arrays are read in their structs
+    numpy_batches.batches   NumPy's arrays are read in their structs
     remembered.batches      other arrays are as they were in the last step
     _in_views               any arrays are viewed one by one, and what is wrong with them is raised
   _launch
@@ -13,11 +13,9 @@ adam_step, Adam.step, gpuadam.torch.Adam.step, ...      make Updates: arrays tha
 
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from . import backends, checks, hyperparameters, torch_tensors
+from . import backends, checks, hyperparameters, numpy_batches, torch_tensors
 from .device_step import ScalarsLaunch
 from .kernels import adam, streams
 from .kernels.layout import Update
@@ -49,7 +47,7 @@ class Updates:
     starts: list[int] | None = None  # likewise the number of its first element, where a param is a part of one
     nonzero: bool = False  # elements whose gradient is 0 stay
     alone: bool = False  # the param was given as one array, so that nobody knows its name
-    like: Any = None  # what its arrays are like, a Like, if they were found to be in one table
+    like: Any = None  # what its arrays are like, a `numpy_batches.Like`, if they were found to be in one table
 
     def written(self):
         """Return the arrays that are written."""
@@ -82,11 +80,11 @@ def update(groups, backend=None, stream=None, remembered=None, under_way=None, n
     if stream is not None:
         stream = streams.handle(stream)
     takes_numpy = backends.takes_numpy(backend)
-    batches = _in_numpy_structs(groups) if takes_numpy else None
+    batches = numpy_batches.batches(groups) if takes_numpy else None
     has_tensors = not batches and any(torch_tensors.among(group.columns) for group in groups)
     if has_tensors and takes_numpy:
         in_numpy = _as_numpy(groups, remembered)
-        batches = _in_numpy_structs(in_numpy)
+        batches = numpy_batches.batches(in_numpy)
         for group, own in zip(groups, in_numpy, strict=True):
             group.like = own.like
     if not batches and remembered:
@@ -115,130 +113,6 @@ def check(groups, backend=None, stream=None):
     for batch in batches:
         _place(groups[batch.group], batch, stream)
     release(batches)
-
-
-def _in_numpy_structs(groups):
-    """Return the batches of Updates of NumPy arrays that pass every check; None if an array does not, or may not."""
-    kernels = backends.load("numba-cpu")
-    struct = kernels.numpy_struct
-    batches, tables = [], []
-    for k, group in enumerate(groups):
-        columns, rows = group.columns, None
-        if type(columns[0][0]) not in IN_STRUCTS:
-            return None
-        # the latest is mostly the right one, and to read tells
-        like = _latest.get(_settings_of(group))
-        if like is not None:
-            rows = struct.table(columns, like.columns, not like.random)
-        if rows is None:
-            columns, like = _like(group, struct)
-            rows = like and struct.table(columns, like.columns, not like.random)
-        if like is None or rows is None:
-            return None
-        joint = not like.plain and like.columns.of_complex and like.arrays.numbers > 1
-        if joint and (group.h.fixed.ordered or like.arrays.bounded):
-            return None  # which `_in_views` refuses
-        if like.random and group.keys:
-            rows[:, struct.KEY] = group.keys
-        if like.random and group.starts:
-            rows[:, struct.START] = group.starts
-        n = columns[0][0].size if like.plain and len(rows) == 1 else rows[:, struct.SIZE].sum().item()
-        batches.append(kernels.batch_of(rows, n, like.arrays, like.random, k, group.names))
-        tables.append((rows, like.columns))
-        group.like = like
-    return batches if len(tables) == 1 or struct.all_disjoint(tables) else None
-
-
-class Like(NamedTuple):
-    """What the arrays of Updates must be like to be in one table."""
-
-    columns: Any  # a numpy_struct.Columns
-    arrays: Arrays
-    random: bool  # whether a number is rounded randomly
-    plain: bool  # whether an element is a number of NumPy's
-
-
-_likes: dict[tuple, Like] = {}
-_latest: dict[tuple, Like] = {}  # by `_settings_of`
-IN_STRUCTS = np.ndarray, Bits
-
-
-def _settings_of(group):
-    """Return what decides beside the arrays which Updates can be in one table."""
-    settings = group.operands, group.bits, group.stochastic, group.h.fixed.zero_grad, group.nonzero
-    return (*settings, group.complex, group.components)
-
-
-def _like(group, struct):
-    """Return the columns of Updates without `Bits`, and their Like by the first arrays; None if these are in no table."""
-    columns, bits = list(group.columns), list(group.bits or [""] * len(group.columns))
-    for k, column in enumerate(columns):
-        if all(type(array) is Bits and array.format == column[0].format for array in column):
-            columns[k], bits[k] = [array.array for array in column], column[0].format
-    first = [column[0] for column in columns]
-    if not struct.known() or not all(type(array) is np.ndarray for array in first):
-        return columns, None
-    settings = _settings_of(group)
-    key = *settings, tuple(bits), *[id(array.dtype) for array in first]
-    like = _likes.get(key)
-    if like is None:
-        like_first = struct.columns_like(group.operands, first, group.h.fixed.zero_grad, group.complex, group.components)
-        arrays = like_first and _arrays_of_dtypes(group, like_first, bits)
-        if arrays is None:
-            return columns, None
-        like = _likes[key] = Like(like_first, arrays, arrays.random, not like_first.of_complex and arrays.numbers == 1)
-    if not any(type(column[0]) is Bits for column in group.columns):
-        _latest[settings] = like
-    return columns, like
-
-
-def _arrays_of_dtypes(group, columns, bits):
-    """Return the `operands.Arrays` of Updates with NumPy arrays of Columns, or None if `checks.formats` refuses them."""
-    formats = dict(zip(group.operands, columns.dtypes, strict=True))
-    for operand, format in zip(group.operands, bits, strict=False):
-        if format:
-            if format not in ("bfloat16", "float16") or formats[operand] not in ("int16", "uint16"):
-                return None
-            formats[operand] = format
-    try:
-        named = {operand: _Named(operand, format) for operand, format in formats.items()}
-        checks.formats(named, group.nonzero, columns.numbers)
-    except TypeError:  # which `_in_views` reports by the array's name
-        return None
-    return arrays_of(formats, group.stochastic, group.nonzero, columns.numbers)
-
-
-class _Named(NamedTuple):
-    """As much of a View as `checks.formats` needs."""
-
-    name: str
-    format: str
-    dtype: np.dtype = np.dtype("uint8")
-    of_complex: str = ""
-
-
-def arrays_of(formats, stochastic, nonzero=False, numbers=1):
-    """Return the `operands.Arrays` of an update. formats: operand -> the format of its array. numbers: of an element.
-
-    The rest: fields of `Updates`.
-    """
-    param, m = formats["param"], formats["m"]
-    return Arrays(
-        param,
-        formats["grad"],
-        "8bit" if m == "uint8" else m,
-        "max_v" in formats,
-        "remainder" in formats,
-        formats.get("param_copy", ""),
-        formats.get("ema", ""),
-        stochastic and param in ("bfloat16", "float16"),
-        formats.get("change", ""),
-        formats.get("lr_scale", ""),
-        "nonzero" if nonzero else "array" if "where" in formats else "",
-        formats.get("low", ""),
-        formats.get("high", ""),
-        numbers,
-    )
 
 
 def _in_views(groups, backend):
@@ -288,7 +162,7 @@ def _viewed(group, backend):
         by_operand, numbers = in_elements(dict(zip(group.operands, views, strict=True)), group)
         formats = {operand: view.format for operand, view in by_operand.items()}
         key, start = group.keys[n] if group.keys else 0, group.starts[n] if group.starts else 0
-        arrays = arrays_of(formats, group.stochastic, group.nonzero, numbers)
+        arrays = Arrays.of(formats, group.stochastic, group.nonzero, numbers)
         yield kernels, by_operand, arrays, Update([*by_operand.values()], key, start)
 
 

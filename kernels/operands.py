@@ -119,6 +119,31 @@ class Arrays(NamedTuple):
     high: str = ""  # nor above this
     numbers: int = 1  # of an element, which share a v
 
+    @classmethod
+    def of(cls, formats, stochastic=False, nonzero=False, numbers=1):
+        """Return the Arrays of an update.
+
+        formats: operand -> the format of its array. stochastic: a narrow param is rounded randomly. nonzero: elements whose
+        gradient is 0 stay. numbers: of an element.
+        """
+        param, m = formats["param"], formats["m"]
+        return cls(
+            param,
+            formats["grad"],
+            "8bit" if m == "uint8" else m,
+            "max_v" in formats,
+            "remainder" in formats,
+            formats.get("param_copy", ""),
+            formats.get("ema", ""),
+            stochastic and param in ("bfloat16", "float16"),
+            formats.get("change", ""),
+            formats.get("lr_scale", ""),
+            "nonzero" if nonzero else "array" if "where" in formats else "",
+            formats.get("low", ""),
+            formats.get("high", ""),
+            numbers,
+        )
+
     @property
     def compute(self):
         """The type that is computed with: float64 if one of the arrays is, else float32."""

@@ -18,6 +18,7 @@ FLOORS = [
     ("hyperparameters", "state", "state_conversion", "reference", "holders"),
     ("options", "groups", "device_step", "step_counts", "clipping", "remembered", "flat", "step_arrays", "growing"),
     ("step_norms",),
+    ("numpy_batches",),
     ("description", "gradients", "update", "repeated", "repeated_on_cpu", "repeated_on_gpu", "functional", "rule"),
     ("sharded.transports.*", "sharded.agreement", "sharded.layout", "checkpoint", "checkpoint.safetensors"),
     ("checkpoint.saving", "checkpoint.*"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam import update
+from gpuadam import numpy_batches, update
 
 OPTIONS = {
     "8 bits": {"state_dtype": "8bit"},
@@ -55,7 +55,7 @@ def test_fresh_gradients_need_no_new_checks_and_give_the_bits_of_checked_steps(m
         grads = gradients(params, step)
         opt.step(in_groups([g.copy() for g in grads], grouped))
         with monkeypatch.context() as patched:
-            patched.setattr(update, "_in_numpy_structs", lambda groups: None)
+            patched.setattr(numpy_batches, "batches", lambda groups: None)
             checking.step(in_groups(grads, grouped))
     assert len(checked) == 5
     for a, b in zip(params, others, strict=True):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 import gpuadam
-from gpuadam import functional, hyperparameters, update
+from gpuadam import functional, hyperparameters, numpy_batches, update
 from gpuadam.kernels import numpy_struct
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.numpy_struct import BYTES, IS_SCALE, KEY, PARAM, SIZE, START, WRITTEN
@@ -34,7 +34,7 @@ def plain(shape=(6,), dtype="f4", width=4):
 def table(*updates):
     """The table of updates, each a list of param, grad, m, v and perhaps max_v; None if there is none."""
     columns = [list(column) for column in zip(*updates, strict=True)]
-    batches = update._in_numpy_structs([update.Updates(ADAM, 1, columns, operands=NAMES[: len(columns)])])
+    batches = numpy_batches.batches([update.Updates(ADAM, 1, columns, operands=NAMES[: len(columns)])])
     return batches and batches[0].table
 
 
@@ -89,7 +89,7 @@ def test_scales_are_one_for_each_group():
     def of_scales(n):
         columns = [[a] for a in (*codes, np.ones(n, "f4"), np.ones(n, "f4"))]
         group = update.Updates(ADAM, 1, columns, operands=(*NAMES[:4], "m_scale", "v_scale"), keys=[7], starts=[32])
-        return update._in_numpy_structs([group])
+        return numpy_batches.batches([group])
 
     (batch,) = of_scales(4)
     assert batch.table[0, [SIZE, KEY, START]].tolist() == [100, 7, 32] and batch.is_random
@@ -449,7 +449,7 @@ def arrays_of(case):
 def test_the_outcome_is_the_same_without_this_way(monkeypatch, case):
     options = OPTIONS.get(case, {})
     with_it = outcome_of(arrays_of(case), options)
-    monkeypatch.setattr(update, "_in_numpy_structs", lambda groups: None)
+    monkeypatch.setattr(numpy_batches, "batches", lambda groups: None)
     assert outcome_of(arrays_of(case), options) == with_it
 
 
@@ -460,7 +460,7 @@ def test_this_way_is_the_one_that_is_taken(monkeypatch):
     gpuadam.adam_step(*plain(), 1)
     gpuadam.Adam(np.ones(6, "f4")).step(np.ones(6, "f4"))
     assert taken == []
-    monkeypatch.setattr(update, "_latest", {})
+    monkeypatch.setattr(numpy_batches, "_latest", {})
     monkeypatch.setattr(numpy_struct, "known", lambda: False)
     monkeypatch.setattr(functional, "_REPEATED", RepeatedCall())
     gpuadam.adam_step(*plain(), 1)

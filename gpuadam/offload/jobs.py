@@ -4,7 +4,7 @@ from .. import backends, checks, hyperparameters
 from ..kernels.operands import KINDS, Arrays, operands_of
 from ..kernels.scalars import step_key
 from ..kernels.view import View
-from ..update import arrays_of, in_elements
+from ..update import in_elements
 from .chunks import Job, Launch, PlacedOperand
 from .mapped import mapping_of
 
@@ -26,7 +26,7 @@ def jobs_of(updates, state, on_device, backend):
             views, numbers = _views(named, master, group, backend)
             (written if zero_grad else read).append(views["grad"])
             written += [view for operand, view in views.items() if operand != "grad"]
-            formats = arrays_of({operand: view.format for operand, view in views.items()}, group.stochastic, numbers=numbers)
+            formats = Arrays.of({operand: view.format for operand, view in views.items()}, group.stochastic, numbers=numbers)
             if formats not in launches:
                 form, scalars = hyperparameters.form_and_scalars(group.h, group.step, formats)
                 key = step_key(group.seed, group.step) if formats.random else 0

@@ -38,7 +38,6 @@ from ..kernels.operands import KINDS, NARROW, Arrays, Operand, bytes_moved_of
 from ..options import STATE_DTYPES
 from ..state import kept
 from ..typing import Complex, Components, Format, StateDtype
-from ..update import arrays_of
 
 PARAMS = KINDS["param"].formats
 MASTERS = {"remainder": ("bfloat16",), "float32": NARROW}  # -> the parameters that may have one
@@ -120,7 +119,7 @@ def update(
     checks.combination("adam", formats, stochastic)
     if master == "float32":  # the parameters of the model are copies of their masters
         formats |= {"param": "float32", "param_copy": param}
-    return Update(sizes, arrays_of(formats, bool(stochastic), numbers=numbers), bool(zero_grad))
+    return Update(sizes, Arrays.of(formats, bool(stochastic), numbers=numbers), bool(zero_grad))
 
 
 # Seconds

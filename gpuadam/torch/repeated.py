@@ -15,8 +15,9 @@ import torch
 from .. import backends, checks, hyperparameters, torch_tensors
 from ..kernels import adam
 from ..kernels.step_objects import same, stays
+from ..numpy_batches import Like
 from ..repeated import Repeats
-from ..update import Like, launch
+from ..update import launch
 from .distributed import PLAIN
 from .step_counts import LAST
 
