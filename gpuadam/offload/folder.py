@@ -115,7 +115,7 @@ class Folder(Store):
         if self._lock.closed:
             raise ValueError("this optimizer is closed: make another with the same folder, which continues where it was")
         if self._process != os.getpid():
-            raise ValueError(f"this process was forked from the one that opened {self.path}, which alone can take steps")
+            raise ValueError(f"this process was forked from the one that opened {self.path}, which alone can use it")
 
     def _memory_of(self, kind, n_bytes):
         """Return the bytes of the file of a kind, mapped into memory."""
@@ -169,11 +169,11 @@ class Folder(Store):
                 self._free()
 
     def discard(self):
-        """Take the files away, and the folder if nothing else is in it."""
-        for name in (STATE, STEPS, *self._kinds):
+        """Take the files away, and the folder if nothing else is in it. Raises ValueError if they are another's by now."""
+        self.check_open()
+        for name in (STATE, STEPS, *self._kinds, LOCK):  # the lock last, and while it is held: then it can be another's
             (self.path / name).unlink(missing_ok=True)
         self._free()
-        (self.path / LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a folder with something in it
             self.path.rmdir()
 

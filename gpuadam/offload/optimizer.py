@@ -51,8 +51,8 @@ TRIAL = 1 << 22  # elements of the update by which the faster side is found
 # The options that decide what the numbers of state mean: a folder of state belongs to an optimizer with the same ones
 DESCRIBED = ("algorithm", "decoupled", "state_dtype", "seed", "stochastic_rounding", "formula", "eps_root", "ema_decay")
 
-# What the optimizer that is measured has of its own
-OF_TRIAL = ("params", "lr", "betas", "eps", "weight_decay")
+# What the optimizer that is measured has as by default: its one parameter is a row of real numbers, whatever shares a v
+OF_TRIAL = ("params", "lr", "betas", "eps", "weight_decay", "bounds", "complex", "components")
 
 
 class OffloadAdam(Adam):
@@ -144,15 +144,19 @@ class OffloadAdam(Adam):
         self.decoupled = checks.flag("decoupled", decoupled)
         self._master, self._state_in = master, state
         bar = need("progress", "rich.progress")[0].Progress if checks.flag("progress", progress) else None
-        super().__init__(**of_adam, master=master if master == "remainder" else None)
-        self.state_backend = "numba-cpu"
-        if self._store.existed:
-            self.steps = self._store.marks["steps"]
-            for name, arrays in self.state.items():
-                arrays["step"] = self._store.marks["behind"].get(name, self.steps)
-        of_trial = {"decoupled": self.decoupled, "budget": self._budget, "master": master, "param_copies": None}
-        on_device, self._why = self._chosen_side(arguments(of_adam, besides=OF_TRIAL) | of_trial)
-        self._runner = (OnDevice if on_device else OnHost)(self._gpu, self._device, self._budget, bar)
+        try:
+            super().__init__(**of_adam, master=master if master == "remainder" else None)
+            self.state_backend = "numba-cpu"
+            if self._store.existed:
+                self.steps = self._store.marks["steps"]
+                for name, arrays in self.state.items():
+                    arrays["step"] = self._store.marks["behind"].get(name, self.steps)
+            on_device, self._why = self._chosen_side(arguments(of_adam, besides=OF_TRIAL))
+            self._runner = (OnDevice if on_device else OnHost)(self._gpu, self._device, self._budget, bar)
+        except BaseException:
+            if "_store" in vars(self):  # a folder that was there is the caller's to keep
+                (self._store.close if self._store.existed else self._store.discard)()
+            raise
 
     # The state
 
@@ -215,10 +219,10 @@ class OffloadAdam(Adam):
         param, grad = (kernels.zeros(TRIAL, view.dtype, view.device) for _ in range(2))
         if view.bits:
             param, grad = Bits(param, view.bits), Bits(grad, view.bits)
-        stochastic = options.get("stochastic_rounding", False)
-        if checks.without_effect([view.format], options["master"], stochastic):  # it is of smaller parameters
-            options = options | {"master": None, "stochastic_rounding": False}
-        trial = OffloadAdam(param, update=side, **options)
+        options = options | {"master": self._master, "param_copies": None}
+        if checks.without_effect([view.format], self._master, options["stochastic_rounding"]):  # it is of smaller parameters
+            options |= {"master": None, "stochastic_rounding": False}
+        trial = OffloadAdam(param, update=side, decoupled=self.decoupled, budget=self._budget, **options)
         moments = [time.perf_counter()]
         for _ in range(4):
             trial.step(grad)
