@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import libraries
 import numpy as np
@@ -33,6 +35,13 @@ def run(*arguments, code=0, **env):
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def test_a_gpu_whose_driver_does_not_answer_has_an_unknown_version(monkeypatch):
+    monkeypatch.setattr(facts.backends, "load", lambda name: SimpleNamespace(device_name=lambda: "a GPU"))
+    monkeypatch.setattr(facts.shutil, "which", lambda name: name)
+    monkeypatch.setattr(facts.subprocess, "run", Mock(side_effect=subprocess.TimeoutExpired("nvidia-smi", 30)))
+    assert facts._gpu("cupy") == ("a GPU", "unknown: nvidia-smi did not answer")
 
 
 @pytest.mark.exhaustive

@@ -109,6 +109,7 @@ def test_a_picture_of_another_kind_is_refused(name):
         ("0.5", "not a whole number from 1"),
         ("nan", "not a whole number"),
         ("1e30", "not a whole number from 1 to 1e18"),
+        ("1e1000000", "not a number such as"),
     ],
 )
 def test_what_is_no_whole_number_is_refused(text, said):

@@ -45,9 +45,11 @@ class Saved(NamedTuple):
         entry = self.params[name]
         return [*entry["shape"], 2] if entry["dtype"] in COMPLEX else entry["shape"]
 
-    def numbers(self, name):
-        """Return how many numbers of a parameter share a v."""
-        group = next(group for group in self.groups if name in group["names"])
+    def numbers(self):
+        """Return name -> how many numbers of a parameter share a v."""
+        return {name: self._numbers_in(group, name) for group in self.groups for name in group["names"]}
+
+    def _numbers_in(self, group, name):
         if self.params[name]["dtype"] in COMPLEX:
             return 2 if group.get("complex") == "joint" else 1
         components = group.get("components", 1)

@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from .. import strict_json
 from ..kernels.messages import shown
 
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1}
@@ -248,22 +249,8 @@ def copy(chunks, buffers):
 
 
 def parsed_json(text, what):
-    """Return the value that JSON stands for, or raise CheckpointError. what: a name of the text, for the message.
-
-    Objects in which a key comes twice are refused, and so are NaN and the infinities, which JSON does not have.
-    """
+    """Return the value that JSON stands for, or raise CheckpointError. what: a name of the text, for the message."""
     try:
-        return json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_refused)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a key twice, an integer of thousands of digits
+        return strict_json.parsed(text)
+    except ValueError as error:  # not JSON, not UTF-8, a key twice, an integer of thousands of digits
         raise CheckpointError(f"{what} cannot be read as JSON: {error}") from error
-
-
-def _without_repetition(pairs):
-    parsed = dict(pairs)
-    if len(parsed) != len(pairs):
-        raise ValueError("a key comes twice in an object")
-    return parsed
-
-
-def _refused(constant):
-    raise ValueError(f"{constant} is no number of JSON")

@@ -57,6 +57,7 @@ class Stored:
         self._folder, self._file, self._longest = folder, file, longest
         self._reader = Reader(file, longest)
         self.saved, self.crc = decoded(self._reader.metadata), self._reader.crc
+        self._numbers = self.saved.numbers()
         self.pieces: dict[str, list[Piece]] = {}
 
     def read_headers(self, rank=0, ranks=1):
@@ -84,7 +85,7 @@ class Stored:
         shape = self.saved.shape(param)
         size = math.prod(shape)
         first, last = (0, size) if part is None else map(int, match.group("first", "last"))
-        numbers = self.saved.numbers(param)
+        numbers = self._numbers[param]
         start, stop = state.place(key, first, last, numbers)
         wanted = state.shape(key, shape, numbers) if part is None else (stop - start,)
         if part is not None and (not first < last <= size or first % GROUP):
@@ -99,7 +100,7 @@ class Stored:
             self.pieces.setdefault(piece.array_name, []).append(piece)
         for array, of_array in self.pieces.items():
             param, _, key = array.rpartition(".")
-            _, size = state.place(key, 0, math.prod(self.saved.shape(param)), self.saved.numbers(param))
+            _, size = state.place(key, 0, math.prod(self.saved.shape(param)), self._numbers[param])
             ends, starts = [0, *(piece.stop for piece in of_array)], [*(piece.start for piece in of_array), size]
             for end, start in zip(ends, starts, strict=True):
                 if start != end:

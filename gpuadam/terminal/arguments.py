@@ -20,7 +20,7 @@ def whole(text, least=1):
     unit = UNITS.get(text[-1:], 1)
     try:
         number = decimal.Decimal(text[: -1 if unit > 1 else None]) * unit
-    except decimal.InvalidOperation:
+    except decimal.DecimalException:  # it is no number, or one with a larger exponent than decimals have
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 124439808, 7e9 or 70B") from None
     if not number.is_finite() or number != number.to_integral_value() or not least <= number <= MOST:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 1e18")

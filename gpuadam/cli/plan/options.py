@@ -1,10 +1,10 @@
 """The options of `python -m gpuadam plan`."""
 
 import argparse
-import json
 import math
 from pathlib import Path
 
+from ... import strict_json
 from ...options import STATE_DTYPES
 from ...planning.machines import MACHINES
 from ...planning.model import COLLECTIVES, MASTERS, PARAMS
@@ -105,7 +105,7 @@ def shapes(text):
 def shapes_in(path):
     """Return the elements of each shape in a JSON file: {"w": [768, 3072], "b": [768]}; a scalar has the shape []."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = strict_json.parsed(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{path} cannot be read as JSON: {error}") from error
     shapes = content if isinstance(content, dict) else {}
