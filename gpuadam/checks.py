@@ -289,6 +289,19 @@ def update(views, zero_grad=False, nonzero=False, numbers=1):
         _operand(view, views["param"], operand, numbers, written, in_groups)
 
 
+def parameter(view):
+    """Check an array that is to be updated."""
+    one_format(view, FORMATS)
+    layout(view)
+    writeable(view)
+
+
+def gradient(view, param, allowed, written):
+    """Check a gradient that is not an operand of an update. allowed: formats. written: whether zeros are stored in it."""
+    _operand(view, param, "grad", 1, written, False)
+    one_format(view, allowed)
+
+
 def copy_of_param(view, param, numbers, in_groups):
     """Check an array that is to be overwritten with copies of a parameter. in_groups: its state is of 8 bits."""
     one_format(view, KINDS["param_copy"].formats)
@@ -311,8 +324,8 @@ def _operand(view, param, operand, numbers, written, in_groups):
     if view.device != param.device and param.size:
         raise ValueError(f"{view.name} is on device {view.device}, {param.name} on {param.device}: move one of them")
     layout(view, written)
-    if written and not view.writeable:
-        read_only(view)
+    if written:
+        writeable(view)
     if in_groups:
         _in_groups(view)
 
@@ -439,11 +452,13 @@ def same_layout(own, loaded, any_layout):
     steps, loaded_steps = ([s for s, n in zip(view.strides, view.shape, strict=True) if n > 1] for view in (own, loaded))
     if not any_layout and steps != loaded_steps:
         raise ValueError(f"{loaded.name} has strides {loaded.strides}, the optimizer's {own.strides}: pass it in that order")
-    if not own.writeable:
-        read_only(own)
+    writeable(own)
 
 
-def read_only(view):
+def writeable(view):
+    """Refuse an array that cannot be written."""
+    if view.writeable:
+        return
     if view.immutable:
         raise ValueError(f"{view.name}, which an update writes to, {view.immutable}")
     raise ValueError(f"{view.name} is read-only, and an update writes to it: pass a writeable array")

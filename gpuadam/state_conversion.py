@@ -49,8 +49,7 @@ def conversion(label, own, loaded, numbers=1, backend=None):
         return None
     for _, view in targets.values():
         checks.no_gaps(view)
-        if not view.writeable:
-            checks.read_only(view)
+        checks.writeable(view)
     moments = [key for key in MOMENTS if key in targets]
     is_coded = any(sources[key][1].format == "uint8" for key in moments if key in sources)
     needed = {*moments, *(OF_GROUPS if is_coded else ())}

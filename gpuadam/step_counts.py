@@ -156,9 +156,7 @@ class ArrayCount:
 
     def check_fill(self, name, array):
         """Refuse an array that `fill` cannot write."""
-        view = self.number(name, array)
-        if not view.writeable:
-            checks.read_only(view)
+        checks.writeable(self.number(name, array))
 
     def fill(self, array, value):
         """Write a number into an array of one, in place, so that captured graphs see it. On a GPU this waits for the device."""

@@ -22,10 +22,7 @@ def params(groups, arrangement, transport, backend):
     named = [(label, checks.given(label, param)) for label, param in labelled]
     kernels, views = _chosen(named, transport, backend)
     for view in views:
-        checks.one_format(view, checks.FORMATS)
-        checks.layout(view)
-        if not view.writeable:
-            checks.read_only(view)
+        checks.parameter(view)
     checks.given_once(views)
     checks.overlap(views, [])
     devices = {view.device for view in views if view.size}
@@ -75,9 +72,8 @@ def grads(members, listed, transport, taken, zero_grad, backend):
         named = [(f"the gradient of {member.view.name}", listed[member.number]) for member in elsewhere]
         _, their_views = _chosen(named, transport, backend)
         for member, view in zip(elsewhere, their_views, strict=True):
-            _grad(view, member, zero_grad)
-            if zero_grad and not view.writeable:
-                checks.read_only(view)
+            allowed = checks.FORMATS if member.grad.format == "float64" else NARROWER
+            checks.gradient(view, member.view, allowed, zero_grad)
             taken.check(view, member.grad)
             views[member.number] = view
     return views
@@ -99,14 +95,3 @@ class Taken:
         in_place = grad.contiguous and (grad.pointer, grad.dtype) == (place.pointer, place.dtype)
         if not in_place and before and self._ends[before - 1] > start:
             checks.overlap(self._views, [grad])
-
-
-def _grad(grad, member, zero_grad):
-    """Check a gradient that is not the array of its place in the buffer."""
-    param = member.view
-    checks.one_format(grad, checks.FORMATS if member.grad.format == "float64" else NARROWER)
-    if grad.shape != param.shape:
-        raise ValueError(f"{grad.name} has shape {grad.shape}, {param.name} has {param.shape}: nothing is broadcast")
-    if grad.device != param.device and param.size:
-        raise ValueError(f"{grad.name} is on device {grad.device}, {param.name} on {param.device}: move one of them")
-    checks.layout(grad, written=zero_grad)

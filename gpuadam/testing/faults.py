@@ -61,8 +61,7 @@ def inject(
     kernels, views = backends.choose(labelled, backends.home(*labelled[0]))
     for view in views:
         checks.one_format(view, checks.FORMATS)
-        if not view.writeable:
-            checks.read_only(view)
+        checks.writeable(view)
     views = [view._replace(name=name) for view, (name, _) in zip(views, named, strict=True)]
     places = _chosen_places(at, views) if at is not None else _random_places(count, seed, views)
     faults = [Fault(view.name, index, FLOATS[view.format].largest if value == HUGE else value) for view, index in places]
