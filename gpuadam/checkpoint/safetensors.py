@@ -236,18 +236,6 @@ def chunks(file, name, entry, first=0, last=None):
         yield block[max(first - at, 0) : last - at]
 
 
-def copy(chunks, buffers):
-    """Fill writable buffers, in turn, with the bytes of chunks, of which there are as many."""
-    chunk, chunks = memoryview(b""), iter(chunks)
-    for buffer in buffers:
-        buffer = memoryview(buffer)
-        while len(buffer):
-            chunk = chunk or memoryview(next(chunks))
-            n = min(len(chunk), len(buffer))
-            buffer[:n] = chunk[:n]
-            chunk, buffer = chunk[n:], buffer[n:]
-
-
 def parsed_json(text, what):
     """Return the value that JSON stands for, or raise CheckpointError. what: a name of the text, for the message."""
     try:

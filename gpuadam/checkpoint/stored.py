@@ -14,7 +14,7 @@ from ..kernels.messages import shown
 from ..kernels.operands import GROUP
 from .format import INDEX, PART_FORMAT, VERSION, decoded
 from .regular_file import opened
-from .safetensors import ITEMSIZE, CheckpointError, Entry, Reader, chunks, copy, require
+from .safetensors import ITEMSIZE, CheckpointError, Entry, Reader, chunks, require
 from .tensors import DTYPES, PARAM, chosen
 
 WHOLE = re.compile(r"(?P<param>.*)\.(?P<key>\w+)", re.DOTALL)
@@ -133,7 +133,10 @@ class Stored:
     def read(self, section):
         """Read the elements of a Section. Raises CheckpointError where they are damaged."""
         with contextlib.closing(self.chunks(section, section.key)) as stored:  # its file: a destructor would lose Ctrl-C
-            copy(stored, array_bytes.buffers(section.backend, section.view))
+            pieces = array_bytes.Pieces(array_bytes.buffers(section.backend, section.view))
+            for chunk in stored:
+                pieces.write(chunk)
+            pieces.close()
 
     def chunks(self, section, key):
         """Yield the bytes of an array of the state, of the elements of a Section, as buffers. Each is good until the next."""
