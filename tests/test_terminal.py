@@ -42,7 +42,7 @@ def test_in_a_pipe_a_long_loop_prints_some_plain_lines():
 def test_on_a_terminal_a_long_loop_shows_how_far_it_is():
     asked, shown = counted(terminal=True)
     assert asked == [25, 50, 75, 100] and "turn 100\n" in shown and "100%" in shown
-    assert [line.split("\r")[-1] for line in shown.split("\n")] == ["turn 25", "turn 50", "turn 75", "turn 100", ""]
+    assert [line.split("\r\x1b[K")[-1] for line in shown.split("\n")] == ["turn 25", "turn 50", "turn 75", "turn 100", ""]
 
 
 HEADS = ("way", "size", *(f"column {k}" for k in range(12)))
