@@ -91,14 +91,12 @@ def main(
         if unknown := set(options.peers) - set(known):
             parser.error(f"there is no peer {', '.join(sorted(unknown))}, only {', '.join(known)}")
 
-    try:
-        console = output.console(options)
-        if options.out:
-            output.need("bench", "matplotlib")
+    console = output.console(options)
+    with output.ending_plainly(name):
         if not options.rows:
             backends.load(options.backend)
-    except (gpuadam.BackendUnavailableError, output.MissingExtraError) as error:
-        sys.exit(f"{name}: {error}")
+        if options.out:
+            output.need("bench", "matplotlib")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
     rows, notes = [], []

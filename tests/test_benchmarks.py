@@ -134,7 +134,7 @@ def test_rows_are_added_and_those_measured_again_take_the_place_of_the_old(tmp_p
 
 def test_what_is_not_there_is_explained():
     if "cupy" not in gpuadam.available_backends():
-        error = run("large", "--backend", "cupy", code=1).stderr
+        error = run("large", "--backend", "cupy", code=2).stderr
         assert error.startswith("large: backend 'cupy' is not available") and "Traceback" not in error
     assert "there is no peer troch" in run("large", *QUICK, "--peers", "troch", code=2).stderr
 

@@ -310,6 +310,16 @@ def test_a_missing_extra_is_explained(tmp_path):
     assert error == 'gpuadam demo: sklearn is not installed: pip install "gpuadam[examples]"\n'
 
 
+@pytest.mark.parametrize("command, extra", [("bench", "bench"), ("demo", "demo"), ("plan --parameters 1e9", "bench")])
+def test_a_plot_without_matplotlib_is_refused_before_any_work(command, extra, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--plot", str(tmp_path / "x.png")])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    assert said.err == f'gpuadam: matplotlib is not installed: pip install "gpuadam[{extra}]"\n'
+
+
 def test_no_command_needs_rich(tmp_path):
     path = without("rich", tmp_path)
     assert "best: " in run("plan", "--parameters", "1e9", PYTHONPATH=path).stdout

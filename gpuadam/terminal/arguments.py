@@ -6,6 +6,8 @@ import math
 import os
 from pathlib import Path
 
+from .output import need
+
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 MOST = 10**18
 PICTURES = (".png", ".pdf", ".svg")
@@ -82,6 +84,19 @@ def picture(text):
     if Path(text).suffix.lower() not in ("", *PICTURES):
         raise argparse.ArgumentTypeError(f"{text!r} must end in {', '.join(PICTURES)}, or have no such end, for PNG")
     return writable(text)
+
+
+def add_plot(parser, extra, what, default=None):
+    """Add the option --plot to a parser, of which a picture is the value.
+
+    extra: the one that brings matplotlib. what: is drawn, in words for the help.
+    """
+
+    def path(text):
+        need(extra, "matplotlib")  # so that its absence is reported before the work begins
+        return picture(text)
+
+    parser.add_argument("--plot", type=path, metavar="FILE", default=default, help=f"{what}: FILE.png, .pdf or .svg")
 
 
 def folder(text):
