@@ -14,13 +14,13 @@ from .safetensors import parsed_json, require
 
 FORMAT, VERSION = "gpuadam.optimizer", "1"
 CLASSES = ("Adam", "AdamW", "NAdam", "RAdam", "AdaMax")
-OFFLOADED = {"Adam": False, "AdamW": True}  # the classes that an OffloadAdam is saved as -> whether it is decoupled
-# class -> (algorithm, decoupled) of an optimizer over ranks. Those with a W that are not in CLASSES exist over ranks alone
+# class -> (algorithm, decoupled). Those with a W that are not in CLASSES exist over ranks alone
 ALGORITHMS: dict[str, tuple[str, bool]] = {
     name + "W" * decoupled: (name.lower(), decoupled)
     for name in ("Adam", "NAdam", "RAdam", "AdaMax")
     for decoupled in (False, True)
 }
+CLASS_OF = {of_class: name for name, of_class in ALGORITHMS.items()}
 INDEX = "index.safetensors"
 PART = "part-{}-of-{}-{}.safetensors"
 PART_FORMAT = f"{FORMAT}.part"
@@ -66,11 +66,12 @@ def check_class(opt, names):
         )
 
 
-def encoded(opt, name, groups, params, copies=()):
+def encoded(opt, groups, params, copies=()):
     """Return the metadata of an optimizer: string -> string.
 
-    name: of its class, in ALGORITHMS. groups: as in a state_dict. params: name -> (View, steps taken). copies: names.
+    groups: as in a state_dict. params: name -> (View, steps taken). copies: names.
     """
+    name = CLASS_OF[opt.options.algorithm, opt.options.decoupled]
     params = {name: _entry(view) | {"step": step} for name, (view, step) in params.items()}
     values = {"options": opt.options.saved(), "groups": groups, "steps": opt.steps, "params": params, "copies": list(copies)}
     in_json = {key: as_json(value) for key, value in values.items()}

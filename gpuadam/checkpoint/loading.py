@@ -70,8 +70,7 @@ def load(
     ('AdamW', 1, 0.1)
     """
     path = os.fsdecode(path)
-    check_with_params(with_params)
-    with about(path), opened(path, params, backend, lr, state_dtype) as checkpoint:
+    with about(path), opened(path, params, backend, lr, with_params, state_dtype) as checkpoint:
         saved = checkpoint.stored.saved
         single = saved.name in CLASSES
         require(single, f"its class {saved.name} is one of gpuadam.ShardedAdam alone: load it with gpuadam.load_sharded")
@@ -81,11 +80,6 @@ def load(
             opt = make(checkpoint.params, **settings, param_copies=param_copies, backend=backend)
         fill(opt, checkpoint, with_params, path)
     return opt
-
-
-def check_with_params(with_params):
-    if with_params is not None:
-        checks.flag("with_params", with_params)
 
 
 def check_copies(copies, param_copies):
@@ -153,11 +147,13 @@ class Opened(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(path, params, backend, lr, state_dtype=None, of_masters=False):
-    """Open a checkpoint and compare it with the parameters that it is loaded for. lr, state_dtype: as in `load`.
+def opened(path, params, backend, lr, with_params, state_dtype=None, of_masters=False):
+    """Open a checkpoint and compare it with the parameters that it is loaded for. lr, with_params, state_dtype: as in `load`.
 
     of_masters: a narrow parameter is the copy of a float32 one, which was saved.
     """
+    if with_params is not None:
+        checks.flag("with_params", with_params)
     if state_dtype is not None:
         checks.one_of(STATE_DTYPES, "state_dtype", state_dtype)
     params = as_list(params)  # an iterator can be read once

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from .. import backends, checks, torch_tensors
-from ..checkpoint.format import OFFLOADED
-from ..checkpoint.loading import about, check_copies, check_with_params, fill, not_fitting, opened
+from ..checkpoint.format import ALGORITHMS
+from ..checkpoint.loading import about, check_copies, fill, not_fitting, opened
 from ..checkpoint.safetensors import require
 from ..kernels import array_bytes
 from ..kernels.messages import shown
@@ -58,19 +58,20 @@ def load_offload(
     1 0.1 True
     """
     path = os.fsdecode(path)
-    check_with_params(with_params)
     check_place(state)
     if master is not None:
         checks.one_of(("float32",), "master", master)
-    with about(path), opened(path, params, backend, lr, state_dtype, of_masters=master is not None) as checkpoint:
+    of_masters = master is not None
+    with about(path), opened(path, params, backend, lr, with_params, state_dtype, of_masters) as checkpoint:
         saved = checkpoint.stored.saved
-        known = ", which OffloadAdam is not: it is Adam or AdamW"
-        require(saved.name in OFFLOADED, f"its class is {shown(saved.name)}{known}")
+        algorithm, decoupled = ALGORITHMS[saved.name]
+        is_adam = algorithm == "adam"
+        require(is_adam, f"its class is {shown(saved.name)}, which OffloadAdam is not: it is Adam or AdamW")
         require(not saved.options.get("capturable"), "it is of a capturable optimizer, which an OffloadAdam cannot be")
         if master is None:
             check_copies(saved.copies, param_copies)
         settings = checkpoint.hyperparameters | {k: v for k, v in saved.options.items() if k not in ("capturable", "master")}
-        settings |= {"decoupled": OFFLOADED[saved.name], "master": master or saved.options.get("master")}
+        settings |= {"decoupled": decoupled, "master": master or saved.options.get("master")}
         settings |= {"param_copies": param_copies, "backend": backend}
         settings |= {"state": state, "budget": budget, "update": update, "progress": progress}
         if state != "memory":

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from .. import checks
 from ..checkpoint.format import (
-    ALGORITHMS,
     INDEX,
     IS_PART,
     PART,
@@ -33,7 +32,6 @@ from ..kernels.messages import shown
 from .agreement import agreed, on_all
 
 LOCK = ".gpuadam-lock"
-CLASS_OF = {algorithm: name for name, algorithm in ALGORITHMS.items()}
 OURS = re.compile(rf"{IS_PART.pattern}|\.gpuadam-[0-9a-f]{{16}}\.tmp")  # parts, and files that were not finished
 SHARED = "The folder must be on a file system that all ranks share"
 
@@ -66,9 +64,8 @@ def _prepared(opt, path, with_params):
     folder, with_params = Path(os.fsdecode(path)), checks.flag("with_params", with_params)
     opt.checked_groups()  # what could not be loaded is not saved either
     params = {member.name: (member.view, member.taken) for member in opt.members}
-    name = CLASS_OF[opt.options.algorithm, opt.options.decoupled]
     groups = [saved_settings(group) for group in opt.groups]
-    metadata = encoded(opt, name, groups, params) | {"reduction": opt.reduction}
+    metadata = encoded(opt, groups, params) | {"reduction": opt.reduction}
     described = metadata | {"groups": groups}  # as numbers: 1 and 1.0, which are equal, differ in JSON
     return (folder, metadata), {"path": str(folder), "with_params": with_params, **described}, False
 
