@@ -10,14 +10,12 @@ from .. import backends, checks, torch_tensors
 from ..checkpoint.format import ALGORITHMS
 from ..checkpoint.loading import about, check_copies, fill, not_fitting, opened
 from ..checkpoint.safetensors import require
-from ..kernels import array_bytes
 from ..kernels.messages import shown
-from ..kernels.operands import NARROW
-from ..kernels.state_formats import encoded
 from ..typing import FilePath, LearningRate, LikeParams, Number, Params, Side, StateDtype
 from .folder import check_new
 from .mapped import drop_mapped
 from .optimizer import OffloadAdam, check_place
+from .state import copy_master
 
 
 def load_offload(
@@ -65,12 +63,12 @@ def load_offload(
     with about(path), opened(path, params, backend, lr, with_params, state_dtype, of_masters) as checkpoint:
         saved = checkpoint.stored.saved
         algorithm, decoupled = ALGORITHMS[saved.name]
-        is_adam = algorithm == "adam"
-        require(is_adam, f"its class is {shown(saved.name)}, which OffloadAdam is not: it is Adam or AdamW")
+        known = "which OffloadAdam is not: it is Adam or AdamW"
+        require(algorithm == "adam", f"its class is {shown(saved.name)}, {known}")
         require(not saved.options.get("capturable"), "it is of a capturable optimizer, which an OffloadAdam cannot be")
         if master is None:
             check_copies(saved.copies, param_copies)
-        settings = checkpoint.hyperparameters | {k: v for k, v in saved.options.items() if k not in ("capturable", "master")}
+        settings = checkpoint.hyperparameters | saved.options
         settings |= {"decoupled": decoupled, "master": master or saved.options.get("master")}
         settings |= {"param_copies": param_copies, "backend": backend}
         settings |= {"state": state, "budget": budget, "update": update, "progress": progress}
@@ -95,10 +93,5 @@ def _show_masters(opt):
         for name, param in zip(group["names"], group["params"], strict=True):
             if "master" in opt.state[name]:
                 kernels, (view,) = backends.choose([(opt.arrangement.label(name), param)], opt.backend)
-                assert view.format in NARROW
-                rest = opt.state[name]["master"].reshape(-1)
-                for buffer in array_bytes.buffers(kernels, view):
-                    part, rest = rest[: len(buffer) // 2], rest[len(buffer) // 2 :]
-                    buffer[:] = encoded(part, view.format).tobytes()
-                    drop_mapped([part])
+                copy_master(opt.state[name]["master"], view, kernels, to_master=False)
         torch_tensors.wrote(group["params"])

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -44,7 +43,7 @@ from .folder import Folder
 from .jobs import check_contiguous, jobs_of
 from .mapped import drop_mapped
 from .stages import OnDevice, OnHost
-from .state import Store, copy, fill_master
+from .state import Store, copy, copy_master
 
 SelfT = TypeVar("SelfT", bound="OffloadAdam")
 TRIAL = 1 << 22  # elements of the update by which the faster side is found
@@ -85,6 +84,8 @@ class OffloadAdam(Adam):
     refused until `load_state_dict` has set all of the state, and so is a folder that a process left in the midst of a step.
     `close()` flushes the files and frees the folder; the optimizer is a context manager that does so, too. A process that is
     forked does not own the folder: it can take no steps, and its `close()` leaves the folder to the process that opened it.
+
+    `load_state_dict` takes the `state_dict()` of this class and, but for a float32 master, of an `Adam` on the CPU.
 
     >>> import numpy as np, gpuadam, tempfile
     >>> param = np.full(3, 0.5, "float32")
@@ -176,7 +177,7 @@ class OffloadAdam(Adam):
         if not self._store.existed:
             for name, (kernels, view, kept, _) in beginnings.items():
                 if "master" in kept:
-                    fill_master(self._store.arrays[name]["master"], view, kernels)
+                    copy_master(self._store.arrays[name]["master"], view, kernels, to_master=True)
             self._store.end_at(0, {})
         self.under_way = self._store
         return self._store.arrays
@@ -317,14 +318,6 @@ class OffloadAdam(Adam):
             torch_tensors.wrote(group.written())
 
     # Saving and ending
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *, convert: bool = False) -> None:
-        """Copy a `state_dict()`, of this class or, but for a float32 master, of `Adam` on the CPU, into this optimizer.
-
-        convert: as in `Adam.load_state_dict`.
-        """
-        self._store.check_open()
-        super().load_state_dict(state_dict, convert=convert)
 
     def save(self, path: FilePath, *, with_params: bool = False) -> None:
         """Write a checkpoint that `gpuadam.load_offload` goes on from, and `gpuadam.load`, as `Adam` or `AdamW`: see `Adam.save`.
