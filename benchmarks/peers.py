@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ import timing
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli.measuring import forms, measure, pages
+from gpuadam.cli.measuring import constants, forms, measure, pages
 from gpuadam.kernels import adam, limit
 
 HYPERPARAMETERS = forms.HYPERPARAMETERS
@@ -522,16 +521,7 @@ def fitting(peers, elements, backend):
 
 def free_bytes(backend):
     """Return the memory that is free on the backend's device."""
-    if backend.name == "cupy":
-        import cupy
-
-        return cupy.cuda.runtime.memGetInfo()[0]
-    if backend.name == "numba-cuda":
-        from numba import cuda
-
-        return cuda.current_context().get_memory_info().free
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return constants.memory(backend.name)[0]
 
 
 def release(backend):

@@ -80,7 +80,7 @@ class Store(UnderWay):
 
 
 def copy_master(master, view, kernels, to_master):
-    """Set a float32 master to the numbers of its narrow parameter or, where to_master is false, these to the master's, rounded."""
+    """Set a float32 master to the numbers of a narrow parameter, or the parameter to the master's, rounded."""
     rest = master.reshape(-1)
     for buffer in (array_bytes.chunks if to_master else array_bytes.buffers)(kernels, view):
         part, rest = rest[: len(buffer) // 2], rest[len(buffer) // 2 :]

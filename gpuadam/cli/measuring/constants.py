@@ -100,14 +100,7 @@ def memory(backend):
         lines = meminfo.read_text().splitlines() if meminfo.exists() else []
         available = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
         return next(available, total), total
-    if backend == "cupy":
-        import cupy
-
-        return cupy.cuda.runtime.memGetInfo()
-    from numba import cuda
-
-    info = cuda.current_context().get_memory_info()
-    return info.free, info.total
+    return backends.load(backend).memory_info()
 
 
 def _cache():
