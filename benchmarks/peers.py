@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import itertools
 import math
+import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import timing
 import gpuadam
 from gpuadam import backends
 from gpuadam.cli.measuring import constants, forms, measure, pages
-from gpuadam.kernels import adam, limit
+from gpuadam.kernels import adam, huge_pages, limit
 
 HYPERPARAMETERS = forms.HYPERPARAMETERS
 LR, BETAS, EPS = HYPERPARAMETERS.values()
@@ -435,8 +436,20 @@ def optax_adam(backend, shapes, own=False):
     if not own and backend.memory == "CPU":  # JAX takes no memory of others to write into: its own is moved to huge pages
         step()  # which makes the arrays that later steps write
         finish()
-        pages.collapse(extents())
+        to_huge_pages(extents())
     return Contender(step, finish, extents)
+
+
+def to_huge_pages(extents):
+    """Move memory of another library to huge pages, as far as whole ones lie in each of its arrays.
+
+    extents: (address, bytes) of each. Its memory has to be private, as that of arrays is, and in use.
+    """
+    page = huge_pages.page_bytes()
+    for start, size in extents:
+        first, after = -(-start // page) * page, (start + size) // page * page
+        if first < after and hasattr(mmap, "MADV_HUGEPAGE"):
+            huge_pages.make_huge(first, after - first)
 
 
 def _optax_problem(memory):

@@ -11,7 +11,6 @@ import numpy as np
 
 from . import facts
 
-ARRAYS_READ_AND_WRITTEN = 7  # reads param, grad, m and v; writes param, m and v
 QUANTILES = (5, 20, 50, 80, 95)
 BUSY = 1.5  # times: on an idle machine p80 is within a few percent of p20
 KERNEL, CALL = "gpuadam kernel + launch", "gpuadam.adam_step"
