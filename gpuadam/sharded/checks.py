@@ -5,6 +5,7 @@ import collections
 import itertools
 
 from .. import backends, checks
+from ..groups import named_params
 from ..kernels.layout import bounds
 from ..kernels.messages import shown
 from .layout import CELL
@@ -14,7 +15,7 @@ NARROWER = tuple(format for format in checks.FORMATS if format != "float64")
 
 def params(groups, arrangement, transport, backend):
     """Return the backend of all parameters and their Views, in order."""
-    params = [(name, p) for group in groups for name, p in zip(group["names"], group["params"], strict=True)]
+    params = list(named_params(groups))
     for name, n in collections.Counter(name for name, _ in params).items():
         if n > 1:
             raise ValueError(f"two parameters are named {shown(name)}: names must differ")

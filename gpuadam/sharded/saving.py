@@ -36,13 +36,9 @@ OURS = re.compile(rf"{IS_PART.pattern}|\.gpuadam-[0-9a-f]{{16}}\.tmp")  # parts,
 SHARED = "The folder must be on a file system that all ranks share"
 
 
-def save(opt, path, *, with_params=False):
-    """Save a ShardedAdam: see `ShardedAdam.save`."""
-    with opt.transport.calls.alone("a save"):
-        _save(opt, opt.transport, path, with_params)
-
-
-def _save(opt, transport, path, with_params):
+def save(opt, path, with_params):
+    """Save a ShardedAdam, whose transport makes no other calls: see `ShardedAdam.save`."""
+    transport = opt.transport
     folder, metadata = agreed(transport, _prepared, opt, path, with_params)[0]
     with contextlib.ExitStack() as lock:
         cleared = on_all(transport, lambda: _cleared(folder, lock) if transport.rank == 0 else None)

@@ -56,11 +56,11 @@ class MPI:
         comm = self._mpi.COMM_WORLD if comm is None else comm
         self.rank, self.size, self.calls = comm.rank, comm.size, Calls()
         self._ended: list[int] = []  # the ranks that make no more calls
-        self._requests: dict[int, Any]
-        self._started, self._requests = 0, {}  # how many collectives have begun, and number -> the request of those not done
-        self._timeout: Any
-        self._heard: dict[int, int]
-        self._timeout, self._told, self._heard = timeout, 0, {}  # for `_watch`
+        self._started = 0  # how many collectives have begun
+        self._requests: dict[int, Any] = {}  # number -> the request of a collective that is not done
+        self._timeout: Any = timeout  # this and the next two are for `_watch`
+        self._told = 0
+        self._heard: dict[int, int] = {}
         if self.size > 1:
             _tell_of_the_end(self)
         self._comm: Any = None
