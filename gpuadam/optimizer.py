@@ -21,6 +21,7 @@ from .groups import (
     checked_group,
     grads_of_params,
     is_sequence,
+    named_params,
     parsed_groups,
     places_of_groups,
     saved_settings,
@@ -186,7 +187,11 @@ class Adam(HasGroups, Grows):
 
     def __repr__(self) -> str:
         """Return class, parameters, elements, calls of `step`, and what is not the default. No GPU is waited for."""
-        return repr_of(self, lambda: of_adam(self))
+        return repr_of(self, self._description)
+
+    def _description(self):
+        """Return the text of `repr`."""
+        return of_adam(self)
 
     def with_groups(self, groups, states, copies):
         """Return an optimizer like this one with other groups. states: name -> state that goes on. copies: name -> array."""
@@ -513,8 +518,7 @@ class Adam(HasGroups, Grows):
 
     def norms_of_step(self):
         """Return the `NormsOfStep` of a step."""
-        params = {name: param for group in self.groups for name, param in zip(group["names"], group["params"], strict=True)}
-        return NormsOfStep(params, self._step_norms, self.backend)
+        return NormsOfStep(dict(named_params(self.groups)), self._step_norms, self.backend)
 
     def kept_batches(self):
         """Return the batches of the last step that can be launched again, in the same list for as long as it is remembered."""

@@ -72,21 +72,20 @@ def encoded(opt, groups, params, copies=()):
     groups: as in a state_dict. params: name -> (View, steps taken). copies: names.
     """
     name = CLASS_OF[opt.options.algorithm, opt.options.decoupled]
-    params = {name: _entry(view) | {"step": step} for name, (view, step) in params.items()}
+    params = {name: entry(view) | {"step": step} for name, (view, step) in params.items()}
     values = {"options": opt.options.saved(), "groups": groups, "steps": opt.steps, "params": params, "copies": list(copies)}
     in_json = {key: as_json(value) for key, value in values.items()}
     return {"format": FORMAT, "version": VERSION, "class": name, "gpuadam": __version__} | in_json
 
 
-def _entry(view):
+def entry(view):
     """Return what is saved of a parameter beside its step."""
     shape = view.shape[:-1] if view.of_complex else view.shape
-    return {"dtype": view.of_complex or view.format, "shape": shape}
+    return {"dtype": view.of_complex or view.format, "shape": list(shape)}
 
 
-def of_param(view):
-    """Return the dtype and the shape of a parameter, in words, as `Saved.params` has them."""
-    return "{dtype} of shape {shape}".format(**_entry(view) | {"shape": list(_entry(view)["shape"])})
+def in_words(entry):
+    return "{dtype} of shape {shape}".format(**entry)
 
 
 def as_json(value):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import backends, checks, family, torch_tensors
-from ..groups import HYPERPARAMETERS, as_given, as_list, differing_names, parsed_groups, places_of_groups, some
+from ..groups import HYPERPARAMETERS, as_given, as_list, differing_names, named_params, parsed_groups, places_of_groups, some
 from ..kernels.messages import shortened, shown, warn
 from ..kernels.operands import NARROW
 from ..kernels.view import is_array
@@ -21,7 +21,7 @@ from ..sharded.layout import CELL
 from ..step_arrays import bounds_of_loaded
 from ..typing import FilePath, LearningRate, LikeParams, Params, StateDtype
 from .converting import as_saved, read_state
-from .format import CLASSES, check_known, of_param
+from .format import CLASSES, check_known, entry, in_words
 from .safetensors import CheckpointError, require
 from .stored import Stored, opened_file
 from .tensors import PARAM, chosen, sections
@@ -160,10 +160,9 @@ def opened(path, params, backend, lr, with_params, state_dtype=None, of_masters=
     groups, arrangement = parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1})
     structures, grouped = arrangement.structures, arrangement.in_groups
     views = {}
-    for group in groups:
-        for name, param in zip(group["names"], group["params"], strict=True):
-            label = arrangement.label(name)
-            _, (views[name],) = backends.choose([(label, checks.given(label, param))], backend)
+    for name, param in named_params(groups):
+        label = arrangement.label(name)
+        _, (views[name],) = backends.choose([(label, checks.given(label, param))], backend)
     with opened_file(path, _longest_header(views)) as stored:
         saved = stored.saved
         check_known("options", saved.options, SAVED)
@@ -226,8 +225,8 @@ def _check_params(saved, views):
     """Compare names, shapes and dtypes of the parameters, before any state is made for them. views: name -> View."""
     difference = differing_names(saved.params, views)
     require(not difference, f"the parameters' names differ: {difference}. State belongs to a name, never to a place")
-    was = {name: f"{entry['dtype']} of shape {entry['shape']}" for name, entry in saved.params.items()}
-    now = {name: of_param(view) for name, view in views.items()}
+    was = {name: in_words(of_name) for name, of_name in saved.params.items()}
+    now = {name: in_words(entry(view)) for name, view in views.items()}
     wrong = [f"{shown(name)} was {shortened(was[name])}, and is {now[name]}" for name in now if was[name] != now[name]]
     require(not wrong, "; ".join(wrong[:8]) + ": nothing is cast or reshaped")
 

@@ -10,6 +10,7 @@ from .. import backends, checks, torch_tensors
 from ..checkpoint.format import ALGORITHMS
 from ..checkpoint.loading import about, check_copies, fill, not_fitting, opened
 from ..checkpoint.safetensors import require
+from ..groups import named_params
 from ..kernels.messages import shown
 from ..typing import FilePath, LearningRate, LikeParams, Number, Params, Side, StateDtype
 from .folder import check_new
@@ -89,9 +90,8 @@ def load_offload(
 
 def _show_masters(opt):
     """Make narrow parameters the rounded copies of their masters, as a step does."""
-    for group in opt.groups:
-        for name, param in zip(group["names"], group["params"], strict=True):
-            if "master" in opt.state[name]:
-                kernels, (view,) = backends.choose([(opt.arrangement.label(name), param)], opt.backend)
-                copy_master(opt.state[name]["master"], view, kernels, to_master=False)
-        torch_tensors.wrote(group["params"])
+    for name, param in named_params(opt.groups):
+        if "master" in opt.state[name]:
+            kernels, (view,) = backends.choose([(opt.arrangement.label(name), param)], opt.backend)
+            copy_master(opt.state[name]["master"], view, kernels, to_master=False)
+            torch_tensors.wrote([param])

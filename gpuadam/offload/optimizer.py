@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import backends, checks, torch_tensors
 from ..clipping import global_norm
-from ..description import of_adam, repr_of
+from ..description import of_adam
 from ..groups import OF_PARAMS
 from ..kernels.backend import refuse_stream
 from ..kernels.messages import shown
@@ -265,11 +265,7 @@ class OffloadAdam(Adam):
         counts = {name: int(state["step"]) for name, state in self.state.items()}  # a caller may have set NumPy's integers
         self._store.end_at(int(self.steps), {name: n for name, n in counts.items() if n != self.steps})
 
-    def __repr__(self) -> str:
-        return repr_of(self, self._description)
-
     def _description(self):
-        """Return the text of `repr`."""
         own = {
             "decoupled": self.decoupled,
             "state": os.fspath(self._state_in),
