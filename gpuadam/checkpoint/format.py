@@ -9,6 +9,7 @@ import numpy as np
 
 from ..groups import HYPERPARAMETERS, some
 from ..kernels.messages import shown
+from ..kernels.operands import sharing
 from ..version import __version__
 from .safetensors import parsed_json, require
 
@@ -50,11 +51,10 @@ class Saved(NamedTuple):
         return {name: self._numbers_in(group, name) for group in self.groups for name in group["names"]}
 
     def _numbers_in(self, group, name):
-        if self.params[name]["dtype"] in COMPLEX:
-            return 2 if group.get("complex") == "joint" else 1
         components = group.get("components", 1)
-        # the optimizer that is made with any other value refuses it
-        return components if type(components) is int and 1 <= components <= 4 else 1
+        if type(components) is not int or not 1 <= components <= 4:
+            components = 1  # the optimizer that is made with any other value refuses it
+        return sharing(self.params[name]["dtype"] in COMPLEX, group.get("complex"), components)
 
 
 def check_class(opt, names):

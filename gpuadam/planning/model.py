@@ -34,7 +34,7 @@ from typing import Literal, NamedTuple
 
 from .. import checks
 from ..kernels.messages import shown
-from ..kernels.operands import KINDS, NARROW, Arrays, Operand, bytes_moved_of
+from ..kernels.operands import KINDS, NARROW, Arrays, Operand, bytes_moved_of, sharing
 from ..options import STATE_DTYPES
 from ..state import kept
 from ..typing import Complex, Components, Format, StateDtype
@@ -105,7 +105,7 @@ def update(
         raise ValueError(
             f"complex parameters and gradients are of float32 or float64 parts, not of {' and '.join(sorted(wrong))}"
         )
-    numbers = 2 if complex == "joint" else checks.components(components)
+    numbers = sharing(complex, complex, checks.components(components))
     if complex == "parts":
         sizes = tuple(2 * size for size in sizes)
     elif numbers > 1 and not complex:
