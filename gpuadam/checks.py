@@ -241,8 +241,8 @@ def numbers(param, complex, components):
     if param.of_complex and complex is None:
         raise TypeError(
             f"{param.name} has dtype {param.of_complex}, for which there are two Adams. Say which: complex='joint' has one v for "
-            "each number, the mean of |gradient|**2, so that the step turns with the phase (optax, tike); complex='parts' has one "
-            "for the real and one for the imaginary part (torch)"
+            "each number, the mean of |gradient|**2, so that the step turns with the phase (optax, tike); complex='parts' has "
+            "one for the real and one for the imaginary part (torch)"
         )
     if components > 1 and not param.of_complex:
         if not param.shape or param.shape[-1] != components:

@@ -91,7 +91,7 @@ def check_copies(copies, param_copies):
 def fill(opt, checkpoint, with_params, path):
     """Read state, counts and, if with_params is true, parameters into a new optimizer. checkpoint: what `opened` yields.
 
-    Warn if with_params is None and there are parameters in the file of this path that are no masters, which are state.
+    If with_params is None, warn of parameters in the file of this path. Masters do not count: they are state.
     """
     stored, saved = checkpoint.stored, checkpoint.stored.saved
     stored.arrange(stored.read_headers())
@@ -172,15 +172,18 @@ def opened(path, params, backend, lr, with_params, state_dtype=None, of_masters=
             names, options = [group["names"] for group in saved.groups], [saved.options]
             if state_dtype is not None:
                 options.append(saved.options | {"state_dtype": state_dtype})
-            by_place = all(Options(**given).rounds_randomly for given in options)
+            by_place = all(Options(**of_optimizer).rounds_randomly for of_optimizer in options)
             places = places_of_groups(names, structures, by_place)
         stored.saved = saved = saved._replace(groups=[saved.groups[k] for k in places], options=options[-1])
         rates = _learning_rates(lr, groups, saved.groups)
         arguments = []
-        given = [group["params"] for group in params] if grouped else [params]
-        for one, group, structure, rate, saved_group in zip(given, groups, structures, rates, saved.groups, strict=True):
-            # what the program holds itself, so that steps notice another array there
-            members = one if isinstance(one, (dict, list)) else as_given(structure.kind, structure.names, group["params"])
+        holders = [group["params"] for group in params] if grouped else [params]
+        for holder, group, structure, rate, saved_group in zip(
+            holders, groups, structures, rates, saved.groups, strict=True
+        ):
+            # the program's own dict or list, so that steps notice another array there
+            is_kept = isinstance(holder, (dict, list))
+            members = holder if is_kept else as_given(structure.kind, structure.names, group["params"])
             with not_fitting():
                 bounds = bounds_of_loaded(saved_group.get("bounds"), group["bounds"])
             arguments.append(saved_group | {"lr": rate, "params": members, "bounds": bounds})
@@ -215,7 +218,7 @@ def not_fitting():
 def _longest_header(views):
     """Return how many bytes a header has at most, a part's too, in which every CELL of a parameter may be a piece of its own.
 
-    A header that was made to harm takes some 20 times its bytes in memory.
+    A malicious header can take 20 times its size in memory when it is parsed.
     """
     in_json = {name: len(json.dumps(json.dumps(name))) for name in views}  # in a header there is JSON within JSON
     return 2_000_000 + sum((1 + view.size // CELL) * (1200 + 20 * in_json[name]) for name, view in views.items())

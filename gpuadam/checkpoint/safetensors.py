@@ -140,7 +140,9 @@ def _n_blocks(n_bytes):
 
 
 class Reader:
-    """A file that `write` wrote. Making one checks all but the payload, against which nothing is allocated.
+    """A file that `write` wrote.
+
+    The constructor checks everything except the payload, and allocates no memory of the payload's size.
 
     file: a binary file that can seek. max_header: bytes that its header may have.
     Attributes: `metadata`, string -> string; `tensors`, name -> Entry; `crc`, of the header; `n_bytes`, of the file.

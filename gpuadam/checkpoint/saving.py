@@ -27,7 +27,7 @@ def save(opt, state_dict, path, is_unchanged, *, with_params=False):
     arrays, states = sections(opt), state_dict["state"]
     params = {section.param: (section.view, states[section.param]["step"]) for section in arrays if section.key == PARAM}
     masters = {section.param for section in arrays if section.is_master}  # of which the parameters are copies
-    copies = [own for own, parameter in opt.parameters.items() if parameter.copy is not None or own in masters]
+    copies = [name for name, parameter in opt.parameters.items() if parameter.copy is not None or name in masters]
     metadata = encoded(opt, state_dict["groups"], params, copies)
     tensors = [section.tensor(section.array_name) for section in chosen(arrays, with_params)]
     write_file(path, tensors, metadata, is_unchanged, follow=True)

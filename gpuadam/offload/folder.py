@@ -52,7 +52,8 @@ class Folder(Store):
             for name, (_, view, kept, numbers) in beginnings.items()
         }
         description = {"layout": LAYOUT, "options": options, "parameters": parameters}
-        self._longest = 1_000_000 + 2 * len(_text(description))  # bytes of JSON: what is made to harm takes 20 times as many
+        # bytes of JSON. A malicious file can take 20 times its size in memory when it is parsed
+        self._longest = 1_000_000 + 2 * len(_text(description))
         self._kinds = {kind for beginning in beginnings.values() for kind in beginning.kept}
         self._maps: list[np.memmap] = []
         self._marking = threading.RLock()  # of steps.json: one thread may flush while another takes steps

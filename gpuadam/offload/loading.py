@@ -41,7 +41,8 @@ def load_offload(
     state: "memory", or the path of a folder that is not there yet or is empty. budget, update, progress: as in `OffloadAdam`.
     master: "float32" if bfloat16 and float16 parameters are the copies of float32 masters. A checkpoint has the masters as the
         parameters, with_params or not: that of an OffloadAdam with masters, or of an Adam of float32 parameters with
-        `param_copies`, which was saved with_params. They are state, of which no warning tells. A remainder needs no word here.
+        `param_copies`, which was saved with_params. Masters are state, so loading them causes no warning. `master="remainder"` is
+        in the checkpoint and is not given here.
 
     Training goes on bit for bit. Raises CheckpointError and the other errors of `gpuadam.load` and of `OffloadAdam`. Nothing of
     the caller's has changed then, and a folder that was made is taken away.

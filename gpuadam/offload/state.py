@@ -76,7 +76,7 @@ class Store(UnderWay):
         """Flush the state, and let another optimizer have it."""
 
     def discard(self):
-        """Take the state away, which was never whole."""
+        """Delete state that was never completely written."""
 
 
 def copy_master(master, view, kernels, to_master):

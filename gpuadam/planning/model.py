@@ -80,7 +80,7 @@ def update(
     element is a complex number, and these are the formats of its parts.
     ema: whether a running mean is kept. stochastic: whether a narrow param without a master is rounded randomly.
 
-    Raises ValueError for what there is not.
+    Raises ValueError for combinations that gpuadam does not have.
 
     >>> update(10**13, "bfloat16", master="float32").arrays.param_copy
     'bfloat16'
@@ -127,7 +127,7 @@ def update(
 
 
 def kernel_seconds(arrays, operands, n, processor, launches=1, share=1):
-    """Return how long a processor takes to update n elements. share: of how many that do the same at once it is one.
+    """Return how long a processor takes to update n elements. share: how many devices use this processor at the same time.
 
     >>> from gpuadam.planning.machines import Processor
     >>> from gpuadam.kernels.operands import operands_of

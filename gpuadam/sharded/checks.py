@@ -35,16 +35,16 @@ def params(groups, arrangement, transport, backend):
 def numbers(views, groups):
     """Return how many numbers of each parameter share a v. views: of all parameters, in the order of the groups."""
     of_groups = [group for group in groups for _ in group["params"]]
-    found = [
+    sharing = [
         checks.numbers(view, group["complex"], group["components"]) for view, group in zip(views, of_groups, strict=True)
     ]
-    for view, n in zip(views, found, strict=True):
+    for view, n in zip(views, sharing, strict=True):
         if CELL % n:
             raise ValueError(
                 f"{view.name} has components={n}: ranks own multiples of {CELL:,} numbers, which are no whole vectors of {n}. "
                 "With a fourth number, whose gradient is 0, components=4 takes the same steps"
             )
-    return found
+    return sharing
 
 
 def _chosen(named, transport, backend):

@@ -3,7 +3,7 @@
 Every rank writes and flushes a part of its own, under a name that no part before had. Then rank 0 puts a new index in the place
 of the old one, in one step; only the index says which parts the checkpoint has. So a crash at any moment leaves the old
 checkpoint or the new one. Parts that no index names were left by a save that did not end, and the next one deletes them.
-Between that and the new index, rank 0 holds a lock, so that another job does not take these parts for such a rest.
+Between that and the new index, rank 0 holds a lock, so that another job does not delete the new parts as leftovers.
 """
 
 import contextlib
