@@ -287,13 +287,6 @@ def update(views, zero_grad=False, nonzero=False, numbers=1):
         _operand(view, views["param"], operand, numbers, written, in_groups)
 
 
-def parameter(view):
-    """Check an array that is to be updated."""
-    one_format(view, FORMATS)
-    layout(view)
-    writeable(view)
-
-
 def gradient(view, param, allowed, written):
     """Check a gradient that is not an operand of an update. allowed: formats. written: whether zeros are stored in it."""
     _operand(view, param, "grad", 1, written, False)
@@ -454,12 +447,18 @@ def same_layout(own, loaded, any_layout):
 
 
 def writeable(view):
-    """Refuse an array that cannot be written."""
-    if view.writeable:
-        return
+    """Refuse an array that must not be written."""
     if view.immutable:
         raise ValueError(f"{view.name}, which an update writes to, {view.immutable}")
-    raise ValueError(f"{view.name} is read-only, and an update writes to it: pass a writeable array")
+    if not view.writeable:
+        raise ValueError(f"{view.name} is read-only, and an update writes to it: pass a writeable array")
+
+
+def param(view):
+    """Check an array that is to be a parameter."""
+    one_format(view, FORMATS)
+    layout(view)
+    writeable(view)
 
 
 def no_gaps(view):

@@ -216,7 +216,7 @@ class Adam(HasGroups, Grows):
                     raise ValueError(f"two parameters are named {shown(name)}: names must differ")
                 label = self.arrangement.label(name)
                 kernels, (view,) = backends.choose([(label, checks.given(label, param))], self.backend)
-                checks.parameter(view)
+                checks.param(view)
                 hyperparameters.check_rounding(h, self.options.computed_in(view.format))
                 numbers = checks.numbers(view, structure.complex, structure.components)
                 checks.ordered(view, numbers, h.fixed, ())

@@ -23,7 +23,7 @@ def params(groups, arrangement, transport, backend):
     named = [(label, checks.given(label, param)) for label, param in labelled]
     kernels, views = _chosen(named, transport, backend)
     for view in views:
-        checks.parameter(view)
+        checks.param(view)
     checks.given_once(views)
     checks.overlap(views, [])
     devices = {view.device for view in views if view.size}
