@@ -93,6 +93,7 @@ def rows_of(seeds, steps):
     return rows
 
 
+@output.ending_plainly("conversion")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on; default %(default)s")
@@ -101,10 +102,7 @@ def main():
     options = parser.parse_args()
     if options.seeds < 1 or options.steps < 2:
         parser.error("--seeds must be at least 1, and --steps 2")
-    try:
-        torch, _ = output.need("peers", "torch", "sklearn.datasets")
-    except output.MissingExtraError as error:
-        sys.exit(f"conversion: {error}")
+    torch, _ = output.need("peers", "torch", "sklearn.datasets")
     torch.set_num_threads(1)  # so that sums have one order, and a run ends with the same loss again
     rows = rows_of(options.seeds, options.steps)
     title = f"conversion after {options.steps // 2:,} of {options.steps:,} steps, {options.seeds} seeds"

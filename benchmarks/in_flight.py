@@ -128,6 +128,7 @@ def listed(among):
     return names
 
 
+@output.ending_plainly("in_flight")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=listed(LIMITS), default=["sm_90", "sm_100"], metavar="ARCH,ARCH")
@@ -136,10 +137,7 @@ def main():
     parser.add_argument("--vectors", type=int, metavar="N")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write in_flight.json into it")
     options = parser.parse_args()
-    try:
-        output.need("cuda13", "cupy", "numba_cuda")
-    except output.MissingExtraError as error:
-        sys.exit(f"in_flight: {error}")
+    output.need("cuda13", "cupy", "numba_cuda")
     if not any(Path(folder, "nvidia/cu13/bin/nvdisasm").exists() for folder in sys.path):
         sys.exit("in_flight: no nvdisasm is installed: pip install -e '.[test]' has it on Linux")
     print(f"{'':54}{'vectors':>8}{'registers':>10}{'threads':>9}{'bytes each':>12}{'KiB':>6}{'needed':>8}")

@@ -37,7 +37,7 @@ def measure_rows(backend, options, notes):
         huge = {name: contender.percent_huge(backend) for name, contender in contenders.items()}
         del contenders
         peers.release(backend)
-        moved = 4 * measure.ARRAYS_READ_AND_WRITTEN * n
+        moved = 4 * report.ARRAYS_READ_AND_WRITTEN * n
         yield measure.add_ratios(
             [
                 measure.row("large", name, backend.name, n, state="in turn", clock=clock, seconds=seconds, moved=moved)

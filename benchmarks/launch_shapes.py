@@ -133,6 +133,7 @@ def run_on_gpu(kernels, form, scalars, options):
     return {name: 1e6 * float(np.median(t)) for name, t in zip(launchers, times, strict=True)}
 
 
+@output.ending_plainly("launch_shapes")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="sm_90")
@@ -140,10 +141,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write launch_shapes.json into it")
     options = parser.parse_args()
-    try:
-        output.need("cuda13", "cupy")
-    except output.MissingExtraError as error:
-        sys.exit(f"launch_shapes: {error}")
+    output.need("cuda13", "cupy")
     h = hyperparameters.checked(**HYPERPARAMETERS)
     form, scalars = hyperparameters.form_and_scalars(h, 10, Arrays())
     kernels = {name: build(variant, form) for name, variant in VARIANTS.items()}
@@ -157,7 +155,7 @@ def main():
             threads = in_flight.resident_threads(registers, options.arch, variant.block)
             row |= {"arch": options.arch, "registers": registers, "accesses": accesses, "kinds": kinds, "threads": threads}
             row["kib_in_flight"] = threads * 64 * variant.vectors / 1024
-            shown = f"{registers:10}{threads:12}{row['kib_on_their_way']:21.0f}"
+            shown = f"{registers:10}{threads:12}{row['kib_in_flight']:21.0f}"
         if name in measured:
             row |= {"p50_us": measured[name], "x_limit": measured[name] / measured["limit"]}
             shown += f"{row['p50_us']:10.1f}{row['x_limit']:9.3f}"

@@ -65,7 +65,7 @@ def measure_rows(backend, options, notes):
         huge = {name: contender.percent_huge(backend) for name, contender in named.items()}
         del named, contenders, whole
         peers.release(backend)
-        moved = 4 * measure.ARRAYS_READ_AND_WRITTEN * n
+        moved = 4 * report.ARRAYS_READ_AND_WRITTEN * n
         for clock, times in timed.items():
             rows = []
             for (name, percent), seconds in zip(huge.items(), times, strict=True):

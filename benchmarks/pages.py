@@ -83,7 +83,7 @@ def measure_rows(backend, options, notes):
         rows = []
         for (name, one), seconds in zip(contenders.items(), times, strict=True):
             identity = {"state": "in turn", "arrays": 1 if name == FLAT else len(shapes)}
-            moved = 4 * measure.ARRAYS_READ_AND_WRITTEN * n
+            moved = 4 * report.ARRAYS_READ_AND_WRITTEN * n
             row = measure.row("pages", name, backend.name, n, **identity, seconds=seconds, moved=moved)
             rows.append(row | {"huge_percent": one.percent_huge(backend)})
         flat = rows[0]["p50_us"]

@@ -11,10 +11,10 @@ import importlib
 import importlib.util
 import itertools
 import math
+import mmap
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +22,8 @@ import timing
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli.measuring import forms, measure, pages
-from gpuadam.kernels import adam, limit
+from gpuadam.cli.measuring import constants, forms, measure, pages
+from gpuadam.kernels import adam, huge_pages, limit
 
 HYPERPARAMETERS = forms.HYPERPARAMETERS
 LR, BETAS, EPS = HYPERPARAMETERS.values()
@@ -436,8 +436,20 @@ def optax_adam(backend, shapes, own=False):
     if not own and backend.memory == "CPU":  # JAX takes no memory of others to write into: its own is moved to huge pages
         step()  # which makes the arrays that later steps write
         finish()
-        pages.collapse(extents())
+        to_huge_pages(extents())
     return Contender(step, finish, extents)
+
+
+def to_huge_pages(extents):
+    """Move memory of another library to huge pages, as far as whole ones lie in each of its arrays.
+
+    extents: (address, bytes) of each. Its memory has to be private, as that of arrays is, and in use.
+    """
+    page = huge_pages.page_bytes()
+    for start, size in extents:
+        first, after = -(-start // page) * page, (start + size) // page * page
+        if first < after and hasattr(mmap, "MADV_HUGEPAGE"):
+            huge_pages.make_huge(first, after - first)
 
 
 def _optax_problem(memory):
@@ -522,16 +534,7 @@ def fitting(peers, elements, backend):
 
 def free_bytes(backend):
     """Return the memory that is free on the backend's device."""
-    if backend.name == "cupy":
-        import cupy
-
-        return cupy.cuda.runtime.memGetInfo()[0]
-    if backend.name == "numba-cuda":
-        from numba import cuda
-
-        return cuda.current_context().get_memory_info().free
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return constants.memory(backend.name)[0]
 
 
 def release(backend):

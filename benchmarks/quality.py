@@ -232,6 +232,7 @@ def table(rows):
     return Table(title, heads, lines)
 
 
+@output.ending_plainly("quality")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", default=",".join(TASKS), help="default %(default)s")
@@ -244,12 +245,9 @@ def main():
         parser.error(f"there is no task {', '.join(sorted(unknown))}, only {', '.join(TASKS)}")
     if options.seeds < 1:
         parser.error("--seeds must be at least 1")
-    try:
-        (torch,) = output.need("peers", "torch")
-        if "digits" in names:
-            output.need("demo", "sklearn.datasets")
-    except output.MissingExtraError as error:
-        sys.exit(f"quality: {error}")
+    (torch,) = output.need("peers", "torch")
+    if "digits" in names:
+        output.need("demo", "sklearn.datasets")
     torch.set_num_threads(1)  # so that sums have one order, and a run ends with the same loss again
     console = Console()
     rows = []

@@ -30,6 +30,7 @@ from gpuadam.terminal.console import Table
 
 # of lines of contenders that are neither ours nor the limit
 LINES = ("#b5651d", "#5b8c5a", "#8a5a9e", "#b04a5a", "#4a8f9e", "#8c8c3a", "#70757a")
+ARRAYS_READ_AND_WRITTEN = 7  # of a step: reads param, grad, m and v; writes param, m and v
 TABLE = ("backend", "elements", "state", "clock")
 # Columns that some benchmarks have beyond measure.COLUMNS: the bytes that a step moves of each element; and of a form of the
 # step, how many times float32's time and bytes it takes.
@@ -91,14 +92,12 @@ def main(
         if unknown := set(options.peers) - set(known):
             parser.error(f"there is no peer {', '.join(sorted(unknown))}, only {', '.join(known)}")
 
-    try:
-        console = output.console(options)
-        if options.out:
-            output.need("bench", "matplotlib")
+    console = output.console(options)
+    with output.ending_plainly(name):
         if not options.rows:
             backends.load(options.backend)
-    except (gpuadam.BackendUnavailableError, output.MissingExtraError) as error:
-        sys.exit(f"{name}: {error}")
+        if options.out:
+            output.need("bench", "matplotlib")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
     rows, notes = [], []

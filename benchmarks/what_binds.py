@@ -26,12 +26,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import timing
 
-import gpuadam
 from gpuadam import backends
 from gpuadam.cli.measuring import facts, forms
 from gpuadam.kernels import adam, limit
 from gpuadam.terminal import output
-from gpuadam.terminal.console import Table
+from gpuadam.terminal.console import Console, Table
 
 METRICS = {
     "nanoseconds": "gpu__time_duration.sum",
@@ -159,6 +158,7 @@ def table(rows):
     return Table(title, heads, lines)
 
 
+@output.ending_plainly("what_binds")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=["cupy", "numba-cuda"], default="cupy")
@@ -169,18 +169,14 @@ def main():
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write what_binds-BACKEND.json into it")
     parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)  # what runs under ncu
     options = parser.parse_args()
-    try:
-        backends.load(options.backend)
-        console = output.console(argparse.Namespace(json=None))
-    except (gpuadam.BackendUnavailableError, output.MissingExtraError) as error:
-        sys.exit(f"what_binds: {error}")
+    backends.load(options.backend)
     if options.launch:
         launch(options.backend, options.elements, options.forms)
         return
     if not shutil.which(options.ncu):
         sys.exit(f"what_binds: there is no {options.ncu}: install NVIDIA Nsight Compute, or say where it is with --ncu")
     rows = profiled(options)
-    console.print(table(rows))
+    Console().print(table(rows))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         output.write_json(str(options.out / f"what_binds-{options.backend}.json"), {"rows": rows})

@@ -6,12 +6,11 @@ import pkgutil
 import sys
 
 from . import __version__, cli
-from .backends import BackendUnavailableError
 from .terminal.arguments import writable
-from .terminal.output import CommandError, ending_plainly
+from .terminal.output import ending_plainly
 
 
-@ending_plainly()
+@ending_plainly("gpuadam")
 def main(argv=None):
     """Run a command and return its exit status."""
     parser = argparse.ArgumentParser(prog="gpuadam", description="The fused Adam update: try it, time it, check it.")
@@ -27,11 +26,8 @@ def main(argv=None):
             )
             command.set_defaults(run=module.run)
     options = parser.parse_args(argv)
-    try:
+    with ending_plainly(f"gpuadam {options.command}"):
         return options.run(options)
-    except (BackendUnavailableError, CommandError) as error:
-        print(f"gpuadam {options.command}: {error}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

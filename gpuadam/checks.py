@@ -8,7 +8,7 @@ import numpy as np
 
 from .kernels.layout import bounds, in_rows_apart
 from .kernels.messages import shortened, shown, warn
-from .kernels.operands import GROUP, KINDS, is_written
+from .kernels.operands import GROUP, KINDS, is_written, sharing
 from .kernels.view import View
 
 
@@ -238,22 +238,20 @@ def components(value):
 
 def numbers(param, complex, components):
     """Return how many numbers of a parameter make an element, which has one v. The rest: `update.Updates`' own."""
-    if param.of_complex:
-        if complex is None:
-            raise TypeError(
-                f"{param.name} has dtype {param.of_complex}, for which there are two Adams. Say which: complex='joint' has one v "
-                "for each number, the mean of |gradient|**2, so that the step turns with the phase (optax, tike); complex="
-                "'parts' has one for the real and one for the imaginary part (torch)"
-            )
-        return 2 if complex == "joint" else 1
-    if components > 1:
+    if param.of_complex and complex is None:
+        raise TypeError(
+            f"{param.name} has dtype {param.of_complex}, for which there are two Adams. Say which: complex='joint' has one v for "
+            "each number, the mean of |gradient|**2, so that the step turns with the phase (optax, tike); complex='parts' has "
+            "one for the real and one for the imaginary part (torch)"
+        )
+    if components > 1 and not param.of_complex:
         if not param.shape or param.shape[-1] != components:
             raise ValueError(
                 f"{param.name} has shape {param.shape}; with components={components} its last dimension is of {components}: the "
                 "numbers that share a v. Put parameters of other shapes into a group of their own"
             )
         neighbours(param, components)
-    return components
+    return sharing(param.of_complex, complex, components)
 
 
 def neighbours(view, numbers):
@@ -287,6 +285,12 @@ def update(views, zero_grad=False, nonzero=False, numbers=1):
     for operand, view in views.items():
         written, in_groups = is_written(operand, views, zero_grad), views["m"].format == "uint8"
         _operand(view, views["param"], operand, numbers, written, in_groups)
+
+
+def gradient(view, param, allowed, written):
+    """Check a gradient that is not an operand of an update. allowed: formats. written: whether zeros are stored in it."""
+    _operand(view, param, "grad", 1, written, False)
+    one_format(view, allowed)
 
 
 def copy_of_param(view, param, numbers, in_groups):
@@ -451,7 +455,7 @@ def writeable(view):
 
 
 def param(view):
-    """Check an array that is to be a parameter, or is to be overwritten with zeros as its gradient."""
+    """Check an array that is to be a parameter."""
     one_format(view, FORMATS)
     layout(view)
     writeable(view)

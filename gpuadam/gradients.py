@@ -15,12 +15,7 @@ def fill_with_zeros(labelled, backend, stream):
         kernels, (of_param, *of_grad) = backends.choose(pair, backend)
         params.append(of_param)
         for view in of_grad:
-            if (view.shape, view.device if view.size else None) != (of_param.shape, of_param.device if view.size else None):
-                raise ValueError(
-                    f"{view.name} has shape {view.shape} on device {view.device}, {label} has {of_param.shape} on "
-                    f"{of_param.device}: give a gradient of the parameter's shape, beside it"
-                )
-            checks.param(view)
+            checks.gradient(view, of_param, checks.FORMATS, written=True)
             filled.append((kernels, view))
             arrays.append(grad)
     checks.overlap([view for _, view in filled], params)

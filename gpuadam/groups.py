@@ -218,6 +218,12 @@ class _OfParams:
 OF_PARAMS: Any = _OfParams()
 
 
+def named_params(groups):
+    """Yield the name and the array of each parameter."""
+    for group in groups:
+        yield from zip(group["names"], group["params"], strict=True)
+
+
 def grads_of_params(group, arrangement, method="step"):
     """Return the `.grad` of each parameter of a group, None included. method: which needs them, for the error."""
     for name, param in zip(group["names"], group["params"], strict=False):

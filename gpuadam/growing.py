@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import backends, checks, holders
-from .groups import MAPPING, Arrangement, some
+from .groups import MAPPING, Arrangement, named_params, some
 from .kernels.messages import shown
 from .kernels.operands import GROUP, widened
 from .kernels.view import is_array
@@ -163,16 +163,15 @@ class Grows:
     def _check_arrays(self, new):
         """Refuse a copy that a step would refuse, and arrays that share memory. new: the name of the parameter that is new."""
         views = []
-        for group in self.groups:
-            for name, param in zip(group["names"], group["params"], strict=True):
-                label, parameter = self.arrangement.label(name), self.parameters[name]
-                named = [(label, param)] + [(f"{key} of {label}", parameter.state[key]) for key in parameter.kind.kept]
-                if parameter.copy is not None:
-                    named.append((f"param_copy of {label}", parameter.copy))
-                _, of_name = backends.choose(named, self.backend)
-                if name == new and parameter.copy is not None:
-                    checks.copy_of_param(of_name[-1], of_name[0], parameter.kind.numbers, "m_scale" in parameter.state)
-                views += of_name
+        for name, param in named_params(self.groups):
+            label, parameter = self.arrangement.label(name), self.parameters[name]
+            named = [(label, param)] + [(f"{key} of {label}", parameter.state[key]) for key in parameter.kind.kept]
+            if parameter.copy is not None:
+                named.append((f"param_copy of {label}", parameter.copy))
+            _, of_name = backends.choose(named, self.backend)
+            if name == new and parameter.copy is not None:
+                checks.copy_of_param(of_name[-1], of_name[0], parameter.kind.numbers, "m_scale" in parameter.state)
+            views += of_name
         checks.overlap(views, [])
 
     def _become(self, twin):

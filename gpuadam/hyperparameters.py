@@ -15,8 +15,9 @@ import numpy as np
 
 from . import checks
 from .kernels.adam import Form, scalar_names, scalars_type
-from .kernels.operands import Arrays
+from .kernels.operands import Arrays, widened
 from .kernels.scalars import on_host, powers_on_host, shares_of_nadam
+from .kernels.state_formats import encoded
 from .typing import Algorithm, Formula
 
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
@@ -208,11 +209,7 @@ def _bound(value, format):
     """Return a bound of a parameter, rounded to nearest even in its format: what is rounded later does not leave it."""
     if not math.isfinite(value):
         return value
-    with np.errstate(over="ignore"):
-        rounded = np.dtype("float32" if format == "bfloat16" else format).type(value)
-    if format == "bfloat16":
-        bits = int(rounded.view("uint32"))
-        rounded = np.uint32((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).view("float32")
+    (rounded,) = widened(encoded(np.array([value]), format), format)
     if not math.isfinite(rounded):
         raise ValueError(f"bounds: {value} overflows {format}: give a smaller number, or None for no bound")
     return float(rounded)

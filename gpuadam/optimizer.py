@@ -12,7 +12,7 @@ from . import backends, checks, clipping, gradients, step_counts
 from . import state as state_
 from .description import of_adam, repr_of
 from .device_step import Now
-from .groups import HYPERPARAMETERS, OF_PARAMS, HasGroups, grads_of_params, parsed_groups
+from .groups import HYPERPARAMETERS, OF_PARAMS, HasGroups, grads_of_params, named_params, parsed_groups
 from .growing import Grows
 from .options import SAVED, Options, arguments
 from .parameters import begun, made_group, made_parameters
@@ -141,7 +141,11 @@ class Adam(HasGroups, HasState, Grows):
 
     def __repr__(self) -> str:
         """Return class, parameters, elements, calls of `step`, and what is not the default. No GPU is waited for."""
-        return repr_of(self, lambda: of_adam(self))
+        return repr_of(self, self._description)
+
+    def _description(self):
+        """Return the text of `repr`."""
+        return of_adam(self)
 
     def with_groups(self, groups, states, copies):
         """Return an optimizer like this one with other groups. states: name -> state that goes on. copies: name -> array."""
@@ -347,8 +351,7 @@ class Adam(HasGroups, HasState, Grows):
 
     def norms_of_step(self):
         """Return the `NormsOfStep` of a step."""
-        params = {name: param for group in self.groups for name, param in zip(group["names"], group["params"], strict=True)}
-        return NormsOfStep(params, self._step_norms, self.backend)
+        return NormsOfStep(dict(named_params(self.groups)), self._step_norms, self.backend)
 
     def kept_batches(self):
         """Return the batches of the last step that can be launched again, in the same list for as long as it is remembered."""

@@ -3,7 +3,6 @@
 `gpuadam.guide.narrow_numbers` says what a conversion loses, and `kernels/state_formats.py` how numbers are rounded.
 """
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,8 +93,8 @@ def convert(sources, targets, n, numbers=1):
     >>> [hex(x) for x in m]
     ['0x3f80', '0xc000', '0x4040']
     """
-    readers = {key: (format, _Reader(chunks)) for key, (format, chunks) in sources.items()}
-    writers = {key: (format, _Writer(buffers)) for key, (format, buffers) in targets.items()}
+    readers = {key: (format, array_bytes.Pieces(chunks)) for key, (format, chunks) in sources.items()}
+    writers = {key: (format, array_bytes.Pieces(buffers)) for key, (format, buffers) in targets.items()}
     for start in range(0, n, PIECE):
         stored = {}
         for key, (format, reader) in readers.items():
@@ -113,39 +112,3 @@ def convert(sources, targets, n, numbers=1):
             writer.write(new.tobytes())
     for _, writer in writers.values():
         writer.close()
-
-
-class _Reader:
-    """Bytes that come in chunks, in pieces of any size."""
-
-    def __init__(self, chunks: Iterable):
-        self._chunks, self._left = iter(chunks), memoryview(b"")
-
-    def read(self, n):
-        parts, missing = [], n
-        while missing:
-            if not len(self._left):
-                self._left = memoryview(next(self._chunks))
-            parts.append(bytes(self._left[:missing]))
-            self._left = self._left[len(parts[-1]) :]
-            missing -= len(parts[-1])
-        return b"".join(parts)
-
-
-class _Writer:
-    """Buffers to be filled in turn, with pieces of any size."""
-
-    def __init__(self, buffers: Iterable):
-        self._buffers, self._room = iter(buffers), memoryview(b"")
-
-    def write(self, data):
-        while len(data):
-            if not len(self._room):
-                self._room = memoryview(next(self._buffers))
-            n = min(len(self._room), len(data))
-            self._room[:n] = data[:n]
-            self._room, data = self._room[n:], data[n:]
-
-    def close(self):
-        """Let the last buffer be stored."""
-        next(self._buffers, None)

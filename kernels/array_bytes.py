@@ -43,6 +43,38 @@ def buffers(backend, view, start=0, stop=None):
     return _pieces(backend, view, start, stop, writes=True)
 
 
+class Pieces:
+    """Buffers that come one after another, to be read or filled in pieces of any size. Each is good until the next is asked for.
+
+    >>> pieces = Pieces([b"abcd", b"efg"])
+    >>> pieces.read(1), pieces.read(5), [bytes(part) for part in pieces.next(1)]
+    (b'a', b'bcdef', [b'g'])
+    """
+
+    def __init__(self, buffers):
+        self._buffers, self._rest = iter(buffers), memoryview(b"")
+
+    def next(self, n):
+        """Yield the next n bytes, in parts of one buffer each."""
+        while n:
+            self._rest = self._rest or memoryview(next(self._buffers))
+            part, self._rest = self._rest[:n], self._rest[n:]
+            n -= len(part)
+            yield part
+
+    def read(self, n):
+        return b"".join(map(bytes, self.next(n)))
+
+    def write(self, data):
+        data = memoryview(data)
+        for part in self.next(len(data)):
+            part[:], data = data[: len(part)], data[len(part) :]
+
+    def close(self):
+        """Let the last buffer be stored."""
+        next(self._buffers, None)
+
+
 def number(backend, view):
     """Return the number in an array of one.
 

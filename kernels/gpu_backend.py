@@ -66,6 +66,13 @@ class GpuBackend(Backend):
         gpu_driver.call("cuDeviceGetName", name, len(name), self.current_device())
         return name.value.decode()
 
+    def memory_info(self):
+        """Return how many bytes of the current device's memory are free, and how many there are."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        with self.on(self.current_device(), None):
+            gpu_driver.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
     def current_stream(self):
         """Return the program's current stream, that of CuPy; None if CuPy is not in use."""
 

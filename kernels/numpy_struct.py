@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache
 from gpuadam.kernels.numba_memory import load_at
-from gpuadam.kernels.operands import GROUP, KINDS, is_written
+from gpuadam.kernels.operands import GROUP, KINDS, is_written, sharing
 from gpuadam.kernels.step_objects import TYPE
 
 # A row of a table, of int64, is an update: how many elements it has; the key and the number of the first element, for random
@@ -53,7 +53,7 @@ def columns_like(operands, arrays, zero_grad, complex=None, components=1):
     share a v.
     """
     dtypes, of_complex = [array.dtype for array in arrays], arrays[0].dtype.kind == "c"
-    numbers = (2 if complex == "joint" else 1) if of_complex else components
+    numbers = sharing(of_complex, complex, components)
     lasts = [0] * len(arrays)
     if of_complex or numbers > 1:
         shared = [KINDS[name].shared and (numbers > 1 or name in ("lr_scale", "where")) for name in operands]

@@ -218,6 +218,17 @@ def operands_of_form(form):
     return operands_of(form.arrays, form.zero_grad)
 
 
+def sharing(is_complex, complex, components):
+    """Return how many numbers of a parameter share a v. complex, components: as in `Adam`.
+
+    >>> sharing(True, "joint", 3), sharing(True, "parts", 3), sharing(False, "joint", 3)
+    (2, 1, 3)
+    """
+    if is_complex:
+        return 2 if complex == "joint" else 1
+    return components
+
+
 def widened(array, format):
     """Return an array of NumPy or CuPy as one that they can widen: a bfloat16's bits are the upper half of a float32's."""
     return (array.view("uint16").astype("uint32") << 16).view("float32") if format == "bfloat16" else array

@@ -1,6 +1,9 @@
 """The bytes of an array, in pieces. On a GPU: `test_checkpoint_gpu.py` and `test_gpu_state.py`."""
 
+import random
+
 import numpy as np
+import pytest
 
 from gpuadam import backends
 from gpuadam.kernels import array_bytes
@@ -14,3 +17,36 @@ def test_a_range_of_elements_is_a_range_of_bytes():
         for buffer in array_bytes.buffers(kernels, view, 7, 21):
             buffer[:] = bytes(len(buffer))
         assert (array.ravel() == np.where((np.arange(40) >= 7) & (np.arange(40) < 21), 0, np.arange(40))).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_of_any_size_are_read_and_filled_though_the_next_buffer_is_the_same_memory(seed):
+    random.seed(seed)
+    content = random.randbytes(random.choice([0, 1, 100, 5000]))
+    stored, memory = [], bytearray(99)
+
+    def sizes(most):
+        """Yield sizes that make up the content, 0 among them."""
+        left = len(content)
+        while left:
+            yield (size := random.randint(0, min(left, most)))
+            left -= size
+
+    def chunks():
+        start = 0
+        for size in sizes(99):
+            memory[:size] = content[start : start + size]
+            yield memoryview(memory)[:size]
+            start += size
+
+    def buffers():
+        own = bytearray(77)
+        for size in sizes(77):
+            yield memoryview(own)[:size]
+            stored.append(bytes(own[:size]))
+
+    reader, writer = array_bytes.Pieces(chunks()), array_bytes.Pieces(buffers())
+    for size in sizes(300):
+        writer.write(reader.read(size))
+    writer.close()
+    assert b"".join(stored) == content

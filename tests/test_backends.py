@@ -244,6 +244,13 @@ def test_doctor_names_a_numba_cache_that_cannot_be_written_and_where_kernels_are
     assert report["backends"]["numba-cpu"]["bits"] == "as the contract says"
 
 
+def test_a_folder_in_one_that_may_not_be_read_cannot_be_written(monkeypatch):
+    from gpuadam.cli import doctor
+
+    monkeypatch.setattr(Path, "exists", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert not doctor._writable(Path("/nowhere/cache"))
+
+
 def test_doctor_says_that_no_kernel_can_be_kept(monkeypatch):
     from gpuadam.cli import doctor
     from gpuadam.kernels import compiled_cache
@@ -299,7 +306,10 @@ def test_where_numba_compiles_nothing_all_say_so_and_what_mends_it(tmp_path, wha
     assert all((a == 1).all() for a in arrays)
     for command in ("bench", "demo", "doctor"):
         with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
-            said[command + " status"] = m.main([command])
+            try:
+                said[command + " status"] = m.main([command])
+            except SystemExit as ended:
+                said[command + " status"] = ended.code
         said[command] = err.getvalue() + out.getvalue()
     print(json.dumps(said))
     """

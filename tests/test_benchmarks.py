@@ -4,6 +4,7 @@ import ctypes
 import doctest
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -134,7 +135,7 @@ def test_rows_are_added_and_those_measured_again_take_the_place_of_the_old(tmp_p
 
 def test_what_is_not_there_is_explained():
     if "cupy" not in gpuadam.available_backends():
-        error = run("large", "--backend", "cupy", code=1).stderr
+        error = run("large", "--backend", "cupy", code=2).stderr
         assert error.startswith("large: backend 'cupy' is not available") and "Traceback" not in error
     assert "there is no peer troch" in run("large", *QUICK, "--peers", "troch", code=2).stderr
 
@@ -463,3 +464,14 @@ def test_without_a_gpu_it_runs_over_the_stand_in(tmp_path):
         (backend, "gpuadam's stand-in for a GPU") for backend in ("cupy", "numba-cuda")
     }
     assert (tmp_path / "small.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="only Linux is asked for huge pages")
+def test_memory_of_another_library_is_moved_to_huge_pages():
+    memory = np.frombuffer(mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    memory[:] = 3
+    before = measured_pages.percent_huge(measured_pages.extents([memory]))
+    peers.to_huge_pages(measured_pages.extents([memory]))
+    assert (memory == 3).all()
+    if measured_pages.can_collapse():
+        assert measured_pages.percent_huge(measured_pages.extents([memory])) >= before

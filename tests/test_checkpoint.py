@@ -16,6 +16,7 @@ import pytest
 
 import gpuadam
 from gpuadam import groups
+from gpuadam.checkpoint import stored
 from gpuadam.kernels import array_bytes
 
 ml_dtypes = libraries.imported("ml_dtypes", reason="ml_dtypes, which has NumPy's bfloat16, is not installed")
@@ -403,6 +404,18 @@ def test_autograd_is_told_of_parameters_that_are_loaded(tmp_path):
     assert version == 0 and param._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_no_list_of_names_is_searched_for_each_array_of_a_file(tmp_path):
+    class NotSearched(list):
+        __contains__ = None
+
+    gpuadam.Adam(params()).save(tmp_path / "a")
+    with stored.opened_file(tmp_path / "a", 10**6) as opened:
+        for group in opened.saved.groups:
+            group["names"] = NotSearched(group["names"])
+        opened.arrange(opened.read_headers())
+    assert len(opened.pieces) == 2 * len(params())
 
 
 def test_state_goes_from_every_backend_to_the_cpu_and_back(library, tmp_path):

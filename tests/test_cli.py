@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import libraries
 import numpy as np
@@ -33,6 +35,13 @@ def run(*arguments, code=0, **env):
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def test_a_gpu_whose_driver_does_not_answer_has_an_unknown_version(monkeypatch):
+    monkeypatch.setattr(facts.backends, "load", lambda name: SimpleNamespace(device_name=lambda: "a GPU"))
+    monkeypatch.setattr(facts.shutil, "which", lambda name: name)
+    monkeypatch.setattr(facts.subprocess, "run", Mock(side_effect=subprocess.TimeoutExpired("nvidia-smi", 30)))
+    assert facts._gpu("cupy") == ("a GPU", "unknown: nvidia-smi did not answer")
 
 
 @pytest.mark.exhaustive
@@ -299,6 +308,16 @@ def without(module, folder):
 def test_a_missing_extra_is_explained(tmp_path):
     error = run("demo", code=2, PYTHONPATH=without("sklearn", tmp_path)).stderr
     assert error == 'gpuadam demo: sklearn is not installed: pip install "gpuadam[examples]"\n'
+
+
+@pytest.mark.parametrize("command, extra", [("bench", "bench"), ("demo", "demo"), ("plan --parameters 1e9", "bench")])
+def test_a_plot_without_matplotlib_is_refused_before_any_work(command, extra, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--plot", str(tmp_path / "x.png")])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    assert said.err == f'gpuadam: matplotlib is not installed: pip install "gpuadam[{extra}]"\n'
 
 
 def test_no_command_needs_rich(tmp_path):

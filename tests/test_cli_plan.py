@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(capsys, *arguments):
-    code = main(["plan", *arguments])
+    try:
+        code = main(["plan", *arguments])
+    except SystemExit as ended:
+        code = ended.code
     said = capsys.readouterr()
     return code, said.out, said.err
 
@@ -169,9 +172,8 @@ def test_this_machine_is_measured(capsys, monkeypatch, tmp_path):
     ],
 )
 def test_wrong_arguments_are_explained(capsys, arguments, said):
-    with pytest.raises(SystemExit) as ended:
-        run(capsys, *arguments)
-    assert ended.value.code == 2 and said in capsys.readouterr().err
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and said in err
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,7 @@ def test_what_makes_no_sense_ends_with_2(capsys, arguments, said):
         ('{"constants": {"cpu": {"bandwidth": 1, "rates": [{}]}}}', "must be a list of formats"),
         ("{", "cannot be read as JSON"),
         ('{"constants": {"cpu": {"bandwidth": NaN}}}', "cannot be read as JSON: NaN is no number"),
+        pytest.param("[" * 100_000, "cannot be read as JSON: maximum recursion depth", id="nested too deep"),
         ('{"constants": {"cpu": {"bandwidth": 1e999}}}', "must be a number above 0"),
         ('{"constants": {"cpu": []}}', "its cpu is []"),
         ('{"constants": {"disk": {"read": 1}, "cpu": CPU}}', "the write of its disk is None"),
@@ -224,13 +227,24 @@ def test_a_constant_that_is_none_is_named(capsys, tmp_path, key, value):
     assert code == 2 and f"the {key} of its cpu is {value!r}" in err
 
 
-@pytest.mark.parametrize("content", ['{"w": [0]}', '{"w": 3}', '{"w": [1.5]}', '{"w": [true]}', "[]", "{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param("[" * 100_000, id="nested too deep"),
+        '{"w": [NaN]}',
+        '{"w": [0]}',
+        '{"w": 3}',
+        '{"w": [1.5]}',
+        '{"w": [true]}',
+        "[]",
+        "{}",
+    ],
+)
 def test_a_file_without_shapes_is_refused(capsys, tmp_path, content):
     file = tmp_path / "shapes.json"
     file.write_text(content)
-    with pytest.raises(SystemExit):
-        run(capsys, "--shapes-file", str(file))
-    assert str(file) in capsys.readouterr().err
+    code, _, err = run(capsys, "--shapes-file", str(file))
+    assert code == 2 and str(file) in err
 
 
 def test_the_plot_is_made(capsys, tmp_path):

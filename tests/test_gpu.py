@@ -6,7 +6,9 @@ from cases import FORMS, assert_same_bits, different_bits, wide_state
 from gpu_work import Lent
 
 import gpuadam
+from gpuadam import backends
 from gpuadam.cli import contract
+from gpuadam.cli.measuring import constants
 
 pytestmark = pytest.mark.gpu
 
@@ -19,6 +21,12 @@ def on_gpu(cp, arrays):
 def test_doctor_finds_the_contracts_bits(backend, name):
     known = contract.CONTRACTS[name]
     assert contract.digest_on(backend, known) == known.bits
+
+
+def test_a_backend_says_how_much_memory_its_gpu_has(cp, backend):
+    free, total = constants.memory(backend)
+    assert 0 < free <= total and (type(free), type(total)) == (int, int)
+    assert backends.load(backend).memory_info()[1] == total == cp.cuda.Device().mem_info[1]
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -45,7 +45,12 @@ WRONG = {
     "another shape": (
         lambda params: arrays() | {"w": np.ones(12, "f4")},
         ValueError,
-        "give a gradient of the parameter's shape",
+        r"has shape \(12,\), params\['w'\] has shape \(3, 4\): nothing is broadcast",
+    ),
+    "complex": (
+        lambda params: arrays() | {"w": np.ones((3, 4), "c8")},
+        TypeError,
+        "the gradient of a real parameter is real: give its real part",
     ),
     "integers": (lambda params: arrays() | {"w": np.ones((3, 4), "i4")}, TypeError, "has dtype int32"),
     "read-only": (lambda params: arrays() | {"w": read_only()}, ValueError, "read-only"),

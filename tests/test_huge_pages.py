@@ -364,14 +364,3 @@ def test_doctors_line_says_the_setting_and_what_it_means(monkeypatch, tmp_path, 
     line = pages.described(pages.system())
     assert line.startswith("Huge pages") and says in line
     assert enabled is None or f"enabled: {enabled}, defrag: {enabled}, MADV_COLLAPSE is" in line
-
-
-@ON_LINUX
-def test_memory_of_another_library_is_moved_to_huge_pages():
-    memory = np.frombuffer(mmap.mmap(-1, 8 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
-    memory[:] = 3
-    before = pages.percent_huge(pages.extents([memory]))
-    pages.collapse(pages.extents([memory]))
-    assert (memory == 3).all()
-    if pages.can_collapse():
-        assert pages.percent_huge(pages.extents([memory])) >= before

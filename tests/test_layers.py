@@ -13,7 +13,7 @@ ROOT = Path(gpuadam.__file__).parent
 # From the ground up. A module imports from its own floor and from those below, but no circle; `name.*` is a package.
 FLOORS = [
     ("kernels.*",),
-    ("typing",),
+    ("typing", "strict_json"),
     ("checks", "torch_tensors", "backends", "terminal.*", "under_way", "version"),
     ("hyperparameters", "state", "state_conversion", "reference", "holders"),
     ("options", "groups", "device_step", "step_counts", "clipping", "remembered", "flat", "step_arrays", "growing"),

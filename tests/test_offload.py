@@ -360,7 +360,7 @@ def test_a_disk_that_is_full_at_a_mark_leaves_the_state_as_it_was(call, tmp_path
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_a_forked_process_neither_steps_nor_keeps_the_folder(tmp_path):
+def test_a_forked_process_neither_steps_nor_keeps_nor_deletes_the_folder(tmp_path):
     code = """
 import os, sys, numpy as np, gpuadam
 params, grads = ({"w": np.ones(3, "f4")} for _ in range(2))
@@ -371,6 +371,10 @@ if not os.fork():
     if os.fork():  # the other goes on to have the folder's files open
         try:
             opt.step(grads)
+        except ValueError as error:
+            print("forked" in str(error), flush=True)
+        try:
+            opt.discard()
         except ValueError as error:
             print("forked" in str(error), flush=True)
         opt.close()
@@ -390,7 +394,7 @@ with gpuadam.OffloadAdam(params, state=sys.argv[1]) as opt:
 os.write(go_on[1], b"xx")
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["True", "True", "2"], done.stdout + done.stderr
+    assert done.stdout.split() == ["True", "True", "True", "2"], done.stdout + done.stderr
 
 
 def fail_in_chunk(monkeypatch, number, stage="update"):
@@ -527,6 +531,43 @@ def test_a_closed_optimizer_says_so_and_copies_are_refused(tmp_path):
     for call in (lambda: steps([opt], 1), opt.flush, lambda: opt.load_state_dict(opt.state_dict())):
         with pytest.raises(ValueError, match="closed"):
             call()
+
+
+def test_a_closed_optimizer_discards_nothing(tmp_path):
+    first = gpuadam.OffloadAdam(arrays(), state=tmp_path / "s")
+    first.close()
+    with gpuadam.OffloadAdam(arrays(), state=tmp_path / "s") as second:
+        before = sorted(path.name for path in (tmp_path / "s").iterdir())
+        with pytest.raises(ValueError, match="closed"):
+            first.discard()
+        assert sorted(path.name for path in (tmp_path / "s").iterdir()) == before
+        second.discard()
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_lock_file_is_deleted_while_it_is_locked(tmp_path, monkeypatch):
+    opt, was_there = gpuadam.OffloadAdam(arrays(), state=tmp_path / "s"), []
+    unlock = folder.unlock
+    monkeypatch.setattr(folder, "unlock", lambda file: (was_there.append((tmp_path / "s" / "lock").exists()), unlock(file)))
+    opt.discard()
+    assert was_there == [False]
+
+
+def test_an_optimizer_that_cannot_be_made_leaves_no_folder_of_its_own(tmp_path):
+    with pytest.raises(UserWarning, match="does nothing here"):
+        gpuadam.OffloadAdam(arrays(), master="float32", state=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_optimizer_that_cannot_be_made_leaves_a_folder_that_was_there(tmp_path, monkeypatch):
+    with gpuadam.OffloadAdam(arrays(), state=tmp_path) as opt:
+        steps([opt], 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpuadam.OffloadAdam, "_chosen_side", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            gpuadam.OffloadAdam(arrays(), state=tmp_path)
+    with gpuadam.OffloadAdam(arrays(), state=tmp_path) as opt:
+        assert opt.steps == 2
 
 
 def test_state_goes_from_adam_to_files_and_back(tmp_path):

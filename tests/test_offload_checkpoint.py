@@ -174,6 +174,8 @@ def test_a_warning_that_is_an_error_leaves_no_folder(tmp_path):
     gpuadam.Adam(arrays()).save(tmp_path / "a", with_params=True)
     with pytest.raises(UserWarning, match="has parameters"):
         gpuadam.load_offload(tmp_path / "a", arrays(), state=tmp_path / "s")
+    with pytest.raises(UserWarning, match="does nothing here"):
+        gpuadam.load_offload(tmp_path / "a", arrays(), state=tmp_path / "s", master="float32")
     assert not (tmp_path / "s").exists()
 
 

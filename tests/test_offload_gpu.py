@@ -161,6 +161,19 @@ def test_the_faster_update_is_measured_and_named(cp, backend):
     assert f"updated on the {min(times, key=lambda where: float(times[where]))}" in text
 
 
+@pytest.mark.parametrize("options", [{"components": 3}, {"complex": "joint"}, {"bounds": (-1, 1)}], ids=str)
+def test_the_faster_update_is_measured_whatever_shares_a_v(cp, backend, options):
+    dtype = "c8" if "complex" in options else "f4"
+    expected, grads = ({"w": np.full((50, 3), 0.5, dtype)} for _ in range(2))
+    params = there(cp, expected)
+    adam = gpuadam.Adam(expected, lr=0.1, **options)
+    opt = gpuadam.OffloadAdam(params, lr=0.1, backend=backend, **options)
+    assert "measured with 1,024 elements" in opt.describe()
+    adam.step(grads)
+    opt.step(there(cp, grads))
+    assert_same_bits(opt, adam, cp.asnumpy, params, expected)
+
+
 def test_eight_bits_are_cut_at_their_groups(cp, backend):
     expected = arrays()
     params = there(cp, expected)

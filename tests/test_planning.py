@@ -40,6 +40,12 @@ TRILLIONS = 10**13
 # Bytes
 
 
+def test_components_are_of_real_parameters_alone():
+    of_parts = update(999, complex="parts")
+    assert update(999, complex="parts", components=3) == of_parts and of_parts.arrays.numbers == 1
+    assert update(999, complex="joint", components=3).arrays.numbers == 2
+
+
 @pytest.mark.parametrize(
     "options, by_role",
     [

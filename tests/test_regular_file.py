@@ -223,6 +223,22 @@ def test_a_lock_is_of_one_at_a_time_and_a_file_system_without_locks_is_warned_of
     assert load(tmp_path / "folder").steps == 1
 
 
+def test_the_lock_of_a_file_that_was_deleted_meanwhile_is_none(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    flock, path = fcntl.flock, tmp_path / "a"
+
+    def deleted_before(*arguments):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()  # as the process does that had the lock
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", deleted_before)
+    file = regular_file.locked(path)
+    with pytest.raises(BlockingIOError):
+        regular_file.locked(path)
+    regular_file.unlock(file)
+
+
 def test_a_folder_into_which_another_job_saves_is_refused_and_left_alone(tmp_path):
     sharded(tmp_path)
     before = facts(tmp_path)

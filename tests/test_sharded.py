@@ -78,6 +78,8 @@ def test_arrays_of_another_memory_than_the_transports_are_refused():
     "grad, options, error, match",
     [
         (np.ones(6, "f4"), {}, ValueError, r"has shape \(6,\)"),
+        (w.astype("c8"), {}, TypeError, "the gradient of a real parameter is real: give its real part"),
+        (w.astype("c16"), {}, TypeError, "the gradient of a real parameter is real: give its real part"),
         (np.ones((2, 3)), {}, TypeError, "float64; it must be float32 or bfloat16 or float16"),
         ([w], {}, TypeError, "the parameter was given as one array"),
         (w, {"max_norm": -1.0}, ValueError, "max_norm"),

@@ -112,7 +112,7 @@ def test_a_step_that_is_wrong_on_one_rank_is_left_out_on_all_of_them(of_four, wh
     for rank, found in enumerate(of_four[0]["refused steps"]):
         said, unchanged, goes_on = found[what]
         if (what, rank) == ("a gradient's shape", 2):
-            assert said.startswith("ValueError: the gradient of params['w'] has shape (2, 4), params['w'] has (3, 4)")
+            assert said.startswith("ValueError: the gradient of params['w'] has shape (2, 4), params['w'] has shape (3, 4)")
         else:
             assert SAID_BY_STEPS[what] in said
         assert unchanged and goes_on

@@ -42,7 +42,7 @@ def test_in_a_pipe_a_long_loop_prints_some_plain_lines():
 def test_on_a_terminal_a_long_loop_shows_how_far_it_is():
     asked, shown = counted(terminal=True)
     assert asked == [25, 50, 75, 100] and "turn 100\n" in shown and "100%" in shown
-    assert [line.split("\r")[-1] for line in shown.split("\n")] == ["turn 25", "turn 50", "turn 75", "turn 100", ""]
+    assert [line.split("\r\x1b[K")[-1] for line in shown.split("\n")] == ["turn 25", "turn 50", "turn 75", "turn 100", ""]
 
 
 HEADS = ("way", "size", *(f"column {k}" for k in range(12)))
@@ -109,6 +109,7 @@ def test_a_picture_of_another_kind_is_refused(name):
         ("0.5", "not a whole number from 1"),
         ("nan", "not a whole number"),
         ("1e30", "not a whole number from 1 to 1e18"),
+        ("1e1000000", "not a number such as"),
     ],
 )
 def test_what_is_no_whole_number_is_refused(text, said):

@@ -13,7 +13,7 @@ from .tensors import PARAM
 
 
 def as_saved(sections, state_dtype):
-    """Return the Sections that a checkpoint has in the place of an optimizer's. state_dtype: the saved option.
+    """Return an optimizer's Sections with the formats that the checkpoint has. state_dtype: the saved option.
 
     Raises ValueError for state that no optimizer has.
     """

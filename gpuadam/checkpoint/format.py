@@ -9,18 +9,19 @@ import numpy as np
 
 from ..groups import HYPERPARAMETERS, some
 from ..kernels.messages import shown
+from ..kernels.operands import sharing
 from ..version import __version__
 from .safetensors import parsed_json, require
 
 FORMAT, VERSION = "gpuadam.optimizer", "1"
 CLASSES = ("Adam", "AdamW", "NAdam", "RAdam", "AdaMax")
-OFFLOADED = {"Adam": False, "AdamW": True}  # the classes that an OffloadAdam is saved as -> whether it is decoupled
-# class -> (algorithm, decoupled) of an optimizer over ranks. Those with a W that are not in CLASSES exist over ranks alone
+# class -> (algorithm, decoupled). Those with a W that are not in CLASSES exist over ranks alone
 ALGORITHMS: dict[str, tuple[str, bool]] = {
     name + "W" * decoupled: (name.lower(), decoupled)
     for name in ("Adam", "NAdam", "RAdam", "AdaMax")
     for decoupled in (False, True)
 }
+CLASS_OF = {of_class: name for name, of_class in ALGORITHMS.items()}
 INDEX = "index.safetensors"
 PART = "part-{}-of-{}-{}.safetensors"
 PART_FORMAT = f"{FORMAT}.part"
@@ -45,14 +46,15 @@ class Saved(NamedTuple):
         entry = self.params[name]
         return [*entry["shape"], 2] if entry["dtype"] in COMPLEX else entry["shape"]
 
-    def numbers(self, name):
-        """Return how many numbers of a parameter share a v."""
-        group = next(group for group in self.groups if name in group["names"])
-        if self.params[name]["dtype"] in COMPLEX:
-            return 2 if group.get("complex") == "joint" else 1
+    def numbers(self):
+        """Return name -> how many numbers of a parameter share a v."""
+        return {name: self._numbers_in(group, name) for group in self.groups for name in group["names"]}
+
+    def _numbers_in(self, group, name):
         components = group.get("components", 1)
-        # the optimizer that is made with any other value refuses it
-        return components if type(components) is int and 1 <= components <= 4 else 1
+        if type(components) is not int or not 1 <= components <= 4:
+            components = 1  # the optimizer that is made with any other value refuses it
+        return sharing(self.params[name]["dtype"] in COMPLEX, group.get("complex"), components)
 
 
 def check_class(opt, names):
@@ -64,26 +66,26 @@ def check_class(opt, names):
         )
 
 
-def encoded(opt, name, groups, params, copies=()):
+def encoded(opt, groups, params, copies=()):
     """Return the metadata of an optimizer: string -> string.
 
-    name: of its class, in ALGORITHMS. groups: as in a state_dict. params: name -> (View, steps taken). copies: names.
+    groups: as in a state_dict. params: name -> (View, steps taken). copies: names.
     """
-    params = {name: _entry(view) | {"step": step} for name, (view, step) in params.items()}
+    name = CLASS_OF[opt.options.algorithm, opt.options.decoupled]
+    params = {name: entry(view) | {"step": step} for name, (view, step) in params.items()}
     values = {"options": opt.options.saved(), "groups": groups, "steps": opt.steps, "params": params, "copies": list(copies)}
     in_json = {key: as_json(value) for key, value in values.items()}
     return {"format": FORMAT, "version": VERSION, "class": name, "gpuadam": __version__} | in_json
 
 
-def _entry(view):
+def entry(view):
     """Return what is saved of a parameter beside its step."""
     shape = view.shape[:-1] if view.of_complex else view.shape
-    return {"dtype": view.of_complex or view.format, "shape": shape}
+    return {"dtype": view.of_complex or view.format, "shape": list(shape)}
 
 
-def of_param(view):
-    """Return the dtype and the shape of a parameter, in words, as `Saved.params` has them."""
-    return "{dtype} of shape {shape}".format(**_entry(view) | {"shape": list(_entry(view)["shape"])})
+def in_words(entry):
+    return "{dtype} of shape {shape}".format(**entry)
 
 
 def as_json(value):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import backends, checks, family, torch_tensors
-from ..groups import HYPERPARAMETERS, as_given, as_list, differing_names, parsed_groups, places_of_groups, some
+from ..groups import HYPERPARAMETERS, as_given, as_list, differing_names, named_params, parsed_groups, places_of_groups, some
 from ..kernels.messages import shortened, shown, warn
 from ..kernels.operands import NARROW
 from ..kernels.view import is_array
@@ -21,7 +21,7 @@ from ..sharded.layout import CELL
 from ..step_arrays import bounds_of_loaded
 from ..typing import FilePath, LearningRate, LikeParams, Params, StateDtype
 from .converting import as_saved, read_state
-from .format import CLASSES, check_known, of_param
+from .format import CLASSES, check_known, entry, in_words
 from .safetensors import CheckpointError, require
 from .stored import Stored, opened_file
 from .tensors import PARAM, chosen, sections
@@ -70,8 +70,7 @@ def load(
     ('AdamW', 1, 0.1)
     """
     path = os.fsdecode(path)
-    check_with_params(with_params)
-    with about(path), opened(path, params, backend, lr, state_dtype) as checkpoint:
+    with about(path), opened(path, params, backend, lr, with_params, state_dtype) as checkpoint:
         saved = checkpoint.stored.saved
         single = saved.name in CLASSES
         require(single, f"its class {saved.name} is one of gpuadam.ShardedAdam alone: load it with gpuadam.load_sharded")
@@ -83,11 +82,6 @@ def load(
     return opt
 
 
-def check_with_params(with_params):
-    if with_params is not None:
-        checks.flag("with_params", with_params)
-
-
 def check_copies(copies, param_copies):
     """Refuse to load parameters that had copies without any. copies: their names."""
     enough = param_copies is not None or not copies
@@ -97,7 +91,7 @@ def check_copies(copies, param_copies):
 def fill(opt, checkpoint, with_params, path):
     """Read state, counts and, if with_params is true, parameters into a new optimizer. checkpoint: what `opened` yields.
 
-    Warn if with_params is None and there are parameters in the file of this path that are no masters, which are state.
+    If with_params is None, warn of parameters in the file of this path. Masters do not count: they are state.
     """
     stored, saved = checkpoint.stored, checkpoint.stored.saved
     stored.arrange(stored.read_headers())
@@ -153,21 +147,22 @@ class Opened(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(path, params, backend, lr, state_dtype=None, of_masters=False):
-    """Open a checkpoint and compare it with the parameters that it is loaded for. lr, state_dtype: as in `load`.
+def opened(path, params, backend, lr, with_params, state_dtype=None, of_masters=False):
+    """Open a checkpoint and compare it with the parameters that it is loaded for. lr, with_params, state_dtype: as in `load`.
 
     of_masters: a narrow parameter is the copy of a float32 one, which was saved.
     """
+    if with_params is not None:
+        checks.flag("with_params", with_params)
     if state_dtype is not None:
         checks.one_of(STATE_DTYPES, "state_dtype", state_dtype)
     params = as_list(params)  # an iterator can be read once
     groups, arrangement = parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1})
     structures, grouped = arrangement.structures, arrangement.in_groups
     views = {}
-    for group in groups:
-        for name, param in zip(group["names"], group["params"], strict=True):
-            label = arrangement.label(name)
-            _, (views[name],) = backends.choose([(label, checks.given(label, param))], backend)
+    for name, param in named_params(groups):
+        label = arrangement.label(name)
+        _, (views[name],) = backends.choose([(label, checks.given(label, param))], backend)
     with opened_file(path, _longest_header(views)) as stored:
         saved = stored.saved
         check_known("options", saved.options, SAVED)
@@ -177,15 +172,18 @@ def opened(path, params, backend, lr, state_dtype=None, of_masters=False):
             names, options = [group["names"] for group in saved.groups], [saved.options]
             if state_dtype is not None:
                 options.append(saved.options | {"state_dtype": state_dtype})
-            by_place = all(Options(**given).rounds_randomly for given in options)
+            by_place = all(Options(**of_optimizer).rounds_randomly for of_optimizer in options)
             places = places_of_groups(names, structures, by_place)
         stored.saved = saved = saved._replace(groups=[saved.groups[k] for k in places], options=options[-1])
         rates = _learning_rates(lr, groups, saved.groups)
         arguments = []
-        given = [group["params"] for group in params] if grouped else [params]
-        for one, group, structure, rate, saved_group in zip(given, groups, structures, rates, saved.groups, strict=True):
-            # what the program holds itself, so that steps notice another array there
-            members = one if isinstance(one, (dict, list)) else as_given(structure.kind, structure.names, group["params"])
+        holders = [group["params"] for group in params] if grouped else [params]
+        for holder, group, structure, rate, saved_group in zip(
+            holders, groups, structures, rates, saved.groups, strict=True
+        ):
+            # the program's own dict or list, so that steps notice another array there
+            is_kept = isinstance(holder, (dict, list))
+            members = holder if is_kept else as_given(structure.kind, structure.names, group["params"])
             with not_fitting():
                 bounds = bounds_of_loaded(saved_group.get("bounds"), group["bounds"])
             arguments.append(saved_group | {"lr": rate, "params": members, "bounds": bounds})
@@ -220,7 +218,7 @@ def not_fitting():
 def _longest_header(views):
     """Return how many bytes a header has at most, a part's too, in which every CELL of a parameter may be a piece of its own.
 
-    A header that was made to harm takes some 20 times its bytes in memory.
+    A malicious header can take 20 times its size in memory when it is parsed.
     """
     in_json = {name: len(json.dumps(json.dumps(name))) for name in views}  # in a header there is JSON within JSON
     return 2_000_000 + sum((1 + view.size // CELL) * (1200 + 20 * in_json[name]) for name, view in views.items())
@@ -230,8 +228,8 @@ def _check_params(saved, views):
     """Compare names, shapes and dtypes of the parameters, before any state is made for them. views: name -> View."""
     difference = differing_names(saved.params, views)
     require(not difference, f"the parameters' names differ: {difference}. State belongs to a name, never to a place")
-    was = {name: f"{entry['dtype']} of shape {entry['shape']}" for name, entry in saved.params.items()}
-    now = {name: of_param(view) for name, view in views.items()}
+    was = {name: in_words(of_name) for name, of_name in saved.params.items()}
+    now = {name: in_words(entry(view)) for name, view in views.items()}
     wrong = [f"{shown(name)} was {shortened(was[name])}, and is {now[name]}" for name in now if was[name] != now[name]]
     require(not wrong, "; ".join(wrong[:8]) + ": nothing is cast or reshaped")
 

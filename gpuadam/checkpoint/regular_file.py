@@ -63,6 +63,9 @@ def locked(path):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(path, file):  # the process that had the lock has deleted the file: others would lock a new one
+                file.close()
+                return locked(path)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             file.close()
@@ -70,6 +73,12 @@ def locked(path):
         why = f"{path} cannot be locked ({error.strerror}), so nothing notices another job with the same folder"
         warnings.warn(f"{why}: give each job a folder of its own", RuntimeWarning, stacklevel=3)
     return file
+
+
+def _is_at(path, file):
+    """Whether an open file is the one at a path."""
+    status = check_regular(path)
+    return status is not None and os.path.samestat(status, os.fstat(file.fileno()))
 
 
 def unlock(file):

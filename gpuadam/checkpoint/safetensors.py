@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from .. import strict_json
 from ..kernels.messages import shown
 
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1}
@@ -139,7 +140,9 @@ def _n_blocks(n_bytes):
 
 
 class Reader:
-    """A file that `write` wrote. Making one checks all but the payload, against which nothing is allocated.
+    """A file that `write` wrote.
+
+    The constructor checks everything except the payload, and allocates no memory of the payload's size.
 
     file: a binary file that can seek. max_header: bytes that its header may have.
     Attributes: `metadata`, string -> string; `tensors`, name -> Entry; `crc`, of the header; `n_bytes`, of the file.
@@ -235,35 +238,9 @@ def chunks(file, name, entry, first=0, last=None):
         yield block[max(first - at, 0) : last - at]
 
 
-def copy(chunks, buffers):
-    """Fill writable buffers, in turn, with the bytes of chunks, of which there are as many."""
-    chunk, chunks = memoryview(b""), iter(chunks)
-    for buffer in buffers:
-        buffer = memoryview(buffer)
-        while len(buffer):
-            chunk = chunk or memoryview(next(chunks))
-            n = min(len(chunk), len(buffer))
-            buffer[:n] = chunk[:n]
-            chunk, buffer = chunk[n:], buffer[n:]
-
-
 def parsed_json(text, what):
-    """Return the value that JSON stands for, or raise CheckpointError. what: a name of the text, for the message.
-
-    Objects in which a key comes twice are refused, and so are NaN and the infinities, which JSON does not have.
-    """
+    """Return the value that JSON stands for, or raise CheckpointError. what: a name of the text, for the message."""
     try:
-        return json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_refused)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a key twice, an integer of thousands of digits
+        return strict_json.parsed(text)
+    except ValueError as error:  # not JSON, not UTF-8, a key twice, an integer of thousands of digits
         raise CheckpointError(f"{what} cannot be read as JSON: {error}") from error
-
-
-def _without_repetition(pairs):
-    parsed = dict(pairs)
-    if len(parsed) != len(pairs):
-        raise ValueError("a key comes twice in an object")
-    return parsed
-
-
-def _refused(constant):
-    raise ValueError(f"{constant} is no number of JSON")

@@ -6,7 +6,7 @@ import os
 from .. import checks
 from ..kernels.messages import shown
 from .atomic_file import NotFlushedError, replacing
-from .format import CLASSES, OFFLOADED, check_class, encoded
+from .format import CLASSES, check_class, encoded
 from .safetensors import CheckpointError, require, write
 from .tensors import PARAM, chosen, sections
 
@@ -25,12 +25,10 @@ def save(opt, state_dict, path, is_unchanged, *, with_params=False):
     path, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
     check_class(opt, (*CLASSES, "OffloadAdam"))
     arrays, states = sections(opt), state_dict["state"]
-    offloaded = {decoupled: name for name, decoupled in OFFLOADED.items()}
-    name = offloaded[opt.decoupled] if type(opt).__name__ == "OffloadAdam" else type(opt).__name__
     params = {section.param: (section.view, states[section.param]["step"]) for section in arrays if section.key == PARAM}
     masters = {section.param for section in arrays if section.is_master}  # of which the parameters are copies
-    copies = [own for own, parameter in opt.parameters.items() if parameter.copy is not None or own in masters]
-    metadata = encoded(opt, name, state_dict["groups"], params, copies)
+    copies = [name for name, parameter in opt.parameters.items() if parameter.copy is not None or name in masters]
+    metadata = encoded(opt, state_dict["groups"], params, copies)
     tensors = [section.tensor(section.array_name) for section in chosen(arrays, with_params)]
     write_file(path, tensors, metadata, is_unchanged, follow=True)
 

@@ -14,7 +14,7 @@ from ..kernels.messages import shown
 from ..kernels.operands import GROUP
 from .format import INDEX, PART_FORMAT, VERSION, decoded
 from .regular_file import opened
-from .safetensors import ITEMSIZE, CheckpointError, Entry, Reader, chunks, copy, require
+from .safetensors import ITEMSIZE, CheckpointError, Entry, Reader, chunks, require
 from .tensors import DTYPES, PARAM, chosen
 
 WHOLE = re.compile(r"(?P<param>.*)\.(?P<key>\w+)", re.DOTALL)
@@ -57,6 +57,7 @@ class Stored:
         self._folder, self._file, self._longest = folder, file, longest
         self._reader = Reader(file, longest)
         self.saved, self.crc = decoded(self._reader.metadata), self._reader.crc
+        self._numbers = self.saved.numbers()
         self.pieces: dict[str, list[Piece]] = {}
 
     def read_headers(self, rank=0, ranks=1):
@@ -84,7 +85,7 @@ class Stored:
         shape = self.saved.shape(param)
         size = math.prod(shape)
         first, last = (0, size) if part is None else map(int, match.group("first", "last"))
-        numbers = self.saved.numbers(param)
+        numbers = self._numbers[param]
         start, stop = state.place(key, first, last, numbers)
         wanted = state.shape(key, shape, numbers) if part is None else (stop - start,)
         if part is not None and (not first < last <= size or first % GROUP):
@@ -99,7 +100,7 @@ class Stored:
             self.pieces.setdefault(piece.array_name, []).append(piece)
         for array, of_array in self.pieces.items():
             param, _, key = array.rpartition(".")
-            _, size = state.place(key, 0, math.prod(self.saved.shape(param)), self.saved.numbers(param))
+            _, size = state.place(key, 0, math.prod(self.saved.shape(param)), self._numbers[param])
             ends, starts = [0, *(piece.stop for piece in of_array)], [*(piece.start for piece in of_array), size]
             for end, start in zip(ends, starts, strict=True):
                 if start != end:
@@ -132,7 +133,10 @@ class Stored:
     def read(self, section):
         """Read the elements of a Section. Raises CheckpointError where they are damaged."""
         with contextlib.closing(self.chunks(section, section.key)) as stored:  # its file: a destructor would lose Ctrl-C
-            copy(stored, array_bytes.buffers(section.backend, section.view))
+            pieces = array_bytes.Pieces(array_bytes.buffers(section.backend, section.view))
+            for chunk in stored:
+                pieces.write(chunk)
+            pieces.close()
 
     def chunks(self, section, key):
         """Yield the bytes of an array of the state, of the elements of a Section, as buffers. Each is good until the next."""

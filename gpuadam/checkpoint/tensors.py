@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from .. import backends
+from ..groups import named_params
 from ..kernels import array_bytes
 from ..kernels.view import View
 from ..state import shape
@@ -48,21 +49,20 @@ def sections(opt, ranges=None):
     ranges: of an optimizer whose parameters are parts of others, name -> (the whole parameter's name, start, stop).
     """
     listed = []
-    for group in opt.groups:
-        for name, param in zip(group["names"], group["params"], strict=True):
-            kept = {key: opt.array_of_state(name, key) for key in opt.state[name] if key != "step"}
-            master, label = kept.pop("master", None), opt.arrangement.label(name)
-            of_param = ("master of " + label, master) if master is not None else (label, param)
-            viewed = {PARAM: backends.choose([of_param], opt.backend if master is None else opt.state_backend)}
-            for key, array in kept.items():
-                viewed[key] = backends.choose([(f"{key} of {label}", array)], opt.state_backend)
-            numbers = opt.parameters[name].kind.numbers
-            _check(viewed, opt.options, numbers)
-            whole, start, stop = ranges[name] if ranges else (name, 0, viewed[PARAM][1][0].size)
-            listed += [
-                Section(whole, start, stop, key, backend, view, numbers, master is not None and key == PARAM)
-                for key, (backend, (view,)) in viewed.items()
-            ]
+    for name, param in named_params(opt.groups):
+        kept = {key: opt.array_of_state(name, key) for key in opt.state[name] if key != "step"}
+        master, label = kept.pop("master", None), opt.arrangement.label(name)
+        of_param = ("master of " + label, master) if master is not None else (label, param)
+        viewed = {PARAM: backends.choose([of_param], opt.backend if master is None else opt.state_backend)}
+        for key, array in kept.items():
+            viewed[key] = backends.choose([(f"{key} of {label}", array)], opt.state_backend)
+        numbers = opt.parameters[name].kind.numbers
+        _check(viewed, opt.options, numbers)
+        whole, start, stop = ranges[name] if ranges else (name, 0, viewed[PARAM][1][0].size)
+        listed += [
+            Section(whole, start, stop, key, backend, view, numbers, master is not None and key == PARAM)
+            for key, (backend, (view,)) in viewed.items()
+        ]
     return listed
 
 

@@ -32,9 +32,7 @@ def add_options(parser):
     names = {"type": forms.chosen, "default": "float32,float64", "metavar": "NAME,NAME"}
     parser.add_argument("--forms", "--dtypes", **names, help=of_forms)
     parser.add_argument("--seconds", type=arguments.number(0), default=1.0, help="time spent on each row (default 1)")
-    parser.add_argument(
-        "--plot", type=arguments.picture, metavar="FILE", help="write throughput by size: FILE.png, .pdf or .svg"
-    )
+    arguments.add_plot(parser, "bench", "write throughput by size")
     parser.add_argument("--backend", choices=list(backends.BACKENDS), help="default: all that there are")
 
 

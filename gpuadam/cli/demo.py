@@ -26,9 +26,7 @@ EPOCHS, HIDDEN = 40, 128
 
 
 def add_options(parser):
-    parser.add_argument(
-        "--plot", type=arguments.picture, metavar="FILE", help="write the loss and accuracy curves: FILE.png, .pdf or .svg"
-    )
+    arguments.add_plot(parser, "demo", "write the loss and accuracy curves")
     parser.add_argument("--backend", choices=list(backends.BACKENDS), help="default: the best available")
 
 

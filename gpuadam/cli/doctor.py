@@ -76,8 +76,8 @@ def _caches():
 
 
 def _writable(folder):
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing):
             return True
     except OSError:

@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..backends import BackendUnavailableError, home, load
+from ..backends import home, load
 from ..terminal import arguments, figures
 from ..terminal.console import Console
-from ..terminal.output import MissingExtraError, counted, ending_plainly
+from ..terminal.output import counted, ending_plainly
 from ..terminal.output import need as need
 
 
@@ -46,15 +46,8 @@ def options(
         default = "auto" if arrays == "numba" else "numpy"
         parser.add_argument("--arrays", choices=("numpy", arrays), default=default, help=f"{arrays} takes a GPU")
     if plot:
-        parser.add_argument(
-            "--plot", type=_picture_file, metavar="FILE", default=plot, help="the picture: FILE.png, .pdf or .svg"
-        )
+        arguments.add_plot(parser, "examples", "the picture", plot)
     return parser.parse_args(argv)
-
-
-def _picture_file(text: str | None) -> Any:
-    need("examples", "matplotlib")  # argparse passes the default too, so that it is missed before the work is done
-    return arguments.picture(text)
 
 
 def array_module(name: str) -> Any:
@@ -108,10 +101,6 @@ def save_panels(path: Any, shown: Any, title: str, draw: Any = grey, rows: int =
 
 
 def run(main: Any) -> NoReturn:
-    """Run an example's main and end the process; what is missing here is one line and exit status 2."""
-    try:
-        with ending_plainly():
-            sys.exit(main())
-    except (BackendUnavailableError, MissingExtraError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    """Run an example's main and end the process."""
+    with ending_plainly():
+        sys.exit(main())

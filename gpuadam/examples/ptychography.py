@@ -54,7 +54,7 @@ def focused(xp: Any, defocus: Any) -> Any:
 
 
 def places(size: int) -> Any:
-    """Return the slices of all patches. They are off a grid, or its period would be in the object that is found."""
+    """Return the slices of all patches: shifted from a regular grid, whose period would otherwise appear in the result."""
     rng, grid = np.random.default_rng(1), range(0, size - WIDTH + 1, APART)
     corners = np.array([(y, x) for y in grid for x in grid])
     corners = np.clip(corners + rng.integers(-2, 3, corners.shape), 0, size - WIDTH)
@@ -104,7 +104,7 @@ def loss_and_gradient_of(xp: Any, waves: Any, amplitudes: Any) -> Any:
 
 
 def error(found: Any, sought: Any) -> Any:
-    """Return the relative error of an object, and it with the factor and phase ramp of sought, which no pattern shows."""
+    """Return the relative error of an object, and the object without the factor and phase ramp that no pattern determines."""
     found, across = command_line.on_host(found)[INNER], np.arange(len(sought)) - len(sought) / 2
     for _ in range(5):
         ratio = sought * found.conj()

@@ -2,7 +2,7 @@
 
 Thomson's problem (1904): which places on a sphere give n equal charges the least energy, the sum of 1/distance over all pairs?
 The device arrays are the program's, its kernel computes the gradient, and gpuadam updates in place. Without a GPU the function
-of one charge is compiled for the CPU, and the arrays are NumPy's. A charge's place is its parameter over that one's length.
+of one charge is compiled for the CPU, and the arrays are NumPy's. A charge lies at p / |p|, where p is its parameter.
 """
 
 import math

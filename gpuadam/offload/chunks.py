@@ -13,8 +13,8 @@ CHUNKS, SMALLEST_CHUNK = 256, 1 << 25
 # each processor has a slot, up to MOST_SLOTS.
 SLOTS_ON_GPU, MOST_SLOTS = 3, 8
 ALIGNMENT = 64  # bytes: arrays in a slot, in a file of state and in the host's memory begin at multiples of it
-# Elements, 2 MB of float32: the large pages in which Linux may map files. A large page is read whole when a part of it is needed,
-# so the chunks of an array that begins with a large page end with one.
+# Elements, 2 MB of float32: a large page, by which Linux may map files. Linux reads a large page whole. So the chunks of an array
+# that starts on a large page also end on one, and no page is read for two chunks.
 EDGE = 1 << 19
 
 

@@ -52,29 +52,28 @@ class Folder(Store):
             for name, (_, view, kept, numbers) in beginnings.items()
         }
         description = {"layout": LAYOUT, "options": options, "parameters": parameters}
-        self._longest = 1_000_000 + 2 * len(_text(description))  # bytes of JSON: what is made to harm takes 20 times as many
+        # bytes of JSON. A malicious file can take 20 times its size in memory when it is parsed
+        self._longest = 1_000_000 + 2 * len(_text(description))
         self._kinds = {kind for beginning in beginnings.values() for kind in beginning.kept}
         self._maps: list[np.memmap] = []
         self._marking = threading.RLock()  # of steps.json: one thread may flush while another takes steps
         if self.path.exists():
-            self._has_state(description)
+            self._names_there(description)
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock, self._process = locked(self.path / LOCK), os.getpid()
         except BlockingIOError as error:
             raise ValueError(f"{self.path} is the state of an optimizer that is open: close() that one first") from error
         try:
-            self.existed = self._has_state(description)  # again, now that no other process changes it
+            names = self._names_there(description)  # again, now that no other process changes it
+            self.existed = names is not None
             for left in self.path.glob(f"{TEMPORARY}*.tmp"):
                 with contextlib.suppress(OSError):  # a file that stays does no harm
                     left.unlink()
             # under way until the arrays are filled
             new = {"steps": 0, "behind": {}, "under_way": True, "unflushed": _boot()}
             self.marks = self._reliable_marks() if self.existed else new
-            order = (
-                _read(self.path / STATE, self._longest, lambda there: [*there["parameters"]]) if self.existed else beginnings
-            )
-            self.arrays = laid_out({name: beginnings[name] for name in order}, self._memory_of)
+            self.arrays = laid_out({name: beginnings[name] for name in names or beginnings}, self._memory_of)
             if not self.existed:
                 self._write(STEPS, self.marks)
                 self._write(STATE, description)  # last: with it the folder is complete
@@ -82,24 +81,26 @@ class Folder(Store):
             self._free()
             raise
 
-    def _has_state(self, description):
-        """Return whether the state is there already. Refuse a folder of other files or other state."""
+    def _names_there(self, description):
+        """Return the names of the parameters whose state is there, in its order, or None. Refuse other files or other state."""
         files = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(self.path)}
         if STATE in files:
-            there = _read(self.path / STATE, self._longest, _facts)
+            names, there = _read(
+                self.path / STATE, self._longest, lambda content: ([*content["parameters"]], _facts(content))
+            )
             for fact, value in _facts(description).items():
                 if there.get(fact) != value:
                     made = f"the state in {self.path} was made with {shortened(fact)}={shown(there.get(fact))}"
                     raise ValueError(
                         f"{made}, this optimizer with {shortened(fact)}={shown(value)}: give the same, or another folder"
                     )
-            return True
+            return names
         # a process that was killed while it made the files leaves the lock, which comes first, and some of the others
         expected = {LOCK, STEPS, *self._kinds} if LOCK in files else set()
         ours = {name for name, is_file in files.items() if is_file and (name in expected or name.startswith(TEMPORARY))}
         if strangers := sorted(files.keys() - ours):
             raise ValueError(f"{self.path} has {strangers[:5]} in it and no {STATE}: give a folder of its own for the state")
-        return False
+        return None
 
     def _reliable_marks(self):
         """Return what steps.json says, or refuse state that cannot be relied on."""
@@ -115,7 +116,7 @@ class Folder(Store):
         if self._lock.closed:
             raise ValueError("this optimizer is closed: make another with the same folder, which continues where it was")
         if self._process != os.getpid():
-            raise ValueError(f"this process was forked from the one that opened {self.path}, which alone can take steps")
+            raise ValueError(f"this process was forked from the one that opened {self.path}, which alone can use it")
 
     def _memory_of(self, kind, n_bytes):
         """Return the bytes of the file of a kind, mapped into memory."""
@@ -169,11 +170,11 @@ class Folder(Store):
                 self._free()
 
     def discard(self):
-        """Take the files away, and the folder if nothing else is in it."""
-        for name in (STATE, STEPS, *self._kinds):
+        """Take the files away, and the folder if nothing else is in it. Raises ValueError if they are another's by now."""
+        self.check_open()
+        for name in (STATE, STEPS, *self._kinds, LOCK):  # the lock last, and while it is held: then it can be another's
             (self.path / name).unlink(missing_ok=True)
         self._free()
-        (self.path / LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a folder with something in it
             self.path.rmdir()
 

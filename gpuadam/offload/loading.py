@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 from .. import backends, checks, torch_tensors
-from ..checkpoint.format import OFFLOADED
-from ..checkpoint.loading import about, check_copies, check_with_params, fill, not_fitting, opened
+from ..checkpoint.format import ALGORITHMS
+from ..checkpoint.loading import about, check_copies, fill, not_fitting, opened
 from ..checkpoint.safetensors import require
-from ..kernels import array_bytes
+from ..groups import named_params
 from ..kernels.messages import shown
-from ..kernels.operands import NARROW
-from ..kernels.state_formats import encoded
 from ..typing import FilePath, LearningRate, LikeParams, Number, Params, Side, StateDtype
 from .folder import check_new
 from .mapped import drop_mapped
 from .optimizer import OffloadAdam, check_place
+from .state import copy_master
 
 
 def load_offload(
@@ -42,7 +41,8 @@ def load_offload(
     state: "memory", or the path of a folder that is not there yet or is empty. budget, update, progress: as in `OffloadAdam`.
     master: "float32" if bfloat16 and float16 parameters are the copies of float32 masters. A checkpoint has the masters as the
         parameters, with_params or not: that of an OffloadAdam with masters, or of an Adam of float32 parameters with
-        `param_copies`, which was saved with_params. They are state, of which no warning tells. A remainder needs no word here.
+        `param_copies`, which was saved with_params. Masters are state, so loading them causes no warning. `master="remainder"` is
+        in the checkpoint and is not given here.
 
     Training goes on bit for bit. Raises CheckpointError and the other errors of `gpuadam.load` and of `OffloadAdam`. Nothing of
     the caller's has changed then, and a folder that was made is taken away.
@@ -58,19 +58,20 @@ def load_offload(
     1 0.1 True
     """
     path = os.fsdecode(path)
-    check_with_params(with_params)
     check_place(state)
     if master is not None:
         checks.one_of(("float32",), "master", master)
-    with about(path), opened(path, params, backend, lr, state_dtype, of_masters=master is not None) as checkpoint:
+    of_masters = master is not None
+    with about(path), opened(path, params, backend, lr, with_params, state_dtype, of_masters) as checkpoint:
         saved = checkpoint.stored.saved
-        known = ", which OffloadAdam is not: it is Adam or AdamW"
-        require(saved.name in OFFLOADED, f"its class is {shown(saved.name)}{known}")
+        algorithm, decoupled = ALGORITHMS[saved.name]
+        known = "which OffloadAdam is not: it is Adam or AdamW"
+        require(algorithm == "adam", f"its class is {shown(saved.name)}, {known}")
         require(not saved.options.get("capturable"), "it is of a capturable optimizer, which an OffloadAdam cannot be")
         if master is None:
             check_copies(saved.copies, param_copies)
-        settings = checkpoint.hyperparameters | {k: v for k, v in saved.options.items() if k not in ("capturable", "master")}
-        settings |= {"decoupled": OFFLOADED[saved.name], "master": master or saved.options.get("master")}
+        settings = checkpoint.hyperparameters | saved.options
+        settings |= {"decoupled": decoupled, "master": master or saved.options.get("master")}
         settings |= {"param_copies": param_copies, "backend": backend}
         settings |= {"state": state, "budget": budget, "update": update, "progress": progress}
         if state != "memory":
@@ -90,14 +91,8 @@ def load_offload(
 
 def _show_masters(opt):
     """Make narrow parameters the rounded copies of their masters, as a step does."""
-    for group in opt.groups:
-        for name, param in zip(group["names"], group["params"], strict=True):
-            if "master" in opt.state[name]:
-                kernels, (view,) = backends.choose([(opt.arrangement.label(name), param)], opt.backend)
-                assert view.format in NARROW
-                rest = opt.state[name]["master"].reshape(-1)
-                for buffer in array_bytes.buffers(kernels, view):
-                    part, rest = rest[: len(buffer) // 2], rest[len(buffer) // 2 :]
-                    buffer[:] = encoded(part, view.format).tobytes()
-                    drop_mapped([part])
-        torch_tensors.wrote(group["params"])
+    for name, param in named_params(opt.groups):
+        if "master" in opt.state[name]:
+            kernels, (view,) = backends.choose([(opt.arrangement.label(name), param)], opt.backend)
+            copy_master(opt.state[name]["master"], view, kernels, to_master=False)
+            torch_tensors.wrote([param])

@@ -85,7 +85,7 @@ def mapping_of(array):
             if getattr(array, "mode", "c") == "c":
                 return None
             if file_map not in _starts:
-                _starts[file_map] = np.frombuffer(file_map, np.uint8).__array_interface__["data"][0]
+                _starts[file_map] = huge_pages.address_of(np.frombuffer(file_map, np.uint8))
             return Mapping(file_map, _starts[file_map], _starts[file_map] + len(file_map))
         array = array.base
     return None
@@ -96,7 +96,7 @@ def drop_mapped(arrays):
     for array in arrays:
         mapping = mapping_of(array)
         if mapping and array.size:
-            start = array.__array_interface__["data"][0]
+            start = huge_pages.address_of(array)
             mapping.drop(start, start + array.nbytes)
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from .. import backends, checks, torch_tensors
 from ..clipping import global_norm
-from ..description import of_adam, repr_of
+from ..description import of_adam
 from ..groups import OF_PARAMS
 from ..kernels.backend import refuse_stream
 from ..kernels.messages import shown
@@ -44,15 +43,15 @@ from .folder import Folder
 from .jobs import check_contiguous, jobs_of
 from .mapped import drop_mapped
 from .stages import OnDevice, OnHost
-from .state import Store, copy, fill_master
+from .state import Store, copy, copy_master
 
 SelfT = TypeVar("SelfT", bound="OffloadAdam")
 TRIAL = 1 << 22  # elements of the update by which the faster side is found
 # The options that decide what the numbers of state mean: a folder of state belongs to an optimizer with the same ones
 DESCRIBED = ("algorithm", "decoupled", "state_dtype", "seed", "stochastic_rounding", "formula", "eps_root", "ema_decay")
 
-# What the optimizer that is measured has of its own
-OF_TRIAL = ("params", "lr", "betas", "eps", "weight_decay")
+# What the optimizer that is measured has as by default: its one parameter is a row of real numbers, whatever shares a v
+OF_TRIAL = ("params", "lr", "betas", "eps", "weight_decay", "bounds", "complex", "components")
 
 
 class OffloadAdam(Adam):
@@ -85,6 +84,8 @@ class OffloadAdam(Adam):
     refused until `load_state_dict` has set all of the state, and so is a folder that a process left in the midst of a step.
     `close()` flushes the files and frees the folder; the optimizer is a context manager that does so, too. A process that is
     forked does not own the folder: it can take no steps, and its `close()` leaves the folder to the process that opened it.
+
+    `load_state_dict` takes the `state_dict()` of this class and, but for a float32 master, of an `Adam` on the CPU.
 
     >>> import numpy as np, gpuadam, tempfile
     >>> param = np.full(3, 0.5, "float32")
@@ -144,15 +145,19 @@ class OffloadAdam(Adam):
         self.decoupled = checks.flag("decoupled", decoupled)
         self._master, self._state_in = master, state
         bar = need("progress", "rich.progress")[0].Progress if checks.flag("progress", progress) else None
-        super().__init__(**of_adam, master=master if master == "remainder" else None)
-        self.state_backend = "numba-cpu"
-        if self._store.existed:
-            self.steps = self._store.marks["steps"]
-            for name, arrays in self.state.items():
-                arrays["step"] = self._store.marks["behind"].get(name, self.steps)
-        of_trial = {"decoupled": self.decoupled, "budget": self._budget, "master": master, "param_copies": None}
-        on_device, self._why = self._chosen_side(arguments(of_adam, besides=OF_TRIAL) | of_trial)
-        self._runner = (OnDevice if on_device else OnHost)(self._gpu, self._device, self._budget, bar)
+        try:
+            super().__init__(**of_adam, master=master if master == "remainder" else None)
+            self.state_backend = "numba-cpu"
+            if self._store.existed:
+                self.steps = self._store.marks["steps"]
+                for name, arrays in self.state.items():
+                    arrays["step"] = self._store.marks["behind"].get(name, self.steps)
+            on_device, self._why = self._chosen_side(arguments(of_adam, besides=OF_TRIAL))
+            self._runner = (OnDevice if on_device else OnHost)(self._gpu, self._device, self._budget, bar)
+        except BaseException:
+            if "_store" in vars(self):  # a folder that was there is the caller's to keep
+                (self._store.close if self._store.existed else self._store.discard)()
+            raise
 
     # The state
 
@@ -172,7 +177,7 @@ class OffloadAdam(Adam):
         if not self._store.existed:
             for name, (kernels, view, kept, _) in beginnings.items():
                 if "master" in kept:
-                    fill_master(self._store.arrays[name]["master"], view, kernels)
+                    copy_master(self._store.arrays[name]["master"], view, kernels, to_master=True)
             self._store.end_at(0, {})
         self.under_way = self._store
         return self._store.arrays
@@ -215,10 +220,10 @@ class OffloadAdam(Adam):
         param, grad = (kernels.zeros(TRIAL, view.dtype, view.device) for _ in range(2))
         if view.bits:
             param, grad = Bits(param, view.bits), Bits(grad, view.bits)
-        stochastic = options.get("stochastic_rounding", False)
-        if checks.without_effect([view.format], options["master"], stochastic):  # it is of smaller parameters
-            options = options | {"master": None, "stochastic_rounding": False}
-        trial = OffloadAdam(param, update=side, **options)
+        options = options | {"master": self._master, "param_copies": None}
+        if checks.without_effect([view.format], self._master, options["stochastic_rounding"]):  # it is of smaller parameters
+            options |= {"master": None, "stochastic_rounding": False}
+        trial = OffloadAdam(param, update=side, decoupled=self.decoupled, budget=self._budget, **options)
         moments = [time.perf_counter()]
         for _ in range(4):
             trial.step(grad)
@@ -260,11 +265,7 @@ class OffloadAdam(Adam):
         counts = {name: int(state["step"]) for name, state in self.state.items()}  # a caller may have set NumPy's integers
         self._store.end_at(int(self.steps), {name: n for name, n in counts.items() if n != self.steps})
 
-    def __repr__(self) -> str:
-        return repr_of(self, self._description)
-
     def _description(self):
-        """Return the text of `repr`."""
         own = {
             "decoupled": self.decoupled,
             "state": os.fspath(self._state_in),
@@ -313,14 +314,6 @@ class OffloadAdam(Adam):
             torch_tensors.wrote(group.written())
 
     # Saving and ending
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *, convert: bool = False) -> None:
-        """Copy a `state_dict()`, of this class or, but for a float32 master, of `Adam` on the CPU, into this optimizer.
-
-        convert: as in `Adam.load_state_dict`.
-        """
-        self._store.check_open()
-        super().load_state_dict(state_dict, convert=convert)
 
     def save(self, path: FilePath, *, with_params: bool = False) -> None:
         """Write a checkpoint that `gpuadam.load_offload` goes on from, and `gpuadam.load`, as `Adam` or `AdamW`: see `Adam.save`.

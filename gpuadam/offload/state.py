@@ -7,6 +7,7 @@ import numpy as np
 
 from ..kernels import array_bytes, huge_pages
 from ..kernels.operands import widened
+from ..kernels.state_formats import encoded
 from ..state import IN_MEMORY, shape
 from ..under_way import UnderWay
 from .chunks import ALIGNMENT, aligned, aligned_memory
@@ -75,16 +76,18 @@ class Store(UnderWay):
         """Flush the state, and let another optimizer have it."""
 
     def discard(self):
-        """Take the state away, which was never whole."""
+        """Delete state that was never completely written."""
 
 
-def fill_master(master, view, kernels):
-    """Set a float32 master to the numbers of a narrow parameter."""
+def copy_master(master, view, kernels, to_master):
+    """Set a float32 master to the numbers of a narrow parameter, or the parameter to the master's, rounded."""
     rest = master.reshape(-1)
-    for chunk in array_bytes.chunks(kernels, view):
-        narrow = np.frombuffer(chunk, np.float16)
-        part, rest = rest[: narrow.size], rest[narrow.size :]
-        part[:] = widened(narrow, view.format)
+    for buffer in (array_bytes.chunks if to_master else array_bytes.buffers)(kernels, view):
+        part, rest = rest[: len(buffer) // 2], rest[len(buffer) // 2 :]
+        if to_master:
+            part[:] = widened(np.frombuffer(buffer, np.float16), view.format)
+        else:
+            buffer[:] = encoded(part, view.format).tobytes()
         drop_mapped([part])
 
 

@@ -34,7 +34,7 @@ from typing import Literal, NamedTuple
 
 from .. import checks
 from ..kernels.messages import shown
-from ..kernels.operands import KINDS, NARROW, Arrays, Operand, bytes_moved_of
+from ..kernels.operands import KINDS, NARROW, Arrays, Operand, bytes_moved_of, sharing
 from ..options import STATE_DTYPES
 from ..state import kept
 from ..typing import Complex, Components, Format, StateDtype
@@ -79,7 +79,7 @@ def update(
     element is a complex number, and these are the formats of its parts.
     ema: whether a running mean is kept. stochastic: whether a narrow param without a master is rounded randomly.
 
-    Raises ValueError for what there is not.
+    Raises ValueError for combinations that gpuadam does not have.
 
     >>> update(10**13, "bfloat16", master="float32").arrays.param_copy
     'bfloat16'
@@ -104,7 +104,7 @@ def update(
         raise ValueError(
             f"complex parameters and gradients are of float32 or float64 parts, not of {' and '.join(sorted(wrong))}"
         )
-    numbers = 2 if complex == "joint" else checks.components(components)
+    numbers = sharing(complex, complex, checks.components(components))
     if complex == "parts":
         sizes = tuple(2 * size for size in sizes)
     elif numbers > 1 and not complex:
@@ -126,7 +126,7 @@ def update(
 
 
 def kernel_seconds(arrays, operands, n, processor, launches=1, share=1):
-    """Return how long a processor takes to update n elements. share: of how many that do the same at once it is one.
+    """Return how long a processor takes to update n elements. share: how many devices use this processor at the same time.
 
     >>> from gpuadam.planning.machines import Processor
     >>> from gpuadam.kernels.operands import operands_of

@@ -84,7 +84,7 @@ def _meaning(value):
     if isinstance(value, (list, tuple)):
         return f"({', '.join(map(_meaning, value))})"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(sorted(f'{_meaning(key)}: {_meaning(own)}' for key, own in value.items()))}}}"
+        return f"{{{', '.join(sorted(f'{_meaning(key)}: {_meaning(member)}' for key, member in value.items()))}}}"
     return repr(value)
 
 

@@ -27,6 +27,11 @@ class Member:
     grad_array: Any = None
     shards: list["OwnedShard"] = dataclasses.field(default_factory=list)
 
+    @property
+    def settings(self):
+        """Those of a group with its numbers: they are real in the buffer, and vectors also where the caller's are complex."""
+        return {"complex": None, "components": self.numbers}
+
 
 @dataclasses.dataclass(eq=False)
 class OwnedShard:
@@ -81,8 +86,7 @@ class BucketOfRank:
         self._kernels, self._transport = buffer.kernels, buffer.transport
         layout, members, rank = buffer.layout, buffer.members, buffer.transport.rank
         self.group = members[0].group
-        # the elements that share a v are vectors of the buffer, also where they are complex numbers of the caller
-        self.settings = {"complex": None, "components": members[0].numbers}
+        self.settings = members[0].settings
         self._param, self._grad = buffer.param[bucket.start : bucket.stop], buffer.grad[bucket.start : bucket.stop]
         self._sums = sums  # of the gradients of all ranks
         within = [(members[k], layout.starts[k]) for k in layout.within(bucket.start, bucket.stop)]

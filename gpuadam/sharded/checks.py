@@ -5,6 +5,7 @@ import collections
 import itertools
 
 from .. import backends, checks
+from ..groups import named_params
 from ..kernels.layout import bounds
 from ..kernels.messages import shown
 from .layout import CELL
@@ -14,7 +15,7 @@ NARROWER = tuple(format for format in checks.FORMATS if format != "float64")
 
 def params(groups, arrangement, transport, backend):
     """Return the backend of all parameters and their Views, in order."""
-    params = [(name, p) for group in groups for name, p in zip(group["names"], group["params"], strict=True)]
+    params = list(named_params(groups))
     for name, n in collections.Counter(name for name, _ in params).items():
         if n > 1:
             raise ValueError(f"two parameters are named {shown(name)}: names must differ")
@@ -34,16 +35,16 @@ def params(groups, arrangement, transport, backend):
 def numbers(views, groups):
     """Return how many numbers of each parameter share a v. views: of all parameters, in the order of the groups."""
     of_groups = [group for group in groups for _ in group["params"]]
-    found = [
+    sharing = [
         checks.numbers(view, group["complex"], group["components"]) for view, group in zip(views, of_groups, strict=True)
     ]
-    for view, n in zip(views, found, strict=True):
+    for view, n in zip(views, sharing, strict=True):
         if CELL % n:
             raise ValueError(
                 f"{view.name} has components={n}: ranks own multiples of {CELL:,} numbers, which are no whole vectors of {n}. "
                 "With a fourth number, whose gradient is 0, components=4 takes the same steps"
             )
-    return found
+    return sharing
 
 
 def _chosen(named, transport, backend):
@@ -72,9 +73,8 @@ def grads(members, listed, transport, taken, zero_grad, backend):
         named = [(f"the gradient of {member.view.name}", listed[member.number]) for member in elsewhere]
         _, their_views = _chosen(named, transport, backend)
         for member, view in zip(elsewhere, their_views, strict=True):
-            _grad(view, member, zero_grad)
-            if zero_grad:
-                checks.writeable(view)
+            allowed = checks.FORMATS if member.grad.format == "float64" else NARROWER
+            checks.gradient(view, member.view, allowed, zero_grad)
             taken.check(view, member.grad)
             views[member.number] = view
     return views
@@ -96,14 +96,3 @@ class Taken:
         in_place = grad.contiguous and (grad.pointer, grad.dtype) == (place.pointer, place.dtype)
         if not in_place and before and self._ends[before - 1] > start:
             checks.overlap(self._views, [grad])
-
-
-def _grad(grad, member, zero_grad):
-    """Check a gradient that is not the array of its place in the buffer."""
-    param = member.view
-    checks.one_format(grad, checks.FORMATS if member.grad.format == "float64" else NARROWER)
-    if grad.shape != param.shape:
-        raise ValueError(f"{grad.name} has shape {grad.shape}, {param.name} has {param.shape}: nothing is broadcast")
-    if grad.device != param.device and param.size:
-        raise ValueError(f"{grad.name} is on device {grad.device}, {param.name} on {param.device}: move one of them")
-    checks.layout(grad, written=zero_grad)

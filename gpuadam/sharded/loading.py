@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from .. import checks
 from ..checkpoint.converting import as_saved, read_state
 from ..checkpoint.format import ALGORITHMS
-from ..checkpoint.loading import about, check_with_params, not_fitting, opened, warn_of_params
+from ..checkpoint.loading import about, not_fitting, opened, warn_of_params
 from ..checkpoint.tensors import PARAM
 from ..kernels.messages import shown
 from ..typing import FilePath, Integer, LearningRate, Params, Reduction, StateDtype
@@ -60,8 +60,7 @@ def load_sharded(
     with about(location), contextlib.ExitStack() as until_loaded:
 
         def compared():
-            checkpoint = until_loaded.enter_context(opened(location, params, backend, lr, state_dtype))
-            check_with_params(with_params)
+            checkpoint = until_loaded.enter_context(opened(location, params, backend, lr, with_params, state_dtype))
             described = {"path": location, "the checkpoint there": checkpoint.stored.crc}
             return checkpoint, described | {"with_params": with_params, "state_dtype": state_dtype}, False
 

@@ -181,7 +181,7 @@ class ShardedAdam(HasGroups):
         buffers = []
         for (group, *_), members in alike.items():
             # one backend for good: `use_backend` around a step would raise only on the ranks that own something
-            of_buffer = settings[group] | {"complex": None, "components": members[0].numbers}
+            of_buffer = settings[group] | members[0].settings
             make = functools.partial(ShardAdam, options=self.options, backend=self._kernels.name, **of_buffer)
             buffers.append(Buffer(self._kernels, members, self.transport, self._bucket_bytes, make, self._views))
         return buffers
@@ -346,7 +346,8 @@ class ShardedAdam(HasGroups):
         Raises, on all ranks, CheckpointError if something cannot be written, and ValueError or TypeError for an optimizer that
         could not be loaded again.
         """
-        saving.save(self, path, with_params=with_params)
+        with self.transport.calls.alone("a save"):
+            saving.save(self, path, with_params)
 
     def __reduce__(self):
         raise TypeError(

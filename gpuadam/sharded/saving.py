@@ -3,7 +3,7 @@
 Every rank writes and flushes a part of its own, under a name that no part before had. Then rank 0 puts a new index in the place
 of the old one, in one step; only the index says which parts the checkpoint has. So a crash at any moment leaves the old
 checkpoint or the new one. Parts that no index names were left by a save that did not end, and the next one deletes them.
-Between that and the new index, rank 0 holds a lock, so that another job does not take these parts for such a rest.
+Between that and the new index, rank 0 holds a lock, so that another job does not delete the new parts as leftovers.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ from pathlib import Path
 
 from .. import checks
 from ..checkpoint.format import (
-    ALGORITHMS,
     INDEX,
     IS_PART,
     PART,
@@ -33,18 +32,13 @@ from ..kernels.messages import shown
 from .agreement import agreed, on_all
 
 LOCK = ".gpuadam-lock"
-CLASS_OF = {algorithm: name for name, algorithm in ALGORITHMS.items()}
 OURS = re.compile(rf"{IS_PART.pattern}|\.gpuadam-[0-9a-f]{{16}}\.tmp")  # parts, and files that were not finished
 SHARED = "The folder must be on a file system that all ranks share"
 
 
-def save(opt, path, *, with_params=False):
-    """Save a ShardedAdam: see `ShardedAdam.save`."""
-    with opt.transport.calls.alone("a save"):
-        _save(opt, opt.transport, path, with_params)
-
-
-def _save(opt, transport, path, with_params):
+def save(opt, path, with_params):
+    """Save a ShardedAdam, whose transport makes no other calls: see `ShardedAdam.save`."""
+    transport = opt.transport
     folder, metadata = agreed(transport, _prepared, opt, path, with_params)[0]
     with contextlib.ExitStack() as lock:
         cleared = on_all(transport, lambda: _cleared(folder, lock) if transport.rank == 0 else None)
@@ -66,9 +60,8 @@ def _prepared(opt, path, with_params):
     folder, with_params = Path(os.fsdecode(path)), checks.flag("with_params", with_params)
     opt.checked_groups()  # what could not be loaded is not saved either
     params = {member.name: (member.view, member.taken) for member in opt.members}
-    name = CLASS_OF[opt.options.algorithm, opt.options.decoupled]
     groups = [saved_settings(group) for group in opt.groups]
-    metadata = encoded(opt, name, groups, params) | {"reduction": opt.reduction}
+    metadata = encoded(opt, groups, params) | {"reduction": opt.reduction}
     described = metadata | {"groups": groups}  # as numbers: 1 and 1.0, which are equal, differ in JSON
     return (folder, metadata), {"path": str(folder), "with_params": with_params, **described}, False
 

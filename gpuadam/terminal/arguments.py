@@ -6,6 +6,8 @@ import math
 import os
 from pathlib import Path
 
+from .output import need
+
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 MOST = 10**18
 PICTURES = (".png", ".pdf", ".svg")
@@ -20,7 +22,7 @@ def whole(text, least=1):
     unit = UNITS.get(text[-1:], 1)
     try:
         number = decimal.Decimal(text[: -1 if unit > 1 else None]) * unit
-    except decimal.InvalidOperation:
+    except decimal.DecimalException:  # it is no number, or one with a larger exponent than decimals have
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 124439808, 7e9 or 70B") from None
     if not number.is_finite() or number != number.to_integral_value() or not least <= number <= MOST:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 1e18")
@@ -82,6 +84,19 @@ def picture(text):
     if Path(text).suffix.lower() not in ("", *PICTURES):
         raise argparse.ArgumentTypeError(f"{text!r} must end in {', '.join(PICTURES)}, or have no such end, for PNG")
     return writable(text)
+
+
+def add_plot(parser, extra, what, default=None):
+    """Add the option --plot to a parser, of which a picture is the value.
+
+    extra: the one that brings matplotlib. what: is drawn, in words for the help.
+    """
+
+    def path(text):
+        need(extra, "matplotlib")  # so that its absence is reported before the work begins
+        return picture(text)
+
+    parser.add_argument("--plot", type=path, metavar="FILE", default=default, help=f"{what}: FILE.png, .pdf or .svg")
 
 
 def folder(text):

@@ -97,8 +97,7 @@ class Console:
     def passing(self, text):
         """Show a line on a terminal until something else is printed or passes; "" takes it away."""
         if self.is_terminal and text != self._passing:
-            shown = text[: self.width - 1]
-            self._stream.write(f"\r{shown:{min(len(self._passing), self.width - 1)}}{'' if text else chr(13)}")
+            self._stream.write(f"\r\x1b[K{text[: self.width - 1]}")
             self._stream.flush()
             self._passing = text
 

@@ -21,11 +21,10 @@ STYLE = {
 
 def panels(n_rows, n_columns, width, height, **of_panels):
     """Return a figure and its axes, n_rows x n_columns panels of width x height inches. of_panels: as matplotlib's subplot_kw."""
-    matplotlib, pyplot = need("bench", "matplotlib", "matplotlib.pyplot")
-    matplotlib.use("Agg")
+    matplotlib, of_figure = need("bench", "matplotlib", "matplotlib.figure")
     matplotlib.rcParams.update(STYLE)
-    size = (width * n_columns, height * n_rows + 0.35)
-    return pyplot.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained", subplot_kw=of_panels)
+    figure = of_figure.Figure((width * n_columns, height * n_rows + 0.35), layout="constrained")
+    return figure, figure.subplots(n_rows, n_columns, squeeze=False, subplot_kw=of_panels)
 
 
 def plain_log(axis):
@@ -48,4 +47,3 @@ def save(figure, path, note=""):
     figure.supxlabel(textwrap.fill(note, characters), fontsize=7, color="#555555")
     kind = Path(path).suffix.lower().removeprefix(".") or "png"
     figure.savefig(path, format=kind, bbox_inches="tight")  # tight: so that no title is cut off
-    need("bench", "matplotlib.pyplot")[0].close(figure)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..backends import BackendUnavailableError
 from .console import Console
 
 
@@ -18,12 +19,8 @@ class CommandError(RuntimeError):
     """What a command was asked for cannot be done, for a reason that the user can mend."""
 
 
-class MissingExtraError(CommandError):
-    """A command needs a library that is not installed."""
-
-
 def need(extra: str | None, *modules: str) -> list[Any]:
-    """Import modules of an extra, or raise MissingExtraError with the command that installs it.
+    """Import modules of an extra, or raise CommandError with the command that installs it.
 
     extra: None for a package that no extra brings.
     """
@@ -31,30 +28,29 @@ def need(extra: str | None, *modules: str) -> list[Any]:
         return [importlib.import_module(module) for module in modules]
     except ModuleNotFoundError as error:
         wanted = f'"gpuadam[{extra}]"' if extra else error.name
-        raise MissingExtraError(f"{error.name} is not installed: pip install {wanted}") from error
+        raise CommandError(f"{error.name} is not installed: pip install {wanted}") from error
 
 
 def console(options):
-    """Return a Console on standard output, or on standard error if the JSON goes to standard output.
-
-    If a plot is wanted, matplotlib is asked for, so that it is missed before the work is done.
-    """
-    if getattr(options, "plot", None):
-        need("bench", "matplotlib")
+    """Return a Console on standard output, or on standard error if the JSON goes to standard output."""
     return Console(sys.stderr if options.json == "-" else sys.stdout)
 
 
 @contextlib.contextmanager
-def ending_plainly():
-    """End the process without a traceback where the reader of a pipe has gone, as after `| head`, or the user interrupts.
+def ending_plainly(program=""):
+    """End the process without a traceback where something is missing, the reader of a pipe has gone or the user interrupts.
 
-    The exit status is what a shell gives to a program that the signal ends: 141 or 130.
+    What is missing, and what mends it, is a line on standard error, after the name of the program, and the exit status is 2.
+    Otherwise it is what a shell gives to a program that the signal ends: 141, as after `| head`, or 130.
     """
     try:
         try:
             yield
         finally:
             sys.stdout.flush()
+    except (BackendUnavailableError, CommandError) as error:
+        print(f"{program}: {error}" if program else error, file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         sys.exit(128 + 13)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import backends, checks
+from ..kernels.huge_pages import address_of
 from ..kernels.operands import widened
 from ..kernels.view import Bits
 from ..typing import Array
@@ -64,7 +65,7 @@ class ArrayBackend:
         # the memory between the first and the last byte is copied, gaps included, and then viewed with the same strides
         start, end = np.lib.array_utils.byte_bounds(a)
         memory = self._kernels.from_host(np.ctypeslib.as_array((ctypes.c_uint8 * (end - start)).from_address(start)))
-        offset = a.__array_interface__["data"][0] - start
+        offset = address_of(a) - start
         if self.name == "numba-cuda":
             return StridedDeviceArray(memory, offset, a)
         if self.name == "cupy":

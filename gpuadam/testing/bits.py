@@ -1,4 +1,4 @@
-"""Equality of arrays bit for bit, and a message that helps where there is none."""
+"""Equality of arrays bit for bit, and a message that says where they differ."""
 
 from __future__ import annotations
 

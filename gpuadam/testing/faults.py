@@ -13,6 +13,7 @@ from .. import backends, checks
 from ..clipping import named_arrays
 from ..groups import is_sequence
 from ..kernels.messages import shortened, shown
+from ..kernels.state_formats import encoded
 from ..typing import ArrayTree, Integer
 from .bits import FLOATS
 
@@ -149,13 +150,7 @@ def _random_places(count, seed, views):
 
 def _element(value, view):
     """Return a number as a NumPy array of shape () and of the dtype of an array, whose bits may stand for another format."""
-    with np.errstate(over="ignore"):
-        if view.format != "bfloat16":
-            return np.array(value, view.format).view(view.dtype)
-        bits = np.array(value, "f4").view("u4")
-    if math.isfinite(value):
-        bits = bits + 0x7FFF + (bits >> 16 & 1)  # to nearest even
-    return (bits >> 16).astype("u2").view(view.dtype)
+    return encoded(np.array([value]), view.format).view(view.dtype).reshape(())
 
 
 def _write(kernels, view, index, element):

@@ -11,6 +11,7 @@ import numpy as np
 from .. import checks, hyperparameters, reference
 from ..clipping import named_arrays
 from ..kernels.messages import shortened
+from ..kernels.operands import sharing
 from ..typing import Algorithm, ArrayTree, Betas, Bounds, Complex, Components, Formula, Number
 from .bits import FLOATS, on_host
 
@@ -87,7 +88,7 @@ class Reference:
             host = on_host(name, array)
             if host.of_complex and checks.complex_parts(complex) is None:
                 raise TypeError(f"{shortened(name)} is complex: say which Adam it is trained by, complex='joint' or 'parts'")
-            numbers = (2 if complex == "joint" else 1) if host.of_complex else checks.components(components)
+            numbers = sharing(host.of_complex, complex, checks.components(components))
             value = _numbers(name, host)
             self._trained[name] = Trained(value, host.format, numbers, max_v=0.0 if amsgrad else None)
         if not self._trained:

@@ -1,4 +1,4 @@
-"""What a test needs: without it the test skips, or fails where it is required."""
+"""Skip a test that needs something which is not here, or fail it where that is required."""
 
 from __future__ import annotations
 

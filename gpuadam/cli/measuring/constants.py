@@ -8,7 +8,6 @@
 Constants are a dict, as in JSON: {"cpu": {...}, "gpu": {...}, "disk": {...}}, any of which may be missing.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -17,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ... import backends
+from ... import backends, strict_json
 from ...kernels import adam, limit
+from ...kernels.messages import shown
 from ...kernels.operands import Arrays
 from . import facts, forms, measure
 
@@ -100,14 +100,7 @@ def memory(backend):
         lines = meminfo.read_text().splitlines() if meminfo.exists() else []
         available = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
         return next(available, total), total
-    if backend == "cupy":
-        import cupy
-
-        return cupy.cuda.runtime.memGetInfo()
-    from numba import cuda
-
-    info = cuda.current_context().get_memory_info()
-    return info.free, info.total
+    return backends.load(backend).memory_info()
 
 
 def _cache():
@@ -141,7 +134,7 @@ def of_disk(folder):
 def read(path):
     """Return the constants in a file of `plan --measure --json` or of `bench --json`. Raises ValueError if there are none."""
     try:
-        content = json.loads(Path(path).read_text(), parse_constant=_refuse)
+        content = strict_json.parsed(Path(path).read_text())
         constants = dict(content["constants"]) if "constants" in content else of_bench(content["rows"])
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
@@ -151,18 +144,14 @@ def read(path):
     return _checked(constants, path)
 
 
-def _refuse(name):
-    raise ValueError(f"{name} is no number")  # NaN and Infinity, which Python reads and JSON does not have
-
-
 def _checked(constants, path):
     for part, checks in PARTS.items():
         values = constants.get(part, {})
         if not isinstance(values, dict):
-            raise ValueError(f"{path}: its {part} is {values!r:.100}, and must be an object")
+            raise ValueError(f"{path}: its {part} is {shown(values, 100)}, and must be an object")
         for key, (wanted, holds) in checks.items() if part in constants else ():
             if not holds(values.get(key)):
-                raise ValueError(f"{path}: the {key} of its {part} is {values.get(key)!r:.100}, and must be {wanted}")
+                raise ValueError(f"{path}: the {key} of its {part} is {shown(values.get(key), 100)}, and must be {wanted}")
     if not {"cpu", "gpu"} & constants.keys():
         raise ValueError(f"{path} has no float32 rows of the limit kernel: run bench with --dtypes float32")
     return constants

@@ -66,5 +66,8 @@ def _gpu(backend):
     if not shutil.which("nvidia-smi"):
         return name, "unknown: there is no nvidia-smi"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return name, "unknown: nvidia-smi did not answer"
     return name, done.stdout.splitlines()[0] if done.returncode == 0 else f"unknown: nvidia-smi failed ({done.returncode})"

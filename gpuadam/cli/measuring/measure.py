@@ -11,7 +11,6 @@ import numpy as np
 
 from . import facts
 
-ARRAYS_READ_AND_WRITTEN = 7  # reads param, grad, m and v; writes param, m and v
 QUANTILES = (5, 20, 50, 80, 95)
 BUSY = 1.5  # times: on an idle machine p80 is within a few percent of p20
 KERNEL, CALL = "gpuadam kernel + launch", "gpuadam.adam_step"
@@ -34,7 +33,7 @@ NUMBERS = {"elements", "arrays", "cores", *MEASURED} - {"mover"}
 
 
 def data(sizes, dtype):
-    """Yield an array for each name: random numbers, repeated, that stay ordinary under step and limit, however often they run.
+    """Yield random numbers for each name. They stay ordinary however often the step and the limit kernel run on them.
 
     sizes: name of the operand -> how many numbers, or one size, of param, grad, m and v.
     """
@@ -114,7 +113,10 @@ def add_ratios(rows):
 
 
 def is_busy(row):
-    """Return whether other work disturbed a measurement: its p80 is far above its p20, and its median not that of another run."""
+    """Return whether other work disturbed a measurement.
+
+    Its p80 is far above its p20 then, so that another run would have another median.
+    """
     return bool(row["p20_us"]) and row["p80_us"] > BUSY * row["p20_us"]
 
 

@@ -79,18 +79,6 @@ def extents(arrays):
     return [(huge_pages.address_of(array), array.nbytes) for array in arrays]
 
 
-def collapse(extents):
-    """Move memory of another library's to huge pages, as far as whole ones lie in each of its arrays.
-
-    extents: (address, bytes) of each. Its memory has to be private, as that of arrays is, and in use.
-    """
-    page = huge_pages.page_bytes()
-    for start, size in extents:
-        first, after = -(-start // page) * page, (start + size) // page * page
-        if first < after and hasattr(mmap, "MADV_HUGEPAGE"):
-            huge_pages.make_huge(first, after - first)
-
-
 def system():
     """Return what this system says of huge pages: its settings, and what a large allocation of gpuadam's gets.
 

@@ -1,15 +1,15 @@
 """The options of `python -m gpuadam plan`."""
 
 import argparse
-import json
 import math
 from pathlib import Path
 
+from ... import strict_json
 from ...options import STATE_DTYPES
 from ...planning.machines import MACHINES
 from ...planning.model import COLLECTIVES, MASTERS, PARAMS
 from ...planning.prediction import Settings
-from ...terminal.arguments import folder, number, picture, whole
+from ...terminal.arguments import add_plot, folder, number, whole
 
 CPU = "cpu"  # in the place of a kind of GPU
 LEAST = 1e-9  # a byte of a GB
@@ -84,9 +84,7 @@ def add(parser):
     rates.add_argument("--folder", type=folder, help="on the disk to measure; default that of temporary files")
     for option, (figure, unit, help) in RATES.items():
         rates.add_argument(f"--{option}", dest=figure, type=UNITS[unit], metavar=unit, help=help)
-    parser.add_argument(
-        "--plot", type=picture, metavar="FILE", help="write time and memory against devices: FILE.png, .pdf or .svg"
-    )
+    add_plot(parser, "bench", "write time and memory against devices")
 
 
 def pieces(text):
@@ -105,7 +103,7 @@ def shapes(text):
 def shapes_in(path):
     """Return the elements of each shape in a JSON file: {"w": [768, 3072], "b": [768]}; a scalar has the shape []."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = strict_json.parsed(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{path} cannot be read as JSON: {error}") from error
     shapes = content if isinstance(content, dict) else {}

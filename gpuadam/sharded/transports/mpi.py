@@ -34,10 +34,11 @@ class MPI:
     As soon as it is made, an exception that nobody handles ends all ranks, without `-m mpi4py` too: `sys.excepthook` calls Abort.
     A rank whose program ends tells the others, whose next call then raises RankEnded; so does `close`. It waits for their end
     without a timeout, as MPI_Finalize does. If it ends amid a call, or after a call that was cut short, it calls Abort. After
-    `os._exit` or a kill nobody is told: mpiexec ends the job (after `os._exit(0)` its status may be 0), and where a launcher does
-    not, the timeout does.
+    `os._exit` or a kill the other ranks are not told. mpiexec ends the job; where a launcher does not, the timeout does. (After
+    `os._exit(0)` mpiexec's status may be 0.)
 
-    Raises ImportError without mpi4py, and TypeError or ValueError for a timeout that is none, or differs between ranks.
+    Raises ImportError without mpi4py, and TypeError or ValueError for a timeout that is not a positive number, or that differs
+    between ranks.
 
     Gradients are summed in the order of the ranks: ((g0 + g1) + g2) + g3, each sum rounded to float32, or to float64 for float64.
     So the bits of a sum depend on the gradients and the number of ranks alone. They depend neither on the library of MPI, whose
@@ -56,11 +57,11 @@ class MPI:
         comm = self._mpi.COMM_WORLD if comm is None else comm
         self.rank, self.size, self.calls = comm.rank, comm.size, Calls()
         self._ended: list[int] = []  # the ranks that make no more calls
-        self._requests: dict[int, Any]
-        self._started, self._requests = 0, {}  # how many collectives have begun, and number -> the request of those not done
-        self._timeout: Any
-        self._heard: dict[int, int]
-        self._timeout, self._told, self._heard = timeout, 0, {}  # for `_watch`
+        self._started = 0  # how many collectives have begun
+        self._requests: dict[int, Any] = {}  # number -> the request of a collective that is not done
+        self._timeout: Any = timeout  # this and the next two are for `_watch`
+        self._told = 0
+        self._heard: dict[int, int] = {}
         if self.size > 1:
             _tell_of_the_end(self)
         self._comm: Any = None

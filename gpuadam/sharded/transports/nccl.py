@@ -17,7 +17,7 @@ class NCCL(MPI):
     there before. The host does not wait for them.
 
     The end of a rank is told as in `MPI`, and the timeout holds for what MPI carries. So a rank that is missing is named when the
-    others begin their next call. It is not where the host waits for the GPU itself, as with max_norm, or in a copy of a
+    others begin their next call. A missing rank is not named while the host waits for the GPU, as with max_norm or in a copy of a
     parameter: a collective on a GPU ends with its process alone, and there a rank that dies amid a step leaves the end of the
     job to mpiexec.
     """

@@ -47,7 +47,7 @@ class Transport(Protocol):
         """Fill the buffer, whose rank-th part is there, with the parts of the other ranks. They are bytes of any dtype."""
 
     def broadcast(self, buffer: Any) -> None:
-        """Make the buffer that of rank 0, and return when it is."""
+        """Overwrite the buffer on every rank with that of rank 0. Return when this is done."""
 
     def exchange(self, item: Any) -> list:
         """Return the items of all ranks, in the order of the ranks: Python objects that can be pickled, and NumPy arrays."""

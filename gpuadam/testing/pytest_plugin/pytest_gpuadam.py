@@ -100,8 +100,8 @@ def _backends():
 
 
 def _chosen(config):
-    given = config.getoption(OPTION)
-    names = list(_backends()) if given is None else [name.strip() for name in given.split(",")]
+    listed = config.getoption(OPTION)
+    names = list(_backends()) if listed is None else [name.strip() for name in listed.split(",")]
     _known(names, OPTION)
     return list(dict.fromkeys(names))
 
