@@ -64,7 +64,7 @@ BACKENDS = {
 
 
 def register(backend: Backend, package: str = "") -> None:
-    """Make a backend known, after those that there are: `backend=`, `use_backend` and GPUADAM_BACKEND then take its name.
+    """Register a backend, less preferred than the others. `backend=`, `use_backend` and GPUADAM_BACKEND then take its name.
 
     backend: an instance of a subclass of `gpuadam.kernels.backend.Backend`, which its module calls `backend`. package: the
     top-level package whose arrays go to it by themselves. Raises ValueError if there is a backend of this name.

@@ -158,7 +158,7 @@ def combination(algorithm, operands, stochastic):
     """Refuse options that contradict each other. operands: the names of those that are given."""
     if "m_scale" in operands and algorithm == "adamax":
         raise ValueError(
-            "8-bit state holds the root of a mean of squares, and AdaMax's v is none: use float32 or bfloat16 state"
+            "8-bit state stores the root of v, a mean of squares, and AdaMax's v is a maximum: use float32 or bfloat16 state"
         )
     if "m_scale" in operands and "max_v" in operands:
         raise ValueError(

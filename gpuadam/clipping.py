@@ -1,4 +1,4 @@
-"""The norm of all gradients as one vector, and what a step does by it: clip, or leave itself out."""
+"""The norm of all gradients as one vector, and what depends on it: whether a step clips, and whether it is left out."""
 
 from __future__ import annotations
 

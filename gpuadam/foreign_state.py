@@ -2,10 +2,10 @@
 
 torch's exp_avg, exp_avg_sq and max_exp_avg_sq are m, v and max_v; optax's mu and nu are m and v. Nothing is rounded, unless
 `convert=True` is given: then moments of an optimizer with bfloat16 or 8-bit state come from float32 ones, or become them, rounded
-to nearest, through the host, and `gpuadam.guide.narrow_numbers` says what that loses. Without it loaded state
-may be of a narrower dtype than the optimizer's, such as bfloat16 with `mu_dtype` of optax, and is widened; state that is given
-away has the dtype of the other library's, with `state_dtype="bfloat16"` for bfloat16. Nothing is copied between devices. Only
-`to_torch` imports another library.
+to nearest, through the host, and `gpuadam.guide.narrow_numbers` says what that loses. Without it loaded state may be of a
+narrower dtype than the optimizer's, such as bfloat16 with `mu_dtype` of optax, and is widened; state that is given away has the
+dtype of the other library's, with `state_dtype="bfloat16"` for bfloat16. Nothing is copied between devices. Only `to_torch`
+imports another library.
 
 torch's state goes with its hyperparameters, so the optimizer's formula must have the same eps: "torch", "apex", or "optax"
 without eps_root. With amsgrad "optax" is refused too, because its max_v is that of the corrected v.

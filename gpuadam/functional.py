@@ -62,10 +62,12 @@ def adam_step(
         Any strides do, but arrays that share one order of memory without gaps are the fast case. A gradient may be broadcast.
         param and grad are float32, float64, bfloat16 or float16, each as it likes; m, v and max_v are of one dtype, float32,
         float64 or bfloat16. bfloat16 arrays are those of ml_dtypes, or integers in `Bits`. It is computed in float64 if one of
-        the arrays is float64, else in float32. bfloat16 moments are rounded randomly, because else they would not move.
+        the arrays is float64, else in float32. bfloat16 moments are rounded randomly: rounding to nearest would lose most of
+        their changes.
     step: number of this update, counted from 1.
     lr, betas, eps: as in the paper; eps is added to sqrt(v / (1 - beta2**step)).
-    weight_decay: added to the gradient times param (L2), or, if decoupled, taken off param times lr (AdamW).
+    weight_decay: weight_decay * param is added to the gradient (L2) or, if decoupled, lr * weight_decay * param subtracted from
+        param (AdamW).
     maximize: go up the gradient. grad_scale: the gradient is multiplied by it first (1 / loss scale, or a clipping factor).
     clip_value: every element of the gradient is clipped to -clip_value ... clip_value, after grad_scale and before weight_decay.
     bounds: (low, high), between which the step leaves every element of param: the update is made, and then min(max(param, low),
@@ -94,7 +96,7 @@ def adam_step(
         real array with a last dimension of 2 as well, as narrow ones have to be.
     components: 2, 3 or 4: the numbers in the last dimension of a real param, such as positions or directions, share a v, the mean
         of the sum of their squares (Ling et al. 2022, VectorAdam); v and max_v have param's shape without it, and so have
-        lr_scale and where. The numbers are neighbours in memory. 8-bit state is not there for these, nor for "joint".
+        lr_scale and where. The numbers are neighbours in memory. There is no 8-bit state with components, nor with "joint".
     m_scale, v_scale: with these m and v are 8-bit state: uint8 arrays of param's shape, and float32 arrays of one element for
         each 32 neighbours of param in C order, all from zero. 2.25 bytes an element; rounded randomly.
     zero_grad: store zeros in grad in the same pass.

@@ -14,7 +14,7 @@ from .kernels.view import Bits, a_kind, is_array
 from .options import Options
 from .typing import Array, Group, Number
 
-# Those that decide which moments there are, and so stay what they were when an optimizer is made
+# Hyperparameters that decide which moments exist. They cannot change later.
 FIXED = ("amsgrad", "complex", "components")
 HYPERPARAMETERS = (
     "lr",
@@ -34,7 +34,7 @@ GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
 
 
 class _OfAGroup:
-    """In the place of a hyperparameter, as an attribute of an optimizer that would have no effect."""
+    """A descriptor that refuses `optimizer.lr` and the like: setting it would have no effect, because groups have them."""
 
     def __init__(self, name):
         self.name = name
@@ -209,7 +209,7 @@ def in_order(grads, structure, label):
 
 
 class _OfParams:
-    """In the place of gradients: those that the parameters hold."""
+    """The default of `grads`: the `.grad` of each parameter."""
 
     def __repr__(self):
         return "OF_PARAMS"

@@ -69,7 +69,7 @@ UNBOUNDED = None, None
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Fixed(Formulas):
-    """What seldom changes between the steps of a program, checked."""
+    """All hyperparameters but lr, checked. They seldom change."""
 
     beta1: float = 0.9
     beta2: float = 0.999
@@ -118,7 +118,7 @@ def with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas, 
     lr = checks.non_negative("lr", lr)
     try:
         beta1, beta2 = betas
-        if clip_value is bounds is None:  # mostly; a cache takes its time for each argument
+        if clip_value is bounds is None:  # the usual case; each argument of a cached function costs time
             return Hyperparameters(lr, _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas))
         low, high = UNBOUNDED if bounds is None else bounds
         fixed = _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas, clip_value, low, high)

@@ -1,7 +1,7 @@
 """Where an optimizer counts its steps: on the host, in an array of the CPU, or on the device, for graphs that count on.
 
 The three counts have one interface: `alike` says which parameters take which step next, `advance` counts it, `read` and `set` are
-for state_dicts, and `numbers` makes of lr and grad_scale what a step takes.
+for state_dicts, and `numbers` returns lr and grad_scale in the form that a step needs.
 """
 
 import numpy as np

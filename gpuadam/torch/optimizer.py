@@ -59,8 +59,8 @@ class Adam(torch.optim.Optimizer):
 
     params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`; parameters may be
         float32, float64, bfloat16, float16 or, with v of each part as torch has it, complex64 or complex128, on the CPU and on
-        CUDA devices, of any strides. Of DTensors, as `fully_shard` makes
-        them (torch 2.5 or later), each rank updates its own part, and state is DTensors too.
+        CUDA devices, of any strides. Of DTensors, as `fully_shard` makes them (torch 2.5 or later), each rank updates its own
+        part, and state is DTensors too.
     capturable: keep the step count on the device too, for CUDA graphs; lr may then be a tensor there. All parameters of such a
         group are on one device, and either all or none of them have gradients. On the CPU it makes no difference.
     foreach, fused: accepted, not both. There is one implementation, so the numbers are the same. With fused=True
