@@ -11,7 +11,7 @@ import zlib
 from collections import Counter, defaultdict
 
 import cases
-from cases import DTYPES, FORMS, KEY_FORMS
+from cases import ARCHITECTURES, DTYPES, FORMS, KEY_FORMS
 
 
 def select(config, items):
@@ -68,7 +68,7 @@ def cover(places, together=(), any_of=()):
     while missing:
         best = max(
             range(len(facts)),
-            key=lambda k: (len(facts[k] & missing), _is_of_its_dtype(places[k]), -sum(seen[fact] for fact in facts[k])),
+            key=lambda k: (len(facts[k] & missing), _usual(places[k]), -sum(seen[fact] for fact in facts[k])),
         )
         kept.add(best)
         missing -= facts[best]
@@ -81,7 +81,12 @@ def _is_as_others(place):
     return place.get("name") in FORMS and place["name"] not in KEY_FORMS
 
 
-def _is_of_its_dtype(place):
-    """Whether a form meets the dtype that it has in all tests if possible: the kernel of the CPU is compiled for each."""
-    name, dtype = place.get("name"), place.get("dtype")
-    return name in FORMS and dtype == DTYPES[list(FORMS).index(name) % len(DTYPES)]
+def _usual(place):
+    """Return how much a combination is like others of its form: what is compiled for one test then serves the others.
+
+    Each form has a dtype and an architecture that it has in all tests, as far as they can choose.
+    """
+    name = place.get("name")
+    its_dtype = name in FORMS and place.get("dtype") == DTYPES[list(FORMS).index(name) % len(DTYPES)]
+    its_arch = place.get("arch") == ARCHITECTURES[zlib.crc32(str(name).encode()) % len(ARCHITECTURES)]
+    return its_dtype + its_arch
