@@ -38,7 +38,7 @@ w = np.ones((2, 3), "f4")
         ({"capturable": True}, TypeError, "unexpected keyword argument 'capturable'"),
         ({"algorithm": "sgd"}, ValueError, "algorithm='sgd'"),
         ({"state_dtype": "int4"}, ValueError, "state_dtype='int4'"),
-        ({"algorithm": "adamax", "state_dtype": "8bit"}, ValueError, "AdaMax's v is none"),
+        ({"algorithm": "adamax", "state_dtype": "8bit"}, ValueError, "AdaMax's v is a maximum"),
         ({"eps": 1e-60}, ValueError, "rounds to 0"),
         ({"params": [w[:0]], "state_dtype": "int4"}, ValueError, "state_dtype='int4'"),  # of which no rank has state
         ({"params": [w[:0]], "master": "float32"}, ValueError, "master='float32'"),

@@ -131,7 +131,7 @@ def test_order_matters_only_where_both_states_are_rounded_randomly(tmp_path):
 REFUSED = {
     "an unknown format": ("adam", "fp8", ValueError, "state_dtype='fp8' must be one of"),
     "8 bits and a maximum": ("amsgrad", "8bit", CheckpointError, "8-bit state has no max_v"),
-    "8 bits of AdaMax": ("adamax", "8bit", CheckpointError, "AdaMax's v is none"),
+    "8 bits of AdaMax": ("adamax", "8bit", CheckpointError, "AdaMax's v is a maximum"),
     "8 bits of float64": ("float64", "8bit", CheckpointError, "float64, and 8-bit state"),
 }
 
