@@ -1,6 +1,5 @@
 """Steps of NumPy arrays that are as the last one: compared, checked and done in one compiled call (`kernels/cpu_step.py`)."""
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -38,14 +37,16 @@ def plan_of(group: Updates, n_rows=None, beside=False):
 
 
 class RepeatedCall:
-    """The last settings of adam_step, in any thread, and the plan of calls that have the same."""
+    """The last settings of adam_step, in any thread, and the plan of calls that have the same.
+
+    A plan is whole before another thread can find it, and its settings never change.
+    """
 
     def __init__(self):
         self._plan: Any = None
         self._kernels: Any = None
         self._seen: tuple = ()
-        self._plans: dict[tuple, Any] = {}
-        self._noting = threading.RLock()  # a call in a destructor may come amid one of the same thread
+        self._plans: dict[tuple, tuple] = {}  # the objects that a plan is for, by their numbers, and the plan
 
     def does(self, arrays, settings, step, lr, backend):
         """Make the update if its settings are the last ones, and its arrays like those; return whether it was made."""
@@ -58,23 +59,23 @@ class RepeatedCall:
 
     def note(self, group, settings):
         """Take over the settings of Updates that were made, if they were also those of the call before."""
-        with self._noting:
-            self._note(group, settings)
-
-    def _note(self, group, settings):
         again, self._seen = same(settings, self._seen), settings
-        if not again or type(group.columns[0][0]) is not np.ndarray or not all(map(stays, settings)):
+        arrays = [column[0] for column in group.columns]  # `Bits` have another dtype than the arrays that a plan reads
+        if not again or any(type(array) is not np.ndarray for array in arrays) or not all(map(stays, settings)):
             return
         kernels = self._kernels = backends.load("numba-cpu")
-        key = id(group.like), group.h.fixed, kernels.build, kernels.PARALLEL_FROM
-        if key not in self._plans:
-            if len(self._plans) == KEPT:
-                self._plans.clear()
-            self._plans[key] = plan_of(group), group.like  # kept alive, so that no other gets its number
-        plan, _ = self._plans[key]
-        if plan is not None:
-            plan.expect((kernels.build, kernels.PARALLEL_FROM, *settings))
-        self._plan = plan
+        made_for = group.like, group.h.fixed, kernels.build, kernels.PARALLEL_FROM, *settings
+        key = tuple(map(id, made_for))
+        known = self._plans.get(key)
+        if known is None:
+            plan = plan_of(group)
+            if plan is not None:
+                plan.expect(made_for[2:])
+            known = made_for, plan  # the objects are kept alive, so that no others get their numbers
+            if len(self._plans) >= KEPT:
+                self._plans = {}
+            self._plans[key] = known
+        self._plan = known[1]
 
 
 class StepsOnCpu:

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import sys
 import threading
 
 import numpy as np
@@ -382,6 +383,44 @@ def test_a_copy_of_an_optimizer_has_its_own_arrays():
         for k in range(4):
             other.step({"w": numbers(5, k)})
         assert same(opt.groups[0]["params"][0], before) and not same(other.groups[0]["params"][0], before)
+
+
+def test_integers_in_place_of_bits_are_refused_after_calls_with_bits():
+    param, grad, m, v = np.ones(8, "f4"), np.full(8, 0x3F80, "u2"), np.zeros(8, "f4"), np.zeros(8, "f4")
+    for k in range(1, 5):
+        gpuadam.adam_step(param, gpuadam.Bits(grad, "bfloat16"), m, v, k)
+    before = param.copy()
+    with pytest.raises(TypeError, match="grad has dtype uint16"):
+        gpuadam.adam_step(param, grad, m, v, 5)
+    assert same(param, before)
+
+
+def test_threads_with_settings_of_their_own_get_the_bits_of_their_settings():
+    """Both take over settings again and again, which another thread may see half done."""
+    decays, outcomes = (0.1, 0.2), {}
+
+    def train(decay):
+        arrays = [np.ones(3, "f4") for _ in range(2)] + [np.zeros(3, "f4") for _ in range(2)]
+        for k in range(1, 400):
+            gpuadam.adam_step(*arrays, k, lr=0.01, weight_decay=decay + k // 7 % 3)
+        outcomes[decay] = arrays
+
+    alone = {}
+    for decay in decays:
+        train(decay)
+        alone[decay] = outcomes.pop(decay)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=train, args=[decay]) for decay in decays]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    for decay in decays:
+        assert all(map(same, outcomes[decay], alone[decay]))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
