@@ -92,6 +92,7 @@ def test_a_script_writes_its_rows_and_a_plot_and_can_draw_them_again(name, tmp_p
     assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.exhaustive
 def test_ratios_and_throughput_are_of_the_medians_of_one_run(tmp_path):
     run("large", *QUICK, "--sizes", "1000", "--peers", "none", "--out", str(tmp_path))
     rows = {row["contender"]: row for row in report.read_csv(tmp_path / "large.csv", measure.NUMBERS)}
