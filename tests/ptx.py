@@ -606,8 +606,7 @@ class _Translation:
     # Memory
 
     def memory(self, opcode, operation, modifiers, operands):
-        kind, known = modifiers[-1], {"param", "global", "shared", "v2", "v4", "nc"}
-        known |= set() if self.strict else {"cs"}  # a hint to the caches
+        kind, known = modifiers[-1], {"param", "global", "shared", "v2", "v4", "nc", "cs"}  # cs: a hint to the caches
         space = {"param", "global", "shared"} & set(modifiers)
         if not set(modifiers[:-1]) <= known or len(space) != 1 or (operation == "st" and "param" in space):
             raise Refused(f"{opcode}: not a plain access of global or shared memory or of a parameter")

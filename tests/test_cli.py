@@ -258,6 +258,16 @@ def test_forms_are_chosen_by_name_once_each_or_all():
     assert forms.chosen("all") == list(forms.FORMS)
 
 
+@pytest.mark.gpu
+def test_bench_measures_and_draws_on_a_gpu(backend, tmp_path, capsys):
+    plot, result = tmp_path / "bench.png", tmp_path / "bench.json"
+    sizes = "--sizes", "1000,1e4", "--seconds", "0.01"
+    assert not main(["bench", "--backend", backend, *sizes, "--plot", str(plot), "--json", str(result)])
+    rows = json.loads(result.read_text())["rows"]
+    assert {row["backend"] for row in rows} == {backend} and all(row["huge_percent"] is None for row in rows)
+    assert plot.read_bytes()[:4] == b"\x89PNG" and "% of limit" in capsys.readouterr().out
+
+
 def test_json_on_standard_output_is_json_alone():
     done = run("bench", "--sizes", "1000", "--dtypes", "float32", "--seconds", "0.01", "--json", "-")
     assert json.loads(done.stdout)["rows"]

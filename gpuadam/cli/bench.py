@@ -116,7 +116,8 @@ def table(backend, rows):
         numbers += [100 / kernel["x_limit"], call["p50_us"]]
         texts = [f"{number:,.{0 if number >= 1000 else 1}f}" for number in numbers]
         texts[2] += "*" * (measure.is_busy(kernel) or measure.is_busy(limit))
-        texts += [f"{kernel['huge_percent']:.0f}"] * on_cpu
+        if on_cpu:
+            texts.append(f"{kernel['huge_percent']:.0f}")
         lines.append([form, f"{n:,}", f"{kernel['bytes_per_element']:g}", *texts])
     return Table(backend, heads, lines, labels=2)
 
