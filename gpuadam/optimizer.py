@@ -264,7 +264,7 @@ class Adam(HasGroups, HasState, Grows):
         `save` refuse from then on, until `load_state_dict` has set all of the state; the parameters have to be set too.
         """
         options = grad_scale, max_norm, norm, check_finite, found_inf, change, lr_scale, where, norms, stream
-        if self._repeated.does(self, grads, options):
+        if self.repeats and self._repeated.does(self, grads, options):
             return None
         self.under_way.check()
         self.arrangement.check(self.groups)

@@ -108,8 +108,8 @@ class Remembered:
 
     def keep(self, groups, backend, batches):
         """Take over the batches of a step: to launch them again, if that is possible, or to release them."""
-        release(self._batches)
-        self._known, self._batches = [], []
+        last, self._known, self._batches = self._batches, [], []  # first, so that an interrupt leaves none that was released
+        release(last)
         of_groups = [arrays_read(group) for group in groups] if all(batch.lasts for batch in batches) else [None]
         if all(of_groups):
             self._backend, self._known, self._batches = backends.forced(backend), of_groups, batches

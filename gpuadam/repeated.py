@@ -30,6 +30,7 @@ class Repeats:
     def __init__(self):
         self.ready = False  # to take the next step if it is as the last one
         self._in_a_row, self._needed = 0, 1
+        self._known: Any = None  # what is known of each group of parameters
 
     def __reduce__(self):  # a copy of an optimizer has other arrays
         return (type(self), ())
@@ -45,8 +46,13 @@ class Repeats:
             return False
         if self.as_last(*step):
             return True
-        self.ready, self._in_a_row, self._needed = False, 0, min(2 * self._needed, 1024)
+        self.put_off()
         return False
+
+    def put_off(self):
+        """Let more steps go the long way before the next look, and forget the arrays."""
+        self.ready, self._known = False, None
+        self._in_a_row, self._needed = 0, min(2 * self._needed, 1024)
 
     def as_last(self, *step):
         """Take the step if it is as the last one; else do nothing. Return whether it was taken."""
@@ -98,7 +104,7 @@ class RepeatedGroup:
         if (type(grads) is dict) != self.by_name or (self.by_name and len(grads) != n_named):
             return None
         lr, count, params = settings.get("lr"), self.states[0].get("step"), settings.get("params")
-        if type(lr) is not float or type(count) is not int or not 0 <= count < MOST_STEPS - 1:
+        if type(settings) is not dict or type(lr) is not float or type(count) is not int or not 0 <= count < MOST_STEPS - 1:
             return None
         grads, holder = [grads] if self.alone else grads, params if self.holder is None else self.holder
         arrays = count, params, grads, self.states, self.keys, self.names, settings.get("names"), holder
@@ -119,12 +125,13 @@ class RepeatedStep(Repeats):
 
         groups: the optimizer's, with parameters. updates: all of the step's. options: all arguments of `step` but the gradients.
         """
-        if not self.worth_a_look() or len(updates) != len(groups):
+        if not self.worth_a_look():
             return
-        if not same(options[1:], NO_OPTIONS) or not stays(options[0]):
-            return
-        known = [RepeatedGroup.of(optimizer, *one, options) for one in zip(groups, itertools.count(), updates)]
+        known: list[Any] = [None]
+        if len(updates) == len(groups) and same(options[1:], NO_OPTIONS) and stays(options[0]):
+            known = [RepeatedGroup.of(optimizer, *one, options) for one in zip(groups, itertools.count(), updates)]
         if None in known:
+            self.put_off()
             return
         self._known, self._in_groups = known, optimizer.arrangement.in_groups
         self.ready = True

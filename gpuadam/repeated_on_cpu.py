@@ -45,7 +45,7 @@ class RepeatedCall:
     def __init__(self):
         self._plan: Any = None
         self._kernels: Any = None
-        self._seen: tuple = ()
+        self._seen: tuple = ()  # the settings, by their numbers: arrays among them are not kept alive
         self._plans: dict[tuple, tuple] = {}  # the objects that a plan is for, by their numbers, and the plan
 
     def does(self, arrays, settings, step, lr, backend):
@@ -59,7 +59,8 @@ class RepeatedCall:
 
     def note(self, group, settings):
         """Take over the settings of Updates that were made, if they were also those of the call before."""
-        again, self._seen = same(settings, self._seen), settings
+        seen = tuple(map(id, settings))
+        again, self._seen = seen == self._seen, seen
         arrays = [column[0] for column in group.columns]  # `Bits` have another dtype than the arrays that a plan reads
         if not again or any(type(array) is not np.ndarray for array in arrays) or not all(map(stays, settings)):
             return
@@ -102,14 +103,18 @@ class StepsOnCpu:
 
     def own_settings(self, optimizer):
         """Return the objects that a step depends on beside those that the optimizer and the user have."""
-        return backends.forced(optimizer.backend), self._kernels.build, self._kernels.PARALLEL_FROM
+        return backends.forced(optimizer.backend), optimizer.options, self._kernels.build, self._kernels.PARALLEL_FROM
 
     def step(self, arrays, settings, step, lr, under_way):
         """Make the step if it is as the last one, and return whether it was made. The arguments are those of `cpu_step.Plan`."""
         if not self._plan.rehearsed:
             self._plan.rehearse()
         under_way.begin()
-        status, kept = self._compared(arrays, settings, step, lr)
+        try:
+            status, kept = self._compared(arrays, settings, step, lr)
+        except RecursionError:  # of Python: compiled code has none
+            under_way.end()
+            raise
         if status == self._kernels.cpu_step.DONE:
             return True
         under_way.end()  # nothing has been done
@@ -129,7 +134,9 @@ class StepsOnCpu:
         status, kept = self._plan.step(*step), None
         if status == self._kernels.cpu_step.READY:
             kept = step_objects.all_of(step[0])
-            status = self._plan.step(*step)  # again: no other thread lets an array go from here on
+            status = self._plan.step(*step)  # again: no other thread lets one of these arrays go from here on
+            if not same(kept, step_objects.all_of(step[0])):  # one has put others in their place meanwhile
+                return self._kernels.cpu_step.OTHER, None
         return status, kept
 
     def _batch(self, kept):

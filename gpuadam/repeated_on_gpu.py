@@ -69,7 +69,7 @@ class StepsOnGpu:
 
     def own_settings(self, optimizer):
         """Return the objects that a step depends on beside those that the optimizer and the user have."""
-        return backends.forced(optimizer.backend), optimizer.kept_batches()
+        return backends.forced(optimizer.backend), optimizer.options, optimizer.kept_batches()
 
     def step(self, arrays, settings, step, lr, under_way):
         """Make the step if it is as the last one, and return whether it was made. The arguments are those of `cpu_step.Plan`."""
@@ -143,7 +143,7 @@ class CallsOnGpu(threading.local):
     def __init__(self):
         self._batches: dict[tuple, list] = {}
         self._key: Any = None
-        self._seen: tuple = ()
+        self._seen: tuple = ()  # the settings, by their numbers
         self._alike: Alike | None = None
         self._told: Any = None  # of the arrays of the latest call
 
@@ -164,7 +164,8 @@ class CallsOnGpu(threading.local):
 
     def note(self, group, settings):
         """Take over Updates that were made after `does`, if their settings were also those of the call before."""
-        again, self._seen = same(settings, self._seen), settings
+        seen = tuple(map(id, settings))
+        again, self._seen = seen == self._seen, seen
         batches = self._batches.get(self._key) if again and all(map(stays, settings)) else None
         if not batches:
             return

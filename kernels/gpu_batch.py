@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpuadam.kernels import gpu_driver, synchronous
+from gpuadam.kernels import gpu_driver, gpu_launch, synchronous
 from gpuadam.kernels.backend import Batch
 from gpuadam.kernels.gpu_in_flight import vectors_of
 from gpuadam.kernels.gpu_table import Table, rows_and_owners
@@ -96,7 +96,7 @@ class GpuBatch(Batch):
             if self.table:
                 self.address = self.table.on_stream(place.stream)
             if self.built is not None and all(map(operator.is_, kernel, self.built)):
-                if self.recorded is None and not kernel[-1] and not place.capturing:
+                if self.recorded is None and not kernel[-1] and not place.capturing and gpu_launch.alone():
                     self.recorded = self.backend.recorded(self, form, scalars, rule, key) or False
                 return
             self.built = self.call = self.recorded = None

@@ -3,11 +3,12 @@
 A library looks at each argument whenever it launches a kernel, which takes CuPy 5 us and Numba 40. The launches of a batch differ
 in their scalars and in their stream alone. So one launch of the library's is captured into a graph, whose node says what it was:
 the function, the grid, and where the value of each parameter is. Later launches go to the driver with these, and with scalars in
-memory of ours.
+memory of ours. As long as Python has other threads nothing is captured, and the library makes the launches.
 """
 
 import ctypes
 import struct
+import threading
 from typing import NamedTuple
 
 from gpuadam.kernels import gpu_driver
@@ -38,6 +39,11 @@ class Recorded:
         self._pack(self._numbers, 0, self._row_key ^ key, *scalars)
         self._config.stream = stream
         gpu_driver.call("cuLaunchKernelEx", *self._arguments)
+
+
+def alone():
+    """Whether this is Python's only thread: a capture makes fail what waits for the device meanwhile, as other threads may."""
+    return threading.active_count() == 1
 
 
 def recorded(graph, changing, dtype, scalars, key):

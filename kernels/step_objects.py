@@ -6,6 +6,7 @@ them in less time (`same_objects.py`).
 
 import ctypes
 import functools
+import itertools
 import operator
 import sys
 
@@ -86,5 +87,5 @@ class Plan:
 def all_of(step):
     """Return the arrays of a step of several updates, which are then kept alive. step: what `of_several` takes."""
     grads = step[GRADS]
-    of_states = [list(map(state.get, step[KEYS])) for state in step[STATES]]
-    return list(step[PARAMS]), list(grads.values() if type(grads) is dict else grads), of_states
+    of_states = itertools.chain.from_iterable(map(state.get, step[KEYS]) for state in step[STATES])
+    return [*step[PARAMS], *(grads.values() if type(grads) is dict else grads), *of_states]

@@ -1,6 +1,7 @@
 """Launches that the driver repeats: the bits of the library's own, the scalars of each step, and nothing left behind."""
 
 import gc
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from gpuadam import backends, testing
 from gpuadam.kernels import gpu_driver, gpu_launch
 
 pytestmark = pytest.mark.gpu
+ALONE = gpu_launch.alone  # before a fixture replaces it
 
 
 def optimizer(backend, n_arrays=1, strided=False, **options):
@@ -149,3 +151,20 @@ def test_a_launch_that_fails_says_so_and_changes_nothing(backend, driver):
     assert (library.numpy(params[0]) == before).all() and opt.steps == 4
     opt.step(grads)
     assert (library.numpy(params[0]) != before).any() and opt.steps == 5
+
+
+def test_nothing_is_captured_to_be_repeated_while_another_thread_might_wait_for_the_device(backend, monkeypatch):
+    """A capture would make its wait fail, and would fail itself."""
+    monkeypatch.setattr(gpu_launch, "alone", ALONE)
+    kernels, ended = backends.load(backend), threading.Event()
+    opt, _, grads = optimizer(backend)
+    opt.step(grads)  # rehearses the kernel
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    try:
+        monkeypatch.setattr(kernels, "_captured", lambda *arguments: pytest.fail("a capture"))
+        for _ in range(4):
+            opt.step(grads)
+    finally:
+        ended.set()
+        thread.join()

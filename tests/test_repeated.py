@@ -1,10 +1,12 @@
 """Steps that are as the last one are made in one compiled call: they have the bits of the long way, and miss no change."""
 
 import copy
+import dataclasses
 import math
 import pickle
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from gpuadam import functional, hyperparameters, repeated_on_cpu
 from gpuadam.kernels import cpu_step, step_objects
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.scalars import on_host, powers_on_host
+from gpuadam.repeated import RepeatedGroup
 from gpuadam.repeated_on_cpu import RepeatedCall
 
 CLASSES = {
@@ -373,6 +376,15 @@ def test_steps_that_never_repeat_are_looked_at_less_and_less():
     assert 0 < sum(looks) < 8
 
 
+def test_steps_that_cannot_repeat_are_looked_at_less_and_less(monkeypatch):
+    looks, of = [], RepeatedGroup.of
+    monkeypatch.setattr(RepeatedGroup, "of", lambda *group: looks.append(1) or of(*group))
+    opt = gpuadam.NAdam(numbers(5, 1))
+    for k in range(100):
+        opt.step(numbers(5, k))
+    assert 0 < len(looks) < 8
+
+
 def test_a_copy_of_an_optimizer_has_its_own_arrays():
     opt = gpuadam.Adam({"w": numbers(5, 1)})
     for k in range(4):
@@ -383,6 +395,44 @@ def test_a_copy_of_an_optimizer_has_its_own_arrays():
         for k in range(4):
             other.step({"w": numbers(5, k)})
         assert same(opt.groups[0]["params"][0], before) and not same(other.groups[0]["params"][0], before)
+
+
+def test_arrays_among_the_settings_of_a_call_are_not_kept_alive():
+    arrays = [np.ones(3, "f4"), np.ones(3, "f4"), np.zeros(3, "f4"), np.zeros(3, "f4")]
+    max_v = np.zeros(3, "f4")
+    alive = weakref.ref(max_v)
+    for k in range(1, 4):
+        gpuadam.adam_step(*arrays, k, max_v=max_v)
+    del max_v
+    assert alive() is None
+
+
+class OtherSettings(dict):
+    def __getitem__(self, key):
+        return 0.5 if key == "weight_decay" else super().__getitem__(key)
+
+
+CHANGED_BEHIND = {
+    "repeats": lambda opt: setattr(opt, "repeats", False),
+    "options": lambda opt: setattr(opt, "options", dataclasses.replace(opt.options, zero_grad=True)),
+    "a group of another class": lambda opt: opt.groups.__setitem__(0, OtherSettings(opt.groups[0])),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED_BEHIND)
+def test_what_is_changed_behind_the_interface_is_noticed_as_in_the_long_way(what):
+    opts = [gpuadam.Adam(numbers(9, 1), lr=0.1) for _ in range(2)]
+    long_way(opts[1])
+    for k in range(6):
+        if k == 4:
+            assert opts[0]._repeated.ready
+            for opt in opts:
+                CHANGED_BEHIND[what](opt)
+        grads = [numbers(9, k) for _ in opts]
+        for opt, grad in zip(opts, grads, strict=True):
+            opt.step(grad)
+        assert_same(*opts)
+        assert same(*grads)
 
 
 def test_integers_in_place_of_bits_are_refused_after_calls_with_bits():

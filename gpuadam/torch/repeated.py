@@ -61,14 +61,18 @@ class RepeatedSteps(Repeats):
         """
         if not self.worth_a_look():
             return
-        self._known = [_known(optimizer, *of_group) for of_group in taken]
-        self.ready = None not in self._known
+        known = [_known(optimizer, *of_group) for of_group in taken]
+        if None in known:
+            self.put_off()
+            return
+        self._known, self.ready = known, True
 
     def as_last(self, optimizer):
         groups, known = optimizer.param_groups, self._known
         if len(groups) != len(known) or optimizer.under_way.changing or not backends.takes_numpy(optimizer.backend):
             return False
-        kernels, moved = backends.load("numba-cpu"), False
+        kernels, held = backends.load("numba-cpu"), []
+        moved: list[tuple[list[int], list[int]]] = []
         for group, one in zip(groups, known, strict=True):
             if not (_same_settings(group, one.settings) and _same_tensors(group, one, optimizer.state)):
                 return False
@@ -76,13 +80,18 @@ class RepeatedSteps(Repeats):
             if not set(map(type, grads)) <= PLAIN or _read(grads, OF_GRADS) != one.of_grads:
                 return False
             pointers = list(map(torch.Tensor.data_ptr, grads))
+            held.append(grads)  # until the launch has ended: the table has their addresses alone
             if pointers != one.pointers:
-                if not all(pointers):  # one has no elements, or its storage was freed
-                    return False
-                one.pointers[:], one.table[:, kernels.numpy_struct.PARAM + 1], moved = pointers, pointers, True
+                if not all(pointers) or any(pointer % grads[0].element_size() for pointer in pointers):
+                    return False  # one has no elements, or its storage was freed, or it lies between elements
+                one.pointers.clear()  # until the new ones are known to be disjoint
+                one.table[:, kernels.numpy_struct.PARAM + 1] = pointers
+                moved.append((one.pointers, pointers))
         present = [(group["lr"], one) for group, one in zip(groups, known, strict=True) if one.params]
         if moved and not kernels.numpy_struct.all_disjoint([(one.table, one.like.columns) for _, one in present]):
             return False
+        for known_pointers, pointers in moved:
+            known_pointers[:] = pointers
         batches = []
         for lr, one in present:
             nearest = kernels.cpu_step.common_count(one.counts)
