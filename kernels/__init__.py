@@ -23,11 +23,12 @@ From a call to the memory:
 Two shorter ways lead to the same batches. Compiled code reads plain NumPy arrays faster than Python can (`numpy_struct.py`).
 Arrays of other libraries are remembered from step to step (`gpuadam/remembered.py`).
 
-A step whose settings are the objects of the step before needs less still (`gpuadam/repeated.py`). One compiled call compares it
-with the last one (`same_objects.py`). For NumPy arrays the call makes the step, too (`gpuadam/repeated_on_cpu.py`,
-`cpu_step.py`). On a GPU the driver repeats the launches (`gpuadam/repeated_on_gpu.py`, `gpu_step.py`, `gpu_launch.py`). Python
-compares torch's tensors in CPU memory (`gpuadam/torch/repeated.py`). If anything differs nothing is done, and the step goes the
-route above, where alone things are refused.
+A step whose settings are the objects of the step before needs less still (`gpuadam/repeated.py`). One compiled call compares
+it with the last one (`same_objects.py`). For NumPy arrays the call makes the step, too (`gpuadam/repeated_on_cpu.py`,
+`cpu_step.py`). On a GPU the driver repeats the launches (`gpuadam/repeated_on_gpu.py`, `gpu_step.py`, `gpu_launch.py`), if
+they were recorded while Python had no other thread. Python compares torch's tensors in CPU memory
+(`gpuadam/torch/repeated.py`). If anything differs nothing is done, and the step goes the route above, where alone things are
+refused.
 
 **Words.** An *operand* is an array that a kernel touches. A *view* is what is known of an array. An *update* is one
 parameter's operands. A *batch* is what one launch takes. A *form* is what is known when a kernel is compiled. *Scalars* are
