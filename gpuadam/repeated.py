@@ -172,6 +172,8 @@ class RepeatedStep(Repeats):
         if not disjoint([one.plan for one in known]):
             return False
         launch(prepared, prepared, under_way=optimizer.under_way)
+        for one in known:
+            one.plan.ended()
         return True
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from . import backends, hyperparameters
 from .kernels import adam, step_objects
-from .kernels.step_objects import same, stays
+from .kernels.step_objects import stays
 from .update import Updates, launch
 
 KEPT = 64  # plans of calls of adam_step
@@ -111,7 +111,7 @@ class StepsOnCpu:
             self._plan.rehearse()
         under_way.begin()
         try:
-            status, kept = self._compared(arrays, settings, step, lr)
+            status = self._plan.step(arrays, settings, step, lr)
         except RecursionError:  # of Python: compiled code has none
             under_way.end()
             raise
@@ -120,32 +120,29 @@ class StepsOnCpu:
         under_way.end()  # nothing has been done
         if status == self._kernels.cpu_step.OTHER:
             return False
-        batch = self._batch(kept)
+        batch = self._batch()
         launch([batch], [batch], under_way=under_way)
+        self.ended()
         return True
 
     def prepared(self, arrays, settings, step, lr):
         """Return the batches of the step if it is as the last one, ready to be launched; else None. Of a group beside others."""
-        status, kept = self._compared(arrays, settings, step, lr)
-        return [self._batch(kept)] if status == self._kernels.cpu_step.READY else None
+        if not self._plan.rehearsed:
+            self._plan.rehearse()
+        status = self._plan.step(arrays, settings, step, lr)
+        return [self._batch()] if status == self._kernels.cpu_step.READY else None
 
-    def _compared(self, *step):
-        """Return what `cpu_step.Plan.step` does, and the arrays if they are to be updated without Python's lock."""
-        status, kept = self._plan.step(*step), None
-        if status == self._kernels.cpu_step.READY:
-            kept = step_objects.all_of(step[0])
-            status = self._plan.step(*step)  # again: no other thread lets one of these arrays go from here on
-            if not same(kept, step_objects.all_of(step[0])):  # one has put others in their place meanwhile
-                return self._kernels.cpu_step.OTHER, None
-        return status, kept
-
-    def _batch(self, kept):
-        """Return the batch of the table. kept: its arrays, which it keeps alive."""
+    def _batch(self):
+        """Return the batch of the table, whose arrays the plan keeps alive."""
         plan, kernels = self._plan, self._kernels
         n = plan.table[:, kernels.numpy_struct.SIZE].sum().item()
-        batch = kernels.batch_of(plan.table, n, None, False, 0, self._names, kept)
+        batch = kernels.batch_of(plan.table, n, None, False, 0, self._names, plan.held)
         batch.prepare(adam, self._form, plan.scalars.tolist(), None)
         return batch
+
+    def ended(self):
+        """Let the arrays go of a step that was prepared."""
+        self._plan.held.fill(None)
 
 
 def disjoint(plans):

@@ -81,6 +81,9 @@ class StepsOnGpu:
             return None
         return prepared_again(self._batches, lr, self._fixed, self._seed, step)
 
+    def ended(self):
+        """Do nothing: a step that was prepared keeps no array alive."""
+
 
 class ReadInPython:
     """What Python reads of the arrays of a step whose objects no compiled code knows."""

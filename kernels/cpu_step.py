@@ -6,7 +6,8 @@ One call of its compiled code then does the rest: it compares the settings by id
 (`numpy_struct.py`), computes the scalars by THE FORMULA of `scalars.py`, and launches the kernel. If anything is not as before it
 has done nothing, and says so; the step then takes the long way, which knows what to refuse and how.
 
-The call holds Python's lock, because it reads Python's objects. So an update that is worth several threads is not made here.
+The call holds Python's lock, because it reads Python's objects. So an update that is worth several threads is not made here: its
+arrays are put where they are kept alive until the caller has made it.
 """
 
 import functools
@@ -21,15 +22,15 @@ from gpuadam.kernels import compiled_cache, llvm, step_objects
 from gpuadam.kernels.adam import Scalars
 from gpuadam.kernels.numba_memory import load_at, store_at
 from gpuadam.kernels.numpy_struct import FACTS, NDARRAY, PARAM, SIZE, read, read_one
-from gpuadam.kernels.same_objects import int64_at, of_one, of_several, pointer, same_settings
+from gpuadam.kernels.same_objects import decref, incref, int64_at, of_one, of_several, pointer, same_settings
 from gpuadam.kernels.scalars import on_host
 from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 
 # What a call returns: the step is another one; it is done; it is one for several threads, and its table and scalars are ready; it
 # was cut short, because the kernel found no memory
 OTHER, DONE, READY, CUT_SHORT = range(4)
-# Where the memory of a Plan has what: int64. Behind it are `expected`, the table and the scalars.
-ARRAY_TYPE, KERNEL, MOST, BEGINS, EXPECTED, TABLE, NUMBERS, HEAD = range(OWN, OWN + 8)
+# Where the memory of a Plan has what: int64. Behind it are `expected`, the table, the scalars, and the addresses of the arrays.
+ARRAY_TYPE, KERNEL, MOST, BEGINS, EXPECTED, TABLE, NUMBERS, OBJECTS, HELD, HEAD = range(OWN, OWN + 10)
 # Where its numbers have what: float64. The last are the scalars of the kernel.
 LOWEST, BETA1, BETA2, WEIGHT_DECAY, EPS, SCALARS = range(6)
 VARYING = "decay", "inv_sqrt_bias2", "eps", "neg_lr"  # among the kernel's scalars
@@ -47,14 +48,16 @@ class Plan(step_objects.Plan):
     def __init__(self, like, kernel, formula, numbers, scalars, begins, most, n_rows=None):
         width, n = like.expected.shape[1], len(scalars)
         several, n_rows = n_rows is not None, n_rows or 1
-        sizes = like.expected.size, n_rows * (PARAM + width), SCALARS + n
-        expected, table, of_numbers, end = (HEAD + sum(sizes[:k]) for k in range(4))
+        sizes = like.expected.size, n_rows * (PARAM + width), SCALARS + n, n_rows * width
+        expected, table, of_numbers, objects, end = (HEAD + sum(sizes[:k]) for k in range(5))
         super().__init__(width, n_rows, end - OWN)
-        at = [self.address + 8 * k for k in (expected, table, of_numbers)]
-        self.memory[OWN:HEAD] = NDARRAY, address_of(kernel, n), most, begins, *at
+        at = [self.address + 8 * k for k in (expected, table, of_numbers, objects)]
+        # the arrays of a step of several updates that is READY. They are let go by `held.fill(None)`
+        self.held = np.empty(n_rows * width if several else 0, object)
+        self.memory[OWN:HEAD] = NDARRAY, address_of(kernel, n), most, begins, *at, self.held.ctypes.data
         self.memory[expected:table] = like.expected.ravel()
         self.table = self.memory[table:of_numbers].reshape(n_rows, PARAM + width)
-        floats = self.memory[of_numbers:].view(np.float64)
+        floats = self.memory[of_numbers:objects].view(np.float64)
         floats[:SCALARS], floats[SCALARS:] = numbers, scalars
         self.scalars = floats[SCALARS:]
         self._kept = like, kernel  # whose memory the compiled code knows
@@ -123,7 +126,7 @@ def compiled(variant, decoupled, n_scalars, several):
         if t < int64_at(plan + 8 * BEGINS) or not 0.0 <= lr < np.inf or not same_settings(plan, settings):
             return OTHER
         n_rows, width = int64_at(plan + 8 * ROWS), int64_at(plan + 8 * WIDTH)
-        objects = np.empty(n_rows * width, np.int64)
+        objects = carray(pointer(int64_at(plan + 8 * OBJECTS)), n_rows * width, np.int64)
         if not gather(plan, arrays, objects):
             return OTHER
         expected = carray(pointer(int64_at(plan + 8 * EXPECTED)), (FACTS, width), np.int64)
@@ -147,6 +150,13 @@ def compiled(variant, decoupled, n_scalars, several):
         for row in range(n_rows):
             elements += table[row, SIZE]
         if elements >= int64_at(plan + 8 * MOST):
+            if several:
+                held = carray(pointer(int64_at(plan + 8 * HELD)), n_rows * width, np.int64)
+                for k in range(n_rows * width):
+                    incref(objects[k])
+                for k in range(n_rows * width):
+                    before, held[k] = held[k], objects[k]
+                    decref(before)
             return READY
         ended = launch(int64_at(plan + 8 * KERNEL), table, elements, numbers + 8 * SCALARS)
         return DONE if ended == 0 else CUT_SHORT

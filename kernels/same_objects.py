@@ -33,6 +33,19 @@ def _call_of_python(b, *values):
 _in_dict = llvm.function(intrinsic, "in_dict", _call_of_python, types.int64(types.int64, types.int64))
 
 
+def _counting(name):
+    """Return the function of Python's by which an object gets, or loses, a reference."""
+
+    def emit(b, x):
+        signature = ir.FunctionType(ir.VoidType(), [llvm.U64])
+        b.call(cgutils.get_or_insert_function(b.module, signature, name), [x])
+
+    return llvm.function(intrinsic, name, emit, types.void(types.int64))
+
+
+incref, decref = _counting("Py_IncRef"), _counting("Py_DecRef")
+
+
 # Called by compiled code. plan: the address of a Plan's memory. Other arguments are addresses of objects.
 inner = njit(**INNER)
 

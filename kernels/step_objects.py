@@ -6,7 +6,6 @@ them in less time (`same_objects.py`).
 
 import ctypes
 import functools
-import itertools
 import operator
 import sys
 
@@ -82,10 +81,3 @@ class Plan:
         self._settings = settings  # kept alive, so that no other objects get their addresses
         self.memory[SETTINGS : SETTINGS + len(settings)] = addresses
         self.memory[N_SETTINGS] = len(settings)
-
-
-def all_of(step):
-    """Return the arrays of a step of several updates, which are then kept alive. step: what `of_several` takes."""
-    grads = step[GRADS]
-    of_states = itertools.chain.from_iterable(map(state.get, step[KEYS]) for state in step[STATES])
-    return [*step[PARAMS], *(grads.values() if type(grads) is dict else grads), *of_states]

@@ -13,7 +13,7 @@ import pytest
 from cases import few
 
 import gpuadam
-from gpuadam import functional, hyperparameters, repeated_on_cpu
+from gpuadam import functional, hyperparameters, repeated, repeated_on_cpu
 from gpuadam.kernels import cpu_step, step_objects
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.scalars import on_host, powers_on_host
@@ -395,6 +395,38 @@ def test_a_copy_of_an_optimizer_has_its_own_arrays():
         for k in range(4):
             other.step({"w": numbers(5, k)})
         assert same(opt.groups[0]["params"][0], before) and not same(other.groups[0]["params"][0], before)
+
+
+@pytest.mark.parametrize("how", ["list", "dict", "groups"])
+def test_a_step_in_several_threads_keeps_its_arrays_alive_and_lets_them_go(how, monkeypatch):
+    """Another thread may drop an array from a list while it is updated without Python's lock."""
+    arrays = [numbers(40_000, k) for k in range(3)]
+    params, make = given("list" if how == "list" else "dict", arrays), lambda grads: given(how, grads)
+    if how == "groups":
+        params, make = [{"params": arrays[:1]}, {"params": arrays[1:]}], lambda grads: [grads[:1], grads[1:]]
+    opt = gpuadam.Adam(params, lr=0.1)
+    of_step, held, launch = [], [], repeated_on_cpu.launch
+
+    def counts():
+        return [sys.getrefcount(array) for array in of_step]
+
+    def launched(*arguments, **options):
+        held.append(counts())
+        launch(*arguments, **options)
+
+    for module in (repeated_on_cpu, repeated):
+        monkeypatch.setattr(module, "launch", launched)
+    for k in range(6):
+        grads = make([numbers(40_000, 9 + k) for _ in arrays])
+        of_step[:] = [opt.state[name][key] for name in opt.state for key in "mv"]
+        before = counts()
+        opt.step(grads)
+        assert counts() == before
+        assert held == [] or held.pop() == [count + 1 for count in before]
+    assert opt._repeated.ready
+    alive = weakref.ref(grads[0][0] if how == "groups" else grads["w0"] if how == "dict" else grads[0])
+    del grads
+    assert alive() is None
 
 
 def test_arrays_among_the_settings_of_a_call_are_not_kept_alive():
