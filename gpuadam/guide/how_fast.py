@@ -16,10 +16,10 @@ half, whoever makes the step; so all contenders that can have the same large arr
 each finds the caches as the others left them. Every row with its quantiles is in `benchmarks/results`, by machine;
 `benchmarks/README.md` says how it was measured, and README.md has the table of one array.
 
-Rows of a third machine are there too, an AMD EPYC that LLVM calls znver5, of 2026-11-29. Its memory is as fast as that of znver4,
-and its 512-bit arithmetic twice as wide. At 20 million elements nearly every form takes the time of its limit there: all bfloat16 0.51
-of float32's time, bfloat16 state 0.73, and 8-bit state 0.80, which is 1.28 of its limit's. 1,000 arrays of 1,000 elements take 0.13
-of the time of torch fused; one tensor in warm caches takes `gpuadam.torch.Adam` 1.10 of it, 148 tensors 0.96, and 1,000 0.75.
+Rows of a third machine are there too, an AMD EPYC that LLVM calls znver5, of 2026-11-29. Its memory is about as fast as that
+of znver4. At 20 million elements nearly every form takes the time of its limit there: all bfloat16 0.51 of float32's time,
+bfloat16 state 0.73, and 8-bit state 0.80, which is 1.28 of its limit's. 1,000 arrays of 1,000 elements take 0.13 of the time
+of torch fused; one tensor in warm caches takes `gpuadam.torch.Adam` 1.10 of it, 148 tensors 0.96, and 1,000 0.75.
 
 ## Many arrays, and small ones
 
