@@ -149,6 +149,7 @@ FAKES = {
     "ImportError at import": ("raise ImportError('libcudart.so.13: cannot open')", "libcudart.so.13", "reinstall it"),
     "no driver": (
         """
+        class ndarray: pass
         class cuda:
             class runtime:
                 class CUDARuntimeError(RuntimeError): pass
@@ -161,6 +162,7 @@ FAKES = {
     ),
     "no device": (
         """
+        class ndarray: pass
         class cuda:
             class runtime:
                 class CUDARuntimeError(RuntimeError): pass
