@@ -171,9 +171,11 @@ class RepeatedStep(Repeats):
             prepared += batches
         if not disjoint([one.plan for one in known]):
             return False
-        launch(prepared, prepared, under_way=optimizer.under_way)
-        for one in known:
-            one.plan.ended()
+        try:
+            launch(prepared, prepared, under_way=optimizer.under_way)
+        finally:
+            for one in known:
+                one.plan.ended()
         return True
 
 

@@ -121,8 +121,10 @@ class StepsOnCpu:
         if status == self._kernels.cpu_step.OTHER:
             return False
         batch = self._batch()
-        launch([batch], [batch], under_way=under_way)
-        self.ended()
+        try:
+            launch([batch], [batch], under_way=under_way)
+        finally:
+            self.ended()
         return True
 
     def prepared(self, arrays, settings, step, lr):
