@@ -50,7 +50,7 @@ TRIAL = 1 << 22  # elements of the update by which the faster side is found
 # The options that decide what the numbers of state mean: a folder of state belongs to an optimizer with the same ones
 DESCRIBED = ("algorithm", "decoupled", "state_dtype", "seed", "stochastic_rounding", "formula", "eps_root", "ema_decay")
 
-# What the optimizer that is measured has as by default: its one parameter is a row of real numbers, whatever shares a v
+# Options that the trial leaves at their defaults: it has one parameter, of real numbers and one dimension
 OF_TRIAL = ("params", "lr", "betas", "eps", "weight_decay", "bounds", "complex", "components")
 
 
