@@ -20,6 +20,7 @@ from gpuadam.kernels.state_formats import (
     INFINITY,
     M_LARGEST,
     M_SMALLEST,
+    V_CUT,
     V_LARGEST,
     V_SMALLEST,
 )
@@ -302,17 +303,18 @@ def to_m_code(b, rn, m, inverse, mask, h):
 
 
 @conversion(
-    "f32, f32, f32, u32, u32 -> u32",
-    f"{{ .reg .f32 z; .reg .b32 x, t; fma.rn.f32 z, %2, %3, {_ptx(BIAS)}; mov.b32 x, z; and.b32 t, %5, 0x3FFFF;",
-    "add.u32 x, x, t; shr.u32 x, x, 18; and.b32 x, x, 0xFF; mov.b32 t, %1; min.u32 t, t, 1; max.u32 x, x, t;",
-    "and.b32 %0, x, %4; }",
+    "f32, f32, u32, u32 -> u32",
+    f"{{ .reg .f32 z; .reg .b32 x, t; fma.rn.f32 z, %1, %2, {_ptx(BIAS)}; mov.b32 x, z; and.b32 t, %4, 0x3FFFF;",
+    "add.u32 x, x, t; and.b32 x, x, 0x3FFFFFF; mov.b32 t, %1; min.u32 t, t, 0x40000; max.u32 x, x, t;",
+    "shr.u32 x, x, 18; and.b32 %0, x, %3; }",
 )
-def to_v_code(b, rn, v, root, inverse, mask, h):
+def to_v_code(b, rn, root, inverse, mask, h):
     z = b.bitcast(b.fma(root, inverse, F32(BIAS)), U32)
-    code = b.and_(b.lshr(b.add(z, b.and_(h, U32(0x3FFFF))), U32(18)), U32(0xFF))
-    least = b.select(b.icmp_unsigned("!=", b.bitcast(v, U32), U32(0)), U32(1), U32(0))  # v > 0 has no code 0
+    code = b.and_(b.add(z, b.and_(h, U32(0x3FFFF))), U32(0x03FFFFFF))
+    bits, one = b.bitcast(root, U32), U32(1 << V_CUT)
+    least = b.select(b.icmp_unsigned("<", bits, one), bits, one)  # where v > 0 there is no code 0
     code = b.select(b.icmp_unsigned(">", code, least), code, least)
-    return b.and_(code, mask)
+    return b.and_(b.lshr(code, U32(V_CUT)), mask)
 
 
 # 32 random bits, a function of a 64-bit index and a 64-bit key alone: the lower half of the index through the finaliser of
@@ -326,11 +328,24 @@ def to_v_code(b, rn, v, root, inverse, mask, h):
     "mul.lo.u32 x, x, 0xC2B2AE35; shr.u32 t, x, 16; xor.b32 %0, x, t; }",
 )
 def random(b, rn, low, high, key0, key1):
+    return random_bits_of(b, *random_words(b, low, high, key0, key1))
+
+
+def random_words(b, low, high, key0, key1):
+    """Return the two words of which `random_bits_of` makes random bits.
+
+    For neighbours these need not be made again: if some of the last 16 bits of `low` are 0, and j has no others, then low + j has
+    the words (x ^ j, key).
+    """
     key = b.or_(b.zext(key0, U64), b.shl(b.zext(key1, U64), U64(32)))
     key = b.add(key, b.mul(b.zext(high, U64), U64(0x9E3779B97F4A7C15)))
     x = b.xor(low, b.trunc(key, U32))
-    x = b.xor(x, b.lshr(x, U32(16)))
-    x = b.xor(b.mul(x, U32(0x85EBCA6B)), b.trunc(b.lshr(key, U64(32)), U32))
+    return b.xor(x, b.lshr(x, U32(16))), b.trunc(b.lshr(key, U64(32)), U32)
+
+
+def random_bits_of(b, x, key):
+    """Return 32 random bits."""
+    x = b.xor(b.mul(x, U32(0x85EBCA6B)), key)
     x = b.xor(x, b.lshr(x, U32(13)))
     x = b.mul(x, U32(0xC2B2AE35))
     return b.xor(x, b.lshr(x, U32(16)))

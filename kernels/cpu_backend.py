@@ -8,8 +8,8 @@ import numpy as np
 
 from gpuadam.kernels import change_cpu, cpu_kernels, cpu_step, cpu_threads, huge_pages, norm_cpu, numpy_struct
 from gpuadam.kernels.backend import Backend, Batch, refuse_stream
-from gpuadam.kernels.cpu_kernels import CACHE_LINE
 from gpuadam.kernels.layout import collapse, dense
+from gpuadam.kernels.numba_memory import CACHE_LINE
 from gpuadam.kernels.operands import operands_of_form, widened
 from gpuadam.kernels.view import on_cpu
 

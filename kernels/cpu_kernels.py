@@ -12,8 +12,8 @@ from numba import njit
 from numba.extending import intrinsic
 
 from gpuadam.kernels import adam, compiled_cache, cpu_threads, numba_access, primitives
-from gpuadam.kernels.numba_access import CACHE_LINE, FETCHED
-from gpuadam.kernels.numba_memory import tuple_at
+from gpuadam.kernels.numba_access import BLOCK, FETCHED, KEPT
+from gpuadam.kernels.numba_memory import CACHE_LINE, on_stack, tuple_at
 from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
 from gpuadam.kernels.operands import GROUP, operands_of_form
 
@@ -99,12 +99,37 @@ def _taking(arguments, form, **names):
 def _over_groups(groups, update, operands_at):
     load, units, store, magnitudes, codec = groups.load, groups.units, groups.store, groups.magnitudes, groups.codec
     scales, encode, keep, kept = groups.scales, groups.encode, groups.keep, groups.kept
-    moved, ZERO = groups.moved, np.int32(0)
+    keep_largest, kept_largest, moved, ZERO = groups.keep_largest, groups.kept_largest, groups.moved, np.int32(0)
+    block_memory = on_stack(intrinsic, KEPT)
+
+    def block(at, first, count, n, start, key, memory, s):
+        """Update `count` groups of n elements, and encode them."""
+        for k in range(count):
+            i = (first + k) * GROUP
+            high = (start + i) >> 32  # of all: a parameter's groups begin at multiples of GROUP
+            unit, here = units(at, first + k), moved(at, i)
+            m, root = ZERO, ZERO
+            for j in range(n):
+                new = update(*load(here, j, unit), s)
+                store(here, j, new, start + i, high, key)
+                keep(memory, k * GROUP + j, new)
+                own_m, own_root = magnitudes(new, 1)
+                m, root = max(m, own_m), max(root, own_root)
+            keep_largest(memory, k, m, root)
+        for k in range(count):
+            i = (first + k) * GROUP
+            high, here = (start + i) >> 32, moved(at, i)
+            m, root = kept_largest(memory, k)
+            scales(at, first + k, m, root)
+            how = codec(m, root)
+            for j in range(n):
+                encode(here, j, kept(memory, k * GROUP + j), how, start + i, high, key)
+
+    block = njit(error_model="numpy", inline="always")(block)
 
     def serial(table, first, last, key, s):
         """Update the groups that begin among the elements first ... last - 1, counted through all rows. s: the scalars."""
-        memory = np.empty(3 * GROUP, np.float32)
-        scratch = memory.ctypes.data
+        memory = block_memory()
         end = 0
         for row in range(table.shape[0]):
             size = table[row, SIZE]
@@ -113,21 +138,13 @@ def _over_groups(groups, update, operands_at):
             if start < stop:
                 at = operands_at(table.ctypes.data + (row * table.shape[1] + PARAM) * 8)
                 row_key, index = key ^ table[row, KEY], table[row, START]
-                for group in range((start + GROUP - 1) // GROUP, (stop + GROUP - 1) // GROUP):
-                    i = group * GROUP
-                    high = (index + i) >> 32  # of all: a parameter's groups begin at multiples of GROUP
-                    unit, here, first_here = units(at, group), moved(at, i), index + i
-                    n = min(GROUP, size - i)
-                    m, root = ZERO, ZERO
-                    for j in range(n):
-                        new = update(*load(here, j, unit), s)
-                        store(here, j, new, first_here, high, row_key)
-                        keep(scratch, j, new)
-                        own_m, own_root = magnitudes(new, 1)
-                        m, root = max(m, own_m), max(root, own_root)
-                    scales(at, group, m, root)
-                    how = codec(m, root)
-                    for j in range(n):
-                        encode(here, j, kept(scratch, j), how, first_here, high, row_key)
+                group, after = (start + GROUP - 1) // GROUP, (stop + GROUP - 1) // GROUP
+                full = min(after, size // GROUP)
+                while group < full:
+                    count = min(BLOCK, full - group)
+                    block(at, group, count, GROUP, index, row_key, memory, s)  # with a constant, which LLVM unrolls
+                    group += count
+                if group < after:
+                    block(at, group, 1, size - group * GROUP, index, row_key, memory, s)
 
     return serial

@@ -26,9 +26,8 @@ from gpuadam.kernels.same_objects import decref, incref, int64_at, of_one, of_se
 from gpuadam.kernels.scalars import on_host
 from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 
-# What a call returns: the step is another one; it is done; it is one for several threads, and its table and scalars are ready; it
-# was cut short, because the kernel found no memory
-OTHER, DONE, READY, CUT_SHORT = range(4)
+# What a call returns: the step is another one; it is done; it is one for several threads, and its table and scalars are ready
+OTHER, DONE, READY = range(3)
 # Where the memory of a Plan has what: int64. Behind it are `expected`, the table, the scalars, and the addresses of the arrays.
 ARRAY_TYPE, KERNEL, MOST, BEGINS, EXPECTED, TABLE, NUMBERS, OBJECTS, HELD, HEAD = range(OWN, OWN + 10)
 # Where its numbers have what: float64. The last are the scalars of the kernel.
@@ -69,15 +68,12 @@ class Plan(step_objects.Plan):
         self.rehearsed = True
 
     def step(self, arrays, settings, t, lr):
-        """Return DONE, READY or OTHER. Raise MemoryError if the step was cut short.
+        """Return DONE, READY or OTHER.
 
         arrays: a tuple of the arrays of one update; or, of several, what `same_objects.of_several` takes. settings: a tuple. t:
         the step, from 1. lr: a float.
         """
-        status = self._call(self.address, id(arrays), id(settings), t, lr)
-        if status == CUT_SHORT:
-            raise MemoryError("a loop found no memory for itself, and its step was cut short")
-        return status
+        return self._call(self.address, id(arrays), id(settings), t, lr)
 
 
 def address_of(kernel, n):
@@ -93,7 +89,7 @@ OF_A_KERNEL = types.Array(types.int64, 2, "C"), *[types.int64] * 3  # table, fir
 
 
 def _launching(n):
-    """Return a function that calls a kernel of n scalars at an address, and returns 0 if it ended well."""
+    """Return a function that calls a kernel of n scalars at an address."""
     arguments = *OF_A_KERNEL, *[types.float64] * n
 
     def codegen(context, b, signature, args):
@@ -105,11 +101,12 @@ def _launching(n):
         # Numba's functions take the places of a result and of an error before their arguments
         places = [cgutils.alloca_once_value(b, ir.Constant(place.pointee, None)) for place in kind.args[:2]]
         packed = context.get_arg_packer(arguments).as_arguments(b, values)
-        return b.sext(b.call(b.inttoptr(kernel, kind.as_pointer()), [*places, *packed]), llvm.U64)
+        b.call(b.inttoptr(kernel, kind.as_pointer()), [*places, *packed])  # it returns whether it has raised: never
+        return context.get_dummy_value()
 
     @intrinsic
     def launch(typingctx, kernel, table, elements, scalars):
-        return types.int64(types.int64, arguments[0], types.int64, types.int64), codegen
+        return types.void(types.int64, arguments[0], types.int64, types.int64), codegen
 
     return launch
 
@@ -158,8 +155,8 @@ def compiled(variant, decoupled, n_scalars, several):
                     before, held[k] = held[k], objects[k]
                     decref(before)
             return READY
-        ended = launch(int64_at(plan + 8 * KERNEL), table, elements, numbers + 8 * SCALARS)
-        return DONE if ended == 0 else CUT_SHORT
+        launch(int64_at(plan + 8 * KERNEL), table, elements, numbers + 8 * SCALARS)
+        return DONE
 
     return compiled_cache.stored(njit(error_model="numpy")(step), "step", variant, decoupled, n_scalars, several)
 

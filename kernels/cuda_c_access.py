@@ -104,12 +104,12 @@ template <int TIMES> __device__ __forceinline__ void update_group(%(arguments)s)
     FOR_VECTORS {
         const long long at = first + n * APART, group = min(at, last) / GROUP;
         m_unit[n] = m_unit_(m_unit[n]), v_unit[n] = v_unit_(v_unit[n]);
-        float new_m[N], new_v[N], new_root[N];
+        float new_m[N], new_root[N];
         unsigned bits[N], largest_m = 0, largest_root = 0;
         FOR_LANES {
             %(update)s
             %(encode)s
-            new_m[k] = m_k; new_v[k] = v_k; new_root[k] = max_v_k; bits[k] = h[0];  // a rule returns the root in max_v's place
+            new_m[k] = m_k; new_root[k] = max_v_k; bits[k] = h[0];  // a rule returns the root in max_v's place
             largest_m = max(largest_m, at + k < size ? magnitude_(m_k) : 0u);
             largest_root = max(largest_root, at + k < size ? magnitude_(max_v_k) : 0u);
         }
@@ -122,7 +122,7 @@ template <int TIMES> __device__ __forceinline__ void update_group(%(arguments)s)
         const unsigned m_mask = m_mask_(largest_m, largest_root), v_mask = v_mask_(largest_m, largest_root);
         FOR_LANES {
             m_is[n].lane[k] = to_m_code_(new_m[k], m_inverse, m_mask, bits[k]);
-            v_is[n].lane[k] = to_v_code_(new_v[k], new_root[k], v_inverse, v_mask, bits[k]);
+            v_is[n].lane[k] = to_v_code_(new_root[k], v_inverse, v_mask, bits[k]);
         }
         if (at < size && at %% GROUP == 0) {
             m_scale[group] = m_scale_(largest_m, largest_root);

@@ -7,10 +7,10 @@ import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
 
-from gpuadam.kernels import compiled_cache, cpu_threads, llvm, primitives
+from gpuadam.kernels import compiled_cache, cpu_threads, primitives
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.norm_order import LANES, QUARTER, WIDTH
-from gpuadam.kernels.numba_memory import RAW, llvm_type, load_at, store_at, widened
+from gpuadam.kernels.numba_memory import RAW, load_at, on_stack, pointer_to, store_at, widened
 
 # Elements from which two threads finish sooner than one.
 PARALLEL_FROM = 1 << 18
@@ -67,6 +67,7 @@ def over_chunks(compiled, columns, add_chunk):
     columns: of the table. add_chunk(lanes, table, row, start, n, scalars): adds n numbers from number `start` on to the lanes.
     """
     add, store = primitives.for_numba(intrinsic).add, store_at(intrinsic, types.float64)
+    memory, float64_pointer = on_stack(intrinsic, 8 * LANES), pointer_to(intrinsic, types.float64)
 
     @compiled
     def tree(s):
@@ -79,7 +80,7 @@ def over_chunks(compiled, columns, add_chunk):
 
     def serial(table, first, end, first_row, n_rows, out, scalars):
         """Sum the chunks first ... end - 1. scalars: the address of those of a rule."""
-        lanes = np.empty(LANES)
+        lanes = carray(float64_pointer(memory()), LANES)
         row, after = first_row * columns, (first_row + n_rows) * columns
         for chunk in range(first, end):
             while row + columns < after and table[row + columns + order.FIRST_CHUNK] <= chunk:
@@ -104,8 +105,7 @@ def build(form, loop):
     fma, add = op.fma, op.add
     ITEMSIZE, SQUARES = form.itemsize, form.squares
     raw = RAW[form.format]
-    kind, raw_at = llvm_type(raw), load_at(intrinsic, raw, align=1)
-    pointer = llvm.function(intrinsic, "pointer", lambda b, x: llvm.pointer(b, x, kind, 0), types.CPointer(raw)(types.int64))
+    pointer, raw_at = pointer_to(intrinsic, raw), load_at(intrinsic, raw, align=1)
     as_float64 = widened(intrinsic, form.format, on_gpu=False)
 
     @compiled

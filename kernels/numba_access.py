@@ -11,14 +11,18 @@ from llvmlite import ir
 from numba import from_dtype, types
 
 from gpuadam.kernels import llvm
-from gpuadam.kernels.conversions import CONVERSIONS
+from gpuadam.kernels.conversions import CONVERSIONS, random_bits_of, random_words
 from gpuadam.kernels.layout import aligned_to
 from gpuadam.kernels.llvm import F32, F64, U8, U16, U32, U64
-from gpuadam.kernels.numba_memory import RAW, llvm_type
-from gpuadam.kernels.operands import FORMATS, GROUP, KINDS, RESULTS, STATE, VALUES, decodings, operands_of_form
+from gpuadam.kernels.numba_memory import CACHE_LINE, RAW, llvm_type
+from gpuadam.kernels.operands import FORMATS, GROUP, KINDS, OF_CODES, RESULTS, VALUES, decodings, operands_of_form
 
-CACHE_LINE = 64  # bytes
 FETCHED = 64  # elements that `fetch` asks for at once: whole cache lines of every format
+
+# 8-bit state on the CPU: how many groups are updated before the first is encoded. The processor then works on several at once,
+# and does not wait for the largest of each. What is kept of them, in bytes:
+BLOCK = 8
+KEPT = 4 * len(OF_CODES) * (GROUP + 1) * BLOCK
 
 
 def functions(form, intrinsic, lanes=1, addrspace=0):
@@ -55,6 +59,8 @@ def functions(form, intrinsic, lanes=1, addrspace=0):
         "encode": void(addresses, i64, results, codec, i64, i64, i64),
         "keep": void(i64, i64, results),
         "kept": results(i64, i64),
+        "keep_largest": void(i64, i64, i32, i32),
+        "kept_largest": types.UniTuple(i32, 2)(i64, i64),
     }
     emit, signatures = _Emitter(form, lanes, addrspace), signatures | (of_groups if form.arrays.grouped else {})
     emitted = {name: llvm.function(intrinsic, name, getattr(emit, name), kind) for name, kind in signatures.items()}
@@ -155,8 +161,8 @@ class _Emitter:
         """Return the largest |m| and root of v of the first n lanes, as the bits of floats."""
         largest = [U32(0)] * 2
         for k, lane in enumerate(self._of_lanes(results)):
-            for j, name in enumerate(("m", "max_v")):  # a rule returns the root of v in max_v's place
-                bits = self._convert(b, "magnitude", lane[STATE[name]])
+            for j, place in enumerate(OF_CODES):
+                bits = self._convert(b, "magnitude", lane[place])
                 if self.lanes > 1:
                     bits = b.select(b.icmp_signed("<", U64(k), n), bits, U32(0))
                 largest[j] = b.select(b.icmp_signed(">", bits, largest[j]), bits, largest[j])
@@ -178,27 +184,37 @@ class _Emitter:
         m_inverse, v_inverse, m_mask, v_mask = codec
         m_codes, v_codes = [], []
         for lane, h in zip(self._of_lanes(results), self._random_bits(b, start, i, high, key), strict=True):
-            m, v, root = (lane[place] for place in STATE.values())
+            m, root = (lane[place] for place in OF_CODES)
             m_codes.append(b.trunc(self._convert(b, "to_m_code", m, m_inverse, m_mask, *h), U8))
-            v_codes.append(b.trunc(self._convert(b, "to_v_code", v, root, v_inverse, v_mask, *h), U8))
+            v_codes.append(b.trunc(self._convert(b, "to_v_code", root, v_inverse, v_mask, *h), U8))
         self._store(b, self.operands["m"], at, i, m_codes)
         self._store(b, self.operands["v"], at, i, v_codes)
 
-    def keep(self, b, scratch, j, results):
-        """Keep the state of element j of a group. scratch: the address of 3 * GROUP float32."""
-        for k, place in enumerate(STATE.values()):
-            self._alone(b, b.store(results[place], self._kept(b, scratch, k, j), align=4), "scratch")
+    def keep(self, b, memory, j, results):
+        """Keep what codes are made of, of element j of a block of groups. memory: the address of KEPT bytes."""
+        for place, at in zip(OF_CODES, self._kept(b, memory, F32, 0, GROUP, j), strict=True):
+            self._alone(b, b.store(results[place], at, align=4), "memory")
 
-    def kept(self, b, scratch, j):
-        """Return the kept results of element j: the state, and zeros."""
+    def kept(self, b, memory, j):
+        """Return the results of element j, of which all are zeros that codes are not made of."""
         results = [F32(0.0)] * len(RESULTS)
-        for k, place in enumerate(STATE.values()):
-            results[place] = self._alone(b, b.load(self._kept(b, scratch, k, j), align=4), "scratch")
+        for place, at in zip(OF_CODES, self._kept(b, memory, F32, 0, GROUP, j), strict=True):
+            results[place] = self._alone(b, b.load(at, align=4), "memory")
         return results
 
-    def _kept(self, b, scratch, k, j):
-        """Return where number k of STATE is kept of element j of a group."""
-        return b.gep(llvm.pointer(b, scratch, F32, self.addrspace), [b.add(j, U64(k * GROUP)) if k else j])
+    def keep_largest(self, b, memory, k, m, root):
+        """Keep the largest of group k of a block."""
+        for x, at in zip((m, root), self._kept(b, memory, U32, 2 * GROUP, 1, k), strict=True):
+            self._alone(b, b.store(x, at, align=4), "memory")
+
+    def kept_largest(self, b, memory, k):
+        """Return the largest of group k."""
+        return [self._alone(b, b.load(at, align=4), "memory") for at in self._kept(b, memory, U32, 2 * GROUP, 1, k)]
+
+    def _kept(self, b, memory, kind, first, n, k):
+        """Return where number k is of each of OF_CODES. first: how many numbers a group has before, and n: of each."""
+        start = llvm.pointer(b, memory, kind, self.addrspace)
+        return [b.gep(start, [b.add(k, U64(BLOCK * (first + place * n)))]) for place in range(len(OF_CODES))]
 
     def _scale(self, b, name, at, group):
         return self._pointer(b, self.operands[name], at, group, F32, 0)
@@ -226,6 +242,9 @@ class _Emitter:
         if not self.form.arrays.random:
             return [[None] * numbers] * self.lanes
         key_words = [b.trunc(key, U32), b.trunc(b.lshr(key, U64(32)), U32)]
+        if self.form.arrays.grouped and self.addrspace == 0:  # `start` is a multiple of GROUP, and i is below it
+            word, key = random_words(b, b.trunc(start, U32), b.trunc(high, U32), *key_words)
+            return [[random_bits_of(b, b.xor(word, b.trunc(i, U32)), key)]]
         bits, first = [], b.add(start, i)
         if numbers > 1:
             first = b.mul(first, U64(numbers))
@@ -298,7 +317,7 @@ class _Emitter:
         """Tell LLVM that operands do not overlap, which was checked: else it compares all their addresses before each loop."""
         if self.addrspace == 0:
             domain = b.module.add_metadata(["gpuadam: the arrays of an update"])
-            scopes = {other: b.module.add_metadata([f"gpuadam: {other}", domain]) for other in (*self.operands, "scratch")}
+            scopes = {other: b.module.add_metadata([f"gpuadam: {other}", domain]) for other in (*self.operands, "memory")}
             instruction.set_metadata("alias.scope", b.module.add_metadata([scopes.pop(name)]))
             instruction.set_metadata("noalias", b.module.add_metadata(list(scopes.values())))
         return instruction

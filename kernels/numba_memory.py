@@ -5,10 +5,12 @@ Addresses are int64. In CUDA C the formats are in `norm_cuda_c.py`.
 
 import functools
 
+from llvmlite import ir
 from numba import types
 
 from gpuadam.kernels import conversions, llvm, norm_order
 
+CACHE_LINE = 64  # bytes
 # how an element of a format is loaded
 RAW = {"float64": types.float64, "float32": types.float32, "uint8": types.uint8} | dict.fromkeys(
     ("bfloat16", "float16", "int16"), types.uint16
@@ -53,6 +55,30 @@ def store_at(intrinsic, element, addrspace=0):
         b.store(value, llvm.pointer(b, address, llvm_type(element), addrspace), align=element.bitwidth // 8)
 
     return llvm.function(intrinsic, "store", store, types.void(types.int64, element))
+
+
+@functools.cache
+def pointer_to(intrinsic, element):
+    """Return a function from an address to a pointer that `numba.carray` takes. The arguments are those of `load_at`."""
+    kind = llvm_type(element)
+    return llvm.function(
+        intrinsic, "pointer", lambda b, address: llvm.pointer(b, address, kind, 0), types.CPointer(element)(types.int64)
+    )
+
+
+def on_stack(intrinsic, n_bytes):
+    """Return a function whose value is the address of some bytes, which are there until its caller returns.
+
+    They start at a cache line. Unlike an array they cannot be refused, so a loop that has begun cannot fail.
+    """
+
+    def allocate(b):
+        with b.goto_entry_block():
+            memory = b.alloca(ir.ArrayType(llvm.U8, n_bytes))
+        memory.align = CACHE_LINE
+        return b.ptrtoint(memory, llvm.U64)
+
+    return llvm.function(intrinsic, "on_stack", allocate, types.int64())
 
 
 def written_out(head, item, n, **names):

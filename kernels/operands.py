@@ -27,8 +27,9 @@ GROUP_LANES = 8  # elements of a group that a thread of a GPU takes; 16 would ta
 # The arguments of a rule, in its order
 VALUES = "param", "grad", "m", "v", "max_v", "ema", "lr_scale", "where", "low", "high"
 RESULTS = ("param", "m", "v", "max_v", "ema")
-# Where a rule's results have the state. Of 8-bit state a rule returns the root of v in max_v's place.
-STATE = {name: RESULTS.index(name) for name in ("m", "v", "max_v")}
+STATE = ("m", "v", "max_v")
+# What codes of 8-bit state are made of: m, and the root of v, which a rule then returns in max_v's place
+OF_CODES = RESULTS.index("m"), RESULTS.index("max_v")
 
 
 class Kind(NamedTuple):

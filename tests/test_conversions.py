@@ -229,7 +229,7 @@ def test_the_largest_of_a_group_keeps_the_last_code_and_no_other_passes_it():
         codes = converted("to_m_code", largest, inverse, 0xFFFFFFFF, h)
         assert np.isin(codes, allowed).all()
     for h, allowed in ((0, (254, 255)), (0xFFFFFFFF, (255,))):
-        codes = converted("to_v_code", largest, largest, root_inverse, 0xFFFFFFFF, h)
+        codes = converted("to_v_code", largest, root_inverse, 0xFFFFFFFF, h)
         assert np.isin(codes, allowed).all()
 
 
