@@ -64,11 +64,12 @@ def rows_of(backend, n, clock, measured):
         facts = {"state": "in turn", "clock": clock, "dtype": name, "seconds": seconds, "moved": n_bytes * n}
         row = measure.row("narrow", contender, backend.name, n, **facts) | dict.fromkeys(report.FURTHER)
         rows.append(row | {"bytes_per_element": n_bytes, "x_float32_bytes": n_bytes / forms.bytes_moved(FORMS[FLOAT32])})
-    float32 = {row["contender"]: row["p50_us"] for row in rows if row["dtype"] == FLOAT32}
+    rows = [row for of_form in measure.groups(rows, "dtype").values() for row in measure.add_ratios(of_form)]
+    float32 = {row["contender"]: row["p50_us"] for row in rows if row["dtype"] == FLOAT32}  # of the limit its fastest mover
     for row in rows:
         row["x_float32"] = float(f"{row['p50_us'] / float32[row['contender']]:.6g}")
         row["x_float32_bytes"] = float(f"{row['x_float32_bytes']:.6g}")
-    return [row for of_form in measure.groups(rows, "dtype").values() for row in measure.add_ratios(of_form)]
+    return rows
 
 
 def bytes_held(name, n):
