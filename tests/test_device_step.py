@@ -191,6 +191,7 @@ SCALARS = {
 ON_ALL = ("arrays", "arrays in float64", "RAdam", "AdaMax", "optax in float64, a running mean", "eps-hat")
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("name", SCALARS)
 def test_the_device_computes_the_hosts_scalars(compiler, name, examples):
     for arch in ARCHITECTURES if name in ON_ALL and examples(False, True) else ("sm_90",):

@@ -553,6 +553,7 @@ def accesses(sass):
     return Counter(re.findall(r"\b((?:LDG|STG|LD|ST|LDL|STL|LDS|STS|ATOM|RED)\.[\w.]+)", sass))
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("compiler", GPU_COMPILERS)
 @pytest.mark.parametrize(
     "name, arch",

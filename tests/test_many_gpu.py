@@ -129,6 +129,7 @@ def test_a_wrong_table_is_noticed(compiler, monkeypatch):
                 assert_same_bits(arrays, wanted)
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90", "sm_120"])
 @pytest.mark.parametrize("name, on_device", [("adam", False), ("all with l2", True)])
 def test_loads_and_stores_stay_16_bytes_of_global_memory(compiler, arch, name, on_device):

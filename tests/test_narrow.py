@@ -444,13 +444,9 @@ ON_SM_90 = (
     "bfloat16", "float16 grads", "all bfloat16, randomly", "float16, randomly", "remainder", "bfloat16 copy",
     "ema in float64", "float64 params, float16 grads", "everything",
 )  # fmt: skip
-MACHINE_CODE = [
-    *((name, "sm_90") for name in ON_SM_90),
-    ("all bfloat16, randomly", "sm_80"),
-    ("all bfloat16, randomly", "sm_120"),
-    ("everything", "sm_80"),
-    ("everything", "sm_120"),
-]
+IN_SHORT = ("bfloat16", "all bfloat16, randomly", "everything")
+MACHINE_CODE = [pytest.param(name, "sm_90", marks=[pytest.mark.exhaustive] * (name not in IN_SHORT)) for name in ON_SM_90]
+MACHINE_CODE += [(name, arch) for name in IN_SHORT[1:] for arch in ("sm_80", "sm_120")]
 
 
 @pytest.mark.in_short()
