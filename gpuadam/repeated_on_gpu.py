@@ -1,8 +1,9 @@
 """Steps on a GPU that are as the last one but for the step's number, the learning rate, the gradients and what is in the arrays.
 
 A step goes the long way first, by `update`, and its batches are kept (`remembered.py`). The next one is compared with it. CuPy's
-arrays are read by compiled code (`kernels/cupy_struct.py`), Numba's are Python's objects, which only Python reads. If nothing
-differs, only the scalars and the launches are left to do.
+arrays are read by compiled code (`kernels/cupy_struct.py`). Numba's are Python's objects: compiled code sees whether their
+attributes are the same (`kernels/numba_attributes.py`), and if not, Python reads what these say. If nothing differs, only the
+scalars and the launches are left to do.
 """
 
 import itertools
@@ -49,13 +50,24 @@ class StepsOnGpu:
         self._batches, self._names = batches, only.names
         self._fixed, self._seed = only.h.fixed, only.seed
         columns, kernels = only.columns, batches[0].backend
-        struct = kernels.struct
+        struct, attributes = kernels.struct, kernels.attributes
         # kept alive, so that no others get their addresses; gradients are not, but their dtypes are
         self._held = columns[0], [grad.dtype for grad in columns[1]], columns[2:]
+        # the ways to find out that nothing differs: what compiled code compares, and what Python reads beside
+        self._ways: list[tuple[Any, ReadInPython | None]] = []
         told = struct.told(itertools.chain.from_iterable(columns)) if struct else None
-        self._plan = kernels.gpu_step.Plan(columns, struct, told)
-        self._read = ReadInPython(columns) if told is None else None
-        self.expect = self._plan.expect
+        if told is not None:
+            self._ways.append((kernels.gpu_step.Plan(columns, struct, told), None))
+            return
+        if attributes and (of_attributes := attributes.told(columns)):
+            self._kept = of_attributes
+            self._ways.append((kernels.gpu_step.Plan(columns, attributes, of_attributes[0]), None))
+        self._ways.append((kernels.gpu_step.Plan(columns, None, None), ReadInPython(columns)))
+
+    def expect(self, settings):
+        """Take over the objects that are the settings of a step."""
+        for plan, _ in self._ways:
+            plan.expect(settings)
 
     @classmethod
     def of(cls, optimizer, k, only):
@@ -77,9 +89,10 @@ class StepsOnGpu:
 
     def prepared(self, arrays, settings, step, lr):
         """Return the batches of the step if it is as the last one, ready to be launched; else None."""
-        if not self._plan.same(arrays, settings) or not (self._read is None or self._read.same(arrays)):
-            return None
-        return prepared_again(self._batches, lr, self._fixed, self._seed, step)
+        for plan, read in self._ways:
+            if plan.same(arrays, settings) and (read is None or read.same(arrays)):
+                return prepared_again(self._batches, lr, self._fixed, self._seed, step)
+        return None
 
     def ended(self):
         """Do nothing: a step that was prepared keeps no array alive."""

@@ -42,6 +42,7 @@ class GpuBackend(Backend):
     default_named: int | None = None  # the stream that the library names for a new array
     gpu_step = gpu_step
     struct: Any = None  # the module that reads objects of the library's arrays, as `cupy_struct.py` does
+    attributes: Any = None  # or the one that compares their attributes, as `numba_attributes.py` does
 
     def __init__(self):
         self._rehearsed: set = set()  # (device, kernel)

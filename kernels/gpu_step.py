@@ -1,7 +1,7 @@
 """What the steps of arrays on a GPU have in common with the last ones, found out in one compiled call.
 
 Settings, parameters and state are compared by identity. Of each array is read what its library lets change while it stays the
-same object, if its objects can be read (`cupy_struct.py`). The launch is left to the caller.
+same object, if its objects can be read (`cupy_struct.py`, `numba_attributes.py`). The launch is left to the caller.
 """
 
 import functools

@@ -10,7 +10,7 @@ from numba import cuda
 from numba.cuda.cudadrv.driver import device_memset
 from numba.cuda.cudadrv.error import CudaSupportError
 
-from gpuadam.kernels import adam, change_numba_cuda, gpu_driver, norm_numba_cuda, norm_order
+from gpuadam.kernels import adam, change_numba_cuda, gpu_driver, norm_numba_cuda, norm_order, numba_attributes
 from gpuadam.kernels.gpu_backend import UNCHANGED, GpuBackend
 from gpuadam.kernels.gpu_launch import Changing
 from gpuadam.kernels.gpu_table import BLOCK
@@ -27,6 +27,7 @@ class NumbaCuda(GpuBackend):
     name = "numba-cuda"
     copies_any_layout = False
     default_named = LEGACY_DEFAULT
+    attributes = numba_attributes
 
     def status(self):
         if cuda.config.ENABLE_CUDASIM:

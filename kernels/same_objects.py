@@ -25,25 +25,20 @@ pointer = llvm.function(
 )
 
 
-def _call_of_python(b, *values):
-    signature = ir.FunctionType(llvm.U64, [llvm.U64] * len(values))
-    return b.call(cgutils.get_or_insert_function(b.module, signature, "PyDict_GetItem"), values)
+def of_python(name, n, returns=True):
+    """Return a function of Python's interface for C, by its name. It takes n addresses, and its value is one or nothing."""
+    kind = ir.FunctionType(llvm.U64 if returns else ir.VoidType(), [llvm.U64] * n)
+
+    def emit(b, *values):
+        value = b.call(cgutils.get_or_insert_function(b.module, kind, name), values)
+        return value if returns else None
+
+    result = types.int64 if returns else types.void
+    return llvm.function(intrinsic, name, emit, result(*[types.int64] * n))
 
 
-_in_dict = llvm.function(intrinsic, "in_dict", _call_of_python, types.int64(types.int64, types.int64))
-
-
-def _counting(name):
-    """Return the function of Python's by which an object gets, or loses, a reference."""
-
-    def emit(b, x):
-        signature = ir.FunctionType(ir.VoidType(), [llvm.U64])
-        b.call(cgutils.get_or_insert_function(b.module, signature, name), [x])
-
-    return llvm.function(intrinsic, name, emit, types.void(types.int64))
-
-
-incref, decref = _counting("Py_IncRef"), _counting("Py_DecRef")
+in_dict = of_python("PyDict_GetItem", 2)
+incref, decref = (of_python(name, 1, returns=False) for name in ("Py_IncRef", "Py_DecRef"))
 
 
 # Called by compiled code. plan: the address of a Plan's memory. Other arguments are addresses of objects.
@@ -108,13 +103,13 @@ def of_several(plan, step, objects):
     for k in range(0, 8 * n, 8):
         name, param, state = int64_at(name_at + k), int64_at(param_at + k), int64_at(state_at + k)
         held, grad = int64_at(held_at + k), int64_at(grad_at + k)  # or their names
-        held, grad = _in_dict(holder, held) if holds_by_name else held, _in_dict(grads, grad) if grads_by_name else grad
-        if name != int64_at(name_now_at + k) or held != param or grad == 0 or _in_dict(state, int64_at(keys)) != count:
+        held, grad = in_dict(holder, held) if holds_by_name else held, in_dict(grads, grad) if grads_by_name else grad
+        if name != int64_at(name_now_at + k) or held != param or grad == 0 or in_dict(state, int64_at(keys)) != count:
             return False
         row = k // 8
         objects[row], objects[n + row] = param, grad
         for operand in range(2, width):
-            array = _in_dict(state, int64_at(keys + 8 * (operand - 1)))
+            array = in_dict(state, int64_at(keys + 8 * (operand - 1)))
             if array == 0:  # it was taken away
                 return False
             objects[operand * n + row] = array

@@ -271,6 +271,42 @@ def test_an_attribute_that_is_set_on_an_array_of_numba_is_noticed(cp, took, what
     assert took[-1] is False
 
 
+def test_attributes_of_numba_arrays_are_compared_without_python(took, monkeypatch):
+    twins = Twins("numba-cuda")
+    twins.step(times=4)
+    monkeypatch.setattr(repeated_on_gpu.ReadInPython, "same", None)
+    twins.step(times=2)
+    assert took[-2:] == [True, True]
+    twins.assert_same()
+
+
+def test_other_attributes_that_say_the_same_are_read_by_python(took, monkeypatch):
+    twins, read = Twins("numba-cuda"), []
+    twins.step(times=4)
+    same = repeated_on_gpu.ReadInPython.same
+    monkeypatch.setattr(repeated_on_gpu.ReadInPython, "same", lambda *given: read.append(same(*given)) or read[-1])
+    memory = twins.grads[0].gpu_data
+    twins.grads[0].gpu_data = memory.view(0, memory.size)
+    twins.step()
+    twins.params[1].shape = (*twins.params[1].shape,)
+    twins.step()
+    assert took[-2:] == read == [True, True]
+    twins.assert_same()
+
+
+def test_when_the_memory_of_a_gradient_goes_nothing_is_the_same():
+    """What gets its address might be another's."""
+    from gpuadam.kernels import numba_attributes
+
+    columns = [arrays(testing.array_backend("numba-cuda"), seed) for seed in range(4)]
+    words, kept = numba_attributes.told(columns)
+    before = words.copy()
+    del columns[1][1:]
+    gc.collect()
+    (changed,) = np.flatnonzero(words != before)
+    assert changed == len(numba_attributes.NAMES) and words[changed] == 0 and kept
+
+
 @pytest.mark.parametrize("which", ["param", "grad", "v"])
 def test_an_array_of_cupy_that_takes_another_shape_in_place_is_noticed(cp, took, which):
     pair = Pair("cupy")
@@ -348,10 +384,10 @@ def test_a_cupy_array_that_takes_another_shape_in_place_is_noticed(cp):
         twins.quick.step(twins.grads)
 
 
-def test_no_gradient_is_kept_alive(cp):
-    twins = Twins("cupy")
+def test_no_gradient_is_kept_alive(backend):
+    twins = Twins(backend)
     twins.step(times=4)
-    held = weakref.ref(twins.grads[0])
+    held = weakref.ref(twins.grads[0] if backend == "cupy" else twins.grads[0].gpu_data)
     twins.grads = None
     gc.collect()
     assert held() is None
