@@ -111,11 +111,12 @@ on Rubin, whose multiprocessors hold 1,024 threads, for nearly all.
 | B200 (sm_100), many arrays | 53 | 1,152 | 1, 64 | 72 | 64 |
 | Rubin (sm_107), one array | 94 | 640 | 4, 256 | 160 | 128 |
 | Rubin (sm_107), many arrays | 96 | 640 | 4, 256 | 160 | 128 |
-| 8-bit state, H200 | 127 | 512 | 2, 160 | 80 | 48 |
-| 8-bit state, B200 | 137 | 384 | 2, 160 | **60** | 64 |
+| 8-bit state, H200 | 121 | 512 | 2, 160 | 80 | 48 |
+| 8-bit state, B200 | 121 | 512 | 2, 160 | 80 | 64 |
+| 8-bit state, Rubin | 120 | 512 | 2, 160 | **80** | 128 |
 
-8-bit state falls short on a B200 in CuPy, by 6 %, and on Rubin on both backends, by half. So do bfloat16 alone and `change` on
-Rubin in Numba, by a quarter and by a tenth. The script names what is short.
+On Rubin 8-bit state falls short, by 38 % in CuPy and 45 % in Numba. So do bfloat16 alone and `change` in Numba, by a quarter and
+by a tenth. The script names what is short.
 
 The host's time of a step on a GPU is that of Python and of the libraries. `benchmarks/host_time.py` measures it beside bare
 launches, on a GPU, and without one over a driver that answers in no time. Over this one, in microseconds (p20, AVX-512):
