@@ -332,10 +332,9 @@ def random(b, rn, low, high, key0, key1):
 
 
 def random_words(b, low, high, key0, key1):
-    """Return the two words of which `random_bits_of` makes random bits.
+    """Return the two words, x and a key, of which `random_bits_of` makes random bits.
 
-    For neighbours these need not be made again: if some of the last 16 bits of `low` are 0, and j has no others, then low + j has
-    the words (x ^ j, key).
+    Neighbours share them: where the last 5 bits of `low` are 0, the words of low + j are x ^ j and the key, for j < 32.
     """
     key = b.or_(b.zext(key0, U64), b.shl(b.zext(key1, U64), U64(32)))
     key = b.add(key, b.mul(b.zext(high, U64), U64(0x9E3779B97F4A7C15)))

@@ -19,10 +19,10 @@ from gpuadam.kernels.operands import FORMATS, GROUP, KINDS, OF_CODES, RESULTS, V
 
 FETCHED = 64  # elements that `fetch` asks for at once: whole cache lines of every format
 
-# 8-bit state on the CPU: how many groups are updated before the first is encoded. The processor then works on several at once,
-# and does not wait for the largest of each. What is kept of them, in bytes:
+# 8-bit state on the CPU: how many groups are updated before the first is encoded, so that the processor works on several and does
+# not wait for the largest of each. What is kept of them, in bytes: m and the root of each element, and the largest of each group.
 BLOCK = 8
-KEPT = 4 * len(OF_CODES) * (GROUP + 1) * BLOCK
+KEPT = 4 * 2 * BLOCK * (GROUP + 1)
 
 
 def functions(form, intrinsic, lanes=1, addrspace=0):
@@ -192,29 +192,31 @@ class _Emitter:
 
     def keep(self, b, memory, j, results):
         """Keep what codes are made of, of element j of a block of groups. memory: the address of KEPT bytes."""
-        for place, at in zip(OF_CODES, self._kept(b, memory, F32, 0, GROUP, j), strict=True):
+        for place, at in zip(OF_CODES, self._kept(b, memory, F32, 0, BLOCK * GROUP, j), strict=True):
             self._alone(b, b.store(results[place], at, align=4), "memory")
 
     def kept(self, b, memory, j):
-        """Return the results of element j, of which all are zeros that codes are not made of."""
+        """Return the results of element j. Those of which no code is made are zeros."""
         results = [F32(0.0)] * len(RESULTS)
-        for place, at in zip(OF_CODES, self._kept(b, memory, F32, 0, GROUP, j), strict=True):
+        for place, at in zip(OF_CODES, self._kept(b, memory, F32, 0, BLOCK * GROUP, j), strict=True):
             results[place] = self._alone(b, b.load(at, align=4), "memory")
         return results
 
     def keep_largest(self, b, memory, k, m, root):
         """Keep the largest of group k of a block."""
-        for x, at in zip((m, root), self._kept(b, memory, U32, 2 * GROUP, 1, k), strict=True):
+        for x, at in zip((m, root), self._kept(b, memory, U32, 2 * BLOCK * GROUP, BLOCK, k), strict=True):
             self._alone(b, b.store(x, at, align=4), "memory")
 
     def kept_largest(self, b, memory, k):
         """Return the largest of group k."""
-        return [self._alone(b, b.load(at, align=4), "memory") for at in self._kept(b, memory, U32, 2 * GROUP, 1, k)]
+        return [
+            self._alone(b, b.load(at, align=4), "memory") for at in self._kept(b, memory, U32, 2 * BLOCK * GROUP, BLOCK, k)
+        ]
 
-    def _kept(self, b, memory, kind, first, n, k):
-        """Return where number k is of each of OF_CODES. first: how many numbers a group has before, and n: of each."""
+    def _kept(self, b, memory, kind, first, apart, k):
+        """Return where number k of m is, and of the root. first: of m's numbers. apart: by how many the root's are behind."""
         start = llvm.pointer(b, memory, kind, self.addrspace)
-        return [b.gep(start, [b.add(k, U64(BLOCK * (first + place * n)))]) for place in range(len(OF_CODES))]
+        return [b.gep(start, [b.add(k, U64(at))]) for at in (first, first + apart)]
 
     def _scale(self, b, name, at, group):
         return self._pointer(b, self.operands[name], at, group, F32, 0)
