@@ -10,13 +10,13 @@ import sys
 import weakref
 
 import numpy as np
-from numba.cuda.cudadrv.devicearray import DeviceNDArray
+from numba.cuda.cudadrv import devicearray
 
 from gpuadam.kernels.gpu_step import GRADS
 from gpuadam.kernels.same_objects import decref, in_dict, int64_at, of_python
 from gpuadam.kernels.step_objects import TYPE
 
-ARRAY = id(DeviceNDArray)
+ARRAY = id(getattr(devicearray, "DeviceNDArray", None))  # Numba's simulator of a GPU, which is no backend, has none
 MEMORY, *OTHERS = NAMES = [sys.intern(name) for name in ("gpu_data", "shape", "strides", "dtype", "stream")]
 N = len(NAMES)
 
