@@ -5,7 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-import cases
 import libraries
 import numpy as np
 import pytest
@@ -50,8 +49,7 @@ def rows_of(script, folder, *arguments):
 @pytest.fixture(scope="module")
 def narrow_rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("narrow")
-    few = FORMS if cases.exhaustive else ("8-bit state",)
-    return rows_of(narrow, folder, "--sizes", "1000", "--forms", ",".join(few)), folder
+    return rows_of(narrow, folder, "--sizes", "1000", "--forms", ",".join(FORMS)), folder
 
 
 @pytest.mark.exhaustive
@@ -151,6 +149,7 @@ def test_rows_with_further_columns_are_merged_and_summed_up(narrow_rows, tmp_pat
     assert capsys.readouterr().out.count("8-bit state") == 1
 
 
+@pytest.mark.exhaustive
 def test_a_backend_that_was_measured_in_fewer_forms_is_drawn_beside_the_other(narrow_rows, tmp_path):
     rows, _ = narrow_rows
     fewer = [row | {"backend": "cupy"} for row in rows if row["dtype"] in ("float32", "8-bit state")]

@@ -72,10 +72,12 @@ COMBINATIONS: dict[str, tuple[Arrays, dict[str, Any]]] = {
 }
 
 RANDOM = [name for name, (arrays, _) in COMBINATIONS.items() if arrays.random]
-# What others have too is left for the long run
-NAMES = few(
-    COMBINATIONS, *(name for name in COMBINATIONS if name not in ("change", "narrow change", "lr_scale", "float64 copy"))
-)
+# Left for the long run: others have their formats and options between them
+ALIKE = (
+    "float16", "bfloat16 grads", "bfloat16, randomly", "float32 copy", "float64 copy", "ema", "float64 state", "float64 grads",
+    "radam", "change", "narrow change", "lr_scale",
+)  # fmt: skip
+NAMES = few(COMBINATIONS, *(name for name in COMBINATIONS if name not in ALIKE))
 # Of several item sizes, with and without random rounding, 8 lanes: these stand for all where code repeats
 KEY_COMBINATIONS = ("all bfloat16, randomly", "float16 grads", "everything")
 
