@@ -11,10 +11,10 @@ These commands measure your machine: GB/s, bytes an element, and percent of the 
 
 The figures are of two virtual machines with two cores. "AVX2": an AMD EPYC of 2026-11-23, with torch 2.13.0+cpu, jax 0.10.2,
 optax 0.2.8 and deepspeed 0.19.8. "AVX-512": an AMD EPYC that LLVM calls znver4, of 2026-11-29 and 30. Both with numba 0.68.1.
-Runs on these shared machines differ by some 5 %. Where the host has put an allocation of 100 million elements changes a step on it by
-half, whoever makes the step; so all contenders that can have the same large arrays. All take turns, in a new order each round, so
-each finds the caches as the others left them. Every row with its quantiles is in `benchmarks/results`, by machine;
-`benchmarks/README.md` says how it was measured, and README.md has the table of one array.
+Runs on these shared machines differ by some 5 %. Where the host has put an allocation of 100 million elements changes a step
+on it by half, whoever makes the step; so all contenders that can have the same large arrays. All take turns, in a new order
+each round, so each finds the caches as the others left them. Every row with its quantiles is in `benchmarks/results`, by
+machine; `benchmarks/README.md` says how it was measured, and README.md has the table of one array.
 
 Rows of a third machine are there too, an AMD EPYC that LLVM calls znver5, of 2026-11-29. Its memory is about as fast as that
 of znver4. At 20 million elements nearly every form takes the time of its limit there: all bfloat16 0.51 of float32's time,
@@ -75,10 +75,10 @@ conversions and random bits take longer than the bytes. 20 million elements, mea
 | AMSGrad | 36 | 1.27 | 1.27 |
 | NAdam, RAdam, AdaMax | 28 | 1.01 to 1.03 | 0.96 to 0.99 |
 
-**8-bit state** is bound by its arithmetic. In the caches, on AVX-512, an element takes a thread 0.87 ns, and one of float32 0.31.
-Eight groups are updated before the first is encoded: when each was encoded at once, the processor waited for the largest number of
-each, and an element took 1.08 ns. With vectors of 256 bits, on the same processor, it took 1.34 then and takes 1.09 now. A loop
-that encodes a group while it updates the next one took 0.93 to 1.00.
+**8-bit state** is bound by its arithmetic. In the caches, on AVX-512, an element takes a thread 0.87 ns, and one of float32
+0.31. Eight groups are updated before the first is encoded: when each was encoded at once, the processor waited for the largest
+number of each, and an element took 1.08 ns. With vectors of 256 bits, on the same processor, it took 1.34 then and takes 1.09
+now. A loop that encodes a group while it updates the next one took 0.93 to 1.00.
 
 ## The whole step
 
