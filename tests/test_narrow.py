@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import few, form_and_scalars
 
-from gpuadam.kernels import adam, gpu_table
+from gpuadam.kernels import adam, gpu_table, limit
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.layout import Update
 from gpuadam.kernels.operands import Arrays, bytes_per_element, lanes_of, operands_of_form
@@ -288,6 +288,16 @@ def test_gpu_code_gives_the_cpus_bits_and_moves_each_byte_once(compiler, name):
         assert_same(form, arrays, expected, f"eps={eps}")
         assert (kernel.loaded_bytes, kernel.stored_bytes) == bytes_of(form, 1003)
         assert sum(bytes_of(form, 1003)) == bytes_per_element(form) * 1003
+
+
+@gpu_compilers
+def test_the_limit_moves_the_bytes_of_arrays_that_are_only_read_too(compiler):
+    formats = Arrays(lr_scale="float32", where="array", low="float32", high="float32")
+    form, scalars = form_and_scalars("adam", formats, bounds=(-2.0, 2.0))
+    arrays = [np.ones(1003, model.DTYPES[operand.format]) for operand in operands_of_form(form)]
+    kernel = gpu_code.run(compiler, form, "sm_90", arrays, scalars, rule=limit)
+    assert (kernel.loaded_bytes, kernel.stored_bytes) == bytes_of(form, 1003)
+    assert all((array == 1).all() for array in arrays)
 
 
 @pytest.mark.parametrize(
