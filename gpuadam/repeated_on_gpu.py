@@ -52,7 +52,7 @@ class StepsOnGpu:
         columns, kernels = only.columns, batches[0].backend
         struct, attributes = kernels.struct, kernels.attributes
         # kept alive, so that no others get their addresses; gradients are not, but their dtypes are
-        self._held = columns[0], [grad.dtype for grad in columns[1]], columns[2:]
+        self._held: tuple = columns[0], [grad.dtype for grad in columns[1]], columns[2:]
         # the ways to find out that nothing differs: what compiled code compares, and what Python reads beside
         self._ways: list[tuple[Any, ReadInPython | None]] = []
         told = struct.told(itertools.chain.from_iterable(columns)) if struct else None
@@ -60,8 +60,9 @@ class StepsOnGpu:
             self._ways.append((kernels.gpu_step.Plan(columns, struct, told), None))
             return
         if attributes and (of_attributes := attributes.told(columns)):
-            self._kept = of_attributes
-            self._ways.append((kernels.gpu_step.Plan(columns, attributes, of_attributes[0]), None))
+            words, kept = of_attributes
+            self._held += (kept,)
+            self._ways.append((kernels.gpu_step.Plan(columns, attributes, words), None))
         self._ways.append((kernels.gpu_step.Plan(columns, None, None), ReadInPython(columns)))
 
     def expect(self, settings):

@@ -55,7 +55,7 @@ READ_ALONE = "lr_scale", "where", "low", "high"  # operands that an update does 
 
 
 def _read_alone(form):
-    """Return those of a form. They have to be used, because a compiler leaves out what is loaded for nothing."""
+    """Return the names among READ_ALONE that a form has. A compiler leaves out the load of what a rule does not use."""
     there = {operand.name for operand in operands_of_form(form)}
     return [name for name in READ_ALONE if name in there]
 

@@ -17,7 +17,7 @@ from gpuadam.kernels.same_objects import decref, in_dict, int64_at, of_python
 from gpuadam.kernels.step_objects import TYPE
 
 ARRAY = id(getattr(devicearray, "DeviceNDArray", None))  # Numba's simulator of a GPU, which is no backend, has none
-MEMORY, *OTHERS = NAMES = [sys.intern(name) for name in ("gpu_data", "shape", "strides", "dtype", "stream")]
+NAMES = [sys.intern(name) for name in ("gpu_data", "shape", "strides", "dtype", "stream")]
 N = len(NAMES)
 
 _dict_of, _forget_error = of_python("PyObject_GenericGetDict", 2), of_python("PyErr_Clear", 0, returns=False)
@@ -44,9 +44,10 @@ def tell(array, array_type, words, n, compares):
 
 
 def told(columns):
-    """Return the words of the arrays of each operand, and what has to be kept with them; None if memory is owned by others.
+    """Return words for the arrays of each operand, and the objects that the caller has to keep while it uses the words.
 
-    No gradient's memory is kept alive. When it goes, no word is right any more: another object could get its address.
+    No gradient's memory is kept alive. When it goes, `tell` finds nothing the same: another object could get its address. Where
+    memory takes no weak references there are no words, but None.
     """
     words = np.array([*map(id, NAMES), *(id(getattr(a, name)) for a in itertools.chain(*columns) for name in NAMES)])
 
@@ -57,6 +58,6 @@ def told(columns):
         memory = [weakref.ref(grad.gpu_data, gone) for grad in columns[GRADS]]
     except TypeError:
         return None
-    kept = [getattr(array, name) for array in columns[GRADS] for name in OTHERS]
+    kept = [getattr(array, name) for array in columns[GRADS] for name in NAMES[1:]]
     kept += [getattr(array, name) for k, column in enumerate(columns) if k != GRADS for array in column for name in NAMES]
     return words, (memory, kept)

@@ -134,9 +134,6 @@ launches, on a GPU, and without one over a driver that answers in no time. Over 
 | `Adam.step`, 148 arrays | 33 | 130 |
 | 148 bare launches | 700 | 5,700 |
 
-The turns of the others leave none of the objects of 592 arrays in the processor's caches. Steps of 148 arrays one after the other
-take 23 and 55.
-
 These are of a program with one thread of Python. With others, as in a notebook, the libraries make the launches of a repeated
 step: CuPy needs 5 microseconds more for each, Numba 40.
 """
