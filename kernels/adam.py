@@ -59,6 +59,11 @@ class Form(NamedTuple):
     def amsgrad(self):
         return self.arrays.amsgrad
 
+    @property
+    def reads_param(self):
+        """Whether the rule looks at the parameter. If it returns the change alone, only some options do."""
+        return not self.arrays.change or self.l2 or self.decoupled or self.bounded
+
 
 class Scalars(NamedTuple):
     """The numbers that are the same for every element of a step, of the compute type, in the order of kernel arguments."""

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from numba.extending import intrinsic
 
-from gpuadam.kernels import adam, compiled_cache, cpu_threads, numba_access, primitives
+from gpuadam.kernels import adam, compiled_cache, cpu_threads, numba_access, primitives, processor
 from gpuadam.kernels.numba_access import BLOCK, FETCHED, KEPT
 from gpuadam.kernels.numba_memory import CACHE_LINE, on_stack, tuple_at
 from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
@@ -27,14 +27,17 @@ def build(rule, form, loop):
     update = njit(**compiled_cache.INNER)(element)
     access = numba_access.functions(form, intrinsic)
     load, store, moved, stepped, fetch = access.load, access.store, access.moved, access.stepped, access.fetch
-    # How many elements ahead the loop prefetches; with 0 it leaves this to the processor.
-    AHEAD = getattr(rule, "AHEAD", 0)
+    AHEAD, WIDE = getattr(rule, "LOOP", processor.loop_of(form))
+    # With fewer elements a thread finds its arrays in its cache, and a prefetch would only take time.
+    MANY = processor.CACHED // sum(operand.itemsize for operand in operands_of_form(form))
+    choose_vectors = processor.choose_vectors(intrinsic, WIDE)
     operands_at = tuple_at(intrinsic, len(operands_of_form(form)))
     PARAM_SIZE = operands_of_form(form)[0].itemsize
 
     def serial(table, first, last, key, s):
         """Update the elements first ... last - 1, counted through all rows. s: the scalars."""
-        end = 0
+        choose_vectors()
+        end, many = 0, last - first > MANY
         for row in range(table.shape[0]):
             begin, end = end, end + table[row, SIZE]
             start, stop = max(first, begin) - begin, min(last, end) - begin
@@ -50,7 +53,8 @@ def build(rule, form, loop):
                     here, first_here = moved(at, start), index + start
                     if AHEAD:
                         for block in range(0, end_of_part - start, FETCHED):
-                            fetch(here, block + AHEAD)
+                            if many:
+                                fetch(here, block + AHEAD)
                             for i in range(block, min(block + FETCHED, end_of_part - start)):
                                 store(here, i, update(*load(here, i), s), first_here, high, row_key)
                     else:
@@ -73,9 +77,11 @@ def build(rule, form, loop):
                 store(here, 0, update(*load(here, 0), s), i, i >> 32, key)
                 here = stepped(here, step, 1)
 
+    if form.arrays.grouped:
+        serial = _over_groups(access, update, operands_at, choose_vectors)
     arguments, body = {
         "strided": ("at, shape, strides, index, key", strided),
-        "serial": ("table, first, last, key", _over_groups(access, update, operands_at) if form.arrays.grouped else serial),
+        "serial": ("table, first, last, key", serial),
     }[loop]
     body = njit(error_model="numpy", inline="always")(compiled_cache.named(body, rule.__name__, form))
     function = compiled_cache.named(_taking(arguments, form, body=body), rule.__name__, form)
@@ -96,7 +102,7 @@ def _taking(arguments, form, **names):
     return namespace["kernel"]
 
 
-def _over_groups(groups, update, operands_at):
+def _over_groups(groups, update, operands_at, choose_vectors):
     load, units, store, magnitudes, codec = groups.load, groups.units, groups.store, groups.magnitudes, groups.codec
     scales, encode, keep, kept = groups.scales, groups.encode, groups.keep, groups.kept
     keep_largest, kept_largest, moved, ZERO = groups.keep_largest, groups.kept_largest, groups.moved, np.int32(0)
@@ -129,6 +135,7 @@ def _over_groups(groups, update, operands_at):
 
     def serial(table, first, last, key, s):
         """Update the groups that begin among the elements first ... last - 1, counted through all rows. s: the scalars."""
+        choose_vectors()
         memory = block_memory()
         end = 0
         for row in range(table.shape[0]):

@@ -9,6 +9,7 @@ read and written, and no number changes, however often it runs.
 
 import sys
 
+from gpuadam.kernels import processor
 from gpuadam.kernels.adam import scalar_names
 from gpuadam.kernels.operands import operands_of_form
 
@@ -60,20 +61,16 @@ def _read_alone(form):
     return [name for name in READ_ALONE if name in there]
 
 
-class Ahead:
-    """A rule whose loop on the CPU prefetches the memory n elements ahead."""
+class Looped:
+    """A rule with a Loop of its own on the CPU, not with the one that suits the processor."""
 
-    def __init__(self, rule, n):
-        self.in_python, self.AHEAD, self.__name__ = rule.in_python, n, f"{rule.__name__}_{n}_ahead"
-
-
-# The ways to move the bytes, by what they are called: on a GPU, and on a CPU, where it depends on the processor which is fastest
-ON_GPU = {"a kernel": sys.modules[__name__]}
-ON_CPU = {"a loop": sys.modules[__name__]} | {
-    f"a loop, {n} elements ahead": Ahead(sys.modules[__name__], n) for n in (128, 512, 2048)
-}
+    def __init__(self, rule, loop):
+        self.in_python, self.LOOP, self.__name__ = rule.in_python, loop, f"{rule.__name__}_{loop.ahead}_{loop.wide}"
 
 
 def movers(memory):
     """Return the rules that move the bytes of a step, by what they are called. memory: of the backend, "CPU" or "CUDA"."""
-    return ON_CPU if memory == "CPU" else ON_GPU
+    this = sys.modules[__name__]
+    if memory != "CPU":
+        return {"a kernel": this}
+    return {str(loop): Looped(this, loop) for loop in processor.loops()}

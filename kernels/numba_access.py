@@ -139,7 +139,7 @@ class _Emitter:
         kind = ir.FunctionType(ir.VoidType(), [byte, U32, U32, U32])
         prefetch = b.module.globals.get("llvm.prefetch.p0i8") or ir.Function(b.module, kind, "llvm.prefetch.p0i8")
         for operand, address in zip(self.operands.values(), at, strict=True):
-            if not operand.of_groups:
+            if (operand.loads or operand.stores) and not operand.of_groups:
                 first = b.add(address, b.mul(U64(operand.itemsize), i))
                 for line in range(0, FETCHED * operand.itemsize, CACHE_LINE):
                     place = b.inttoptr(b.add(first, U64(line)), byte)

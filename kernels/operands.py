@@ -167,8 +167,11 @@ class Arrays(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def operands_of(arrays, zero_grad=False):
-    """Return the Operands of an update, in the order in which kernels take them. zero_grad: the kernel stores zeros in grad."""
+def operands_of(arrays, zero_grad=False, reads_param=True):
+    """Return the Operands of an update, in the order in which kernels take them.
+
+    zero_grad: the kernel stores zeros in grad. reads_param: the rule looks at the parameter.
+    """
     moment, scale = ("uint8", "float32") if arrays.grouped else (arrays.state, "")
     formats = arrays._asdict() | {"m": moment, "v": moment, "m_scale": scale, "v_scale": scale}
     formats["max_v"] = arrays.state if arrays.amsgrad else ""
@@ -186,7 +189,7 @@ def operands_of(arrays, zero_grad=False):
         return Operand(
             name,
             format,
-            loads=name not in ("param_copy", "change"),
+            loads=reads_param if name == "param" else name not in ("param_copy", "change"),
             stores=stores,
             of_groups=kind.of_groups,
             value="" if name == "grad" or coded or not stores else VALUE_OF.get(name, name),
@@ -205,18 +208,18 @@ def decodings(form):
     rule does not look at values that its form does not have; other values take their place.
     """
     rows = {}
-    for o in operands_of_form(form):
+    for o in (o for o in operands_of_form(form) if o.loads):
         coded = o.format == "uint8" and o.name in STATE
         row = f"from_{o.name}_code" if coded else f"from_{o.format}" if o.format in (*NARROW, "uint8") else ""
         rows[o.name] = row, (o.name, *((f"{o.name}_unit",) if coded else ()))
     if form.arrays.remainder:
         rows["param"] = "from_parts", ("param", "remainder")
-    return {name: rows.get(name) or rows["v" if KINDS[name].shared else "param"] for name in VALUES}
+    return {name: rows.get(name) or rows["v" if KINDS[name].shared else "grad"] for name in VALUES}
 
 
 def operands_of_form(form):
     """Return the Operands of an update of a Form."""
-    return operands_of(form.arrays, form.zero_grad)
+    return operands_of(form.arrays, form.zero_grad, form.reads_param)
 
 
 def sharing(is_complex, complex, components):

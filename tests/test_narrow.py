@@ -43,6 +43,7 @@ COMBINATIONS: dict[str, tuple[Arrays, dict[str, Any]]] = {
     "radam": (Arrays("float16", "bfloat16", "bfloat16", stochastic=True), {"algorithm": "radam", "step": 8}),
     "adamax": (Arrays("bfloat16", "float16", "bfloat16", remainder=True), {"algorithm": "adamax"}),
     "change": (Arrays(change="float32", amsgrad=True), {"weight_decay": 0.1, "decoupled": True}),
+    "change alone": (Arrays(change="float32"), {}),
     "narrow change": (Arrays("bfloat16", "float32", "bfloat16", change="bfloat16"), {"bounds": (-0.5, 1.0)}),
     "lr_scale": (Arrays(lr_scale="float32"), {"weight_decay": 0.1}),
     "where": (Arrays(ema="float32", where="array"), {"zero_grad": True}),

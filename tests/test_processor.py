@@ -1,0 +1,87 @@
+"""Loops that prefetch or have wide vectors, because that suits a processor: the same bits, by the instructions meant."""
+
+import ctypes
+import mmap
+import platform
+import sys
+
+import numba
+import numpy as np
+import pytest
+from cases import few, table_of
+from llvmlite import binding
+
+from gpuadam.cli.measuring import forms
+from gpuadam.kernels import adam, cpu_kernels, limit, processor
+from gpuadam.kernels.cpu_backend import backend as numba_cpu
+from gpuadam.kernels.processor import Loop
+
+PLAIN, OTHERWISE = (limit.Looped(adam, loop) for loop in (Loop(), Loop(512, True)))
+LARGE = 70_003  # elements, of which a loop prefetches
+
+
+def updated(rule, name, arrays):
+    """Update arrays in the serial loop of a form."""
+    form, scalars = forms.form_and_scalars(forms.FORMS[name])
+    cpu_kernels.build(rule, form, "serial")(table_of(arrays), 0, arrays[0].shape[0], 5, *scalars)
+    return [a.tobytes() for a in arrays]
+
+
+@pytest.mark.parametrize("name", few(forms.FORMS, "float32", "all bfloat16", "change", "8-bit state"))
+def test_the_bits_are_those_of_a_plain_loop(name):
+    for n in (1, 64, 700, LARGE):
+        arrays = list(forms.new_arrays(numba_cpu, forms.FORMS[name], n).values())
+        assert updated(OTHERWISE, name, [a.copy() for a in arrays]) == updated(PLAIN, name, arrays), n
+
+
+def at_the_end_of_memory(array):
+    """Return a copy behind which no byte can be read."""
+    pages = -(-array.nbytes // mmap.PAGESIZE)
+    memory = np.frombuffer(mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE), np.uint8)
+    end = memory.ctypes.data + pages * mmap.PAGESIZE
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    assert protect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    there = memory[pages * mmap.PAGESIZE - array.nbytes : pages * mmap.PAGESIZE].view(array.dtype).reshape(array.shape)
+    there[...] = array
+    return there
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="memory is protected otherwise on Windows")
+def test_a_prefetch_reads_nothing_that_is_not_there():
+    arrays = list(forms.new_arrays(numba_cpu, forms.FORMS["float32"], LARGE).values())
+    assert updated(OTHERWISE, "float32", [at_the_end_of_memory(a) for a in arrays]) == updated(PLAIN, "float32", arrays)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86's instructions are looked for")
+def test_the_machine_code_prefetches_and_has_wide_vectors():
+    form, scalars = forms.form_and_scalars(forms.FORMS["bfloat16 state"])
+    for rule in PLAIN, OTHERWISE:
+        function = cpu_kernels.build(rule, form, "serial").py_func
+        afresh = numba.njit(error_model="numpy")(function)  # what comes out of the cache on disk has no text
+        afresh(np.zeros((0, 7), np.int64), 0, 0, 0, *scalars)
+        (code,) = afresh.inspect_asm().values()
+        assert ("prefetch" in code) == (rule is OTHERWISE)
+        if rule is OTHERWISE and binding.get_host_cpu_features()["avx512f"]:
+            assert "zmm" in code
+
+
+@pytest.mark.parametrize(
+    "name, float32, narrow",
+    [("emeraldrapids", Loop(512), Loop(512, True)), ("znver4", Loop(), Loop()), ("neoverse-v2", Loop(), Loop())],
+)
+def test_a_loop_goes_as_it_was_the_fastest_on_a_processor(monkeypatch, name, float32, narrow):
+    monkeypatch.setattr(numba.config, "CPU_NAME", name)
+    of_forms = [forms.form_and_scalars(forms.FORMS[form])[0] for form in ("float32", "bfloat16 state", "8-bit state")]
+    found = [processor.loop_of(form) for form in of_forms]
+    assert found == [float32, narrow, narrow]
+    assert {float32, narrow} <= set(processor.loops())
+
+
+def test_ways_to_move_the_bytes_have_names_of_their_own(monkeypatch):
+    monkeypatch.setattr(numba.config, "CPU_NAME", "sapphirerapids")
+    movers = limit.movers("CPU")
+    assert list(movers) == [
+        "a loop", "a loop, 128 elements ahead", "a loop, 512 elements ahead", "a loop, 2048 elements ahead",
+        "a loop of 512 bits", "a loop of 512 bits, 512 elements ahead",
+    ]  # fmt: skip
+    assert len({rule.__name__ for rule in movers.values()}) == len(movers)
