@@ -143,7 +143,7 @@ class _Emitter:
                 first = b.add(address, b.mul(U64(operand.itemsize), i))
                 for line in range(0, FETCHED * operand.itemsize, CACHE_LINE):
                     place = b.inttoptr(b.add(first, U64(line)), byte)
-                    b.call(prefetch, [place, U32(int(operand.stores)), U32(3), U32(1)])  # to write it; keep it; data
+                    b.call(prefetch, [place, U32(0), U32(3), U32(1)])  # to read it, which is faster; keep it; data
 
     def stepped(self, b, at, strides, k):
         """Return the addresses k strides on."""
