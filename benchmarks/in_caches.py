@@ -1,6 +1,6 @@
 """Which unit of the processor binds a step whose arrays lie in the caches?
 
-    python benchmarks/in_caches.py [--sizes 1e4,1e5,1e6] [--seconds 10] [--out FOLDER]
+    python benchmarks/in_caches.py [--sizes 1e4,1e5,1e6] [--forms "float32,8-bit state"] [--seconds 10] [--out FOLDER]
 
 Where the memory does not bind, arithmetic may: a step of one element has a division and a square root, and a processor has one
 unit for both, which is busy for several cycles with each vector. So the step stands beside the same loop without its division,
@@ -8,6 +8,7 @@ without its root and without both, which computes nonsense, and beside the faste
 makes the loop as fast as the bytes move is what binds. All have the same arrays, and run many times on end.
 """
 
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import report
 
 from gpuadam import backends
-from gpuadam.cli.measuring import forms, measure
+from gpuadam.cli.measuring import forms, measure, plots
 from gpuadam.kernels import adam
+from gpuadam.terminal import figures
 
+FORMS = ["float32", "float64", "bfloat16 state", "8-bit state"]
 STEP = measure.KERNEL
 LEFT_OUT = {"without its division": ("div",), "without its root": ("sqrt",), "without both": ("div", "sqrt")}
 ON_END = {"untimed": 2, "timed": 8}  # runs, so that the arrays stay in the caches
@@ -41,25 +44,33 @@ RULES = {f"{STEP}, {name}": Without(operations) for name, operations in LEFT_OUT
 
 
 def measure_rows(backend, options, notes):
-    kernels, case = backends.load(backend.name), forms.FORMS["float32"]
-    for n in report.numbers(options.sizes):
+    kernels = backends.load(backend.name)
+    for n, form in itertools.product(report.numbers(options.sizes), options.forms):
+        case = forms.FORMS[form]
         arrays = forms.new_arrays(kernels, case, n)
         contenders = forms.kernel_and_movers(kernels, case, arrays)
         contenders |= {name: forms.launcher(kernels, case, arrays.values(), rule) for name, rule in RULES.items()}
         times = measure.in_turn(kernels, list(contenders.values()), options.seconds, **ON_END)
-        moved = forms.bytes_moved(case) * n
+        facts = {"state": "warm", "dtype": form, "moved": forms.bytes_moved(case) * n}
         yield measure.add_ratios(
             [
-                measure.row("in_caches", name, backend.name, n, state="warm", seconds=seconds, moved=moved)
+                measure.row("in_caches", name, backend.name, n, seconds=seconds, **facts)
                 for name, seconds in zip(contenders, times, strict=True)
             ]
         )
 
 
 def draw(rows, path):
-    """Draw, for each size, the time of each contender."""
-    report.draw_bars(rows, path, lambda backend, n, _: f"{n:,} elements", "median time of a launch", width=6.5, height=2.6)
+    """Draw, for each form and size, the time of each contender."""
+    forms_of, sizes = measure.groups(rows, "dtype"), list(dict.fromkeys(row["elements"] for row in rows))
+    figure, axes = figures.panels(len(forms_of), len(sizes), width=6.5, height=2.6)
+    for line, ((form,), of_form) in zip(axes, forms_of.items(), strict=True):
+        for axis, n in zip(line, sizes, strict=True):
+            of_size = [row for row in of_form if row["elements"] == n]
+            report.bars(axis, of_size, "p50_us", report.time, f"{n:,} elements, {form}", "median time of a launch", log=True)
+    plots.save(figure, path, rows)
 
 
 if __name__ == "__main__":
-    report.main("in_caches", __doc__, measure_rows, draw, seconds=10.0, sizes={"CPU": "1e4,1e5,1e6"})
+    arguments = {"seconds": 10.0, "sizes": {"CPU": "1e4,1e5,1e6"}, "table": ("backend", "elements", "dtype"), "forms": FORMS}
+    report.main("in_caches", __doc__, measure_rows, draw, **arguments)

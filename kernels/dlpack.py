@@ -22,7 +22,7 @@ TENSOR = struct.Struct("PiiiBBHPPQ")
 # DLManagedTensorVersioned, before its DLTensor: major and minor version; manager's context; deleter; flags
 VERSIONED = struct.Struct("IIPPQ")
 
-_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
+pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
 _has_name = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
 
 
@@ -38,13 +38,13 @@ class Borrowed:
     def __init__(self, array, **stream):
         self.capsule = _capsule(array, stream)
         if _has_name(self.capsule, b"dltensor_versioned"):
-            address = _pointer(self.capsule, b"dltensor_versioned")
+            address = pointer(self.capsule, b"dltensor_versioned")
             major, _, _, _, flags = _read(VERSIONED, address)
             if major != VERSION[0]:
                 raise BufferError(f"its DLPack is of version {major}; version {VERSION[0]} is needed")
             address, read_only = address + VERSIONED.size, bool(flags & READ_ONLY)
         else:
-            address, read_only = _pointer(self.capsule, b"dltensor"), True
+            address, read_only = pointer(self.capsule, b"dltensor"), True
         data, device, _, ndim, code, bits, lanes, shape, strides, offset = _read(TENSOR, address)
         dtype = _dtype(code, bits, lanes)
         self.bits = "bfloat16" if code == BFLOAT else ""

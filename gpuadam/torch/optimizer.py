@@ -160,7 +160,6 @@ class Adam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     @torch.compiler.disable
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, in place, and return the closure's loss.
 
@@ -172,11 +171,16 @@ class Adam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if grad_scale is None and found_inf is None and self._repeated.does(self):
-            return loss
+        if grad_scale is not None or found_inf is not None or not self._repeated.does(self):
+            with torch.no_grad():
+                self._step(grad_scale, found_inf)
+        return loss
+
+    def _step(self, grad_scale, found_inf):
+        """Make a step the long way."""
         if found_inf is not None and not all(map(_on_device, self.param_groups)):
             if found_inf.item():
-                return loss
+                return
             found_inf = None
         updates: list[Updates] = []
         params, counted, clocks = [], [], []
@@ -202,7 +206,6 @@ class Adam(torch.optim.Optimizer):
             self.under_way.end()
             if grad_scale is None:
                 self._repeated.note(self, taken)
-        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizers do. Raises ValueError after a step that was cut short."""

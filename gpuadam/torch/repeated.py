@@ -2,6 +2,7 @@
 
 The long way makes NumPy arrays of tensors, which takes some microseconds for each. Here a step reads of each tensor what may have
 changed since the last one, compares it, and updates the memory that it knows. It goes the long way as soon as anything differs.
+Compiled code reads the tensors (`kernels/dlpack_struct.py`), and Python those of an older torch, which has no functions for C.
 """
 
 import itertools
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from .. import backends, checks, hyperparameters, torch_tensors
-from ..kernels import adam
+from ..kernels import adam, dlpack_struct
 from ..kernels.step_objects import same, stays
 from ..numpy_batches import Like
 from ..repeated import Repeats
@@ -22,12 +23,30 @@ from .distributed import PLAIN
 from .step_counts import LAST
 
 OPEN = "params", "param_names", "lr"  # the settings of a group that may be other objects, or are compared in another way
-# What may change of a tensor while it stays the same object, and what has to be known of a gradient, which may be a new one
-OF_HELD = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.size, operator.attrgetter("dtype"), torch.Tensor.is_neg
-OF_GRADS = *OF_HELD[1:], operator.attrgetter("is_cpu")
+# What may change of a tensor while it stays the same object, or if another takes its place
+READ = torch.Tensor.stride, torch.Tensor.size, operator.attrgetter("dtype"), operator.attrgetter("is_cpu")
+IS_NEG = torch.Tensor.is_neg
 NO_COUNTS = np.zeros(0, np.int64)
 IS_LEAF = operator.attrgetter("is_leaf")
 GRAD = operator.attrgetter("grad")
+
+
+class Asked:
+    """What is known of the tensors in a list, read by Python: as `dlpack_struct.Tensors`."""
+
+    def __init__(self, tensors, move):
+        self._tensors, self._known, self._pointers = None if move else tensors, _read(tensors), _pointers(tensors)
+
+    def are(self, tensors):
+        if self._tensors is None:
+            if _read(tensors) != self._known:
+                return False
+            self._pointers = _pointers(tensors)
+            return True
+        return same(tensors, self._tensors) and _pointers(tensors) == self._pointers and _read(tensors) == self._known
+
+    def addresses(self):
+        return self._pointers
 
 
 class RepeatedGroup(NamedTuple):
@@ -38,9 +57,8 @@ class RepeatedGroup(NamedTuple):
     lacks: bool  # whether others have none
     states: list[dict[str, Any]]
     of_state: Callable | None  # the tensors of a state, of which the first is its count
-    held: list[torch.Tensor]  # params, and those of all states
-    of_held: list  # what was read of params and moments
-    of_grads: list
+    held: Asked | dlpack_struct.Tensors  # params, and those of all states
+    grads: Asked | dlpack_struct.Tensors
     pointers: list[int]  # to the gradients
     counts: np.ndarray  # the addresses of the counts, float32
     h: hyperparameters.Hyperparameters | None
@@ -77,9 +95,9 @@ class RepeatedSteps(Repeats):
             if not (_same_settings(group, one.settings) and _same_tensors(group, one, optimizer.state)):
                 return False
             grads = list(map(GRAD, one.params))
-            if not set(map(type, grads)) <= PLAIN or _read(grads, OF_GRADS) != one.of_grads:
+            if not set(map(type, grads)) <= PLAIN or not one.grads.are(grads) or any(map(IS_NEG, grads)):
                 return False
-            pointers = list(map(torch.Tensor.data_ptr, grads))
+            pointers = one.grads.addresses()
             held.append(grads)  # until the launch has ended: the table has their addresses alone
             if pointers != one.pointers:
                 if not all(pointers) or any(pointer % grads[0].element_size() for pointer in pointers):
@@ -117,10 +135,8 @@ def _known(optimizer, group, members, updates):
     if not all(stays(value) for key, value in settings.items() if key not in OPEN) or type(group["lr"]) is not float:
         return None
     if not members:
-        of_held, of_grads = _read([], OF_HELD), _read([], OF_GRADS)
-        return RepeatedGroup(
-            settings, [], lacks, [], None, [], of_held, of_grads, [], NO_COUNTS, None, None, NO_COUNTS, 0, [], []
-        )
+        none = Asked([], False)
+        return RepeatedGroup(settings, [], lacks, [], None, none, none, [], NO_COUNTS, None, None, NO_COUNTS, 0, [], [])
     like = updates[0].like if len(updates) == 1 else None
     only, kernels = updates[0], backends.load("numba-cpu")
     if like is None or like.random or like.columns.of_complex or only.now is not None or only.starts:
@@ -141,9 +157,9 @@ def _known(optimizer, group, members, updates):
     of_state, (_, grads, *_) = operator.itemgetter("step", *names_of_state), only.columns
     held = [*params, *itertools.chain.from_iterable(map(of_state, states))]
     return RepeatedGroup(
-        settings, params, lacks, states, of_state, held, _read(held, OF_HELD), _read(grads, OF_GRADS),
-        list(map(torch.Tensor.data_ptr, grads)), np.array(list(map(torch.Tensor.data_ptr, counts))), only.h, like, table,
-        table[:, kernels.numpy_struct.SIZE].sum().item(), only.names, only.written(),
+        settings, params, lacks, states, of_state, _asked(held, False), _asked(grads, True), _pointers(grads),
+        np.array(_pointers(counts)), only.h, like, table, table[:, kernels.numpy_struct.SIZE].sum().item(), only.names,
+        only.written(),
     )  # fmt: skip
 
 
@@ -152,16 +168,26 @@ def _are_counts(counts):
     return all(type(c) is torch.Tensor and c.dtype is torch.float32 and c.is_cpu and c.ndim == 0 for c in counts)
 
 
-def _read(tensors, functions):
-    """Return what functions read of tensors."""
-    return [list(map(function, tensors)) for function in functions]
+def _asked(tensors, move):
+    """Return what is known of the tensors in a list. move: others may take their places, at other addresses."""
+    function = dlpack_struct.function_of(torch.Tensor)
+    return dlpack_struct.Tensors(function, tensors, move) if function else Asked(tensors, move)
+
+
+def _pointers(tensors):
+    return list(map(torch.Tensor.data_ptr, tensors))
+
+
+def _read(tensors):
+    return [list(map(function, tensors)) for function in READ]
 
 
 def _same_settings(group, known):
     """Whether the settings of a group are the same objects as before, but for lr, which has to be a float."""
     if type(group["lr"]) is not float or list(group) != list(known):
         return False
-    return all(value is known[key] for key, value in group.items() if key != "lr")
+    known["lr"] = group["lr"]
+    return same(group.values(), known.values())
 
 
 def _same_tensors(group, one, state):
@@ -178,4 +204,4 @@ def _same_tensors(group, one, state):
         held = [*params, *itertools.chain.from_iterable(map(one.of_state, states))]
     except KeyError:
         return False
-    return same(held, one.held) and all(map(IS_LEAF, params)) and _read(held, OF_HELD) == one.of_held
+    return one.held.are(held) and all(map(IS_LEAF, params)) and not any(map(IS_NEG, held))
