@@ -157,26 +157,42 @@ class RepeatedStep(Repeats):
 
     def _groups_as_last(self, optimizer, grads, options):
         """Make the step of all groups, or of none; return whether it was made."""
-        known, prepared = self._known, []
+        known = self._known
         lengths = [len(one.names) for one in known]
         if type(grads) is dict:  # of all names
             grads, lengths = [grads] * len(known), [sum(lengths)] * len(known)
         if type(grads) not in (list, tuple) or len(grads) != len(known):
             return False
-        for one, group, own, n_named in zip(known, optimizer.groups, grads, lengths, strict=True):
-            step = one.step(optimizer, group, own, options, n_named)
-            batches = step and one.plan.prepared(*step)
-            if not batches:
-                return False
-            prepared += batches
-        if not disjoint([one.plan for one in known]):
+        plans = [one.plan for one in known]
+        of_groups = zip(known, optimizer.groups, grads, lengths, strict=True)
+        batches = prepared(plans, (one.step(optimizer, group, own, options, n) for one, group, own, n in of_groups))
+        if not batches or not disjoint(plans):
             return False
-        try:
-            launch(prepared, prepared, under_way=optimizer.under_way)
-        finally:
-            for one in known:
-                one.plan.ended()
+        launch_prepared(plans, batches, optimizer.under_way)
         return True
+
+
+def prepared(plans, steps):
+    """Return the batches of the steps of several plans, ready to be launched; None if one is another step than its last.
+
+    steps: what `step` of each plan takes, or None.
+    """
+    batches = []
+    for plan, step in zip(plans, steps, strict=True):
+        more = step and plan.prepared(*step)
+        if not more:
+            return None
+        batches += more
+    return batches
+
+
+def launch_prepared(plans, batches, under_way):
+    """Launch the batches of steps that several plans have prepared."""
+    try:
+        launch(batches, batches, under_way=under_way)
+    finally:
+        for plan in plans:
+            plan.ended()
 
 
 def _in_one(places, names):

@@ -12,10 +12,10 @@ from .update import Updates, launch
 KEPT = 64  # plans of calls of adam_step
 
 
-def plan_of(group: Updates, n_rows=None, beside=False):
+def plan_of(group: Updates, n_rows=None, beside=False, table=None):
     """Return a `cpu_step.Plan` for Updates that were made, or None if there is none for their like.
 
-    n_rows: as in Plan. beside: whether the step has other Updates, so that the call leaves all launches to its caller.
+    n_rows, table: as in Plan. beside: whether the step has other Updates, so that the call leaves all launches to its caller.
     """
     like, fixed = group.like, group.h.fixed
     kernels = backends.load("numba-cpu")
@@ -33,7 +33,7 @@ def plan_of(group: Updates, n_rows=None, beside=False):
         return None
     formula, begins = (fixed.variant, form.decoupled), 1 if constants.first == later else 2
     most = 0 if beside else kernels.PARALLEL_FROM
-    return kernels.cpu_step.Plan(like.columns, kernel, formula, numbers, scalars, begins, most, n_rows)
+    return kernels.cpu_step.Plan(like.columns, kernel, formula, numbers, scalars, begins, most, n_rows, table)
 
 
 class RepeatedCall:
@@ -80,7 +80,7 @@ class RepeatedCall:
 
 
 class StepsOnCpu:
-    """The plan of an optimizer's steps over NumPy arrays: of all of them, or of a group beside others."""
+    """The plan of an optimizer's steps over arrays in CPU memory: of all of them, or of a group beside others."""
 
     def __init__(self, plan, only):
         self._plan, self._kernels, self._names = plan, backends.load("numba-cpu"), only.names
@@ -93,13 +93,22 @@ class StepsOnCpu:
         if not all(type(array) is np.ndarray for column in only.columns for array in column):
             return None
         beside = optimizer.arrangement.in_groups  # all groups are compared before any is updated
-        plan = plan_of(only, len(only.names), beside) if backends.takes_numpy(optimizer.backend) else None
+        return cls.of_table(optimizer, only, beside)
+
+    @classmethod
+    def of_table(cls, optimizer, only, beside, table=None):
+        """Likewise of arrays that the caller compares, and has the table of. beside: as in `plan_of`."""
+        plan = plan_of(only, len(only.names), beside, table) if backends.takes_numpy(optimizer.backend) else None
         return plan and cls(plan, only)
 
     @property
     def table(self):
         """The table of the step that is prepared, and its Columns."""
         return self._plan.table, self._columns
+
+    def set_column(self, k, addresses):
+        """Set the addresses of operand k."""
+        self._plan.table[:, self._kernels.numpy_struct.PARAM + k] = addresses
 
     def own_settings(self, optimizer):
         """Return the objects that a step depends on beside those that the optimizer and the user have."""

@@ -26,7 +26,7 @@ Arrays of other libraries are remembered from step to step (`gpuadam/remembered.
 A step whose settings are the objects of the step before needs less still (`gpuadam/repeated.py`). One compiled call compares
 it with the last one (`same_objects.py`). For NumPy arrays the call makes the step, too (`gpuadam/repeated_on_cpu.py`,
 `cpu_step.py`). On a GPU the driver repeats the launches (`gpuadam/repeated_on_gpu.py`, `gpu_step.py`, `gpu_launch.py`), if
-they were recorded while Python had no other thread. Python compares torch's tensors in CPU memory
+they were recorded while Python had no other thread. torch's tensors in CPU memory are compared by `dlpack_struct.py`
 (`gpuadam/torch/repeated.py`). If anything differs nothing is done, and the step goes the route above, where alone things are
 refused.
 
@@ -100,7 +100,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `backend.py` | the interface |
 | `cpu_backend.py`, `cpu_kernels.py`, `cpu_threads.py`, `numpy_struct.py`, `cpu_step.py`, `compiled_cache.py` | `numba-cpu` |
 | `processor.py` | prefetches and vectors of the CPU's loops |
-| `step_objects.py`, `same_objects.py` | what a step is given, and its comparison in compiled code |
+| `step_objects.py`, `same_objects.py`, `dlpack_struct.py` | what a step is given, and its comparison in compiled code |
 | `huge_pages.py` | memory of the host on pages of 2 MB |
 | `ownership.py` | which files no other user can have written |
 | `messages.py` | values of users in the messages of errors |

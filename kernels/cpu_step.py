@@ -32,6 +32,8 @@ OTHER, DONE, READY = range(3)
 ARRAY_TYPE, KERNEL, MOST, BEGINS, EXPECTED, TABLE, NUMBERS, OBJECTS, HELD, HEAD = range(OWN, OWN + 10)
 # Where its numbers have what: float64. The last are the scalars of the kernel.
 LOWEST, BETA1, BETA2, WEIGHT_DECAY, EPS, SCALARS = range(6)
+# What a call reads: the arrays of one update, those of several, or none
+ARRAYS_OF_ONE, ARRAYS, NO_ARRAY = range(3)
 VARYING = "decay", "inv_sqrt_bias2", "eps", "neg_lr"  # among the kernel's scalars
 
 
@@ -42,25 +44,29 @@ class Plan(step_objects.Plan):
     that has been called. formula: (variant, decoupled) of `scalars.on_host`. numbers: the first ones of NUMBERS, up to EPS.
     scalars: those of a step, of which the call computes VARYING. begins: the first step for which these scalars hold. most:
     with so many elements or more, the call leaves the launch to several threads. n_rows: of several updates, how many there are.
+    table: of updates whose arrays the caller has compared, and whose gradients' addresses it puts there; the call reads no array.
     """
 
-    def __init__(self, like, kernel, formula, numbers, scalars, begins, most, n_rows=None):
+    def __init__(self, like, kernel, formula, numbers, scalars, begins, most, n_rows=None, table=None):
         width, n = like.expected.shape[1], len(scalars)
-        several, n_rows = n_rows is not None, n_rows or 1
+        reads = NO_ARRAY if table is not None else ARRAYS_OF_ONE if n_rows is None else ARRAYS
+        n_rows = n_rows or 1
         sizes = like.expected.size, n_rows * (PARAM + width), SCALARS + n, n_rows * width
-        expected, table, of_numbers, objects, end = (HEAD + sum(sizes[:k]) for k in range(5))
+        expected, table_at, of_numbers, objects, end = (HEAD + sum(sizes[:k]) for k in range(5))
         super().__init__(width, n_rows, end - OWN)
-        at = [self.address + 8 * k for k in (expected, table, of_numbers, objects)]
+        at = [self.address + 8 * k for k in (expected, table_at, of_numbers, objects)]
         # the arrays of a step of several updates that is READY. They are let go by `held.fill(None)`
-        self.held = np.empty(n_rows * width if several else 0, object)
+        self.held = np.empty(n_rows * width if reads == ARRAYS else 0, object)
         self.memory[OWN:HEAD] = NDARRAY, address_of(kernel, n), most, begins, *at, self.held.ctypes.data
-        self.memory[expected:table] = like.expected.ravel()
-        self.table = self.memory[table:of_numbers].reshape(n_rows, PARAM + width)
+        self.memory[expected:table_at] = like.expected.ravel()
+        self.table = self.memory[table_at:of_numbers].reshape(n_rows, PARAM + width)
+        if table is not None:
+            self.table[...] = table
         floats = self.memory[of_numbers:objects].view(np.float64)
         floats[:SCALARS], floats[SCALARS:] = numbers, scalars
         self.scalars = floats[SCALARS:]
         self._kept = like, kernel  # whose memory the compiled code knows
-        self._call, self.rehearsed = compiled(*formula, n, several), False
+        self._call, self.rehearsed = compiled(*formula, n, reads), False
 
     def rehearse(self):
         """Make a call that finds other settings and does nothing: it compiles the call, which may fail or be interrupted."""
@@ -70,8 +76,8 @@ class Plan(step_objects.Plan):
     def step(self, arrays, settings, t, lr):
         """Return DONE, READY or OTHER.
 
-        arrays: a tuple of the arrays of one update; or, of several, what `same_objects.of_several` takes. settings: a tuple. t:
-        the step, from 1. lr: a float.
+        arrays: a tuple of the arrays of one update; of several, what `same_objects.of_several` takes; anything if there is a
+        table. settings: a tuple. t: the step, from 1. lr: a float.
         """
         return self._call(self.address, id(arrays), id(settings), t, lr)
 
@@ -111,11 +117,22 @@ def _launching(n):
     return launch
 
 
+@compiled_cache.compiler(__name__)
+def of_none(plan, arrays, objects):
+    return True
+
+
+@compiled_cache.compiler(__name__)
+def read_none(objects, array_type, expected, writes, table):
+    return True
+
+
 @functools.cache
-def compiled(variant, decoupled, n_scalars, several):
-    """Return the compiled call of a Plan. several: whether there are several updates."""
+def compiled(variant, decoupled, n_scalars, reads):
+    """Return the compiled call of a Plan. reads: what it reads, one of ARRAYS_OF_ONE, ARRAYS and NO_ARRAY."""
     formula, launch = on_host(variant, decoupled), _launching(n_scalars)
-    read_all, gather = (read, of_several) if several else (read_one, of_one)
+    gather, read_all = {ARRAYS_OF_ONE: (of_one, read_one), ARRAYS: (of_several, read), NO_ARRAY: (of_none, read_none)}[reads]
+    holds = reads == ARRAYS
     powers, of_step = map(njit(**compiled_cache.INNER), (formula.powers, formula.of_step))
     DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
 
@@ -147,7 +164,7 @@ def compiled(variant, decoupled, n_scalars, several):
         for row in range(n_rows):
             elements += table[row, SIZE]
         if elements >= int64_at(plan + 8 * MOST):
-            if several:
+            if holds:
                 held = carray(pointer(int64_at(plan + 8 * HELD)), n_rows * width, np.int64)
                 for k in range(n_rows * width):
                     incref(objects[k])
@@ -158,7 +175,7 @@ def compiled(variant, decoupled, n_scalars, several):
         launch(int64_at(plan + 8 * KERNEL), table, elements, numbers + 8 * SCALARS)
         return DONE
 
-    return compiled_cache.stored(njit(error_model="numpy")(step), "step", variant, decoupled, n_scalars, several)
+    return compiled_cache.stored(njit(error_model="numpy")(step), "step", variant, decoupled, n_scalars, reads)
 
 
 _float32_at, _store_float32 = load_at(intrinsic, types.float32), store_at(intrinsic, types.float32)

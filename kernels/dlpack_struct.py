@@ -49,8 +49,9 @@ class Tensors:
         """Return whether those in a list are as these."""
         return len(tensors) == len(self._pointers) and self._compare(tensors, False)
 
+    @property
     def addresses(self):
-        """Return the addresses of those that were compared last."""
+        """The addresses of those that were compared last."""
         return self._pointers.tolist()
 
     def _compare(self, tensors, fill):

@@ -9,7 +9,7 @@ import pytest
 torch = libraries.imported("torch", reason="torch is not installed")
 
 import gpuadam.torch  # noqa: E402
-from gpuadam.kernels import cpu_step  # noqa: E402
+from gpuadam.kernels import cpu_step, dlpack_struct  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -41,6 +41,15 @@ def bits(params, opt):
     ]
 
 
+@pytest.fixture(params=["compiled code", "Python"])
+def reader(request, monkeypatch):
+    """Who reads the tensors of a step: an older torch has no functions for C."""
+    assert dlpack_struct.function_of(torch.Tensor) or not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    if request.param == "Python":
+        monkeypatch.setattr(dlpack_struct, "function_of", lambda kind: 0)
+
+
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"state_dtype": "float64"}], ids=str)
 def test_repeated_steps_have_the_bits_of_the_long_way(groups, options):
@@ -129,6 +138,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_between_steps_is_noticed(change):
     outcomes = []
@@ -149,23 +159,29 @@ def test_a_change_between_steps_is_noticed(change):
     assert ready and one == other
 
 
-def test_a_step_that_cannot_compile_has_done_nothing(monkeypatch):
+@pytest.mark.parametrize("what, steps", [("advance", 2), ("rehearse", 2)])
+def test_a_step_whose_repetition_cannot_compile_is_made_or_not(monkeypatch, what, steps):
     params, opt = made()
-    opt.step()
-    opt.step()
-    before, advance = bits(params, opt), cpu_step.advance
+    holder = cpu_step if what == "advance" else cpu_step.Plan
+    compiling = getattr(holder, what)
 
-    def failing(addresses):
-        monkeypatch.setattr(cpu_step, "advance", advance)
+    def failing(*arguments):
+        monkeypatch.setattr(holder, what, compiling)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cpu_step, "advance", failing)
-    assert opt._repeated.ready
+    monkeypatch.setattr(holder, what, failing)
     with pytest.raises(KeyboardInterrupt):
-        opt.step()
-    assert bits(params, opt) == before
+        for _ in range(4):
+            opt.step()
+    assert [int(state["step"]) for state in opt.state.values()] == [steps] * 4
+    others, by_the_long_way = made()
+    long_way(by_the_long_way)
+    for _ in range(steps):
+        by_the_long_way.step()
+    assert bits(params, opt) == bits(others, by_the_long_way)
     opt.step()
-    assert [int(state["step"]) for state in opt.state.values()] == [3] * 4
+    by_the_long_way.step()
+    assert bits(params, opt) == bits(others, by_the_long_way)
 
 
 def test_random_bits_and_narrow_state_take_the_long_way():

@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import backends, checks, hyperparameters, torch_tensors
-from ..kernels import adam, dlpack_struct
-from ..kernels.step_objects import same, stays
-from ..numpy_batches import Like
-from ..repeated import Repeats
-from ..update import launch
+from .. import backends, torch_tensors
+from ..kernels import dlpack_struct
+from ..kernels.step_objects import ANY, same, stays
+from ..repeated import Repeats, launch_prepared, prepared
+from ..repeated_on_cpu import StepsOnCpu, disjoint
 from .distributed import PLAIN
 from .step_counts import LAST
 
-OPEN = "params", "param_names", "lr"  # the settings of a group that may be other objects, or are compared in another way
+OPEN = "params", "param_names", "lr"  # the settings of a group that may change, or are compared in another way
 # What may change of a tensor while it stays the same object, or if another takes its place
 READ = torch.Tensor.stride, torch.Tensor.size, operator.attrgetter("dtype"), operator.attrgetter("is_cpu")
 IS_NEG = torch.Tensor.is_neg
@@ -35,38 +34,30 @@ class Asked:
     """What is known of the tensors in a list, read by Python: as `dlpack_struct.Tensors`."""
 
     def __init__(self, tensors, move):
-        self._tensors, self._known, self._pointers = None if move else tensors, _read(tensors), _pointers(tensors)
+        self._tensors, self._known, self.addresses = None if move else tensors, _read(tensors), _pointers(tensors)
 
     def are(self, tensors):
-        if self._tensors is None:
-            if _read(tensors) != self._known:
-                return False
-            self._pointers = _pointers(tensors)
-            return True
-        return same(tensors, self._tensors) and _pointers(tensors) == self._pointers and _read(tensors) == self._known
-
-    def addresses(self):
-        return self._pointers
+        if _read(tensors) != self._known:
+            return False
+        if self._tensors is not None:
+            return same(tensors, self._tensors) and _pointers(tensors) == self.addresses
+        self.addresses = _pointers(tensors)
+        return True
 
 
 class RepeatedGroup(NamedTuple):
     """What is known of a group of parameters after a step."""
 
-    settings: dict[str, Any]
     params: list[torch.Tensor]  # that have gradients
     lacks: bool  # whether others have none
     states: list[dict[str, Any]]
-    of_state: Callable | None  # the tensors of a state, of which the first is its count
+    of_state: Callable  # the tensors of a state, of which the first is its count
     held: Asked | dlpack_struct.Tensors  # params, and those of all states
     grads: Asked | dlpack_struct.Tensors
     pointers: list[int]  # to the gradients
     counts: np.ndarray  # the addresses of the counts, float32
-    h: hyperparameters.Hyperparameters | None
-    like: Like | None
-    table: np.ndarray
-    n: int  # elements of the table
-    names: list[str]
     written: list[torch.Tensor]
+    plan: StepsOnCpu
 
 
 class RepeatedSteps(Repeats):
@@ -79,87 +70,94 @@ class RepeatedSteps(Repeats):
         """
         if not self.worth_a_look():
             return
-        known = [_known(optimizer, *of_group) for of_group in taken]
+        several = sum(bool(members) for _, members, _ in taken) > 1
+        known = [
+            _known(optimizer, group, members, updates, several) if members else WITHOUT_GRADS
+            for group, members, updates in taken
+        ]
         if None in known:
             self.put_off()
             return
+        cpu_step = self._cpu_step = backends.load("numba-cpu").cpu_step
+        cpu_step.advance(NO_COUNTS)  # compiled before a step has written anything
         self._known, self.ready = known, True
 
     def as_last(self, optimizer):
         groups, known = optimizer.param_groups, self._known
-        if len(groups) != len(known) or optimizer.under_way.changing or not backends.takes_numpy(optimizer.backend):
+        if len(groups) != len(known) or optimizer.under_way.changing:
             return False
-        kernels, held = backends.load("numba-cpu"), []
-        moved: list[tuple[list[int], list[int]]] = []
+        present, steps, held, moved = [], [], [], []
         for group, one in zip(groups, known, strict=True):
-            if not (_same_settings(group, one.settings) and _same_tensors(group, one, optimizer.state)):
+            if one is WITHOUT_GRADS:
+                if any(param.grad is not None for param in group["params"]):
+                    return False
+                continue
+            if not _same_tensors(group, one, optimizer.state):
                 return False
             grads = list(map(GRAD, one.params))
             if not set(map(type, grads)) <= PLAIN or not one.grads.are(grads) or any(map(IS_NEG, grads)):
                 return False
-            pointers = one.grads.addresses()
             held.append(grads)  # until the launch has ended: the table has their addresses alone
-            if pointers != one.pointers:
-                if not all(pointers) or any(pointer % grads[0].element_size() for pointer in pointers):
-                    return False  # one has no elements, or its storage was freed, or it lies between elements
+            addresses = one.grads.addresses
+            if addresses != one.pointers:
+                if not _can_be_read(grads, addresses):
+                    return False
                 one.pointers.clear()  # until the new ones are known to be disjoint
-                one.table[:, kernels.numpy_struct.PARAM + 1] = pointers
-                moved.append((one.pointers, pointers))
-        present = [(group["lr"], one) for group, one in zip(groups, known, strict=True) if one.params]
-        if moved and not kernels.numpy_struct.all_disjoint([(one.table, one.like.columns) for _, one in present]):
+                one.plan.set_column(1, addresses)
+                moved.append((one.pointers, addresses))
+            present.append(one)
+            steps.append(_step(optimizer, group, one, self._cpu_step.common_count))
+        plans = [one.plan for one in present]
+        if None in steps or (moved and not disjoint(plans)):
             return False
-        for known_pointers, pointers in moved:
-            known_pointers[:] = pointers
-        batches = []
-        for lr, one in present:
-            nearest = kernels.cpu_step.common_count(one.counts)
-            if not 0 <= nearest < LAST or nearest != (count := int(nearest)):
+        for pointers, addresses in moved:
+            pointers[:] = addresses
+        if len(plans) == 1:
+            if not plans[0].step(*steps[0], optimizer.under_way):
                 return False
-            h = hyperparameters.Hyperparameters(checks.non_negative("lr", lr), one.h.fixed)
-            form, scalars = hyperparameters.form_and_scalars(h, count + 1, one.like.arrays)
-            batches.append(kernels.batch_of(one.table, one.n, one.like.arrays, False, 0, one.names))
-            batches[-1].prepare(adam, form, scalars, None)
-        kernels.cpu_step.advance(NO_COUNTS)  # compiled before anything is written
-        launch(batches, batches, under_way=optimizer.under_way)
-        for _, one in present:
-            kernels.cpu_step.advance(one.counts)
+        elif plans:
+            batches = prepared(plans, steps)
+            if not batches:
+                return False
+            launch_prepared(plans, batches, optimizer.under_way)
+        for one in present:
+            self._cpu_step.advance(one.counts)
             torch_tensors.wrote(one.written)
         optimizer.under_way.end()
         return True
 
 
-def _known(optimizer, group, members, updates):
-    """Return the RepeatedGroup of a group after its step, or None if steps of it are not repeated."""
-    settings, params = dict(group), [member.param for member in members]
-    lacks = len(params) < len(group["params"])
-    if not all(stays(value) for key, value in settings.items() if key not in OPEN) or type(group["lr"]) is not float:
+WITHOUT_GRADS = object()  # of a group in which no parameter has a gradient
+
+
+def _known(optimizer, group, members, updates, several):
+    """Return the RepeatedGroup of a group after its step, or None if steps of it are not repeated.
+
+    several: whether other groups have gradients too.
+    """
+    params, states = [member.param for member in members], [member.state for member in members]
+    if not all(stays(value) for key, value in group.items() if key not in OPEN) or type(group["lr"]) is not float:
         return None
-    if not members:
-        none = Asked([], False)
-        return RepeatedGroup(settings, [], lacks, [], None, none, none, [], NO_COUNTS, None, None, NO_COUNTS, 0, [], [])
-    like = updates[0].like if len(updates) == 1 else None
     only, kernels = updates[0], backends.load("numba-cpu")
-    if like is None or like.random or like.columns.of_complex or only.now is not None or only.starts:
+    like = only.like if len(updates) == 1 else None
+    if like is None or like.columns.of_complex or only.now is not None or only.starts:
         return None
     if not all(set(map(type, column)) <= PLAIN for column in only.columns):
         return None
     columns = [torch_tensors.all_in_numpy(column, written=False) for column in only.columns]
-    table = (
-        kernels.numpy_struct.table(columns, like.columns)
-        if all(type(x) is np.ndarray for column in columns for x in column)
-        else None
-    )
-    states = [member.state for member in members]
-    counts = [state["step"] for state in states]
-    if table is None or not _are_counts(counts):
+    if not all(type(x) is np.ndarray for column in columns for x in column):
         return None
-    names_of_state = [array.name for array in optimizer.kept(group, params[0].dtype)]
-    of_state, (_, grads, *_) = operator.itemgetter("step", *names_of_state), only.columns
-    held = [*params, *itertools.chain.from_iterable(map(of_state, states))]
+    counts, table = [state["step"] for state in states], kernels.numpy_struct.table(columns, like.columns)
+    plan = None if table is None or not _are_counts(counts) else StepsOnCpu.of_table(optimizer, only, several, table)
+    if plan is None:
+        return None
+    settings = [ANY if key == "lr" else value for key, value in group.items()]
+    plan.expect((*plan.own_settings(optimizer), *group, *settings))
+    of_state = operator.itemgetter("step", *(array.name for array in optimizer.kept(group, params[0].dtype)))
+    held, grads = [*params, *itertools.chain.from_iterable(map(of_state, states))], only.columns[1]
     return RepeatedGroup(
-        settings, params, lacks, states, of_state, _asked(held, False), _asked(grads, True), _pointers(grads),
-        np.array(_pointers(counts)), only.h, like, table, table[:, kernels.numpy_struct.SIZE].sum().item(), only.names,
-        only.written(),
+        params, len(params) < len(group["params"]), states, of_state, _asked(held, False), _asked(grads, True),
+        _pointers(grads), np.array(_pointers(counts)), only.written(), plan,
     )  # fmt: skip
 
 
@@ -182,12 +180,18 @@ def _read(tensors):
     return [list(map(function, tensors)) for function in READ]
 
 
-def _same_settings(group, known):
-    """Whether the settings of a group are the same objects as before, but for lr, which has to be a float."""
-    if type(group["lr"]) is not float or list(group) != list(known):
-        return False
-    known["lr"] = group["lr"]
-    return same(group.values(), known.values())
+def _step(optimizer, group, one, common_count):
+    """Return what `StepsOnCpu` takes for the step of a group, or None if it is another one."""
+    lr, count = group["lr"], float(common_count(one.counts))
+    if type(lr) is not float or not 0 <= count < LAST or not count.is_integer():
+        return None
+    return None, (*one.plan.own_settings(optimizer), *group, *group.values()), int(count) + 1, lr
+
+
+def _can_be_read(grads, addresses):
+    """Whether gradients have elements, memory, and elements at multiples of their bytes."""
+    size = grads[0].element_size()
+    return all(addresses) and not any(address % size for address in addresses)
 
 
 def _same_tensors(group, one, state):
