@@ -9,76 +9,97 @@ the same run.
 
 These commands measure your machine: GB/s, bytes an element, and percent of the limit of each form.
 
-The figures are of two virtual machines with two cores. "AVX2": an AMD EPYC of 2026-11-23, with torch 2.13.0+cpu, jax 0.10.2,
-optax 0.2.8 and deepspeed 0.19.8. "AVX-512": an AMD EPYC that LLVM calls znver4, of 2026-11-29 and 30. Both with numba 0.68.1.
-Runs on these shared machines differ by some 5 %. Where the host has put an allocation of 100 million elements changes a step
-on it by half, whoever makes the step; so all contenders that can have the same large arrays. All take turns, in a new order
-each round, so each finds the caches as the others left them. Every row with its quantiles is in `benchmarks/results`, by
-machine; `benchmarks/README.md` says how it was measured, and README.md has the table of one array.
+The figures are of virtual machines with two cores. "Xeon": an Intel that LLVM calls emeraldrapids, of 2026-11-30. "EPYC": an
+AMD that LLVM calls znver4, of 2026-11-29 and 30, before torch's tensors were compared in compiled code. Both have vectors of
+512 bits; torch 2.13.0+cpu, jax 0.10.2, optax 0.2.8, numba 0.68.1. "AVX2": an AMD EPYC of 2026-11-23. Runs on these shared
+machines differ by some 5 %. Where the host has put an allocation of 100 million elements changes a step on it by half, whoever
+makes the step; so all contenders that can have the same large arrays. All take turns, in a new order each round, so each finds
+the caches as the others left them. Every row with its quantiles is in `benchmarks/results`, by machine; `benchmarks/README.md`
+says how it was measured, and README.md has the table of one array.
 
-Rows of a third machine are there too, an AMD EPYC that LLVM calls znver5, of 2026-11-29. Its memory is about as fast as that
+Rows of a fourth machine are there too, an AMD EPYC that LLVM calls znver5, of 2026-11-29. Its memory is about as fast as that
 of znver4. At 20 million elements nearly every form takes the time of its limit there: all bfloat16 0.51 of float32's time,
-bfloat16 state 0.73, and 8-bit state 0.80, which is 1.28 of its limit's. 1,000 arrays of 1,000 elements take 0.13 of the time
-of torch fused; one tensor in warm caches takes `gpuadam.torch.Adam` 1.10 of it, 148 tensors 0.96, and 1,000 0.75.
+bfloat16 state 0.73, and 8-bit state 0.80, which is 1.28 of its limit's.
 
 ## Many arrays, and small ones
 
 | | gpuadam | torch fused | ratio |
 |---|---:|---:|---:|
-| AVX-512: GPT-2 small: 148 arrays, 124 million elements, `Adam.step` | 66 ms (one flat array: 69) | 67 ms | 0.99 |
-| AVX-512: 1,000 arrays of 1,000 elements, `Adam.step` | 2.0 ms | 9.7 ms | 0.21 |
+| Xeon: one array of 20 million elements, `Adam.step` | 10.9 ms | 12.6 ms | 0.86 |
+| Xeon: GPT-2 small: 148 arrays, 124 million elements, `Adam.step` | 67 ms (one flat array: 66) | 78 ms | 0.86 |
+| EPYC: the same | 66 ms (69) | 67 ms | 0.99 |
+| Xeon: 1,000 arrays of 1,000 elements, `Adam.step` | 1.5 ms | 8.8 ms | 0.17 |
+| Xeon: the same by `gpuadam.torch.Adam` | 4.3 ms | 8.8 ms | 0.49 |
+| EPYC: 1,000 arrays of 1,000 elements, `Adam.step` | 2.0 ms | 9.7 ms | 0.21 |
 | AVX2: memory of a step beyond its state, 100 million elements | 0 MB | 0 MB (foreach: 400 MB) | |
 
 **Calls.** A step that is as the last one, but for its number, the learning rate and the gradients, is checked and made in one
-compiled call; several groups are compared one by one, and then updated. Microseconds of a call on 1,000 elements, AVX-512:
+compiled call; several groups are compared one by one, and then updated. Microseconds of a call on 1,000 elements, Xeon:
 
 | | warm caches | in turn with the others |
 |---|---:|---:|
-| `gpuadam.adam_step` | 2.2 | 7.6 |
-| `gpuadam.Adam.step` | 3.5 | 12 |
-| its kernel alone | 1.1 | 4.3 |
-| Adam by hand in plain NumPy | 8.7 | 22 |
-| `gpuadam.torch.Adam` | 30 | 71 |
-| torch fused | 32 | 65 |
-| `optax.adam` under `jax.jit` | 17 | 66 |
+| `gpuadam.adam_step` | 2.4 | 9.0 |
+| `gpuadam.Adam.step` | 3.9 | 14 |
+| its kernel alone | 1.3 | 9.1 |
+| Adam by hand in plain NumPy | 8.6 | 22 |
+| `gpuadam.torch.Adam` | 22 | 56 |
+| torch fused | 34 | 61 |
+| `optax.adam` under `jax.jit` | 21 | 92 |
 
-`gpuadam.torch.Adam` takes 0.96 of the time of torch fused for one tensor in warm caches, and 1.1 among ten others, whose turns
-leave none of its code in the caches; it takes 0.5 for 148 tensors, and 0.6 to 0.7 for 1,000. Most of it is spent on asking torch
-about its tensors.
+Two thirds of the time of `gpuadam.torch.Adam` are torch's, which wraps the step of every optimizer. Compiled code asks torch
+about each tensor by DLPack's functions for C (torch 2.13 has them), in 60 ns. Python needs 460 for the same: with a torch that
+lacks them `gpuadam.torch.Adam` took 1.3 of the time of torch fused for one tensor.
 
-**The first step** of a process takes 0.27 s with a warm compile cache and 1.6 s with a cold one, `import gpuadam` and Numba's own
-import included, where `import torch` and its first step take 2.1 s. `import gpuadam` takes 21 ms, 0.4 of what `import numpy`
-takes.
+**The first step** of a process takes 0.25 s with a warm compile cache and 1.6 s with a cold one, `import gpuadam` and Numba's
+own import included, where `import torch` and its first step take 1.9 s. `import gpuadam` takes 22 ms, 0.4 of what `import
+numpy` takes.
 
-**Arrays in the caches** are bound by the processor's arithmetic. `benchmarks/in_caches.py` leaves out parts of the step. With the
-limit at 1, a step of 100,000 elements takes on AVX-512 1.36, without its division 1.14, without its square root 1.09, and without
-both 1.06: the unit that divides and takes roots, which rounds each number exactly, is nearly all of what is above the limit. On
-AVX2 it is half of that, 1.31, 1.23, 1.19 and 1.14; the other half are some twenty other operations. A division by Newton's
-iteration and fma, without the divider, took 1.6 times as long there.
+**Arrays in the caches** are bound by the processor's arithmetic. `benchmarks/in_caches.py` leaves out parts of the step. With
+the limit at 1, a step of 100,000 elements:
 
-**Asking for memory ahead.** Loops that ask for elements 128 to 2,048 ahead were no faster on AMD's processors, of either kind:
-1.00 to 1.2 times the time of a loop that does not ask. On an Intel Xeon with AVX-512 such a loop, in C, took 0.93.
+| | the step | without its division | without its root | without both |
+|---|---:|---:|---:|---:|
+| Xeon, float32 | 1.54 | 1.12 | 1.08 | 1.06 |
+| Xeon, float64 | 2.67 | 1.75 | 1.30 | 1.18 |
+| Xeon, bfloat16 state | 1.51 | 1.39 | 1.35 | 1.29 |
+| Xeon, 8-bit state | 1.84 | 1.75 | 1.73 | 1.67 |
+| EPYC, float32 | 1.36 | 1.14 | 1.09 | 1.06 |
+| AVX2, float32 | 1.31 | 1.23 | 1.19 | 1.14 |
+
+The unit that divides and takes roots, which rounds each number exactly, is nearly all of what is above the limit in float32
+and float64. A division by Newton's iteration and fma, without this unit, took 1.6 times as long on AVX2. The rest of narrow
+forms are conversions and random bits.
+
+**Asking for memory ahead.** While the Xeon divides and takes roots it asks for few of the elements that follow. A loop that
+prefetches those 512 ahead takes 0.89 of the time of one that does not, at 20 and at 100 million elements, and with bfloat16
+parameters and gradients 0.76. So loops prefetch there, where a thread's arrays do not fit in its cache. A prefetch that asks
+to write was 3 % slower than one that asks to read. On AMD's processors, of three kinds, prefetches to write took 1.00 to 1.2
+of the time of none; those to read have not been measured there.
+
+**Vectors of 512 bits.** On a Xeon LLVM takes 256, unless it is asked. With 512 a step with bfloat16 state takes 0.85 of the
+time, one with 8-bit state 0.89, and with float16 parameters and gradients 0.77. float32 and float64 gain at most 1 % in
+memory, and float32 loses 2 to 3 % in the caches, so both are left at 256 (`kernels/processor.py`).
 
 ## Narrow numbers
 
 Narrow numbers save memory everywhere. They save time where the memory is the limit. Where it is quick, or the processor slow,
 conversions and random bits take longer than the bytes. 20 million elements, measured in turn, times float32's:
 
-| form | bytes an element | AVX-512 | AVX2 |
-|---|---:|---:|---:|
-| float32 | 28 | 1.00 | 1.00 |
-| bfloat16 parameters and gradients | 22 | 0.87 | 1.04 |
-| bfloat16 parameters with a remainder, bfloat16 gradients | 26 | 1.04 | 1.10 |
-| bfloat16 state | 20 | 0.96 | 1.36 |
-| all bfloat16, rounded randomly | 14 | 1.03 | 1.66 |
-| 8-bit state | 16.5 | 1.48 | 2.51, of an earlier loop |
-| AMSGrad | 36 | 1.29 | 1.27 |
-| NAdam, RAdam, AdaMax | 28 | 1.00 to 1.01 | 0.96 to 0.99 |
+| form | bytes an element | Xeon | EPYC | AVX2 |
+|---|---:|---:|---:|---:|
+| float32 | 28 | 1.00 | 1.00 | 1.00 |
+| bfloat16 parameters and gradients | 22 | 0.77 | 0.87 | 1.04 |
+| bfloat16 parameters with a remainder, bfloat16 gradients | 26 | 0.89 | 1.04 | 1.10 |
+| bfloat16 state | 20 | 0.79 | 0.96 | 1.36 |
+| all bfloat16, rounded randomly | 14 | 0.74 | 1.03 | 1.66 |
+| 8-bit state | 16.5 | 1.10 | 1.48 | 2.51, of an earlier loop |
+| AMSGrad | 36 | 1.25 | 1.29 | 1.27 |
+| NAdam, RAdam, AdaMax | 28 | 1.00 | 1.00 to 1.01 | 0.96 to 0.99 |
 
-**8-bit state** is bound by its arithmetic. In the caches, on AVX-512, an element takes a thread 0.87 ns, and one of float32
-0.31. Eight groups are updated before the first is encoded: when each was encoded at once, the processor waited for the largest
-number of each, and an element took 1.08 ns. With vectors of 256 bits, on the same processor, it took 1.34 then and takes 1.09
-now. A loop that encodes a group while it updates the next one took 0.93 to 1.00.
+**8-bit state** is bound by its arithmetic. Eight groups are updated before the first is encoded: when each was encoded at
+once, the processor waited for the largest number of each. In the caches, on the EPYC, an element then took a thread 1.08 ns
+and now takes 0.87; one of float32 takes 0.31. On the Xeon it takes 1.19 and 0.65 (`benchmarks/in_caches.py`, 100,000 elements
+over two threads).
 
 ## The whole step
 
@@ -87,7 +108,7 @@ That is 0.55 and 0.59 of the time of torch's `unscale_`, `clip_grad_norm_`, fuse
 
 ## State in files, and many ranks
 
-AVX2: a step with 8 GB of state in files takes 1.95 s, 1.22 times as long as moving the same bytes without arithmetic. AVX-512:
+AVX2: a step with 8 GB of state in files takes 1.95 s, 1.22 times as long as moving the same bytes without arithmetic. EPYC:
 with 2 GB of state in the system's cache it takes 1.04 times as long, and half of that time if all of it fits in the budget:
 `gpuadam.offload` has more. MPI's ranks on two cores share one memory, so nothing can become faster: `gpuadam.sharded` has the
 times.
@@ -120,11 +141,11 @@ on Rubin, whose multiprocessors hold 1,024 threads, for nearly all.
 | 8-bit state, B200 | 121 | 512 | 2, 160 | 80 | 64 |
 | 8-bit state, Rubin | 120 | 512 | 2, 160 | **80** | 128 |
 
-On Rubin 8-bit state falls short, by 38 % in CuPy and 45 % in Numba. So do bfloat16 alone and `change` in Numba, by a quarter and
-by a tenth. The script names what is short.
+On Rubin 8-bit state falls short, by 38 % in CuPy and 45 % in Numba. So do bfloat16 alone and `change` in Numba, by a quarter
+and by a tenth. The script names what is short.
 
 The host's time of a step on a GPU is that of Python and of the libraries. `benchmarks/host_time.py` measures it beside bare
-launches, on a GPU, and without one over a driver that answers in no time. Over this one, in microseconds (p20, AVX-512):
+launches, on a GPU, and without one over a driver that answers in no time. Over this one, in microseconds (p20, EPYC):
 
 | | CuPy | Numba |
 |---|---:|---:|
