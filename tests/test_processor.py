@@ -27,7 +27,7 @@ def updated(rule, name, arrays):
     return [a.tobytes() for a in arrays]
 
 
-@pytest.mark.parametrize("name", few(forms.FORMS, "float32", "all bfloat16", "change", "8-bit state"))
+@pytest.mark.parametrize("name", few(forms.FORMS, "float32", "all bfloat16", "8-bit state"))
 def test_the_bits_are_those_of_a_plain_loop(name):
     for n in (1, 64, 700, LARGE):
         arrays = list(forms.new_arrays(numba_cpu, forms.FORMS[name], n).values())
