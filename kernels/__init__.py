@@ -36,7 +36,8 @@ the numbers of a step.
 
 ## A rule
 
-A rule is the update of one element: a module with `in_python(form, op)`, which returns a Python function for Numba, and
+A rule is the update of one element: a module with `in_python(form, op)`, which returns a Python function that Numba's loops
+follow once, to emit LLVM (`numba_access.update_of`), and
 `in_cuda_c(form)`, which returns the same in CUDA C for CuPy. Both take the values of `operands.VALUES` and the scalars of
 `adam.scalar_names(form)`. Python returns the new values of `operands.RESULTS`, C writes through references. A rule tests the
 `Form` outside the arithmetic, so that an unused option costs nothing. `adam.py` is the rule; `limit.py` only moves the

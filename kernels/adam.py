@@ -108,7 +108,7 @@ def options(form):
 
 
 def in_python(form, op):
-    """Return the rule as a Python function for Numba to compile; op holds the primitives."""
+    """Return the rule as a Python function of an element; op holds the primitives, on numbers of any kind."""
     fma, add, sub, mul, div, sqrt, neg, abs_, larger, zero_below, at_least, at_most, choose = (
         op.fma, op.add, op.sub, op.mul, op.div, op.sqrt, op.neg, op.abs, op.larger, op.zero_below, op.at_least, op.at_most,
         op.choose,

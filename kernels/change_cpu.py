@@ -62,7 +62,7 @@ def build(form, loop):
     compiled = compiled_cache.compiler(__name__, form)
     op = primitives.for_numba(intrinsic)
     fma, sub = op.fma, op.sub
-    update, access = compiled(adam.in_python(form, op)), numba_access.functions(form, intrinsic)
+    update, access = numba_access.update_of(adam, form, intrinsic), numba_access.functions(form, intrinsic)
     load, moved, stepped = access.load, access.moved, access.stepped
     N, CHANGE, GROUPED = len(operands_of_form(form)), form.arrays.change != "", form.arrays.grouped
     NUMBERS, SEVERAL = form.arrays.numbers, form.arrays.numbers > 1
@@ -78,7 +78,7 @@ def build(form, loop):
 
     @compiled
     def change_of(values, k, s):
-        new = np.float64(number(update(*values, s)[0], k))
+        new = np.float64(number(update(values, s)[0], k))
         return new if CHANGE else sub(new, np.float64(number(values[0], k)))
 
     def near(lanes, at, i, n, s):

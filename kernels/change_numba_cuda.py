@@ -17,7 +17,8 @@ def build(form):
     """Return the kernel of an `adam.Form` as a Python function."""
     op = primitives.for_numba(intrinsic, contracts=True)
     fma, sub = op.fma, op.sub
-    update, access = cuda.jit(device=True)(adam.in_python(form, op)), numba_access.functions(form, intrinsic, addrspace=1)
+    update = numba_access.update_of(adam, form, intrinsic, contracts=True)
+    access = numba_access.functions(form, intrinsic, addrspace=1)
     load, stepped = access.load, access.stepped
     N, CHANGE, GROUPED, SKIPS = len(operands_of_form(form)), form.arrays.change != "", form.arrays.grouped, form.skips
     NUMBERS, SEVERAL = form.arrays.numbers, form.arrays.numbers > 1
@@ -33,7 +34,7 @@ def build(form):
 
     @cuda.jit(device=True)
     def change_of(values, k, is_there, s):
-        new, old = as_float64(number(update(*values, s)[0], k)), as_float64(number(values[0], k))
+        new, old = as_float64(number(update(values, s)[0], k)), as_float64(number(values[0], k))
         change = new if CHANGE else sub(new, old)
         return change if is_there else 0.0
 

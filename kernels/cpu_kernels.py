@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from numba.extending import intrinsic
 
-from gpuadam.kernels import adam, compiled_cache, cpu_threads, numba_access, primitives, processor
+from gpuadam.kernels import adam, compiled_cache, cpu_threads, numba_access, processor
 from gpuadam.kernels.numba_access import BLOCK, FETCHED, KEPT
 from gpuadam.kernels.numba_memory import CACHE_LINE, on_stack, tuple_at
 from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
@@ -23,9 +23,7 @@ def build(rule, form, loop):
     """Return the compiled kernel of a form. loop: "serial", "parallel" or "strided"."""
     if loop == "parallel":
         return cpu_threads.parallel_of(build(rule, form, "serial"))
-    element = compiled_cache.named(rule.in_python(form, primitives.for_numba(intrinsic)), rule.__name__, form)
-    update = njit(**compiled_cache.INNER)(element)
-    access = numba_access.functions(form, intrinsic)
+    update, access = numba_access.update_of(rule, form, intrinsic), numba_access.functions(form, intrinsic)
     load, store, moved, stepped, fetch = access.load, access.store, access.moved, access.stepped, access.fetch
     AHEAD, WIDE = getattr(rule, "LOOP", processor.loop_of(form))
     # With fewer elements a thread finds its arrays in its cache, and a prefetch would only take time.
@@ -56,10 +54,10 @@ def build(rule, form, loop):
                             if many:
                                 fetch(here, block + AHEAD)
                             for i in range(block, min(block + FETCHED, end_of_part - start)):
-                                store(here, i, update(*load(here, i), s), first_here, high, row_key)
+                                store(here, i, update(load(here, i), s), first_here, high, row_key)
                     else:
                         for i in range(end_of_part - start):
-                            store(here, i, update(*load(here, i), s), first_here, high, row_key)
+                            store(here, i, update(load(here, i), s), first_here, high, row_key)
                     start = end_of_part
 
     def strided(at, shape, strides, index, key, s):
@@ -74,7 +72,7 @@ def build(rule, form, loop):
                 here = stepped(here, operands_at(strides.ctypes.data + d * strides.shape[1] * 8), rest % shape[d])
                 rest //= shape[d]
             for i in range(index + row * shape[last], index + (row + 1) * shape[last]):
-                store(here, 0, update(*load(here, 0), s), i, i >> 32, key)
+                store(here, 0, update(load(here, 0), s), i, i >> 32, key)
                 here = stepped(here, step, 1)
 
     if form.arrays.grouped:
@@ -116,7 +114,7 @@ def _over_groups(groups, update, operands_at, choose_vectors):
             unit, here = units(at, first + k), moved(at, i)
             m, root = ZERO, ZERO
             for j in range(n):
-                new = update(*load(here, j, unit), s)
+                new = update(load(here, j, unit), s)
                 store(here, j, new, start + i, high, key)
                 keep(memory, k * GROUP + j, new)
                 own_m, own_root = magnitudes(new, 1)

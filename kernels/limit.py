@@ -15,7 +15,7 @@ from gpuadam.kernels.operands import operands_of_form
 
 
 def in_python(form, op):
-    """Return the rule as a Python function for Numba to compile; op holds the primitives."""
+    """Return the rule as a Python function of an element; op holds the primitives."""
     fma, sqrt, nonzero, ROOT = op.fma, op.sqrt, op.nonzero, form.arrays.grouped
     LR_SCALE, WHERE, LOW, HIGH = (name in _read_alone(form) for name in READ_ALONE)
 

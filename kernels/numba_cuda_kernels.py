@@ -46,9 +46,8 @@ def build(rule, form, loop, on_device=False, vectors=1):
     loop: "contiguous", "table" or "strided N", N the number of dimensions. on_device: whether the scalars are in device memory,
     and the kernel's last argument is their address. vectors: that a thread takes at once, where there are enough.
     """
-    update = cuda.jit(device=True)(rule.in_python(form, primitives.for_numba(intrinsic, contracts=True)))
     if form.arrays.grouped:
-        return _over_groups(form, update, on_device, vectors)
+        return _over_groups(rule, form, on_device, vectors)
     operands, LANES = operands_of_form(form), lanes_of(form)
     N, SKIPS, ZERO_GRAD, RANDOM = len(operands), form.skips, form.zero_grad, form.arrays.random
     one, several = (numba_access.functions(form, intrinsic, lanes, addrspace=1) for lanes in (1, LANES))
@@ -56,7 +55,7 @@ def build(rule, form, loop, on_device=False, vectors=1):
 
     def updating(access, lanes, times=1, apart=0):
         """Return the update of `times` vectors, of which each is some elements behind the one before."""
-        update_lanes, store = _over_lanes(update, lanes), access.store
+        update_lanes, store = numba_access.update_of(rule, form, intrinsic, lanes, contracts=True), access.store
         if times == 1:  # each function more takes Numba 12 ms to compile
             load_all, update_all, zero_all = access.load, update_lanes, access.zero_grad
 
@@ -153,7 +152,7 @@ def build(rule, form, loop, on_device=False, vectors=1):
     return strided
 
 
-def _over_groups(form, update, on_device, V):
+def _over_groups(rule, form, on_device, V):
     """Return the kernel of 8-bit state: an item is a part of a group, and whole warps go through the loop together."""
     operands, LANES = operands_of_form(form), GROUP_LANES
     N, SKIPS, ZERO_GRAD = len(operands), form.skips, form.zero_grad
@@ -162,7 +161,7 @@ def _over_groups(form, update, on_device, V):
     load, store, encode = one.load, one.store, one.encode
     units, codec, scales = one.units, one.codec, one.scales
     load_lanes, store_lanes, magnitudes, encode_lanes = several.load, several.store, several.magnitudes, several.encode
-    update_lanes = _over_lanes(update, LANES)
+    update_lanes = numba_access.update_of(rule, form, intrinsic, LANES, contracts=True)
     scalars_of, zero_grad = _scalars_of(form, on_device), one.zero_grad
     load_operands, chunk_of = tuple_at(intrinsic, N, addrspace=1), _chunk_of(N)
 
@@ -258,13 +257,6 @@ def _scalars_of(form, on_device):
         return load_scalars(address + REALS_AT), key, skip
 
     return scalars_at
-
-
-def _over_lanes(update, n):
-    """Return the rule over the values of n elements: of one alone, or a tuple of those of several."""
-    if n > 1:
-        return tuple_of("values, s", "update(*values[{k}], s)", n, update=update)
-    return cuda.jit(device=True)(lambda values, s: update(*values, s))
 
 
 def build_scalars(form):

@@ -168,19 +168,25 @@ def nonzero(op, *g):
 
 
 def for_numba(intrinsic, contracts=False):
-    """Return the primitives as functions that a rule in Python can call.
+    """Return the primitives as functions for Numba.
 
     intrinsic: `numba.extending.intrinsic`, or the one of Numba's CUDA target.
     contracts: whether the target fuses a bare product with a bare sum, so that it has to be told not to.
     """
+    return _functions(intrinsic, _in_llvm(contracts))
 
-    return _functions(
-        intrinsic, lambda builder, row, *x: row.llvm(builder, llvm.nvvm_rn(builder) if contracts else None, *x)
-    )
+
+def emitting(builder, contracts):
+    """Return the primitives as functions that append instructions to a builder. They take and return values of LLVM.
+
+    A rule in Python that is called with them appends the instructions of an update: it has no branch that depends on a number.
+    """
+    functions = _of_values(_in_llvm(contracts))
+    return SimpleNamespace(**{name: functools.partial(emit, builder) for name, emit in functions.items()})
 
 
 def in_assembly(intrinsic, dtype):
-    """Return the primitives likewise as inline PTX, which no option of a kernel changes, fast-math included.
+    """Return the primitives as inline PTX, which no option of a kernel changes, fast-math included.
 
     intrinsic: of Numba's CUDA target. dtype: of T.
     """
@@ -194,29 +200,36 @@ def in_assembly(intrinsic, dtype):
     return _functions(intrinsic, emit)
 
 
+def _in_llvm(contracts):
+    return lambda builder, row, *operands: row.llvm(builder, llvm.nvvm_rn(builder) if contracts else None, *operands)
+
+
 def _functions(intrinsic, emit):
     """Return the primitives and REDUCTIONS as functions for Numba. emit(builder, row, *operands): one of numbers."""
+    functions = {}
+    for name, emit_all in _of_values(emit).items():
+        signature, n = (_of_vectors, len(PRIMITIVES[name].operands)) if name in PRIMITIVES else (_of_a_vector, None)
+        functions[name] = llvm.function(intrinsic, name, emit_all, signature, n or len(operands_of_reduction(name)))
+    return SimpleNamespace(**functions)
 
-    def number_by_number(name, row):
-        def emit_all(builder, *operands):
-            n = max(len(x) if isinstance(x, list) else 0 for x in operands)
-            if not n:
-                return emit(builder, row, *operands)
-            vectors = [x if isinstance(x, list) else [x] * n for x in operands]
-            return [emit(builder, row, *numbers) for numbers in zip(*vectors, strict=True)]
 
-        return llvm.function(intrinsic, name, emit_all, _of_vectors, len(row.operands))
+def _of_values(emit):
+    """Return emitters of the primitives and REDUCTIONS: of numbers, and of vectors, which are lists of them."""
 
-    def to_a_number(name, reduce):
-        def emit_all(builder, *operands):
-            *before, g = operands
-            op = SimpleNamespace(**{x: functools.partial(emit, builder, row) for x, row in PRIMITIVES.items()})
-            return reduce(op, *before, *(g if isinstance(g, list) else [g]))
+    def number_by_number(row, builder, *operands):
+        n = max(len(x) if isinstance(x, list) else 0 for x in operands)
+        if not n:
+            return emit(builder, row, *operands)
+        vectors = [x if isinstance(x, list) else [x] * n for x in operands]
+        return [emit(builder, row, *numbers) for numbers in zip(*vectors, strict=True)]
 
-        return llvm.function(intrinsic, name, emit_all, _of_a_vector, len(operands_of_reduction(name)))
+    def to_a_number(reduce, builder, *operands):
+        *before, g = operands
+        op = SimpleNamespace(**{x: functools.partial(emit, builder, row) for x, row in PRIMITIVES.items()})
+        return reduce(op, *before, *(g if isinstance(g, list) else [g]))
 
-    functions = {name: number_by_number(name, row) for name, row in PRIMITIVES.items()}
-    return SimpleNamespace(**functions | {name: to_a_number(name, reduce) for name, (reduce, _) in REDUCTIONS.items()})
+    emitters = {name: functools.partial(number_by_number, row) for name, row in PRIMITIVES.items()}
+    return emitters | {name: functools.partial(to_a_number, reduce) for name, (reduce, _) in REDUCTIONS.items()}
 
 
 def operands_of_reduction(name):
