@@ -36,11 +36,11 @@ the numbers of a step.
 
 ## A rule
 
-A rule is the update of one element: a module with `in_python(form, op)`, which returns a Python function that Numba's loops
-follow once, to emit LLVM (`numba_access.update_of`), and
+A rule is the update of one element: a module with `in_python(form, op)`, which returns a Python function, and
 `in_cuda_c(form)`, which returns the same in CUDA C for CuPy. Both take the values of `operands.VALUES` and the scalars of
-`adam.scalar_names(form)`. Python returns the new values of `operands.RESULTS`, C writes through references. A rule tests the
-`Form` outside the arithmetic, so that an unused option costs nothing. `adam.py` is the rule; `limit.py` only moves the
+`adam.scalar_names(form)`. Python returns the new values of `operands.RESULTS`, C writes through references. The Python
+function is called once for each loop of Numba's, with operations `op` that emit LLVM (`numba_access.update_of`). A rule tests
+the `Form` outside the arithmetic, so that an unused option costs nothing. `adam.py` is the rule; `limit.py` only moves the
 bytes.
 
 Where several numbers share a v, an element is a vector of them: `Arrays.numbers` says of how many. Operations then go number

@@ -142,7 +142,7 @@ on Rubin, whose multiprocessors hold 1,024 threads, for nearly all.
 | 8-bit state, Rubin | 120 | 512 | 2, 160 | **80** | 128 |
 
 On Rubin 8-bit state falls short, by 38 % in CuPy and 45 % in Numba. So do bfloat16 alone and `change` in Numba, by a quarter
-and by a tenth. The script names what is short.
+and by 6 %. The script names what is short.
 
 The host's time of a step on a GPU is that of Python and of the libraries. `benchmarks/host_time.py` measures it beside bare
 launches, on a GPU, and without one over a driver that answers in no time. Over this one, in microseconds (p20, EPYC):
