@@ -87,6 +87,16 @@ def update_of(rule, form, intrinsic, lanes=1, contracts=False):
     return llvm.function(intrinsic, "update", update, signature, 2)
 
 
+def choose_vectors(intrinsic, wide):
+    """Return a function that does nothing, but LLVM chooses the width of vectors for the function that calls it as in a Loop."""
+
+    def choose(b):
+        if wide:  # llvmlite does not know attributes that have a value; it writes what it finds among a function's
+            set.add(b.function.attributes, '"prefer-vector-width"="512"')
+
+    return llvm.function(intrinsic, "choose_vectors", choose, types.void())
+
+
 def to_reals(form, intrinsic):
     """Return a function that makes a tuple of float64 one of the compute type."""
     real = from_dtype(form.dtype)

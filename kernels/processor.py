@@ -5,11 +5,6 @@ No bit follows from either. `benchmarks/large.py` and `narrow.py` measure what c
 
 from typing import NamedTuple
 
-import numba
-from llvmlite import binding
-from numba import types
-
-from gpuadam.kernels import llvm
 from gpuadam.kernels.operands import NARROW, operands_of_form
 
 
@@ -25,9 +20,9 @@ class Loop(NamedTuple):
 
 
 # Intel's Xeons since 2023, as LLVM calls them. While such a processor divides and takes roots, it asks for few of the elements
-# that follow: with a prefetch a step takes 0.91 of the time. AMD's processors, of three kinds, gain nothing by it. And LLVM takes
+# that follow: with a prefetch a step takes 0.89 of the time. AMD's processors, of three kinds, gain nothing by it. And LLVM takes
 # vectors of 256 bits, because older Xeons slowed down with wider ones. The unit that divides is no quicker with these, but
-# conversions are: a step with bfloat16 state takes 0.87 of the time, one in float32 1.02 if its arrays are in the caches.
+# conversions are: a step with bfloat16 state takes 0.85 of the time, one in float32 1.02 if its arrays are in the caches.
 _XEONS = ("sapphirerapids", "emeraldrapids", "graniterapids", "graniterapids-d")
 
 CACHED = 2**20  # bytes of arrays that a core's own cache holds from one step to the next, on these processors
@@ -46,14 +41,8 @@ def loop_of(form):
 
 
 def _is_xeon():
-    return (numba.config.CPU_NAME or binding.get_host_cpu_name()) in _XEONS  # for which Numba compiles
+    """Whether Numba compiles for one of _XEONS."""
+    import numba  # a plan asks for no Loop, and needs no Numba
+    from llvmlite import binding
 
-
-def choose_vectors(intrinsic, wide):
-    """Return a function that does nothing, but LLVM chooses the width of vectors for the function that calls it as in a Loop."""
-
-    def choose(b):
-        if wide:  # llvmlite does not know attributes that have a value; it writes what it finds among a function's
-            set.add(b.function.attributes, '"prefer-vector-width"="512"')
-
-    return llvm.function(intrinsic, "choose_vectors", choose, types.void())
+    return (numba.config.CPU_NAME or binding.get_host_cpu_name()) in _XEONS
