@@ -108,10 +108,10 @@ That is 0.55 and 0.59 of the time of torch's `unscale_`, `clip_grad_norm_`, fuse
 
 ## State in files, and many ranks
 
-AVX2: a step with 8 GB of state in files takes 1.95 s, 1.22 times as long as moving the same bytes without arithmetic. EPYC:
-with 2 GB of state in the system's cache it takes 1.04 times as long, and half of that time if all of it fits in the budget:
-`gpuadam.offload` has more. MPI's ranks on two cores share one memory, so nothing can become faster: `gpuadam.sharded` has the
-times.
+A step with 8 GB of state in files takes 1.95 s on AVX2, 1.22 times as long as moving the same bytes without arithmetic, and 2.4 s
+on the Xeon, 1.01 times as long. EPYC: with 2 GB of state in the system's cache it takes 1.04 times as long, and half of that time
+if all of it fits in the budget: `gpuadam.offload` has more. MPI's ranks on two cores share one memory, so nothing can become
+faster: `gpuadam.sharded` has the times.
 
 ## What is expected of a GPU
 
