@@ -88,7 +88,7 @@ def update_of(rule, form, intrinsic, lanes=1, contracts=False):
 
 
 def choose_vectors(intrinsic, wide):
-    """Return a function that does nothing, but LLVM chooses the width of vectors for the function that calls it as in a Loop."""
+    """Return a function without instructions. If `wide`, LLVM takes vectors of 512 bits in the function that calls it."""
 
     def choose(b):
         if wide:  # llvmlite does not know attributes that have a value; it writes what it finds among a function's

@@ -207,8 +207,8 @@ def decodings(form):
     A row "" takes one operand, the number itself. The operands "m_unit" and "v_unit" are results of the rows of these names. A
     rule does not look at values that its form does not have; other values take their place.
     """
-    rows = {}
-    for o in (o for o in operands_of_form(form) if o.loads):
+    rows, loaded = {}, [operand for operand in operands_of_form(form) if operand.loads]
+    for o in loaded:
         coded = o.format == "uint8" and o.name in STATE
         row = f"from_{o.name}_code" if coded else f"from_{o.format}" if o.format in (*NARROW, "uint8") else ""
         rows[o.name] = row, (o.name, *((f"{o.name}_unit",) if coded else ()))

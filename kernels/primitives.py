@@ -208,8 +208,10 @@ def _functions(intrinsic, emit):
     """Return the primitives and REDUCTIONS as functions for Numba. emit(builder, row, *operands): one of numbers."""
     functions = {}
     for name, emit_all in _of_values(emit).items():
-        signature, n = (_of_vectors, len(PRIMITIVES[name].operands)) if name in PRIMITIVES else (_of_a_vector, None)
-        functions[name] = llvm.function(intrinsic, name, emit_all, signature, n or len(operands_of_reduction(name)))
+        is_primitive = name in PRIMITIVES
+        operands = PRIMITIVES[name].operands if is_primitive else operands_of_reduction(name)
+        signature = _of_vectors if is_primitive else _of_a_vector
+        functions[name] = llvm.function(intrinsic, name, emit_all, signature, len(operands))
     return SimpleNamespace(**functions)
 
 

@@ -50,6 +50,7 @@ SCRIPTS = {
     "memory": ("--peers", "plain NumPy", "--sizes", "4e6"),
     "first_call": ("--peers", "none"),
     "norms": ("--sizes", "100,1000"),
+    "in_caches": ("--sizes", "100,1000", "--forms", "float32,8-bit state"),
 }
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the resident set's high-water mark is Linux's")
 

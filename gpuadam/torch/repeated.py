@@ -37,12 +37,11 @@ class Asked:
         self._tensors, self._known, self.addresses = None if move else tensors, _read(tensors), _pointers(tensors)
 
     def are(self, tensors):
-        if _read(tensors) != self._known:
+        stay = self._tensors is not None
+        if (stay and not same(tensors, self._tensors)) or _read(tensors) != self._known:
             return False
-        if self._tensors is not None:
-            return same(tensors, self._tensors) and _pointers(tensors) == self.addresses
-        self.addresses = _pointers(tensors)
-        return True
+        before, self.addresses = self.addresses, _pointers(tensors)
+        return not stay or self.addresses == before
 
 
 class RepeatedGroup(NamedTuple):
