@@ -45,7 +45,7 @@ BARE = {"cupy": "bare ElementwiseKernel", "numba-cuda": "bare Numba kernel"}
 def steps(arrays):
     """Return {contender: function that takes a step on all arrays}. arrays: lists of param, grad, m and v."""
     count, params = itertools.count(1), [row[0] for row in arrays]
-    opt = gpuadam.Adam(params, **peers.HYPERPARAMETERS)
+    opt, clips = (gpuadam.Adam(params, **peers.HYPERPARAMETERS) for _ in range(2))
     grads = [row[1] for row in arrays]
 
     def adam_steps():
@@ -53,7 +53,12 @@ def steps(arrays):
         for param, grad, m, v in arrays:
             gpuadam.adam_step(param, grad, m, v, number, **peers.HYPERPARAMETERS)
 
-    return {"gpuadam.adam_step": adam_steps, "gpuadam.Adam.step": lambda: opt.step(grads)}
+    return {
+        "gpuadam.adam_step": adam_steps,
+        "gpuadam.Adam.step": lambda: opt.step(grads),
+        "gpuadam.Adam.step, max_norm": lambda: clips.step(grads, max_norm=1.0),
+        "gpuadam.global_norm": lambda: gpuadam.global_norm(grads),
+    }
 
 
 def bare_numba_kernel(backend, shapes):

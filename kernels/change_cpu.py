@@ -7,11 +7,12 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from gpuadam.kernels import adam, compiled_cache, cpu_threads, norm_cpu, numba_access, primitives
+from gpuadam.kernels import adam, compiled_cache, cpu_threads, norm_cpu, numba_access, primitives, processor
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.backend import refuse_stream
 from gpuadam.kernels.change_sums import NormPasses
 from gpuadam.kernels.norm_order import QUARTER, WIDTH
+from gpuadam.kernels.numba_access import FETCHED
 from gpuadam.kernels.numba_memory import load_at, tuple_at
 from gpuadam.kernels.operands import GROUP, operands_of_form
 
@@ -55,20 +56,22 @@ def _run(form, part, chunks, sums):
 
 
 @functools.cache
-def build(form, loop):
-    """Return the compiled kernel of an `adam.Form`. loop: "serial" or "parallel"."""
+def build(form, loop, how=None):
+    """Return the compiled kernel of an `adam.Form`. loop, how: as in `norm_cpu.build`."""
     if loop == "parallel":
         return cpu_threads.parallel_of(build(form, "serial"))
-    compiled = compiled_cache.compiler(__name__, form)
+    how = how or processor.loop_of_sums()
+    compiled = compiled_cache.compiler(__name__, form, how)
     op = primitives.for_numba(intrinsic)
     fma, sub = op.fma, op.sub
     update, access = numba_access.update_of(adam, form, intrinsic), numba_access.functions(form, intrinsic)
-    load, moved, stepped = access.load, access.moved, access.stepped
+    load, moved, stepped, fetch = access.load, access.moved, access.stepped, access.fetch
     N, CHANGE, GROUPED = len(operands_of_form(form)), form.arrays.change != "", form.arrays.grouped
     NUMBERS, SEVERAL = form.arrays.numbers, form.arrays.numbers > 1
     RUN, operands_at = GROUP if GROUPED else WIDTH, tuple_at(intrinsic, N)
     to_reals, n_scalars = numba_access.to_reals(form, intrinsic), len(adam.scalar_names(form))
     scalars_at, int64_at = tuple_at(intrinsic, n_scalars, types.float64), load_at(intrinsic, types.int64)
+    choose_vectors, AHEAD, MANY = numba_access.choose_vectors(intrinsic, how.wide), how.ahead, processor.cached(form)
     units: Any = access.units if GROUPED else None
 
     @compiled
@@ -83,11 +86,13 @@ def build(form, loop):
 
     def near(lanes, at, i, n, s):
         """Add the numbers i ... i + n - 1 of arrays without gaps to neighbouring lanes."""
+        choose_vectors()
         for j in range(n):
             x = change_of(load(at, (i + j) // NUMBERS), (i + j) % NUMBERS, s)
             lanes[j] = fma(x, x, lanes[j])
 
     def near_of_group(lanes, at, i, n, s):
+        choose_vectors()
         unit, here = units(at, i // GROUP), moved(at, i)
         for j in range(n):
             x = change_of(load(here, j, unit), 0, s)
@@ -113,10 +118,12 @@ def build(form, loop):
         at, s = operands_at(table.ctypes.data + 8 * (row + order.OPERANDS)), to_reals(scalars_at(scalars))
         if GROUPED or table[row + order.RUN]:
             for i in range(0, n, RUN):
+                if AHEAD and (start + i) % (FETCHED * NUMBERS) < RUN and table[row + order.SIZE] > MANY:
+                    fetch(at, (start + i) // NUMBERS + AHEAD)
                 lane = i // QUARTER * WIDTH + i % WIDTH
                 add_near(lanes[lane : lane + RUN], at, start + i, min(RUN, n - i), s)
         if not GROUPED and not table[row + order.RUN]:
             dims = table.ctypes.data + 8 * table[row + order.DIMS]
             add_with_gaps(lanes, at, dims, table[row + order.NDIM], start, n, s)
 
-    return compiled_cache.stored(norm_cpu.over_chunks(compiled, order.OPERANDS + N, add_chunk), __name__, form)
+    return compiled_cache.stored(norm_cpu.over_chunks(compiled, order.OPERANDS + N, add_chunk), __name__, form, how)

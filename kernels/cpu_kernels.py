@@ -26,8 +26,7 @@ def build(rule, form, loop):
     update, access = numba_access.update_of(rule, form, intrinsic), numba_access.functions(form, intrinsic)
     load, store, moved, stepped, fetch = access.load, access.store, access.moved, access.stepped, access.fetch
     AHEAD, WIDE = getattr(rule, "LOOP", processor.loop_of(form))
-    # With fewer elements a thread finds its arrays in its cache, and a prefetch would only take time.
-    MANY = processor.CACHED // sum(operand.itemsize for operand in operands_of_form(form))
+    MANY = processor.cached(form)
     choose_vectors = numba_access.choose_vectors(intrinsic, WIDE)
     operands_at = tuple_at(intrinsic, len(operands_of_form(form)))
     PARAM_SIZE = operands_of_form(form)[0].itemsize

@@ -7,10 +7,10 @@ import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
 
-from gpuadam.kernels import compiled_cache, cpu_threads, primitives
+from gpuadam.kernels import compiled_cache, cpu_threads, numba_access, primitives, processor
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.norm_order import LANES, QUARTER, WIDTH
-from gpuadam.kernels.numba_memory import RAW, load_at, on_stack, pointer_to, store_at, widened
+from gpuadam.kernels.numba_memory import RAW, fetch_at, load_at, on_stack, pointer_to, store_at, widened
 
 # Elements from which two threads finish sooner than one.
 PARALLEL_FROM = 1 << 18
@@ -96,16 +96,20 @@ def over_chunks(compiled, columns, add_chunk):
 
 
 @functools.cache
-def build(form, loop):
-    """Return the compiled kernel of a form. loop: "serial" or "parallel"."""
+def build(form, loop, how=None):
+    """Return the compiled kernel of a form. loop: "serial" or "parallel". how: a `processor.Loop`; by default what suits sums."""
     if loop == "parallel":
         return cpu_threads.parallel_of(build(form, "serial"))
-    compiled = compiled_cache.compiler(__name__, form)
+    how = how or processor.loop_of_sums()
+    compiled = compiled_cache.compiler(__name__, form, how)
     op = primitives.for_numba(intrinsic)
     fma, add = op.fma, op.add
     ITEMSIZE, SQUARES = form.itemsize, form.squares
     raw = RAW[form.format]
     pointer, raw_at = pointer_to(intrinsic, raw), load_at(intrinsic, raw, align=1)
+    choose_vectors, AHEAD = numba_access.choose_vectors(intrinsic, how.wide), how.ahead * ITEMSIZE
+    ROWS = 4  # that are added together: a lane is then loaded and stored once for four
+    fetch = fetch_at(intrinsic, ROWS * WIDTH * ITEMSIZE)
     as_float64 = widened(intrinsic, form.format, on_gpu=False)
 
     @compiled
@@ -114,13 +118,16 @@ def build(form, loop):
 
     @compiled
     def add_quarter(s, address, n):
-        """Add n neighbours to the lanes of a quarter, four rows at a time: a lane is then loaded and stored once for four."""
+        """Add n neighbours to the lanes of a quarter."""
+        choose_vectors()
         x, r = carray(pointer(address), n), 0
-        while r + 4 * WIDTH <= n:
+        while r + ROWS * WIDTH <= n:
+            if AHEAD:
+                fetch(address + (r * ITEMSIZE + AHEAD))
             for j in range(s.size):  # a constant would be unrolled, which is no faster
                 two = plus(plus(s[j], as_float64(x[r + j])), as_float64(x[r + WIDTH + j]))
                 s[j] = plus(plus(two, as_float64(x[r + 2 * WIDTH + j])), as_float64(x[r + 3 * WIDTH + j]))
-            r += 4 * WIDTH
+            r += ROWS * WIDTH
         for i in range(r, n):
             s[i % WIDTH] = plus(s[i % WIDTH], as_float64(x[i]))
 
@@ -146,4 +153,4 @@ def build(form, loop):
         else:
             add_strided(s, table, row, start, n)
 
-    return compiled_cache.stored(over_chunks(compiled, order.COLUMNS, add_chunk), __name__, form)
+    return compiled_cache.stored(over_chunks(compiled, order.COLUMNS, add_chunk), __name__, form, how)

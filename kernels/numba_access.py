@@ -14,7 +14,7 @@ from gpuadam.kernels import llvm, primitives
 from gpuadam.kernels.conversions import CONVERSIONS, random_bits_of, random_words
 from gpuadam.kernels.layout import aligned_to
 from gpuadam.kernels.llvm import F32, F64, U8, U16, U32, U64
-from gpuadam.kernels.numba_memory import CACHE_LINE, RAW, llvm_type
+from gpuadam.kernels.numba_memory import RAW, fetch, llvm_type
 from gpuadam.kernels.operands import FORMATS, GROUP, KINDS, OF_CODES, RESULTS, VALUES, decodings, operands_of_form
 
 FETCHED = 64  # elements that `fetch` asks for at once: whole cache lines of every format
@@ -165,15 +165,9 @@ class _Emitter:
 
     def fetch(self, b, at, i):
         """Ask for the memory of the elements i ... i + FETCHED - 1, which need not be there."""
-        byte = U8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, U32, U32, U32])
-        prefetch = b.module.globals.get("llvm.prefetch.p0i8") or ir.Function(b.module, kind, "llvm.prefetch.p0i8")
         for operand, address in zip(self.operands.values(), at, strict=True):
             if (operand.loads or operand.stores) and not operand.of_groups:
-                first = b.add(address, b.mul(U64(operand.itemsize), i))
-                for line in range(0, FETCHED * operand.itemsize, CACHE_LINE):
-                    place = b.inttoptr(b.add(first, U64(line)), byte)
-                    b.call(prefetch, [place, U32(0), U32(3), U32(1)])  # to read it, which is faster; keep it; data
+                fetch(b, b.add(address, b.mul(U64(operand.itemsize), i)), FETCHED * operand.itemsize)
 
     def stepped(self, b, at, strides, k):
         """Return the addresses k strides on."""

@@ -57,6 +57,21 @@ def store_at(intrinsic, element, addrspace=0):
     return llvm.function(intrinsic, "store", store, types.void(types.int64, element))
 
 
+def fetch(b, address, n_bytes):
+    """Ask for the cache lines of some bytes, which need not be there. b: an llvmlite builder."""
+    byte, name = llvm.U8.as_pointer(), "llvm.prefetch.p0i8"
+    kind = ir.FunctionType(ir.VoidType(), [byte, llvm.U32, llvm.U32, llvm.U32])
+    prefetch = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+    for line in range(0, n_bytes, CACHE_LINE):
+        place = b.inttoptr(b.add(address, llvm.U64(line)), byte)
+        b.call(prefetch, [place, llvm.U32(0), llvm.U32(3), llvm.U32(1)])  # to read it, which is faster; keep it; data
+
+
+def fetch_at(intrinsic, n_bytes):
+    """Return a function that asks for the bytes from an address on."""
+    return llvm.function(intrinsic, "fetch", lambda b, address: fetch(b, address, n_bytes), types.void(types.int64))
+
+
 @functools.cache
 def pointer_to(intrinsic, element):
     """Return a function from an address to a pointer that `numba.carray` takes. The arguments are those of `load_at`."""

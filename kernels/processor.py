@@ -42,6 +42,16 @@ def loop_of(form):
     return Loop(512, any(operand.format in NARROW or operand.of_groups for operand in operands_of_form(form)))
 
 
+def loop_of_sums():
+    """Return the Loop that suits sums of squares, which are float64 whatever is summed."""
+    return Loop(512, True) if _is_xeon() else Loop()
+
+
+def cached(form):
+    """Return how many elements of a form's arrays a core's own cache holds: of no more, a prefetch would only take time."""
+    return CACHED // sum(operand.itemsize for operand in operands_of_form(form))
+
+
 def _is_xeon():
     """Whether Numba compiles for one of _XEONS."""
     import numba  # a plan asks for no Loop, and needs no Numba

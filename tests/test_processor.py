@@ -11,8 +11,11 @@ from cases import few, table_of
 from llvmlite import binding
 
 from gpuadam.cli.measuring import forms
-from gpuadam.kernels import adam, cpu_kernels, limit, processor
+from gpuadam.kernels import adam, change_cpu, change_sums, cpu_kernels, limit, norm_cpu, processor, view
+from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
+from gpuadam.kernels.layout import Update
+from gpuadam.kernels.operands import operands_of_form
 from gpuadam.kernels.processor import Loop
 
 PLAIN, OTHERWISE = (limit.Looped(adam, loop) for loop in (Loop(), Loop(512, True)))
@@ -43,6 +46,43 @@ def at_the_end_of_memory(array):
     there = memory[pages * mmap.PAGESIZE - array.nbytes : pages * mmap.PAGESIZE].view(array.dtype).reshape(array.shape)
     there[...] = array
     return there
+
+
+def sums_of_squares(arrays, how):
+    """Return the sums of the chunks of some arrays' squares."""
+    plan = order.plan([view.on_cpu("", a) for a in arrays])
+    sums = np.zeros(plan.workspace // 8)
+    for one in (one for one in plan.passes if one.form.squares):
+        norm_cpu.build(one.form, "serial", how)(plan.table, 0, one.chunks, one.first_row, one.n_rows, sums.ctypes.data, 0)
+    return sums.tobytes()
+
+
+def sums_of_changes(name, arrays, how):
+    """Return the sums of the chunks of the squares of an update's change."""
+    form, scalars = forms.form_and_scalars(forms.FORMS[name])
+    of_operands = zip(operands_of_form(form), arrays, strict=True)
+    update = Update([view.on_cpu("", a).in_vectors(operand.numbers) for operand, a in of_operands])
+    table, n_rows, chunks = change_sums.table_of([update], [0])
+    sums, numbers = np.zeros(chunks), np.array(scalars, np.float64)
+    change_cpu.build(form, "serial", how)(table, 0, chunks, 0, n_rows, sums.ctypes.data, numbers.ctypes.data)
+    return sums.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_sums_are_those_of_a_plain_loop(dtype):
+    dtype = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
+    for n in (1, 700, 5000, LARGE):
+        array = at_the_end_of_memory(np.random.default_rng(n).standard_normal(n).astype(dtype))
+        plain = sums_of_squares([array], Loop())
+        assert any(plain) and sums_of_squares([array], Loop(512, True)) == plain, n
+
+
+@pytest.mark.parametrize("name", few(forms.FORMS, "float32", "all bfloat16", "8-bit state"))
+def test_sums_of_changes_are_those_of_a_plain_loop(name):
+    for n in (1, 700, LARGE):
+        arrays = [at_the_end_of_memory(a) for a in forms.new_arrays(numba_cpu, forms.FORMS[name], n).values()]
+        plain = sums_of_changes(name, arrays, Loop())
+        assert any(plain) and sums_of_changes(name, arrays, Loop(512, True)) == plain, n
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="memory is protected otherwise on Windows")
