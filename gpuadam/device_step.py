@@ -4,6 +4,8 @@ What a kernel gets by value is frozen in a captured CUDA graph. The thread reads
 the graph runs (`kernels/scalars.py` has its formula), and the update loads the scalars that it has written.
 """
 
+import functools
+
 import numpy as np
 
 from . import hyperparameters
@@ -38,13 +40,19 @@ class Now:
         A graph also keeps max_norm, betas, eps, weight_decay and the like: they belong to the training, not to a step.
         """
         frozen = self.on_host | ({"lr": h.lr} if self.lr is None else {})
-        if self.grad_scale is None and h.fixed.grad_scale != 1.0:
-            frozen["grad_scale"] = h.fixed.grad_scale
+        if self.grad_scale is None and h.grad_scale != 1.0:
+            frozen["grad_scale"] = h.grad_scale
         for name, value in frozen.items():
             raise RuntimeError(
                 f"a graph is being captured, and it would repeat this step with {name}={value} for ever: give {name} as an array "
                 "of one float64 on the device, and change what is in it"
             )
+
+
+@functools.cache  # the same object at each step, by which a batch knows its kernel
+def _skipping(form):
+    """Return the form of an update that a flag in device memory leaves out."""
+    return form._replace(skips=True)
 
 
 class ScalarsLaunch:
@@ -60,11 +68,11 @@ class ScalarsLaunch:
     def of(self, formats):
         """Return the Form of the step for arrays of some formats, and the `scalars.ScalarsMemory` where its scalars will be."""
         now, h, fixed = self.group.now, self.group.h, self.group.h.fixed
-        form, _ = hyperparameters.form_and_scalars(h, 1, formats)  # or an error if a scalar of step 1 overflows
-        constants = hyperparameters.constants(fixed, formats)
+        hyperparameters.form_and_scalars(h, 1, formats)  # or an error if a scalar of step 1 overflows
+        scaled = h.scale != 1.0 or now.grad_scale is not None or now.max_norm is not None
+        constants = hyperparameters.constants(fixed, formats, scaled)
         skips = now.found_inf is not None or now.largest_norm is not None
-        scaled = form.scaled or now.grad_scale is not None or now.max_norm is not None
-        form = form._replace(scaled=scaled, skips=skips)
+        form = _skipping(constants.form) if skips else constants.form
         dtype = form.dtype
         out = now.clock.memory[dtype]
         first = not self._launches or next(iter(self._launches)) == dtype
@@ -119,7 +127,7 @@ class ScalarsLaunch:
         now, h = self.group.now, self.group.h
         given = {
             "lr": h.lr if now.lr is None else now.lr,
-            "grad_scale": h.fixed.grad_scale if now.grad_scale is None else now.grad_scale,
+            "grad_scale": h.grad_scale if now.grad_scale is None else now.grad_scale,
         }
         given |= {"found_inf": now.found_inf} if now.found_inf is not None else {}
         given |= {"norm": now.norm} if now.norm is not None else {}

@@ -120,12 +120,12 @@ def adam_step(
     [0.6 0.1]
     """
     settings = (
-        betas, eps, weight_decay, decoupled, max_v, maximize, grad_scale, clip_value, bounds, algorithm, formula, eps_root,
+        betas, eps, weight_decay, decoupled, max_v, maximize, clip_value, bounds, algorithm, formula, eps_root,
         remainder, param_copy, ema, ema_decay, change, lr_scale, where, complex, components, m_scale, v_scale, zero_grad,
         stochastic_rounding, seed, backend, stream,
     )  # fmt: skip
     calls = _REPEATED if type(param) is np.ndarray else _ON_GPU
-    if calls.does((param, grad, m, v), settings, step, lr, backend):
+    if calls.does((param, grad, m, v), settings, step, lr, grad_scale, backend):
         return
     usual = algorithm == "adam" and formula == "torch" and eps_root == 0.0 and ema_decay == 0.999
     formulas = hyperparameters.ADAM  # which takes less time than to look it up

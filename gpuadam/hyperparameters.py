@@ -69,14 +69,13 @@ UNBOUNDED = None, None
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Fixed(Formulas):
-    """All hyperparameters but lr, checked. They seldom change."""
+    """All hyperparameters but lr and grad_scale, checked. They seldom change."""
 
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
     maximize: bool = False
-    grad_scale: float = 1.0
     clip_value: float = math.inf
     low: float = -math.inf
     high: float = math.inf
@@ -97,6 +96,12 @@ class Hyperparameters(NamedTuple):
 
     lr: float
     fixed: Fixed
+    grad_scale: float = 1.0
+
+    @property
+    def scale(self):
+        """What the gradient is multiplied by; if it is 1, by nothing."""
+        return -self.grad_scale if self.fixed.maximize else self.grad_scale
 
 
 def checked(
@@ -115,23 +120,23 @@ def checked(
 
 def with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas, clip_value=None, bounds=None):
     """Return Hyperparameters likewise; formulas: checked before."""
-    lr = checks.non_negative("lr", lr)
+    lr, grad_scale = checks.non_negative("lr", lr), checks.finite("grad_scale", grad_scale)
     try:
         beta1, beta2 = betas
         if clip_value is bounds is None:  # the usual case; each argument of a cached function costs time
-            return Hyperparameters(lr, _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas))
+            return Hyperparameters(lr, _fixed(beta1, beta2, eps, weight_decay, maximize, formulas), grad_scale)
         low, high = UNBOUNDED if bounds is None else bounds
-        fixed = _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas, clip_value, low, high)
+        fixed = _fixed(beta1, beta2, eps, weight_decay, maximize, formulas, clip_value, low, high)
     except (TypeError, ValueError):  # not two of them, a value that no cache can have as its key, or a wrong one
         betas = checks.betas(betas)
         checks.bounds_of_param(bounds)
         low, high = UNBOUNDED if bounds is None else bounds
-        fixed = _fixed.__wrapped__(*betas, eps, weight_decay, maximize, grad_scale, formulas, clip_value, low, high)
-    return Hyperparameters(lr, fixed)
+        fixed = _fixed.__wrapped__(*betas, eps, weight_decay, maximize, formulas, clip_value, low, high)
+    return Hyperparameters(lr, fixed, grad_scale)
 
 
 @functools.lru_cache(maxsize=256, typed=True)
-def _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas, clip_value=None, low=None, high=None):
+def _fixed(beta1, beta2, eps, weight_decay, maximize, formulas, clip_value=None, low=None, high=None):
     beta1, beta2 = checks.betas((beta1, beta2))
     low, high = checks.bounds_of_param((low, high))
     return Fixed(
@@ -141,7 +146,6 @@ def _fixed(beta1, beta2, eps, weight_decay, maximize, grad_scale, formulas, clip
         eps=checks.non_negative("eps", eps),
         weight_decay=checks.non_negative("weight_decay", weight_decay),
         maximize=checks.flag("maximize", maximize),
-        grad_scale=checks.finite("grad_scale", grad_scale),
         clip_value=checks.clip_value(clip_value),
         low=low,
         high=high,
@@ -156,8 +160,11 @@ def form_and_scalars(h, step, arrays):
     >>> form.near1, scalars.neg_lr  # -lr / (1 - beta1)
     (True, -1.0)
     """
-    lr, fixed = h
-    form, scalars_type, of_step, pack, unpack, lowest, grad_scale, w1, w2, eps, first, later = constants(fixed, arrays)
+    (lr, fixed, _), scale = h, h.scale
+    of_all = constants(fixed, arrays, scale != 1.0)
+    form, scalars_type, of_step, pack, unpack, lowest, w1, w2, eps, first, later = of_all
+    if scale != 1.0:
+        scale = _rounded("grad_scale", scale, arrays.compute, to_zero=False)
     power1, power2 = powers_on_host(fixed.beta1, fixed.beta2, step)
     if of_step is None:  # plain Adam: what of_step would compute, without the time of a call, some 300 ns
         decay = -lr * fixed.weight_decay if form.decoupled else fixed.weight_decay
@@ -172,7 +179,7 @@ def form_and_scalars(h, step, arrays):
         _overflows("weight_decay times lr", decay, arrays.compute)
     if neg_lr < lowest:
         _overflows("lr / (1 - beta1**step)", neg_lr, arrays.compute)
-    values: tuple[float, ...] = grad_scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr
+    values: tuple[float, ...] = scale, decay, w1, w2, inv_sqrt_bias2, eps, neg_lr
     if later:
         values += first if step == 1 else later
     # pack rounds to nearest even, as NumPy's cast does, in less time; so does tuple.__new__ what scalars_type(*values) does
@@ -181,7 +188,18 @@ def form_and_scalars(h, step, arrays):
 
 def check_rounding(h, dtype):
     """Raise ValueError for a hyperparameter that overflows dtype, or rounds to 0 in it where it must not."""
-    constants(h.fixed, Arrays(*[np.dtype(dtype).name] * 3))
+    form_and_scalars(h, 1, Arrays(*[np.dtype(dtype).name] * 3))
+
+
+def _rounded(name, value, dtype, *, to_zero=True):
+    """Return a number of the compute type. to_zero: whether one that is not 0 may become 0."""
+    if abs(value) > float(np.finfo(dtype).max):
+        _overflows(name, value, dtype)
+    result = float(dtype.type(value))
+    if value and not result and not to_zero:
+        instead = "None for no clipping" if name == "clip_value" else "0 itself"
+        raise ValueError(f"{name}={value} rounds to 0 in {dtype}: choose a larger one, or {instead}")
+    return result
 
 
 def _overflows(name, value, dtype):
@@ -189,7 +207,7 @@ def _overflows(name, value, dtype):
 
 
 class Constants(NamedTuple):
-    """The parts of a step's form and scalars that do not change with lr and step. Numbers are of the compute type."""
+    """The parts of a step's form and scalars that do not change with lr, grad_scale and step. Numbers are of the compute type."""
 
     form: Form
     scalars_type: type
@@ -197,7 +215,6 @@ class Constants(NamedTuple):
     pack: Callable  # rounds the scalars, and makes bytes of them
     unpack: Callable  # the scalars of these bytes
     lowest: float  # number of the compute type
-    grad_scale: float
     w1: float
     w2: float
     eps: float
@@ -216,19 +233,13 @@ def _bound(value, format):
 
 
 @functools.lru_cache(maxsize=256)
-def constants(fixed, arrays):
-    """Return the Constants of hyperparameters and formats. Raise ValueError for a number that the compute type cannot hold."""
-    dtype = arrays.compute
-    real = dtype.type
+def constants(fixed, arrays, scaled=False):
+    """Return the Constants of hyperparameters and formats. Raise ValueError for a number that the compute type cannot hold.
 
-    def rounded(name, value, *, to_zero=True):
-        if abs(value) > float(np.finfo(dtype).max):
-            _overflows(name, value, dtype)
-        result = float(real(value))
-        if value and not result and not to_zero:
-            instead = "None for no clipping" if name == "clip_value" else "0 itself"
-            raise ValueError(f"{name}={value} rounds to 0 in {dtype}: choose a larger one, or {instead}")
-        return result
+    scaled: whether the gradient is multiplied by grad_scale.
+    """
+    dtype = arrays.compute
+    real, rounded = dtype.type, functools.partial(_rounded, dtype=dtype)
 
     def weight(beta):
         """Return the weight of lerp from the nearer end, as torch.lerp, and whether this is the first end; w - 1 is exact."""
@@ -239,13 +250,12 @@ def constants(fixed, arrays):
     (w1, near1), (w2, near2), (w_ema, near_ema) = (weight(beta) for beta in (fixed.beta1, fixed.beta2, fixed.ema_decay))
     if fixed.algorithm == "adamax":
         w2, near2 = float(real(fixed.beta2)), True
-    grad_scale = rounded("grad_scale", -fixed.grad_scale if fixed.maximize else fixed.grad_scale, to_zero=False)
     rounded("weight_decay", fixed.weight_decay)
     decays = fixed.weight_decay != 0.0
     form = Form(
         arrays,
         "optax" if fixed.variant == "optax" else fixed.algorithm,
-        scaled=grad_scale != 1.0,
+        scaled=scaled,
         l2=decays and not fixed.decoupled,
         decoupled=decays and fixed.decoupled,
         near1=near1,
@@ -268,7 +278,6 @@ def constants(fixed, arrays):
         pack=reals.pack,
         unpack=reals.unpack,
         lowest=float(np.finfo(dtype).min),
-        grad_scale=grad_scale,
         w1=w1,
         w2=w2,
         eps=rounded("eps", fixed.eps, to_zero=False),

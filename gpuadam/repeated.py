@@ -90,25 +90,29 @@ class RepeatedGroup:
         if plan is None:
             return None
         values = [ANY if key == "lr" else value for key, value in settings.items()]
-        plan.expect((*plan.own_settings(optimizer), *options, *settings, *values))
+        plan.expect((*plan.own_settings(optimizer), *options[1:], *settings, *values))
         for state in states:
             state["step"] = states[0]["step"]  # one object, which compiled code finds again
         keys, form, holder = ("step", *kind.kept), group.structure.kind, places[0][0] if places else None
         return cls(plan, states, keys, names, form == ONE, form == MAPPING, holder)
 
     def step(self, optimizer, settings, grads, options, n_named):
-        """Return what the plan takes for a step: arrays, settings, the number of the step, lr. None if it is another one.
+        """Return what the plan takes for a step: arrays, settings, the step's number, lr, grad_scale. None if it is another one.
 
         n_named: how long a dict of gradients has to be. Only known names are looked up in it, so another one would go unnoticed.
         """
         if (type(grads) is dict) != self.by_name or (self.by_name and len(grads) != n_named):
             return None
         lr, count, params = settings.get("lr"), self.states[0].get("step"), settings.get("params")
-        if type(settings) is not dict or type(lr) is not float or type(count) is not int or not 0 <= count < MOST_STEPS - 1:
+        grad_scale, *others = options
+        if not (type(settings) is dict and type(lr) is type(grad_scale) is float and type(count) is int):
+            return None
+        if not 0 <= count < MOST_STEPS - 1:
             return None
         grads, holder = [grads] if self.alone else grads, params if self.holder is None else self.holder
         arrays = count, params, grads, self.states, self.keys, self.names, settings.get("names"), holder
-        return arrays, (*self.plan.own_settings(optimizer), *options, *settings, *settings.values()), count + 1, lr
+        settings = *self.plan.own_settings(optimizer), *others, *settings, *settings.values()
+        return arrays, settings, count + 1, lr, grad_scale
 
     def count(self):
         """Count a step that was made."""
@@ -128,7 +132,7 @@ class RepeatedStep(Repeats):
         if not self.worth_a_look():
             return
         known: list[Any] = [None]
-        if len(updates) == len(groups) and same(options[1:], NO_OPTIONS) and stays(options[0]):
+        if len(updates) == len(groups) and same(options[1:], NO_OPTIONS):
             known = [RepeatedGroup.of(optimizer, *one, options) for one in zip(groups, itertools.count(), updates)]
         if None in known:
             self.put_off()

@@ -24,10 +24,12 @@ def plan_of(group: Updates, n_rows=None, beside=False, table=None):
     joint = like.columns.of_complex and like.arrays.numbers > 1
     if fixed.algorithm == "nadam" or (joint and (fixed.ordered or like.arrays.bounded)):
         return None
-    constants = hyperparameters.constants(fixed, like.arrays)
+    scaled = group.h.scale != 1.0
+    constants = hyperparameters.constants(fixed, like.arrays, scaled)
     form, later = constants.form, constants.later
-    scalars = (constants.grad_scale, 0.0, constants.w1, constants.w2, 0.0, constants.eps, 0.0, *later)
+    scalars = (1.0, 0.0, constants.w1, constants.w2, 0.0, constants.eps, 0.0, *later)
     numbers = constants.lowest, fixed.beta1, fixed.beta2, fixed.weight_decay, constants.eps
+    numbers = *numbers, -1.0 if fixed.maximize else 1.0, kernels.cpu_step.LARGEST_SCALE if scaled else 1.0
     kernel = kernels.compiled(adam, form, scalars)
     if not hasattr(kernel, "overloads"):  # somebody's own in the place of a loop of Numba's
         return None
@@ -48,14 +50,15 @@ class RepeatedCall:
         self._seen: tuple = ()  # the settings, by their numbers: arrays among them are not kept alive
         self._plans: dict[tuple, tuple] = {}  # the objects that a plan is for, by their numbers, and the plan
 
-    def does(self, arrays, settings, step, lr, backend):
+    def does(self, arrays, settings, step, lr, grad_scale, backend):
         """Make the update if its settings are the last ones, and its arrays like those; return whether it was made."""
         plan, kernels = self._plan, self._kernels
-        if plan is None or type(step) is not int or type(lr) is not float or not backends.takes_numpy(backend):
+        if plan is None or not (type(step) is int and type(lr) is type(grad_scale) is float and backends.takes_numpy(backend)):
             return False
         if not 0 < step < step_objects.MOST_STEPS:
             return False
-        return plan.step(arrays, (kernels.build, kernels.PARALLEL_FROM, *settings), step, lr) == kernels.cpu_step.DONE
+        settings = kernels.build, kernels.PARALLEL_FROM, *settings
+        return plan.step(arrays, settings, step, lr, grad_scale) == kernels.cpu_step.DONE
 
     def note(self, group, settings):
         """Take over the settings of Updates that were made, if they were also those of the call before."""
@@ -65,13 +68,13 @@ class RepeatedCall:
         if not again or any(type(array) is not np.ndarray for array in arrays) or not all(map(stays, settings)):
             return
         kernels = self._kernels = backends.load("numba-cpu")
-        made_for = group.like, group.h.fixed, kernels.build, kernels.PARALLEL_FROM, *settings
+        made_for = group.like, group.h.fixed, group.h.scale != 1.0, kernels.build, kernels.PARALLEL_FROM, *settings
         key = tuple(map(id, made_for))
         known = self._plans.get(key)
         if known is None:
             plan = plan_of(group)
             if plan is not None:
-                plan.expect(made_for[2:])
+                plan.expect(made_for[3:])
             known = made_for, plan  # the objects are kept alive, so that no others get their numbers
             if len(self._plans) >= KEPT:
                 self._plans = {}
@@ -84,7 +87,8 @@ class StepsOnCpu:
 
     def __init__(self, plan, only):
         self._plan, self._kernels, self._names = plan, backends.load("numba-cpu"), only.names
-        self._form, self._columns = hyperparameters.constants(only.h.fixed, only.like.arrays).form, only.like.columns
+        self._form = hyperparameters.constants(only.h.fixed, only.like.arrays, only.h.scale != 1.0).form
+        self._columns = only.like.columns
         self.expect = plan.expect
 
     @classmethod
@@ -114,13 +118,13 @@ class StepsOnCpu:
         """Return the objects that a step depends on beside those that the optimizer and the user have."""
         return backends.forced(optimizer.backend), optimizer.options, self._kernels.build, self._kernels.PARALLEL_FROM
 
-    def step(self, arrays, settings, step, lr, under_way):
+    def step(self, arrays, settings, step, lr, grad_scale, under_way):
         """Make the step if it is as the last one, and return whether it was made. The arguments are those of `cpu_step.Plan`."""
         if not self._plan.rehearsed:
             self._plan.rehearse()
         under_way.begin()
         try:
-            status = self._plan.step(arrays, settings, step, lr)
+            status = self._plan.step(arrays, settings, step, lr, grad_scale)
         except RecursionError:  # of Python: compiled code has none
             under_way.end()
             raise
@@ -136,11 +140,11 @@ class StepsOnCpu:
             self.ended()
         return True
 
-    def prepared(self, arrays, settings, step, lr):
+    def prepared(self, arrays, settings, step, lr, grad_scale):
         """Return the batches of the step if it is as the last one, ready to be launched; else None. Of a group beside others."""
         if not self._plan.rehearsed:
             self._plan.rehearse()
-        status = self._plan.step(arrays, settings, step, lr)
+        status = self._plan.step(arrays, settings, step, lr, grad_scale)
         return [self._batch()] if status == self._kernels.cpu_step.READY else None
 
     def _batch(self):

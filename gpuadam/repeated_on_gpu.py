@@ -22,11 +22,12 @@ from .update import launch
 MOST_KEPT = 1024  # calls of adam_step on different arrays, in each thread
 
 
-def prepared_again(batches, lr, fixed, seed, step):
+def prepared_again(batches, lr, grad_scale, fixed, seed, step):
     """Return batches ready to be launched with the scalars of another step; None if a graph would freeze these."""
-    if not 0.0 <= lr < math.inf:
+    if not 0.0 <= lr < math.inf or not math.isfinite(grad_scale):
         return None
-    h = hyperparameters.Hyperparameters(lr + 0.0, fixed)  # of -0.0 this makes 0.0, as the long way does
+    # of -0.0 this makes 0.0, as the long way does
+    h = hyperparameters.Hyperparameters(lr + 0.0, fixed, grad_scale + 0.0)
     for batch in batches:
         place = batch.place(None)
         if place.capturing:  # which the long way refuses
@@ -84,15 +85,15 @@ class StepsOnGpu:
         """Return the objects that a step depends on beside those that the optimizer and the user have."""
         return backends.forced(optimizer.backend), optimizer.options, optimizer.kept_batches()
 
-    def step(self, arrays, settings, step, lr, under_way):
+    def step(self, arrays, settings, step, lr, grad_scale, under_way):
         """Make the step if it is as the last one, and return whether it was made. The arguments are those of `cpu_step.Plan`."""
-        return launch_again(self.prepared(arrays, settings, step, lr), under_way)
+        return launch_again(self.prepared(arrays, settings, step, lr, grad_scale), under_way)
 
-    def prepared(self, arrays, settings, step, lr):
+    def prepared(self, arrays, settings, step, lr, grad_scale):
         """Return the batches of the step if it is as the last one, ready to be launched; else None."""
         for plan, read in self._ways:
             if plan.same(arrays, settings) and (read is None or read.same(arrays)):
-                return prepared_again(self._batches, lr, self._fixed, self._seed, step)
+                return prepared_again(self._batches, lr, grad_scale, self._fixed, self._seed, step)
         return None
 
     def ended(self):
@@ -168,16 +169,18 @@ class CallsOnGpu(threading.local):
         """Whether arrays of this type are remembered."""
         return type_name(type(array)) in READ
 
-    def does(self, arrays, settings, step, lr, backend):
+    def does(self, arrays, settings, step, lr, grad_scale, backend):
         """Make the update if its settings are the last ones and its arrays were in a call; return whether it was made."""
         alike, self._told = self._alike, None
-        if alike is None or type(step) is not int or type(lr) is not float or not 0 < step < step_objects.MOST_STEPS:
+        if alike is None or not (type(step) is int and type(lr) is type(grad_scale) is float):
+            return False
+        if not 0 < step < step_objects.MOST_STEPS:
             return False
         self._told = alike.key_of(arrays, settings)
         batches = alike.batches.get(self._told)
         if batches is None or backends.forced(backend) != alike.backend:
             return False
-        return launch_again(prepared_again(batches, lr, alike.fixed, alike.seed, step))
+        return launch_again(prepared_again(batches, lr, grad_scale, alike.fixed, alike.seed, step))
 
     def note(self, group, settings):
         """Take over Updates that were made after `does`, if their settings were also those of the call before."""

@@ -31,17 +31,20 @@ OTHER, DONE, READY = range(3)
 # Where the memory of a Plan has what: int64. Behind it are `expected`, the table, the scalars, and the addresses of the arrays.
 ARRAY_TYPE, KERNEL, MOST, BEGINS, EXPECTED, TABLE, NUMBERS, OBJECTS, HELD, HEAD = range(OWN, OWN + 10)
 # Where its numbers have what: float64. The last are the scalars of the kernel.
-LOWEST, BETA1, BETA2, WEIGHT_DECAY, EPS, SCALARS = range(6)
+LOWEST, BETA1, BETA2, WEIGHT_DECAY, EPS, SIGN, MOST_SCALE, SCALARS = range(8)
 # What a call reads: the arrays of one update, those of several, or none
 ARRAYS_OF_ONE, ARRAYS, NO_ARRAY = range(3)
-VARYING = "decay", "inv_sqrt_bias2", "eps", "neg_lr"  # among the kernel's scalars
+VARYING = "grad_scale", "decay", "inv_sqrt_bias2", "eps", "neg_lr"  # among the kernel's scalars
+# A grad_scale of this size or its inverse overflows no compute type, and rounds to 0 in none.
+LARGEST_SCALE = 1e30
 
 
 class Plan(step_objects.Plan):
     """The compiled step of updates of one kind.
 
     like: the `numpy_struct.Columns` of the arrays, of which none is rounded randomly. kernel: a serial loop of `cpu_kernels`
-    that has been called. formula: (variant, decoupled) of `scalars.on_host`. numbers: the first ones of NUMBERS, up to EPS.
+    that has been called. formula: (variant, decoupled) of `scalars.on_host`. numbers: the first ones of NUMBERS, up to
+    MOST_SCALE: SIGN is that of grad_scale, -1 to maximize; MOST_SCALE is LARGEST_SCALE, or 1 for a kernel that takes no other.
     scalars: those of a step, of which the call computes VARYING. begins: the first step for which these scalars hold. most:
     with so many elements or more, the call leaves the launch to several threads. n_rows: of several updates, how many there are.
     table: of updates whose arrays the caller has compared, and whose gradients' addresses it puts there; the call reads no array.
@@ -70,16 +73,16 @@ class Plan(step_objects.Plan):
 
     def rehearse(self):
         """Make a call that finds other settings and does nothing: it compiles the call, which may fail or be interrupted."""
-        self._call(self.address, id(()), id(()), 0, 0.0)
+        self._call(self.address, id(()), id(()), 0, 0.0, 0.0)
         self.rehearsed = True
 
-    def step(self, arrays, settings, t, lr):
+    def step(self, arrays, settings, t, lr, grad_scale):
         """Return DONE, READY or OTHER.
 
         arrays: a tuple of the arrays of one update; of several, what `same_objects.of_several` takes; anything if there is a
-        table. settings: a tuple. t: the step, from 1. lr: a float.
+        table. settings: a tuple. t: the step, from 1. lr, grad_scale: floats.
         """
-        return self._call(self.address, id(arrays), id(settings), t, lr)
+        return self._call(self.address, id(arrays), id(settings), t, lr, grad_scale)
 
 
 def address_of(kernel, n):
@@ -134,9 +137,9 @@ def compiled(variant, decoupled, n_scalars, reads):
     gather, read_all = {ARRAYS_OF_ONE: (of_one, read_one), ARRAYS: (of_several, read), NO_ARRAY: (of_none, read_none)}[reads]
     holds = reads == ARRAYS
     powers, of_step = map(njit(**compiled_cache.INNER), (formula.powers, formula.of_step))
-    DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
+    GRAD_SCALE, DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
 
-    def step(plan, arrays, settings, t, lr):
+    def step(plan, arrays, settings, t, lr, grad_scale):
         if t < int64_at(plan + 8 * BEGINS) or not 0.0 <= lr < np.inf or not same_settings(plan, settings):
             return OTHER
         n_rows, width = int64_at(plan + 8 * ROWS), int64_at(plan + 8 * WIDTH)
@@ -148,6 +151,9 @@ def compiled(variant, decoupled, n_scalars, reads):
         if not read_all(objects, int64_at(plan + 8 * ARRAY_TYPE), expected, True, table):
             return OTHER
         numbers = int64_at(plan + 8 * NUMBERS)
+        scale, most_scale = _float64_at(numbers + 8 * SIGN) * grad_scale, _float64_at(numbers + 8 * MOST_SCALE)
+        if scale != 1.0 and not 1.0 / most_scale < abs(scale) < most_scale:
+            return OTHER
         beta2, weight_decay = _float64_at(numbers + 8 * BETA2), _float64_at(numbers + 8 * WEIGHT_DECAY)
         power1, power2 = powers(t, _float64_at(numbers + 8 * BETA1), beta2)
         eps = _float64_at(numbers + 8 * EPS)
@@ -156,6 +162,7 @@ def compiled(variant, decoupled, n_scalars, reads):
         lowest = _float64_at(numbers + 8 * LOWEST)
         if decay < lowest or neg_lr < lowest:
             return OTHER
+        _store(numbers + 8 * GRAD_SCALE, scale)
         _store(numbers + 8 * DECAY, decay)
         _store(numbers + 8 * INV_SQRT_BIAS2, inv_sqrt_bias2)
         _store(numbers + 8 * NEW_EPS, eps)

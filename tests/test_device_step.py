@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 from types import SimpleNamespace
 
 import libraries
@@ -158,12 +157,12 @@ def from_the_device(compiler, arch, h, step, arrays, seed=0, counts=True, **give
     if now.lr is not None:
         h = h._replace(lr=0.0)
     if now.grad_scale is not None:
-        h = h._replace(fixed=dataclasses.replace(h.fixed, grad_scale=1.0))
+        h = h._replace(grad_scale=1.0)
     scalars = device_step.ScalarsLaunch(functional.Updates(h, step, [], now=now, seed=seed), None)
     scalars.of(arrays)
     ((form, settings, _),) = scalars._launches.values()
     count = np.array([step - 1])
-    numbers = (h.lr if now.lr is None else now.lr, h.fixed.grad_scale if now.grad_scale is None else now.grad_scale)
+    numbers = (h.lr if now.lr is None else now.lr, h.grad_scale if now.grad_scale is None else now.grad_scale)
     out = gpu_code.run_scalars(compiler, form, arch, settings, count, *numbers, now.found_inf, now.norm)
     return form, out, count[0]
 
@@ -203,10 +202,10 @@ def check_scalars(compiler, arch, name):
     h, dtype = hyperparameters.checked(**DEFAULTS | options), np.dtype(dtype)
     arrays = SAME[dtype.name]._replace(ema="float32" if "ema_decay" in options else "")
     lr = lr_dtype and np.array([h.lr], lr_dtype)
-    grad_scale = scale_dtype and np.array([h.fixed.grad_scale], scale_dtype)
+    grad_scale = scale_dtype and np.array([h.grad_scale], scale_dtype)
     exact = h if lr is None else h._replace(lr=float(lr[0]))  # a float32 holds another number
     if grad_scale is not None:
-        exact = exact._replace(fixed=dataclasses.replace(exact.fixed, grad_scale=float(grad_scale[0])))
+        exact = exact._replace(grad_scale=float(grad_scale[0]))
     for step in (1, 2, 3, 5, 6, 7, 1000, 2**40 + 1):  # RAdam rectifies from 6 on
         _, expected = hyperparameters.form_and_scalars(exact, step, arrays)
         form, out, count = from_the_device(compiler, arch, h, step, arrays, lr=lr, grad_scale=grad_scale)

@@ -121,6 +121,31 @@ def test_so_have_steps_of_one_group_in_a_list(dtype):
     assert opts[0]._repeated.ready
 
 
+@pytest.mark.parametrize("options", [{}, {"maximize": True}], ids=["minimize", "maximize"])
+def test_so_have_steps_with_another_grad_scale_each(options):
+    opts = [gpuadam.Adam([numbers(33, 1), numbers(4, 2)], **options) for _ in range(2)]
+    long_way(opts[1])
+    taken = []
+    for k, grad_scale in enumerate([0.5, 0.25, -3.0, 1.0, 1e-20, 0.1, 1e-42, 0.3]):
+        for opt in opts:
+            opt.step([numbers(33, k + 10), numbers(4, k + 20)], grad_scale=grad_scale)
+        assert_same(*opts)
+        taken.append(opts[0]._repeated.ready)
+    assert taken == [False, *[True] * 5, False, False]  # 1e-42 is subnormal in float32, and the long way's to round
+
+
+def test_a_grad_scale_that_no_kernel_can_take_is_refused_in_a_repeated_step():
+    param, grad = numbers(3, 1), numbers(3, 2)
+    opt = gpuadam.Adam(param)
+    for _ in range(4):
+        opt.step(grad, grad_scale=0.5)
+    for wrong, error in ((math.nan, "finite"), (1e39, "overflows"), (1e-60, "rounds to 0")):
+        before = param.tobytes()
+        with pytest.raises(ValueError, match=error):
+            opt.step(grad, grad_scale=wrong)
+        assert param.tobytes() == before
+
+
 @pytest.mark.parametrize("kind", GROUPS)
 def test_so_have_steps_of_several_groups(kind):
     as_params, as_grads = GROUPS[kind]
@@ -633,7 +658,7 @@ def test_tuples_and_lists_are_laid_out_as_the_compiled_code_reads_them(monkeypat
 def test_the_compiled_formula_has_the_bits_of_pythons(name):
     opt = CLASSES[name](numbers(3, 1), lr=0.37, weight_decay=0.11)
     for k in range(4):
-        opt.step(numbers(3, k))
+        opt.step(numbers(3, k), grad_scale=0.5)
     plan, rng = opt._repeated._known[0].plan._plan, np.random.default_rng(5)
     fixed = hyperparameters.checked(
         lr=0.37, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.11, algorithm=opt.algorithm, decoupled=opt.decoupled
@@ -645,9 +670,10 @@ def test_the_compiled_formula_has_the_bits_of_pythons(name):
         opt.state["0"]["step"] = t - 1
         lr = float(rng.uniform(0, 2))
         opt.groups[0]["lr"] = lr
-        opt.step(numbers(3, 4))
+        grad_scale = float(rng.uniform(-2, 2))
+        opt.step(numbers(3, 4), grad_scale=grad_scale)
         eps = float(np.float32(1e-8))
         expected = formula.of_step(t, *powers, lr, 0.999, 0.11, eps)
         got = [plan.scalars[cpu_step.Scalars._fields.index(name)] for name in cpu_step.VARYING]
-        assert tuple(got) == expected, t
+        assert tuple(got) == (grad_scale, *expected), t
     assert opt._repeated.ready

@@ -184,7 +184,7 @@ def _step(optimizer, group, one, common_count):
     lr, count = group["lr"], float(common_count(one.counts))
     if type(lr) is not float or not 0 <= count < LAST or not count.is_integer():
         return None
-    return None, (*one.plan.own_settings(optimizer), *group, *group.values()), int(count) + 1, lr
+    return None, (*one.plan.own_settings(optimizer), *group, *group.values()), int(count) + 1, lr, 1.0
 
 
 def _can_be_read(grads, addresses):
