@@ -132,7 +132,7 @@ class Adam(HasGroups, HasState, Grows):
         self.options = Options(self.algorithm, self.decoupled, **{name: given[name] for name in SAVED})
         self.groups, self.arrangement = parsed_groups(params, {name: given[name] for name in HYPERPARAMETERS})
         self._remembered, self._repeated, self.under_way = Remembered(), RepeatedStep(), UnderWay()
-        self._norm: Any = None  # of the last step, on a GPU
+        self.norm_on_gpu: Any = None  # of the last step
         self._step_norms: Any = None  # of every step, if capturable
         self._norm_counts: dict[int, Any] = {}  # for scalars that depend on a norm on the device, where the host counts
         beginnings = begun(self)
@@ -168,7 +168,7 @@ class Adam(HasGroups, HasState, Grows):
         self.parameters = made_parameters(beginnings, states, copies, self.options)
         self.state = {name: parameter.state for name, parameter in self.parameters.items()}
         computed_in = {self.options.computed_in(beginning.view.format) for beginning in beginnings.values()}
-        self._largest_norm = min(map(clipping.LARGEST_NORM.__getitem__, computed_in))
+        self.largest_norm = min(map(clipping.LARGEST_NORM.__getitem__, computed_in))
         self._groups = [
             made_group(k, settings, structure, beginnings, self, count)
             for k, (settings, structure, count) in enumerate(
@@ -373,11 +373,13 @@ class Adam(HasGroups, HasState, Grows):
             raise ValueError("norm is given, and nothing is done with it: give max_norm to clip by it, or check_finite=True")
         grads = [grad for grads in grads_of_groups for grad in grads if grad is not None]
         if norm is None and grads and (max_norm is not None or check_finite):
-            norm = clipping.global_norm(grads, out=self._norm, backend=self.backend, stream=stream)
-            if not isinstance(norm, np.ndarray):
-                self._norm = norm  # always in the same place, which captured graphs know
+            norm = clipping.global_norm(grads, out=self.norm_on_gpu, backend=self.backend, stream=stream)
+            if isinstance(norm, np.ndarray):
+                norm = norm.item()
+            else:
+                self.norm_on_gpu = norm  # always in the same place, which captured graphs know
         device_mode = any(group.count.on_device for group in self._groups)
-        capturable, largest = self.options.capturable, self._largest_norm
+        capturable, largest = self.options.capturable, self.largest_norm
         return clipping.conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, device_mode, largest)
 
     def _clip_on_the_device(self, updates, grad_scale, on_device):

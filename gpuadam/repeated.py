@@ -12,12 +12,13 @@ from typing import Any
 
 from .groups import MAPPING, ONE
 from .kernels.step_objects import ANY, MOST_STEPS, same, stays
-from .repeated_on_cpu import StepsOnCpu, disjoint
-from .repeated_on_gpu import StepsOnGpu
+from .repeated_on_cpu import NormOnCpu, StepsOnCpu, disjoint
+from .repeated_on_gpu import NormOnGpu, StepsOnGpu
 from .step_counts import HostCount
 from .update import launch
 
-NO_OPTIONS = None, None, False, None, None, None, None, False, None  # the defaults of `Adam.step`'s options after grad_scale
+# The defaults of `Adam.step`'s options after grad_scale and max_norm, but check_finite, which may be on too
+NO_OPTIONS = None, None, None, None, None, False, None
 
 
 class Repeats:
@@ -72,8 +73,11 @@ class RepeatedGroup:
     holder: Any  # the dict or list that the parameters were given in; None if they were in nothing that is kept
 
     @classmethod
-    def of(cls, optimizer, group, k, only, options):
-        """Return what is known of the k-th group after a step whose k-th Updates were these; None if steps are not repeated."""
+    def of(cls, optimizer, group, k, only, options, clips):
+        """Return what is known of the k-th group after a step whose k-th Updates were these; None if steps are not repeated.
+
+        options: of the step. clips: whether it depends on the norm of the gradients.
+        """
         settings = optimizer.groups[k]
         kind, names = group.kind, list(group.structure.names)
         others = [value for key, value in settings.items() if key not in ("params", "names")]
@@ -86,7 +90,7 @@ class RepeatedGroup:
         places = [place for place in optimizer.arrangement.places if place[3] in own]
         if not _in_one(places, names):
             return None
-        plan = StepsOnCpu.of(optimizer, only) or StepsOnGpu.of(optimizer, k, only)
+        plan = StepsOnCpu.of(optimizer, only, clips) or StepsOnGpu.of(optimizer, k, only)
         if plan is None:
             return None
         values = [ANY if key == "lr" else value for key, value in settings.items()]
@@ -131,10 +135,15 @@ class RepeatedStep(Repeats):
         """
         if not self.worth_a_look():
             return
+        _, max_norm, norm, check_finite, *others = options
+        clips = max_norm is not None or check_finite
         known: list[Any] = [None]
-        if len(updates) == len(groups) and same(options[1:], NO_OPTIONS):
-            known = [RepeatedGroup.of(optimizer, *one, options) for one in zip(groups, itertools.count(), updates)]
-        if None in known:
+        if len(updates) == len(groups) and same((norm, *others), NO_OPTIONS) and stays((max_norm, check_finite)):
+            known = [RepeatedGroup.of(optimizer, *one, options, clips) for one in zip(groups, itertools.count(), updates)]
+        self._norm = None
+        if None not in known and clips:
+            self._norm = _norm_of(optimizer, [one.plan for one in known], updates)
+        if None in known or (clips and self._norm is None):
             self.put_off()
             return
         self._known, self._in_groups = known, optimizer.arrangement.in_groups
@@ -145,7 +154,7 @@ class RepeatedStep(Repeats):
         known, groups = self._known, optimizer.groups
         if len(groups) != len(known) or optimizer.under_way.changing:
             return False
-        if self._in_groups:
+        if self._in_groups or self._norm:
             made = self._groups_as_last(optimizer, grads, options)
         else:  # without lists of one, which would take a third of the time of a small step
             one = known[0]
@@ -160,8 +169,10 @@ class RepeatedStep(Repeats):
         return True
 
     def _groups_as_last(self, optimizer, grads, options):
-        """Make the step of all groups, or of none; return whether it was made."""
+        """Make the step of all groups, or of none; return whether it was made. It may be clipped."""
         known = self._known
+        if not self._in_groups:
+            grads = grads if type(grads) is dict else [grads]
         lengths = [len(one.names) for one in known]
         if type(grads) is dict:  # of all names
             grads, lengths = [grads] * len(known), [sum(lengths)] * len(known)
@@ -169,11 +180,22 @@ class RepeatedStep(Repeats):
             return False
         plans = [one.plan for one in known]
         of_groups = zip(known, optimizer.groups, grads, lengths, strict=True)
-        batches = prepared(plans, (one.step(optimizer, group, own, options, n) for one, group, own, n in of_groups))
-        if not batches or not disjoint(plans):
+        steps = (one.step(optimizer, group, own, options, n) for one, group, own, n in of_groups)
+        launches = clipped(self._norm, plans, list(steps), options) if self._norm else prepared(plans, steps)
+        if not launches or (len(plans) > 1 and not disjoint(plans)):
             return False
-        launch_prepared(plans, batches, optimizer.under_way)
+        launch_prepared(plans, launches, optimizer.under_way)
         return True
+
+
+def _norm_of(optimizer, plans, updates):
+    """Return what takes the norm of the gradients of steps that are as the one that made Updates, or None if nothing does."""
+    if all(type(plan) is StepsOnCpu for plan in plans):
+        return NormOnCpu(updates, optimizer.largest_norm)
+    norm = optimizer.norm_on_gpu
+    if norm is None or any(type(plan) is StepsOnCpu for plan in plans) or any(group.now is None for group in updates):
+        return None
+    return NormOnGpu(updates, plans[0].kernels, norm)
 
 
 def prepared(plans, steps):
@@ -190,10 +212,17 @@ def prepared(plans, steps):
     return batches
 
 
-def launch_prepared(plans, batches, under_way):
-    """Launch the batches of steps that several plans have prepared."""
+def clipped(norm, plans, steps, options):
+    """Return likewise the launches of steps that depend on a norm: a `NormOnCpu` or `NormOnGpu`."""
+    if None in steps or not all(plan.same(*step) for plan, step in zip(plans, steps, strict=True)):
+        return None
+    return norm.prepared(plans, steps, options)
+
+
+def launch_prepared(plans, launches, under_way):
+    """Make the launches of steps that several plans have prepared."""
     try:
-        launch(batches, batches, under_way=under_way)
+        launch(launches, under_way)
     finally:
         for plan in plans:
             plan.ended()

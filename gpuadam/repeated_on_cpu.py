@@ -4,18 +4,21 @@ from typing import Any
 
 import numpy as np
 
-from . import backends, hyperparameters
-from .kernels import adam, step_objects
+from . import backends, clipping, hyperparameters
+from .kernels import adam, norm_order, step_objects
+from .kernels.layout import VECTOR_BYTES
 from .kernels.step_objects import stays
+from .kernels.view import Bits
 from .update import Updates, launch
 
 KEPT = 64  # plans of calls of adam_step
 
 
-def plan_of(group: Updates, n_rows=None, beside=False, table=None):
+def plan_of(group: Updates, n_rows=None, beside=False, table=None, clips=False):
     """Return a `cpu_step.Plan` for Updates that were made, or None if there is none for their like.
 
     n_rows, table: as in Plan. beside: whether the step has other Updates, so that the call leaves all launches to its caller.
+    clips: whether its caller takes the norm of the gradients first, whose order is C's, and multiplies them by what follows.
     """
     like, fixed = group.like, group.h.fixed
     kernels = backends.load("numba-cpu")
@@ -24,18 +27,21 @@ def plan_of(group: Updates, n_rows=None, beside=False, table=None):
     joint = like.columns.of_complex and like.arrays.numbers > 1
     if fixed.algorithm == "nadam" or (joint and (fixed.ordered or like.arrays.bounded)):
         return None
-    scaled = group.h.scale != 1.0
+    scaled = clips or group.h.scale != 1.0
     constants = hyperparameters.constants(fixed, like.arrays, scaled)
     form, later = constants.form, constants.later
     scalars = (1.0, 0.0, constants.w1, constants.w2, 0.0, constants.eps, 0.0, *later)
-    numbers = constants.lowest, fixed.beta1, fixed.beta2, fixed.weight_decay, constants.eps
-    numbers = *numbers, -1.0 if fixed.maximize else 1.0, kernels.cpu_step.LARGEST_SCALE if scaled else 1.0
+    sign, most_scale = -1.0 if fixed.maximize else 1.0, kernels.cpu_step.LARGEST_SCALE if scaled else 1.0
+    numbers = constants.lowest, fixed.beta1, fixed.beta2, fixed.weight_decay, constants.eps, sign, most_scale
     kernel = kernels.compiled(adam, form, scalars)
     if not hasattr(kernel, "overloads"):  # somebody's own in the place of a loop of Numba's
         return None
     formula, begins = (fixed.variant, form.decoupled), 1 if constants.first == later else 2
-    most = 0 if beside else kernels.PARALLEL_FROM
-    return kernels.cpu_step.Plan(like.columns, kernel, formula, numbers, scalars, begins, most, n_rows, table)
+    most = 0 if beside or clips else kernels.PARALLEL_FROM
+    params = group.columns[0] if n_rows and table is None else ()
+    return kernels.cpu_step.Plan(
+        like.columns, kernel, formula, numbers, scalars, begins, most, n_rows, table, not clips, params
+    )
 
 
 class RepeatedCall:
@@ -53,9 +59,9 @@ class RepeatedCall:
     def does(self, arrays, settings, step, lr, grad_scale, backend):
         """Make the update if its settings are the last ones, and its arrays like those; return whether it was made."""
         plan, kernels = self._plan, self._kernels
-        if plan is None or not (type(step) is int and type(lr) is type(grad_scale) is float and backends.takes_numpy(backend)):
+        if plan is None or type(step) is not int or not type(lr) is type(grad_scale) is float:
             return False
-        if not 0 < step < step_objects.MOST_STEPS:
+        if not 0 < step < step_objects.MOST_STEPS or not backends.takes_numpy(backend):
             return False
         settings = kernels.build, kernels.PARALLEL_FROM, *settings
         return plan.step(arrays, settings, step, lr, grad_scale) == kernels.cpu_step.DONE
@@ -85,30 +91,39 @@ class RepeatedCall:
 class StepsOnCpu:
     """The plan of an optimizer's steps over arrays in CPU memory: of all of them, or of a group beside others."""
 
-    def __init__(self, plan, only):
+    def __init__(self, plan, only, clips):
         self._plan, self._kernels, self._names = plan, backends.load("numba-cpu"), only.names
-        self._form = hyperparameters.constants(only.h.fixed, only.like.arrays, only.h.scale != 1.0).form
-        self._columns = only.like.columns
+        self._form = hyperparameters.constants(only.h.fixed, only.like.arrays, clips or only.h.scale != 1.0).form
+        self._columns, self._sign = only.like.columns, -1.0 if only.h.fixed.maximize else 1.0
         self.expect = plan.expect
 
     @classmethod
-    def of(cls, optimizer, only):
-        """Return that of a step that went the long way, whose Updates were these, or None if there is none for its like."""
+    def of(cls, optimizer, only, clips=False):
+        """Return that of a step that went the long way, whose Updates were these, or None if there is none for its like.
+
+        clips: as in `plan_of`.
+        """
         if not all(type(array) is np.ndarray for column in only.columns for array in column):
             return None
         beside = optimizer.arrangement.in_groups  # all groups are compared before any is updated
-        return cls.of_table(optimizer, only, beside)
+        return cls.of_table(optimizer, only, beside, clips=clips)
 
     @classmethod
-    def of_table(cls, optimizer, only, beside, table=None):
+    def of_table(cls, optimizer, only, beside, table=None, clips=False):
         """Likewise of arrays that the caller compares, and has the table of. beside: as in `plan_of`."""
-        plan = plan_of(only, len(only.names), beside, table) if backends.takes_numpy(optimizer.backend) else None
-        return plan and cls(plan, only)
+        plan = plan_of(only, len(only.names), beside, table, clips) if backends.takes_numpy(optimizer.backend) else None
+        return plan and cls(plan, only, clips)
 
     @property
     def table(self):
         """The table of the step that is prepared, and its Columns."""
         return self._plan.table, self._columns
+
+    @property
+    def grads(self):
+        """How many numbers each gradient of the step has that is prepared, and where it is."""
+        struct, table = self._kernels.numpy_struct, self._plan.table
+        return table[:, struct.SIZE] * self._columns.numbers, table[:, struct.PARAM + 1]
 
     def set_column(self, k, addresses):
         """Set the addresses of operand k."""
@@ -135,17 +150,25 @@ class StepsOnCpu:
             return False
         batch = self._batch()
         try:
-            launch([batch], [batch], under_way=under_way)
+            launch([batch], under_way)
         finally:
             self.ended()
         return True
 
     def prepared(self, arrays, settings, step, lr, grad_scale):
         """Return the batches of the step if it is as the last one, ready to be launched; else None. Of a group beside others."""
+        return [self._batch()] if self.same(arrays, settings, step, lr, grad_scale) else None
+
+    def same(self, arrays, settings, step, lr, grad_scale):
+        """Whether the step is as the last one; if so, it is ready but for its batches. Of one whose call makes no launch."""
         if not self._plan.rehearsed:
             self._plan.rehearse()
-        status = self._plan.step(arrays, settings, step, lr, grad_scale)
-        return [self._batch()] if status == self._kernels.cpu_step.READY else None
+        return self._plan.step(arrays, settings, step, lr, grad_scale) == self._kernels.cpu_step.READY
+
+    def clipped(self, grad_scale):
+        """Return the batches of a step that is the same, ready to be launched with another grad_scale."""
+        self._plan.scalars[0] = self._sign * grad_scale
+        return [self._batch()]
 
     def _batch(self):
         """Return the batch of the table, whose arrays the plan keeps alive."""
@@ -158,6 +181,44 @@ class StepsOnCpu:
     def ended(self):
         """Let the arrays go of a step that was prepared."""
         self._plan.held.fill(None)
+
+
+class NormOnCpu:
+    """The norm of the gradients of the plans of a step, which are `StepsOnCpu`s, and the step that is clipped to it.
+
+    groups: the Updates of the step that went the long way. largest: the norm from which on it is not finite.
+    """
+
+    def __init__(self, groups, largest):
+        self._kernels, self._largest = backends.load("numba-cpu"), largest
+        grads = [(group, k) for group in groups for k in range(len(group.names))]
+        named = [("", Bits(g.columns[1][k], g.bits[1]) if g.bits and g.bits[1] else g.columns[1][k]) for g, k in grads]
+        _, views = backends.choose(named, "numba-cpu")
+        # the plan of a norm leaves out what is empty, and goes by formats: so each address is the number of its gradient at first
+        numbered = [view._replace(pointer=VECTOR_BYTES * number) for number, view in enumerate(views)]
+        self._plan = norm_order.plan(numbered)
+        n = sum(one.n_rows for one in self._plan.passes if one.form.squares)
+        self._addresses = self._plan.table[: n * norm_order.COLUMNS].reshape(n, norm_order.COLUMNS)[:, norm_order.OPERANDS]
+        self._numbers, self._sizes = self._addresses // VECTOR_BYTES, [view.size for view in views]
+
+    def prepared(self, plans, steps, options):
+        """Return the batches of a step whose plans have found it to be the same. steps: what `StepsOnCpu.step` takes.
+
+        None if that is the long way's, which leaves steps out and refuses what overflows.
+        """
+        grad_scale, max_norm, _, check_finite, *_ = options
+        sizes, addresses = np.concatenate([plan.grads for plan in plans], axis=1)
+        if sizes.tolist() != self._sizes:
+            return None
+        self._addresses[...] = addresses[self._numbers]
+        norm = self._kernels.norm_of_plan(self._plan)
+        if check_finite and not norm * abs(grad_scale) <= self._largest:
+            return None
+        if max_norm is not None:
+            grad_scale = clipping.clipped(grad_scale, norm, max_norm)
+        if not self._kernels.cpu_step.takes(grad_scale):
+            return None
+        return [batch for plan in plans for batch in plan.clipped(grad_scale)]
 
 
 def disjoint(plans):

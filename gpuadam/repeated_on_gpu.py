@@ -13,21 +13,28 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import backends, hyperparameters, remembered
+from .device_step import ScalarsLaunch
 from .kernels import adam, step_objects
 from .kernels.scalars import step_key
 from .kernels.step_objects import same, stays
 from .kernels.view import type_name
-from .update import launch
+from .update import Updates, launch
 
 MOST_KEPT = 1024  # calls of adam_step on different arrays, in each thread
 
 
-def prepared_again(batches, lr, grad_scale, fixed, seed, step):
-    """Return batches ready to be launched with the scalars of another step; None if a graph would freeze these."""
+def _again(lr, grad_scale, fixed):
+    """Return the Hyperparameters of another step, or None if the long way refuses them."""
     if not 0.0 <= lr < math.inf or not math.isfinite(grad_scale):
         return None
-    # of -0.0 this makes 0.0, as the long way does
-    h = hyperparameters.Hyperparameters(lr + 0.0, fixed, grad_scale + 0.0)
+    return hyperparameters.Hyperparameters(lr + 0.0, fixed, grad_scale + 0.0)  # of -0.0 this makes 0.0, as the long way does
+
+
+def prepared_again(batches, lr, grad_scale, fixed, seed, step):
+    """Return batches ready to be launched with the scalars of another step; None if a graph would freeze these."""
+    h = _again(lr, grad_scale, fixed)
+    if h is None:
+        return None
     for batch in batches:
         place = batch.place(None)
         if place.capturing:  # which the long way refuses
@@ -40,7 +47,7 @@ def prepared_again(batches, lr, grad_scale, fixed, seed, step):
 def launch_again(batches, under_way=None):
     """Launch batches, if there are any; return whether there were."""
     if batches:
-        launch(batches, batches, (), under_way)
+        launch(batches, under_way)
     return bool(batches)
 
 
@@ -51,6 +58,7 @@ class StepsOnGpu:
         self._batches, self._names = batches, only.names
         self._fixed, self._seed = only.h.fixed, only.seed
         columns, kernels = only.columns, batches[0].backend
+        self.kernels = kernels
         struct, attributes = kernels.struct, kernels.attributes
         # kept alive, so that no others get their addresses; gradients are not, but their dtypes are
         self._held: tuple = columns[0], [grad.dtype for grad in columns[1]], columns[2:]
@@ -91,13 +99,76 @@ class StepsOnGpu:
 
     def prepared(self, arrays, settings, step, lr, grad_scale):
         """Return the batches of the step if it is as the last one, ready to be launched; else None."""
-        for plan, read in self._ways:
-            if plan.same(arrays, settings) and (read is None or read.same(arrays)):
-                return prepared_again(self._batches, lr, grad_scale, self._fixed, self._seed, step)
-        return None
+        if not self.same(arrays, settings, step, lr, grad_scale):
+            return None
+        return prepared_again(self._batches, lr, grad_scale, self._fixed, self._seed, step)
+
+    def same(self, arrays, settings, step, lr, grad_scale):
+        """Whether the step is as the last one."""
+        return any(plan.same(arrays, settings) and (read is None or read.same(arrays)) for plan, read in self._ways)
+
+    def clipped(self, step, lr, grad_scale, now, seed):
+        """Return what to launch for a step whose scalars the device computes; None if a graph would freeze these.
+
+        now: its `device_step.Now`.
+        """
+        h, place = _again(lr, grad_scale, self._fixed), self._batches[0].place(None)
+        if h is None or place.capturing:
+            return None
+        scalars = ScalarsLaunch(Updates(h, step, [], now=now, seed=seed), place.stream)
+        for batch in self._batches:
+            form, memory = scalars.of(batch.arrays)
+            batch.prepare(adam, form, memory, batch.place(place.stream))
+        scalars.prepare()
+        return [scalars, *self._batches]
 
     def ended(self):
         """Do nothing: a step that was prepared keeps no array alive."""
+
+
+class NormOnGpu:
+    """The norm of the gradients of the plans of a step, which are `StepsOnGpu`s, and the step that is clipped to it.
+
+    groups: the Updates of the step that went the long way. kernels: the backend. norm: the array that the norm is written to.
+    """
+
+    def __init__(self, groups, kernels, norm):
+        self._kernels, self._array, self._at = kernels, norm, kernels.view("norm", norm)
+        self._now, self._seeds = [group.now for group in groups], [group.seed for group in groups]
+        named = itertools.chain.from_iterable(zip(group.names, group.columns[1], strict=True) for group in groups)
+        views = [kernels.view(name, grad) for name, grad in named]
+        views = [view.in_parts() if view.dtype.kind == "c" else view for view in views]
+        self._norm = kernels.norm_again(views, self._at.device)
+        self._stream: Any = None
+
+    def prepared(self, plans, steps, options):
+        """Return what to launch for a step whose plans have found it to be the same, or None if that is the long way's.
+
+        steps: what `StepsOnGpu.step` takes. options: of the step, which are those of the last one.
+        """
+        place = self._kernels.place(self._at.device, None, [*self._norm.streams, self._at.stream])
+        if place.capturing or place.stream != (self._stream or place.stream):
+            return None
+        self._stream = place.stream
+        launches: list[Any] = [NormLaunch(self._norm, place, self._at.pointer)]
+        for plan, (_, _, step, lr, grad_scale), now, seed in zip(plans, steps, self._now, self._seeds, strict=True):
+            of_group = plan.clipped(step, lr, grad_scale, now, seed)
+            if of_group is None:
+                return None
+            launches += of_group
+        return launches
+
+
+class NormLaunch(NamedTuple):
+    """The launch of a norm, which nothing counts as begun: it writes nothing of the caller's."""
+
+    norm: Any  # a gpu_norm.GpuNorm
+    place: Any
+    norm_at: int
+    begun: bool = False
+
+    def launch(self):
+        self.norm.launch(self.place, self.norm_at)
 
 
 class ReadInPython:
@@ -172,7 +243,7 @@ class CallsOnGpu(threading.local):
     def does(self, arrays, settings, step, lr, grad_scale, backend):
         """Make the update if its settings are the last ones and its arrays were in a call; return whether it was made."""
         alike, self._told = self._alike, None
-        if alike is None or not (type(step) is int and type(lr) is type(grad_scale) is float):
+        if alike is None or type(step) is not int or not type(lr) is type(grad_scale) is float:
             return False
         if not 0 < step < step_objects.MOST_STEPS:
             return False

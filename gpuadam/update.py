@@ -18,6 +18,7 @@ from typing import Any
 from . import backends, checks, hyperparameters, numpy_batches, torch_tensors
 from .device_step import ScalarsLaunch
 from .kernels import adam, streams
+from .kernels.backend import Batch
 from .kernels.layout import Update
 from .kernels.messages import label_of, shortened
 from .kernels.operands import KINDS, Arrays, is_written
@@ -206,11 +207,11 @@ def _launch(groups, batches, stream, under_way, norms=None):
         launches = [*scalars_of.values(), *launches]
         for scalars in scalars_of.values():
             scalars.prepare()
-    launch(launches, batches, scalars_of.values(), under_way)
+    launch(launches, under_way)
 
 
-def launch(launches, batches, scalars=(), under_way=None):
-    """Make launches that are prepared, among them those of batches and of scalars. An error says how far they came."""
+def launch(launches, under_way=None):
+    """Make launches that are prepared: batches, and what goes before and after them. An error says how far they came."""
     if under_way is not None:
         under_way.begin()
     try:
@@ -218,7 +219,7 @@ def launch(launches, batches, scalars=(), under_way=None):
             one.launch()
     except Exception as error:
         if any(one.begun for one in launches):
-            raise _cut_short(error, scalars, batches) from error
+            raise _cut_short(error, launches) from error
         if under_way is not None:
             under_way.end()
         raise
@@ -244,10 +245,12 @@ def _check_devices(batches):
         )
 
 
-def _cut_short(error, scalars, batches):
+def _cut_short(error, launches):
     """Return the error of a step of which a part is done."""
+    batches = [one for one in launches if isinstance(one, Batch)]
     done, not_done = (_names_of(batch for batch in batches if batch.begun == begun) for begun in (True, False))
-    count = "; the step count on the device has advanced" if any(one.begun for one in scalars) else ""
+    counted = any(one.begun for one in launches if isinstance(one, ScalarsLaunch))
+    count = "; the step count on the device has advanced" if counted else ""
     why = shortened(str(error), 1000)
     return RuntimeError(
         f"the step was cut short ({type(error).__name__}: {why}). Updated: {done}; not updated: {not_done}{count}. The step "

@@ -26,7 +26,7 @@ Arrays of other libraries are remembered from step to step (`gpuadam/remembered.
 A step whose settings are the objects of the step before needs less still (`gpuadam/repeated.py`). One compiled call compares
 it with the last one (`same_objects.py`). For NumPy arrays the call makes the step, too (`gpuadam/repeated_on_cpu.py`,
 `cpu_step.py`). On a GPU the driver repeats the launches (`gpuadam/repeated_on_gpu.py`, `gpu_step.py`, `gpu_launch.py`), if
-they were recorded while Python had no other thread. torch's tensors in CPU memory are compared by `dlpack_struct.py`
+they were recorded while Python had no other thread. Steps that clip take the norm in between. torch's tensors in CPU memory are compared by `dlpack_struct.py`
 (`gpuadam/torch/repeated.py`). If anything differs nothing is done, and the step goes the route above, where alone things are
 refused.
 
@@ -107,6 +107,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `messages.py` | values of users in the messages of errors |
 | `gpu_backend.py`, `gpu_driver.py`, `gpu_batch.py`, `gpu_table.py`, `streams.py` | both GPU backends |
 | `gpu_step.py`, `gpu_launch.py` | steps on a GPU that are as the last one, and launches that the driver repeats |
+| `gpu_norm.py` | the global norm on a GPU: a table, and the launches of its passes |
 | `gpu_in_flight.py` | how many vectors a thread of a GPU takes |
 | `cupy_backend.py`, `cupy_kernels.py`, `cupy_struct.py` | `cupy` |
 | `numba_cuda_backend.py`, `numba_cuda_kernels.py`, `numba_attributes.py` | `numba-cuda` |

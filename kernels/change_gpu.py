@@ -92,9 +92,10 @@ class GpuNormPasses(NormPasses):
             )
 
     def launch(self):
+        names, size = [view.name for view in self.params], sum(view.size for view in self.params)
         with self.backend.ordered_at(self._place, self.device, self.params) as stream:
             for plan, table, sums, norm in zip(self._plans, self._places[-2:], self._sums, self._norms_at, strict=True):
-                text = functools.partial(synchronous.text_of_norm, self.params, plan, device=self.device)
+                text = functools.partial(synchronous.text_of_norm, names, size, plan, device=self.device)
                 self.backend.launch_passes(plan, self._address + table, self._address + sums, norm, stream, text)
             self._table.used(stream)
         self._table.release()

@@ -120,6 +120,7 @@ class NumbaCpu(Backend):
     def step_norms(self, params, device, out):
         return change_cpu.CpuNormPasses(self, params, device, out)
 
+    norm_of_plan = staticmethod(norm_cpu.norm_of)
     chunk_sums = staticmethod(norm_cpu.chunk_sums)
     norm_of_chunks = staticmethod(norm_cpu.norm_of_chunks)
 

@@ -28,8 +28,9 @@ from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 
 # What a call returns: the step is another one; it is done; it is one for several threads, and its table and scalars are ready
 OTHER, DONE, READY = range(3)
-# Where the memory of a Plan has what: int64. Behind it are `expected`, the table, the scalars, and the addresses of the arrays.
-ARRAY_TYPE, KERNEL, MOST, BEGINS, EXPECTED, TABLE, NUMBERS, OBJECTS, HELD, HEAD = range(OWN, OWN + 10)
+# Where the memory of a Plan has what: int64. Behind it are `expected`, the table, the scalars, the addresses of the arrays, and
+# those of the parameters of several updates.
+ARRAY_TYPE, KERNEL, MOST, BEGINS, ANY_ORDER, EXPECTED, TABLE, NUMBERS, OBJECTS, PARAMS, HELD, HEAD = range(OWN, OWN + 12)
 # Where its numbers have what: float64. The last are the scalars of the kernel.
 LOWEST, BETA1, BETA2, WEIGHT_DECAY, EPS, SIGN, MOST_SCALE, SCALARS = range(8)
 # What a call reads: the arrays of one update, those of several, or none
@@ -48,19 +49,22 @@ class Plan(step_objects.Plan):
     scalars: those of a step, of which the call computes VARYING. begins: the first step for which these scalars hold. most:
     with so many elements or more, the call leaves the launch to several threads. n_rows: of several updates, how many there are.
     table: of updates whose arrays the caller has compared, and whose gradients' addresses it puts there; the call reads no array.
+    any_order: all arrays of an update may be in Fortran's order. params: those of several updates, which have to stay the same.
     """
 
-    def __init__(self, like, kernel, formula, numbers, scalars, begins, most, n_rows=None, table=None):
+    def __init__(
+        self, like, kernel, formula, numbers, scalars, begins, most, n_rows=None, table=None, any_order=True, params=()
+    ):
         width, n = like.expected.shape[1], len(scalars)
         reads = NO_ARRAY if table is not None else ARRAYS_OF_ONE if n_rows is None else ARRAYS
         n_rows = n_rows or 1
-        sizes = like.expected.size, n_rows * (PARAM + width), SCALARS + n, n_rows * width
-        expected, table_at, of_numbers, objects, end = (HEAD + sum(sizes[:k]) for k in range(5))
+        sizes = like.expected.size, n_rows * (PARAM + width), SCALARS + n, n_rows * width, len(params)
+        expected, table_at, of_numbers, objects, params_at, end = (HEAD + sum(sizes[:k]) for k in range(6))
         super().__init__(width, n_rows, end - OWN)
-        at = [self.address + 8 * k for k in (expected, table_at, of_numbers, objects)]
+        at = [self.address + 8 * k for k in (expected, table_at, of_numbers, objects, params_at)]
         # the arrays of a step of several updates that is READY. They are let go by `held.fill(None)`
         self.held = np.empty(n_rows * width if reads == ARRAYS else 0, object)
-        self.memory[OWN:HEAD] = NDARRAY, address_of(kernel, n), most, begins, *at, self.held.ctypes.data
+        self.memory[OWN:HEAD] = NDARRAY, address_of(kernel, n), most, begins, any_order, *at, self.held.ctypes.data
         self.memory[expected:table_at] = like.expected.ravel()
         self.table = self.memory[table_at:of_numbers].reshape(n_rows, PARAM + width)
         if table is not None:
@@ -68,7 +72,8 @@ class Plan(step_objects.Plan):
         floats = self.memory[of_numbers:objects].view(np.float64)
         floats[:SCALARS], floats[SCALARS:] = numbers, scalars
         self.scalars = floats[SCALARS:]
-        self._kept = like, kernel  # whose memory the compiled code knows
+        self.memory[params_at:end] = [id(param) for param in params]
+        self._kept = like, kernel, params  # whose memory the compiled code knows
         self._call, self.rehearsed = compiled(*formula, n, reads), False
 
     def rehearse(self):
@@ -83,6 +88,11 @@ class Plan(step_objects.Plan):
         table. settings: a tuple. t: the step, from 1. lr, grad_scale: floats.
         """
         return self._call(self.address, id(arrays), id(settings), t, lr, grad_scale)
+
+
+def takes(grad_scale):
+    """Whether a kernel that multiplies the gradient takes this: else the long way has to round it, or to refuse it."""
+    return grad_scale == 1.0 or 1.0 / LARGEST_SCALE < abs(grad_scale) < LARGEST_SCALE
 
 
 def address_of(kernel, n):
@@ -126,7 +136,7 @@ def of_none(plan, arrays, objects):
 
 
 @compiled_cache.compiler(__name__)
-def read_none(objects, array_type, expected, writes, table):
+def read_none(objects, array_type, expected, any_order, table):
     return True
 
 
@@ -135,7 +145,7 @@ def compiled(variant, decoupled, n_scalars, reads):
     """Return the compiled call of a Plan. reads: what it reads, one of ARRAYS_OF_ONE, ARRAYS and NO_ARRAY."""
     formula, launch = on_host(variant, decoupled), _launching(n_scalars)
     gather, read_all = {ARRAYS_OF_ONE: (of_one, read_one), ARRAYS: (of_several, read), NO_ARRAY: (of_none, read_none)}[reads]
-    holds = reads == ARRAYS
+    of_several_updates = reads == ARRAYS
     powers, of_step = map(njit(**compiled_cache.INNER), (formula.powers, formula.of_step))
     GRAD_SCALE, DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
 
@@ -146,9 +156,13 @@ def compiled(variant, decoupled, n_scalars, reads):
         objects = carray(pointer(int64_at(plan + 8 * OBJECTS)), n_rows * width, np.int64)
         if not gather(plan, arrays, objects):
             return OTHER
+        if of_several_updates:
+            for k in range(n_rows):
+                if objects[k] != int64_at(int64_at(plan + 8 * PARAMS) + 8 * k):
+                    return OTHER
         expected = carray(pointer(int64_at(plan + 8 * EXPECTED)), (FACTS, width), np.int64)
         table = carray(pointer(int64_at(plan + 8 * TABLE)), (n_rows, PARAM + width), np.int64)
-        if not read_all(objects, int64_at(plan + 8 * ARRAY_TYPE), expected, True, table):
+        if not read_all(objects, int64_at(plan + 8 * ARRAY_TYPE), expected, int64_at(plan + 8 * ANY_ORDER) != 0, table):
             return OTHER
         numbers = int64_at(plan + 8 * NUMBERS)
         scale, most_scale = _float64_at(numbers + 8 * SIGN) * grad_scale, _float64_at(numbers + 8 * MOST_SCALE)
@@ -171,7 +185,7 @@ def compiled(variant, decoupled, n_scalars, reads):
         for row in range(n_rows):
             elements += table[row, SIZE]
         if elements >= int64_at(plan + 8 * MOST):
-            if holds:
+            if of_several_updates:
                 held = carray(pointer(int64_at(plan + 8 * HELD)), n_rows * width, np.int64)
                 for k in range(n_rows * width):
                     incref(objects[k])

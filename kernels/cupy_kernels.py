@@ -178,6 +178,7 @@ def build(rule, form, loop, on_device=False, vectors=1):
     )
 
 
+@functools.cache
 def scalar_arguments(form):
     """Return the (type, name) of the inputs and of the outputs of the kernel that `build_scalars` returns."""
     numbers = ("lr", form.lr), ("grad_scale", form.grad_scale)

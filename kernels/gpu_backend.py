@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from gpuadam.kernels import gpu_driver, gpu_launch, gpu_step, norm_order, streams, synchronous
+from gpuadam.kernels import gpu_driver, gpu_launch, gpu_step, streams, synchronous
 from gpuadam.kernels.backend import Backend
 from gpuadam.kernels.change_gpu import GpuNormPasses
 from gpuadam.kernels.dlpack import Borrowed
 from gpuadam.kernels.gpu_batch import GpuBatch, Place
-from gpuadam.kernels.gpu_table import Table
+from gpuadam.kernels.gpu_norm import GpuNorm
 from gpuadam.kernels.layout import VECTOR_BYTES, bounds, dense, side_by_side
 from gpuadam.kernels.streams import LEGACY_DEFAULT
 from gpuadam.kernels.view import InParts
@@ -308,8 +308,14 @@ class GpuBackend(Backend):
         place = self.place_with_results(device, stream, views, [] if out is None else [out], why)
         with self.on(device, None):
             result, address = self.empty_number() if out is None else (out.array, out.pointer)
-        self._sum(views, device, place, norm_at=address)
+        norm = GpuNorm(self, views, device)
+        norm.launch(place, address)
+        norm.release()
         return result
+
+    def norm_again(self, views, device):
+        """Return a `GpuNorm` that is asked for at many steps."""
+        return GpuNorm(self, views, device, once=False)
 
     def place_with_results(self, device, stream, views, out, why):
         """Return the Place of work that writes results to arrays `out`, or if there are none to new ones.
@@ -333,24 +339,9 @@ class GpuBackend(Backend):
         device = views[0].device
         with self.on(device, None):
             place = Place(self.current_stream() or LEGACY_DEFAULT, [], False)
-        return self._sum(views, device, place)
-
-    def _sum(self, views, device, place, norm_at=None):
-        """Enqueue the passes of a norm. norm_at: its address; None: return the sums of all chunks, after waiting for them."""
-        plan = norm_order.plan(views, VECTOR_BYTES)
-        (_, sums_at), n_bytes = side_by_side([plan.table.nbytes, plan.workspace], VECTOR_BYTES)
-        table = Table(self, device, n_bytes, lambda at: plan.placed(at + sums_at).view(np.uint8), once=True)
-        sums = None
-        with self.ordered_at(place, device, views):
-            address = table.on_stream(place.stream)
-            text = functools.partial(synchronous.text_of_norm, views, plan, device=device)
-            self.launch_passes(plan, address, address + sums_at, norm_at, place.stream, text)
-            table.used(place.stream)
-            if norm_at is None:
-                sums = np.empty(norm_order.chunks_of_all(views))
-                self.receive(sums, address + sums_at, sums.nbytes, place.stream)
-                self.synchronize_stream(place.stream)
-        table.release()
+        norm = GpuNorm(self, views, device)
+        sums = norm.chunk_sums(place)
+        norm.release()
         return sums
 
     def launch_passes(self, plan, table, workspace, norm_at, stream, text):

@@ -45,12 +45,12 @@ def text_of_updates(updates, loop):
     return f"the update of {_first_three(shown, '; ')} ({count}, {size:,} elements, kernel {loop!r}, device {device})"
 
 
-def text_of_norm(views, plan, number, *, device):
-    """Return what an error calls the launch of a pass, counted from 1, of a global norm."""
-    one, size = plan.passes[number - 1], sum(view.size for view in views)
+def text_of_norm(names, size, plan, number, *, device):
+    """Return what an error calls the launch of a pass, counted from 1, of the global norm of arrays with names."""
+    one = plan.passes[number - 1]
     return (
-        f"pass {number} of {len(plan.passes)} of the global norm of {_first_three([view.name for view in views], ', ')} "
-        f"({len(views):,} arrays, {size:,} elements; {one.form.format}, {one.chunks:,} chunks, device {device})"
+        f"pass {number} of {len(plan.passes)} of the global norm of {_first_three(names, ', ')} "
+        f"({len(names):,} arrays, {size:,} elements; {one.form.format}, {one.chunks:,} chunks, device {device})"
     )
 
 

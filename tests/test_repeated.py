@@ -23,6 +23,7 @@ from gpuadam.repeated_on_cpu import RepeatedCall
 CLASSES = {
     "Adam": gpuadam.Adam, "AdamW": gpuadam.AdamW, "RAdam": gpuadam.RAdam, "AdaMax": gpuadam.AdaMax, "NAdam": gpuadam.NAdam,
 }  # fmt: skip
+CLIPPED = {"max_norm": 0.5}  # options of a step
 OPTIONS = [
     {},
     {"amsgrad": True},
@@ -146,6 +147,86 @@ def test_a_grad_scale_that_no_kernel_can_take_is_refused_in_a_repeated_step():
         assert param.tobytes() == before
 
 
+CLIPS = {  # options of steps that depend on the norm of the gradients
+    "clipped": {"max_norm": 0.5},
+    "seldom clipped": {"max_norm": 1e3},
+    "clipped and scaled": {"max_norm": 0.5, "grad_scale": 0.125},
+    "checked": {"check_finite": True},
+    "clipped and checked": {"max_norm": 2.0, "check_finite": True},
+}
+
+
+@pytest.mark.parametrize("in_groups", [False, True], ids=["together", "in groups"])
+@pytest.mark.parametrize("of", ["f4", "f8", "c8", "maximize"])
+@pytest.mark.parametrize("options", CLIPS.values(), ids=CLIPS)
+def test_so_have_clipped_steps(options, of, in_groups):
+    dtype = "f4" if of == "maximize" else of
+    more = {"c8": {"complex": "joint"}, "maximize": {"maximize": True}}.get(of, {})
+    shapes, opts = ((5, 3), (0,), (9000,), (2,)), []
+
+    def arrays(seed):
+        some = [numbers(shape, seed + k, dtype) for k, shape in enumerate(shapes)]
+        if dtype == "c8":
+            some = [a + 1j * numbers(a.shape, seed + 10 + k, dtype) for k, a in enumerate(some)]
+        return [some[:1], some[1:]] if in_groups else some
+
+    for _ in range(2):
+        opts.append(
+            gpuadam.AdamW([{"params": part} for part in arrays(1)] if in_groups else arrays(1), weight_decay=0.1, **more)
+        )
+    long_way(opts[1])
+    for k in range(6):
+        for opt in opts:
+            opt.step(arrays(20 * k + 20), **options)
+        assert_same(*opts)
+        assert opts[0]._repeated.ready == (k > 0)
+
+
+@pytest.mark.parametrize("options", [{"check_finite": True}, {"max_norm": 1.0, "check_finite": True}, {"max_norm": 1.0}])
+@pytest.mark.parametrize("number", [np.nan, np.inf, 3e38, 0.0])
+def test_a_norm_that_is_not_finite_or_0_is_as_ever(options, number):
+    opts = [gpuadam.Adam([numbers(9, 1), numbers(4, 2)]) for _ in range(2)]
+    long_way(opts[1])
+    for k in range(8):
+        for opt in opts:
+            grads = [numbers(9, k), numbers(4, k)]
+            if k in (3, 7):
+                grads[1][:], grads[0][:] = number, 0.0
+            opt.step(grads, **options)
+        assert opts[0].steps == opts[1].steps
+        assert [a.tobytes() for group in opts[0].groups for a in group["params"]] == [
+            a.tobytes() for group in opts[1].groups for a in group["params"]
+        ]
+
+
+def test_clipped_steps_of_arrays_in_fortrans_order_go_the_long_way():
+    """The order of a norm is C's."""
+    opts, ready = [gpuadam.Adam(np.asfortranarray(numbers((40, 50), 1, "f8"))) for _ in range(2)], []
+    long_way(opts[1])
+    for k in range(5):
+        for opt in opts:
+            opt.step(np.asfortranarray(numbers((40, 50), 9 + k, "f8")), max_norm=0.5)
+        ready.append(opts[0]._repeated.ready)
+        assert_same(*opts)
+    assert ready == [False, True, False, False, True]  # the third was found to be another one
+
+
+@pytest.mark.parametrize("n", [3, 30])
+def test_arrays_of_another_size_in_their_place_are_noticed_in_a_clipped_step(n):
+    opts = []
+    for to_the_long_way in (lambda opt: opt, long_way):
+        params = [numbers(9, 1), numbers(4, 2)]
+        opt = to_the_long_way(gpuadam.Adam(params))
+        opts.append(opt)
+        for k in range(4):
+            opt.step([numbers(9, k), numbers(4, k)], **CLIPPED)
+        params[1].resize(n, refcheck=False)
+        opt.state["1"].update(m=numbers(n, 4), v=numbers(n, 5) ** 2)
+        for k in range(3):
+            opt.step([numbers(9, k), numbers(n, k)], **CLIPPED)
+    assert_same(*opts)
+
+
 @pytest.mark.parametrize("kind", GROUPS)
 def test_so_have_steps_of_several_groups(kind):
     as_params, as_grads = GROUPS[kind]
@@ -231,7 +312,12 @@ def set_state(opt, key, value):
     opt.state["w0"][key] = value
 
 
+def in_all_places(opt, params, array):
+    params["w1"] = opt.groups[0]["params"][1] = array
+
+
 CHANGES = {
+    "another array in all places": lambda opt, p, g: in_all_places(opt, p, numbers(4, 7)),
     "lr nan": lambda opt, p, g: set_in(opt, "lr", math.nan),
     "lr below 0": lambda opt, p, g: set_in(opt, "lr", -1.0),
     "lr -0.0": lambda opt, p, g: set_in(opt, "lr", -0.0),
@@ -319,7 +405,8 @@ CHANGES_OF_GROUPS = {
     ("groups", "change"),
     [(1, name) for name in CHANGES] + [(2, name) for name in CHANGES] + [(3, name) for name in CHANGES_OF_GROUPS],
 )
-def test_a_change_between_steps_is_noticed(groups, change):
+@pytest.mark.parametrize("options", [{}, CLIPPED], ids=["plain", "clipped"])
+def test_a_change_between_steps_is_noticed(groups, change, options):
     outcomes = []
     for to_the_long_way in (lambda opt: opt, long_way):
         params, grads = {"w0": numbers(6, 1), "w1": numbers(4, 2)}, {"w0": numbers(6, 3), "w1": numbers(4, 4)}
@@ -327,13 +414,13 @@ def test_a_change_between_steps_is_noticed(groups, change):
             params["w2"], grads["w2"] = numbers(6, 5), numbers(6, 6)
         opt = to_the_long_way(gpuadam.AdamW(gpuadam.decay_groups(params, "w2") if groups > 1 else params, lr=0.1))
         for _ in range(4):
-            opt.step(grads)
+            opt.step(grads, **options)
         outcome = []
         repeats = opt._repeated.ready
         (CHANGES_OF_GROUPS if groups == 3 else CHANGES)[change](opt, params, grads)
         for _ in range(3):
             try:
-                opt.step(grads)
+                opt.step(grads, **options)
             except Exception as error:  # noqa: BLE001 - whatever it is, both have to raise it
                 outcome.append((type(error), str(error)))
         states = [(name, key, np.array(x)) for name, state in opt.state.items() for key, x in state.items()]
@@ -374,6 +461,7 @@ def test_gradients_in_another_form_are_taken_or_refused_as_ever(kind, as_kind):
 def test_options_of_a_step_are_noticed():
     for option in (
         {"grad_scale": 0.5},
+        {"grad_scale": 1},
         {"max_norm": 0.1},
         {"check_finite": True},
         {"found_inf": 1},

@@ -29,6 +29,12 @@ def numbers(library, some):
     return [library.numpy(a).copy() for a in some]
 
 
+def write(array, numbers):
+    """Put numbers of float32 into an array, in place."""
+    put = array.set if hasattr(array, "set") else array.copy_to_device  # of CuPy, or of Numba
+    put(numbers.astype("float32"))
+
+
 class Twins:
     """An optimizer, and another that takes the same steps the long way."""
 
@@ -83,6 +89,51 @@ def test_other_rates_and_other_numbers_in_the_gradients_are_followed(backend, to
     twins.assert_same()
 
 
+CLIPS = {
+    "clipped": ({}, {"max_norm": 0.5}),
+    "seldom clipped": ({"weight_decay": 0.1}, {"max_norm": 1e3}),
+    "maximize": ({"maximize": True}, {"max_norm": 0.5, "grad_scale": 0.25}),
+    "bfloat16 state": ({"state_dtype": "bfloat16"}, {"max_norm": 0.5}),
+    "8-bit state": ({"state_dtype": "8bit"}, {"max_norm": 0.5}),
+}
+
+
+@pytest.mark.parametrize(("options", "of_step"), CLIPS.values(), ids=CLIPS)
+def test_so_have_clipped_steps(backend, took, options, of_step):
+    twins = Twins(backend, **options)
+    for k in range(6):
+        for seed, grad in enumerate(twins.grads):  # other numbers in the same memory
+            numbers = twins.library.numpy(grad) * 1.25 + seed + k
+            write(grad, numbers)
+        twins.step(**of_step)
+    assert took and all(took)
+    twins.assert_same()
+
+
+def test_a_clipped_step_on_another_stream_or_of_another_grad_scale_has_the_same_bits(cp, took):
+    twins = Twins("cupy")
+    twins.step(times=4, max_norm=0.5)
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        twins.step(times=3, max_norm=0.5)
+    twins.step(times=3, max_norm=0.5)
+    assert took[:2] == [True, True] and False in took
+    for grad_scale in (0.5, -2.0, 1e-3):
+        twins.step(max_norm=0.5, grad_scale=grad_scale)
+    twins.step(max_norm=0.25)
+    twins.assert_same()
+
+
+def test_a_norm_that_is_not_finite_is_as_ever_in_a_clipped_step(backend, took):
+    twins = Twins(backend)
+    twins.step(times=3, max_norm=0.5)
+    write(twins.grads[1], np.full(SHAPES[1], np.inf, "float32"))
+    twins.step(times=2, max_norm=0.5)
+    assert all(took)
+    for one, other in zip(numbers(twins.library, twins.params), numbers(twins.library, twins.others), strict=True):
+        testing.assert_same_bits(one, other)
+
+
 def test_gradients_in_new_arrays_are_taken(backend):
     twins = Twins(backend)
     for seed in range(6):
@@ -116,12 +167,12 @@ class Pair:
             numbers.flat[0] = -0.0
         return self.library.array(numbers)
 
-    def outcome(self, times=3):
+    def outcome(self, times=3, **options):
         """Return what steps raise, and all numbers after them."""
         told = []
         for _ in range(times):
             try:
-                self.opt.step(self.grads)
+                self.opt.step(self.grads, **options)
             except Exception as error:  # noqa: BLE001 - whatever it is, both have to raise it
                 told.append((type(error), re.sub("0x[0-9a-f]+", "an address", str(error))))
         grads = self.grads if isinstance(self.grads, (list, tuple)) else [self.grads]
@@ -234,14 +285,15 @@ CHANGES_OF_GROUPS = {
 @pytest.mark.parametrize(
     ("groups", "change"), [(k, name) for k in (1, 2) for name in CHANGES] + [(3, name) for name in CHANGES_OF_GROUPS]
 )
-def test_a_change_between_steps_is_noticed(backend, took, groups, change):
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5}], ids=["plain", "clipped"])
+def test_a_change_between_steps_is_noticed(backend, took, groups, change, options):
     outcomes = []
     for repeats in (True, False):
         pair = Pair(backend, groups)
         pair.opt.repeats = repeats
-        pair.outcome(4)
+        pair.outcome(4, **options)
         (CHANGES_OF_GROUPS if groups == 3 else CHANGES)[change](pair)
-        outcomes.append(pair.outcome())
+        outcomes.append(pair.outcome(**options))
     assert took[:2] == [True, True] and outcomes[0] == outcomes[1]
 
 
