@@ -97,6 +97,8 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false # else JAX takes most of the memory
 # an unwritable home must not cost the compile caches
 export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-${TMPDIR:-/tmp}/gpuadam-cupy-cache}
 PATH=$PATH:/usr/local/cuda/bin # ncu and compute-sanitizer
+# Numba looks for libNVVM beside the NVRTC that it finds, which may be torch's, and then there is none
+[ -n "${CUDA_HOME:-}${CUDA_PATH:-}" ] || [ ! -d /usr/local/cuda/nvvm ] || export CUDA_HOME=/usr/local/cuda
 backends=(cupy numba-cuda)
 log=$out/log.txt results=$out/results.csv
 this=$(mktemp -d)
@@ -166,7 +168,8 @@ run() { # name, seconds that it may take, command: what it prints goes to log.tx
         outcome=FAILED
         return 1
     fi
-    timeout -k 5 "$most" "$@" >"$this/$name.log" 2>&1
+    # an interrupt lets Python say what it came to: pytest which tests have failed. Where this script ignores them, so would Python
+    timeout -s INT -k 10 "$most" env --default-signal=INT "$@" >"$this/$name.log" 2>&1
     result=$?
     cat "$this/$name.log" >>"$log"
     if [ $result = 0 ]; then
@@ -198,8 +201,8 @@ drawn() { # name: the plot of all its rows in results.csv, with a panel for each
         [ ! -f "$this/drawn/$1.png" ] || mv "$this/drawn/$1.png" "$out"
     fi
 }
-tests() { # name, seconds, options
-    run "$1" "$2" "$python" -m pytest -q --maxfail=20 -W default -p no:cacheprovider --durations=10 "${@:3}"
+tests() { # name, seconds, options. CuPy compiles a reduction with CUB in 4 s, and tests make many
+    CUPY_ACCELERATORS="" run "$1" "$2" "$python" -m pytest -q --maxfail=20 -W default -p no:cacheprovider --durations=10 "${@:3}"
     [ ! -f "$this/$1.log" ] || tail -n 1 "$this/$1.log"
 }
 at_once() { # options that let tests run side by side, where pytest-xdist is there
@@ -221,7 +224,7 @@ sys.exit(", ".join(f"{name} does not work" for name in sys.argv[2:] if name not 
 }
 section_tests-gpu() {
     local real side_by_side
-    mapfile -t real < <(grep -lE 'real_gpu|cuda_torch' tests/test_*.py)
+    mapfile -t real < <(grep -lE 'real_gpu|cuda_torch' tests/test_*.py | grep -v test_examples) # these have a section
     mapfile -t side_by_side < <(at_once)
     tests tests-gpu-alone 80 -m gpu -k "real_gpu or $of_time" tests/test_gpu.py "${real[@]}"
     tests tests-gpu-spread 900 ${side_by_side[@]+"${side_by_side[@]}"} -m "gpu and not real_gpu" \
@@ -325,8 +328,10 @@ section_bench() {
     done
 }
 sanitized() { # tool, and the files of tests, each in a process of its own
-    local tool=$1 file name
+    local tool=$1 file name options=()
     shift
+    # a thread without a context asks for its device, which the driver refuses and the thread expects
+    [ "$tool" != memcheck ] || options=(--report-api-errors no)
     if [ -n "$host" ] || ! command -v compute-sanitizer >/dev/null; then
         lacking "${host:+a GPU for }compute-sanitizer${host:+ to watch}"
         return
@@ -334,7 +339,7 @@ sanitized() { # tool, and the files of tests, each in a process of its own
     for file in "$@"; do
         name=$tool-$file
         # without a pool each array is an allocation, whose end the tool knows
-        GPUADAM_NO_POOL=1 run "$name" 900 compute-sanitizer --tool "$tool" --error-exitcode 99 --log-file "$this/$name.errors" \
+        GPUADAM_NO_POOL=1 run "$name" 900 compute-sanitizer --tool "$tool" "${options[@]}" --error-exitcode 99 --log-file "$this/$name.errors" \
             "$python" -m pytest -q --maxfail=5 -m "gpu and not real_gpu" -W default -p no:cacheprovider -k "not ($of_time)" \
             "tests/$file.py"
         [ -f "$this/$name.errors" ] || continue

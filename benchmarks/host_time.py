@@ -3,9 +3,9 @@
     python benchmarks/host_time.py [--backend cupy] [--sizes 1,148,1000] [--seconds 6] [--out FOLDER]
 
 --sizes are numbers of arrays, of 1,000 elements each. Beside `adam_step` over each array, `Adam.step` over all, which may clip to
-the norm of all gradients, and `global_norm` stands the library's own launch of as much: Adam as one writes it, in an ElementwiseKernel of CuPy and in a kernel of Numba, which take
-four arrays and four numbers. The bare launches are one for each array; `Adam.step` makes one for all. Times are the host's, until
-the call returns.
+the norm of all gradients, and `global_norm` stands the library's own launch of as much: Adam as one writes it, in an
+ElementwiseKernel of CuPy and in a kernel of Numba, which take four arrays and four numbers. The bare launches are one for each
+array; `Adam.step` makes one for all. Times are the host's, until the call returns.
 
 With GPUADAM_GPU=host it measures without a GPU: the libraries run over tests/stand_in, whose driver then answers from compiled
 code in no time and runs no kernel (tests/stand_in/instant.py). What is left is Python's time and the libraries'.

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Mapping, Set
 from numbers import Integral, Real
 
 import numpy as np
@@ -98,6 +99,8 @@ def betas(value):
     """Return (beta1, beta2), each in [0, 1)."""
     try:
         beta1, beta2 = value
+        if isinstance(value, (Set, Mapping)):  # a set has no order, and of a dict only the keys would be taken
+            raise TypeError
     except (TypeError, ValueError):
         raise ValueError(f"betas must be two numbers, (beta1, beta2), not {shown(value)}") from None
     return beta("beta1", beta1), beta("beta2", beta2)
@@ -404,6 +407,11 @@ def eight_bits(param, numbers=1):
 def _in_groups(view):
     """Refuse an array whose neighbours cannot be taken in groups."""
     is_aligned = not view.size or view.pointer % view.dtype.itemsize == 0
+    if not view.contiguous and any(n > 1 and not stride for n, stride in zip(view.shape, view.strides, strict=True)):
+        raise ValueError(
+            f"{view.name} has one number for several elements, and the groups of 8-bit state need one for each: pass an array of "
+            f"shape {view.shape}, as np.ascontiguousarray(np.broadcast_to(x, shape)) makes one"
+        )
     if not view.contiguous or not is_aligned:
         wrong = f"aligned to its {view.dtype.itemsize}-byte elements" if view.contiguous else "C-contiguous"
         raise ValueError(f"{view.name} is not {wrong}, which the groups of 8-bit state need: pass a copy, or another state")

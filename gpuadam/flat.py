@@ -24,6 +24,14 @@ class Flat(NamedTuple):
     params: Any
     grads: Any
 
+    def __reduce__(self):  # the views of a copy are views of its own buffers
+        kind, names, views = ONE, None, [self.params]
+        if isinstance(self.params, dict):
+            kind, names, views = MAPPING, list(self.params), list(self.params.values())
+        elif isinstance(self.params, list):
+            kind, views = SEQUENCE, self.params
+        return _of_buffers, (self.param, self.grad, kind, names, [view.shape for view in views])
+
 
 def flatten(arrays: Array | Sequence[Array] | Mapping[str, Array], backend: str | None = None) -> Flat:
     """Copy arrays into one buffer, and return it with views of it in their shapes and, likewise, a buffer of zeros for gradients.
@@ -73,18 +81,28 @@ def flatten(arrays: Array | Sequence[Array] | Mapping[str, Array], backend: str 
     dtype, shapes = np.dtype(first.of_complex or first.dtype), [view.shape for view in views]
     if first.of_complex:  # whose views are of both parts
         shapes = [shape[:-1] for shape in shapes]
-    sizes, lanes = list(map(math.prod, shapes)), VECTOR_BYTES // dtype.itemsize
-    *starts, size = itertools.accumulate((-(-n // lanes) * lanes for n in sizes), initial=0)
-    param, grad = (kernels.zeros(size, dtype, next(iter(devices), 0)) for _ in range(2))
-    params, grads = (
-        [buffer[start : start + n].reshape(shape) for start, n, shape in zip(starts, sizes, shapes, strict=True)]
-        for buffer in (param, grad)
-    )
-    for place, view in zip(params, views, strict=True):
+    param, grad = (kernels.zeros(_starts(shapes, dtype)[-1], dtype, next(iter(devices), 0)) for _ in range(2))
+    for place, view in zip(_views(param, shapes), views, strict=True):
         _, (target,) = backends.choose([(view.name, place)], kernels.name)
         checks.same_layout(target, view, kernels.copies_any_layout)
         kernels.copy(target, view)
-    return Flat(param, grad, *(_fixed(as_given(kind, arrays, of_buffer)) for of_buffer in (params, grads)))
+    return _of_buffers(param, grad, kind, arrays, shapes)
+
+
+def _starts(shapes, dtype):
+    """Return where each of some arrays starts in a buffer, in elements, and where the last ends."""
+    lanes = VECTOR_BYTES // dtype.itemsize
+    return list(itertools.accumulate((-(-math.prod(shape) // lanes) * lanes for shape in shapes), initial=0))
+
+
+def _views(buffer, shapes):
+    starts = zip(_starts(shapes, buffer.dtype), shapes, strict=False)
+    return [buffer[start : start + math.prod(shape)].reshape(shape) for start, shape in starts]
+
+
+def _of_buffers(param, grad, kind, names, shapes):
+    """Return the Flat of two buffers. kind, names: as in `groups.as_given`. shapes: of the views."""
+    return Flat(param, grad, *(_fixed(as_given(kind, names, _views(buffer, shapes))) for buffer in (param, grad)))
 
 
 class Views(dict):

@@ -60,6 +60,7 @@ def adam_step(
         m and v are the running means of the gradient and of its square (PyTorch's exp_avg and exp_avg_sq, optax's mu and nu);
         start both at zero. max_v, if given, makes it AMSGrad: the running maximum of v, from zero.
         Any strides do, but arrays that share one order of memory without gaps are the fast case. A gradient may be broadcast.
+        8-bit state needs all arrays C-contiguous.
         param and grad are float32, float64, bfloat16 or float16, each as it likes; m, v and max_v are of one dtype, float32,
         float64 or bfloat16. bfloat16 arrays are those of ml_dtypes, or integers in `Bits`. It is computed in float64 if one of
         the arrays is float64, else in float32. bfloat16 moments are rounded randomly: rounding to nearest would lose most of
@@ -87,7 +88,8 @@ def adam_step(
     change: an array of any of the dtypes that is overwritten with what the step would add to param, rounded to nearest even. m
         and v are updated, and param is only read. It goes with neither remainder, param_copy nor ema.
     lr_scale: a float32 or float64 array by which lr is multiplied, element by element, for decoupled decay too. It may have the
-        leading dimensions of param alone, and so a number for each row, which takes some more time. Its numbers are not checked.
+        leading dimensions of param alone, and so a number for each row, which takes some more time, but not with 8-bit state. Its
+        numbers are not checked.
     where: a bool or uint8 array: elements of param and moments stay as they are where it is 0, or with "nonzero" where grad is 0.
         ema, a mean over steps, goes on there too. An array may be of rows, as lr_scale. It does not go with 8-bit state.
     complex: what complex64 and complex128 params are taken for. grad is dL/dRe + i dL/dIm, as in torch; conjugate that of JAX.

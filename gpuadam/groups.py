@@ -128,7 +128,7 @@ def parsed_groups(params, defaults):
             kind = SEQUENCE if is_sequence(members) else ONE
             members = list(members) if kind == SEQUENCE else [members]
             names = [str(count + k) for k in range(len(members))]
-        places += holders.places(as_given_in, names, members)
+        places.add_group(as_given_in, names, members)
         count += len(members)
         settings = defaults | {key: value for key, value in group.items() if key != "params"}
         settings |= {name: _checked_fixed(name, settings[name]) for name in FIXED}

@@ -87,7 +87,7 @@ class Grows:
         for key in new.state.keys() - {"step"}:
             to, source = (kernels.view(f"{key} of {label}", array) for array in (new.state[key], old.state[key]))
             if key == "ema" and (of_new < 0).any():
-                _copy_wider(kernels, to, view)
+                self._begin_ema(label, new.state[key], param)
             if key in OF_GROUPS:
                 to = _in_rows(kernels, to, view.shape[0], row_size // GROUP)
                 source = _in_rows(kernels, source, view_before.shape[0], row_size // GROUP)
@@ -100,7 +100,9 @@ class Grows:
         """Add a parameter to a group, with state at its start.
 
         group: the number of the group, whose parameters were given as a dict. param_copy: an array for copies of it. With
-        capturable it shares the group's step count. Raises ValueError or TypeError, and then nothing has changed.
+        capturable it shares the group's step count, and its ema begins at param. The names of others stay: numbers, which are
+        names in groups that were given as a list, are then not those that the same groups would get anew. Raises ValueError or
+        TypeError, and then nothing has changed.
 
         >>> import numpy as np, gpuadam
         >>> opt = gpuadam.Adam({"a": np.zeros(2, "float32")})
@@ -116,13 +118,15 @@ class Grows:
         self._check_named(group := int(group))
         if not isinstance(name, str) or name in self.parameters:
             raise ValueError(f"the name of a new parameter must be a string that none has, not {shown(name)}")
-        self._viewed(f"params[{shown(name)}]", param)
+        self._viewed(label := f"params[{shown(name)}]", param)
         groups[group]["params"].append(param)
         groups[group]["names"].append(name)
         twin = self._twin(groups, {other: p.state for other, p in self.parameters.items()}, {name: param_copy})
         twin._check_arrays(name)
+        if "ema" in (state := twin.parameters[name].state):  # which the first step sets, unless the group has taken steps
+            self._begin_ema(label, state["ema"], param)
         self._become(twin)
-        holders.added(self.arrangement.places, groups[group]["names"], name, param)
+        holders.added(self.arrangement.places, group, name, param)
 
     def remove(self, name: str) -> None:
         """Forget a parameter and its state. Its group's parameters were given as a dict. Raises ValueError."""
@@ -174,6 +178,16 @@ class Grows:
             views += of_name
         checks.overlap(views, [])
 
+    def _begin_ema(self, label, ema, param):
+        """Copy a parameter to its ema, which may have a wider dtype."""
+        kernels, (to, source) = backends.choose([(f"ema of {label}", ema), (label, param)], self.backend)
+        if to.dtype != source.dtype and not kernels.copies_any_layout:
+            on_host = widened(np.asarray(kernels.to_host(source.array)), source.format).astype(to.dtype)
+            source = kernels.view(source.name, kernels.from_host(on_host))
+        if not kernels.copies_any_layout:
+            checks.same_layout(to, source, any_layout=False)
+        kernels.copy(to, source)
+
     def _become(self, twin):
         """Take over the parameters of a twin. `groups` and `state` stay the objects that a program may hold."""
         own = self.groups, self.state
@@ -215,13 +229,3 @@ def _checked_rows(rows, n, n_old):
 def _in_rows(kernels, view, n, of_row):
     """Return the View of scales as one of n rows."""
     return kernels.view(view.name, kernels.native(view).reshape(n, of_row))
-
-
-def _copy_wider(kernels, to, source):
-    """Copy a parameter to an array of its shape, which may have a wider dtype."""
-    if to.dtype != source.dtype and not kernels.copies_any_layout:
-        on_host = widened(np.asarray(kernels.to_host(source.array)), source.format).astype(to.dtype)
-        source = kernels.view(source.name, kernels.from_host(on_host))
-    if not kernels.copies_any_layout:
-        checks.same_layout(to, source, any_layout=False)
-    kernels.copy(to, source)

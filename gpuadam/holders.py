@@ -13,8 +13,19 @@ class Places(list):
     """Tuples (holder, key, array, name): a dict or list, a place in it, the array there, and the name of the parameter.
 
     They are plain tuples because each step unpacks them, which takes longer of any other. A copy of an optimizer has other arrays
-    than the program has, and so no places.
+    than the program has, and so no places. `of_groups`: the holder of each group, which may have no parameter yet, or None.
     """
+
+    def __init__(self):
+        self.of_groups: list[dict | list | None] = []
+
+    def add_group(self, given, names, arrays):
+        """Add a group, whose parameters were given in a dict or a list, or in something in which nothing is put later."""
+        holder = given.whole if isinstance(given, Part) else given
+        self.of_groups.append(holder if isinstance(holder, (dict, list)) else None)
+        if self.of_groups[-1] is not None:
+            keys = names if isinstance(holder, dict) else range(len(names))
+            self += [(holder, *place) for place in zip(keys, arrays, names, strict=True)]
 
     def __reduce__(self):
         return (Places, ())
@@ -29,15 +40,6 @@ class Part(dict):
 
     def __reduce__(self):
         return (dict, (dict(self),))
-
-
-def places(given, names, arrays):
-    """Return the Places of parameters in the dict or list that they were given in. In anything else nothing is put later."""
-    holder = given.whole if isinstance(given, Part) else given
-    if not isinstance(holder, (dict, list)):
-        return Places()
-    keys = names if isinstance(holder, dict) else range(len(names))
-    return Places((holder, *place) for place in zip(keys, arrays, names, strict=True))
 
 
 def check(places):
@@ -66,11 +68,12 @@ def replaced(places, name, param):
         places[:] = [(holder, key, param, name) if place[3] == name else place for place in places]
     else:
         places[:] = [place for place in places if place[0] is not holder]
+        places.of_groups = [None if one is holder else one for one in places.of_groups]
 
 
-def added(places, names, name, param):
-    """Bring `places` up to date after a parameter has come to those of the given names."""
-    holder = next((place[0] for place in places if place[3] in names), None)
+def added(places, group, name, param):
+    """Bring `places` up to date after a parameter has come to a group, given by its number."""
+    holder = places.of_groups[group] if places.of_groups else None  # a copy of an optimizer has none
     if holder is not None and holds(holder, name, param):
         places.append((holder, name, param, name))
 

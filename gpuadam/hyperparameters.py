@@ -122,7 +122,7 @@ def with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas, 
     """Return Hyperparameters likewise; formulas: checked before."""
     lr, grad_scale = checks.non_negative("lr", lr), checks.finite("grad_scale", grad_scale)
     try:
-        beta1, beta2 = betas
+        beta1, beta2 = betas if type(betas) is tuple else checks.betas(betas)
         if clip_value is bounds is None:  # the usual case; each argument of a cached function costs time
             return Hyperparameters(lr, _fixed(beta1, beta2, eps, weight_decay, maximize, formulas), grad_scale)
         low, high = UNBOUNDED if bounds is None else bounds

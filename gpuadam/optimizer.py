@@ -166,7 +166,7 @@ class Adam(HasGroups, HasState, Grows):
         new = self.new_state({name: beginning for name, beginning in beginnings.items() if name not in states})
         states |= {name: {"step": 0} | arrays for name, arrays in new.items()}
         self.parameters = made_parameters(beginnings, states, copies, self.options)
-        self.state = {name: parameter.state for name, parameter in self.parameters.items()}
+        self.state = state_.States((name, parameter.state) for name, parameter in self.parameters.items())
         computed_in = {self.options.computed_in(beginning.view.format) for beginning in beginnings.values()}
         self.largest_norm = min(map(clipping.LARGEST_NORM.__getitem__, computed_in))
         self._groups = [

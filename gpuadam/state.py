@@ -88,6 +88,20 @@ def check_meaning(keys, options, algorithm, formula):
             )
 
 
+class States(dict):
+    """name -> state of all parameters of an optimizer. Its steps use the dicts in it, so none takes the place of one."""
+
+    def __setitem__(self, name, state):
+        if state is not self.get(name):
+            raise TypeError(
+                f"state[{shown(name)}] is a dict that steps use, and another one would not be: write into it, "
+                f"state[{shown(name)}].update(m=m, v=v), or use load_state_dict"
+            )
+
+    def __reduce__(self):
+        return (type(self), (dict(self),))
+
+
 def zeros(beginnings):
     """Return name -> {key: zeros} of the state of a group's parameters at its start, beside them, in their order of memory.
 

@@ -49,7 +49,9 @@ def bounds_of_loaded(saved, own):
     ends = bounds_apart(own)[1:]
     if any(one == ARRAYS and end is None for one, end in zip(saved, ends, strict=True)):
         raise ValueError(
-            "the saved bounds were arrays, which are not saved: give this optimizer's group bounds of arrays first"
+            "the saved bounds were arrays, which are not saved. Make the optimizer with bounds of arrays, and then use "
+            'load_state_dict; or load with groups, [{"params": params, "bounds": bounds}], whose steps take a list of gradients, '
+            "or a dict of all names"
         )
     return tuple(end if one == ARRAYS else one for one, end in zip(saved, ends, strict=True))
 

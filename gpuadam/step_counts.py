@@ -46,7 +46,7 @@ class HostCount:
     def advance(self, parameters):
         """Count a step of these parameters."""
         for parameter in parameters:
-            parameter.state["step"] += 1
+            parameter.state["step"] = int(parameter.state["step"]) + 1  # an integer of NumPy would wrap
 
     def read(self, parameters):
         """Return how many steps each parameter has taken."""
@@ -85,7 +85,17 @@ class ArrayCount:
 
     def alike(self, parameters, kind):
         """Return (step, None): all of them take the same step."""
+        self._check_own(parameters)
         return [(self.count() + 1, None)] if parameters else []
+
+    def _check_own(self, parameters):
+        """Refuse another count in the place of this one, which would count nothing."""
+        for parameter in parameters:
+            if parameter.state["step"] is not self.step:
+                raise ValueError(
+                    f"with capturable=True the step of params[{shown(parameter.name)}] is counted in an array that its group "
+                    "shares, and something else is in its place: write into the array, state[name]['step'][...] = n"
+                )
 
     def check_present(self, parameters, present):
         """Refuse gradients for some parameters and not for all."""
@@ -179,6 +189,7 @@ class DeviceCount(ArrayCount):
 
     def alike(self, parameters, kind):
         """Return (1, None): all of them take the same step, and only the device knows which."""
+        self._check_own(parameters)
         return [(1, None)] if parameters else []
 
     def advance(self, parameters):

@@ -26,9 +26,9 @@ Arrays of other libraries are remembered from step to step (`gpuadam/remembered.
 A step whose settings are the objects of the step before needs less still (`gpuadam/repeated.py`). One compiled call compares
 it with the last one (`same_objects.py`). For NumPy arrays the call makes the step, too (`gpuadam/repeated_on_cpu.py`,
 `cpu_step.py`). On a GPU the driver repeats the launches (`gpuadam/repeated_on_gpu.py`, `gpu_step.py`, `gpu_launch.py`), if
-they were recorded while Python had no other thread. Steps that clip take the norm in between. torch's tensors in CPU memory are compared by `dlpack_struct.py`
-(`gpuadam/torch/repeated.py`). If anything differs nothing is done, and the step goes the route above, where alone things are
-refused.
+they were recorded while Python had no other thread. Steps that clip take the norm in between. torch's tensors in CPU memory
+are compared by `dlpack_struct.py` (`gpuadam/torch/repeated.py`). If anything differs nothing is done, and the step goes the
+route above, where alone things are refused.
 
 **Words.** An *operand* is an array that a kernel touches. A *view* is what is known of an array. An *update* is one
 parameter's operands. A *batch* is what one launch takes. A *form* is what is known when a kernel is compiled. *Scalars* are

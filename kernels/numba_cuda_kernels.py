@@ -36,8 +36,12 @@ load_int32, load_int64, store_int64 = global_load(types.int32), global_load(type
 
 @functools.cache
 def compiled(build, *arguments):
-    """Return the kernel build(*arguments) as a Numba dispatcher, which compiles it at its first launch."""
-    return cuda.jit(build(*arguments))
+    """Return the kernel build(*arguments) as a Numba dispatcher, which compiles it at its first launch.
+
+    It is compiled as the tests look at it: to PTX, and that to machine code. Where Numba finds nvJitLink, it would optimise a
+    second time while it links; an 8-bit kernel then has 72 registers and not 64.
+    """
+    return cuda.jit(build(*arguments), lto=False)
 
 
 def build(rule, form, loop, on_device=False, vectors=1):

@@ -32,6 +32,22 @@ FORMS: dict[str, tuple[Arrays, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("of", ["lr_scale", "grad"])
+def test_an_array_that_repeats_elements_is_refused_and_one_that_has_all_is_taken(of):
+    param, grad = np.zeros((4, GROUP), "f4"), np.ones((4, GROUP), "f4")
+    opt = gpuadam.Adam({"w": param}, state_dtype="8bit")
+    few = {"lr_scale": np.ones(4, "f4"), "grad": np.broadcast_to(np.float32(1), param.shape)}[of]
+
+    def step(array):
+        opt.step({"w": array if of == "grad" else grad}, lr_scale={"w": array} if of == "lr_scale" else None)
+
+    with pytest.raises(ValueError, match=r"one number for several elements.*pass an array of shape \(4, 32\)"):
+        step(few)
+    assert not param.any()
+    step(np.ascontiguousarray(np.broadcast_to(few[..., None] if few.ndim == 1 else few, param.shape)))
+    assert param.all()
+
+
 def form_of(name, **changes):
     arrays, options = FORMS[name]
     return form_and_scalars("adam", arrays, **(options | changes))

@@ -259,10 +259,11 @@ def test_a_step_takes_no_device_memory_beyond_its_arrays(cp, backend):
     arrays = on_gpu(cp, wide_state(1 << 20)[:4])
     gpuadam.adam_step(*arrays, 1, backend=backend)
     cp.cuda.Device().synchronize()
-    before = cp.cuda.Device().mem_info
+    free, _ = cp.cuda.Device().mem_info
     gpuadam.adam_step(*arrays, 2, backend=backend)
     cp.cuda.Device().synchronize()
-    assert cp.cuda.Device().mem_info == before
+    now, _ = cp.cuda.Device().mem_info
+    assert free - now <= 2 << 20 < arrays[0].nbytes  # the driver may take a page of its own for a stream
 
 
 def test_two_devices_are_refused_and_another_device_than_the_current_one_works(cp, backend):

@@ -23,6 +23,24 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("of", ["f4", "f8", "bfloat16", "joint"])
+def test_the_ema_of_a_new_parameter_begins_at_it(of, capturable):
+    dtype, options = (
+        {"bfloat16": ml_dtypes.bfloat16, "joint": "c8"}.get(of, of),
+        {"complex": "joint"} if of == "joint" else {},
+    )
+    params = {name: np.full((3, 2), number).astype(dtype) for name, number in (("a", 5), ("b", 7))}
+    opt = gpuadam.Adam({"a": params["a"]}, lr=0.0, ema_decay=0.5, capturable=capturable, **options)
+    for _ in range(3):
+        opt.step({"a": np.ones((3, 2), dtype)})
+    opt.add("b", params["b"])
+    opt.step({name: np.ones((3, 2), dtype) for name in "ab"})
+    for name, number in (("a", 5), ("b", 7)):
+        ema = opt.state[name]["ema"]
+        assert (ema.view("c8") if of == "joint" else ema == number).all()
+
+
 def numbers(seed, n, dtype="f4"):
     return np.random.default_rng(seed).standard_normal((n, K)).astype(dtype)
 

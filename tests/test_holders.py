@@ -174,6 +174,17 @@ def test_parameters_that_come_and_go_are_looked_at_while_they_are_there():
     opt.step({"b": ones(2)})
 
 
+def test_a_parameter_that_comes_to_an_empty_group_is_looked_at():
+    empty = {}
+    opt = gpuadam.Adam([{"params": empty}, {"params": {"w": ones()}}])
+    empty["b"] = ones(2)
+    opt.add("b", empty["b"], 0)
+    opt.step({"w": ones(), "b": ones(2)})
+    empty["b"] = empty["b"] * 2
+    with pytest.raises(ValueError, match=r"params\['b'\] is no longer"):
+        opt.step({"w": ones(), "b": ones(2)})
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
 def test_a_copied_optimizer_has_its_own_arrays(copied):
     params = {"w": ones()}

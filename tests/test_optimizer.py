@@ -1,6 +1,8 @@
 """Adam and AdamW: groups, gradients that are missing, schedules, state, and a whole step or nothing."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -479,3 +481,40 @@ def test_a_hyperparameter_is_no_attribute_that_would_have_no_effect(make, name):
     ):
         setattr(opt, name, 0.5)
     assert not hasattr(opt, name)
+
+
+def test_another_dict_in_the_place_of_a_state_is_refused():
+    opt = gpuadam.Adam(params())
+    for copied in (opt, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        with pytest.raises(TypeError, match=r"state\['w'\] is a dict that steps use.*state\['w'\].update\(m=m"):
+            copied.state["w"] = dict(copied.state["w"])
+        copied.state["w"].update(m=np.full((3, 4), 5, "f4"))
+        assert copied.state["w"] is copied.parameters["w"].state and copied.state["b"]["step"] == 0
+        copied.step(grads())
+        assert (copied.state["w"]["m"] > 4).all()
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_count_that_is_set_is_followed_or_refused(capturable):
+    param = np.ones(3, "f4")
+    opt = gpuadam.Adam({"w": param}, lr=0.1, capturable=capturable)
+    if capturable:
+        opt.state["w"]["step"][...] = 1 << 40
+        opt.step({"w": np.ones(3, "f4")})
+        opt.state["w"]["step"] = 7
+        with pytest.raises(ValueError, match=r"the step of params\['w'\] is counted in an array.*\['step'\]\[\.\.\.\] = n"):
+            opt.step({"w": np.ones(3, "f4")})
+    else:
+        opt.state["w"]["step"] = 1 << 40
+        opt.step({"w": np.ones(3, "f4")})
+    expected = 1 - 0.1 * 0.1 / np.sqrt(1e-3)  # nothing is corrected
+    np.testing.assert_allclose(param, expected, rtol=1e-5)
+
+
+def test_a_count_that_is_an_integer_of_numpy_does_not_wrap():
+    opt = gpuadam.Adam({"w": np.ones(3, "f4")})
+    for count in (np.int32(2**31 - 1), np.uint8(255)):
+        opt.state["w"]["step"] = count
+        for _ in range(3):
+            opt.step({"w": np.ones(3, "f4")})
+        assert opt.state["w"]["step"] == int(count) + 3

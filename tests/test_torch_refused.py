@@ -55,6 +55,11 @@ BAD_STEPS = {
     ),
     "a setting out of range": (lambda params, opt: opt.param_groups[0].update(lr=-1.0), ValueError, "lr=-1"),
     "amsgrad that comes later": (lambda params, opt: opt.param_groups[0].update(amsgrad=True), ValueError, "max_exp_avg_sq"),
+    "a step that is no tensor": (
+        lambda params, opt: opt.state[params[1]].update(step=3),
+        TypeError,
+        r"the step of params\['1'\] is 3 \(int\): it is counted in a tensor",
+    ),
     "state of another shape": (
         lambda params, opt: opt.state[params[1]].update(exp_avg=torch.zeros(8)),
         ValueError,

@@ -24,7 +24,7 @@ also tries checkpoints, PyTorch, the pytest plugin and the extras.
 ## Layouts, and what is refused
 
 Every size, every alignment and all strides are computed correctly. Contiguous arrays are the fast case. A gradient may be
-read-only, and a broadcast or sliding view, unless `zero_grad` is on.
+read-only, and a broadcast or sliding view, unless `zero_grad` is on. With 8-bit state all arrays are C-contiguous.
 
 These arguments raise an error before a byte is written: other read-only, overlapping or broadcast arrays; shapes, dtypes or
 devices that differ; hyperparameters out of range. One bad gradient in a list stops the step of all arrays.

@@ -35,7 +35,8 @@ in float64 NumPy beside the call.
 | `lr = lr0 / (1 + 0.1 * t)` | `step=t, lr=lr0 / (1 + 0.1 * t)`, or `Adam(lr=lambda t: ...)` |
 
 The classes (`gpuadam.Adam` and its family) count the steps themselves, and take the other arguments by the same names. A count
-that stays at 1 needs `adam_step`. For one of `1 << 40` and more, set it once: `opt.state[name]["step"] = 1 << 40`.
+that stays at 1 needs `adam_step`. For one of `1 << 40` and more, set it once: `opt.state[name]["step"] = 1 << 40`,
+or with capturable `opt.state[name]["step"][...] = 1 << 40`. An ema then begins at what is in its array: copy the parameter there.
 
 A program that rebinds its array, `x = x - step`, makes a new one each time. Here x is updated in place, so whoever holds it
 sees the new numbers; `change=` is for programs that must not.

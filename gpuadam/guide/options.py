@@ -12,7 +12,7 @@
 | `bounds` that are arrays | every state; a checkpoint does not hold them | `complex="joint"`, and the classes of `lr_scale` |
 | `complex="joint"`, `components` | every state but 8 bits | `gpuadam.torch`, `gpuadam.foreign_state`; 3 of them: `ShardedAdam` |
 | `complex="parts"` | everything; it is what `gpuadam.torch` does | `gpuadam.foreign_state` |
-| `lr_scale` | everything | `OffloadAdam`, `ShardedAdam`, `gpuadam.torch` |
+| `lr_scale` | everything; numbers of rows: every state but 8 bits | `OffloadAdam`, `ShardedAdam`, `gpuadam.torch` |
 | `where` | every state but 8 bits | `OffloadAdam`, `ShardedAdam`, `gpuadam.torch` |
 | `norms` | everything; all parameters are on one device | `OffloadAdam`, `ShardedAdam`, `gpuadam.torch`, `adam_step` |
 | `replace` | every state; with 8 bits rows of a multiple of 32 elements | `OffloadAdam`, `ShardedAdam`, `gpuadam.torch` |

@@ -231,7 +231,12 @@ class Adam(torch.optim.Optimizer):
         together: dict[tuple, list[Member]] = {}
         bfloat16 = torch.bfloat16 if self.options.master else None  # parameters that have a remainder
         for member in members:
-            key = self._counts.taken(member.state["step"]), member.param.dtype is bfloat16
+            if not isinstance(step := member.state["step"], torch.Tensor):
+                raise TypeError(
+                    f"the step of params[{shown(member.name)}] is {shown(step)} ({type(step).__name__}): it is counted in a "
+                    "tensor, as torch.tensor(7.0)"
+                )
+            key = self._counts.taken(step), member.param.dtype is bfloat16
             together.setdefault(key, []).append(member)
         pairs = [(f"params[{shown(alike[0].name)}]", count, alike) for (count, _), alike in together.items()]
         return [(torch_state.count(label, count), alike) for label, count, alike in pairs]
