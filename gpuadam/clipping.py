@@ -74,11 +74,13 @@ def named_arrays(name, x):
         yield name, x
 
 
+NORMED = tuple(order.FORMATS)  # formats that a norm takes
+
+
 def checked(views):
     """Check the arrays of a norm. Return their device; None for the CPU, or if they have no elements and are nowhere."""
     for view in views:
-        if order.format_of(view) is None:
-            checks.one_format(view, tuple(order.FORMATS))
+        checks.one_format(view, NORMED)
         checks.layout(view, written=False)
     placed = [view for view in views if view.device is not None]
     for view in placed:

@@ -27,6 +27,10 @@ class Places(list):
             keys = names if isinstance(holder, dict) else range(len(names))
             self += [(holder, *place) for place in zip(keys, arrays, names, strict=True)]
 
+    def clear(self):
+        super().clear()
+        self.of_groups = []
+
     def __reduce__(self):
         return (Places, ())
 

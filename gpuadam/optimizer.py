@@ -14,13 +14,14 @@ from .description import of_adam, repr_of
 from .device_step import Now
 from .groups import HYPERPARAMETERS, OF_PARAMS, HasGroups, grads_of_params, named_params, parsed_groups
 from .growing import Grows
+from .kernels import streams
 from .options import SAVED, Options, arguments
 from .parameters import begun, made_group, made_parameters
 from .remembered import Remembered
 from .repeated import RepeatedStep
 from .state_dict import HasState
 from .step_arrays import StepArrays, of_bounds
-from .step_norms import NormsOfStep, StepNorms
+from .step_norms import StepNorms, norms_of
 from .typing import (
     Algorithm,
     Array,
@@ -299,8 +300,9 @@ class Adam(HasGroups, HasState, Grows):
         elif updates:
             self.launch(updates, stream, of_step)
         if of_step and (left_out or not updates):
-            of_step.without_update(stream)
-        result = of_step and of_step.result()
+            of_step.prepare(streams.handle(stream))
+            of_step.launch()
+        result = of_step and StepNorms(*of_step.result)
         if of_step and self.options.capturable:
             self._step_norms = of_step.backend, result  # always in the same place, which captured graphs know
         if left_out:
@@ -350,15 +352,15 @@ class Adam(HasGroups, HasState, Grows):
         return StepArrays(self.arrangement, change, lr_scale, where, bounds)
 
     def norms_of_step(self):
-        """Return the `NormsOfStep` of a step."""
-        return NormsOfStep(dict(named_params(self.groups)), self._step_norms, self.backend)
+        """Return the `change_sums.NormPasses` of a step."""
+        return norms_of(dict(named_params(self.groups)), self._step_norms, self.backend)
 
     def kept_batches(self):
         """Return the batches of the last step that can be launched again, in the same list for as long as it is remembered."""
         return self._remembered.kept
 
     def launch(self, updates, stream, norms=None):
-        """Check the Updates of a step and launch them. norms: a `NormsOfStep`, which is computed too."""
+        """Check the Updates of a step and launch them. norms: `change_sums.NormPasses`, which are made too."""
         update(updates, self.backend, stream, self._remembered, self.under_way, norms)
 
     def check(self, updates, stream):

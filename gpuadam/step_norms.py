@@ -3,9 +3,7 @@
 from typing import Any, NamedTuple
 
 from . import backends, clipping
-from .kernels import streams
 from .kernels.messages import shown
-from .kernels.norm_order import chunks_of
 
 
 class StepNorms(NamedTuple):
@@ -25,49 +23,16 @@ class StepNorms(NamedTuple):
     param: Any
 
 
-class NormsOfStep:
-    """The norms of a step that is under way.
+def norms_of(params, kept, asked):
+    """Return the `change_sums.NormPasses` of a step.
 
     params: name -> array, of all parameters. kept: the backend and the StepNorms of an earlier step, to be written again; None
     for new arrays. asked: the backend that the optimizer was given, or None. Raises what `global_norm` raises, of the parameters.
     """
-
-    begun = False  # whether an update has begun; no norm is one
-
-    def __init__(self, params, kept, asked):
-        self.asked = asked
-        named = [(f"params[{shown(name)}]", array) for name, array in params.items()]
-        self.backend, views = backends.choose(named, asked)
-        device, out = clipping.checked(views), []
-        if kept and kept[0] is self.backend:
-            out = [self.backend.view("norms", array) for array in kept[1]]
-        if any(None is not device != view.device for view in out):
-            out = []
-        self._kept, self._norms = kept[1] if out else None, self.backend.step_norms(views, device, out)
-        self._first_sums, total = {}, 0
-        for name, view in zip(params, views, strict=True):
-            self._first_sums[name] = total
-            total += chunks_of(view.size)
-
-    def part(self, group, names, updates, arrays):
-        """Return the batch that sums the changes of the parameters of some names: `layout.Update`s of the same arrays."""
-        part = self._norms.part(updates, arrays, [self._first_sums[name] for name in names])
-        part.group = group
-        return part
-
-    def prepare(self, stream):
-        """Do what may fail before anything is written, once all parts are prepared. stream: the handle of one, or None."""
-        self._norms.prepare(stream)
-
-    def launch(self):
-        """Compute the norms, or enqueue it on a GPU, after the updates."""
-        self._norms.launch()
-
-    def without_update(self, stream):
-        """Compute the norms of a step that updates nothing. stream: as `Adam.step` takes it."""
-        self.prepare(streams.handle(stream))
-        self.launch()
-
-    def result(self):
-        """Return the StepNorms."""
-        return self._kept or StepNorms(*self._norms.result)
+    backend, views = backends.choose([(f"params[{shown(name)}]", array) for name, array in params.items()], asked)
+    device, out = clipping.checked(views), []
+    if kept and kept[0] is backend:
+        out = [backend.view("norms", array) for array in kept[1]]
+    if any(None is not device != view.device for view in out):
+        out = []
+    return backend.step_norms(dict(zip(params, views, strict=True)), device, out)

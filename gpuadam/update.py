@@ -76,7 +76,7 @@ def update(groups, backend=None, stream=None, remembered=None, under_way=None, n
 
     remembered: a `remembered.Remembered`, which keeps what is known of the arrays for the next step. under_way: an
         `under_way.UnderWay`, which begins when all is checked and prepared. The caller ends it when the step is counted too.
-    norms: a `step_norms.NormsOfStep`, which the step computes.
+    norms: `change_sums.NormPasses`, which the step makes.
     """
     if stream is not None:
         stream = streams.handle(stream)
@@ -172,7 +172,7 @@ def _of_change(groups, norms):
     batches = []
     for k, group in enumerate(groups):
         together: dict[Arrays, tuple] = {}
-        for name, (_, _, arrays, one) in zip(group.names, _viewed(group, norms.asked), strict=True):
+        for name, (_, _, arrays, one) in zip(group.names, _viewed(group, norms.backend.name), strict=True):
             names, updates = together.setdefault(arrays, ([], []))
             names.append(name)
             updates.append(one)

@@ -1,6 +1,6 @@
 """The bytes of an array, in C order and in small pieces, whatever its strides and wherever it lies.
 
-`chunks` reads them and `buffers` writes them, each over any range of elements, with a few MB of memory. Only arrays on a GPU that
+`chunks` reads them and `buffers` writes them, with a few MB of memory. Only arrays on a GPU that
 are not C-contiguous are held on the host whole, one at a time. Each copy from or to a GPU waits for all work that is enqueued on
 the device, on whatever stream, and the host waits for the copy.
 """
@@ -12,35 +12,34 @@ from gpuadam.kernels.layout import bounds
 CHUNK = 1 << 22  # bytes
 
 
-def chunks(backend, view, start=0, stop=None):
-    """Yield elements start to stop, counted in C order, as buffers of bytes. Each is good until the next is asked for.
+def chunks(backend, view):
+    """Yield the elements, in C order, as buffers of bytes. Each is good until the next is asked for.
 
     backend: the backend of the View.
 
     >>> from gpuadam import backends
     >>> backend, (view,) = backends.choose([("x", np.array([[1, 2], [3, 4]], "u2").T)])
-    >>> [bytes(chunk) for chunk in chunks(backend, view, 1)]
-    [b'\\x03\\x00\\x02\\x00\\x04\\x00']
+    >>> [bytes(chunk) for chunk in chunks(backend, view)]
+    [b'\\x01\\x00\\x03\\x00\\x02\\x00\\x04\\x00']
     """
-    return _pieces(backend, view, start, stop, writes=False)
+    return _pieces(backend, view, writes=False)
 
 
-def buffers(backend, view, start=0, stop=None):
-    """Yield buffers for the bytes of elements start to stop, counted in C order. What is in one is stored when the
-    next is asked for.
+def buffers(backend, view):
+    """Yield buffers for the bytes of the elements, in C order. What is in one is stored when the next is asked for.
 
     An array on a GPU must have passed `checks.no_gaps`.
 
     >>> from gpuadam import backends
     >>> x = np.zeros((2, 2), "u2").T
     >>> backend, (view,) = backends.choose([("x", x)])
-    >>> for buffer in buffers(backend, view, 2):
-    ...     buffer[:] = bytes([1, 0, 2, 0])
+    >>> for buffer in buffers(backend, view):
+    ...     buffer[:] = bytes([1, 0, 2, 0, 3, 0, 4, 0])
     >>> x
-    array([[0, 0],
-           [1, 2]], dtype=uint16)
+    array([[1, 2],
+           [3, 4]], dtype=uint16)
     """
-    return _pieces(backend, view, start, stop, writes=True)
+    return _pieces(backend, view, writes=True)
 
 
 class Pieces:
@@ -100,10 +99,10 @@ def wait(backend, view):
             backend.synchronize()
 
 
-def _pieces(backend, view, start, stop, writes):
-    """Yield buffers for the bytes of a range of elements. writes: they are stored afterwards; else they are read before."""
-    stop, itemsize = view.size if stop is None else stop, view.dtype.itemsize
-    ranges = [(first, min(first + CHUNK // itemsize, stop)) for first in range(start, stop, CHUNK // itemsize)]
+def _pieces(backend, view, writes):
+    """Yield buffers for the bytes of the elements. writes: they are stored afterwards; else they are read before."""
+    size, itemsize = view.size, view.dtype.itemsize
+    ranges = [(first, min(first + CHUNK // itemsize, size)) for first in range(0, size, CHUNK // itemsize)]
     if not ranges:
         return  # an empty array on a GPU has no device either
     if view.device is None:

@@ -7,7 +7,7 @@ A backend updates the arrays of one library in one kind of memory. `gpu_backend.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,7 @@ class Backend(abc.ABC):
         the arrays' device; None for the CPU, or if no array has elements.
         """
 
-    def step_norms(self, params: Sequence[View], device: int | None, out: Any) -> Any:
+    def step_norms(self, params: Mapping[str, View], device: int | None, out: Any) -> Any:
         """Return the `change_sums.NormPasses` of a step, whose docstring has the arguments. A backend need not have them."""
         raise NotImplementedError(f"the backend {self.name} takes no norms of a step: leave norms out")
 

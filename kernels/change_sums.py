@@ -10,6 +10,7 @@ needs no memory beyond 8 bytes for each chunk. The parameters' norm is taken aft
 On a GPU a warp sums a chunk, and thread t has the lanes t, t + 32, ... t + 224: neighbours load neighbours, whatever the formats.
 """
 
+import itertools
 from typing import Any
 
 from gpuadam.kernels import norm_order as order
@@ -35,9 +36,9 @@ def table_of(updates, first_sums):
 class ChangePart(Batch):
     """The sums of the change of some Updates: a Batch that writes nothing of the caller's. norms: the `NormPasses` it is of."""
 
-    def __init__(self, norms, updates, arrays, first_sums):
+    def __init__(self, norms, group, updates, arrays, first_sums):
         super().__init__(updates, arrays)
-        self.norms, self.device = norms, norms.device
+        self.norms, self.device, self.group = norms, norms.device, group
         self.scalars: Any = None  # as the kernel reads them
         self.names, self.is_random = (), False  # an error of the step names what is updated; nothing here is rounded
         self.views = [view for update in updates for view in update.views]
@@ -61,20 +62,24 @@ class NormPasses:
     The order of calls: `part` for each kind of arrays, `prepare` of each part, `prepare`; then `launch` of each part, the
     updates, `launch`.
 
-    params: Views of all parameters, of one device. device: its number; None for the CPU, or if no parameter has elements. out:
-    Views of two arrays of shape () and dtype float64, for the norms of the change and of the parameters; none for new ones.
-    `result`: both arrays.
+    params: name -> View of all parameters, of one device. device: its number; None for the CPU, or if no parameter has elements.
+    out: Views of two arrays of shape () and dtype float64, for the norms of the change and of the parameters; none for new ones.
+    `result`: both arrays. `begun`: whether an update has begun, as of a Batch; a norm is none.
     """
 
+    begun = False
+
     def __init__(self, backend, params, device, out):
-        self.backend, self.params, self.device, self.out = backend, params, device, out
+        self.backend, self.params, self.device, self.out = backend, [*params.values()], device, out
         self.parts: list[ChangePart] = []
         self.result: tuple = ()
-        self.total = order.chunks_of_all(params)
+        chunks = [order.chunks_of(view.size) for view in self.params]
+        *firsts, self.total = itertools.accumulate(chunks, initial=0)
+        self._first_sums = dict(zip(params, firsts, strict=True))
 
-    def part(self, updates, arrays, first_sums):
-        """Return the ChangePart of Updates, which all have the same `operands.Arrays`, and keep it."""
-        self.parts.append(ChangePart(self, updates, arrays, first_sums))
+    def part(self, group, names, updates, arrays):
+        """Return the ChangePart of `layout.Update`s of parameters of some names, which all have the same `operands.Arrays`."""
+        self.parts.append(ChangePart(self, group, updates, arrays, [self._first_sums[name] for name in names]))
         return self.parts[-1]
 
     def place(self, stream):

@@ -22,7 +22,6 @@ middle of the tree goes through shuffles. On a CPU the lanes lie in memory, and 
 four rows of WIDTH are neighbours, so that it goes through memory in order.
 """
 
-import functools
 import itertools
 from typing import NamedTuple
 
@@ -46,16 +45,6 @@ FORMATS = {
     "bfloat16": ("from_bfloat16", "widened"),
     "float16": ("from_float16", "widened"),
 }
-
-
-def format_of(view):
-    """Return the format of a View's elements, or None if a norm does not take it. NumPy's bfloat16 is that of ml_dtypes."""
-    return view.bits or _format(view.dtype)
-
-
-@functools.lru_cache(maxsize=64)  # a dtype takes longer to say its name than the rest of a view takes
-def _format(dtype):
-    return dtype.name if dtype.name in FORMATS and dtype.isnative else None
 
 
 class Form(NamedTuple):
@@ -164,7 +153,7 @@ def plan(views, alignment=None, n_sums=0):
     total = n_sums
     for view in views:
         if size := view.size:
-            by_format.setdefault(format_of(view), []).append((view, size, total))
+            by_format.setdefault(view.format, []).append((view, size, total))
             total += chunks_of(size)
     for format, members in by_format.items():
         form, chunks, elements = Form(format), 0, 0

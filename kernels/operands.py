@@ -128,21 +128,15 @@ class Arrays(NamedTuple):
         gradient is 0 stay. numbers: of an element.
         """
         param, m = formats["param"], formats["m"]
+        kept = ("param", "grad", "param_copy", "ema", "change", "lr_scale", "low", "high")
         return cls(
-            param,
-            formats["grad"],
-            "8bit" if m == "uint8" else m,
-            "max_v" in formats,
-            "remainder" in formats,
-            formats.get("param_copy", ""),
-            formats.get("ema", ""),
-            stochastic and param in ("bfloat16", "float16"),
-            formats.get("change", ""),
-            formats.get("lr_scale", ""),
-            "nonzero" if nonzero else "array" if "where" in formats else "",
-            formats.get("low", ""),
-            formats.get("high", ""),
-            numbers,
+            **{operand: formats[operand] for operand in kept if operand in formats},
+            state="8bit" if m == "uint8" else m,
+            amsgrad="max_v" in formats,
+            remainder="remainder" in formats,
+            stochastic=stochastic and param in ("bfloat16", "float16"),
+            where="nonzero" if nonzero else "array" if "where" in formats else "",
+            numbers=numbers,
         )
 
     @property

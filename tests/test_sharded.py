@@ -95,11 +95,14 @@ def test_a_bad_step_changes_nothing(grad, options, error, match):
     assert (param == 1).all() and opt.steps == 0 and opt.shards[0].state["step"] == 0
 
 
-@pytest.mark.parametrize("dtype", ["f4", "f8"])  # in the same buffer, and in one of its own
-def test_a_gradient_in_the_place_of_another_is_refused(dtype):
+# in the same buffer, and in one of its own
+@pytest.mark.parametrize(
+    "dtype, said", [("f8", "the buffer of gradients and the gradient of params"), ("f4", "has dtype float64")]
+)
+def test_a_gradient_in_the_place_of_another_is_refused(dtype, said):
     params = [w.astype("f8"), w.astype(dtype)]
     opt = sharded(params)
-    with pytest.raises(ValueError, match="the buffer of gradients and the gradient of params"):
+    with pytest.raises((TypeError, ValueError), match=said):
         opt.step(opt.grads[::-1])
     assert all((param == 1).all() for param in params) and opt.steps == 0
 

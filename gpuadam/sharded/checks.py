@@ -1,12 +1,9 @@
 """The checks of a `ShardedAdam`'s arrays: of its parameters, and of the gradients of a step."""
 
-import bisect
 import collections
-import itertools
 
 from .. import backends, checks
 from ..groups import named_params
-from ..kernels.layout import bounds
 from ..kernels.messages import shown
 from .layout import CELL
 
@@ -63,8 +60,8 @@ def _chosen(named, transport, backend):
 def grads(members, listed, transport, taken, zero_grad, backend):
     """Return a View of each gradient, or None, in the order of the parameters.
 
-    members: all parameters. listed: their gradients, None included. taken: the Taken memory of the optimizer. zero_grad: whether
-    gradients are written.
+    members: all parameters. listed: their gradients, None included. taken: Views of what the step writes beside them, of which a
+    gradient may share the memory of its own place alone. zero_grad: whether gradients are written.
     """
     # a gradient that is the array of its place is known
     views = [member.grad if grad is member.grad_array else None for member, grad in zip(members, listed, strict=True)]
@@ -75,24 +72,11 @@ def grads(members, listed, transport, taken, zero_grad, backend):
         for member, view in zip(elsewhere, their_views, strict=True):
             allowed = checks.FORMATS if member.grad.format == "float64" else NARROWER
             checks.gradient(view, member.view, allowed, zero_grad)
-            taken.check(view, member.grad)
             views[member.number] = view
+        pairs = zip(elsewhere, their_views, strict=True)
+        checks.overlap(taken, [view for member, view in pairs if not _same_place(view, member.grad)])
     return views
 
 
-class Taken:
-    """The arrays that a step writes beside gradients. They stay where they are, and share no memory with one another."""
-
-    def __init__(self, views):
-        self._views = sorted((view for view in views if view.size), key=bounds)
-        extents = [bounds(view) for view in self._views]
-        self._starts = [start for start, _ in extents]
-        self._ends = list(itertools.accumulate((end for _, end in extents), max))  # arrays with gaps may interlock
-
-    def check(self, grad, place):
-        """Refuse a gradient that shares memory with one of them, unless it lies in its place in the buffer of gradients."""
-        start, end = bounds(grad)
-        before = bisect.bisect_left(self._starts, end)
-        in_place = grad.contiguous and (grad.pointer, grad.dtype) == (place.pointer, place.dtype)
-        if not in_place and before and self._ends[before - 1] > start:
-            checks.overlap(self._views, [grad])
+def _same_place(view, place):
+    return view.contiguous and (view.pointer, view.dtype) == (place.pointer, place.dtype)

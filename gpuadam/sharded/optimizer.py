@@ -136,7 +136,7 @@ class ShardedAdam(HasGroups):
                 self._take_over()
             torch_tensors.wrote(self._listed())
             self._as_given = self._listed(), torch_tensors.places(self._listed())
-            self._taken = shard_checks.Taken(self._written(buffers))
+            self._taken = self._written(buffers)
             self._norm = ShardedNorm(self._kernels, self.shards, transport)
 
     def _parsed(self, params, defaults, algorithm, decoupled, options):
