@@ -188,7 +188,8 @@ def form_and_scalars(h, step, arrays):
 
 def check_rounding(h, dtype):
     """Raise ValueError for a hyperparameter that overflows dtype, or rounds to 0 in it where it must not."""
-    form_and_scalars(h, 1, Arrays(*[np.dtype(dtype).name] * 3))
+    constants(h.fixed, Arrays(*[np.dtype(dtype).name] * 3))
+    _rounded("grad_scale", h.grad_scale, np.dtype(dtype), to_zero=False)
 
 
 def _rounded(name, value, dtype, *, to_zero=True):

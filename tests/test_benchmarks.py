@@ -444,7 +444,7 @@ def test_a_section_that_fails_does_not_cost_the_others(tmp_path):
 @BASH
 def test_what_is_not_to_be_had_has_not_passed(tmp_path):
     (tmp_path / "bin").mkdir()
-    for tool in ("bash", "cat", "date", "dirname", "mkdir", "mktemp", "rm", "tee", "timeout"):
+    for tool in ("bash", "cat", "date", "dirname", "env", "mkdir", "mktemp", "rm", "tee", "timeout"):
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     (tmp_path / "bin" / "python3").symlink_to(shutil.which("true"))
     env = {"PATH": str(tmp_path / "bin"), "PYTHON": "python3", "GPUADAM_GPU": ""}

@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import sys
 
+import libraries
 import numba
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def sums_of_changes(name, arrays, how):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_sums_are_those_of_a_plain_loop(dtype):
-    dtype = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
+    dtype = libraries.imported("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
     for n in (1, 700, 5000, LARGE):
         array = at_the_end_of_memory(np.random.default_rng(n).standard_normal(n).astype(dtype))
         plain = sums_of_squares([array], Loop())
