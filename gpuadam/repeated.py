@@ -13,12 +13,10 @@ from typing import Any
 from .groups import MAPPING, ONE
 from .kernels.step_objects import ANY, MOST_STEPS, same, stays
 from .repeated_on_cpu import NormOnCpu, StepsOnCpu, disjoint
-from .repeated_on_gpu import NormOnGpu, StepsOnGpu
-from .step_counts import HostCount
+from .repeated_on_gpu import StepsOnDevice, StepsOnGpu
 from .update import launch
 
-# The defaults of `Adam.step`'s options after grad_scale and max_norm, but check_finite, which may be on too
-NO_OPTIONS = None, None, None, None, None, False, None
+NO_OPTIONS = None, None, None, None, False, None  # of `Adam.step`: norm, change, lr_scale, where, norms and stream
 
 
 class Repeats:
@@ -71,6 +69,9 @@ class RepeatedGroup:
     alone: bool  # whether the group is one array, in nothing
     by_name: bool  # whether it is a dict
     holder: Any  # the dict or list that the parameters were given in; None if they were in nothing that is kept
+    counted: Any  # the array that the device counts its steps in; None if the host does
+    lr: Any  # the array on the device that has the learning rate; None if it is a number
+    grad_scale: Any  # likewise
 
     @classmethod
     def of(cls, optimizer, group, k, only, options, clips):
@@ -80,12 +81,15 @@ class RepeatedGroup:
         """
         settings = optimizer.groups[k]
         kind, names = group.kind, list(group.structure.names)
-        others = [value for key, value in settings.items() if key not in ("params", "names")]
+        others = [value for key, value in settings.items() if key not in ("params", "names", "lr")]
         if kind is None or len(only.columns) != 2 + len(kind.kept) or only.names != names or not all(map(stays, others)):
             return None  # of several kinds, with more arrays, or not of all parameters
-        states = [parameter.state for parameter in group.parameters]
-        if type(group.count) is not HostCount or not all(type(x) is dict and type(x["step"]) is int for x in states):
-            return None
+        states, now = [parameter.state for parameter in group.parameters], only.now
+        counted = group.count.step if group.count.on_device else None
+        if not all(
+            type(x) is dict and (type(x["step"]) is int if counted is None else x["step"] is counted) for x in states
+        ):
+            return None  # or of an ArrayCount
         own = set(names)
         places = [place for place in optimizer.arrangement.places if place[3] in own]
         if not _in_one(places, names):
@@ -98,7 +102,9 @@ class RepeatedGroup:
         for state in states:
             state["step"] = states[0]["step"]  # one object, which compiled code finds again
         keys, form, holder = ("step", *kind.kept), group.structure.kind, places[0][0] if places else None
-        return cls(plan, states, keys, names, form == ONE, form == MAPPING, holder)
+        lr = settings["lr"] if now and now.lr else None
+        grad_scale = options[0] if now and now.grad_scale else None
+        return cls(plan, states, keys, names, form == ONE, form == MAPPING, holder, counted, lr, grad_scale)
 
     def step(self, optimizer, settings, grads, options, n_named):
         """Return what the plan takes for a step: arrays, settings, the step's number, lr, grad_scale. None if it is another one.
@@ -108,18 +114,27 @@ class RepeatedGroup:
         if (type(grads) is dict) != self.by_name or (self.by_name and len(grads) != n_named):
             return None
         lr, count, params = settings.get("lr"), self.states[0].get("step"), settings.get("params")
-        grad_scale, *others = options
-        if not (type(settings) is dict and type(lr) is type(grad_scale) is float and type(count) is int):
+        (grad_scale, *others), number = options, 1
+        if type(settings) is not dict:
             return None
-        if not 0 <= count < MOST_STEPS - 1:
+        if self.counted is None:
+            if type(count) is not int or not 0 <= count < MOST_STEPS - 1:
+                return None
+            number = count + 1
+        elif count is not self.counted:
+            return None
+        lr, grad_scale = _number(lr, self.lr, 0.0), _number(grad_scale, self.grad_scale, 1.0)
+        if lr is None or grad_scale is None:
             return None
         grads, holder = [grads] if self.alone else grads, params if self.holder is None else self.holder
         arrays = count, params, grads, self.states, self.keys, self.names, settings.get("names"), holder
         settings = *self.plan.own_settings(optimizer), *others, *settings, *settings.values()
-        return arrays, settings, count + 1, lr, grad_scale
+        return arrays, settings, number, lr, grad_scale
 
     def count(self):
-        """Count a step that was made."""
+        """Count a step that was made, if the host does."""
+        if self.counted is not None:
+            return
         count = self.states[0]["step"] + 1
         for state in self.states:
             state["step"] = count
@@ -135,15 +150,23 @@ class RepeatedStep(Repeats):
         """
         if not self.worth_a_look():
             return
-        _, max_norm, norm, check_finite, *others = options
+        _, max_norm, norm, check_finite, found_inf, *others = options
         clips = max_norm is not None or check_finite
         known: list[Any] = [None]
+        on_device = all(group.now is not None for group in updates)
+        if found_inf is not None and not (on_device and all(group.now.found_inf for group in updates)):
+            others.append(found_inf)  # a number, which the host looks at
         if len(updates) == len(groups) and same((norm, *others), NO_OPTIONS) and stays((max_norm, check_finite)):
             known = [RepeatedGroup.of(optimizer, *one, options, clips) for one in zip(groups, itertools.count(), updates)]
-        self._norm = None
-        if None not in known and clips:
-            self._norm = _norm_of(optimizer, [one.plan for one in known], updates)
-        if None in known or (clips and self._norm is None):
+        self._further = None
+        if None not in known and (clips or on_device):
+            plans = [one.plan for one in known]
+            if on_device and all(type(plan) is StepsOnGpu for plan in plans):
+                given = [found_inf, options[0], *(settings["lr"] for settings in optimizer.groups)]
+                self._further = StepsOnDevice.of(updates, plans[0].kernels, optimizer.norm_on_gpu if clips else None, given)
+            elif not on_device and all(type(plan) is StepsOnCpu for plan in plans):
+                self._further = NormOnCpu(updates, optimizer.largest_norm)
+        if None in known or ((clips or on_device) and self._further is None):
             self.put_off()
             return
         self._known, self._in_groups = known, optimizer.arrangement.in_groups
@@ -154,7 +177,7 @@ class RepeatedStep(Repeats):
         known, groups = self._known, optimizer.groups
         if len(groups) != len(known) or optimizer.under_way.changing:
             return False
-        if self._in_groups or self._norm:
+        if self._in_groups or self._further:
             made = self._groups_as_last(optimizer, grads, options)
         else:  # without lists of one, which would take a third of the time of a small step
             one = known[0]
@@ -181,21 +204,18 @@ class RepeatedStep(Repeats):
         plans = [one.plan for one in known]
         of_groups = zip(known, optimizer.groups, grads, lengths, strict=True)
         steps = (one.step(optimizer, group, own, options, n) for one, group, own, n in of_groups)
-        launches = clipped(self._norm, plans, list(steps), options) if self._norm else prepared(plans, steps)
+        launches = further(self._further, plans, list(steps), options) if self._further else prepared(plans, steps)
         if not launches or (len(plans) > 1 and not disjoint(plans)):
             return False
         launch_prepared(plans, launches, optimizer.under_way)
         return True
 
 
-def _norm_of(optimizer, plans, updates):
-    """Return what takes the norm of the gradients of steps that are as the one that made Updates, or None if nothing does."""
-    if all(type(plan) is StepsOnCpu for plan in plans):
-        return NormOnCpu(updates, optimizer.largest_norm)
-    norm = optimizer.norm_on_gpu
-    if norm is None or any(type(plan) is StepsOnCpu for plan in plans) or any(group.now is None for group in updates):
-        return None
-    return NormOnGpu(updates, plans[0].kernels, norm)
+def _number(given, array, instead):
+    """Return a number, in the place of the array that it was in the last step another one; None if it is something else."""
+    if array is not None:
+        return instead if given is array else None
+    return given if type(given) is float else None
 
 
 def prepared(plans, steps):
@@ -212,11 +232,11 @@ def prepared(plans, steps):
     return batches
 
 
-def clipped(norm, plans, steps, options):
-    """Return likewise the launches of steps that depend on a norm: a `NormOnCpu` or `NormOnGpu`."""
+def further(of_all, plans, steps, options):
+    """Return likewise the launches of steps that depend on more: of a `NormOnCpu`, or a `StepsOnDevice`."""
     if None in steps or not all(plan.same(*step) for plan, step in zip(plans, steps, strict=True)):
         return None
-    return norm.prepared(plans, steps, options)
+    return of_all.launches(plans, steps, options)
 
 
 def launch_prepared(plans, launches, under_way):

@@ -201,10 +201,10 @@ class NormOnCpu:
         self._addresses = self._plan.table[: n * norm_order.COLUMNS].reshape(n, norm_order.COLUMNS)[:, norm_order.OPERANDS]
         self._numbers, self._sizes = self._addresses // VECTOR_BYTES, [view.size for view in views]
 
-    def prepared(self, plans, steps, options):
-        """Return the batches of a step whose plans have found it to be the same. steps: what `StepsOnCpu.step` takes.
+    def launches(self, plans, steps, options):
+        """Return what to launch for a step that plans found to be as the last one. options: of the step.
 
-        None if that is the long way's, which leaves steps out and refuses what overflows.
+        None if it is left out, or if a number overflows.
         """
         grad_scale, max_norm, _, check_finite, *_ = options
         sizes, addresses = np.concatenate([plan.grads for plan in plans], axis=1)

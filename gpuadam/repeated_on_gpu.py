@@ -17,7 +17,7 @@ from .device_step import ScalarsLaunch
 from .kernels import adam, step_objects
 from .kernels.scalars import step_key
 from .kernels.step_objects import same, stays
-from .kernels.view import type_name
+from .kernels.view import is_array, type_name
 from .update import Updates, launch
 
 MOST_KEPT = 1024  # calls of adam_step on different arrays, in each thread
@@ -107,7 +107,7 @@ class StepsOnGpu:
         """Whether the step is as the last one."""
         return any(plan.same(arrays, settings) and (read is None or read.same(arrays)) for plan, read in self._ways)
 
-    def clipped(self, step, lr, grad_scale, now, seed):
+    def on_device(self, step, lr, grad_scale, now, seed):
         """Return what to launch for a step whose scalars the device computes; None if a graph would freeze these.
 
         now: its `device_step.Now`.
@@ -126,33 +126,48 @@ class StepsOnGpu:
         """Do nothing: a step that was prepared keeps no array alive."""
 
 
-class NormOnGpu:
-    """The norm of the gradients of the plans of a step, which are `StepsOnGpu`s, and the step that is clipped to it.
+class StepsOnDevice:
+    """Steps whose scalars the device computes: of what it counts, of arrays of one number, or of the norm of the gradients."""
 
-    groups: the Updates of the step that went the long way. kernels: the backend. norm: the array that the norm is written to.
-    """
-
-    def __init__(self, groups, kernels, norm):
-        self._kernels, self._array, self._at = kernels, norm, kernels.view("norm", norm)
+    def __init__(self, groups, kernels, norm, given):
+        self._kernels, self._given = kernels, given
+        self._told = remembered.read(given, remembered.READ_ALL)
         self._now, self._seeds = [group.now for group in groups], [group.seed for group in groups]
-        named = itertools.chain.from_iterable(zip(group.names, group.columns[1], strict=True) for group in groups)
-        views = [kernels.view(name, grad) for name, grad in named]
-        views = [view.in_parts() if view.dtype.kind == "c" else view for view in views]
-        self._norm = kernels.norm_again(views, self._at.device)
-        self._stream: Any = None
+        self._norm, self._stream = None, None
+        if norm is not None:
+            self._at = kernels.view("norm", norm)
+            named = itertools.chain.from_iterable(zip(group.names, group.columns[1], strict=True) for group in groups)
+            views = [kernels.view(name, grad) for name, grad in named]
+            views = [view.in_parts() if view.dtype.kind == "c" else view for view in views]
+            self._norm = kernels.norm_again(views, self._at.device)
 
-    def prepared(self, plans, steps, options):
-        """Return what to launch for a step whose plans have found it to be the same, or None if that is the long way's.
+    @classmethod
+    def of(cls, groups, kernels, norm, given):
+        """Return those of a step that went the long way, or None if what it was given cannot be read.
 
-        steps: what `StepsOnGpu.step` takes. options: of the step, which are those of the last one.
+        groups: its Updates. kernels: the backend of all. norm: the array that the norm is written to; None if none is taken.
+        given: numbers, of which some are in arrays on the device.
         """
-        place = self._kernels.place(self._at.device, None, [*self._norm.streams, self._at.stream])
-        if place.capturing or place.stream != (self._stream or place.stream):
+        arrays = [x for x in (*given, norm) if is_array(x)]
+        steps = cls(groups, kernels, norm, arrays)
+        return None if steps._told is None else steps
+
+    def launches(self, plans, steps, options):
+        """Return what to launch for a step that plans found to be as the last one, or None if it is another one for all that.
+
+        steps: what `StepsOnGpu.step` takes for each plan. options: of the step.
+        """
+        if remembered.read(self._given, remembered.READ_ALL) != self._told:
             return None
-        self._stream = place.stream
-        launches: list[Any] = [NormLaunch(self._norm, place, self._at.pointer)]
+        launches: list[Any] = []
+        if self._norm:
+            place = self._kernels.place(self._at.device, None, [*self._norm.streams, self._at.stream])
+            if place.capturing or place.stream != (self._stream or place.stream):
+                return None
+            self._stream = place.stream
+            launches.append(NormLaunch(self._norm, place, self._at.pointer))
         for plan, (_, _, step, lr, grad_scale), now, seed in zip(plans, steps, self._now, self._seeds, strict=True):
-            of_group = plan.clipped(step, lr, grad_scale, now, seed)
+            of_group = plan.on_device(step, lr, grad_scale, now, seed)
             if of_group is None:
                 return None
             launches += of_group

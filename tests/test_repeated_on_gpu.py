@@ -53,7 +53,8 @@ class Twins:
         for one, other in zip(numbers(self.library, self.params), numbers(self.library, self.others), strict=True):
             assert (one.view("u4") == other.view("u4")).all()
         assert self.quick.steps == self.slow.steps
-        assert [s["step"] for s in self.quick.state.values()] == [s["step"] for s in self.slow.state.values()]
+        one, other = (opt.state_dict()["state"].values() for opt in (self.quick, self.slow))
+        assert [state["step"] for state in one] == [state["step"] for state in other]
 
 
 @pytest.fixture
@@ -110,12 +111,105 @@ def test_so_have_clipped_steps(backend, took, options, of_step):
     twins.assert_same()
 
 
+def written(library, number, dtype="float64"):
+    """Return an array of one number."""
+    return library.array(np.array([number], dtype))
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1, "maximize": True}, {"state_dtype": "8bit"}])
+def test_so_have_capturable_steps(backend, took, options):
+    twins = Twins(backend, capturable=True, **options)
+    twins.step(times=6)
+    assert took and all(took)
+    twins.assert_same()
+    assert twins.library.numpy(twins.quick.state["0"]["step"]) == [6]
+
+
+def test_numbers_on_the_device_are_followed_in_repeated_steps(backend, took):
+    library = testing.array_backend(backend)
+    lr, grad_scale, found_inf = written(library, 0.1), written(library, 0.5, "float32"), library.flag(0)
+    twins = Twins(backend, capturable=True, lr=lr)
+    of_step = {"grad_scale": grad_scale, "found_inf": found_inf, "max_norm": 2.0, "check_finite": True}
+    for k in range(8):
+        write(found_inf, np.array([k in (3, 6)], "float32"))
+        for array, dtype in ((lr, "f8"), (grad_scale, "f4")):
+            numbers = np.array([1 / (k + 2)], dtype)
+            array.set(numbers) if hasattr(array, "set") else array.copy_to_device(numbers)
+        grad = library.numpy(twins.grads[0]) + k
+        write(twins.grads[0], np.where(k == 5, np.inf, grad) if k == 5 else np.nan_to_num(grad, posinf=0.0))
+        twins.step(**of_step)
+    assert took and all(took)
+    twins.assert_same()
+    assert library.numpy(twins.quick.state["0"]["step"]) == [5]  # two flags, and an infinite gradient
+
+
+def in_other_memory(library, of_step, opt):
+    """Give the array that has the learning rate other memory, where its library lets it have some."""
+    lr, other = opt.groups[0]["lr"], written(library, 0.7)
+    if hasattr(lr, "gpu_data"):
+        lr.gpu_data = other.gpu_data
+    else:
+        lr.shape = (1, 1)
+
+
+OTHER_NUMBERS = {
+    "lr in other memory": in_other_memory,
+    "lr another array": lambda library, of_step, opt: opt.groups[0].update(lr=written(library, 0.7)),
+    "lr a number": lambda library, of_step, opt: opt.groups[0].update(lr=0.7),
+    "grad_scale another array": lambda library, of_step, opt: of_step.update(grad_scale=written(library, 0.7)),
+    "grad_scale a number": lambda library, of_step, opt: of_step.update(grad_scale=0.7),
+    "grad_scale of two": lambda library, of_step, opt: of_step.update(grad_scale=library.array(np.ones(2))),
+    "found_inf another array": lambda library, of_step, opt: of_step.update(found_inf=library.flag(1)),
+    "found_inf a number": lambda library, of_step, opt: of_step.update(found_inf=1.0),
+    "found_inf of the host": lambda library, of_step, opt: of_step.update(found_inf=np.ones(1)),
+    "no found_inf": lambda library, of_step, opt: of_step.pop("found_inf"),
+    "a norm": lambda library, of_step, opt: of_step.update(norm=written(library, 30.0)),
+    "another max_norm": lambda library, of_step, opt: of_step.update(max_norm=0.01),
+    "the count": lambda library, of_step, opt: opt.state["0"].update(step=written(library, 70, "int64")),
+    "norms": lambda library, of_step, opt: of_step.update(norms=True),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_NUMBERS)
+def test_other_numbers_than_in_the_last_step_are_noticed(backend, took, other):
+    outcomes = []
+    for repeats in (True, False):
+        library = testing.array_backend(backend)
+        params, grads = arrays(library, 1), arrays(library, 2)
+        opt = gpuadam.Adam(params, capturable=True, lr=written(library, 0.1))
+        opt.repeats = repeats
+        of_step = {"grad_scale": written(library, 0.5), "found_inf": library.flag(0), "max_norm": 2.0}
+        for _ in range(4):
+            opt.step(grads, **of_step)
+        OTHER_NUMBERS[other](library, of_step, opt)
+        told = []
+        for _ in range(3):
+            try:
+                opt.step(grads, **of_step)
+            except Exception as error:  # noqa: BLE001 - whatever it is, both have to raise it
+                told.append((type(error), str(error)))
+        outcomes.append([*told, opt.steps, *(a.tobytes() for a in numbers(library, params))])
+    assert took[:2] == [True, True] and outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_flag_of_the_host_is_looked_at_each_time(backend, capturable):
+    twins, flag = Twins(backend, capturable=capturable), np.zeros(1)
+    for k in range(6):
+        flag[0] = k == 4
+        twins.step(found_inf=flag)
+    twins.assert_same()
+    assert twins.quick.steps == 5
+
+
 def test_a_clipped_step_on_another_stream_or_of_another_grad_scale_has_the_same_bits(cp, took):
     twins = Twins("cupy")
     twins.step(times=4, max_norm=0.5)
     stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()  # arrays of CuPy name no stream
     with stream:
         twins.step(times=3, max_norm=0.5)
+    stream.synchronize()
     twins.step(times=3, max_norm=0.5)
     assert took[:2] == [True, True] and False in took
     for grad_scale in (0.5, -2.0, 1e-3):
@@ -179,8 +273,9 @@ class Pair:
         grads = [grad for own in grads for grad in (own.values() if isinstance(own, dict) else [own])]
         arrays = [*self.params.values(), *(g for g in grads if hasattr(g, "__cuda_array_interface__"))]
         for state in self.state.values():
-            told.append(state.get("step"))
-            arrays += [x for key, x in state.items() if key != "step"]
+            count = state.get("step")
+            told += [] if hasattr(count, "__cuda_array_interface__") else [count]
+            arrays += [x for key, x in state.items() if key != "step" or hasattr(x, "__cuda_array_interface__")]
         return [*told, self.opt.steps, *(self.library.numpy(x).tobytes() for x in arrays)]
 
 
@@ -285,11 +380,14 @@ CHANGES_OF_GROUPS = {
 @pytest.mark.parametrize(
     ("groups", "change"), [(k, name) for k in (1, 2) for name in CHANGES] + [(3, name) for name in CHANGES_OF_GROUPS]
 )
-@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5}], ids=["plain", "clipped"])
-def test_a_change_between_steps_is_noticed(backend, took, groups, change, options):
-    outcomes = []
+@pytest.mark.parametrize("kind", ["plain", "clipped", "capturable"])
+def test_a_change_between_steps_is_noticed(backend, took, groups, change, kind):
+    outcomes, options = (
+        [],
+        {"clipped": {"max_norm": 0.5}, "capturable": {"max_norm": 0.5, "check_finite": True}}.get(kind, {}),
+    )
     for repeats in (True, False):
-        pair = Pair(backend, groups)
+        pair = Pair(backend, groups, capturable=kind == "capturable")
         pair.opt.repeats = repeats
         pair.outcome(4, **options)
         (CHANGES_OF_GROUPS if groups == 3 else CHANGES)[change](pair)
