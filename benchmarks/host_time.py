@@ -30,6 +30,7 @@ if os.environ.get("GPUADAM_GPU") == "host":  # before CuPy and numba-cuda ask fo
 else:
     DRIVER = None
 
+import numpy as np
 import peers
 import report
 import timing
@@ -42,10 +43,11 @@ ELEMENTS = 1000  # of each array
 BARE = {"cupy": "bare ElementwiseKernel", "numba-cuda": "bare Numba kernel"}
 
 
-def steps(arrays):
+def steps(kernels, arrays):
     """Return {contender: function that takes a step on all arrays}. arrays: lists of param, grad, m and v."""
     count, params = itertools.count(1), [row[0] for row in arrays]
     opt, clips = (gpuadam.Adam(params, **peers.HYPERPARAMETERS) for _ in range(2))
+    mixed, scale = gpuadam.Adam(params, **peers.HYPERPARAMETERS, capturable=True), kernels.from_host(np.array([0.5]))
     grads = [row[1] for row in arrays]
 
     def adam_steps():
@@ -57,6 +59,7 @@ def steps(arrays):
         "gpuadam.adam_step": adam_steps,
         "gpuadam.Adam.step": lambda: opt.step(grads),
         "gpuadam.Adam.step, max_norm": lambda: clips.step(grads, max_norm=1.0),
+        "gpuadam.Adam.step, mixed precision": lambda: mixed.step(grads, grad_scale=scale, max_norm=1.0, check_finite=True),
         "gpuadam.global_norm": lambda: gpuadam.global_norm(grads),
     }
 
@@ -93,7 +96,7 @@ def measure_rows(backend, options, notes):
     for n in report.numbers(options.sizes):
         shapes = n * [(ELEMENTS,)]
         bare = (peers.one_element_a_thread if backend.name == "cupy" else bare_numba_kernel)(backend, shapes).step
-        contenders = steps(peers.own_arrays(backend, shapes)) | {BARE[backend.name]: bare}
+        contenders = steps(kernels, peers.own_arrays(backend, shapes)) | {BARE[backend.name]: bare}
         for function in [*contenders.values()] * 3:  # compiled, and known to the optimizer
             function()
         timing.drain(kernels)

@@ -8,6 +8,7 @@ NumPy's arrays are not remembered: to read their structs anew takes less time th
 
 import itertools
 import operator
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,10 @@ READ_CHANGING = READ_ALL | {
     CUPY: [operator.attrgetter("shape")],
     NUMBA: [operator.attrgetter("gpu_data", "shape", "strides", "dtype", "stream")],  # quicker than the address
 }
+
+
+READ = {name: READ_ALL[name][0] for name in (CUPY, NUMBA)}  # what reads all of an array, without the array
+MOST_NORMS = 8  # of different arrays, in each thread
 
 
 class ArraysRead(NamedTuple):
@@ -130,3 +135,38 @@ class Remembered:
 
     def __reduce__(self):  # a copy of an optimizer finds out anew
         return (Remembered, ())
+
+
+class NormsOnGpu(threading.local):
+    """The last norms that a thread asked for, by what is read of their arrays. None of these is kept alive but a result."""
+
+    def __init__(self):
+        self._kept: dict[Any, tuple] = {}
+
+    def key(self, arrays, out, backend):
+        """Return what tells a call from others, or None if its arrays are not remembered. out: None, or another such array."""
+        cls = type(arrays[0])
+        all_arrays = arrays if out is None else [*arrays, out]
+        if type_name(cls) not in READ or any(type(array) is not cls for array in all_arrays):
+            return None
+        return backends.forced(backend), cls, out is None, *map(READ[type_name(cls)], all_arrays)
+
+    def taken(self, key, out, stream):
+        """Return the norm of a call that was made before, or None."""
+        if key not in self._kept:
+            return None
+        kernels, norm, place_of = self._kept[key]
+        result = kernels.take(norm, place_of, stream)
+        return result if out is None or result is None else out
+
+    def take(self, key, kernels, views, device, place_of, stream):
+        """Return the norm of another call, and keep what it is made from; None if a graph is captured."""
+        norm = kernels.norm_again(views, device)
+        result = kernels.take(norm, place_of, stream)
+        if result is None:
+            norm.release()
+            return None
+        if len(self._kept) == MOST_NORMS:
+            self._kept.pop(next(iter(self._kept)))[1].release()
+        self._kept[key] = kernels, norm, place_of
+        return result

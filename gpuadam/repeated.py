@@ -16,7 +16,7 @@ from .repeated_on_cpu import NormOnCpu, StepsOnCpu, disjoint
 from .repeated_on_gpu import StepsOnDevice, StepsOnGpu
 from .update import launch
 
-NO_OPTIONS = None, None, None, None, False, None  # of `Adam.step`: norm, change, lr_scale, where, norms and stream
+NO_OPTIONS = None, None, None, False, None  # of `Adam.step`: change, lr_scale, where, norms and stream
 
 
 class Repeats:
@@ -150,23 +150,16 @@ class RepeatedStep(Repeats):
         """
         if not self.worth_a_look():
             return
-        _, max_norm, norm, check_finite, found_inf, *others = options
-        clips = max_norm is not None or check_finite
+        _, max_norm, norm, check_finite, *_ = options
+        clips, on_device = norm is None and (max_norm is not None or check_finite), any(group.now for group in updates)
         known: list[Any] = [None]
-        on_device = all(group.now is not None for group in updates)
-        if found_inf is not None and not (on_device and all(group.now.found_inf for group in updates)):
-            others.append(found_inf)  # a number, which the host looks at
-        if len(updates) == len(groups) and same((norm, *others), NO_OPTIONS) and stays((max_norm, check_finite)):
+        if len(updates) == len(groups) and _repeatable(updates, options):
             known = [RepeatedGroup.of(optimizer, *one, options, clips) for one in zip(groups, itertools.count(), updates)]
         self._further = None
         if None not in known and (clips or on_device):
-            plans = [one.plan for one in known]
-            if on_device and all(type(plan) is StepsOnGpu for plan in plans):
-                given = [found_inf, options[0], *(settings["lr"] for settings in optimizer.groups)]
-                self._further = StepsOnDevice.of(updates, plans[0].kernels, optimizer.norm_on_gpu if clips else None, given)
-            elif not on_device and all(type(plan) is StepsOnCpu for plan in plans):
-                self._further = NormOnCpu(updates, optimizer.largest_norm)
-        if None in known or ((clips or on_device) and self._further is None):
+            self._further = _further_of(optimizer, [one.plan for one in known], updates, clips, options)
+            known = known if self._further else [None]
+        if None in known:
             self.put_off()
             return
         self._known, self._in_groups = known, optimizer.arrangement.in_groups
@@ -209,6 +202,26 @@ class RepeatedStep(Repeats):
             return False
         launch_prepared(plans, launches, optimizer.under_way)
         return True
+
+
+def _repeatable(updates, options):
+    """Whether the options of a step stay what they are, or are arrays that the device looks at. updates: all of the step's."""
+    _, max_norm, norm, check_finite, found_inf, *others = options
+    for name, value in (("norm", norm), ("found_inf", found_inf)):
+        if value is not None and not all(group.now and getattr(group.now, name) for group in updates):
+            return False
+    return same(others, NO_OPTIONS) and stays((max_norm, check_finite))
+
+
+def _further_of(optimizer, plans, updates, clips, options):
+    """Return the `NormOnCpu` or the `StepsOnDevice` of a step that was made by Updates, or None if there is none."""
+    grad_scale, _, norm, _, found_inf, *_ = options
+    if all(type(plan) is StepsOnGpu for plan in plans) and all(group.now for group in updates):
+        given = [grad_scale, norm, found_inf, *(settings["lr"] for settings in optimizer.groups)]
+        return StepsOnDevice.of(updates, plans[0].kernels, optimizer.norm_on_gpu if clips else None, given)
+    if all(type(plan) is StepsOnCpu for plan in plans) and not any(group.now for group in updates):
+        return NormOnCpu(updates, optimizer.largest_norm)
+    return None
 
 
 def _number(given, array, instead):

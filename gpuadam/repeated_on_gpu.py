@@ -84,7 +84,7 @@ class StepsOnGpu:
         """Return that of a step that went the long way, whose k-th Updates were these, or None if there is none for its like."""
         batches = [batch for batch in optimizer.kept_batches() or () if batch.group == k]
         cls_of_arrays = type(only.columns[0][0])
-        if not batches or type_name(cls_of_arrays) not in READ or not step_objects.known():
+        if not batches or type_name(cls_of_arrays) not in remembered.READ or not step_objects.known():
             return None
         alike = all(type(array) is cls_of_arrays for column in only.columns for array in column)
         return cls(batches, only) if alike else None
@@ -133,7 +133,7 @@ class StepsOnDevice:
         self._kernels, self._given = kernels, given
         self._told = remembered.read(given, remembered.READ_ALL)
         self._now, self._seeds = [group.now for group in groups], [group.seed for group in groups]
-        self._norm, self._stream = None, None
+        self._norm: Any = None
         if norm is not None:
             self._at = kernels.view("norm", norm)
             named = itertools.chain.from_iterable(zip(group.names, group.columns[1], strict=True) for group in groups)
@@ -162,9 +162,8 @@ class StepsOnDevice:
         launches: list[Any] = []
         if self._norm:
             place = self._kernels.place(self._at.device, None, [*self._norm.streams, self._at.stream])
-            if place.capturing or place.stream != (self._stream or place.stream):
+            if not self._norm.goes_on(place):
                 return None
-            self._stream = place.stream
             launches.append(NormLaunch(self._norm, place, self._at.pointer))
         for plan, (_, _, step, lr, grad_scale), now, seed in zip(plans, steps, self._now, self._seeds, strict=True):
             of_group = plan.on_device(step, lr, grad_scale, now, seed)
@@ -205,10 +204,6 @@ class ReadInPython:
         return self._now(grads) == self._then
 
 
-# By type: what reads all that checks and launches depend on of an array, without the array
-READ = {name: remembered.READ_ALL[name][0] for name in (remembered.CUPY, remembered.NUMBA)}
-
-
 class Alike(NamedTuple):
     """Calls of adam_step that had the same settings: their batches by what was read of their arrays."""
 
@@ -229,7 +224,7 @@ class Alike(NamedTuple):
             key_of = calls.key
         else:
             array_type = type(arrays[0])
-            read = READ[type_name(array_type)]
+            read = remembered.READ[type_name(array_type)]
 
             def key_of(arrays, others):
                 alike = same(settings, others) and all(type(array) is array_type for array in arrays)
@@ -253,7 +248,7 @@ class CallsOnGpu(threading.local):
 
     def takes(self, array):
         """Whether arrays of this type are remembered."""
-        return type_name(type(array)) in READ
+        return type_name(type(array)) in remembered.READ
 
     def does(self, arrays, settings, step, lr, grad_scale, backend):
         """Make the update if its settings are the last ones and its arrays were in a call; return whether it was made."""
@@ -291,7 +286,7 @@ class CallsOnGpu(threading.local):
         if any(type(array) is not cls for array in arrays):
             return None
         settings = group.operands, group.stochastic, group.nonzero, group.complex, group.components, group.h.fixed
-        self._key = cls, backends.forced(backend), *settings, *map(READ[type_name(cls)], arrays)
+        self._key = cls, backends.forced(backend), *settings, *map(remembered.READ[type_name(cls)], arrays)
         return self._batches.get(self._key)
 
     def keep(self, groups, backend, batches):

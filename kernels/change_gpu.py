@@ -33,7 +33,9 @@ class GpuNormPasses(NormPasses):
                 "the norms have no arrays yet that outlive it: take a step with norms=True before the capture, with the same "
                 "arrays, on this stream"
             )
-            self._place = self.backend.place_with_results(self.device, stream, views, self.out, why)
+            self._place = self.backend.place_with_results(
+                self.device, stream, [view.stream for view in views], self.out, why
+            )
         return self._place
 
     def prepare_part(self, part):

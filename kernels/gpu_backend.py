@@ -301,30 +301,37 @@ class GpuBackend(Backend):
     def norm(self, views, out, device, stream):
         if device is None:
             device = self.current_device() if out is None or out.device is None else out.device
-        why = (
-            "a new array for the norm would not outlive this call for it: give out=, an array of shape () and dtype float64 that "
-            "you keep"
-        )
-        place = self.place_with_results(device, stream, views, [] if out is None else [out], why)
-        with self.on(device, None):
-            result, address = self.empty_number() if out is None else (out.array, out.pointer)
         norm = GpuNorm(self, views, device)
-        norm.launch(place, address)
+        result = self.take(norm, out, stream)
         norm.release()
         return result
 
     def norm_again(self, views, device):
-        """Return a `GpuNorm` that is asked for at many steps."""
+        """Return a `GpuNorm` that is asked for again and again."""
         return GpuNorm(self, views, device, once=False)
 
-    def place_with_results(self, device, stream, views, out, why):
+    def take(self, norm, out, stream):
+        """Return a norm, given as a `GpuNorm`, as `norm` does; None if that cannot go on here."""
+        why = (
+            "a new array for the norm would not outlive this call for it: give out=, an array of shape () and dtype float64 that "
+            "you keep"
+        )
+        place = self.place_with_results(norm.device, stream, norm.streams, [] if out is None else [out], why)
+        if not norm.goes_on(place):
+            return None
+        with self.on(norm.device, None):
+            result, address = self.empty_number() if out is None else (out.array, out.pointer)
+        norm.launch(place, address)
+        return result
+
+    def place_with_results(self, device, stream, named, out, why):
         """Return the Place of work that writes results to arrays `out`, or if there are none to new ones.
 
-        why: no graph can capture the second.
+        named: the streams that other arrays name. why: no graph can capture the second.
         """
         # a new result is there for the current stream, and for the one that its library names, wherever the work goes
-        named = [view.stream for view in (*views, *out)] + ([] if out else [None, self.default_named])
-        place = self.place(device, stream, named)
+        of_results = [view.stream for view in out] or [None, self.default_named]
+        place = self.place(device, stream, [*named, *of_results])
         if place.capturing and not out:
             raise RuntimeError(f"a graph is being captured, and {why}")
         place.check_capture()

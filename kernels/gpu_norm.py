@@ -13,12 +13,14 @@ from gpuadam.kernels.layout import VECTOR_BYTES, side_by_side
 class GpuNorm:
     """The norm of arrays that stay where they are, as often as it is asked for. None of them is kept alive.
 
-    views: of the arrays, all on a device, given by its number. once: it is asked for once, on one stream. Else all launches have
-    to go on one stream, because they share memory for the sums.
+    views: of the arrays, all on a device, given by its number. once: it is asked for once. Else it is as often as `goes_on`: all
+    launches are on one stream, because they share memory for the sums.
     """
 
+    stream: int | None = None  # of the launches
+
     def __init__(self, backend, views, device, once=True):
-        self.backend, self.device = backend, device
+        self.backend, self.device, self._once = backend, device, once
         self.streams = list(dict.fromkeys(view.stream for view in views))  # that the arrays name
         self._plan = plan = order.plan(views, VECTOR_BYTES)
         self._borrowed, self._n_chunks = backend.borrowed(views), order.chunks_of_all(views)
@@ -27,6 +29,10 @@ class GpuNorm:
         (_, self._sums_at), n_bytes = side_by_side([plan.table.nbytes, plan.workspace], VECTOR_BYTES)
         sums_at = self._sums_at
         self._table = Table(backend, device, n_bytes, lambda at: plan.placed(at + sums_at).view(np.uint8), once)
+
+    def goes_on(self, place):
+        """Whether a launch may go to a Place. A graph that is captured would keep the table for ever."""
+        return self._once or (not place.capturing and place.stream == (self.stream or place.stream))
 
     def launch(self, place, norm_at):
         """Enqueue the passes at a Place. norm_at: the address of the norm."""
@@ -44,7 +50,7 @@ class GpuNorm:
         return result
 
     def _launch(self, place, norm_at, then):
-        backend = self.backend
+        backend, self.stream = self.backend, place.stream
         with backend.at(self.device, place):
             backend.before(place)
             table = self._table.on_stream(place.stream)

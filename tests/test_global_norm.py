@@ -541,6 +541,37 @@ def test_a_table_and_its_sums_are_used_again_when_the_device_has_passed_them(cp,
 
 
 @pytest.mark.gpu
+def test_a_norm_that_was_taken_before_is_that_of_what_the_arrays_hold_now(cp, backend):
+    host = many()
+    given, out = [cp.asarray(a) for a in host], cp.full((), np.nan)
+    for k in range(4):
+        for a, on_gpu in zip(host, given, strict=True):
+            a *= 1.5
+            on_gpu.set(a)
+        assert_bits(global_norm(given, out=out, backend=backend).get(), global_norm(host))
+        assert_bits(cp.asarray(global_norm(given, backend=backend)).get(), global_norm(host))
+        if k == 1:  # others in their places: of another size, of another order, one fewer
+            given[0], host[0] = cp.asarray(host[0][1:]), host[0][1:].copy()
+        if k == 2:
+            given, host = given[::-1][1:], host[::-1][1:]
+    with pytest.raises(ValueError, match="out"):
+        global_norm([*given, out], out=out, backend=backend)
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        assert_bits(global_norm(given, out=out, backend=backend).get(), global_norm(host))
+
+
+@pytest.mark.gpu
+def test_what_is_kept_of_norms_is_let_go(cp, driver):
+    out, used = cp.full((), np.nan), []
+    for k in range(40):
+        global_norm([cp.asarray(values(1000 + k))], out=out)
+        cp.cuda.Device().synchronize()
+        used.append(driver.memory.pinned.used)
+    assert used[-1] - used[20] < 10 * 4096  # of 20 norms, each of which has 4,096 bytes or more
+
+
+@pytest.mark.gpu
 def test_a_graph_keeps_its_table_whatever_norms_come_after_the_capture(cp, backend):
     grads, others, out = ([cp.asarray(a) for a in many()], [cp.asarray(values(20_000, seed=9))], cp.full((), np.nan))
     stream = busy_stream(cp)

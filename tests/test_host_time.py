@@ -49,6 +49,6 @@ def test_the_script_measures_both_steps_beside_bare_launches(name, tmp_path):
     rows = report.read_csv(tmp_path / "host_time.csv", measure.NUMBERS)
     names = [row["contender"] for row in rows if row["arrays"] == 1]
     assert [row["arrays"] for row in rows] == [n for n in (1, 2) for _ in names]
-    clipped = "gpuadam.Adam.step, max_norm"
-    assert names[:-1] == ["gpuadam.adam_step", "gpuadam.Adam.step", clipped, "gpuadam.global_norm"]
+    steps = [f"gpuadam.Adam.step{what}" for what in ("", ", max_norm", ", mixed precision")]
+    assert names[:-1] == ["gpuadam.adam_step", *steps, "gpuadam.global_norm"]
     assert names[-1].startswith("bare ")

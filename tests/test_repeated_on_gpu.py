@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam import functional, repeated_on_gpu, testing, update
+from gpuadam import functional, remembered, repeated_on_gpu, testing, update
 from gpuadam.repeated import RepeatedStep
 from gpuadam.repeated_on_gpu import CallsOnGpu
 
@@ -587,7 +587,7 @@ def test_adam_step_views_the_same_arrays_once(backend, monkeypatch):
     for step in range(1, 5):
         gpuadam.adam_step(param, grad, m, v, step, lr=0.1 / step)
     assert len(viewed) == 1
-    monkeypatch.setattr(repeated_on_gpu, "READ", {})
+    monkeypatch.setattr(remembered, "READ", {})
     for step in range(1, 5):
         gpuadam.adam_step(other, grad, other_m, other_v, step, lr=0.1 / step)
     assert len(viewed) == 5
@@ -673,7 +673,7 @@ def test_a_change_between_calls_is_noticed(backend, called, change, monkeypatch)
         call = Call(backend)
         with monkeypatch.context() as patched:
             if not repeats:
-                patched.setattr(repeated_on_gpu, "READ", {})
+                patched.setattr(remembered, "READ", {})
                 patched.setattr(functional, "_ON_GPU", CallsOnGpu())
             for _ in range(4):
                 call.make()

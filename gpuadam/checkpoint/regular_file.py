@@ -54,18 +54,21 @@ def _not_regular(path):
     return FileExistsError(errno.EEXIST, NOT_REGULAR, str(path))
 
 
-def locked(path):
+def locked(path, hold=None):
     """Return a file that is locked until `unlock`, or until the process ends. It is created if it is not there.
 
+    hold: called with the file before it is locked, so that an interrupt afterwards leaves none that nobody unlocks.
     Raises BlockingIOError if it is locked already, by any process or host. A file system that has no locks is warned of.
     """
     file = opened(path, os.O_RDWR | os.O_CREAT)
+    if hold:
+        hold(file)
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(path, file):  # the process that had the lock has deleted the file: others would lock a new one
                 file.close()
-                return locked(path)
+                return locked(path, hold)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             file.close()
@@ -82,8 +85,8 @@ def _is_at(path, file):
 
 
 def unlock(file):
-    """Unlock and close a file of `locked`."""
-    if fcntl:
+    """Unlock and close a file of `locked`, if it is open."""
+    if fcntl and not file.closed:
         with contextlib.suppress(OSError):  # of a file system without locks
             fcntl.flock(file, fcntl.LOCK_UN)  # closing it would leave the lock to processes that were forked meanwhile
     file.close()

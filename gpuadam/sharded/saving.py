@@ -7,6 +7,7 @@ Between that and the new index, rank 0 holds a lock, so that another job does no
 """
 
 import contextlib
+import functools
 import os
 import re
 from pathlib import Path
@@ -74,7 +75,7 @@ def _cleared(folder, lock):
     try:
         folder.mkdir(exist_ok=True)
         _known(folder)
-        lock.callback(unlock, locked(folder / LOCK))
+        locked(folder / LOCK, functools.partial(lock.callback, unlock))
         _delete_all_but(folder, _known(folder))  # again, now that no other job changes it
     except BlockingIOError as error:
         what = f"{shown(str(folder), 1000)} was not saved: another job is saving into it"
