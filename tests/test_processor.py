@@ -69,7 +69,7 @@ def sums_of_changes(name, arrays, how):
     return sums.tobytes()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", few(["float32", "float64", "bfloat16"], "float32"))
 def test_sums_are_those_of_a_plain_loop(dtype):
     dtype = libraries.imported("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
     for n in (1, 700, 5000, LARGE):
@@ -78,7 +78,7 @@ def test_sums_are_those_of_a_plain_loop(dtype):
         assert any(plain) and sums_of_squares([array], Loop(512, True)) == plain, n
 
 
-@pytest.mark.parametrize("name", few(forms.FORMS, "float32", "all bfloat16", "8-bit state"))
+@pytest.mark.parametrize("name", few(forms.FORMS, "float32", "8-bit state"))
 def test_sums_of_changes_are_those_of_a_plain_loop(name):
     for n in (1, 700, LARGE):
         arrays = [at_the_end_of_memory(a) for a in forms.new_arrays(numba_cpu, forms.FORMS[name], n).values()]

@@ -202,6 +202,20 @@ def test_a_flag_of_the_host_is_looked_at_each_time(backend, capturable):
     assert twins.quick.steps == 5
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_steps_that_are_given_their_norm_are_repeated_if_it_is_in_the_same_array(backend, took, capturable):
+    twins = Twins(backend, capturable=capturable)
+    out = twins.library.array(np.zeros(()))
+    for k in range(6):
+        write(twins.grads[1], twins.library.numpy(twins.grads[1]) * 1.5)
+        twins.step(norm=gpuadam.global_norm(twins.grads, out=out), max_norm=0.5)
+    assert took and all(took)
+    twins.step(norm=gpuadam.global_norm(twins.grads), max_norm=0.5)
+    assert took[-1] is False
+    twins.step(norm=3.0, max_norm=0.5)
+    twins.assert_same()
+
+
 def test_a_clipped_step_on_another_stream_or_of_another_grad_scale_has_the_same_bits(cp, took):
     twins = Twins("cupy")
     twins.step(times=4, max_norm=0.5)
