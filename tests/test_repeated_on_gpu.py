@@ -206,7 +206,7 @@ def test_a_flag_of_the_host_is_looked_at_each_time(backend, capturable):
 def test_steps_that_are_given_their_norm_are_repeated_if_it_is_in_the_same_array(backend, took, capturable):
     twins = Twins(backend, capturable=capturable)
     out = twins.library.array(np.zeros(()))
-    for k in range(6):
+    for _ in range(6):
         write(twins.grads[1], twins.library.numpy(twins.grads[1]) * 1.5)
         twins.step(norm=gpuadam.global_norm(twins.grads, out=out), max_norm=0.5)
     assert took and all(took)
