@@ -115,7 +115,8 @@ def draw(rows, path):
     """Draw, for each backend and number of arrays, the host's time of each contender."""
 
     def title(backend, n, of_size):
-        return f"{backend}: {of_size[0]['arrays']:,} arrays of {ELEMENTS:,}"
+        n = of_size[0]["arrays"]
+        return f"{backend}: {n:,} array{'s' * (n > 1)} of {ELEMENTS:,}"
 
     report.draw_bars(rows, path, title, "median time of a call", width=4.6, height=3.2)
 

@@ -24,7 +24,7 @@ class Loop(NamedTuple):
 # of the time. AMD's processors, of three kinds, gained nothing by prefetches to write; prefetches to read were not measured
 # there. And LLVM takes vectors of 256 bits, because older Xeons slowed down with wider ones. The unit that divides is no
 # quicker with wide vectors, but conversions are: a step with bfloat16 state takes 0.85 of the time, and one in float32 1.02 in
-# the caches.
+# the caches. The sums of a step's changes take 0.79 of the time with both, and 0.75 in the caches; those of a norm 0.93.
 _XEONS = ("sapphirerapids", "emeraldrapids", "graniterapids", "graniterapids-d")
 
 CACHED = 2**20  # bytes of arrays that a core's own cache holds from one step to the next, on these processors

@@ -120,8 +120,9 @@ any number of threads.
 
 The norms cost a pass before the update, which reads what the update reads, and one after it, which reads the parameters: 48
 bytes for each float32 element in the place of 28. On a 2-core AMD EPYC a step with norms takes 2.3 times as long as one without,
-of 20 million elements in one array, and a step with a copy of the parameters and norms by NumPy 2.9 times; on an Intel Xeon 2.6
-and 4.6 times (`benchmarks/norms.py`). On a GPU it has not been measured.
+of 20 million elements in one array, and a step with a copy of the parameters and norms by NumPy 2.9 times; on an Intel Xeon 2.4
+and 5.2 times (`benchmarks/norms.py`). Of 100,000 elements the norms by NumPy are the quicker ones, because Python needs 0.2 ms to
+prepare the passes. On a GPU it has not been measured.
 
 With `capturable=True` the norms are the same two arrays at each step, and a graph that has captured the step writes them. Take a
 step with `norms=True` before the capture.
