@@ -72,6 +72,7 @@ class RepeatedGroup:
     counted: Any  # the array that the device counts its steps in; None if the host does
     lr: Any  # the array on the device that has the learning rate; None if it is a number
     grad_scale: Any  # likewise
+    on_host: bool  # whether none of these three is an array
 
     @classmethod
     def of(cls, optimizer, group, k, only, options, clips):
@@ -98,13 +99,14 @@ class RepeatedGroup:
         if plan is None:
             return None
         values = [ANY if key == "lr" else value for key, value in settings.items()]
-        plan.expect((*plan.own_settings(optimizer), *options[1:], *settings, *values))
+        plan.expect((*plan.own_settings(optimizer), ANY, *options[1:], *settings, *values))
         for state in states:
             state["step"] = states[0]["step"]  # one object, which compiled code finds again
         keys, form, holder = ("step", *kind.kept), group.structure.kind, places[0][0] if places else None
         lr = settings["lr"] if now and now.lr else None
         grad_scale = options[0] if now and now.grad_scale else None
-        return cls(plan, states, keys, names, form == ONE, form == MAPPING, holder, counted, lr, grad_scale)
+        on_host = counted is lr is grad_scale is None
+        return cls(plan, states, keys, names, form == ONE, form == MAPPING, holder, counted, lr, grad_scale, on_host)
 
     def step(self, optimizer, settings, grads, options, n_named):
         """Return what the plan takes for a step: arrays, settings, the step's number, lr, grad_scale. None if it is another one.
@@ -114,22 +116,18 @@ class RepeatedGroup:
         if (type(grads) is dict) != self.by_name or (self.by_name and len(grads) != n_named):
             return None
         lr, count, params = settings.get("lr"), self.states[0].get("step"), settings.get("params")
-        (grad_scale, *others), number = options, 1
-        if type(settings) is not dict:
+        grad_scale, steps = options[0], count
+        if not self.on_host:
+            lr, grad_scale = _number(lr, self.lr, 0.0), _number(grad_scale, self.grad_scale, 1.0)
+            steps = count if self.counted is None else 0 if count is self.counted else None
+        if not (type(settings) is dict and type(lr) is type(grad_scale) is float and type(steps) is int):
             return None
-        if self.counted is None:
-            if type(count) is not int or not 0 <= count < MOST_STEPS - 1:
-                return None
-            number = count + 1
-        elif count is not self.counted:
-            return None
-        lr, grad_scale = _number(lr, self.lr, 0.0), _number(grad_scale, self.grad_scale, 1.0)
-        if lr is None or grad_scale is None:
+        if not 0 <= steps < MOST_STEPS - 1:
             return None
         grads, holder = [grads] if self.alone else grads, params if self.holder is None else self.holder
         arrays = count, params, grads, self.states, self.keys, self.names, settings.get("names"), holder
-        settings = *self.plan.own_settings(optimizer), *others, *settings, *settings.values()
-        return arrays, settings, number, lr, grad_scale
+        settings = *self.plan.own_settings(optimizer), *options, *settings, *settings.values()
+        return arrays, settings, steps + 1, lr, grad_scale
 
     def count(self):
         """Count a step that was made, if the host does."""
@@ -163,6 +161,7 @@ class RepeatedStep(Repeats):
             self.put_off()
             return
         self._known, self._in_groups = known, optimizer.arrangement.in_groups
+        self._several = self._in_groups or self._further is not None  # whether a step has more than the plan of one group
         self.ready = True
 
     def as_last(self, optimizer, grads, options):
@@ -170,7 +169,7 @@ class RepeatedStep(Repeats):
         known, groups = self._known, optimizer.groups
         if len(groups) != len(known) or optimizer.under_way.changing:
             return False
-        if self._in_groups or self._further:
+        if self._several:
             made = self._groups_as_last(optimizer, grads, options)
         else:  # without lists of one, which would take a third of the time of a small step
             one = known[0]
