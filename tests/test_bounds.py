@@ -83,7 +83,7 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("what", NARROW)
+@pytest.mark.parametrize("what", few(NARROW, "bfloat16 rounded randomly", "remainder"))
 def test_narrow_parameters_stay_between_bounds_rounded_to_their_dtype(what):
     low, high = -0.1, 0.3  # which none of these dtypes holds
     param, _ = trained(**NARROW[what], bounds=(low, high), steps=9)

@@ -223,7 +223,7 @@ def test_a_layer_that_does_not_allow_it_or_is_not_there_leaves_the_work_to_our_o
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize("layer", ["omp", "nonsense"])
+@pytest.mark.parametrize("layer", few(["omp", "nonsense"], "omp"))
 def test_a_forked_child_starts_threads_of_its_own_and_ends_like_any_process(layer):
     """Neither Numba's threads nor those of the parent's pool are in the child."""
     found = process("threads_in_a_fork()", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="3")

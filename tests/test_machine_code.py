@@ -1,5 +1,6 @@
 """The machine code of both GPU backends: bytes moved once and 16 at a time, nothing spilled, the contract's operations."""
 
+import importlib
 import re
 from collections import Counter
 
@@ -8,7 +9,7 @@ from cases import DTYPES, FORMS, KEY_FORMS, OTHER_ALGORITHMS, form_and_scalars
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
-from gpuadam.kernels import limit  # noqa: E402
+from gpuadam.kernels import limit, numba_cuda_kernels  # noqa: E402
 
 
 def memory_accesses(sass):
@@ -24,6 +25,13 @@ def test_the_ptx_has_the_contracts_operations_and_no_others(compiler, arch, name
     # once for each lane of the vector path, once for the scalar path
     times = 16 // form.dtype.itemsize + 1
     assert gpu_code.rounded_operations(kernel) == {op: times * n for op, n in gpu_code.contract_operations(form).items()}
+
+
+def test_numba_compiles_a_kernel_as_it_is_looked_at_here(monkeypatch):
+    """Where it finds nvJitLink, it would optimise a second time while it links."""
+    monkeypatch.setattr(importlib.import_module("numba.cuda.decorators"), "_have_nvjitlink", lambda: True)
+    assert gpu_code.cuda.jit(lambda x: None).targetoptions["lto"]
+    assert not numba_cuda_kernels.compiled(lambda: lambda x: None).targetoptions["lto"]
 
 
 @pytest.mark.in_short()

@@ -112,7 +112,7 @@ def test_a_parameter_and_its_gradient_may_be_laid_out_differently():
     assert_like_one_by_one(opt, params, start, steps)
 
 
-@pytest.mark.parametrize("layouts", [["plain"], list(LAYOUTS)], ids=["plain", "all layouts"])
+@pytest.mark.parametrize("layouts", few([["plain"], list(LAYOUTS)], list(LAYOUTS)), ids=["plain", "all layouts"])
 def test_a_gradient_of_another_format_is_taken_as_it_is(layouts):
     """Each parameter gets what a step of its own with that gradient gives it; one of float64 makes it a step in float64."""
     params, start, steps = members(0, layouts), members(0, layouts), [members(k, layouts) for k in (1, 2)]
@@ -291,7 +291,7 @@ def test_a_moment_that_is_another_parameter_is_refused_by_both_names():
 
 
 @pytest.mark.in_short()
-@pytest.mark.parametrize("kind", few(["one", "many", "strided", "unaligned", "both dtypes"], "one", "many", "strided"))
+@pytest.mark.parametrize("kind", few(["one", "many", "strided", "unaligned", "both dtypes"], "many", "strided"))
 @pytest.mark.parametrize("n", few([1_000_000, 10_000_000], 1_000_000))
 def test_a_step_allocates_less_than_a_megabyte_whatever_the_size(kind, n):
     if kind != "one" and n > 1_000_000:
