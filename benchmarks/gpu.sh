@@ -100,6 +100,8 @@ PATH=$PATH:/usr/local/cuda/bin # ncu and compute-sanitizer
 # Numba looks for libNVVM beside the NVRTC that it finds, which may be torch's, and then there is none
 [ -n "${CUDA_HOME:-}${CUDA_PATH:-}" ] || [ ! -d /usr/local/cuda/nvvm ] || export CUDA_HOME=/usr/local/cuda
 backends=(cupy numba-cuda)
+heeding=(env --default-signal=INT) # which is of coreutils 8.31
+"${heeding[@]}" true 2>/dev/null || heeding=()
 log=$out/log.txt results=$out/results.csv
 this=$(mktemp -d)
 trap 'rm -rf "$this"' EXIT
@@ -169,14 +171,14 @@ run() { # name, seconds that it may take, command: what it prints goes to log.tx
         return 1
     fi
     # an interrupt lets Python say what it came to: pytest which tests have failed. Where this script ignores them, so would Python
-    timeout -s INT -k 10 "$most" env --default-signal=INT "$@" >"$this/$name.log" 2>&1
+    timeout -s INT -k 10 "$most" ${heeding[@]+"${heeding[@]}"} "$@" >"$this/$name.log" 2>&1
     result=$?
     cat "$this/$name.log" >>"$log"
     if [ $result = 0 ]; then
         said "   $name: $((SECONDS - began)) s"
         return 0
     fi
-    [ $result != 124 ] || result="stopped after $most s"
+    [ $result != 124 ] && [ $result != 137 ] || result="stopped after $most s"
     said "   $name FAILED ($result) after $((SECONDS - began)) s; the end of what it printed:"
     tail -n 40 "$this/$name.log"
     outcome=FAILED
@@ -355,7 +357,7 @@ section_sanitize-initcheck() { sanitized initcheck test_global_norm test_gpu_nar
 
 # -- all that was chosen
 
-last=${within:+$((within - 10))} # then there is time for the table
+last=${within:+$((within - 20))} # then there is time for what does not end at once, and for the table
 said "" "== $(date -u +%F' '%T) ${chosen[*]}${within:+, within $within s}${host:+; $host}"
 declare -A state took
 passed=0 failed=() not_reached=() not_here=()

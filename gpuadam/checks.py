@@ -25,6 +25,17 @@ def real(name, value):
         raise ValueError(f"{name} is too large for a float") from None
 
 
+def as_float(value):
+    """Return a number that a float holds exactly as one, and anything else as it is.
+
+    >>> as_float(2), as_float(np.float64(0.5)), as_float("2")
+    (2.0, 0.5, '2')
+    """
+    if type(value) is np.float64 or (type(value) is int and abs(value) < 1 << 53):
+        return float(value)
+    return value
+
+
 def scheduled(value):
     """Return the number that a schedule returned: itself, or the one in an array of no dimensions, such as JAX's."""
     return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value

@@ -24,13 +24,14 @@ class Flat(NamedTuple):
     params: Any
     grads: Any
 
-    def __reduce__(self):  # the views of a copy are views of its own buffers
-        kind, names, views = ONE, None, [self.params]
-        if isinstance(self.params, dict):
-            kind, names, views = MAPPING, list(self.params), list(self.params.values())
-        elif isinstance(self.params, list):
-            kind, views = SEQUENCE, self.params
-        return _of_buffers, (self.param, self.grad, kind, names, [view.shape for view in views])
+    def __copy__(self):
+        return self
+
+    def __reduce__(self):
+        raise TypeError(
+            "what flatten returned is not copied or pickled, because the views of a copy would be views of no buffer: copy the "
+            "arrays, and flatten the copies"
+        )
 
 
 def flatten(arrays: Array | Sequence[Array] | Mapping[str, Array], backend: str | None = None) -> Flat:
@@ -42,7 +43,8 @@ def flatten(arrays: Array | Sequence[Array] | Mapping[str, Array], backend: str 
     The buffer is C-contiguous. Each array starts at a multiple of 16 bytes; the elements between are 0, and stay 0 under an
     optimizer while their gradients are 0. An optimizer over `param` has one array, whatever the number of views, and its step
     one launch and no table. From then on use the views: the arrays that were given are copied and left as they are.
-    Write into the views, `flat.grads["w"][...] = x`; another array in the place of one raises TypeError.
+    Write into the views, `flat.grads["w"][...] = x`; another array in the place of one raises TypeError, and so do a deep copy
+    and a pickle of what is returned.
 
     Raises ValueError for no arrays or more than one device, TypeError for more than one dtype or library.
 
@@ -81,28 +83,18 @@ def flatten(arrays: Array | Sequence[Array] | Mapping[str, Array], backend: str 
     dtype, shapes = np.dtype(first.of_complex or first.dtype), [view.shape for view in views]
     if first.of_complex:  # whose views are of both parts
         shapes = [shape[:-1] for shape in shapes]
-    param, grad = (kernels.zeros(_starts(shapes, dtype)[-1], dtype, next(iter(devices), 0)) for _ in range(2))
-    for place, view in zip(_views(param, shapes), views, strict=True):
+    sizes, lanes = list(map(math.prod, shapes)), VECTOR_BYTES // dtype.itemsize
+    *starts, size = itertools.accumulate((-(-n // lanes) * lanes for n in sizes), initial=0)
+    param, grad = (kernels.zeros(size, dtype, next(iter(devices), 0)) for _ in range(2))
+    params, grads = (
+        [buffer[start : start + n].reshape(shape) for start, n, shape in zip(starts, sizes, shapes, strict=True)]
+        for buffer in (param, grad)
+    )
+    for place, view in zip(params, views, strict=True):
         _, (target,) = backends.choose([(view.name, place)], kernels.name)
         checks.same_layout(target, view, kernels.copies_any_layout)
         kernels.copy(target, view)
-    return _of_buffers(param, grad, kind, arrays, shapes)
-
-
-def _starts(shapes, dtype):
-    """Return where each of some arrays starts in a buffer, in elements, and where the last ends."""
-    lanes = VECTOR_BYTES // dtype.itemsize
-    return list(itertools.accumulate((-(-math.prod(shape) // lanes) * lanes for shape in shapes), initial=0))
-
-
-def _views(buffer, shapes):
-    starts = zip(_starts(shapes, buffer.dtype), shapes, strict=False)
-    return [buffer[start : start + math.prod(shape)].reshape(shape) for start, shape in starts]
-
-
-def _of_buffers(param, grad, kind, names, shapes):
-    """Return the Flat of two buffers. kind, names: as in `groups.as_given`. shapes: of the views."""
-    return Flat(param, grad, *(_fixed(as_given(kind, names, _views(buffer, shapes))) for buffer in (param, grad)))
+    return Flat(param, grad, *(_fixed(as_given(kind, arrays, of_buffer)) for of_buffer in (params, grads)))
 
 
 class Views(dict):

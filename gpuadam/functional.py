@@ -126,6 +126,8 @@ def adam_step(
         remainder, param_copy, ema, ema_decay, change, lr_scale, where, complex, components, m_scale, v_scale, zero_grad,
         stochastic_rounding, seed, backend, stream,
     )  # fmt: skip
+    if type(grad_scale) is not float:
+        grad_scale = checks.as_float(grad_scale)
     calls = _REPEATED if type(param) is np.ndarray else _ON_GPU
     if calls.does((param, grad, m, v), settings, step, lr, grad_scale, backend):
         return

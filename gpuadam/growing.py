@@ -13,7 +13,7 @@ from .groups import MAPPING, Arrangement, named_params, some
 from .kernels.messages import shown
 from .kernels.operands import GROUP, widened
 from .kernels.view import is_array
-from .state import OF_GROUPS, Parameter
+from .state import OF_GROUPS, Parameter, States
 from .typing import Array, Integer
 from .under_way import UnderWay
 
@@ -23,7 +23,7 @@ class Grows:
 
     parameters: dict[str, Parameter]
     groups: list[dict[str, Any]]
-    state: dict[str, dict[str, Any]]
+    state: States
     arrangement: Arrangement
     under_way: UnderWay
     backend: str | None
@@ -194,8 +194,7 @@ class Grows:
         self.under_way.begin()
         for group, of_twin in zip(self.groups, twin.groups, strict=True):
             group.update(of_twin)
-        self.state.clear()
-        self.state.update(twin.state)
+        self.state.become(twin.state)
         self.__dict__.update(vars(twin))
         self.groups, self.state = own
         self.under_way.end()

@@ -264,6 +264,8 @@ class Adam(HasGroups, HasState, Grows):
         error between the first launch and the end leaves parameters and state of two different steps: `step`, `state_dict` and
         `save` refuse from then on, until `load_state_dict` has set all of the state; the parameters have to be set too.
         """
+        if type(grad_scale) is not float:
+            grad_scale = checks.as_float(grad_scale)
         options = grad_scale, max_norm, norm, check_finite, found_inf, change, lr_scale, where, norms, stream
         if self.repeats and self._repeated.does(self, grads, options):
             return None

@@ -138,7 +138,7 @@ class Remembered:
 
 
 class NormsOnGpu(threading.local):
-    """The last norms that a thread asked for, by what is read of their arrays. None of these is kept alive but a result."""
+    """The last norms that a thread asked for, by what is read of their arrays. No array is kept alive but a result."""
 
     def __init__(self):
         self._kept: dict[Any, tuple] = {}
@@ -166,7 +166,7 @@ class NormsOnGpu(threading.local):
         if result is None:
             norm.release()
             return None
-        if len(self._kept) == MOST_NORMS:
-            self._kept.pop(next(iter(self._kept)))[1].release()
+        if key in self._kept or len(self._kept) == MOST_NORMS:
+            self._kept.pop(key if key in self._kept else next(iter(self._kept)))[1].release()
         self._kept[key] = kernels, norm, place_of
         return result

@@ -1,4 +1,4 @@
-"""Steps that are as the last one but for the step's number, the learning rate, the gradients and what is in the arrays.
+"""Steps that are as the last one but for the step's number, lr, grad_scale, the gradients and what is in the arrays.
 
 Most programs take the same step again and again. At first it goes the long way, by `update`. The next ones are compared with it
 in one compiled call (`kernels/same_objects.py`), and go the long way again as soon as anything differs: nothing is refused here.
@@ -141,6 +141,13 @@ class RepeatedGroup:
 class RepeatedStep(Repeats):
     """The last steps of an `Adam`."""
 
+    _further: Any = None  # what a step needs beside the plans of its groups, a `NormOnCpu` or a `StepsOnDevice`
+    _in_groups = _several = False
+
+    def put_off(self):
+        super().put_off()
+        self._further = None
+
     def note(self, optimizer, groups, updates, options):
         """Take over a step that went the long way, if the next ones may be alike.
 
@@ -196,11 +203,15 @@ class RepeatedStep(Repeats):
         plans = [one.plan for one in known]
         of_groups = zip(known, optimizer.groups, grads, lengths, strict=True)
         steps = (one.step(optimizer, group, own, options, n) for one, group, own, n in of_groups)
-        launches = further(self._further, plans, list(steps), options) if self._further else prepared(plans, steps)
-        if not launches or (len(plans) > 1 and not disjoint(plans)):
-            return False
-        launch_prepared(plans, launches, optimizer.under_way)
-        return True
+        try:
+            launches = further(self._further, plans, list(steps), options) if self._further else prepared(plans, steps)
+            if not launches or (len(plans) > 1 and not disjoint(plans)):
+                return False
+            launch(launches, optimizer.under_way)
+            return True
+        finally:
+            for plan in plans:
+                plan.ended()
 
 
 def _repeatable(updates, options):
@@ -249,15 +260,6 @@ def further(of_all, plans, steps, options):
     if None in steps or not all(plan.same(*step) for plan, step in zip(plans, steps, strict=True)):
         return None
     return of_all.launches(plans, steps, options)
-
-
-def launch_prepared(plans, launches, under_way):
-    """Make the launches of steps that several plans have prepared."""
-    try:
-        launch(launches, under_way)
-    finally:
-        for plan in plans:
-            plan.ended()
 
 
 def _in_one(places, names):

@@ -8,7 +8,6 @@ from . import backends, clipping, hyperparameters
 from .kernels import adam, norm_order, step_objects
 from .kernels.layout import VECTOR_BYTES
 from .kernels.step_objects import stays
-from .kernels.view import Bits
 from .update import Updates, launch
 
 KEPT = 64  # plans of calls of adam_step
@@ -192,8 +191,7 @@ class NormOnCpu:
     def __init__(self, groups, largest):
         self._kernels, self._largest = backends.load("numba-cpu"), largest
         grads = [(group, k) for group in groups for k in range(len(group.names))]
-        named = [("", Bits(g.columns[1][k], g.bits[1]) if g.bits and g.bits[1] else g.columns[1][k]) for g, k in grads]
-        _, views = backends.choose(named, "numba-cpu")
+        _, views = backends.choose([("", group.columns[1][k]) for group, k in grads], "numba-cpu")
         # the plan of a norm leaves out what is empty, and goes by formats: so each address is the number of its gradient at first
         numbered = [view._replace(pointer=VECTOR_BYTES * number) for number, view in enumerate(views)]
         self._plan = norm_order.plan(numbered)

@@ -1,4 +1,4 @@
-"""Steps on a GPU that are as the last one but for the step's number, the learning rate, the gradients and what is in the arrays.
+"""Steps on a GPU that are as the last one but for the step's number, lr, grad_scale, the gradients and what is in the arrays.
 
 A step goes the long way first, by `update`, and its batches are kept (`remembered.py`). The next one is compared with it. CuPy's
 arrays are read by compiled code (`kernels/cupy_struct.py`). Numba's are Python's objects: compiled code sees whether their
@@ -20,6 +20,7 @@ from .kernels.step_objects import same, stays
 from .kernels.view import is_array, type_name
 from .update import Updates, launch
 
+MOST_STREAMS = 4  # of clipped steps
 MOST_KEPT = 1024  # calls of adam_step on different arrays, in each thread
 
 
@@ -129,17 +130,18 @@ class StepsOnGpu:
 class StepsOnDevice:
     """Steps whose scalars the device computes: of what it counts, of arrays of one number, or of the norm of the gradients."""
 
-    def __init__(self, groups, kernels, norm, given):
-        self._kernels, self._given = kernels, given
-        self._told = remembered.read(given, remembered.READ_ALL)
+    def __init__(self, groups, kernels, norm, given, told):
+        self._kernels, self._given, self._told = kernels, given, told
         self._now, self._seeds = [group.now for group in groups], [group.seed for group in groups]
-        self._norm: Any = None
+        self._norms: dict[int, Any] = {}  # by streams, which share no memory
+        self._at: Any = None  # the View of the norm
         if norm is not None:
             self._at = kernels.view("norm", norm)
             named = itertools.chain.from_iterable(zip(group.names, group.columns[1], strict=True) for group in groups)
             views = [kernels.view(name, grad) for name, grad in named]
             views = [view.in_parts() if view.dtype.kind == "c" else view for view in views]
-            self._norm = kernels.norm_again(views, self._at.device)
+            self._grads = [view._replace(array=None) for view in views]
+            self._streams = [*dict.fromkeys(view.stream for view in views), self._at.stream]
 
     @classmethod
     def of(cls, groups, kernels, norm, given):
@@ -149,8 +151,8 @@ class StepsOnDevice:
         given: numbers, of which some are in arrays on the device.
         """
         arrays = [x for x in (*given, norm) if is_array(x)]
-        steps = cls(groups, kernels, norm, arrays)
-        return None if steps._told is None else steps
+        told = remembered.read(arrays, remembered.READ_ALL)
+        return None if told is None else cls(groups, kernels, norm, arrays, told)
 
     def launches(self, plans, steps, options):
         """Return what to launch for a step that plans found to be as the last one, or None if it is another one for all that.
@@ -160,11 +162,14 @@ class StepsOnDevice:
         if remembered.read(self._given, remembered.READ_ALL) != self._told:
             return None
         launches: list[Any] = []
-        if self._norm:
-            place = self._kernels.place(self._at.device, None, [*self._norm.streams, self._at.stream])
-            if not self._norm.goes_on(place):
+        if self._at:
+            place = self._kernels.place(self._at.device, None, self._streams)
+            if place.stream not in self._norms and len(self._norms) < MOST_STREAMS:
+                self._norms[place.stream] = self._kernels.norm_again(self._grads, self._at.device)
+            norm = self._norms.get(place.stream)
+            if norm is None or not norm.goes_on(place):
                 return None
-            launches.append(NormLaunch(self._norm, place, self._at.pointer))
+            launches.append(NormLaunch(norm, place, self._at.pointer))
         for plan, (_, _, step, lr, grad_scale), now, seed in zip(plans, steps, self._now, self._seeds, strict=True):
             of_group = plan.on_device(step, lr, grad_scale, now, seed)
             if of_group is None:
@@ -174,7 +179,7 @@ class StepsOnDevice:
 
 
 class NormLaunch(NamedTuple):
-    """The launch of a norm, which nothing counts as begun: it writes nothing of the caller's."""
+    """The launch of a norm. `begun` stays False, as of a Batch, because it writes nothing of the caller's."""
 
     norm: Any  # a gpu_norm.GpuNorm
     place: Any

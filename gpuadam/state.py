@@ -89,14 +89,24 @@ def check_meaning(keys, options, algorithm, formula):
 
 
 class States(dict):
-    """name -> state of all parameters of an optimizer. Its steps use the dicts in it, so none takes the place of one."""
+    """name -> state of all parameters of an optimizer. Its steps use the dicts in it, so no program puts others there."""
 
     def __setitem__(self, name, state):
         if state is not self.get(name):
-            raise TypeError(
-                f"state[{shown(name)}] is a dict that steps use, and another one would not be: write into it, "
-                f"state[{shown(name)}].update(m=m, v=v), or use load_state_dict"
-            )
+            self._refuse()
+
+    def _refuse(self, *args, **kwargs):
+        raise TypeError(
+            "the entries of an optimizer's state are dicts that its steps use, and others would not be used. Write into one, "
+            "state[name].update(m=m, v=v), or use load_state_dict, and add, remove or replace for parameters"
+        )
+
+    __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def become(self, states):
+        """Take over the states of an optimizer with other parameters."""
+        dict.clear(self)
+        dict.update(self, states)
 
     def __reduce__(self):
         return (type(self), (dict(self),))

@@ -23,7 +23,7 @@ from .kernels.messages import shortened, shown
 from .kernels.view import Bits, is_array
 from .options import Options
 from .parameters import Group, checked_settings
-from .state import OF_GROUPS, Parameter
+from .state import OF_GROUPS, Parameter, States
 from .state_conversion import CONVERTED, Conversion, conversion
 from .step_arrays import bounds_of_loaded, saved_bounds
 from .typing import FilePath
@@ -42,7 +42,7 @@ class HasState:
 
     parameters: dict[str, Parameter]
     groups: list[dict[str, Any]]
-    state: dict[str, dict[str, Any]]
+    state: States
     arrangement: Arrangement
     options: Options
     steps: int

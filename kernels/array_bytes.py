@@ -1,8 +1,8 @@
 """The bytes of an array, in C order and in small pieces, whatever its strides and wherever it lies.
 
-`chunks` reads them and `buffers` writes them, with a few MB of memory. Only arrays on a GPU that
-are not C-contiguous are held on the host whole, one at a time. Each copy from or to a GPU waits for all work that is enqueued on
-the device, on whatever stream, and the host waits for the copy.
+`chunks` reads them and `buffers` writes them, with a few MB of memory. Only arrays on a GPU that are not C-contiguous are held on
+the host whole, one at a time. Each copy from or to a GPU waits for all work that is enqueued on the device, on whatever stream,
+and the host waits for the copy.
 """
 
 import numpy as np

@@ -59,7 +59,7 @@ def _run(form, part, chunks, sums):
 def build(form, loop, how=None):
     """Return the compiled kernel of an `adam.Form`. loop, how: as in `norm_cpu.build`."""
     if loop == "parallel":
-        return cpu_threads.parallel_of(build(form, "serial"))
+        return cpu_threads.parallel_of(build(form, "serial", how))
     how = how or processor.loop_of_sums()
     compiled = compiled_cache.compiler(__name__, form, how)
     op = primitives.for_numba(intrinsic)
@@ -118,7 +118,7 @@ def build(form, loop, how=None):
         at, s = operands_at(table.ctypes.data + 8 * (row + order.OPERANDS)), to_reals(scalars_at(scalars))
         if GROUPED or table[row + order.RUN]:
             for i in range(0, n, RUN):
-                if AHEAD and (start + i) % (FETCHED * NUMBERS) < RUN and table[row + order.SIZE] > MANY:
+                if AHEAD and (start + i) % (FETCHED * NUMBERS) < RUN and table[row + order.SIZE] > NUMBERS * MANY:
                     fetch(at, (start + i) // NUMBERS + AHEAD)
                 lane = i // QUARTER * WIDTH + i % WIDTH
                 add_near(lanes[lane : lane + RUN], at, start + i, min(RUN, n - i), s)

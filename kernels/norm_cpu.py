@@ -99,7 +99,7 @@ def over_chunks(compiled, columns, add_chunk):
 def build(form, loop, how=None):
     """Return the compiled kernel of a form. loop: "serial" or "parallel". how: a `processor.Loop`; by default what suits sums."""
     if loop == "parallel":
-        return cpu_threads.parallel_of(build(form, "serial"))
+        return cpu_threads.parallel_of(build(form, "serial", how))
     how = how or processor.loop_of_sums()
     compiled = compiled_cache.compiler(__name__, form, how)
     op = primitives.for_numba(intrinsic)

@@ -124,29 +124,13 @@ def test_no_view_can_be_replaced_by_an_array_that_a_step_would_not_see(as_list):
     assert (flat.param[:2] == 5).all() and (flat.grad[:2] == 5).all()
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "deepcopy", "pickle"]
-)
-@pytest.mark.parametrize("kind", ["one", "list", "dict", "complex"])
-def test_the_views_of_a_copy_are_views_of_its_own_buffers(kind, copied):
-    arrays = [np.arange(6, dtype="f4").reshape(2, 3), np.ones(3, "f4"), np.zeros(0, "f4"), np.array(7, "f4")]
-    if kind == "complex":
-        arrays = [np.asarray(a.astype("c8") * (1 + 2j)) for a in arrays]
-    given = {"one": arrays[0], "dict": {f"w{k}": a for k, a in enumerate(arrays)}}.get(kind, arrays)
-    flat = gpuadam.flatten(given)
-    flat.grad[:] = 3
-    other, opt = copied((flat, gpuadam.Adam(flat.param, lr=0.1, complex="parts")))
-    assert type(other) is type(flat) and type(other.params) is type(flat.params)
-    assert repr(other.params) == repr(flat.params) and (other.grad == 3).all()
-    views = {"one": lambda x: [x], "dict": lambda x: list(x.values())}.get(kind, list)
-    for buffer, of_buffer in ((other.param, other.params), (other.grad, other.grads)):
-        for k, view in enumerate(views(of_buffer)):
-            view[...] = 10 + k
-        assert sorted(set(buffer[buffer.real >= 10].real.tolist())) == [10 + k for k, a in enumerate(views(given)) if a.size]
-    if copied is not copy.copy:  # which copies the tuple alone
-        assert not (flat.param == other.param).all()
-        opt.step(other.grad)
-        assert views(other.params)[0].flat[0] != 10
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_copy_would_have_views_of_no_buffer_and_is_refused(copied):
+    flat = gpuadam.flatten({"w": np.ones(3, "f4")})
+    for what in (flat, (flat, gpuadam.Adam(flat.param)), (gpuadam.Adam(flat.params), flat)):
+        with pytest.raises(TypeError, match="flatten the copies"):
+            copied(what)
+    assert copy.copy(flat) is flat
 
 
 def test_no_view_can_be_replaced_by_an_update():

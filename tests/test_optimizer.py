@@ -486,8 +486,19 @@ def test_a_hyperparameter_is_no_attribute_that_would_have_no_effect(make, name):
 def test_another_dict_in_the_place_of_a_state_is_refused():
     opt = gpuadam.Adam(params())
     for copied in (opt, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
-        with pytest.raises(TypeError, match=r"state\['w'\] is a dict that steps use.*state\['w'\].update\(m=m"):
-            copied.state["w"] = dict(copied.state["w"])
+        for change in (
+            lambda state: state.__setitem__("w", dict(state["w"])),
+            lambda state: state.__setitem__("other", {}),
+            lambda state: state.update(w={}),
+            lambda state: state.__ior__({"w": {}}),
+            lambda state: state.setdefault("other", {}),
+            lambda state: state.pop("w"),
+            lambda state: state.popitem(),
+            lambda state: state.__delitem__("w"),
+            lambda state: state.clear(),
+        ):
+            with pytest.raises(TypeError, match=r"dicts that its steps use.*state\[name\].update\(m=m"):
+                change(copied.state)
         copied.state["w"].update(m=np.full((3, 4), 5, "f4"))
         assert copied.state["w"] is copied.parameters["w"].state and copied.state["b"]["step"] == 0
         copied.step(grads())

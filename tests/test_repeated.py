@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import math
 import pickle
 import sys
@@ -133,6 +134,48 @@ def test_so_have_steps_with_another_grad_scale_each(options):
         assert_same(*opts)
         taken.append(opts[0]._repeated.ready)
     assert taken == [False, *[True] * 5, False, False]  # 1e-42 is subnormal in float32, and the long way's to round
+
+
+@pytest.mark.parametrize("grad_scale", [2, np.float64(0.5)])
+def test_a_grad_scale_of_another_type_is_as_good_as_a_float(grad_scale, calls):
+    opts = [gpuadam.Adam(numbers(33, 1)) for _ in range(2)]
+    for k in range(4):
+        for opt, scale in zip(opts, (grad_scale, float(grad_scale)), strict=True):
+            opt.step(numbers(33, k), grad_scale=scale)
+    assert_same(*opts)
+    assert opts[0]._repeated.ready
+    arrays = arrays_of_one()
+    for step in range(1, 5):
+        gpuadam.adam_step(*arrays, step=step, grad_scale=grad_scale)
+    assert calls[-1]
+    with pytest.raises(ValueError, match="grad_scale is too large"):
+        opts[0].step(numbers(33, 1), grad_scale=10**400)
+
+
+def test_what_was_known_of_a_step_is_let_go_when_the_next_is_another():
+    opt, held = gpuadam.Adam([numbers(5, 1), numbers(4, 2)]), []
+    for k in range(3):
+        grads = [numbers(5, k), numbers(4, k)]
+        opt.step(grads, **CLIPPED)
+        held.append(weakref.ref(grads[0]))
+    del grads
+    assert opt._repeated._further and [ref() for ref in held] == [None] * 3
+    opt.step([numbers(5, 1), None], **CLIPPED)
+    assert opt._repeated._further is None
+
+
+def test_no_gradient_is_kept_alive_by_an_interrupt_of_its_norm(monkeypatch):
+    opt = gpuadam.Adam([numbers(5, 1)])
+    for k in range(3):
+        opt.step([numbers(5, k)], **CLIPPED)
+    grad = numbers(5, 9)
+    held = weakref.ref(grad)
+    monkeypatch.setattr(type(numba_cpu), "norm_of_plan", lambda *plan: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        opt.step([grad], **CLIPPED)
+    del grad
+    gc.collect()
+    assert held() is None
 
 
 def test_a_grad_scale_that_no_kernel_can_take_is_refused_in_a_repeated_step():

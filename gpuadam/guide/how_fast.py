@@ -160,9 +160,10 @@ launches, on a GPU, and without one over a driver that answers in no time. Over 
 | `global_norm` of 148 arrays | 500 | 710 |
 | 148 bare launches | 1,000 | 7,200 |
 
-The steps are as the ones before them: with the same arrays, or gradients that lie where the last ones did, and the same options.
-Others take the long way, which is some 3 ms for 148 arrays with `max_norm`. So do all steps with `norms=True`, `change=`,
-`lr_scale=`, `where=` and copies of the parameters.
+The steps are as the ones before them: with the same arrays, or gradients that lie where the last ones did, and the same options
+but for the numbers of lr and grad_scale. Others take the long way, which is some 3 ms for 148 arrays with `max_norm`. Always long
+are steps with `norms=True`, `change=`, `lr_scale=`, `where=`, `stream=`, copies of the parameters, or a `norm` or `found_inf`
+that is a number.
 
 These are of a program with one thread of Python. With others, as in a notebook, the libraries make the launches of a repeated
 step: CuPy needs 5 microseconds more for each, Numba 40.

@@ -16,8 +16,9 @@ import torch
 from .. import backends, torch_tensors
 from ..kernels import dlpack_struct
 from ..kernels.step_objects import ANY, same, stays
-from ..repeated import Repeats, launch_prepared, prepared
+from ..repeated import Repeats, prepared
 from ..repeated_on_cpu import StepsOnCpu, disjoint
+from ..update import launch
 from .distributed import PLAIN
 from .step_counts import LAST
 
@@ -118,7 +119,7 @@ class RepeatedSteps(Repeats):
             batches = prepared(plans, steps)
             if not batches:
                 return False
-            launch_prepared(plans, batches, optimizer.under_way)
+            launch(batches, optimizer.under_way)
         for one in present:
             self._cpu_step.advance(one.counts)
             torch_tensors.wrote(one.written)
