@@ -121,7 +121,7 @@ BROKEN = {
     "a list too long": lambda opt: opt.groups[0].update(lr="x" * 10_000),
     "no lr": lambda opt: opt.groups[0].pop("lr"),
     "no groups": lambda opt: opt.groups.clear(),
-    "no state": lambda opt: opt.state.clear(),
+    "no state": lambda opt: dict.clear(opt.state),
     "other moments": lambda opt: opt.state["w"].update(m=None),
     "nothing": lambda opt: opt.__dict__.clear(),
 }
