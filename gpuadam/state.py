@@ -88,7 +88,7 @@ def check_meaning(keys, options, algorithm, formula):
             )
 
 
-class States(dict):
+class States(dict[str, dict[str, Any]]):
     """name -> state of all parameters of an optimizer. Its steps use the dicts in it, so no program puts others there."""
 
     def __setitem__(self, name, state):
