@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import os
 import stat
 import warnings
@@ -65,7 +66,11 @@ def locked(path, hold=None):
         hold(file)
     try:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                gc.collect()  # a call of this process that was interrupted may have left its file open, and garbage
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(path, file):  # the process that had the lock has deleted the file: others would lock a new one
                 file.close()
                 return locked(path, hold)
