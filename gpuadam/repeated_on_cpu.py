@@ -17,7 +17,7 @@ def plan_of(group: Updates, n_rows=None, beside=False, table=None, clips=False):
     """Return a `cpu_step.Plan` for Updates that were made, or None if there is none for their like.
 
     n_rows, table: as in Plan. beside: whether the step has other Updates, so that the call leaves all launches to its caller.
-    clips: whether its caller takes the norm of the gradients first, whose order is C's, and multiplies them by what follows.
+    clips: whether the caller clips: it takes the norm of the gradients, which have to be in C order, and then sets grad_scale.
     """
     like, fixed = group.like, group.h.fixed
     kernels = backends.load("numba-cpu")
@@ -120,7 +120,7 @@ class StepsOnCpu:
 
     @property
     def grads(self):
-        """How many numbers each gradient of the step has that is prepared, and where it is."""
+        """The sizes and the addresses of the gradients of the step that is prepared. Complex numbers count twice."""
         struct, table = self._kernels.numpy_struct, self._plan.table
         return table[:, struct.SIZE] * self._columns.numbers, table[:, struct.PARAM + 1]
 

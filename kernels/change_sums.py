@@ -64,7 +64,7 @@ class NormPasses:
 
     params: name -> View of all parameters, of one device. device: its number; None for the CPU, or if no parameter has elements.
     out: Views of two arrays of shape () and dtype float64, for the norms of the change and of the parameters; none for new ones.
-    `result`: both arrays. `begun`: whether an update has begun, as of a Batch; a norm is none.
+    `result`: both arrays. `begun` stays False, as of a Batch, because norms update nothing.
     """
 
     begun = False

@@ -3,12 +3,14 @@
 import contextlib
 import errno
 import faulthandler
+import gc
 import os
 import shutil
 import socket
 import stat
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +223,19 @@ def test_a_lock_is_of_one_at_a_time_and_a_file_system_without_locks_is_warned_of
     with pytest.warns(RuntimeWarning, match="No locks available.*a folder of its own"):
         sharded(tmp_path / "folder")
     assert load(tmp_path / "folder").steps == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the file, which is not closed
+def test_a_lock_that_an_interrupted_call_has_left_is_no_lock(tmp_path):
+    """The call's frames hold the file, and one another."""
+    gc.disable()
+    try:
+        frame = types.SimpleNamespace(file=regular_file.locked(tmp_path / "a"))
+        frame.itself = frame
+        del frame
+        regular_file.unlock(regular_file.locked(tmp_path / "a"))
+    finally:
+        gc.enable()
 
 
 def test_the_lock_of_a_file_that_was_deleted_meanwhile_is_none(tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ CLIPS = {  # options of steps that depend on the norm of the gradients
 
 
 @pytest.mark.parametrize("in_groups", [False, True], ids=["together", "in groups"])
-@pytest.mark.parametrize("of", ["f4", "f8", "c8", "maximize"])
+@pytest.mark.parametrize("of", ["f2", "f4", "f8", "c8", "maximize"])
 @pytest.mark.parametrize("options", CLIPS.values(), ids=CLIPS)
 def test_so_have_clipped_steps(options, of, in_groups):
     dtype = "f4" if of == "maximize" else of
