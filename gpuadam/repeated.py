@@ -143,10 +143,11 @@ class RepeatedStep(Repeats):
 
     _further: Any = None  # what a step needs beside the plans of its groups, a `NormOnCpu` or a `StepsOnDevice`
     _in_groups = _several = False
+    _moves: Any = None  # of the plans, when no memory was shared between their groups
 
     def put_off(self):
         super().put_off()
-        self._further = None
+        self._further = self._moves = None
 
     def note(self, optimizer, groups, updates, options):
         """Take over a step that went the long way, if the next ones may be alike.
@@ -160,7 +161,7 @@ class RepeatedStep(Repeats):
         known: list[Any] = [None]
         if len(updates) == len(groups) and _repeatable(updates, options):
             known = [RepeatedGroup.of(optimizer, *one, options, clips) for one in zip(groups, itertools.count(), updates)]
-        self._further = None
+        self._further = self._moves = None
         if None not in known and (clips or on_device):
             self._further = _further_of(optimizer, [one.plan for one in known], updates, clips, options)
             known = known if self._further else [None]
@@ -190,6 +191,14 @@ class RepeatedStep(Repeats):
         optimizer.ended()
         return True
 
+    def _apart(self, plans):
+        """Return whether no array that a group writes shares memory with one of another group: as before, if none has moved."""
+        moves = [plan.moves for plan in plans]
+        if len(plans) > 1 and moves != self._moves and not disjoint(plans):
+            return False
+        self._moves = moves
+        return True
+
     def _groups_as_last(self, optimizer, grads, options):
         """Make the step of all groups, or of none; return whether it was made. It may be clipped."""
         known = self._known
@@ -205,7 +214,7 @@ class RepeatedStep(Repeats):
         steps = (one.step(optimizer, group, own, options, n) for one, group, own, n in of_groups)
         try:
             launches = further(self._further, plans, list(steps), options) if self._further else prepared(plans, steps)
-            if not launches or (len(plans) > 1 and not disjoint(plans)):
+            if not launches or not self._apart(plans):
                 return False
             launch(launches, optimizer.under_way)
             return True

@@ -119,6 +119,11 @@ class StepsOnCpu:
         return self._plan.table, self._columns
 
     @property
+    def moves(self):
+        """How many steps have found arrays elsewhere than the one before."""
+        return self._plan.memory[self._kernels.cpu_step.MOVES].item()
+
+    @property
     def grads(self):
         """The sizes and the addresses of the gradients of the step that is prepared. Complex numbers count twice."""
         struct, table = self._kernels.numpy_struct, self._plan.table

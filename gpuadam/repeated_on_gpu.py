@@ -55,6 +55,8 @@ def launch_again(batches, under_way=None):
 class StepsOnGpu:
     """The plan of an optimizer's steps over arrays of CuPy or Numba: of all of them, or of a group beside others."""
 
+    moves = 0  # an array that has moved is none of the last step's: the step goes the long way
+
     def __init__(self, batches, only):
         self._batches, self._names = batches, only.names
         self._fixed, self._seed = only.h.fixed, only.seed

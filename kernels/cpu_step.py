@@ -29,8 +29,9 @@ from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 # What a call returns: the step is another one; it is done; it is one for several threads, and its table and scalars are ready
 OTHER, DONE, READY = range(3)
 # Where the memory of a Plan has what: int64. Behind it are `expected`, the table, the scalars, the addresses of the arrays, and
-# those of the parameters of several updates.
-ARRAY_TYPE, KERNEL, MOST, BEGINS, ANY_ORDER, EXPECTED, TABLE, NUMBERS, OBJECTS, PARAMS, HELD, HEAD = range(OWN, OWN + 12)
+# those of the parameters of several updates. MOVES: how many calls have found arrays elsewhere than the one before.
+ARRAY_TYPE, KERNEL, MOST, BEGINS, ANY_ORDER, MOVES, EXPECTED, TABLE, NUMBERS, OBJECTS, PARAMS, HELD = range(OWN, OWN + 12)
+HEAD = OWN + 12
 # Where its numbers have what: float64. The last are the scalars of the kernel.
 LOWEST, BETA1, BETA2, WEIGHT_DECAY, EPS, SIGN, MOST_SCALE, SCALARS = range(8)
 # What a call reads: the arrays of one update, those of several, or none
@@ -64,7 +65,7 @@ class Plan(step_objects.Plan):
         at = [self.address + 8 * k for k in (expected, table_at, of_numbers, objects, params_at)]
         # the arrays of a step of several updates that is READY. They are let go by `held.fill(None)`
         self.held = np.empty(n_rows * width if reads == ARRAYS else 0, object)
-        self.memory[OWN:HEAD] = NDARRAY, address_of(kernel, n), most, begins, any_order, *at, self.held.ctypes.data
+        self.memory[OWN:HEAD] = NDARRAY, address_of(kernel, n), most, begins, any_order, 0, *at, self.held.ctypes.data
         self.memory[expected:table_at] = like.expected.ravel()
         self.table = self.memory[table_at:of_numbers].reshape(n_rows, PARAM + width)
         if table is not None:
@@ -103,7 +104,7 @@ def address_of(kernel, n):
 
 
 _float64_at = load_at(intrinsic, types.float64)
-_store = store_at(intrinsic, types.float64)
+_store, _store_count = (store_at(intrinsic, kind) for kind in (types.float64, types.int64))
 OF_A_KERNEL = types.Array(types.int64, 2, "C"), *[types.int64] * 3  # table, first, last, key; then its scalars
 
 
@@ -137,7 +138,7 @@ def of_none(plan, arrays, objects):
 
 @compiled_cache.compiler(__name__)
 def read_none(objects, array_type, expected, any_order, table):
-    return True
+    return 0
 
 
 @functools.cache
@@ -162,8 +163,11 @@ def compiled(variant, decoupled, n_scalars, reads):
                     return OTHER
         expected = carray(pointer(int64_at(plan + 8 * EXPECTED)), (FACTS, width), np.int64)
         table = carray(pointer(int64_at(plan + 8 * TABLE)), (n_rows, PARAM + width), np.int64)
-        if not read_all(objects, int64_at(plan + 8 * ARRAY_TYPE), expected, int64_at(plan + 8 * ANY_ORDER) != 0, table):
+        moved = read_all(objects, int64_at(plan + 8 * ARRAY_TYPE), expected, int64_at(plan + 8 * ANY_ORDER) != 0, table)
+        if moved < 0:
             return OTHER
+        if moved:
+            _store_count(plan + 8 * MOVES, int64_at(plan + 8 * MOVES) + 1)
         numbers = int64_at(plan + 8 * NUMBERS)
         scale, most_scale = _float64_at(numbers + 8 * SIGN) * grad_scale, _float64_at(numbers + 8 * MOST_SCALE)
         if scale != 1.0 and not 1.0 / most_scale < abs(scale) < most_scale:

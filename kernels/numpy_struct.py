@@ -97,14 +97,14 @@ def table(columns, like, any_order=True):
     A table holds no references: the arrays must outlive it.
     """
     n, width = len(columns[0]), len(columns)
-    rows = np.empty((n, PARAM + width), np.int64)
+    rows = np.zeros((n, PARAM + width), np.int64)
     if n == 1 and width == 4:
         (param,), (grad,), (m,), (v,) = columns
-        is_plain = read_four(id(param), id(grad), id(m), id(v), NDARRAY, like.expected, any_order, rows)
-        return rows if is_plain else None
+        changed = read_four(id(param), id(grad), id(m), id(v), NDARRAY, like.expected, any_order, rows)
+        return rows if changed >= 0 else None
     objects = np.fromiter(map(id, itertools.chain.from_iterable(columns)), np.int64, n * width)
     read_rows = read_one if n == 1 else read
-    return rows if read_rows(objects, NDARRAY, like.expected, any_order, rows) else None
+    return rows if read_rows(objects, NDARRAY, like.expected, any_order, rows) >= 0 else None
 
 
 @functools.cache
@@ -214,58 +214,76 @@ def all_disjoint(tables):
 
 @_inner
 def _described(objects, ndarray, expected, any_order, rows):
-    """Fill rows; return whether every array is as expected. The arguments: of `read`."""
+    """Fill rows; return how many of their numbers have changed, or -1 if an array is not as expected. Arguments: of `read`."""
+    changed = 0
     for row in range(rows.shape[0]):
         first, ndim, n, orders = objects[row], 0, 1, C_CONTIGUOUS | F_CONTIGUOUS
         for k in range(expected.shape[1]):
             array = objects[k * rows.shape[0] + row]
             # of what is no array, nothing but the head may be read: it may be shorter
             if _int64_at(array + TYPE) != ndarray or _int64_at(array + DTYPE) != expected[DTYPE_OBJECT, k]:
-                return False
+                return -1
             flags, last = _int32_at(array + FLAGS), expected[LAST, k]
             if flags & expected[FLAGS_NEEDED, k] != expected[FLAGS_NEEDED, k]:
-                return False
+                return -1
             orders &= flags & C_CONTIGUOUS if last else flags
             if expected[IS_SCALE, k]:
                 of_all = (n * expected[TIMES, 0] + GROUP - 1) // GROUP
                 if _int32_at(array + NDIM) != 1 or _int64_at(_int64_at(array + SHAPE)) != of_all:
-                    return False
+                    return -1
             else:
                 own = _int32_at(array + NDIM) - (last != 0)
                 if k == 0:
                     ndim = own
                 if own != ndim or own < 0 or (last and _int64_at(_int64_at(array + SHAPE) + 8 * own) != last):
-                    return False
+                    return -1
                 for d in range(ndim):
                     length = _int64_at(_int64_at(array + SHAPE) + 8 * d)
                     if length != _int64_at(_int64_at(first + SHAPE) + 8 * d):
-                        return False
+                        return -1
                     if k == 0:
                         n *= length
-            rows[row, PARAM + k] = _int64_at(array + DATA)
+            start = _int64_at(array + DATA)
+            changed += rows[row, PARAM + k] != start
+            rows[row, PARAM + k] = start
         if not (orders & C_CONTIGUOUS or (any_order and orders)):
-            return False
-        rows[row, SIZE], rows[row, KEY], rows[row, START] = n * expected[TIMES, 0], 0, 0
-    return True
+            return -1
+        size = n * expected[TIMES, 0]
+        changed += rows[row, SIZE] != size
+        rows[row, SIZE], rows[row, KEY], rows[row, START] = size, 0, 0
+    return changed
+
+
+@_inner
+def _told(changed, rows, are_disjoint):
+    """Return what a read has found."""
+    if changed < 0 or not are_disjoint:
+        rows[0, SIZE] = -1  # which no update has, so that the next read finds a change
+        return -1
+    return changed
 
 
 @compiled_cache.kept
 def read(objects, ndarray, expected, any_order, rows):
-    """Fill rows; return whether every array is as expected, and none that is written shares memory with another.
+    """Fill rows, which are zeros at first; return how many of their numbers have changed since the last read.
+
+    -1 if an array is not as expected, or one that is written shares memory with another: where no number has changed, none does,
+    and to compare all would take longer than the rest.
 
     objects: the addresses of the arrays' structs, column by column. ndarray: the address of their type.
     """
-    return _described(objects, ndarray, expected, any_order, rows) and disjoint(rows, expected)
+    changed = _described(objects, ndarray, expected, any_order, rows)
+    return _told(changed, rows, changed <= 0 or disjoint(rows, expected))
 
 
 @compiled_cache.kept
 def read_one(objects, ndarray, expected, any_order, rows):
     """Likewise of one update."""
-    return _described(objects, ndarray, expected, any_order, rows) and disjoint_in_one(rows, expected)
+    changed = _described(objects, ndarray, expected, any_order, rows)
+    return _told(changed, rows, changed <= 0 or disjoint_in_one(rows, expected))
 
 
 @compiled_cache.kept
 def read_four(param, grad, m, v, ndarray, expected, any_order, rows):
     """Likewise of one update of four arrays, by the addresses of their structs: it takes Python less time to pass them."""
-    objects = np.array((param, grad, m, v))
-    return _described(objects, ndarray, expected, any_order, rows) and disjoint_in_one(rows, expected)
+    return read_one(np.array((param, grad, m, v)), ndarray, expected, any_order, rows)

@@ -37,12 +37,21 @@ def of_python(name, n, returns=True):
     return llvm.function(intrinsic, name, emit, result(*[types.int64] * n))
 
 
-in_dict = of_python("PyDict_GetItem", 2)
+_get_item, _clear_error = of_python("PyDict_GetItemWithError", 2), of_python("PyErr_Clear", 0, returns=False)
 incref, decref = (of_python(name, 1, returns=False) for name in ("Py_IncRef", "Py_DecRef"))
 
 
 # Called by compiled code. plan: the address of a Plan's memory. Other arguments are addresses of objects.
 inner = njit(**INNER)
+
+
+@inner
+def in_dict(x, key):
+    """Return what a dict has under a key; 0 if there is nothing. Python's own PyDict_GetItem takes twice as long."""
+    value = _get_item(x, key)
+    if value == 0:
+        _clear_error()  # of a key that cannot be compared
+    return value
 
 
 @inner

@@ -254,7 +254,7 @@ def test_nothing_is_read_beyond_the_head_of_what_is_no_array():
     """A number is shorter than an array, and may lie at the end of the memory that there is."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", SHORT], env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "-1\n"), done.stderr
 
 
 # What changes between two calls
@@ -375,6 +375,33 @@ def test_disjoint_is_right_for_many_arrays():
         moved = rows.copy()
         moved[row, column] += 1
         assert disjoint(moved, expected) == (moved[row, column] + 15 == addresses.max() + 16)
+
+
+@pytest.mark.parametrize("n_updates", [1, 2])
+def test_a_read_finds_what_another_would_find_whatever_was_read_before(n_updates):
+    """Of arrays that lie where they lay the overlap is not looked for again."""
+    rng, memory, found = np.random.default_rng(1), np.zeros(60, "f4"), set()
+    columns = [[memory[:1]] * n_updates] * 4
+    like = numpy_struct.columns_like(NAMES[:4], [column[0] for column in columns], False)
+    read = numpy_struct.read_one if n_updates == 1 else numpy_struct.read
+    rows, before = np.zeros((n_updates, PARAM + 4), np.int64), None
+    for _ in range(400):
+        if before is None or rng.random() < 0.5:  # a column moves, or all have another length
+            size, starts = int(rng.integers(1, 6)), 6 * rng.permutation(9)[: 4 * n_updates].reshape(4, n_updates)
+            starts[rng.integers(4)] += rng.integers(-3, 4)
+            starts = np.maximum(starts, 0)
+            if before is not None and rng.random() < 0.5:
+                starts = before
+        arrays = [[memory[start : start + size] for start in column] for column in starts]
+        objects = np.array([id(array) for column in arrays for array in column])
+        changed = read(objects, numpy_struct.NDARRAY, like.expected, True, rows)
+        anew = numpy_struct.table(arrays, like)
+        assert (changed >= 0) == (anew is not None)
+        if anew is not None:
+            np.testing.assert_array_equal(rows, anew)
+        found.add((changed >= 0, changed > 0))
+        before = starts
+    assert found == {(False, False), (True, False), (True, True)}
 
 
 def test_gradients_may_overlap_whatever_lies_between_them():

@@ -769,9 +769,11 @@ def test_arrays_that_overlap_are_refused_in_a_repeated_call(calls):
     memory = np.zeros(80, "f4")
     for step in range(1, 4):
         gpuadam.adam_step(*arrays_of_one(), step=step)
-    with pytest.raises(ValueError, match="share"):
-        gpuadam.adam_step(memory[:40], memory[39:79], np.zeros(40, "f4"), np.zeros(40, "f4"), step=4)
-    assert calls[-2:] == [True, False]
+    overlapping = memory[:40], memory[39:79], np.zeros(40, "f4"), np.zeros(40, "f4")
+    for _ in range(2):  # the second call finds the arrays where the first one found them
+        with pytest.raises(ValueError, match="share"):
+            gpuadam.adam_step(*overlapping, step=4)
+    assert calls[-3:] == [True, False, False]
 
 
 # The compiled code
