@@ -39,7 +39,7 @@ def plan_of(group: Updates, n_rows=None, beside=False, table=None, clips=False):
     most = 0 if beside or clips else kernels.PARALLEL_FROM
     params = group.columns[0] if n_rows and table is None else ()
     return kernels.cpu_step.Plan(
-        like.columns, kernel, formula, numbers, scalars, begins, most, n_rows, table, not clips, params
+        like.columns, form, kernel, formula, numbers, scalars, begins, most, n_rows, table, not clips, params
     )
 
 
@@ -85,14 +85,15 @@ class RepeatedCall:
                 self._plans = {}
             self._plans[key] = known
         self._plan = known[1]
+        if self._plan is not None and arrays[0].size >= kernels.PARALLEL_FROM:
+            self._plan.take_threads(kernels.build)
 
 
 class StepsOnCpu:
     """The plan of an optimizer's steps over arrays in CPU memory: of all of them, or of a group beside others."""
 
-    def __init__(self, plan, only, clips):
+    def __init__(self, plan, only):
         self._plan, self._kernels, self._names = plan, backends.load("numba-cpu"), only.names
-        self._form = hyperparameters.constants(only.h.fixed, only.like.arrays, clips or only.h.scale != 1.0).form
         self._columns, self._sign = only.like.columns, -1.0 if only.h.fixed.maximize else 1.0
         self.expect = plan.expect
 
@@ -111,7 +112,7 @@ class StepsOnCpu:
     def of_table(cls, optimizer, only, beside, table=None, clips=False):
         """Likewise of arrays that the caller compares, and has the table of. beside: as in `plan_of`."""
         plan = plan_of(only, len(only.names), beside, table, clips) if backends.takes_numpy(optimizer.backend) else None
-        return plan and cls(plan, only, clips)
+        return plan and cls(plan, only)
 
     @property
     def table(self):
@@ -157,6 +158,7 @@ class StepsOnCpu:
             launch([batch], under_way)
         finally:
             self.ended()
+        self._plan.take_threads(self._kernels.build)
         return True
 
     def prepared(self, arrays, settings, step, lr, grad_scale):
@@ -177,9 +179,8 @@ class StepsOnCpu:
     def _batch(self):
         """Return the batch of the table, whose arrays the plan keeps alive."""
         plan, kernels = self._plan, self._kernels
-        n = plan.table[:, kernels.numpy_struct.SIZE].sum().item()
-        batch = kernels.batch_of(plan.table, n, None, False, 0, self._names, plan.held)
-        batch.prepare(adam, self._form, plan.scalars.tolist(), None)
+        batch = kernels.batch_of(plan.table, plan.elements, None, False, 0, self._names, plan.held)
+        batch.prepare(adam, plan.form, plan.scalars.tolist(), None)
         return batch
 
     def ended(self):

@@ -6,8 +6,8 @@ One call of its compiled code then does the rest: it compares the settings by id
 (`numpy_struct.py`), computes the scalars by THE FORMULA of `scalars.py`, and launches the kernel. If anything is not as before it
 has done nothing, and says so; the step then takes the long way, which knows what to refuse and how.
 
-The call holds Python's lock, because it reads Python's objects. So an update that is worth several threads is not made here: its
-arrays are put where they are kept alive until the caller has made it.
+The call holds Python's lock, because it reads Python's objects. It lets the lock go while several threads make a large update.
+If it may not start threads, it leaves the update to its caller, and keeps the arrays alive until that is made.
 """
 
 import functools
@@ -18,20 +18,22 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from gpuadam.kernels import compiled_cache, llvm, step_objects
+from gpuadam.kernels import adam, compiled_cache, cpu_threads, llvm, step_objects
 from gpuadam.kernels.adam import Scalars
-from gpuadam.kernels.numba_memory import load_at, store_at
+from gpuadam.kernels.numba_memory import load_at, on_stack, store_at
 from gpuadam.kernels.numpy_struct import FACTS, NDARRAY, PARAM, SIZE, read, read_one
-from gpuadam.kernels.same_objects import decref, incref, int64_at, of_one, of_several, pointer, same_settings
+from gpuadam.kernels.operands import KINDS
+from gpuadam.kernels.same_objects import call_python, decref, incref, int64_at, of_one, of_several, pointer, same_settings
 from gpuadam.kernels.scalars import on_host
 from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 
-# What a call returns: the step is another one; it is done; it is one for several threads, and its table and scalars are ready
+# What a call returns: the step is another one; it is done; its table and scalars are ready, and the launch is left to the caller
 OTHER, DONE, READY = range(3)
 # Where the memory of a Plan has what: int64. Behind it are `expected`, the table, the scalars, the addresses of the arrays, and
-# those of the parameters of several updates. MOVES: how many calls have found arrays elsewhere than the one before.
-ARRAY_TYPE, KERNEL, MOST, BEGINS, ANY_ORDER, MOVES, EXPECTED, TABLE, NUMBERS, OBJECTS, PARAMS, HELD = range(OWN, OWN + 12)
-HEAD = OWN + 12
+# those of the parameters of several updates. MOVES: how many calls have found arrays elsewhere than the one before. ELEMENTS: of
+# the last call's update. IN_THREADS: the loop in several threads, 0 if there is none.
+ARRAY_TYPE, KERNEL, MOST, BEGINS, ANY_ORDER, MOVES, ELEMENTS, IN_THREADS, COUNTER, SAFE_AT = range(OWN, OWN + 10)
+EXPECTED, TABLE, NUMBERS, OBJECTS, PARAMS, HELD, HEAD = range(OWN + 10, OWN + 17)
 # Where its numbers have what: float64. The last are the scalars of the kernel.
 LOWEST, BETA1, BETA2, WEIGHT_DECAY, EPS, SIGN, MOST_SCALE, SCALARS = range(8)
 # What a call reads: the arrays of one update, those of several, or none
@@ -44,17 +46,17 @@ LARGEST_SCALE = 1e30
 class Plan(step_objects.Plan):
     """The compiled step of updates of one kind.
 
-    like: the `numpy_struct.Columns` of the arrays, of which none is rounded randomly. kernel: a serial loop of `cpu_kernels`
-    that has been called. formula: (variant, decoupled) of `scalars.on_host`. numbers: the first ones of NUMBERS, up to
-    MOST_SCALE: SIGN is that of grad_scale, -1 to maximize; MOST_SCALE is LARGEST_SCALE, or 1 for a kernel that takes no other.
+    like: the `numpy_struct.Columns` of the arrays, of which none is rounded randomly. kernel: the serial loop of the form, which
+    has been called. formula: (variant, decoupled) of `scalars.on_host`. numbers: the first ones of NUMBERS, up to MOST_SCALE:
+    SIGN is that of grad_scale, -1 to maximize; MOST_SCALE is LARGEST_SCALE, or 1 for a kernel that takes no other.
     scalars: those of a step, of which the call computes VARYING. begins: the first step for which these scalars hold. most:
-    with so many elements or more, the call leaves the launch to several threads. n_rows: of several updates, how many there are.
+    with so many elements or more, several threads make the update. n_rows: of several updates, how many there are.
     table: of updates whose arrays the caller has compared, and whose gradients' addresses it puts there; the call reads no array.
     any_order: all arrays of an update may be in Fortran's order. params: those of several updates, which have to stay the same.
     """
 
     def __init__(
-        self, like, kernel, formula, numbers, scalars, begins, most, n_rows=None, table=None, any_order=True, params=()
+        self, like, form, kernel, formula, numbers, scalars, begins, most, n_rows=None, table=None, any_order=True, params=()
     ):
         width, n = like.expected.shape[1], len(scalars)
         reads = NO_ARRAY if table is not None else ARRAYS_OF_ONE if n_rows is None else ARRAYS
@@ -65,7 +67,8 @@ class Plan(step_objects.Plan):
         at = [self.address + 8 * k for k in (expected, table_at, of_numbers, objects, params_at)]
         # the arrays of a step of several updates that is READY. They are let go by `held.fill(None)`
         self.held = np.empty(n_rows * width if reads == ARRAYS else 0, object)
-        self.memory[OWN:HEAD] = NDARRAY, address_of(kernel, n), most, begins, any_order, 0, *at, self.held.ctypes.data
+        self.memory[ARRAY_TYPE:MOVES] = NDARRAY, address_of(kernel, n), most, begins, any_order
+        self.memory[EXPECTED:HEAD] = *at, self.held.ctypes.data
         self.memory[expected:table_at] = like.expected.ravel()
         self.table = self.memory[table_at:of_numbers].reshape(n_rows, PARAM + width)
         if table is not None:
@@ -74,13 +77,29 @@ class Plan(step_objects.Plan):
         floats[:SCALARS], floats[SCALARS:] = numbers, scalars
         self.scalars = floats[SCALARS:]
         self.memory[params_at:end] = [id(param) for param in params]
-        self._kept = like, kernel, params  # whose memory the compiled code knows
+        self._kept = [like, kernel, params]  # whose memory the compiled code knows
+        self.form = form
         self._call, self.rehearsed = compiled(*formula, n, reads), False
+
+    @property
+    def elements(self):
+        """How many elements the last call's update has."""
+        return self.memory[ELEMENTS].item()
 
     def rehearse(self):
         """Make a call that finds other settings and does nothing: it compiles the call, which may fail or be interrupted."""
         self._call(self.address, id(()), id(()), 0, 0.0, 0.0)
         self.rehearsed = True
+
+    def take_threads(self, build):
+        """Let calls start threads, if the loop in threads has been compiled. build: of `cpu_kernels`."""
+        if self.memory[IN_THREADS] or not cpu_threads.numba_threads_are_safe():
+            return
+        loop, n = build(adam, self.form, "parallel"), self.scalars.size
+        if _signature(n) in getattr(loop, "overloads", ()):
+            self._kept.append(loop)
+            self.memory[COUNTER], self.memory[SAFE_AT] = cpu_threads.counter_at(), cpu_threads.SAFE
+            self.memory[IN_THREADS] = address_of(loop, n)
 
     def step(self, arrays, settings, t, lr, grad_scale):
         """Return DONE, READY or OTHER.
@@ -96,39 +115,55 @@ def takes(grad_scale):
     return grad_scale == 1.0 or 1.0 / LARGEST_SCALE < abs(grad_scale) < LARGEST_SCALE
 
 
+def _signature(n):
+    """Return the types of the arguments of a kernel of n scalars."""
+    return *OF_A_KERNEL, *[types.float64] * n
+
+
 def address_of(kernel, n):
     """Return the address of the machine code of a kernel that has been called with n scalars, and perhaps with other types."""
-    signature = *OF_A_KERNEL, *[types.float64] * n
-    made = kernel.overloads[signature]
+    made = kernel.overloads[_signature(n)]
     return made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
 
 
 _float64_at = load_at(intrinsic, types.float64)
 _store, _store_count = (store_at(intrinsic, kind) for kind in (types.float64, types.int64))
-OF_A_KERNEL = types.Array(types.int64, 2, "C"), *[types.int64] * 3  # table, first, last, key; then its scalars
+# table, first, last, key; in threads table, n, n_threads, key; then its scalars
+OF_A_KERNEL = types.Array(types.int64, 2, "C"), *[types.int64] * 3
 
 
-def _launching(n):
-    """Return a function that calls a kernel of n scalars at an address."""
-    arguments = *OF_A_KERNEL, *[types.float64] * n
+def _launching(n, holds_lock):
+    """Return a function that calls a kernel of n scalars at an address, with Python's lock or without it."""
+    arguments = _signature(n)
 
     def codegen(context, b, signature, args):
-        kernel, table, elements, scalars = args
+        kernel, table, first, second, scalars = args
         kind = context.call_conv.get_function_type(types.none, arguments)
         start = b.inttoptr(scalars, llvm.F64.as_pointer())
-        numbers = [b.load(b.gep(start, [llvm.U64(k)])) for k in range(n)]
-        values = [table, llvm.U64(0), elements, llvm.U64(0), *numbers]
+        numbers = [b.load(b.gep(start, [llvm.U64(k)])) for k in range(n)]  # while no other thread can change them
+        values = [table, first, second, llvm.U64(0), *numbers]
         # Numba's functions take the places of a result and of an error before their arguments
         places = [cgutils.alloca_once_value(b, ir.Constant(place.pointee, None)) for place in kind.args[:2]]
         packed = context.get_arg_packer(arguments).as_arguments(b, values)
+        thread = None if holds_lock else call_python(b, "PyEval_SaveThread")
         b.call(b.inttoptr(kernel, kind.as_pointer()), [*places, *packed])  # it returns whether it has raised: never
+        if thread is not None:
+            call_python(b, "PyEval_RestoreThread", thread, returns=False)
         return context.get_dummy_value()
 
     @intrinsic
-    def launch(typingctx, kernel, table, elements, scalars):
-        return types.void(types.int64, arguments[0], types.int64, types.int64), codegen
+    def launch(typingctx, kernel, table, first, second, scalars):
+        return types.void(types.int64, arguments[0], *[types.int64] * 3), codegen
 
     return launch
+
+
+def _call(b, function):
+    """Call a function at an address, which takes nothing and returns a C int."""
+    return b.sext(b.call(b.inttoptr(function, ir.FunctionType(llvm.U32, []).as_pointer()), []), llvm.U64)
+
+
+_count_threads = llvm.function(intrinsic, "count_threads", _call, types.int64(types.int64))
 
 
 @compiled_cache.compiler(__name__)
@@ -144,9 +179,11 @@ def read_none(objects, array_type, expected, any_order, table):
 @functools.cache
 def compiled(variant, decoupled, n_scalars, reads):
     """Return the compiled call of a Plan. reads: what it reads, one of ARRAYS_OF_ONE, ARRAYS and NO_ARRAY."""
-    formula, launch = on_host(variant, decoupled), _launching(n_scalars)
+    formula = on_host(variant, decoupled)
+    launch, launch_in_threads = _launching(n_scalars, True), _launching(n_scalars, False)
     gather, read_all = {ARRAYS_OF_ONE: (of_one, read_one), ARRAYS: (of_several, read), NO_ARRAY: (of_none, read_none)}[reads]
-    of_several_updates = reads == ARRAYS
+    of_one_update, of_several_updates = reads == ARRAYS_OF_ONE, reads == ARRAYS
+    memory_of_row = on_stack(intrinsic, 8 * (PARAM + len(KINDS)))
     powers, of_step = map(njit(**compiled_cache.INNER), (formula.powers, formula.of_step))
     GRAD_SCALE, DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
 
@@ -188,16 +225,30 @@ def compiled(variant, decoupled, n_scalars, reads):
         elements = 0
         for row in range(n_rows):
             elements += table[row, SIZE]
-        if elements >= int64_at(plan + 8 * MOST):
+        _store_count(plan + 8 * ELEMENTS, elements)
+        if elements < int64_at(plan + 8 * MOST):
+            launch(int64_at(plan + 8 * KERNEL), table, 0, elements, numbers + 8 * SCALARS)
+            return DONE
+        if of_several_updates:
+            for k in range(n_rows * width):
+                incref(objects[k])
+        in_threads = int64_at(plan + 8 * IN_THREADS)
+        if in_threads == 0 or int64_at(int64_at(plan + 8 * SAFE_AT)) == 0:
             if of_several_updates:
                 held = carray(pointer(int64_at(plan + 8 * HELD)), n_rows * width, np.int64)
-                for k in range(n_rows * width):
-                    incref(objects[k])
                 for k in range(n_rows * width):
                     before, held[k] = held[k], objects[k]
                     decref(before)
             return READY
-        launch(int64_at(plan + 8 * KERNEL), table, elements, numbers + 8 * SCALARS)
+        if of_one_update:  # another thread may make a call of this Plan meanwhile
+            row = carray(pointer(memory_of_row()), (1, PARAM + width), np.int64)
+            for k in range(PARAM + width):
+                row[0, k] = table[0, k]
+            table = row
+        launch_in_threads(in_threads, table, elements, _count_threads(int64_at(plan + 8 * COUNTER)), numbers + 8 * SCALARS)
+        if of_several_updates:
+            for k in range(n_rows * width):
+                decref(objects[k])
         return DONE
 
     return compiled_cache.stored(njit(error_model="numpy")(step), "step", variant, decoupled, n_scalars, reads)

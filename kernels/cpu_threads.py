@@ -6,6 +6,7 @@ run parts of the serial loop instead: as fast from some 4 million elements, slow
 """
 
 import contextlib
+import ctypes
 import functools
 import inspect
 import itertools
@@ -14,15 +15,19 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numba
+import numpy as np
+from llvmlite import binding
 from numba import njit, prange
 
 _one_at_a_time = threading.Lock()
 _forked = False
+_safe = np.zeros(1, np.int64)  # what `numba_threads_are_safe` found: compiled code looks here, at SAFE
+SAFE = _safe.ctypes.data
 
 
 def _after_fork_in_child():
     global _forked, _one_at_a_time
-    _forked, _one_at_a_time = True, threading.Lock()
+    _forked, _one_at_a_time, _safe[0] = True, threading.Lock(), False
     _pool.cache_clear()
 
 
@@ -32,7 +37,8 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 
 def numba_threads_are_safe():
     """Whether Numba's threads may be used here and now."""
-    return not _forked and threading_layer() not in (None, "workqueue")
+    _safe[0] = safe = not _forked and threading_layer() not in (None, "workqueue")
+    return safe
 
 
 @functools.cache
@@ -47,7 +53,18 @@ def threading_layer():
 
 def n_threads():
     """Return how many threads an update may take."""
-    return numba.get_num_threads() if threading_layer() else numba.config.NUMBA_NUM_THREADS
+    return _counter()() if threading_layer() else numba.config.NUMBA_NUM_THREADS
+
+
+def counter_at():
+    """Return the address of the function that counts Numba's threads, which have been started."""
+    return binding.address_of_symbol("get_num_threads")
+
+
+@functools.cache
+def _counter():
+    """Return this function. `numba.get_num_threads` first takes two locks, one of them between processes."""
+    return ctypes.PYFUNCTYPE(ctypes.c_int)(counter_at())
 
 
 @contextlib.contextmanager

@@ -286,4 +286,6 @@ def read_one(objects, ndarray, expected, any_order, rows):
 @compiled_cache.kept
 def read_four(param, grad, m, v, ndarray, expected, any_order, rows):
     """Likewise of one update of four arrays, by the addresses of their structs: it takes Python less time to pass them."""
-    return read_one(np.array((param, grad, m, v)), ndarray, expected, any_order, rows)
+    objects = np.array((param, grad, m, v))
+    changed = _described(objects, ndarray, expected, any_order, rows)
+    return _told(changed, rows, changed <= 0 or disjoint_in_one(rows, expected))

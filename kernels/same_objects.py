@@ -25,13 +25,18 @@ pointer = llvm.function(
 )
 
 
+def call_python(b, name, *values, returns=True):
+    """Call a function of Python's interface for C, by its name. It takes addresses, and its value is one or nothing."""
+    kind = ir.FunctionType(llvm.U64 if returns else ir.VoidType(), [llvm.U64] * len(values))
+    value = b.call(cgutils.get_or_insert_function(b.module, kind, name), values)
+    return value if returns else None
+
+
 def of_python(name, n, returns=True):
-    """Return a function of Python's interface for C, by its name. It takes n addresses, and its value is one or nothing."""
-    kind = ir.FunctionType(llvm.U64 if returns else ir.VoidType(), [llvm.U64] * n)
+    """Return such a function of n addresses for compiled code."""
 
     def emit(b, *values):
-        value = b.call(cgutils.get_or_insert_function(b.module, kind, name), values)
-        return value if returns else None
+        return call_python(b, name, *values, returns=returns)
 
     result = types.int64 if returns else types.void
     return llvm.function(intrinsic, name, emit, result(*[types.int64] * n))

@@ -5,6 +5,7 @@ the serial loop, computed here.
 """
 
 import atexit
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -24,12 +25,14 @@ import pytest
 from cases import assert_same_bits, few, form_and_scalars, state, table_of, wide_state
 
 import gpuadam
+from gpuadam import functional
 from gpuadam.cli.measuring import forms as measured
-from gpuadam.kernels import adam, change_cpu, cpu_threads, norm_cpu, norm_order
+from gpuadam.kernels import adam, change_cpu, cpu_step, cpu_threads, norm_cpu, norm_order
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.numpy_struct import PARAM
 from gpuadam.kernels.operands import operands_of_form
 from gpuadam.kernels.view import on_cpu
+from gpuadam.repeated_on_cpu import RepeatedCall
 
 N, STEPS, AT_ONCE = 100_003, 200, 4
 SIZES = (0, 1, 7, 1_000, 20_011, 60_013)
@@ -122,17 +125,23 @@ def recorded():
     return launches
 
 
-def everything():
-    launches = recorded()
-    steps_of_one(1)  # Numba's tbb layer can be forked if the main thread has started it
+def everything(compiled):
+    """What a process finds. compiled: whether compiled calls may start threads; else launches are recorded."""
+    launches = [] if compiled else recorded()
+    steps_of_one(3)  # Numba's tbb layer can be forked if the main thread has started it
     launches.clear()
-    found = {"at once": steps_at_once()}
+    found = {"at once": steps_at_once(), "compiled": starts_threads(functional._REPEATED._plan)}
     found["launches"] = sorted({launch[:2] for launch in launches})
     found["layer"] = cpu_threads.threading_layer()
     if hasattr(os, "fork"):
         found["fork"] = steps_in_a_fork()
         found["after the fork"] = steps()
     return found
+
+
+def starts_threads(plan):
+    """Whether the compiled call of a Plan starts threads."""
+    return plan is not None and bool(plan.memory[cpu_step.IN_THREADS] and cpu_threads._safe[0])
 
 
 # What they must find
@@ -169,8 +178,8 @@ def process(code, **environment):
 
 
 @functools.cache
-def found(layer):
-    return process("everything()", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="3")
+def found(layer, compiled=False):
+    return process(f"everything({compiled})", NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="3")
 
 
 def over(*layers):
@@ -191,20 +200,20 @@ def test_the_sizes_here_are_worth_several_threads():
 @over(*LAYERS)
 def test_python_threads_at_once_get_the_bits_of_the_serial_loop(layer):
     """Numba's workqueue layer ends the process when two threads start a parallel loop at once."""
-    assert found(layer)["at once"] == [expected()]
+    assert found(layer)["at once"] == found(layer, compiled=True)["at once"] == [expected()]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @over(*LAYERS)
 def test_a_forked_child_gets_the_bits_of_the_serial_loop(layer):
     """Numba's omp layer ends a forked child at its first parallel loop."""
-    assert found(layer)["fork"] == [expected(), [expected()], 0]
+    assert found(layer)["fork"] == found(layer, compiled=True)["fork"] == [expected(), [expected()], 0]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @over(*LAYERS)
 def test_a_process_that_forked_goes_on(layer):
-    assert found(layer)["after the fork"] == expected()
+    assert found(layer)["after the fork"] == found(layer, compiled=True)["after the fork"] == expected()
 
 
 @over("omp", "tbb")
@@ -213,6 +222,7 @@ def test_a_layer_that_allows_it_runs_numbas_parallel_loop(layer):
         pytest.skip(f"Numba cannot load its {layer} layer here")
     assert found(layer)["layer"] == layer
     assert "parallel" in {loop for loop, _ in found(layer)["launches"]}, found(layer)
+    assert found(layer, compiled=True)["compiled"] and not found(layer)["compiled"]
 
 
 @over("workqueue", "nonsense")
@@ -220,6 +230,7 @@ def test_a_layer_that_does_not_allow_it_or_is_not_there_leaves_the_work_to_our_o
     loops, threads = map(set, zip(*found(layer)["launches"], strict=True))
     assert loops == {"serial"} and "gpuadam_" in threads
     assert found(layer)["layer"] == {"workqueue": "workqueue", "nonsense": None}[layer]
+    assert not found(layer, compiled=True)["compiled"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -302,6 +313,121 @@ def test_our_own_threads_give_the_bits_of_the_serial_loop(monkeypatch, n_threads
     numba_cpu.build(adam, form, "serial")(table_of(serial), 0, N, 0, *scalars)
     numba_cpu.launch(form, [on_cpu("", a) for a in ours], scalars)
     assert_same_bits(ours, serial)
+
+
+# Threads that compiled calls start. A function in C that is Python takes the place of the loop.
+
+
+@pytest.fixture
+def launched():
+    """Return a function that makes the large update of a call that is repeated, and returns what its loop was given.
+
+    repeat: makes the call. plan: returns its Plan. seen: is called in the place of the loop.
+    """
+    if not cpu_threads.numba_threads_are_safe():
+        pytest.skip("Numba's threads are not safe here")
+
+    def launch(repeat, plan, seen=lambda: None):
+        given = []
+
+        def loop(_result, _error, *arguments):
+            given.append(arguments)
+            seen()
+            return 0
+
+        for _ in range(5):  # until it is repeated in threads
+            repeat()
+        assert starts_threads(plan())
+        of_array = [ctypes.c_int64] * 9  # how Numba passes one of two dimensions: the fifth is the address of its data
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, *of_array, *[ctypes.c_int64] * 3)
+        function, memory = kind(loop), plan().memory
+        loop_at = memory[cpu_step.IN_THREADS]
+        memory[cpu_step.IN_THREADS] = ctypes.cast(function, ctypes.c_void_p).value
+        repeat()
+        memory[cpu_step.IN_THREADS] = loop_at
+        (arguments,) = given
+        return arguments[4], *arguments[9:]
+
+    return launch
+
+
+def an_optimizer(n=N):
+    params, grads = [np.ones(n, "f4"), np.ones(5, "f4")], [np.ones(n, "f4"), np.ones(5, "f4")]
+    opt = gpuadam.Adam(params)
+    return opt, functools.partial(opt.step, grads), lambda: opt._repeated._known[0].plan._plan
+
+
+@pytest.fixture
+def a_call(monkeypatch):
+    """adam_step on arrays of ones, and the Plan of what was called last."""
+    monkeypatch.setattr(functional, "_REPEATED", repeated := RepeatedCall())
+    arrays, steps = [np.ones(N, "f4") for _ in range(4)], itertools.count(1)
+    return lambda: gpuadam.adam_step(*arrays, next(steps)), lambda: repeated._plan
+
+
+def test_compiled_calls_start_as_many_threads_as_numba_may(launched, a_call):
+    (_, *of_step), before = an_optimizer(), numba.get_num_threads()
+    try:
+        for n_threads in (before, 1):
+            numba.set_num_threads(n_threads)
+            assert launched(*of_step)[1:] == (N + 5, n_threads, 0)
+            assert launched(*a_call)[1:] == (N, n_threads, 0)
+    finally:
+        numba.set_num_threads(before)
+
+
+def test_an_optimizers_arrays_are_kept_alive_while_threads_update_them(launched):
+    """Another thread may drop an array from a list meanwhile."""
+    opt, step, plan = an_optimizer()
+    arrays, counts = [opt.state[name][key] for name in opt.state for key in "mv"], []
+
+    def count():
+        counts.append([sys.getrefcount(array) for array in arrays])
+
+    count()
+    launched(step, plan, count)
+    count()
+    before, meanwhile, after = counts
+    assert after == before and meanwhile == [one + 1 for one in before]
+
+
+def test_threads_update_a_calls_own_table(launched, a_call):
+    """Another thread may make a call of the same Plan meanwhile."""
+    repeat, plan = a_call
+    (own, *_) = launched(repeat, plan)
+    assert own != plan().table.ctypes.data
+
+
+def test_other_python_threads_run_while_threads_update():
+    """One that asks for Python's lock all the time gets it amid a step. It would never be given it by the interpreter."""
+    _, step, plan = an_optimizer(2_000_000)
+    for _ in range(5):
+        step()
+    if not starts_threads(plan()):
+        pytest.skip("Numba's threads are not safe here")
+    turns, stop, interval = [0], threading.Event(), sys.getswitchinterval()
+
+    def take_turns():
+        while not stop.is_set():
+            turns[0] += 1
+            time.sleep(0)
+
+    other = threading.Thread(target=take_turns)
+    other.start()
+    sys.setswitchinterval(1000)
+    try:
+        ran = 0
+        for _ in range(300):
+            before = turns[0]
+            step()
+            ran += turns[0] > before
+            if ran == 5:
+                break
+        assert ran == 5  # a request from before the interval was set may be granted once
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        other.join()
 
 
 # What a thread raises
