@@ -372,12 +372,16 @@ def operands_of_all(n=120_000):
     return found
 
 
+OTHER_PLACES = ("cupy", "sm_75"), ("cupy-cuda12", "sm_80"), ("numba-cuda", "sm_120")  # behind --exhaustive
 TAKES = {"from_bfloat16": 0xFFFF, "from_float16": 0xFFFF, "from_parts": 0xFFFF, "from_m_code": 0xFF, "from_v_code": 0xFF}
 
 
 @pytest.mark.parametrize(
     "compiler, arch",
-    [("cupy", "sm_75"), ("cupy", "sm_90"), ("cupy-cuda12", "sm_80"), ("numba-cuda", "sm_80"), ("numba-cuda", "sm_120")],
+    [
+        *(pytest.param(*place, marks=pytest.mark.exhaustive) for place in OTHER_PLACES),
+        *[("cupy", "sm_90"), ("numba-cuda", "sm_80")],
+    ],
 )
 def test_every_conversion_of_the_gpu_code_has_the_cpus_bits(compiler, arch):
     for limit in (0xFFFFFFFF, 0xFFFF, 0xFF):

@@ -34,7 +34,7 @@ from gpuadam.kernels.operands import operands_of_form
 from gpuadam.kernels.view import on_cpu
 from gpuadam.repeated_on_cpu import RepeatedCall
 
-N, STEPS, AT_ONCE = 100_003, 200, 4
+N, STEPS, AT_ONCE = 100_003, 80, 4
 SIZES = (0, 1, 7, 1_000, 20_011, 60_013)
 ROOT = Path(__file__).parent.parent
 

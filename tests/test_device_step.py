@@ -191,7 +191,7 @@ ON_ALL = ("arrays", "arrays in float64", "RAdam", "AdaMax", "optax in float64, a
 
 
 @pytest.mark.in_short()
-@pytest.mark.parametrize("name", SCALARS)
+@pytest.mark.parametrize("name", few(SCALARS, *ON_ALL, "AMSGrad"))
 def test_the_device_computes_the_hosts_scalars(compiler, name, examples):
     for arch in ARCHITECTURES if name in ON_ALL and examples(False, True) else ("sm_90",):
         check_scalars(compiler, arch, name)
@@ -302,6 +302,7 @@ def test_a_norm_that_is_not_finite_or_too_large_leaves_the_step_out(compiler, cl
     assert out[SKIP_AT // 8] == 1
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("algorithm, n", [("adam", 26_000), ("radam", 6_000), ("adamax", 2_000)])
 def test_a_hundred_thousand_random_steps_give_the_hosts_bits(compiler, algorithm, n, examples):
     """betas, t, lr and decay over their ranges; a third of the 102,000 for each compiler, in float32, which rounds.

@@ -512,7 +512,7 @@ def test_gpu_code_gives_the_cpus_bits_at_every_size(compiler, where, examples):
 
 @pytest.mark.in_short()
 @pytest.mark.parametrize("compiler", GPU_COMPILERS)
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", few(FORMS, "bfloat16, rounded randomly", "nadam"))
 def test_gpu_code_gives_the_cpus_bits_in_every_form(compiler, name):
     for where in OFFSETS:
         assert_gpu_code_gives_the_cpus_bits(compiler, "sm_90", name, [1003, 64, 37], where)
@@ -526,6 +526,7 @@ def test_gpu_code_gives_the_cpus_bits_on_other_architectures(compiler, arch):
     assert_gpu_code_gives_the_cpus_bits(compiler, arch, "float16, with a copy and a mean", [133, 640])
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("compiler", GPU_COMPILERS)
 @pytest.mark.parametrize("on_device", [False, True], ids=["numbers", "scalars in memory"])
 def test_many_arrays_are_one_launch(compiler, on_device):

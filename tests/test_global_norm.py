@@ -12,6 +12,7 @@ import libraries
 import llvmlite.binding
 import numpy as np
 import pytest
+from cases import few
 from gpu_work import SYNCHRONIZATIONS, busy_stream
 
 import gpuadam
@@ -175,7 +176,7 @@ def test_a_broadcast_array_counts_every_element():
     assert_bits(global_norm(np.broadcast_to(x, (9, 1003))), global_norm(np.tile(x, (9, 1))))
 
 
-@pytest.mark.parametrize("n_threads", [2, 3, 7])
+@pytest.mark.parametrize("n_threads", few([2, 3, 7], 3))
 @pytest.mark.parametrize("safe", [True, False], ids=["numba's threads", "our own"])
 def test_every_number_of_threads_gives_the_bits_of_one(monkeypatch, n_threads, safe):
     x = [values(300_000), values(5), values(123_457)]
@@ -353,7 +354,7 @@ def test_the_code_of_a_gpu_gives_the_bits_of_the_cpu(compiler, arch):
 
 
 @pytest.mark.in_short()
-@pytest.mark.parametrize("format", FORMATS[1:])
+@pytest.mark.parametrize("format", few(FORMATS[1:], "bfloat16", "float64"))
 @pytest.mark.parametrize("compiler", ["cupy", "numba-cuda"])
 def test_so_it_does_in_every_format(compiler, format, examples):
     for n in examples((255, 4097), (1, 255, 4097, 9_003)):
@@ -362,7 +363,7 @@ def test_so_it_does_in_every_format(compiler, format, examples):
             assert_bits(run(compiler, "sm_80", [x])[0], global_norm(x))
 
 
-@pytest.mark.parametrize("compiler", ["cupy", "numba-cuda"])
+@pytest.mark.parametrize("compiler", few(["cupy", "numba-cuda"], "numba-cuda"))
 def test_so_it_does_for_many_arrays_and_what_is_not_finite(compiler):
     arrays = many() + many("float64")
     assert_bits(run(compiler, "sm_80", arrays)[0], global_norm(arrays))

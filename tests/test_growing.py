@@ -23,6 +23,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("of", ["f4", "f8", "bfloat16", "joint"])
 def test_the_ema_of_a_new_parameter_begins_at_it(of, capturable):

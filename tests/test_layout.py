@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from cases import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,7 +92,8 @@ def part(data, base):
     return view.transpose(data.draw(st.permutations(range(view.ndim))))
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.usefixtures("examples")
+@settings(max_examples=examples(100, 300), deadline=None)
 @given(data=st.data())
 def test_what_is_refused_is_what_marking_all_elements_says(data):
     n = data.draw(st.integers(2, 6))

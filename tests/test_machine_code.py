@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 import pytest
-from cases import DTYPES, FORMS, KEY_FORMS, OTHER_ALGORITHMS, form_and_scalars
+from cases import DTYPES, FORMS, KEY_FORMS, OTHER_ALGORITHMS, few, form_and_scalars
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
@@ -17,7 +17,7 @@ def memory_accesses(sass):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", few(FORMS, *dict.fromkeys((*KEY_FORMS, *OTHER_ALGORITHMS, *list(FORMS)[::3]))))
 def test_the_ptx_has_the_contracts_operations_and_no_others(compiler, arch, name, dtype):
     form, _ = form_and_scalars(name, dtype)
     kernel = gpu_code.loaded(gpu_code.ptx(compiler, form, arch))

@@ -90,7 +90,7 @@ def test_every_array_gets_the_bits_that_it_gets_alone(compiler, arch, on_device)
     assert_the_bits_of_each_alone(compiler, arch, *form_and_scalars("all with l2", "float32"), on_device)
 
 
-@pytest.mark.in_short("compiler", "name")
+@pytest.mark.in_short()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", KEY_FORMS)
 def test_so_it_does_in_every_form(compiler, name, dtype):

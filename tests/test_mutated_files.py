@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from cases import few
 from checkpoint_files import sealed, taken_apart
 from thread_ranks import all_well, on_ranks
 
@@ -383,11 +384,11 @@ def step(opt, params, in_json):
 
 @pytest.mark.filterwarnings("ignore:stochastic_rounding=True does nothing here")  # such a file says what an optimizer would
 @pytest.mark.filterwarnings("ignore:master='remainder' does nothing here")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS, "a file", "a folder, by ranks"))
 def test_a_changed_file_is_refused_or_is_what_was_saved(kind, examples):
     faulthandler.dump_traceback_later(1800, exit=True)  # whatever waits
     all_saved = [saved(kind, options) for options in examples(OPTIONS[1:2], OPTIONS)]
-    refused, count = 0, examples(40, 2500)
+    refused, count = 0, examples(20, 2500)
     for number in range(min(count, 100)):
         check(kind, all_saved, number)  # compiles what is needed, which takes several times as long while memory is traced
     tracemalloc.start()

@@ -169,7 +169,7 @@ def test_an_update_is_that_of_the_decoded_numbers_rounded(name):
             assert_same(form, launched(form, arrays, scalars), expected, f"eps={eps}")
 
 
-@pytest.mark.parametrize("name", ["all bfloat16, randomly", "everything"])
+@pytest.mark.parametrize("name", few(["all bfloat16, randomly", "everything"], "everything"))
 def test_serial_parallel_in_pieces_and_strided_give_the_same_bits(name):
     form, scalars = form_of(name)
     n = 70_001
@@ -301,6 +301,7 @@ def test_the_limit_moves_the_bytes_of_arrays_that_are_only_read_too(compiler):
     assert all((array == 1).all() for array in arrays)
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize(
     "compiler, arch, name",
     [

@@ -360,6 +360,7 @@ def test_a_disk_that_is_full_at_a_mark_leaves_the_state_as_it_was(call, tmp_path
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.exhaustive
 def test_a_forked_process_neither_steps_nor_keeps_nor_deletes_the_folder(tmp_path):
     code = """
 import os, sys, numpy as np, gpuadam

@@ -311,6 +311,7 @@ for line in sys.stdin:  # each line is the path of a folder to save into
 """
 
 
+@pytest.mark.exhaustive
 def test_two_jobs_that_save_into_one_folder_leave_a_checkpoint(tmp_path, examples):
     """Each saves three times, at the same time as the other, whose parts are not to be taken for the rest of a killed save."""
     refused, env = 0, os.environ | {"PYTHONPATH": str(ROOT)}

@@ -97,6 +97,7 @@ def test_an_interrupt_at_any_moment_of_a_step_leaves_each_rank_as_before_or_afte
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file that was opened, and not closed
+@pytest.mark.exhaustive
 def test_an_interrupt_of_a_save_leaves_a_whole_checkpoint_and_one_of_a_load_leaves_it_alone(tmp_path, examples):
     rng, found = random.Random(0), collections.Counter()
     wanted = {}

@@ -10,6 +10,7 @@ import gpuadam
 
 
 @pytest.mark.parametrize("attempt", few(range(3), 0))
+@pytest.mark.exhaustive
 def test_a_job_that_saves_at_each_step_ends_when_one_of_its_ranks_is_killed_and_its_checkpoint_is_whole(attempt, tmp_path):
     expected()
     _, end = job(4, "saving", CHECKPOINTS=str(tmp_path))
@@ -33,7 +34,7 @@ def test_a_job_ends_when_a_rank_raises_even_without_mpi4py_as_its_runner():
 WAYS_TO_END = ["the end of the program", "SystemExit(0)", "SystemExit(3)", "MPI.Finalize", "close"]
 
 
-@pytest.mark.parametrize("how", few(WAYS_TO_END, "the end of the program", "close"))
+@pytest.mark.parametrize("how", few(WAYS_TO_END, "close"))
 def test_a_rank_that_ends_while_others_go_on_is_told_to_them(how):
     expected()
     status, seconds, output = ended(started(3, "ends", run=(), HOW=how))
