@@ -388,7 +388,7 @@ def step(opt, params, in_json):
 def test_a_changed_file_is_refused_or_is_what_was_saved(kind, examples):
     faulthandler.dump_traceback_later(1800, exit=True)  # whatever waits
     all_saved = [saved(kind, options) for options in examples(OPTIONS[1:2], OPTIONS)]
-    refused, count = 0, examples(20, 2500)
+    refused, count = 0, examples(40, 2500)
     for number in range(min(count, 100)):
         check(kind, all_saved, number)  # compiles what is needed, which takes several times as long while memory is traced
     tracemalloc.start()
