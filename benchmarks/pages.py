@@ -5,7 +5,8 @@
 A size is a number of GPT-2 small's layers: each has 12 arrays, 7,087,872 elements. The step over the list of all arrays is
 measured beside the step over one flat array of as many elements. "Small pages" are those of memory that asks for none of 2 MB
 (MADV_NOHUGEPAGE), as torch's arrays have them on most systems. "As NumPy makes them": arrays of 4 MB and more then have huge
-pages as far as these lie in each array. Needs Linux.
+pages as far as these lie in each array. Another table has a step over 20 million elements whose param, grad, m and v begin at
+multiples of 128 or 256 MB, or a little farther apart. Needs Linux.
 """
 
 import math
@@ -22,8 +23,8 @@ import report
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli.measuring import measure, pages
-from gpuadam.kernels import huge_pages
+from gpuadam.cli.measuring import forms, measure, pages
+from gpuadam.kernels import adam, huge_pages
 
 FLAT = "one flat array, huge pages"
 HUGE, SMALL, NUMPYS, STATE, NONE = (
@@ -33,6 +34,9 @@ HUGE, SMALL, NUMPYS, STATE, NONE = (
     "list and state as NumPy makes them",
     "list and state, small pages",
 )
+# The distances between param, grad, m and v, in bytes; the last one is the measure of the others.
+APART = {f"{mb} MB{f' and {kb} KB' if kb else ''} apart": (mb << 20) + (kb << 10) for mb in (256, 128) for kb in (0, 4, 16)}
+APART_ELEMENTS = 20_000_000
 OF_FORM = {FLAT: (None, None), HUGE: ("huge", None), SMALL: ("small", None), NUMPYS: ("numpy", None)}
 OF_FORM |= {STATE: ("numpy", "numpy"), NONE: ("small", "small")}
 
@@ -70,6 +74,31 @@ def contender(backend, shapes, name):
     return peers.Contender(lambda: opt.step(grads), extents=lambda: pages.extents([*params, *grads, *held]))
 
 
+def rows_of_distances(backend, kernels, seconds):
+    """Return the rows of steps over arrays at the same places of memory, or not."""
+    case, operands = forms.FORMS["float32"], ("param", "grad", "m", "v")
+    memory = huge_pages.zeros(len(operands) * max(APART.values()), 64)
+    values = list(measure.data(APART_ELEMENTS, np.float32))
+    launchers = []
+    for distance in APART.values():
+        arrays = [memory[k * distance :][: 4 * APART_ELEMENTS].view(np.float32) for k in range(len(operands))]
+        for array, numbers in zip(arrays, values, strict=True):
+            array[...] = numbers
+        launchers.append(forms.launcher(kernels, case, arrays, adam))
+    times = measure.in_turn(kernels, launchers, seconds)
+    moved = 4 * report.ARRAYS_READ_AND_WRITTEN * APART_ELEMENTS
+    return [
+        measure.row("pages", name, backend.name, APART_ELEMENTS, state="in turn", seconds=of_one, moved=moved)
+        | {"huge_percent": pages.percent_huge(pages.extents([memory]))}
+        for name, of_one in zip(APART, times, strict=True)
+    ]
+
+
+def over(rows, measure_of_all):
+    """Return rows with their time over that of one of them."""
+    return [row | {"x_flat": float(f"{row['p50_us'] / measure_of_all['p50_us']:.6g}")} for row in rows]
+
+
 def measure_rows(backend, options, notes):
     if backend.memory != "CPU" or not hasattr(mmap, "MADV_HUGEPAGE"):
         sys.exit("pages: it measures the host's memory under Linux: --backend numba-cpu")
@@ -86,14 +115,18 @@ def measure_rows(backend, options, notes):
             moved = 4 * report.ARRAYS_READ_AND_WRITTEN * n
             row = measure.row("pages", name, backend.name, n, **identity, seconds=seconds, moved=moved)
             rows.append(row | {"huge_percent": one.percent_huge(backend)})
-        flat = rows[0]["p50_us"]
-        yield [row | {"x_flat": float(f"{row['p50_us'] / flat:.6g}")} for row in rows]
+        yield over(rows, rows[0])
+        del contenders
+    rows = rows_of_distances(backend, kernels, options.seconds)
+    yield over(rows, rows[-1])
 
 
 def draw(rows, path):
     """Draw the time of each contender."""
 
     def title(backend, n, of_size):
+        if of_size[0]["contender"] in APART:
+            return f"param, grad, m and v of {n:,} elements"
         return f"{max(row['arrays'] for row in of_size)} arrays, {n:,} elements"
 
     report.draw_bars(rows, path, title, "median time of a step", width=7, height=3.6)

@@ -119,8 +119,8 @@ stored, and so of a bfloat16 parameter without its remainder. The bits are the s
 any number of threads.
 
 The norms cost a pass before the update, which reads what the update reads, and one after it, which reads the parameters: 48
-bytes for each float32 element in the place of 28. On a 2-core AMD EPYC a step with norms takes 2.3 times as long as one without,
-of 20 million elements in one array, and a step with a copy of the parameters and norms by NumPy 2.9 times; on an Intel Xeon 2.4
+bytes for each float32 element in the place of 28. On a 2-core AMD EPYC a step with norms takes 2.4 times as long as one without,
+of 20 million elements in one array, and a step with a copy of the parameters and norms by NumPy 3.3 times; on an Intel Xeon 2.4
 and 5.2 times (`benchmarks/norms.py`). Of 100,000 elements the norms by NumPy are the quicker ones, because Python needs 0.2 ms to
 prepare the passes. On a GPU it has not been measured.
 

@@ -9,13 +9,13 @@ the same run.
 
 These commands measure your machine: GB/s, bytes an element, and percent of the limit of each form.
 
-The figures are of virtual machines with two cores. "Xeon": an Intel that LLVM calls emeraldrapids, of 2026-11-30. "EPYC": an
-AMD that LLVM calls znver4, of 2026-11-29 and 30, before torch's tensors were compared in compiled code. Both have vectors of
-512 bits; torch 2.13.0+cpu, jax 0.10.2, optax 0.2.8, numba 0.68.1. "AVX2": an AMD EPYC of 2026-11-23. Runs on these shared
-machines differ by some 5 %. Where the host has put an allocation of 100 million elements changes a step on it by half, whoever
-makes the step; so all contenders that can have the same large arrays. All take turns, in a new order each round, so each finds
-the caches as the others left them. Every row with its quantiles is in `benchmarks/results`, by machine; `benchmarks/README.md`
-says how it was measured, and README.md has the table of one array.
+The figures are of virtual machines with two cores. "AVX2": an AMD that LLVM calls znver3, of 2026-11-30. "Xeon": an Intel that
+LLVM calls emeraldrapids, of the same day, before compiled code started the threads of large steps. "EPYC": an AMD that LLVM
+calls znver4, of 2026-11-29 and 30, before torch's tensors were compared in compiled code. The last two have vectors of 512
+bits. All: torch 2.13.0+cpu, jax 0.10.2, optax 0.2.8, numba 0.68.1. Runs on these shared machines differ by some 5 %. All
+contenders that can have the same large arrays. All take turns, in a new order each round, so
+each finds the caches as the others left them. Every row with its quantiles is in `benchmarks/results`, by machine;
+`benchmarks/README.md` says how it was measured, and README.md has the table of one array.
 
 Rows of a fourth machine are there too, an AMD EPYC that LLVM calls znver5, of 2026-11-29. Its memory is about as fast as that
 of znver4. At 20 million elements nearly every form takes the time of its limit there: all bfloat16 0.51 of float32's time,
@@ -28,9 +28,12 @@ bfloat16 state 0.73, and 8-bit state 0.80, which is 1.28 of its limit's.
 | Xeon: one array of 20 million elements, `Adam.step` | 10.9 ms | 12.6 ms | 0.86 |
 | Xeon: GPT-2 small: 148 arrays, 124 million elements, `Adam.step` | 67 ms (one flat array: 66) | 78 ms | 0.86 |
 | EPYC: the same | 66 ms (69) | 67 ms | 0.99 |
+| AVX2: the same | 86 ms (81) | 84 ms | 1.03 |
 | Xeon: 1,000 arrays of 1,000 elements, `Adam.step` | 1.5 ms | 8.8 ms | 0.17 |
 | Xeon: the same by `gpuadam.torch.Adam` | 4.3 ms | 8.8 ms | 0.49 |
 | EPYC: 1,000 arrays of 1,000 elements, `Adam.step` | 2.0 ms | 9.7 ms | 0.21 |
+| AVX2: the same | 1.4 ms | 9.6 ms | 0.14 |
+| AVX2: the same by `gpuadam.torch.Adam` | 5.0 ms | 9.6 ms | 0.52 |
 | Xeon: the whole step of mixed precision over GPT-2 small: scale, check, clip, update, zeros | 99 ms | 238 ms | 0.42 |
 | AVX2: memory of a step beyond its state, 100 million elements | 0 MB | 0 MB (foreach: 400 MB) | |
 
@@ -46,6 +49,21 @@ compiled call; several groups are compared one by one, and then updated. Microse
 | `gpuadam.torch.Adam` | 22 | 56 |
 | torch fused | 34 | 61 |
 | `optax.adam` under `jax.jit` | 21 | 92 |
+
+From 65,536 elements on the call also starts the threads, and lets Python's lock go meanwhile. While Python started them, it
+took longer for that than the threads took for 100,000 elements. In microseconds, AVX2, in turn with the others:
+
+| 100,000 elements | started by Python | by the call |
+|---|---:|---:|
+| `gpuadam.adam_step` | 207 | 68 |
+| `gpuadam.Adam.step` | 135 | 70 |
+| its kernel alone | 57 | 57 |
+| `gpuadam.torch.Adam` | 271 | 188 |
+| torch fused | 214 | 184 |
+
+**Many arrays** are compared with each other, because none that is written may share memory with another: half of the time that
+a step of 1,000 took to begin. Where each lies as it did at the last step, this is known. AVX2, 1,000 arrays: 1.87 ms before,
+and 1.37 now.
 
 Two thirds of the time of `gpuadam.torch.Adam` are torch's, which wraps the step of every optimizer. Compiled code asks torch
 about each tensor by DLPack's functions for C (torch 2.13 has them), in 60 ns. Python needs 460 for the same: with a torch that
@@ -75,7 +93,8 @@ forms are conversions and random bits.
 prefetches those 512 ahead takes 0.89 of the time of one that does not, at 20 and at 100 million elements, and with bfloat16
 parameters and gradients 0.76. So loops prefetch there, where a thread's arrays do not fit in its cache. A prefetch that asks
 to write was 3 % slower than one that asks to read. On AMD's processors, of three kinds, prefetches to write took 1.00 to 1.2
-of the time of none; those to read have not been measured there.
+of the time of none. Those to read took 0.98 to 1.05 in float32 on AVX2, 1.0 to 1.15 with bfloat16, and 0.95 to 1.07 in sums of
+squares. So there are none on AMD's.
 
 **Vectors of 512 bits.** On a Xeon LLVM takes 256, unless it is asked. With 512 a step with bfloat16 state takes 0.85 of the
 time, one with 8-bit state 0.89, and with float16 parameters and gradients 0.77. float32 and float64 gain at most 1 % in
@@ -89,13 +108,13 @@ conversions and random bits take longer than the bytes. 20 million elements, mea
 | form | bytes an element | Xeon | EPYC | AVX2 |
 |---|---:|---:|---:|---:|
 | float32 | 28 | 1.00 | 1.00 | 1.00 |
-| bfloat16 parameters and gradients | 22 | 0.77 | 0.87 | 1.04 |
-| bfloat16 parameters with a remainder, bfloat16 gradients | 26 | 0.89 | 1.04 | 1.10 |
-| bfloat16 state | 20 | 0.79 | 0.96 | 1.36 |
-| all bfloat16, rounded randomly | 14 | 0.74 | 1.03 | 1.66 |
-| 8-bit state | 16.5 | 1.10 | 1.48 | 2.51, of an earlier loop |
-| AMSGrad | 36 | 1.25 | 1.29 | 1.27 |
-| NAdam, RAdam, AdaMax | 28 | 1.00 | 1.00 to 1.01 | 0.96 to 0.99 |
+| bfloat16 parameters and gradients | 22 | 0.77 | 0.87 | 0.93 |
+| bfloat16 parameters with a remainder, bfloat16 gradients | 26 | 0.89 | 1.04 | 1.02 |
+| bfloat16 state | 20 | 0.79 | 0.96 | 0.97 |
+| all bfloat16, rounded randomly | 14 | 0.74 | 1.03 | 1.28 |
+| 8-bit state | 16.5 | 1.10 | 1.48 | 1.60 |
+| AMSGrad | 36 | 1.25 | 1.29 | 1.26 |
+| NAdam, RAdam, AdaMax | 28 | 1.00 | 1.00 to 1.01 | 0.91 to 1.14 |
 
 **8-bit state** is bound by its arithmetic. Eight groups are updated before the first is encoded: when each was encoded at
 once, the processor waited for the largest number of each. In the caches, on the EPYC, an element then took a thread 1.08 ns
@@ -104,12 +123,12 @@ over two threads).
 
 ## The whole step
 
-AVX2: unscaling, check, clipping, update and zeros take 12.8 ms for 20 million elements, and 98 ms for GPT-2 small's 148 arrays.
-That is 0.55 and 0.59 of the time of torch's `unscale_`, `clip_grad_norm_`, fused step and `zero_grad`.
+AVX2: unscaling, check, clipping, update and zeros take 16.4 ms for 20 million elements, and 115 ms for GPT-2 small's 148 arrays.
+That is 0.51 and 0.53 of the time of torch's `unscale_`, `clip_grad_norm_`, fused step and `zero_grad`.
 
 ## State in files, and many ranks
 
-A step with 8 GB of state in files takes 1.95 s on AVX2, 1.22 times as long as moving the same bytes without arithmetic, and 2.4 s
+A step with 8 GB of state in files takes 2.0 s on AVX2, 1.10 times as long as moving the same bytes without arithmetic, and 2.4 s
 on the Xeon, 1.01 times as long. EPYC: with 2 GB of state in the system's cache it takes 1.04 times as long, and half of that time
 if all of it fits in the budget: `gpuadam.offload` has more. MPI's ranks on two cores share one memory, so nothing can become
 faster: `gpuadam.sharded` has the times.
