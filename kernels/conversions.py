@@ -4,14 +4,16 @@ They are exact operations on bits. Raw bits are a u32; its upper half is zero fo
 unless a name says "randomly": then h, 32 random bits, is added below the last bit that is kept, and the rest is cut off, which is
 right on average (stochastic rounding). A NaN becomes a quiet NaN.
 
-LLVM's own half and bfloat are not used: on CPUs without instructions for them they become calls of functions that are not there.
+LLVM's own half and bfloat are used only where the CPU has instructions for them: else they become calls of functions that are not
+there.
 """
 
 import functools
 
 import numpy as np
 
-from gpuadam.kernels.llvm import F32, F64, U32, U64, assembly
+from gpuadam.kernels import processor
+from gpuadam.kernels.llvm import F16, F32, F64, U16, U32, U64, assembly
 from gpuadam.kernels.primitives import Operation, abs_, in_cuda_c, mul, neg, operation
 from gpuadam.kernels.state_formats import (
     BELOW,
@@ -88,13 +90,15 @@ def _is_nan(b, u):
     return b.fcmp_unordered("uno", x, x)
 
 
-# float16: on GPUs one instruction, on CPUs integers.
+# float16: on GPUs one instruction, and on CPUs that have it; on others integers.
 
 
 @conversion("u32 -> f32", "{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }")
 def from_float16(b, rn, u):
     if rn:  # the CUDA target
         return assembly(b, "{ .reg .b16 h; cvt.u16.u32 h, $1; cvt.f32.f16 $0, h; }", "=f,r", F32, u)
+    if processor.converts_float16():
+        return b.fpext(b.bitcast(b.trunc(u, U16), F16), F32)
     magnitude, sign = b.and_(u, U32(0x7FFF)), b.shl(b.and_(u, U32(0x8000)), U32(16))
     shifted = b.shl(magnitude, U32(13))
     normal = b.add(shifted, U32((127 - 15) << 23))
@@ -109,6 +113,8 @@ def from_float16(b, rn, u):
 def to_float16(b, rn, x):
     if rn:
         return assembly(b, "{ .reg .b16 h; cvt.rn.f16.f32 h, $1; cvt.u32.u16 $0, h; }", "=r,f", U32, x)
+    if processor.converts_float16():
+        return b.zext(b.bitcast(b.fptrunc(x, F16), U16), U32)
     magnitude, tiny, finish = _for_float16(b, x)
     odd = b.and_(b.lshr(magnitude, U32(13)), U32(1))
     rebiased = b.add(magnitude, U32((0xFFF - ((127 - 15) << 23)) % 2**32))

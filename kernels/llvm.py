@@ -7,7 +7,7 @@ import inspect
 
 from llvmlite import ir
 
-F32, F64 = ir.FloatType(), ir.DoubleType()
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 U8, U16, U32, U64 = (ir.IntType(width) for width in (8, 16, 32, 64))  # LLVM's integers have no sign: instructions do
 FLOATS = {4: F32, 8: F64}  # by their bytes
 INTS = {1: U8, 2: U16, 4: U32, 8: U64}

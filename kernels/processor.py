@@ -52,6 +52,14 @@ def cached(form):
     return CACHED // sum(operand.itemsize for operand in operands_of_form(form))
 
 
+def converts_float16():
+    """Whether the processor has instructions that convert float16: those of x86 since 2013, rounded to nearest even (F16C)."""
+    from numba.core.registry import cpu_target
+
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return "+f16c" in features.split(",")
+
+
 def _is_xeon():
     """Whether Numba compiles for one of _XEONS."""
     import numba  # a plan asks for no Loop, and needs no Numba

@@ -11,7 +11,7 @@ import pytest
 from numba import types
 from numba.extending import intrinsic
 
-from gpuadam.kernels import conversions, llvm, numba_cuda_kernels
+from gpuadam.kernels import conversions, llvm, numba_cuda_kernels, processor
 from gpuadam.kernels.conversions import CONVERSIONS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -30,7 +30,7 @@ def of_conversion(name, intrinsic, contracts):
 
 
 @functools.cache
-def on_the_cpu(name):
+def on_the_cpu(name, by_instructions):
     letters = ", ".join("abcde"[: len(CONVERSIONS[name][1])])
     indexed = ", ".join(f"{letter}[i]" for letter in letters.split(", "))
     namespace = {"convert": of_conversion(name, intrinsic, contracts=False)}
@@ -44,8 +44,15 @@ def converted(name, *operands):
     alike = np.broadcast_arrays(*operands)
     given = [np.ascontiguousarray(x, NUMPY[kind]) for x, kind in zip(alike, kinds, strict=True)]
     out = np.empty(given[0].size, NUMPY[result])
-    on_the_cpu(name)(out, *given)
+    on_the_cpu(name, processor.converts_float16())(out, *given)
     return out
+
+
+@pytest.fixture(params=["as it is", "integers alone"])
+def float16_on_the_cpu(request, monkeypatch):
+    """Also as on a CPU without instructions for float16."""
+    if request.param == "integers alone":
+        monkeypatch.setattr(processor, "converts_float16", lambda: False)
 
 
 def every_pattern():
@@ -90,6 +97,7 @@ def assert_bits(actual, expected):
 # 16 bits
 
 
+@pytest.mark.usefixtures("float16_on_the_cpu")
 @pytest.mark.parametrize("format, dtype", [("bfloat16", BFLOAT16), ("float16", np.dtype("f2"))])
 def test_every_pattern_of_16_bits_decodes_to_what_numpy_says(format, dtype):
     patterns = every_pattern()
@@ -97,6 +105,7 @@ def test_every_pattern_of_16_bits_decodes_to_what_numpy_says(format, dtype):
         assert_bits(converted(f"from_{format}", patterns), patterns.astype("u2").view(dtype).astype("f4"))
 
 
+@pytest.mark.usefixtures("float16_on_the_cpu")
 @pytest.mark.parametrize("format, dtype", [("bfloat16", BFLOAT16), ("float16", np.dtype("f2"))])
 def test_rounding_to_nearest_is_the_cast_of_numpy(format, dtype):
     x = some_floats()
@@ -110,6 +119,7 @@ def test_rounding_to_nearest_is_the_cast_of_numpy(format, dtype):
     assert ((np.abs(cast.astype("f4")) < ml_dtypes.finfo(dtype).smallest_normal) & (x != 0)).sum() > 500
 
 
+@pytest.mark.usefixtures("float16_on_the_cpu")
 def test_every_nan_becomes_one_bfloat16_and_a_quiet_float16():
     x = some_floats()
     x = x[np.isnan(x)]
@@ -119,6 +129,7 @@ def test_every_nan_becomes_one_bfloat16_and_a_quiet_float16():
         assert ((found & 0x7E00) == 0x7E00).all()
 
 
+@pytest.mark.usefixtures("float16_on_the_cpu")
 @pytest.mark.parametrize("format", ["bfloat16", "float16"])
 def test_what_is_decoded_is_encoded_to_the_same_bits(format):
     patterns = every_pattern()

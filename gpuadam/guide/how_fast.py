@@ -13,9 +13,9 @@ The figures are of virtual machines with two cores. "AVX2": an AMD that LLVM cal
 LLVM calls emeraldrapids, of the same day, before compiled code started the threads of large steps. "EPYC": an AMD that LLVM
 calls znver4, of 2026-11-29 and 30, before torch's tensors were compared in compiled code. The last two have vectors of 512
 bits. All: torch 2.13.0+cpu, jax 0.10.2, optax 0.2.8, numba 0.68.1. Runs on these shared machines differ by some 5 %. All
-contenders that can have the same large arrays. All take turns, in a new order each round, so
-each finds the caches as the others left them. Every row with its quantiles is in `benchmarks/results`, by machine;
-`benchmarks/README.md` says how it was measured, and README.md has the table of one array.
+contenders that can have the same large arrays. They take turns, in a new order each round, so each finds the caches as the
+others left them. Every row with its quantiles is in `benchmarks/results`, by machine; `benchmarks/README.md` says how it was
+measured, and README.md has the table of one array.
 
 Rows of a fourth machine are there too, an AMD EPYC that LLVM calls znver5, of 2026-11-29. Its memory is about as fast as that
 of znver4. At 20 million elements nearly every form takes the time of its limit there: all bfloat16 0.51 of float32's time,
