@@ -143,7 +143,7 @@ class RepeatedStep(Repeats):
 
     _further: Any = None  # what a step needs beside the plans of its groups, a `NormOnCpu` or a `StepsOnDevice`
     _in_groups = _several = False
-    _moves: Any = None  # of the plans, when no memory was shared between their groups
+    _moves: Any = None  # the plans and their `moves`, when no memory was shared between their groups
 
     def put_off(self):
         super().put_off()
@@ -193,7 +193,7 @@ class RepeatedStep(Repeats):
 
     def _apart(self, plans):
         """Return whether no array that a group writes shares memory with one of another group: as before, if none has moved."""
-        moves = [plan.moves for plan in plans]
+        moves = [(plan, plan.moves) for plan in plans]
         if len(plans) > 1 and moves != self._moves and not disjoint(plans):
             return False
         self._moves = moves

@@ -85,7 +85,7 @@ class RepeatedCall:
                 self._plans = {}
             self._plans[key] = known
         self._plan = known[1]
-        if self._plan is not None and arrays[0].size >= kernels.PARALLEL_FROM:
+        if self._plan is not None and self._plan.elements >= kernels.PARALLEL_FROM:
             self._plan.take_threads(kernels.build)
 
 
@@ -150,6 +150,8 @@ class StepsOnCpu:
             raise
         if status == self._kernels.cpu_step.DONE:
             return True
+        if status == self._kernels.cpu_step.BUSY:
+            return False  # what is under way is another thread's step, which ends it
         under_way.end()  # nothing has been done
         if status == self._kernels.cpu_step.OTHER:
             return False

@@ -27,13 +27,14 @@ from gpuadam.kernels.same_objects import call_python, decref, incref, int64_at, 
 from gpuadam.kernels.scalars import on_host
 from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 
-# What a call returns: the step is another one; it is done; its table and scalars are ready, and the launch is left to the caller
-OTHER, DONE, READY = range(3)
+# What a call returns: the step is another one; it is done; its table and scalars are ready, and the launch is left to the caller;
+# another thread's call of the Plan is making its update
+OTHER, DONE, READY, BUSY = range(4)
 # Where the memory of a Plan has what: int64. Behind it are `expected`, the table, the scalars, the addresses of the arrays, and
 # those of the parameters of several updates. MOVES: how many calls have found arrays elsewhere than the one before. ELEMENTS: of
-# the last call's update. IN_THREADS: the loop in several threads, 0 if there is none.
-ARRAY_TYPE, KERNEL, MOST, BEGINS, ANY_ORDER, MOVES, ELEMENTS, IN_THREADS, COUNTER, SAFE_AT = range(OWN, OWN + 10)
-EXPECTED, TABLE, NUMBERS, OBJECTS, PARAMS, HELD, HEAD = range(OWN + 10, OWN + 17)
+# the last call's update. UPDATING: whether threads read the table. IN_THREADS: the loop in several threads, 0 if there is none.
+ARRAY_TYPE, KERNEL, MOST, BEGINS, ANY_ORDER, MOVES, ELEMENTS, UPDATING, IN_THREADS, COUNTER, SAFE_AT = range(OWN, OWN + 11)
+EXPECTED, TABLE, NUMBERS, OBJECTS, PARAMS, HELD, HEAD = range(OWN + 11, OWN + 18)
 # Where its numbers have what: float64. The last are the scalars of the kernel.
 LOWEST, BETA1, BETA2, WEIGHT_DECAY, EPS, SIGN, MOST_SCALE, SCALARS = range(8)
 # What a call reads: the arrays of one update, those of several, or none
@@ -50,9 +51,10 @@ class Plan(step_objects.Plan):
     has been called. formula: (variant, decoupled) of `scalars.on_host`. numbers: the first ones of NUMBERS, up to MOST_SCALE:
     SIGN is that of grad_scale, -1 to maximize; MOST_SCALE is LARGEST_SCALE, or 1 for a kernel that takes no other.
     scalars: those of a step, of which the call computes VARYING. begins: the first step for which these scalars hold. most:
-    with so many elements or more, several threads make the update. n_rows: of several updates, how many there are.
-    table: of updates whose arrays the caller has compared, and whose gradients' addresses it puts there; the call reads no array.
-    any_order: all arrays of an update may be in Fortran's order. params: those of several updates, which have to stay the same.
+    with so many elements or more, several threads make the update; 0 leaves all launches to the caller. n_rows: of several
+    updates, how many there are. table: of updates whose arrays the caller has compared, and whose gradients' addresses it puts
+    there; the call reads no array. any_order: all arrays of an update may be in Fortran's order. params: those of several
+    updates, which have to stay the same.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Plan(step_objects.Plan):
         floats[:SCALARS], floats[SCALARS:] = numbers, scalars
         self.scalars = floats[SCALARS:]
         self.memory[params_at:end] = [id(param) for param in params]
-        self._kept = [like, kernel, params]  # whose memory the compiled code knows
+        self._kept = [like, kernel, params, cpu_threads.safe]  # whose memory the compiled code knows
         self.form = form
         self._call, self.rehearsed = compiled(*formula, n, reads), False
 
@@ -93,16 +95,16 @@ class Plan(step_objects.Plan):
 
     def take_threads(self, build):
         """Let calls start threads, if the loop in threads has been compiled. build: of `cpu_kernels`."""
-        if self.memory[IN_THREADS] or not cpu_threads.numba_threads_are_safe():
+        if self.memory[IN_THREADS] or not self.memory[MOST] or not cpu_threads.numba_threads_are_safe():
             return
         loop, n = build(adam, self.form, "parallel"), self.scalars.size
         if _signature(n) in getattr(loop, "overloads", ()):
             self._kept.append(loop)
-            self.memory[COUNTER], self.memory[SAFE_AT] = cpu_threads.counter_at(), cpu_threads.SAFE
+            self.memory[COUNTER], self.memory[SAFE_AT] = cpu_threads.counter_at(), cpu_threads.safe.ctypes.data
             self.memory[IN_THREADS] = address_of(loop, n)
 
     def step(self, arrays, settings, t, lr, grad_scale):
-        """Return DONE, READY or OTHER.
+        """Return DONE, READY, OTHER or BUSY.
 
         arrays: a tuple of the arrays of one update; of several, what `same_objects.of_several` takes; anything if there is a
         table. settings: a tuple. t: the step, from 1. lr, grad_scale: floats.
@@ -188,6 +190,8 @@ def compiled(variant, decoupled, n_scalars, reads):
     GRAD_SCALE, DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
 
     def step(plan, arrays, settings, t, lr, grad_scale):
+        if not of_one_update and int64_at(plan + 8 * UPDATING) != 0:
+            return BUSY
         if t < int64_at(plan + 8 * BEGINS) or not 0.0 <= lr < np.inf or not same_settings(plan, settings):
             return OTHER
         n_rows, width = int64_at(plan + 8 * ROWS), int64_at(plan + 8 * WIDTH)
@@ -245,10 +249,12 @@ def compiled(variant, decoupled, n_scalars, reads):
             for k in range(PARAM + width):
                 row[0, k] = table[0, k]
             table = row
+        _store_count(plan + 8 * UPDATING, 1)
         launch_in_threads(in_threads, table, elements, _count_threads(int64_at(plan + 8 * COUNTER)), numbers + 8 * SCALARS)
         if of_several_updates:
             for k in range(n_rows * width):
                 decref(objects[k])
+        _store_count(plan + 8 * UPDATING, 0)
         return DONE
 
     return compiled_cache.stored(njit(error_model="numpy")(step), "step", variant, decoupled, n_scalars, reads)

@@ -21,13 +21,12 @@ from numba import njit, prange
 
 _one_at_a_time = threading.Lock()
 _forked = False
-_safe = np.zeros(1, np.int64)  # what `numba_threads_are_safe` found: compiled code looks here, at SAFE
-SAFE = _safe.ctypes.data
+safe = np.zeros(1, np.int64)  # what `numba_threads_are_safe` found: compiled code looks here
 
 
 def _after_fork_in_child():
     global _forked, _one_at_a_time
-    _forked, _one_at_a_time, _safe[0] = True, threading.Lock(), False
+    _forked, _one_at_a_time, safe[0] = True, threading.Lock(), False
     _pool.cache_clear()
 
 
@@ -37,8 +36,9 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 
 def numba_threads_are_safe():
     """Whether Numba's threads may be used here and now."""
-    _safe[0] = safe = not _forked and threading_layer() not in (None, "workqueue")
-    return safe
+    found = not _forked and threading_layer() not in (None, "workqueue")
+    safe[0] = found
+    return found
 
 
 @functools.cache

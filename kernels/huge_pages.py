@@ -6,7 +6,7 @@ in memory; in a virtual machine it needs two sets of tables. One huge page takes
 Linux gives huge pages to memory that asks for them (`madvise`), at addresses that are multiples of their size. So large
 allocations are made here in four steps:
 
-1. They are aligned, and end with a whole huge page.
+1. They have whole huge pages.
 2. They ask for huge pages (MADV_HUGEPAGE).
 3. One byte of each huge page is written. Where a step reads new memory first, some versions of Linux map a shared page of
    zeros, and put small pages in its place when the step writes.
@@ -17,10 +17,10 @@ is best done by the threads of the update.
 
 Where a system has no huge pages, it has small ones, and the numbers are the same. That is no error.
 
-Arrays that a step goes through side by side must not begin at the same place in 128 MB. On an AMD EPYC (znver3) a step over four
-that did, each 128 or 256 MB behind the other, took 2.0 and 4.5 times as long as over four that were 16 KB farther apart, as if
-they were in different rows of the same banks of memory, of which each keeps one row open. So each large allocation begins some
-STAGGERs behind a huge page's first byte, and so do places within one.
+Arrays that a step goes through side by side should not begin at the same place in 128 MB. On an AMD EPYC (znver3) a step over
+four that did, each 128 or 256 MB behind the other, took 2.0 and 4.5 times as long as over four that were 16 KB farther apart, as
+if they were in different rows of the same banks of memory, of which each keeps one row open. So each large allocation begins
+some STAGGERs behind a huge page's first byte, and so do places within one.
 """
 
 import contextlib
@@ -41,15 +41,15 @@ SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 NODES = Path("/sys/devices/system/node")
 COLLAPSE = 25  # of Linux 6.1 and later; Python has no name for it
 USUAL_BYTES = 2 << 20  # of a huge page
-STAGGER = 16 << 10  # bytes: of 4 KB there was still a third to gain, of 8 KB a tenth
-STAGGERED_FROM = 32 << 20  # bytes of an allocation, to which a huge page more may then belong
+STAGGER = 16 << 10  # bytes: with 4 KB there was still a third to gain, with 8 KB a tenth
+STAGGERED_FROM = 16  # huge pages of an allocation, to which one more may then belong
 _allocations = itertools.count()
 
 libc: Any = ctypes.CDLL(None, use_errno=True) if hasattr(mmap.mmap, "madvise") else None  # Windows has none
 
 
 def zeros(n_bytes, boundary):
-    """Return zeros as an array of bytes that begins at a multiple of boundary: on huge pages if it is large.
+    """Return zeros as an array of bytes that begins at a multiple of boundary, at most STAGGER: on huge pages if it is large.
 
     Raises MemoryError.
     """
@@ -69,7 +69,7 @@ def zeros_in_one(sizes, boundary):
     if len(sizes) == 1 or not is_large(sum(sizes)):
         return [zeros(n_bytes, boundary) for n_bytes in sizes]
     places, end = side_by_side(sizes, boundary)
-    staggers = [place // page_bytes() * STAGGER for place in places]  # one for each huge page before it
+    staggers = [place // USUAL_BYTES * STAGGER for place in places]
     places = [place + stagger for place, stagger in zip(places, staggers, strict=True)]
     memory = _mapped(end + staggers[-1])
     return [np.asarray(_Part(memory, place, n_bytes)) for place, n_bytes in zip(places, sizes, strict=True)]
@@ -116,7 +116,7 @@ def _mapped(n_bytes):
 
     They begin at another place in a huge page than those of the last allocation.
     """
-    page, stagger = page_bytes(), next(_allocations) % 32 * STAGGER if n_bytes >= STAGGERED_FROM else 0
+    page, stagger = page_bytes(), next(_allocations) % 32 * STAGGER if n_bytes >= STAGGERED_FROM * page_bytes() else 0
     whole = -(-(n_bytes + stagger) // page) * page
     try:
         memory = mmap.mmap(-1, whole + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -267,8 +267,8 @@ def _told(changed, rows, are_disjoint):
 def read(objects, ndarray, expected, any_order, rows):
     """Fill rows, which are zeros at first; return how many of their numbers have changed since the last read.
 
-    -1 if an array is not as expected, or one that is written shares memory with another: where no number has changed, none does,
-    and to compare all would take longer than the rest.
+    -1 if an array is not as expected, or one that is written shares memory with another. Memory is only compared if a number has
+    changed, because that takes longer than the rest.
 
     objects: the addresses of the arrays' structs, column by column. ndarray: the address of their type.
     """

@@ -21,10 +21,10 @@ class Loop(NamedTuple):
 
 # Intel's Xeons since 2023, as LLVM calls them. The figures are of an emeraldrapids; the others were not measured. While it
 # divides and takes roots, it asks for few of the elements that follow: with a prefetch a step of 20 million elements takes 0.89
-# of the time. AMD's processors, of three kinds, gained nothing by prefetches to write; prefetches to read were not measured
-# there. And LLVM takes vectors of 256 bits, because older Xeons slowed down with wider ones. The unit that divides is no
-# quicker with wide vectors, but conversions are: a step with bfloat16 state takes 0.85 of the time, and one in float32 1.02 in
-# the caches. The sums of a step's changes take 0.79 of the time with both, and 0.75 in the caches; those of a norm 0.93.
+# of the time. AMD's processors, of three kinds, gained nothing by prefetches to write, and one of them, a znver3, nothing by
+# prefetches to read. And LLVM takes vectors of 256 bits, because older Xeons slowed down with wider ones. The unit that divides
+# is no quicker with wide vectors, but conversions are: a step with bfloat16 state takes 0.85 of the time, and one in float32 1.02
+# in the caches. The sums of a step's changes take 0.79 of the time with both, and 0.75 in the caches; those of a norm 0.93.
 _XEONS = ("sapphirerapids", "emeraldrapids", "graniterapids", "graniterapids-d")
 
 CACHED = 2**20  # bytes of arrays that a core's own cache holds from one step to the next, on these processors

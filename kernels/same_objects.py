@@ -4,7 +4,7 @@ Compiled code reads the addresses of objects where CPython has them: in tuples a
 Python's. It compares the settings of a step by identity, and gathers the addresses of its arrays. `numpy_struct.py` and
 `cupy_struct.py` read the arrays.
 
-It holds Python's lock, so no other thread changes or frees an object meanwhile.
+It holds Python's lock while it compares, so no other thread changes or frees an object meanwhile.
 """
 
 from llvmlite import ir
@@ -52,7 +52,7 @@ inner = njit(**INNER)
 
 @inner
 def in_dict(x, key):
-    """Return what a dict has under a key; 0 if there is nothing. Python's own PyDict_GetItem takes twice as long."""
+    """Return what a dict has under a key; 0 if there is nothing. PyDict_GetItem takes twice as long."""
     value = _get_item(x, key)
     if value == 0:
         _clear_error()  # of a key that cannot be compared

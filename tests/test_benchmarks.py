@@ -239,8 +239,12 @@ def test_rows_in_the_libraries_own_memory_are_of_large_arrays():
 @ON_LINUX
 def test_pages_are_compared_with_one_flat_array(monkeypatch):
     monkeypatch.setattr(of_pages, "layers", lambda count: count * [(40, 3), (7,)])
+    monkeypatch.setattr(of_pages, "APART_ELEMENTS", 1000)
+    monkeypatch.setattr(of_pages, "APART", {"near": 4096, "far": 8192})
     options = SimpleNamespace(sizes=["2"], seconds=0)
-    (rows,) = of_pages.measure_rows(CPU, options, notes := [])
+    rows, of_distances = of_pages.measure_rows(CPU, options, notes := [])
+    assert [(row["contender"], row["elements"]) for row in of_distances] == [("near", 1000), ("far", 1000)]
+    assert of_distances[1]["x_flat"] == 1
     assert [row["contender"] for row in rows] == list(of_pages.OF_FORM) and [row["arrays"] for row in rows] == [1] + 5 * [4]
     for row in rows:
         assert row["x_flat"] == pytest.approx(row["p50_us"] / rows[0]["p50_us"], rel=1e-4)

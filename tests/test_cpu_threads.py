@@ -141,7 +141,7 @@ def everything(compiled):
 
 def starts_threads(plan):
     """Whether the compiled call of a Plan starts threads."""
-    return plan is not None and bool(plan.memory[cpu_step.IN_THREADS] and cpu_threads._safe[0])
+    return plan is not None and bool(plan.memory[cpu_step.IN_THREADS] and cpu_threads.safe[0])
 
 
 # What they must find
@@ -389,6 +389,24 @@ def test_an_optimizers_arrays_are_kept_alive_while_threads_update_them(launched)
     count()
     before, meanwhile, after = counts
     assert after == before and meanwhile == [one + 1 for one in before]
+
+
+def test_a_second_step_amid_the_update_of_the_first_is_refused_and_no_reference_is_lost(launched):
+    """As when another thread has begun a step just before this one did."""
+    opt, step, plan = an_optimizer()
+    others, said = [np.ones(N, "f4"), np.ones(5, "f4")], []
+
+    def step_again():
+        opt.under_way.changing = False  # when the other thread looked
+        try:
+            opt.step(others)
+        except ValueError as error:
+            said.append(str(error))
+
+    before = [sys.getrefcount(array) for array in others]
+    launched(step, plan, step_again)
+    assert "is under way in another thread" in said[0]
+    assert [sys.getrefcount(array) for array in others] == before
 
 
 def test_threads_update_a_calls_own_table(launched, a_call):

@@ -87,27 +87,29 @@ def test_the_state_of_a_group_is_parts_of_one_allocation():
     assert min(starts.values()) // huge_pages.page_bytes() * huge_pages.page_bytes() + 64 > min(starts.values())
     span = max(starts[key] + a.nbytes for key, a in arrays.items()) - min(starts.values())
     n_bytes = sum(a.nbytes for a in arrays.values())
-    assert span < n_bytes + 128 * len(arrays) + n_bytes // huge_pages.page_bytes() * huge_pages.STAGGER
+    assert span < n_bytes + 128 * len(arrays) + n_bytes // huge_pages.USUAL_BYTES * huge_pages.STAGGER
 
 
 @ON_LINUX
 @pytest.mark.parametrize("n_arrays", [1, 8])
 def test_moments_whose_size_is_a_power_of_two_do_not_begin_at_the_same_place_in_it(n_arrays):
     """A step would go through both in different rows of the same banks of memory."""
-    size = (huge_pages.STAGGERED_FROM << 1) // n_arrays
+    size = 32 * huge_pages.page_bytes() // n_arrays
     state = gpuadam.Adam([np.zeros(size // 4, "f4") for _ in range(n_arrays)]).state
     for moments in state.values():
         apart = address(moments["v"]) - address(moments["m"])
-        assert n_arrays * size < apart < n_arrays * (size + size // huge_pages.page_bytes() * huge_pages.STAGGER + 128)
-        assert huge_pages.STAGGER <= apart % huge_pages.STAGGERED_FROM <= huge_pages.STAGGERED_FROM - huge_pages.STAGGER
+        assert n_arrays * size < apart < n_arrays * (size + size // huge_pages.USUAL_BYTES * huge_pages.STAGGER + 128)
+        assert huge_pages.STAGGER <= apart % huge_pages.page_bytes() <= huge_pages.page_bytes() - huge_pages.STAGGER
 
 
 @ON_LINUX
 def test_allocations_do_not_begin_at_the_same_place_in_a_huge_page():
-    page, large = huge_pages.page_bytes(), [huge_pages.zeros(huge_pages.STAGGERED_FROM, 64) for _ in range(4)]
+    page = huge_pages.page_bytes()
+    n_bytes = huge_pages.STAGGERED_FROM * page
+    large = [huge_pages.zeros(n_bytes, 64) for _ in range(4)]
     offsets = [address(a) % page for a in large]
     assert len(set(offsets)) == 4 and all(offset % huge_pages.STAGGER == 0 for offset in offsets)
-    assert not any(a.any() for a in large) and [a.nbytes for a in large] == [huge_pages.STAGGERED_FROM] * 4
+    assert not any(a.any() for a in large) and [a.nbytes for a in large] == [n_bytes] * 4
 
 
 def test_first_comes_m_of_all_parameters_then_v():

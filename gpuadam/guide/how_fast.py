@@ -12,8 +12,8 @@ These commands measure your machine: GB/s, bytes an element, and percent of the 
 The figures are of virtual machines with two cores. "AVX2": an AMD that LLVM calls znver3, of 2026-11-30. "Xeon": an Intel that
 LLVM calls emeraldrapids, of the same day, before compiled code started the threads of large steps. "EPYC": an AMD that LLVM
 calls znver4, of 2026-11-29 and 30, before torch's tensors were compared in compiled code. The last two have vectors of 512
-bits. All: torch 2.13.0+cpu, jax 0.10.2, optax 0.2.8, numba 0.68.1. Runs on these shared machines differ by some 5 %. All
-contenders that can have the same large arrays. They take turns, in a new order each round, so each finds the caches as the
+bits. All: torch 2.13.0+cpu, jax 0.10.2, optax 0.2.8, numba 0.68.1. Runs on these shared machines differ by some 5 %. Contenders
+share the large arrays where they can. They take turns, in a new order each round, so each finds the caches as the
 others left them. Every row with its quantiles is in `benchmarks/results`, by machine; `benchmarks/README.md` says how it was
 measured, and README.md has the table of one array.
 
