@@ -97,8 +97,8 @@ of the time of none. Those to read took 0.98 to 1.05 in float32 on AVX2, 1.0 to 
 squares. So there are none on AMD's.
 
 **Vectors of 512 bits.** On a Xeon LLVM takes 256, unless it is asked. With 512 a step with bfloat16 state takes 0.85 of the
-time, one with 8-bit state 0.89, and with float16 parameters and gradients 0.77. float32 and float64 gain at most 1 % in
-memory, and float32 loses 2 to 3 % in the caches, so both are left at 256 (`kernels/processor.py`).
+time, one with 8-bit state 0.89, and with float16 parameters and gradients, which integers converted then, 0.77. float32 and
+float64 gain at most 1 % in memory, and float32 loses 2 to 3 % in the caches, so both are left at 256 (`kernels/processor.py`).
 
 ## Narrow numbers
 

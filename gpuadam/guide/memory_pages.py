@@ -16,10 +16,11 @@ small arrays lie on huge pages, too. It is touched when the optimizer is made, w
 step is faster by as much. When a parameter is removed or replaced, the huge pages that its moments have to themselves go back
 to the system; the rest goes with the last array of the group.
 
-**Places in 128 MB.** A step goes through param, grad, m and v side by side. On a 2-core AMD EPYC (AVX2) it took 2.0 times as long
-where these begin at multiples of 128 MB, and 4.5 times at multiples of 256 MB, as if all were in the same banks of memory; 16 KB
-more between them, and nothing is lost. So gpuadam's arrays begin at different places. Those of NumPy, of 2^26 float32 for
-instance, are 256 MB and 4 KB apart, of which a third is left to gain. `benchmarks/pages.py` has a table of it.
+**Places in 128 MB.** A step goes through param, grad, m and v side by side. On a 2-core AMD EPYC (AVX2) it took 1.6 to 2.0
+times as long where these began at multiples of 128 MB, and 3.1 to 4.5 times at multiples of 256 MB, as if all were in the same
+banks of memory. With 16 KB more between them nothing was lost. So gpuadam's arrays begin at different places. Those of NumPy,
+of 2^26 float32 for instance, are 256 MB and 4 KB apart: that took 1.2 to 1.35 times as long. `benchmarks/pages.py` has a table
+of it.
 
 ## What to do
 
