@@ -4,8 +4,8 @@ They are exact operations on bits. Raw bits are a u32; its upper half is zero fo
 unless a name says "randomly": then h, 32 random bits, is added below the last bit that is kept, and the rest is cut off, which is
 right on average (stochastic rounding). A NaN becomes a quiet NaN.
 
-LLVM's own half and bfloat are used only where the CPU has instructions for them: else they become calls of functions that are not
-there.
+LLVM's own half is used where the CPU has instructions for it, and its bfloat never: on other CPUs they become calls of
+functions that are not there.
 """
 
 import functools

@@ -319,13 +319,18 @@ def test_our_own_threads_give_the_bits_of_the_serial_loop(monkeypatch, n_threads
 
 
 @pytest.fixture
-def launched():
+def safe_threads():
+    """Skip a test where the only layer is one that no compiled call may start."""
+    if not cpu_threads.numba_threads_are_safe():
+        pytest.skip(f"Numba's threading layer is {cpu_threads.threading_layer()}: compiled calls start no threads of it")
+
+
+@pytest.fixture
+def launched(safe_threads):
     """Return a function that makes the large update of a call that is repeated, and returns what its loop was given.
 
     repeat: makes the call. plan: returns its Plan. seen: is called in the place of the loop.
     """
-    if not cpu_threads.numba_threads_are_safe():
-        pytest.skip("Numba's threads are not safe here")
 
     def launch(repeat, plan, seen=lambda: None):
         given = []
@@ -416,13 +421,13 @@ def test_threads_update_a_calls_own_table(launched, a_call):
     assert own != plan().table.ctypes.data
 
 
+@pytest.mark.usefixtures("safe_threads")
 def test_other_python_threads_run_while_threads_update():
     """One that asks for Python's lock all the time gets it amid a step. It would never be given it by the interpreter."""
     _, step, plan = an_optimizer(2_000_000)
     for _ in range(5):
         step()
-    if not starts_threads(plan()):
-        pytest.skip("Numba's threads are not safe here")
+    assert starts_threads(plan())
     turns, stop, interval = [0], threading.Event(), sys.getswitchinterval()
 
     def take_turns():

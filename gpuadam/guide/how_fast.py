@@ -51,7 +51,8 @@ compiled call; several groups are compared one by one, and then updated. Microse
 | `optax.adam` under `jax.jit` | 21 | 92 |
 
 From 65,536 elements on the call also starts the threads, and lets Python's lock go meanwhile. While Python started them, it
-took longer for that than the threads took for 100,000 elements. In microseconds, AVX2, in turn with the others:
+took longer for that than the threads took for 100,000 elements. In microseconds, AVX2, in turn with the others, of two runs
+in which the kernel took as long; the rows in `benchmarks/results` are of a later run, in which all took 1.2 to 1.3 times as long:
 
 | 100,000 elements | started by Python | by the call |
 |---|---:|---:|
