@@ -130,14 +130,19 @@ class Cupy(GpuBackend):
         return np.frombuffer(memory, np.uint8, n_bytes)
 
     def device_bytes(self, n_bytes):
-        memory = cupy.cuda.alloc(n_bytes)
+        if self.is_capturing(
+            self.current_stream()
+        ):  # CUDA's pool would make it a part of the graph, for each of its launches
+            memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(n_bytes), 0)
+        else:
+            memory = cupy.cuda.alloc(n_bytes)
         return memory, memory.ptr
 
     # Devices and streams
 
     def on(self, device, stream):
         if gpu_driver.current_device() == device:
-            return UNCHANGED if stream is None or self.current_stream() == stream else _stream(stream)
+            return UNCHANGED if stream is None or self.current_stream() == stream else _entered(stream)
         return self._on_another(device, stream)
 
     @contextlib.contextmanager
@@ -181,6 +186,21 @@ def _unowned(address, shape, dtype, device, strides=None):
     dtype = np.dtype(dtype)
     memory = cupy.cuda.UnownedMemory(address, math.prod(shape) * dtype.itemsize, None, device)
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+
+
+@contextlib.contextmanager
+def _entered(handle):
+    """Make a stream the current one, and afterwards the one that was.
+
+    CuPy's `with` goes back to the stream of the `with` around it, or else to the default one, and forgets what `use` has chosen.
+    """
+    before = cupy.cuda.get_current_stream()
+    try:
+        with _stream(handle):
+            yield
+    finally:
+        if cupy.cuda.get_current_stream().ptr != before.ptr:
+            before.use()
 
 
 @functools.cache

@@ -214,6 +214,11 @@ class GpuBackend(Backend):
         capturing = self.is_capturing(target)
         if capturing:  # captured work cannot wait for the default stream: a graph is ordered where it is launched
             others = [other for other in others if other != LEGACY_DEFAULT]
+        elif any(map(self.is_capturing, others)):  # the work would wait for that stream, and so become a part of its graph
+            raise RuntimeError(
+                f"a graph is being captured on a stream that arrays were last used on ({others}), and the work would go to "
+                f"another one ({target}): make the stream that is captured the current one, and give no other as stream="
+            )
         return Place(target, others, capturing, is_current and (target == current or not self.enters_streams))
 
     def before(self, place):
@@ -264,9 +269,10 @@ class GpuBackend(Backend):
         """Launch a kernel into a graph that is thrown away: an error of the compiler or the loader comes before any write.
 
         Nothing runs. device: the current one. kernel: tells one that is compiled from others; the first launch of each is
-        rehearsed. launch(stream): enqueues it.
+        rehearsed. launch(stream): enqueues it. While Python has other threads the kernel is compiled when it is launched, because
+        compiling amid a capture takes seconds in which they may not wait for the device.
         """
-        if (device, kernel) in self._rehearsed:
+        if (device, kernel) in self._rehearsed or not gpu_launch.alone():
             return
         self._captured(device, launch)
         self._rehearsed.add((device, kernel))

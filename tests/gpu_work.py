@@ -1,4 +1,4 @@
-"""What tests with the marker gpu share: a busy stream, arrays that are lent, and what the driver's calls are called."""
+"""What tests with the marker gpu share: a busy stream, arrays of other libraries, and what the driver's calls are called."""
 
 import random
 
@@ -39,3 +39,11 @@ class Lent:
 
     def __dlpack_device__(self):
         return self.array.__dlpack_device__()
+
+
+class OnStream:
+    """A CuPy array that is another library's, which names the stream that it works on."""
+
+    def __init__(self, array, stream):
+        self.array = array
+        self.__cuda_array_interface__ = array.__cuda_array_interface__ | {"stream": stream.ptr}

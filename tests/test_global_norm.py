@@ -18,7 +18,7 @@ from gpu_work import SYNCHRONIZATIONS, busy_stream
 import gpuadam
 import gpuadam.clipping
 from gpuadam.clipping import global_norm
-from gpuadam.kernels import compiled_cache, cpu_threads, norm_cpu, synchronous
+from gpuadam.kernels import compiled_cache, cpu_threads, gpu_table, norm_cpu, synchronous
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
@@ -586,6 +586,24 @@ def test_a_graph_keeps_its_table_whatever_norms_come_after_the_capture(cp, backe
             out.fill(np.nan)
             graph.launch(stream)
             assert_bits(out.get(), global_norm(many()))
+
+
+@pytest.mark.gpu
+def test_no_memory_of_cudas_pool_becomes_a_part_of_a_graph(cp, backend, driver, monkeypatch):
+    """It would be allocated at each launch, of which CUDA then refuses the second."""
+    grads, out = [cp.asarray(a) for a in many()], cp.full((), np.nan)
+    stream = busy_stream(cp)
+    with stream:
+        global_norm(grads, out=out, backend=backend)  # compiles
+        stream.synchronize()
+        monkeypatch.setattr(gpu_table, "buffers", [])  # so that the next norm allocates one
+        stream.begin_capture()
+        driver.listen()
+        global_norm(grads, out=out, backend=backend)
+        allocations = {name for name in driver.calls if "Alloc" in name or "Malloc" in name}
+        stream.end_capture()
+    on_device = {"runtime_cudaMalloc", "runtime_cudaMallocAsync", "cuMemAlloc_v2", "cuMemAllocAsync"}
+    assert allocations & on_device == {{"cupy": "runtime_cudaMalloc", "numba-cuda": "cuMemAlloc_v2"}[backend]}
 
 
 @pytest.mark.gpu

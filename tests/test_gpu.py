@@ -1,9 +1,11 @@
 """What only a GPU can show. `benchmarks/gpu.sh` runs these, and every other test over the GPU backends, where there is one."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from cases import FORMS, assert_same_bits, different_bits, wide_state
-from gpu_work import Lent
+from gpu_work import Lent, OnStream
 
 import gpuadam
 from gpuadam import backends
@@ -417,6 +419,65 @@ def test_capturing_what_would_be_frozen_is_refused(cp, backend):
             stream.end_capture()
     assert opt.state["w"]["step"] == 1
     stream.synchronize()
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["the current one", "a given one"])
+@pytest.mark.parametrize("call", ["Adam", "capturable", "adam_step", "global_norm"])
+def test_work_of_another_stream_is_not_captured_with_what_the_arrays_name(cp, backend, call, asked):
+    """It would wait for the stream that is captured, and so become a part of its graph, which nobody has asked for."""
+    captured, other = (cp.cuda.Stream(non_blocking=True) for _ in range(2))
+    arrays = [OnStream(cp.full(1000, value, "f4"), captured) for value in (1.0, 0.5, 0.0, 0.0)]
+    param, grad, m, v = arrays
+    out = cp.zeros(())
+    opt = gpuadam.Adam(param, lr=0.1, capturable=call == "capturable", backend=backend)
+    stream = {"stream": other} if asked else {}
+    act = {
+        "adam_step": lambda step: gpuadam.adam_step(param, grad, m, v, step, lr=0.1, backend=backend, **stream),
+        "global_norm": lambda step: gpuadam.global_norm([grad], out=out, backend=backend, **stream),
+    }.get(call, lambda step: opt.step(grad, **stream))
+    cp.cuda.Device().synchronize()
+    with captured if asked else other:
+        act(1)
+        cp.cuda.Device().synchronize()
+        before = param.array.get()
+        captured.begin_capture()
+        try:
+            with pytest.raises(RuntimeError, match="a graph is being captured on a stream that arrays were last used on"):
+                act(2)
+        finally:
+            captured.end_capture()
+        assert opt.steps == (0 if call in ("adam_step", "global_norm") else 1)
+        assert (param.array.get() == before).all()
+        act(2)
+        cp.cuda.Device().synchronize()
+    assert call == "global_norm" or (param.array.get() != before).all()
+
+
+def test_the_stream_that_a_program_has_chosen_stays_the_current_one_and_takes_the_work(cp, backend):
+    """By `use`, which CuPy forgets at the end of any `with` of a stream."""
+    kernels = backends.load(backend)
+    kernels._rehearsed.clear()  # so that kernels are launched on a stream of ours first
+    host, reference = host_params(), host_params()
+    chosen, others = cp.cuda.Stream(non_blocking=True), cp.cuda.Stream(non_blocking=True)
+    params = there(cp, host)
+    opt, on_host = gpuadam.Adam(params, backend=backend), gpuadam.Adam(reference)
+    cp.cuda.Device().synchronize()
+    try:
+        for within in (contextlib.nullcontext(), others):
+            with within:
+                chosen.use()
+                for k in range(3):
+                    spin(cp, 20_000_000)  # what comes after it on another stream would be done before it
+                    grads = there(cp, host_params(k + 1))
+                    norm = gpuadam.global_norm(grads, backend=backend)
+                    opt.step(grads)
+                    on_host.step(host_params(k + 1))
+                    assert cp.cuda.get_current_stream() == chosen
+                    assert cp.asarray(norm).get() == gpuadam.global_norm(host_params(k + 1))
+        chosen.synchronize()
+    finally:
+        cp.cuda.Stream.null.use()
+    assert_params(params, reference)
 
 
 def test_a_hundred_steps_take_no_more_memory(cp, backend):

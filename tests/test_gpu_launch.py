@@ -153,18 +153,26 @@ def test_a_launch_that_fails_says_so_and_changes_nothing(backend, driver):
     assert (library.numpy(params[0]) != before).any() and opt.steps == 5
 
 
-def test_nothing_is_captured_to_be_repeated_while_another_thread_might_wait_for_the_device(backend, monkeypatch):
-    """A capture would make its wait fail, and would fail itself."""
+def test_nothing_is_captured_while_another_thread_might_wait_for_the_device(backend, monkeypatch):
+    """A capture would make its wait fail, and would fail itself: the first one of a kernel, and the one of a launch to repeat."""
     monkeypatch.setattr(gpu_launch, "alone", ALONE)
     kernels, ended = backends.load(backend), threading.Event()
-    opt, _, grads = optimizer(backend)
-    opt.step(grads)  # rehearses the kernel
+    monkeypatch.setattr(kernels, "_rehearsed", set())
+    library, outcomes = testing.array_backend(backend), []
     thread = threading.Thread(target=ended.wait)
-    thread.start()
-    try:
-        monkeypatch.setattr(kernels, "_captured", lambda *arguments: pytest.fail("a capture"))
-        for _ in range(4):
-            opt.step(grads)
-    finally:
-        ended.set()
-        thread.join()
+    for other_thread in (True, False):
+        opt, params, grads = optimizer(backend, capturable=True)
+        plain, *_ = optimizer(backend)
+        with monkeypatch.context() as patched:
+            if other_thread:
+                thread.start()
+                patched.setattr(kernels, "_captured", lambda *arguments: pytest.fail("a capture"))
+            try:
+                for _ in range(4):
+                    opt.step(grads, max_norm=1.0)
+                    plain.step(grads)
+            finally:
+                ended.set()
+                thread.join()
+        outcomes.append([library.numpy(param).tobytes() for param in params])
+    assert outcomes[0] == outcomes[1]

@@ -7,6 +7,7 @@ driver, which does everything as late as it may.
 import numpy as np
 import pytest
 from cases import assert_same_bits
+from gpu_work import OnStream
 
 import gpuadam
 from gpuadam import backends
@@ -26,14 +27,6 @@ LAYOUTS = {
     "no dimensions": lambda whole: whole[7:8].reshape(()),
     "no elements": lambda whole: whole[5:5:2],
 }
-
-
-class OnStream:
-    """A CuPy array that is another library's, which names the stream that it works on."""
-
-    def __init__(self, array, stream):
-        self.array = array
-        self.__cuda_array_interface__ = array.__cuda_array_interface__ | {"stream": stream.ptr}
 
 
 @pytest.fixture

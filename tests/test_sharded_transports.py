@@ -1,5 +1,6 @@
 """The transports that come with gpuadam: what is left of a collective, torch's process groups, NCCL up to its calls."""
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -18,6 +19,7 @@ from mpi_jobs import ended, expected, started
 import gpuadam
 from gpuadam import transports
 from gpuadam.sharded.transports import nccl as nccl_transport
+from gpuadam.sharded.transports import torch as torch_transport
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,40 @@ def test_nccl_moves_whole_buffers_on_a_stream_of_its_own_and_each_stream_waits_f
     transport.close()
     with pytest.raises(transports.RankEnded):
         transport.exchange("by MPI")
+
+
+@pytest.mark.parametrize(("handle", "stream"), [(0, "torch's default stream"), (77, "the stream of handle 77")])
+def test_torchs_nccl_is_enqueued_on_cupys_current_stream(monkeypatch, handle, stream):
+    """Of ExternalStream(0) torch makes any stream of its pool, which waits for nothing."""
+    log = []
+
+    @contextlib.contextmanager
+    def entered(stream):
+        log.append(stream)
+        yield
+
+    cuda = SimpleNamespace(
+        stream=entered,
+        default_stream=lambda: "torch's default stream",
+        ExternalStream=lambda handle: f"the stream of handle {handle}" if handle else "any stream",
+    )
+    fakes = {
+        "torch": SimpleNamespace(cuda=cuda, from_dlpack=lambda array: array),
+        "torch.distributed": SimpleNamespace(
+            is_available=lambda: True,
+            is_initialized=lambda: True,
+            get_rank=lambda group: 0,
+            get_world_size=lambda group: 1,
+            get_backend=lambda group: "cuda:nccl",
+            reduce_scatter_tensor=None,
+            all_gather_into_tensor=None,
+            broadcast=lambda *arguments, **options: SimpleNamespace(wait=lambda: log.append("waited")),
+        ),
+        "cupy": SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=handle))),
+    }
+    monkeypatch.setattr(torch_transport, "imported", lambda name, fix: fakes[name])
+    transports.Torch().broadcast(np.zeros(3))
+    assert log == [stream, stream, "waited"]
 
 
 @pytest.mark.gpu

@@ -69,5 +69,6 @@ class Torch:
         if self.memory == "CPU":
             return contextlib.nullcontext()
         cupy = imported("cupy", "the arrays of this transport are CuPy's")
-        cuda = self._torch.cuda
-        return cuda.stream(cuda.ExternalStream(cupy.cuda.get_current_stream().ptr))
+        cuda, handle = self._torch.cuda, cupy.cuda.get_current_stream().ptr
+        # for the handle 0, of the default stream, torch takes any stream of its pool
+        return cuda.stream(cuda.ExternalStream(handle) if handle else cuda.default_stream())
