@@ -15,7 +15,7 @@ from .kernels.operands import GROUP, widened
 from .kernels.view import is_array
 from .state import OF_GROUPS, Parameter, States
 from .typing import Array, Integer
-from .under_way import UnderWay
+from .under_way import UnderWay, in_turn
 
 
 class Grows:
@@ -29,6 +29,7 @@ class Grows:
     backend: str | None
     with_groups: Callable
 
+    @in_turn
     def replace(self, name: str, param: Array, rows: Sequence[int] | Array, *, param_copy: Array | None = None) -> None:
         """Put another array in a parameter's place: row i takes over the state of row rows[i] of the old one.
 
@@ -96,6 +97,7 @@ class Grows:
         self._become(twin)
         holders.replaced(self.arrangement.places, name, param)
 
+    @in_turn
     def add(self, name: str, param: Array, group: Integer = 0, *, param_copy: Array | None = None) -> None:
         """Add a parameter to a group, with state at its start.
 
@@ -128,6 +130,7 @@ class Grows:
         self._become(twin)
         holders.added(self.arrangement.places, group, name, param)
 
+    @in_turn
     def remove(self, name: str) -> None:
         """Forget a parameter and its state. Its group's parameters were given as a dict. Raises ValueError."""
         k, at, _ = self._found(name)
@@ -141,7 +144,6 @@ class Grows:
 
     def _found(self, name):
         """Return the number of a parameter's group, its place there, and the Parameter."""
-        self.under_way.check()
         self.arrangement.check_number(self.groups)  # the parameter's dict may hold the new array already
         for k, structure in enumerate(self.arrangement.structures):
             if isinstance(name, str) and name in structure.names:
@@ -155,7 +157,6 @@ class Grows:
             )
 
     def _groups_as_they_are(self):
-        self.under_way.check()
         return [group | {"params": list(group["params"]), "names": list(group["names"])} for group in self.groups]
 
     def _twin(self, groups, states, copies):

@@ -260,16 +260,25 @@ class Adam(HasGroups, HasState, Grows):
             On a GPU nothing waits for them. With capturable they are the same two arrays at each step, which a graph writes.
         stream: on a GPU, as in `adam_step`.
 
-        Everything is checked before anything is written: one bad array or hyperparameter stops the whole step. An interrupt or an
-        error between the first launch and the end leaves parameters and state of two different steps: `step`, `state_dict` and
-        `save` refuse from then on, until `load_state_dict` has set all of the state; the parameters have to be set too.
+        Everything is checked before anything is written: one bad array or hyperparameter stops the whole step. A step is refused
+        (ValueError) while another thread takes one. An interrupt or an error between the first launch and the end leaves
+        parameters and state of two different steps: `step`, `state_dict` and `save` refuse from then on, until `load_state_dict`
+        has set all of the state; the parameters have to be set too.
         """
         if type(grad_scale) is not float:
             grad_scale = checks.as_float(grad_scale)
         options = grad_scale, max_norm, norm, check_finite, found_inf, change, lr_scale, where, norms, stream
-        if self.repeats and self._repeated.does(self, grads, options):
-            return None
-        self.under_way.check()
+        turn = self.under_way.take_turn()
+        try:
+            if self.repeats and self._repeated.does(self, grads, options):
+                return None
+            return self._step(grads, options)
+        finally:
+            turn.add(None)
+
+    def _step(self, grads, options):
+        """Make a step the long way. options: the other arguments of `step`."""
+        grad_scale, max_norm, norm, check_finite, found_inf, change, lr_scale, where, norms, stream = options
         self.arrangement.check(self.groups)
         if grads is OF_PARAMS:
             grads_of_groups = [grads_of_params(group, self.arrangement) for group in self.groups]

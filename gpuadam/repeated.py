@@ -175,7 +175,7 @@ class RepeatedStep(Repeats):
     def as_last(self, optimizer, grads, options):
         """Take the step if it is as the last one; else do nothing. options: the other arguments of `step`."""
         known, groups = self._known, optimizer.groups
-        if len(groups) != len(known) or optimizer.under_way.changing:
+        if len(groups) != len(known):
             return False
         if self._several:
             made = self._groups_as_last(optimizer, grads, options)

@@ -150,8 +150,6 @@ class StepsOnCpu:
             raise
         if status == self._kernels.cpu_step.DONE:
             return True
-        if status == self._kernels.cpu_step.BUSY:
-            return False  # what is under way is another thread's step, which ends it
         under_way.end()  # nothing has been done
         if status == self._kernels.cpu_step.OTHER:
             return False

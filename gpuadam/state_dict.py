@@ -129,6 +129,7 @@ class HasState:
             to_convert.run()
         self.go_on_from(*loaded)
         self.ended()
+        self.under_way.free_turn()
 
     def _conversion(self, name, loaded):
         """Return the `Conversion` of loaded moments into those of a parameter, or None if they have the same format."""

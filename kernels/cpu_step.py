@@ -27,14 +27,13 @@ from gpuadam.kernels.same_objects import call_python, decref, incref, int64_at, 
 from gpuadam.kernels.scalars import on_host
 from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 
-# What a call returns: the step is another one; it is done; its table and scalars are ready, and the launch is left to the caller;
-# another thread's call of the Plan is making its update
-OTHER, DONE, READY, BUSY = range(4)
+# What a call returns: the step is another one; it is done; its table and scalars are ready, and the launch is left to the caller
+OTHER, DONE, READY = range(3)
 # Where the memory of a Plan has what: int64. Behind it are `expected`, the table, the scalars, the addresses of the arrays, and
 # those of the parameters of several updates. MOVES: how many calls have found arrays elsewhere than the one before. ELEMENTS: of
-# the last call's update. UPDATING: whether threads read the table. IN_THREADS: the loop in several threads, 0 if there is none.
-ARRAY_TYPE, KERNEL, MOST, BEGINS, ANY_ORDER, MOVES, ELEMENTS, UPDATING, IN_THREADS, COUNTER, SAFE_AT = range(OWN, OWN + 11)
-EXPECTED, TABLE, NUMBERS, OBJECTS, PARAMS, HELD, HEAD = range(OWN + 11, OWN + 18)
+# the last call's update. IN_THREADS: the loop in several threads, 0 if there is none.
+ARRAY_TYPE, KERNEL, MOST, BEGINS, ANY_ORDER, MOVES, ELEMENTS, IN_THREADS, COUNTER, SAFE_AT = range(OWN, OWN + 10)
+EXPECTED, TABLE, NUMBERS, OBJECTS, PARAMS, HELD, HEAD = range(OWN + 10, OWN + 17)
 # Where its numbers have what: float64. The last are the scalars of the kernel.
 LOWEST, BETA1, BETA2, WEIGHT_DECAY, EPS, SIGN, MOST_SCALE, SCALARS = range(8)
 # What a call reads: the arrays of one update, those of several, or none
@@ -104,7 +103,7 @@ class Plan(step_objects.Plan):
             self.memory[IN_THREADS] = address_of(loop, n)
 
     def step(self, arrays, settings, t, lr, grad_scale):
-        """Return DONE, READY, OTHER or BUSY.
+        """Return DONE, READY or OTHER. Of updates beside others, one call at a time: threads take turns (`gpuadam/under_way.py`).
 
         arrays: a tuple of the arrays of one update; of several, what `same_objects.of_several` takes; anything if there is a
         table. settings: a tuple. t: the step, from 1. lr, grad_scale: floats.
@@ -190,8 +189,6 @@ def compiled(variant, decoupled, n_scalars, reads):
     GRAD_SCALE, DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
 
     def step(plan, arrays, settings, t, lr, grad_scale):
-        if not of_one_update and int64_at(plan + 8 * UPDATING) != 0:
-            return BUSY
         if t < int64_at(plan + 8 * BEGINS) or not 0.0 <= lr < np.inf or not same_settings(plan, settings):
             return OTHER
         n_rows, width = int64_at(plan + 8 * ROWS), int64_at(plan + 8 * WIDTH)
@@ -249,12 +246,10 @@ def compiled(variant, decoupled, n_scalars, reads):
             for k in range(PARAM + width):
                 row[0, k] = table[0, k]
             table = row
-        _store_count(plan + 8 * UPDATING, 1)
         launch_in_threads(in_threads, table, elements, _count_threads(int64_at(plan + 8 * COUNTER)), numbers + 8 * SCALARS)
         if of_several_updates:
             for k in range(n_rows * width):
                 decref(objects[k])
-        _store_count(plan + 8 * UPDATING, 0)
         return DONE
 
     return compiled_cache.stored(njit(error_model="numpy")(step), "step", variant, decoupled, n_scalars, reads)

@@ -397,12 +397,10 @@ def test_an_optimizers_arrays_are_kept_alive_while_threads_update_them(launched)
 
 
 def test_a_second_step_amid_the_update_of_the_first_is_refused_and_no_reference_is_lost(launched):
-    """As when another thread has begun a step just before this one did."""
     opt, step, plan = an_optimizer()
     others, said = [np.ones(N, "f4"), np.ones(5, "f4")], []
 
     def step_again():
-        opt.under_way.changing = False  # when the other thread looked
         try:
             opt.step(others)
         except ValueError as error:

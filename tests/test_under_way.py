@@ -1,6 +1,9 @@
 """A step that is cut short is told: at every moment of it, whatever stops it."""
 
+import contextlib
 import copy
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -64,6 +67,22 @@ def same(some, others):
     return all(np.array_equal(a, b) for a, b in zip(some, others, strict=True))
 
 
+def step_follows(opt, grads):
+    """Take a step, if need be after the state was loaded, and return whether that was not needed."""
+    try:
+        opt.step(grads)
+    except ValueError:
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        opt.step(grads)
+        return False
+    return True
+
+
+def begins_or_ends(n, whole):
+    """Whether an opcode is one of those around a step that take the turn and give it back, between which no signal comes."""
+    return n < 60 or n > whole.count - 8
+
+
 @pytest.mark.parametrize("name", few(OPTIMIZERS, "8-bit state", "OffloadAdam", "repeated groups"))
 def test_an_interrupt_at_any_moment_of_a_step_leaves_all_or_nothing_changed_or_is_told(name, tmp_path, examples):
     def begun():
@@ -102,9 +121,10 @@ def test_an_interrupt_at_any_moment_of_a_step_leaves_all_or_nothing_changed_or_i
                 param[...] = value
             opt.step(grads)
             assert same(everything(opt), after), n
-        else:
-            now = everything(opt)
-            assert same(now, before) or same(now, after), f"torn and not told at opcode {n}"
+            continue
+        now = everything(opt)
+        assert same(now, before) or same(now, after), f"torn and not told at opcode {n}"
+        assert step_follows(opt, grads) or begins_or_ends(n, whole), f"opcode {n} leaves the turn taken"
     assert 0 < told < len(moments)
     print(f"\n{name}: {len(moments):,} interrupts, {told:,} told, 0 torn and untold")
 
@@ -162,6 +182,115 @@ def test_a_step_of_another_thread_or_of_a_signals_handler_is_refused():
             refused()
     opt.under_way.end()
     opt.step(grads_of(opt))
+
+
+# Two steps at once
+
+
+def another_thread_steps(opt, grads):
+    """Return the error that another thread's step raises."""
+    said: list[str] = []
+
+    def step():
+        try:
+            opt.step(grads)
+        except ValueError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    return said
+
+
+@pytest.mark.parametrize("steps_before", [0, 3], ids=["the long way", "repeated"])
+@pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}, {"where": "nonzero"}], ids=str)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_step_is_refused_while_another_thread_prepares_one(steps_before, options, grouped):
+    """Both would take the same step."""
+    params = {"a": np.zeros(3, "f4")}, {"b": np.zeros(3, "f4")}
+    grads = {"a": np.ones(3, "f4"), "b": np.ones(3, "f4")}
+    said, asked = [], []
+
+    def rate(step):  # is asked for amid the preparation
+        if not asked:
+            asked.append(step)
+            said.extend(another_thread_steps(opt, grads))
+        return 0.1
+
+    groups = [{"params": p} for p in params] if grouped else [{"params": {**params[0], **params[1]}}]
+    groups[-1]["lr"] = 0.1
+    opt = gpuadam.Adam(groups, lr=0.1)
+    for _ in range(steps_before):
+        opt.step(grads, **options)
+    opt.groups[-1]["lr"] = rate
+    opt.step(grads, **options)
+    assert len(said) == 1 and "is under way in another thread" in said[0] and opt.steps == steps_before + 1
+    opt.step(grads, **options)
+    assert {state["step"] for state in opt.state.values()} == {steps_before + 2}
+
+
+@pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}, {"norms": True}, {"where": "nonzero"}], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_steps_of_several_threads_are_those_of_one_or_are_refused(options, groups, examples):
+    def made():
+        params = [{"params": {f"p{k}": np.zeros(1000, "f4")}} for k in range(groups)]
+        return gpuadam.Adam(params, lr=0.01)
+
+    def step():
+        begin.wait()
+        for _ in range(n):
+            with contextlib.suppress(ValueError):
+                opt.step(grads, **options)
+                done.append(1)
+
+    n, begin, done = examples(100, 1000), threading.Barrier(3), []
+    grads = {f"p{k}": np.ones(1000, "f4") for k in range(groups)}
+    opt, alone = made(), made()
+    for _ in range(4):
+        opt.step(grads, **options)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=step) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    for _ in range(4 + len(done)):
+        alone.step(grads, **options)
+    assert len(done) > 0 and same(everything(opt), everything(alone))
+
+
+def test_parameters_do_not_come_or_go_amid_a_step():
+    params, said = {"a": np.zeros(3, "f4"), "b": np.zeros(3, "f4")}, []
+
+    def rate(step):
+        for change in (lambda: opt.remove("a"), lambda: opt.add("c", np.zeros(3, "f4"))):
+            with pytest.raises(ValueError, match="is under way") as refused:
+                change()
+            said.append(refused)
+        return 0.1
+
+    opt = gpuadam.Adam(params)
+    opt.groups[0]["lr"] = rate
+    opt.step({"a": np.ones(3, "f4"), "b": np.ones(3, "f4")})
+    assert len(said) == 2 and list(opt.state) == ["a", "b"]
+
+
+def test_a_child_that_is_forked_amid_a_step_refuses_the_next_until_its_state_is_set():
+    grads = {"a": np.ones(3, "f4")}
+    opt = gpuadam.Adam({"a": np.zeros(3, "f4")}, lr=0.1)
+    opt.step(grads)
+    saved = copy.deepcopy(opt.state_dict())
+    opt.under_way.take_turn()  # as by a thread that the child does not have
+    with pytest.raises(ValueError, match="cut short"):
+        opt.step(grads)
+    opt.load_state_dict(saved)
+    opt.step(grads)
+    assert opt.steps == 2
 
 
 # State dicts

@@ -50,6 +50,7 @@ class Store(UnderWay):
     marks: dict[str, Any]
 
     def __init__(self, beginnings, gpu, device):
+        super().__init__()
         self.place = "memory" if gpu is None else "pinned memory"
 
         def zeros(kind, n_bytes):

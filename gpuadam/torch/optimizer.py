@@ -171,9 +171,13 @@ class Adam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if grad_scale is not None or found_inf is not None or not self._repeated.does(self):
-            with torch.no_grad():
-                self._step(grad_scale, found_inf)
+        turn = self.under_way.take_turn()
+        try:
+            if grad_scale is not None or found_inf is not None or not self._repeated.does(self):
+                with torch.no_grad():
+                    self._step(grad_scale, found_inf)
+        finally:
+            turn.add(None)
         return loss
 
     def _step(self, grad_scale, found_inf):
@@ -300,6 +304,7 @@ class Adam(torch.optim.Optimizer):
         def put(_):
             self.state.update(loaded)
             self.under_way.end()
+            self.under_way.free_turn()
 
         was_changing = self.under_way.changing
         with self.register_load_state_dict_pre_hook(take), self.register_load_state_dict_post_hook(put, prepend=True):

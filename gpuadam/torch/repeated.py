@@ -84,7 +84,7 @@ class RepeatedSteps(Repeats):
 
     def as_last(self, optimizer):
         groups, known = optimizer.param_groups, self._known
-        if len(groups) != len(known) or optimizer.under_way.changing:
+        if len(groups) != len(known):
             return False
         present, steps, held, moved = [], [], [], []
         for group, one in zip(groups, known, strict=True):
