@@ -12,8 +12,10 @@ PLACES = tuple(str(Path(path).resolve()) for package in (gpuadam, gpuadam.kernel
 class Interrupt:
     """Raises KeyboardInterrupt before the n-th opcode of gpuadam's Python code, as a signal would; counts them if n is None.
 
-    Of the thread that enters it: others may have their own.
+    Of the thread that enters it: others may have their own. `function`: the name of the one that was interrupted.
     """
+
+    function = ""
 
     def __init__(self, n=None):
         self.n, self.count = n, 0
@@ -25,10 +27,11 @@ class Interrupt:
     def __exit__(self, *_):
         TRACING.stop()
 
-    def opcode(self):
+    def opcode(self, code):
         self.count += 1
         if self.count == self.n:
             TRACING.stop()
+            self.function = code.co_name
             raise KeyboardInterrupt
 
 
@@ -44,7 +47,7 @@ class ByTrace:
 
         def of_opcode(frame, event, _):
             if event == "opcode":
-                interrupt.opcode()
+                interrupt.opcode(frame.f_code)
             return of_opcode
 
         sys.settrace(of_frame)
@@ -82,7 +85,7 @@ class ByMonitoring:
         if not code.co_filename.startswith(PLACES):
             return sys.monitoring.DISABLE
         if interrupt := self._of_threads.get(threading.get_ident()):
-            interrupt.opcode()
+            interrupt.opcode(code)
         return None
 
 

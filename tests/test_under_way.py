@@ -78,11 +78,6 @@ def step_follows(opt, grads):
     return True
 
 
-def begins_or_ends(n, whole):
-    """Whether an opcode is one of those around a step that take the turn and give it back, between which no signal comes."""
-    return n < 60 or n > whole.count - 8
-
-
 @pytest.mark.parametrize("name", few(OPTIMIZERS, "8-bit state", "OffloadAdam", "repeated groups"))
 def test_an_interrupt_at_any_moment_of_a_step_leaves_all_or_nothing_changed_or_is_told(name, tmp_path, examples):
     def begun():
@@ -105,7 +100,7 @@ def test_an_interrupt_at_any_moment_of_a_step_leaves_all_or_nothing_changed_or_i
         opt = begun()
         before = everything(opt)
         saved = copy.deepcopy(opt.state_dict())
-        with pytest.raises(KeyboardInterrupt), Interrupt(n):
+        with pytest.raises(KeyboardInterrupt), Interrupt(n) as interrupt:
             opt.step(grads)
         if opt.under_way.changing:
             told += 1
@@ -124,7 +119,8 @@ def test_an_interrupt_at_any_moment_of_a_step_leaves_all_or_nothing_changed_or_i
             continue
         now = everything(opt)
         assert same(now, before) or same(now, after), f"torn and not told at opcode {n}"
-        assert step_follows(opt, grads) or begins_or_ends(n, whole), f"opcode {n} leaves the turn taken"
+        # between the opcodes that take the turn and that give it back Python looks for no signal
+        assert step_follows(opt, grads) or interrupt.function in ("take_turn", "step"), f"opcode {n} leaves the turn taken"
     assert 0 < told < len(moments)
     print(f"\n{name}: {len(moments):,} interrupts, {told:,} told, 0 torn and untold")
 
