@@ -102,7 +102,8 @@ def main():
     options = parser.parse_args()
     if options.seeds < 1 or options.steps < 2:
         parser.error("--seeds must be at least 1, and --steps 2")
-    torch, _ = output.need("peers", "torch", "sklearn.datasets")
+    (torch,) = output.need("torch", "torch")
+    output.need("demo", "sklearn.datasets")
     torch.set_num_threads(1)  # so that sums have one order, and a run ends with the same loss again
     rows = rows_of(options.seeds, options.steps)
     title = f"conversion after {options.steps // 2:,} of {options.steps:,} steps, {options.seeds} seeds"

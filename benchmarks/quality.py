@@ -245,7 +245,7 @@ def main():
         parser.error(f"there is no task {', '.join(sorted(unknown))}, only {', '.join(TASKS)}")
     if options.seeds < 1:
         parser.error("--seeds must be at least 1")
-    (torch,) = output.need("peers", "torch")
+    (torch,) = output.need("torch", "torch")
     if "digits" in names:
         output.need("demo", "sklearn.datasets")
     torch.set_num_threads(1)  # so that sums have one order, and a run ends with the same loss again

@@ -118,7 +118,8 @@ else:  # a type checker that saw this would take every name for one of the packa
                 module = globals()[name] = importlib.import_module(f"{__name__}.{_MODULES[name]}")
                 return module
             except ModuleNotFoundError as error:  # an AttributeError, so that hasattr and help() work
-                raise AttributeError(f"gpuadam.{name} needs {error.name}: pip install {error.name}", name=name) from error
+                wanted = '"gpuadam[torch]"' if error.name == "torch" else error.name
+                raise AttributeError(f"gpuadam.{name} needs {error.name}: pip install {wanted}", name=name) from error
         raise AttributeError(f"module 'gpuadam' has no attribute {shown(name)}")
 
 

@@ -24,8 +24,10 @@ def main(argv=None):
             command.add_argument(
                 "--json", type=writable, metavar="FILE", help="write the result as JSON; - for standard output"
             )
-            command.set_defaults(run=module.run)
-    options = parser.parse_args(argv)
+            command.set_defaults(run=module.run, parser=command)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     with ending_plainly(f"gpuadam {options.command}"):
         return options.run(options)
 

@@ -24,6 +24,7 @@ from .kernels.backend import Backend
 from .kernels.messages import shown
 from .kernels.operands import widened
 
+WARNED = "let this warning pass: give no -W error, or unset PYTHONWARNINGS"
 GPU_EXTRA = 'pip install "gpuadam[cuda13]" (or cuda12: `nvidia-smi` shows what the driver takes)'
 DRIVER = "on a machine with an NVIDIA GPU, install its driver; `nvidia-smi` should then list the GPU"
 
@@ -346,6 +347,8 @@ def _probe(name):
         available, reason, *fix = importlib.import_module(row.module).backend.status()
         return Status(available, reason, *(fix or ["" if available else DRIVER]))
     except Exception as error:  # noqa: BLE001 - a GPU library can fail in any way when imported; the reason is kept
+        if isinstance(error, Warning):  # `python -W error` makes errors of warnings
+            return Status(False, f"its import warned, and warnings are errors here: {type(error).__name__}: {error}", WARNED)
         fix = (
             "set CUPY_CACHE_DIR to a folder that can be written"
             if name == "cupy" and isinstance(error, OSError) and error.filename  # not of a library that cannot be opened

@@ -63,7 +63,19 @@ def test_dir_lists_the_public_names_and_pages_load_on_first_use():
     except AttributeError as error:
         print(error)
     """
-    assert run(code).splitlines() == ["True False", "gpuadam.torch needs torch: pip install torch"]
+    assert run(code).splitlines() == ["True False", 'gpuadam.torch needs torch: pip install "gpuadam[torch]"']
+
+
+def test_importing_the_drop_in_without_torch_says_what_to_install():
+    code = """
+    import sys
+    sys.modules["torch"] = None
+    try:
+        import gpuadam.torch
+    except ModuleNotFoundError as error:
+        print(error.name, error)
+    """
+    assert run(code).strip() == 'torch gpuadam.torch needs torch: pip install "gpuadam[torch]"'
 
 
 def test_a_cpu_step_loads_no_gpu_library():
@@ -273,6 +285,18 @@ def test_a_numba_cuda_that_cannot_be_imported_is_a_reason_and_no_error(tmp_path)
     """
     said = run(code, [tmp_path])
     assert said.startswith("False it cannot be loaded: ImportError") and "libnvvm.so.4" in said and "reinstall it" in said
+
+
+def test_a_warning_that_is_an_error_is_no_broken_installation(tmp_path):
+    (tmp_path / "numba_cuda").mkdir()
+    (tmp_path / "numba_cuda" / "__init__.py").write_text("raise DeprecationWarning('use another')")
+    code = """
+    import gpuadam
+    print(*gpuadam.backend_status()["numba-cuda"][1:], sep="; ")
+    """
+    said = run(code, [tmp_path]).strip()
+    assert said.startswith("its import warned, and warnings are errors here: DeprecationWarning: use another; let this")
+    assert "reinstall" not in said
 
 
 WITHOUT_NUMBA = {

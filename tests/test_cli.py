@@ -20,6 +20,7 @@ from gpuadam.cli.measuring import facts, forms, measure
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.operands import operands_of
+from gpuadam.terminal import output
 from gpuadam.terminal.arguments import writable
 
 ROOT = Path(__file__).parent.parent
@@ -195,6 +196,18 @@ def test_doctor_names_what_an_extra_lacks(monkeypatch):
     assert found == {"works": None, "reason": "matplotlib not installed", "fix": 'pip install "gpuadam[bench]"'}
 
 
+def test_doctor_takes_mpi4py_without_the_package_of_an_mpi(monkeypatch):
+    monkeypatch.setattr(facts, "versions_of", lambda packages: {p: None if p == "mpich" else "4.1" for p in packages})
+    assert installed.parts()["mpi"] == installed.part(True, "mpi4py 4.1, without the package mpich")
+    monkeypatch.setattr(facts, "versions_of", lambda packages: dict.fromkeys(packages))
+    assert installed.parts()["mpi"]["fix"] == 'pip install "gpuadam[mpi]"'
+
+
+def test_doctor_names_the_cache_of_cupy_where_cupy_is_installed_only(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert "CuPy" not in doctor._caches()
+
+
 def test_doctor_finds_the_pytest_plugin_where_it_is_registered(monkeypatch):
     metadata = installed.importlib.metadata
     monkeypatch.setattr(metadata, "entry_points", lambda **_: ())
@@ -288,6 +301,8 @@ def test_the_benchmarks_data_stay_finite_under_both_kernels():
     "arguments, said",
     [
         ((), "required"),
+        (("doctor", "x"), "gpuadam doctor: error: unrecognized arguments: x"),
+        (("demo", "--foo"), "gpuadam demo: error: unrecognized arguments: --foo"),
         (("train",), "invalid choice"),
         (("bench", "--sizes", "many"), "not a number such as"),
         (("bench", "--sizes", "1e5,0"), "'0' is not a whole number from 1"),
@@ -317,7 +332,7 @@ def without(module, folder):
 
 def test_a_missing_extra_is_explained(tmp_path):
     error = run("demo", code=2, PYTHONPATH=without("sklearn", tmp_path)).stderr
-    assert error == 'gpuadam demo: sklearn is not installed: pip install "gpuadam[examples]"\n'
+    assert error == 'gpuadam demo: scikit-learn is not installed: pip install "gpuadam[demo]"\n'
 
 
 @pytest.mark.parametrize("command, extra", [("bench", "bench"), ("demo", "demo"), ("plan --parameters 1e9", "bench")])
@@ -327,7 +342,41 @@ def test_a_plot_without_matplotlib_is_refused_before_any_work(command, extra, ca
         main([*command.split(), "--plot", str(tmp_path / "x.png")])
     said = capsys.readouterr()
     assert (ended.value.code, said.out) == (2, "")
-    assert said.err == f'gpuadam: matplotlib is not installed: pip install "gpuadam[{extra}]"\n'
+    assert said.err == f'gpuadam {command.split()[0]}: matplotlib is not installed: pip install "gpuadam[{extra}]"\n'
+
+
+@pytest.mark.parametrize("module", ["scikit-learn", "scikit-image", "numba-cuda"])
+def test_a_missing_package_has_the_name_that_pip_knows(monkeypatch, module):
+    name = {"scikit-learn": "sklearn", "scikit-image": "skimage", "numba-cuda": "numba_cuda"}[module]
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(output.CommandError, match=f"^{module} is not installed: pip install {module}$"):
+        output.need(None, name)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full, which is always full")
+@pytest.mark.parametrize("command", ["doctor", "plan --parameters 1e9", "bench --sizes 1000 --seconds 0.01 --json -"])
+def test_a_full_disk_ends_a_command_with_one_line(command):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "gpuadam", *command.split()],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=300,
+        )
+    name = command.split()[0]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.endswith(f"gpuadam {name}: the output cannot be written: No space left on device\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full, which is always full")
+@pytest.mark.parametrize("command", ["bench --sizes 1000 --dtypes float32 --seconds 0.01", "doctor"])
+def test_what_was_found_is_printed_though_its_file_cannot_be_written(command):
+    name, *options = command.split()
+    done = run(name, *options, "--json", "/dev/full", code=1)
+    assert done.stderr == f"gpuadam {name}: /dev/full cannot be written: No space left on device\n"
+    assert {"bench": "% of limit", "doctor": "Works: "}[name] in done.stdout
 
 
 def test_no_command_needs_rich(tmp_path):

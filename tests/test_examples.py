@@ -382,10 +382,21 @@ def test_an_example_is_run_by_its_name():
     assert done.returncode == 0 and done.stdout.startswith("usage: python -m gpuadam.examples thomson "), done.stderr
 
 
-def test_an_example_that_is_not_there_is_named(monkeypatch):
+def test_an_example_that_is_not_there_is_named(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpuadam.examples", "digit"])
-    with pytest.raises(SystemExit, match="there is no example 'digit', only digits, gaussians"):
-        listing.main()
+    code, error = ended(listing.main, capsys)
+    assert code == 2 and error.startswith("there is no example 'digit', only digits, gaussians")
+
+
+def test_the_examples_are_listed_without_docstrings_too():
+    listed = subprocess.run(
+        [sys.executable, "-OO", "-m", "gpuadam.examples"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert listed.returncode == 0 and set(listing.NAMES) <= set(listed.stdout.splitlines()), listed.stderr
 
 
 @pytest.mark.parametrize("name", listing.NAMES)
@@ -437,16 +448,19 @@ def ended(main, capsys):
 
 
 @pytest.mark.parametrize(
-    "example, missing",
-    [(digits, "sklearn"), (gaussians, "matplotlib"), (gaussians, "skimage")],
+    "example, missing, said",
+    [
+        (digits, "sklearn", 'scikit-learn is not installed: pip install "gpuadam[demo]"\n'),
+        (gaussians, "matplotlib", 'matplotlib is not installed: pip install "gpuadam[examples]"\n'),
+        (gaussians, "skimage", 'scikit-image is not installed: pip install "gpuadam[examples]"\n'),
+    ],
 )
-def test_a_missing_extra_is_explained(monkeypatch, capsys, tmp_path, example, missing):
+def test_a_missing_extra_is_explained(monkeypatch, capsys, tmp_path, example, missing, said):
     for module in [m for m in sys.modules if m.partition(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, missing, None)
     code, error = ended(lambda: example.main(["--steps", "1", "--size", "8"]), capsys)
-    assert code == 2 and "is not installed: pip install" in error and 'gpuadam[examples]"' in error
-    assert missing in error and error.count("\n") == 1
+    assert code == 2 and error.endswith(said) and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("example, arrays", [(digits, "cupy"), (tomography, "cupy"), (photons, "cupy"), (thomson, "numba")])
@@ -483,7 +497,7 @@ def test_a_picture_that_cannot_be_written_is_named_before_any_work(capsys, tmp_p
     assert code == 2 and " cannot be written: " in error
 
 
-def test_torch_is_no_extra_and_asked_for_by_its_name(monkeypatch, capsys):
+def test_a_missing_torch_is_explained(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     code, error = ended(lambda: torch_digits.main([]), capsys)
-    assert (code, error) == (2, "torch is not installed: pip install torch\n")
+    assert (code, error) == (2, 'torch is not installed: pip install "gpuadam[torch]"\n')

@@ -373,8 +373,8 @@ def test_the_share_on_huge_pages_is_that_of_the_mappings(extents, percent):
 @pytest.mark.parametrize(
     "enabled, says",
     [
-        ("always", "large arrays of every library lie on them"),
-        ("madvise", "ask for them and get them"),
+        ("always", "large arrays of every library get them"),
+        ("madvise", "NumPy's large ones get them"),
         ("never", "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"),
         (None, "this system has none for arrays"),
     ],
@@ -386,4 +386,4 @@ def test_doctors_line_says_the_setting_and_what_it_means(monkeypatch, tmp_path, 
     monkeypatch.setattr(huge_pages, "SETTINGS", tmp_path)
     line = pages.described(pages.system())
     assert line.startswith("Huge pages") and says in line
-    assert enabled is None or f"enabled: {enabled}, defrag: {enabled}, MADV_COLLAPSE is" in line
+    assert enabled is None or f". Setting: {enabled}; defrag: {enabled}; MADV_COLLAPSE: " in line

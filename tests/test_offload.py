@@ -593,6 +593,15 @@ def test_a_bar_is_shown_if_asked_for(tmp_path, capsys):
     assert capsys.readouterr().out
 
 
+def test_a_bar_without_rich_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    with pytest.raises(
+        ImportError, match=r'progress=True needs rich.*: pip install "gpuadam\[progress\]", or leave progress'
+    ):
+        gpuadam.OffloadAdam(arrays(), state=tmp_path / "state", budget=40_000, progress=True)
+    assert not (tmp_path / "state").exists()
+
+
 # The chunk's way: pieces, stages, pages
 
 

@@ -33,9 +33,9 @@ def add_options(parser):
 def run(options):
     """Run both parts; return 0 if the test accuracy is at least 97 %."""
     console = output.console(options)
-    data = example.load_digits()
     backend = options.backend or backends.some_available()[0]
     backends.load(backend)
+    data = example.load_digits()
     # Numba's device arrays have no arithmetic; CuPy's lie in the same memory
     xp = command_line.array_module("numpy" if backend == "numba-cpu" else "cupy")
     console.print(f"gpuadam {gpuadam.__version__}, backend {backend}, arrays of {xp.__name__}\n")

@@ -4,6 +4,7 @@ A backend works if real steps ran on it, in float32 and in narrow formats, and g
 (`contract.py`). `installed.py` looks at the rest.
 """
 
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -35,9 +36,9 @@ def run(options):
         "warnings": _warnings(),
     }
     report["works"] = [name for name, part in report["backends"].items() if part["works"]]
-    output.write_json(options.json, report)
     if options.json != "-":
         _print(output.console(options), report)
+    output.write_json(options.json, report)
     return 0 if report["works"] else 1
 
 
@@ -63,8 +64,10 @@ def _examine(name):
 
 
 def _caches():
-    """Return, for each compile cache, its folder and whether it can be written."""
-    folders = {"CuPy": os.environ.get("CUPY_CACHE_DIR") or str(Path("~/.cupy/kernel_cache").expanduser())}
+    """Return, for the compile cache of each library that is installed, its folder and whether it can be written."""
+    folders = {}
+    if importlib.util.find_spec("cupy"):
+        folders["CuPy"] = os.environ.get("CUPY_CACHE_DIR") or str(Path("~/.cupy/kernel_cache").expanduser())
     if "numba-cpu" in backends.available_backends():
         (compiled_cache,) = output.need(None, "gpuadam.kernels.compiled_cache")  # not before: it imports Numba
         folders["Numba"] = compiled_cache.folder()  # None if there is none that can be written

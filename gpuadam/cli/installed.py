@@ -21,8 +21,10 @@ EXTRAS = {
     "bench": ("matplotlib", "ml_dtypes"),
     "progress": ("rich",),
     "examples": ("scikit-learn", "matplotlib", "scikit-image"),
+    "mpi": ("mpi4py", "mpich"),
 }
-OTHERS = ("ml_dtypes", "safetensors", "mpi4py", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "pytest")
+ALSO_OF_THE_SYSTEM = ("mpich",)  # packages in whose place mpi4py takes a library of MPI that was there
+OTHERS = ("ml_dtypes", "safetensors", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "pytest")
 PACKAGES = tuple(dict.fromkeys((*OTHERS, *(package for packages in EXTRAS.values() for package in packages))))
 
 
@@ -71,9 +73,11 @@ def _pytest_plugin():
 def _extra(name):
     versions = facts.versions_of(EXTRAS[name])
     install = f'pip install "gpuadam[{name.removeprefix("gpuadam.")}]"'
-    if missing := [package for package, version in versions.items() if version is None]:
+    missing = [package for package, version in versions.items() if version is None]
+    if [package for package in missing if package not in ALSO_OF_THE_SYSTEM]:
         return part(None, f"{', '.join(missing)} not installed", install)
     for package, oldest in OLDEST.items():
         if package in versions and tuple(map(int, re.findall(r"\d+", versions[package])[:2])) < oldest:
             return part(False, f"{package} {versions[package]} is older than {'.'.join(map(str, oldest))}", install)
-    return part(True, ", ".join(f"{package} {version}" for package, version in versions.items()))
+    found = [f"{package} {version}" for package, version in versions.items() if version]
+    return part(True, ", ".join(found + [f"without the package {package}" for package in missing]))

@@ -6,7 +6,7 @@ import sys
 
 from ..kernels.messages import shown
 from ..terminal.console import Console
-from ..terminal.output import ending_plainly
+from ..terminal.output import CommandError, ending_plainly
 
 NAMES = (
     "digits",
@@ -29,15 +29,16 @@ def main() -> None:
         del sys.argv[1]
         runpy.run_module(f"{__package__}.{name}", run_name="__main__", alter_sys=True)
     elif name not in ("-h", "--help"):
-        sys.exit(f"there is no example {shown(name)}, only {', '.join(NAMES)}")
+        raise CommandError(f"there is no example {shown(name)}, only {', '.join(NAMES)}")
     console = Console()
     console.print("python -m gpuadam.examples NAME runs one; with --help it shows its options.\n")
     width = max(map(len, NAMES))
     for name in NAMES:
-        text = importlib.import_module(f"{__package__}.{name}").__doc__ or ""
-        console.print(f"{name:{width}}  {text.splitlines()[0]}", indent=width + 2)
+        text = importlib.import_module(f"{__package__}.{name}").__doc__ or ""  # none under python -OO
+        first = next(iter(text.splitlines()), "")
+        console.print(f"{name:{width}}  {first}".rstrip(), indent=width + 2)
     console.print(
-        '\nWhat they need: pip install "gpuadam[examples]"; torch_digits needs torch too, sharded_digits the extra mpi'
+        '\nWhat they need: pip install "gpuadam[examples]"; torch_digits needs the extra torch too, sharded_digits mpi'
     )
 
 

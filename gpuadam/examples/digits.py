@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def load_digits() -> Any:
     """Return ((images, labels) to train on, those held out), pixels from 0 to 1."""
-    datasets, selection = command_line.need("examples", "sklearn.datasets", "sklearn.model_selection")
+    datasets, selection = command_line.need("demo", "sklearn.datasets", "sklearn.model_selection")
     images, labels = datasets.load_digits(return_X_y=True)
     x, x_test, y, y_test = selection.train_test_split(images / 16, labels, test_size=0.2, stratify=labels, random_state=0)
     return (x, y), (x_test, y_test)

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train twice and print how many of the images held out each reads rightly."""
     counts = {"steps": (20, "passes over the images"), "size": (128, "units of the hidden layer")}
     options = command_line.options(argv, __doc__, **counts, device=("cpu", "a torch device, such as cuda"))
-    torch, drop_in = command_line.need(None, "torch", "gpuadam.torch")
+    torch, drop_in = command_line.need("torch", "torch", "gpuadam.torch")
     (x, y), (x_test, y_test) = [
         (torch.tensor(x, dtype=torch.float32, device=options.device), torch.tensor(y, device=options.device))
         for x, y in load_digits()

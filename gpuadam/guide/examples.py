@@ -15,7 +15,7 @@
 | `torch_digits` | trains a PyTorch model, with one line changed | PyTorch |
 | `sharded_digits` | trains over many ranks, and continues from a checkpoint with any other number of ranks | NumPy |
 
-`torch_digits` needs torch too (`pip install torch`), and `sharded_digits` the extra `mpi`.
+`torch_digits` needs the extra `torch` too, and `sharded_digits` the extra `mpi`.
 
 On a GPU: `--arrays cupy`; `thomson` takes a GPU by itself; `torch_digits --device cuda`.
 """

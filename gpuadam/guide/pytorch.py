@@ -3,7 +3,7 @@
 ## The drop-in
 
 `gpuadam.torch.Adam` and `gpuadam.torch.AdamW` have the interface of `torch.optim`: one line of the program changes. They
-need `pip install torch`.
+need `pip install "gpuadam[torch]"`.
 
 ```python
 import torch

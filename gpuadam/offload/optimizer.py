@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 import weakref
@@ -21,7 +22,6 @@ from ..kernels.operands import NARROW
 from ..kernels.view import Bits, bare, is_array
 from ..optimizer import Adam
 from ..options import arguments
-from ..terminal.output import need
 from ..typing import (
     Array,
     Betas,
@@ -144,7 +144,7 @@ class OffloadAdam(Adam):
         self._update = checks.one_of(("auto", "device", "host"), "update", update)
         self.decoupled = checks.flag("decoupled", decoupled)
         self._master, self._state_in = master, state
-        bar = need("progress", "rich.progress")[0].Progress if checks.flag("progress", progress) else None
+        bar = _progress_bar() if checks.flag("progress", progress) else None
         try:
             super().__init__(**of_adam, master=master if master == "remainder" else None)
             self.state_backend = "numba-cpu"
@@ -379,6 +379,16 @@ def _bytes(budget):
     if budget < 1:
         raise ValueError(f"budget={shown(budget)} must be a positive number of bytes")
     return int(budget)
+
+
+def _progress_bar():
+    """Return rich's bar."""
+    try:
+        return importlib.import_module("rich.progress").Progress
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            'progress=True needs rich, which is not installed: pip install "gpuadam[progress]", or leave progress out'
+        ) from error
 
 
 def _number(name, value):

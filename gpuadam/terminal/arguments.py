@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from .output import need
+from .output import CommandError, need
 
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 MOST = 10**18
@@ -93,7 +93,10 @@ def add_plot(parser, extra, what, default=None):
     """
 
     def path(text):
-        need(extra, "matplotlib")  # so that its absence is reported before the work begins
+        try:
+            need(extra, "matplotlib")  # so that its absence is reported before the work begins
+        except CommandError as error:
+            parser.exit(error.status, f"{parser.prog}: {error}\n")
         return picture(text)
 
     parser.add_argument("--plot", type=path, metavar="FILE", default=default, help=f"{what}: FILE.png, .pdf or .svg")

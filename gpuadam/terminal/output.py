@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -14,9 +15,23 @@ from typing import Any
 from ..backends import BackendUnavailableError
 from .console import Console
 
+# Packages whose modules have another name
+PACKAGES = {"sklearn": "scikit-learn", "skimage": "scikit-image", "mpl_toolkits": "matplotlib", "numba_cuda": "numba-cuda"}
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT}  # of a disk
+
 
 class CommandError(RuntimeError):
-    """What a command was asked for cannot be done, for a reason that the user can mend."""
+    """What a command was asked for cannot be done, for a reason that the user can mend. status: the exit status then."""
+
+    status = 2
+
+
+class NotWrittenError(CommandError):
+    """The work was done, and its result could not be written."""
+
+    status = 1
 
 
 def need(extra: str | None, *modules: str) -> list[Any]:
@@ -27,8 +42,9 @@ def need(extra: str | None, *modules: str) -> list[Any]:
     try:
         return [importlib.import_module(module) for module in modules]
     except ModuleNotFoundError as error:
-        wanted = f'"gpuadam[{extra}]"' if extra else error.name
-        raise CommandError(f"{error.name} is not installed: pip install {wanted}") from error
+        package = PACKAGES.get((error.name or "").partition(".")[0], error.name)
+        wanted = f'"gpuadam[{extra}]"' if extra else package
+        raise CommandError(f"{package} is not installed: pip install {wanted}") from error
 
 
 def console(options):
@@ -38,24 +54,41 @@ def console(options):
 
 @contextlib.contextmanager
 def ending_plainly(program=""):
-    """End the process without a traceback where something is missing, the reader of a pipe has gone or the user interrupts.
+    """End the process without a traceback: something is missing, a disk is full, a pipe's reader has gone, the user interrupts.
 
     What is missing, and what mends it, is a line on standard error, after the name of the program, and the exit status is 2.
-    Otherwise it is what a shell gives to a program that the signal ends: 141, as after `| head`, or 130.
+    So is what could not be written, with the status 1. Otherwise the status is what a shell gives to a program that the signal
+    ends: 141, as after `| head`, or 130.
     """
+
+    def said(text):
+        print(f"{program}: {text}" if program else text, file=sys.stderr)
+
     try:
         try:
             yield
         finally:
             sys.stdout.flush()
     except (BackendUnavailableError, CommandError) as error:
-        print(f"{program}: {error}" if program else error, file=sys.stderr)
-        sys.exit(2)
+        said(error)
+        sys.exit(getattr(error, "status", 2))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        _leave_standard_output()
         sys.exit(128 + 13)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _leave_standard_output()
+        said(f"{error.filename or 'the output'} cannot be written: {error.strerror}")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + 2)
+
+
+def _leave_standard_output():
+    """Let what is still to be written go nowhere: Python flushes once more at its end."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: of a stream that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 BYTES = {"PB": 10**15, "TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3, "B": 1}
@@ -100,4 +133,7 @@ def write_json(path, result):
     if path == "-":
         sys.stdout.write(text)
     elif path:
-        Path(path).write_text(text)
+        try:
+            Path(path).write_text(text)
+        except OSError as error:
+            raise NotWrittenError(f"{path} cannot be written: {error.strerror}") from error

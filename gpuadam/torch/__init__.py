@@ -22,6 +22,11 @@ Options of `gpuadam.Adam` work too, such as `state_dtype="8bit"` and `master="re
 `import gpuadam` does not import torch; `import gpuadam.torch` does.
 """
 
-from .optimizer import Adam, AdamW
+try:
+    from .optimizer import Adam, AdamW
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError('gpuadam.torch needs torch: pip install "gpuadam[torch]"', name=error.name) from error
 
 __all__ = ["Adam", "AdamW"]

@@ -15,12 +15,13 @@ SMAPS = Path("/proc/self/smaps")
 BOUNDARY = 64
 # What each value of "enabled" means
 MEANING = {
-    "always": "large arrays of every library lie on them, as far as they are aligned",
-    "madvise": "gpuadam's state and buffers of 4 MB and more, and NumPy's large arrays, ask for them and get them",
-    "never": "only memory that is made huge afterwards gets them: a step over large arrays of NumPy may take twice as long. "
-    "To have them: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, as root",
+    "always": "large arrays of every library get them, as far as they are aligned",
+    "madvise": "gpuadam's arrays of 4 MB and more and NumPy's large ones get them",
+    "never": "only memory that is made huge afterwards gets them",
 }
-NONE = "this system has none for arrays: a step over large arrays may take twice as long"
+NONE = "this system has none for arrays"
+SLOW = "A step over large arrays may take twice as long"
+REMEDY = f"{SLOW} where they are NumPy's. To have them: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, as root"
 
 
 class Mapping(NamedTuple):
@@ -83,7 +84,7 @@ def system():
     """Return what this system says of huge pages: its settings, and what a large allocation of gpuadam's gets.
 
     {"enabled", "defrag": the settings, None where there are none; "collapse": whether MADV_COLLAPSE is there; "percent": of an
-    allocation of 8 huge pages; "meaning": a sentence}
+    allocation of 8 huge pages; "meaning": which arrays get them}
     """
     enabled, defrag = (_setting(name) for name in ("enabled", "defrag"))
     memory = huge_pages.zeros(8 * huge_pages.page_bytes(), BOUNDARY)
@@ -91,18 +92,19 @@ def system():
     percent, collapses = percent_huge(extents([memory])), can_collapse()
     meaning = MEANING.get(enabled or "", NONE)
     if enabled == "never" and not percent:
-        meaning = meaning.replace("only memory that is made huge afterwards gets them", "no array gets them")
+        meaning = "no array gets them"
     return {"enabled": enabled, "defrag": defrag, "collapse": collapses, "percent": percent, "meaning": meaning}
 
 
 def described(system):
     """Return a line on what `system` returned."""
     if system["enabled"] is None:
-        return f"Huge pages: {system['meaning']}"
-    collapse = "MADV_COLLAPSE is there" if system["collapse"] else "MADV_COLLAPSE is not there"
-    settings = f"enabled: {system['enabled']}, defrag: {system['defrag']}, {collapse}"
-    got = "" if system["percent"] is None else f", {system['percent']:.0f} % of an allocation lay on them"
-    return f"Huge pages ({settings}{got}): {system['meaning']}"
+        return f"Huge pages: {system['meaning']}. {SLOW}"
+    got = "" if system["percent"] is None else f" ({system['percent']:.0f} % of one that was tried)"
+    collapse = "yes" if system["collapse"] else "no"
+    settings = f"Setting: {system['enabled']}; defrag: {system['defrag']}; MADV_COLLAPSE: {collapse}"
+    remedy = f". {REMEDY}" if system["enabled"] == "never" else ""
+    return f"Huge pages: {system['meaning']}{got}. {settings}{remedy}"
 
 
 def _setting(name):
