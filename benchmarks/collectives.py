@@ -32,6 +32,7 @@ import report
 
 from gpuadam import backends, transports
 from gpuadam.cli.measuring import facts, measure
+from gpuadam.kernels import messages
 from gpuadam.terminal.console import Table
 
 RANKS = (2, 4)
@@ -301,7 +302,7 @@ def measure_rows(backend, options, notes):
         return
     cores = facts.of_backend(backend.name)["cores"]
     if max(RANKS) > cores:
-        notes.append(f"{max(RANKS)} ranks share {cores} cores")
+        notes.append(f"{max(RANKS)} ranks share {messages.how_many(cores, 'core')}")
     sizes = report.numbers(options.sizes)
     for ranks in RANKS:
         yield from _tables(ranks, backend, sizes, options.seconds * 2 * len(sizes) / ROUNDS)

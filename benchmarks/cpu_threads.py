@@ -23,7 +23,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.0, help="for each size; default %(default)s")
     seconds = parser.parse_args().seconds
-    print(gpuadam.__version__, "float32, medians in us")
+    print(f"gpuadam {gpuadam.__version__}, float32, medians in us")
     print(f"{'elements':>12}{'serial':>10}{'parallel':>10}{'own pool':>10}{'parallel/serial':>17}")
     for n in [1 << k for k in range(11, 25)]:
         launch = forms.launcher(numba_cpu, forms.FORMS["float32"], measure.data(n, "float32"), adam)

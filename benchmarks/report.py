@@ -25,6 +25,7 @@ from gpuadam import backends
 from gpuadam.cli.measuring import facts, measure, pages, plots
 from gpuadam.cli.measuring import forms as step_forms
 from gpuadam.cli.measuring.measure import CALL, KERNEL
+from gpuadam.kernels import messages
 from gpuadam.terminal import arguments, figures, output
 from gpuadam.terminal.console import Table
 
@@ -264,7 +265,7 @@ def tabulated(rows):
 def _print_machine(console, row):
     machine = dict.fromkeys(str(row[key]) for key in ("device", "driver", "cpu", "system", "date") if row[key])
     versions = [f"{name} {row[name]}" for name in facts.versions() if row.get(name)]
-    console.print(f"{', '.join(machine)}; {row['cores']} cores\n{', '.join(versions)}")
+    console.print(f"{', '.join(machine)}; {messages.how_many(int(row['cores']), 'core')}\n{', '.join(versions)}")
 
 
 def write_csv(path, rows):

@@ -31,6 +31,7 @@ import report
 import gpuadam
 from gpuadam import transports
 from gpuadam.cli.measuring import facts, measure, plots
+from gpuadam.kernels import messages
 from gpuadam.terminal import figures
 from gpuadam.terminal.console import Table
 
@@ -145,7 +146,7 @@ def measure_rows(backend, options, notes):
         return
     cores = facts.of_backend(backend.name)["cores"]
     if max(RANKS) > cores:
-        notes.append(f"{max(RANKS)} ranks share {cores} cores")
+        notes.append(f"{max(RANKS)} ranks share {messages.how_many(cores, 'core')}")
     for n in report.numbers(options.sizes):
         rows = {"strong": [], "weak": []}
         for contender in (ADAM, ARRAYS, VIEWS):

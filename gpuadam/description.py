@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .groups import HYPERPARAMETERS
-from .kernels.messages import shown
+from .kernels.messages import how_many, shown
 from .kernels.view import is_array
 
 MOST_GROUPS = 4  # that are described one by one
@@ -38,8 +38,8 @@ def of_optimizer(opt, sizes, **further):
     texts = [{key: _text(group[key]) for key in HYPERPARAMETERS} for group in opt.groups]
     alike = {key for key in HYPERPARAMETERS if len({group[key] for group in texts}) == 1}
     of_all = [
-        _count(sum(map(len, sizes)), "parameter"),
-        _count(sum(map(sum, sizes)), "element"),
+        how_many(sum(map(len, sizes)), "parameter"),
+        how_many(sum(map(sum, sizes)), "element"),
         f"steps={_text(opt.steps)}",
     ]
     of_all += [f"{key}={texts[0][key]}" for key in HYPERPARAMETERS if key in alike and _worth(key, texts[0][key], defaults)]
@@ -47,7 +47,7 @@ def of_optimizer(opt, sizes, **further):
         groups = []
         for group, of_group in zip(texts[:MOST_GROUPS], sizes, strict=False):
             differing = [f"{key}={text}" for key, text in group.items() if key not in alike]
-            groups.append(f"({', '.join([_count(len(of_group), 'parameter'), *differing])})")
+            groups.append(f"({', '.join([how_many(len(of_group), 'parameter'), *differing])})")
         more = [f"and {len(texts) - MOST_GROUPS:,} more"] * (len(texts) > MOST_GROUPS)
         of_all.append(f"groups=[{', '.join(groups + more)}]")
     return of_values(cls.__name__, options, defaults, of_all)
@@ -79,10 +79,6 @@ def defaults_of(cls):
 def _worth(key, text, defaults):
     """Whether a value is said: the learning rate always, others if they are not the default."""
     return key == "lr" or key not in defaults or text != _text(defaults[key])
-
-
-def _count(n, what):
-    return f"{n:,} {what}" + "s" * (n != 1)
 
 
 def _text(value):

@@ -25,6 +25,15 @@ def shortened(text, most=200):
     return f"{text[:half]}[{len(text) - 2 * half:,} characters left out]{text[-half:]}"
 
 
+def how_many(n, noun):
+    """Return a number of things, in words.
+
+    >>> how_many(1, "element"), how_many(1000, "element")
+    ('1 element', '1,000 elements')
+    """
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def label_of(name, alone=False):
     """Return what errors call a parameter. alone: it was given as one array.
 

@@ -15,7 +15,7 @@ import pytest
 
 import gpuadam
 from gpuadam.__main__ import main
-from gpuadam.cli import contract, doctor, installed
+from gpuadam.cli import bench, contract, doctor, installed
 from gpuadam.cli.measuring import facts, forms, measure
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
@@ -306,8 +306,15 @@ def test_the_benchmarks_data_stay_finite_under_both_kernels():
         (("train",), "invalid choice"),
         (("bench", "--sizes", "many"), "not a number such as"),
         (("bench", "--sizes", "1e5,0"), "'0' is not a whole number from 1"),
-        (("bench", "--dtypes", "float16"), "there is no form 'float16', only all or float32, float64"),
-        (("bench", "--forms", "float32,"), "there is no form ''"),
+        (("bench", "--sizes", "1e5,"), "argument --sizes: '1e5,' has an empty item beside a comma: give numbers such as"),
+        (("bench", "--dtypes", "int8"), "there is no form 'int8', only all or float32, float64"),
+        (
+            ("bench", "--dtypes", "float16"),
+            "there is no form 'float16' (did you mean 'float16 param and grad'?), only all or",
+        ),
+        (("bench", "--forms", "8bit"), "there is no form '8bit' (did you mean '8-bit state'?)"),
+        (("bench", "--forms", "flaot32"), "there is no form 'flaot32' (did you mean 'float32'?)"),
+        (("bench", "--forms", "float32,"), "'float32,' has an empty item beside a comma: give names such as"),
         (("demo", "--backend", "gpu"), "invalid choice"),
     ],
 )
@@ -414,9 +421,25 @@ def test_measurements_that_other_work_disturbed_are_flagged():
     calm, busy = row(1000, 10, 10, 10, 11, 12), row(2000, 10, 10, 20, 40, 40)
     assert measure.on_busy_machine([calm, row(1000)]) == ""
     said = measure.on_busy_machine([calm, busy])
-    assert (
-        said.startswith("BUSY (*): in 1 of 2 measurements") and "4.0 times (gpuadam kernel + launch, float32, 2,000" in said
+    assert said.startswith(
+        "BUSY (*): in 1 of 2 measurements p80 is 1.5 times p20 or more, at worst 4.00 times (gpuadam kernel"
     )
+
+
+def test_a_star_stands_at_the_figure_that_was_disturbed():
+    def rows(kernel, limit):
+        of_all = {"gpuadam kernel + launch": kernel, "limit: a loop": limit}
+        found = [
+            measure.row("bench", name, "numba-cpu", 1, seconds=[1e-6 * x for x in own], moved=28)
+            for name, own in of_all.items()
+        ]
+        call = measure.row("bench", measure.CALL, "numba-cpu", 1, seconds=[1e-6])
+        return [row | {"bytes_per_element": 28, "huge_percent": None} for row in (*measure.add_ratios(found), call)]
+
+    calm, busy = (10, 10, 10, 11, 12), (10, 10, 20, 40, 40)
+    (of_kernel,), (of_limit,) = (bench.table("numba-cpu", rows(*both)).lines for both in ((busy, calm), (calm, busy)))
+    assert [text.endswith("*") for text in of_kernel[5:8]] == [True, False, False]
+    assert [text.endswith("*") for text in of_limit[5:8]] == [False, False, True]
 
 
 @pytest.mark.parametrize("option", ["--plot", "--json"])

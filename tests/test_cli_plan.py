@@ -64,7 +64,7 @@ def test_the_tables_name_every_way_and_the_best(capsys):
     assert code == 0 and "2,360,064 parameters on 2 x H100 SXM 80 GB" in out
     for way in planning.ways(MACHINES["h100"], 2):
         assert out.count(f"\n{way.name} ") == 2
-    assert "best: " in out and "data sheet: " in out and "assumed: " in out
+    assert "best: " in out and "data sheet: " in out and "assumed: " in out and "_" not in out
 
 
 def test_what_does_not_fit_ends_with_1_and_says_what_would(capsys):
@@ -162,6 +162,8 @@ def test_this_machine_is_measured(capsys, monkeypatch, tmp_path):
         (("--parameters", "1e9", "--gpu", "h1000"), "invalid choice"),
         (("--parameters", "1e9", "--bandwidth", "0"), "'0' is not a number from 1e-09 to 1e+15"),
         (("--shapes-file", "/nowhere.json"), "cannot be read as JSON"),
+        (("--parameters", "1e9", "--world", "0"), "'0' is not a whole number from 1 to 10,000,000"),
+        (("--parameters", "1e9", "--world", "1e9"), "'1e9' is not a whole number from 1 to 10,000,000"),
         (("--parameters", "1e9", "--reserve", "nan"), "'nan' is not a number from 0 to 1e+15"),
         (("--parameters", "1e9", "--memory", "inf"), "not a number from 1e-09 to 1e+15"),
         (("--parameters", "1e9", "--budget", "1e300"), "not a number from 1e-09 to 1e+15"),
@@ -180,9 +182,11 @@ def test_wrong_arguments_are_explained(capsys, arguments, said):
     "arguments, said",
     [
         (("--gpu", "cpu"), "--measure measures this machine's"),
-        (("--world", "8", "--model-parallel", "3"), "must divide world"),
+        (("--world", "8", "--model-parallel", "3"), "--model-parallel 3 must divide --world 8: give 1, 2, 4 or 8"),
+        (("--param-dtype", "float64", "--state", "8bit"), "--state 8bit does not go with --param-dtype float64"),
+        (("--stochastic-rounding",), "not of --param-dtype float32: leave it out"),
         (("--reserve", "90"), "less than the 80,000,000,000 of a device"),
-        (("--master", "remainder"), "bfloat16 parameters, not with float32"),
+        (("--master", "remainder"), "--master remainder goes with bfloat16 parameters, not with float32"),
         (("--constants", "/nowhere.json"), "cannot be read as JSON"),
         (("--budget", "1e-6"), "must be an integer of at least 32,768"),
     ],

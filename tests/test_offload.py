@@ -83,7 +83,7 @@ def test_a_step_in_chunks_has_the_bits_of_adam(state, where, edge, tmp_path, mon
     ) as opt:
         steps([adam, opt], 4, grad_scale=0.5)
         assert_same_state(opt, adam, params, expected)
-        assert ("in 1 chunks" in opt.describe()) == (where == "memory")  # nothing has to move
+        assert ("in 1 chunk of" in opt.describe()) == (where == "memory")  # nothing has to move
 
 
 @pytest.mark.parametrize("budget", [3_300, 12_345, 10**6])

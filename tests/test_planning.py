@@ -371,7 +371,7 @@ def test_an_update_that_there_is_not_is_refused(given_, said):
         ({"world": 0}, "world=0 must be"),
         ({"world": 2.0}, "world=2.0 must be an integer"),
         ({"world": 10**9}, "more than the 10,000,000 devices"),
-        ({"world": 8, "model_parallel": 3}, "must divide world"),
+        ({"world": 8, "model_parallel": 3}, "model_parallel=3 must divide world=8: give 1, 2, 4 or 8"),
         ({"reserve": 80 * 10**9}, "less than the 80,000,000,000"),
         ({"collective": "tree"}, "must be one of 'ring', 'halving'"),
         ({"budget": 1000}, "must be an integer of at least 32,768"),

@@ -9,6 +9,7 @@ machine's other work touches all of them.
 import time
 
 from .. import backends
+from ..kernels.messages import how_many
 from ..terminal import arguments, figures, output
 from ..terminal.console import Table
 from .measuring import constants, forms, measure, pages, plots
@@ -17,8 +18,8 @@ from .measuring.measure import CALL
 HELP = "throughput, in GB/s and in percent of the measured limit"
 SIZES = {"CPU": (10**3, 10**4, 10**5, 10**6, 10**7, 2 * 10**7), "CUDA": tuple(1 << k for k in range(16, 27, 2))}
 FOOTNOTE = """\
-One step, kernel and launch. % of limit: the fastest way to move its bytes took that much of the step's time,
-medians of one run in turn.
+One step, kernel and launch.
+% of limit: the time that moving the same bytes takes, as a percentage of the step's (medians, measured in turn).
 bytes: read and written of an element.
 call: host time of one gpuadam.adam_step, its checks included (on a GPU it returns before the step is done)."""
 
@@ -56,7 +57,7 @@ def run(options):
         console.print(table(backend, of_backend))
     console.print(FOOTNOTE)
     movers = dict.fromkeys(row["mover"] for row in rows if row["mover"])
-    console.print(f"The fastest way was {' or '.join(movers)}.")
+    console.print(f"The fastest way{'s' * (len(movers) > 1)} to move the bytes: {'; '.join(movers)}.")
     if any(row["huge_percent"] is not None for row in rows):
         console.print(PAGES)
     if note := measure.on_busy_machine(rows):
@@ -74,7 +75,8 @@ def _refuse_what_has_no_room(kernels, form, n):
     if free is not None and held > free:
         needed, there = (output.scaled(size, output.BYTES) for size in (held, free))
         raise output.CommandError(
-            f"{form} of {n:,} elements needs {needed} of memory, and {there} are free for {kernels.name}: give smaller --sizes"
+            f"{form} of {how_many(n, 'element')} needs {needed} of memory, and {there} are free for {kernels.name}: "
+            "give smaller --sizes"
         )
 
 
@@ -115,7 +117,8 @@ def table(backend, rows):
         numbers = [kernel[key] for key in ("p20_us", "p50_us", "p80_us", "gb_per_s")]
         numbers += [100 / kernel["x_limit"], call["p50_us"]]
         texts = [f"{number:,.{0 if number >= 1000 else 1}f}" for number in numbers]
-        texts[2] += "*" * (measure.is_busy(kernel) or measure.is_busy(limit))
+        texts[2] += "*" * measure.is_busy(kernel)
+        texts[4] += "*" * measure.is_busy(limit)
         if on_cpu:
             texts.append(f"{kernel['huge_percent']:.0f}")
         lines.append([form, f"{n:,}", f"{kernel['bytes_per_element']:g}", *texts])

@@ -17,7 +17,7 @@ from ..clipping import global_norm
 from ..description import of_adam
 from ..groups import OF_PARAMS
 from ..kernels.backend import refuse_stream
-from ..kernels.messages import shown
+from ..kernels.messages import how_many, shown
 from ..kernels.operands import NARROW
 from ..kernels.view import Bits, bare, is_array
 from ..optimizer import Adam
@@ -235,7 +235,8 @@ class OffloadAdam(Adam):
         n = sum(state["m"].size for state in self.state.values())
         n_bytes = sum(array.nbytes for state in self.state.values() for key, array in state.items() if key != "step")
         return (
-            f"{len(self.state)} parameters of {n:,} elements, {n_bytes:,} bytes of state in {self._store.place}\n"
+            f"{how_many(len(self.state), 'parameter')} of {how_many(n, 'element')}, {n_bytes:,} bytes of state in "
+            f"{self._store.place}\n"
             f"updated on the {'device' if self._runner.on_gpu else 'host'}: {self._why}\n{self._runner.last_step}"
         )
 

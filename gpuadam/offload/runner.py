@@ -10,6 +10,7 @@ import numpy as np
 from .. import backends
 from ..kernels import adam, streams
 from ..kernels.layout import Update
+from ..kernels.messages import how_many
 from ..kernels.streams import LEGACY_DEFAULT
 from ..kernels.view import View
 from ..under_way import TORN
@@ -92,7 +93,7 @@ class Runner:
         lasting = (operand.view for job in jobs for operand in job.operands if operand.lasts and operand.mapping)
         self._lasting.update((view.pointer, view.nbytes) for view in lasting)  # a step may leave some of them out
         self.keeps = sum(self._lasting.values()) + self.n_slots * room <= self.budget
-        size = f"{len(work)} chunks of up to {room:,} bytes"
+        size = f"{how_many(len(work), 'chunk')} of up to {room:,} bytes"
         self.last_step = f"the last step in {size}, {self.n_slots} of them under way at once"
         if not self.on_host:
             self._wait_for_callers(jobs, stream)

@@ -99,7 +99,10 @@ def update(
         if param not in MASTERS[master]:
             raise ValueError(f"master={master!r} goes with {' and '.join(MASTERS[master])} parameters, not with {param}")
     if state == "8bit" and "float64" in (param, grad):
-        raise ValueError("8-bit state is computed with in float32: choose another state for float64")
+        wide = " and ".join(f"{name}='float64'" for name, given in (("param", param), ("grad", grad)) if given == "float64")
+        raise ValueError(
+            f"state='8bit' does not go with {wide}, because it is computed with in float32: give another state, or float32"
+        )
     if checks.complex_parts(complex) and (wrong := {param, grad} - {"float32", "float64"}):
         raise ValueError(
             f"complex parameters and gradients are of float32 or float64 parts, not of {' and '.join(sorted(wrong))}"
@@ -114,7 +117,11 @@ def update(
     if state == "8bit" and numbers > 1:
         raise ValueError("8-bit state has a v for each number: choose another state, or complex='parts'")
     if stochastic and (master or param not in NARROW):
-        raise ValueError("stochastic rounding is of bfloat16 and float16 parameters without a master")
+        given = f"param={param!r}" + (f" and master={master!r}" if master else "")
+        raise ValueError(
+            f"stochastic rounding is of bfloat16 and float16 parameters without a master, not of {given}: leave it out, or give "
+            "such parameters"
+        )
     formats = {"param": param, "grad": grad} | kept(param, state, amsgrad, master, ema)
     checks.combination("adam", formats, stochastic)
     if master == "float32":  # the parameters of the model are copies of their masters

@@ -103,6 +103,16 @@ def divisors(n: int) -> list[int]:
     return sorted({*small, *(n // k for k in small)})
 
 
+def nearest_divisors(n: int, wanted: int, most: int = 6) -> list[int]:
+    """Return the divisors of n, the smallest first: of many those that are nearest to a number.
+
+    >>> nearest_divisors(8, 3), nearest_divisors(10**6, 3000, most=4)
+    ([1, 2, 4, 8], [2000, 2500, 3125, 4000])
+    """
+    nearest = sorted(divisors(n), key=lambda k: abs(math.log(k) - math.log(wanted)))
+    return sorted(nearest[:most])
+
+
 def _check(machine, settings):
     for name, least in {"world": 1, "model_parallel": 1, "budget": LEAST_BUDGET, "bucket": 1}.items():
         value = getattr(settings, name)
@@ -112,8 +122,11 @@ def _check(machine, settings):
     if world > MOST_DEVICES:
         raise ValueError(f"world={shown(world)} is more than the {MOST_DEVICES:,} devices that a plan is made for")
     if world % pieces:
+        *others, last = nearest_divisors(world, pieces)
         raise ValueError(
-            f"{world:,} devices cannot hold a model in {shown(pieces)} pieces equally often: model_parallel must divide world"
+            f"model_parallel={shown(pieces)} must divide world={world}: give {', '.join(map(str, others))} or {last}"
+            if others
+            else f"model_parallel={shown(pieces)} must divide world={world}: give {last}"
         )
     if not 0 <= settings.reserve < machine.memory:
         raise ValueError(

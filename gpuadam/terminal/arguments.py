@@ -13,8 +13,8 @@ MOST = 10**18
 PICTURES = (".png", ".pdf", ".svg")
 
 
-def whole(text, least=1):
-    """Return a whole number, exactly: 7e9 and 70B are numbers of digits, not floats.
+def whole(text, least=1, most=MOST):
+    """Return a whole number from `least` to `most`, exactly: 7e9 and 70B are numbers of digits, not floats.
 
     >>> whole("10T") == whole("1e13") == whole("10_000_000_000_000") == 10**13
     True
@@ -24,8 +24,9 @@ def whole(text, least=1):
         number = decimal.Decimal(text[: -1 if unit > 1 else None]) * unit
     except decimal.DecimalException:  # it is no number, or one with a larger exponent than decimals have
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 124439808, 7e9 or 70B") from None
-    if not number.is_finite() or number != number.to_integral_value() or not least <= number <= MOST:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 1e18")
+    if not number.is_finite() or number != number.to_integral_value() or not least <= number <= most:
+        highest = f"{most:,}" if most < MOST else "1e18"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {highest}")
     return int(number)
 
 
@@ -35,7 +36,21 @@ def wholes(text):
     >>> wholes("1e5,20M")
     (100000, 20000000)
     """
-    return tuple(map(whole, text.split(",")))
+    return tuple(map(whole, items(text, "numbers such as 1e5,2e7")))
+
+
+def items(text, wanted):
+    """Return the items of a list, between its commas. wanted: what to give instead, in words, where one is empty.
+
+    >>> items("a, b", "names")
+    ['a', 'b']
+    """
+    found = [item.strip() for item in text.split(",")]
+    if "" in found:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has an empty item beside a comma: give {wanted}" if text else f"give {wanted}"
+        )
+    return found
 
 
 def number(least, most=1e15, unit=None):

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 
+from ...kernels import messages
 from . import facts
 
 QUANTILES = (5, 20, 50, 80, 95)
@@ -127,10 +128,10 @@ def on_busy_machine(rows):
     if not busy:
         return ""
     worst = max(busy, key=lambda row: row["p80_us"] / row["p20_us"])
-    name = f"{worst['contender']}, {worst['dtype']}, {worst['elements']:,} elements"
+    name = f"{worst['contender']}, {worst['dtype']}, {messages.how_many(worst['elements'], 'element')}"
     return (
-        f"BUSY (*): in {len(busy)} of {len(rows)} measurements p80 is more than {BUSY} times p20, at most "
-        f"{worst['p80_us'] / worst['p20_us']:.1f} times ({name}). Measure again when the machine is idle."
+        f"BUSY (*): in {len(busy)} of {messages.how_many(len(rows), 'measurement')} p80 is {BUSY} times p20 or more, at worst "
+        f"{worst['p80_us'] / worst['p20_us']:.2f} times ({name}). Measure again when the machine is idle."
     )
 
 

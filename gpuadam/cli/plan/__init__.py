@@ -26,7 +26,7 @@ def run(options):
         asked = Asked.of(options)
         predictions = asked.predictions()
     except (ValueError, OSError) as error:  # OSError: of the disk that is measured
-        raise output.CommandError(error) from error
+        raise output.CommandError(plan_options.named(str(error))) from error
     best = planning.best(predictions)
     cut = [] if best or asked.auto else asked._replace(auto=True).predictions()
     n, devices = sum(asked.update.sizes), f"{asked.settings.world:,} x {asked.machine.name}"

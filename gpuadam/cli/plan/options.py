@@ -2,13 +2,14 @@
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 from ... import strict_json
 from ...options import STATE_DTYPES
 from ...planning.machines import MACHINES
 from ...planning.model import COLLECTIVES, MASTERS, PARAMS
-from ...planning.prediction import Settings
+from ...planning.prediction import MOST_DEVICES, Settings
 from ...terminal.arguments import add_plot, folder, number, whole
 
 CPU = "cpu"  # in the place of a kind of GPU
@@ -52,10 +53,11 @@ def add(parser):
         "--state", choices=STATE_DTYPES, help="of the moments; default float32, or float64 with float64 parameters"
     )
     what.add_argument("--master", choices=tuple(MASTERS), help="of bfloat16 parameters (float32: float16 too)")
-    what.add_argument("--amsgrad", action="store_true")
+    what.add_argument("--amsgrad", action="store_true", help="the largest v of all steps is kept, and divides")
     what.add_argument("--ema", action="store_true", help="a running mean of the parameters")
     what.add_argument("--zero-grad", action="store_true", help="zeros are stored in the gradients")
-    what.add_argument("--stochastic-rounding", dest="stochastic", action="store_true")
+    of_rounding = "bfloat16 or float16 parameters without a master are rounded up or down at random"
+    what.add_argument("--stochastic-rounding", dest="stochastic", action="store_true", help=of_rounding)
     of_complex = "the parameters are complex, of parts of --param-dtype: one v for both parts, or one for each"
     shared = what.add_mutually_exclusive_group()
     shared.add_argument("--complex", choices=("joint", "parts"), help=of_complex)
@@ -65,7 +67,7 @@ def add(parser):
     where = parser.add_argument_group("where")
     gpus = (*MACHINES, CPU)
     where.add_argument("--gpu", choices=gpus, default="h100", help="kind of GPU, or this CPU; default %(default)s")
-    where.add_argument("--world", type=whole, metavar="N", help="how many devices; default 1")
+    where.add_argument("--world", type=devices, metavar="N", help="how many devices; default 1")
     of_pieces = "pieces that every parameter is cut into, each on devices of its own; auto: as few as fit; default 1"
     where.add_argument("--model-parallel", type=pieces, metavar="N|auto", help=of_pieces)
     reserve = number(0, unit=10**9)
@@ -73,7 +75,8 @@ def add(parser):
     of_step = "of an offloaded step, as in OffloadAdam; default 0.27"
     where.add_argument("--budget", type=UNITS["GB"], metavar="GB", help=of_step)
     where.add_argument("--bucket", type=UNITS["MB"], metavar="MB", help="of gradients in one collective; default 33.6")
-    where.add_argument("--collective", choices=COLLECTIVES, help="default %(default)s")
+    of_collective = "how the ranks exchange: in a ring, or with partners at halved distances; default %(default)s"
+    where.add_argument("--collective", choices=COLLECTIVES, help=of_collective)
     parser.set_defaults(**Settings()._asdict())
 
     rates = parser.add_argument_group("rates in place of data sheets' (GB = 10^9 bytes, each direction by itself)")
@@ -88,7 +91,27 @@ def add(parser):
 
 
 def pieces(text):
-    return text if text == "auto" else whole(text)
+    return text if text == "auto" else devices(text)
+
+
+def devices(text):
+    return whole(text, most=MOST_DEVICES)
+
+
+# Arguments of `planning` whose options have other names
+NAMES = {"param": "param-dtype", "grad": "grad-dtype", "stochastic": "stochastic-rounding"}
+ARGUMENTS = re.compile(
+    rf"\b(param|grad|stochastic|state|master|complex|components|{'|'.join(Settings._fields)})=('?)([\w.]+)\2"
+)
+
+
+def named(message):
+    """Return a message of `planning` with the command's options in the place of Python's arguments.
+
+    >>> named("model_parallel=3 must divide world=8"), named("not with param='float64'")
+    ('--model-parallel 3 must divide --world 8', 'not with --param-dtype float64')
+    """
+    return ARGUMENTS.sub(lambda found: f"--{NAMES.get(found[1], found[1].replace('_', '-'))} {found[3]}", message)
 
 
 def shapes(text):

@@ -57,11 +57,20 @@ def sentences(asked, predictions, best, cut):
     if not asked.settings.reserve:
         yield "all of a device's memory is taken to be free: --reserve GB keeps some for activations"
     for source in dict.fromkeys(asked.sources.values()):
-        yield f"{source}: {', '.join(figure for figure, of in asked.sources.items() if of == source)}"
+        yield f"{source}: {', '.join(in_words(figure) for figure, of in asked.sources.items() if of == source)}"
     processors = {"the device": asked.machine.device, "the host": asked.machine.host}
     unknown = [name for name, processor in processors.items() if processor and asked.update.arrays not in processor.rates]
     if unknown:
         yield f"no rate of conversions is known of {' and '.join(unknown)}: only bytes bind there"
+
+
+def in_words(figure):
+    """Return the name of a figure of a machine, in words.
+
+    >>> in_words("disk_read"), in_words("per_node"), in_words("device bandwidth")
+    ('disk read', 'devices of a node', 'device bandwidth')
+    """
+    return "devices of a node" if figure == "per_node" else figure.replace("_", " ")
 
 
 def _summed_up(prediction):
