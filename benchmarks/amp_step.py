@@ -32,7 +32,7 @@ import report
 import gpuadam
 from gpuadam import backends
 from gpuadam.cli.measuring import measure, plots
-from gpuadam.terminal import figures
+from gpuadam.terminal import arguments, figures
 
 SCALE, MAX_NORM = 65536.0, 1.0
 OURS, THEIRS, COPIES = "gpuadam.Adam.step", measure.TORCH_FUSED, ", bfloat16 copies"
@@ -162,12 +162,17 @@ def in_turn(kernels, contenders, seconds, at_least=11):
     return times
 
 
+def shapes_of(case):
+    """Return the shapes of a case of --sizes; a type of argparse, too."""
+    return many.shapes_of(case) if "x" in case or case == "gpt2" else [(arguments.whole(case),)]
+
+
 def measure_rows(backend, options, notes):
     present, absent = peers.chosen(backend, {THEIRS} if options.peers is None else {THEIRS} & {*options.peers})
     notes += report.listed(absent)
     kernels = backends.load(backend.name)
     for case in options.sizes:
-        shapes = many.shapes_of(case) if "x" in case or case == "gpt2" else [(int(float(case)),)]
+        shapes = shapes_of(case)
         n = sum(map(math.prod, shapes))
         names, free = [], 0.85 * peers.free_bytes(backend)
         for name in BUILD:
@@ -219,4 +224,4 @@ def draw(rows, path):
 if __name__ == "__main__":
     sizes = dict.fromkeys(("CPU", "CUDA"), "2e7,gpt2")
     help_ = "elements of one array, gpt2 or COUNTxSIZE"
-    report.main("amp_step", __doc__, measure_rows, draw, seconds=20.0, sizes=sizes, sizes_help=help_)
+    report.main("amp_step", __doc__, measure_rows, draw, seconds=20.0, sizes=sizes, sizes_help=help_, size=shapes_of)

@@ -27,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import jobs
 import numpy as np
 import report
 
@@ -284,9 +285,8 @@ def of_setting(setting, operation):
 
 
 def of_job(ranks, sizes, seconds, setting=""):
-    mpiexec = Path(sys.executable).parent / "mpiexec"
     arguments = ["--rank", ",".join(map(str, sizes)), str(seconds), setting]
-    command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", __file__, *arguments]
+    command = [jobs.mpiexec(), "-n", str(ranks), sys.executable, "-m", "mpi4py", __file__, *arguments]
     environment = os.environ | dict.fromkeys(("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"), "1")
     if setting:
         environment |= dict([setting.split("=")])

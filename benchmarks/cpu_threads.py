@@ -17,8 +17,10 @@ import gpuadam
 from gpuadam.cli.measuring import forms, measure
 from gpuadam.kernels import adam, cpu_threads
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
+from gpuadam.terminal import output
 
 
+@output.ending_plainly("cpu_threads")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.0, help="for each size; default %(default)s")

@@ -59,9 +59,13 @@ listed() {
     done
     printf '  %-28s%s\n' sanitize "the three" all "every section" "" "* without names"
 }
+usage() {
+    printf 'usage: benchmarks/gpu.sh [--within SECONDS] OUTDIR [SECTION ...], or --list. The sections:\n'
+    listed
+}
 refuse() {
-    printf 'gpu.sh: %s\nusage: benchmarks/gpu.sh [--within SECONDS] OUTDIR [SECTION ...], or --list. The sections:\n' "$1" >&2
-    listed >&2
+    printf 'gpu.sh: %s\n' "$1" >&2
+    usage >&2
     exit 2
 }
 
@@ -69,6 +73,7 @@ within=""
 while [[ ${1:-} == -* ]]; do
     case $1 in
         --list) listed && exit 0 ;;
+        -h | --help) usage && exit 0 ;;
         --within) within=${2:-} && shift $(($# > 1 ? 2 : 1)) && [[ $within =~ ^[1-9][0-9]*$ ]] || refuse "--within needs seconds" ;;
         *) refuse "there is no option $1" ;;
     esac
@@ -90,6 +95,11 @@ done
 
 python=$(command -v "${PYTHON:-python3}") || refuse "there is no ${PYTHON:-python3}"
 [[ $python == /* ]] || python=$PWD/$python
+if ! why=$(PYTHONPATH=$(dirname "$0")/..${PYTHONPATH:+:$PYTHONPATH} "$python" -c 'import gpuadam, numba' 2>&1); then
+    printf 'gpu.sh: %s cannot import gpuadam and numba: %s\n' "$python" "${why##*$'\n'}" >&2
+    printf 'Activate the environment that has them, as by ". .venv/bin/activate", or name its Python: PYTHON=.venv/bin/python\n' >&2
+    exit 2
+fi
 mkdir -p "$outdir" && out=$(cd "$outdir" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} GPUADAM_REQUIRE_GPU=1

@@ -24,9 +24,10 @@ from gpuadam.cli.measuring import facts, forms
 from gpuadam.kernels import gpu_in_flight
 from gpuadam.kernels.gpu_table import BLOCK
 from gpuadam.kernels.layout import WARP
-from gpuadam.terminal import output
+from gpuadam.terminal import arguments, output
 
 REGISTERS, PARTITIONS, UNIT = 65536, 4, 256
+COMPILERS = "cupy", "cupy-cuda12", "numba-cuda"
 LOOPS = "contiguous", "table"  # of one array, and of many
 
 
@@ -131,10 +132,14 @@ def listed(among):
 @output.ending_plainly("in_flight")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=listed(LIMITS), default=["sm_90", "sm_100"], metavar="ARCH,ARCH")
-    parser.add_argument("--compilers", type=listed(("cupy", "cupy-cuda12", "numba-cuda")), default=["cupy", "numba-cuda"])
-    parser.add_argument("--forms", type=forms.chosen, default=list(forms.FORMS), metavar="NAME,NAME")
-    parser.add_argument("--vectors", type=int, metavar="N")
+    of_arch = f"architectures: all or {', '.join(LIMITS)}; default sm_90,sm_100"
+    parser.add_argument("--arch", type=listed(LIMITS), default=["sm_90", "sm_100"], metavar="ARCH,ARCH", help=of_arch)
+    of_compilers, both = f"all or {', '.join(COMPILERS)}; default cupy,numba-cuda", ["cupy", "numba-cuda"]
+    parser.add_argument("--compilers", type=listed(COMPILERS), default=both, metavar="NAME,NAME", help=of_compilers)
+    of_forms = 'formats, formulas and algorithms, such as "float32,8-bit state"; default all'
+    parser.add_argument("--forms", type=forms.chosen, default=list(forms.FORMS), metavar="NAME,NAME", help=of_forms)
+    of_vectors = "vectors of each array that a thread takes; by default as many as a launch takes"
+    parser.add_argument("--vectors", type=arguments.whole, metavar="N", help=of_vectors)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write in_flight.json into it")
     options = parser.parse_args()
     output.need("cuda13", "cupy", "numba_cuda")

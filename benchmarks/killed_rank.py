@@ -8,8 +8,10 @@ one `gpuadam.Adam` loads it, if it is the last one whose save has ended or the o
 and state have the bits of as many steps of one optimizer.
 """
 
+import argparse
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,9 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import jobs
 import numpy as np
 
 import gpuadam
+from gpuadam.terminal import arguments, output
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 10.0  # seconds
@@ -47,24 +51,27 @@ while True:
 
 def killed(chance, folder):
     """Start a job and kill a rank. Return its exit status, or None, the seconds that it took to end, and the steps it saved."""
-    mpiexec = Path(sys.executable).parent / "mpiexec"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     job = subprocess.Popen(
-        [mpiexec, "-n", "4", sys.executable, "-m", "mpi4py", "-c", RANK, folder],
+        [jobs.mpiexec(), "-n", "4", sys.executable, "-m", "mpi4py", "-c", RANK, folder],
         env=os.environ | {"NUMBA_NUM_THREADS": "1", "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    pids = [int(pid) for pid in job.stdout.readline().split()]
-    time.sleep(chance.uniform(0, 1))
-    os.kill(chance.choice(pids), signal.SIGKILL)
-    began = time.monotonic()
     try:
+        pids = [int(pid) for pid in job.stdout.readline().split()]
+        if not pids:
+            raise output.CommandError(f"the ranks did not start: {shlex.join(job.args[:-1])} says why")
+        time.sleep(chance.uniform(0, 1))
+        os.kill(chance.choice(pids), signal.SIGKILL)
+        began = time.monotonic()
         status = job.wait(timeout=60)
     except subprocess.TimeoutExpired:
-        job.terminate()
         status = None
+    finally:  # of an interrupt, too
+        if job.poll() is None:
+            job.terminate()
     seconds = time.monotonic() - began
     saved = [int(line.split()[1]) for line in job.stdout if line.startswith("saved ")]  # mpiexec writes there, too
     return status, seconds, max(saved, default=1)
@@ -82,7 +89,11 @@ def is_intact(folder, steps):
     return opt.steps in (steps, steps + 1) and all(a.tobytes() == b.tobytes() for a, b in pairs)
 
 
-def main(times):
+@output.ending_plainly("killed_rank")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("times", nargs="?", type=arguments.whole, default=20, help="how many jobs; default %(default)s")
+    times = parser.parse_args().times
     chance, well, intact, amid, longest = random.Random(), 0, 0, 0, 0.0
     for _ in range(times):
         with tempfile.TemporaryDirectory() as folder:
@@ -97,4 +108,4 @@ def main(times):
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 20))
+    sys.exit(main())

@@ -28,7 +28,7 @@ from gpuadam.cli.measuring import facts, forms, measure
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.layout import Split
 from gpuadam.kernels.operands import Arrays
-from gpuadam.terminal import output
+from gpuadam.terminal import arguments, output
 
 HYPERPARAMETERS = {
     "lr": 1e-3,
@@ -136,9 +136,10 @@ def run_on_gpu(kernels, form, scalars, options):
 @output.ending_plainly("launch_shapes")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="sm_90")
-    parser.add_argument("--elements", type=lambda x: int(float(x)), default=1 << 28)
-    parser.add_argument("--seconds", type=float, default=5.0)
+    of_arch = "architecture whose machine code is read: %(choices)s; default %(default)s"
+    parser.add_argument("--arch", choices=tuple(in_flight.LIMITS), default="sm_90", metavar="ARCH", help=of_arch)
+    parser.add_argument("--elements", type=arguments.whole, default=1 << 28, help="of the arrays; default %(default)s")
+    parser.add_argument("--seconds", type=float, default=5.0, help="in which all variants are timed; default %(default)s")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write launch_shapes.json into it")
     options = parser.parse_args()
     output.need("cuda13", "cupy")

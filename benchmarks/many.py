@@ -7,6 +7,7 @@ elements. Beside the step over the list stands the step on one flat array of as 
 is what the arrays' number costs. On a GPU the host's time until the step returns is measured too.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import timing
 
 from gpuadam import backends
 from gpuadam.cli.measuring import measure
+from gpuadam.terminal import arguments
 
 SLOW_PASSES = 10  # a handful of microseconds for each pass over each of a thousand arrays
 
@@ -33,10 +35,13 @@ def gpt2_small():
 
 
 def shapes_of(case):
+    """Return the shapes of a case of --sizes; a type of argparse, too."""
     if case == "gpt2":
         return gpt2_small()
-    count, size = (int(float(number)) for number in case.split("x"))
-    return count * [(size,)]
+    count, times, size = case.partition("x")
+    if not times:
+        raise argparse.ArgumentTypeError(f"{case!r} is neither gpt2 nor COUNTxSIZE, such as 1000x1000")
+    return arguments.whole(count) * [(arguments.whole(size),)]
 
 
 def measure_rows(backend, options, notes):
@@ -89,4 +94,6 @@ def draw(rows, path):
 
 if __name__ == "__main__":
     sizes = dict.fromkeys(("CPU", "CUDA"), "gpt2,1000x1000")
-    report.main("many", __doc__, measure_rows, draw, seconds=20.0, sizes=sizes, sizes_help="gpt2 or COUNTxSIZE")
+    report.main(
+        "many", __doc__, measure_rows, draw, seconds=20.0, sizes=sizes, sizes_help="gpt2 or COUNTxSIZE", size=shapes_of
+    )

@@ -24,6 +24,7 @@ the same size, in both directions at once; each direction by itself stands besid
 Places in every part of the arrays are compared with `adam_step` in memory, bit for bit.
 """
 
+import argparse
 import contextlib
 import os
 import sys
@@ -42,6 +43,7 @@ from gpuadam.cli.measuring import forms, measure
 from gpuadam.kernels import limit
 from gpuadam.kernels.operands import GROUP
 from gpuadam.offload import mapped, pipeline
+from gpuadam.terminal import arguments
 
 STEP = "gpuadam.OffloadAdam.step"
 CALLS, SMALL_CALLS = "limit: read and write calls", "limit: small read and write calls"
@@ -56,7 +58,7 @@ IN_CACHE = 1 << 20  # bytes of a chunk
 
 def measure_rows(backend, options, notes):
     for size in options.sizes:
-        state, budget = (int(float(part) * 1e9) for part in size.split("/"))
+        state, budget = state_and_budget(size)
         n = state // 12 // GROUP * GROUP
         measured = in_files if backend.memory == "CPU" else on_gpu
         with tempfile.TemporaryDirectory(prefix="gpuadam-offload-") as folder:
@@ -71,6 +73,14 @@ def measure_rows(backend, options, notes):
                 report.with_peak(row, peaks.get(name, ())) | {"x_limit": float(f"{np.median(seconds) / fastest:.6g}")}
             )
         yield rows
+
+
+def state_and_budget(size):
+    """Return the bytes of state and of the budget of a size, such as 8/1; a type of argparse, too."""
+    state, slash, budget = size.partition("/")
+    if not slash:
+        raise argparse.ArgumentTypeError(f"{size!r} is not GB of state / GB of budget, such as 8/1")
+    return tuple(arguments.number(1e-6, unit=10**9)(part) for part in (state, budget))
 
 
 def in_files(backend, n, budget, seconds, folder, notes):
@@ -270,4 +280,13 @@ def draw(rows, path):
 
 if __name__ == "__main__":
     sizes = dict.fromkeys(("CPU", "CUDA"), "8/1")
-    report.main("offload", __doc__, measure_rows, draw, seconds=60.0, sizes=sizes, sizes_help="GB of state / GB of budget")
+    report.main(
+        "offload",
+        __doc__,
+        measure_rows,
+        draw,
+        seconds=60.0,
+        sizes=sizes,
+        sizes_help="GB of state / GB of budget",
+        size=state_and_budget,
+    )

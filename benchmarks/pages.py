@@ -5,10 +5,11 @@
 A size is a number of GPT-2 small's layers: each has 12 arrays, 7,087,872 elements. The step over the list of all arrays is
 measured beside the step over one flat array of as many elements. "Small pages" are those of memory that asks for none of 2 MB
 (MADV_NOHUGEPAGE), as torch's arrays have them on most systems. "As NumPy makes them": arrays of 4 MB and more then have huge
-pages as far as these lie in each array. Another table has a step over 20 million elements whose param, grad, m and v begin at
-multiples of 128 or 256 MB, or a little farther apart. Needs Linux.
+pages as far as these lie in each array. Another table, whatever --sizes says, has a step over 20 million elements whose param,
+grad, m and v begin at multiples of 128 or 256 MB, or a little farther apart. Needs Linux.
 """
 
+import functools
 import math
 import mmap
 import sys
@@ -25,6 +26,7 @@ import gpuadam
 from gpuadam import backends
 from gpuadam.cli.measuring import forms, measure, pages
 from gpuadam.kernels import adam, huge_pages
+from gpuadam.terminal import arguments
 
 FLAT = "one flat array, huge pages"
 HUGE, SMALL, NUMPYS, STATE, NONE = (
@@ -134,4 +136,5 @@ def draw(rows, path):
 
 if __name__ == "__main__":
     sizes = {"CPU": "4,12", "CUDA": "4"}
-    report.main("pages", __doc__, measure_rows, draw, seconds=20.0, sizes=sizes, sizes_help="layers of GPT-2 small")
+    size, help_ = functools.partial(arguments.whole, most=12), "layers of GPT-2 small, up to 12, for the first kind of table"
+    report.main("pages", __doc__, measure_rows, draw, seconds=20.0, sizes=sizes, sizes_help=help_, size=size)

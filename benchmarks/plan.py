@@ -31,6 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import jobs
 import numpy as np
 import peers
 import report
@@ -48,7 +49,7 @@ from gpuadam.planning import machines
 from gpuadam.planning.machines import Link, Processor
 from gpuadam.planning.model import kernel_seconds
 from gpuadam.sharded.layout import CELL
-from gpuadam.terminal import figures
+from gpuadam.terminal import figures, output
 from gpuadam.terminal.console import Table
 
 # Forms of the step: the arguments of `planning.update`.
@@ -127,9 +128,10 @@ def over_ranks(backend, options, notes):
     """Yield rows of sharded steps over two ranks."""
     if TWO_RANKS not in options.forms or backend.memory != "CPU":
         return
-    mpiexec = Path(sys.executable).parent / "mpiexec"
-    if not mpiexec.exists():
-        notes += report.listed({TWO_RANKS: f"there is no {mpiexec}: pip install mpi4py mpich"})
+    try:
+        mpiexec = jobs.mpiexec()
+    except output.CommandError as error:
+        notes += report.listed({TWO_RANKS: error})
         return
     one_thread = dict.fromkeys(("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"), "1")
     command = [mpiexec, "-n", "2", sys.executable, "-m", "mpi4py", __file__, "--rank", str(options.seconds)]

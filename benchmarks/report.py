@@ -60,20 +60,25 @@ def main(
     seconds,
     sizes,
     sizes_help="elements, such as 1e5,2e7",
+    size=arguments.whole,
     table=TABLE,
     forms=(),
     show=None,
 ):
     """Measure, or read rows that were measured before; print them; write what the options say.
 
-    sizes: the default for "CPU" and for "CUDA" memory; None if the benchmark has none. table: rows alike in these share a
+    sizes: the default for "CPU" and for "CUDA" memory; None if the benchmark has none. size: a type of argparse that refuses what
+    is no size. table: rows alike in these share a
     table. forms: of the step, that --forms chooses from. show: makes another `Table` of rows than `tabulated`.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     best = next(iter(gpuadam.available_backends()), "numba-cpu")
     parser.add_argument("--backend", choices=list(backends.BACKENDS), default=best, help="default: %(default)s")
     if sizes:
-        parser.add_argument("--sizes", metavar="N,N", help=f"{sizes_help}; default {' or '.join({*sizes.values()})}")
+        listed_sizes = functools.partial(_sizes, size=size)
+        parser.add_argument(
+            "--sizes", type=listed_sizes, metavar="N,N", help=f"{sizes_help}; default {' or '.join({*sizes.values()})}"
+        )
     parser.add_argument("--seconds", type=float, default=seconds, help="for each table, about; default %(default)s")
     parser.add_argument("--peers", metavar="NAME,NAME", help="only these libraries; none for gpuadam alone; default all")
     if forms:
@@ -93,24 +98,34 @@ def main(
         if unknown := set(options.peers) - set(known):
             parser.error(f"there is no peer {', '.join(sorted(unknown))}, only {', '.join(known)}")
 
-    console = output.console(options)
     with output.ending_plainly(name):
-        if not options.rows:
-            backends.load(options.backend)
-        if options.out:
-            output.need("bench", "matplotlib")
+        _measure_and_show(name, measure_rows, draw, options, sizes, table, show or tabulated)
+
+
+def _sizes(text, size):
+    """Return the texts of sizes, each of which `size` takes."""
+    texts = arguments.items(text, "sizes with one comma between two")
+    for each in texts:
+        size(each)
+    return texts
+
+
+def _measure_and_show(name, measure_rows, draw, options, sizes, table, show):
+    console = output.console(options)
+    if not options.rows:
+        backends.load(options.backend)
     if options.out:
+        output.need("bench", "matplotlib")
         options.out.mkdir(parents=True, exist_ok=True)
     rows, notes = [], []
-    show = show or tabulated
     if options.rows:
-        rows = [row for row in read_csv(options.rows, NUMBERS) if row["benchmark"] == name]
+        rows = [row for row in read_rows(options.rows) if row["benchmark"] == name]
         for group in measure.groups(rows, *table).values():
             console.print(show(group))
     else:
         backend = backends.BACKENDS[options.backend]
         if sizes:
-            options.sizes = (options.sizes or sizes[backend.memory]).split(",")
+            options.sizes = options.sizes or sizes[backend.memory].split(",")
         for group in measure_rows(backend, options, notes):
             rows += group
             console.print(show(group))
@@ -119,7 +134,7 @@ def main(
     for note in dict.fromkeys(notes):
         console.print(note)
     if not rows:
-        sys.exit(f"{name}: " + (f"{options.rows} has no rows of it" if options.rows else "nothing was measured"))
+        sys.exit(f"{name}: " + (f"{options.rows} has no rows of {name}.py" if options.rows else "nothing was measured"))
     if note := measure.on_busy_machine(rows):
         console.print(note)
     _print_machine(console, rows[0])
@@ -131,7 +146,7 @@ def main(
 
 def numbers(sizes):
     """Return sizes such as 1e5 as integers."""
-    return [int(float(size)) for size in sizes]
+    return [arguments.whole(size) for size in sizes]
 
 
 def with_peak(row, peaks):
@@ -285,9 +300,26 @@ def read_csv(path, numbers):
         ]
 
 
+def read_rows(path):
+    """Return the rows of a CSV file of `write_csv` or a JSON file of --json. Raises CommandError."""
+    is_json = str(path).endswith(".json")
+    try:
+        rows = json.loads(Path(path).read_text())["rows"] if is_json else read_csv(path, NUMBERS)
+        whole = all(row["benchmark"] and row["contender"] for row in rows)
+    except OSError as error:
+        raise output.CommandError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise output.CommandError(f"{path} is no file of rows, as --out and --json write them: {reason}") from error
+    if not rows or not whole:
+        reason = "a row names no benchmark" if rows else "it has none"
+        raise output.CommandError(f"{path} is no file of rows, as --out and --json write them: {reason}")
+    return rows
+
+
 def merge(path, *sources):
     """Write the rows of CSV and JSON files into one CSV file."""
-    _write([row for source in sources for row in _read(source)], path)
+    _write([row for source in sources for row in read_rows(source)], path)
 
 
 # What a row is of: a benchmark that is run again measures the same anew.
@@ -298,14 +330,8 @@ def add(path, *sources):
     """Likewise add them to the rows that are in the file. What was measured again takes the old row's place."""
     rows = {}
     for source in (*([path] if Path(path).exists() else []), *sources):
-        rows |= {tuple(row.get(key) for key in IDENTITY): row for row in _read(source)}
+        rows |= {tuple(row.get(key) for key in IDENTITY): row for row in read_rows(source)}
     _write(rows.values(), path)
-
-
-def _read(source):
-    if str(source).endswith(".json"):
-        return json.loads(Path(source).read_text())["rows"]
-    return read_csv(source, NUMBERS)
 
 
 def _write(rows, path):
@@ -347,12 +373,12 @@ def summary(path):
         "peak_mb": "MB",
         "error_percent": "% error",
     }
+    rows = read_rows(path)
     print(f"{'elements':>14}{'':85}{'median':>9}" + "".join(f"{head:>10}" for head in columns.values()))
-    rows = read_csv(path, NUMBERS)
     for (benchmark, backend), of_benchmark in measure.groups(rows, "benchmark", "backend").items():
         print(f"-- {benchmark}, {backend}")
         for row in of_benchmark:
-            if row["contender"] in SUMMARY[benchmark]:
+            if row["contender"] in SUMMARY.get(benchmark, ()):
                 what = ", ".join(filter(None, (row["contender"], row["state"], row["clock"])))
                 median = "" if row["p50_us"] is None else time(row["p50_us"])
                 others = (row.get(column) for column in columns)
@@ -360,5 +386,24 @@ def summary(path):
                 print(f"{row['elements']:14,} {row['dtype'] + '  ' + what:84}{median:>9}{figures}")
 
 
+@output.ending_plainly("report")
+def _command():
+    parser = argparse.ArgumentParser(description="Join files of rows, or print the gist of one.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    helps = {
+        merge: "write the rows of CSV and JSON files into one CSV file",
+        add: "add them to the rows of a CSV file that is there, or make it",
+        summary: "print a short table: gpuadam and torch's fused Adam",
+    }
+    for function, text in helps.items():
+        command = commands.add_parser(function.__name__, help=text)
+        command.add_argument("results", metavar="RESULTS.csv")
+        if function is not summary:
+            command.add_argument("rows", metavar="ROWS", nargs="+", help="CSV or JSON files of rows")
+        command.set_defaults(function=function)
+    options = parser.parse_args()
+    options.function(options.results, *getattr(options, "rows", ()))
+
+
 if __name__ == "__main__":
-    {"merge": merge, "add": add, "summary": summary}[sys.argv[1]](*sys.argv[2:])
+    _command()

@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import jobs
 import numpy as np
 import report
 
@@ -119,9 +120,8 @@ def rank_main(contender, n, seconds):
 
 
 def timed_job(ranks, contender, n, seconds):
-    mpiexec = Path(sys.executable).parent / "mpiexec"
     command = [
-        mpiexec,
+        jobs.mpiexec(),
         "-n",
         str(ranks),
         sys.executable,
@@ -144,6 +144,7 @@ def measure_rows(backend, options, notes):
     if backend.name != "numba-cpu":
         notes.append(f"not measured: {backend.name} (several ranks need several GPUs)")
         return
+    jobs.mpiexec()  # before any work, so that its absence is reported
     cores = facts.of_backend(backend.name)["cores"]
     if max(RANKS) > cores:
         notes.append(f"{max(RANKS)} ranks share {messages.how_many(cores, 'core')}")

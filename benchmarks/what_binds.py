@@ -29,7 +29,7 @@ import timing
 from gpuadam import backends
 from gpuadam.cli.measuring import facts, forms
 from gpuadam.kernels import adam, limit
-from gpuadam.terminal import output
+from gpuadam.terminal import arguments, output
 from gpuadam.terminal.console import Console, Table
 
 METRICS = {
@@ -162,7 +162,7 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=["cupy", "numba-cuda"], default="cupy")
-    parser.add_argument("--elements", type=lambda x: int(float(x)), default=1 << 28)
+    parser.add_argument("--elements", type=arguments.whole, default=1 << 28, help="of the arrays; default %(default)s")
     choose = functools.partial(forms.chosen, among=forms.FORMS)
     parser.add_argument("--forms", type=choose, default=["float32", "all bfloat16", "8-bit state"], metavar="NAME,NAME")
     parser.add_argument("--ncu", default="ncu", help="Nsight Compute's command; default %(default)s")

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import collectives
 import in_caches
+import jobs
 import large
 import many
 import memory
@@ -140,6 +141,60 @@ def test_what_is_not_there_is_explained():
         error = run("large", "--backend", "cupy", code=2).stderr
         assert error.startswith("large: backend 'cupy' is not available") and "Traceback" not in error
     assert "there is no peer troch" in run("large", *QUICK, "--peers", "troch", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "script, arguments, said",
+    [
+        ("large", ("--sizes", "x"), "large.py: error: argument --sizes: 'x' is not a number such as"),
+        ("many", ("--sizes", "5"), "'5' is neither gpt2 nor COUNTxSIZE, such as 1000x1000"),
+        ("amp_step", ("--sizes", "axb"), "'a' is not a number such as"),
+        ("offload", ("--sizes", "5"), "'5' is not GB of state / GB of budget, such as 8/1"),
+        ("pages", ("--sizes", "0"), "'0' is not a whole number from 1 to 12"),
+        ("large", ("--rows", "/nowhere.csv"), "large: /nowhere.csv cannot be read: No such file or directory"),
+        (
+            "large",
+            ("--rows", "README.md"),
+            "large: README.md is no file of rows, as --out and --json write them: ",
+        ),
+        ("report", ("summary", "README.md"), "report: README.md is no file of rows"),
+        ("report", ("summary", "/nowhere.csv"), "report: /nowhere.csv cannot be read"),
+        ("report", (), "the following arguments are required"),
+        ("report", ("merge",), "the following arguments are required: RESULTS.csv, ROWS"),
+        ("killed_rank", ("abc",), "'abc' is not a number such as"),
+        ("launch_shapes", ("--arch", "foo"), "invalid choice: 'foo' (choose from"),
+    ],
+)
+def test_wrong_arguments_are_explained(monkeypatch, script, arguments, said):
+    monkeypatch.chdir(FOLDER)
+    error = run(script, *arguments, code=2).stderr
+    assert said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("script", ["report", "killed_rank", "in_flight", "cpu_threads"])
+def test_help_is_printed(script):
+    assert run(script, "--help").stdout.startswith(f"usage: {script}.py ")
+
+
+def test_mpiexec_is_beside_python_or_on_the_path_or_said_to_be_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(jobs.output, "need", lambda extra, module: None)
+    monkeypatch.setattr(jobs.sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setattr(jobs.shutil, "which", lambda name: None)
+    with pytest.raises(jobs.output.CommandError, match=r'there is no mpiexec beside .*: pip install "gpuadam\[mpi\]"'):
+        jobs.mpiexec()
+    monkeypatch.setattr(jobs.shutil, "which", lambda name: f"/elsewhere/{name}")
+    assert jobs.mpiexec() == "/elsewhere/mpiexec"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mpiexec").touch()
+    assert jobs.mpiexec() == str(tmp_path / "bin" / "mpiexec")
+
+
+@pytest.mark.parametrize("script", ["sharded", "collectives", "killed_rank"])
+def test_ranks_without_mpi4py_are_explained(script, tmp_path):
+    (tmp_path / "mpi4py.py").write_text("raise ModuleNotFoundError('no mpi4py', name='mpi4py')")
+    backend = () if script == "killed_rank" else QUICK
+    error = run(script, *backend, code=2, PYTHONPATH=str(tmp_path)).stderr
+    assert error == f'{script}: mpi4py is not installed: pip install "gpuadam[mpi]"\n'
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):
@@ -390,8 +445,8 @@ def test_a_step_without_an_operation_has_none_of_it(name):
 
 BASH = pytest.mark.skipif(sys.platform != "linux", reason="gpu.sh is for Linux")
 NOT_ON_A_GPU = {
-    "collectives", "conversion", "cpu_threads", "in_caches", "in_flight", "killed_rank", "pages", "peers", "quality", "report",
-    "sharded", "timing",
+    "collectives", "conversion", "cpu_threads", "in_caches", "in_flight", "jobs", "killed_rank", "pages", "peers", "quality",
+    "report", "sharded", "timing",
 }  # fmt: skip
 
 
@@ -418,6 +473,20 @@ def test_the_list_of_sections_is_complete_and_a_wrong_name_is_refused(tmp_path):
         error = gpu_sh(*(tmp_path / a if a == "out" else a for a in wrong), code=2).stderr
         assert error.endswith(listed) and "usage" in error
     assert "no section larg" in gpu_sh(tmp_path / "out", "large", "larg", code=2).stderr
+    assert not (tmp_path / "out").exists()
+
+
+@BASH
+def test_its_help_is_its_usage():
+    said = gpu_sh("--help").stdout
+    assert said.startswith("usage: benchmarks/gpu.sh ") and said.endswith(gpu_sh("--list").stdout)
+
+
+@BASH
+def test_a_python_without_gpuadam_or_numba_is_refused_before_any_section(tmp_path):
+    (tmp_path / "numba.py").write_text("raise ModuleNotFoundError('no numba here')")
+    error = gpu_sh(tmp_path / "out", code=2, PYTHON=sys.executable, PYTHONPATH=str(tmp_path)).stderr
+    assert "cannot import gpuadam and numba: ModuleNotFoundError: no numba here\n" in error and "Activate the env" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -157,7 +157,7 @@ def test_a_backend_that_was_measured_in_fewer_forms_is_drawn_beside_the_other(na
 
 def test_a_form_that_there_is_not_is_named():
     assert (
-        "there is no form '4-bit state', only all or float32,"
+        "there is no form '4-bit state' (did you mean '8-bit state'?), only all or float32,"
         in run("narrow", *QUICK, "--forms", "4-bit state", code=2).stderr
     )
 
