@@ -2,8 +2,9 @@
 
     python benchmarks/large.py [--backend numba-cpu] [--sizes 1e5,1e6,2e7,1e8] [--seconds 10] [--out FOLDER]
 
-Every contender has arrays of its own and takes its turn again and again. An array of 1e8 float32 and its gradient and moments are
-1.6 GB for each of them: those that do not fit, or would take minutes, are left out and named.
+Contenders take their turns again and again. On a CPU those that take given memory have the same arrays from 10 million elements
+on, because the place of an allocation can matter more than the arithmetic; all others have arrays of their own. An array of 1e8
+float32 and its gradient and moments are 1.6 GB. Contenders that do not fit, or would take minutes, are left out and named.
 """
 
 import itertools

@@ -17,5 +17,9 @@
 
 `torch_digits` needs the extra `torch` too, and `sharded_digits` the extra `mpi`.
 
+`gaussians`, `tomography`, `line_scan`, `ptychography`, `photons` and `thomson` write a picture, NAME.png, into the current
+folder; `--plot FILE` names another. `sharded_digits` saves into the folder `digits.checkpoint` there, and a second run continues
+from it: remove it, or give `--checkpoint FOLDER`, to begin anew.
+
 On a GPU: `--arrays cupy`; `thomson` takes a GPU by itself; `torch_digits --device cuda`.
 """

@@ -10,12 +10,12 @@ the same run.
 These commands measure your machine: GB/s, bytes an element, and percent of the limit of each form.
 
 The figures are of virtual machines with two cores. "AVX2": an AMD that LLVM calls znver3, of 2026-11-30. "Xeon": an Intel that
-LLVM calls emeraldrapids, of the same day, before compiled code started the threads of large steps. "EPYC": an AMD that LLVM
-calls znver4, of 2026-11-29 and 30, before torch's tensors were compared in compiled code. The last two have vectors of 512
-bits. All: torch 2.13.0+cpu, jax 0.10.2, optax 0.2.8, numba 0.68.1. Runs on these shared machines differ by some 5 %. Contenders
-share the large arrays where they can. They take turns, in a new order each round, so each finds the caches as the
-others left them. Every row with its quantiles is in `benchmarks/results`, by machine; `benchmarks/README.md` says how it was
-measured, and README.md has the table of one array.
+LLVM calls emeraldrapids, of the same day, before compiled code started the threads of large steps. "EPYC": an AMD that LLVM calls
+znver4, of 2026-11-29 and 30, before torch's tensors were compared in compiled code. The last two have vectors of 512 bits. All:
+torch 2.13.0+cpu, jax 0.10.2, optax 0.2.8, numba 0.68.1. Runs on these shared machines differ by some 5 %. All contenders that
+take given memory have the same arrays, from 10 million elements on. They take turns, in a new order each round, so each finds the
+caches as the others left them. Every row with its quantiles is in `benchmarks/results`, by machine; `benchmarks/README.md` says
+how it was measured, and README.md has the table of one array.
 
 Rows of a fourth machine are there too, an AMD EPYC that LLVM calls znver5, of 2026-11-29. Its memory is about as fast as that
 of znver4. At 20 million elements nearly every form takes the time of its limit there: all bfloat16 0.51 of float32's time,
@@ -51,8 +51,9 @@ compiled call; several groups are compared one by one, and then updated. Microse
 | `optax.adam` under `jax.jit` | 21 | 92 |
 
 From 65,536 elements on the call also starts the threads, and lets Python's lock go meanwhile. While Python started them, it
-took longer for that than the threads took for 100,000 elements. In microseconds, AVX2, in turn with the others, of two runs
-in which the kernel took as long; the rows in `benchmarks/results` are of a later run, in which all took 1.2 to 1.3 times as long:
+took longer for that than the threads took for 100,000 elements. The table has microseconds, in turn with the others, on AVX2.
+Its columns are two runs, before and after that change, and the kernel took the same time in both. The rows in
+`benchmarks/results` are of a third, later run, in which all contenders took 1.2 to 1.3 times as long:
 
 | 100,000 elements | started by Python | by the call |
 |---|---:|---:|
@@ -70,9 +71,15 @@ Two thirds of the time of `gpuadam.torch.Adam` are torch's, which wraps the step
 about each tensor by DLPack's functions for C (torch 2.13 has them), in 60 ns. Python needs 460 for the same: with a torch that
 lacks them `gpuadam.torch.Adam` took 1.3 of the time of torch fused for one tensor.
 
-**The first step** of a process takes 0.25 s with a warm compile cache and 1.6 s with a cold one, `import gpuadam` and Numba's
-own import included, where `import torch` and its first step take 1.9 s. `import gpuadam` takes 22 ms, 0.4 of what `import
-numpy` takes.
+**The first step** of a process, from after `import numpy` on, the import of gpuadam and Numba included
+(`benchmarks/first_call.py`):
+
+| | Xeon | EPYC | AVX2 |
+|---|---:|---:|---:|
+| `import gpuadam` alone | 22 ms | 21 ms | 31 ms |
+| import and first `adam_step`, warm compile cache | 0.25 s | 0.27 s | 0.36 s |
+| the same, cold compile cache | 1.6 s | 1.6 s | 2.0 s |
+| import of torch and its first fused step | 1.9 s | 2.1 s | 2.9 s |
 
 **Arrays in the caches** are bound by the processor's arithmetic. `benchmarks/in_caches.py` leaves out parts of the step. With
 the limit at 1, a step of 100,000 elements:
@@ -132,8 +139,8 @@ That is 0.51 and 0.53 of the time of torch's `unscale_`, `clip_grad_norm_`, fuse
 
 A step with 8 GB of state in files takes 2.0 s on AVX2, 1.10 times as long as moving the same bytes without arithmetic, and 2.4 s
 on the Xeon, 1.01 times as long. EPYC: with 2 GB of state in the system's cache it takes 1.04 times as long, and half of that time
-if all of it fits in the budget: `gpuadam.offload` has more. MPI's ranks on two cores share one memory, so nothing can become
-faster: `gpuadam.sharded` has the times.
+if all of it fits in the budget: `gpuadam.offload` has more. MPI's ranks on two cores share one memory, so there is
+little to gain: `gpuadam.sharded` has the times.
 
 ## What is expected of a GPU
 

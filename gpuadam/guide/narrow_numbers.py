@@ -99,8 +99,8 @@ step m / sqrt(v); then the mean final loss over that of float32 throughout, and 
 | bfloat16 to float32 | 0 | 0 | 0 | 99.89 | 99.18 to 100.36 |
 | 8 bits to float32 | 0 | 0 | 0 | 100.17 | 99.44 to 100.71 |
 
-In 8 bits an |m| that is less than 1/7,900 of the largest among its 32 neighbours becomes 0, and a sqrt(v) that is less than
-1/8,000 of the largest becomes that; a v above 0 never becomes 0. A group with a NaN or an infinity becomes NaN.
+In 8 bits an |m| that is less than 1/7,900 of the largest among its 32 neighbours becomes 0. A sqrt(v) that is less than 1/8,000
+of the largest is raised to 1/8,000 of the largest; a v above 0 never becomes 0. A group with a NaN or an infinity becomes NaN.
 
 ## What they cost in quality
 

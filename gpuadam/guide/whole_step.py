@@ -55,7 +55,8 @@ stores the parameter, rounded. `zero_grad=True` stores zeros in the gradients in
 ## CUDA graphs
 
 With `capturable=True` the step count is on the GPU. `lr` and `grad_scale` may be arrays of one number on the GPU. A captured
-graph reads them at each replay. Capturing a step whose numbers the graph would freeze is refused.
+graph reads them at each replay. Capturing a step whose numbers the graph would freeze is refused. Take one step with the same
+arrays on the same stream before the capture:
 
 ```python
 import cupy
@@ -74,6 +75,5 @@ with cupy.cuda.Stream(non_blocking=True) as stream:
         graph.launch(stream)
 ```
 
-Other numbers of a step (betas, eps, weight_decay, max_norm) keep in the graph the values that they had at the capture. Take
-one step with the same arrays on the same stream before the capture.
+Other numbers of a step (betas, eps, weight_decay, max_norm) keep in the graph the values that they had at the capture.
 """

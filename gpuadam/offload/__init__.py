@@ -32,14 +32,15 @@ The slowest of PCIe, the disk and the update decides, because copies and updates
 the GPU moves the float32 state of an element, 8 bytes, in each direction. An update on the host moves 4: the gradient down
 and the parameter up.
 
-On the machine of `gpuadam.guide.how_fast`, a CPU with two cores, the limit is the time of moving the same bytes of the same
-files without arithmetic (`benchmarks/offload.py`):
+The limit is the time of moving the same bytes of the same files without arithmetic (`benchmarks/offload.py`). The machines have
+two cores, and are those of `gpuadam.guide.how_fast`:
 
-| state in files | a step | times the limit |
-|---|---|---:|
-| 8 GB, with a budget of 1 GB | 1.95 s, and 67 MB of memory | 1.22 |
-| 2 GB, which the system's cache holds | 0.18 s, and 67 MB of memory | 1.04 |
-| 2 GB, with a budget of 4 GB | 0.12 s, and 2.3 GB of memory | 1.01 |
+| machine | state in files | a step | times the limit |
+|---|---|---|---:|
+| AVX2 | 8 GB, with a budget of 1 GB | 2.01 s, and 67 MB of memory | 1.10 |
+| Xeon | the same | 2.38 s, and 67 MB of memory | 1.01 |
+| EPYC | 2 GB, which the system's cache holds | 0.18 s, and 67 MB of memory | 1.04 |
+| EPYC | 2 GB, with a budget of 4 GB | 0.12 s, and 2.3 GB of memory | 1.01 |
 
 The limit includes the system's work on pages, which is half of a step's processor time: ext4 notes each block that will be
 written. It goes where parameters and state fit in the budget, because their pages then stay. `python -m gpuadam plan` predicts

@@ -33,14 +33,13 @@ picks the fastest that fits.
 rank that has most, so that no rank needs more.
 
 **Seconds are predictions.** On GPUs they follow from data sheets: they say what can be hoped for, and none has been measured
-yet. On the machine of `gpuadam.guide.how_fast`, a CPU with two cores, predictions were compared with measurements
-(`benchmarks/plan.py`):
+yet. On a virtual machine with two cores, "AVX2" of `gpuadam.guide.how_fast`, predictions were compared with measurements
+(`benchmarks/plan.py`). Steps over ranks were not among them:
 
 | step | prediction, from the measured time |
 |---|---|
-| in memory, nine formats and three sizes | within 21 %, most within 10 % |
-| over two ranks | within 2 % |
-| with state in files | within 16 % |
+| in memory, nine formats and three sizes | within 18 %; of 27 steps 23 within 10 % |
+| with state in files, two sizes | within 1 % |
 
 The worst are of bfloat16. There the conversions take as long as the bytes. The model assumes that the slower of the two
 hides the other; the processor hides it only in part. `gpuadam.planning.model` has the formulas and what they leave out.

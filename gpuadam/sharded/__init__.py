@@ -94,22 +94,30 @@ ranks is killed in the middle of a save.
 
 ## Speed
 
-On the machine of `gpuadam.guide.how_fast`, a CPU with two cores, a step over MPI takes, for 20 million float32 elements:
+A step over MPI, for 20 million float32 elements, in milliseconds (`benchmarks/sharded.py`). The machines have two cores, and are
+those of `gpuadam.guide.how_fast`:
 
 | ranks | 1 | 2 | 4 |
 |---|---:|---:|---:|
-| ms | 21 | 34 | 39 |
+| EPYC, arrays, as in the example above | 38 | 66 | 111 |
+| EPYC, views | 21 | 34 | 39 |
+| Xeon, arrays, as in the example above | 67 | 61 | 118 |
+| Xeon, views | 33 | 31 | 60 |
 
-Ranks on one machine share its memory, so nothing can become faster there: of the 34 ms of two ranks, 12 are the update, 12 the
-reduce-scatter and 8 the all-gather. Each rank sends 1.0002 times the least number of bytes (`benchmarks/sharded.py`). The
-reduce-scatter takes 0.23 times as long as MPICH's own between two ranks, and 0.62 times between four
-(`benchmarks/collectives.py`). Where a container forbids that processes read one another's memory (CMA), collectives between its
-ranks take 4 to 7 times as long.
+**Views.** With `ShardedAdam(..., views=True)` the parameters in `opt.params` are views of one buffer, and the arrays that were
+given are left as they are. Gradients that are written into the arrays of `opt.grads` lie in their places. Then a step copies
+nothing. In the example each step copies parameters and gradients into the buffers, and the parameters back.
+
+Ranks on one machine share its memory, so there is little to gain from them there: two ranks take 0.94 of the time of one on the
+Xeon, and 1.6 times as long on the EPYC, with views. Of the EPYC's 34 ms 12 are the update, 12 the reduce-scatter and 8 the
+all-gather. Each rank sends 1.0002 times the least number of bytes. On the EPYC the reduce-scatter takes 0.23 times as long as
+MPICH's own between two ranks, and 0.62 times between four (`benchmarks/collectives.py`). Where a container forbids that
+processes read one another's memory (CMA), collectives between its ranks take 4 to 7 times as long.
 
 ## The files
 
 From the bottom: `layout` says which rank owns which elements; `transports` move arrays between ranks; `agreement` compares
-ranks; `buffer` has parameters and gradients in a row, and `adam` updates this rank's part of them; `norm` and `checks` are
+ranks; `buffer` has parameters and gradients in a row, and `shard_adam` updates this rank's part of them; `norm` and `checks` are
 those of a step; `saving` writes a checkpoint; `optimizer` puts them together; `loading` makes an optimizer from a
 checkpoint.
 """
