@@ -36,9 +36,15 @@ def as_float(value):
     return value
 
 
-def scheduled(value):
-    """Return the number that a schedule returned: itself, or the one in an array of no dimensions, such as JAX's."""
-    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+def scheduled(schedule, step):
+    """Return the learning rate of a step: the number that a schedule returns, or that in an array of no dimensions, as JAX's."""
+    value = schedule(step)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    try:
+        return real("lr", value)
+    except TypeError as error:
+        raise TypeError(f"{error}: the function that was given as lr returned it for step {step}") from None
 
 
 def non_negative(name, value):
@@ -340,7 +346,9 @@ def _other_shape(view, param, operand, numbers):
     has, param_has = (f"shape {x.shape[:-1] if x.of_complex else x.shape}" for x in (view, param))
     if view.of_complex or param.of_complex:
         has, param_has = f"dtype {_name(view)} and {has}", f"{_name(param)} and {param_has}"
-    needed = "nothing is broadcast"
+    shape = param.shape[:-1] if param.of_complex else param.shape
+    reshaped = f", as by .reshape({shape})" if view.shape and view.size == param.size else ""
+    needed = f"nothing is broadcast. Give an array of shape {shape}{reshaped}"
     if numbers > 1 and KINDS[operand].shared:
         needed = f"there is one {operand} for all {numbers} numbers of an element, so its shape is {param.shape[:-1]}"
         needed += ", and it is real" if param.of_complex else ""

@@ -291,7 +291,7 @@ def checked_group(group, structure, options, step, grad_scale=1.0):
                 f"lr is {a_kind(lr)}: it must be a number or a callable or, with capturable=True, an array of one number beside "
                 "the parameters"
             )
-        lr = checks.scheduled(lr(step)) if callable(lr) else lr
+        lr = checks.scheduled(lr, step) if callable(lr) else lr
     of_options = options.formulas
     return hyperparameters.with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, of_options, clip_value, bounds)
 

@@ -45,7 +45,12 @@ WRONG = {
     "another shape": (
         lambda params: arrays() | {"w": np.ones(12, "f4")},
         ValueError,
-        r"has shape \(12,\), params\['w'\] has shape \(3, 4\): nothing is broadcast",
+        r"has shape \(12,\), params\['w'\] has shape \(3, 4\): nothing is broadcast. Give .*, as by .reshape\(\(3, 4\)\)",
+    ),
+    "a shape of fewer elements": (
+        lambda params: arrays() | {"w": np.ones(4, "f4")},
+        ValueError,
+        r"has shape \(4,\), params\['w'\] has shape \(3, 4\): nothing is broadcast. Give an array of shape \(3, 4\)$",
     ),
     "complex": (
         lambda params: arrays() | {"w": np.ones((3, 4), "c8")},

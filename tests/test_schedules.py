@@ -85,7 +85,11 @@ def test_an_integer_array_is_a_number_too():
 @pytest.mark.parametrize(
     "value, error, match",
     [
-        (None, TypeError, "lr must be a real number, not None"),
+        (
+            None,
+            TypeError,
+            r"not None \(NoneType\): the function that was given as lr returned it for step 2",
+        ),
         ("0.1", TypeError, "lr must be a real number, not '0.1'"),
         (np.array([0.1]), TypeError, "lr must be a real number, not array"),
         (np.array(True), TypeError, "lr must be a real number, not True"),

@@ -117,7 +117,7 @@ def update(
     if state == "8bit" and numbers > 1:
         raise ValueError("8-bit state has a v for each number: choose another state, or complex='parts'")
     if stochastic and (master or param not in NARROW):
-        given = f"param={param!r}" + (f" and master={master!r}" if master else "")
+        given = f"param={shown(param)}" + (f" and master={shown(master)}" if master else "")
         raise ValueError(
             f"stochastic rounding is of bfloat16 and float16 parameters without a master, not of {given}: leave it out, or give "
             "such parameters"
