@@ -22,7 +22,7 @@ class Torch:
     """
 
     def __init__(self, group: Any = None) -> None:
-        self._torch = imported("torch", "pip install torch")
+        self._torch = imported("torch", 'pip install "gpuadam[torch]"')
         self._dist = dist = imported("torch.distributed", "install a torch that is built with it")
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("torch has no process group yet: call torch.distributed.init_process_group first")
