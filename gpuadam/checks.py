@@ -105,8 +105,6 @@ def found_inf(value):
     """Return whether a flag of the host, None, a number or an array of one, says that a gradient is not finite."""
     if value is None:
         return False
-    if isinstance(value, np.ndarray) and value.size == 1:
-        value = value.reshape(())[()]
     if not isinstance(value, (bool, np.bool_, Real)):
         raise TypeError(f"found_inf must be True, False, a number or an array of one, not {shown(value)}")
     return bool(value)

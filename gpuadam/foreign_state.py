@@ -285,7 +285,9 @@ def _from_torch(name, state, opt, convert):
     if state is None:
         named = [(f"{key} of {opt.arrangement.label(name)}", array) for key, array in ours.items()]
         backend, views = backends.choose(named, opt.state_backend)
-        return {"step": 0} | {key: backend.zeros_like(view) for key, view in zip(ours, views, strict=True)}
+        return {"step": 0} | {
+            key: backend.zeros_like_all([view], view.dtype)[0] for key, view in zip(ours, views, strict=True)
+        }
     if convert:
         ours = {key: array for key, array in ours.items() if key not in OF_GROUPS}
     if set(state) != {"step"} | {TORCH.get(key, key) for key in ours}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import fnmatch
 import itertools
 import operator
@@ -16,18 +17,7 @@ from .typing import Array, Group, Number
 
 # Hyperparameters that decide which moments exist. They cannot change later.
 FIXED = ("amsgrad", "complex", "components")
-HYPERPARAMETERS = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "amsgrad",
-    "maximize",
-    "clip_value",
-    "bounds",
-    "complex",
-    "components",
-)
+HYPERPARAMETERS = tuple(name for name in Group.__annotations__ if name != "params")
 # Those that all groups of an optimizer share
 OF_ALL_GROUPS = (*Options.__dataclass_fields__, "param_copies", "backend")
 GROUP_KEYS = {"params", "names", *HYPERPARAMETERS}
@@ -113,7 +103,8 @@ def parsed_groups(params, defaults):
     params = as_list(params)
     grouped = is_sequence(params) and len(params) and all(isinstance(p, Mapping) for p in params)
     given = params if grouped else [{"params": params}]
-    groups, structures, count, places = [], [], 0, holders.Places()
+    groups, structures, places = [], [], holders.Places()
+    of_all: list[str] = []
     for group in given:
         if "params" not in group:
             raise ValueError(f'a group needs "params", and has only {some(sorted(map(str, group)))}')
@@ -127,15 +118,17 @@ def parsed_groups(params, defaults):
             _refuse_pairs(members)
             kind = SEQUENCE if is_sequence(members) else ONE
             members = list(members) if kind == SEQUENCE else [members]
-            names = [str(count + k) for k in range(len(members))]
+            names = [str(len(of_all) + k) for k in range(len(members))]
         places.add_group(as_given_in, names, members)
-        count += len(members)
+        of_all += names
         settings = defaults | {key: value for key, value in group.items() if key != "params"}
         settings |= {name: _checked_fixed(name, settings[name]) for name in FIXED}
         groups.append(settings | {"params": members, "names": names})
         structures.append(Structure(kind, list(names), *(settings[name] for name in FIXED)))
-    if not count:
+    if not of_all:
         raise ValueError("there are no parameters to update")
+    if twice := [name for name, n in collections.Counter(of_all).items() if n > 1]:
+        raise ValueError(f"two parameters are named {shown(twice[0])}: names must differ")
     return groups, Arrangement(structures, bool(grouped), places, not grouped and structures[0].kind == ONE)
 
 

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 
 from . import backends, checks, holders
-from .groups import MAPPING, Arrangement, named_params, some
+from .groups import MAPPING, named_params, some
 from .kernels.messages import shown
 from .kernels.operands import GROUP, widened
 from .kernels.view import is_array
-from .state import OF_GROUPS, Parameter, States
+from .state import OF_GROUPS
+from .state_dict import HasState
 from .typing import Array, Integer
-from .under_way import UnderWay, in_turn
+from .under_way import in_turn
 
 
-class Grows:
+class Grows(HasState):
     """What `Adam` does with its parameters beside updating them."""
 
-    parameters: dict[str, Parameter]
-    groups: list[dict[str, Any]]
-    state: States
-    arrangement: Arrangement
-    under_way: UnderWay
     backend: str | None
     with_groups: Callable
 

@@ -19,7 +19,6 @@ from .options import SAVED, Options, arguments
 from .parameters import begun, made_group, made_parameters
 from .remembered import Remembered
 from .repeated import RepeatedStep
-from .state_dict import HasState
 from .step_arrays import StepArrays, of_bounds
 from .step_norms import StepNorms, norms_of
 from .typing import (
@@ -42,7 +41,7 @@ from .under_way import UnderWay
 from .update import Updates, check, update
 
 
-class Adam(HasGroups, HasState, Grows):
+class Adam(HasGroups, Grows):
     """Adam with L2 decay, in place on the caller's arrays.   (Kingma & Ba 2015, arXiv:1412.6980)
 
     params: one array, a sequence of arrays, a dict name -> array, or a list of groups such as

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from . import backends, checks, hyperparameters, step_counts
 from .groups import Structure, checked_group
-from .kernels.messages import shown
 from .kernels.view import View, is_array
 from .state import Parameter, ParameterKind, key_of_parameter
 from .step_arrays import of_bounds, without_arrays
@@ -29,8 +28,6 @@ def begun(opt):
         has_array = opt.options.capturable and is_array(group["lr"])  # whose number is not known before it is read
         h = checked_settings(group | {"lr": 0.0} if has_array else group, structure, opt.options, step=1)
         for name, param in zip(group["names"], group["params"], strict=True):
-            if name in beginnings:
-                raise ValueError(f"two parameters are named {shown(name)}: names must differ")
             label = opt.arrangement.label(name)
             kernels, (view,) = backends.choose([(label, checks.given(label, param))], opt.backend)
             checks.param(view)

@@ -23,8 +23,7 @@ def plan_of(group: Updates, n_rows=None, beside=False, table=None, clips=False):
     kernels = backends.load("numba-cpu")
     if like is None or like.random or like.arrays.grouped or group.now is not None or not step_objects.known():
         return None
-    joint = like.columns.of_complex and like.arrays.numbers > 1
-    if fixed.algorithm == "nadam" or (joint and (fixed.ordered or like.arrays.bounded)):
+    if fixed.algorithm == "nadam":
         return None
     scaled = clips or group.h.scale != 1.0
     constants = hyperparameters.constants(fixed, like.arrays, scaled)

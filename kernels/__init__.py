@@ -76,10 +76,10 @@ A backend is a subclass of `backend.Backend`, whose docstrings are the interface
 | `from_host`, `to_host`, `native` | copies from and to NumPy; an array as one of the backend's library |
 | `now`, `seconds_between` | the clock of the device |
 
-`Backend` itself has `launch`, for one update, `zeros_like`, and a `zeros_in_one` that makes an allocation for each array.
-`gpu_backend.GpuBackend` adds what two libraries share on a GPU: batches, streams, events and copies by the driver,
-rehearsals, captured graphs, repeated launches, and the passes of the norm. A GPU backend brings devices, memory, and `run`,
-`launch_scalars` and `launch_sums`, which launch a kernel. It may bring `changing`, so that launches are repeated, and `struct`.
+`Backend` itself has `launch`, for one update, `zeros_like_all`, and a `zeros_in_one` that makes an allocation for each array.
+`gpu_backend.GpuBackend` adds what two libraries share on a GPU: batches, streams, events and copies by the driver, rehearsals,
+captured graphs, repeated launches, and the passes of the norm. A GPU backend brings devices, memory, and what launches a kernel:
+`run`, `launch_one_thread` and `launch_sums`. It may bring `changing`, so that launches are repeated, and `struct`.
 
 **To add a backend**: one class, in a file that ends with `backend = TheClass()`, and one row in BACKENDS of
 `gpuadam/backends.py`. Outside this package `gpuadam.backends.register(backend)` takes the place of the row. Then `python -m

@@ -142,15 +142,11 @@ class Backend(abc.ABC):
         """Return 1-D arrays of zeros, of some sizes, each at a boundary. They may be parts of one allocation."""
         return [self.zeros(n, dtype, device) for n in sizes]
 
-    def zeros_like(self, view: View, dtype: npt.DTypeLike | None = None) -> Any:
-        """Return zeros for the state of an array: its shape and order of memory, its boundaries at the same elements.
-
-        dtype: of the state, by default the array's.
-        """
-        return self.zeros_like_all([view], view.dtype if dtype is None else dtype)[0]
-
     def zeros_like_all(self, views: Sequence[View], dtype: npt.DTypeLike) -> list[Any]:
-        """Return `zeros_like` of arrays on one device, in one allocation if the backend makes one."""
+        """Return zeros for the state of arrays on one device, of a dtype, in one allocation if the backend makes one.
+
+        Each has the shape of its array and the order of its memory, and its boundaries at the same elements.
+        """
         offsets = [offset_like(view, dtype, self.boundary) for view in views]
         sizes = [offset + view.size for offset, view in zip(offsets, views, strict=True)]
         memories = self.zeros_in_one(sizes, dtype, views[0].device)

@@ -66,17 +66,9 @@ class Cupy(GpuBackend):
         n_all = scalars + n + batch.is_random + len(after) + 1  # CuPy adds the number of threads
         return Changing(scalars, scalars + n if batch.is_random else None, n_all)
 
-    def launch_scalars(self, form, settings, numbers, out, stream):
-        values = settings._asdict() | {name: (x.pointer, 1) if isinstance(x, View) else x for name, x in numbers.items()}
-        values |= {"scalars": (out.address + REALS_AT, form.reals), "words": (out.address, 2)}
-        inputs, outputs = cupy_kernels.scalar_arguments(form)
-        arguments = []
-        for kind, name in [*inputs, *outputs]:
-            x = values[name]
-            is_array = kind.startswith("raw ")
-            arguments.append(_unowned(x[0], (x[1],), kind.removeprefix("raw "), out.device) if is_array else x)
-        with self.on(out.device, stream):
-            cupy_kernels.build_scalars(form)(*arguments, size=1)
+    def launch_one_thread(self, form, arguments, stream):
+        kernel = cupy_kernels.build_scalars(form)
+        kernel((1,), (1,), tuple(np.int64(x) if type(x) is int else np.float64(x) for x in arguments))
 
     def launch_sums(self, form, chunks, arguments, stream):
         blocks = -(-chunks // (norm_order.BLOCK // norm_order.WARP))

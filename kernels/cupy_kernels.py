@@ -12,7 +12,7 @@ from gpuadam.kernels import adam, change_cuda_c, cuda_c_access, gpu_table, norm_
 from gpuadam.kernels.cuda_c_access import C_TYPES, place, pointer_to
 from gpuadam.kernels.layout import WARP
 from gpuadam.kernels.operands import FORMATS, lanes_of, operands_of_form
-from gpuadam.kernels.scalars import Settings, formula_in_cuda_c
+from gpuadam.kernels.scalars import REALS_AT, Settings, formula_in_cuda_c
 
 # i is CuPy's: the number of this thread, 64 bits wide. `layout.Split` says which elements it has.
 CONTIGUOUS = r"""
@@ -179,34 +179,22 @@ def build(rule, form, loop, on_device=False, vectors=1):
 
 
 @functools.cache
-def scalar_arguments(form):
-    """Return the (type, name) of the inputs and of the outputs of the kernel that `build_scalars` returns."""
-    numbers = ("lr", form.lr), ("grad_scale", form.grad_scale)
-    inputs = [("float64" if dtype is None else f"raw {dtype}", name) for name, dtype in numbers]
-    if form.found_inf is not None:
-        inputs.append((f"raw uint{8 * form.found_inf.itemsize}", "found_inf"))  # a flag is read as bits
-    if form.norm or form.checks:
-        inputs.append(("raw float64", "norm"))
-    inputs += [("int64" if k < 2 else "float64", name) for k, name in enumerate(Settings._fields)]
-    outputs = [("raw int64", "step")] if form.counts else []
-    outputs.append((f"raw {form.dtype}", "scalars"))
-    if form.random or form.skips:
-        outputs.append(("raw int64", "words"))
-    return inputs, outputs
-
-
-@functools.cache
 def build_scalars(form):
-    """Return the ElementwiseKernel of a `scalars.ScalarsForm`."""
-    inputs, outputs = scalar_arguments(form)
+    """Return the kernel of a `scalars.ScalarsForm`, of one thread. Its arguments: `GpuBackend.launch_scalars`."""
     before, body = formula_in_cuda_c(form)
-    return cupy.ElementwiseKernel(
-        ", ".join(map(" ".join, inputs)),
-        ", ".join(map(" ".join, outputs)),
-        body,
-        f"gpuadam_scalars_{form.dtype}",
-        preamble=primitives.for_cuda_c("float64") + before,
-    )
+    # a flag is read as bits
+    flag = {None: "char", 1: "char", 2: "short", 4: "int", 8: "long long"}[form.found_inf and form.found_inf.itemsize]
+    lr, grad_scale = ("double" if dtype is None else f"const {C_TYPES[dtype.name]}*" for dtype in (form.lr, form.grad_scale))
+    settings = ", ".join(f"{'long long' if k < 2 else 'double'} {name}" for k, name in enumerate(Settings._fields))
+    name = f"gpuadam_scalars_{form.dtype}"
+    text = f"""{primitives.for_cuda_c("float64")}{before}
+extern "C" __global__ void {name}(
+    long long* step, const unsigned {flag}* found_inf, const double* norm, {lr} lr, {grad_scale} grad_scale, long long* words,
+    {settings}) {{
+    {C_TYPES[form.dtype.name]}* const scalars = ({C_TYPES[form.dtype.name]}*)(words + {REALS_AT // 8});
+{body}}}
+"""
+    return cupy.RawKernel(text, name)
 
 
 @functools.cache

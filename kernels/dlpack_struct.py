@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache, dlpack, llvm
 from gpuadam.kernels.numba_memory import on_stack
-from gpuadam.kernels.same_objects import int64_at, of_python
+from gpuadam.kernels.same_objects import clear_error, int64_at
 from gpuadam.kernels.step_objects import ITEMS_OF_LIST, known
 
 # Where a DLPackExchangeAPI has the address of the function dltensor_from_py_object_no_sync, in words of 8 bytes. The first word
@@ -65,7 +65,6 @@ def _emit_call(b, function, x, tensor):
 
 
 call = llvm.function(intrinsic, "call", _emit_call, types.int64(*[types.int64] * 3))
-clear_error = of_python("PyErr_Clear", 0, returns=False)
 tensor_memory = on_stack(intrinsic, dlpack.TENSOR.size)
 
 

@@ -21,7 +21,7 @@ from gpuadam.kernels.gpu_batch import GpuBatch, Place
 from gpuadam.kernels.gpu_norm import GpuNorm
 from gpuadam.kernels.layout import VECTOR_BYTES, bounds, dense, side_by_side
 from gpuadam.kernels.streams import LEGACY_DEFAULT
-from gpuadam.kernels.view import InParts
+from gpuadam.kernels.view import InParts, View
 
 LARGE = 2 << 20  # bytes: arrays of state from here on have an allocation of their own
 APART = 512  # bytes: others begin at multiples of it, as arrays of CuPy's pool do
@@ -172,6 +172,13 @@ class GpuBackend(Backend):
         "lr", "grad_scale", and those of "step", "found_inf" and "norm" that the form has. out: the `scalars.ScalarsMemory` to
         write.
         """
+        values = {name: x.pointer if isinstance(x, View) else float(x) for name, x in numbers.items()}
+        arguments = [values.get(name, 0) for name in ("step", "found_inf", "norm", "lr", "grad_scale")]
+        with self.on(out.device, stream):
+            self.launch_one_thread(form, (*arguments, out.address, *settings), stream)
+
+    def launch_one_thread(self, form, arguments, stream):
+        """Launch the kernel of a `scalars.ScalarsForm` on the stream, on the current device."""
 
     def launch_sums(self, form, chunks, arguments, stream):
         """Launch a pass of a norm. The stream is the current one. arguments: those of the kernel, integers.

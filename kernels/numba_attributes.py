@@ -13,14 +13,14 @@ import numpy as np
 from numba.cuda.cudadrv import devicearray
 
 from gpuadam.kernels.gpu_step import GRADS
-from gpuadam.kernels.same_objects import decref, in_dict, int64_at, of_python
+from gpuadam.kernels.same_objects import clear_error, decref, in_dict, int64_at, of_python
 from gpuadam.kernels.step_objects import TYPE
 
 ARRAY = id(getattr(devicearray, "DeviceNDArray", None))  # Numba's simulator of a GPU, which is no backend, has none
 NAMES = [sys.intern(name) for name in ("gpu_data", "shape", "strides", "dtype", "stream")]
 N = len(NAMES)
 
-_dict_of, _forget_error = of_python("PyObject_GenericGetDict", 2), of_python("PyErr_Clear", 0, returns=False)
+_dict_of = of_python("PyObject_GenericGetDict", 2)
 
 
 def tell(array, array_type, words, n, compares):
@@ -33,7 +33,7 @@ def tell(array, array_type, words, n, compares):
     n = max(n, N)  # behind the names
     attributes, same = _dict_of(array, 0), True
     if attributes == 0:  # no memory for it
-        _forget_error()
+        clear_error()
         return -1
     for k in range(N):
         same = same and in_dict(attributes, words[k]) == words[n + k]

@@ -15,10 +15,10 @@ from gpuadam.kernels.gpu_backend import UNCHANGED, GpuBackend
 from gpuadam.kernels.gpu_launch import Changing
 from gpuadam.kernels.gpu_table import BLOCK
 from gpuadam.kernels.layout import collapse
-from gpuadam.kernels.numba_cuda_kernels import build, build_copy_rows, build_fill_zero, build_scalars, compiled
+from gpuadam.kernels.numba_cuda_kernels import build, build_rows, build_scalars, compiled
 from gpuadam.kernels.scalars import ScalarsMemory
 from gpuadam.kernels.streams import LEGACY_DEFAULT
-from gpuadam.kernels.view import View, on_cuda, on_device
+from gpuadam.kernels.view import on_cuda, on_device
 
 
 class NumbaCuda(GpuBackend):
@@ -59,12 +59,8 @@ class NumbaCuda(GpuBackend):
         key = sum(map(_n_numbers, arguments))
         return Changing(key + 1, key, key + 1 + len(adam.scalar_names(form)), row_key)
 
-    def launch_scalars(self, form, settings, numbers, out, stream):
-        # an array is passed as its address, an array that is not there as 0
-        values = {name: x.pointer if isinstance(x, View) else float(x) for name, x in numbers.items()}
-        arguments = [values.get(name, 0) for name in ("step", "found_inf", "norm", "lr", "grad_scale")]
-        with self.on(out.device, stream):
-            _configured(compiled(build_scalars, form), 1, 1, stream)(*arguments, out.address, *settings)
+    def launch_one_thread(self, form, arguments, stream):
+        _configured(compiled(build_scalars, form), 1, 1, stream)(*arguments)
 
     def launch_sums(self, form, chunks, arguments, stream):
         blocks = -(-chunks // (norm_order.BLOCK // norm_order.WARP))
@@ -99,8 +95,9 @@ class NumbaCuda(GpuBackend):
             if strides in ((), (view.dtype.itemsize,)):
                 gpu_driver.call("cuMemsetD8Async", view.pointer, 0, view.nbytes, stream)
             else:
-                kernel = compiled(build_fill_zero, view.dtype.itemsize, len(shape))
-                _configured(kernel, -(-view.size // BLOCK), BLOCK, stream)(view.pointer, shape, strides, view.size)
+                kernel = compiled(build_rows, view.dtype.itemsize, len(shape), False)
+                launch = _configured(kernel, -(-view.size // BLOCK), BLOCK, stream)
+                launch(view.pointer, strides, 0, strides, shape, 0, view.size)
 
     def copy(self, to, source):
         if to.size:
@@ -112,7 +109,7 @@ class NumbaCuda(GpuBackend):
             return
         with self.ordered(to.device, [to, source]) as stream:
             on_device = self.from_host(rows)
-            kernel = compiled(build_copy_rows, to.dtype.itemsize, len(to.shape))
+            kernel = compiled(build_rows, to.dtype.itemsize, len(to.shape), True)
             of_arrays = to.pointer, to.strides, source.pointer, source.strides
             launch = _configured(kernel, -(-to.size // BLOCK), BLOCK, stream)
             launch(*of_arrays, to.shape, on_device.device_ctypes_pointer.value, to.size)

@@ -321,12 +321,15 @@ def _number_of(dtype):
     return cuda.jit(device=True)(lambda address: types.float64(load(address)))
 
 
-def build_copy_rows(itemsize, ndim):
-    """Return the kernel that copies row rows[k] of an array to row k of another, element by element; none where it is -1."""
+def build_rows(itemsize, ndim, copies):
+    """Return the kernel that stores, element by element, row rows[k] of an array in row k of another, none where it is -1.
+
+    copies: or else zeros are stored in all rows, and there is no other array.
+    """
     bits = UNSIGNED[itemsize]
     load, store = global_load(bits), global_store(bits)
 
-    def copy_rows(to, to_strides, source, source_strides, shape, rows, size):
+    def store_rows(to, to_strides, source, source_strides, shape, rows, size):
         i = cuda.grid(1)
         if i < size:
             for d in range(ndim - 1):
@@ -334,24 +337,8 @@ def build_copy_rows(itemsize, ndim):
                 i = i // shape[ndim - 1 - d]
                 to += to_strides[ndim - 1 - d] * k
                 source += source_strides[ndim - 1 - d] * k
-            row = load_int64(rows + 8 * i)
+            row = load_int64(rows + 8 * i) if copies else i
             if row >= 0:
-                store(to + to_strides[0] * i, load(source + source_strides[0] * row))
+                store(to + to_strides[0] * i, load(source + source_strides[0] * row) if copies else bits(0))
 
-    return copy_rows
-
-
-def build_fill_zero(itemsize, ndim):
-    """Return the kernel that stores zeros in elements of some bytes, whatever lies between them."""
-    bits = UNSIGNED[itemsize]
-    store = global_store(bits)
-
-    def fill_zero(address, shape, strides, size):
-        i = cuda.grid(1)
-        if i < size:
-            for d in range(ndim):
-                address += strides[ndim - 1 - d] * (i % shape[ndim - 1 - d])
-                i = i // shape[ndim - 1 - d]
-            store(address, bits(0))
-
-    return fill_zero
+    return store_rows

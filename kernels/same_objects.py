@@ -42,7 +42,7 @@ def of_python(name, n, returns=True):
     return llvm.function(intrinsic, name, emit, result(*[types.int64] * n))
 
 
-_get_item, _clear_error = of_python("PyDict_GetItemWithError", 2), of_python("PyErr_Clear", 0, returns=False)
+_get_item, clear_error = of_python("PyDict_GetItemWithError", 2), of_python("PyErr_Clear", 0, returns=False)
 incref, decref = (of_python(name, 1, returns=False) for name in ("Py_IncRef", "Py_DecRef"))
 
 
@@ -55,7 +55,7 @@ def in_dict(x, key):
     """Return what a dict has under a key; 0 if there is nothing. PyDict_GetItem takes twice as long."""
     value = _get_item(x, key)
     if value == 0:
-        _clear_error()  # of a key that cannot be compared
+        clear_error()  # of a key that cannot be compared
     return value
 
 

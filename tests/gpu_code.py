@@ -206,11 +206,9 @@ def _numba_ptx(form, arch, loop, rule, on_device, vectors):
 def scalars_ptx(backend, form, arch):
     """Return the PTX of the kernel of a `scalars.ScalarsForm`."""
     if backend != "numba-cuda":
-        return (
-            compile_cupy(cupy_kernels.build_scalars(form), arch, "PTX", 12 if backend == "cupy-cuda12" else 13)
-            .rstrip(b"\0")
-            .decode()
-        )
+        options = [*core.assemble_cupy_compiler_options(()), "-ftz=true", f"-arch={arch.replace('sm', 'compute')}"]
+        source = cupy_kernels.build_scalars(form).code
+        return nvrtc(12 if backend == "cupy-cuda12" else 13).compile(source, options, "PTX").rstrip(b"\0").decode()
     i64, f64 = types.int64, types.float64
     lr, grad_scale = (f64 if dtype is None else i64 for dtype in (form.lr, form.grad_scale))
     settings = [i64, i64, *[f64] * (len(Settings._fields) - 2)]
@@ -319,18 +317,9 @@ def run_scalars(backend, form, arch, settings, step, lr, grad_scale, found_inf=N
     """Run the one-thread kernel of a `scalars.ScalarsForm`. step: int64 array, advanced. Returns the memory that it writes."""
     kernel = loaded(scalars_ptx(backend, form, arch))
     out = np.zeros(MEMORY_BYTES // 8, "i8")
-    n = form.reals
-    reals = out[REALS_AT // 8 :].view(form.dtype)[:n]
-    if backend == "numba-cuda":
-        numbers = [x.ctypes.data if isinstance(x, np.ndarray) else x for x in (step, found_inf, norm, lr, grad_scale)]
-        numbers = [0 if x is None else x for x in numbers]
-        parameters = packed(kernel, *numbers, out.ctypes.data, *settings)
-    else:
-        numbers = [carray(x) if isinstance(x, np.ndarray) else x for x in (lr, grad_scale)]
-        numbers += [carray(x) for x in (found_inf, norm) if x is not None]
-        outputs = [*([carray(step)] if form.counts else []), carray(reals)]
-        outputs += [carray(out[:2])] if form.random or form.skips else []
-        parameters = packed(kernel, *numbers, *settings, *outputs, indexer(kernel, 1))
+    numbers = [x.ctypes.data if isinstance(x, np.ndarray) else x for x in (step, found_inf, norm, lr, grad_scale)]
+    numbers = [0 if x is None else x for x in numbers]
+    parameters = packed(kernel, *numbers, out.ctypes.data, *settings)
     arrays = [x for x in (step, out, lr, grad_scale, found_inf, norm) if isinstance(x, np.ndarray)]
     kernel.run(1, 1, parameters, [(x.ctypes.data, x.ctypes.data + x.nbytes) for x in arrays])
     return out

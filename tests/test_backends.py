@@ -391,7 +391,7 @@ def methods(file):
 def test_every_backend_has_every_method_of_the_interface():
     (_, interface), (of_gpus, interface_of_gpus) = methods("backend.py"), methods("gpu_backend.py")
     assert {"view", "batches", "norm", "zeros", "copy", "from_host", "to_host", "now"} <= interface
-    assert {"on", "current_stream", "pinned", "device_bytes", "run", "launch_scalars", "launch_sums"} <= interface_of_gpus
+    assert {"on", "current_stream", "pinned", "device_bytes", "run", "launch_one_thread", "launch_sums"} <= interface_of_gpus
     assert interface <= methods("cpu_backend.py")[0]
     for file in ("cupy_backend.py", "numba_cuda_backend.py"):
         assert interface | interface_of_gpus <= methods(file)[0] | (of_gpus - interface_of_gpus)

@@ -225,7 +225,7 @@ def test_new_memory_is_there_for_any_stream(cp, backend, busy, of):
     with busy():
         made = {
             "zeros": lambda: kernels.zeros(N, np.dtype("f4"), 0),
-            "zeros_like": lambda: kernels.zeros_like(view),
+            "zeros_like": lambda: kernels.zeros_like_all([view], view.dtype)[0],
             "from_host": lambda: kernels.from_host(np.zeros(N, "f4")),
         }[of.partition(" ")[0]]()
     address = made.__cuda_array_interface__["data"][0]

@@ -1,10 +1,7 @@
 """The checks of a `ShardedAdam`'s arrays: of its parameters, and of the gradients of a step."""
 
-import collections
-
 from .. import backends, checks
 from ..groups import named_params
-from ..kernels.messages import shown
 from .layout import CELL
 
 NARROWER = tuple(format for format in checks.FORMATS if format != "float64")
@@ -12,12 +9,7 @@ NARROWER = tuple(format for format in checks.FORMATS if format != "float64")
 
 def params(groups, arrangement, transport, backend):
     """Return the backend of all parameters and their Views, in order."""
-    params = list(named_params(groups))
-    for name, n in collections.Counter(name for name, _ in params).items():
-        if n > 1:
-            raise ValueError(f"two parameters are named {shown(name)}: names must differ")
-    labelled = [(arrangement.label(name), param) for name, param in params]
-    named = [(label, checks.given(label, param)) for label, param in labelled]
+    named = [(label := arrangement.label(name), checks.given(label, param)) for name, param in named_params(groups)]
     kernels, views = _chosen(named, transport, backend)
     for view in views:
         checks.param(view)

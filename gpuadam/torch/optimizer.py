@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 
 from .. import backends, checks, hyperparameters
-from ..groups import MAPPING, Structure, places_of_groups, some
+from ..groups import HYPERPARAMETERS, MAPPING, Structure, places_of_groups, some
 from ..kernels.messages import shown
 from ..options import Options, arguments
 from ..remembered import Remembered
@@ -31,18 +31,7 @@ OF_A_STEP = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "ma
 SETTINGS = (*OF_A_STEP, "amsgrad", "foreach", "capturable", "differentiable", "fused")
 # Options of all groups, and those that gpuadam.Adam alone has: in a group they would be ignored, as torch ignores other keys
 OF_ALL_GROUPS = ("state_dtype", "master", "stochastic_rounding", "seed", "backend")
-OF_ARRAYS = (
-    "formula",
-    "eps_root",
-    "ema_decay",
-    "zero_grad",
-    "param_copies",
-    "decoupled",
-    "clip_value",
-    "bounds",
-    "complex",
-    "components",
-)
+OF_ARRAYS = {*HYPERPARAMETERS, *Options.__dataclass_fields__, "param_copies"} - {*SETTINGS, "algorithm"}
 
 
 class Member(NamedTuple):
