@@ -55,8 +55,7 @@ def of_optimizer(opt, sizes, **further):
 
 def of_adam(opt, **further):
     """Return the description of an `Adam` or of a class that is derived from it."""
-    members = [[opt.parameters[name] for name in group["names"]] for group in opt.groups]
-    sizes = [[int(p.state["m"].size) // (1 + p.kind.of_complex) for p in of_group] for of_group in members]
+    sizes = [[opt.parameters[name].size for name in group["names"]] for group in opt.groups]
     return of_optimizer(opt, sizes, backend=opt.backend, **further)
 
 

@@ -12,6 +12,7 @@ from .groups import MAPPING, named_params, some
 from .kernels.messages import shown
 from .kernels.operands import GROUP, widened
 from .kernels.view import is_array
+from .parameters import check_state
 from .state import OF_GROUPS
 from .state_dict import HasState
 from .typing import Array, Integer
@@ -56,6 +57,7 @@ class Grows(HasState):
         """
         k, at, old = self._found(name)
         groups, label = self._groups_as_they_are(), self.arrangement.label(name)
+        check_state(old, label)
         kernels, view = self._viewed(label, param)
         before, groups[k]["params"][at] = groups[k]["params"][at], param
         of_old, (view_before,) = backends.choose([(f"the old {label}", before)], self.backend)

@@ -4,7 +4,8 @@ import itertools
 from typing import Any, NamedTuple
 
 from . import backends, checks, hyperparameters, step_counts
-from .groups import Structure, checked_group
+from .groups import Structure, checked_group, differing_names
+from .kernels.messages import label_of, shown
 from .kernels.view import View, is_array
 from .state import Parameter, ParameterKind, key_of_parameter
 from .step_arrays import of_bounds, without_arrays
@@ -52,8 +53,19 @@ def made_parameters(beginnings, states, copies, options):
     parameters = {}
     for number, (name, (_, view, kept, numbers)) in enumerate(beginnings.items()):
         kind = ParameterKind.of(view, kept, name in copies, options.stochastic_rounding, numbers)
-        parameters[name] = Parameter(name, kind, states[name], key_of_parameter(options.seed, number), copies.get(name))
+        size, key = view.size // (1 + kind.of_complex), key_of_parameter(options.seed, number)
+        parameters[name] = Parameter(name, kind, states[name], tuple(kept), size, key, copies.get(name))
     return parameters
+
+
+def check_state(parameter, label):
+    """Refuse the state of a parameter from which something was taken, or to which something came. label: the parameter's."""
+    if parameter.state.keys() != {"step", *parameter.kept}:
+        needed = ["step", *parameter.kept]
+        raise ValueError(
+            f"the state of {label} is not as its optimizer made it: {differing_names(parameter.state, needed)}. It must have "
+            f"{needed}: put back what is missing, and take out the rest"
+        )
 
 
 class Group(NamedTuple):
@@ -81,11 +93,16 @@ class Group(NamedTuple):
             self.count.check_present(parameters, present)
             parameters, arrays, grads = (list(itertools.compress(x, present)) for x in (parameters, arrays, grads))
         updates = []
-        for number, chosen in self.count.alike(parameters, self.kind):
-            alike, *columns = parameters, arrays, grads
-            if chosen:
-                alike, *columns = (list(itertools.compress(x, chosen)) for x in (parameters, arrays, grads))
-            updates.append(self._updates_of(alike, columns, h, number, now, options))
+        try:
+            for number, chosen in self.count.alike(parameters, self.kind):
+                alike, *columns = parameters, arrays, grads
+                if chosen:
+                    alike, *columns = (list(itertools.compress(x, chosen)) for x in (parameters, arrays, grads))
+                updates.append(self._updates_of(alike, columns, h, number, now, options))
+        except KeyError:
+            for parameter in parameters:
+                check_state(parameter, label_of(parameter.name, self.alone))
+            raise
         return updates, parameters
 
     def _updates_of(self, parameters, columns, h, step, now, options):

@@ -171,6 +171,8 @@ class Parameter:
     name: str
     kind: ParameterKind
     state: dict[str, Any]  # "step" and arrays
+    kept: tuple[str, ...]  # the keys of these arrays, as the optimizer's options ask for them
+    size: int  # how many elements the parameter has
     key: int  # for random rounding: an int64 that tells the parameter from others
     copy: Any = None  # an array that is overwritten with the new parameter
     start: int = 0  # the number of the first element, where the parameter is a part of one

@@ -22,7 +22,7 @@ from .kernels import array_bytes
 from .kernels.messages import shortened, shown
 from .kernels.view import Bits, is_array
 from .options import Options
-from .parameters import Group, checked_settings
+from .parameters import Group, check_state, checked_settings
 from .state import OF_GROUPS, Parameter, States
 from .state_conversion import CONVERTED, Conversion, conversion
 from .step_arrays import bounds_of_loaded, saved_bounds
@@ -59,8 +59,11 @@ class HasState:
         With capturable, step counts and learning rates are read from the device, as numbers, after waiting for all that is
         enqueued there, graphs included: the moments are then those of the counts.
         A learning rate that is a callable is not state: None stands in its place.
+
+        Raises ValueError after a step that was cut short, and if something was taken out of `state` or put into it.
         """
         self.under_way.check()
+        self._check_state()
         groups, states = [], {name: dict(state) for name, state in self.state.items()}
         for own, group in zip(self.groups, self._groups, strict=True):
             check_keys(own)
@@ -72,6 +75,11 @@ class HasState:
             states[name]["step"] = n
         of_moments = {key: getattr(self.options, key) for key in OF_MOMENTS}
         return {"steps": self.steps, "state": states, "groups": groups} | of_moments
+
+    def _check_state(self):
+        """Refuse state that has other entries than the options ask for."""
+        for name, parameter in self.parameters.items():
+            check_state(parameter, self.arrangement.label(name))
 
     def _counts(self):
         """Return how many steps each parameter has taken, by name."""
@@ -93,6 +101,7 @@ class HasState:
 
         All of it is checked first. Raises ValueError or TypeError, and then nothing has changed.
         """
+        self._check_state()
         loaded = self.checked_state_dict(state_dict, checks.flag("convert", convert))
         states, copies, counts = loaded[1], [], self._counts()
         conversions: list[Conversion] = []
@@ -211,6 +220,7 @@ class HasState:
         """
         from .checkpoint import saving  # a fifth of the time of importing gpuadam, which most programs need not wait for
 
+        self._check_state()
         begun, counts = self.under_way.begun, self._counts()  # before `state_dict` sees that no step is under way
 
         def is_unchanged():

@@ -269,6 +269,56 @@ def test_nothing_is_saved_that_could_not_be_loaded(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+SPOILED = {
+    "m is gone": (lambda p, state: state.pop("m"), ValueError, r"params\['w'\] is not as .* made it: it lacks \['m'\]"),
+    "step is gone": (lambda p, state: state.pop("step"), ValueError, r"it lacks \['step'\]"),
+    "a max_v": (lambda p, state: state.update(max_v=state["v"].copy()), ValueError, r"only it has \['max_v'\]"),
+    "an unknown array": (lambda p, state: state.update(x=state["v"].copy()), ValueError, r"only it has \['x'\]"),
+    "m in the other byte order": (
+        lambda p, state: state.update(m=state["m"].astype(">f4")),
+        TypeError,
+        r"m of params\['w'\] has dtype float32 in the other byte order \(>f4\); it must be float32",
+    ),
+    "a remainder in the other byte order": (
+        lambda p, state: state.update(remainder=state["remainder"].astype(">i2")),
+        TypeError,
+        r"remainder of params\['w'\] has dtype int16 in the other byte order",
+    ),
+    "a parameter in the other byte order": (
+        lambda p, state: setattr(p, "dtype", ">f4"),
+        TypeError,
+        r"^params\['w'\] has dtype float32 in the other byte order",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_state_that_could_not_be_loaded_leaves_the_file_as_it_was(what, tmp_path):
+    spoil, error, match = SPOILED[what]
+    own = params(BF16 if "remainder" in what else "f4")
+    opt = gpuadam.Adam(own, master="remainder" if "remainder" in what else None)
+    opt.step(grads(own, 1))
+    opt.save(tmp_path / "f", with_params=True)
+    before = (tmp_path / "f").read_bytes()
+    spoil(own["w"], opt.state["w"])
+    with pytest.raises(error, match=match):
+        opt.save(tmp_path / "f", with_params=True)
+    assert (tmp_path / "f").read_bytes() == before
+
+
+def test_many_ranks_save_no_state_that_could_not_be_loaded(tmp_path):
+    opt = gpuadam.ShardedAdam(params(), gpuadam.transports.Local())
+    opt.save(tmp_path / "f")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "f").iterdir()}
+    opt.shards[0].state["v"] = opt.shards[0].state["v"].astype(">f4")
+    with pytest.raises(TypeError, match="other byte order"):
+        opt.save(tmp_path / "f")
+    del opt.shards[0].state["v"]
+    with pytest.raises(ValueError, match=r"it lacks \['v'\]"):
+        opt.save(tmp_path / "f")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "f").iterdir()} == before
+
+
 @pytest.mark.parametrize("name", ["", "a.m", "__metadata__", 'quote" \\ back', "größe/層", "\n\0", "x" * 5000])
 def test_a_parameter_may_have_any_name(name, tmp_path):
     opt = gpuadam.Adam({name: np.ones(3), "a": np.ones(3)})

@@ -483,6 +483,33 @@ def test_a_hyperparameter_is_no_attribute_that_would_have_no_effect(make, name):
     assert not hasattr(opt, name)
 
 
+@pytest.mark.parametrize("key", ["m", "step"])
+@pytest.mark.parametrize("make", [gpuadam.Adam, gpuadam.OffloadAdam])
+def test_what_was_taken_out_of_the_state_is_named(make, key):
+    p = params()
+    opt = make(p)
+    opt.step(grads(1))
+    state_dict, before = copy.deepcopy(opt.state_dict()), p["w"].copy()
+    del opt.state["w"][key]
+    for call in (
+        lambda: opt.step(grads(2)),
+        lambda: opt.state_dict(),
+        lambda: opt.load_state_dict(state_dict),
+        lambda: opt.replace("w", p["w"].copy(), range(len(p["w"]))),
+    ):
+        with pytest.raises(ValueError, match=rf"the state of params\['w'\] is not as .* made it: it lacks \['{key}'\]"):
+            call()
+    assert different_bits(p["w"], before) == 0
+    assert "2 parameters" in repr(opt)
+
+
+def test_a_key_error_of_a_schedule_is_its_own():
+    opt = gpuadam.Adam(params())
+    opt.groups[0]["lr"] = {}.__getitem__
+    with pytest.raises(KeyError, match="1"):
+        opt.step(grads(1))
+
+
 def test_another_dict_in_the_place_of_a_state_is_refused():
     opt = gpuadam.Adam(params())
     for copied in (opt, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):

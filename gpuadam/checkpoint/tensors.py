@@ -3,10 +3,11 @@
 from functools import partial
 from typing import Any, NamedTuple
 
-from .. import backends
+from .. import backends, checks
 from ..groups import named_params
 from ..kernels import array_bytes
 from ..kernels.view import View
+from ..parameters import check_state
 from ..state import shape
 from .safetensors import Tensor
 
@@ -50,8 +51,10 @@ def sections(opt, ranges=None):
     """
     listed = []
     for name, param in named_params(opt.groups):
+        label = opt.arrangement.label(name)
+        check_state(opt.parameters[name], label)
         kept = {key: opt.array_of_state(name, key) for key in opt.state[name] if key != "step"}
-        master, label = kept.pop("master", None), opt.arrangement.label(name)
+        master = kept.pop("master", None)
         of_param = ("master of " + label, master) if master is not None else (label, param)
         viewed = {PARAM: backends.choose([of_param], opt.backend if master is None else opt.state_backend)}
         for key, array in kept.items():
@@ -76,6 +79,7 @@ def _check(viewed, options, numbers):
             raise ValueError(
                 f"{view.name} is {view.format} of shape {view.shape}, and must be {kept[key]} of shape {its_shape}"
             )
+        checks.one_format(view, (kept[key],))  # bytes in the other order would be read in this machine's
 
 
 def chosen(sections, with_params):
