@@ -246,6 +246,23 @@ def test_files_of_a_process_that_was_killed_while_it_made_them_are_made_anew(tmp
         assert not opt.state["w"]["v"].any() and not list(tmp_path.glob("*.tmp"))
 
 
+def test_state_after_steps_is_not_begun_anew_because_its_description_was_lost(tmp_path):
+    params = arrays()
+    with gpuadam.OffloadAdam(params, state=tmp_path) as opt:
+        steps([opt], 2)
+    description, m = (tmp_path / "state.json").read_bytes(), (tmp_path / "m").read_bytes()
+    (tmp_path / "state.json").unlink()
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"after 2 steps, and no state.json.*put that file back. If .*delete the folder"
+        ):
+            gpuadam.OffloadAdam(params, state=tmp_path)
+    assert (tmp_path / "m").read_bytes() == m
+    (tmp_path / "state.json").write_bytes(description)
+    with gpuadam.OffloadAdam(params, state=tmp_path) as opt:
+        assert opt.steps == 2
+
+
 def test_a_relative_path_stays_where_it_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with gpuadam.OffloadAdam(arrays(), state="./state") as opt:

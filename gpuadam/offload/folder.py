@@ -69,6 +69,8 @@ class Folder(Store):
         try:
             names = self._names_there(description)  # again, now that no other process changes it
             self.existed = names is not None
+            if not self.existed and (self.path / STEPS).exists():
+                self._check_beginning()
             for left in self.path.glob(f"{TEMPORARY}*.tmp"):
                 with contextlib.suppress(OSError):  # a file that stays does no harm
                     left.unlink()
@@ -103,6 +105,15 @@ class Folder(Store):
         if strangers := sorted(files.keys() - ours):
             raise ValueError(f"{self.path} has {strangers[:5]} in it and no {STATE}: give a folder of its own for the state")
         return None
+
+    def _check_beginning(self):
+        """Refuse files without a state.json that were in use: a process that was killed while it made them took no step."""
+        marks = _read(self.path / STEPS, self._longest, _marks)
+        if taken := max(marks["steps"], *marks["behind"].values(), 0):
+            raise ValueError(
+                f"{self.path} has state after {taken:,} steps, and no {STATE}, which says whose state it is: put that file back. "
+                f"If it is lost, {MEND[0].lower()}{MEND[1:]}"
+            )
 
     def _reliable_marks(self):
         """Return what steps.json says, or refuse state that cannot be relied on."""
