@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Literal
 
 import numpy as np
@@ -131,7 +132,7 @@ def adam_step(
     calls = _REPEATED if type(param) is np.ndarray else _ON_GPU
     if calls.does((param, grad, m, v), settings, step, lr, grad_scale, backend):
         return
-    usual = algorithm == "adam" and formula == "torch" and eps_root == 0.0 and ema_decay == 0.999
+    usual = algorithm is _ALGORITHM and formula is _FORMULA and eps_root is _EPS_ROOT and ema_decay is _EMA_DECAY
     formulas = hyperparameters.ADAM  # which takes less time than to look it up
     if not usual or zero_grad is not False or decoupled is not False:
         formulas = hyperparameters.formulas(algorithm, formula, eps_root, ema_decay, False, zero_grad, decoupled)
@@ -142,7 +143,7 @@ def adam_step(
     group = Updates(h, checks.step_number(step), [[param], [grad], [m], [v]])
     plain = max_v is remainder is param_copy is ema is change is lr_scale is where is low is high is None
     plain = plain and m_scale is v_scale is complex is None
-    if not plain or stochastic_rounding or seed or components != 1:
+    if not plain or stochastic_rounding is not False or seed is not _SEED or components is not _COMPONENTS:
         if isinstance(where, str):
             checks.one_of(("nonzero",), "where", where)
             group.nonzero, where = True, None
@@ -160,3 +161,10 @@ def adam_step(
     update([group], backend, stream, remembered)
     if stream is None and (remembered or calls is _REPEATED):
         calls.note(group, settings)
+
+
+# The defaults, known by identity: what is only equal to them, as False to 0 or 1.0 to 1, is checked like all else
+_ALGORITHM, _FORMULA, _EPS_ROOT, _EMA_DECAY, _SEED, _COMPONENTS = (
+    inspect.signature(adam_step).parameters[name].default
+    for name in ("algorithm", "formula", "eps_root", "ema_decay", "seed", "components")
+)

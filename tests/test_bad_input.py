@@ -93,6 +93,34 @@ def test_a_bad_hyperparameter_is_named(options, error, match):
     assert_refused(error, match, good(), **({"step": 1} | options))
 
 
+# Wrong values that are false, or equal to the default
+NEARLY_DEFAULT = [
+    *({"seed": value} for value in (None, "", 0.0, [], False)),
+    *({"stochastic_rounding": value} for value in (0, None, "")),
+    *({"components": value} for value in (1.0, True, 1 + 0j)),
+    *({"eps_root": value} for value in (False, 0j)),
+    {"ema_decay": 0.999 + 0j},
+    *({name: np.array(["adam" if name == "algorithm" else "torch"])} for name in ("algorithm", "formula")),
+]
+
+
+@pytest.mark.parametrize("options", NEARLY_DEFAULT, ids=str)
+def test_what_is_only_equal_to_a_default_is_refused(options):
+    arrays = good()
+    del arrays["max_v"]
+    assert_refused((TypeError, ValueError), next(iter(options)), arrays, **options)
+
+
+def test_a_default_may_be_another_object_of_its_type():
+    one, other = good(), good()
+    defaults = {"seed": np.int64(0), "components": np.int8(1), "eps_root": float("0.0"), "ema_decay": float("0.999")}
+    defaults |= {"algorithm": "".join(["ad", "am"]), "formula": np.str_("torch"), "stochastic_rounding": np.False_}
+    for step in (1, 2, 3):
+        for given, options in ((one, {}), (other, defaults)):
+            gpuadam.adam_step(given["param"], given["grad"], given["m"], given["v"], step, **options)
+    assert contents(one) == contents(other)
+
+
 def read_only(a):
     a = a.copy()
     a.flags.writeable = False
