@@ -13,11 +13,20 @@ from .kernels.operands import GROUP, KINDS, is_written, sharing
 from .kernels.view import View
 
 
+def is_number(value, kind=Real):
+    """Whether a value is a real number, or of a kind of them. NumPy registers its durations as integers, and they are none.
+
+    >>> is_number(np.float32(1)), is_number(2, Integral), is_number(True), is_number(np.timedelta64(1, "s"))
+    (True, True, False, False)
+    """
+    return isinstance(value, kind) and not isinstance(value, (bool, np.timedelta64))
+
+
 def real(name, value):
     """Return a hyperparameter as a Python float."""
     if type(value) is float:
         return value
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"{name} must be a real number, not {shown(value)} ({type(value).__name__})")
     try:
         return float(value)
@@ -39,7 +48,7 @@ def as_float(value):
 def scheduled(schedule, step):
     """Return the learning rate of a step: the number that a schedule returns, or that in an array of no dimensions, as JAX's."""
     value = schedule(step)
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+    if getattr(value, "shape", None) == () and hasattr(value, "item") and not isinstance(value, np.timedelta64):
         value = value.item()
     try:
         return real("lr", value)
@@ -105,7 +114,7 @@ def found_inf(value):
     """Return whether a flag of the host, None, a number or an array of one, says that a gradient is not finite."""
     if value is None:
         return False
-    if not isinstance(value, (bool, np.bool_, Real)):
+    if not isinstance(value, (bool, np.bool_)) and not is_number(value):
         raise TypeError(f"found_inf must be True, False, a number or an array of one, not {shown(value)}")
     return bool(value)
 
@@ -132,7 +141,7 @@ def integer(name, value):
     """Return an integer as a Python int, which never wraps. name: what errors call it, and what it is."""
     if type(value) is int:
         return value
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_number(value, Integral):
         raise TypeError(f"{name} must be an integer, not {shown(value)} ({type(value).__name__})")
     return int(value)
 
@@ -148,7 +157,9 @@ def count(name, value):
     """Return a number of steps taken as a Python int."""
     value = integer(name, value)
     if value < 0:
-        raise ValueError(f"{name} must not be negative")
+        raise ValueError(f"{name} must not be negative, and is {shown(value)}")
+    if value >= 1 << 63:  # one of thousands of digits could be written into no file
+        raise ValueError(f"{name} must be less than 2**63, as an int64 is, and is a number of {value.bit_length():,} bits")
     return value
 
 
@@ -249,7 +260,7 @@ def complex_parts(value):
 
 def components(value):
     """Return how many numbers share a v, an int."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value not in (1, 2, 3, 4):
+    if not is_number(value, Integral) or value not in (1, 2, 3, 4):
         raise ValueError(f"components={shown(value)} must be 1, 2, 3 or 4: how many neighbours share a v")
     return int(value)
 

@@ -3,11 +3,12 @@
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
+from .checks import is_number
 from .groups import HYPERPARAMETERS
 from .kernels.messages import how_many, shown
 from .kernels.view import is_array
@@ -86,8 +87,8 @@ def _text(value):
         return f"<{type(value).__name__}>"
     if isinstance(value, (bool, np.bool_)):
         return str(bool(value))
-    if isinstance(value, Real):
-        return str(int(value)) if isinstance(value, Integral) else f"{float(value):.6g}"
+    if is_number(value):
+        return shown(int(value), LONGEST) if isinstance(value, Integral) else f"{float(value):.6g}"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(map(_text, value))})"
     if isinstance(value, Mapping) or callable(value):

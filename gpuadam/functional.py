@@ -163,8 +163,8 @@ def adam_step(
         calls.note(group, settings)
 
 
+_PARAMETERS = inspect.signature(adam_step).parameters
 # The defaults, known by identity: what is only equal to them, as False to 0 or 1.0 to 1, is checked like all else
 _ALGORITHM, _FORMULA, _EPS_ROOT, _EMA_DECAY, _SEED, _COMPONENTS = (
-    inspect.signature(adam_step).parameters[name].default
-    for name in ("algorithm", "formula", "eps_root", "ema_decay", "seed", "components")
+    _PARAMETERS[name].default for name in ("algorithm", "formula", "eps_root", "ema_decay", "seed", "components")
 )

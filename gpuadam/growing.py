@@ -112,7 +112,7 @@ class Grows(HasState):
         ['b']
         """
         groups = self._groups_as_they_are()
-        if isinstance(group, bool) or not isinstance(group, Integral) or int(group) not in range(len(groups)):
+        if not checks.is_number(group, Integral) or int(group) not in range(len(groups)):
             raise ValueError(f"there is no group {shown(group)}: they are numbered from 0 to {len(groups) - 1}")
         self._check_named(group := int(group))
         if not isinstance(name, str) or name in self.parameters:

@@ -44,7 +44,7 @@ def formulas(
     arguments = algorithm, formula, eps_root, ema_decay, ema_starts, zero_grad, decoupled
     try:
         return _formulas(*arguments)
-    except TypeError:  # a value that no cache can have as its key
+    except (TypeError, ValueError):  # a value that no cache can have as its key, or a wrong one
         return _formulas.__wrapped__(*arguments)
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from . import backends, checks, hyperparameters, step_counts
 from .groups import Structure, checked_group, differing_names
-from .kernels.messages import label_of, shown
+from .kernels.messages import label_of
 from .kernels.view import View, is_array
 from .state import Parameter, ParameterKind, key_of_parameter
 from .step_arrays import of_bounds, without_arrays

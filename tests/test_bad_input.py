@@ -93,6 +93,47 @@ def test_a_bad_hyperparameter_is_named(options, error, match):
     assert_refused(error, match, good(), **({"step": 1} | options))
 
 
+A_DURATION = [np.timedelta64(1), np.timedelta64(1, "s")]  # which NumPy registers as integers
+NUMBERS = {
+    **{
+        name: lambda x, name=name: gpuadam.adam_step(*(np.ones(3, "f4") for _ in range(4)), **{"step": 1, name: x})
+        for name in ("step", "lr", "eps", "weight_decay", "grad_scale", "ema_decay", "eps_root", "seed", "components")
+    },
+    "beta1": lambda x: gpuadam.Adam(np.ones(3), betas=(x, 0.9)),
+    "bounds": lambda x: gpuadam.Adam(np.ones(3), bounds=(x, None)),
+    "lr of a schedule": lambda x: gpuadam.Adam(np.ones(3), lr=lambda step: x),
+    "found_inf": lambda x: gpuadam.Adam(np.ones(3)).step(np.ones(3), found_inf=x),
+    "max_norm": lambda x: gpuadam.Adam(np.ones(3)).step(np.ones(3), max_norm=x),
+    "norm": lambda x: gpuadam.Adam(np.ones(3)).step(np.ones(3), norm=x, max_norm=1.0),
+    "budget": lambda x: gpuadam.OffloadAdam(np.ones(3), budget=x),
+    "group": lambda x: gpuadam.Adam({"a": np.ones(3)}).add("b", np.ones(3), x),
+}
+
+
+@pytest.mark.parametrize("value", A_DURATION, ids=repr)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_duration_is_no_number(name, value):
+    with pytest.raises((TypeError, ValueError), match=rf"{name.split()[0]}.*timedelta"):
+        NUMBERS[name](value)
+
+
+@pytest.mark.parametrize(
+    "n, said",
+    [(-3, "must not be negative, and is -3"), (10**5000, "must be less than 2..63, .* of 16,610 bits")],
+    ids=["negative", "huge"],
+)
+def test_a_count_that_no_file_can_hold_is_named(n, said, tmp_path):
+    opt = gpuadam.Adam({"w": np.ones(3)})
+    state_dict = opt.state_dict()
+    opt.steps = n
+    with pytest.raises(ValueError, match=f"^steps {said}"):
+        opt.save(tmp_path / "a")
+    assert repr(opt).startswith("Adam(1 parameter, 3 elements, steps=")
+    with pytest.raises(ValueError, match=f"^step of 'w' {said}"):
+        opt.load_state_dict(state_dict | {"state": {"w": state_dict["state"]["w"] | {"step": n}}})
+    assert list(tmp_path.iterdir()) == []
+
+
 # Wrong values that are false, or equal to the default
 NEARLY_DEFAULT = [
     *({"seed": value} for value in (None, "", 0.0, [], False)),

@@ -131,7 +131,7 @@ WRONG_METADATA = {
             "params": {name: p | {"step": 1 << 63} for name, p in m["params"].items()},
             "options": m["options"] | {"capturable": True},
         },
-        "is an int64",
+        "int64",
     ),
     "a broken step": (lambda m: {"params": m["params"] | {"w": m["params"]["w"] | {"step": 1.5}}}, "must be an integer"),
     "steps that are true": (lambda m: {"steps": True}, "steps must be an integer"),

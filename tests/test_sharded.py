@@ -33,7 +33,7 @@ w = np.ones((2, 3), "f4")
         ({"transport": transports.Local}, TypeError, "the class Local"),
         ({"lr": -1.0}, ValueError, "lr=-1.0"),
         ({"reduction": "max"}, ValueError, "reduction='max' must be one of 'mean', 'sum'"),
-        ({"bucket_bytes": -1}, ValueError, "bucket_bytes must not be negative"),
+        ({"bucket_bytes": -1}, ValueError, "bucket_bytes must not be negative, and is -1"),
         ({"bucket_bytes": 1e6}, TypeError, "bucket_bytes must be an integer"),
         ({"capturable": True}, TypeError, "unexpected keyword argument 'capturable'"),
         ({"algorithm": "sgd"}, ValueError, "algorithm='sgd'"),

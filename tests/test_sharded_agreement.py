@@ -1,6 +1,7 @@
 """Ranks agree: values are compared by what they mean, and what one of them does wrong, all of them raise."""
 
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def unpicklable():
             0.25,
             "the ranks differ in weight_decay of group 0: 0.25 on rank 0, a half on rank 1",
         ),
-        ("bucket_bytes", 10**5000, 1, "Exceeds the limit"),
+        ("weight_decay", Fraction(1, 10**5000), 0.5, "Exceeds the limit"),
         ("weight_decay", Unreadable(0.5), 0.5, "no text"),
         (
             "weight_decay",

@@ -375,7 +375,7 @@ def _bytes(budget):
     """Return the budget as an int. 1e9 is a number of bytes, too."""
     if isinstance(budget, float) and budget.is_integer():
         budget = int(budget)
-    if isinstance(budget, bool) or not isinstance(budget, Integral):
+    if not checks.is_number(budget, Integral):
         raise TypeError(f"budget={shown(budget)} must be a number of bytes, such as 10**9 for 1 GB or 2**30 for 1 GiB")
     if budget < 1:
         raise ValueError(f"budget={shown(budget)} must be a positive number of bytes")

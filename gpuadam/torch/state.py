@@ -2,12 +2,12 @@
 
 import functools
 import math
-import numbers
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
+from .. import checks
 from .. import state as gpuadam_state
 from ..groups import some
 from ..kernels.messages import shown
@@ -59,7 +59,7 @@ def new(arrays, param, capturable):
 def count(name, value):
     """Return a step count, which torch keeps as a float, as an int. name: the parameter's, for the message."""
     number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-    steps = float(number) if isinstance(number, numbers.Real) and not isinstance(number, bool) else math.nan
+    steps = float(number) if checks.is_number(number) else math.nan
     if not (steps >= 0 and steps.is_integer()):
         raise ValueError(f"the step of {name} is {shown(number)}: it must be how many steps it has taken, 0, 1, 2, ...")
     return int(steps)
