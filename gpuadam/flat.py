@@ -43,8 +43,8 @@ def flatten(arrays: Array | Sequence[Array] | Mapping[str, Array], backend: str 
     The buffer is C-contiguous. Each array starts at a multiple of 16 bytes; the elements between are 0, and stay 0 under an
     optimizer while their gradients are 0. An optimizer over `param` has one array, whatever the number of views, and its step
     one launch and no table. From then on use the views: the arrays that were given are copied and left as they are.
-    Write into the views, `flat.grads["w"][...] = x`; another array in the place of one raises TypeError, and so do a deep copy
-    and a pickle of what is returned.
+    Write into the views, `flat.grads["w"][...] = x`; another array in the place of one raises TypeError, and so do one more and
+    one less, and a deep copy and a pickle of what is returned.
 
     Raises ValueError for no arrays or more than one device, TypeError for more than one dtype or library.
 
@@ -97,11 +97,22 @@ def flatten(arrays: Array | Sequence[Array] | Mapping[str, Array], backend: str 
     return Flat(param, grad, *(_fixed(as_given(kind, arrays, of_buffer)) for of_buffer in (params, grads)))
 
 
+def _refuse(views, *args, **kwargs):
+    raise TypeError(
+        "the views of a buffer stay those that flatten made, in their order: write into them, or make a collection of your own, "
+        "list(views) or dict(views)"
+    )
+
+
 class Views(dict):
     """Views of a buffer by name. Another array in the place of one would be none of the buffer, so it is refused."""
 
+    __delitem__ = clear = pop = popitem = setdefault = _refuse
+
     def __setitem__(self, name, array):
-        _check_same(self.get(name), name, array)
+        if name not in self:
+            _refuse(self)
+        _check_same(self[name], name, array)
 
     def update(self, *args, **kwargs):
         for name, array in dict(*args, **kwargs).items():
@@ -117,6 +128,8 @@ class Views(dict):
 
 class ListedViews(list):
     """Views of a buffer in order, likewise."""
+
+    __delitem__ = __iadd__ = __imul__ = append = clear = extend = insert = pop = remove = reverse = sort = _refuse
 
     def __setitem__(self, number, array):
         _check_same(self[number], number, array)

@@ -124,6 +124,46 @@ def test_no_view_can_be_replaced_by_an_array_that_a_step_would_not_see(as_list):
     assert (flat.param[:2] == 5).all() and (flat.grad[:2] == 5).all()
 
 
+CHANGES_OF_A_DICT = {
+    "del": lambda views: views.__delitem__("a"),
+    "clear": lambda views: views.clear(),
+    "pop": lambda views: views.pop("a"),
+    "popitem": lambda views: views.popitem(),
+    "setdefault": lambda views: views.setdefault("c", np.ones(3, "f4")),
+    "a new name": lambda views: views.__setitem__("c", np.ones(3, "f4")),
+    "update": lambda views: views.update(c=None),
+}
+CHANGES_OF_A_LIST = {
+    "del": lambda views: views.__delitem__(0),
+    "+=": lambda views: views.__iadd__([np.ones(3, "f4")]),
+    "*=": lambda views: views.__imul__(2),
+    "append": lambda views: views.append(np.ones(3, "f4")),
+    "clear": lambda views: views.clear(),
+    "extend": lambda views: views.extend([np.ones(3, "f4")]),
+    "insert": lambda views: views.insert(0, np.ones(3, "f4")),
+    "pop": lambda views: views.pop(),
+    "remove": lambda views: views.remove(views[0]),
+    "reverse": lambda views: views.reverse(),
+    "sort": lambda views: views.sort(key=len),
+}
+
+
+@pytest.mark.parametrize(
+    "change, arrays",
+    [(change, {"a": np.ones(2, "f4"), "b": np.ones(3, "f4")}) for change in CHANGES_OF_A_DICT.values()]
+    + [(change, [np.ones(2, "f4"), np.ones(3, "f4")]) for change in CHANGES_OF_A_LIST.values()],
+    ids=[*CHANGES_OF_A_DICT, *CHANGES_OF_A_LIST],
+)
+def test_no_view_comes_goes_or_moves(change, arrays):
+    flat = gpuadam.flatten(arrays)
+    for views in (flat.params, flat.grads):
+        before = list(views.values()) if isinstance(views, dict) else list(views)
+        with pytest.raises(TypeError, match="the views of a buffer stay those that flatten made"):
+            change(views)
+        after = list(views.values()) if isinstance(views, dict) else list(views)
+        assert list(map(id, after)) == list(map(id, before))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
 def test_a_copy_would_have_views_of_no_buffer_and_is_refused(copied):
     flat = gpuadam.flatten({"w": np.ones(3, "f4")})
