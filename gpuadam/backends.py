@@ -275,7 +275,9 @@ def _memory(name, array):
     """Return "CPU" or "CUDA", without importing anything."""
     if isinstance(array, np.ndarray):
         if isinstance(array, np.ma.MaskedArray):
-            raise TypeError(f"{name} is a masked array; an update cannot heed its mask. Pass {name}.data, or a copy")
+            raise TypeError(
+                f"{name} is a masked array, and an update cannot heed its mask: pass x.data, or x.filled(0) where 0 is meant"
+            )
         if hasattr(type(array), "__cuda_array_interface__"):  # Numba's managed and mapped arrays, and slices of them
             raise TypeError(
                 f"{name} is {arrays.a_kind(array)}, whose memory is the host's and a GPU's too: pass numba.cuda.as_cuda_array(x) "

@@ -2,14 +2,15 @@
 
 import math
 import operator
-from collections.abc import Mapping, Set
+import os
+from collections.abc import Iterator, Mapping, Set
 from numbers import Integral, Real
 
 import numpy as np
 
 from .kernels.layout import bounds, in_rows_apart
 from .kernels.messages import shortened, shown, warn
-from .kernels.operands import GROUP, KINDS, is_written, sharing
+from .kernels.operands import GROUP, KINDS, STATE, is_written, sharing
 from .kernels.view import View
 
 
@@ -77,13 +78,13 @@ def bounds_of_param(value):
     """Return (low, high): of bounds, None or a pair of numbers, either of which may be None."""
     if value is None:
         return -math.inf, math.inf
-    if isinstance(value, dict):  # which would be unpacked into its names
+    if isinstance(value, Mapping):  # which would be unpacked into its names
         raise ValueError(
             f"bounds must be a pair, (low, high), not {shown(value)}. Bounds of arrays by name are a dict each, or None: "
             "({'x': low_of_x}, {'x': high_of_x})"
         )
     try:
-        low, high = value
+        low, high = pair(value)
     except (TypeError, ValueError):
         raise ValueError(
             f"bounds must be two numbers, (low, high), either of which may be None, not {shown(value)}"
@@ -122,12 +123,17 @@ def found_inf(value):
 def betas(value):
     """Return (beta1, beta2), each in [0, 1)."""
     try:
-        beta1, beta2 = value
-        if isinstance(value, (Set, Mapping)):  # a set has no order, and of a dict only the keys would be taken
-            raise TypeError
+        beta1, beta2 = pair(value)
     except (TypeError, ValueError):
         raise ValueError(f"betas must be two numbers, (beta1, beta2), not {shown(value)}") from None
     return beta("beta1", beta1), beta("beta2", beta2)
+
+
+def pair(value):
+    """Return a pair of numbers that can be read again and again, in an order. Raises TypeError for what cannot."""
+    if isinstance(value, (Set, Mapping, Iterator)):  # of a dict only the keys would be taken
+        raise TypeError
+    return value
 
 
 def beta(name, value):
@@ -173,6 +179,13 @@ def flag(name, value):
     if type(value) is not bool and not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, not {shown(value)}")
     return bool(value)
+
+
+def path(name, value):
+    """Return the path of a file or a folder as a string."""
+    if not isinstance(value, (str, bytes, os.PathLike)):
+        raise TypeError(f"{name} must be a string or an os.PathLike, such as pathlib.Path, not {shown(value)}")
+    return os.fsdecode(value)
 
 
 def seed(value):
@@ -379,7 +392,10 @@ def _other_shape(view, param, operand, numbers):
 def formats(views, nonzero=False, numbers=1):
     """Check the formats of the operands of one update. views: name of the operand -> View, or what has its name and format."""
     for operand, view in views.items():
-        one_format(view, KINDS[operand].formats)
+        allowed = KINDS[operand].formats
+        if operand in STATE and view.format != "uint8" and "m_scale" not in views:  # 8-bit state is not what was meant
+            allowed = tuple(format for format in allowed if format != "uint8")
+        one_format(view, allowed)
     param, m = views["param"], views["m"]
     for operand in ("low", "high"):
         if operand in views and views[operand].format != param.format:
@@ -448,12 +464,18 @@ def _in_groups(view):
 def one_format(view, allowed):
     if view.format not in allowed or not view.dtype.isnative:
         other = next(format for format in (view.format, "float32", allowed[0]) if format in allowed)
-        if view.of_complex:
-            other = "complex128" if other == "float64" else "complex64"
         raise TypeError(
-            f"{view.name} has dtype {_name(view)}; it must be {' or '.join(allowed)}, in native byte order: "
-            f"x = x.astype({other!r})"
+            f"{view.name} has dtype {_name(view)}; it must be {' or '.join(allowed)}, in native byte order: {cast(view, other)}"
         )
+
+
+def cast(view, other):
+    """Return what makes an array of another format of a View's, in words. Objects, text and dates may be no numbers at all."""
+    if not np.can_cast(view.dtype, "complex128", "same_kind"):
+        return "give an array of numbers"
+    if view.of_complex:
+        other = "complex128" if other == "float64" else "complex64"
+    return f"x = x.astype({other!r})"
 
 
 def format_of_bits(name, given):

@@ -67,20 +67,29 @@ def global_norm(
     return result if out is None else out
 
 
-def named_arrays(name, x):
-    """Give what errors call each array, and the array."""
+def named_arrays(name, x, around=()):
+    """Give what errors call each array, and the array. around: the lists and dicts that x is in."""
     if x is None:
         return
     if type(x) is Bits:  # a tuple, and one array
         yield name, x
     elif isinstance(x, Mapping):
+        around = _further_in(name, x, around)
         for key, value in x.items():
-            yield from named_arrays(f"{name}[{key!r}]", value)
+            yield from named_arrays(f"{name}[{key!r}]", value, around)
     elif is_sequence(x) or isinstance(x, (Iterator, ValuesView)):
+        around = _further_in(name, x, around)
         for k, value in enumerate(x):
-            yield from named_arrays(f"{name}[{k}]", value)
+            yield from named_arrays(f"{name}[{k}]", value, around)
     else:
         yield name, x
+
+
+def _further_in(name, x, around):
+    """Return what the members of a list or dict are in. Refuse one that is in itself, whose arrays have no end."""
+    if any(x is one for one in around):
+        raise ValueError(f"{shortened(name)} is a {type(x).__name__} that is in itself: give one that has each array once")
+    return *around, x
 
 
 NORMED = tuple(order.FORMATS)  # formats that a norm takes

@@ -380,7 +380,7 @@ def decay_groups(params: Mapping[str, Array], no_decay: str | Iterable[str], wei
     if not isinstance(no_decay, Iterable):
         raise TypeError(f"no_decay must be patterns of names, not {shown(no_decay)}")
     exempt: set[str] = set()
-    for pattern in [no_decay] if isinstance(no_decay, str) else no_decay:
+    for pattern in [no_decay] if isinstance(no_decay, (str, bytes)) else no_decay:
         if not isinstance(pattern, str):
             raise TypeError(f"the patterns of no_decay must be strings, not {shown(pattern)}")
         matched = [name for name in params if fnmatch.fnmatchcase(name, pattern)]

@@ -14,7 +14,10 @@ class Places(list):
 
     They are plain tuples because each step unpacks them, which takes longer of any other. A copy of an optimizer has other arrays
     than the program has, and so no places. `of_groups`: the holder of each group, which may have no parameter yet, or None.
+    `can_replace`: whether the optimizer lets another array take a parameter's place.
     """
+
+    can_replace = True
 
     def __init__(self):
         self.of_groups: list[dict | list | None] = []
@@ -55,7 +58,7 @@ def check(places):
         except LookupError:  # the program has no array of this name any more
             continue
         if held is not array and not _same_memory(held, array):
-            raise _rebound(holder, key, held, name)
+            raise _rebound(holder, key, held, name, places.can_replace)
         now.append((holder, key, held, name))
     places[:] = now
 
@@ -106,11 +109,12 @@ def _same_memory(held, array):
     )  # fmt: skip
 
 
-def _rebound(holder, key, held, name):
+def _rebound(holder, key, held, name, can_replace):
     kind, label = "dict" if isinstance(holder, dict) else "list", f"params[{shown(key)}]"
+    other = f"optimizer.replace({shown(name)}, {label}, rows)" if can_replace else "make another optimizer"
     return ValueError(
         f"{label} is no longer the array that the optimizer updates: the {kind} that it was given in holds another object there, "
         f"{a_kind(held)}, as after {label} = {label} * 2. Updates are in place, so write into the array: {label}[...] = x. To "
-        f"go on with another array: optimizer.replace({shown(name)}, {label}, rows). If the {kind} serves something else "
-        f"by now, give the optimizer one of its own: {kind}(params)"
+        f"go on with another array: {other}. If the {kind} serves something else by now, give the optimizer one of its own: "
+        f"{kind}(params)"
     )

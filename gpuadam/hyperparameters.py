@@ -125,7 +125,7 @@ def with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas, 
         beta1, beta2 = betas if type(betas) is tuple else checks.betas(betas)
         if clip_value is bounds is None:  # the usual case; each argument of a cached function costs time
             return Hyperparameters(lr, _fixed(beta1, beta2, eps, weight_decay, maximize, formulas), grad_scale)
-        low, high = UNBOUNDED if bounds is None else bounds
+        low, high = UNBOUNDED if bounds is None else checks.pair(bounds)
         fixed = _fixed(beta1, beta2, eps, weight_decay, maximize, formulas, clip_value, low, high)
     except (TypeError, ValueError):  # not two of them, a value that no cache can have as its key, or a wrong one
         betas = checks.betas(betas)

@@ -57,14 +57,26 @@ def conversion(label, own, loaded, numbers=1, backend=None):
     for key, (_, view) in sources.items():
         allowed = ("float32",) if key in OF_GROUPS else ("uint8",) if is_coded else FORMATS
         if view.format not in allowed or not view.dtype.isnative:
-            dtype = shortened(str(view.dtype))
-            raise TypeError(f"{view.name} has dtype {dtype}, and must be {' or '.join(allowed)}, in native byte order")
+            dtype, advice = shortened(str(view.dtype)), checks.cast(view, wide(targets[key][1]))
+            raise TypeError(
+                f"{view.name} has dtype {dtype}, and must be {' or '.join(allowed)}, in native byte order: {advice}"
+            )
         of_m = targets["m"][1].size
         first, last = place(key, 0, of_m, numbers)
         its_shape = (last - first,) if key in OF_GROUPS else targets[key][1].shape
         if view.shape != its_shape:
             raise ValueError(f"{view.name} has shape {view.shape}, and must have {its_shape}")
     return Conversion(sources, targets, numbers)
+
+
+def is_convertible(view):
+    """Whether moments of a View's format can be converted. Integers of 16 bits are bfloat16."""
+    return view.dtype.isnative and view.format in (*FORMATS, "uint16")
+
+
+def wide(view):
+    """Return the format that numbers are cast to, which may then be converted to that of a View."""
+    return "float64" if view.format == "float64" else "float32"
 
 
 def _viewed(label, arrays, backend):

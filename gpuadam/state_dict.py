@@ -24,7 +24,7 @@ from .kernels.view import Bits, is_array
 from .options import Options
 from .parameters import Group, check_state, checked_settings
 from .state import OF_GROUPS, Parameter, States
-from .state_conversion import CONVERTED, Conversion, conversion
+from .state_conversion import CONVERTED, Conversion, conversion, is_convertible, wide
 from .step_arrays import bounds_of_loaded, saved_bounds
 from .typing import FilePath
 from .under_way import UnderWay
@@ -123,8 +123,11 @@ class HasState:
                 checks.given(*named[1])
                 kernels, (to, source) = backends.choose(named, self.state_backend)
                 if key in CONVERTED and to.dtype != source.dtype and to.shape == source.shape:
-                    theirs = shortened(str(source.dtype))
-                    raise ValueError(f"{source.name} has dtype {theirs}, the optimizer's {to.dtype}{CONVERT}")
+                    has = f"{source.name} has dtype {shortened(str(source.dtype))}, the optimizer's {to.dtype}"
+                    if is_convertible(source):
+                        raise ValueError(has + CONVERT)
+                    then = "" if to.format == wide(to) else f". Then{CONVERT}"
+                    raise ValueError(f"{has}: {checks.cast(source, wide(to))}{then}")
                 checks.same_layout(to, source, kernels.copies_any_layout)
                 copies.append((kernels, to, source))
         written, read = [to for _, to, _ in copies], [source for *_, source in copies]

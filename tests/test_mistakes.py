@@ -11,6 +11,34 @@ def ones(n=3, dtype="float32"):
     return np.ones(n, dtype)
 
 
+def rebound(make):
+    """Step an optimizer over a dict in which another array has taken a parameter's place."""
+    params = {"a": ones()}
+    opt = make(params)
+    params["a"] = ones() * 2
+    opt.step({"a": ones()})
+
+
+def load_moments(dtype, convert=False, **options):
+    """Load moments of a dtype."""
+    opt = gpuadam.Adam({"a": ones()}, **options)
+    state = {"step": 1, "m": ones(dtype=dtype), "v": ones(dtype=dtype)}
+    opt.load_state_dict(opt.state_dict() | {"state": {"a": state}}, convert=convert)
+
+
+def endless():
+    grads = {"a": [ones()]}
+    grads["a"].append(grads)
+    return grads
+
+
+TAKE_A_PATH = {
+    "save": lambda path: gpuadam.Adam(ones()).save(path),
+    "load": lambda path: gpuadam.load(path, ones()),
+    "save on ranks": lambda path: gpuadam.ShardedAdam(ones(), transports.Local()).save(path),
+    "load_sharded": lambda path: gpuadam.load_sharded(path, ones(), transports.Local()),
+    "load_offload": lambda path: gpuadam.load_offload(path, ones()),
+}
 TIED = ones()
 IN_PAIRS = r"params has pairs of a name and an array, the first of 'a': give a dict, dict\(params\)"
 ONCE = r"params\['a'\] and params\['b'\] are one array: give it once, under one name, .*the sum of the gradients"
@@ -76,6 +104,89 @@ MISTAKES = {
         ValueError,
         r"params\['a'\] and params\['b'\] share memory",
     ),
+    # dtypes that no cast, or another one, makes right
+    **{
+        f"{dtype} parameters": (
+            lambda dtype=dtype: gpuadam.Adam(np.zeros(3, dtype)),
+            TypeError,
+            "^params has dtype .*, in native byte order: give an array of numbers$",
+        )
+        for dtype in ("object", "U3", "M8[s]", "m8[s]", "f4,f4")
+    },
+    "an integer m": (
+        lambda: gpuadam.adam_step(ones(), ones(), ones(dtype=int), ones(), 1),
+        TypeError,
+        r"^m has dtype int64; it must be float32 or float64 or bfloat16, in native byte order: x = x.astype\('float32'\)",
+    ),
+    "loaded integers": (
+        lambda: load_moments("i4"),
+        ValueError,
+        r"has dtype int32, the optimizer's float32: x = x.astype\('float32'\)$",
+    ),
+    "loaded integers to convert": (
+        lambda: load_moments("i4", convert=True),
+        TypeError,
+        r"has dtype int32, and must be .*, in native byte order: x = x.astype\('float32'\)$",
+    ),
+    "loaded integers for bfloat16": (
+        lambda: load_moments("i4", state_dtype="bfloat16"),
+        ValueError,
+        r"the optimizer's uint16: x = x.astype\('float32'\). Then: load_state_dict\(state_dict, convert=True\)",
+    ),
+    **{
+        f"loaded in the other byte order, convert={convert}": (
+            lambda convert=convert: load_moments(">f8", convert, state_dtype="float64"),
+            ValueError,
+            r"has dtype >f8, the optimizer's float64: x = x.astype\('float64'\)$",
+        )
+        for convert in (False, True)
+    },
+    "loaded in another format": (
+        lambda: load_moments("f8"),
+        ValueError,
+        "float32: load_state_dict.state_dict, convert=True",
+    ),
+    "a masked gradient": (
+        lambda: gpuadam.Adam(ones()).step(np.ma.masked_array(ones(), [0, 1, 0])),
+        TypeError,
+        r"^the gradient of params is a masked array, .*: pass x.data, or x.filled\(0\) where 0 is meant$",
+    ),
+    # another array in a parameter's place
+    "rebound": (lambda: rebound(gpuadam.Adam), ValueError, r"another array: optimizer.replace\('a', params\['a'\], rows\)"),
+    "rebound, offloaded": (lambda: rebound(gpuadam.OffloadAdam), ValueError, "with another array: make another optimizer"),
+    "rebound, on ranks": (
+        lambda: rebound(lambda params: gpuadam.ShardedAdam(params, transports.Local())),
+        ValueError,
+        "with another array: make another optimizer",
+    ),
+    # what can be read once
+    "betas of an iterator": (
+        lambda: gpuadam.Adam(ones(), betas=iter((0.9, 0.99))),
+        ValueError,
+        "^betas must be two numbers",
+    ),
+    "bounds of an iterator": (lambda: gpuadam.Adam(ones(), bounds=iter((0, 1))), ValueError, "^bounds must be two numbers"),
+    # what is in itself
+    "endless gradients": (
+        lambda: gpuadam.global_norm(endless()),
+        ValueError,
+        r"^grads\['a'\]\[1\] is a dict that is in itself",
+    ),
+    # what is no text
+    "bytes for a pattern": (
+        lambda: gpuadam.decay_groups({"a": ones()}, b"a"),
+        TypeError,
+        "patterns of no_decay must be strings, not b'a'",
+    ),
+    **{
+        f"{call}, {path!r} for a path": (
+            lambda call=call, path=path: TAKE_A_PATH[call](path),
+            TypeError,
+            f"path must be a string or an os.PathLike, such as pathlib.Path, not {path!r}",
+        )
+        for call in ("save", "load", "save on ranks", "load_sharded", "load_offload")
+        for path in (None, 1)
+    },
     # one array has no name
     "its dtype": (lambda: gpuadam.Adam(ones(dtype=int)), TypeError, "^params has dtype int64"),
     "no array at all": (lambda: gpuadam.Adam(None), TypeError, "^params is None, not an array"),

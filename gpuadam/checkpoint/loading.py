@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -69,7 +68,7 @@ def load(
     >>> type(again).__name__, again.steps, again.groups[0]["lr"]
     ('AdamW', 1, 0.1)
     """
-    path = os.fsdecode(path)
+    path = checks.path("path", path)
     with about(path), opened(path, params, backend, lr, with_params, state_dtype) as checkpoint:
         saved = checkpoint.stored.saved
         single = saved.name in CLASSES

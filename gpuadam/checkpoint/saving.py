@@ -22,7 +22,7 @@ ADVICE: dict[int | None, str] = {
 
 def save(opt, state_dict, path, is_unchanged, *, with_params=False):
     """Save an `Adam`: see `Adam.save`. state_dict: the optimizer's own, which has been checked. The rest: `write_file`."""
-    path, with_params = os.fsdecode(path), checks.flag("with_params", with_params)
+    path, with_params = checks.path("path", path), checks.flag("with_params", with_params)
     check_class(opt, (*CLASSES, "OffloadAdam"))
     arrays, states = sections(opt), state_dict["state"]
     params = {section.param: (section.view, states[section.param]["step"]) for section in arrays if section.key == PARAM}

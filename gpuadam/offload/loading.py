@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -57,7 +56,7 @@ def load_offload(
     ...     print(again.steps, again.groups[0]["lr"], again.decoupled)
     1 0.1 True
     """
-    path = os.fsdecode(path)
+    path = checks.path("path", path)
     check_place(state)
     if master is not None:
         checks.one_of(("float32",), "master", master)

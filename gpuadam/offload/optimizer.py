@@ -147,6 +147,7 @@ class OffloadAdam(Adam):
         bar = _progress_bar() if checks.flag("progress", progress) else None
         try:
             super().__init__(**of_adam, master=master if master == "remainder" else None)
+            self.arrangement.places.can_replace = False
             self.state_backend = "numba-cpu"
             if self._store.existed:
                 self.steps = self._store.marks["steps"]
@@ -363,6 +364,8 @@ def check_place(state):
     """Refuse what is neither "memory" nor the path of a folder, and a word that may be a slip for "memory"."""
     if not isinstance(state, (str, os.PathLike)) or not os.fspath(state):
         raise TypeError(f'state={shown(state)} must be "memory" or the path of a folder')
+    if state != "memory" and Path(state).exists() and not Path(state).is_dir():
+        raise ValueError(f"state={shown(state)} is no folder, and something else is there: give the path of a folder")
     is_word = isinstance(state, str) and state not in ("memory", "..") and state == Path(state).name
     if is_word and not Path(state).is_dir():
         raise ValueError(

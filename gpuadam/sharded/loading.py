@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Sequence
 
 from .. import checks
@@ -56,7 +55,7 @@ def load_sharded(
     """
     transports.check(transport)
     with transport.calls.alone("a load"):
-        location = on_all(transport, os.fsdecode, path)
+        location = on_all(transport, checks.path, "path", path)
     with about(location), contextlib.ExitStack() as until_loaded:
 
         def compared():

@@ -147,6 +147,7 @@ class ShardedAdam(HasGroups):
         self.options = Options(algorithm, decoupled, **options)
         self.params = as_list(params)  # an iterator can be read once
         self.groups, self.arrangement = parsed_groups(self.params, defaults)
+        self.arrangement.places.can_replace = False
         self._kernels, views = shard_checks.params(self.groups, self.arrangement, self.transport, self._backend)
         names = [(k, name) for k, group in enumerate(self.groups) for name in group["names"]]
         numbers = shard_checks.numbers(views, self.groups)

@@ -58,7 +58,7 @@ def save(opt, path, with_params):
 def _prepared(opt, path, with_params):
     """Check the optimizer. Return (folder, metadata), a dict of values that all ranks must have in common, and no flag."""
     check_class(opt, ("ShardedAdam", "ShardedAdamW"))
-    folder, with_params = Path(os.fsdecode(path)), checks.flag("with_params", with_params)
+    folder, with_params = Path(checks.path("path", path)), checks.flag("with_params", with_params)
     opt.checked_groups()  # what could not be loaded is not saved either
     params = {member.name: (member.view, member.taken) for member in opt.members}
     groups = [saved_settings(group) for group in opt.groups]
