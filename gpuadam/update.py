@@ -48,6 +48,7 @@ class Updates:
     starts: list[int] | None = None  # likewise the number of its first element, where a param is a part of one
     nonzero: bool = False  # elements whose gradient is 0 stay
     alone: bool = False  # the param was given as one array, so that nobody knows its name
+    called: tuple[str, ...] = ()  # the names of the operands in errors, if they are others
     like: Any = None  # what its arrays are like, a `numpy_batches.Like`, if they were found to be in one table
 
     def written(self):
@@ -68,7 +69,7 @@ class Updates:
         if self.names is None:
             return self.operands
         param = label_of(self.names[n], self.alone)
-        return param, f"the gradient of {param}", *(f"{operand} of {param}" for operand in self.operands[2:])
+        return param, f"the gradient of {param}", *(f"{name} of {param}" for name in (self.called or self.operands)[2:])
 
 
 def update(groups, backend=None, stream=None, remembered=None, under_way=None, norms=None):

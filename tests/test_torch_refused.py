@@ -63,7 +63,12 @@ BAD_STEPS = {
     "state of another shape": (
         lambda params, opt: opt.state[params[1]].update(exp_avg=torch.zeros(8)),
         ValueError,
-        r"m of params\['1'\] has shape \(8,\)",
+        r"^exp_avg of params\['1'\] has shape \(8,\)",
+    ),
+    "state of integers": (
+        lambda params, opt: opt.state[params[1]].update(exp_avg_sq=torch.zeros(7, dtype=torch.int64)),
+        TypeError,
+        r"^exp_avg_sq of params\['1'\] has dtype int64; it must be float32 or float64 or bfloat16, in native",
     ),
     "parameters that share memory": (
         lambda params, opt: setattr(params[1], "data", params[0].data.view(-1)[:7]),

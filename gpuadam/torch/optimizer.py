@@ -247,9 +247,9 @@ class Adam(torch.optim.Optimizer):
         columns, starts = distributed.local_columns(names, columns)
         stochastic, seed = self.options.stochastic_rounding, self.options.seed
         keys = [_key(seed, number) for number in numbers] if self.options.rounds_randomly else None
-        operands = "param", "grad", *(array.operand for array in arrays)
+        operands, called = ("param", "grad", *(a.operand for a in arrays)), ("param", "grad", *(a.name for a in arrays))
         settings = {"now": now, "stochastic": stochastic, "seed": seed, "keys": keys, "starts": starts, "complex": "parts"}
-        return Updates(h, step, columns, operands, names, **settings)
+        return Updates(h, step, columns, operands, names, called=called, **settings)
 
     # State
 
