@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import Any, Literal, overload
 
@@ -149,7 +148,8 @@ class Adam(HasGroups, Grows):
 
     def with_groups(self, groups, states, copies):
         """Return an optimizer like this one with other groups. states: name -> state that goes on. copies: name -> array."""
-        twin = copy.copy(self)
+        twin = object.__new__(type(self))
+        twin.__dict__.update(vars(self))
         structures = [s._replace(names=list(g["names"])) for s, g in zip(self.arrangement.structures, groups, strict=True)]
         twin._repeated = RepeatedStep()
         twin.groups, twin.arrangement = groups, self.arrangement._replace(structures=structures)

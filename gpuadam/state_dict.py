@@ -76,6 +76,12 @@ class HasState:
         of_moments = {key: getattr(self.options, key) for key in OF_MOMENTS}
         return {"steps": self.steps, "state": states, "groups": groups} | of_moments
 
+    def __copy__(self):
+        raise TypeError(
+            f"a copy.copy of this {type(self).__name__} would share its arrays and counts, and each would take steps of which "
+            "the other does not know: use copy.deepcopy(optimizer), or copy.deepcopy((params, optimizer)) for the parameters too"
+        )
+
     def _check_state(self):
         """Refuse state that has other entries than the options ask for."""
         for name, parameter in self.parameters.items():

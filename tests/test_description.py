@@ -78,7 +78,7 @@ def test_it_says_what_is_so_now():
     opt.add("c", np.ones(7, "f4"))
     assert repr(opt) == "Adam(3 parameters, 20 elements, steps=1, lr=5, maximize=True)"
     opt.remove("w")
-    assert repr(copy.copy(opt)) == "Adam(2 parameters, 8 elements, steps=1, lr=5, maximize=True)"
+    assert repr(copy.deepcopy(opt)) == "Adam(2 parameters, 8 elements, steps=1, lr=5, maximize=True)"
 
 
 def test_a_class_of_ones_own_has_its_own_name_and_defaults():

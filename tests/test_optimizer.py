@@ -433,6 +433,22 @@ def test_a_copied_or_pickled_optimizer_goes_on_as_the_first():
         assert everything(other) == everything(opt)
 
 
+def test_a_shallow_copy_would_share_half_of_an_optimizer_and_is_refused():
+    own = params()
+    opt = gpuadam.AdamW(own)
+    opt.step(grads(1))
+    with pytest.raises(
+        TypeError, match=r"copy.copy of this AdamW .*: use copy.deepcopy\(optimizer\), or copy.deepcopy\(\(params"
+    ):
+        copy.copy(opt)
+    theirs, other = copy.deepcopy((own, opt))
+    other.step(grads(2))
+    opt.step(grads(2))
+    assert all(different_bits(theirs[name], own[name]) == 0 for name in own)
+    with pytest.raises(TypeError, match="an OffloadAdam is not copied"):
+        copy.copy(gpuadam.OffloadAdam(params()))
+
+
 def test_a_schedule_is_not_state():
     opt = gpuadam.Adam(params(), lr=lambda step: 0.1)
     d = opt.state_dict()

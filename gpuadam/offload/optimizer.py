@@ -359,6 +359,8 @@ class OffloadAdam(Adam):
     def __reduce__(self):
         raise TypeError("an OffloadAdam is not copied or pickled, because its state is not in it alone: use state_dict()")
 
+    __copy__ = __reduce__
+
 
 def check_place(state):
     """Refuse what is neither "memory" nor the path of a folder, and a word that may be a slip for "memory"."""
