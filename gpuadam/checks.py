@@ -393,7 +393,7 @@ def formats(views, nonzero=False, numbers=1):
     """Check the formats of the operands of one update. views: name of the operand -> View, or what has its name and format."""
     for operand, view in views.items():
         allowed = KINDS[operand].formats
-        if operand in STATE and view.format != "uint8" and "m_scale" not in views:  # 8-bit state is not what was meant
+        if view.format not in allowed and operand in STATE and "m_scale" not in views:  # 8-bit state is not what was meant
             allowed = tuple(format for format in allowed if format != "uint8")
         one_format(view, allowed)
     param, m = views["param"], views["m"]

@@ -31,7 +31,7 @@ def plan_of(group: Updates, n_rows=None, beside=False, table=None, clips=False):
     scalars = (1.0, 0.0, constants.w1, constants.w2, 0.0, constants.eps, 0.0, *later)
     sign, most_scale = -1.0 if fixed.maximize else 1.0, kernels.cpu_step.LARGEST_SCALE if scaled else 1.0
     numbers = constants.lowest, fixed.beta1, fixed.beta2, fixed.weight_decay, constants.eps, sign, most_scale
-    kernel = kernels.compiled(adam, form, scalars)
+    kernel = kernels.compiled(adam, form)
     if not hasattr(kernel, "overloads"):  # somebody's own in the place of a loop of Numba's
         return None
     formula, begins = (fixed.variant, form.decoupled), 1 if constants.first == later else 2
@@ -179,7 +179,7 @@ class StepsOnCpu:
         """Return the batch of the table, whose arrays the plan keeps alive."""
         plan, kernels = self._plan, self._kernels
         batch = kernels.batch_of(plan.table, plan.elements, None, False, 0, self._names, plan.held)
-        batch.prepare(adam, plan.form, plan.scalars.tolist(), None)
+        batch.prepare(adam, plan.form, plan.scalars_at, None)
         return batch
 
     def ended(self):

@@ -79,6 +79,7 @@ class Scalars(NamedTuple):
 
 
 FURTHER = ("of_m", "of_g", "eps_root", "clip_value", "least", "most", "w_ema")  # the scalars that not every form has
+MOST_SCALARS = len(Scalars._fields) + len(FURTHER)
 
 
 @functools.lru_cache(maxsize=256)

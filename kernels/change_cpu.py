@@ -69,8 +69,7 @@ def build(form, loop, how=None):
     N, CHANGE, GROUPED = len(operands_of_form(form)), form.arrays.change != "", form.arrays.grouped
     NUMBERS, SEVERAL = form.arrays.numbers, form.arrays.numbers > 1
     RUN, operands_at = GROUP if GROUPED else WIDTH, tuple_at(intrinsic, N)
-    to_reals, n_scalars = numba_access.to_reals(form, intrinsic), len(adam.scalar_names(form))
-    scalars_at, int64_at = tuple_at(intrinsic, n_scalars, types.float64), load_at(intrinsic, types.int64)
+    scalars_at, int64_at = numba_access.scalars_at(form, intrinsic), load_at(intrinsic, types.int64)
     choose_vectors, AHEAD, MANY = numba_access.choose_vectors(intrinsic, how.wide), how.ahead, processor.cached(form)
     units: Any = access.units if GROUPED else None
 
@@ -115,7 +114,7 @@ def build(form, loop, how=None):
 
     @compiled
     def add_chunk(lanes, table, row, start, n, scalars):
-        at, s = operands_at(table.ctypes.data + 8 * (row + order.OPERANDS)), to_reals(scalars_at(scalars))
+        at, s = operands_at(table.ctypes.data + 8 * (row + order.OPERANDS)), scalars_at(scalars)
         if GROUPED or table[row + order.RUN]:
             for i in range(0, n, RUN):
                 if AHEAD and (start + i) % (FETCHED * NUMBERS) < RUN and table[row + order.SIZE] > NUMBERS * MANY:

@@ -2,16 +2,20 @@
 
 import functools
 import time
+from array import array
+from typing import Any
 
 import numba
 import numpy as np
 
-from gpuadam.kernels import change_cpu, cpu_kernels, cpu_step, cpu_threads, huge_pages, norm_cpu, numpy_struct
+from gpuadam.kernels import adam, change_cpu, cpu_kernels, cpu_step, cpu_threads, huge_pages, norm_cpu, numpy_struct
 from gpuadam.kernels.backend import Backend, Batch, refuse_stream
 from gpuadam.kernels.layout import collapse, dense
 from gpuadam.kernels.numba_memory import CACHE_LINE
 from gpuadam.kernels.operands import operands_of_form, widened
 from gpuadam.kernels.view import on_cpu
+
+NO_SCALARS = np.zeros(adam.MOST_SCALARS)  # of a kernel over no elements
 
 
 class CpuBatch(Batch):
@@ -21,24 +25,29 @@ class CpuBatch(Batch):
     alive, or None if the caller does.
     """
 
-    __slots__ = ("arguments", "arrays", "begun", "group", "is_random", "kernel", "n", "names", "table", "updates")
+    arguments: tuple[Any, ...]  # of the kernel
+    __slots__ = ("arguments", "arrays", "begun", "group", "is_random", "kernel", "n", "names", "scalars", "table", "updates")
 
     def __init__(self, table, n, arrays, is_random, group=0, names=None, updates=None):  # faster than by super().__init__
         self.table, self.n, self.arrays, self.is_random, self.group = table, n, arrays, is_random, group
         self.names, self.updates, self.begun = names or ("param",), updates, False
 
     def prepare(self, rule, form, scalars, place, key=0):
+        """As the base's. scalars: they may also be in memory, as float64, where they stay: then their address."""
         self.begun = False
+        if type(scalars) is not int:
+            self.scalars = array("d", scalars)
+            scalars, _ = self.scalars.buffer_info()
         if self.table is not None and self.n < backend.PARALLEL_FROM:
             latest = backend.latest
             if latest[0] is not form or latest[1] is not rule or latest[2] is not backend.build:
-                latest = backend.latest = form, rule, backend.build, backend.compiled(rule, form, scalars)
-            self.kernel, self.arguments = latest[3], (self.table, 0, self.n, key, *scalars)
+                latest = backend.latest = form, rule, backend.build, backend.compiled(rule, form)
+            self.kernel, self.arguments = latest[3], (self.table, 0, self.n, key, scalars)
             return
         if self.table is not None:
             self.kernel, build = cpu_threads.run, functools.partial(backend.build, rule, form)
-            self.arguments = build, self.table, self.n, cpu_threads.n_threads(), (key, *scalars)
-            over_nothing = build, self.table, 0, *self.arguments[3:]
+            self.arguments = build, self.table, self.n, cpu_threads.n_threads(), (key, scalars)
+            over_nothing: tuple[Any, ...] = build, self.table, 0, *self.arguments[3:]
         else:
             (update,) = self.updates
             at = tuple(view.pointer for view in update.views)
@@ -47,7 +56,7 @@ class CpuBatch(Batch):
             shape, strides = np.array(dims or [1]), np.zeros((len(dims) or 1, len(at)), np.int64)
             strides[: len(dims)] = np.array(of_arrays, np.int64).T
             self.kernel = backend.build(rule, form, "strided")
-            self.arguments = at, shape, strides, update.start, update.key ^ key, *scalars
+            self.arguments = at, shape, strides, update.start, update.key ^ key, scalars
             over_nothing = at, np.zeros(1, np.int64), np.zeros((1, len(at)), np.int64), *self.arguments[3:]
         backend.rehearse((rule, form, self.table is None, backend.build), self.kernel, over_nothing)
 
@@ -75,11 +84,10 @@ class NumbaCpu(Backend):
         self.PARALLEL_FROM = 1 << 16
         self._rehearsed: set[tuple] = set()
 
-    def compiled(self, rule, form, scalars):
+    def compiled(self, rule, form):
         """Return the serial loop, compiled."""
-        kernel = self.build(rule, form, "serial")
-        table = np.zeros((0, numpy_struct.PARAM + len(operands_of_form(form))), np.int64)
-        kernel(table, 0, 0, 0, *scalars)
+        kernel, operands = self.build(rule, form, "serial"), operands_of_form(form)
+        kernel(np.zeros((0, numpy_struct.PARAM + len(operands)), np.int64), 0, 0, 0, NO_SCALARS.ctypes.data)
         return kernel
 
     def rehearse(self, what, kernel, over_nothing):

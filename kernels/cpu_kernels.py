@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from numba.extending import intrinsic
 
-from gpuadam.kernels import adam, compiled_cache, cpu_threads, numba_access, processor
+from gpuadam.kernels import compiled_cache, cpu_threads, numba_access, processor
 from gpuadam.kernels.numba_access import BLOCK, FETCHED, KEPT
 from gpuadam.kernels.numba_memory import CACHE_LINE, on_stack, tuple_at
 from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
@@ -28,12 +28,13 @@ def build(rule, form, loop):
     AHEAD, WIDE = getattr(rule, "LOOP", processor.loop_of(form))
     MANY = processor.cached(form)
     choose_vectors = numba_access.choose_vectors(intrinsic, WIDE)
-    operands_at = tuple_at(intrinsic, len(operands_of_form(form)))
+    operands_at, scalars_at = tuple_at(intrinsic, len(operands_of_form(form))), numba_access.scalars_at(form, intrinsic)
     PARAM_SIZE = operands_of_form(form)[0].itemsize
 
-    def serial(table, first, last, key, s):
-        """Update the elements first ... last - 1, counted through all rows. s: the scalars."""
+    def serial(table, first, last, key, scalars):
+        """Update the elements first ... last - 1, counted through all rows. scalars: the address of the step's, float64."""
         choose_vectors()
+        s = scalars_at(scalars)
         end, many = 0, last - first > MANY
         for row in range(table.shape[0]):
             begin, end = end, end + table[row, SIZE]
@@ -59,8 +60,9 @@ def build(rule, form, loop):
                             store(here, i, update(load(here, i), s), first_here, high, row_key)
                     start = end_of_part
 
-    def strided(at, shape, strides, index, key, s):
+    def strided(at, shape, strides, index, key, scalars):
         """Update every element. strides: bytes, by dimension and operand. Elements are counted in C order."""
+        s = scalars_at(scalars)
         last, n_rows = shape.size - 1, 1
         for d in range(last):
             n_rows *= shape[d]
@@ -75,31 +77,12 @@ def build(rule, form, loop):
                 here = stepped(here, step, 1)
 
     if form.arrays.grouped:
-        serial = _over_groups(access, update, operands_at, choose_vectors)
-    arguments, body = {
-        "strided": ("at, shape, strides, index, key", strided),
-        "serial": ("table, first, last, key", serial),
-    }[loop]
-    body = njit(error_model="numpy", inline="always")(compiled_cache.named(body, rule.__name__, form))
-    function = compiled_cache.named(_taking(arguments, form, body=body), rule.__name__, form)
-    return compiled_cache.of_rule(njit(**compiled_cache.KERNEL)(function), rule, form)
+        serial = _over_groups(access, update, operands_at, scalars_at, choose_vectors)
+    kernel = compiled_cache.named(strided if loop == "strided" else serial, rule.__name__, form)
+    return compiled_cache.of_rule(njit(**compiled_cache.KERNEL)(kernel), rule, form)
 
 
-def _taking(arguments, form, **names):
-    """Return a function that calls body with its arguments and a tuple of its scalars.
-
-    Each scalar is an argument: to pass a tuple, or some for `*scalars`, takes Python longer than the update of a small array.
-    They come as Python floats, which Numba is quicker to take than NumPy's.
-    """
-    listed = ", ".join(adam.scalar_names(form))
-    text = f"def kernel({arguments}, {listed}):\n    body({arguments}, to_reals(({listed},)))"
-    # a kernel is found in the cache by the name of its module
-    namespace = {"__name__": __name__, "to_reals": numba_access.to_reals(form, intrinsic)} | names
-    exec(compile(text, __file__, "exec"), namespace)
-    return namespace["kernel"]
-
-
-def _over_groups(groups, update, operands_at, choose_vectors):
+def _over_groups(groups, update, operands_at, scalars_at, choose_vectors):
     load, units, store, magnitudes, codec = groups.load, groups.units, groups.store, groups.magnitudes, groups.codec
     scales, encode, keep, kept = groups.scales, groups.encode, groups.keep, groups.kept
     keep_largest, kept_largest, moved, ZERO = groups.keep_largest, groups.kept_largest, groups.moved, np.int32(0)
@@ -130,10 +113,10 @@ def _over_groups(groups, update, operands_at, choose_vectors):
 
     block = njit(error_model="numpy", inline="always")(block)
 
-    def serial(table, first, last, key, s):
-        """Update the groups that begin among the elements first ... last - 1, counted through all rows. s: the scalars."""
+    def serial(table, first, last, key, scalars):
+        """Update the groups that begin among the elements first ... last - 1, counted through all rows. scalars: as above."""
         choose_vectors()
-        memory = block_memory()
+        memory, s = block_memory(), scalars_at(scalars)
         end = 0
         for row in range(table.shape[0]):
             size = table[row, SIZE]

@@ -59,28 +59,29 @@ class Plan(step_objects.Plan):
     def __init__(
         self, like, form, kernel, formula, numbers, scalars, begins, most, n_rows=None, table=None, any_order=True, params=()
     ):
-        width, n = like.expected.shape[1], len(scalars)
+        width = like.expected.shape[1]
         reads = NO_ARRAY if table is not None else ARRAYS_OF_ONE if n_rows is None else ARRAYS
         n_rows = n_rows or 1
-        sizes = like.expected.size, n_rows * (PARAM + width), SCALARS + n, n_rows * width, len(params)
+        sizes = like.expected.size, n_rows * (PARAM + width), SCALARS + adam.MOST_SCALARS, n_rows * width, len(params)
         expected, table_at, of_numbers, objects, params_at, end = (HEAD + sum(sizes[:k]) for k in range(6))
         super().__init__(width, n_rows, end - OWN)
         at = [self.address + 8 * k for k in (expected, table_at, of_numbers, objects, params_at)]
         # the arrays of a step of several updates that is READY. They are let go by `held.fill(None)`
         self.held = np.empty(n_rows * width if reads == ARRAYS else 0, object)
-        self.memory[ARRAY_TYPE:MOVES] = NDARRAY, address_of(kernel, n), most, begins, any_order
+        self.memory[ARRAY_TYPE:MOVES] = NDARRAY, address_of(kernel), most, begins, any_order
         self.memory[EXPECTED:HEAD] = *at, self.held.ctypes.data
         self.memory[expected:table_at] = like.expected.ravel()
         self.table = self.memory[table_at:of_numbers].reshape(n_rows, PARAM + width)
         if table is not None:
             self.table[...] = table
         floats = self.memory[of_numbers:objects].view(np.float64)
-        floats[:SCALARS], floats[SCALARS:] = numbers, scalars
-        self.scalars = floats[SCALARS:]
+        floats[:SCALARS], self.scalars = numbers, floats[SCALARS : SCALARS + len(scalars)]
+        self.scalars[...] = scalars
+        self.scalars_at = at[2] + 8 * SCALARS
         self.memory[params_at:end] = [id(param) for param in params]
         self._kept = [like, kernel, params, cpu_threads.safe]  # whose memory the compiled code knows
         self.form = form
-        self._call, self.rehearsed = compiled(*formula, n, reads), False
+        self._call, self.rehearsed = compiled(*formula, reads), False
 
     @property
     def elements(self):
@@ -96,11 +97,11 @@ class Plan(step_objects.Plan):
         """Let calls start threads, if the loop in threads has been compiled. build: of `cpu_kernels`."""
         if self.memory[IN_THREADS] or not self.memory[MOST] or not cpu_threads.numba_threads_are_safe():
             return
-        loop, n = build(adam, self.form, "parallel"), self.scalars.size
-        if _signature(n) in getattr(loop, "overloads", ()):
+        loop = build(adam, self.form, "parallel")
+        if OF_A_KERNEL in getattr(loop, "overloads", ()):
             self._kept.append(loop)
             self.memory[COUNTER], self.memory[SAFE_AT] = cpu_threads.counter_at(), cpu_threads.safe.ctypes.data
-            self.memory[IN_THREADS] = address_of(loop, n)
+            self.memory[IN_THREADS] = address_of(loop)
 
     def step(self, arrays, settings, t, lr, grad_scale):
         """Return DONE, READY or OTHER. Of updates beside others, one call at a time: threads take turns (`gpuadam/under_way.py`).
@@ -116,36 +117,29 @@ def takes(grad_scale):
     return grad_scale == 1.0 or 1.0 / LARGEST_SCALE < abs(grad_scale) < LARGEST_SCALE
 
 
-def _signature(n):
-    """Return the types of the arguments of a kernel of n scalars."""
-    return *OF_A_KERNEL, *[types.float64] * n
+# The arguments of a kernel: table, first, last, key and the address of its scalars; in threads table, n, n_threads, key and these
+OF_A_KERNEL = types.Array(types.int64, 2, "C"), *[types.int64] * 4
 
 
-def address_of(kernel, n):
-    """Return the address of the machine code of a kernel that has been called with n scalars, and perhaps with other types."""
-    made = kernel.overloads[_signature(n)]
+def address_of(kernel):
+    """Return the address of the machine code of a kernel that has been called, and perhaps with other types too."""
+    made = kernel.overloads[OF_A_KERNEL]
     return made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
 
 
 _float64_at = load_at(intrinsic, types.float64)
 _store, _store_count = (store_at(intrinsic, kind) for kind in (types.float64, types.int64))
-# table, first, last, key; in threads table, n, n_threads, key; then its scalars
-OF_A_KERNEL = types.Array(types.int64, 2, "C"), *[types.int64] * 3
 
 
-def _launching(n, holds_lock):
-    """Return a function that calls a kernel of n scalars at an address, with Python's lock or without it."""
-    arguments = _signature(n)
+def _launching(holds_lock):
+    """Return a function that calls a kernel at an address, with Python's lock or without it."""
 
     def codegen(context, b, signature, args):
         kernel, table, first, second, scalars = args
-        kind = context.call_conv.get_function_type(types.none, arguments)
-        start = b.inttoptr(scalars, llvm.F64.as_pointer())
-        numbers = [b.load(b.gep(start, [llvm.U64(k)])) for k in range(n)]  # while no other thread can change them
-        values = [table, first, second, llvm.U64(0), *numbers]
+        kind = context.call_conv.get_function_type(types.none, OF_A_KERNEL)
         # Numba's functions take the places of a result and of an error before their arguments
         places = [cgutils.alloca_once_value(b, ir.Constant(place.pointee, None)) for place in kind.args[:2]]
-        packed = context.get_arg_packer(arguments).as_arguments(b, values)
+        packed = context.get_arg_packer(OF_A_KERNEL).as_arguments(b, [table, first, second, llvm.U64(0), scalars])
         thread = None if holds_lock else call_python(b, "PyEval_SaveThread")
         b.call(b.inttoptr(kernel, kind.as_pointer()), [*places, *packed])  # it returns whether it has raised: never
         if thread is not None:
@@ -154,7 +148,7 @@ def _launching(n, holds_lock):
 
     @intrinsic
     def launch(typingctx, kernel, table, first, second, scalars):
-        return types.void(types.int64, arguments[0], *[types.int64] * 3), codegen
+        return types.void(types.int64, OF_A_KERNEL[0], *[types.int64] * 3), codegen
 
     return launch
 
@@ -178,13 +172,13 @@ def read_none(objects, array_type, expected, any_order, table):
 
 
 @functools.cache
-def compiled(variant, decoupled, n_scalars, reads):
+def compiled(variant, decoupled, reads):
     """Return the compiled call of a Plan. reads: what it reads, one of ARRAYS_OF_ONE, ARRAYS and NO_ARRAY."""
     formula = on_host(variant, decoupled)
-    launch, launch_in_threads = _launching(n_scalars, True), _launching(n_scalars, False)
+    launch, launch_in_threads = _launching(True), _launching(False)
     gather, read_all = {ARRAYS_OF_ONE: (of_one, read_one), ARRAYS: (of_several, read), NO_ARRAY: (of_none, read_none)}[reads]
     of_one_update, of_several_updates = reads == ARRAYS_OF_ONE, reads == ARRAYS
-    memory_of_row = on_stack(intrinsic, 8 * (PARAM + len(KINDS)))
+    memory_of_row, MOST_SCALARS = on_stack(intrinsic, 8 * (PARAM + len(KINDS) + adam.MOST_SCALARS)), adam.MOST_SCALARS
     powers, of_step = map(njit(**compiled_cache.INNER), (formula.powers, formula.of_step))
     GRAD_SCALE, DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
 
@@ -242,17 +236,21 @@ def compiled(variant, decoupled, n_scalars, reads):
                     decref(before)
             return READY
         if of_one_update:  # another thread may make a call of this Plan meanwhile
-            row = carray(pointer(memory_of_row()), (1, PARAM + width), np.int64)
+            own = memory_of_row()
+            row = carray(pointer(own), (1, PARAM + width), np.int64)
             for k in range(PARAM + width):
                 row[0, k] = table[0, k]
-            table = row
+            own += 8 * (PARAM + width)
+            for k in range(MOST_SCALARS):
+                _store(own + 8 * k, _float64_at(numbers + 8 * (SCALARS + k)))
+            table, numbers = row, own - 8 * SCALARS
         launch_in_threads(in_threads, table, elements, _count_threads(int64_at(plan + 8 * COUNTER)), numbers + 8 * SCALARS)
         if of_several_updates:
             for k in range(n_rows * width):
                 decref(objects[k])
         return DONE
 
-    return compiled_cache.stored(njit(error_model="numpy")(step), "step", variant, decoupled, n_scalars, reads)
+    return compiled_cache.stored(njit(error_model="numpy")(step), "step", variant, decoupled, reads)
 
 
 _float32_at, _store_float32 = load_at(intrinsic, types.float32), store_at(intrinsic, types.float32)

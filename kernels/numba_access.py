@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from llvmlite import ir
 from numba import from_dtype, types
 
-from gpuadam.kernels import llvm, primitives
+from gpuadam.kernels import adam, llvm, primitives
 from gpuadam.kernels.conversions import CONVERSIONS, random_bits_of, random_words
 from gpuadam.kernels.layout import aligned_to
 from gpuadam.kernels.llvm import F32, F64, U8, U16, U32, U64
@@ -97,14 +97,15 @@ def choose_vectors(intrinsic, wide):
     return llvm.function(intrinsic, "choose_vectors", choose, types.void())
 
 
-def to_reals(form, intrinsic):
-    """Return a function that makes a tuple of float64 one of the compute type."""
-    real = from_dtype(form.dtype)
+def scalars_at(form, intrinsic):
+    """Return a function from the address of a step's scalars, of float64, to a tuple of the compute type."""
+    real, n = from_dtype(form.dtype), len(adam.scalar_names(form))
 
-    def to_reals(b, numbers):
-        return [b.fptrunc(x, F32) if real is types.float32 and x.type == F64 else x for x in numbers]
+    def scalars_at(b, address):
+        numbers = [b.load(b.gep(b.inttoptr(address, F64.as_pointer()), [llvm.U64(k)])) for k in range(n)]
+        return [b.fptrunc(x, F32) if real is types.float32 else x for x in numbers]
 
-    return llvm.function(intrinsic, "to_reals", to_reals, lambda numbers: types.UniTuple(real, len(numbers))(numbers))
+    return llvm.function(intrinsic, "scalars_at", scalars_at, types.UniTuple(real, n)(types.int64))
 
 
 class _Emitter:

@@ -83,6 +83,15 @@ def strided_arguments(arrays):
     return tuple(a.ctypes.data for a in used), np.array(used[0].shape, np.int64), strides
 
 
+_IN_MEMORY = []
+
+
+def in_memory(scalars):
+    """Return the address of the scalars of a step, as a kernel of the CPU backend takes them. They stay there."""
+    _IN_MEMORY.append(np.array(scalars, np.float64))
+    return _IN_MEMORY[-1].ctypes.data
+
+
 def state(n, dtype="float32", amsgrad=False, seed=0):
     """Return (param, grad, m, v, max_v or None) of ordinary size, after some training."""
     rng = np.random.default_rng(seed)

@@ -17,6 +17,7 @@ import libraries
 import numba
 import numpy as np
 import pytest
+from cases import in_memory
 
 import gpuadam
 from gpuadam import backends
@@ -435,7 +436,7 @@ def test_a_step_without_an_operation_has_none_of_it(name):
     case, rule = forms.FORMS["float32"], in_caches.RULES.get(name, adam)
     form, scalars = forms.form_and_scalars(case)
     whole = numba.njit(error_model="numpy")(numba_cpu.build(rule, form, "serial").py_func)  # not from a cache
-    whole(np.zeros((0, 7), np.int64), 0, 0, 0, *scalars)
+    whole(np.zeros((0, 7), np.int64), 0, 0, 0, in_memory(scalars))
     (code,) = whole.inspect_llvm().values()
     there = {operation for operation, text in {"div": " fdiv ", "sqrt": "@llvm.sqrt"}.items() if text in code}
     assert there == {"div", "sqrt"} - set(in_caches.LEFT_OUT.get(name.removeprefix(f"{in_caches.STEP}, "), ()))

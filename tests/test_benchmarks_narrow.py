@@ -108,7 +108,7 @@ def test_a_call_does_the_same_step_as_the_kernel_of_its_form(form, monkeypatch):
     launched = []
 
     def build(rule, form, loop):
-        return lambda table, first, last, *scalars: launched.append((rule, form)) if last else None
+        return lambda table, first, last, *others: launched.append((rule, form)) if last else None
 
     monkeypatch.setattr(numba_cpu, "build", build)
     case = forms.FORMS[form]

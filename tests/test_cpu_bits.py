@@ -12,6 +12,7 @@ from cases import (
     at_offset,
     few,
     form_and_scalars,
+    in_memory,
     strided_arguments,
     table_of,
     wide_state,
@@ -37,9 +38,9 @@ def through(loop, form, arrays, scalars):
     n, kernel = arrays[0].size, numba_cpu.build(adam, form, loop)
     key = 0  # of the step
     if loop == "strided":
-        kernel(*strided_arguments(arrays), 0, key, *scalars)
+        kernel(*strided_arguments(arrays), 0, key, in_memory(scalars))
     else:
-        kernel(table_of(arrays), *((0, n) if loop == "serial" else (n, 3)), key, *scalars)
+        kernel(table_of(arrays), *((0, n) if loop == "serial" else (n, 3)), key, in_memory(scalars))
     return arrays
 
 
@@ -92,6 +93,6 @@ def test_the_loop_is_vectorised(name):
     form, scalars = form_and_scalars(name, "float32")
     # compiled afresh: what comes out of the cache on disk has no text
     kernel = numba.njit(error_model="numpy")(numba_cpu.build(adam, form, "serial").py_func)
-    kernel(np.zeros((0, 9), np.int64), 0, 0, 0, *scalars)
+    kernel(np.zeros((0, 9), np.int64), 0, 0, 0, in_memory(scalars))
     (code,) = kernel.inspect_llvm().values()
     assert "x float> @llvm.fma" in code and "x float> @llvm.sqrt" in code

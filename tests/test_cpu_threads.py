@@ -22,7 +22,7 @@ import libraries
 import numba
 import numpy as np
 import pytest
-from cases import assert_same_bits, few, form_and_scalars, state, table_of, wide_state
+from cases import assert_same_bits, few, form_and_scalars, in_memory, state, table_of, wide_state
 
 import gpuadam
 from gpuadam import functional
@@ -153,7 +153,7 @@ def expected():
 
     def serially(arrays, k):
         form, scalars = form_and_scalars("adam", "float32", step=k)
-        numba_cpu.build(adam, form, "serial")(table_of(arrays), 0, arrays[0].size, 0, *scalars)
+        numba_cpu.build(adam, form, "serial")(table_of(arrays), 0, arrays[0].size, 0, in_memory(scalars))
 
     one = state(N)[:4]
     many = [[*state(n, seed=n)[:2], np.zeros(n, "f4"), np.zeros(n, "f4")] for n in SIZES]
@@ -310,7 +310,7 @@ def test_our_own_threads_give_the_bits_of_the_serial_loop(monkeypatch, n_threads
     form, scalars = form_and_scalars("amsgrad", "float32")
     given = wide_state(N, amsgrad=True)
     serial, ours = [a.copy() for a in given], [a.copy() for a in given]
-    numba_cpu.build(adam, form, "serial")(table_of(serial), 0, N, 0, *scalars)
+    numba_cpu.build(adam, form, "serial")(table_of(serial), 0, N, 0, in_memory(scalars))
     numba_cpu.launch(form, [on_cpu("", a) for a in ours], scalars)
     assert_same_bits(ours, serial)
 
@@ -497,7 +497,7 @@ FORMS = {name: measured.form_and_scalars(case) for name, case in measured.FORMS.
 def test_a_loop_raises_nothing_because_numba_drops_what_its_threads_raise(name):
     form, scalars = FORMS[name]
     table = np.zeros((0, PARAM + len(operands_of_form(form))), np.int64)
-    assert not can_raise(numba_cpu.build(adam, form, "serial").py_func, table, 0, 0, 0, *scalars)
+    assert not can_raise(numba_cpu.build(adam, form, "serial").py_func, table, 0, 0, 0, in_memory(scalars))
 
 
 def test_nor_does_a_loop_of_sums():

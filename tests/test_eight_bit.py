@@ -8,7 +8,7 @@ from typing import Any
 import narrow_model as model
 import numpy as np
 import pytest
-from cases import few, form_and_scalars
+from cases import few, form_and_scalars, in_memory
 
 import gpuadam
 from gpuadam.kernels import adam, gpu_table
@@ -293,20 +293,19 @@ def test_any_split_between_threads_gives_the_same_bits(name):
     arrays = given(form, 70_001, seed=5)
     expected = launched(form, copies(arrays), scalars)  # 70,001 > PARALLEL_FROM
     serial, parallel = (numba_cpu.build(adam, form, loop) for loop in ("serial", "parallel"))
-    taken = scalars[: len(adam.scalar_names(form))]
 
     def table(arrays):
         return np.array([[arrays[0].size, KEY, 0, *(a.ctypes.data for a in arrays)]])
 
     for n_threads in (1, 2, 3, 7):
         own = copies(arrays)
-        parallel(table(own), 70_001, n_threads, STEP_KEY, *taken)
+        parallel(table(own), 70_001, n_threads, STEP_KEY, in_memory(scalars))
         assert_same(form, own, expected, f"{n_threads} threads")
     rng = np.random.default_rng(0)
     own = copies(arrays)
     edges = [0, *np.sort(rng.integers(0, 70_001, 300)), 70_001]
     for first, last in itertools.pairwise(edges):
-        serial(table(own), first, last, STEP_KEY, *taken)
+        serial(table(own), first, last, STEP_KEY, in_memory(scalars))
     assert_same(form, own, expected, "in pieces at any element")
 
 

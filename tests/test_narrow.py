@@ -8,7 +8,7 @@ from typing import Any
 import narrow_model as model
 import numpy as np
 import pytest
-from cases import few, form_and_scalars
+from cases import few, form_and_scalars, in_memory
 
 from gpuadam.kernels import adam, gpu_table, limit
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
@@ -178,19 +178,18 @@ def test_serial_parallel_in_pieces_and_strided_give_the_same_bits(name):
     assert n >= numba_cpu.PARALLEL_FROM
     assert_same(form, launched(form, copies(arrays), scalars), expected, "launched")
     serial, parallel = (numba_cpu.build(adam, form, loop) for loop in ("serial", "parallel"))
-    taken = scalars[: len(adam.scalar_names(form))]
 
     def table(arrays):
         return np.array([[n, KEY, 0, *(a.ctypes.data for a in arrays)]])
 
     for threads in (1, 3):
         own = copies(arrays)
-        parallel(table(own), n, threads, STEP_KEY, *taken)
+        parallel(table(own), n, threads, STEP_KEY, in_memory(scalars))
         assert_same(form, own, expected, f"{threads} threads")
     own = copies(arrays)
     edges = [0, 1, 2, 5, *np.sort(np.random.default_rng(0).integers(6, n, 100)), n]
     for first, last in itertools.pairwise(edges):
-        serial(table(own), first, last, STEP_KEY, *taken)
+        serial(table(own), first, last, STEP_KEY, in_memory(scalars))
     assert_same(form, own, expected, "in pieces")
     own = [np.repeat(a, 2)[::2] for a in arrays]
     assert_same(form, launched(form, own, scalars), expected, "strided")

@@ -8,7 +8,7 @@ import libraries
 import numba
 import numpy as np
 import pytest
-from cases import few, table_of
+from cases import few, in_memory, table_of
 from llvmlite import binding
 
 from gpuadam.cli.measuring import forms
@@ -26,7 +26,7 @@ LARGE = 140_003  # elements, at which the loop of every form prefetches: CACHED 
 def updated(rule, name, arrays):
     """Update arrays in the serial loop of a form."""
     form, scalars = forms.form_and_scalars(forms.FORMS[name])
-    cpu_kernels.build(rule, form, "serial")(table_of(arrays), 0, arrays[0].shape[0], 5, *scalars)
+    cpu_kernels.build(rule, form, "serial")(table_of(arrays), 0, arrays[0].shape[0], 5, in_memory(scalars))
     return [a.tobytes() for a in arrays]
 
 
@@ -97,7 +97,7 @@ def test_a_loop_prefetches_and_asks_for_wide_vectors_if_it_was_told_to():
     for rule in PLAIN, OTHERWISE:
         function = cpu_kernels.build(rule, form, "serial").py_func
         afresh = numba.njit(error_model="numpy")(function)  # what comes out of the cache on disk has no text
-        afresh(np.zeros((0, 7), np.int64), 0, 0, 0, *scalars)
+        afresh(np.zeros((0, 7), np.int64), 0, 0, 0, in_memory(scalars))
         (code,) = afresh.inspect_llvm().values()
         assert ("@llvm.prefetch" in code) == ('"prefer-vector-width"="512"' in code) == (rule is OTHERWISE)
         if rule is OTHERWISE and binding.get_host_cpu_features().get("avx512f"):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import DEFAULTS, assert_sentinels, at_offset, few
+from cases import DEFAULTS, assert_sentinels, at_offset, few, in_memory
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
@@ -58,7 +58,7 @@ def on_cpu(form, arrays, scalars):
     new = [a.copy() for a in arrays]
     n = len(new[0])
     table = np.array([[n, 0, 0, *(a.ctypes.data for a in new)]])
-    cpu_kernels.build(adam, form, "serial")(table, 0, n, KEY, *scalars)
+    cpu_kernels.build(adam, form, "serial")(table, 0, n, KEY, in_memory(scalars))
     return new
 
 
