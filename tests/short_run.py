@@ -2,8 +2,8 @@
 
 A test of many parameters has many combinations of them. Marked by `@pytest.mark.in_short(...)`, it has in the short run each
 value of each parameter, each combination of the parameters that the marker names, and no more. What is compiled for several
-architectures is so without being marked: each combination of a compiler and a form (`name`), but of the older of two NVRTCs only
-the key forms.
+architectures is so without being marked: the key forms by each compiler, and the others by one of NVRTC and Numba, about half of
+them by each. The older of two NVRTCs compiles the first of the key forms.
 """
 
 import itertools
@@ -46,8 +46,8 @@ def mark(items, exhaustive):
         if marker or {"compiler", "arch"} <= set(places[0]):
             any_of = () if marker or "name" in places[0] else ("arch",)  # forms go over the architectures, others take a few
             kept = cover(places, marker.args if marker else ("compiler", "name"), any_of)
-            if not marker:  # NVRTC of CUDA 12 has the text of CUDA 13's
-                kept -= {k for k in kept if places[k]["compiler"] == "cupy-cuda12" and _is_as_others(places[k])}
+            if not marker:
+                kept -= {k for k in kept if _is_as_others(places[k])}
             for k in set(range(len(alike))) - kept:
                 alike[k].add_marker("exhaustive")
 
@@ -77,8 +77,13 @@ def cover(places, together=(), any_of=()):
 
 
 def _is_as_others(place):
-    """Whether other forms stand for that of a place."""
-    return place.get("name") in FORMS and place["name"] not in KEY_FORMS
+    """Whether other places stand for a compiler and form: the form by the other compiler, or another form by this one."""
+    name = place.get("name")
+    if name is None:
+        return False
+    if place["compiler"] == "cupy-cuda12":  # NVRTC of CUDA 12 has the text of CUDA 13's
+        return name in FORMS and name != KEY_FORMS[0]
+    return name not in KEY_FORMS and place["compiler"] != ("cupy", "numba-cuda")[zlib.crc32(name.encode()) % 2]
 
 
 def _usual(place):

@@ -44,6 +44,7 @@ def test_what_the_benchmark_measures_over_ranks_it_compares_with_a_plan(benchmar
     assert rows[0]["error_percent"] == pytest.approx(100 * (seconds / 0.1 - 1), rel=1e-2)
 
 
+@pytest.mark.exhaustive
 def test_the_benchmark_measures_steps_in_files_and_what_a_plan_says_of_them(benchmark, monkeypatch):
     monkeypatch.setattr(benchmark, "FILE", 800_000)
     options = SimpleNamespace(forms=[benchmark.IN_FILES], sizes=["1e4"], seconds=0.01)

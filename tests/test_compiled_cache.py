@@ -130,6 +130,7 @@ def test_the_next_process_does_not_wait_for_what_only_a_compiler_needs(cache):
     assert step(cache, f"); assert not set({not_needed}) & sys.modules.keys(") == [expected(), [], []]
 
 
+@pytest.mark.exhaustive
 def test_the_next_process_can_compile_as_well(cache):
     """What was left out to load a kernel is made up for, and machine code that was loaded goes on."""
     compiled = "import numba; assert numba.njit(lambda x: {1: x.sum()}[1])(np.ones(4)) == 4.0"

@@ -526,7 +526,7 @@ def test_gpu_code_gives_the_cpus_bits_on_other_architectures(compiler, arch):
 
 
 @pytest.mark.in_short()
-@pytest.mark.parametrize("compiler", GPU_COMPILERS)
+@pytest.mark.parametrize("compiler", few(GPU_COMPILERS, "cupy"))
 @pytest.mark.parametrize("on_device", [False, True], ids=["numbers", "scalars in memory"])
 def test_many_arrays_are_one_launch(compiler, on_device):
     chunk = gpu_table.CHUNK * GROUP_LANES
@@ -548,7 +548,7 @@ def test_several_steps_stay_together(compiler):
         arrays[1][:] = own[1][:] = np.random.default_rng(step).standard_normal(2005)
 
 
-@pytest.mark.parametrize("compiler", GPU_COMPILERS)
+@pytest.mark.parametrize("compiler", few(GPU_COMPILERS, "numba-cuda"))
 def test_a_skipped_step_changes_nothing_but_the_gradient(compiler):
     form, scalars = form_of("bfloat16, rounded randomly")
     form = form._replace(skips=True)
@@ -606,6 +606,7 @@ def test_codes_move_8_bytes_at_a_time_and_the_rest_16(compiler, arch, name):
     assert blocks * gpu_table.BLOCK * loaded >= 24 * 1024
 
 
+@pytest.mark.in_short()
 @pytest.mark.parametrize("compiler", GPU_COMPILERS)
 @pytest.mark.parametrize("name", ["float32", "float16, with a copy and a mean"])
 def test_the_ptx_has_the_contracts_operations(compiler, name):

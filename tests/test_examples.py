@@ -79,6 +79,7 @@ def test_tomography_beats_filtered_back_projection(tmp_path, capsys, arrays):
     assert_png(plot)
 
 
+@pytest.mark.exhaustive
 @on_each("cupy", also=[CUPYS_MATHEMATICS])
 def test_a_scan_is_sharper_if_rows_that_are_not_read_stay(tmp_path, capsys, arrays):
     libraries.imported("skimage")
@@ -91,6 +92,7 @@ def test_a_scan_is_sharper_if_rows_that_are_not_read_stay(tmp_path, capsys, arra
     assert_png(plot)
 
 
+@pytest.mark.exhaustive
 @on_each("cupy", also=[CUPYS_MATHEMATICS])
 def test_ptychography_beats_epie_at_as_many_passes(tmp_path, capsys, arrays):
     libraries.imported("skimage")

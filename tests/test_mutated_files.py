@@ -384,7 +384,7 @@ def step(opt, params, in_json):
 
 @pytest.mark.filterwarnings("ignore:stochastic_rounding=True does nothing here")  # such a file says what an optimizer would
 @pytest.mark.filterwarnings("ignore:master='remainder' does nothing here")
-@pytest.mark.parametrize("kind", few(KINDS, "a file", "a folder, by ranks"))
+@pytest.mark.parametrize("kind", few(KINDS, "a file"))
 def test_a_changed_file_is_refused_or_is_what_was_saved(kind, examples):
     faulthandler.dump_traceback_later(1800, exit=True)  # whatever waits
     all_saved = [saved(kind, options) for options in examples(OPTIONS[1:2], OPTIONS)]

@@ -151,6 +151,7 @@ def test_a_step_that_fails_or_that_is_left_out_is_no_step_under_way(tmp_path):
     opt.save(tmp_path / "a")
 
 
+@pytest.mark.exhaustive
 def test_parameters_that_change_while_they_are_saved_leave_a_file_that_loads(tmp_path):
     param = np.zeros(3_000_000, "f4")
     opt, grad = gpuadam.Adam(param), np.ones_like(param)

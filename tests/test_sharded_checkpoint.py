@@ -716,6 +716,7 @@ def test_saving_and_loading_take_a_few_megabytes(tmp_path):
     assert peak < 2 * param.nbytes + 4e6  # the moments
 
 
+@pytest.mark.exhaustive
 def test_a_rank_reads_what_is_its_own(tmp_path, monkeypatch):
     """And little more: whole blocks of checksums, at the edges of what it owns."""
     n = 8_000_000

@@ -24,6 +24,7 @@ def test_a_job_that_saves_at_each_step_ends_when_one_of_its_ranks_is_killed_and_
     assert all(different_bits(opt.state["0"][key], reference.state["0"][key]) == 0 for key in ("m", "v"))
 
 
+@pytest.mark.exhaustive
 def test_a_job_ends_when_a_rank_raises_even_without_mpi4py_as_its_runner():
     expected()
     end = ended(started(2, "one_raises", run=()))

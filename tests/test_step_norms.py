@@ -358,7 +358,7 @@ CODE = {
 
 
 @pytest.mark.in_short()
-@pytest.mark.parametrize("name", few(CODE, "float32", "8 bits"))
+@pytest.mark.parametrize("name", few(CODE, "float32"))
 @pytest.mark.parametrize("arch", ["sm_80", "sm_120"])
 def test_the_code_of_a_gpu_gives_the_bits_of_the_cpu(compiler, arch, name):
     form, scalars = form_and_scalars(*CODE[name])

@@ -158,7 +158,7 @@ SHORT = {("cupy", "sm_107", "8-bit state"): 0.6, ("numba-cuda", "sm_107", "8-bit
 SHORT |= {("numba-cuda", "sm_107", "all bfloat16"): 0.75, ("numba-cuda", "sm_107", "change"): 0.9}
 
 
-@pytest.mark.in_short("compiler")
+@pytest.mark.in_short()
 @pytest.mark.parametrize("name", few((*KEY_FORMS, *OTHER_ALGORITHMS), "adam"))
 def test_both_vectors_are_loaded_before_the_first_is_used(compiler, name):
     form, _ = form_and_scalars(name, "float32")
