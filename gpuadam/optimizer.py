@@ -267,13 +267,15 @@ class Adam(HasGroups, Grows):
         if type(grad_scale) is not float:
             grad_scale = checks.as_float(grad_scale)
         options = grad_scale, max_norm, norm, check_finite, found_inf, change, lr_scale, where, norms, stream
-        turn = self.under_way.take_turn()
+        turn = self.under_way.turn
+        mine: list[None] = []
         try:
+            self.under_way.take_turn(mine)
             if self.repeats and self._repeated.does(self, grads, options):
                 return None
             return self._step(grads, options)
         finally:
-            turn.add(None)
+            turn.update(mine)
 
     def _step(self, grads, options):
         """Make a step the long way. options: the other arguments of `step`."""

@@ -16,33 +16,36 @@ class UnderWay:
 
     What reads the state and then changes it takes the turn first, and gives it back at its end, whatever that is:
 
-        turn = under_way.take_turn()
+        turn, mine = under_way.turn, []
         try:
+            under_way.take_turn(mine)
             ...
         finally:
-            turn.add(None)  # a function of ours could be interrupted before it has done that
+            turn.update(mine)
+
+    `turn`: a set of one item, which is empty while somebody has the turn. The item is in `turn` or in `mine` at any moment at
+    which Python looks for signals.
     """
 
     changing = False
     begun = 0
 
     def __init__(self):
-        self._turn = {None}  # empty while somebody has the turn
+        self.turn = {None}
 
-    def take_turn(self):
-        """Return the turn, to be given back. Raise ValueError if another has it, or if a change was cut short."""
-        turn = self._turn
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "turn"} | {"changing": self.changing}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, turn={None})  # a copy that is made amid a step is stepped by nobody
+
+    def take_turn(self, mine):
+        """Put the turn into a list. Raise ValueError if another has it, or if a change was cut short."""
         try:
-            turn.pop()  # of two threads one alone finds it
+            mine.extend(map(set.pop, (self.turn,)))  # of two threads one alone finds it
         except KeyError:
             self._refuse()
-        except BaseException:  # an interrupt just after it
-            turn.add(None)
-            raise
-        if self.changing:
-            turn.add(None)
-            self._refuse()
-        return turn
+        self.check()
 
     def begin(self):
         """Note that what belongs together is about to change."""
@@ -55,7 +58,7 @@ class UnderWay:
 
     def free_turn(self):
         """Let the next one have the turn, after all has been set that belongs together: whoever still has it was cut short."""
-        self._turn.add(None)
+        self.turn.add(None)
 
     def check(self):
         """Raise ValueError if a change has begun and not ended."""
@@ -71,10 +74,12 @@ def in_turn(method: F) -> F:
 
     @functools.wraps(method)
     def taking(self, *arguments, **options):
-        turn = self.under_way.take_turn()
+        turn = self.under_way.turn
+        mine: list[None] = []
         try:
+            self.under_way.take_turn(mine)
             return method(self, *arguments, **options)
         finally:
-            turn.add(None)
+            turn.update(mine)
 
     return cast(F, taking)

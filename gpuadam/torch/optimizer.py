@@ -160,13 +160,15 @@ class Adam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        turn = self.under_way.take_turn()
+        turn = self.under_way.turn
+        mine: list[None] = []
         try:
+            self.under_way.take_turn(mine)
             if grad_scale is not None or found_inf is not None or not self._repeated.does(self):
                 with torch.no_grad():
                     self._step(grad_scale, found_inf)
         finally:
-            turn.add(None)
+            turn.update(mine)
         return loss
 
     def _step(self, grad_scale, found_inf):
