@@ -3,7 +3,8 @@
 A test of many parameters has many combinations of them. Marked by `@pytest.mark.in_short(...)`, it has in the short run each
 value of each parameter, each combination of the parameters that the marker names, and no more. What is compiled for several
 architectures is so without being marked: the key forms by each compiler, and the others by one of NVRTC and Numba, about half of
-them by each. The older of two NVRTCs compiles the first of the key forms.
+them by each. The older of two NVRTCs compiles the first of the key forms. `test_gpu_code_bits.py` goes by this. Of other tests of
+compiled code there is what one compiler compiles: NVRTC in about half of the tests, Numba in the others.
 """
 
 import itertools
@@ -50,6 +51,18 @@ def mark(items, exhaustive):
                 kept -= {k for k in kept if _is_as_others(places[k])}
             for k in set(range(len(alike))) - kept:
                 alike[k].add_marker("exhaustive")
+        if "compiler" in places[0] and alike[0].path.name != "test_gpu_code_bits.py":
+            leave_to_one_compiler([item for item in alike if not item.get_closest_marker("exhaustive")])
+
+
+def leave_to_one_compiler(alike):
+    """Mark the items of a test, which are in the short run, but for those of one compiler."""
+    compilers = sorted({item.callspec.params["compiler"] for item in alike} - {"cupy-cuda12"})
+    if compilers:
+        own = compilers[zlib.crc32(alike[0].originalname.encode()) % len(compilers)]
+        for item in alike:
+            if item.callspec.params["compiler"] != own:
+                item.add_marker("exhaustive")
 
 
 def cover(places, together=(), any_of=()):

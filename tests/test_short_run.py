@@ -97,6 +97,25 @@ def test_the_two_runs_have_all_between_them(pytester, monkeypatch, options, pass
     result.assert_outcomes(passed=passed, deselected=13 - passed)
 
 
+@pytest.mark.parametrize("options, passed", [([], 2), (["--exhaustive"], 6)])
+def test_a_test_of_compiled_code_is_by_one_compiler_in_the_short_run(pytester, monkeypatch, options, passed):
+    monkeypatch.setattr("cases.exhaustive", False)  # put back afterwards
+    pytester.makepyfile(
+        test_it="""
+import pytest
+
+@pytest.mark.in_short("compiler", "name")
+@pytest.mark.parametrize("compiler", ["cupy", "cupy-cuda12", "numba-cuda"])
+@pytest.mark.parametrize("name", "xy")
+def test_code(compiler, name): pass
+"""
+    )
+    pytester.makeconftest(CONFTEST)
+    pytester.makeini("[pytest]\nmarkers =\n  gpu\n  exhaustive\n  in_short")
+    result = pytester.runpytest_inprocess("-p", "no:xdist", "-p", "no:gpuadam", *options)
+    result.assert_outcomes(passed=passed, deselected=6 - passed)
+
+
 def test_the_parts_of_a_run_have_each_test_once(pytester, monkeypatch):
     monkeypatch.setattr("cases.exhaustive", False)  # put back afterwards
     pytester.makepyfile(test_it=TESTS)
