@@ -250,7 +250,8 @@ def compiled(variant, decoupled, reads):
                 decref(objects[k])
         return DONE
 
-    return compiled_cache.stored(njit(error_model="numpy")(step), "step", variant, decoupled, reads)
+    key = "step", variant, decoupled, reads
+    return compiled_cache.stored(njit(error_model="numpy")(compiled_cache.named(step, *key)), *key)
 
 
 _float32_at, _store_float32 = load_at(intrinsic, types.float32), store_at(intrinsic, types.float32)

@@ -77,7 +77,8 @@ def _same(struct):
             return tell_all(plan, objects, True) >= 0
         return True
 
-    return compiled_cache.stored(njit(same), "gpu_step", struct and struct.__name__)
+    key = "gpu_step", struct and struct.__name__
+    return compiled_cache.stored(njit(compiled_cache.named(same, *key)), *key)
 
 
 @functools.cache
@@ -90,7 +91,8 @@ def _tell(struct):
             return -1
         return tell_all(plan, objects, False)
 
-    return compiled_cache.stored(njit(tell), "gpu_step", struct.__name__)
+    key = "gpu_step", struct.__name__
+    return compiled_cache.stored(njit(compiled_cache.named(tell, *key)), *key)
 
 
 def _telling(struct):

@@ -93,7 +93,7 @@ def test_a_bad_hyperparameter_is_named(options, error, match):
     assert_refused(error, match, good(), **({"step": 1} | options))
 
 
-A_DURATION = [np.timedelta64(1), np.timedelta64(1, "s")]  # which NumPy registers as integers
+A_DURATION = [np.timedelta64(1, "ns"), np.timedelta64(1, "s")]  # which NumPy registers as integers
 NUMBERS = {
     **{
         name: lambda x, name=name: gpuadam.adam_step(*(np.ones(3, "f4") for _ in range(4)), **{"step": 1, name: x})

@@ -265,7 +265,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("what", few(HOSTILE, *list(HOSTILE)[:2]))
+@pytest.mark.parametrize("what", few(HOSTILE, next(iter(HOSTILE))))
 def test_a_hostile_header_takes_little_memory(what, saved, tmp_path):
     content = HOSTILE[what](*taken_apart(saved))
     with (tmp_path / "a").open("wb") as file:

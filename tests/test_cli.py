@@ -391,6 +391,7 @@ def test_what_was_found_is_printed_though_its_file_cannot_be_written(command):
     assert {"bench": "% of limit", "doctor": "Works: "}[name] in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_no_command_needs_rich(tmp_path):
     path = without("rich", tmp_path)
     assert "best: " in run("plan", "--parameters", "1e9", PYTHONPATH=path).stdout

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import few
 
 import gpuadam
 from gpuadam.cli.measuring import pages
@@ -91,7 +92,7 @@ def test_the_state_of_a_group_is_parts_of_one_allocation():
 
 
 @ON_LINUX
-@pytest.mark.parametrize("n_arrays", [1, 8])
+@pytest.mark.parametrize("n_arrays", few([1, 8], 8))
 def test_moments_whose_size_is_a_power_of_two_do_not_begin_at_the_same_place_in_it(n_arrays):
     """A step would go through both in different rows of the same banks of memory."""
     size = 32 * huge_pages.page_bytes() // n_arrays

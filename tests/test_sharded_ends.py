@@ -74,7 +74,11 @@ def test_a_rank_that_ends_without_a_word_or_amid_a_step_ends_the_job(how):
 @pytest.mark.parametrize(
     "other, said",
     [
-        ({}, "RankMissing: rank 0 has waited for its timeout, 1.0 s, and not all ranks have made their transport"),
+        pytest.param(
+            {},
+            "RankMissing: rank 0 has waited for its timeout, 1.0 s, and not all ranks have made their transport",
+            marks=pytest.mark.exhaustive,
+        ),
         ({"OTHER": "60"}, "ValueError: the ranks differ in timeout, [50.0, 60.0, 60.0]: give all ranks the same"),
     ],
 )
