@@ -1,12 +1,16 @@
 """Whether a change of arrays and step counts that belong together is under way, or was cut short."""
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import TypeVar, cast
 
 TORN = "parameters and state are of two different steps: load a checkpoint into both, with load_state_dict"
 
 F = TypeVar("F", bound=Callable)
+
+# Python 3.10 looks for signals between any two opcodes, and later versions after a call of C alone: there the quicker way will do
+SIGNALS_ANYWHERE = sys.version_info < (3, 11)
 
 
 class UnderWay:
@@ -41,11 +45,19 @@ class UnderWay:
 
     def take_turn(self, mine):
         """Put the turn into a list. Raise ValueError if another has it, or if a change was cut short."""
-        try:
-            mine.extend(map(set.pop, (self.turn,)))  # of two threads one alone finds it
+        try:  # of two threads one alone finds it
+            if SIGNALS_ANYWHERE:
+                mine.extend(map(set.pop, (self.turn,)))
+            else:
+                mine.append(self.turn.pop())
         except KeyError:
             self._refuse()
-        self.check()
+        except BaseException:  # a signal, after `pop`
+            if not SIGNALS_ANYWHERE:
+                self.turn.add(None)
+            raise
+        if self.changing:
+            self._refuse()
 
     def begin(self):
         """Note that what belongs together is about to change."""
