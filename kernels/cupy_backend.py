@@ -122,9 +122,8 @@ class Cupy(GpuBackend):
         return np.frombuffer(memory, np.uint8, n_bytes)
 
     def device_bytes(self, n_bytes):
-        if self.is_capturing(
-            self.current_stream()
-        ):  # CUDA's pool would make it a part of the graph, for each of its launches
+        if self.is_capturing(self.current_stream()):
+            # memory of CUDA's pool would become a part of the graph, which would allocate it at each launch
             memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(n_bytes), 0)
         else:
             memory = cupy.cuda.alloc(n_bytes)

@@ -329,14 +329,16 @@ def safe_threads():
 def launched(safe_threads):
     """Return a function that makes the large update of a call that is repeated, and returns what its loop was given.
 
-    repeat: makes the call. plan: returns its Plan. seen: is called in the place of the loop.
+    repeat: makes the call. plan: returns its Plan. seen: is called in the place of the loop. Of the scalars both the address and
+    the numbers that are there meanwhile are returned.
     """
 
     def launch(repeat, plan, seen=lambda: None):
         given = []
 
         def loop(_result, _error, *arguments):
-            given.append(arguments)
+            numbers = (ctypes.c_double * plan().scalars.size).from_address(arguments[-1])
+            given.append((*arguments, list(numbers)))
             seen()
             return 0
 
@@ -344,7 +346,7 @@ def launched(safe_threads):
             repeat()
         assert starts_threads(plan())
         of_array = [ctypes.c_int64] * 9  # how Numba passes one of two dimensions: the fifth is the address of its data
-        kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, *of_array, *[ctypes.c_int64] * 3)
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, *of_array, *[ctypes.c_int64] * 4)
         function, memory = kind(loop), plan().memory
         loop_at = memory[cpu_step.IN_THREADS]
         memory[cpu_step.IN_THREADS] = ctypes.cast(function, ctypes.c_void_p).value
@@ -375,8 +377,8 @@ def test_compiled_calls_start_as_many_threads_as_numba_may(launched, a_call):
     try:
         for n_threads in (before, 1):
             numba.set_num_threads(n_threads)
-            assert launched(*of_step)[1:] == (N + 5, n_threads, 0)
-            assert launched(*a_call)[1:] == (N, n_threads, 0)
+            assert launched(*of_step)[1:4] == (N + 5, n_threads, 0)
+            assert launched(*a_call)[1:4] == (N, n_threads, 0)
     finally:
         numba.set_num_threads(before)
 
@@ -412,11 +414,13 @@ def test_a_second_step_amid_the_update_of_the_first_is_refused_and_no_reference_
     assert [sys.getrefcount(array) for array in others] == before
 
 
-def test_threads_update_a_calls_own_table(launched, a_call):
+def test_threads_update_a_calls_own_table_with_scalars_of_its_own(launched, a_call):
     """Another thread may make a call of the same Plan meanwhile."""
     repeat, plan = a_call
-    (own, *_) = launched(repeat, plan)
-    assert own != plan().table.ctypes.data
+    table, *_, scalars_at, scalars = launched(repeat, plan)
+    begin, n_bytes = plan().memory.ctypes.data, plan().memory.nbytes
+    assert not any(begin <= address < begin + n_bytes for address in (table, scalars_at))
+    assert scalars == plan().scalars.tolist()
 
 
 @pytest.mark.usefixtures("safe_threads")
