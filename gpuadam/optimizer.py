@@ -272,7 +272,7 @@ class Adam(HasGroups, Grows):
         try:
             self.under_way.take_turn(mine)
             if self.repeats and self._repeated.does(self, grads, options):
-                return None
+                return self._repeated.norms
             return self._step(grads, options)
         finally:
             turn.update(mine)
@@ -324,7 +324,7 @@ class Adam(HasGroups, Grows):
         self.steps += 1
         self.ended()
         if self.repeats:
-            self._repeated.note(self, self._groups, updates, options)
+            self._repeated.note(self, self._groups, updates, options, of_step)
         return result
 
     def zero_grad(self, grads: LikeParams = OF_PARAMS, *, stream: Stream | None = None) -> None:
