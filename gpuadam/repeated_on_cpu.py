@@ -199,8 +199,9 @@ class NormPlan:
     """
 
     def __init__(self, operand, views):
-        # the plan of a norm leaves out what is empty, and goes by formats: so each address is the number of its array at first
-        numbered = [view._replace(pointer=VECTOR_BYTES * number) for number, view in enumerate(views)]
+        # The plan of a norm leaves out what is empty, and goes by formats: so each address is the number of its array at first.
+        # Those that are taken are in C order, whatever these are.
+        numbered = [view._replace(pointer=VECTOR_BYTES * k, contiguous=True) for k, view in enumerate(views)]
         self._operand, self.plan = operand, norm_order.plan(numbered)
         n = sum(one.n_rows for one in self.plan.passes if one.form.squares)
         self._addresses = self.plan.table[: n * norm_order.COLUMNS].reshape(n, norm_order.COLUMNS)[:, norm_order.OPERANDS]

@@ -48,10 +48,10 @@ class ChangePart(Batch):
         self.elements = sum(update.views[0].size for update in updates)
 
     def take(self, addresses):
-        """Take the arrays at other addresses, without gaps: those of the operands of each update that has elements."""
+        """Take the arrays at other addresses, in C order: those of the operands of each update that has elements."""
         rows, operands = addresses.shape
         own = self.table[: rows * (order.OPERANDS + operands)].reshape(rows, -1)
-        own[:, order.OPERANDS :] = addresses
+        own[:, order.RUN], own[:, order.OPERANDS :] = True, addresses
 
     def place(self, stream):
         return self.norms.place(stream)

@@ -275,6 +275,22 @@ def test_steps_with_norms_of_arrays_in_fortrans_order_go_the_long_way(options):
 
 
 @pytest.mark.parametrize("options", [CLIPPED, NORMS], ids=["clipped", "norms"])
+def test_the_order_of_a_norm_is_cs_also_after_steps_in_fortrans_order(options):
+    for seed in range(40):  # of which 11 differed while sums went by the strides of the first arrays
+        opts, results = [], []
+        for to_the_long_way in (lambda opt: opt, long_way):
+            param = np.asfortranarray(numbers((40, 50), seed, "f8"))
+            opts.append(to_the_long_way(gpuadam.Adam(param, lr=0.1)))
+            for k in range(2):
+                opts[-1].step(np.asfortranarray(numbers((40, 50), seed + k, "f8")), **options)
+            param.resize(2000, refcheck=False)
+            opts[-1].state["0"].update(m=numbers(2000, seed + 2, "f8"), v=numbers(2000, seed + 3, "f8") ** 2)
+            results.append(opts[-1].step(numbers(2000, seed + 4, "f8"), **options))
+        assert_same(*opts)
+        np.testing.assert_array_equal(*(np.array(result, "f8") for result in results))
+
+
+@pytest.mark.parametrize("options", [CLIPPED, NORMS], ids=["clipped", "norms"])
 @pytest.mark.parametrize("n", [3, 30])
 def test_arrays_of_another_size_in_their_place_are_noticed_in_a_step_with_norms(n, options):
     opts = []
