@@ -76,7 +76,7 @@ class Adam(HasGroups, Grows):
 
     Attributes: `groups`, a list of dicts: "params", "names" and the hyperparameters, which may be changed between steps;
     `state`, name -> {"step", "m", "v", and, as they are used, "max_v", "remainder", "ema", "m_scale", "v_scale"}; with
-    capturable, "step" is the group's int64 array of one; `steps`, how many calls of `step` there were; `options`, what the
+    capturable, "step" is the group's int64 array of one; `steps`, how many were taken and not left out; `options`, what the
     constructor was given beside arrays, hyperparameters and backend, which is what `gpuadam.load` makes such an optimizer from.
     Names are the dict's keys; without a dict, "0", "1", ... in order, through all groups.
 
