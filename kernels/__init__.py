@@ -100,6 +100,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `view.py`, `dlpack.py`, `layout.py`, `array_bytes.py` | what is known of an array; how it lies in memory; its bytes |
 | `backend.py` | the interface |
 | `cpu_backend.py`, `cpu_kernels.py`, `cpu_threads.py`, `numpy_struct.py`, `cpu_step.py`, `compiled_cache.py` | `numba-cpu` |
+| `cpu_strided.py` | arrays of any strides on the CPU |
 | `processor.py` | prefetches and vectors of the CPU's loops |
 | `step_objects.py`, `same_objects.py`, `dlpack_struct.py` | what a step is given, and its comparison in compiled code |
 | `huge_pages.py` | memory of the host on pages of 2 MB |

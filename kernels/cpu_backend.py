@@ -8,9 +8,19 @@ from typing import Any
 import numba
 import numpy as np
 
-from gpuadam.kernels import adam, change_cpu, cpu_kernels, cpu_step, cpu_threads, huge_pages, norm_cpu, numpy_struct
+from gpuadam.kernels import (
+    adam,
+    change_cpu,
+    cpu_kernels,
+    cpu_step,
+    cpu_strided,
+    cpu_threads,
+    huge_pages,
+    norm_cpu,
+    numpy_struct,
+)
 from gpuadam.kernels.backend import Backend, Batch, refuse_stream
-from gpuadam.kernels.layout import collapse, dense
+from gpuadam.kernels.layout import dense
 from gpuadam.kernels.numba_memory import CACHE_LINE
 from gpuadam.kernels.operands import operands_of_form, widened
 from gpuadam.kernels.view import on_cpu
@@ -50,15 +60,22 @@ class CpuBatch(Batch):
             over_nothing: tuple[Any, ...] = build, self.table, 0, *self.arguments[3:]
         else:
             (update,) = self.updates
-            at = tuple(view.pointer for view in update.views)
+            n, written = update.views[0].size, [operand.stores for operand in operands_of_form(form)]
             # elements are counted in C order where they are rounded by their number
-            dims, of_arrays = collapse(update.views[0].shape, [view.strides for view in update.views], self.is_random)
-            shape, strides = np.array(dims or [1]), np.zeros((len(dims) or 1, len(at)), np.int64)
-            strides[: len(dims)] = np.array(of_arrays, np.int64).T
-            self.kernel = backend.build(rule, form, "strided")
-            self.arguments = at, shape, strides, update.start, update.key ^ key, scalars
-            over_nothing = at, np.zeros(1, np.int64), np.zeros((1, len(at)), np.int64), *self.arguments[3:]
-        backend.rehearse((rule, form, self.table is None, backend.build), self.kernel, over_nothing)
+            table = cpu_strided.table_of(update.views, written, update.start, self.is_random)
+            loops = {"serial": "strided", "parallel": "strided parallel"}
+            n_threads = 1 if n < backend.PARALLEL_FROM else cpu_threads.n_threads()
+            self.kernel = cpu_threads.run
+            self.arguments = (
+                lambda loop: backend.build(rule, form, loops[loop]),
+                table,
+                n,
+                n_threads,
+                (update.key ^ key, scalars),
+            )
+            over_nothing = *self.arguments[:2], 0, *self.arguments[3:]
+        several = self.arguments[3] > 1
+        backend.rehearse((rule, form, self.table is None, several, backend.build), self.kernel, over_nothing)
 
     def launch(self):
         self.begun = True

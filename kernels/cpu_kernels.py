@@ -8,28 +8,34 @@ operation is rounded by itself.
 import functools
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 from numba.extending import intrinsic
 
-from gpuadam.kernels import compiled_cache, cpu_threads, numba_access, processor
+from gpuadam.kernels import compiled_cache, cpu_strided, cpu_threads, numba_access, processor
+from gpuadam.kernels.cpu_strided import ADDRESS, DIMS, IN_PLACE, ITEMSIZE, ON_STACK, address, copy_block
 from gpuadam.kernels.numba_access import BLOCK, FETCHED, KEPT
-from gpuadam.kernels.numba_memory import CACHE_LINE, on_stack, tuple_at
+from gpuadam.kernels.numba_memory import CACHE_LINE, on_stack, store_at, tuple_at
 from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
 from gpuadam.kernels.operands import GROUP, operands_of_form
 
 
 @functools.cache
 def build(rule, form, loop):
-    """Return the compiled kernel of a form. loop: "serial", "parallel" or "strided"."""
-    if loop == "parallel":
-        return cpu_threads.parallel_of(build(rule, form, "serial"))
+    """Return the compiled kernel of a form. loop: "serial" or "parallel"; "strided" or "strided parallel" for any strides."""
+    if loop.endswith("parallel"):
+        return cpu_threads.parallel_of(build(rule, form, "serial" if loop == "parallel" else "strided"))
     update, access = numba_access.update_of(rule, form, intrinsic), numba_access.functions(form, intrinsic)
-    load, store, moved, stepped, fetch = access.load, access.store, access.moved, access.stepped, access.fetch
+    load, store, moved, fetch = access.load, access.store, access.moved, access.fetch
     AHEAD, WIDE = getattr(rule, "LOOP", processor.loop_of(form))
     MANY = processor.cached(form)
-    choose_vectors = numba_access.choose_vectors(intrinsic, WIDE)
+    choose_vectors, store_address = numba_access.choose_vectors(intrinsic, WIDE), store_at(intrinsic, types.int64)
     operands_at, scalars_at = tuple_at(intrinsic, len(operands_of_form(form))), numba_access.scalars_at(form, intrinsic)
-    PARAM_SIZE = operands_of_form(form)[0].itemsize
+    ITEMSIZES = [operand.itemsize for operand in operands_of_form(form)]
+    PARAM_SIZE, BLOCK_SIZE = ITEMSIZES[0], cpu_strided.block_of(ITEMSIZES)
+    stack_memory, addresses_memory = (
+        on_stack(intrinsic, cpu_strided.places_of(ITEMSIZES)[1]),
+        on_stack(intrinsic, 8 * len(ITEMSIZES)),
+    )
 
     def serial(table, first, last, key, scalars):
         """Update the elements first ... last - 1, counted through all rows. scalars: the address of the step's, float64."""
@@ -60,21 +66,30 @@ def build(rule, form, loop):
                             store(here, i, update(load(here, i), s), first_here, high, row_key)
                     start = end_of_part
 
-    def strided(at, shape, strides, index, key, scalars):
-        """Update every element. strides: bytes, by dimension and operand. Elements are counted in C order."""
-        s = scalars_at(scalars)
-        last, n_rows = shape.size - 1, 1
-        for d in range(last):
-            n_rows *= shape[d]
-        step = operands_at(strides.ctypes.data + last * strides.shape[1] * 8)
-        for row in range(n_rows):
-            here, rest = at, row
-            for d in range(last - 1, -1, -1):
-                here = stepped(here, operands_at(strides.ctypes.data + d * strides.shape[1] * 8), rest % shape[d])
-                rest //= shape[d]
-            for i in range(index + row * shape[last], index + (row + 1) * shape[last]):
-                store(here, 0, update(load(here, 0), s), i, i >> 32, key)
-                here = stepped(here, step, 1)
+    def strided(table, first, last, key, scalars):
+        """Update the elements first ... last - 1 of arrays of any strides. table: of `cpu_strided.py`."""
+        choose_vectors()
+        s, stack, addresses = scalars_at(scalars), stack_memory(), addresses_memory()
+        by_rows, length = table[0, cpu_strided.BY_ROWS], table[0, DIMS + table[0, cpu_strided.NDIM] - 1]
+        while first < last:
+            index = table[0, cpu_strided.START] + first
+            n = min(last - first, ((index >> 32) + 1 << 32) - index)
+            n = min(n, length - first % length if by_rows else BLOCK_SIZE)
+            if not by_rows:
+                copy_block(table, first, n, stack, False)
+            for k in range(1, table.shape[0]):
+                at = stack + table[k, ON_STACK]
+                if table[k, ON_STACK] == IN_PLACE:
+                    at = table[k, ADDRESS] + first * table[k, ITEMSIZE]
+                elif by_rows:
+                    at = address(table, k, first // length, first % length)
+                store_address(addresses + 8 * (k - 1), at)
+            here = operands_at(addresses)
+            for i in range(n):
+                store(here, i, update(load(here, i), s), index, index >> 32, key)
+            if not by_rows:
+                copy_block(table, first, n, stack, True)
+            first += n
 
     if form.arrays.grouped:
         serial = _over_groups(access, update, operands_at, scalars_at, choose_vectors)

@@ -48,11 +48,11 @@ def tuple_at(intrinsic, n, element=types.int64, addrspace=0):
 
 
 @functools.cache
-def store_at(intrinsic, element, addrspace=0):
+def store_at(intrinsic, element, addrspace=0, align=None):
     """Return a function that stores a number at an address. The arguments are those of `load_at`."""
 
     def store(b, address, value):
-        b.store(value, llvm.pointer(b, address, llvm_type(element), addrspace), align=element.bitwidth // 8)
+        b.store(value, llvm.pointer(b, address, llvm_type(element), addrspace), align=align or element.bitwidth // 8)
 
     return llvm.function(intrinsic, "store", store, types.void(types.int64, element))
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from gpuadam import hyperparameters, testing
-from gpuadam.kernels.operands import Arrays
+from gpuadam.kernels import cpu_strided
+from gpuadam.kernels.operands import Arrays, operands_of_form
+from gpuadam.kernels.view import on_cpu
 from gpuadam.testing import bits
 
 DTYPES = ("float32", "float64")
@@ -76,11 +78,10 @@ def table_of(arrays):
     return np.array([[used[0].size, 0, 0, *(a.ctypes.data for a in used)]])
 
 
-def strided_arguments(arrays):
-    """Likewise the addresses, shape and strides for its kernel of arrays of any strides."""
-    used = [a for a in arrays if a is not None]
-    strides = np.array([a.strides for a in used], np.int64).reshape(len(used), used[0].ndim).T.copy()
-    return tuple(a.ctypes.data for a in used), np.array(used[0].shape, np.int64), strides
+def strided_table_of(form, arrays):
+    """Likewise the table for its kernel of arrays of any strides."""
+    views, written = [on_cpu("", a) for a in arrays if a is not None], [operand.stores for operand in operands_of_form(form)]
+    return cpu_strided.table_of(views, written, 0, in_c_order=form.arrays.random)
 
 
 _IN_MEMORY = []

@@ -14,7 +14,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from cases import DTYPES, few, form_and_scalars, in_memory, state, strided_arguments, table_of
+from cases import DTYPES, few, form_and_scalars, in_memory, state, strided_table_of, table_of
 
 from gpuadam.kernels import adam, compiled_cache, ownership
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
@@ -438,7 +438,7 @@ def run(name="adam", dtype="float32", loop="serial", rule=adam):
     arrays = [a for a in state(100, dtype, form.amsgrad) if a is not None]
     kernel = numba_cpu.build(rule, form, loop)
     if loop == "strided":
-        kernel(*strided_arguments(arrays), 0, 0, in_memory(scalars))
+        kernel(strided_table_of(form, arrays), 0, 0, 0, in_memory(scalars))
     else:
         kernel(table_of(arrays), *((0, 100) if loop == "serial" else (100, 2)), 0, in_memory(scalars))
     return kernel, b"".join(a.tobytes() for a in arrays)

@@ -13,12 +13,12 @@ from cases import (
     few,
     form_and_scalars,
     in_memory,
-    strided_arguments,
+    strided_table_of,
     table_of,
     wide_state,
 )
 
-from gpuadam.kernels import adam
+from gpuadam.kernels import adam, cpu_strided
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.view import on_cpu
 
@@ -38,7 +38,7 @@ def through(loop, form, arrays, scalars):
     n, kernel = arrays[0].size, numba_cpu.build(adam, form, loop)
     key = 0  # of the step
     if loop == "strided":
-        kernel(*strided_arguments(arrays), 0, key, in_memory(scalars))
+        kernel(strided_table_of(form, arrays), 0, n, key, in_memory(scalars))
     else:
         kernel(table_of(arrays), *((0, n) if loop == "serial" else (n, 3)), key, in_memory(scalars))
     return arrays
@@ -57,6 +57,23 @@ def test_every_loop_gives_the_same_bits(name, dtype):
     for start, stop in [(0, 1), (1, 4), (4, 7), (7, 1031), (1031, N)]:
         through("serial", form, [None if a is None else a[start:stop] for a in pieces], scalars)
     assert_same_bits(pieces, expected, "in pieces")
+
+
+@pytest.mark.parametrize("columns", [slice(65), slice(None, 130, 2)], ids=["rows", "blocks"])
+def test_threads_may_cut_arrays_of_any_strides_anywhere(columns):
+    form, scalars = form_and_scalars("adam", "float32")
+    given = [a for a in wide_state(7 * 65, "float32") if a is not None]
+    expected = through("serial", form, copies(given), scalars)
+    kernel = numba_cpu.build(adam, form, "strided")
+    for cut in (1, 64, 65, 66, 255, 256, 257, 300):
+        parts = [np.zeros((7, 140), "f4")[:, columns] for _ in given]
+        for part, a in zip(parts, given, strict=True):
+            part[...] = a.reshape(7, 65)
+        table = strided_table_of(form, parts)
+        assert table[0, cpu_strided.BY_ROWS] == (columns.step is None)
+        kernel(table, 0, cut, 0, in_memory(scalars))
+        kernel(table, cut, 7 * 65, 0, in_memory(scalars))
+        assert_same_bits([np.array(part).ravel() for part in parts], expected, f"cut at {cut}")
 
 
 def test_a_single_element_gives_the_bits_of_the_vector_body():

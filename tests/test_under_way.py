@@ -137,8 +137,8 @@ def test_an_error_between_two_launches_is_told(monkeypatch):
     strided = numba_cpu.build
 
     def failing(rule, form, loop):
-        def kernel(at, shape, *rest):
-            if shape[0]:
+        def kernel(table, first, last, *rest):
+            if last:
                 raise MemoryError("no room")
 
         return kernel if loop == "strided" else strided(rule, form, loop)
