@@ -99,10 +99,10 @@ def measure_rows(backend, options, notes):
         contenders = steps(kernels, peers.own_arrays(backend, shapes)) | {BARE[backend.name]: bare}
         for function in [*contenders.values()] * 3:  # compiled, and known to the optimizer
             function()
-        timing.drain(kernels)
+        measure.drain(kernels)
         calls = max(1, 50 // n)
         with instant.answers(DRIVER) if DRIVER else contextlib.nullcontext():
-            finish = (lambda: None) if DRIVER else lambda: timing.drain(kernels)
+            finish = (lambda: None) if DRIVER else lambda: measure.drain(kernels)
             times = timing.on_host(list(contenders.values()), finish, options.seconds / len(options.sizes), calls)
         identity = {"state": "warm", "clock": "host", "arrays": n}
         yield [

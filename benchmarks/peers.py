@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import timing
 
 import gpuadam
 from gpuadam import backends
@@ -52,7 +51,7 @@ class Contender(NamedTuple):
             return self.step
 
         def alone():  # a stream of its own would run beside the step before, and the clock would not wait for it
-            timing.drain(kernels)
+            measure.drain(kernels)
             self.step()
             self.finish()
 
@@ -73,7 +72,7 @@ def wait_for_all(contenders, kernels):
     waits = [contender.finish for contender in contenders if contender.finish]
 
     def wait():
-        timing.drain(kernels)
+        measure.drain(kernels)
         for finish in waits:
             finish()
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import doctest
+import itertools
 import json
 import math
 import mmap
@@ -324,6 +325,63 @@ def test_all_contenders_run_equally_often_and_in_changing_order():
     assert {len(t) for t in times} == {12} and all(t >= 0 for of_one in times for t in of_one)
     rounds = {tuple(order[at : at + 3]) for at in range(9, len(order), 3)}
     assert len(rounds) > 1 and all(sorted(r) == [0, 1, 2] for r in rounds)
+
+
+def test_what_comes_before_a_turn_comes_before_each_of_it():
+    order = []
+    functions, before = ([lambda k=k, name=name: order.append((name, k)) for k in range(2)] for name in ("step", "before"))
+    measure.in_turn(numba_cpu, functions, 0, before=before)
+    assert order[::2] == [("before", k) for _, k in order[1::2]] and len(order) == 2 * 2 * 15
+
+
+MEMSETS = {"cuMemsetD8Async", "runtime_cudaMemsetAsync"}
+WAITS = {"cuEventSynchronize", "cuCtxSynchronize", "cuStreamSynchronize"}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_moments_of_a_burst_are_enqueued_behind_other_work(backend, driver):
+    """Else a moment is passed before the host has enqueued what comes after it, and the host's time counts as the GPU's."""
+    kernels = backends.load(backend)
+    case = forms.FORMS["float32"]
+    contenders = forms.kernel_and_movers(kernels, case, forms.new_arrays(kernels, case, 1000))
+    driver.listen()
+    measure.in_turn(kernels, list(contenders.values()), 0)
+    calls = [name for name in driver.calls if name in {"cuEventRecord", *MEMSETS, *WAITS}]
+    # what comes between two waits: of a round the moments before and after each turn, behind memsets
+    bursts = [list(of_burst) for wait, of_burst in itertools.groupby(calls, WAITS.__contains__) if not wait]
+    for of_burst in bursts[-2:]:
+        kinds = [kind for kind, _ in itertools.groupby(of_burst, MEMSETS.__contains__)]
+        n = of_burst.count("cuEventRecord")
+        assert kinds == [True, False] and n and n % (2 * len(contenders)) == 0
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_has_caught_up_with_the_host_gets_other_work_again(backend, driver):
+    kernels = backends.load(backend)
+    driver.listen()
+    measure.in_turn(kernels, [lambda: measure.drain(kernels)], 0)
+    calls = [name for name in driver.calls if name in {"cuEventQuery", "cuEventElapsedTime", *MEMSETS}]
+    timed = calls[calls.index("cuEventQuery") + 1 :]
+    queries = [k for k, name in enumerate(timed) if name == "cuEventQuery"]
+    assert len(queries) >= 11 and all(timed[k - 2] in MEMSETS for k in queries)
+
+
+@pytest.mark.gpu
+def test_the_work_before_a_burst_has_its_bounds_in_time_and_memory(backend, driver, monkeypatch):
+    kernels = backends.load(backend)
+    clock = itertools.count(step=1e-3)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))  # 8 memsets take 1 ms
+    free, total = kernels.memory_info()
+    fill = measure.filler(kernels)
+    for seconds, n in ((0, 0), (1e-3, 8), (1e9, 8 * 1e3 * measure.MOST_FILLED)):
+        driver.listen()
+        fill(seconds)
+        assert sum(name in MEMSETS for name in driver.calls) == n
+    assert free - kernels.memory_info()[0] <= total / 200
+
+
+def test_on_a_cpu_nothing_comes_before_a_burst():
+    assert measure.filler(numba_cpu) is None
 
 
 def test_a_burst_leaves_its_first_calls_out(monkeypatch):
