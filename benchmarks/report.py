@@ -72,8 +72,7 @@ def main(
     table. forms: of the step, that --forms chooses from. show: makes another `Table` of rows than `tabulated`.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    best = next(iter(gpuadam.available_backends()), "numba-cpu")
-    parser.add_argument("--backend", choices=list(backends.BACKENDS), default=best, help="default: %(default)s")
+    parser.add_argument("--backend", choices=list(backends.BACKENDS), help="default: the first that works")
     if sizes:
         listed_sizes = functools.partial(_sizes, size=size)
         parser.add_argument(
@@ -98,6 +97,8 @@ def main(
         if unknown := set(options.peers) - set(known):
             parser.error(f"there is no peer {', '.join(sorted(unknown))}, only {', '.join(known)}")
 
+    if options.backend is None and not options.rows:  # only then: each backend that is looked at takes seconds
+        options.backend = next(iter(gpuadam.available_backends()), "numba-cpu")
     with output.ending_plainly(name):
         _measure_and_show(name, measure_rows, draw, options, sizes, table, show or tabulated)
 

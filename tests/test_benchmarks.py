@@ -288,6 +288,27 @@ def bytes_at(address, n_bytes):
     return ctypes.string_at(address, n_bytes)
 
 
+def test_contenders_begin_with_the_same_host_arrays_and_write_to_copies(monkeypatch):
+    made, data = [], measure.data
+    monkeypatch.setattr(measure, "data", lambda *arguments: made.append(1) or data(*arguments))
+    peers.release(CPU)
+    for name in ("gpuadam.Adam.step", "gpuadam.adam_step", "gpuadam.Adam.step (NumPy's memory)", "plain NumPy"):
+        built(name, [(50, 3), (7,)])
+    assert len(made) == 2  # of each shape
+    for arrays, (param, grad, *_) in zip(
+        peers.host_arrays([(50, 3), (7,)], 4), ([*data(150, "f4")], [*data(7, "f4")]), strict=True
+    ):
+        assert (arrays[0].ravel() == param).all() and (arrays[1].ravel() == grad).all()
+    peers.release(CPU)
+    assert peers._host_arrays.cache_info().currsize == 0
+
+
+def test_a_backend_that_is_named_is_measured_without_a_look_at_the_others(monkeypatch):
+    monkeypatch.setattr(gpuadam, "available_backends", lambda: pytest.fail("the others were looked at"))
+    done = in_process.script(FOLDER / "norms.py", "--backend", "numba-cpu", "--sizes", "100", "--seconds", "0")
+    assert "norms: 100 float32, numba-cpu" in done.stdout
+
+
 def test_each_peer_can_be_named_in_a_list():
     assert not any("," in peer.name for peer in peers.PEERS)
 
