@@ -68,7 +68,7 @@ def bare_numba_kernel(backend, shapes):
     """A Numba kernel whose body is Adam as one writes it: the arguments of `peers.one_element_a_thread`."""
     from numba import cuda
 
-    @cuda.jit
+    @cuda.jit(lto=False)  # as the package's kernels are compiled
     def kernel(grad, lr, one_minus_beta1, one_minus_beta2, eps, param, m, v):
         i = cuda.grid(1)
         if i < param.size:
