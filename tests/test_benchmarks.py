@@ -139,6 +139,39 @@ def test_rows_are_added_and_those_measured_again_take_the_place_of_the_old(tmp_p
     assert [(r["elements"], r["ranks"], r["p50_us"]) for r in found] == [(1, None, 1e3), (2, None, 3e3), (2, 2, 4e3)]
 
 
+def test_rows_are_added_after_each_table_and_nothing_is_drawn(monkeypatch, tmp_path):
+    """As `gpu.sh` has them written: a process that is killed keeps its rows, and needs no matplotlib."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    results, found = tmp_path / "results.csv", []
+    for sizes in ("100", "100,200"):
+        done = in_process.script(FOLDER / "norms.py", *QUICK, "--sizes", sizes, "--add", str(results))
+        assert "norms: 100 float32" in done.stdout
+        found.append(report.read_csv(results, report.NUMBERS))
+    assert {row["elements"] for row in found[0]} == {100} and {row["elements"] for row in found[1]} == {100, 200}
+    assert len(found[1]) == 2 * len(found[0]) and list(tmp_path.iterdir()) == [results]
+
+
+def test_a_table_that_cannot_be_written_leaves_the_rows_before_it(tmp_path):
+    report.write_csv(tmp_path / "a.csv", [{"a": 1}])
+    with pytest.raises(ValueError, match="fields not in fieldnames"):
+        report.write_csv(tmp_path / "a.csv", [{"a": 2}, {"b": 3}])
+    assert report.read_csv(tmp_path / "a.csv", {"a"}) == [{"a": 1}]
+
+
+def test_the_summary_marks_what_was_disturbed(tmp_path, capsys):
+    def row(contender, seconds):
+        return measure.row("large", contender, "numba-cpu", 1000, state="in turn", seconds=seconds)
+
+    report.write_csv(tmp_path / "a.csv", [row(report.STEP, [1e-3] * 9), row(report.KERNEL, [1e-3] * 6 + [3e-3] * 5)])
+    report.summary(tmp_path / "a.csv")
+    *_, quiet, busy, note = capsys.readouterr().out.splitlines()
+    assert " 1 ms " in quiet and "*" not in quiet and " 1 ms*" in busy
+    assert note.startswith("* p80 is 1.5 times p20 or more")
+    report.write_csv(tmp_path / "a.csv", [row(report.STEP, [1e-3] * 9)])
+    report.summary(tmp_path / "a.csv")
+    assert "*" not in capsys.readouterr().out
+
+
 def test_what_is_not_there_is_explained():
     if "cupy" not in gpuadam.available_backends():
         error = run("large", "--backend", "cupy", code=2).stderr
