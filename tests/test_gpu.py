@@ -27,10 +27,9 @@ def test_doctor_finds_the_contracts_bits(backend, name):
 
 
 def test_doctor_says_that_the_driver_repeats_launches_or_that_it_does_not(backend, monkeypatch):
-    found = doctor._examine(backend)
-    assert found["works"] and found["launches"] == doctor.BY_DRIVER
+    assert doctor._launches(backend) == doctor.BY_DRIVER
     monkeypatch.setattr(gpu_launch, "recorded", lambda *arguments: None)
-    assert doctor._examine(backend)["launches"] == doctor.BY_LIBRARY
+    assert doctor._launches(backend) == doctor.BY_LIBRARY
 
 
 def test_a_backend_says_how_much_memory_its_gpu_has(cp, backend):
