@@ -392,21 +392,36 @@ MEMSETS = {"cuMemsetD8Async", "runtime_cudaMemsetAsync"}
 WAITS = {"cuEventSynchronize", "cuCtxSynchronize", "cuStreamSynchronize"}
 
 
+def enqueued(driver, kernels, functions, **options):
+    """Return what `in_turn` enqueues between two waits, of memsets and events: lists of names."""
+    driver.listen()
+    measure.in_turn(kernels, functions, 0, **options)
+    calls = [name for name in driver.calls if name in {"cuEventRecord", *MEMSETS, *WAITS}]
+    return [list(between) for waits, between in itertools.groupby(calls, WAITS.__contains__) if not waits]
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_the_moments_of_a_burst_are_enqueued_behind_other_work(backend, driver):
     """Else a moment is passed before the host has enqueued what comes after it, and the host's time counts as the GPU's."""
     kernels = backends.load(backend)
     case = forms.FORMS["float32"]
-    contenders = forms.kernel_and_movers(kernels, case, forms.new_arrays(kernels, case, 1000))
-    driver.listen()
-    measure.in_turn(kernels, list(contenders.values()), 0)
-    calls = [name for name in driver.calls if name in {"cuEventRecord", *MEMSETS, *WAITS}]
-    # what comes between two waits: of a round the moments before and after each turn, behind memsets
-    bursts = [list(of_burst) for wait, of_burst in itertools.groupby(calls, WAITS.__contains__) if not wait]
-    for of_burst in bursts[-2:]:
-        kinds = [kind for kind, _ in itertools.groupby(of_burst, MEMSETS.__contains__)]
-        n = of_burst.count("cuEventRecord")
-        assert kinds == [True, False] and n and n % (2 * len(contenders)) == 0
+    contenders = list(forms.kernel_and_movers(kernels, case, forms.new_arrays(kernels, case, 1000)).values())
+    for burst in enqueued(driver, kernels, contenders)[-2:]:
+        assert [is_memset for is_memset, _ in itertools.groupby(burst, MEMSETS.__contains__)] == [True, False]
+        n = burst.count("cuEventRecord")  # before and after each turn
+        assert n and n % (2 * len(contenders)) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("of_round, rounds", [(0.0, measure.ROUNDS), (0.02, 1), (0.2, 1)])
+def test_fewer_rounds_are_enqueued_where_they_take_the_host_long(backend, driver, monkeypatch, of_round, rounds):
+    kernels, now = backends.load(backend), itertools.count(step=1e-6)
+    waited, filled = [], []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(now) + sum(waited))
+    monkeypatch.setattr(measure, "filler", lambda kernels: filled.append)
+    bursts = enqueued(driver, kernels, [lambda: waited.append(of_round)], at_least=9)
+    assert bursts[-1].count("cuEventRecord") == 2 * rounds
+    assert filled[-1] == pytest.approx(measure.MARGIN * rounds * of_round, abs=1e-4)
 
 
 @pytest.mark.gpu

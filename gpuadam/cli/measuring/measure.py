@@ -16,7 +16,7 @@ from . import facts
 QUANTILES = (5, 20, 50, 80, 95)
 ROUNDS = 4  # that are enqueued before the first is waited for
 MARGIN = 1.5  # times the host's time: it is another one in each burst
-MOST_FILLED = 0.05  # seconds: rounds that take the host longer are enqueued one by one
+MOST_FILLED = 0.05  # seconds: of rounds that take the host longer fewer are enqueued, down to one
 OF_FREE = 1 / 256  # of a GPU's memory, which is filled in about 0.1 ms, whichever GPU it is
 BUSY = 1.5  # times: on an idle machine p80 is within a few percent of p20
 KERNEL, CALL = "gpuadam kernel + launch", "gpuadam.adam_step"
@@ -71,7 +71,7 @@ def in_turn(kernels, functions, seconds, at_least=11, untimed=0, timed=1, before
         turns, caught_up = [], True
         for k in itertools.chain.from_iterable(shuffle(len(functions)) for _ in range(rounds)):
             if fill and caught_up:
-                fill(MARGIN * host)
+                fill(host)
             prepare(k)
             for _ in range(untimed):
                 functions[k]()
@@ -90,7 +90,7 @@ def in_turn(kernels, functions, seconds, at_least=11, untimed=0, timed=1, before
     drain(kernels)
     began = time.perf_counter()
     burst(1, 0)
-    of_round = time.perf_counter() - began
+    of_round = MARGIN * (time.perf_counter() - began)
     rounds = max(1, min(ROUNDS, int(MOST_FILLED / of_round))) if fill else ROUNDS
     times: list[list[float]] = [[] for _ in functions]
     deadline = time.perf_counter() + seconds
@@ -118,7 +118,7 @@ def filler(kernels):
     for _ in range(n):
         kernels.fill_zero(scratch)
     drain(kernels)
-    each = (time.perf_counter() - began) / n  # or less, by the host's time: MARGIN has that in it
+    each = (time.perf_counter() - began) / n
 
     def fill(seconds):
         for _ in range(math.ceil(min(seconds, MOST_FILLED) / each)):
