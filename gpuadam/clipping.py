@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, ValuesView
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from . import backends, checks
 from .groups import is_sequence
+from .hyperparameters import NO_SCALE
 from .kernels import norm_order as order
 from .kernels import streams
 from .kernels.messages import shortened
@@ -169,6 +171,8 @@ def conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, 
         left_out = left_out or (check_finite and not norm * abs(grad_scale) <= largest_norm)
         if max_norm is not None:
             grad_scale = clipped(checks.finite("grad_scale", grad_scale), norm, max_norm)
+            if math.isnan(grad_scale):
+                grad_scale = NO_SCALE
     if device_mode:
         on_device["on_host"] = on_host
     return Conditions(grad_scale, left_out, on_device or None)

@@ -13,7 +13,7 @@ from .kernels.messages import shown
 from .kernels.operands import GROUP, widened
 from .kernels.view import is_array
 from .parameters import check_state
-from .state import OF_GROUPS
+from .state import OF_GROUPS, shape
 from .state_dict import HasState
 from .typing import Array, Integer
 from .under_way import in_turn
@@ -60,7 +60,8 @@ class Grows(HasState):
         check_state(old, label)
         kernels, view = self._viewed(label, param)
         before, groups[k]["params"][at] = groups[k]["params"][at], param
-        of_old, (view_before,) = backends.choose([(f"the old {label}", before)], self.backend)
+        of_state = [(f"{key} of {label}", old.state[key]) for key in old.kept]
+        of_old, (view_before, *sources) = backends.choose([(f"the old {label}", before), *of_state], self.backend)
         if (view.format, view.of_complex, view.device, kernels) != (
             view_before.format, view_before.of_complex, view_before.device, of_old
         ):  # fmt: skip
@@ -82,8 +83,16 @@ class Grows(HasState):
         twin = self._twin(groups, others, {name: param_copy})
         twin._check_arrays(name)
         new = twin.parameters[name]
-        for key in new.state.keys() - {"step"}:
-            to, source = (kernels.view(f"{key} of {label}", array) for array in (new.state[key], old.state[key]))
+        targets = [kernels.view(f"{key} of {label}", new.state[key]) for key in old.kept]
+        for key, to, source in zip(old.kept, targets, sources, strict=True):
+            needed = shape(key, view_before.shape) if key in OF_GROUPS else (view_before.shape[0], *to.shape[1:])
+            if (source.shape, source.dtype, source.device) != (needed, to.dtype, to.device):
+                raise ValueError(
+                    f"{source.name} has shape {source.shape} and dtype {source.dtype} on device {source.device}; beside the old "
+                    f"parameter, of shape {view_before.shape}, it must have {needed} and {to.dtype} on device {to.device}: put "
+                    "back what its optimizer made"
+                )
+        for key, to, source in zip(old.kept, targets, sources, strict=True):
             if key == "ema" and (of_new < 0).any():
                 self._begin_ema(label, new.state[key], param)
             if key in OF_GROUPS:

@@ -65,6 +65,9 @@ def _formulas(algorithm, formula, eps_root, ema_decay, ema_starts, zero_grad, de
 
 ADAM = Formulas()
 UNBOUNDED = None, None
+NO_SCALE = (
+    math.nan + 0.0
+)  # the grad_scale that clips gradients whose norm is NaN: this object, because users may give no NaN
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -100,8 +103,8 @@ class Hyperparameters(NamedTuple):
 
     @property
     def scale(self):
-        """What the gradient is multiplied by; if it is 1, by nothing."""
-        return -self.grad_scale if self.fixed.maximize else self.grad_scale
+        """What the gradient is multiplied by; if it is 1, by nothing. It is never -0.0, as on a device."""
+        return (-self.grad_scale if self.fixed.maximize else self.grad_scale) + 0.0
 
 
 def checked(
@@ -120,7 +123,9 @@ def checked(
 
 def with_formulas(lr, betas, eps, weight_decay, maximize, grad_scale, formulas, clip_value=None, bounds=None):
     """Return Hyperparameters likewise; formulas: checked before."""
-    lr, grad_scale = checks.non_negative("lr", lr), checks.finite("grad_scale", grad_scale)
+    lr = checks.non_negative("lr", lr)
+    if grad_scale is not NO_SCALE:
+        grad_scale = checks.finite("grad_scale", grad_scale)
     try:
         beta1, beta2 = betas if type(betas) is tuple else checks.betas(betas)
         if clip_value is bounds is None:  # the usual case; each argument of a cached function costs time

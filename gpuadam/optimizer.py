@@ -76,7 +76,7 @@ class Adam(HasGroups, Grows):
 
     Attributes: `groups`, a list of dicts: "params", "names" and the hyperparameters, which may be changed between steps;
     `state`, name -> {"step", "m", "v", and, as they are used, "max_v", "remainder", "ema", "m_scale", "v_scale"}; with
-    capturable, "step" is the group's int64 array of one; `steps`, how many calls of `step` there were; `options`, what the
+    capturable, "step" is the group's int64 array of one; `steps`, how many were taken and not left out; `options`, what the
     constructor was given beside arrays, hyperparameters and backend, which is what `gpuadam.load` makes such an optimizer from.
     Names are the dict's keys; without a dict, "0", "1", ... in order, through all groups.
 
@@ -244,7 +244,8 @@ class Adam(HasGroups, Grows):
             the `.grad` of each parameter, for tensors of torch. They are only read, unless zero_grad is on.
         grad_scale: every gradient is multiplied by it first.
         max_norm: clip the gradients, scaled by grad_scale, to this norm over all of them, as torch.nn.utils.clip_grad_norm_ does:
-            multiply them by max_norm / (norm + 1e-6) if that is below 1.
+            multiply them by max_norm / (norm + 1e-6) if that is below 1. Where the norm is NaN, all gradients become NaN;
+            check_finite leaves such a step out.
         norm: their norm before grad_scale, a number or what `global_norm` returned; by default it is computed here, which reads
             the gradients once more. On a GPU it stays there.
         check_finite: leave the step out if the norm is not finite, or if it is so large that a square may overflow (1.8e19 for
@@ -272,7 +273,7 @@ class Adam(HasGroups, Grows):
         try:
             self.under_way.take_turn(mine)
             if self.repeats and self._repeated.does(self, grads, options):
-                return None
+                return self._repeated.norms
             return self._step(grads, options)
         finally:
             turn.update(mine)
@@ -324,7 +325,7 @@ class Adam(HasGroups, Grows):
         self.steps += 1
         self.ended()
         if self.repeats:
-            self._repeated.note(self, self._groups, updates, options)
+            self._repeated.note(self, self._groups, updates, options, of_step)
         return result
 
     def zero_grad(self, grads: LikeParams = OF_PARAMS, *, stream: Stream | None = None) -> None:

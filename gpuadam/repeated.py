@@ -12,11 +12,13 @@ from typing import Any
 
 from .groups import MAPPING, ONE
 from .kernels.step_objects import ANY, MOST_STEPS, same, stays
-from .repeated_on_cpu import NormOnCpu, StepsOnCpu, disjoint
+from .repeated_on_cpu import ClippedOnCpu, NormsOnCpu, StepsOnCpu, disjoint
 from .repeated_on_gpu import StepsOnDevice, StepsOnGpu
+from .step_norms import StepNorms
 from .update import launch
 
-NO_OPTIONS = None, None, None, False, None  # of `Adam.step`: change, lr_scale, where, norms and stream
+NO_OPTIONS = None, None, None, None  # of `Adam.step`: change, lr_scale, where and stream
+NORMS = 8  # the place of norms among all options
 
 
 class Repeats:
@@ -25,6 +27,8 @@ class Repeats:
     After some steps that went the long way, the next ones are compared with the last. Each time that this fails, twice as many
     long steps must pass first, at most 1,024.
     """
+
+    norms: StepNorms | None = None  # of the last step that was taken, if it was asked for them
 
     def __init__(self):
         self.ready = False  # to take the next step if it is as the last one
@@ -75,10 +79,10 @@ class RepeatedGroup:
     on_host: bool  # whether none of these three is an array
 
     @classmethod
-    def of(cls, optimizer, group, k, only, options, clips):
+    def of(cls, optimizer, group, k, only, options, clips, sums):
         """Return what is known of the k-th group after a step whose k-th Updates were these; None if steps are not repeated.
 
-        options: of the step. clips: whether it depends on the norm of the gradients.
+        options: of the step. clips: whether it depends on the norm of the gradients. sums: whether there is any norm.
         """
         settings = optimizer.groups[k]
         kind, names = group.kind, list(group.structure.names)
@@ -95,7 +99,7 @@ class RepeatedGroup:
         places = [place for place in optimizer.arrangement.places if place[3] in own]
         if not _in_one(places, names):
             return None
-        plan = StepsOnCpu.of(optimizer, only, clips) or StepsOnGpu.of(optimizer, k, only)
+        plan = StepsOnCpu.of(optimizer, only, clips, sums) or StepsOnGpu.of(optimizer, k, only)
         if plan is None:
             return None
         values = [ANY if key == "lr" else value for key, value in settings.items()]
@@ -141,18 +145,19 @@ class RepeatedGroup:
 class RepeatedStep(Repeats):
     """The last steps of an `Adam`."""
 
-    _further: Any = None  # what a step needs beside the plans of its groups, a `NormOnCpu` or a `StepsOnDevice`
+    _further: Any = None  # what a step needs beside the plans of its groups: ClippedOnCpu, NormsOnCpu or StepsOnDevice
     _in_groups = _several = False
     _moves: Any = None  # the plans and their `moves`, when no memory was shared between their groups
 
     def put_off(self):
         super().put_off()
-        self._further = self._moves = None
+        self._further = self._moves = self.norms = None
 
-    def note(self, optimizer, groups, updates, options):
+    def note(self, optimizer, groups, updates, options, passes):
         """Take over a step that went the long way, if the next ones may be alike.
 
         groups: the optimizer's, with parameters. updates: all of the step's. options: all arguments of `step` but the gradients.
+        passes: the `change_sums.NormPasses` of its norms, or None.
         """
         if not self.worth_a_look():
             return
@@ -160,10 +165,11 @@ class RepeatedStep(Repeats):
         clips, on_device = norm is None and (max_norm is not None or check_finite), any(group.now for group in updates)
         known: list[Any] = [None]
         if len(updates) == len(groups) and _repeatable(updates, options):
-            known = [RepeatedGroup.of(optimizer, *one, options, clips) for one in zip(groups, itertools.count(), updates)]
-        self._further = self._moves = None
-        if None not in known and (clips or on_device):
-            self._further = _further_of(optimizer, [one.plan for one in known], updates, clips, options)
+            of_groups, sums = zip(groups, itertools.count(), updates), clips or passes is not None
+            known = [RepeatedGroup.of(optimizer, *one, options, clips, sums) for one in of_groups]
+        self._further = self._moves = self.norms = None
+        if None not in known and (clips or on_device or passes):
+            self._further = _further_of(optimizer, [one.plan for one in known], updates, clips, options, passes)
             known = known if self._further else [None]
         if None in known:
             self.put_off()
@@ -217,6 +223,8 @@ class RepeatedStep(Repeats):
             if not launches or not self._apart(plans):
                 return False
             launch(launches, optimizer.under_way)
+            if options[NORMS]:
+                self.norms = StepNorms(*self._further.passes.result)
             return True
         finally:
             for plan in plans:
@@ -225,21 +233,23 @@ class RepeatedStep(Repeats):
 
 def _repeatable(updates, options):
     """Whether the options of a step stay what they are, or are arrays that the device looks at. updates: all of the step's."""
-    _, max_norm, norm, check_finite, found_inf, *others = options
+    _, max_norm, norm, check_finite, found_inf, *others, norms, stream = options
     for name, value in (("norm", norm), ("found_inf", found_inf)):
         if value is not None and not all(group.now and getattr(group.now, name) for group in updates):
             return False
-    return same(others, NO_OPTIONS) and stays((max_norm, check_finite))
+    return same((*others, stream), NO_OPTIONS) and stays((max_norm, check_finite, norms))
 
 
-def _further_of(optimizer, plans, updates, clips, options):
-    """Return the `NormOnCpu` or the `StepsOnDevice` of a step that was made by Updates, or None if there is none."""
+def _further_of(optimizer, plans, updates, clips, options, passes):
+    """Return what a step that was made by Updates needs beside its plans, or None if it is not repeated."""
     grad_scale, _, norm, _, found_inf, *_ = options
-    if all(type(plan) is StepsOnGpu for plan in plans) and all(group.now for group in updates):
+    on_gpu = all(type(plan) is StepsOnGpu for plan in plans) and all(group.now for group in updates)
+    if on_gpu and passes is None:
         given = [grad_scale, norm, found_inf, *(settings["lr"] for settings in optimizer.groups)]
         return StepsOnDevice.of(updates, plans[0].kernels, optimizer.norm_on_gpu if clips else None, given)
     if all(type(plan) is StepsOnCpu for plan in plans) and not any(group.now for group in updates):
-        return NormOnCpu(updates, optimizer.largest_norm)
+        clipped = ClippedOnCpu(updates, optimizer.largest_norm) if clips else None
+        return NormsOnCpu(passes, clipped) if passes else clipped
     return None
 
 
@@ -265,7 +275,7 @@ def prepared(plans, steps):
 
 
 def further(of_all, plans, steps, options):
-    """Return likewise the launches of steps that depend on more: of a `NormOnCpu`, or a `StepsOnDevice`."""
+    """Return likewise the launches of steps that need more. of_all: a ClippedOnCpu, a NormsOnCpu or a `StepsOnDevice`."""
     if None in steps or not all(plan.same(*step) for plan, step in zip(plans, steps, strict=True)):
         return None
     return of_all.launches(plans, steps, options)

@@ -13,11 +13,11 @@ from .update import Updates, launch
 KEPT = 64  # plans of calls of adam_step
 
 
-def plan_of(group: Updates, n_rows=None, beside=False, table=None, clips=False):
+def plan_of(group: Updates, n_rows=None, beside=False, table=None, clips=False, sums=False):
     """Return a `cpu_step.Plan` for Updates that were made, or None if there is none for their like.
 
-    n_rows, table: as in Plan. beside: whether the step has other Updates, so that the call leaves all launches to its caller.
-    clips: whether the caller clips: it takes the norm of the gradients, which have to be in C order, and then sets grad_scale.
+    n_rows, table: as in Plan. beside: whether the step has other launches, so that the call leaves all to its caller.
+    clips: whether the caller sets another grad_scale. sums: whether it sums over the arrays, which have to be in C order then.
     """
     like, fixed = group.like, group.h.fixed
     kernels = backends.load("numba-cpu")
@@ -35,10 +35,10 @@ def plan_of(group: Updates, n_rows=None, beside=False, table=None, clips=False):
     if not hasattr(kernel, "overloads"):  # somebody's own in the place of a loop of Numba's
         return None
     formula, begins = (fixed.variant, form.decoupled), 1 if constants.first == later else 2
-    most = 0 if beside or clips else kernels.PARALLEL_FROM
+    most = 0 if beside else kernels.PARALLEL_FROM
     params = group.columns[0] if n_rows and table is None else ()
     return kernels.cpu_step.Plan(
-        like.columns, form, kernel, formula, numbers, scalars, begins, most, n_rows, table, not clips, params
+        like.columns, form, kernel, formula, numbers, scalars, begins, most, n_rows, table, not sums, params
     )
 
 
@@ -97,20 +97,20 @@ class StepsOnCpu:
         self.expect = plan.expect
 
     @classmethod
-    def of(cls, optimizer, only, clips=False):
+    def of(cls, optimizer, only, clips=False, sums=False):
         """Return that of a step that went the long way, whose Updates were these, or None if there is none for its like.
 
-        clips: as in `plan_of`.
+        clips, sums: as in `plan_of`.
         """
         if not all(type(array) is np.ndarray for column in only.columns for array in column):
             return None
-        beside = optimizer.arrangement.in_groups  # all groups are compared before any is updated
-        return cls.of_table(optimizer, only, beside, clips=clips)
+        beside = optimizer.arrangement.in_groups or sums  # all groups are compared before any is updated
+        return cls.of_table(optimizer, only, beside, None, clips, sums)
 
     @classmethod
-    def of_table(cls, optimizer, only, beside, table=None, clips=False):
-        """Likewise of arrays that the caller compares, and has the table of. beside: as in `plan_of`."""
-        plan = plan_of(only, len(only.names), beside, table, clips) if backends.takes_numpy(optimizer.backend) else None
+    def of_table(cls, optimizer, only, beside, table=None, *more):
+        """Likewise of arrays that the caller compares, and has the table of. beside, more: as in `plan_of`."""
+        plan = plan_of(only, len(only.names), beside, table, *more) if backends.takes_numpy(optimizer.backend) else None
         return plan and cls(plan, only)
 
     @property
@@ -123,11 +123,16 @@ class StepsOnCpu:
         """How many steps have found arrays elsewhere than the one before."""
         return self._plan.memory[self._kernels.cpu_step.MOVES].item()
 
-    @property
-    def grads(self):
-        """The sizes and the addresses of the gradients of the step that is prepared. Complex numbers count twice."""
+    def sizes_and_addresses(self, k):
+        """The sizes and the addresses of operand k, in the step that is prepared. Complex numbers count twice."""
         struct, table = self._kernels.numpy_struct, self._plan.table
-        return table[:, struct.SIZE] * self._columns.numbers, table[:, struct.PARAM + 1]
+        return table[:, struct.SIZE] * self._columns.numbers, table[:, struct.PARAM + k]
+
+    def sum_change(self, part):
+        """Let a `change_sums.ChangePart` sum the change of the step that is prepared: of the same arrays, wherever they lie."""
+        struct, plan = self._kernels.numpy_struct, self._plan
+        part.take(plan.table[plan.table[:, struct.SIZE] > 0, struct.PARAM :])
+        part.prepare(adam, plan.form, plan.scalars, None)
 
     def set_column(self, k, addresses):
         """Set the addresses of operand k."""
@@ -187,7 +192,29 @@ class StepsOnCpu:
         self._plan.held.fill(None)
 
 
-class NormOnCpu:
+class NormPlan:
+    """The plan of the norm of all arrays of one operand of a step, wherever they lie in the next ones.
+
+    operand: its number. views: of its arrays, those of all groups.
+    """
+
+    def __init__(self, operand, views):
+        # The plan of a norm leaves out what is empty, and goes by formats: so each address is the number of its array at first.
+        # Those that are taken are in C order, whatever these are.
+        numbered = [view._replace(pointer=VECTOR_BYTES * k, contiguous=True) for k, view in enumerate(views)]
+        self._operand, self.plan = operand, norm_order.plan(numbered)
+        n = sum(one.n_rows for one in self.plan.passes if one.form.squares)
+        self._addresses = self.plan.table[: n * norm_order.COLUMNS].reshape(n, norm_order.COLUMNS)[:, norm_order.OPERANDS]
+        self._numbers, self._sizes = self._addresses // VECTOR_BYTES, [view.size for view in views]
+
+    def takes(self, plans):
+        """Take the arrays of `StepsOnCpu`s that are prepared; return whether they have the sizes of the first ones."""
+        sizes, addresses = np.concatenate([plan.sizes_and_addresses(self._operand) for plan in plans], axis=1)
+        self._addresses[...] = addresses[self._numbers]
+        return sizes.tolist() == self._sizes
+
+
+class ClippedOnCpu:
     """The norm of the gradients of the plans of a step, which are `StepsOnCpu`s, and the step that is clipped to it.
 
     groups: the Updates of the step that went the long way. largest: the norm from which on it is not finite.
@@ -195,14 +222,8 @@ class NormOnCpu:
 
     def __init__(self, groups, largest):
         self._kernels, self._largest = backends.load("numba-cpu"), largest
-        grads = [(group, k) for group in groups for k in range(len(group.names))]
-        _, views = backends.choose([("", group.columns[1][k]) for group, k in grads], "numba-cpu")
-        # the plan of a norm leaves out what is empty, and goes by formats: so each address is the number of its gradient at first
-        numbered = [view._replace(pointer=VECTOR_BYTES * number) for number, view in enumerate(views)]
-        self._plan = norm_order.plan(numbered)
-        n = sum(one.n_rows for one in self._plan.passes if one.form.squares)
-        self._addresses = self._plan.table[: n * norm_order.COLUMNS].reshape(n, norm_order.COLUMNS)[:, norm_order.OPERANDS]
-        self._numbers, self._sizes = self._addresses // VECTOR_BYTES, [view.size for view in views]
+        grads = [("", grad) for group in groups for grad in group.columns[1]]
+        self._norm = NormPlan(1, backends.choose(grads, "numba-cpu")[1])
 
     def launches(self, plans, steps, options):
         """Return what to launch for a step that plans found to be as the last one. options: of the step.
@@ -210,11 +231,9 @@ class NormOnCpu:
         None if it is left out, or if a number overflows.
         """
         grad_scale, max_norm, _, check_finite, *_ = options
-        sizes, addresses = np.concatenate([plan.grads for plan in plans], axis=1)
-        if sizes.tolist() != self._sizes:
+        if not self._norm.takes(plans):
             return None
-        self._addresses[...] = addresses[self._numbers]
-        norm = self._kernels.norm_of_plan(self._plan)
+        norm = self._kernels.norm_of_plan(self._norm.plan)
         if check_finite and not norm * abs(grad_scale) <= self._largest:
             return None
         if max_norm is not None:
@@ -222,6 +241,32 @@ class NormOnCpu:
         if not self._kernels.cpu_step.takes(grad_scale):
             return None
         return [batch for plan in plans for batch in plan.clipped(grad_scale)]
+
+
+class NormsOnCpu:
+    """The norms of the steps of some plans, which are `StepsOnCpu`s.
+
+    passes: the `change_cpu.CpuNormPasses` of the step that went the long way; its arrays are let go. clipped: a ClippedOnCpu, if
+    the step is clipped.
+    """
+
+    def __init__(self, passes, clipped):
+        self.passes, self._clipped = passes, clipped
+        self._params = NormPlan(0, passes.params)
+        passes.again_with(self._params.plan)
+
+    def launches(self, plans, steps, options):
+        """As those of ClippedOnCpu."""
+        if self._clipped:
+            batches = self._clipped.launches(plans, steps, options)
+        else:
+            batches = [batch for plan in plans for batch in plan.clipped(options[0])]
+        if batches is None or not self._params.takes(plans):
+            return None
+        for plan, part in zip(plans, self.passes.parts, strict=True):
+            plan.sum_change(part)
+        self.passes.renew()
+        return [*self.passes.parts, *batches, self.passes]
 
 
 def disjoint(plans):

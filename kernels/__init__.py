@@ -72,7 +72,7 @@ A backend is a subclass of `backend.Backend`, whose docstrings are the interface
 | `batches(updates, arrays)` | `Batch`es, which do `place`, `check`, `prepare`, `launch` and `release` |
 | `norm(...)`, `chunk_sums(views)` | the global norm, whose bits follow from the order in `norm_order.py` |
 | `step_norms(...)` | the norms of a step: sums before its update, and after it (`change_sums.py`) |
-| `zeros`, `zeros_in_one`, `shaped`, `fill_zero`, `copy` | memory for state |
+| `zeros`, `zeros_in_one`, `shaped`, `fill_zero`, `copy`, `copy_rows` | memory for state |
 | `from_host`, `to_host`, `native` | copies from and to NumPy; an array as one of the backend's library |
 | `now`, `seconds_between` | the clock of the device |
 

@@ -29,8 +29,7 @@ class CpuNormPasses(NormPasses):
     def prepare_part(self, part):
         _, form, scalars, *_ = part.prepared
         part.scalars = np.array(scalars, np.float64)
-        n = sum(update.views[0].size for update in part.updates)
-        part.threads = 1 if n < PARALLEL_FROM else min(cpu_threads.n_threads(), part.chunks)
+        part.threads = 1 if part.elements < PARALLEL_FROM else min(cpu_threads.n_threads(), part.chunks)
         self.backend.rehearse((build, form, part.threads > 1), _run, (form, part, 0, 0))
 
     def launch_part(self, part):
@@ -39,13 +38,27 @@ class CpuNormPasses(NormPasses):
     def prepare(self, stream):
         refuse_stream(stream)
         self.sums = np.zeros(self.total)
-        self.plan = order.plan(self.params)
-        norm_cpu.rehearse(self.plan)
-        self.result = tuple(view.array for view in self.out) if self.out else (np.empty(()), np.empty(()))
+        self.plan, self.plan_of_sums = order.plan(self.params), order.plan([], n_sums=self.total)
+        for plan in self.plan, self.plan_of_sums:
+            norm_cpu.rehearse(plan)
+        if self.out:
+            self.result = tuple(view.array for view in self.out)
+        else:
+            self.renew()
+
+    def again_with(self, plan):
+        """Be those of further steps of as many elements, all of which change. plan: of the norm of their parameters."""
+        self.plan, self.params, self.out = plan, [], None
+        for part in self.parts:  # which lets the arrays go
+            part.updates = part.views = []
+
+    def renew(self):
+        """Let the next norms go into new arrays."""
+        self.result = np.empty(()), np.empty(())
 
     def launch(self):
         change, param = self.result
-        change[...] = norm_cpu.norm_of_chunks(self.sums)
+        change[...] = norm_cpu.norm_of(self.plan_of_sums, self.sums)
         param[...] = norm_cpu.norm_of(self.plan)
 
 

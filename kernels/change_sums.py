@@ -11,6 +11,7 @@ On a GPU a warp sums a chunk, and thread t has the lanes t, t + 32, ... t + 224:
 """
 
 import itertools
+import weakref
 from typing import Any
 
 from gpuadam.kernels import norm_order as order
@@ -38,11 +39,19 @@ class ChangePart(Batch):
 
     def __init__(self, norms, group, updates, arrays, first_sums):
         super().__init__(updates, arrays)
-        self.norms, self.device, self.group = norms, norms.device, group
+        self.norms = weakref.proxy(norms)  # which has this part: the arrays go when the step ends, and not with the garbage
+        self.device, self.group = norms.device, group
         self.scalars: Any = None  # as the kernel reads them
         self.names, self.is_random = (), False  # an error of the step names what is updated; nothing here is rounded
         self.views = [view for update in updates for view in update.views]
         self.table, self.n_rows, self.chunks = table_of(updates, first_sums)
+        self.elements = sum(update.views[0].size for update in updates)
+
+    def take(self, addresses):
+        """Take the arrays at other addresses, in C order: those of the operands of each update that has elements."""
+        rows, operands = addresses.shape
+        own = self.table[: rows * (order.OPERANDS + operands)].reshape(rows, -1)
+        own[:, order.RUN], own[:, order.OPERANDS :] = True, addresses
 
     def place(self, stream):
         return self.norms.place(stream)

@@ -52,8 +52,8 @@ class Plan(step_objects.Plan):
     scalars: those of a step, of which the call computes VARYING. begins: the first step for which these scalars hold. most:
     with so many elements or more, several threads make the update; 0 leaves all launches to the caller. n_rows: of several
     updates, how many there are. table: of updates whose arrays the caller has compared, and whose gradients' addresses it puts
-    there; the call reads no array. any_order: all arrays of an update may be in Fortran's order. params: those of several
-    updates, which have to stay the same.
+    there; the call reads no array. any_order: as in `numpy_struct.table`. params: those of several updates, which have to
+    stay the same.
     """
 
     def __init__(

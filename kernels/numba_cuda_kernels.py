@@ -274,7 +274,7 @@ def build_scalars(form):
     lr_of, grad_scale_of = map(_number_of, (form.lr, form.grad_scale))
     CLIPS, CHECKS, COUNTS, WORDS = form.norm, form.checks, form.counts, form.random or form.skips
     ITEMSIZE, FLAG, EMA, N_SCALARS = form.dtype.itemsize, form.found_inf is not None, form.ema, form.reals
-    flag, mul = form.found_inf or np.dtype("u1"), op.mul
+    flag, add, mul = form.found_inf or np.dtype("u1"), op.add, op.mul
     load_flag = global_load(UNSIGNED[flag.itemsize])
     MAGNITUDE = types.uint64((1 << (8 * flag.itemsize - (flag.kind == "f"))) - 1)
 
@@ -299,6 +299,7 @@ def build_scalars(form):
         scale = mul(sign, scale)
         if CLIPS:
             scale = clipped(scale, load_norm(norm), max_norm)
+        scale = add(scale, 0.0)  # of -0.0 this makes 0.0
         numbers = (
             scale, decay, w1, w2, inv_sqrt_bias2, epsilon, neg_lr, further1, further2, further3, further4, further5,
         )  # fmt: skip

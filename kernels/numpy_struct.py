@@ -93,7 +93,7 @@ def table(columns, like, any_order=True):
 
     columns: the params of all updates, their grads, m's, v's and so on: lists of one length. like: their Columns. Plain are
     NumPy's own arrays, aligned, of one shape in each update, writeable where an update writes, and in C order without gaps.
-    any_order: all arrays of an update may be in Fortran's order instead.
+    any_order: all arrays of an update may be in another order instead, Fortran's or any.
     A table holds no references: the arrays must outlive it.
     """
     n, width = len(columns[0]), len(columns)
@@ -213,6 +213,27 @@ def all_disjoint(tables):
 
 
 @_inner
+def _in_one_order(objects, row, rows, expected, n):
+    """Return whether the arrays of an update of n elements fill their memory without gaps, in the same order of dimensions."""
+    first = objects[row]
+    ndim, shape, strides = _int32_at(first + NDIM), _int64_at(first + SHAPE), _int64_at(first + STRIDES)
+    for k in range(expected.shape[1]):
+        if expected[LAST, k] or expected[IS_SCALE, k]:
+            return False
+        own = _int64_at(objects[k * rows.shape[0] + row] + STRIDES)
+        for d in range(ndim):
+            steps, of_first = _int64_at(own + 8 * d) * expected[BYTES, 0], _int64_at(strides + 8 * d) * expected[BYTES, k]
+            if steps != of_first and _int64_at(shape + 8 * d) != 1:
+                return False
+    element = run = expected[BYTES, 0] * expected[TIMES, 0]
+    for _ in range(ndim):
+        for d in range(ndim):  # the dimension in which a run of so many bytes follows on the last one makes the run longer
+            if _int64_at(strides + 8 * d) == run and _int64_at(shape + 8 * d) != 1:
+                run *= _int64_at(shape + 8 * d)
+    return run == n * element
+
+
+@_inner
 def _described(objects, ndarray, expected, any_order, rows):
     """Fill rows; return how many of their numbers have changed, or -1 if an array is not as expected. Arguments: of `read`."""
     changed = 0
@@ -246,7 +267,8 @@ def _described(objects, ndarray, expected, any_order, rows):
             start = _int64_at(array + DATA)
             changed += rows[row, PARAM + k] != start
             rows[row, PARAM + k] = start
-        if not (orders & C_CONTIGUOUS or (any_order and orders)):
+        as_c_or_fortran = orders & C_CONTIGUOUS or (any_order and orders)
+        if not (as_c_or_fortran or (any_order and _in_one_order(objects, row, rows, expected, n))):
             return -1
         size = n * expected[TIMES, 0]
         changed += rows[row, SIZE] != size

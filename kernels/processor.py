@@ -19,13 +19,15 @@ class Loop(NamedTuple):
         return f"a loop{' of 512 bits' if self.wide else ''}{ahead}"
 
 
-# Intel's Xeons since 2023, as LLVM calls them. The figures are of an emeraldrapids; the others were not measured. While it
+# Intel's Xeons since 2023, as LLVM calls them. A virtual machine may give the number of another model, as one did whose Xeon
+# LLVM then called a rocketlake; so they are also known by what no AMD has. The figures are of an emeraldrapids. While it
 # divides and takes roots, it asks for few of the elements that follow: with a prefetch a step of 20 million elements takes 0.89
 # of the time. AMD's processors, of three kinds, gained nothing by prefetches to write, and one of them, a znver3, nothing by
 # prefetches to read. And LLVM takes vectors of 256 bits, because older Xeons slowed down with wider ones. The unit that divides
 # is no quicker with wide vectors, but conversions are: a step with bfloat16 state takes 0.85 of the time, and one in float32 1.02
 # in the caches. The sums of a step's changes take 0.79 of the time with both, and 0.75 in the caches; those of a norm 0.93.
 _XEONS = ("sapphirerapids", "emeraldrapids", "graniterapids", "graniterapids-d")
+_OF_INTEL = {"+amx-tile", "+cldemote", "+serialize"}
 
 CACHED = 2**20  # bytes of arrays that a core's own cache holds from one step to the next, on these processors
 
@@ -54,15 +56,18 @@ def cached(form):
 
 def converts_float16():
     """Whether the processor has instructions that convert float16: those of x86 since 2013, rounded to nearest even (F16C)."""
-    from numba.core.registry import cpu_target
-
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return "+f16c" in features.split(",")
+    return "+f16c" in _target()[1]
 
 
 def _is_xeon():
     """Whether Numba compiles for one of _XEONS."""
-    import numba  # a plan asks for no Loop, and needs no Numba
-    from llvmlite import binding
+    name, features = _target()
+    return name in _XEONS or ("+avx512fp16" in features and not features.isdisjoint(_OF_INTEL))
 
-    return (numba.config.CPU_NAME or binding.get_host_cpu_name()) in _XEONS
+
+def _target():
+    """Return the processor for which Numba compiles, as LLVM calls it, and the set of its features, as in "+avx2"."""
+    from numba.core.registry import cpu_target  # a plan asks for no Loop, and needs no Numba
+
+    _, name, features = cpu_target.target_context.codegen().magic_tuple()
+    return name, set(features.split(","))

@@ -139,7 +139,7 @@ def formula_in_python(algorithm, decoupled, op):
 
     def clipped(grad_scale, norm, max_norm):
         clip = div(max_norm, add(mul(norm, abs_(grad_scale)), CLIP_EPS))
-        return mul(grad_scale, clip) if clip < 1.0 else grad_scale
+        return grad_scale if clip >= 1.0 else mul(grad_scale, clip)  # NaN, if the norm is: as torch.nn.utils.clip_grad_norm_
 
     def too_large(norm, grad_scale, largest_norm):
         return not mul(norm, abs_(grad_scale)) <= largest_norm  # true for a NaN
@@ -188,8 +188,9 @@ if (RADAM) {
 }
 double scale = mul_(sign, unclipped);
 const double clip = div_(max_norm, add_(mul_(norm_or_0, abs_(scale)), CLIP_EPS));
-if (CLIPS && clip < 1.0)
+if (CLIPS && !(clip >= 1.0))
     scale = mul_(scale, clip);
+scale = add_(scale, 0.0);
 const double all[] = {
     scale, decay, w1, w2, inv_sqrt_bias2, epsilon, neg_lr, further1, further2, further3, further4, further5};
 #pragma unroll

@@ -1,5 +1,8 @@
 """The evidence can fail: a rule that is broken in one backend is found, each way of breaking it by itself."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from cases import different_bits, form_and_scalars, wide_state
@@ -192,3 +195,12 @@ def test_a_swapped_scalar_in_numbas_rule_is_found():
         numba_cuda_kernels.build(Swapped(), form, "contiguous"), gpu_code.signature(form, "contiguous", False), ARCH
     )
     assert found("numba-cuda", form, scalars, text) == "bits"
+
+
+def test_the_page_says_how_many_ways_there_are():
+    ways = [ways for _, ways in BREAKS.values()] + [ways for *_, ways in BREAKS_OF_OTHERS.values()]
+    for test in (test_a_broken_cover_of_the_elements_is_found, test_a_primitive_broken_in_numba_cuda_is_found):
+        ways += [case[-1] for case in test.pytestmark[0].args[1]]
+    page = (Path(__file__).parent.parent / "gpuadam/guide/how_exact.py").read_text(encoding="utf-8")
+    (said,) = re.findall(r"broken in (\d+) ways", page)
+    assert int(said) == sum(None not in of_one for of_one in ways) + 1  # and the swapped scalar

@@ -13,6 +13,7 @@ from test_gpu import spin
 import gpuadam
 from gpuadam import clipping, device_step, hyperparameters, testing
 from gpuadam import update as functional
+from gpuadam.hyperparameters import NO_SCALE
 from gpuadam.kernels.operands import Arrays
 from gpuadam.kernels.scalars import KEY_AT, SKIP_AT, ScalarsForm, Settings, step_key
 
@@ -259,12 +260,12 @@ def test_a_flag_that_is_not_zero_leaves_the_step_out(compiler, dtype):
 @pytest.mark.parametrize("scale", [1.0, -0.5, 3e-3])
 def test_the_device_clips_by_the_norm_as_the_host_does(compiler, dtype, maximize, scale):
     given = np.array([scale])
-    for norm in (0.0, 1e-300, 0.5, 1.0, 1.0 + 1e-6, 7.3, 1e10, 1e30):
+    for norm in (0.0, 1e-300, 0.5, 1.0, 1.0 + 1e-6, 7.3, 1e10, 1e30, np.inf, np.nan):
         for max_norm in (1.0, 0.1, 1e20):
             clipped = clipping.clipped(scale, norm, max_norm)
             options = DEFAULTS | {"maximize": maximize}
             try:
-                h = hyperparameters.checked(**options, grad_scale=clipped)
+                h = hyperparameters.checked(**options, grad_scale=NO_SCALE if np.isnan(norm) else clipped)
                 _, expected = hyperparameters.form_and_scalars(h, 3, SAME[dtype])
             except ValueError:  # it rounds to 0, which only the host refuses
                 continue
@@ -274,6 +275,7 @@ def test_the_device_clips_by_the_norm_as_the_host_does(compiler, dtype, maximize
             )
             found = gpu_code.reals_of(out, form)
             assert_same_bits([found], [np.array(expected, dtype)], f"norm {norm}, max_norm {max_norm}")
+            assert np.isnan(found[0]) == np.isnan(norm) and not np.isnan(found[1:]).any()
     assert abs(clipping.clipped(scale, 1e10, 1.0)) < abs(scale) == abs(clipping.clipped(scale, 0.0, 1.0))
 
 

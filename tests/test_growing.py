@@ -249,6 +249,26 @@ def test_what_is_wrong_is_said_and_nothing_changes(what):
     opt.step({"points": numbers(1, 6), "gain": numbers(2, 1)})
 
 
+@pytest.mark.parametrize("key", ["m", "v"])
+@pytest.mark.parametrize("shape, dtype", [((1, K), "f4"), ((9, K), "f4"), ((6, K), "f8"), ((6,), "f4")])
+def test_state_that_is_not_as_its_optimizer_made_it_is_not_moved(key, shape, dtype):
+    params, opt = trained()
+    opt.state["points"][key] = np.ones(shape, dtype)
+    new = numbers(1, 3)
+    with (
+        unchanged(opt=opt, **params),
+        pytest.raises(ValueError, match=rf"{key} of params.*must have \(6, {K}\) and float32"),
+    ):
+        opt.replace("points", new, [5, 4, 3])
+
+
+def test_nor_is_that_of_a_parameter_that_was_resized_in_place():
+    params, opt = trained()
+    params["points"].resize((7, K), refcheck=False)
+    with unchanged(opt=opt, **params), pytest.raises(ValueError, match=r"has shape \(6, .* must have \(7, "):
+        opt.replace("points", numbers(1, 3), [6, 4, 3])
+
+
 BAD_COPIES = {
     "a shape": (np.zeros((2, K), "f2"), ValueError, r"param_copy of params.* has shape"),
     "a dtype": (np.zeros((3, K), "i4"), TypeError, "it must be float32 or"),

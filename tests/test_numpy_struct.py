@@ -16,7 +16,7 @@ from numba import njit
 
 import gpuadam
 from gpuadam import functional, hyperparameters, numpy_batches, update
-from gpuadam.kernels import numpy_struct
+from gpuadam.kernels import layout, numpy_struct, view
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.numpy_struct import BYTES, IS_SCALE, KEY, PARAM, SIZE, START, WRITTEN
 from gpuadam.repeated_on_cpu import RepeatedCall
@@ -196,6 +196,34 @@ def test_what_is_not_plain_has_no_table(what, k):
 @pytest.mark.parametrize("what", [w for w in NOT_PLAIN if w not in PLAIN_IF_ALL_ARE])
 def test_what_is_not_plain_has_no_table_if_all_arrays_are_like_it(what):
     assert table([NOT_PLAIN[what](a) for a in plain((4, 6))]) is None
+
+
+def ordered(array, order, step):
+    """Return a copy whose dimensions lie in memory in some order, of which the first has gaps if step is above 1."""
+    there = np.zeros([array.shape[d] * (step if d == order[0] else 1) for d in order], array.dtype)[::step]
+    there = there.transpose(np.argsort(order))
+    there[...] = array
+    return there
+
+
+@settings(max_examples=examples(100, 1000))
+@given(st.data())
+def test_arrays_in_one_order_of_memory_have_a_table_whatever_it_is(data):
+    shape = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+    orders = st.permutations(range(len(shape)))
+    first, steps = data.draw(orders), st.sampled_from([1, 1, 1, 2])
+    arrays = []
+    for k in range(5):
+        order = data.draw(orders) if data.draw(st.integers(0, 7)) == 0 else first
+        dtype = data.draw(st.sampled_from(["f4", "f8"])) if k < 2 else "f4"
+        arrays.append(ordered(np.arange(np.prod(shape)).reshape(shape).astype(dtype), order, data.draw(steps)))
+    is_dense = layout.dense([view.on_cpu("", a) for a in arrays])
+    rows = table(arrays)
+    assert (rows is not None) == is_dense
+    if is_dense:  # each address is the first of a run, whose elements are those of the others in the same order
+        runs = [np.ndarray(a.size, a.dtype, np.lib.stride_tricks.as_strided(a, (a.size,), (a.itemsize,))) for a in arrays]
+        assert rows[0, PARAM:].tolist() == [a.ctypes.data for a in arrays]
+        assert all(np.array_equal(run, runs[0]) for run in runs)
 
 
 @pytest.mark.parametrize("k", range(5), ids=NAMES)

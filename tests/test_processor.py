@@ -105,11 +105,18 @@ def test_a_loop_prefetches_and_asks_for_wide_vectors_if_it_was_told_to():
 
 
 @pytest.mark.parametrize(
-    "name, float32, narrow",
-    [("emeraldrapids", Loop(512), Loop(512, True)), ("znver4", Loop(), Loop()), ("neoverse-v2", Loop(), Loop())],
+    "name, features, float32, narrow",
+    [
+        ("emeraldrapids", "+avx2", Loop(512), Loop(512, True)),
+        ("rocketlake", "+avx2,+avx512fp16,+serialize", Loop(512), Loop(512, True)),  # a Xeon that a virtual machine hides
+        ("rocketlake", "+avx2,+avx512f,-avx512fp16", Loop(), Loop()),
+        ("znver4", "+avx2,+avx512f", Loop(), Loop()),
+        ("a later AMD", "+avx2,+avx512fp16,-serialize", Loop(), Loop()),
+        ("neoverse-v2", "", Loop(), Loop()),
+    ],
 )
-def test_a_loop_goes_as_it_was_the_fastest_on_a_processor(monkeypatch, name, float32, narrow):
-    monkeypatch.setattr(numba.config, "CPU_NAME", name)
+def test_a_loop_goes_as_it_was_the_fastest_on_a_processor(monkeypatch, name, features, float32, narrow):
+    monkeypatch.setattr(processor, "_target", lambda: (name, set(features.split(","))))
     of_forms = [forms.form_and_scalars(forms.FORMS[form])[0] for form in ("float32", "bfloat16 state", "8-bit state")]
     found = [processor.loop_of(form) for form in of_forms]
     assert found == [float32, narrow, narrow]
@@ -117,7 +124,7 @@ def test_a_loop_goes_as_it_was_the_fastest_on_a_processor(monkeypatch, name, flo
 
 
 def test_ways_to_move_the_bytes_have_names_of_their_own(monkeypatch):
-    monkeypatch.setattr(numba.config, "CPU_NAME", "sapphirerapids")
+    monkeypatch.setattr(processor, "_target", lambda: ("sapphirerapids", set()))
     movers = limit.movers("CPU")
     assert list(movers) == [
         "a loop", "a loop, 128 elements ahead", "a loop, 512 elements ahead", "a loop, 2048 elements ahead",

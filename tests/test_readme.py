@@ -28,6 +28,8 @@ def blocks():
 def test_a_block_runs_and_prints_what_its_comments_say(block):
     if "import torch" in block:
         libraries.imported("torch")
+    if "import jax" in block:
+        libraries.imported("jax")
     printed, names = io.StringIO(), {}
     with contextlib.redirect_stdout(printed):
         exec(compile(block, "a block", "exec"), names)

@@ -192,7 +192,7 @@ def one_step(dtype, grad, eps=1e-8, m=0.0, v=0.0, step=1, param=1.0, **options):
     return tuple(float(a[0]) for a in (arrays[0], *arrays[2:]))
 
 
-def test_a_gradient_whose_square_overflows_stops_the_element_in_float32():
+def test_a_gradient_whose_square_overflows_makes_the_parameter_nan_in_the_next_step_in_float32():
     param, m, v = one_step("float32", 2e19)
     assert (param, v) == (1.0, np.inf) and m == pytest.approx(2e18)
     param, m, v = one_step("float32", 1.0, m=m, v=v, step=2)

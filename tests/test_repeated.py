@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import itertools
 import math
 import pickle
 import sys
@@ -20,11 +21,12 @@ from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.scalars import on_host, powers_on_host
 from gpuadam.repeated import RepeatedGroup
 from gpuadam.repeated_on_cpu import RepeatedCall
+from gpuadam.step_norms import StepNorms
 
 CLASSES = {
     "Adam": gpuadam.Adam, "AdamW": gpuadam.AdamW, "RAdam": gpuadam.RAdam, "AdaMax": gpuadam.AdaMax, "NAdam": gpuadam.NAdam,
 }  # fmt: skip
-CLIPPED = {"max_norm": 0.5}  # options of a step
+CLIPPED, NORMS = {"max_norm": 0.5}, {"norms": True}  # options of a step
 OPTIONS = [
     {},
     {"amsgrad": True},
@@ -152,16 +154,19 @@ def test_a_grad_scale_of_another_type_is_as_good_as_a_float(grad_scale, calls):
         opts[0].step(numbers(33, 1), grad_scale=10**400)
 
 
-def test_what_was_known_of_a_step_is_let_go_when_the_next_is_another():
+@pytest.mark.parametrize("options", [CLIPPED, NORMS], ids=["clipped", "norms"])
+def test_what_was_known_of_a_step_is_let_go_when_the_next_is_another(options):
     opt, held = gpuadam.Adam([numbers(5, 1), numbers(4, 2)]), []
     for k in range(3):
         grads = [numbers(5, k), numbers(4, k)]
-        opt.step(grads, **CLIPPED)
+        norms = opt.step(grads, **options)
         held.append(weakref.ref(grads[0]))
     del grads
     assert opt._repeated._further and [ref() for ref in held] == [None] * 3
-    opt.step([numbers(5, 1), None], **CLIPPED)
-    assert opt._repeated._further is None
+    held = [weakref.ref(x) for x in norms or ()]
+    del norms
+    opt.step([numbers(5, 1), None], **options)
+    assert opt._repeated._further is None and [ref() for ref in held] == [None] * len(held)
 
 
 def test_no_gradient_is_kept_alive_by_an_interrupt_of_its_norm(monkeypatch):
@@ -196,13 +201,16 @@ CLIPS = {  # options of steps that depend on the norm of the gradients
     "clipped and scaled": {"max_norm": 0.5, "grad_scale": 0.125},
     "checked": {"check_finite": True},
     "clipped and checked": {"max_norm": 2.0, "check_finite": True},
+    "norms": {"norms": True},
+    "norms, scaled": {"norms": True, "grad_scale": 0.125},
+    "norms, clipped and scaled": {"norms": True, "max_norm": 0.5, "grad_scale": 0.125},
 }
 
 
 @pytest.mark.parametrize("in_groups", [False, True], ids=["together", "in groups"])
 @pytest.mark.parametrize("of", ["f2", "f4", "f8", "c8", "maximize"])
 @pytest.mark.parametrize("options", CLIPS.values(), ids=CLIPS)
-def test_so_have_clipped_steps(options, of, in_groups):
+def test_so_have_steps_with_norms(options, of, in_groups):
     dtype = "f4" if of == "maximize" else of
     more = {"c8": {"complex": "joint"}, "maximize": {"maximize": True}}.get(of, {})
     shapes, opts = ((5, 3), (0,), (9000,), (2,)), []
@@ -218,55 +226,85 @@ def test_so_have_clipped_steps(options, of, in_groups):
             gpuadam.AdamW([{"params": part} for part in arrays(1)] if in_groups else arrays(1), weight_decay=0.1, **more)
         )
     long_way(opts[1])
+    returned = []
     for k in range(6):
-        for opt in opts:
-            opt.step(arrays(20 * k + 20), **options)
+        results = [opt.step(arrays(20 * k + 20), **options) for opt in opts]
         assert_same(*opts)
         assert opts[0]._repeated.ready == (k > 0)
+        if "norms" in options:
+            returned.append((results[0], [x.item() for x in results[1]]))
+            assert [type(x) for x in results] == [StepNorms] * 2 and len({type(x) for x in itertools.chain(*results)}) == 1
+        else:
+            assert results == [None, None]
+    assert all([x.item() for x in ours] == theirs and ours.change > 0 for ours, theirs in returned)  # in arrays of their own
 
 
-@pytest.mark.parametrize("options", [{"check_finite": True}, {"max_norm": 1.0, "check_finite": True}, {"max_norm": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"check_finite": True}, {"max_norm": 1.0, "check_finite": True}, {"max_norm": 1.0}, {"max_norm": 1.0, "norms": True}],
+)
 @pytest.mark.parametrize("number", [np.nan, np.inf, 3e38, 0.0])
 def test_a_norm_that_is_not_finite_or_0_is_as_ever(options, number):
     opts = [gpuadam.Adam([numbers(9, 1), numbers(4, 2)]) for _ in range(2)]
     long_way(opts[1])
     for k in range(8):
+        results = []
         for opt in opts:
             grads = [numbers(9, k), numbers(4, k)]
             if k in (3, 7):
                 grads[1][:], grads[0][:] = number, 0.0
-            opt.step(grads, **options)
+            results.append(opt.step(grads, **options))
         assert opts[0].steps == opts[1].steps
+        np.testing.assert_array_equal(*(np.array(result, "f8") for result in results))
         assert [a.tobytes() for group in opts[0].groups for a in group["params"]] == [
             a.tobytes() for group in opts[1].groups for a in group["params"]
         ]
 
 
-def test_clipped_steps_of_arrays_in_fortrans_order_go_the_long_way():
+@pytest.mark.parametrize("options", [CLIPPED, NORMS], ids=["clipped", "norms"])
+def test_steps_with_norms_of_arrays_in_fortrans_order_go_the_long_way(options):
     """The order of a norm is C's."""
     opts, ready = [gpuadam.Adam(np.asfortranarray(numbers((40, 50), 1, "f8"))) for _ in range(2)], []
     long_way(opts[1])
     for k in range(5):
         for opt in opts:
-            opt.step(np.asfortranarray(numbers((40, 50), 9 + k, "f8")), max_norm=0.5)
+            opt.step(np.asfortranarray(numbers((40, 50), 9 + k, "f8")), **options)
         ready.append(opts[0]._repeated.ready)
         assert_same(*opts)
     assert ready == [False, True, False, False, True]  # the third was found to be another one
 
 
+@pytest.mark.parametrize("options", [CLIPPED, NORMS], ids=["clipped", "norms"])
+def test_the_order_of_a_norm_is_cs_also_after_steps_in_fortrans_order(options):
+    for seed in range(40):  # of which 11 differed while sums went by the strides of the first arrays
+        opts, results = [], []
+        for to_the_long_way in (lambda opt: opt, long_way):
+            param = np.asfortranarray(numbers((40, 50), seed, "f8"))
+            opts.append(to_the_long_way(gpuadam.Adam(param, lr=0.1)))
+            for k in range(2):
+                opts[-1].step(np.asfortranarray(numbers((40, 50), seed + k, "f8")), **options)
+            param.resize(2000, refcheck=False)
+            opts[-1].state["0"].update(m=numbers(2000, seed + 2, "f8"), v=numbers(2000, seed + 3, "f8") ** 2)
+            results.append(opts[-1].step(numbers(2000, seed + 4, "f8"), **options))
+        assert_same(*opts)
+        np.testing.assert_array_equal(*(np.array(result, "f8") for result in results))
+
+
+@pytest.mark.parametrize("options", [CLIPPED, NORMS], ids=["clipped", "norms"])
 @pytest.mark.parametrize("n", [3, 30])
-def test_arrays_of_another_size_in_their_place_are_noticed_in_a_clipped_step(n):
+def test_arrays_of_another_size_in_their_place_are_noticed_in_a_step_with_norms(n, options):
     opts = []
     for to_the_long_way in (lambda opt: opt, long_way):
         params = [numbers(9, 1), numbers(4, 2)]
         opt = to_the_long_way(gpuadam.Adam(params))
         opts.append(opt)
         for k in range(4):
-            opt.step([numbers(9, k), numbers(4, k)], **CLIPPED)
+            opt.step([numbers(9, k), numbers(4, k)], **options)
         params[1].resize(n, refcheck=False)
         opt.state["1"].update(m=numbers(n, 4), v=numbers(n, 5) ** 2)
         for k in range(3):
-            opt.step([numbers(9, k), numbers(n, k)], **CLIPPED)
+            norms = opt.step([numbers(9, k), numbers(n, k)], **options)
+        assert norms is None or norms.param == gpuadam.global_norm(params)
     assert_same(*opts)
 
 
@@ -448,7 +486,7 @@ CHANGES_OF_GROUPS = {
     ("groups", "change"),
     [(1, name) for name in CHANGES] + [(2, name) for name in CHANGES] + [(3, name) for name in CHANGES_OF_GROUPS],
 )
-@pytest.mark.parametrize("options", [{}, CLIPPED], ids=["plain", "clipped"])
+@pytest.mark.parametrize("options", [{}, CLIPPED, NORMS], ids=["plain", "clipped", "norms"])
 def test_a_change_between_steps_is_noticed(groups, change, options):
     outcomes = []
     for to_the_long_way in (lambda opt: opt, long_way):
@@ -463,7 +501,7 @@ def test_a_change_between_steps_is_noticed(groups, change, options):
         (CHANGES_OF_GROUPS if groups == 3 else CHANGES)[change](opt, params, grads)
         for _ in range(3):
             try:
-                opt.step(grads, **options)
+                outcome += [np.array(x).tobytes() for x in opt.step(grads, **options) or ()]
             except Exception as error:  # noqa: BLE001 - whatever it is, both have to raise it
                 outcome.append((type(error), str(error)))
         states = [(name, key, np.array(x)) for name, state in opt.state.items() for key, x in state.items()]

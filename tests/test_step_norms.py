@@ -1,7 +1,9 @@
 """`step(norms=True)`: the norms of the change and of the parameters, with the same bits on every backend."""
 
+import gc
 import itertools
 import operator
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -136,6 +138,22 @@ def test_norms_change_nothing_of_the_step():
     for name in SHAPES:
         arrays = [[opt.groups[0]["params"][[*SHAPES].index(name)], *opt.state[name].values()] for opt in opts]
         assert [np.array(x).tobytes() for x in arrays[0]] == [np.array(x).tobytes() for x in arrays[1]]
+
+
+def test_the_gradients_of_a_step_go_when_it_ends(monkeypatch):
+    gc.collect()
+    monkeypatch.setattr(gpuadam.Adam, "repeats", False)
+    opt, held = gpuadam.Adam(random(1, 5)), []
+    gc.disable()
+    try:
+        for k in range(3):
+            grad = random(k, 5)
+            held.append(weakref.ref(grad))
+            opt.step(grad, norms=True)
+        del grad
+        assert [ref() for ref in held] == [None] * 3
+    finally:
+        gc.enable()
 
 
 # The change is that of the numbers which are computed with

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import re
 from typing import Any
 
@@ -72,6 +73,26 @@ def test_a_clipped_step_is_one_on_gradients_scaled_by_hand(grad_scale):
         scale = np.float32(grad_scale * (0.5 / (norm + 1e-6)))
         by_hand.step({name: scale * a for name, a in grads.items()})
     assert everything(opt) == everything(by_hand)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("given", [False, True], ids=["computed", "given"])
+def test_one_nan_in_a_clipped_step_becomes_one_everywhere_as_in_pytorch(given, capturable):
+    """Else all other elements would take a gradient that was to be clipped, and their v would remember it."""
+    params = random_arrays()
+    opt = gpuadam.Adam(params, capturable=capturable)
+    for k in range(4):  # the last ones are repeated steps
+        opt.step(random_arrays(k), max_norm=0.5, check_finite=k == 3)
+        assert opt.steps == k + 1
+    grads = random_arrays(5)
+    grads["w"][3, 4] = np.nan
+    before = everything(opt)
+    opt.step(grads, max_norm=0.5, check_finite=True)
+    assert everything(opt) == before
+    opt.step(grads, max_norm=0.5, **({"norm": math.nan} if given else {}))
+    assert all(np.isnan(a).all() for a in (*params.values(), *(state[key] for state in opt.state.values() for key in "mv")))
+    with pytest.raises(ValueError, match="grad_scale=nan must be finite"):
+        opt.step(grads, max_norm=0.5, grad_scale=math.nan)
 
 
 def test_gradients_within_max_norm_are_not_touched():

@@ -63,7 +63,7 @@ The metadata are strings. Those marked JSON are JSON in a string.
 | `gpuadam` | the version of gpuadam that wrote the file |
 | `options` | JSON: the options of the constructor, as `Options.saved` of `gpuadam/options.py` returns them |
 | `groups` | JSON: a list of `{"names": [...], "lr": ..., "betas": ..., ...}`; lr is null if it was a callable |
-| `steps` | JSON: how many calls of `step` there were |
+| `steps` | JSON: how many steps were taken, without those that were left out |
 | `params` | JSON: name -> `{"step", "dtype", "shape"}` |
 | `copies` | JSON: the names of the parameters that had a copy (`param_copies`); the copies are not saved |
 | `crc32` | JSON: name -> the checksums of a tensor |
@@ -104,8 +104,7 @@ the same folder is refused.
 `safetensors` reads and writes the format in pieces. `regular_file` opens and locks files, and `atomic_file` replaces a file
 whole or not at all. `format` has the metadata, `tensors` the arrays of an optimizer as tensors. `saving` writes the checkpoint
 of an `Adam`. `stored` has the arrays of a checkpoint that is open, `converting` reads moments of another format, and `loading`
-makes an `Adam` of them. Many ranks'
-checkpoints are in `gpuadam/sharded/saving.py` and `gpuadam/sharded/loading.py`.
+makes an `Adam` of them. Many ranks' checkpoints are in `gpuadam/sharded/saving.py` and `gpuadam/sharded/loading.py`.
 """
 
 from .safetensors import CheckpointError

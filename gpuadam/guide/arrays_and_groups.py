@@ -18,16 +18,17 @@ gpuadam.use_backend(...)` or the environment variable `GPUADAM_BACKEND` chooses 
 and no backend silently replaces another.
 
 `python -m gpuadam doctor` says what works on a machine, why something does not, and how to mend it. It runs steps in
-float32, in bfloat16 with random rounding and with 8-bit state on each backend, and compares the bits with known ones. It
-also tries checkpoints, PyTorch, the pytest plugin and the extras.
+float32, in all bfloat16 with random rounding, with 8-bit state, with bounds and with components on each backend, and compares the
+bits with known ones. It also tries checkpoints, PyTorch, the pytest plugin and the extras.
 
 ## Layouts, and what is refused
 
 Every size, every alignment and all strides are computed correctly. Contiguous arrays are the fast case. A gradient may be
 read-only, and a broadcast or sliding view, unless `zero_grad` is on. With 8-bit state all arrays are C-contiguous.
 
-These arguments raise an error before a byte is written: other read-only, overlapping or broadcast arrays; shapes, dtypes or
-devices that differ; hyperparameters out of range. One bad gradient in a list stops the step of all arrays.
+These arguments raise an error before a byte is written: other read-only, overlapping or broadcast arrays; shapes or devices
+that differ; arrays of integers, m and v of two dtypes, the other byte order; hyperparameters out of range. A gradient may have
+another float dtype than its parameter. One bad gradient in a list stops the step of all arrays.
 
 ## In place
 

@@ -100,7 +100,7 @@ that they load. It has memory with bounds, streams that do their work as late as
 fail.
 
 **The memory's limit.** The machine code of both float32 kernels has, for each thread, four 16-byte loads, three 16-byte
-stores, no local memory, and at most 64 registers.
+stores, no local memory, and at most 64 registers on these five architectures.
 
 **Training resumes.** k steps, save, load and k steps have the bits of 2k steps, in twelve forms of state.
 
@@ -109,15 +109,15 @@ stores, no local memory, and at most 64 registers.
 **Many ranks' checkpoints.** Saved by 4 ranks, and loaded by 1, 2, 3, 8 and by a single `Adam`: the next ten steps have the
 same bits. One of 4 ranks is killed in the middle of a save.
 
-**The evidence can fail.** The rule and its loop are broken in nineteen ways, one at a time, and each is noticed.
+**The evidence can fail.** The rule and its loop are broken in 30 ways, one at a time, and each is noticed.
 
 **Still to be shown, on a GPU:** what ptxas and the chip make of the code, and every speed. `benchmarks/gpu.sh OUTDIR tests`
-runs all of the tests there, and `benchmarks/gpu.sh OUTDIR sanitize` the kernels under compute-sanitizer.
+runs every test marked `gpu` there, and `benchmarks/gpu.sh OUTDIR sanitize` the kernels under compute-sanitizer.
 
 ## Limits of the arithmetic
 
-* |g| of 1.85e19 and more overflows g*g in float32. The element stops, as in PyTorch's CUDA kernel. float64 recovers.
-  `check_finite=True` leaves such a step out.
-* An `eps` that rounds to 0 in the dtype is refused.
+* |g| of 1.85e19 and more overflows g*g in float32: v becomes infinite, and in the next step the parameter becomes NaN. In
+  float64 the element recovers. `check_finite=True` leaves such a step out.
+* An `eps` above 0 that rounds to 0 in the dtype is refused.
 * On a CPU without fused multiply-add instructions the bits are the same, and the update is slow.
 """

@@ -9,36 +9,45 @@ the same run.
 
 These commands measure your machine: GB/s, bytes an element, and percent of the limit of each form.
 
-The figures are of virtual machines with two cores. "AVX2": an AMD that LLVM calls znver3, of 2026-11-30. "Xeon": an Intel that
-LLVM calls emeraldrapids, of the same day, before compiled code started the threads of large steps. "EPYC": an AMD that LLVM calls
-znver4, of 2026-11-29 and 30, before torch's tensors were compared in compiled code. The last two have vectors of 512 bits. All:
-torch 2.13.0+cpu, jax 0.10.2, optax 0.2.8, numba 0.68.1. Runs on these shared machines differ by some 5 %. All contenders that
-take given memory have the same arrays, from 10 million elements on. They take turns, in a new order each round, so each finds the
-caches as the others left them. Every row with its quantiles is in `benchmarks/results`, by machine; `benchmarks/README.md` says
-how it was measured, and README.md has the table of one array.
+The figures are of four virtual machines with two cores:
 
-Rows of a fourth machine are there too, an AMD EPYC that LLVM calls znver5, of 2026-11-29. Its memory is about as fast as that
-of znver4. At 20 million elements nearly every form takes the time of its limit there: all bfloat16 0.51 of float32's time,
-bfloat16 state 0.73, and 8-bit state 0.80, which is 1.28 of its limit's.
+| here | processor | measured | folder of `benchmarks/results` |
+|---|---|---|---|
+| Zen 3 | an AMD EPYC that LLVM calls znver3 | 2026-11-30; arrays in the caches 2026-11-29 | `amd-epyc-2-cores` |
+| Zen 4 | an AMD EPYC that LLVM calls znver4 | 2026-11-29; narrow numbers 2026-11-30 | `amd-epyc-znver4-2-cores` |
+| Zen 5 | an AMD EPYC that LLVM calls znver5 | 2026-11-29 | `amd-epyc-znver5-2-cores` |
+| Emerald Rapids | an Intel Xeon that LLVM calls emeraldrapids | 2026-11-30 | `intel-xeon-emeraldrapids-2-cores` |
+
+All but Zen 3 have vectors of 512 bits. At 20 million elements the memory moves 42 GB/s on Zen 3, 54 on Emerald Rapids and 97 on
+Zen 5. On Zen 4 it moves 54, and moved 93 on the machine that measured narrow numbers. The figures of Emerald Rapids are from
+before compiled code started the threads of large steps, and those of Zen 4 and Zen 5 from before it compared torch's tensors.
+All: torch 2.13.0+cpu, jax 0.10.2, optax 0.2.8, numba 0.68.1.
+
+**Compare within a table only.** Machines of one name are shared and differ, and so do two runs: the same step took up to 1.7
+times as long. All contenders that take given memory have the same arrays, from 10 million elements on. They take turns, in a new
+order each round, so each finds the caches as the others left them. The rows of the tables of CPU times, with quantiles, are in
+`benchmarks/results`, but for times of earlier code. `benchmarks/README.md` says how they were measured, and README.md has the
+table of one array.
 
 ## Many arrays, and small ones
 
 | | gpuadam | torch fused | ratio |
 |---|---:|---:|---:|
-| Xeon: one array of 20 million elements, `Adam.step` | 10.9 ms | 12.6 ms | 0.86 |
-| Xeon: GPT-2 small: 148 arrays, 124 million elements, `Adam.step` | 67 ms (one flat array: 66) | 78 ms | 0.86 |
-| EPYC: the same | 66 ms (69) | 67 ms | 0.99 |
-| AVX2: the same | 86 ms (81) | 84 ms | 1.03 |
-| Xeon: 1,000 arrays of 1,000 elements, `Adam.step` | 1.5 ms | 8.8 ms | 0.17 |
-| Xeon: the same by `gpuadam.torch.Adam` | 4.3 ms | 8.8 ms | 0.49 |
-| EPYC: 1,000 arrays of 1,000 elements, `Adam.step` | 2.0 ms | 9.7 ms | 0.21 |
-| AVX2: the same | 1.4 ms | 9.6 ms | 0.14 |
-| AVX2: the same by `gpuadam.torch.Adam` | 5.0 ms | 9.6 ms | 0.52 |
-| Xeon: the whole step of mixed precision over GPT-2 small: scale, check, clip, update, zeros | 99 ms | 238 ms | 0.42 |
-| AVX2: memory of a step beyond its state, 100 million elements | 0 MB | 0 MB (foreach: 400 MB) | |
+| Emerald Rapids: one array of 20 million elements, `Adam.step` | 10.9 ms | 12.6 ms | 0.86 |
+| Emerald Rapids: GPT-2 small: 148 arrays, 124 million elements, `Adam.step` | 67 ms (one flat array: 66) | 78 ms | 0.86 |
+| Zen 4: the same | 66 ms (69) | 67 ms | 0.99 |
+| Zen 3: the same | 86 ms (81) | 84 ms | 1.03 |
+| Emerald Rapids: 1,000 arrays of 1,000 elements, `Adam.step` | 1.5 ms | 8.8 ms | 0.17 |
+| Emerald Rapids: the same by `gpuadam.torch.Adam` | 4.3 ms | 8.8 ms | 0.49 |
+| Zen 4: 1,000 arrays of 1,000 elements, `Adam.step` | 2.0 ms | 9.7 ms | 0.21 |
+| Zen 3: the same | 1.4 ms | 9.6 ms | 0.14 |
+| Zen 3: the same by `gpuadam.torch.Adam` | 5.0 ms | 9.6 ms | 0.52 |
+| Emerald Rapids: the whole step of mixed precision over GPT-2 small | 99 ms | 238 ms | 0.42 |
+| Zen 3: memory of a step beyond its state, 100 million elements | 0 MB | 0 MB (foreach: 400 MB) | |
 
 **Calls.** A step that is as the last one, but for its number, the learning rate and the gradients, is checked and made in one
-compiled call; several groups are compared one by one, and then updated. Microseconds of a call on 1,000 elements, Xeon:
+compiled call; several groups are compared one by one, and then updated. Microseconds of a call on 1,000 elements,
+Emerald Rapids:
 
 | | warm caches | in turn with the others |
 |---|---:|---:|
@@ -51,9 +60,9 @@ compiled call; several groups are compared one by one, and then updated. Microse
 | `optax.adam` under `jax.jit` | 21 | 92 |
 
 From 65,536 elements on the call also starts the threads, and lets Python's lock go meanwhile. While Python started them, it
-took longer for that than the threads took for 100,000 elements. The table has microseconds, in turn with the others, on AVX2.
+took longer for that than the threads took for 100,000 elements. The table has microseconds, in turn with the others, on Zen 3.
 Its columns are two runs, before and after that change, and the kernel took the same time in both. The rows in
-`benchmarks/results` are of a third, later run, in which all contenders took 1.2 to 1.3 times as long:
+`benchmarks/results` are of a third, later run, in which all contenders took 1.15 to 1.35 times as long:
 
 | 100,000 elements | started by Python | by the call |
 |---|---:|---:|
@@ -64,7 +73,7 @@ Its columns are two runs, before and after that change, and the kernel took the 
 | torch fused | 214 | 184 |
 
 **Many arrays** are compared with each other, because none that is written may share memory with another: half of the time that
-a step of 1,000 took to begin. Where each lies as it did at the last step, this is known. AVX2, 1,000 arrays: 1.87 ms before,
+a step of 1,000 took to begin. Where each lies as it did at the last step, this is known. Zen 3, 1,000 arrays: 1.87 ms before,
 and 1.37 now.
 
 Two thirds of the time of `gpuadam.torch.Adam` are torch's, which wraps the step of every optimizer. Compiled code asks torch
@@ -74,7 +83,7 @@ lacks them `gpuadam.torch.Adam` took 1.3 of the time of torch fused for one tens
 **The first step** of a process, from after `import numpy` on, the import of gpuadam and Numba included
 (`benchmarks/first_call.py`):
 
-| | Xeon | EPYC | AVX2 |
+| | Emerald Rapids | Zen 4 | Zen 3 |
 |---|---:|---:|---:|
 | `import gpuadam` alone | 22 ms | 21 ms | 31 ms |
 | import and first `adam_step`, warm compile cache | 0.25 s | 0.27 s | 0.36 s |
@@ -86,26 +95,26 @@ the limit at 1, a step of 100,000 elements:
 
 | | the step | without its division | without its root | without both |
 |---|---:|---:|---:|---:|
-| Xeon, float32 | 1.54 | 1.12 | 1.08 | 1.06 |
-| Xeon, float64 | 2.67 | 1.75 | 1.30 | 1.18 |
-| Xeon, bfloat16 state | 1.51 | 1.39 | 1.35 | 1.29 |
-| Xeon, 8-bit state | 1.84 | 1.75 | 1.73 | 1.67 |
-| EPYC, float32 | 1.36 | 1.14 | 1.09 | 1.06 |
-| AVX2, float32 | 1.31 | 1.23 | 1.19 | 1.14 |
+| Emerald Rapids, float32 | 1.54 | 1.12 | 1.08 | 1.06 |
+| Emerald Rapids, float64 | 2.67 | 1.75 | 1.30 | 1.18 |
+| Emerald Rapids, bfloat16 state | 1.51 | 1.39 | 1.35 | 1.29 |
+| Emerald Rapids, 8-bit state | 1.84 | 1.75 | 1.72 | 1.67 |
+| Zen 4, float32 | 1.36 | 1.14 | 1.09 | 1.06 |
+| Zen 3, float32 | 1.31 | 1.23 | 1.19 | 1.14 |
 
 The unit that divides and takes roots, which rounds each number exactly, is nearly all of what is above the limit in float32
-and float64. A division by Newton's iteration and fma, without this unit, took 1.6 times as long on AVX2. The rest of narrow
+and float64. A division by Newton's iteration and fma, without this unit, took 1.6 times as long on Zen 3. The rest of narrow
 forms are conversions and random bits.
 
-**Asking for memory ahead.** While the Xeon divides and takes roots it asks for few of the elements that follow. A loop that
+**Asking for memory ahead.** While Emerald Rapids divides and takes roots it asks for few of the elements that follow. A loop that
 prefetches those 512 ahead takes 0.89 of the time of one that does not, at 20 and at 100 million elements, and with bfloat16
 parameters and gradients 0.76. So loops prefetch there, where a thread's arrays do not fit in its cache. A prefetch that asks
-to write was 3 % slower than one that asks to read. On AMD's processors, of three kinds, prefetches to write took 1.00 to 1.2
-of the time of none. Those to read took 0.98 to 1.05 in float32 on AVX2, 1.0 to 1.15 with bfloat16, and 0.95 to 1.07 in sums of
-squares. So there are none on AMD's.
+to write was 3 % slower than one that asks to read. On Zen 3, 4 and 5 prefetches to write took 1.00 to 1.2
+of the time of none. Those to read took 0.98 to 1.05 in float32 on Zen 3, 1.0 to 1.15 with bfloat16, and 0.95 to 1.07 in sums of
+squares. So there are none on AMD's processors.
 
-**Vectors of 512 bits.** On a Xeon LLVM takes 256, unless it is asked. With 512 a step with bfloat16 state takes 0.85 of the
-time, one with 8-bit state 0.89, and with float16 parameters and gradients, which integers converted then, 0.77. float32 and
+**Vectors of 512 bits.** On Emerald Rapids LLVM takes 256, unless it is asked. With 512 a step with bfloat16 state takes 0.85 of
+the time, one with 8-bit state 0.89, and with float16 parameters and gradients, which integers converted then, 0.77. float32 and
 float64 gain at most 1 % in memory, and float32 loses 2 to 3 % in the caches, so both are left at 256 (`kernels/processor.py`).
 
 ## Narrow numbers
@@ -113,34 +122,35 @@ float64 gain at most 1 % in memory, and float32 loses 2 to 3 % in the caches, so
 Narrow numbers save memory everywhere. They save time where the memory is the limit. Where it is quick, or the processor slow,
 conversions and random bits take longer than the bytes. 20 million elements, measured in turn, times float32's:
 
-| form | bytes an element | Xeon | EPYC | AVX2 |
-|---|---:|---:|---:|---:|
-| float32 | 28 | 1.00 | 1.00 | 1.00 |
-| bfloat16 parameters and gradients | 22 | 0.77 | 0.87 | 0.83 |
-| float16 parameters and gradients (by integers: 1.97) | 22 | | | 0.85 |
-| bfloat16 parameters with a remainder, bfloat16 gradients | 26 | 0.89 | 1.04 | 0.90 |
-| bfloat16 state | 20 | 0.79 | 0.96 | 0.89 |
-| all bfloat16, rounded randomly | 14 | 0.74 | 1.03 | 1.16 |
-| 8-bit state | 16.5 | 1.10 | 1.48 | 1.31 |
-| AMSGrad | 36 | 1.25 | 1.29 | 1.09 |
-| NAdam, RAdam, AdaMax | 28 | 1.00 | 1.00 to 1.01 | 0.99 to 1.13 |
+| form | bytes an element | Emerald Rapids | Zen 3 | Zen 4 | Zen 5 |
+|---|---:|---:|---:|---:|---:|
+| float32 | 28 | 1.00 | 1.00 | 1.00 | 1.00 |
+| bfloat16 parameters and gradients | 22 | 0.77 | 0.83 | 0.87 | 0.79 |
+| float16 parameters and gradients | 22 | | 0.85 | | |
+| bfloat16 parameters with a remainder, bfloat16 gradients | 26 | 0.89 | 0.90 | 1.04 | 0.94 |
+| bfloat16 state | 20 | 0.79 | 0.89 | 0.96 | 0.73 |
+| all bfloat16, rounded randomly | 14 | 0.74 | 1.16 | 1.03 | 0.51 |
+| 8-bit state | 16.5 | 1.10 | 1.31 | 1.48 | 0.80 |
+| AMSGrad | 36 | 1.25 | 1.09 | 1.29 | 1.29 |
+| NAdam, RAdam, AdaMax | 28 | 0.99 to 1.00 | 0.99 to 1.13 | 1.00 to 1.01 | 0.99 to 1.00 |
+
+On Zen 3 other work disturbed float32, by which its column is divided, float16, NAdam and AdaMax: their p80 is more than 1.5 times
+their p20. float16 has no figure where it was measured before processors converted it (F16C).
 
 **8-bit state** is bound by its arithmetic. Eight groups are updated before the first is encoded: when each was encoded at
-once, the processor waited for the largest number of each. In the caches, on the EPYC, an element then took a thread 1.08 ns
-and now takes 0.87; one of float32 takes 0.31. On the Xeon it takes 1.19 and 0.65 (`benchmarks/in_caches.py`, 100,000 elements
-over two threads).
+once, the processor waited for the largest number of each. In the caches of Emerald Rapids an element takes a thread 1.19 ns, and
+one of float32 0.65 (`benchmarks/in_caches.py`, 100,000 elements over two threads).
 
 ## The whole step
 
-AVX2: unscaling, check, clipping, update and zeros take 16.4 ms for 20 million elements, and 115 ms for GPT-2 small's 148 arrays.
+Zen 3: unscaling, check, clipping, update and zeros take 16.4 ms for 20 million elements, and 115 ms for GPT-2 small's 148 arrays.
 That is 0.51 and 0.53 of the time of torch's `unscale_`, `clip_grad_norm_`, fused step and `zero_grad`.
 
 ## State in files, and many ranks
 
-A step with 8 GB of state in files takes 2.0 s on AVX2, 1.10 times as long as moving the same bytes without arithmetic, and 2.4 s
-on the Xeon, 1.01 times as long. EPYC: with 2 GB of state in the system's cache it takes 1.04 times as long, and half of that time
-if all of it fits in the budget: `gpuadam.offload` has more. MPI's ranks on two cores share one memory, so there is
-little to gain: `gpuadam.sharded` has the times.
+A step with 8 GB of state in files takes 1.01 to 1.10 times as long as moving the same bytes without arithmetic. State that
+fits in the budget stays in memory, and a step then takes 0.7 of the time: `gpuadam.offload`. MPI's ranks on two cores share one
+memory, so there is little to gain: `gpuadam.sharded` has the times.
 
 ## What is expected of a GPU
 
@@ -152,7 +162,7 @@ sheet's bandwidth. A latency and a bandwidth alone would ask for less: 18 KiB on
 A kernel has in flight what its resident threads load before they use the first number. The float32 kernel of one array takes
 40 registers, so 1,536 threads fit on a multiprocessor, and each loads 64 bytes: 96 KiB. Where one vector of each array is too
 little, a thread takes several, all of which it loads first (`kernels/gpu_in_flight.py`). That is so on a B200 for arrays that
-have a change in the place of the parameter's update, and for bfloat16 alone; on an H100 and later for 8-bit state in CuPy; and
+have a change in the place of the parameter's update, and for all bfloat16; on an H100 and later for 8-bit state in CuPy; and
 on Rubin, whose multiprocessors hold 1,024 threads, for nearly all.
 
     python benchmarks/in_flight.py --arch sm_90,sm_100,sm_107       # every form: registers, threads, bytes, what is needed
@@ -170,11 +180,11 @@ on Rubin, whose multiprocessors hold 1,024 threads, for nearly all.
 | 8-bit state, B200 | 121 | 512 | 2, 160 | 80 | 64 |
 | 8-bit state, Rubin | 120 | 512 | 2, 160 | **80** | 128 |
 
-On Rubin 8-bit state falls short, by 38 % in CuPy and 45 % in Numba. So do bfloat16 alone and `change` in Numba, by a quarter
+On Rubin 8-bit state falls short, by 38 % in CuPy and 45 % in Numba. So do all bfloat16 and `change` in Numba, by a quarter
 and by 6 %. The script names what is short.
 
 The host's time of a step on a GPU is that of Python and of the libraries. `benchmarks/host_time.py` measures it beside bare
-launches, on a GPU, and without one over a driver that answers in no time. Over this one, in microseconds (p20, Intel Xeon):
+launches, on a GPU, and without one over a driver that answers in no time. Over this one, in microseconds (p20, Emerald Rapids):
 
 | | CuPy | Numba |
 |---|---:|---:|

@@ -80,8 +80,9 @@ namespaces of different names: `rule.for_cuda_c("positions")`.
 ## The numbers of a step
 
 `rule.scalars(step)` returns them, or `rule.struct(step)`. lr and the other hyperparameters may be changed there, from step to
-step: `rule.scalars(step, lr=schedule(step), grad_scale=clip)`. What decides about the code is fixed when the rule is made:
-whether there are weight decay, bounds, clipping or a grad_scale, and whether a beta is above 1/2. Another choice is refused:
+step: `rule.scalars(step, lr=schedule(step))`. What decides about the code is fixed when the rule is made: whether there are
+weight decay, bounds, clipping or a grad_scale, and whether a beta is above 1/2. So `rule.scalars(step, grad_scale=clip)` is for
+a `gpuadam.Rule("float32", grad_scale=0.5)`. Another choice is refused:
 
 >>> rule.scalars(1, weight_decay=0.1)
 Traceback (most recent call last):

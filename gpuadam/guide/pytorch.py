@@ -32,7 +32,11 @@ print(loss.item() < 0.1)  # True
   without writing them, and `GradScaler` does not. `differentiable` is refused.
 * A compiled training step may contain `opt.step()`. `torch.compile` leaves it as it is.
 
-Tensors are on the CPU or on CUDA devices, in float32, float64, bfloat16 or float16, and of any strides.
+* It updates the DTensors of `fully_shard` (torch 2.5 or later), each rank its own part. State is DTensors too, which
+  `torch.distributed.checkpoint` saves and loads. 8-bit state of a DTensor is refused.
+
+Tensors are on the CPU or on CUDA devices, in float32, float64, bfloat16, float16, complex64 or complex128, and of any strides. A
+sparse gradient is refused: give its `to_dense()`.
 
 ## Tensors in gpuadam's own classes
 
@@ -55,5 +59,17 @@ another format.
 
 ## JAX
 
-An array of JAX never changes, so it cannot be a parameter. It can be a gradient.
+An array of JAX never changes, so it cannot be a parameter. It can be a gradient. A complex one is conjugated first:
+`gpuadam.guide.array_programs`.
+
+```python
+import jax
+import numpy as np
+import gpuadam
+
+w = np.array([1.0, 2.0], "float32")
+opt = gpuadam.Adam(w, lr=0.1)
+opt.step(jax.grad(lambda w: (w**2).sum())(w))
+print(w)  # [0.9 1.9]
+```
 """

@@ -24,7 +24,7 @@ when the kernel is compiled.
 Every gradient is multiplied by `grad_scale` first. `max_norm` then clips the norm over all gradients, as
 `torch.nn.utils.clip_grad_norm_` does: the gradients are multiplied by `max_norm / (norm + 1e-6)` if that is below 1. On a
 GPU the norm stays on the GPU. To log it, compute it with `gpuadam.global_norm` and hand it to the step, which then does not
-compute it again:
+compute it again. `norm=` is the norm before `grad_scale`, and the step multiplies it:
 
 >>> for name, p in params.items():
 ...     grads[name] += p
@@ -33,8 +33,8 @@ compute it again:
 
 ## Steps that are left out
 
-`check_finite=True` leaves the step out if a gradient is infinite or NaN, or so large that its square may overflow (1.8e19
-for float32). `found_inf=` leaves it out if a number is not zero. Parameters, state and step count then keep their bits.
+`check_finite=True` leaves the step out if the norm of all gradients is infinite or NaN, or so large that a square may overflow
+(1.845e19 for float32). `found_inf=` leaves it out if a number is not zero. Parameters, state and step count then keep their bits.
 Gradients are still zeroed if `zero_grad` is on.
 
 >>> grads["b"][0] = np.inf

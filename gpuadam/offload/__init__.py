@@ -1,9 +1,9 @@
 """Offloading: state that is larger than the device's memory, or than the machine's.
 
-`gpuadam.OffloadAdam(params, state="./folder", budget=10**9)` is `Adam` whose moments lie in files. With `state="memory"` they
-lie in the host's memory, which is pinned if a GPU takes part. With `master="float32"` the master parameters lie with the
-moments. A step takes the state through memory of a fixed budget, in chunks. The result has the same bits as that of
-`gpuadam.Adam`. Parameters and gradients may be `np.memmap`.
+`gpuadam.OffloadAdam(params, state="./folder", budget=10**9)` is `Adam` whose moments lie in files. By default they lie in the
+host's memory, `state="memory"`, which is pinned if a GPU takes part, and the budget is 256 MiB. With `master="float32"` the
+master parameters lie with the moments. A step takes the state through memory of a fixed budget, in chunks. The result has the
+same bits as that of `gpuadam.Adam`. Parameters and gradients may be `np.memmap`.
 
 ## Where the update runs
 
@@ -37,10 +37,10 @@ two cores, and are those of `gpuadam.guide.how_fast`:
 
 | machine | state in files | a step | times the limit |
 |---|---|---|---:|
-| AVX2 | 8 GB, with a budget of 1 GB | 2.01 s, and 67 MB of memory | 1.10 |
-| Xeon | the same | 2.38 s, and 67 MB of memory | 1.01 |
-| EPYC | 2 GB, which the system's cache holds | 0.18 s, and 67 MB of memory | 1.04 |
-| EPYC | 2 GB, with a budget of 4 GB | 0.12 s, and 2.3 GB of memory | 1.01 |
+| Zen 3 | 8 GB, with a budget of 1 GB | 2.01 s, and 67 MB of memory | 1.10 |
+| Emerald Rapids | the same | 2.38 s, and 67 MB of memory | 1.01 |
+| Zen 4 | 2 GB, which the system's cache holds | 0.18 s, and 67 MB of memory | 1.04 |
+| Zen 4 | 2 GB, with a budget of 4 GB | 0.12 s, and 2.3 GB of memory | 1.01 |
 
 The limit includes the system's work on pages, which is half of a step's processor time: ext4 notes each block that will be
 written. It goes where parameters and state fit in the budget, because their pages then stay. `python -m gpuadam plan` predicts

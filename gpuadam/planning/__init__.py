@@ -33,7 +33,7 @@ picks the fastest that fits.
 rank that has most, so that no rank needs more.
 
 **Seconds are predictions.** On GPUs they follow from data sheets: they say what can be hoped for, and none has been measured
-yet. On a virtual machine with two cores, "AVX2" of `gpuadam.guide.how_fast`, predictions were compared with measurements
+yet. On a virtual machine with two cores, Zen 3 of `gpuadam.guide.how_fast`, predictions were compared with measurements
 (`benchmarks/plan.py`). Steps over ranks were not among them:
 
 | step | prediction, from the measured time |

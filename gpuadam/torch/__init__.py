@@ -18,7 +18,8 @@ hooks and `torch.amp.GradScaler` work as before.
 >>> theirs.param_groups[0]["lr"], int(theirs.state[model.weight]["step"])
 (0.005, 1)
 
-Options of `gpuadam.Adam` work too, such as `state_dtype="8bit"` and `master="remainder"`: `gpuadam.guide.narrow_numbers`.
+`state_dtype`, `master="remainder"`, `stochastic_rounding`, `seed` and `backend` are those of `gpuadam.Adam`
+(`gpuadam.guide.narrow_numbers`). Its other options are not there (`gpuadam.guide.options`).
 `import gpuadam` does not import torch; `import gpuadam.torch` does.
 """
 
