@@ -17,7 +17,6 @@ import functools
 import itertools
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -141,27 +140,6 @@ HELD = {False: 20, True: 22}  # bytes of an element: param, grad, m, v and the g
 # -- the measurement --
 
 
-def in_turn(kernels, contenders, seconds, at_least=11):
-    """As `measure.in_turn`, but before each step its gradients are written, and that is not timed."""
-    shuffle = np.random.default_rng(0).permutation
-    for _ in range(3):
-        for contender in contenders:
-            contender.prepare()
-            contender.step()
-    times: list[list[float]] = [[] for _ in contenders]
-    deadline = time.perf_counter() + seconds
-    while len(times[0]) < at_least or time.perf_counter() < deadline:
-        moments = []
-        for k in shuffle(len(contenders)):
-            contenders[k].prepare()
-            start = kernels.now()
-            contenders[k].step()
-            moments.append((k, start, kernels.now()))
-        for k, start, end in moments:
-            times[k].append(kernels.seconds_between(start, end))
-    return times
-
-
 def shapes_of(case):
     """Return the shapes of a case of --sizes; a type of argparse, too."""
     return many.shapes_of(case) if "x" in case or case == "gpt2" else [(arguments.whole(case),)]
@@ -187,8 +165,9 @@ def measure_rows(backend, options, notes):
         if not names:
             continue
         contenders = [BUILD[name](backend, shapes) for name in names]
-        times = in_turn(kernels, contenders, options.seconds)
-        del contenders
+        steps, prepares = [one.step for one in contenders], [one.prepare for one in contenders]
+        times = measure.in_turn(kernels, steps, options.seconds, before=prepares)
+        del contenders, steps, prepares
         peers.release(backend)
         yield rows_of(backend, n, len(shapes), dict(zip(names, times, strict=True)))
 

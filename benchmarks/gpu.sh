@@ -6,16 +6,22 @@
 #     benchmarks/gpu.sh --within SECONDS OUTDIR ...     likewise, and end by then
 #     benchmarks/gpu.sh --list                          the sections, and how long each may take
 #
-# Needs no network and no installation: it runs from the tree with the CuPy, Numba and numba-cuda that it finds, and pytest, rich,
-# matplotlib, scikit-learn and scikit-image. Torch, JAX and optax are measured beside it where they are there. With pytest-xdist
-# the tests, of which most compile, run side by side. what_binds needs Nsight Compute's ncu, sanitize needs compute-sanitizer.
+# Needs no network and no installation: it runs from the tree with the CuPy, Numba and numba-cuda that it finds, and pytest; the
+# section examples with matplotlib, scikit-learn and scikit-image, too. Torch, JAX and optax are measured beside it where they
+# are there. With pytest-xdist the tests, of which most compile, run side by side. what_binds needs Nsight Compute's ncu, sanitize
+# needs compute-sanitizer.
 #
-# OUTDIR gets results.csv (the rows of all benchmarks and backends), doctor.json, log.txt, a PNG each for large, many, small, narrow
-# and amp_step, launch_shapes.json and what_binds-BACKEND.json. A later call adds to results.csv and log.txt; a row that is
-# measured again takes the old one's place. What each section did and a short table of all rows come last.
+# OUTDIR gets these files, and no others:
+#     log.txt                                           all that was printed, and the GPU's clocks around each section
+#     results.csv                                       the rows of all benchmarks and backends
+#     doctor.json                                       of the section doctor
+#     launch_shapes.json                                of the section launch_shapes
+#     what_binds-cupy.json, what_binds-numba-cuda.json  of the section what_binds
+# A later call adds to results.csv and log.txt; a row that is measured again takes the old one's place. Nothing is drawn:
+# benchmarks/README.md says how to draw from results.csv. What each section did and a short table of all rows come last.
 #
-# A section that fails, or reaches its limit, does not cost the others. The exit status is 0 if every section that was asked for
-# passed or is not to be had here, and at least one passed.
+# A section that fails, or reaches its limit, does not cost the others. If the section doctor finds that no GPU backend works, it
+# is the last. The exit status is 0 if every section that was asked for passed or is not to be had here, and at least one passed.
 #
 # With GPUADAM_GPU=host it is a dry run, to the end: every process of Python has the stand-in for the CUDA driver (tests/stand_in),
 # arrays are tiny, and times mean nothing.
@@ -23,14 +29,15 @@ set -u -o pipefail
 
 # -- the sections: name, seconds that it may take, what it is
 
-names=() of_default=(doctor tests-gpu large many small)
+names=() of_default=(doctor large many small tests-gpu)
 declare -A limit about
 section() { names+=("$1") limit[$1]=$2 about[$1]=$3; }
-section doctor 45 "both GPU backends work and give the contract's bits"
-section tests-gpu 120 "tests that only a real GPU can run: 2^31 elements and bytes, torch's CUDA; and a spread of the others"
-section large 90 "one large array on both backends, beside torch's fused Adam"
+section doctor 70 "both GPU backends work and give the contract's bits"
+section large 110 "one large array on both backends, beside torch's fused Adam"
 section many 55 "GPT-2's 148 arrays and 1,000 arrays, on both backends"
 section small 40 "the host's time of a call, on both backends"
+# last of those without names: figures that are cut short are lost, tests are not
+section tests-gpu 130 "tests that only a real GPU can run: 2^31 elements and bytes, torch's CUDA; and a spread of the others"
 section host_time 40 "the host's time of a step beside bare launches, on both backends"
 section tests 420 "every test that is marked gpu"
 section narrow 150 "every format of the arrays, on both backends"
@@ -107,25 +114,33 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false # else JAX takes most of the memory
 # an unwritable home must not cost the compile caches
 export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-${TMPDIR:-/tmp}/gpuadam-cupy-cache}
 PATH=$PATH:/usr/local/cuda/bin # ncu and compute-sanitizer
-# Numba looks for libNVVM beside the NVRTC that it finds, which may be torch's, and then there is none
-[ -n "${CUDA_HOME:-}${CUDA_PATH:-}" ] || [ ! -d /usr/local/cuda/nvvm ] || export CUDA_HOME=/usr/local/cuda
+# numba-cuda needs libNVVM. It looks where CUDA_HOME says, or else beside the NVRTC that it finds: torch's has none there
+nvcc=$(command -v nvcc) && nvcc=$(readlink -f "$nvcc")
+for toolkit in "${CUDA_HOME:-}" "${CUDA_PATH:-}" /usr/local/cuda "${nvcc%/bin/nvcc}"; do
+    if [ -n "$toolkit" ] && [ -d "$toolkit/nvvm" ]; then
+        export CUDA_HOME=$toolkit
+        [ "${CUDA_PATH:-}" = "$toolkit" ] || unset CUDA_PATH # of two toolkits one might refuse what the other compiled
+        break
+    fi
+done
 backends=(cupy numba-cuda)
 heeding=(env --default-signal=INT) # which is of coreutils 8.31
 "${heeding[@]}" true 2>/dev/null || heeding=()
 log=$out/log.txt results=$out/results.csv
 this=$(mktemp -d)
-trap 'rm -rf "$this"' EXIT
+trap '[ -z "${reading:-}" ] || kill "$reading" 2>/dev/null; rm -rf "$this"' EXIT
 
 # -- sizes and seconds
 
 # tests of the clock and of free memory, which run alone; under a tool both are the tool's
 of_time="overtake or nothing_waits or no_more_memory or no_device_memory"
+of_one_thread="the_driver_repeats" # launches, which it does if Python has one thread: pytest-xdist has another
 spread_files=(tests/test_gpu.py tests/test_gpu_narrow.py)
 spread="test_gpu.py or else or remainder or mean or rounded or RAdam or captured"
 every_file=(tests) every="" # all names
 host="" slower=1
 if [ "${GPUADAM_GPU:-}" != host ]; then
-    large=(--seconds 2 --sizes $((1 << 20)),$((1 << 26)),$((1 << 28)))
+    large=(--seconds 2 --sizes $((1 << 26)),$((1 << 28)))
     many=(--seconds 3)
     small=(--seconds 1)
     host_time=(--seconds 3)
@@ -199,19 +214,13 @@ lacking() { # what is not there, of which the section consists
     [ "$outcome" = FAILED ] || outcome="not to be had here: $1"
 }
 benchmark() { # name, backend, seconds, options: its rows are added to results.csv, those of a run that was cut short too
-    local name=$1 backend=$2 most=$3
-    shift 3
-    run "$name-$backend" "$most" "$python" "benchmarks/$name.py" --backend "$backend" --out "$this/$backend" "$@"
-    add "$this/$backend/$name.csv"
+    run "$1-$2" "$3" "$python" "benchmarks/$1.py" --backend "$2" --add "$results" "${@:4}"
 }
-add() { # file of rows
-    [ ! -f "$1" ] || "$python" benchmarks/report.py add "$results" "$1" >>"$log" 2>&1 || outcome=FAILED
-}
-drawn() { # name: the plot of all its rows in results.csv, with a panel for each backend
-    if [ -f "$results" ]; then
-        "$python" "benchmarks/$1.py" --rows "$results" --out "$this/drawn" >>"$log" 2>&1 || outcome=FAILED
-        [ ! -f "$this/drawn/$1.png" ] || mv "$this/drawn/$1.png" "$out"
-    fi
+gpu_state() { # before or after a section: its clocks and its load say whether figures can be trusted
+    command -v nvidia-smi >/dev/null || return 0
+    printf -- '-- the GPU %s: ' "$1" >>"$log"
+    timeout 10 nvidia-smi --format=csv,noheader \
+        --query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_event_reasons.active,utilization.gpu >>"$log" 2>&1
 }
 tests() { # name, seconds, options. CuPy compiles a reduction with CUB in 4 s, and tests make many
     CUPY_ACCELERATORS="" run "$1" "$2" "$python" -m pytest -q --maxfail=20 -W default -p no:cacheprovider --durations=10 "${@:3}"
@@ -228,66 +237,69 @@ example() { # name, options
 # -- what each section does
 
 section_doctor() {
-    run doctor 900 "$python" -m gpuadam doctor --json "$out/doctor.json" || return
-    grep '  works\|failed\|wrong' "$this/doctor.log"
-    run both-backends 20 "$python" -c 'import json, sys
-works = json.load(open(sys.argv[1]))["works"]
-sys.exit(", ".join(f"{name} does not work" for name in sys.argv[2:] if name not in works) or 0)' "$out/doctor.json" "${backends[@]}"
+    local backend works=0
+    rm -f "$out/doctor.json"
+    run doctor 900 "$python" -m gpuadam doctor --json "$out/doctor.json"
+    [ -f "$out/doctor.json" ] || return
+    grep "  works\|failed\|wrong\|launches\|CUDA's" "$this/doctor.log"
+    for backend in "${backends[@]}"; do
+        if "$python" -c 'import json, sys
+sys.exit(sys.argv[2] not in json.load(open(sys.argv[1]))["works"])' "$out/doctor.json" "$backend"; then
+            works=$((works + 1))
+        else
+            said "   $backend does not work"
+            outcome=FAILED
+        fi
+    done
+    [ $works -gt 0 ] || stop="no GPU backend works"
 }
 section_tests-gpu() {
     local real side_by_side
     mapfile -t real < <(grep -lE 'real_gpu|cuda_torch' tests/test_*.py | grep -v test_examples) # these have a section
     mapfile -t side_by_side < <(at_once)
-    tests tests-gpu-alone 80 -m gpu -k "real_gpu or $of_time" tests/test_gpu.py "${real[@]}"
+    tests tests-gpu-alone 95 -m gpu -k "real_gpu or $of_time or $of_one_thread" \
+        tests/test_gpu_launch.py tests/test_gpu.py "${real[@]}"
     tests tests-gpu-spread 900 ${side_by_side[@]+"${side_by_side[@]}"} -m "gpu and not real_gpu" \
-        -k "($spread) and not ($of_time)" "${spread_files[@]}"
+        -k "($spread) and not ($of_time or $of_one_thread)" "${spread_files[@]}"
 }
 section_large() {
-    benchmark large cupy 52 "${large[@]}" --peers "torch fused"
-    benchmark large numba-cuda 52 "${large[@]}" --peers "torch fused"
-    drawn large
+    benchmark large cupy 55 "${large[@]}" --peers "torch fused"
+    benchmark large numba-cuda 55 "${large[@]}" --peers "torch fused"
 }
 section_many() {
     benchmark many cupy 30 "${many[@]}" --peers "torch fused,torch foreach"
     benchmark many numba-cuda 30 "${many[@]}" --peers "torch fused,torch foreach"
-    drawn many
 }
 section_small() {
     benchmark small cupy 22 "${small[@]}" --peers "torch fused,torch foreach"
     benchmark small numba-cuda 22 "${small[@]}" --peers "torch fused,torch foreach"
-    drawn small
 }
 section_host_time() {
     benchmark host_time cupy 22 "${host_time[@]}"
     benchmark host_time numba-cuda 22 "${host_time[@]}"
-    drawn host_time
 }
 section_tests() {
     local side_by_side k=${every:+($every) and }
     mapfile -t side_by_side < <(at_once)
-    tests tests-alone 150 -m gpu -k "${k}(real_gpu or $of_time)" "${every_file[@]}"
-    tests tests-others 900 ${side_by_side[@]+"${side_by_side[@]}"} -m gpu -k "${k}not (real_gpu or $of_time)" "${every_file[@]}"
+    local alone="real_gpu or $of_time or $of_one_thread"
+    tests tests-alone 150 -m gpu -k "${k}($alone)" "${every_file[@]}"
+    tests tests-others 900 ${side_by_side[@]+"${side_by_side[@]}"} -m gpu -k "${k}not ($alone)" "${every_file[@]}"
 }
 section_narrow() {
     benchmark narrow cupy 110 "${narrow[@]}"
     benchmark narrow numba-cuda 50 "${narrow_numba[@]}"
-    drawn narrow
 }
 section_amp_step() {
     benchmark amp_step cupy 45 "${amp_step[@]}"
     benchmark amp_step numba-cuda 40 "${amp_step_numba[@]}"
-    drawn amp_step
 }
 section_norms() {
     benchmark norms cupy 22 "${norms[@]}"
     benchmark norms numba-cuda 22 "${norms[@]}"
-    drawn norms
 }
 section_peers() {
     benchmark large cupy 55 "${peers_large[@]}"
     benchmark small cupy 40 "${small[@]}"
-    drawn large
-    drawn small
 }
 section_what_binds() {
     local backend
@@ -319,7 +331,7 @@ section_first_call() {
     benchmark first_call cupy 45 "${first_call[@]}" --peers "torch fused"
     benchmark first_call numba-cuda 30 "${first_call[@]}" --peers none
 }
-section_examples() {
+section_examples() { # which draw
     run demo 40 "$python" -m gpuadam demo "${demo[@]}"
     example thomson --arrays numba "${thomson[@]}" --plot "$this/thomson.png"
     example gaussians --arrays "$arrays" "${gaussians[@]}" --plot "$this/gaussians.png"
@@ -336,7 +348,8 @@ section_bench() {
     local backend
     for backend in "${backends[@]}"; do
         run "bench-$backend" 45 "$python" -m gpuadam bench --backend "$backend" "${bench[@]}" --json "$this/bench-$backend.json"
-        add "$this/bench-$backend.json"
+        [ ! -f "$this/bench-$backend.json" ] ||
+            run "rows-$backend" 20 "$python" benchmarks/report.py add "$results" "$this/bench-$backend.json"
     done
 }
 sanitized() { # tool, and the files of tests, each in a process of its own
@@ -369,17 +382,28 @@ section_sanitize-initcheck() { sanitized initcheck test_global_norm test_gpu_nar
 
 last=${within:+$((within - 20))} # then there is time for what does not end at once, and for the table
 said "" "== $(date -u +%F' '%T) ${chosen[*]}${within:+, within $within s}${host:+; $host}"
+if [ -z "$host" ]; then # from a disk that is cold, which would take the time of a section with a limit
+    timeout 120 "$python" -c 'import contextlib, importlib
+for name in ("cupy", "numba.cuda", "torch", "torch._dynamo"):
+    with contextlib.suppress(Exception):
+        importlib.import_module(name)' </dev/null >/dev/null 2>&1 &
+    reading=$!
+fi
+stop="" # why no other section is reached
 declare -A state took
 passed=0 failed=() not_reached=() not_here=()
 for name in "${chosen[@]}"; do
-    if [ -n "$last" ] && [ $((last - SECONDS)) -lt 5 ]; then
-        not_reached+=("$name") state[$name]="not reached: no time was left"
+    [ -z "$last" ] || [ $((last - SECONDS)) -ge 5 ] || stop=${stop:-no time was left}
+    if [ -n "$stop" ]; then
+        not_reached+=("$name") state[$name]="not reached: $stop"
         continue
     fi
     began=$SECONDS section_until=$((SECONDS + slower * limit[$name])) outcome=passed
     [ -z "$last" ] || [ $section_until -le "$last" ] || section_until=$last
     said "" "== $name: ${about[$name]} (at most $((section_until - SECONDS)) s)"
+    gpu_state before
     "section_$name"
+    gpu_state after
     state[$name]=$outcome took[$name]=$((SECONDS - began))
     said "   $name ${outcome%%:*}: ${took[$name]} s, $SECONDS s so far"
     case $outcome in
@@ -391,7 +415,7 @@ done
 
 said "" "== summary"
 if [ -f "$results" ]; then
-    "$python" benchmarks/report.py summary "$results" | tee -a "$log" || failed+=("the table")
+    timeout 20 "$python" benchmarks/report.py summary "$results" | tee -a "$log" || failed+=("the table")
 fi
 for name in "${chosen[@]}"; do
     said "$(printf '%-20s%5s  %s' "$name" "${took[$name]:+${took[$name]} s}" "${state[$name]}")"

@@ -68,7 +68,7 @@ def bare_numba_kernel(backend, shapes):
     """A Numba kernel whose body is Adam as one writes it: the arguments of `peers.one_element_a_thread`."""
     from numba import cuda
 
-    @cuda.jit
+    @cuda.jit(lto=False)  # as the package's kernels are compiled
     def kernel(grad, lr, one_minus_beta1, one_minus_beta2, eps, param, m, v):
         i = cuda.grid(1)
         if i < param.size:
@@ -99,10 +99,10 @@ def measure_rows(backend, options, notes):
         contenders = steps(kernels, peers.own_arrays(backend, shapes)) | {BARE[backend.name]: bare}
         for function in [*contenders.values()] * 3:  # compiled, and known to the optimizer
             function()
-        timing.drain(kernels)
+        measure.drain(kernels)
         calls = max(1, 50 // n)
         with instant.answers(DRIVER) if DRIVER else contextlib.nullcontext():
-            finish = (lambda: None) if DRIVER else lambda: timing.drain(kernels)
+            finish = (lambda: None) if DRIVER else lambda: measure.drain(kernels)
             times = timing.on_host(list(contenders.values()), finish, options.seconds / len(options.sizes), calls)
         identity = {"state": "warm", "clock": "host", "arrays": n}
         yield [

@@ -103,5 +103,5 @@ def name_ends(axis, ends, at, **of_all):
 
 
 if __name__ == "__main__":
-    sizes = {"CPU": "1e5,1e6,2e7,1e8", "CUDA": ",".join(str(1 << k) for k in (20, 25, 26, 28))}
+    sizes = {"CPU": "1e5,1e6,2e7,1e8", "CUDA": ",".join(str(1 << k) for k in (25, 26, 28))}
     report.main("large", __doc__, measure_rows, draw, seconds=10.0, sizes=sizes)

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import timing
 
 import gpuadam
 from gpuadam import backends
@@ -52,7 +51,7 @@ class Contender(NamedTuple):
             return self.step
 
         def alone():  # a stream of its own would run beside the step before, and the clock would not wait for it
-            timing.drain(kernels)
+            measure.drain(kernels)
             self.step()
             self.finish()
 
@@ -73,7 +72,7 @@ def wait_for_all(contenders, kernels):
     waits = [contender.finish for contender in contenders if contender.finish]
 
     def wait():
-        timing.drain(kernels)
+        measure.drain(kernels)
         for finish in waits:
             finish()
 
@@ -98,10 +97,18 @@ class Peer(NamedTuple):
 
 
 def host_arrays(shapes, count):
-    """Yield lists of the first `count` of param, grad, m and v, for each shape."""
-    for shape in shapes:
-        arrays = itertools.islice(measure.data(math.prod(shape), "float32"), count)
-        yield [a.reshape(shape) for a in arrays]
+    """Yield lists of the first `count` of param, grad, m and v, for each shape. They are others' too: copy them to write."""
+    for arrays in _host_arrays(tuple(shapes)):
+        yield arrays[:count]
+
+
+@functools.lru_cache(maxsize=1)  # contenders are built one after the other from the same, and to make 4 GB takes seconds
+def _host_arrays(shapes):
+    """Return a list of param, grad, m and v for each shape."""
+    of_shapes = [[a.reshape(shape) for a in measure.data(math.prod(shape), "float32")] for shape in shapes]
+    for array in itertools.chain.from_iterable(of_shapes):
+        array.flags.writeable = False
+    return of_shapes
 
 
 SHARED_FROM = 10_000_000  # elements, of which no cache holds much
@@ -168,7 +175,7 @@ def adam_class(backend, shapes):
 
 def adam_class_on_numpys(backend, shapes):
     """`gpuadam.Adam` over arrays as NumPy makes them; the moments are gpuadam's own."""
-    return _of_class(list(host_arrays(shapes, 2)))
+    return _of_class([[array.copy() for array in arrays] for arrays in host_arrays(shapes, 2)])
 
 
 def _of_class(arrays):
@@ -540,6 +547,7 @@ def free_bytes(backend):
 def release(backend):
     """Give the memory of contenders that are no more back to the device, so that other libraries' can have it."""
     _same_arrays.cache_clear()
+    _host_arrays.cache_clear()
     gc.collect()
     if backend.memory == "CPU":
         return

@@ -11,6 +11,7 @@ adds to the notes what was left out, and a function draw(rows, path).
 import argparse
 import csv
 import functools
+import io
 import json
 import statistics
 import sys
@@ -22,6 +23,7 @@ import peers
 
 import gpuadam
 from gpuadam import backends
+from gpuadam.checkpoint import atomic_file
 from gpuadam.cli.measuring import facts, measure, pages, plots
 from gpuadam.cli.measuring import forms as step_forms
 from gpuadam.cli.measuring.measure import CALL, KERNEL
@@ -72,8 +74,7 @@ def main(
     table. forms: of the step, that --forms chooses from. show: makes another `Table` of rows than `tabulated`.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    best = next(iter(gpuadam.available_backends()), "numba-cpu")
-    parser.add_argument("--backend", choices=list(backends.BACKENDS), default=best, help="default: %(default)s")
+    parser.add_argument("--backend", choices=list(backends.BACKENDS), help="default: the first that works")
     if sizes:
         listed_sizes = functools.partial(_sizes, size=size)
         parser.add_argument(
@@ -90,6 +91,8 @@ def main(
     parser.add_argument(
         "--json", type=arguments.writable, metavar="FILE", help="write the rows as JSON; - for standard output alone"
     )
+    of_add = "add the rows to those of this file, after each table, as report.py add does; nothing is drawn"
+    parser.add_argument("--add", metavar="RESULTS.csv", type=arguments.writable, help=of_add)
     parser.add_argument("--rows", metavar="CSV", help="measure nothing: print and draw the rows of this file")
     options = parser.parse_args()
     if options.peers is not None:
@@ -98,6 +101,8 @@ def main(
         if unknown := set(options.peers) - set(known):
             parser.error(f"there is no peer {', '.join(sorted(unknown))}, only {', '.join(known)}")
 
+    if options.backend is None and not options.rows:  # only then: each backend that is looked at takes seconds
+        options.backend = next(iter(gpuadam.available_backends()), "numba-cpu")
     with output.ending_plainly(name):
         _measure_and_show(name, measure_rows, draw, options, sizes, table, show or tabulated)
 
@@ -129,8 +134,11 @@ def _measure_and_show(name, measure_rows, draw, options, sizes, table, show):
         for group in measure_rows(backend, options, notes):
             rows += group
             console.print(show(group))
-            if options.out:  # after each table: a run that is cut short keeps what it has
+            # after each table: a run that is cut short keeps what it has
+            if options.out:
                 write_csv(options.out / f"{name}.csv", rows)
+            if options.add:
+                add_rows(options.add, group)
     for note in dict.fromkeys(notes):
         console.print(note)
     if not rows:
@@ -284,11 +292,13 @@ def _print_machine(console, row):
 
 
 def write_csv(path, rows):
-    """Write rows, dicts with the same keys, with a header; None becomes an empty field."""
-    with Path(path).open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    """Write rows, dicts with the same keys, with a header; None becomes an empty field. A kill leaves the old file whole."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_file.replacing(path, follow=True, durable=False) as file:
+        file.write(text.getvalue().encode())
 
 
 def read_csv(path, numbers):
@@ -327,11 +337,14 @@ IDENTITY = (*measure.IDENTITY, "ranks")
 
 
 def add(path, *sources):
-    """Likewise add them to the rows that are in the file. What was measured again takes the old row's place."""
-    rows = {}
-    for source in (*([path] if Path(path).exists() else []), *sources):
-        rows |= {tuple(row.get(key) for key in IDENTITY): row for row in read_rows(source)}
-    _write(rows.values(), path)
+    """Likewise add them to the rows that are in the file."""
+    add_rows(path, [row for source in sources for row in read_rows(source)])
+
+
+def add_rows(path, rows):
+    """Add rows to those that are in a CSV file, if it is there. What was measured again takes the old row's place."""
+    old = read_rows(path) if Path(path).exists() else []
+    _write({tuple(row.get(key) for key in IDENTITY): row for row in (*old, *rows)}.values(), path)
 
 
 def _write(rows, path):
@@ -373,17 +386,22 @@ def summary(path):
         "peak_mb": "MB",
         "error_percent": "% error",
     }
-    rows = read_rows(path)
-    print(f"{'elements':>14}{'':85}{'median':>9}" + "".join(f"{head:>10}" for head in columns.values()))
+    rows, marked = read_rows(path), False
+    print(f"{'elements':>14}{'':85}{'median':>10}" + "".join(f"{head:>10}" for head in columns.values()))
     for (benchmark, backend), of_benchmark in measure.groups(rows, "benchmark", "backend").items():
         print(f"-- {benchmark}, {backend}")
         for row in of_benchmark:
             if row["contender"] in SUMMARY.get(benchmark, ()):
                 what = ", ".join(filter(None, (row["contender"], row["state"], row["clock"])))
-                median = "" if row["p50_us"] is None else time(row["p50_us"])
+                median = "" if row["p50_us"] is None else time(row["p50_us"]) + (" ", "*")[measure.is_busy(row)]
+                marked |= measure.is_busy(row)
                 others = (row.get(column) for column in columns)
                 figures = "".join(f"{'' if figure is None else f'{figure:,.2f}':>10}" for figure in others)
-                print(f"{row['elements']:14,} {row['dtype'] + '  ' + what:84}{median:>9}{figures}")
+                print(f"{row['elements']:14,} {row['dtype'] + '  ' + what:84}{median:>10}{figures}")
+    if marked:
+        print(
+            f"* p80 is {measure.BUSY} times p20 or more: other work disturbed it, or the clock rate changed. Measure again."
+        )
 
 
 @output.ending_plainly("report")

@@ -34,9 +34,3 @@ def on_host(functions, finish, seconds, calls=1, at_least=11):
             times[k].append((time.perf_counter() - began) / len(timed))
             finish()
     return times
-
-
-def drain(kernels):
-    """Wait until the device has done all that was enqueued."""
-    moment = kernels.now()
-    kernels.seconds_between(moment, moment)

@@ -24,10 +24,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import timing
 
 from gpuadam import backends
-from gpuadam.cli.measuring import facts, forms
+from gpuadam.cli.measuring import facts, forms, measure
 from gpuadam.kernels import adam, limit
 from gpuadam.terminal import arguments, output
 from gpuadam.terminal.console import Console, Table
@@ -65,10 +64,10 @@ def launch(backend, elements, chosen):
             function = forms.launcher(kernels, case, forms.new_arrays(kernels, case, elements).values(), rule)
             function()
             function()
-            timing.drain(kernels)
+            measure.drain(kernels)
             begin()
             function()
-            timing.drain(kernels)
+            measure.drain(kernels)
             end()
 
 

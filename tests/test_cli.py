@@ -131,6 +131,35 @@ def test_doctor_goes_on_after_a_step_that_fails(monkeypatch):
     assert found["steps"] == dict.fromkeys(contract.CONTRACTS, doctor.AS_THE_CONTRACT) | {"8-bit state": "failed"}
 
 
+def test_doctor_notices_steps_of_an_optimizer_that_fail(monkeypatch):
+    def broken(name):
+        raise RuntimeError("the driver reports CUDA_ERROR_UNKNOWN")
+
+    monkeypatch.setattr(doctor, "_launches", broken)
+    found = doctor._examine("numba-cpu")
+    assert found["reason"] == "steps of an optimizer failed: RuntimeError: the driver reports CUDA_ERROR_UNKNOWN"
+    assert not found["works"] and found["fix"] and found["launches"] is None
+
+
+def test_doctor_names_the_libraries_of_cuda_and_those_that_are_not_found(monkeypatch):
+    """NumPy's library is in the place of those of CUDA: it has no such version."""
+    path = np._core._multiarray_umath.__file__
+
+    def load(library):
+        if library == "nvJitLink":
+            raise RuntimeError("Failure finding libnvJitLink.so.13\nin many folders")
+        return SimpleNamespace(abs_path=path)
+
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", SimpleNamespace(load_nvidia_dynamic_lib=load))
+    found = doctor._cuda_libraries()
+    assert found["nvvm"] == os.path.realpath(path)
+    assert found["nvrtc"].startswith("not found: ") and "nvrtcVersion" in found["nvrtc"]
+    assert found["nvJitLink"] == "not found: Failure finding libnvJitLink.so.13"
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)
+    assert doctor._cuda_libraries() == {}
+
+
 @pytest.mark.parametrize("name", contract.CONTRACTS)
 def test_doctors_arrays_hold_every_kind_of_number(name):
     known = contract.CONTRACTS[name]

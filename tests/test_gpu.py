@@ -9,8 +9,9 @@ from gpu_work import Lent, OnStream
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli import contract
+from gpuadam.cli import contract, doctor
 from gpuadam.cli.measuring import constants
+from gpuadam.kernels import gpu_launch
 
 pytestmark = pytest.mark.gpu
 
@@ -23,6 +24,12 @@ def on_gpu(cp, arrays):
 def test_doctor_finds_the_contracts_bits(backend, name):
     known = contract.CONTRACTS[name]
     assert contract.digest_on(backend, known) == known.bits
+
+
+def test_doctor_says_that_the_driver_repeats_launches_or_that_it_does_not(backend, monkeypatch):
+    assert doctor._launches(backend) == doctor.BY_DRIVER
+    monkeypatch.setattr(gpu_launch, "recorded", lambda *arguments: None)
+    assert doctor._launches(backend) == doctor.BY_LIBRARY
 
 
 def test_a_backend_says_how_much_memory_its_gpu_has(cp, backend):

@@ -4,12 +4,17 @@ A backend works if real steps ran on it, in float32 and in narrow formats, and g
 (`contract.py`). `installed.py` looks at the rest.
 """
 
+import contextlib
+import ctypes
+import importlib
 import importlib.util
 import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
+
+import gpuadam
 
 from .. import backends
 from ..terminal import output
@@ -18,6 +23,9 @@ from .measuring import facts, pages
 
 HELP = "what is installed, what works, how to mend it"
 AS_THE_CONTRACT = "as the contract says"
+BY_DRIVER, BY_LIBRARY = "repeated by the driver", "made by the library each time, which takes the host longer"
+# Of CUDA, that numba-cuda compiles and links with: the function that says the version. nvvm has one of its interface alone.
+CUDA_LIBRARIES = {"nvvm": "", "nvrtc": "nvrtcVersion", "nvJitLink": "nvJitLinkVersion"}
 
 
 def add_options(parser):
@@ -30,6 +38,7 @@ def run(options):
         "machine": facts.machine(),
         "versions": facts.versions() | facts.versions_of(installed.PACKAGES),
         "backends": {name: _examine(name) for name in backends.BACKENDS},
+        "cuda_libraries": _cuda_libraries(),
         "parts": installed.parts(),
         "caches": _caches(),
         "huge_pages": pages.system(),
@@ -46,7 +55,7 @@ def _examine(name):
     """Do the steps of the contract on a backend, and return the report on it."""
     status = backends.backend_status()[name]
     if not status.available:
-        return installed.part(False, status.reason, status.fix) | {"bits": None, "steps": {}}
+        return installed.part(False, status.reason, status.fix) | {"bits": None, "steps": {}, "launches": None}
     steps, wrong, fix = {}, [], status.fix
     for label, known in contract.CONTRACTS.items():
         try:
@@ -60,7 +69,49 @@ def _examine(name):
             if digest != known.bits:
                 wrong.append(f"a step ran and gave wrong bits ({label})")
                 fix = fix or "see the warnings below; if there are none, please report it with this page"
-    return installed.part(not wrong, "; ".join(wrong) or status.reason, fix) | {"bits": steps["float32"], "steps": steps}
+    launches = None
+    try:
+        launches = _launches(name)
+    except Exception as error:  # noqa: BLE001 - likewise
+        wrong.append(f"steps of an optimizer failed: {type(error).__name__}: {error}")
+        fix = fix or "please report it with this page"
+    found = installed.part(not wrong, "; ".join(wrong) or status.reason, fix)
+    return found | {"bits": steps["float32"], "steps": steps, "launches": launches}
+
+
+def _launches(name):
+    """Return who makes the launches of an optimizer's later steps on a GPU; None on a CPU."""
+    kernels = backends.load(name)
+    if kernels.memory == "CPU":
+        return None
+    param, grad = (kernels.from_host(np.ones(1024, "float32")) for _ in range(2))
+    opt = gpuadam.Adam([param], backend=name)
+    for _ in range(3):  # the first compiles, the second records a launch, the third repeats it
+        opt.step([grad])
+    batches = opt.kept_batches()
+    kernels.to_host(param)  # waits for them
+    return BY_DRIVER if batches and all(batch.recorded for batch in batches) else BY_LIBRARY
+
+
+def _cuda_libraries():
+    """Return {library: its version and path, or why there is none}. One of an older CUDA refuses what a newer one compiled."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(ImportError):
+        pathfinder = importlib.import_module("cuda.pathfinder")
+        for library, function in CUDA_LIBRARIES.items():
+            try:
+                path = pathfinder.load_nvidia_dynamic_lib(library).abs_path
+                found[library] = " ".join(filter(None, (function and _version(path, function), os.path.realpath(path))))
+            except (RuntimeError, OSError, AttributeError) as error:
+                found[library] = f"not found: {error}".splitlines()[0]
+    return found
+
+
+def _version(path, function):
+    """Return the version that a function of a library says."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    getattr(ctypes.CDLL(path), function)(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
 
 
 def _caches():
@@ -115,7 +166,11 @@ def _print(console, report):
                 console.print(f"{'':23}to mend it: {part['fix']}", indent=23)
             for label, bits in part.get("steps", {}).items():
                 console.print(f"{'':23}bits of a step, {label}: {bits}", indent=23)
+            if part.get("launches"):
+                console.print(f"{'':23}launches of later steps: {part['launches']}", indent=23)
     console.print()
+    for library, where in report["cuda_libraries"].items():
+        console.print(f"CUDA's {library} {where}", indent=5)
     for name, cache in report["caches"].items():
         state = "can be written" if cache["writable"] else f"CANNOT be written: {cache['fix']}"
         console.print(f"{name}'s kernel cache {cache['folder']} {state}", indent=5)

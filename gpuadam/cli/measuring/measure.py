@@ -5,6 +5,7 @@ equally often after one that empties the caches.
 """
 
 import itertools
+import math
 import time
 
 import numpy as np
@@ -13,6 +14,10 @@ from ...kernels import messages
 from . import facts
 
 QUANTILES = (5, 20, 50, 80, 95)
+ROUNDS = 4  # that are enqueued before the first is waited for
+MARGIN = 1.5  # times the host's time: it is another one in each burst
+MOST_FILLED = 0.05  # seconds: of rounds that take the host longer fewer are enqueued, down to one
+OF_FREE = 1 / 256  # of a GPU's memory, which is filled in about 0.1 ms, whichever GPU it is
 BUSY = 1.5  # times: on an idle machine p80 is within a few percent of p20
 KERNEL, CALL = "gpuadam kernel + launch", "gpuadam.adam_step"
 LIMIT, TORCH_FUSED = "limit", "torch fused"
@@ -44,22 +49,30 @@ def data(sizes, dtype):
         yield np.resize(1 + block**2 if name in ("v", "max_v", "lr_scale") else block, n)
 
 
-def in_turn(kernels, functions, seconds, at_least=11, untimed=0, timed=1):
+def in_turn(kernels, functions, seconds, at_least=11, untimed=0, timed=1, before=()):
     """Run functions one after the other, in a new order each round, and return the seconds of every timed run of each.
 
     The device's clock counts, so on a GPU each takes until its work is done. They run for about `seconds` in all.
     untimed, timed: runs of a function on end, in its turn. The untimed ones come first, and bring its arrays into the caches.
+    before: functions, each of which comes before a turn of the one at its place, and is not timed.
+
+    A GPU that idles when a moment is recorded passes it at once, and the host's time until the launch counts as the GPU's. So
+    each burst of rounds is enqueued behind other work that outlasts the host.
     """
     shuffle = np.random.default_rng(0).permutation
-    for _ in range(3):  # compile, and warm the caches up
-        for function in functions:
-            function()
-    times: list[list[float]] = [[] for _ in functions]
-    deadline = time.perf_counter() + seconds
-    while len(times[0]) < at_least or time.perf_counter() < deadline:
-        # several rounds are enqueued before the first is waited for, so that a GPU does not idle between them
-        turns = []
-        for k in itertools.chain.from_iterable(shuffle(len(functions)) for _ in range(4)):
+    fill = filler(kernels)
+
+    def prepare(k):
+        if before:
+            before[k]()
+
+    def burst(rounds, host):
+        """Enqueue rounds, which take so many seconds of the host, and return (function's number, moments) of each turn."""
+        turns, caught_up = [], True
+        for k in itertools.chain.from_iterable(shuffle(len(functions)) for _ in range(rounds)):
+            if fill and caught_up:
+                fill(host)
+            prepare(k)
             for _ in range(untimed):
                 functions[k]()
             moments = [kernels.now()]
@@ -67,9 +80,51 @@ def in_turn(kernels, functions, seconds, at_least=11, untimed=0, timed=1):
                 functions[k]()
                 moments.append(kernels.now())
             turns.append((k, moments))
-        for k, moments in turns:
+            caught_up = fill and kernels.done(moments[0])  # as after a function that waits for the device
+        return turns
+
+    for _ in range(2):  # compile, and warm the caches up
+        for k, function in enumerate(functions):
+            prepare(k)
+            function()
+    drain(kernels)
+    began = time.perf_counter()
+    burst(1, 0)
+    of_round = MARGIN * (time.perf_counter() - began)
+    rounds = max(1, min(ROUNDS, int(MOST_FILLED / of_round))) if fill else ROUNDS
+    times: list[list[float]] = [[] for _ in functions]
+    deadline = time.perf_counter() + seconds
+    while len(times[0]) < at_least or time.perf_counter() < deadline:
+        for k, moments in burst(rounds, rounds * of_round):
             times[k] += [kernels.seconds_between(*ends) for ends in itertools.pairwise(moments)]
     return times
+
+
+def drain(kernels):
+    """Wait until the device has done all that was enqueued."""
+    moment = kernels.now()
+    kernels.seconds_between(moment, moment)
+
+
+def filler(kernels):
+    """Return a function that enqueues work which takes a GPU some seconds, MOST_FILLED at most; None on a CPU."""
+    if kernels.memory == "CPU":
+        return None
+    free, _ = kernels.memory_info()
+    scratch = kernels.view("scratch", kernels.zeros(max(1, int(free * OF_FREE)), np.uint8, kernels.current_device()))
+    kernels.fill_zero(scratch)
+    drain(kernels)
+    n, began = 8, time.perf_counter()
+    for _ in range(n):
+        kernels.fill_zero(scratch)
+    drain(kernels)
+    each = (time.perf_counter() - began) / n
+
+    def fill(seconds):
+        for _ in range(math.ceil(min(seconds, MOST_FILLED) / each)):
+            kernels.fill_zero(scratch)
+
+    return fill
 
 
 def row(benchmark, contender, backend, elements, *, seconds=(), moved=None, **identity):
