@@ -282,7 +282,7 @@ def checked_group(group, structure, options, step, grad_scale=1.0):
         if is_array(lr):
             raise TypeError(
                 f"lr is {a_kind(lr)}: it must be a number or a callable or, with capturable=True, an array of one number beside "
-                "the parameters"
+                "the parameters. step(lr_scale=...) takes arrays by which lr is multiplied"
             )
         lr = checks.scheduled(lr, step) if callable(lr) else lr
     of_options = options.formulas

@@ -244,7 +244,7 @@ class Adam(HasGroups, Grows):
             the `.grad` of each parameter, for tensors of torch. They are only read, unless zero_grad is on.
         grad_scale: every gradient is multiplied by it first.
         max_norm: clip the gradients, scaled by grad_scale, to this norm over all of them, as torch.nn.utils.clip_grad_norm_ does:
-            multiply them by max_norm / (norm + 1e-6) if that is below 1.
+            multiply them by max_norm / (norm + 1e-6) if that is below 1. Infinity clips nothing.
         norm: their norm before grad_scale, a number or what `global_norm` returned; by default it is computed here, which reads
             the gradients once more. On a GPU it stays there.
         check_finite: leave the step out if the norm is not finite, or if it is so large that a square may overflow (1.8e19 for
@@ -381,7 +381,7 @@ class Adam(HasGroups, Grows):
 
     def conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):
         """Return the `clipping.Conditions` of a step, checked; the norm is computed here if a step needs it."""
-        max_norm = None if max_norm is None else checks.non_negative("max_norm", max_norm)
+        max_norm = checks.max_norm(max_norm)
         check_finite = checks.flag("check_finite", check_finite)
         if norm is not None and max_norm is None and not check_finite:
             raise ValueError("norm is given, and nothing is done with it: give max_norm to clip by it, or check_finite=True")

@@ -360,6 +360,9 @@ def test_gradients_and_state_of_other_kinds_are_refused():
         for name in ("lr_scale", "where"):
             with unchanged(x=x), pytest.raises(TypeError, match=f"{name} .* has dtype complex64: it has real numbers"):
                 gpuadam.Adam(x, complex=how).step(numbers(1), **{name: numbers(2)})
+        for wrong in (np.ones(7, "?"), np.ones((7, 5), "?")):
+            with unchanged(x=x), pytest.raises(ValueError, match=r"where .* has dtype bool .* leading dimensions"):
+                gpuadam.Adam(x, complex=how).step(numbers(1), where=wrong)
     fixed = numbers(0)
     fixed.flags.writeable = False
     with pytest.raises(ValueError, match="is read-only, and an update writes to it"):
