@@ -354,6 +354,36 @@ def copy_of_param(view, param, numbers, in_groups):
     _operand(view, param, "param_copy", numbers, True, in_groups)
 
 
+def bounds_in_arrays(views, param, numbers, in_groups):
+    """Check arrays that are bounds of a parameter, all but what is in them. numbers, in_groups: as in `copy_of_param`."""
+    for view in views:
+        one_format(view, KINDS["low"].formats)
+        _format_of_bound(view, param)
+        _operand(view, param, "low", numbers, False, in_groups)
+
+
+def _format_of_bound(view, param):
+    if view.format != param.format:
+        raise TypeError(
+            f"{view.name} has dtype {_name(view)}, {param.name} has {_name(param)}: bounds have the dtype of what they bound, so "
+            "that no rounding leaves them"
+        )
+
+
+def order_of_bounds(label, low, high):
+    """Refuse bounds in CPU memory that no number is between. low, high: an array, at least one of them; a number; or None."""
+    if low is None or high is None:
+        return
+    low, high = np.broadcast_arrays(low, high)
+    crossed = low > high  # false for a NaN, which is no bound
+    if crossed.any():
+        at = tuple(int(k) for k in np.argwhere(crossed)[0])
+        raise ValueError(
+            f"bounds of {label}: low is above high in {int(crossed.sum()):,} of {crossed.size:,} elements, as at {list(at)}: "
+            f"{low[at]} and {high[at]}. Give the lower ends first, (low, high); NaN is for no bound"
+        )
+
+
 def _operand(view, param, operand, numbers, written, in_groups):
     """Check the shape, place and layout of an array of an update."""
     scales = (-(-param.size // GROUP),)
@@ -413,11 +443,8 @@ def formats(views, nonzero=False, numbers=1):
         one_format(view, allowed)
     param, m = views["param"], views["m"]
     for operand in ("low", "high"):
-        if operand in views and views[operand].format != param.format:
-            raise TypeError(
-                f"{views[operand].name} has dtype {_name(views[operand])}, {param.name} has {_name(param)}: bounds have the "
-                "dtype of what they bound, so that no rounding leaves them"
-            )
+        if operand in views:
+            _format_of_bound(views[operand], param)
     for operand in ("v", "max_v"):
         if operand in views and views[operand].format != m.format:
             raise TypeError(f"{views[operand].name} has dtype {_name(views[operand])}, {m.name} has {_name(m)}: use one")

@@ -15,7 +15,7 @@ from .groups import HYPERPARAMETERS, OF_PARAMS, HasGroups, grads_of_params, name
 from .growing import Grows
 from .kernels import streams
 from .options import SAVED, Options, arguments
-from .parameters import begun, made_group, made_parameters
+from .parameters import begun, check_bounds, made_group, made_parameters
 from .remembered import Remembered
 from .repeated import RepeatedStep
 from .step_arrays import StepArrays, of_bounds
@@ -53,7 +53,9 @@ class Adam(HasGroups, Grows):
         waited for if it is on a GPU: optax's schedules are such callables. They count from 0, so that optax's own first step
         has schedule(0), and `lr=schedule` starts with schedule(1); `lr=lambda step: schedule(step - 1)` is as in optax.
     betas, eps, weight_decay, maximize, clip_value, bounds: as in `adam_step`. Bounds that are arrays have the structure of the
-        group's params, with None for a parameter that has none. They are not state: a checkpoint does not hold them.
+        group's params, with None for a parameter that has none. Their shapes and dtypes are checked here, in `add` and in
+        `replace`, for which they are put into `groups` first; and where they are in CPU memory, that no low end is above the high
+        one: on a GPU that would wait for it. They are not state: a checkpoint does not hold them.
     amsgrad: keep the running maximum of v (Reddi et al. 2018).
     complex, components: as in `adam_step`, for the complex and for the real parameters of a group. m, max_v and ema of a complex
         parameter are real arrays with a last dimension of 2, and so is v of "parts". Groups may have their own, fixed with them.
@@ -163,8 +165,9 @@ class Adam(HasGroups, Grows):
         on.
         """
         states = dict(states or {})
-        new = self.new_state({name: beginning for name, beginning in beginnings.items() if name not in states})
-        states |= {name: {"step": 0} | arrays for name, arrays in new.items()}
+        new = {name: beginning for name, beginning in beginnings.items() if name not in states}
+        check_bounds(self, new)
+        states |= {name: {"step": 0} | arrays for name, arrays in self.new_state(new).items()}
         self.parameters = made_parameters(beginnings, states, copies, self.options)
         self.state = state_.States((name, parameter.state) for name, parameter in self.parameters.items())
         computed_in = {self.options.computed_in(beginning.view.format) for beginning in beginnings.values()}
