@@ -51,8 +51,8 @@ neighbours in memory.
 then `min(max(param, low), high)`. A running mean and a copy are of the bounded parameter. A parameter of 16 bits stays between
 the bounds as its dtype has them. Either may be arrays of the parameters' shapes and dtypes, in the structure of the group's
 params: one array if that is one array, else a dict or a list, with None for those without. `clip_value=c` clips each element of a
-gradient to -c ... c, after `grad_scale` and before weight decay. Both are hyperparameters: groups may have their own, and they may be changed between
-steps.
+gradient to -c ... c, after `grad_scale` and before weight decay. Both are hyperparameters: groups may have their own, and they
+may be changed between steps.
 
 >>> density, gain = np.full((2, 3), 0.05, "float32"), np.ones(2, "float32")
 >>> bounded, clipped = {"density": density}, {"gain": gain}

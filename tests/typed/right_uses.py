@@ -115,10 +115,10 @@ def checkpoints() -> None:
         opt.step({"w": floats()})
         opt.save(path, with_params=True)
         again = gpuadam.load(str(path), w, lr=lambda step: 1.0 / step, with_params=False, state_dtype="8bit")
-        again.load_state_dict(opt.state_dict(), convert=True)
+        again.load_state_dict(opt.state_dict(), convert=True, names={"0": "0"})
         with gpuadam.load_offload(path, w, state=pathlib.Path(folder, "state"), with_params=False) as offloaded:
             print(offloaded.steps)
-        print(gpuadam.load_sharded(path, w, gpuadam.transports.Local(), with_params=False).steps)
+        print(gpuadam.load_sharded(path, w, gpuadam.transports.Local(), with_params=False, names={"0": "0"}).steps)
     foreign_state.to_optax(opt, foreign_state_like(opt))
 
 

@@ -85,6 +85,7 @@ def wrong_uses(
     gpuadam.ShardedAdam(params, gpuadam.transports.Local)  # arg-type, reportArgumentType
     gpuadam.OffloadAdam(params).step(params, change=params)  # arg-type, reportArgumentType
     gpuadam.load(None, params)  # arg-type, reportArgumentType
+    gpuadam.load("file", params, names=["w"])  # arg-type, reportArgumentType
     opt.save(1.5)  # arg-type, reportArgumentType
     backends.register("jax")  # arg-type, reportArgumentType
     foreign_state.from_torch(opt, [])  # arg-type, reportArgumentType
