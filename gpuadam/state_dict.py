@@ -8,6 +8,7 @@ from typing import Any
 from . import backends, checks, hyperparameters
 from . import state as state_
 from .groups import (
+    FIXED,
     HYPERPARAMETERS,
     Arrangement,
     check_keys,
@@ -212,7 +213,17 @@ class HasState:
             raise ValueError(
                 f'a group of a state_dict has "names" and {HYPERPARAMETERS}; this one has {some(sorted(map(str, saved)))}'
             )
-        settings = {key: saved[key] for key in HYPERPARAMETERS}
+        settings, own = {key: saved[key] for key in HYPERPARAMETERS}, self.arrangement.structures[k]
+        if not any(parameter.kind.of_complex for parameter in self._groups[k].parameters):  # to which it says nothing
+            checks.complex_parts(settings["complex"])
+            settings["complex"] = own.complex
+        for name in FIXED:
+            if settings[name] != getattr(own, name):
+                ours, theirs = (f"{name}={shown(value)}" for value in (getattr(own, name), settings[name]))
+                raise ValueError(
+                    f"group {k} of the optimizer has {ours}, and that of the state_dict {theirs}: it decides which moments there "
+                    "are. Make the optimizer as that was which was saved"
+                )
         if settings["lr"] is None:
             if not callable(self.groups[k]["lr"]):
                 raise ValueError("the saved lr was a callable, which is not saved: give this optimizer's group one first")
@@ -221,7 +232,7 @@ class HasState:
         if is_array(own_lr) and not callable(settings["lr"]):
             count.check_fill("lr", own_lr)
         settings["bounds"] = bounds_of_loaded(settings["bounds"], self.groups[k]["bounds"])
-        h = checked_settings(self.groups[k] | settings, self.arrangement.structures[k], self.options, step=1)
+        h = checked_settings(self.groups[k] | settings, own, self.options, step=1)
         for parameter in self._groups[k].parameters:
             hyperparameters.check_rounding(h, self.options.computed_in(parameter.kind.param))
         return settings
