@@ -91,4 +91,5 @@ def wrong_uses(
     foreign_state.from_torch(opt, [])  # arg-type, reportArgumentType
     testing.array_backend(0)  # arg-type, reportArgumentType
     testing.Reference(params, algorithm="adamw")  # arg-type, reportArgumentType
+    testing.Reference(params).step(params, lr_scale=1.0)  # arg-type, reportArgumentType
     planning.plan(10, planning.MACHINES["h100"], planning.Settings())  # arg-type, reportArgumentType
