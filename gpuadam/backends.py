@@ -312,8 +312,15 @@ def _instead(name, array):
     """Return what to give in the place of what is no array. name: what errors call it."""
     if hasattr(array, "named_parameters"):
         return "give the parameters of a model, as dict(model.named_parameters())"
-    if name.partition(" ")[0] == "where" and isinstance(array, (bool, list, tuple)):
+    operand = name.partition(" ")[0]
+    if operand == "where" and isinstance(array, (bool, list, tuple)):
         return "np.asarray(x, bool), or cupy.asarray, has a flag for each element or row"
+    if operand == "where":
+        return f"it has a flag for each element or row: {checks.FLAGS_OF_INDICES}"
+    if operand == "lr_scale" and isinstance(array, (int, float)):
+        return (
+            "multiply lr, of the group, by a number for all elements. np.full(shape, x, 'float32') has it for each of them"
+        )
     if isinstance(array, (set, frozenset)):
         return "a set has no order; give a list, or a dict with names"
     if isinstance(array, Mapping):

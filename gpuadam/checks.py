@@ -28,7 +28,9 @@ def real(name, value):
     if type(value) is float:
         return value
     if not is_number(value):
-        raise TypeError(f"{name} must be a real number, not {shown(value)} ({type(value).__name__})")
+        is_array = name == "lr" and getattr(value, "shape", ())
+        rates = ": lr_scale= of a step takes an array, by which lr is multiplied" if is_array else ""
+        raise TypeError(f"{name} must be a real number, not {shown(value)} ({type(value).__name__}){rates}")
     try:
         return float(value)
     except OverflowError:
@@ -94,6 +96,16 @@ def bounds_of_param(value):
     if not low <= high or not all(map(math.isfinite, ends)):
         raise ValueError(f"bounds={shown(value)} must be two numbers, the first not above the second; None is for no bound")
     return low, high
+
+
+def max_norm(value):
+    """Return the norm to which gradients are clipped as a float; it may be infinite, which clips nothing. None stays."""
+    if value is None:
+        return None
+    value = real("max_norm", value)
+    if not value >= 0.0:
+        raise ValueError(f"max_norm={value} must not be negative; infinity, or None, is for no clipping")
+    return value + 0.0
 
 
 def finite(name, value):
@@ -264,6 +276,7 @@ def given(name, array):
 
 FORMATS = KINDS["param"].formats  # of parameters and gradients
 OF_ROWS = ("lr_scale", "where")  # operands that may have a number for each row
+FLAGS_OF_INDICES = "w = np.zeros(shape, bool), then w[x] = True, has them for indices or a slice x"
 
 
 def complex_parts(value):
@@ -341,6 +354,36 @@ def copy_of_param(view, param, numbers, in_groups):
     _operand(view, param, "param_copy", numbers, True, in_groups)
 
 
+def bounds_in_arrays(views, param, numbers, in_groups):
+    """Check arrays that are bounds of a parameter, all but what is in them. numbers, in_groups: as in `copy_of_param`."""
+    for view in views:
+        one_format(view, KINDS["low"].formats)
+        _format_of_bound(view, param)
+        _operand(view, param, "low", numbers, False, in_groups)
+
+
+def _format_of_bound(view, param):
+    if view.format != param.format:
+        raise TypeError(
+            f"{view.name} has dtype {_name(view)}, {param.name} has {_name(param)}: bounds have the dtype of what they bound, so "
+            "that no rounding leaves them"
+        )
+
+
+def order_of_bounds(label, low, high):
+    """Refuse bounds in CPU memory that no number is between. low, high: an array, at least one of them; a number; or None."""
+    if low is None or high is None:
+        return
+    low, high = np.broadcast_arrays(low, high)
+    crossed = low > high  # false for a NaN, which is no bound
+    if crossed.any():
+        at = tuple(int(k) for k in np.argwhere(crossed)[0])
+        raise ValueError(
+            f"bounds of {label}: low is above high in {int(crossed.sum()):,} of {crossed.size:,} elements, as at {list(at)}: "
+            f"{low[at]} and {high[at]}. Give the lower ends first, (low, high); NaN is for no bound"
+        )
+
+
 def _operand(view, param, operand, numbers, written, in_groups):
     """Check the shape, place and layout of an array of an update."""
     scales = (-(-param.size // GROUP),)
@@ -370,11 +413,14 @@ def _other_shape(view, param, operand, numbers):
         has, param_has = f"dtype {_name(view)} and {has}", f"{_name(param)} and {param_has}"
     shape = param.shape[:-1] if param.of_complex else param.shape
     reshaped = f", as by .reshape({shape})" if view.shape and view.size == param.size else ""
-    needed = f"nothing is broadcast. Give an array of shape {shape}{reshaped}"
+    needed, of_rows = f"nothing is broadcast. Give an array of shape {shape}{reshaped}", operand in OF_ROWS
+    both = of_rows or bool(view.of_complex) == bool(param.of_complex)
     if numbers > 1 and KINDS[operand].shared:
         needed = f"there is one {operand} for all {numbers} numbers of an element, so its shape is {param.shape[:-1]}"
-        needed += ", and it is real" if param.of_complex else ""
-    elif bool(view.of_complex) != bool(param.of_complex):
+        needed += ", or has its leading dimensions and so a number for each row" if of_rows else ""
+        needed += ", and it is real" if param.of_complex and not of_rows else ""
+        both = True
+    elif not both:
         needed = "both are complex, or neither is"
         if operand == "grad":
             needed = "the gradient of a real parameter is real: give its real part, if that is what is meant"
@@ -383,10 +429,9 @@ def _other_shape(view, param, operand, numbers):
                     "the gradient of a complex parameter is complex, dL/dRe + 1j * dL/dIm: "
                     f"grad.astype({shown(param.of_complex)}) if dL/dIm is 0"
                 )
-    elif operand in OF_ROWS:
+    elif of_rows:
         needed = "it must have that shape, or its leading dimensions and so a number for each row"
-    error = TypeError if bool(view.of_complex) != bool(param.of_complex) else ValueError
-    raise error(f"{view.name} has {has}, {param.name} has {param_has}: {needed}")
+    raise (ValueError if both else TypeError)(f"{view.name} has {has}, {param.name} has {param_has}: {needed}")
 
 
 def formats(views, nonzero=False, numbers=1):
@@ -398,11 +443,8 @@ def formats(views, nonzero=False, numbers=1):
         one_format(view, allowed)
     param, m = views["param"], views["m"]
     for operand in ("low", "high"):
-        if operand in views and views[operand].format != param.format:
-            raise TypeError(
-                f"{views[operand].name} has dtype {_name(views[operand])}, {param.name} has {_name(param)}: bounds have the "
-                "dtype of what they bound, so that no rounding leaves them"
-            )
+        if operand in views:
+            _format_of_bound(views[operand], param)
     for operand in ("v", "max_v"):
         if operand in views and views[operand].format != m.format:
             raise TypeError(f"{views[operand].name} has dtype {_name(views[operand])}, {m.name} has {_name(m)}: use one")
@@ -473,6 +515,8 @@ def cast(view, other):
     """Return what makes an array of another format of a View's, in words. Objects, text and dates may be no numbers at all."""
     if not np.can_cast(view.dtype, "complex128", "same_kind"):
         return "give an array of numbers"
+    if other == "bool":  # which indices become without a word
+        return f"x != 0 has flags for numbers; {FLAGS_OF_INDICES}"
     if view.of_complex:
         other = "complex128" if other == "float64" else "complex64"
     return f"x = x.astype({other!r})"

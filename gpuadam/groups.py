@@ -282,7 +282,7 @@ def checked_group(group, structure, options, step, grad_scale=1.0):
         if is_array(lr):
             raise TypeError(
                 f"lr is {a_kind(lr)}: it must be a number or a callable or, with capturable=True, an array of one number beside "
-                "the parameters"
+                "the parameters. step(lr_scale=...) takes arrays by which lr is multiplied"
             )
         lr = checks.scheduled(lr, step) if callable(lr) else lr
     of_options = options.formulas
@@ -323,6 +323,43 @@ def check_names(theirs, ours):
     """Refuse state of other names than those of the parameters."""
     if difference := differing_names(theirs, ours):
         raise ValueError(f"the parameters' names differ: {difference}")
+
+
+def differing_names_of_state(theirs, ours):
+    """Return how the names of state that is loaded differ from those of the parameters, and what to do; nothing if they do not.
+
+    >>> print(differing_names_of_state(["w", "c"], ["w"]).partition("never to a place. ")[2])
+    Load with the parameters that were saved, and then use opt.remove('c')
+    """
+    difference = differing_names(theirs, ours)
+    if not difference:
+        return ""
+    gone, new = ([shown(x) for x in one if x not in other] for one, other in ((theirs, set(ours)), (ours, set(theirs))))
+    moves = [f"opt.remove({name})" for name in gone[:1]] + [f"opt.add({name}, param)" for name in new[:1]]
+    ways = f"load with the parameters that were saved, and then use {' and '.join(moves)}"
+    if gone and new:
+        ways = f"give names={{{gone[0]}: {new[0]}}} if that is its new name, and so on. If one went and another came, {ways}"
+    return (
+        f"the parameters' names differ: {difference}. State belongs to a name, never to a place. {ways[0].upper()}{ways[1:]}"
+    )
+
+
+def check_renaming(names):
+    """Refuse what is no dict of names. names: old name of a parameter -> new name, or None."""
+    if names is not None and not (isinstance(names, Mapping) and all(isinstance(x, str) for x in (*names, *names.values()))):
+        raise TypeError(f"names must be a dict of strings, old name of a parameter -> new name, not {shown(names)}")
+
+
+def renamed(saved, names):
+    """Return old name -> new name of all saved parameters. names: those that differ, as `check_renaming` takes them."""
+    names = names or {}
+    if unknown := [name for name in names if name not in saved]:
+        raise ValueError(f"names has {some(unknown)}, which were not saved. Its keys are old names; there are {some(saved)}")
+    now = {name: names.get(name, name) for name in saved}
+    if twice := [name for name, n in collections.Counter(now.values()).items() if n > 1]:
+        both = some(old for old, new in now.items() if new == twice[0])
+        raise ValueError(f"with names, {both} would all be named {shown(twice[0])}: give each a name of its own")
+    return now
 
 
 def places_of_groups(names, structures, by_place):

@@ -15,7 +15,7 @@ from .groups import HYPERPARAMETERS, OF_PARAMS, HasGroups, grads_of_params, name
 from .growing import Grows
 from .kernels import streams
 from .options import SAVED, Options, arguments
-from .parameters import begun, made_group, made_parameters
+from .parameters import begun, check_bounds, made_group, made_parameters
 from .remembered import Remembered
 from .repeated import RepeatedStep
 from .step_arrays import StepArrays, of_bounds
@@ -53,7 +53,9 @@ class Adam(HasGroups, Grows):
         waited for if it is on a GPU: optax's schedules are such callables. They count from 0, so that optax's own first step
         has schedule(0), and `lr=schedule` starts with schedule(1); `lr=lambda step: schedule(step - 1)` is as in optax.
     betas, eps, weight_decay, maximize, clip_value, bounds: as in `adam_step`. Bounds that are arrays have the structure of the
-        group's params, with None for a parameter that has none. They are not state: a checkpoint does not hold them.
+        group's params, with None for a parameter that has none. Their shapes and dtypes are checked here, in `add` and in
+        `replace`, for which they are put into `groups` first; and where they are in CPU memory, that no low end is above the high
+        one: on a GPU that would wait for it. They are not state: a checkpoint does not hold them.
     amsgrad: keep the running maximum of v (Reddi et al. 2018).
     complex, components: as in `adam_step`, for the complex and for the real parameters of a group. m, max_v and ema of a complex
         parameter are real arrays with a last dimension of 2, and so is v of "parts". Groups may have their own, fixed with them.
@@ -163,8 +165,9 @@ class Adam(HasGroups, Grows):
         on.
         """
         states = dict(states or {})
-        new = self.new_state({name: beginning for name, beginning in beginnings.items() if name not in states})
-        states |= {name: {"step": 0} | arrays for name, arrays in new.items()}
+        new = {name: beginning for name, beginning in beginnings.items() if name not in states}
+        check_bounds(self, new)
+        states |= {name: {"step": 0} | arrays for name, arrays in self.new_state(new).items()}
         self.parameters = made_parameters(beginnings, states, copies, self.options)
         self.state = state_.States((name, parameter.state) for name, parameter in self.parameters.items())
         computed_in = {self.options.computed_in(beginning.view.format) for beginning in beginnings.values()}
@@ -244,8 +247,8 @@ class Adam(HasGroups, Grows):
             the `.grad` of each parameter, for tensors of torch. They are only read, unless zero_grad is on.
         grad_scale: every gradient is multiplied by it first.
         max_norm: clip the gradients, scaled by grad_scale, to this norm over all of them, as torch.nn.utils.clip_grad_norm_ does:
-            multiply them by max_norm / (norm + 1e-6) if that is below 1. Where the norm is NaN, all gradients become NaN;
-            check_finite leaves such a step out.
+            multiply them by max_norm / (norm + 1e-6) if that is below 1. Infinity clips nothing. Where the norm is NaN, all
+            gradients become NaN; check_finite leaves such a step out.
         norm: their norm before grad_scale, a number or what `global_norm` returned; by default it is computed here, which reads
             the gradients once more. On a GPU it stays there.
         check_finite: leave the step out if the norm is not finite, or if it is so large that a square may overflow (1.8e19 for
@@ -382,7 +385,7 @@ class Adam(HasGroups, Grows):
 
     def conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):
         """Return the `clipping.Conditions` of a step, checked; the norm is computed here if a step needs it."""
-        max_norm = None if max_norm is None else checks.non_negative("max_norm", max_norm)
+        max_norm = checks.max_norm(max_norm)
         check_finite = checks.flag("check_finite", check_finite)
         if norm is not None and max_norm is None and not check_finite:
             raise ValueError("norm is given, and nothing is done with it: give max_norm to clip by it, or check_finite=True")

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 from . import backends, checks, hyperparameters, step_counts
 from .groups import Structure, checked_group, differing_names
 from .kernels.messages import label_of
+from .kernels.operands import widened
 from .kernels.view import View, is_array
 from .state import Parameter, ParameterKind, key_of_parameter
-from .step_arrays import of_bounds, without_arrays
+from .step_arrays import ENDS, bounds_apart, of_bounds, without_arrays
 from .update import Updates
 
 
@@ -24,7 +25,7 @@ class Beginning(NamedTuple):
 def begun(opt):
     """Check the parameters and hyperparameters of an optimizer. Return name -> Beginning of each parameter."""
     beginnings: dict[str, Beginning] = {}
-    of_bounds(opt.groups, opt.arrangement.structures)  # which refuses those of another structure
+    bounds = of_bounds(opt.groups, opt.arrangement.structures)  # which refuses those of another structure
     for group, structure in zip(opt.groups, opt.arrangement.structures, strict=True):
         has_array = opt.options.capturable and is_array(group["lr"])  # whose number is not known before it is read
         h = checked_settings(group | {"lr": 0.0} if has_array else group, structure, opt.options, step=1)
@@ -34,7 +35,7 @@ def begun(opt):
             checks.param(view)
             hyperparameters.check_rounding(h, opt.options.computed_in(view.format))
             numbers = checks.numbers(view, structure.complex, structure.components)
-            checks.ordered(view, numbers, h.fixed, ())
+            checks.ordered(view, numbers, h.fixed, bounds.get(name, ()))
             kept = opt.options.kept(view, structure.amsgrad, numbers)
             beginnings[name] = Beginning(kernels, view, kept, numbers)
     views = [beginning.view for beginning in beginnings.values()]
@@ -46,6 +47,26 @@ def begun(opt):
 def checked_settings(settings, structure, options, step, grad_scale=1.0):
     """Return the Hyperparameters of a group for a step, checked. Its bounds may be arrays."""
     return checked_group(without_arrays(settings), structure, options, step, grad_scale)
+
+
+def check_bounds(opt, beginnings):
+    """Refuse bounds of some parameters that are arrays of other shapes or dtypes, or in CPU memory low above high.
+
+    beginnings: name -> Beginning, of these parameters.
+    """
+    bounds = of_bounds(opt.groups, opt.arrangement.structures)
+    for settings in opt.groups:
+        numbers = bounds_apart(settings["bounds"])[0]
+        for name, param in zip(settings["names"], settings["params"], strict=True):
+            if name not in beginnings or name not in bounds:
+                continue
+            label, kept, n = opt.arrangement.label(name), beginnings[name].kept, beginnings[name].numbers
+            named = [(label, param), *((f"{end} of {label}", array) for end, array in bounds[name].items())]
+            kernels, (view, *views) = backends.choose(named, opt.backend)
+            checks.bounds_in_arrays(views, view, n, "m_scale" in kept)
+            if kernels.memory == "CPU":
+                in_arrays = dict(zip(bounds[name], (widened(end.array, end.format) for end in views), strict=True))
+                checks.order_of_bounds(label, *(in_arrays.get(end, x) for end, x in zip(ENDS, numbers, strict=True)))
 
 
 def made_parameters(beginnings, states, copies, options):

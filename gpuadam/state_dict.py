@@ -8,12 +8,15 @@ from typing import Any
 from . import backends, checks, hyperparameters
 from . import state as state_
 from .groups import (
+    FIXED,
     HYPERPARAMETERS,
     Arrangement,
     check_keys,
-    check_names,
+    check_renaming,
+    differing_names_of_state,
     is_sequence,
     places_of_groups,
+    renamed,
     saved_settings,
     some,
     what_is,
@@ -92,7 +95,9 @@ class HasState:
         read = [(group.parameters, group.count.read(group.parameters)) for group in self._groups]
         return {p.name: n for parameters, counts in read for p, n in zip(parameters, counts, strict=True)}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *, convert: bool = False) -> None:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], *, convert: bool = False, names: Mapping[str, str] | None = None
+    ) -> None:
         """Copy a `state_dict()` into this optimizer, which must have parameters of the same names, shapes and dtypes.
 
         Groups must have the same parameters. Where these have names, they and the groups may come in another order, unless
@@ -104,11 +109,14 @@ class HasState:
 
         convert: m, v and max_v may be in another format of `state_dtype`, also on another device, and are converted, rounded to
         nearest, through the host. `gpuadam.guide.narrow_numbers` says what that loses. Otherwise they are refused.
+        names: a dict, old name -> new name, of the parameters that have other names now. Of arrays in a list numbers are the
+        names: {"0": "w", "1": "b"}.
 
         All of it is checked first. Raises ValueError or TypeError, and then nothing has changed.
         """
         self._check_state()
-        loaded = self.checked_state_dict(state_dict, checks.flag("convert", convert))
+        check_renaming(names)
+        loaded = self.checked_state_dict(state_dict, checks.flag("convert", convert), names)
         states, copies, counts = loaded[1], [], self._counts()
         conversions: list[Conversion] = []
         for name, state in self.state.items():
@@ -156,10 +164,10 @@ class HasState:
         label, numbers = self.arrangement.label(name), self.parameters[name].kind.numbers
         return conversion(label, own, loaded, numbers, self.state_backend)
 
-    def checked_state_dict(self, state_dict, convert=False):
+    def checked_state_dict(self, state_dict, convert=False, new_names=None):
         """Return (settings of each group, state of each name, steps) of a state_dict, after checking all but the arrays.
 
-        convert: moments may be in another format.
+        convert: moments may be in another format. new_names: of some parameters, by their names there.
         """
         if not isinstance(state_dict, Mapping) or not {"steps", "state", "groups"} <= set(state_dict):
             raise ValueError(f'a state_dict has "steps", "state" and "groups"; this is {what_is(state_dict)}')
@@ -173,12 +181,16 @@ class HasState:
             raise ValueError('"state" of a state_dict must be a dict: name -> dict of "step" and moments')
         if not is_sequence(groups) or not all(isinstance(group, Mapping) for group in groups):
             raise ValueError('"groups" of a state_dict must be a list of dicts')
-        check_names(states, self.state)
+        now = renamed(states, new_names)
+        states = {now[name]: state for name, state in states.items()}
+        if difference := differing_names_of_state(states, self.state):
+            raise ValueError(difference)
         names = [group.get("names") for group in groups]
         if not all(isinstance(own, (list, tuple)) and all(isinstance(name, str) for name in own) for own in names):
             raise ValueError('the "names" of a group of a state_dict must be a list of strings')
         structures, by_place = self.arrangement.structures, self.options.rounds_randomly
-        groups = [groups[k] for k in places_of_groups(list(map(list, names)), structures, by_place)]
+        names = [[now.get(name, name) for name in of_group] for of_group in names]
+        groups = [groups[k] for k in places_of_groups(names, structures, by_place)]
         saved = {key: checks.one_of(known, f"the state_dict's {key}", state_dict[key]) for key, known in OF_MOMENTS.items()}
         settings = [self._checked_settings(k, group) for k, group in enumerate(groups)]
         counted = {}
@@ -201,7 +213,17 @@ class HasState:
             raise ValueError(
                 f'a group of a state_dict has "names" and {HYPERPARAMETERS}; this one has {some(sorted(map(str, saved)))}'
             )
-        settings = {key: saved[key] for key in HYPERPARAMETERS}
+        settings, own = {key: saved[key] for key in HYPERPARAMETERS}, self.arrangement.structures[k]
+        if not any(parameter.kind.of_complex for parameter in self._groups[k].parameters):  # to which it says nothing
+            checks.complex_parts(settings["complex"])
+            settings["complex"] = own.complex
+        for name in FIXED:
+            if settings[name] != getattr(own, name):
+                ours, theirs = (f"{name}={shown(value)}" for value in (getattr(own, name), settings[name]))
+                raise ValueError(
+                    f"group {k} of the optimizer has {ours}, and that of the state_dict {theirs}: it decides which moments there "
+                    "are. Make the optimizer as that was which was saved"
+                )
         if settings["lr"] is None:
             if not callable(self.groups[k]["lr"]):
                 raise ValueError("the saved lr was a callable, which is not saved: give this optimizer's group one first")
@@ -210,7 +232,7 @@ class HasState:
         if is_array(own_lr) and not callable(settings["lr"]):
             count.check_fill("lr", own_lr)
         settings["bounds"] = bounds_of_loaded(settings["bounds"], self.groups[k]["bounds"])
-        h = checked_settings(self.groups[k] | settings, self.arrangement.structures[k], self.options, step=1)
+        h = checked_settings(self.groups[k] | settings, own, self.options, step=1)
         for parameter in self._groups[k].parameters:
             hyperparameters.check_rounding(h, self.options.computed_in(parameter.kind.param))
         return settings

@@ -43,7 +43,13 @@ def plain(name, tensor):
             "has, to_local() of a DTensor"
         )
     if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} is a tensor of layout {tensor.layout}, not of strides: pass its to_dense()")
+        dense = "pass its to_dense()"
+        if name.startswith("the gradient of ") and tensor.is_sparse:
+            dense += (
+                ". If a layer made it, such as torch.nn.Embedding with sparse=True, make that with sparse=False, or leave "
+            )
+            dense += "its parameter to torch.optim.SparseAdam"
+        raise TypeError(f"{name} is a tensor of layout {tensor.layout}, not of strides: {dense}")
     if tensor.is_neg() or tensor.is_conj():
         raise TypeError(f"{name} is a lazily negated or conjugated view: pass its resolve_neg().resolve_conj()")
     try:

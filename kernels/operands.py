@@ -229,7 +229,9 @@ def sharing(is_complex, complex, components):
 
 def widened(array, format):
     """Return an array of NumPy or CuPy as one that they can widen: a bfloat16's bits are the upper half of a float32's."""
-    return (array.view("uint16").astype("uint32") << 16).view("float32") if format == "bfloat16" else array
+    if format == "bfloat16":
+        return (array.view("uint16").astype("uint32") << 16).view("float32")
+    return array.view("float16") if format == "float16" else array  # of integers, if it was in Bits
 
 
 def lanes_of(form):

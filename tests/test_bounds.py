@@ -1,6 +1,7 @@
 """`clip_value` and `bounds`: gradients that are clipped by value, parameters that stay between two numbers."""
 
 import copy
+import itertools
 import math
 
 import libraries
@@ -194,6 +195,76 @@ def test_what_is_wrong_is_said_before_anything_is_written(what):
             with pytest.raises(kind, match=match):
                 call()
     assert all((a == 1).all() for a in arrays)
+
+
+F4 = np.float32
+BAD_ARRAYS = {
+    "low above high": ((F4([0, 2, 0]), F4([1, 1, 1])), ValueError, r"low is above high in 1 of 3 .* at \[1\]: 2.0 and 1.0"),
+    "a number above an array": (
+        (2, F4([3, 1, 0])),
+        ValueError,
+        r"low is above high in 2 of 3 elements, as at \[1\]: 2 and 1",
+    ),
+    "an array above a number": (
+        (F4([3, 1, 0]), -1.5),
+        ValueError,
+        "low is above high in 3 of 3 .* Give the lower ends first",
+    ),
+    "another shape": ((None, np.ones(4, "f4")), ValueError, r"^high of params\['w'\] has shape \(4,\)"),
+    "another dtype": ((np.ones(3), None), TypeError, r"^low of params\['w'\] has dtype float64.* no rounding leaves them"),
+    "integers": ((np.ones(3, int), None), TypeError, r"^low of params\['w'\] has dtype int64; it must be"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ARRAYS)
+def test_bounds_in_arrays_are_checked_when_an_optimizer_is_made_and_when_a_parameter_comes(what):
+    bounds, kind, match = BAD_ARRAYS[what]
+    named = tuple({"w": end} if isinstance(end, np.ndarray) else end for end in bounds)
+    w = np.ones(3, "f4")
+    with pytest.raises(kind, match=match):
+        gpuadam.Adam({"w": w}, bounds=named)
+    opt = gpuadam.Adam({"a": np.ones(2, "f4")})
+    opt.groups[0]["bounds"] = tuple(end | {"a": None} if isinstance(end, dict) else end for end in named)
+    with unchanged(opt=opt), pytest.raises(kind, match=match):
+        opt.add("w", w)
+    opt = gpuadam.Adam({"w": np.ones(2, "f4")})
+    opt.groups[0]["bounds"] = named
+    with unchanged(opt=opt), pytest.raises(kind, match=match):
+        opt.replace("w", w, [0, 1, 1])
+
+
+def bfloat16(*x):
+    return np.array(x, ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("make", [F4, np.float64, bfloat16, np.float16], ids=["f4", "f8", "bf16", "f2"])
+def test_bounds_in_arrays_are_compared_as_the_numbers_that_they_are(make):
+    x, low, high, unbounded = (np.array(make(n)).repeat(2) for n in (0.0, -2.0, -1.0, np.nan))
+    bits = gpuadam.Bits(x.view("u2"), str(x.dtype)) if x.itemsize == 2 else x
+    for param, ends in itertools.product((x, bits), ((low, high), (unbounded, high), (low, -1), (high, high), (-2, high))):
+        gpuadam.Adam(param, bounds=ends)
+        if ends[0] is not unbounded and ends[0] is not ends[1]:
+            with pytest.raises(ValueError, match="low is above high in 2 of 2"):
+                gpuadam.Adam(param, bounds=ends[::-1])
+
+
+def test_bounds_of_complex_parts_are_compared_part_by_part():
+    x, low, high = np.zeros(2, "c8"), np.complex64([0, 0]), np.complex64([1 + 1j, 1 - 1j])
+    with pytest.raises(ValueError, match=r"low is above high in 1 of 4 elements, as at \[1, 1\]: 0.0 and -1.0"):
+        gpuadam.Adam(x, complex="parts", bounds=(low, high))
+    with pytest.raises(ValueError, match="would need an order of complex numbers"):
+        gpuadam.Adam(x, complex="joint", bounds=(low, high))
+
+
+@pytest.mark.gpu
+def test_bounds_in_arrays_on_a_gpu_are_checked_but_for_their_order(cp, backend):
+    x = cp.zeros(3, "f4")
+    for bad in (cp.zeros(4, "f4"), cp.zeros(3, "f8"), np.zeros(3, "f4")):
+        with pytest.raises((ValueError, TypeError), match="low of params"):
+            gpuadam.Adam(x, bounds=(bad, None), backend=backend)
+    opt = gpuadam.Adam(x, bounds=(cp.ones(3, "f4"), cp.zeros(3, "f4")), backend=backend)
+    opt.step(cp.ones(3, "f4"))
+    assert (cp.asnumpy(x) == 0).all()
 
 
 def test_torch_has_neither():

@@ -1,5 +1,6 @@
 """Checkpoints: training goes on bit for bit, what does not fit is refused by name, and the file is what its page says."""
 
+import copy
 import inspect
 import json
 import os
@@ -19,6 +20,7 @@ import gpuadam
 from gpuadam import groups
 from gpuadam.checkpoint import stored
 from gpuadam.kernels import array_bytes
+from gpuadam.testing import unchanged
 
 ml_dtypes = libraries.imported("ml_dtypes", reason="ml_dtypes, which has NumPy's bfloat16, is not installed")
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -200,11 +202,14 @@ def test_copies_have_to_be_given_again(tmp_path):
 
 
 MISFITS = {
-    "a name less": (lambda p: {n: p[n] for n in "wse"}, r"names differ: only it has \['b'\]"),
-    "a name more": (lambda p: p | {"c": p["b"].copy()}, r"names differ: it lacks \['c'\]"),
+    "a name less": (
+        lambda p: {n: p[n] for n in "wse"},
+        r"differ: only it has \['b'\].* saved, and then use opt.remove\('b'\)$",
+    ),
+    "a name more": (lambda p: p | {"c": p["b"].copy()}, r"it lacks \['c'\].* saved, and then use opt.add\('c', param\)$"),
     "another name": (
         lambda p: {"v": p["w"], "s": p["s"], "e": p["e"], "b": p["b"]},
-        r"it lacks \['v'\] and only it has \['w'\]",
+        r"it lacks \['v'\] and only it has \['w'\].* Give names=\{'w': 'v'\} if .*remove\('w'\) and opt.add\('v', param\)$",
     ),
     "a list": (lambda p: list(p.values()), "State belongs to a name, never to a place"),
     "other groups": (
@@ -228,6 +233,103 @@ def test_what_does_not_fit_is_named(what, tmp_path):
     with pytest.raises(gpuadam.CheckpointError, match=match) as raised:
         gpuadam.load(tmp_path / "a", spoil(params()))
     assert str(tmp_path / "a") in str(raised.value)
+
+
+SCHEDULED = lambda step: 0.5  # noqa: E731
+OTHER_SETTINGS = {
+    "weight_decay": (
+        {"weight_decay": 0.5},
+        "group 0 has weight_decay=0.5, and was saved with weight_decay=0.0: leave it out, and",
+    ),
+    "betas": ({"betas": [0.5, 0.999]}, r"has betas=\(0.5, 0.999\), .*opt.groups\[0\]\['betas'\] of the loaded optimizer"),
+    "a bound": ({"bounds": (None, 1)}, r"has bounds=\(None, 1\), and was saved with bounds=\(-1, 1\)"),
+    "amsgrad": ({"amsgrad": True}, "has amsgrad=True, and was saved with amsgrad=False"),
+    "a schedule": ({"lr": SCHEDULED}, "group 0 has a callable as lr, and was saved with lr=0.25: give lr= to say which"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_SETTINGS)
+def test_hyperparameters_in_groups_that_are_not_the_saved_ones_are_refused(what, tmp_path):
+    settings, match = OTHER_SETTINGS[what]
+    gpuadam.Adam(params(), lr=0.25, bounds=(-1, 1)).save(tmp_path / "a")
+    for load in (gpuadam.load, gpuadam.load_offload):
+        with pytest.raises(gpuadam.CheckpointError, match=match):
+            load(tmp_path / "a", [{"params": params(), **settings}])
+
+
+def test_hyperparameters_in_groups_may_be_the_saved_ones_and_a_number_as_lr_another_one(tmp_path):
+    first = {"betas": (0.5, 0.75), "weight_decay": 1, "bounds": [0, None], "maximize": True, "lr": 0.5}
+    opt = gpuadam.Adam([{"params": params(), **first}])
+    opt.groups[0]["lr"] = 0.125  # as a program does from step to step
+    opt.save(tmp_path / "a")
+    for given, lr in ((first, 0.125), (first | {"lr": SCHEDULED}, SCHEDULED)):
+        again = gpuadam.load(tmp_path / "a", [{"params": params(), **given}], lr=lr if callable(lr) else None)
+        assert again.groups[0]["lr"] == lr and again.groups[0]["betas"] == (0.5, 0.75)
+
+
+def shuffled(opt):
+    """Return the state of an optimizer by the names that parameters have after they were renamed."""
+    return {name: {key: np.array(x).tobytes() for key, x in state.items()} for name, state in opt.state.items()}
+
+
+RENAMED = {"w": "layer.w", "s": "e", "e": "s"}
+
+
+def test_a_renamed_parameter_finds_its_state(tmp_path):
+    old = params()
+    opt = gpuadam.Adam(old, param_copies={name: a.astype("f2") for name, a in old.items()})
+    opt.step(grads(old, 1))
+    opt.save(tmp_path / "a", with_params=True)
+    now = {RENAMED.get(name, name): np.zeros_like(a) for name, a in old.items()}
+    loaded = gpuadam.load(tmp_path / "a", now, with_params=True, names=RENAMED, param_copies=dict.fromkeys(now))
+    offloaded = gpuadam.load_offload(tmp_path / "a", now, names=RENAMED, param_copies=dict.fromkeys(now), with_params=False)
+    made = gpuadam.Adam(now)
+    made.load_state_dict(opt.state_dict(), names=RENAMED)
+    expected = {RENAMED.get(name, name): state for name, state in shuffled(opt).items()}
+    assert shuffled(loaded) == shuffled(made) == expected == shuffled(offloaded)
+    assert all((now[RENAMED.get(name, name)] == a).all() for name, a in old.items())
+
+
+def test_parameters_of_a_list_get_names_and_long_names_may_become_short_ones(tmp_path):
+    old = list(params().values())
+    opt = gpuadam.Adam(old)
+    opt.step([np.ones_like(a) for a in old])
+    opt.save(tmp_path / "a")
+    numbers = {str(k): name for k, name in enumerate(params())}
+    loaded = gpuadam.load(tmp_path / "a", params(), names=numbers)
+    assert list(loaded.state) == list(params()) and list(shuffled(loaded).values()) == list(shuffled(opt).values())
+    long = {name: name * 1_000_000 for name in "ab"}
+    gpuadam.Adam({name: np.ones(3) for name in long.values()}).save(tmp_path / "b")
+    gpuadam.load(tmp_path / "b", {"a": np.ones(3), "b": np.ones(3)}, names={old: new for new, old in long.items()})
+
+
+BAD_RENAMINGS = {
+    "no dict": ([("w", "v")], TypeError, "^names must be a dict of strings, old name of a parameter -> new name, not "),
+    "a number": ({"w": 1}, TypeError, "^names must be a dict of strings"),
+    "an unknown name": (
+        {"v": "w"},
+        ValueError,
+        r"names has \['v'\], which were not saved. Its keys are old names; there are",
+    ),
+    "a name of another": ({"w": "b"}, ValueError, r"with names, \['w', 'b'\] would all be named 'b'"),
+    "one name twice": ({"w": "v", "b": "v"}, ValueError, r"with names, \['w', 'b'\] would all be named 'v'"),
+    "a new name that is not there": ({"w": "v"}, ValueError, r"it lacks \['w'\] and only it has \['v'\]"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_RENAMINGS)
+def test_what_is_no_renaming_is_refused(what, tmp_path):
+    names, error, match = BAD_RENAMINGS[what]
+    opt = gpuadam.Adam(params())
+    opt.save(tmp_path / "a")
+    calls = [
+        lambda: gpuadam.load(tmp_path / "a", params(), names=names),
+        lambda: gpuadam.load_sharded(tmp_path / "a", params(), gpuadam.transports.Local(), names=names),
+        lambda: opt.load_state_dict(copy.deepcopy(opt.state_dict()), names=names),
+    ]
+    for call in calls:
+        with unchanged(opt=opt), pytest.raises(error, match=match):
+            call()
 
 
 def test_what_is_no_parameter_is_refused_as_by_adam(tmp_path):

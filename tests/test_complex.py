@@ -319,6 +319,31 @@ def test_bounds_of_arrays_go_with_components_and_parts():
     assert y.real.min() == np.float32(-0.01) and y.imag.min() == np.float32(-0.02)
 
 
+@pytest.mark.parametrize("one, other", [("joint", None), (None, "parts"), ("joint", "parts")])
+def test_the_mode_of_real_parameters_is_not_compared(one, other):
+    saved = gpuadam.Adam({"w": np.ones(3, "f4")}, complex=one)
+    saved.step({"w": np.ones(3, "f4")})
+    opt = gpuadam.Adam({"w": np.ones(3, "f4")}, complex=other)
+    opt.load_state_dict(saved.state_dict())
+    opt.step({"w": np.ones(3, "f4")})
+    assert opt.groups[0]["complex"] == other and opt.steps == 2
+
+
+def test_the_mode_of_complex_parameters_is_compared_and_the_group_is_named():
+    def made(of_second):
+        groups = [{"params": {"w": np.ones(3, "f4")}}, {"params": {"z": numbers(0)}, "complex": of_second}]
+        return gpuadam.Adam(groups)
+
+    opt = made("joint")
+    match = "^group 1 of the optimizer has complex='joint', and that of the state_dict complex='parts'"
+    with unchanged(opt=opt), pytest.raises(ValueError, match=match):
+        opt.load_state_dict(made("parts").state_dict())
+    bad = opt.state_dict()
+    bad["groups"][0]["complex"] = "both"
+    with unchanged(opt=opt), pytest.raises(ValueError, match="complex='both' must be one of"):
+        opt.load_state_dict(bad)
+
+
 REFUSED = {
     "no choice": ({}, TypeError, "complex='joint' has one v .* complex='parts'"),
     "bounds": ({"complex": "joint", "bounds": (0, 1)}, ValueError, "would need an order of complex numbers"),
@@ -360,6 +385,9 @@ def test_gradients_and_state_of_other_kinds_are_refused():
         for name in ("lr_scale", "where"):
             with unchanged(x=x), pytest.raises(TypeError, match=f"{name} .* has dtype complex64: it has real numbers"):
                 gpuadam.Adam(x, complex=how).step(numbers(1), **{name: numbers(2)})
+        for wrong in (np.ones(7, "?"), np.ones((7, 5), "?")):
+            with unchanged(x=x), pytest.raises(ValueError, match=r"where .* has dtype bool .* leading dimensions"):
+                gpuadam.Adam(x, complex=how).step(numbers(1), where=wrong)
     fixed = numbers(0)
     fixed.flags.writeable = False
     with pytest.raises(ValueError, match="is read-only, and an update writes to it"):

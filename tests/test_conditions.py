@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gpuadam
+from gpuadam import transports
 from gpuadam.testing import unchanged
 
 MAX_NORM, NORM, SCALE = 1.0, 3.0, 0.5
@@ -122,6 +123,22 @@ def test_what_is_no_number_is_refused_by_name(name, form, condition):
         opt.step(grads_for(opt), **given | {condition: NO_NUMBERS[form](2)})
 
 
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "ShardedAdam"])
+def test_a_max_norm_of_infinity_clips_nothing(name):
+    def trained(**conditions):
+        make = OPTIMIZERS.get(name, lambda params: gpuadam.ShardedAdam(params, transports.Local()))
+        params = {"a": np.ones(3, "f4"), "b": np.ones(3, "f4")}
+        opt = make(params)
+        for k in range(6):  # of which the last ones are repeated
+            opt.step(grads_for(opt, 2.0**k), **conditions)
+        return opt.steps, [param.tobytes() for param in params.values()]
+
+    for of_step in ({}, {"grad_scale": 0.5}, {"check_finite": True}):
+        assert trained(max_norm=np.inf, **of_step) == trained(**of_step) != trained(max_norm=1.0, **of_step)
+    if name != "ShardedAdam":
+        assert stepped(OPTIMIZERS[name], max_norm=np.inf, norm=np.inf) == stepped(OPTIMIZERS[name])
+
+
 def test_a_fraction_is_a_number():
     assert stepped(OPTIMIZERS["Adam"], grad_scale=Fraction(1, 2)) == stepped(OPTIMIZERS["Adam"], grad_scale=0.5)
 
@@ -140,3 +157,17 @@ def test_numbers_of_the_host_are_followed_beside_parameters_on_a_gpu(cp, backend
         given = {"norm": FORMS[form](NORM), "grad_scale": FORMS[form](SCALE), "found_inf": FORMS[form](found)}
         plain = {"norm": NORM, "grad_scale": SCALE, "found_inf": bool(found)}
         assert moments(max_norm=MAX_NORM, **given) == moments(max_norm=MAX_NORM, **plain), form
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_max_norm_of_infinity_clips_nothing_on_a_gpu(cp, backend, capturable):
+    def moments(**conditions):
+        params = {name: cp.ones(3, "f4") for name in "ab"}
+        opt = gpuadam.Adam(params, capturable=capturable, backend=backend)
+        for k in range(4):
+            opt.step({name: cp.full(3, 2.0**k, "f4") for name in params}, **conditions)
+        return [cp.asnumpy(state[key]).tobytes() for state in opt.state.values() for key in ("m", "v")]
+
+    assert moments(max_norm=np.inf) == moments() != moments(max_norm=1.0)
+    assert moments(max_norm=np.inf, norm=np.inf, grad_scale=0.5) == moments(grad_scale=0.5)

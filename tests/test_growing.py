@@ -368,3 +368,14 @@ def test_nothing_is_replaced_while_a_graph_is_captured(cp, backend):
         with pytest.raises(RuntimeError, match="a graph is being captured"):
             opt.replace("points", more, range(6))
         stream.end_capture()
+
+
+def test_a_mean_begins_at_the_numbers_of_half_floats_in_bits():
+    def bits(*x):
+        return gpuadam.Bits(np.float16(x).view("u2"), "float16")
+
+    opt = gpuadam.Adam({"a": bits(1, 1)}, ema_decay=0.9)
+    opt.step({"a": np.zeros(2, "f4")})
+    opt.replace("a", bits(1, 1, 2), [0, 1, -1])
+    opt.add("b", bits(3))
+    assert opt.state["a"]["ema"].tolist() == [1, 1, 2] and opt.state["b"]["ema"].tolist() == [3]

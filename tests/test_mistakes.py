@@ -159,6 +159,13 @@ MISTAKES = {
         ValueError,
         "with another array: make another optimizer",
     ),
+    # rates by element
+    "an array for lr": (
+        lambda: gpuadam.adam_step(ones(), ones(), ones(), ones(), 1, lr=ones()),
+        TypeError,
+        "^lr must be a real number, not .*: lr_scale= of a step takes an array",
+    ),
+    "an array for the optimizer's lr": (lambda: gpuadam.Adam(ones(), lr=ones()), TypeError, r"step\(lr_scale=...\) takes"),
     # what can be read once
     "betas of an iterator": (
         lambda: gpuadam.Adam(ones(), betas=iter((0.9, 0.99))),

@@ -99,8 +99,10 @@ def test_a_marker_that_names_no_backend_is_explained(project, given):
     project.makepyfile(test_training=f"import pytest\nnumba_cpu = 3\n@pytest.mark.gpuadam_backends({given})\n{SMALL}")
     result = run(project)
     result.assert_outcomes(errors=1)
-    said = "*UsageError: the marker gpuadam_backends of test_training.py::test: there is no backend *, only cupy, * names"
-    result.stdout.fnmatch_lines([said])
+    said = "the marker gpuadam_backends of test_training.py::test: there is no backend *, only cupy, * names"
+    result.stdout.fnmatch_lines(
+        ["*_ ERROR collecting test_training.py _*", said, "*= short test summary info =*"], consecutive=True
+    )
 
 
 ANYTHING = """

@@ -465,8 +465,8 @@ def test_a_folder_that_differs_between_machines_is_told(folder, tmp_path, monkey
     saved_by(1, tmp_path / "b")
     real = sharded_loading.opened
 
-    def elsewhere(path, given, *arguments):
-        return real(tmp_path / "b" if given["small"][0] == 0 else path, given, *arguments)
+    def elsewhere(path, given, *arguments, **named):
+        return real(tmp_path / "b" if given["small"][0] == 0 else path, given, *arguments, **named)
 
     monkeypatch.setattr(sharded_loading, "opened", elsewhere)
     of_rank = [params(), params() | {"small": np.zeros(37, "f4")}]

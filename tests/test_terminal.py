@@ -122,3 +122,11 @@ def test_what_is_no_number_in_the_range_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a number from 0 to 10"):
         arguments.number(0, 10)(text)
     assert arguments.number(0, 10)("10") == 10
+
+
+def test_sizes_that_are_given_twice_are_measured_once():
+    assert arguments.wholes("1e3,2000,1000,1K") == (1000, 2000)
+
+
+def test_units_may_be_small_letters():
+    assert arguments.whole("7b") == arguments.whole("7B") == 7 * 10**9 and arguments.whole("3m") == 3 * 10**6

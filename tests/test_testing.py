@@ -320,6 +320,53 @@ def test_lr_may_be_a_function_and_a_gradient_none():
     exact.assert_close(params, atol=1e-4)
 
 
+@pytest.mark.parametrize("where", [None, "arrays", "nonzero"])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"amsgrad": True, "maximize": True}], ids=str)
+def test_rates_and_flags_of_elements_rows_and_vectors_are_those_of_a_step(where, options):
+    rng = np.random.default_rng(0)
+    params = {
+        "elements": rng.standard_normal((5, 4)).astype("f4"),
+        "rows": rng.standard_normal((5, 4)),
+        "none": np.ones(2, "f4"),
+    }
+    shapes = {"elements": (5, 4), "rows": (5,)}
+    opt, exact = gpuadam.Adam(params, lr=0.1, **options), testing.Reference(params, lr=0.1, **options)
+    for _ in range(5):
+        grads = {
+            name: rng.standard_normal(p.shape).astype(p.dtype) * (rng.random(p.shape) < 0.5) for name, p in params.items()
+        }
+        of_step = {"lr_scale": {name: np.float32(rng.random(shape) * 3) for name, shape in shapes.items()} | {"none": None}}
+        flags = {name: rng.random(shape) < 0.5 for name, shape in shapes.items()} | {"none": None}
+        of_step["where"] = flags if where == "arrays" else where
+        opt.step(grads, **of_step)
+        exact.step(grads, **of_step)
+    exact.assert_close(params)
+    params["elements"] += np.float32(1e-3)
+    with pytest.raises(AssertionError, match=r"params\['elements'\]: .* of 20 elements differ"):
+        exact.assert_close(params)
+
+
+@pytest.mark.parametrize("options", [{"complex": "joint"}, {"complex": "parts"}, {"components": 2}], ids=str)
+def test_rates_and_flags_go_with_complex_numbers_and_vectors(options):
+    rng = np.random.default_rng(0)
+
+    def numbers():
+        pairs = rng.standard_normal((6, 3, 2)).astype("f4")
+        return pairs.view("c8")[..., 0] if "complex" in options else pairs
+
+    param = numbers()
+    opt, exact = gpuadam.Adam(param, lr=0.1, **options), testing.Reference(param, lr=0.1, **options)
+    for k in range(4):
+        shape, grad = ((6, 3), (6,))[k % 2], numbers()
+        for one in (opt, exact):
+            made = np.random.default_rng(k)
+            one.step(grad, lr_scale=made.random(shape), where=(made.random(shape) < 0.5).astype("u1"))
+        grad[1] = 0
+        for one in (opt, exact):
+            one.step(grad, where="nonzero")
+    exact.assert_close(param)
+
+
 def test_what_does_not_fit_the_reference_is_refused():
     exact = testing.Reference([np.ones(3, "f4")])
     for given, said in (
@@ -328,6 +375,16 @@ def test_what_does_not_fit_the_reference_is_refused():
     ):
         with pytest.raises(ValueError, match=said):
             exact.step(given)
+    for of_step, said in (
+        (
+            {"where": [np.ones(2, "?")]},
+            r"where of params\[0\] has shape \(2,\): it must have the shape \(3,\), or its leading",
+        ),
+        ({"lr_scale": [None, np.ones(3)]}, r"there is lr_scale of params\[1\], and there are the parameters params\[0\]"),
+        ({"where": "zero"}, "where='zero' must be one of 'nonzero'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            exact.step([np.ones(3, "f4")], **of_step)
     for params, said in (
         ([np.ones(3)], "began with float32"),
         ([np.ones(2, "f4")], "of shape"),

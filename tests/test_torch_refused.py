@@ -51,7 +51,7 @@ BAD_STEPS = {
     "a sparse gradient": (
         lambda params, opt: setattr(params[1], "grad", torch.ones(7).to_sparse()),
         TypeError,
-        "sparse_coo",
+        "layout torch.sparse_coo.*with sparse=False, or leave its parameter to torch.optim.SparseAdam",
     ),
     "a setting out of range": (lambda params, opt: opt.param_groups[0].update(lr=-1.0), ValueError, "lr=-1"),
     "amsgrad that comes later": (lambda params, opt: opt.param_groups[0].update(amsgrad=True), ValueError, "max_exp_avg_sq"),

@@ -25,7 +25,8 @@ are in a file and `load` is not told whether to restore them, it warns:
 
 * The file is the new one or the old one, whatever is killed and however full the disk is.
 * Every changed byte is noticed.
-* Names, shapes or dtypes that differ are refused. So is a checkpoint that is damaged or incomplete.
+* Names, shapes or dtypes that differ are refused, and `names={"old": "new"}` says which are new names. So is a checkpoint that
+  is damaged or incomplete.
   `gpuadam.CheckpointError` is raised before anything of the caller's has changed.
 * Saving and loading use a few MB of memory beside the state.
 * `gpuadam.load(path, params, state_dtype="8bit")` converts the moments: `gpuadam.guide.narrow_numbers`.

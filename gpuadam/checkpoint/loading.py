@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import backends, checks, family, torch_tensors
-from ..groups import HYPERPARAMETERS, as_given, as_list, differing_names, named_params, parsed_groups, places_of_groups, some
+from ..groups import (
+    HYPERPARAMETERS,
+    as_given,
+    as_list,
+    check_renaming,
+    differing_names_of_state,
+    named_params,
+    parsed_groups,
+    places_of_groups,
+    renamed,
+    saved_settings,
+    some,
+)
 from ..kernels.messages import shortened, shown, warn
 from ..kernels.operands import NARROW
 from ..kernels.view import is_array
 from ..optimizer import Adam
 from ..options import SAVED, STATE_DTYPES, Options
 from ..sharded.layout import CELL
-from ..step_arrays import bounds_of_loaded
+from ..step_arrays import bounds_of_loaded, saved_bounds
 from ..typing import FilePath, LearningRate, LikeParams, Params, StateDtype
 from .converting import as_saved, read_state
 from .format import CLASSES, check_known, entry, in_words
@@ -35,14 +47,16 @@ def load(
     param_copies: LikeParams = None,
     with_params: bool | None = None,
     state_dtype: StateDtype | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Adam:
     """Make the optimizer that `Adam.save` saved: of its class, with its options, hyperparameters, step counts and state.
 
     path: of the file, or of the folder that `ShardedAdam.save` made, from any number of ranks.
     params: the parameters, of the same names, shapes and dtypes, in the same groups; in any form that `Adam` takes, and on any
         backend. If they have names, these and the groups may come in another order, unless numbers are rounded randomly: that
-        goes by the place of a parameter, as the last bits of a norm do. Hyperparameters in groups give way to those that were
-        saved.
+        goes by the place of a parameter, as the last bits of a norm do. Hyperparameters in groups are refused if they differ from
+        those that were saved, which are the optimizer's: change them in its `groups` afterwards. Only a number as the lr of a
+        group gives way, so that a program that changes it from step to step goes on with the groups that it began with.
     backend, param_copies: as in `Adam`; the copies themselves are not saved.
     lr: a learning rate instead of the saved ones; for several groups a list, in which None stands for the saved one. A callable
         is not saved, so it has to be given again, here or in its group. If lr is an array of one number, which `capturable`
@@ -51,6 +65,8 @@ def load(
         parameters, a warning says so.
     state_dtype: the format of m, v and max_v, as in `Adam`, if it is to be another than the saved one. They are converted,
         rounded to nearest, through the host: `gpuadam.guide.narrow_numbers` says what that loses. Nothing else changes.
+    names: a dict, old name -> new name, of the parameters that have other names now. Of arrays in a list numbers are the names:
+        {"0": "w", "1": "b"} loads what was saved of them for a dict.
 
     The arrays of the file go straight into the state; a few MB are used beside it. Without state_dtype nothing is cast, and
     nothing is executed.
@@ -69,7 +85,7 @@ def load(
     ('AdamW', 1, 0.1)
     """
     path = checks.path("path", path)
-    with about(path), opened(path, params, backend, lr, with_params, state_dtype) as checkpoint:
+    with about(path), opened(path, params, backend, lr, with_params, state_dtype, names=names) as checkpoint:
         saved = checkpoint.stored.saved
         single = saved.name in CLASSES
         require(single, f"its class {saved.name} is one of gpuadam.ShardedAdam alone: load it with gpuadam.load_sharded")
@@ -146,8 +162,10 @@ class Opened(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(path, params, backend, lr, with_params, state_dtype=None, of_masters=False):
-    """Open a checkpoint and compare it with the parameters that it is loaded for. lr, with_params, state_dtype: as in `load`.
+def opened(path, params, backend, lr, with_params, state_dtype=None, of_masters=False, names=None):
+    """Open a checkpoint and compare it with the parameters that it is loaded for.
+
+    lr, with_params, state_dtype, names: as in `load`.
 
     of_masters: a narrow parameter is the copy of a float32 one, which was saved.
     """
@@ -155,6 +173,7 @@ def opened(path, params, backend, lr, with_params, state_dtype=None, of_masters=
         checks.flag("with_params", with_params)
     if state_dtype is not None:
         checks.one_of(STATE_DTYPES, "state_dtype", state_dtype)
+    check_renaming(names)
     params = as_list(params)  # an iterator can be read once
     groups, arrangement = parsed_groups(params, dict.fromkeys(HYPERPARAMETERS) | {"amsgrad": False, "components": 1})
     structures, grouped = arrangement.structures, arrangement.in_groups
@@ -162,18 +181,24 @@ def opened(path, params, backend, lr, with_params, state_dtype=None, of_masters=
     for name, param in named_params(groups):
         label = arrangement.label(name)
         _, (views[name],) = backends.choose([(label, checks.given(label, param))], backend)
-    with opened_file(path, _longest_header(views)) as stored:
+    in_file = {new: old for old, new in (names or {}).items()}
+    with opened_file(path, _longest_header({in_file.get(name, name): view for name, view in views.items()})) as stored:
+        with not_fitting():
+            stored.rename(renamed(stored.saved.params, names))
         saved = stored.saved
         check_known("options", saved.options, SAVED)
         masters = [name for name, view in views.items() if of_masters and view.format in NARROW]
         _check_params(saved, views | {name: views[name]._replace(dtype=np.dtype("f4"), bits="") for name in masters})
         with not_fitting():
-            names, options = [group["names"] for group in saved.groups], [saved.options]
+            options = [saved.options]
             if state_dtype is not None:
                 options.append(saved.options | {"state_dtype": state_dtype})
             by_place = all(Options(**of_optimizer).rounds_randomly for of_optimizer in options)
-            places = places_of_groups(names, structures, by_place)
+            places = places_of_groups([group["names"] for group in saved.groups], structures, by_place)
         stored.saved = saved = saved._replace(groups=[saved.groups[k] for k in places], options=options[-1])
+        with not_fitting():
+            for k, (given, group) in enumerate(zip(params if grouped else [], groups, strict=False)):
+                _check_hyperparameters(k, given, group, saved.groups[k])
         rates = _learning_rates(lr, groups, saved.groups)
         arguments = []
         holders = [group["params"] for group in params] if grouped else [params]
@@ -225,12 +250,24 @@ def _longest_header(views):
 
 def _check_params(saved, views):
     """Compare names, shapes and dtypes of the parameters, before any state is made for them. views: name -> View."""
-    difference = differing_names(saved.params, views)
-    require(not difference, f"the parameters' names differ: {difference}. State belongs to a name, never to a place")
+    difference = differing_names_of_state(saved.params, views)
+    require(not difference, difference)
     was = {name: in_words(of_name) for name, of_name in saved.params.items()}
     now = {name: in_words(entry(view)) for name, view in views.items()}
     wrong = [f"{shown(name)} was {shortened(was[name])}, and is {now[name]}" for name in now if was[name] != now[name]]
     require(not wrong, "; ".join(wrong[:8]) + ": nothing is cast or reshaped")
+
+
+def _check_hyperparameters(k, given, group, saved):
+    """Refuse hyperparameters in the group of number k that differ from the saved ones. given: the group as it was given."""
+    own = saved_settings(group | {"bounds": saved_bounds(group["bounds"])})
+    saved = {"components": 1, **saved}  # None, as all that an old file does not have, is the default of the others
+    for key in given.keys() - {"params", "lr"}:
+        if own[key] != saved.get(key):
+            raise ValueError(
+                f"group {k} has {key}={shown(own[key])}, and was saved with {key}={shown(saved.get(key))}: leave it out, and set "
+                f"opt.groups[{k}]['{key}'] of the loaded optimizer, if it may change"
+            )
 
 
 def _learning_rates(lr, groups, saved):
@@ -240,6 +277,11 @@ def _learning_rates(lr, groups, saved):
         raise ValueError(f"lr has {len(rates)} entries for {len(saved)} groups: give one for each, None for the saved one")
     for k, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
         if rates[k] is None:
+            differs = callable(group["lr"]) and saved_group["lr"] is not None
+            require(
+                not differs,
+                f"group {k} has a callable as lr, and was saved with lr={shown(saved_group['lr'])}: give lr= to say which",
+            )
             rates[k] = group["lr"] if saved_group["lr"] is None or is_array(group["lr"]) else saved_group["lr"]
         require(rates[k] is not None, f"the learning rate of group {k} was a callable, which is not saved: give lr=")
     return rates

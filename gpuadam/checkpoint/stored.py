@@ -58,7 +58,18 @@ class Stored:
         self._reader = Reader(file, longest)
         self.saved, self.crc = decoded(self._reader.metadata), self._reader.crc
         self._numbers = self.saved.numbers()
+        self._names = {name: name for name in self.saved.params}  # of parameters, by those in the files
         self.pieces: dict[str, list[Piece]] = {}
+
+    def rename(self, names):
+        """Give the parameters other names than those in the files. names: old name -> new name, of all."""
+        saved, self._names = self.saved, names
+        self.saved = saved._replace(
+            groups=[group | {"names": [names[name] for name in group["names"]]} for group in saved.groups],
+            params={names[name]: entry for name, entry in saved.params.items()},
+            copies=[names.get(name, name) for name in saved.copies],
+        )
+        self._numbers = self.saved.numbers()
 
     def read_headers(self, rank=0, ranks=1):
         """Return the Pieces in every file, or in this rank's share of the files."""
@@ -79,9 +90,9 @@ class Stored:
 
     def _piece(self, part, name, entry):
         match = (WHOLE if part is None else PIECE).fullmatch(name)
-        if match is None or match["param"] not in self.saved.params:
+        if match is None or match["param"] not in self._names:
             raise CheckpointError(f"it has {some([name])}, for which this optimizer has no place")
-        param, key = match["param"], match["key"]
+        param, key = self._names[match["param"]], match["key"]
         shape = self.saved.shape(param)
         size = math.prod(shape)
         first, last = (0, size) if part is None else map(int, match.group("first", "last"))

@@ -49,10 +49,10 @@ neighbours in memory.
 
 `bounds=(low, high)` leaves every element of a parameter between two numbers, either of which may be None: the step is made,
 then `min(max(param, low), high)`. A running mean and a copy are of the bounded parameter. A parameter of 16 bits stays between
-the bounds as its dtype has them. Either may be an array of the parameter's shape and dtype; in a group with several parameters,
-arrays in the structure of its params, with None for those without. `clip_value=c` clips each element of a gradient to -c ... c,
-after `grad_scale` and before weight decay. Both are hyperparameters: groups may have their own, and they may be changed between
-steps.
+the bounds as its dtype has them. Either may be arrays of the parameters' shapes and dtypes, in the structure of the group's
+params: one array if that is one array, else a dict or a list, with None for those without. `clip_value=c` clips each element of a
+gradient to -c ... c, after `grad_scale` and before weight decay. Both are hyperparameters: groups may have their own, and they
+may be changed between steps.
 
 >>> density, gain = np.full((2, 3), 0.05, "float32"), np.ones(2, "float32")
 >>> bounded, clipped = {"density": density}, {"gain": gain}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from .. import backends, checks, torch_tensors
@@ -27,6 +27,7 @@ def load_offload(
     param_copies: LikeParams = None,
     with_params: bool | None = None,
     state_dtype: StateDtype | None = None,
+    names: Mapping[str, str] | None = None,
     state: FilePath = "memory",
     budget: Number = 1 << 28,
     update: Side = "auto",
@@ -35,8 +36,8 @@ def load_offload(
 ) -> OffloadAdam:
     """Make an `OffloadAdam` from a checkpoint of `OffloadAdam`, `Adam` or `AdamW`: its options, hyperparameters, counts, state.
 
-    path, params, backend, lr, param_copies, with_params, state_dtype: as in `gpuadam.load`; the checkpoint may be a folder of
-        many ranks, too.
+    path, params, backend, lr, param_copies, with_params, state_dtype, names: as in `gpuadam.load`; the checkpoint may be a folder
+        of many ranks, too.
     state: "memory", or the path of a folder that is not there yet or is empty. budget, update, progress: as in `OffloadAdam`.
     master: "float32" if bfloat16 and float16 parameters are the copies of float32 masters. A checkpoint has the masters as the
         parameters, with_params or not: that of an OffloadAdam with masters, or of an Adam of float32 parameters with
@@ -61,7 +62,7 @@ def load_offload(
     if master is not None:
         checks.one_of(("float32",), "master", master)
     of_masters = master is not None
-    with about(path), opened(path, params, backend, lr, with_params, state_dtype, of_masters) as checkpoint:
+    with about(path), opened(path, params, backend, lr, with_params, state_dtype, of_masters, names) as checkpoint:
         saved = checkpoint.stored.saved
         algorithm, decoupled = ALGORITHMS[saved.name]
         known = "which OffloadAdam is not: it is Adam or AdamW"

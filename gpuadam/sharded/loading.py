@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .. import checks
 from ..checkpoint.converting import as_saved, read_state
@@ -31,11 +31,13 @@ def load_sharded(
     bucket_bytes: Integer = 1 << 25,
     views: bool = False,
     state_dtype: StateDtype | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> ShardedAdam:
     """Make a `ShardedAdam` from a checkpoint of `ShardedAdam` or `Adam`, with its options, hyperparameters and step counts.
 
     path: of the folder that `ShardedAdam.save` made, from any number of ranks, or of the file that `Adam.save` made.
-    params, backend, lr, with_params, state_dtype: as in `gpuadam.load`. transport, bucket_bytes, views: as in `ShardedAdam`.
+    params, backend, lr, with_params, state_dtype, names: as in `gpuadam.load`.
+    transport, bucket_bytes, views: as in `ShardedAdam`.
     reduction: as in `ShardedAdam`; by default the saved one, and "mean" for a checkpoint of `Adam`.
 
     Every rank calls this, and reads the part that it owns, so that together they read the checkpoint about once. A ShardedAdam
@@ -59,9 +61,11 @@ def load_sharded(
     with about(location), contextlib.ExitStack() as until_loaded:
 
         def compared():
-            checkpoint = until_loaded.enter_context(opened(location, params, backend, lr, with_params, state_dtype))
+            checkpoint = until_loaded.enter_context(
+                opened(location, params, backend, lr, with_params, state_dtype, names=names)
+            )
             described = {"path": location, "the checkpoint there": checkpoint.stored.crc}
-            return checkpoint, described | {"with_params": with_params, "state_dtype": state_dtype}, False
+            return checkpoint, described | {"with_params": with_params, "state_dtype": state_dtype, "names": names}, False
 
         with transport.calls.alone("a load"):
             checkpoint, _ = agreed(transport, compared)

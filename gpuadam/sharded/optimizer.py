@@ -281,7 +281,7 @@ class ShardedAdam(HasGroups):
         listed = list(itertools.chain.from_iterable(self.arrangement.in_order(grads)))
         zero_grad = self.options.zero_grad
         views = shard_checks.grads(self.members, listed, self.transport, self._taken, zero_grad, self._backend)
-        max_norm = None if max_norm is None else checks.non_negative("max_norm", max_norm)
+        max_norm = checks.max_norm(max_norm)
         check_finite = checks.flag("check_finite", check_finite)
         scale = checks.finite("grad_scale", grad_scale) / (self.transport.size if self.reduction == "mean" else 1)
         hs = self.checked_groups(scale)

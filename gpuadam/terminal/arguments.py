@@ -16,10 +16,10 @@ PICTURES = (".png", ".pdf", ".svg")
 def whole(text, least=1, most=MOST):
     """Return a whole number from `least` to `most`, exactly: 7e9 and 70B are numbers of digits, not floats.
 
-    >>> whole("10T") == whole("1e13") == whole("10_000_000_000_000") == 10**13
+    >>> whole("10T") == whole("10t") == whole("1e13") == whole("10_000_000_000_000") == 10**13
     True
     """
-    unit = UNITS.get(text[-1:], 1)
+    unit = next((n for name, n in UNITS.items() if text[-1:].lower() == name.lower()), 1)
     try:
         number = decimal.Decimal(text[: -1 if unit > 1 else None]) * unit
     except decimal.DecimalException:  # it is no number, or one with a larger exponent than decimals have
@@ -31,12 +31,12 @@ def whole(text, least=1, most=MOST):
 
 
 def wholes(text):
-    """Return the whole numbers of a list.
+    """Return the whole numbers of a list, each once.
 
-    >>> wholes("1e5,20M")
+    >>> wholes("1e5,20M,100k")
     (100000, 20000000)
     """
-    return tuple(map(whole, items(text, "numbers such as 1e5,2e7")))
+    return tuple(dict.fromkeys(map(whole, items(text, "numbers such as 1e5,2e7"))))
 
 
 def items(text, wanted):

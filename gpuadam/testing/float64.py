@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -99,8 +99,17 @@ class Reference:
     def params(self) -> dict[str, np.ndarray[Any, Any]]:
         return {name: param.value for name, param in self._trained.items()}
 
-    def step(self, grads: ArrayTree, *, grad_scale: Number = 1.0) -> None:
+    def step(
+        self,
+        grads: ArrayTree,
+        *,
+        grad_scale: Number = 1.0,
+        lr_scale: ArrayTree = None,
+        where: ArrayTree | Literal["nonzero"] = None,
+    ) -> None:
         """Take a step. grads: of the structure of params, on the host or a GPU, before they are scaled; None skips one.
+
+        lr_scale, where: as in `gpuadam.Adam.step`, arrays of the structure of params, on the host or a GPU.
 
         A step that your loop leaves out must be left out here too.
         """
@@ -109,17 +118,40 @@ class Reference:
         if strange := [f"{name} of {grad.shape}" for name, grad in numbers.items() if grad.shape != shapes.get(name)]:
             given, needed = shortened(", ".join(strange), 1000), shortened(str(shapes), 1000)
             raise ValueError(f"there are gradients of {given}; the parameters have the shapes {needed}")
+        scales = self._beside_params("lr_scale", lr_scale)
+        flags = dict.fromkeys(self._trained, where) if isinstance(where, str) else self._beside_params("where", where)
+        if isinstance(where, str):
+            checks.one_of(("nonzero",), "where", where)
         self.steps += 1
         lr = self._lr(self.steps) if callable(self._lr) else self._lr
         for name, grad in numbers.items():
-            self._step(self._trained[name], grad, lr, grad_scale)
+            self._step(self._trained[name], grad, lr * scales.get(name, 1.0), grad_scale, flags.get(name))
 
-    def _step(self, param, grad, lr, grad_scale):
+    def _beside_params(self, operand, given):
+        """Return name -> array in float64 whose numbers go with those of the parameter, or with its rows or vectors."""
+        arrays = {}
+        for name, array in named_arrays("params", given):
+            label = f"{operand} of {shortened(name)}"
+            param = self._trained.get(name)
+            if param is None:
+                raise ValueError(
+                    f"there is {label}, and there are the parameters {shortened(', '.join(self._trained), 1000)}"
+                )
+            numbers = on_host(label, array).numbers.astype("f8")
+            shape = param.value.shape[:-1] if param.numbers > 1 else param.value.shape
+            if numbers.shape != shape[: numbers.ndim]:
+                raise ValueError(
+                    f"{label} has shape {numbers.shape}: it must have the shape {shape}, or its leading dimensions"
+                )
+            arrays[name] = numbers.reshape(numbers.shape + (1,) * (param.value.ndim - numbers.ndim))
+        return arrays
+
+    def _step(self, param, grad, lr, grad_scale, where):
         param.count += 1
         before = param.value
         param.value, param.m, param.v, param.max_v = reference.adam_step(
             before, grad, param.m, param.v, param.count, lr=lr, max_v=param.max_v, grad_scale=grad_scale,
-            components=param.numbers, **self._options,
+            components=param.numbers, where=where, **self._options,
         )  # fmt: skip
         with np.errstate(all="ignore"):  # infinities and NaN
             growth = 1 + self._feedback(param, lr)

@@ -85,9 +85,11 @@ def wrong_uses(
     gpuadam.ShardedAdam(params, gpuadam.transports.Local)  # arg-type, reportArgumentType
     gpuadam.OffloadAdam(params).step(params, change=params)  # arg-type, reportArgumentType
     gpuadam.load(None, params)  # arg-type, reportArgumentType
+    gpuadam.load("file", params, names=["w"])  # arg-type, reportArgumentType
     opt.save(1.5)  # arg-type, reportArgumentType
     backends.register("jax")  # arg-type, reportArgumentType
     foreign_state.from_torch(opt, [])  # arg-type, reportArgumentType
     testing.array_backend(0)  # arg-type, reportArgumentType
     testing.Reference(params, algorithm="adamw")  # arg-type, reportArgumentType
+    testing.Reference(params).step(params, lr_scale=1.0)  # arg-type, reportArgumentType
     planning.plan(10, planning.MACHINES["h100"], planning.Settings())  # arg-type, reportArgumentType
