@@ -9,6 +9,7 @@ import pytest
 torch = libraries.imported("torch", reason="torch is not installed")
 
 import gpuadam.torch  # noqa: E402
+from gpuadam import torch_tensors  # noqa: E402
 from gpuadam.kernels import cpu_step, cpu_threads, dlpack_struct  # noqa: E402
 from gpuadam.kernels.cpu_backend import backend as numba_cpu  # noqa: E402
 
@@ -23,8 +24,8 @@ def tensors(seed=0, dtype=torch.float32):
     return params
 
 
-def made(groups=False, cls=gpuadam.torch.AdamW, **options):
-    params = tensors()
+def made(groups=False, cls=gpuadam.torch.AdamW, dtype=torch.float32, **options):
+    params = tensors(dtype=dtype)
     given = [{"params": params[:1], "lr": 0.2}, {"params": params[1:], "weight_decay": 0.0}] if groups else params
     return params, cls(given, lr=0.1, **options)
 
@@ -37,9 +38,12 @@ def long_way(opt):
 
 def bits(params, opt):
     states = [(key, value) for param in params for key, value in sorted(opt.state.get(param, {}).items())]
-    return [p.detach().resolve_neg().numpy().tobytes() for p in params], [
-        (key, value.detach().numpy().tobytes() if torch.is_tensor(value) else value) for key, value in states
-    ]
+    return list(map(bits_of, params)), [(key, bits_of(value) if torch.is_tensor(value) else value) for key, value in states]
+
+
+def bits_of(tensor):
+    bare = tensor.detach().resolve_neg()
+    return (bare.view(torch.int16) if bare.dtype is torch.bfloat16 else bare).numpy().tobytes()
 
 
 @pytest.fixture(params=["compiled code", "Python"])
@@ -50,9 +54,13 @@ def reader(request, monkeypatch):
         monkeypatch.setattr(dlpack_struct, "function_of", lambda kind: 0)
 
 
+NARROW = {"dtype": torch.bfloat16}
+OPTIONS = [{}, {"amsgrad": True}, {"maximize": True}, {"state_dtype": "float64"}, NARROW, NARROW | {"master": "remainder"}]
+
+
 @pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("groups", [False, True])
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"state_dtype": "float64"}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_repeated_steps_have_the_bits_of_the_long_way(groups, options):
     (params, opt), (others, by_the_long_way) = made(groups, **options), made(groups, **options)
     long_way(by_the_long_way)
@@ -83,6 +91,14 @@ def test_so_they_have_in_several_threads(monkeypatch, groups):
     monkeypatch.setattr(cpu_threads, "run", counted)
     test_repeated_steps_have_the_bits_of_the_long_way(groups, {})
     assert set(parts) == {2}
+
+
+def test_tensors_of_bfloat16_become_numpy_arrays_at_once(monkeypatch):
+    """One by one, by `plain`, they would take more than twice as long."""
+    monkeypatch.setattr(torch_tensors, "plain", None)
+    params = tensors(dtype=torch.bfloat16)
+    in_numpy = torch_tensors.all_in_numpy(params)
+    assert [(x.format, x.array.tobytes()) for x in in_numpy] == [("bfloat16", bits_of(param)) for param in params]
 
 
 @pytest.mark.usefixtures("reader")

@@ -16,6 +16,7 @@ import torch
 from .. import backends, torch_tensors
 from ..kernels import dlpack_struct
 from ..kernels.step_objects import ANY, same, stays
+from ..kernels.view import bare
 from ..repeated import Repeats, prepared
 from ..repeated_on_cpu import StepsOnCpu, disjoint
 from ..update import launch
@@ -144,7 +145,7 @@ def _known(optimizer, group, members, updates, several):
         return None
     if not all(set(map(type, column)) <= PLAIN for column in only.columns):
         return None
-    columns = [torch_tensors.all_in_numpy(column, written=False) for column in only.columns]
+    columns = [bare(torch_tensors.all_in_numpy(column, written=False))[0] for column in only.columns]
     if not all(type(x) is np.ndarray for column in columns for x in column):
         return None
     counts, table = [state["step"] for state in states], kernels.numpy_struct.table(columns, like.columns)
