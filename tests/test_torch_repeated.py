@@ -55,7 +55,17 @@ def reader(request, monkeypatch):
 
 
 NARROW = {"dtype": torch.bfloat16}
-OPTIONS = [{}, {"amsgrad": True}, {"maximize": True}, {"state_dtype": "float64"}, NARROW, NARROW | {"master": "remainder"}]
+OPTIONS = [
+    {},
+    {"amsgrad": True},
+    {"maximize": True},
+    {"state_dtype": "float64"},
+    {"state_dtype": "bfloat16", "amsgrad": True, "seed": 5},
+    {"state_dtype": "8bit"},
+    NARROW,
+    NARROW | {"master": "remainder"},
+    NARROW | {"stochastic_rounding": True},
+]
 
 
 @pytest.mark.usefixtures("reader")
@@ -78,8 +88,9 @@ def test_repeated_steps_have_the_bits_of_the_long_way(groups, options):
     assert opt._repeated.ready and [int(state["step"]) for state in opt.state.values()] == [7] * 4
 
 
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "bfloat16"}], ids=str)
 @pytest.mark.parametrize("groups", [False, True])
-def test_so_they_have_in_several_threads(monkeypatch, groups):
+def test_so_they_have_in_several_threads(monkeypatch, groups, options):
     run, parts = cpu_threads.run, []
 
     def counted(build, table, n, n_parts, arguments):
@@ -89,12 +100,12 @@ def test_so_they_have_in_several_threads(monkeypatch, groups):
     monkeypatch.setattr(numba_cpu, "PARALLEL_FROM", 8)
     monkeypatch.setattr(cpu_threads, "n_threads", lambda: 2)
     monkeypatch.setattr(cpu_threads, "run", counted)
-    test_repeated_steps_have_the_bits_of_the_long_way(groups, {})
+    test_repeated_steps_have_the_bits_of_the_long_way(groups, options)
     assert set(parts) == {2}
 
 
 def test_tensors_of_bfloat16_become_numpy_arrays_at_once(monkeypatch):
-    """One by one, by `plain`, they would take more than twice as long."""
+    """One by one, by `plain`, they would take longer."""
     monkeypatch.setattr(torch_tensors, "plain", None)
     params = tensors(dtype=torch.bfloat16)
     in_numpy = torch_tensors.all_in_numpy(params)
@@ -236,11 +247,19 @@ def test_a_step_whose_repetition_cannot_compile_is_made_or_not(monkeypatch, what
     assert bits(params, opt) == bits(others, by_the_long_way)
 
 
-def test_random_bits_and_narrow_state_take_the_long_way():
-    for options in ({"state_dtype": "bfloat16"}, {"state_dtype": "8bit"}):
-        params = [torch.nn.Parameter(torch.ones(64))]
-        opt = gpuadam.torch.Adam(params, **options)
-        params[0].grad = torch.ones(64)
+@pytest.mark.parametrize("without_grads", [False, True])
+def test_parameters_without_gradients_that_change_places_change_random_bits(without_grads):
+    """The bits of a parameter depend on its number among all."""
+    results = []
+    for to_the_long_way in (lambda opt: opt, long_way):
+        params = tensors()
+        params[0].grad = None
+        own = [{"params": params[:1]}, {"params": params[1:]}] if without_grads else [{"params": params}]
+        opt = to_the_long_way(gpuadam.torch.Adam(own, state_dtype="bfloat16", lr=0.1))
         for _ in range(4):
             opt.step()
-        assert not opt._repeated.ready
+        opt.param_groups[0]["params"].insert(0, torch.nn.Parameter(torch.ones(3)))
+        for _ in range(3):
+            opt.step()
+        results.append(bits(params, opt))
+    assert results[0] == results[1]

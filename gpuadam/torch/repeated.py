@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import backends, torch_tensors
+from .. import backends, numpy_batches, torch_tensors
 from ..kernels import dlpack_struct
 from ..kernels.step_objects import ANY, same, stays
 from ..kernels.view import bare
@@ -50,7 +50,6 @@ class RepeatedGroup(NamedTuple):
     """What is known of a group of parameters after a step."""
 
     params: list[torch.Tensor]  # that have gradients
-    lacks: bool  # whether others have none
     states: list[dict[str, Any]]
     of_state: Callable  # the tensors of a state, of which the first is its count
     held: Asked | dlpack_struct.Tensors  # params, and those of all states
@@ -81,19 +80,23 @@ class RepeatedSteps(Repeats):
             return
         cpu_step = self._cpu_step = backends.load("numba-cpu").cpu_step
         cpu_step.advance(NO_COUNTS)  # compiled before a step has written anything
-        self._known, self.ready = known, True
+        # all parameters, because random bits depend on their numbers
+        self._known = [(list(group["params"]), one) for (group, _, _), one in zip(taken, known, strict=True)]
+        self.ready = True
 
     def as_last(self, optimizer):
         groups, known = optimizer.param_groups, self._known
         if len(groups) != len(known):
             return False
         present, steps, held, moved = [], [], [], []
-        for group, one in zip(groups, known, strict=True):
+        for group, (params, one) in zip(groups, known, strict=True):
+            if not same(group["params"], params):
+                return False
             if one is WITHOUT_GRADS:
-                if any(param.grad is not None for param in group["params"]):
+                if any(param.grad is not None for param in params):
                     return False
                 continue
-            if not _same_tensors(group, one, optimizer.state):
+            if not _same_tensors(params, one, optimizer.state):
                 return False
             grads = list(map(GRAD, one.params))
             if not set(map(type, grads)) <= PLAIN or not one.grads.are(grads) or any(map(IS_NEG, grads)):
@@ -148,7 +151,7 @@ def _known(optimizer, group, members, updates, several):
     columns = [bare(torch_tensors.all_in_numpy(column, written=False))[0] for column in only.columns]
     if not all(type(x) is np.ndarray for column in columns for x in column):
         return None
-    counts, table = [state["step"] for state in states], kernels.numpy_struct.table(columns, like.columns)
+    counts, table = [state["step"] for state in states], numpy_batches.table(only, columns, like, kernels.numpy_struct)
     plan = None if table is None or not _are_counts(counts) else StepsOnCpu.of_table(optimizer, only, several, table)
     if plan is None:
         return None
@@ -157,8 +160,8 @@ def _known(optimizer, group, members, updates, several):
     of_state = operator.itemgetter("step", *(array.name for array in optimizer.kept(group, params[0].dtype)))
     held, grads = [*params, *itertools.chain.from_iterable(map(of_state, states))], only.columns[1]
     return RepeatedGroup(
-        params, len(params) < len(group["params"]), states, of_state, _asked(held, False), _asked(grads, True),
-        _pointers(grads), np.array(_pointers(counts)), only.written(), plan,
+        params, states, of_state, _asked(held, False), _asked(grads, True), _pointers(grads), np.array(_pointers(counts)),
+        only.written(), plan,
     )  # fmt: skip
 
 
@@ -195,13 +198,12 @@ def _can_be_read(grads, addresses):
     return all(addresses) and not any(address % size for address in addresses)
 
 
-def _same_tensors(group, one, state):
-    """Whether the parameters of a group and their state are as before, the same tensors, and the same have gradients."""
-    params = group["params"]
-    if one.lacks:
+def _same_tensors(params, one, state):
+    """Whether the parameters of a group, which are the same objects, and their state are as before; and which have gradients."""
+    if len(params) > len(one.params):
         params = [param for param in params if param.grad is not None]
-    if not same(params, one.params):
-        return False
+        if not same(params, one.params):
+            return False
     states = list(map(state.get, params))
     if not same(states, one.states):
         return False
