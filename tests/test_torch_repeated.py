@@ -126,6 +126,44 @@ def test_so_have_an_empty_parameter_and_one_without_dimensions():
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_learning_rate_in_a_tensor_is_read_at_each_step(shape):
+    """torch's schedulers write into it."""
+    results = []
+    for change in (lambda opt: opt, long_way):
+        params, lr = tensors(), torch.full(shape, 0.1)
+        opt = change(gpuadam.torch.Adam(params, lr=lr))
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+        for _ in range(5):
+            opt.step()
+            scheduler.step()
+        assert opt.param_groups[0]["lr"] is lr and lr.item() == pytest.approx(0.1 / 32)
+        results.append((opt._repeated.ready, bits(params, opt)))
+    (ready, one), (_, other) = results
+    assert ready and one == other
+
+
+def test_what_is_no_setting_of_adam_does_not_matter():
+    _, opt = made()
+    for k in range(5):
+        opt.param_groups[0]["kept by a user"] = [float(k)]
+        opt.step()
+    assert opt._repeated.ready
+
+
+def test_a_learning_rate_that_becomes_wrong_in_its_tensor_is_refused():
+    params, lr = tensors(), torch.tensor(0.1)
+    opt = gpuadam.torch.Adam(params, lr=lr)
+    for _ in range(4):
+        opt.step()
+    before, ready = bits(params, opt), opt._repeated.ready
+    for wrong in (-0.1, math.nan, math.inf):
+        lr.fill_(wrong)
+        with pytest.raises(ValueError, match=r"^lr=.* must be finite and not negative"):
+            opt.step()
+    assert ready and bits(params, opt) == before
+
+
 def test_a_parameter_without_a_gradient_stays_without_one():
     (params, opt), (others, by_the_long_way) = made(), made()
     long_way(by_the_long_way)
@@ -164,6 +202,10 @@ CHANGES = {
     "lr -0.0": lambda p, opt: opt.param_groups[0].update(lr=-0.0),
     "lr too large": lambda p, opt: opt.param_groups[0].update(lr=1e39),
     "lr a tensor": lambda p, opt: opt.param_groups[0].update(lr=torch.tensor(0.05)),
+    "lr a tensor of an integer": lambda p, opt: opt.param_groups[0].update(lr=torch.tensor(1)),
+    "lr a tensor of a nan": lambda p, opt: opt.param_groups[0].update(lr=torch.tensor(math.nan)),
+    "lr a tensor of several numbers": lambda p, opt: opt.param_groups[0].update(lr=torch.ones(2)),
+    "lr a tensor without memory": lambda p, opt: opt.param_groups[0].update(lr=torch.ones((), device="meta")),
     "betas": lambda p, opt: opt.param_groups[0].update(betas=(0.5, 0.75)),
     "weight_decay": lambda p, opt: opt.param_groups[0].update(weight_decay=0.5),
     "amsgrad": lambda p, opt: opt.param_groups[0].update(amsgrad=True),

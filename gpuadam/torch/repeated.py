@@ -23,7 +23,6 @@ from ..update import launch
 from .distributed import PLAIN
 from .step_counts import LAST
 
-OPEN = "params", "param_names", "lr"  # the settings of a group that may change, or are compared in another way
 # What may change of a tensor while it stays the same object, or if another takes its place
 READ = torch.Tensor.stride, torch.Tensor.size, operator.attrgetter("dtype"), operator.attrgetter("is_cpu")
 IS_NEG = torch.Tensor.is_neg
@@ -140,7 +139,9 @@ def _known(optimizer, group, members, updates, several):
     several: whether other groups have gradients too.
     """
     params, states = [member.param for member in members], [member.state for member in members]
-    if not all(stays(value) for key, value in group.items() if key not in OPEN) or type(group["lr"]) is not float:
+    # other keys are of torch's schedulers and of users, and mean nothing here
+    settings = [value if key in optimizer.defaults and key != "lr" else ANY for key, value in group.items()]
+    if not all(value is ANY or stays(value) for value in settings) or type(_lr(group)) is not float:
         return None
     only, kernels = updates[0], backends.load("numba-cpu")
     like = only.like if len(updates) == 1 else None
@@ -155,7 +156,6 @@ def _known(optimizer, group, members, updates, several):
     plan = None if table is None or not _are_counts(counts) else StepsOnCpu.of_table(optimizer, only, several, table)
     if plan is None:
         return None
-    settings = [ANY if key == "lr" else value for key, value in group.items()]
     plan.expect((*plan.own_settings(optimizer), *group, *settings))
     of_state = operator.itemgetter("step", *(array.name for array in optimizer.kept(group, params[0].dtype)))
     held, grads = [*params, *itertools.chain.from_iterable(map(of_state, states))], only.columns[1]
@@ -186,10 +186,16 @@ def _read(tensors):
 
 def _step(optimizer, group, one, common_count):
     """Return what `StepsOnCpu` takes for the step of a group, or None if it is another one."""
-    lr, count = group["lr"], float(common_count(one.counts))
+    lr, count = _lr(group), float(common_count(one.counts))
     if type(lr) is not float or not 0 <= count < LAST or not count.is_integer():
         return None
     return None, (*one.plan.own_settings(optimizer), *group, *group.values()), int(count) + 1, lr, 1.0
+
+
+def _lr(group):
+    """Return the learning rate of a group, one in a tensor in CPU memory as the number that it is now."""
+    lr = group["lr"]
+    return lr.item() if type(lr) in PLAIN and lr.is_cpu and lr.numel() == 1 else lr
 
 
 def _can_be_read(grads, addresses):
