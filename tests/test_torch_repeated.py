@@ -104,6 +104,22 @@ def test_so_they_have_in_several_threads(monkeypatch, groups, options):
     assert set(parts) == {2}
 
 
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "bfloat16"}, {"master": "remainder"}], ids=str)
+def test_parameters_of_several_dtypes_in_a_group_have_the_bits_of_a_group_for_each(options):
+    results = []
+    for groups, change in ((False, lambda opt: opt), (False, long_way), (True, long_way)):
+        params = [param for dtype in (torch.bfloat16, torch.float32, torch.float64) for param in tensors(dtype=dtype)]
+        given = [{"params": params[k : k + 4]} for k in (0, 4, 8)] if groups else params[::2] + params[1::2]
+        given = given if groups or "state_dtype" not in options else params  # whose order decides about random bits
+        opt = change(gpuadam.torch.Adam(given, lr=0.1, **options))
+        for _ in range(6):
+            opt.step()
+        results.append(bits(params, opt))
+        assert opt._repeated.ready
+    assert results[0] == results[1] == results[2]
+
+
 def test_tensors_of_bfloat16_become_numpy_arrays_at_once(monkeypatch):
     """One by one, by `plain`, they would take longer."""
     monkeypatch.setattr(torch_tensors, "plain", None)
@@ -175,6 +191,22 @@ def test_a_parameter_without_a_gradient_stays_without_one():
         for _ in range(4):
             each.step()
     assert bits(params, opt) == bits(others, by_the_long_way)
+    assert opt._repeated.ready  # though one parameter has taken fewer steps than the others
+
+
+def test_a_gradient_that_another_parameter_has_instead_is_noticed():
+    results = []
+    for change in (lambda opt: opt, long_way):
+        params, opt = made()
+        change(opt)
+        params[1].grad = None
+        for _ in range(4):
+            opt.step()
+        params[1].grad, params[2].grad = torch.ones(7), None
+        for _ in range(3):
+            opt.step()
+        results.append(bits(params, opt))
+    assert results[0] == results[1]
 
 
 def test_autograd_is_told_of_a_repeated_step():
@@ -291,7 +323,7 @@ def test_a_step_whose_repetition_cannot_compile_is_made_or_not(monkeypatch, what
 
 @pytest.mark.parametrize("without_grads", [False, True])
 def test_parameters_without_gradients_that_change_places_change_random_bits(without_grads):
-    """The bits of a parameter depend on its number among all."""
+    """Those of a parameter depend on its number among all."""
     results = []
     for to_the_long_way in (lambda opt: opt, long_way):
         params = tensors()

@@ -45,10 +45,10 @@ class Asked:
         return not stay or self.addresses == before
 
 
-class RepeatedGroup(NamedTuple):
-    """What is known of a group of parameters after a step."""
+class RepeatedPart(NamedTuple):
+    """What is known, after a step, of the parameters of a group that one of its Updates was of."""
 
-    params: list[torch.Tensor]  # that have gradients
+    params: list[torch.Tensor]
     states: list[dict[str, Any]]
     of_state: Callable  # the tensors of a state, of which the first is its count
     held: Asked | dlpack_struct.Tensors  # params, and those of all states
@@ -65,51 +65,48 @@ class RepeatedSteps(Repeats):
     def note(self, optimizer, taken):
         """Take over a step that went the long way, if the next ones may be alike.
 
-        taken: (group, Members, list of their Updates) of each group.
+        taken: (group, pairs of Members and their Updates) of each group.
         """
         if not self.worth_a_look():
             return
-        several = sum(bool(members) for _, members, _ in taken) > 1
-        known = [
-            _known(optimizer, group, members, updates, several) if members else WITHOUT_GRADS
-            for group, members, updates in taken
-        ]
-        if None in known:
-            self.put_off()
-            return
+        several, known = sum(len(pairs) for _, pairs in taken) > 1, []
+        for group, pairs in taken:
+            parts = [_known(optimizer, group, members, only, several) for members, only in pairs]
+            if None in parts:
+                self.put_off()
+                return
+            # all parameters, because random bits depend on their numbers
+            known.append((list(group["params"]), sum(len(members) for members, _ in pairs), parts))
         cpu_step = self._cpu_step = backends.load("numba-cpu").cpu_step
         cpu_step.advance(NO_COUNTS)  # compiled before a step has written anything
-        # all parameters, because random bits depend on their numbers
-        self._known = [(list(group["params"]), one) for (group, _, _), one in zip(taken, known, strict=True)]
-        self.ready = True
+        self._known, self.ready = known, True
 
     def as_last(self, optimizer):
         groups, known = optimizer.param_groups, self._known
         if len(groups) != len(known):
             return False
         present, steps, held, moved = [], [], [], []
-        for group, (params, one) in zip(groups, known, strict=True):
+        for group, (params, n_with_grads, parts) in zip(groups, known, strict=True):
             if not same(group["params"], params):
                 return False
-            if one is WITHOUT_GRADS:
-                if any(param.grad is not None for param in params):
-                    return False
-                continue
-            if not _same_tensors(params, one, optimizer.state):
+            if n_with_grads < len(params) and sum(param.grad is not None for param in params) != n_with_grads:
                 return False
-            grads = list(map(GRAD, one.params))
-            if not set(map(type, grads)) <= PLAIN or not one.grads.are(grads) or any(map(IS_NEG, grads)):
-                return False
-            held.append(grads)  # until the launch has ended: the table has their addresses alone
-            addresses = one.grads.addresses
-            if addresses != one.pointers:
-                if not _can_be_read(grads, addresses):
+            for one in parts:
+                if not _same_tensors(one, optimizer.state):
                     return False
-                one.pointers.clear()  # until the new ones are known to be disjoint
-                one.plan.set_column(1, addresses)
-                moved.append((one.pointers, addresses))
-            present.append(one)
-            steps.append(_step(optimizer, group, one, self._cpu_step.common_count))
+                grads = list(map(GRAD, one.params))
+                if not set(map(type, grads)) <= PLAIN or not one.grads.are(grads) or any(map(IS_NEG, grads)):
+                    return False
+                held.append(grads)  # until the launch has ended: the table has their addresses alone
+                addresses = one.grads.addresses
+                if addresses != one.pointers:
+                    if not _can_be_read(grads, addresses):
+                        return False
+                    one.pointers.clear()  # until the new ones are known to be disjoint
+                    one.plan.set_column(1, addresses)
+                    moved.append((one.pointers, addresses))
+                present.append(one)
+                steps.append(_step(optimizer, group, one, self._cpu_step.common_count))
         plans = [one.plan for one in present]
         if None in steps or (moved and not disjoint(plans)):
             return False
@@ -130,21 +127,17 @@ class RepeatedSteps(Repeats):
         return True
 
 
-WITHOUT_GRADS = object()  # of a group in which no parameter has a gradient
+def _known(optimizer, group, members, only, several):
+    """Return the RepeatedPart of Members of a group after their step, or None if steps of it are not repeated.
 
-
-def _known(optimizer, group, members, updates, several):
-    """Return the RepeatedGroup of a group after its step, or None if steps of it are not repeated.
-
-    several: whether other groups have gradients too.
+    only: their Updates. several: whether the step had others too.
     """
     params, states = [member.param for member in members], [member.state for member in members]
     # other keys are of torch's schedulers and of users, and mean nothing here
     settings = [value if key in optimizer.defaults and key != "lr" else ANY for key, value in group.items()]
     if not all(value is ANY or stays(value) for value in settings) or type(_lr(group)) is not float:
         return None
-    only, kernels = updates[0], backends.load("numba-cpu")
-    like = only.like if len(updates) == 1 else None
+    like, kernels = only.like, backends.load("numba-cpu")
     if like is None or like.columns.of_complex or only.now is not None or only.starts:
         return None
     if not all(set(map(type, column)) <= PLAIN for column in only.columns):
@@ -159,7 +152,7 @@ def _known(optimizer, group, members, updates, several):
     plan.expect((*plan.own_settings(optimizer), *group, *settings))
     of_state = operator.itemgetter("step", *(array.name for array in optimizer.kept(group, params[0].dtype)))
     held, grads = [*params, *itertools.chain.from_iterable(map(of_state, states))], only.columns[1]
-    return RepeatedGroup(
+    return RepeatedPart(
         params, states, of_state, _asked(held, False), _asked(grads, True), _pointers(grads), np.array(_pointers(counts)),
         only.written(), plan,
     )  # fmt: skip
@@ -204,12 +197,9 @@ def _can_be_read(grads, addresses):
     return all(addresses) and not any(address % size for address in addresses)
 
 
-def _same_tensors(params, one, state):
-    """Whether the parameters of a group, which are the same objects, and their state are as before; and which have gradients."""
-    if len(params) > len(one.params):
-        params = [param for param in params if param.grad is not None]
-        if not same(params, one.params):
-            return False
+def _same_tensors(one, state):
+    """Whether parameters, which are the same objects, and their state are as before."""
+    params = one.params
     states = list(map(state.get, params))
     if not same(states, one.states):
         return False
