@@ -135,7 +135,7 @@ def _known(optimizer, group, members, only, several):
     params, states = [member.param for member in members], [member.state for member in members]
     # other keys are of torch's schedulers and of users, and mean nothing here
     settings = [value if key in optimizer.defaults and key != "lr" else ANY for key, value in group.items()]
-    if not all(value is ANY or stays(value) for value in settings) or type(_lr(group)) is not float:
+    if not all(value is ANY or stays(value) for value in settings) or type(_number(group["lr"])) is not float:
         return None
     like, kernels = only.like, backends.load("numba-cpu")
     if like is None or like.columns.of_complex or only.now is not None or only.starts:
@@ -179,15 +179,16 @@ def _read(tensors):
 
 def _step(optimizer, group, one, common_count):
     """Return what `StepsOnCpu` takes for the step of a group, or None if it is another one."""
-    lr, count = _lr(group), float(common_count(one.counts))
+    lr, count = group["lr"], float(common_count(one.counts))
+    if type(lr) is not float:
+        lr = _number(lr)
     if type(lr) is not float or not 0 <= count < LAST or not count.is_integer():
         return None
     return None, (*one.plan.own_settings(optimizer), *group, *group.values()), int(count) + 1, lr, 1.0
 
 
-def _lr(group):
-    """Return the learning rate of a group, one in a tensor in CPU memory as the number that it is now."""
-    lr = group["lr"]
+def _number(lr):
+    """Return a learning rate, one in a tensor in CPU memory as the number that it is now."""
     return lr.item() if type(lr) in PLAIN and lr.is_cpu and lr.numel() == 1 else lr
 
 
