@@ -36,24 +36,31 @@ def batches(groups):
         # most often the latest Like fits; reading the arrays shows whether it does
         like = _latest.get(_settings_of(group))
         if like is not None:
-            rows = struct.table(columns, like.columns, not like.random)
+            rows = table(group, columns, like, struct)
         if rows is None:
             columns, like = _like(group, struct)
-            rows = like and struct.table(columns, like.columns, not like.random)
+            rows = like and table(group, columns, like, struct)
         if like is None or rows is None:
             return None
         joint = not like.plain and like.columns.of_complex and like.arrays.numbers > 1
         if joint and (group.h.fixed.ordered or like.arrays.bounded):
             return None  # which `update` refuses
-        if like.random and group.keys:
-            rows[:, struct.KEY] = group.keys
-        if like.random and group.starts:
-            rows[:, struct.START] = group.starts
         n = columns[0][0].size if like.plain and len(rows) == 1 else rows[:, struct.SIZE].sum().item()
         made.append(kernels.batch_of(rows, n, like.arrays, like.random, k, group.names))
         tables.append((rows, like.columns))
         group.like = like
     return made if len(tables) == 1 or struct.all_disjoint(tables) else None
+
+
+def table(group, columns, like, struct):
+    """Return the table of Updates, as `numpy_struct.table` does. columns: theirs, without `Bits`."""
+    rows = struct.table(columns, like.columns, not like.random)
+    if like.random and rows is not None:
+        if group.keys:
+            rows[:, struct.KEY] = group.keys
+        if group.starts:
+            rows[:, struct.START] = group.starts
+    return rows
 
 
 def _settings_of(group):

@@ -7,6 +7,7 @@ import numpy as np
 from . import backends, clipping, hyperparameters
 from .kernels import adam, norm_order, step_objects
 from .kernels.layout import VECTOR_BYTES
+from .kernels.scalars import step_key
 from .kernels.step_objects import stays
 from .update import Updates, launch
 
@@ -21,8 +22,8 @@ def plan_of(group: Updates, n_rows=None, beside=False, table=None, clips=False, 
     """
     like, fixed = group.like, group.h.fixed
     kernels = backends.load("numba-cpu")
-    if like is None or like.random or like.arrays.grouped or group.now is not None or not step_objects.known():
-        return None
+    if like is None or (like.random and table is None) or group.now is not None or not step_objects.known():
+        return None  # or is rounded by numbers of elements, which are in no table that a call fills
     if fixed.algorithm == "nadam":
         return None
     scaled = clips or group.h.scale != 1.0
@@ -35,7 +36,7 @@ def plan_of(group: Updates, n_rows=None, beside=False, table=None, clips=False, 
     if not hasattr(kernel, "overloads"):  # somebody's own in the place of a loop of Numba's
         return None
     formula, begins = (fixed.variant, form.decoupled), 1 if constants.first == later else 2
-    most = 0 if beside else kernels.PARALLEL_FROM
+    most = 0 if beside or like.random else kernels.PARALLEL_FROM  # a call has no key for random rounding
     params = group.columns[0] if n_rows and table is None else ()
     return kernels.cpu_step.Plan(
         like.columns, form, kernel, formula, numbers, scalars, begins, most, n_rows, table, not sums, params
@@ -94,6 +95,7 @@ class StepsOnCpu:
     def __init__(self, plan, only):
         self._plan, self._kernels, self._names = plan, backends.load("numba-cpu"), only.names
         self._columns, self._sign = only.like.columns, -1.0 if only.h.fixed.maximize else 1.0
+        self._is_random, self._seed = only.like.random, only.seed
         self.expect = plan.expect
 
     @classmethod
@@ -157,7 +159,7 @@ class StepsOnCpu:
         under_way.end()  # nothing has been done
         if status == self._kernels.cpu_step.OTHER:
             return False
-        batch = self._batch()
+        batch = self._batch(step)
         try:
             launch([batch], under_way)
         finally:
@@ -167,7 +169,7 @@ class StepsOnCpu:
 
     def prepared(self, arrays, settings, step, lr, grad_scale):
         """Return the batches of the step if it is as the last one, ready to be launched; else None. Of a group beside others."""
-        return [self._batch()] if self.same(arrays, settings, step, lr, grad_scale) else None
+        return [self._batch(step)] if self.same(arrays, settings, step, lr, grad_scale) else None
 
     def same(self, arrays, settings, step, lr, grad_scale):
         """Whether the step is as the last one; if so, it is ready but for its batches. Of one whose call makes no launch."""
@@ -180,11 +182,11 @@ class StepsOnCpu:
         self._plan.scalars[0] = self._sign * grad_scale
         return [self._batch()]
 
-    def _batch(self):
-        """Return the batch of the table, whose arrays the plan keeps alive."""
-        plan, kernels = self._plan, self._kernels
-        batch = kernels.batch_of(plan.table, plan.elements, None, False, 0, self._names, plan.held)
-        batch.prepare(adam, plan.form, plan.scalars_at, None)
+    def _batch(self, step=0):
+        """Return the batch of the table, whose arrays the plan keeps alive. step: for random rounding."""
+        plan, kernels, is_random = self._plan, self._kernels, self._is_random
+        batch = kernels.batch_of(plan.table, plan.elements, None, is_random, 0, self._names, plan.held)
+        batch.prepare(adam, plan.form, plan.scalars_at, None, step_key(self._seed, step) if is_random else 0)
         return batch
 
     def ended(self):

@@ -98,6 +98,8 @@ def all_in_numpy(column, written=True):
     if set(map(type, column)) <= {torch.Tensor, torch.nn.Parameter} and not (written and any(map(why_immutable, column))):
         with contextlib.suppress(RuntimeError, TypeError):  # at once is quicker, if all are on the CPU and of NumPy's dtypes
             if all(map(torch.Tensor.data_ptr, column)):  # else one has no elements, or its storage was freed
+                if all(tensor.dtype is torch.bfloat16 for tensor in column):
+                    return [Bits(tensor.view(torch.int16).numpy(), "bfloat16") for tensor in column]
                 return list(map(torch.Tensor.numpy, map(torch.Tensor.detach, column)))
     converted = []
     for array in column:

@@ -46,9 +46,10 @@ LARGEST_SCALE = 1e30
 class Plan(step_objects.Plan):
     """The compiled step of updates of one kind.
 
-    like: the `numpy_struct.Columns` of the arrays, of which none is rounded randomly. kernel: the serial loop of the form, which
-    has been called. formula: (variant, decoupled) of `scalars.on_host`. numbers: the first ones of NUMBERS, up to MOST_SCALE:
-    SIGN is that of grad_scale, -1 to maximize; MOST_SCALE is LARGEST_SCALE, or 1 for a kernel that takes no other.
+    like: the `numpy_struct.Columns` of the arrays. If one is rounded randomly, which takes a key, the caller has to make the
+    launches. kernel: the serial loop of the form, which has been called. formula: (variant, decoupled) of `scalars.on_host`.
+    numbers: the first ones of NUMBERS, up to MOST_SCALE: SIGN is that of grad_scale, -1 to maximize; MOST_SCALE is LARGEST_SCALE,
+    or 1 for a kernel that takes no other.
     scalars: those of a step, of which the call computes VARYING. begins: the first step for which these scalars hold. most:
     with so many elements or more, several threads make the update; 0 leaves all launches to the caller. n_rows: of several
     updates, how many there are. table: of updates whose arrays the caller has compared, and whose gradients' addresses it puts

@@ -323,7 +323,7 @@ def test_an_interrupt_at_any_moment_of_a_step_leaves_all_or_nothing_changed_or_i
     for n in moments:
         opt = stepped(1)
         saved, beginnings = copy.deepcopy(opt.state_dict()), [p.detach().clone() for p in opt.state]
-        with pytest.raises(KeyboardInterrupt), Interrupt(n):
+        with torch.enable_grad(), pytest.raises(KeyboardInterrupt), Interrupt(n):  # the mode stays if a step is cut short
             opt.step()
         if opt.under_way.changing:
             told += 1

@@ -9,6 +9,7 @@ import pytest
 torch = libraries.imported("torch", reason="torch is not installed")
 
 import gpuadam.torch  # noqa: E402
+from gpuadam import torch_tensors  # noqa: E402
 from gpuadam.kernels import cpu_step, cpu_threads, dlpack_struct  # noqa: E402
 from gpuadam.kernels.cpu_backend import backend as numba_cpu  # noqa: E402
 
@@ -23,8 +24,8 @@ def tensors(seed=0, dtype=torch.float32):
     return params
 
 
-def made(groups=False, cls=gpuadam.torch.AdamW, **options):
-    params = tensors()
+def made(groups=False, cls=gpuadam.torch.AdamW, dtype=torch.float32, **options):
+    params = tensors(dtype=dtype)
     given = [{"params": params[:1], "lr": 0.2}, {"params": params[1:], "weight_decay": 0.0}] if groups else params
     return params, cls(given, lr=0.1, **options)
 
@@ -37,9 +38,12 @@ def long_way(opt):
 
 def bits(params, opt):
     states = [(key, value) for param in params for key, value in sorted(opt.state.get(param, {}).items())]
-    return [p.detach().resolve_neg().numpy().tobytes() for p in params], [
-        (key, value.detach().numpy().tobytes() if torch.is_tensor(value) else value) for key, value in states
-    ]
+    return list(map(bits_of, params)), [(key, bits_of(value) if torch.is_tensor(value) else value) for key, value in states]
+
+
+def bits_of(tensor):
+    bare = tensor.detach().resolve_neg()
+    return (bare.view(torch.int16) if bare.dtype is torch.bfloat16 else bare).numpy().tobytes()
 
 
 @pytest.fixture(params=["compiled code", "Python"])
@@ -50,9 +54,23 @@ def reader(request, monkeypatch):
         monkeypatch.setattr(dlpack_struct, "function_of", lambda kind: 0)
 
 
+NARROW = {"dtype": torch.bfloat16}
+OPTIONS = [
+    {},
+    {"amsgrad": True},
+    {"maximize": True},
+    {"state_dtype": "float64"},
+    {"state_dtype": "bfloat16", "amsgrad": True, "seed": 5},
+    {"state_dtype": "8bit"},
+    NARROW,
+    NARROW | {"master": "remainder"},
+    NARROW | {"stochastic_rounding": True},
+]
+
+
 @pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("groups", [False, True])
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"state_dtype": "float64"}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_repeated_steps_have_the_bits_of_the_long_way(groups, options):
     (params, opt), (others, by_the_long_way) = made(groups, **options), made(groups, **options)
     long_way(by_the_long_way)
@@ -70,8 +88,9 @@ def test_repeated_steps_have_the_bits_of_the_long_way(groups, options):
     assert opt._repeated.ready and [int(state["step"]) for state in opt.state.values()] == [7] * 4
 
 
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "bfloat16"}], ids=str)
 @pytest.mark.parametrize("groups", [False, True])
-def test_so_they_have_in_several_threads(monkeypatch, groups):
+def test_so_they_have_in_several_threads(monkeypatch, groups, options):
     run, parts = cpu_threads.run, []
 
     def counted(build, table, n, n_parts, arguments):
@@ -81,8 +100,32 @@ def test_so_they_have_in_several_threads(monkeypatch, groups):
     monkeypatch.setattr(numba_cpu, "PARALLEL_FROM", 8)
     monkeypatch.setattr(cpu_threads, "n_threads", lambda: 2)
     monkeypatch.setattr(cpu_threads, "run", counted)
-    test_repeated_steps_have_the_bits_of_the_long_way(groups, {})
+    test_repeated_steps_have_the_bits_of_the_long_way(groups, options)
     assert set(parts) == {2}
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "bfloat16"}, {"master": "remainder"}], ids=str)
+def test_parameters_of_several_dtypes_in_a_group_have_the_bits_of_a_group_for_each(options):
+    results = []
+    for groups, change in ((False, lambda opt: opt), (False, long_way), (True, long_way)):
+        params = [param for dtype in (torch.bfloat16, torch.float32, torch.float64) for param in tensors(dtype=dtype)]
+        given = [{"params": params[k : k + 4]} for k in (0, 4, 8)] if groups else params[::2] + params[1::2]
+        given = given if groups or "state_dtype" not in options else params  # whose order decides about random bits
+        opt = change(gpuadam.torch.Adam(given, lr=0.1, **options))
+        for _ in range(6):
+            opt.step()
+        results.append(bits(params, opt))
+        assert opt._repeated.ready
+    assert results[0] == results[1] == results[2]
+
+
+def test_tensors_of_bfloat16_become_numpy_arrays_at_once(monkeypatch):
+    """One by one, by `plain`, they would take longer."""
+    monkeypatch.setattr(torch_tensors, "plain", None)
+    params = tensors(dtype=torch.bfloat16)
+    in_numpy = torch_tensors.all_in_numpy(params)
+    assert [(x.format, x.array.tobytes()) for x in in_numpy] == [("bfloat16", bits_of(param)) for param in params]
 
 
 @pytest.mark.usefixtures("reader")
@@ -99,6 +142,44 @@ def test_so_have_an_empty_parameter_and_one_without_dimensions():
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_learning_rate_in_a_tensor_is_read_at_each_step(shape):
+    """torch's schedulers write into it."""
+    results = []
+    for change in (lambda opt: opt, long_way):
+        params, lr = tensors(), torch.full(shape, 0.1)
+        opt = change(gpuadam.torch.Adam(params, lr=lr))
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+        for _ in range(5):
+            opt.step()
+            scheduler.step()
+        assert opt.param_groups[0]["lr"] is lr and lr.item() == pytest.approx(0.1 / 32)
+        results.append((opt._repeated.ready, bits(params, opt)))
+    (ready, one), (_, other) = results
+    assert ready and one == other
+
+
+def test_what_is_no_setting_of_adam_does_not_matter():
+    _, opt = made()
+    for k in range(5):
+        opt.param_groups[0]["kept by a user"] = [float(k)]
+        opt.step()
+    assert opt._repeated.ready
+
+
+def test_a_learning_rate_that_becomes_wrong_in_its_tensor_is_refused():
+    params, lr = tensors(), torch.tensor(0.1)
+    opt = gpuadam.torch.Adam(params, lr=lr)
+    for _ in range(4):
+        opt.step()
+    before, ready = bits(params, opt), opt._repeated.ready
+    for wrong in (-0.1, math.nan, math.inf):
+        lr.fill_(wrong)
+        with pytest.raises(ValueError, match=r"^lr=.* must be finite and not negative"):
+            opt.step()
+    assert ready and bits(params, opt) == before
+
+
 def test_a_parameter_without_a_gradient_stays_without_one():
     (params, opt), (others, by_the_long_way) = made(), made()
     long_way(by_the_long_way)
@@ -110,6 +191,22 @@ def test_a_parameter_without_a_gradient_stays_without_one():
         for _ in range(4):
             each.step()
     assert bits(params, opt) == bits(others, by_the_long_way)
+    assert opt._repeated.ready  # though one parameter has taken fewer steps than the others
+
+
+def test_a_gradient_that_another_parameter_has_instead_is_noticed():
+    results = []
+    for change in (lambda opt: opt, long_way):
+        params, opt = made()
+        change(opt)
+        params[1].grad = None
+        for _ in range(4):
+            opt.step()
+        params[1].grad, params[2].grad = torch.ones(7), None
+        for _ in range(3):
+            opt.step()
+        results.append(bits(params, opt))
+    assert results[0] == results[1]
 
 
 def test_autograd_is_told_of_a_repeated_step():
@@ -137,6 +234,10 @@ CHANGES = {
     "lr -0.0": lambda p, opt: opt.param_groups[0].update(lr=-0.0),
     "lr too large": lambda p, opt: opt.param_groups[0].update(lr=1e39),
     "lr a tensor": lambda p, opt: opt.param_groups[0].update(lr=torch.tensor(0.05)),
+    "lr a tensor of an integer": lambda p, opt: opt.param_groups[0].update(lr=torch.tensor(1)),
+    "lr a tensor of a nan": lambda p, opt: opt.param_groups[0].update(lr=torch.tensor(math.nan)),
+    "lr a tensor of several numbers": lambda p, opt: opt.param_groups[0].update(lr=torch.ones(2)),
+    "lr a tensor without memory": lambda p, opt: opt.param_groups[0].update(lr=torch.ones((), device="meta")),
     "betas": lambda p, opt: opt.param_groups[0].update(betas=(0.5, 0.75)),
     "weight_decay": lambda p, opt: opt.param_groups[0].update(weight_decay=0.5),
     "amsgrad": lambda p, opt: opt.param_groups[0].update(amsgrad=True),
@@ -220,11 +321,19 @@ def test_a_step_whose_repetition_cannot_compile_is_made_or_not(monkeypatch, what
     assert bits(params, opt) == bits(others, by_the_long_way)
 
 
-def test_random_bits_and_narrow_state_take_the_long_way():
-    for options in ({"state_dtype": "bfloat16"}, {"state_dtype": "8bit"}):
-        params = [torch.nn.Parameter(torch.ones(64))]
-        opt = gpuadam.torch.Adam(params, **options)
-        params[0].grad = torch.ones(64)
+@pytest.mark.parametrize("without_grads", [False, True])
+def test_parameters_without_gradients_that_change_places_change_random_bits(without_grads):
+    """Those of a parameter depend on its number among all."""
+    results = []
+    for to_the_long_way in (lambda opt: opt, long_way):
+        params = tensors()
+        params[0].grad = None
+        own = [{"params": params[:1]}, {"params": params[1:]}] if without_grads else [{"params": params}]
+        opt = to_the_long_way(gpuadam.torch.Adam(own, state_dtype="bfloat16", lr=0.1))
         for _ in range(4):
             opt.step()
-        assert not opt._repeated.ready
+        opt.param_groups[0]["params"].insert(0, torch.nn.Parameter(torch.ones(3)))
+        for _ in range(3):
+            opt.step()
+        results.append(bits(params, opt))
+    assert results[0] == results[1]

@@ -44,7 +44,7 @@ class Member(NamedTuple):
 
 
 class Adam(torch.optim.Optimizer):
-    """`torch.optim.Adam` with gpuadam's update: one launch, or one call on the CPU, for all parameters of a group.
+    """`torch.optim.Adam` with gpuadam's update: one launch, or one call on the CPU, for all parameters of a dtype in a group.
 
     params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`; parameters may be
         float32, float64, bfloat16, float16 or, with v of each part as torch has it, complex64 or complex128, on the CPU and on
@@ -181,16 +181,17 @@ class Adam(torch.optim.Optimizer):
         params, counted, clocks = [], [], []
         taken: list[tuple] = []
         for k, (group, members) in enumerate(self._members()):
-            before = len(updates)
+            pairs = []
             if members and _on_device(group):
                 clocks.append(self._clock(k, group, members))
-                updates.append(self._captured(group, members, clocks[-1], grad_scale, found_inf))
+                pairs = [(members, self._captured(group, members, clocks[-1], grad_scale, found_inf))]
             elif members:
                 h = self._checked(group, 1.0 if grad_scale is None else _inverse(grad_scale.item()))
                 for count, alike in self._alike(members):
-                    updates.append(self._update(h, count + 1, group, alike))
+                    pairs.append((alike, self._update(h, count + 1, group, alike)))
                     counted.append((count + 1, _steps(alike)))
-            taken.append((group, members, updates[before:]))
+            updates += [one for _, one in pairs]
+            taken.append((group, pairs))
             params += [member.param for member in members]
         if updates:
             update(updates, self.backend, remembered=self._remembered, under_way=self.under_way)
@@ -222,16 +223,15 @@ class Adam(torch.optim.Optimizer):
             first += len(params)
 
     def _alike(self, members):
-        """Return (steps taken, Members) of those that have taken as many steps and have the same kinds of state."""
+        """Return (steps taken, Members) of those that have taken as many steps and have the same dtype: one table takes them."""
         together: dict[tuple, list[Member]] = {}
-        bfloat16 = torch.bfloat16 if self.options.master else None  # parameters that have a remainder
         for member in members:
             if not isinstance(step := member.state["step"], torch.Tensor):
                 raise TypeError(
                     f"the step of params[{shown(member.name)}] is {shown(step)} ({type(step).__name__}): it is counted in a "
                     "tensor, as torch.tensor(7.0)"
                 )
-            key = self._counts.taken(step), member.param.dtype is bfloat16
+            key = self._counts.taken(step), member.param.dtype
             together.setdefault(key, []).append(member)
         pairs = [(f"params[{shown(alike[0].name)}]", count, alike) for (count, _), alike in together.items()]
         return [(torch_state.count(label, count), alike) for label, count, alike in pairs]
@@ -368,7 +368,8 @@ class Adam(torch.optim.Optimizer):
         if clock and clock.is_current:
             return clock
         alike = self._alike(members)
-        _share(len(alike) == 1, k, "share a step count and have the same kinds of state")
+        kinds = {(count, *(a.operand for a in self.kept(group, some[0].param.dtype))) for count, some in alike}
+        _share(len(kinds) == 1, k, "share a step count and have the same kinds of state")
         if clock is None:
             kernels, (view,) = backends.choose(
                 [(f"params[{shown(first.name)}]", distributed.local(first.param))], self.backend

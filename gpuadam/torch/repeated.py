@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import backends, torch_tensors
+from .. import backends, numpy_batches, torch_tensors
 from ..kernels import dlpack_struct
 from ..kernels.step_objects import ANY, same, stays
+from ..kernels.view import bare
 from ..repeated import Repeats, prepared
 from ..repeated_on_cpu import StepsOnCpu, disjoint
 from ..update import launch
 from .distributed import PLAIN
 from .step_counts import LAST
 
-OPEN = "params", "param_names", "lr"  # the settings of a group that may change, or are compared in another way
 # What may change of a tensor while it stays the same object, or if another takes its place
 READ = torch.Tensor.stride, torch.Tensor.size, operator.attrgetter("dtype"), operator.attrgetter("is_cpu")
 IS_NEG = torch.Tensor.is_neg
@@ -45,11 +45,10 @@ class Asked:
         return not stay or self.addresses == before
 
 
-class RepeatedGroup(NamedTuple):
-    """What is known of a group of parameters after a step."""
+class RepeatedPart(NamedTuple):
+    """What is known, after a step, of the parameters of a group that one of its Updates was of."""
 
-    params: list[torch.Tensor]  # that have gradients
-    lacks: bool  # whether others have none
+    params: list[torch.Tensor]
     states: list[dict[str, Any]]
     of_state: Callable  # the tensors of a state, of which the first is its count
     held: Asked | dlpack_struct.Tensors  # params, and those of all states
@@ -66,18 +65,18 @@ class RepeatedSteps(Repeats):
     def note(self, optimizer, taken):
         """Take over a step that went the long way, if the next ones may be alike.
 
-        taken: (group, Members, list of their Updates) of each group.
+        taken: (group, pairs of Members and their Updates) of each group.
         """
         if not self.worth_a_look():
             return
-        several = sum(bool(members) for _, members, _ in taken) > 1
-        known = [
-            _known(optimizer, group, members, updates, several) if members else WITHOUT_GRADS
-            for group, members, updates in taken
-        ]
-        if None in known:
-            self.put_off()
-            return
+        several, known = sum(len(pairs) for _, pairs in taken) > 1, []
+        for group, pairs in taken:
+            parts = [_known(optimizer, group, members, only, several) for members, only in pairs]
+            if None in parts:
+                self.put_off()
+                return
+            # all parameters, because random bits depend on their numbers
+            known.append((list(group["params"]), sum(len(members) for members, _ in pairs), parts))
         cpu_step = self._cpu_step = backends.load("numba-cpu").cpu_step
         cpu_step.advance(NO_COUNTS)  # compiled before a step has written anything
         self._known, self.ready = known, True
@@ -87,26 +86,27 @@ class RepeatedSteps(Repeats):
         if len(groups) != len(known):
             return False
         present, steps, held, moved = [], [], [], []
-        for group, one in zip(groups, known, strict=True):
-            if one is WITHOUT_GRADS:
-                if any(param.grad is not None for param in group["params"]):
-                    return False
-                continue
-            if not _same_tensors(group, one, optimizer.state):
+        for group, (params, n_with_grads, parts) in zip(groups, known, strict=True):
+            if not same(group["params"], params):
                 return False
-            grads = list(map(GRAD, one.params))
-            if not set(map(type, grads)) <= PLAIN or not one.grads.are(grads) or any(map(IS_NEG, grads)):
+            if n_with_grads < len(params) and sum(param.grad is not None for param in params) != n_with_grads:
                 return False
-            held.append(grads)  # until the launch has ended: the table has their addresses alone
-            addresses = one.grads.addresses
-            if addresses != one.pointers:
-                if not _can_be_read(grads, addresses):
+            for one in parts:
+                if not _same_tensors(one, optimizer.state):
                     return False
-                one.pointers.clear()  # until the new ones are known to be disjoint
-                one.plan.set_column(1, addresses)
-                moved.append((one.pointers, addresses))
-            present.append(one)
-            steps.append(_step(optimizer, group, one, self._cpu_step.common_count))
+                grads = list(map(GRAD, one.params))
+                if not set(map(type, grads)) <= PLAIN or not one.grads.are(grads) or any(map(IS_NEG, grads)):
+                    return False
+                held.append(grads)  # until the launch has ended: the table has their addresses alone
+                addresses = one.grads.addresses
+                if addresses != one.pointers:
+                    if not _can_be_read(grads, addresses):
+                        return False
+                    one.pointers.clear()  # until the new ones are known to be disjoint
+                    one.plan.set_column(1, addresses)
+                    moved.append((one.pointers, addresses))
+                present.append(one)
+                steps.append(_step(optimizer, group, one, self._cpu_step.common_count))
         plans = [one.plan for one in present]
         if None in steps or (moved and not disjoint(plans)):
             return False
@@ -127,37 +127,34 @@ class RepeatedSteps(Repeats):
         return True
 
 
-WITHOUT_GRADS = object()  # of a group in which no parameter has a gradient
+def _known(optimizer, group, members, only, several):
+    """Return the RepeatedPart of Members of a group after their step, or None if steps of it are not repeated.
 
-
-def _known(optimizer, group, members, updates, several):
-    """Return the RepeatedGroup of a group after its step, or None if steps of it are not repeated.
-
-    several: whether other groups have gradients too.
+    only: their Updates. several: whether the step had others too.
     """
     params, states = [member.param for member in members], [member.state for member in members]
-    if not all(stays(value) for key, value in group.items() if key not in OPEN) or type(group["lr"]) is not float:
+    # other keys are of torch's schedulers and of users, and mean nothing here
+    settings = [value if key in optimizer.defaults and key != "lr" else ANY for key, value in group.items()]
+    if not all(value is ANY or stays(value) for value in settings) or type(_number(group["lr"])) is not float:
         return None
-    only, kernels = updates[0], backends.load("numba-cpu")
-    like = only.like if len(updates) == 1 else None
+    like, kernels = only.like, backends.load("numba-cpu")
     if like is None or like.columns.of_complex or only.now is not None or only.starts:
         return None
     if not all(set(map(type, column)) <= PLAIN for column in only.columns):
         return None
-    columns = [torch_tensors.all_in_numpy(column, written=False) for column in only.columns]
+    columns = [bare(torch_tensors.all_in_numpy(column, written=False))[0] for column in only.columns]
     if not all(type(x) is np.ndarray for column in columns for x in column):
         return None
-    counts, table = [state["step"] for state in states], kernels.numpy_struct.table(columns, like.columns)
+    counts, table = [state["step"] for state in states], numpy_batches.table(only, columns, like, kernels.numpy_struct)
     plan = None if table is None or not _are_counts(counts) else StepsOnCpu.of_table(optimizer, only, several, table)
     if plan is None:
         return None
-    settings = [ANY if key == "lr" else value for key, value in group.items()]
     plan.expect((*plan.own_settings(optimizer), *group, *settings))
     of_state = operator.itemgetter("step", *(array.name for array in optimizer.kept(group, params[0].dtype)))
     held, grads = [*params, *itertools.chain.from_iterable(map(of_state, states))], only.columns[1]
-    return RepeatedGroup(
-        params, len(params) < len(group["params"]), states, of_state, _asked(held, False), _asked(grads, True),
-        _pointers(grads), np.array(_pointers(counts)), only.written(), plan,
+    return RepeatedPart(
+        params, states, of_state, _asked(held, False), _asked(grads, True), _pointers(grads), np.array(_pointers(counts)),
+        only.written(), plan,
     )  # fmt: skip
 
 
@@ -183,9 +180,16 @@ def _read(tensors):
 def _step(optimizer, group, one, common_count):
     """Return what `StepsOnCpu` takes for the step of a group, or None if it is another one."""
     lr, count = group["lr"], float(common_count(one.counts))
+    if type(lr) is not float:
+        lr = _number(lr)
     if type(lr) is not float or not 0 <= count < LAST or not count.is_integer():
         return None
     return None, (*one.plan.own_settings(optimizer), *group, *group.values()), int(count) + 1, lr, 1.0
+
+
+def _number(lr):
+    """Return a learning rate, one in a tensor in CPU memory as the number that it is now."""
+    return lr.item() if type(lr) in PLAIN and lr.is_cpu and lr.numel() == 1 else lr
 
 
 def _can_be_read(grads, addresses):
@@ -194,13 +198,9 @@ def _can_be_read(grads, addresses):
     return all(addresses) and not any(address % size for address in addresses)
 
 
-def _same_tensors(group, one, state):
-    """Whether the parameters of a group and their state are as before, the same tensors, and the same have gradients."""
-    params = group["params"]
-    if one.lacks:
-        params = [param for param in params if param.grad is not None]
-    if not same(params, one.params):
-        return False
+def _same_tensors(one, state):
+    """Whether parameters, which are the same objects, and their state are as before."""
+    params = one.params
     states = list(map(state.get, params))
     if not same(states, one.states):
         return False
