@@ -247,8 +247,8 @@ class Adam(HasGroups, Grows):
             the `.grad` of each parameter, for tensors of torch. They are only read, unless zero_grad is on.
         grad_scale: every gradient is multiplied by it first.
         max_norm: clip the gradients, scaled by grad_scale, to this norm over all of them, as torch.nn.utils.clip_grad_norm_ does:
-            multiply them by max_norm / (norm + 1e-6) if that is below 1. Infinity clips nothing. Where the norm is NaN, all
-            gradients become NaN; check_finite leaves such a step out.
+            multiply them by max_norm / (norm + 1e-6) if that is below 1. Infinity clips no finite norm. Where the norm is NaN,
+            all gradients become NaN; check_finite leaves such a step out.
         norm: their norm before grad_scale, a number or what `global_norm` returned; by default it is computed here, which reads
             the gradients once more. On a GPU it stays there.
         check_finite: leave the step out if the norm is not finite, or if it is so large that a square may overflow (1.8e19 for
