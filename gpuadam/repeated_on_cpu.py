@@ -38,9 +38,11 @@ def plan_of(group: Updates, n_rows=None, beside=False, table=None, clips=False, 
     formula, begins = (fixed.variant, form.decoupled), 1 if constants.first == later else 2
     most = 0 if beside or like.random else kernels.PARALLEL_FROM  # a call has no key for random rounding
     params = group.columns[0] if n_rows and table is None else ()
-    return kernels.cpu_step.Plan(
+    plan = kernels.cpu_step.Plan(
         like.columns, form, kernel, formula, numbers, scalars, begins, most, n_rows, table, not sums, params
     )
+    plan.take_orders(params)
+    return plan
 
 
 class RepeatedCall:
@@ -85,6 +87,8 @@ class RepeatedCall:
                 self._plans = {}
             self._plans[key] = known
         self._plan = known[1]
+        if self._plan is not None:
+            self._plan.take_orders(arrays[:1])
         if self._plan is not None and self._plan.elements >= kernels.PARALLEL_FROM:
             self._plan.take_threads(kernels.build)
 

@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 from gpuadam.kernels import adam, compiled_cache, cpu_threads, llvm, step_objects
 from gpuadam.kernels.adam import Scalars
 from gpuadam.kernels.numba_memory import load_at, on_stack, store_at
-from gpuadam.kernels.numpy_struct import FACTS, NDARRAY, PARAM, SIZE, read, read_one
+from gpuadam.kernels.numpy_struct import FACTS, NDARRAY, OF_C_OR_FORTRAN, PARAM, SIZE, order_of, read, read_one
 from gpuadam.kernels.operands import KINDS
 from gpuadam.kernels.same_objects import call_python, decref, incref, int64_at, of_one, of_several, pointer, same_settings
 from gpuadam.kernels.scalars import on_host
@@ -53,8 +53,8 @@ class Plan(step_objects.Plan):
     scalars: those of a step, of which the call computes VARYING. begins: the first step for which these scalars hold. most:
     with so many elements or more, several threads make the update; 0 leaves all launches to the caller. n_rows: of several
     updates, how many there are. table: of updates whose arrays the caller has compared, and whose gradients' addresses it puts
-    there; the call reads no array. any_order: as in `numpy_struct.table`. params: those of several updates, which have to
-    stay the same.
+    there; the call reads no array. any_order: whether all arrays of an update may be in an order other than C's. params:
+    those of several updates, which have to stay the same.
     """
 
     def __init__(
@@ -93,6 +93,11 @@ class Plan(step_objects.Plan):
         """Make a call that finds other settings and does nothing: it compiles the call, which may fail or be interrupted."""
         self._call(self.address, id(()), id(()), 0, 0.0, 0.0)
         self.rehearsed = True
+
+    def take_orders(self, params):
+        """Let calls take arrays in the orders of memory that parameters have, if they may be in another than C's."""
+        if self.memory[ANY_ORDER] == OF_C_OR_FORTRAN:
+            self.memory[ANY_ORDER] = order_of(params)
 
     def take_threads(self, build):
         """Let calls start threads, if the loop in threads has been compiled. build: of `cpu_kernels`."""
@@ -196,7 +201,7 @@ def compiled(variant, decoupled, reads):
                     return OTHER
         expected = carray(pointer(int64_at(plan + 8 * EXPECTED)), (FACTS, width), np.int64)
         table = carray(pointer(int64_at(plan + 8 * TABLE)), (n_rows, PARAM + width), np.int64)
-        moved = read_all(objects, int64_at(plan + 8 * ARRAY_TYPE), expected, int64_at(plan + 8 * ANY_ORDER) != 0, table)
+        moved = read_all(objects, int64_at(plan + 8 * ARRAY_TYPE), expected, int64_at(plan + 8 * ANY_ORDER), table)
         if moved < 0:
             return OTHER
         if moved:

@@ -28,6 +28,7 @@ DATA, NDIM, SHAPE, STRIDES, _BASE, DTYPE, FLAGS = (object.__basicsize__ + 8 * k 
 C_CONTIGUOUS, F_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x2, 0x100, 0x400
 
 NDARRAY = id(np.ndarray)
+OF_C_OR_FORTRAN = 1  # what arrays may be in, for `read`
 
 NAMES = "float64", "float32", "float16", "int16", "uint16", "uint8", "bool", "complex64", "complex128"
 _formats = {id(x): x for x in map(np.dtype, NAMES)}  # by the object: NumPy has one for each dtype in native byte order
@@ -100,11 +101,25 @@ def table(columns, like, any_order=True):
     rows = np.zeros((n, PARAM + width), np.int64)
     if n == 1 and width == 4:
         (param,), (grad,), (m,), (v,) = columns
-        changed = read_four(id(param), id(grad), id(m), id(v), NDARRAY, like.expected, any_order, rows)
-        return rows if changed >= 0 else None
-    objects = np.fromiter(map(id, itertools.chain.from_iterable(columns)), np.int64, n * width)
-    read_rows = read_one if n == 1 else read
-    return rows if read_rows(objects, NDARRAY, like.expected, any_order, rows) >= 0 else None
+        changed = read_four(id(param), id(grad), id(m), id(v), NDARRAY, like.expected, int(any_order), rows)
+    else:
+        objects = np.fromiter(map(id, itertools.chain.from_iterable(columns)), np.int64, n * width)
+        changed = (read_one if n == 1 else read)(objects, NDARRAY, like.expected, int(any_order), rows)
+    if changed < 0 and any_order is True and (order := order_of(columns[0])) != OF_C_OR_FORTRAN:
+        return table(columns, like, order)
+    return rows if changed >= 0 else None
+
+
+def order_of(params):
+    """Return what `read` takes for any_order, if some of these may be neither in C's nor in Fortran's order.
+
+    The comparison of other orders is compiled when one has come: it would take a third of the time of the first step.
+    """
+    if all(param.flags.forc for param in params if type(param) is np.ndarray):
+        return OF_C_OR_FORTRAN
+    in_one_order.compile(_ORDER_TAKES)
+    made = in_one_order.overloads[_ORDER_TAKES]
+    return made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
 
 
 @functools.cache
@@ -212,8 +227,8 @@ def all_disjoint(tables):
     return apart(starts, ends, written)
 
 
-@_inner
-def _in_one_order(objects, row, rows, expected, n):
+@compiled_cache.kept
+def in_one_order(objects, row, rows, expected, n):
     """Return whether the arrays of an update of n elements fill their memory without gaps, in the same order of dimensions."""
     first = objects[row]
     ndim, shape, strides = _int32_at(first + NDIM), _int64_at(first + SHAPE), _int64_at(first + STRIDES)
@@ -231,6 +246,22 @@ def _in_one_order(objects, row, rows, expected, n):
             if _int64_at(strides + 8 * d) == run and _int64_at(shape + 8 * d) != 1:
                 run *= _int64_at(shape + 8 * d)
     return run == n * element
+
+
+_ORDER_TAKES = types.Array(types.int64, 1, "C"), types.int64, *[types.Array(types.int64, 2, "C")] * 2, types.int64
+
+
+@intrinsic
+def _call_order(typingctx, function, objects, row, rows, expected, n):
+    """Call `in_one_order` at an address: code that calls it by name would have all of it."""
+
+    def codegen(context, b, signature, args):
+        kind = context.call_conv.get_function_type(types.boolean, _ORDER_TAKES)
+        there = b.inttoptr(args[0], kind.as_pointer())
+        _, result = context.call_conv.call_function(b, there, types.boolean, _ORDER_TAKES, args[1:])
+        return result
+
+    return types.boolean(types.int64, *_ORDER_TAKES), codegen
 
 
 @_inner
@@ -268,7 +299,9 @@ def _described(objects, ndarray, expected, any_order, rows):
             changed += rows[row, PARAM + k] != start
             rows[row, PARAM + k] = start
         as_c_or_fortran = orders & C_CONTIGUOUS or (any_order and orders)
-        if not (as_c_or_fortran or (any_order and _in_one_order(objects, row, rows, expected, n))):
+        if not (
+            as_c_or_fortran or (any_order > OF_C_OR_FORTRAN and _call_order(any_order, objects, row, rows, expected, n))
+        ):
             return -1
         size = n * expected[TIMES, 0]
         changed += rows[row, SIZE] != size
@@ -292,7 +325,8 @@ def read(objects, ndarray, expected, any_order, rows):
     -1 if an array is not as expected, or one that is written shares memory with another. Memory is only compared if a number has
     changed, because that takes longer than the rest.
 
-    objects: the addresses of the arrays' structs, column by column. ndarray: the address of their type.
+    objects: the addresses of the arrays' structs, column by column. ndarray: the address of their type. any_order: 0 for C's
+    order alone, OF_C_OR_FORTRAN, or for any the address of `in_one_order`.
     """
     changed = _described(objects, ndarray, expected, any_order, rows)
     return _told(changed, rows, changed <= 0 or disjoint(rows, expected))
