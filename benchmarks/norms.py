@@ -2,8 +2,8 @@
 
     python benchmarks/norms.py [--backend numba-cpu] [--sizes 1e5,2e7] [--seconds 20] [--out FOLDER]
 
-All contenders are steps of one optimizer on the same arrays. "norms by hand" copies the parameters before the step and takes both
-norms after it, with NumPy or CuPy.
+All contenders have the same parameters and gradients, and an optimizer each, which then takes the same step again and again, as
+in a program. "norms by hand" copies the parameters before the step and takes both norms after it, with NumPy or CuPy.
 """
 
 import importlib
@@ -42,14 +42,14 @@ def measure_rows(backend, options, notes):
 def contenders_of(kernels, n):
     """Return {contender: function that does, or enqueues, one step}."""
     param, grad = (kernels.from_host(a) for a in measure.data({"param": n, "grad": n}, "float32"))
-    opt = gpuadam.Adam(param, **forms.HYPERPARAMETERS, backend=kernels.name)
-    contenders = {STEP: lambda: opt.step(grad), f"{STEP}, norms=True": lambda: opt.step(grad, norms=True)}
+    opt, with_norms, other = (gpuadam.Adam(param, **forms.HYPERPARAMETERS, backend=kernels.name) for _ in range(3))
+    contenders = {STEP: lambda: opt.step(grad), f"{STEP}, norms=True": lambda: with_norms.step(grad, norms=True)}
     if kernels.name in MODULES:
         xp = importlib.import_module(MODULES[kernels.name])
 
         def by_hand():
             before = param.copy()
-            opt.step(grad)
+            other.step(grad)
             before -= param
             return xp.linalg.norm(before), xp.linalg.norm(param)
 

@@ -60,7 +60,8 @@ another format.
 ## JAX
 
 An array of JAX never changes, so it cannot be a parameter. It can be a gradient. A complex one is conjugated first:
-`gpuadam.guide.array_programs`.
+`gpuadam.guide.array_programs`. On a CPU give `np.asarray(gradient)`, which copies nothing there: a step of 1,000 elements took 6
+microseconds so, and 160 with JAX's own array.
 
 ```python
 import jax
