@@ -171,8 +171,6 @@ def conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, 
         left_out = left_out or (check_finite and not norm * abs(grad_scale) <= largest_norm)
         if max_norm is not None:
             grad_scale = clipped(checks.finite("grad_scale", grad_scale), norm, max_norm)
-            if math.isnan(grad_scale):
-                grad_scale = NO_SCALE
     if device_mode:
         on_device["on_host"] = on_host
     return Conditions(grad_scale, left_out, on_device or None)
@@ -184,9 +182,10 @@ def refuse_on_gpu(name):
 
 
 def clipped(grad_scale, norm, max_norm):
-    """Return the grad_scale that clips gradients of a norm, as a device does it.
+    """Return the grad_scale that clips gradients of a norm, as a device does it; NO_SCALE if the norm is NaN.
 
     >>> round(clipped(0.5, norm=4.0, max_norm=1.0), 6)  # scaled, the norm is 2
     0.25
     """
-    return on_host().clipped(grad_scale, norm, max_norm)
+    scale = on_host().clipped(grad_scale, norm, max_norm)
+    return NO_SCALE if math.isnan(scale) else scale

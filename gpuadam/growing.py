@@ -70,7 +70,7 @@ class Grows(HasState):
                 for x, k in ((view_before, of_old), (view, kernels))
             )
             raise TypeError(f"{label} was {was}, and the new one is {now}: they must be alike")
-        if not view.shape or view.shape[1:] != view_before.shape[1:]:
+        if not view.shape or not view_before.shape or view.shape[1:] != view_before.shape[1:]:
             shapes = f"had shape {view_before.shape}, and the new one has {view.shape}"
             raise ValueError(f"{label} {shapes}: all but the first dimension must be the same")
         if (old.copy is None) != (param_copy is None):

@@ -65,9 +65,8 @@ def _formulas(algorithm, formula, eps_root, ema_decay, ema_starts, zero_grad, de
 
 ADAM = Formulas()
 UNBOUNDED = None, None
-NO_SCALE = (
-    math.nan + 0.0
-)  # the grad_scale that clips gradients whose norm is NaN: this object, because users may give no NaN
+# The grad_scale that clips gradients whose norm is NaN: this object, because users may give no NaN
+NO_SCALE = math.nan + 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -228,7 +227,7 @@ class Constants(NamedTuple):
     later: tuple[float, ...]  # likewise at all other steps
 
 
-def _bound(value, format):
+def bound(value, format):
     """Return a bound of a parameter, rounded to nearest even in its format: what is rounded later does not leave it."""
     if not math.isfinite(value):
         return value
@@ -273,7 +272,7 @@ def constants(fixed, arrays, scaled=False):
     )
     reals = struct.Struct({"float32": "f", "float64": "d"}[dtype.name] * len(scalar_names(form)))
     further = {"eps_root": rounded("eps_root", fixed.eps_root, to_zero=False), "w_ema": w_ema}
-    further |= {"least": _bound(fixed.low, arrays.param), "most": _bound(fixed.high, arrays.param)}
+    further |= {"least": bound(fixed.low, arrays.param), "most": bound(fixed.high, arrays.param)}
     if form.clips:
         further["clip_value"] = rounded("clip_value", fixed.clip_value, to_zero=False)
     later = tuple(further[name] for name in scalar_names(form) if name in further)

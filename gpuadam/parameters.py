@@ -65,8 +65,9 @@ def check_bounds(opt, beginnings):
             kernels, (view, *views) = backends.choose(named, opt.backend)
             checks.bounds_in_arrays(views, view, n, "m_scale" in kept)
             if kernels.memory == "CPU":
+                ends = [None if x is None else hyperparameters.bound(x, view.format) for x in numbers]  # as a step has them
                 in_arrays = dict(zip(bounds[name], (widened(end.array, end.format) for end in views), strict=True))
-                checks.order_of_bounds(label, *(in_arrays.get(end, x) for end, x in zip(ENDS, numbers, strict=True)))
+                checks.order_of_bounds(label, *(in_arrays.get(end, x) for end, x in zip(ENDS, ends, strict=True)))
 
 
 def made_parameters(beginnings, states, copies, options):

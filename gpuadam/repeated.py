@@ -47,8 +47,12 @@ class Repeats:
         """Take the step if it is as the last one, and return whether it was taken. step: what `as_last` takes."""
         if not self.ready:
             return False
-        if self.as_last(*step):
-            return True
+        try:
+            if self.as_last(*step):
+                return True
+        except Exception:
+            self.put_off()  # the next one goes the long way, which says what is wrong
+            raise
         self.put_off()
         return False
 

@@ -48,7 +48,7 @@ def plan_of(group: Updates, n_rows=None, beside=False, table=None, clips=False, 
 class RepeatedCall:
     """The last settings of adam_step, in any thread, and the plan of calls that have the same.
 
-    A plan is whole before another thread can find it, and its settings never change.
+    A plan is whole before another thread can find it, and its settings never change; it may take more orders of memory later.
     """
 
     def __init__(self):

@@ -50,7 +50,7 @@ class ChangePart(Batch):
     def take(self, addresses):
         """Take the arrays at other addresses, in C order: those of the operands of each update that has elements."""
         rows, operands = addresses.shape
-        own = self.table[: rows * (order.OPERANDS + operands)].reshape(rows, -1)
+        own = self.table[: rows * (order.OPERANDS + operands)].reshape(rows, order.OPERANDS + operands)
         own[:, order.RUN], own[:, order.OPERANDS :] = True, addresses
 
     def place(self, stream):

@@ -12,7 +12,19 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache, cpu_strided, cpu_threads, numba_access, processor
-from gpuadam.kernels.cpu_strided import ADDRESS, DIMS, IN_PLACE, ITEMSIZE, ON_STACK, address, copy_block
+from gpuadam.kernels.cpu_strided import (
+    ADDRESS,
+    BLOCKS,
+    DIMS,
+    ELEMENTS,
+    HOW,
+    IN_PLACE,
+    ITEMSIZE,
+    NDIM,
+    ON_STACK,
+    address,
+    copy_block,
+)  # fmt: skip
 from gpuadam.kernels.numba_access import BLOCK, FETCHED, KEPT
 from gpuadam.kernels.numba_memory import CACHE_LINE, on_stack, store_at, tuple_at
 from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
@@ -25,17 +37,15 @@ def build(rule, form, loop):
     if loop.endswith("parallel"):
         return cpu_threads.parallel_of(build(rule, form, "serial" if loop == "parallel" else "strided"))
     update, access = numba_access.update_of(rule, form, intrinsic), numba_access.functions(form, intrinsic)
-    load, store, moved, fetch = access.load, access.store, access.moved, access.fetch
+    load, store, moved, stepped, fetch = access.load, access.store, access.moved, access.stepped, access.fetch
     AHEAD, WIDE = getattr(rule, "LOOP", processor.loop_of(form))
     MANY = processor.cached(form)
     choose_vectors, store_address = numba_access.choose_vectors(intrinsic, WIDE), store_at(intrinsic, types.int64)
     operands_at, scalars_at = tuple_at(intrinsic, len(operands_of_form(form))), numba_access.scalars_at(form, intrinsic)
     ITEMSIZES = [operand.itemsize for operand in operands_of_form(form)]
     PARAM_SIZE, BLOCK_SIZE = ITEMSIZES[0], cpu_strided.block_of(ITEMSIZES)
-    stack_memory, addresses_memory = (
-        on_stack(intrinsic, cpu_strided.places_of(ITEMSIZES)[1]),
-        on_stack(intrinsic, 8 * len(ITEMSIZES)),
-    )
+    stack_memory = on_stack(intrinsic, cpu_strided.places_of(ITEMSIZES)[1])
+    addresses_memory, steps_memory = (on_stack(intrinsic, 8 * len(ITEMSIZES)) for _ in range(2))
 
     def serial(table, first, last, key, scalars):
         """Update the elements first ... last - 1, counted through all rows. scalars: the address of the step's, float64."""
@@ -69,27 +79,39 @@ def build(rule, form, loop):
     def strided(table, first, last, key, scalars):
         """Update the elements first ... last - 1 of arrays of any strides. table: of `cpu_strided.py`."""
         choose_vectors()
-        s, stack, addresses = scalars_at(scalars), stack_memory(), addresses_memory()
-        by_rows, length = table[0, cpu_strided.BY_ROWS], table[0, DIMS + table[0, cpu_strided.NDIM] - 1]
+        s, stack, addresses, steps = scalars_at(scalars), stack_memory(), addresses_memory(), steps_memory()
+        how, last_dim = table[0, HOW], DIMS + table[0, NDIM] - 1
+        length = table[0, last_dim]
+        row, i = first // length, first % length
+        for k in range(1, table.shape[0]):
+            store_address(steps + 8 * (k - 1), table[k, last_dim])
         while first < last:
             index = table[0, cpu_strided.START] + first
             n = min(last - first, ((index >> 32) + 1 << 32) - index)
-            n = min(n, length - first % length if by_rows else BLOCK_SIZE)
-            if not by_rows:
+            n = min(n, BLOCK_SIZE if how == BLOCKS else length - i)
+            if how == BLOCKS:
                 copy_block(table, first, n, stack, False)
             for k in range(1, table.shape[0]):
                 at = stack + table[k, ON_STACK]
                 if table[k, ON_STACK] == IN_PLACE:
                     at = table[k, ADDRESS] + first * table[k, ITEMSIZE]
-                elif by_rows:
-                    at = address(table, k, first // length, first % length)
+                elif how != BLOCKS:
+                    at = address(table, k, row, i)
                 store_address(addresses + 8 * (k - 1), at)
             here = operands_at(addresses)
-            for i in range(n):
-                store(here, i, update(load(here, i), s), index, index >> 32, key)
-            if not by_rows:
+            if how == ELEMENTS:
+                step = operands_at(steps)
+                for j in range(n):
+                    store(here, 0, update(load(here, 0), s), index + j, index >> 32, key)
+                    here = stepped(here, step, 1)
+            else:
+                for j in range(n):
+                    store(here, j, update(load(here, j), s), index, index >> 32, key)
+            if how == BLOCKS:
                 copy_block(table, first, n, stack, True)
-            first += n
+            first, i = first + n, i + n
+            if i == length:  # in blocks it may go beyond, and is not used
+                row, i = row + 1, 0
 
     if form.arrays.grouped:
         serial = _over_groups(access, update, operands_at, scalars_at, choose_vectors)

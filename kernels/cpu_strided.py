@@ -2,7 +2,8 @@
 
 LLVM makes no vectors of a loop whose steps it does not know. So an operand whose elements do not follow one another, in the order
 in which the update goes through them, is copied to the stack, a block at a time, and back if it is written. One whose elements do
-is taken where it is. Where all arrays are rows without gaps, as a part of a matrix, each row is updated where it is.
+is taken where it is. Where all arrays are rows without gaps, as a part of a matrix, each row is updated where it is. And where
+most accesses would be of copies, vectors do not pay for them: elements are updated one by one.
 """
 
 import numpy as np
@@ -14,14 +15,14 @@ from gpuadam.kernels.layout import collapse
 from gpuadam.kernels.numba_memory import CACHE_LINE, load_at, store_at
 
 # The table of an update, of int64. Its first row has the number of the first element, for random rounding; how many dimensions
-# there are; whether rows are updated where they are; and from DIMS on the lengths of the dimensions. Each further row is an
-# operand: its address; the bytes of an element; where its block is on the stack, or IN_PLACE; whether an update writes it; and
-# its strides, in bytes.
-START, NDIM, BY_ROWS = range(3)
+# there are; how it is updated; and from DIMS on the lengths of the dimensions. Each further row is an operand: its address; the
+# bytes of an element; where its block is on the stack, or IN_PLACE; whether an update writes it; and its strides, in bytes.
+START, NDIM, HOW = range(3)
+BLOCKS, ROWS, ELEMENTS = range(3)
 ADDRESS, ITEMSIZE, ON_STACK, WRITTEN, DIMS = range(5)
 IN_PLACE = -1
 
-LONG_ROW = 32  # elements from which on a row is a block of its own
+LONG_ROW = 8  # elements from which on a row is a block of its own
 STACK = 1 << 14  # bytes of all blocks, which a core's first cache holds
 
 
@@ -48,7 +49,10 @@ def table_of(views, written, start, in_c_order):
     in_place = [_is_run(shape, steps, itemsize) for steps, itemsize in zip(strides, itemsizes, strict=True)]
     in_rows = all(steps[-1] == itemsize for steps, itemsize in zip(strides, itemsizes, strict=True))
     places, _ = places_of(itemsizes)
-    rows = [[start, len(shape), in_rows and shape[-1] >= LONG_ROW, 0, *shape]]
+    accesses = [1 + is_written for is_written in written]
+    copied = sum(n for n, there in zip(accesses, in_place, strict=True) if not there)
+    how = ROWS if in_rows and shape[-1] >= LONG_ROW else ELEMENTS if 2 * copied > sum(accesses) else BLOCKS
+    rows = [[start, len(shape), how, 0, *shape]]
     for k, view in enumerate(views):
         rows.append([view.pointer, itemsizes[k], IN_PLACE if in_place[k] else places[k], written[k], *strides[k]])
     return np.array(rows, np.int64)
@@ -111,10 +115,13 @@ def copy_block(table, first, n, stack, back):
         if table[k, ON_STACK] != IN_PLACE and (table[k, WRITTEN] or not back):
             row, i, left = first_row, first_i, n
             itemsize, step, kept = table[k, ITEMSIZE], table[k, DIMS + last], stack + table[k, ON_STACK]
+            of_row = address(table, k, row, 0)
             while left:
-                here, there = min(length - i, left), address(table, k, row, i)
+                here, there = min(length - i, left), of_row + i * step
                 if back:
                     _copy(there, step, kept, itemsize, here, itemsize)
                 else:
                     _copy(kept, itemsize, there, step, here, itemsize)
                 row, i, left, kept = row + 1, 0, left - here, kept + here * itemsize
+                # without divisions, where there is but one dimension of rows
+                of_row = of_row + table[k, DIMS] if last == 1 else address(table, k, row, 0) if left else of_row

@@ -117,9 +117,7 @@ def order_of(params):
     """
     if all(param.flags.forc for param in params if type(param) is np.ndarray):
         return OF_C_OR_FORTRAN
-    in_one_order.compile(_ORDER_TAKES)
-    made = in_one_order.overloads[_ORDER_TAKES]
-    return made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
+    return _address_of_order()
 
 
 @functools.cache
@@ -249,6 +247,14 @@ def in_one_order(objects, row, rows, expected, n):
 
 
 _ORDER_TAKES = types.Array(types.int64, 1, "C"), types.int64, *[types.Array(types.int64, 2, "C")] * 2, types.int64
+
+
+@functools.cache
+def _address_of_order():
+    """Return the address of the machine code of `in_one_order`, compiled."""
+    in_one_order.compile(_ORDER_TAKES)
+    made = in_one_order.overloads[_ORDER_TAKES]
+    return made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
 
 
 @intrinsic

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gpuadam
-from gpuadam import transports
+from gpuadam import clipping, transports
 from gpuadam.testing import unchanged
 
 MAX_NORM, NORM, SCALE = 1.0, 3.0, 0.5
@@ -109,6 +109,19 @@ def test_a_norm_that_is_not_finite_leaves_the_step_out_in_each_form(name, form):
     for bad in (np.inf, np.nan):
         moments, count = stepped(OPTIMIZERS[name], norm=FORMS[form](bad), check_finite=True)
         assert count == 0 and not any(map(any, moments))
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "ShardedAdam"])
+def test_one_nan_in_a_clipped_step_becomes_one_everywhere(name):
+    make = OPTIMIZERS.get(name, lambda params: gpuadam.ShardedAdam(params, transports.Local()))
+    params = {"a": np.ones(3, "f4"), "b": np.ones(3, "f4")}
+    opt = make(params)
+    for k in range(4):
+        grads = grads_for(opt)
+        _, first = next(clipping.named_arrays("grads", grads))
+        first[0] = np.nan if k == 3 else 1.0
+        opt.step(grads, max_norm=1.0)
+    assert np.isnan([*params["a"], *params["b"]]).all()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

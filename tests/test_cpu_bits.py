@@ -59,8 +59,9 @@ def test_every_loop_gives_the_same_bits(name, dtype):
     assert_same_bits(pieces, expected, "in pieces")
 
 
-@pytest.mark.parametrize("columns", [slice(65), slice(None, 130, 2)], ids=["rows", "blocks"])
-def test_threads_may_cut_arrays_of_any_strides_anywhere(columns):
+@pytest.mark.parametrize("how", ["ROWS", "ELEMENTS", "BLOCKS"])
+def test_threads_may_cut_arrays_of_any_strides_anywhere(how):
+    columns, found = (slice(65), "ROWS") if how == "ROWS" else (slice(None, 130, 2), "ELEMENTS")
     form, scalars = form_and_scalars("adam", "float32")
     given = [a for a in wide_state(7 * 65, "float32") if a is not None]
     expected = through("serial", form, copies(given), scalars)
@@ -70,7 +71,8 @@ def test_threads_may_cut_arrays_of_any_strides_anywhere(columns):
         for part, a in zip(parts, given, strict=True):
             part[...] = a.reshape(7, 65)
         table = strided_table_of(form, parts)
-        assert table[0, cpu_strided.BY_ROWS] == (columns.step is None)
+        assert table[0, cpu_strided.HOW] == getattr(cpu_strided, found)
+        table[0, cpu_strided.HOW] = getattr(cpu_strided, how)
         kernel(table, 0, cut, 0, in_memory(scalars))
         kernel(table, cut, 7 * 65, 0, in_memory(scalars))
         assert_same_bits([np.array(part).ravel() for part in parts], expected, f"cut at {cut}")

@@ -262,6 +262,12 @@ def test_state_that_is_not_as_its_optimizer_made_it_is_not_moved(key, shape, dty
         opt.replace("points", new, [5, 4, 3])
 
 
+def test_a_parameter_without_dimensions_has_no_rows():
+    opt = gpuadam.Adam({"a": np.array(1.0)})
+    with pytest.raises(ValueError, match="all but the first dimension must be the same"):
+        opt.replace("a", np.zeros(3), [0, 0, 0])
+
+
 def test_nor_is_that_of_a_parameter_that_was_resized_in_place():
     params, opt = trained()
     params["points"].resize((7, K), refcheck=False)

@@ -274,6 +274,27 @@ def test_steps_with_norms_of_arrays_in_fortrans_order_go_the_long_way(options):
     assert ready == [False, True, False, False, True]  # the third was found to be another one
 
 
+def test_norms_of_a_group_without_elements_are_repeated():
+    opts = [gpuadam.Adam([{"params": {"a": numbers(5, 1)}}, {"params": {"b": numbers((0, 3), 1)}}]) for _ in range(2)]
+    long_way(opts[1])
+    for k in range(5):
+        ours, theirs = (opt.step([{"a": numbers(5, k)}, {"b": numbers((0, 3), k)}], norms=True) for opt in opts)
+        assert list(map(float, ours)) == list(map(float, theirs)) and opts[0]._repeated.ready == (k > 0)
+
+
+def test_a_step_that_fails_in_the_short_way_is_tried_again_in_the_long_one(monkeypatch):
+    opt = gpuadam.Adam([numbers(5, 1)])
+    for k in range(3):
+        opt.step([numbers(5, k)], **CLIPPED)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(numba_cpu), "norm_of_plan", lambda *plan: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            opt.step([numbers(5, 4)], **CLIPPED)
+        assert not opt._repeated.ready
+    opt.step([numbers(5, 4)], **CLIPPED)
+    assert opt.steps == 4
+
+
 @pytest.mark.parametrize("options", [CLIPPED, NORMS], ids=["clipped", "norms"])
 def test_the_order_of_a_norm_is_cs_also_after_steps_in_fortrans_order(options):
     for seed in range(40):  # of which 11 differed while sums went by the strides of the first arrays

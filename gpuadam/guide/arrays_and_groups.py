@@ -24,10 +24,10 @@ bits with known ones. It also tries checkpoints, PyTorch, the pytest plugin and 
 ## Layouts, and what is refused
 
 Every size, every alignment and all strides are computed correctly. Arrays that fill their memory without gaps, all in the same
-order of dimensions, are the fast case: C order, Fortran's, channels last. On the CPU others go by a buffer, a block at a time,
-and a part of a matrix row by row. A call on them takes some 0.1 ms more in Python, so small parts are quicker if you copy them,
-step, and copy them back. A gradient may be read-only, and a broadcast or sliding view, unless `zero_grad` is on. With 8-bit state
-all arrays are C-contiguous.
+order of dimensions, are the fast case: C order, Fortran's, channels last. On the CPU a part of a matrix is updated row by row,
+and one array with gaps beside others without goes by a buffer, a block at a time. A call on them takes some 0.1 ms more in
+Python, so small parts are quicker if you copy them, step, and copy them back. A gradient may be read-only, and a broadcast or
+sliding view, unless `zero_grad` is on. With 8-bit state all arrays are C-contiguous.
 
 These arguments raise an error before a byte is written: other read-only, overlapping or broadcast arrays; shapes or devices
 that differ; arrays of integers, m and v of two dtypes, the other byte order; hyperparameters out of range. A gradient may have
