@@ -13,7 +13,7 @@ from random_cases import Round  # noqa: E402
 
 from gpuadam import clipping, hyperparameters, step_counts  # noqa: E402
 
-form_and_scalars, on_host = hyperparameters.form_and_scalars, clipping.on_host
+form_and_scalars, clipped = hyperparameters.form_and_scalars, clipping.clipped
 
 
 def weight_of_v_in_float32(h, step, arrays):
@@ -22,7 +22,7 @@ def weight_of_v_in_float32(h, step, arrays):
 
 
 def scale_counts_twice(grad_scale, norm, max_norm):
-    return on_host().clipped(grad_scale, norm * grad_scale, max_norm)
+    return clipped(grad_scale, norm * grad_scale, max_norm)
 
 
 def counts_of_no_parameter_are_set(self, parameters, counts):
