@@ -33,8 +33,7 @@ def test_what_the_benchmark_measures_over_ranks_it_compares_with_a_plan(benchmar
     }
     monkeypatch.setattr(benchmark.subprocess, "run", lambda *a, **o: SimpleNamespace(stdout=json.dumps(found)))
     monkeypatch.setattr(benchmark.sharded, "timed_job", lambda *a: {"seconds": [0.1] * 5})
-    monkeypatch.setattr(benchmark, "sys", SimpleNamespace(executable=str(ROOT / "bin" / "python")))
-    monkeypatch.setattr(benchmark.Path, "exists", lambda path: True)
+    monkeypatch.setattr(benchmark.jobs, "mpiexec", lambda: "mpiexec")  # which is there with mpi4py alone
     options = SimpleNamespace(forms=[benchmark.TWO_RANKS], sizes=["8e6"], seconds=1.0)
     notes = []
     rows = [row for (row,) in benchmark.over_ranks(backends.BACKENDS["numba-cpu"], options, notes)]
