@@ -395,6 +395,7 @@ SPOILED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Setting the (shape|dtype):DeprecationWarning")  # of NumPy 2.5; it can still be done
 @pytest.mark.parametrize("what", SPOILED)
 def test_state_that_could_not_be_loaded_leaves_the_file_as_it_was(what, tmp_path):
     spoil, error, match = SPOILED[what]
