@@ -123,5 +123,7 @@ def copy_block(table, first, n, stack, back):
                 else:
                     _copy(kept, itemsize, there, step, here, itemsize)
                 row, i, left, kept = row + 1, 0, left - here, kept + here * itemsize
-                # without divisions, where there is but one dimension of rows
-                of_row = of_row + table[k, DIMS] if last == 1 else address(table, k, row, 0) if left else of_row
+                if last == 1:
+                    of_row += table[k, DIMS]  # without divisions, which take longer than to copy a short row
+                elif left:
+                    of_row = address(table, k, row, 0)

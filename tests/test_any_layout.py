@@ -56,6 +56,13 @@ KINDS = {  # dtypes of the arrays, and options of `adam_step`
 }
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 0, 3)])
+def test_flags_and_rates_of_rows_without_elements_change_nothing(shape):
+    arrays = [np.ones(shape, "f4") for _ in range(4)]
+    gpuadam.adam_step(*arrays, 1, where=np.ones(shape[0], bool), lr_scale=np.ones(shape[0], "f4"))
+    assert all(a.shape == shape for a in arrays)
+
+
 DRAWN = examples(["float32", "bfloat16 state", "flags and rates of rows"], sorted(KINDS))
 
 
