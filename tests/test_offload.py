@@ -358,7 +358,7 @@ def test_a_disk_without_room_for_the_state_is_left_as_it_was(tmp_path, monkeypat
         patch.setattr(folder, "reserve", lambda path, n: full_disk() if path.name == "v" else reserve(path, n))
         with pytest.raises(OSError, match=r"no file of [\d,]+ bytes can be made: No space left") as raised:
             gpuadam.OffloadAdam(arrays(), state=tmp_path)
-    assert raised.value.errno == 28 and [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert raised.value.errno == 28 and list(tmp_path.iterdir()) == []
     gpuadam.OffloadAdam(arrays(), state=tmp_path).close()
 
 
@@ -573,10 +573,39 @@ def test_a_lock_file_is_deleted_while_it_is_locked(tmp_path, monkeypatch):
     assert was_there == [False]
 
 
+@pytest.mark.parametrize("n_deleted", range(5))  # of steps.json, state.json, m, v and the lock
+def test_a_discard_that_is_cut_short_leaves_a_folder_that_says_so_or_begins_anew(n_deleted, tmp_path, monkeypatch):
+    opt, unlink, left = gpuadam.OffloadAdam(arrays(), state=tmp_path), Path.unlink, iter(range(n_deleted))
+    steps([opt], 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path, "unlink", lambda path, **given: full_disk() if next(left, None) is None else unlink(path, **given)
+        )
+        with pytest.raises(OSError, match="No space left"):
+            opt.discard()
+    if n_deleted == 1:
+        with pytest.raises(ValueError, match=r"steps.json cannot be read.*Delete the folder, make the optimizer anew"):
+            gpuadam.OffloadAdam(arrays(), state=tmp_path)
+    else:
+        with gpuadam.OffloadAdam(arrays(), state=tmp_path) as again:
+            assert again.steps == (2 if n_deleted == 0 else 0)
+
+
 def test_an_optimizer_that_cannot_be_made_leaves_no_folder_of_its_own(tmp_path):
     with pytest.raises(UserWarning, match="does nothing here"):
         gpuadam.OffloadAdam(arrays(), master="float32", state=tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_folder_that_cannot_be_filled_is_left_as_it_was(was_there, tmp_path, monkeypatch):
+    place = tmp_path if was_there else tmp_path / "s"
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "reserve", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            gpuadam.OffloadAdam(arrays(), state=place)
+    assert list(tmp_path.iterdir()) == []
+    gpuadam.OffloadAdam(arrays(), state=place).close()
 
 
 def test_an_optimizer_that_cannot_be_made_leaves_a_folder_that_was_there(tmp_path, monkeypatch):

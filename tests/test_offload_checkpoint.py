@@ -246,16 +246,19 @@ def test_what_does_not_fit_leaves_nothing_behind(what, tmp_path):
     assert all(params[name].tobytes() == before[name].tobytes() for name in ODD)
 
 
-def test_a_damaged_checkpoint_leaves_no_folder(tmp_path):
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_damaged_checkpoint_leaves_no_folder_but_one_that_was_there(was_there, tmp_path):
     adam = gpuadam.Adam(arrays())
     train(adam, 0)
     adam.save(tmp_path / "a")
     damaged = bytearray((tmp_path / "a").read_bytes())
     damaged[-9] ^= 1
     (tmp_path / "a").write_bytes(damaged)
+    if was_there:
+        (tmp_path / "s").mkdir()
     with pytest.raises(CheckpointError, match="damaged"):
         gpuadam.load_offload(tmp_path / "a", arrays(), state=tmp_path / "s")
-    assert not (tmp_path / "s").exists()
+    assert (tmp_path / "s").exists() == was_there and not list(tmp_path.glob("s/*"))
 
 
 def test_a_folder_with_state_is_not_overwritten(tmp_path):

@@ -44,6 +44,8 @@ class Folder(Store):
     options: name -> value of those that decide what the numbers of state mean. beginnings: name -> `parameters.Beginning`.
     """
 
+    existed = True  # until it is known that no file is another's: then an error takes the files away
+
     def __init__(self, path, options, beginnings):
         UnderWay.__init__(self)  # and not Store's, whose arrays are not in files
         self.path = Path(os.path.realpath(path))  # which stays when the working directory becomes another
@@ -59,8 +61,8 @@ class Folder(Store):
         self._kinds = {kind for beginning in beginnings.values() for kind in beginning.kept}
         self._maps: list[np.memmap] = []
         self._marking = threading.RLock()  # of steps.json: one thread may flush while another takes steps
-        if self.path.exists():
-            self._names_there(description)
+        # a folder that was there before the state is the caller's, and stays when the files are taken away
+        self._was_there = self.path.exists() and self._names_there(description) is None
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock, self._process = locked(self.path / LOCK), os.getpid()
@@ -68,9 +70,9 @@ class Folder(Store):
             raise ValueError(f"{self.path} is the state of an optimizer that is open: close() that one first") from error
         try:
             names = self._names_there(description)  # again, now that no other process changes it
-            self.existed = names is not None
-            if not self.existed and (self.path / STEPS).exists():
+            if names is None and (self.path / STEPS).exists():
                 self._check_beginning()
+            self.existed = names is not None
             for left in self.path.glob(f"{TEMPORARY}*.tmp"):
                 with contextlib.suppress(OSError):  # a file that stays does no harm
                     left.unlink()
@@ -82,7 +84,7 @@ class Folder(Store):
                 self._write(STEPS, self.marks)
                 self._write(STATE, description)  # last: with it the folder is complete
         except BaseException:
-            self._free()
+            (self._free if self.existed else self.discard)()
             raise
 
     def _names_there(self, description):
@@ -140,8 +142,6 @@ class Folder(Store):
             try:
                 reserve(path, n_bytes)
             except OSError as error:
-                for made in self._kinds:  # which may have taken all the room that there was
-                    (self.path / made).unlink(missing_ok=True)
                 why = f"no file of {n_bytes:,} bytes can be made: {error.strerror}"
                 raise OSError(error.errno, why, str(path)) from error
         elif not path.exists() or path.stat().st_size != n_bytes:
@@ -183,13 +183,18 @@ class Folder(Store):
                 self._free()
 
     def discard(self):
-        """Take the files away, and the folder if nothing else is in it. Raises ValueError if they are another's by now."""
+        """Take the files away, and the folder unless it was there before them. Raises ValueError if they are another's by now."""
         self.check_open()
-        for name in (STATE, STEPS, *self._kinds, LOCK):  # the lock last, and while it is held: then it can be another's
-            (self.path / name).unlink(missing_ok=True)
-        self._free()
-        with contextlib.suppress(OSError):  # a folder with something in it
-            self.path.rmdir()
+        try:
+            # A folder without marks is known to be no state, and one without both files of JSON is begun anew. The lock goes
+            # last, and while it is held: then it can be another's
+            for name in (STEPS, STATE, *self._kinds, LOCK):
+                (self.path / name).unlink(missing_ok=True)
+        finally:
+            self._free()
+        if not self._was_there:
+            with contextlib.suppress(OSError):  # a folder with something in it
+                self.path.rmdir()
 
     def _free(self):
         if self._process == os.getpid():

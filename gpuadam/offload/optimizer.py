@@ -347,7 +347,7 @@ class OffloadAdam(Adam):
         self._let_go()
 
     def discard(self) -> None:
-        """Free the folder, and take its files away. No step can follow."""
+        """Take the files of the folder away, and the folder itself unless it was there before them. No step can follow."""
         self._store.discard()
 
     def __enter__(self: SelfT) -> SelfT:
