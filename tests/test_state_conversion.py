@@ -364,6 +364,29 @@ def test_the_drop_in_for_torch_loads_float32_checkpoints_as_8_bits_and_back(dtyp
     again.step()
 
 
+@pytest.mark.parametrize("before, after", [("8bit", None), (None, "8bit")])
+def test_the_drop_in_for_torch_refuses_state_of_another_format_that_is_its_own_by_its_dtypes(before, after):
+    torch = libraries.imported("torch", reason="torch is not installed")
+    import gpuadam.torch
+
+    param = torch.nn.Parameter(torch.randn(33, 7))
+    param.grad = torch.randn(33, 7)
+    source, opt = (gpuadam.torch.Adam([param], state_dtype=state_dtype) for state_dtype in (before, after))
+    source.step()
+    state_dict = copy.deepcopy(source.state_dict())
+    if before == "8bit":
+        floats = dict.fromkeys(("exp_avg_codes", "exp_avg_sq_codes"), torch.ones(33, 7))
+        state_dict["state"][0] = {"step": torch.tensor(1.0), **floats}
+    else:
+        codes = dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.ones(33, 7, dtype=torch.uint8))
+        state_dict["state"][0] |= {**codes, **dict.fromkeys(("m_scale", "v_scale"), torch.ones(8))}
+    with pytest.raises(
+        (TypeError, ValueError), match=r"torch\.float32, not torch\.uint8" if before else "m_scale.*and no other"
+    ):
+        opt.load_state_dict(state_dict, convert=True)
+    assert not opt.state
+
+
 def test_optaxs_state_becomes_8_bits():
     optax = libraries.imported("optax", reason="optax is not installed")
     params = arrays()

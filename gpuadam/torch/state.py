@@ -98,11 +98,10 @@ def converted(state, arrays, param, capturable, name, convert=False):
     A parameter without a remainder in its checkpoint gets one of zero. Raises ValueError for an array that is missing, has no
     place here or is of another shape, TypeError for integers in the place of numbers and the other way round.
     """
-    own = {array.operand: array.name for array in arrays}
-    own_names = NAMES_OF_8_BITS if "m_scale" in own else NAMES
+    own_names = NAMES_OF_8_BITS if any(array.operand == "m_scale" for array in arrays) else NAMES
     their_names = NAMES_OF_8_BITS if "exp_avg_codes" in state else NAMES
     if convert and own_names is not their_names:
-        return _of_another_format(state, arrays, param, capturable, name, own, their_names)
+        return _of_another_format(state, arrays, param, capturable, name, their_names)
     needed = ["step", *(array.name for array in arrays)]
     strange = state.keys() - set(needed) - {NAMES["max_v"]}  # which stays in the state when a group's amsgrad is turned off
     if strange or set(needed) - state.keys() - {"remainder"}:
@@ -131,21 +130,23 @@ def converted(state, arrays, param, capturable, name, convert=False):
     return result
 
 
-def _of_another_format(state, arrays, param, capturable, name, own, their_names):
-    """Return the same where one of them is 8-bit state. own: operand -> name. their_names: likewise, of the loaded state."""
-    moments = {operand: their_names.get(operand, operand) for operand in CONVERTED}
-    theirs = {operand: state[their] for operand, their in moments.items() if their in state}
-    converting = [array for array in arrays if array.operand in CONVERTED]
+def _of_another_format(state, arrays, param, capturable, name, their_names):
+    """Return the same where one of them is 8-bit state. their_names: operand -> name in the loaded state."""
+    moments = {operand: their_names[operand] for operand in CONVERTED if operand in their_names}
+    theirs = {operand: state[key] for operand, key in moments.items() if key in state}
     rest = {key: value for key, value in state.items() if key not in moments.values()}
-    result = converted(rest, [array for array in arrays if array not in converting], param, capturable, name)
-    empty = new(converting, param, capturable)
-    to = {array.operand: empty[array.name] for array in converting}
+    others = [array for array in arrays if array.operand not in CONVERTED]
+    result = new(arrays, param, capturable) | converted(rest, others, param, capturable, name)
     for operand, tensor in theirs.items():
         if not isinstance(tensor, torch.Tensor) or is_distributed(tensor) or is_distributed(param):
             raise TypeError(
                 f"the loaded {moments[operand]} of {name} is no tensor that can be converted: load it as it was saved"
             )
-    to_convert = conversion(name, to, theirs)
-    if to_convert:
-        to_convert.run()
-    return {key: (result | empty)[key] if key != "step" else result["step"] for key in ("step", *own.values())}
+    own = {array.operand: result[array.name] for array in arrays if array.operand in CONVERTED}
+    to_convert = conversion(name, own, theirs)
+    if to_convert is None:
+        raise TypeError(
+            f"the loaded {moments['m']} of {name} is {theirs['m'].dtype}, not torch.uint8: load it as it was saved"
+        )
+    to_convert.run()
+    return result
