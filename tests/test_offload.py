@@ -16,7 +16,7 @@ import pytest
 
 import gpuadam
 from gpuadam.kernels.operands import Operand
-from gpuadam.offload import chunks, folder, mapped, pipeline, stages
+from gpuadam.offload import chunks, folder, mapped, pipeline, runner
 
 ODD = {"w": (301, 77), "empty": (0, 3), "b": (5,), "scalar": (), "u": (64, 33)}
 
@@ -419,14 +419,14 @@ os.write(go_on[1], b"xx")
 
 def fail_in_chunk(monkeypatch, number, stage="update"):
     """Let the disk fail at some chunk, if it is the last thing it does."""
-    original, calls = getattr(stages.OnHost, stage), iter(range(10**6))
+    original, calls = getattr(runner.Runner, stage), iter(range(10**6))
 
     def failing(self, chunk, slot):
         if next(calls) == number:
             raise OSError(5, "the disk has died")
         original(self, chunk, slot)
 
-    monkeypatch.setattr(stages.OnHost, stage, failing)
+    monkeypatch.setattr(runner.Runner, stage, failing)
 
 
 @pytest.mark.parametrize("stage", ["fetch", "update", "store"])

@@ -13,7 +13,7 @@ from cases import few
 import gpuadam
 from gpuadam import CheckpointError, transports
 from gpuadam.checkpoint import saving
-from gpuadam.offload import stages
+from gpuadam.offload import runner
 
 SHAPES = {f"p{k}": (40_000 + k,) for k in range(6)}
 
@@ -170,14 +170,14 @@ def test_a_flush_amid_a_step_is_refused_and_the_folder_says_that_it_is_under_way
     params = ones()
     opt, began, go_on = gpuadam.OffloadAdam(params, state=tmp_path), threading.Event(), threading.Event()
     opt.step(ones())
-    update = stages.OnHost.update
+    update = runner.Runner.update
 
     def waits(*arguments):
         began.set()
         assert go_on.wait(60)
         update(*arguments)
 
-    monkeypatch.setattr(stages.OnHost, "update", waits)
+    monkeypatch.setattr(runner.Runner, "update", waits)
     with stepping(lambda: None if began.is_set() else opt.step(ones())):
         assert began.wait(60)
         before = (tmp_path / "steps.json").read_text()
@@ -211,13 +211,13 @@ def test_flushes_beside_steps_leave_a_folder_that_goes_on(tmp_path, examples):
 
 def test_a_folder_that_is_closed_amid_a_step_is_not_marked_as_whole(tmp_path, monkeypatch):
     opt = gpuadam.OffloadAdam(ones(), state=tmp_path)
-    update = stages.OnHost.update
+    update = runner.Runner.update
 
     def closes(*arguments):
         opt.close()
         update(*arguments)
 
-    monkeypatch.setattr(stages.OnHost, "update", closes)
+    monkeypatch.setattr(runner.Runner, "update", closes)
     with pytest.raises(ValueError, match="is closed"):
         opt.step(ones())
     monkeypatch.undo()

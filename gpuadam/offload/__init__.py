@@ -96,8 +96,8 @@ that Adam, and `gpuadam.load_offload(path, narrow_arrays, master="float32")` the
 For those who change this package: `optimizer.py` is `OffloadAdam`. `state.py` holds state in memory, `folder.py` in files
 that say whether they can be relied on. `jobs.py` checks the arrays of a step. `chunks.py` cuts them into *chunks*: pieces of
 one or more parameters that fit in a part of the budget. `runner.py` gives each chunk a slot, and takes it through the stages
-*fetch*, *update* and *store*, several chunks at once by `pipeline.py`; `stages.py` has the stages of an update on the host and of
-one on a GPU. `mapped.py` is memory that is a file. `loading.py` makes an OffloadAdam of a checkpoint.
+*fetch*, *update* and *store*, several chunks at once by `pipeline.py`. `mapped.py` is memory that is a file. `loading.py` makes
+an OffloadAdam of a checkpoint.
 """
 
 from .optimizer import OffloadAdam

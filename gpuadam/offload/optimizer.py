@@ -42,7 +42,7 @@ from ..typing import (
 from .folder import Folder
 from .jobs import check_contiguous, jobs_of
 from .mapped import drop_mapped
-from .stages import OnDevice, OnHost
+from .runner import Runner
 from .state import Store, copy, copy_master
 
 SelfT = TypeVar("SelfT", bound="OffloadAdam")
@@ -154,7 +154,7 @@ class OffloadAdam(Adam):
                 for name, arrays in self.state.items():
                     arrays["step"] = self._store.marks["behind"].get(name, self.steps)
             on_device, self._why = self._chosen_side(arguments(of_adam, besides=OF_TRIAL))
-            self._runner = (OnDevice if on_device else OnHost)(self._gpu, self._device, self._budget, bar)
+            self._runner = Runner(on_device, self._gpu, self._device, self._budget, bar)
         except BaseException:
             if "_store" in vars(self):  # a folder that was there is the caller's to keep
                 (self._store.close if self._store.existed else self._store.discard)()

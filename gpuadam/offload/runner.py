@@ -1,4 +1,9 @@
-"""A step in chunks: its jobs are cut to the budget and go through the stages, after the streams that wrote their arrays."""
+"""A step in chunks: its jobs are cut to the budget and go through the stages, after the streams that wrote their arrays.
+
+Arrays that are already on the updating side are updated in place. The others are copied there and back, through the memory of a
+slot. On the host, the pages of files are brought in before the update, and let go after it unless all of them fit in the budget.
+Each slot has a stream of its own, so that a copy to the GPU, a kernel and a copy from it, of three chunks, run at once.
+"""
 
 import contextlib
 import ctypes
@@ -9,6 +14,7 @@ import numpy as np
 
 from .. import backends
 from ..kernels import adam, streams
+from ..kernels.gpu_batch import Place
 from ..kernels.layout import Update
 from ..kernels.messages import how_many
 from ..kernels.streams import LEGACY_DEFAULT
@@ -41,28 +47,26 @@ class Copy(NamedTuple):
 class Placed(NamedTuple):
     """The chunk in a slot."""
 
-    updates: list[tuple[Launch, Update]]
+    updates: dict[Launch, list[Update]]
     copies: list[Copy]
-    extents: list[Extent]  # of files, for arrays that are updated in place
+    extents: list[Extent]  # of files, for arrays that the host updates in place
 
 
 class Runner:
     """Runs steps. It keeps its slots from step to step, and with them their memory.
 
-    gpu: the kernels of the GPU's backend, or None. device: of the parameters; None if they are on the host. budget: bytes.
-    bar: the class of rich's progress bars, or None to show nothing. Attributes: `last_step`, a text; `keeps`, whether all
-    parameters and state in files fit in the budget, beside the chunks under way, and so stay in the process's memory.
-
-    A subclass has the three stages of a chunk. number: of the chunk's slot.
+    on_gpu: whether updates run on the GPU. gpu: the kernels of its backend, or None. device: of the parameters; None if they are
+    on the host. budget: bytes. bar: the class of rich's progress bars, or None to show nothing. Attributes: `last_step`, a text;
+    `keeps`, whether all parameters and state in files fit in the budget, beside the chunks under way, and so stay in the
+    process's memory.
     """
 
-    on_gpu: bool  # whether updates run on the GPU
-
-    def __init__(self, gpu, device, budget, bar):
-        self.gpu: Any = gpu if self.on_gpu or device is not None else None
+    def __init__(self, on_gpu, gpu, device, budget, bar):
+        self.on_gpu = on_gpu
+        self.gpu: Any = gpu if on_gpu or device is not None else None
         self.on_host, self.device, self.budget, self.bar = device is None, device or 0, budget, bar
         n_threads = backends.load("numba-cpu").n_threads()
-        self.n_slots = chunks.SLOTS_ON_GPU if self.on_gpu else min(max(n_threads, 2), chunks.MOST_SLOTS)
+        self.n_slots = chunks.SLOTS_ON_GPU if on_gpu else min(max(n_threads, 2), chunks.MOST_SLOTS)
         self.slots = [Slot()] * self.n_slots
         self.room, self.files = 0, False  # the bytes of each slot, and whether they serve arrays in files
         self.placed: dict[int, Placed] = {}  # by the number of the slot
@@ -70,15 +74,6 @@ class Runner:
         self.keeps = False
         self._lasting: dict[int, int] = {}  # the bytes of each array in a file, but of gradients, by its address
         self.last_step = "no step was taken yet"
-
-    def fetch(self, chunk, number):
-        """Place the chunk in its slot, and bring what lies in files into memory."""
-
-    def update(self, chunk, number):
-        """Update the chunk."""
-
-    def store(self, chunk, number):
-        """Bring the chunk's results to where they belong."""
 
     def run(self, jobs, stream, begin):
         """Run the jobs of a step, and return when they are done. begin(): is called when nothing can be refused any more.
@@ -155,16 +150,41 @@ class Runner:
         for earlier in (place.stream, *place.others):
             self._wait_for(earlier)
 
-    def finish(self, number):
-        """Wait for the work on the stream of a slot."""
-        if self.gpu:
-            with self.gpu.on(self.device, None):
-                self.gpu.finish(self.gpu.record(self.slots[number].stream))
+    # The stages of a chunk. number: of its slot
+
+    def fetch(self, chunk, number):
+        """Place the chunk in its slot, and bring what lies in files into memory."""
+        self.place(chunk, number)
+        for extent in self.placed[number].extents:
+            extent.mapping.populate(extent.start, extent.end, extent.writes)
+        self._copy_files(number, back=False)
+
+    def update(self, chunk, number):
+        """Update the chunk, between its copies over the bus. The host waits for those that it reads."""
+        self.cross(number, back=False)
+        if self.on_gpu:
+            self.launch(self.gpu, number, Place(self.slots[number].stream, [], False))
+        else:
+            self.finish(number)
+            cpu = backends.load("numba-cpu")
+            with contextlib.nullcontext() if self.alone else cpu.one_thread():
+                self.launch(cpu, number, None)
+        self.cross(number, back=True)
+
+    def store(self, chunk, number):
+        """Bring the chunk's results to where they belong."""
+        for extent in self.placed[number].extents:
+            if not (self.keeps and extent.lasts):
+                extent.mapping.drop(extent.start, extent.end)
+        self.finish(number)
+        self._copy_files(number, back=True)
 
     def place(self, chunk, number):
         """Place a chunk in a slot, where the copies of its arrays lie one after the other."""
         slot, offset = self.slots[number], 0
-        placed = self.placed[number] = Placed([], [], [])
+        updates: dict[Launch, list[Update]] = {}
+        copies: list[Copy] = []
+        extents: list[Extent] = []
         for job, start, stop in chunk:
             views = []
             for operand in job.operands:
@@ -178,22 +198,30 @@ class Runner:
                         pointer = slot.gpu_address + offset
                         gpu = array._replace(array=slot.gpu_owner, pointer=pointer, device=self.device, stream=None)
                     offset += aligned(array.nbytes)
-                    placed.copies.append(Copy(operand, array, host, gpu))
+                    copies.append(Copy(operand, array, host, gpu))
                     view = gpu if self.on_gpu else host
                 elif operand.mapping:
                     end = array.pointer + array.nbytes
-                    placed.extents.append(Extent(operand.mapping, array.pointer, end, operand.kind.stores, operand.lasts))
+                    extents.append(Extent(operand.mapping, array.pointer, end, operand.kind.stores, operand.lasts))
                 views.append(view)
-            placed.updates.append((job.launch, Update(views, job.key, start)))
-        placed.extents[:] = merged(placed.extents)
+            updates.setdefault(job.launch, []).append(Update(views, job.key, start))
+        self.placed[number] = Placed(updates, copies, merged(extents))
 
     def copies(self, number, back):
         """Return the Copies that the chunk in a slot needs before its update or, back, after it."""
         copies = self.placed[number].copies
         return [copy for copy in copies if (copy.operand.kind.stores if back else copy.operand.kind.loads)]
 
+    def _copy_files(self, number, back):
+        """Copy between files and the pinned memory of a slot, for an update on the GPU."""
+        for copy in self.copies(number, back):
+            if copy.operand.mapping:
+                copy.operand.mapping.copy(copy.array.pointer, host_bytes(copy.host), writes=back)
+
     def cross(self, number, back):
         """Enqueue copies between the host and the GPU, on the stream of a slot. back: those after the update."""
+        if not self.gpu:
+            return
         stream = self.slots[number].stream
         with self.gpu.on(self.device, None):
             for copy in self.copies(number, back):
@@ -205,10 +233,7 @@ class Runner:
 
     def launch(self, kernels, number, place):
         """Launch the updates of the chunk in a slot: those that share a Launch at once."""
-        updates_of: dict[Launch, list[Update]] = {}
-        for launch, update in self.placed[number].updates:
-            updates_of.setdefault(launch, []).append(update)
-        for (formats, form, scalars, key), updates in updates_of.items():
+        for (formats, form, scalars, key), updates in self.placed[number].updates.items():
             kernel = kernels.name, form, len(updates) > 1
             with contextlib.nullcontext() if kernel in _compiled else _compiling:
                 for batch in kernels.batches(updates, formats):
@@ -216,6 +241,12 @@ class Runner:
                     batch.launch()
                     batch.release()
             _compiled.add(kernel)
+
+    def finish(self, number):
+        """Wait for the work on the stream of a slot."""
+        if self.gpu:
+            with self.gpu.on(self.device, None):
+                self.gpu.finish(self.gpu.record(self.slots[number].stream))
 
 
 # The first launch of a kernel compiles it. Without the lock several threads would do so at once.
