@@ -26,11 +26,10 @@ was done when its call returned, as with `Local`; `Work(wait)` calls a function 
 error in one of these methods.
 """
 
-from .calls import Calls
 from .local import Local
 from .mpi import MPI
 from .nccl import NCCL
-from .protocol import RankEnded, RankMissing, Transport, Work, check
+from .protocol import Calls, RankEnded, RankMissing, Transport, Work, check
 from .torch import Torch
 
 __all__ = ["MPI", "NCCL", "Calls", "Local", "RankEnded", "RankMissing", "Torch", "Transport", "Work", "check"]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .calls import Calls
-from .protocol import Work
+from .protocol import Calls, Work
 
 
 class Local:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from ... import checks
-from .calls import Calls
-from .protocol import RankEnded, RankMissing, Work, imported
+from .protocol import Calls, RankEnded, RankMissing, Work, imported
 from .sums import Sums
 
 FIRST = 248  # bytes of an object that go through the first collective of `exchange`

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .calls import Calls
-from .protocol import Work, imported
+from .protocol import Calls, Work, imported
 
 
 class Torch:
