@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,8 @@ class MPI:
         self.rank, self.size, self.calls = comm.rank, comm.size, Calls()
         self._ended: list[int] = []  # the ranks that make no more calls
         self._started = 0  # how many collectives have begun
-        self._requests: dict[int, Any] = {}  # number -> the request of a collective that is not done
+        # number of a collective that is not done -> what tests whether it is
+        self._pending: dict[int, Callable[[], bool]] = {}
         self._timeout: Any = timeout  # this and the next two are for `_watch`
         self._told = 0
         self._heard: dict[int, int] = {}
@@ -65,7 +67,7 @@ class MPI:
             _tell_of_the_end(self)
         self._comm: Any = None
         duplicate, request = comm.Idup()
-        self._work(request).wait()
+        self._work(request.Test).wait()
         self._comm, self._sums = duplicate, Sums(self._mpi, duplicate, PART)
         if len(set(timeouts := self.exchange(timeout))) > 1:
             raise ValueError(f"the ranks differ in timeout, {timeouts}: give all ranks the same")
@@ -74,14 +76,14 @@ class MPI:
         return self._work(self._sums.start(buffer, part))
 
     def all_gather(self, buffer: Any) -> Work:
-        return self._work(self._comm.Iallgather(self._mpi.IN_PLACE, buffer.view(np.uint8)))
+        return self._work(self._comm.Iallgather(self._mpi.IN_PLACE, buffer.view(np.uint8)).Test)
 
     def broadcast(self, buffer: Any) -> None:
-        self._work(self._comm.Ibcast(buffer.view(np.uint8))).wait()
+        self._work(self._comm.Ibcast(buffer.view(np.uint8)).Test).wait()
 
     def exchange(self, item: Any) -> list[Any]:
         self._check_ended()
-        if self._requests:
+        if self._pending:
             raise ValueError(
                 f"rank {self.rank} has a collective that was cut short, or whose Work was not waited for. Wait first; after one "
                 "that was cut short, start all ranks again"
@@ -95,7 +97,7 @@ class MPI:
         if sizes.max() <= FIRST:  # the objects of most steps are that small
             return [pickle.loads(bytes(row[:size])) for row, size in zip(first, sizes, strict=True)]
         everything = np.empty(sizes.sum(), np.uint8)
-        self._work(self._comm.Iallgatherv(pickled, [everything, sizes])).wait()
+        self._work(self._comm.Iallgatherv(pickled, [everything, sizes]).Test).wait()
         return [pickle.loads(bytes(part)) for part in np.split(everything, np.cumsum(sizes)[:-1])]
 
     def close(self) -> None:
@@ -118,20 +120,20 @@ class MPI:
         first = np.zeros((self.size, FIRST + 8), np.uint8)
         first[self.rank, : min(pickled.size, FIRST)] = pickled[:FIRST]
         first[self.rank, FIRST:].view(np.int64)[0] = size
-        return first, self._work(self._comm.Iallgather(self._mpi.IN_PLACE, first.reshape(-1)))
+        return first, self._work(self._comm.Iallgather(self._mpi.IN_PLACE, first.reshape(-1)).Test)
 
-    def _work(self, request):
-        """Return the Work of a request of MPI, or of a sum."""
+    def _work(self, is_done):
+        """Return the Work of a collective. is_done: tests whether it is done, and lets MPI go on with it."""
         self._started += 1
         number = self._started
-        self._requests[number] = request
+        self._pending[number] = is_done
 
         def wait():
             begun = time.monotonic()
             # MPI_Wait would spin, deaf to Ctrl-C. With more ranks than cores, sleeping for a moment lets another rank run
             for polls in itertools.count(1):
-                if request.Test():
-                    self._requests.pop(number, None)
+                if is_done():
+                    self._pending.pop(number, None)
                     return
                 if polls % 64 == 0:
                     time.sleep(0)
@@ -192,14 +194,14 @@ def _tell_of_the_end(transport):
 def _end():
     """Tell the other ranks that this one ends, and wait until they end, too."""
     for transport in list(_open):
-        amid = transport.calls.under_way or ("a collective" if transport._requests and not transport._ended else "")
+        amid = transport.calls.under_way or ("a collective" if transport._pending and not transport._ended else "")
         if amid:
             print(f"rank {transport.rank} ends amid {amid}, or after it was cut short: all ranks end", file=sys.stderr)
             _abort(transport)
     for transport in _open:
         transport.close()
-    requests = [request for transport in _open for request in transport._requests.values()]
-    while not all(request.Test() for request in requests):
+    pending = [is_done for transport in _open for is_done in transport._pending.values()]
+    while not all(is_done() for is_done in pending):
         time.sleep(0.001)
     _open.clear()
 

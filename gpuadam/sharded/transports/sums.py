@@ -8,6 +8,8 @@ pages. Here a piece is received into memory that is kept, straight from the send
 from __future__ import annotations
 
 import collections
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,15 +38,18 @@ class Sums:
         self._waiting: collections.deque[tuple[Any, Any]] = collections.deque()
         self._coming: collections.deque[_Piece] = collections.deque()
 
-    def start(self, buffer: Any, part: Any) -> Sum:
-        """Start to store in part the sum over all ranks of the rank-th part of their buffers."""
+    def start(self, buffer: Any, part: Any) -> Callable[[], bool]:
+        """Start to store in part the sum over all ranks of the rank-th part of their buffers.
+
+        Return what tests whether this is done. Nothing happens to the sum in between.
+        """
         parts, length = buffer.reshape(self._size, part.size), PIECE // part.itemsize
         pieces = [slice(at, at + length) for at in range(0, part.size, length)]
         sent = [self._comm.Isend(parts[rank, piece], rank, self._tag) for piece in pieces for rank in self._to]
         self._waiting.extend((parts[self._rank, piece], part[piece]) for piece in pieces)
         self._started += len(pieces)
         self._ask()
-        return Sum(self, sent, self._started)
+        return functools.partial(self._is_done, self._started, sent)
 
     def _ask(self) -> None:
         """Ask for the next pieces, where there is room for them."""
@@ -59,7 +64,7 @@ class Sums:
             self._coming.append(_Piece(terms, sums, requests))
             self._asked += 1
 
-    def done(self, pieces: int, sent: list[Any]) -> bool:
+    def _is_done(self, pieces: int, sent: list[Any]) -> bool:
         """Add the next piece if it has come. Return whether so many pieces are added, and those that were sent have arrived."""
         if self._coming and self._all_done(self._coming[0].requests):
             self._coming[0].add()
@@ -67,17 +72,6 @@ class Sums:
             self._added += 1
             self._ask()
         return self._added >= pieces and self._all_done(sent)
-
-
-class Sum(NamedTuple):
-    """A reduce-scatter under way. It is tested as a request of MPI is, and nothing happens to it in between."""
-
-    sums: Sums
-    sent: list[Any]  # requests
-    pieces: int  # how many have been started with its last one
-
-    def Test(self) -> bool:
-        return self.sums.done(self.pieces, self.sent)
 
 
 class _Piece(NamedTuple):
