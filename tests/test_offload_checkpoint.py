@@ -6,7 +6,7 @@ import pytest
 
 import gpuadam
 from gpuadam.checkpoint import CheckpointError, saving
-from gpuadam.offload import chunks, loading
+from gpuadam.offload import chunks, loading, mapped
 
 ODD = {"w": (301, 77), "empty": (0, 3), "b": (5,), "scalar": (), "u": (64, 33)}
 NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -259,6 +259,17 @@ def test_a_damaged_checkpoint_leaves_no_folder_but_one_that_was_there(was_there,
     with pytest.raises(CheckpointError, match="damaged"):
         gpuadam.load_offload(tmp_path / "a", arrays(), state=tmp_path / "s")
     assert (tmp_path / "s").exists() == was_there and not list(tmp_path.glob("s/*"))
+
+
+def test_parameters_and_state_in_files_leave_the_memory_of_the_process_when_they_are_loaded(tmp_path, monkeypatch):
+    gpuadam.Adam({"w": np.ones(1000, "float32")}).save(tmp_path / "a", with_params=True)
+    params, dropped = {"w": np.memmap(tmp_path / "w", "float32", "w+", shape=1000)}, set()
+    drop = mapped.Mapping.drop
+    monkeypatch.setattr(mapped.Mapping, "drop", lambda self, start, end: (dropped.add((start, end)), drop(self, start, end)))
+    with gpuadam.load_offload(tmp_path / "a", params, with_params=True, state=tmp_path / "s") as opt:
+        arrays_of_one = params["w"], opt.state["w"]["m"], opt.state["w"]["v"]
+        assert {(array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays_of_one} <= dropped
+        assert (params["w"] == 1).all()
 
 
 def test_a_folder_with_state_is_not_overwritten(tmp_path):

@@ -13,8 +13,7 @@ from ..groups import named_params
 from ..kernels.messages import shown
 from ..typing import FilePath, LearningRate, LikeParams, Number, Params, Side, StateDtype
 from .folder import check_new
-from .mapped import drop_mapped
-from .optimizer import OffloadAdam, check_place
+from .optimizer import OffloadAdam, check_place, let_go
 from .state import copy_master
 
 
@@ -71,19 +70,19 @@ def load_offload(
         if master is None:
             check_copies(saved.copies, param_copies)
         settings = checkpoint.hyperparameters | saved.options
-        settings |= {"decoupled": decoupled, "master": master or saved.options.get("master")}
-        settings |= {"param_copies": param_copies, "backend": backend}
-        settings |= {"state": state, "budget": budget, "update": update, "progress": progress}
+        settings |= {"decoupled": decoupled, "master": master or saved.options.get("master"), "param_copies": param_copies}
         if state != "memory":
             check_new(state)
         with not_fitting():
-            opt = OffloadAdam(checkpoint.params, **settings)
+            opt = OffloadAdam(
+                checkpoint.params, **settings, backend=backend, state=state, budget=budget, update=update, progress=progress
+            )
         try:
             fill(opt, checkpoint, with_params, path)
         except BaseException:
             opt.discard()
             raise
-    drop_mapped([array for of_one in opt.state.values() for key, array in of_one.items() if key != "step"])
+    let_go(opt)
     if with_params and master is not None:
         _show_masters(opt)
     return opt

@@ -325,12 +325,7 @@ class OffloadAdam(Adam):
         """
         self._store.check_open()
         super().save(path, with_params=with_params)
-        self._let_go()
-
-    def _let_go(self):
-        """Take parameters and state in files out of the process's memory."""
-        drop_mapped([array for state in self.state.values() for key, array in state.items() if key != "step"])
-        drop_mapped(bare([param for group in self.groups for param in group["params"]])[0])
+        let_go(self)
 
     def copy_state(self, copies):
         for _, to, source in copies:
@@ -344,7 +339,7 @@ class OffloadAdam(Adam):
     def close(self) -> None:
         """Flush the files and free the folder. No step can follow."""
         self._store.close()
-        self._let_go()
+        let_go(self)
 
     def discard(self) -> None:
         """Take the files of the folder away, and the folder itself unless it was there before them. No step can follow."""
@@ -360,6 +355,12 @@ class OffloadAdam(Adam):
         raise TypeError("an OffloadAdam is not copied or pickled, because its state is not in it alone: use state_dict()")
 
     __copy__ = __reduce__
+
+
+def let_go(opt):
+    """Take the parameters and the state in files of an optimizer out of the process's memory."""
+    drop_mapped([array for state in opt.state.values() for key, array in state.items() if key != "step"])
+    drop_mapped(bare([param for group in opt.groups for param in group["params"]])[0])
 
 
 def check_place(state):
