@@ -32,11 +32,9 @@ def as_saved(sections, state_dtype):
 
 def read_state(stored, sections, saved):
     """Read the state of all Sections. saved: what `as_saved` returned of them."""
-    formats = {(section.array_name, section.start): section.view.format for section in saved}
-    for param, state in _by_parameter(sections):
+    for (param, state), (_, in_file) in zip(_by_parameter(sections), _by_parameter(saved), strict=True):
         moments = {section.key: section for section in state if section.key in CONVERTED}
-        sources = {key: formats.get((f"{param.param}.{key}", param.start)) for key in CONVERTED}
-        sources = {key: format for key, format in sources.items() if format}
+        sources = {section.key: section.view.format for section in in_file if section.key in CONVERTED}
         if sources == {key: section.view.format for key, section in moments.items()}:
             others = state
         else:
