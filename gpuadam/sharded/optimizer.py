@@ -13,7 +13,7 @@ from .. import backends, checks, hyperparameters, torch_tensors
 from ..clipping import LARGEST_NORM, clipped
 from ..description import of_optimizer, repr_of
 from ..groups import HYPERPARAMETERS, HasGroups, as_given, as_list, checked_group, parsed_groups
-from ..kernels.messages import shown
+from ..kernels.messages import label_of
 from ..kernels.operands import Arrays
 from ..options import SAVED, Options, arguments
 from ..state import shape
@@ -203,7 +203,7 @@ class ShardedAdam(HasGroups):
         if self.options.zero_grad:
             named += [("the buffer of parameters", buffer.param) for buffer in buffers]
             for shard in self.shards:
-                named += [(f"{key} of params[{shown(shard.name)}]", a) for key, a in shard.state.items() if key != "step"]
+                named += [(f"{key} of {label_of(shard.name)}", a) for key, a in shard.state.items() if key != "step"]
             views = [] if self._views else [member.view for member in self.members]
         return views + [self._kernels.view(*one) for one in named]
 

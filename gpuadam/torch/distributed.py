@@ -9,7 +9,7 @@ import sys
 import torch
 
 from .. import torch_tensors
-from ..kernels.messages import shown
+from ..kernels.messages import label_of
 
 PLAIN = {torch.Tensor, torch.nn.Parameter}
 
@@ -51,18 +51,18 @@ def wrote(params):
 def _local_row(name, param, grad, *state):
     if any(placement.is_partial() for placement in param.placements):
         raise ValueError(
-            f"params[{shown(name)}] has the placements {param.placements}: ranks hold summands of it, and a step needs its "
+            f"{label_of(name)} has the placements {param.placements}: ranks hold summands of it, and a step needs its "
             "elements. Redistribute it to Replicate() or Shard(...) first"
         )
     beside = param.device_mesh, param.placements
     for what, tensor in (("gradient", grad), *(("state", tensor) for tensor in state)):
         if not is_distributed(tensor):
             raise TypeError(
-                f"params[{shown(name)}] is a DTensor and its {what} a {type(tensor).__name__}: it must be a DTensor too"
+                f"{label_of(name)} is a DTensor and its {what} a {type(tensor).__name__}: it must be a DTensor too"
             )
         if tensor is not grad and (tensor.device_mesh, tensor.placements) != beside:
             raise ValueError(
-                f"the state of params[{shown(name)}] has the placements {tensor.placements}, its parameter {param.placements}: "
+                f"the state of {label_of(name)} has the placements {tensor.placements}, its parameter {param.placements}: "
                 "load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
     if (grad.device_mesh, grad.placements) != beside:

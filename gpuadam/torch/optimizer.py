@@ -11,7 +11,7 @@ import torch
 
 from .. import backends, checks, hyperparameters
 from ..groups import HYPERPARAMETERS, MAPPING, Structure, places_of_groups, some
-from ..kernels.messages import shown
+from ..kernels.messages import label_of, shown
 from ..options import Options, arguments
 from ..remembered import Remembered
 from ..state import key_of_parameter
@@ -228,12 +228,12 @@ class Adam(torch.optim.Optimizer):
         for member in members:
             if not isinstance(step := member.state["step"], torch.Tensor):
                 raise TypeError(
-                    f"the step of params[{shown(member.name)}] is {shown(step)} ({type(step).__name__}): it is counted in a "
+                    f"the step of {label_of(member.name)} is {shown(step)} ({type(step).__name__}): it is counted in a "
                     "tensor, as torch.tensor(7.0)"
                 )
             key = self._counts.taken(step), member.param.dtype
             together.setdefault(key, []).append(member)
-        pairs = [(f"params[{shown(alike[0].name)}]", count, alike) for (count, _), alike in together.items()]
+        pairs = [(label_of(alike[0].name), count, alike) for (count, _), alike in together.items()]
         return [(torch_state.count(label, count), alike) for label, count, alike in pairs]
 
     def _update(self, h, step, group, members, now=None):
@@ -262,10 +262,8 @@ class Adam(torch.optim.Optimizer):
     def _new_state(self, group, param, name):
         """Return the state that a parameter begins with, zeros, and keep it."""
         if self.options.state_dtype == "8bit" and distributed.is_distributed(param):
-            raise ValueError(
-                f"params[{shown(name)}] is a DTensor, which cannot have state_dtype='8bit': take 'bfloat16' or None"
-            )
-        _, (view,) = backends.choose([(f"params[{shown(name)}]", distributed.local(param))], self.backend)
+            raise ValueError(f"{label_of(name)} is a DTensor, which cannot have state_dtype='8bit': take 'bfloat16' or None")
+        _, (view,) = backends.choose([(label_of(name), distributed.local(param))], self.backend)
         checks.one_format(view, checks.FORMATS)
         checks.layout(view)
         if self.options.state_dtype == "8bit":
@@ -330,7 +328,7 @@ class Adam(torch.optim.Optimizer):
             names = present.get("param_names") or saved["params"]
             for key, name, param in zip(saved["params"], names, present["params"], strict=True):
                 if state := states.get(key):
-                    arrays, label = self.kept(group, param.dtype), f"params[{shown(name)}]"
+                    arrays, label = self.kept(group, param.dtype), label_of(name)
                     loaded[param] = torch_state.converted(state, arrays, param, group["capturable"], label, convert)
         return loaded
 
@@ -371,9 +369,7 @@ class Adam(torch.optim.Optimizer):
         kinds = {(count, *(a.operand for a in self.kept(group, some[0].param.dtype))) for count, some in alike}
         _share(len(kinds) == 1, k, "share a step count and have the same kinds of state")
         if clock is None:
-            kernels, (view,) = backends.choose(
-                [(f"params[{shown(first.name)}]", distributed.local(first.param))], self.backend
-            )
+            kernels, (view,) = backends.choose([(label_of(first.name), distributed.local(first.param))], self.backend)
             clock = Clock(steps, kernels, view.device or 0, first.param)
             self._clocks.append(clock)
         clock.set(alike[0][0])
