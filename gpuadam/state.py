@@ -50,6 +50,15 @@ def shape(key, param_shape, numbers=1):
     return tuple(param_shape[:-1] if numbers > 1 and key in SHARED else param_shape)
 
 
+def dtype_of(format):
+    """Return the dtype of arrays of a format.
+
+    >>> dtype_of("float16"), dtype_of("bfloat16")
+    (dtype('float16'), dtype('uint16'))
+    """
+    return np.dtype(IN_MEMORY.get(format, format))
+
+
 def place(key, start, stop, numbers=1):
     """Return which elements of an array belong to elements start ... stop - 1 of its parameter.
 
@@ -125,9 +134,8 @@ def zeros(beginnings):
     for key in dict.fromkeys(key for beginning in beginnings.values() for key in beginning.kept):
         for name, (backend, view, kept, numbers) in beginnings.items():
             if key in kept:
-                dtype = np.dtype(IN_MEMORY.get(kept[key], kept[key]))
                 place = name, key, _like(key, view, numbers)
-                together.setdefault((backend, view.device, dtype), []).append(place)
+                together.setdefault((backend, view.device, dtype_of(kept[key])), []).append(place)
     for (backend, _, dtype), places in together.items():
         arrays = backend.zeros_like_all([view for *_, view in places], dtype)
         for (name, key, _), array in zip(places, arrays, strict=True):

@@ -11,7 +11,7 @@ from . import backends, checks
 from .kernels import array_bytes, state_formats
 from .kernels.messages import shortened
 from .kernels.view import Bits, View
-from .state import IN_MEMORY, MOMENTS, OF_GROUPS, place
+from .state import MOMENTS, OF_GROUPS, dtype_of, place
 
 CONVERTED = (*MOMENTS, *OF_GROUPS)  # what a conversion reads and writes
 FORMATS = ("float32", "float64", "bfloat16", "float16", "uint8")  # of moments that can be converted
@@ -111,7 +111,7 @@ def convert(sources, targets, n, numbers=1):
         stored = {}
         for key, (format, reader) in readers.items():
             first, last = place(key, start, min(start + PIECE, n), numbers)
-            dtype = np.dtype(IN_MEMORY.get(format, format))
+            dtype = dtype_of(format)
             stored[key] = np.frombuffer(reader.read((last - first) * dtype.itemsize), dtype)
         moments = {
             key: state_formats.decoded(stored[key], readers[key][0], key, stored.get(f"{key}_scale"))

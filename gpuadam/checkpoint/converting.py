@@ -3,11 +3,9 @@
 import contextlib
 import itertools
 
-import numpy as np
-
 from .. import checks
 from ..kernels import array_bytes
-from ..state import IN_MEMORY, kept
+from ..state import IN_MEMORY, dtype_of, kept
 from ..state_conversion import CONVERTED, convert
 from .tensors import PARAM
 
@@ -25,8 +23,8 @@ def as_saved(sections, state_dtype):
         checks.combination("adam", formats, stochastic=False)  # which the optimizer's own formats may not show
         saved.append(param)
         for key, format in formats.items():
-            dtype, bits = np.dtype(IN_MEMORY.get(format, format)), format if format in IN_MEMORY else ""
-            saved.append(param._replace(key=key, view=param.view._replace(dtype=dtype, bits=bits), is_master=False))
+            view = param.view._replace(dtype=dtype_of(format), bits=format if format in IN_MEMORY else "")
+            saved.append(param._replace(key=key, view=view, is_master=False))
     return saved
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from ..kernels import array_bytes, huge_pages
 from ..kernels.operands import widened
 from ..kernels.state_formats import encoded
-from ..state import IN_MEMORY, shape
+from ..state import dtype_of, shape
 from ..under_way import UnderWay
 from .chunks import ALIGNMENT, aligned, aligned_memory
 from .mapped import drop_mapped
@@ -27,7 +27,7 @@ def laid_out(beginnings, memory_of):
         places, end = [], 0
         for name, (_, view, kept, numbers) in beginnings.items():
             if kind in kept:
-                dtype, its_shape = np.dtype(IN_MEMORY.get(kept[kind], kept[kind])), shape(kind, view.shape, numbers)
+                dtype, its_shape = dtype_of(kept[kind]), shape(kind, view.shape, numbers)
                 places.append((name, its_shape, dtype, end))
                 end += aligned(math.prod(its_shape) * dtype.itemsize)
         memory = memory_of(kind, end)
