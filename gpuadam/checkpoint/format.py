@@ -84,10 +84,6 @@ def entry(view):
     return {"dtype": view.of_complex or view.format, "shape": list(shape)}
 
 
-def in_words(entry):
-    return "{dtype} of shape {shape}".format(**entry)
-
-
 def as_json(value):
     return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
 

@@ -32,7 +32,7 @@ from ..sharded.layout import CELL
 from ..step_arrays import bounds_of_loaded, saved_bounds
 from ..typing import FilePath, LearningRate, LikeParams, Params, StateDtype
 from .converting import as_saved, read_state
-from .format import CLASSES, check_known, entry, in_words
+from .format import CLASSES, check_known, entry
 from .safetensors import CheckpointError, require
 from .stored import Stored, opened_file
 from .tensors import PARAM, chosen, sections
@@ -252,8 +252,9 @@ def _check_params(saved, views):
     """Compare names, shapes and dtypes of the parameters, before any state is made for them. views: name -> View."""
     difference = differing_names_of_state(saved.params, views)
     require(not difference, difference)
-    was = {name: in_words(of_name) for name, of_name in saved.params.items()}
-    now = {name: in_words(entry(view)) for name, view in views.items()}
+    in_words = "{dtype} of shape {shape}".format
+    was = {name: in_words(**of_name) for name, of_name in saved.params.items()}
+    now = {name: in_words(**entry(view)) for name, view in views.items()}
     wrong = [f"{shown(name)} was {shortened(was[name])}, and is {now[name]}" for name in now if was[name] != now[name]]
     require(not wrong, "; ".join(wrong[:8]) + ": nothing is cast or reshaped")
 
