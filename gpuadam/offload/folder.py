@@ -27,7 +27,6 @@ from ..checkpoint.regular_file import locked, opened, unlock
 from ..checkpoint.safetensors import parsed_json, require
 from ..kernels.messages import shortened, shown
 from ..options import Options
-from ..under_way import UnderWay
 from .state import Store, laid_out
 
 LAYOUT = 1
@@ -47,7 +46,7 @@ class Folder(Store):
     existed = True  # until it is known that no file is another's: then an error takes the files away
 
     def __init__(self, path, options, beginnings):
-        UnderWay.__init__(self)  # and not Store's, whose arrays are not in files
+        super().__init__()
         self.path = Path(os.path.realpath(path))  # which stays when the working directory becomes another
         self.place = f"files in {self.path}"
         parameters = {

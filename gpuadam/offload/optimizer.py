@@ -43,7 +43,7 @@ from .folder import Folder
 from .jobs import check_contiguous, jobs_of
 from .mapped import drop_mapped
 from .runner import Runner
-from .state import Store, copy, copy_master
+from .state import Memory, Store, copy, copy_master
 
 SelfT = TypeVar("SelfT", bound="OffloadAdam")
 TRIAL = 1 << 22  # elements of the update by which the faster side is found
@@ -170,7 +170,7 @@ class OffloadAdam(Adam):
             if self._master == "float32" and view.format in NARROW:
                 kept["master"] = "float32"
         if self._state_in == "memory":
-            self._store = Store(beginnings, self._gpu, self._device)
+            self._store: Store = Memory(beginnings, self._gpu, self._device)
         else:
             described = {name: getattr(self.options, name) for name in DESCRIBED}
             self._store = Folder(self._state_in, described, beginnings)

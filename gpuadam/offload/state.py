@@ -37,31 +37,16 @@ def laid_out(beginnings, memory_of):
 
 
 class Store(UnderWay):
-    """The state of an optimizer, in memory. A `Folder` is one whose memory is files.
-
-    beginnings: name -> `parameters.Beginning`; the state begins at zero. gpu: the kernels of the backend of a GPU that takes
-    part, for which the memory is pinned, or None. device: the GPU's number, or None.
+    """The state of an optimizer, in `Memory` or in a `Folder`. The methods here are all that state in memory needs.
 
     Attributes: `arrays`, parameter -> {kind: array}; `place`, a text; `existed`, whether the state is that of an earlier
     optimizer, whose step counts are in `marks` then.
     """
 
+    arrays: dict[str, dict[str, np.ndarray]]
+    place: str
     existed = False
     marks: dict[str, Any]
-
-    def __init__(self, beginnings, gpu, device):
-        super().__init__()
-        self.place = "memory" if gpu is None else "pinned memory"
-
-        def zeros(kind, n_bytes):
-            if gpu is None:
-                return huge_pages.zeros(n_bytes, ALIGNMENT)
-            with gpu.on(device or 0, None):
-                memory = aligned_memory(gpu.pinned, n_bytes)
-            memory[:] = 0
-            return memory
-
-        self.arrays = laid_out(beginnings, zeros)
 
     def check_open(self):
         """Raise ValueError if the state cannot be changed any more."""
@@ -78,6 +63,28 @@ class Store(UnderWay):
 
     def discard(self):
         """Delete state that was never completely written."""
+
+
+class Memory(Store):
+    """State in the host's memory.
+
+    beginnings: name -> `parameters.Beginning`; the state begins at zero. gpu: the kernels of the backend of a GPU that takes
+    part, for which the memory is pinned, or None. device: the GPU's number, or None.
+    """
+
+    def __init__(self, beginnings, gpu, device):
+        super().__init__()
+        self.place = "memory" if gpu is None else "pinned memory"
+
+        def zeros(kind, n_bytes):
+            if gpu is None:
+                return huge_pages.zeros(n_bytes, ALIGNMENT)
+            with gpu.on(device or 0, None):
+                memory = aligned_memory(gpu.pinned, n_bytes)
+            memory[:] = 0
+            return memory
+
+        self.arrays = laid_out(beginnings, zeros)
 
 
 def copy_master(master, view, kernels, to_master):
