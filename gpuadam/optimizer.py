@@ -183,9 +183,8 @@ class Adam(HasGroups, Grows):
         """Warn of options that do nothing for parameters of these formats."""
         checks.warn_of_no_effect([parameter.kind.param for parameter in self.parameters.values()], **options)
 
-    # OffloadAdam does the following in its own way: `copies_of` and then `new_state` when it is made; `conditions`, `check`,
-    # `step_arrays`, `norms_of_step`, `leave_out` and `launch` in a step; `copy_state` when a state_dict is loaded. It has no
-    # `with_groups`.
+    # OffloadAdam does the following in its own way: `new_state` when it is made; `conditions`, `check`, `step_arrays`,
+    # `norms_of_step`, `leave_out` and `launch` in a step; `copy_state` when a state_dict is loaded. It has no `with_groups`.
 
     def new_state(self, beginnings):
         """Return name -> {key: zeros} of the state of all parameters. beginnings: name -> Beginning."""

@@ -62,7 +62,7 @@ class Store(UnderWay):
         """Flush the state, and let another optimizer have it."""
 
     def discard(self):
-        """Delete state that was never completely written."""
+        """Delete the state."""
 
 
 class Memory(Store):
