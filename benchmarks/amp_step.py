@@ -152,16 +152,9 @@ def measure_rows(backend, options, notes):
     for case in options.sizes:
         shapes = shapes_of(case)
         n = sum(map(math.prod, shapes))
-        names, free = [], 0.85 * peers.free_bytes(backend)
-        for name in BUILD:
-            if not present and name.startswith(THEIRS):
-                continue
-            need = HELD[name.endswith(COPIES)] * n
-            if need > free:
-                notes += report.listed({f"{name} at {n:,} elements": f"no memory left: it needs {need / 1e9:.1f} GB"})
-                continue
-            free -= need
-            names.append(name)
+        needs = {name: HELD[name.endswith(COPIES)] * n for name in BUILD if present or not name.startswith(THEIRS)}
+        names, left_out = peers.in_memory(needs, backend, n)
+        notes += report.listed(left_out)
         if not names:
             continue
         contenders = [BUILD[name](backend, shapes) for name in names]

@@ -33,6 +33,8 @@ def measure_rows(backend, options, notes):
     for n in report.numbers(options.sizes):
         fitting, left_out = peers.fitting([*peers.OURS, *present], n, backend)
         notes += report.listed(left_out)
+        if not fitting:
+            continue
         contenders = peers.with_movers({peer.name: peer.build(backend, [(n,)]) for peer in fitting})
         times = measure.in_turn(kernels, [contender.whole(kernels) for contender in contenders.values()], options.seconds)
         huge = {name: contender.percent_huge(backend) for name, contender in contenders.items()}

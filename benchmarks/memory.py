@@ -46,6 +46,8 @@ def measure_rows(backend, options, notes):
                 notes += report.listed({peer.name: f"it needs {need / 1e9:.1f} GB"})
             else:
                 measured.append(peer)
+        if not measured:
+            continue
         while not samples or time.perf_counter() < deadline:
             for peer in measured:
                 for state, peak in _in_fresh_process(backend, peer, n).items():

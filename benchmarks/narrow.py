@@ -9,7 +9,6 @@ of `gpuadam.adam_step` are measured too for the forms that are used most.
 """
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -20,7 +19,7 @@ import report
 from gpuadam import backends
 from gpuadam.cli.measuring import forms, measure, plots
 from gpuadam.cli.measuring.measure import CALL, KERNEL
-from gpuadam.kernels.operands import GROUP, operands_of
+from gpuadam.kernels.operands import operands_of
 from gpuadam.terminal import figures
 from gpuadam.terminal.console import Table
 
@@ -38,17 +37,11 @@ def measure_rows(backend, options, notes):
     clock = "device" if backend.memory == "CUDA" else "host"
     names = list(dict.fromkeys([FLOAT32, *options.forms]))
     for n in report.numbers(options.sizes):
-        contenders: dict[tuple[str, str], Callable] = {}
-        free = 0.85 * peers.free_bytes(backend)
-        for name in names:
-            need = bytes_held(name, n)
-            if need > free:
-                notes += report.listed({f"{name} at {n:,} elements": f"no memory left: it needs {need / 1e9:.1f} GB"})
-                continue
-            free -= need
-            contenders |= {(name, contender): f for contender, f in contenders_of(kernels, name, n).items()}
-        if (FLOAT32, KERNEL) not in contenders:  # the measure of all others
+        fitting, left_out = peers.in_memory({name: bytes_held(name, n) for name in names}, backend, n)
+        notes += report.listed(left_out)
+        if FLOAT32 not in fitting:  # the measure of all others
             continue
+        contenders = {(name, contender): f for name in fitting for contender, f in contenders_of(kernels, name, n).items()}
         times = measure.in_turn(kernels, list(contenders.values()), options.seconds)
         measured = dict(zip(contenders, times, strict=True))
         del contenders
@@ -75,8 +68,7 @@ def rows_of(backend, n, clock, measured):
 def bytes_held(name, n):
     """Return the bytes of all arrays of all contenders of a form."""
     arrays = FORMS[name].arrays
-    an_element = sum(o.itemsize / (GROUP if o.of_groups else 1) for o in operands_of(arrays))
-    return an_element * n * (1 + (name in CALLED) + arrays.grouped)
+    return sum(operand.nbytes(n) for operand in operands_of(arrays)) * (1 + (name in CALLED) + arrays.grouped)
 
 
 def contenders_of(kernels, name, n):

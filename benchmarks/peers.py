@@ -525,16 +525,25 @@ SLOW_PASSES, LARGE_FOR_A_CPU = 10, 5e7
 
 def fitting(peers, elements, backend):
     """Return (the peers that fit in memory together and do not take too long, {the others' name: why not})."""
+    large = backend.memory == "CPU" and elements > LARGE_FOR_A_CPU
+    slow = {peer.name: f"too slow at {elements:,} elements" for peer in peers if large and peer.passes >= SLOW_PASSES}
+    needs = {peer.name: 4 * peer.floats * elements for peer in peers if peer.name not in slow}
+    kept, too_large = in_memory(needs, backend, elements)
+    return [peer for peer in peers if peer.name in kept], slow | too_large
+
+
+def in_memory(needs, backend, elements, taken=0):
+    """Return (the names of those that fit in the free memory together, {the others' name: why not}).
+
+    needs: {name: bytes}; the first come first. taken: bytes of that memory that others will have.
+    """
     kept, absent = [], {}
-    free = 0.85 * free_bytes(backend)
-    for peer in peers:
-        need = 4 * peer.floats * elements
-        if backend.memory == "CPU" and elements > LARGE_FOR_A_CPU and peer.passes >= SLOW_PASSES:
-            absent[peer.name] = f"too slow at {elements:,} elements"
-        elif need > free:
-            absent[peer.name] = f"no memory left at {elements:,} elements: it needs {need / 1e9:.1f} GB"
+    free = 0.85 * free_bytes(backend) - taken
+    for name, need in needs.items():
+        if need > free:
+            absent[name] = f"no memory left at {elements:,} elements: it needs {need / 1e9:.1f} GB"
         else:
-            kept.append(peer)
+            kept.append(name)
             free -= need
     return kept, absent
 

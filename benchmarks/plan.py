@@ -78,15 +78,12 @@ def in_memory(backend, options, notes):
         return
     plain = Arrays()
     for n in report.numbers(options.sizes):
-        contenders = {}
-        free = 0.85 * peers.free_bytes(backend) - 16 * n  # the limit's
-        for name, update in updates.items():
-            need = sum(o.nbytes(n) for o in operands_of(update.arrays))
-            if need > free:
-                notes += report.listed({f"{name} at {n:,} elements": f"no memory left: it needs {need / 1e9:.1f} GB"})
-                continue
-            free -= need
-            contenders[name] = constants.launcher(kernels, update.arrays, n, adam)
+        needs = {name: sum(o.nbytes(n) for o in operands_of(update.arrays)) for name, update in updates.items()}
+        fitting, left_out = peers.in_memory(needs, backend, n, taken=16 * n)  # by the limit's arrays
+        notes += report.listed(left_out)
+        if not fitting:
+            continue
+        contenders = {name: constants.launcher(kernels, updates[name].arrays, n, adam) for name in fitting}
         functions = [constants.launcher(kernels, plain, n, limit), *contenders.values()]
         formats = [updates[name].arrays for name in contenders]
         processor, times = _processor_and_steps(backend, kernels, formats, functions, n, options.seconds)

@@ -30,19 +30,23 @@ from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import amp_step
 import collectives
 import in_caches
 import jobs
 import large
 import many
 import memory
+import narrow
 import pages as of_pages
 import peers
+import plan
 import report
 import sharded
 import timing
 import what_binds
 
+CPU = backends.BACKENDS["numba-cpu"]
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 # those of them that are not installed are left out, and named
 PEERS = ("--peers", "torch fused,torch foreach,plain NumPy")
@@ -248,6 +252,16 @@ def test_contenders_that_do_not_fit_or_are_too_slow_are_named(monkeypatch):
     assert kept == [quick] and "too slow" in absent["slow"] and "no memory" in absent["second"]
 
 
+@pytest.mark.parametrize("script", [large, many, memory, narrow, amp_step, plan])
+def test_where_nothing_fits_in_memory_each_contender_is_named_and_there_are_no_rows(monkeypatch, script):
+    monkeypatch.setattr(peers, "free_bytes", lambda backend: 1000)
+    options = SimpleNamespace(sizes=["3x1000" if script is many else "3000"], seconds=0, peers=["none"], forms=["float32"])
+    assert not list(script.measure_rows(CPU, options, notes := []))
+    assert {"large": 4, "many": 3, "memory": 2, "narrow": 1, "amp_step": 2, "plan": 1}[script.__name__] == sum(
+        note.startswith("not measured: ") and "it needs 0.0 GB" in note for note in notes
+    )
+
+
 def test_gpt2_small_has_its_parameters():
     shapes = many.gpt2_small()
     assert len(shapes) == 148 and sum(map(math.prod, shapes)) == 124_439_808
@@ -273,7 +287,6 @@ def test_a_step_of_ours_allocates_nothing_and_plain_numpy_one_array():
         assert numpy[state] == pytest.approx(4 * n, rel=0.1)  # the kernel counts pages, a few hundred of them late
 
 
-CPU = backends.BACKENDS["numba-cpu"]
 ON_HUGE = [(1023, 1024), (8,), (1024, 1024)]  # of more than 8 MB in all; the second and the third begin within a huge page
 
 
