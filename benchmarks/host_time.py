@@ -104,11 +104,8 @@ def measure_rows(backend, options, notes):
         with instant.answers(DRIVER) if DRIVER else contextlib.nullcontext():
             finish = (lambda: None) if DRIVER else lambda: measure.drain(kernels)
             times = timing.on_host(list(contenders.values()), finish, options.seconds / len(options.sizes), calls)
-        identity = {"state": "warm", "clock": "host", "arrays": n}
-        yield [
-            measure.row("host_time", name, backend.name, n * ELEMENTS, **identity, seconds=seconds)
-            for name, seconds in zip(contenders, times, strict=True)
-        ]
+        times = dict(zip(contenders, times, strict=True))
+        yield measure.rows_of("host_time", kernels, n * ELEMENTS, times, state="warm", arrays=n)
 
 
 def draw(rows, path):

@@ -50,14 +50,9 @@ def measure_rows(backend, options, notes):
         arrays = forms.new_arrays(kernels, case, n)
         contenders = forms.kernel_and_movers(kernels, case, arrays)
         contenders |= {name: forms.launcher(kernels, case, arrays.values(), rule) for name, rule in RULES.items()}
-        times = measure.in_turn(kernels, list(contenders.values()), options.seconds, **ON_END)
-        facts = {"state": "warm", "dtype": form, "moved": forms.bytes_moved(case) * n}
-        yield measure.add_ratios(
-            [
-                measure.row("in_caches", name, backend.name, n, seconds=seconds, **facts)
-                for name, seconds in zip(contenders, times, strict=True)
-            ]
-        )
+        of_rows = {"state": "warm", "dtype": form, "moved": forms.bytes_moved(case) * n}
+        rows = measure.rows_in_turn("in_caches", kernels, contenders, n, options.seconds, of_turns=ON_END, **of_rows)
+        yield measure.add_ratios(rows)
 
 
 def draw(rows, path):

@@ -29,25 +29,19 @@ def measure_rows(backend, options, notes):
     notes += report.listed(absent)
     notes += report.on_pages(backend)
     kernels = backends.load(backend.name)
-    clock = "device" if backend.memory == "CUDA" else "host"
     for n in report.numbers(options.sizes):
         fitting, left_out = peers.fitting([*peers.OURS, *present], n, backend)
         notes += report.listed(left_out)
         if not fitting:
             continue
         contenders = peers.with_movers({peer.name: peer.build(backend, [(n,)]) for peer in fitting})
-        times = measure.in_turn(kernels, [contender.whole(kernels) for contender in contenders.values()], options.seconds)
-        huge = {name: contender.percent_huge(backend) for name, contender in contenders.items()}
-        del contenders
-        peers.release(backend)
+        whole = {name: contender.whole(kernels) for name, contender in contenders.items()}
         moved = 4 * report.ARRAYS_READ_AND_WRITTEN * n
-        yield measure.add_ratios(
-            [
-                measure.row("large", name, backend.name, n, state="in turn", clock=clock, seconds=seconds, moved=moved)
-                | {"huge_percent": percent}
-                for (name, percent), seconds in zip(huge.items(), times, strict=True)
-            ]
-        )
+        rows = measure.rows_in_turn("large", kernels, whole, n, options.seconds, moved=moved)
+        rows = [row | {"huge_percent": contenders[row["contender"]].percent_huge(backend)} for row in rows]
+        del contenders, whole
+        peers.release(backend)
+        yield measure.add_ratios(rows)
 
 
 def draw(rows, path):

@@ -59,29 +59,21 @@ def measure_rows(backend, options, notes):
         if not fitting:
             continue
         shapes_for = {peer.name: [(n,)] if peer in flat else shapes for peer in fitting}
-        named = peers.with_movers({peer.name: peer.build(backend, shapes_for[peer.name]) for peer in fitting})
-        contenders = list(named.values())
-        whole = [contender.whole(kernels) for contender in contenders]
-        if backend.memory == "CPU":
-            timed = {"host": measure.in_turn(kernels, whole, options.seconds)}
-        else:
-            timed = {"device": measure.in_turn(kernels, whole, options.seconds / 2)}
-            wait = peers.wait_for_all(contenders, kernels)
-            timed["host"] = timing.on_host([contender.step for contender in contenders], wait, options.seconds / 2)
-        huge = {name: contender.percent_huge(backend) for name, contender in named.items()}
-        del named, contenders, whole
+        contenders = peers.with_movers({peer.name: peer.build(backend, shapes_for[peer.name]) for peer in fitting})
+        whole = {name: contender.whole(kernels) for name, contender in contenders.items()}
+        seconds = options.seconds if backend.memory == "CPU" else options.seconds / 2  # for each clock
+        rows = measure.rows_in_turn("many", kernels, whole, n, seconds, moved=4 * report.ARRAYS_READ_AND_WRITTEN * n)
+        if backend.memory == "CUDA":  # the host's clock of a GPU's step says nothing of the memory
+            wait = peers.wait_for_all(contenders.values(), kernels)
+            times = timing.on_host([contender.step for contender in contenders.values()], wait, seconds)
+            rows += measure.rows_of("many", kernels, n, dict(zip(contenders, times, strict=True)), state="in turn")
+        for row in rows:
+            row["arrays"] = len(shapes_for.get(row["contender"], [n]))  # the limit moves one flat array
+            row["huge_percent"] = contenders[row["contender"]].percent_huge(backend)
+        del contenders, whole
         peers.release(backend)
-        moved = 4 * report.ARRAYS_READ_AND_WRITTEN * n
-        for clock, times in timed.items():
-            rows = []
-            for (name, percent), seconds in zip(huge.items(), times, strict=True):
-                arrays = len(shapes_for.get(name, [n]))  # the limit moves one flat array
-                identity = {"state": "in turn", "clock": clock, "arrays": arrays}
-                # the host's clock of a GPU's step says nothing of the memory
-                throughput = {"moved": moved} if clock == next(iter(timed)) else {}
-                row = measure.row("many", name, backend.name, n, **identity, seconds=seconds, **throughput)
-                rows.append(row | {"huge_percent": percent})
-            yield measure.add_ratios(rows)
+        for of_clock in measure.groups(rows, "clock").values():
+            yield measure.add_ratios(of_clock)
 
 
 def draw(rows, path):

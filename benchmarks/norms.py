@@ -28,12 +28,7 @@ def measure_rows(backend, options, notes):
     kernels = backends.load(backend.name)
     for n in report.numbers(options.sizes):
         contenders = contenders_of(kernels, n)
-        times = measure.in_turn(kernels, list(contenders.values()), options.seconds)
-        facts = {"state": "in turn", "clock": "device" if backend.memory == "CUDA" else "host"}
-        rows = [
-            measure.row("norms", name, backend.name, n, seconds=seconds, **facts)
-            for name, seconds in zip(contenders, times, strict=True)
-        ]
+        rows = measure.rows_in_turn("norms", kernels, contenders, n, options.seconds)
         del contenders
         peers.release(backend)
         yield measure.add_ratios(rows)

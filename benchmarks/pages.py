@@ -76,24 +76,20 @@ def contender(backend, shapes, name):
     return peers.Contender(lambda: opt.step(grads), extents=lambda: pages.extents([*params, *grads, *held]))
 
 
-def rows_of_distances(backend, kernels, seconds):
+def rows_of_distances(kernels, seconds):
     """Return the rows of steps over arrays at the same places of memory, or not."""
     case, operands = forms.FORMS["float32"], ("param", "grad", "m", "v")
     memory = huge_pages.zeros(len(operands) * max(APART.values()), 64)
     values = list(measure.data(APART_ELEMENTS, np.float32))
-    launchers = []
-    for distance in APART.values():
+    launchers = {}
+    for name, distance in APART.items():
         arrays = [memory[k * distance :][: 4 * APART_ELEMENTS].view(np.float32) for k in range(len(operands))]
         for array, numbers in zip(arrays, values, strict=True):
             array[...] = numbers
-        launchers.append(forms.launcher(kernels, case, arrays, adam))
-    times = measure.in_turn(kernels, launchers, seconds)
+        launchers[name] = forms.launcher(kernels, case, arrays, adam)
     moved = 4 * report.ARRAYS_READ_AND_WRITTEN * APART_ELEMENTS
-    return [
-        measure.row("pages", name, backend.name, APART_ELEMENTS, state="in turn", seconds=of_one, moved=moved)
-        | {"huge_percent": pages.percent_huge(pages.extents([memory]))}
-        for name, of_one in zip(APART, times, strict=True)
-    ]
+    rows = measure.rows_in_turn("pages", kernels, launchers, APART_ELEMENTS, seconds, moved=moved)
+    return [row | {"huge_percent": pages.percent_huge(pages.extents([memory]))} for row in rows]
 
 
 def over(rows, measure_of_all):
@@ -110,16 +106,14 @@ def measure_rows(backend, options, notes):
         shapes = layers(count)
         n = sum(map(math.prod, shapes))
         contenders = {name: contender(backend, shapes, name) for name in OF_FORM}
-        times = measure.in_turn(kernels, [one.step for one in contenders.values()], options.seconds)
-        rows = []
-        for (name, one), seconds in zip(contenders.items(), times, strict=True):
-            identity = {"state": "in turn", "arrays": 1 if name == FLAT else len(shapes)}
-            moved = 4 * report.ARRAYS_READ_AND_WRITTEN * n
-            row = measure.row("pages", name, backend.name, n, **identity, seconds=seconds, moved=moved)
-            rows.append(row | {"huge_percent": one.percent_huge(backend)})
+        steps = {name: one.step for name, one in contenders.items()}
+        moved = 4 * report.ARRAYS_READ_AND_WRITTEN * n
+        rows = measure.rows_in_turn("pages", kernels, steps, n, options.seconds, arrays=len(shapes), moved=moved)
+        rows = [row | {"huge_percent": contenders[row["contender"]].percent_huge(backend)} for row in rows]
+        rows[0]["arrays"] = 1  # FLAT
         yield over(rows, rows[0])
-        del contenders
-    rows = rows_of_distances(backend, kernels, options.seconds)
+        del contenders, steps
+    rows = rows_of_distances(kernels, options.seconds)
     yield over(rows, rows[-1])
 
 

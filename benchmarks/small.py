@@ -38,11 +38,8 @@ def measure_rows(backend, options, notes):
         wait = peers.wait_for_all(contenders.values(), kernels)
         for state, calls in CALLS.items():
             times = timing.on_host(functions, wait, options.seconds / len(CALLS), calls)
-            rows = [
-                measure.row("small", name, backend.name, n, state=state, clock="host", seconds=seconds)
-                for name, seconds in zip(contenders, times, strict=True)
-            ]
-            yield measure.add_ratios(rows)
+            times = dict(zip(contenders, times, strict=True))
+            yield measure.add_ratios(measure.rows_of("small", kernels, n, times, state=state))
 
 
 def empty_numba_function(kernels, n):

@@ -85,24 +85,18 @@ def rows_of(kernels, form, n, seconds):
     case = forms.FORMS[form]
     arrays = forms.new_arrays(kernels, case, n)
     contenders = forms.kernel_and_movers(kernels, case, arrays)
-    times = measure.in_turn(kernels, list(contenders.values()), seconds)
+    n_bytes = forms.bytes_moved(case)
+    rows = measure.rows_in_turn("bench", kernels, contenders, n, seconds, dtype=form, moved=n_bytes * n)
     call, calls = forms.caller(kernels, case, arrays), []
-    for _ in range(min(len(times[0]), 200)):
+    for _ in range(min(rows[0]["samples"], 200)):
         began = time.perf_counter()
         call()
         calls.append(time.perf_counter() - began)
-    n_bytes = forms.bytes_moved(case)
-    of_row = {"backend": kernels.name, "elements": n, "dtype": form}
-    in_turn = {"state": "in turn", "clock": "device" if kernels.memory == "CUDA" else "host", "moved": n_bytes * n}
-    rows = [
-        measure.row("bench", contender, **of_row, **in_turn, seconds=seconds)
-        for contender, seconds in zip(contenders, times, strict=True)
-    ]
     rows = measure.add_ratios(rows)
     if kernels.memory == "CPU":
         huge = pages.percent_huge(pages.extents(arrays.values()))
         rows = [row | {"huge_percent": huge} for row in rows]
-    rows.append(measure.row("bench", CALL, **of_row, state="warm", seconds=calls))
+    rows.append(measure.row("bench", CALL, kernels.name, n, dtype=form, state="warm", seconds=calls))
     return [row | {"bytes_per_element": n_bytes} for row in rows]
 
 

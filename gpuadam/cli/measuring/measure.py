@@ -127,6 +127,21 @@ def filler(kernels):
     return fill
 
 
+def rows_in_turn(benchmark, kernels, functions, elements, seconds, *, of_turns=None, **of_rows):
+    """Run functions, {contender: function}, as `in_turn` does, and return a row for each.
+
+    of_turns: options of `in_turn`. of_rows: as `row` has them; by default the state is "in turn", and the clock the device's.
+    """
+    times = in_turn(kernels, list(functions.values()), seconds, **of_turns or {})
+    of_rows = {"state": "in turn", "clock": "device" if kernels.memory == "CUDA" else "host"} | of_rows
+    return rows_of(benchmark, kernels, elements, dict(zip(functions, times, strict=True)), **of_rows)
+
+
+def rows_of(benchmark, kernels, elements, times, **of_rows):
+    """Return a row for each of {contender: seconds}. of_rows: as `row` has them."""
+    return [row(benchmark, name, kernels.name, elements, seconds=own, **of_rows) for name, own in times.items()]
+
+
 def row(benchmark, contender, backend, elements, *, seconds=(), moved=None, **identity):
     """Return one row of the report, with the machine and the versions in it.
 
