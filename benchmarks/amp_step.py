@@ -30,8 +30,8 @@ import report
 
 import gpuadam
 from gpuadam import backends
-from gpuadam.cli.measuring import measure, plots
-from gpuadam.terminal import arguments, figures
+from gpuadam.cli.measuring import measure
+from gpuadam.terminal import arguments
 
 SCALE, MAX_NORM = 65536.0, 1.0
 OURS, THEIRS, COPIES = "gpuadam.Adam.step", measure.TORCH_FUSED, ", bfloat16 copies"
@@ -182,15 +182,12 @@ def rows_of(backend, n, n_arrays, times):
 
 def draw(rows, path):
     """Draw, for each backend and case, the time of each contender."""
-    backends_of = measure.groups(rows, "backend")
-    cases = list(measure.groups(rows, "elements", "arrays"))
-    figure, axes = figures.panels(len(backends_of), len(cases), width=6.5, height=2.6)
-    for line, ((backend,), of_backend) in zip(axes, backends_of.items(), strict=True):
-        of_cases = measure.groups(of_backend, "elements", "arrays")
-        for axis, (n, arrays) in zip(line, cases, strict=True):
-            title = f"AMP step, {backend}\n{n:,} elements in {arrays:,} array{'s' * (arrays > 1)}"
-            report.bars(axis, of_cases.get((n, arrays), []), "p50_us", report.time, title, "median time of a step")
-    plots.save(figure, path, rows)
+
+    def title(backend, n, arrays, of_case):
+        return f"AMP step, {backend}\n{n:,} elements in {arrays:,} array{'s' * (arrays > 1)}"
+
+    panels = {"width": 6.5, "height": 2.6, "columns": ("elements", "arrays")}
+    report.draw_bars(rows, path, title, "median time of a step", **panels, log=False)
 
 
 if __name__ == "__main__":

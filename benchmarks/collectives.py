@@ -350,12 +350,12 @@ def table(rows):
 def draw(rows, path):
     """Draw the times of the largest size, for each number of ranks."""
     largest = max(row["elements"] for row in rows)
-    rows = [row | {"backend": f"{row['state']}, {row['ranks']:g} ranks"} for row in rows if row["elements"] == largest]
+    rows = [row for row in rows if row["elements"] == largest]
 
-    def title(backend, n, of_size):
-        return f"{backend}\n{n:,} float32 each"
+    def title(operation, ranks, n, of_size):
+        return f"{operation}, {ranks:g} ranks\n{n:,} float32 each"
 
-    report.draw_bars(rows, path, title, "median time", width=7.5, height=5.0)
+    report.draw_bars(rows, path, title, "median time", width=7.5, height=5.0, lines=("state", "ranks"))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import peers
 import report
 
-from gpuadam.cli.measuring import measure, plots
-from gpuadam.terminal import figures
+from gpuadam.cli.measuring import measure
 
 ROOT = Path(__file__).parent.parent
 N = 1000
@@ -113,15 +112,13 @@ def _seconds(code, folder):
 
 def draw(rows, path):
     """Draw, for each backend, the seconds of each contender."""
-    backends_of = measure.groups(rows, "backend")
-    figure, axes = figures.panels(1, len(backends_of), width=7, height=3)
-    for axis, ((backend,), of_backend) in zip(axes[0], backends_of.items(), strict=True):
-        named = [
-            row | {"contender": f"{row['contender']}, {row['state']}"} if "cache" in row["state"] else row
-            for row in of_backend
-        ]
-        report.bars(axis, named, "p50_us", report.time, f"The first step of a process, {backend}", "median", series=())
-    plots.save(figure, path, rows)
+
+    def title(backend, of_backend):
+        return f"The first step of a process, {backend}"
+
+    named = [row | {"contender": f"{row['contender']}, {row['state']}"} if "cache" in row["state"] else row for row in rows]
+    panels = {"width": 7, "height": 3, "lines": (), "columns": ("backend",)}
+    report.draw_bars(named, path, title, "median", **panels, series=(), log=False)
 
 
 if __name__ == "__main__":

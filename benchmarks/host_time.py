@@ -112,10 +112,9 @@ def draw(rows, path):
     """Draw, for each backend and number of arrays, the host's time of each contender."""
 
     def title(backend, n, of_size):
-        n = of_size[0]["arrays"]
         return f"{backend}: {n:,} array{'s' * (n > 1)} of {ELEMENTS:,}"
 
-    report.draw_bars(rows, path, title, "median time of a call", width=4.6, height=3.2)
+    report.draw_bars(rows, path, title, "median time of a call", width=4.6, height=3.2, columns=("arrays",))
 
 
 if __name__ == "__main__":

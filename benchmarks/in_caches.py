@@ -18,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import report
 
 from gpuadam import backends
-from gpuadam.cli.measuring import forms, measure, plots
+from gpuadam.cli.measuring import forms, measure
 from gpuadam.kernels import adam
-from gpuadam.terminal import figures
 
 FORMS = ["float32", "float64", "bfloat16 state", "8-bit state"]
 STEP = measure.KERNEL
@@ -57,13 +56,11 @@ def measure_rows(backend, options, notes):
 
 def draw(rows, path):
     """Draw, for each form and size, the time of each contender."""
-    forms_of, sizes = measure.groups(rows, "dtype"), list(dict.fromkeys(row["elements"] for row in rows))
-    figure, axes = figures.panels(len(forms_of), len(sizes), width=6.5, height=2.6)
-    for line, ((form,), of_form) in zip(axes, forms_of.items(), strict=True):
-        for axis, n in zip(line, sizes, strict=True):
-            of_size = [row for row in of_form if row["elements"] == n]
-            report.bars(axis, of_size, "p50_us", report.time, f"{n:,} elements, {form}", "median time of a launch", log=True)
-    plots.save(figure, path, rows)
+
+    def title(form, n, of_size):
+        return f"{n:,} elements, {form}"
+
+    report.draw_bars(rows, path, title, "median time of a launch", width=6.5, height=2.6, lines=("dtype",))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def draw(rows, path):
         throughput_panel(throughput, of_backend, f"One step on {backend}, float32")
         n = max(row["elements"] for row in of_backend)
         largest = [row for row in of_backend if row["elements"] == n]
-        report.bars(bars, largest, "p50_us", report.time, f"{n:,} elements", "median time of a step")
+        report.bars(bars, largest, f"{n:,} elements", "median time of a step")
     plots.save(figure, path, rows)
 
 

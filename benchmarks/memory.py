@@ -24,8 +24,7 @@ import peers
 import report
 
 from gpuadam import backends
-from gpuadam.cli.measuring import measure, plots
-from gpuadam.terminal import figures
+from gpuadam.cli.measuring import measure
 
 ROOT = Path(__file__).parent.parent
 OURS = ("gpuadam.adam_step", "gpuadam.Adam.step")
@@ -153,13 +152,13 @@ def _jax_pool(step):
 
 def draw(rows, path):
     """Draw, for each backend and size, the peak of each contender."""
-    panels = measure.groups(rows, "backend", "elements")
-    figure, axes = figures.panels(1, len(panels), width=7, height=4)
-    for axis, ((backend, n), of_panel) in zip(axes[0], panels.items(), strict=True):
-        title = f"What a step allocates: {backend}, {n:,} float32"
-        label = f"peak beyond its state; one array has {_megabytes(4 * n / 1e6)}"
-        report.bars(axis, of_panel, "peak_mb", _megabytes, title, label, series=("state",))
-    plots.save(figure, path, rows)
+
+    def title(backend, n, of_size):
+        return f"What a step allocates: {backend}, {n:,} float32\nOne array has {_megabytes(4 * n / 1e6)}"
+
+    panels = {"width": 7, "height": 4, "lines": (), "columns": ("backend", "elements")}
+    of_bars = {"value": "peak_mb", "text": _megabytes, "series": ("state",), "log": False}
+    report.draw_bars(rows, path, title, "peak beyond its state", **panels, **of_bars)
 
 
 def _megabytes(mb):

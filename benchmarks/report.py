@@ -174,26 +174,37 @@ def on_pages(backend):
     return [pages.described(pages.system())] if backend.memory == "CPU" else []
 
 
-def draw_bars(rows, path, title, label, *, width, height):
-    """Draw, for each backend and number of elements, the time of each contender. title: of (backend, elements, rows)."""
-    backends_of = measure.groups(rows, "backend")
-    sizes = list(dict.fromkeys(row["elements"] for row in rows))
-    figure, axes = figures.panels(len(backends_of), len(sizes), width=width, height=height)
-    for line, ((backend,), of_backend) in zip(axes, backends_of.items(), strict=True):
-        for axis, n in zip(line, sizes, strict=True):
-            of_size = [row for row in of_backend if row["elements"] == n]
-            bars(axis, of_size, "p50_us", time, title(backend, n, of_size), label, log=True)
+def time(microseconds):
+    """Return a time as it is read easiest.
+
+    >>> time(12.345), time(98765.4), time(2345678.9)
+    ('12.3 us', '98.8 ms', '2.35 s')
+    """
+    return output.scaled(microseconds / 1e6, output.SECONDS)
+
+
+def draw_bars(rows, path, title, label, *, width, height, lines=("backend",), columns=("elements",), log=True, **of_bars):
+    """Draw `bars` of the rows that are alike in some keys: those of `lines` one below the other, those of `columns` side by side.
+
+    title: of (the values of all these keys, the rows). of_bars: options of `bars`.
+    """
+    of_lines, of_columns = measure.groups(rows, *lines), measure.groups(rows, *columns)
+    figure, axes = figures.panels(len(of_lines), len(of_columns), width=width, height=height)
+    for of_axes, (line, of_line) in zip(axes, of_lines.items(), strict=True):
+        panels = measure.groups(of_line, *columns)
+        for axis, column in zip(of_axes, of_columns, strict=True):
+            if column in panels:
+                bars(axis, panels[column], title(*line, *column, panels[column]), label, log=log, **of_bars)
+            else:  # not measured
+                axis.set_axis_off()
     plots.save(figure, path, rows)
 
 
-def bars(axis, rows, value, text, title, xlabel, series=("state", "clock"), log=False):
+def bars(axis, rows, title, xlabel, *, value="p50_us", text=time, series=("state", "clock"), log=False):
     """Draw a horizontal bar for each contender and state, the smallest at the top, its value at its end.
 
     value: the column. text: what of a value is written at the bar's end. series: the columns that tell a contender's bars apart.
     """
-    if not rows:  # not measured on this backend
-        axis.set_axis_off()
-        return
     kinds = list(dict.fromkeys(_kind(row, series) for row in rows))
     shades = [1 - 0.55 * k / max(1, len(kinds) - 1) for k in range(len(kinds))]
     of_name: dict[str, list[dict]] = {}
@@ -240,15 +251,6 @@ def is_ours(contender):
 
 def _kind(row, series):
     return tuple(row[key] for key in series)
-
-
-def time(microseconds):
-    """Return a time as it is read easiest.
-
-    >>> time(12.345), time(98765.4), time(2345678.9)
-    ('12.3 us', '98.8 ms', '2.35 s')
-    """
-    return output.scaled(microseconds / 1e6, output.SECONDS)
 
 
 def tabulated(rows):

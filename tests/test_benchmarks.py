@@ -479,13 +479,14 @@ def test_the_times_in_tables_are_readable():
     assert doctest.testmod(report).failed == 0
 
 
-def test_a_backend_that_was_not_measured_at_a_size_leaves_its_panel_empty(tmp_path):
+@pytest.mark.parametrize("script", [large, many])
+def test_a_backend_that_was_not_measured_at_a_size_leaves_its_panel_empty(tmp_path, script):
     def row(backend, n):
         facts = {"state": "in turn", "clock": "host", "seconds": [1e-3], "moved": 28 * n}
-        return measure.row("large", "limit", "numba-cpu", n, **facts) | {"backend": backend}
+        return measure.row(script.__name__, "limit", "numba-cpu", n, **facts) | {"backend": backend}
 
-    large.draw([row("cupy", 1), row("cupy", 10), row("numba-cuda", 1)], tmp_path / "large.png")
-    assert (tmp_path / "large.png").read_bytes()[:4] == b"\x89PNG"
+    script.draw([row("cupy", 1), row("cupy", 10), row("numba-cuda", 1)], tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # Many ranks
