@@ -19,8 +19,6 @@ read another's memory. "sum" says whether the bits are those of a sum in the ord
 import functools
 import itertools
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -285,15 +283,8 @@ def of_setting(setting, operation):
 
 
 def of_job(ranks, sizes, seconds, setting=""):
-    arguments = ["--rank", ",".join(map(str, sizes)), str(seconds), setting]
-    command = [jobs.mpiexec(), "-n", str(ranks), sys.executable, "-m", "mpi4py", __file__, *arguments]
-    environment = os.environ | dict.fromkeys(("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"), "1")
-    if setting:
-        environment |= dict([setting.split("=")])
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600 + 4 * seconds)
-    if done.returncode:
-        raise RuntimeError(f"{ranks} ranks with {setting or 'no setting'} ended with {done.returncode}: {done.stderr}")
-    return json.loads(done.stdout)
+    environment = dict([setting.split("=")] if setting else [])
+    return jobs.run(__file__, ranks, ",".join(map(str, sizes)), seconds, setting, seconds=seconds, **environment)
 
 
 def measure_rows(backend, options, notes):

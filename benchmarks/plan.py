@@ -23,7 +23,6 @@ import functools
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -126,14 +125,10 @@ def over_ranks(backend, options, notes):
     if TWO_RANKS not in options.forms or backend.memory != "CPU":
         return
     try:
-        mpiexec = jobs.mpiexec()
+        found = jobs.run(__file__, 2, options.seconds, seconds=options.seconds)
     except output.CommandError as error:
         notes += report.listed({TWO_RANKS: error})
         return
-    one_thread = dict.fromkeys(("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"), "1")
-    command = [mpiexec, "-n", "2", sys.executable, "-m", "mpi4py", __file__, "--rank", str(options.seconds)]
-    done = subprocess.run(command, env=os.environ | one_thread, capture_output=True, text=True, check=True, timeout=600)
-    found = json.loads(done.stdout)
     own = found["processor"]
     processor = Processor(own["bandwidth"], own["launch"], constants.rates_of(own))
     link = Link(found["bandwidth"], found["latency"])
@@ -206,12 +201,14 @@ def in_files(backend, options, notes):
     kernels = backends.load(backend.name)
     own = constants.of_processor(backend.name, [Arrays()], options.seconds / 4)
     with tempfile.TemporaryDirectory(prefix="gpuadam-plan-") as folder, contextlib.ExitStack() as optimizers:
-        functions = _limits(kernels, Path(folder))
+        pairs = _limits(kernels, Path(folder))
         for n in _large(options):
             opt = gpuadam.OffloadAdam(np.zeros(n, np.float32), state=Path(folder) / f"{n}")
             optimizers.enter_context(opt)
-            functions.append((opt.flush, functools.partial(opt.step, *measure.data({"grad": n}, "float32"))))
-        in_memory, of_files, *steps = _in_turn(functions, 2 * options.seconds)
+            pairs.append((opt.flush, functools.partial(opt.step, *measure.data({"grad": n}, "float32"))))
+        before, functions = zip(*pairs, strict=True)
+        times = measure.in_turn(kernels, functions, 2 * options.seconds, at_least=5, before=before)
+        in_memory, of_files, *steps = times
     moving = constants.typical(in_memory)
     rate = 2 * FILE / (constants.typical(of_files) - moving)
     processor = Processor(7 * FILE / 2 / moving, own["launch"], constants.rates_of(own))
@@ -261,22 +258,6 @@ def _limits(kernels, folder):
 
     in_memory = forms.launcher(kernels, case, arrays.values(), limit)
     return [(flush, in_memory), (flush, lambda: pipeline.run(edges, fetch, update, store, slots))]
-
-
-def _in_turn(pairs, seconds):
-    """Run pairs of functions one after the other. Return the seconds of the second ones. The first, before them, is not timed."""
-    times: list[list[float]] = [[] for _ in pairs]
-    for prepare, function in pairs:  # compile, and touch everything
-        prepare()
-        function()
-    until = time.perf_counter() + seconds
-    while len(times[0]) < 5 or time.perf_counter() < until:
-        for (prepare, function), own in zip(pairs, times, strict=True):
-            prepare()
-            began = time.perf_counter()
-            function()
-            own.append(time.perf_counter() - began)
-    return times
 
 
 MEASURED = (in_memory, over_ranks, in_files)

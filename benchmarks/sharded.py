@@ -16,9 +16,7 @@ that of the elements alone, 2 * (ranks - 1) / ranks * 4 bytes. What an MPI libra
 
 import functools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -120,24 +118,7 @@ def rank_main(contender, n, seconds):
 
 
 def timed_job(ranks, contender, n, seconds):
-    command = [
-        jobs.mpiexec(),
-        "-n",
-        str(ranks),
-        sys.executable,
-        "-m",
-        "mpi4py",
-        __file__,
-        "--rank",
-        contender,
-        str(n),
-        str(seconds),
-    ]
-    one_thread = dict.fromkeys(("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"), "1")
-    done = subprocess.run(command, env=os.environ | one_thread, capture_output=True, text=True, timeout=600 + 4 * seconds)
-    if done.returncode:
-        raise RuntimeError(f"{ranks} ranks ended with {done.returncode}: {done.stderr}")
-    return json.loads(done.stdout)
+    return jobs.run(__file__, ranks, contender, n, seconds, seconds=seconds)
 
 
 def measure_rows(backend, options, notes):

@@ -229,6 +229,20 @@ def test_mpiexec_is_beside_python_or_on_the_path_or_said_to_be_missing(monkeypat
     assert jobs.mpiexec() == str(tmp_path / "bin" / "mpiexec")
 
 
+def test_a_job_has_one_thread_a_rank_and_says_why_it_fails(monkeypatch):
+    ended = SimpleNamespace(returncode=0, stdout='{"seconds": 1}')
+    asked = []
+    monkeypatch.setattr(jobs, "mpiexec", lambda: "mpiexec")
+    monkeypatch.setattr(jobs.subprocess, "run", lambda command, **options: asked.append((command, options)) or ended)
+    assert jobs.run("/x/sharded.py", 2, "Adam", 100, seconds=1, OTHER="3") == {"seconds": 1}
+    ((command, options),) = asked
+    assert command == ["mpiexec", "-n", "2", sys.executable, "-m", "mpi4py", "/x/sharded.py", "--rank", "Adam", "100"]
+    assert options["env"].items() >= {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OTHER": "3"}.items()
+    ended = SimpleNamespace(returncode=3, stderr="rank 1: no memory")
+    with pytest.raises(RuntimeError, match=r"^2 ranks of sharded\.py Adam 100 ended with 3: rank 1: no memory$"):
+        jobs.run("/x/sharded.py", 2, "Adam", 100, seconds=1)
+
+
 @pytest.mark.parametrize("script", few(["sharded", "collectives", "killed_rank"], "sharded"))
 def test_ranks_without_mpi4py_are_explained(script, tmp_path):
     (tmp_path / "mpi4py.py").write_text("raise ModuleNotFoundError('no mpi4py', name='mpi4py')")

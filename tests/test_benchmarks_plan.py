@@ -1,7 +1,6 @@
 """The benchmark that compares plans with measurements, at tiny sizes: what it writes."""
 
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -31,9 +30,8 @@ def test_what_the_benchmark_measures_over_ranks_it_compares_with_a_plan(benchmar
         "bandwidth": 1e9,
         "processor": {"bandwidth": 2.8e10, "launch": 0.0, "rates": [arrays], "cache": 0},
     }
-    monkeypatch.setattr(benchmark.subprocess, "run", lambda *a, **o: SimpleNamespace(stdout=json.dumps(found)))
+    monkeypatch.setattr(benchmark.jobs, "run", lambda *a, **o: found)
     monkeypatch.setattr(benchmark.sharded, "timed_job", lambda *a: {"seconds": [0.1] * 5})
-    monkeypatch.setattr(benchmark.jobs, "mpiexec", lambda: "mpiexec")  # which is there with mpi4py alone
     options = SimpleNamespace(forms=[benchmark.TWO_RANKS], sizes=["8e6"], seconds=1.0)
     notes = []
     rows = [row for (row,) in benchmark.over_ranks(backends.BACKENDS["numba-cpu"], options, notes)]
@@ -49,10 +47,8 @@ def test_the_benchmark_measures_steps_in_files_and_what_a_plan_says_of_them(benc
     options = SimpleNamespace(forms=[benchmark.IN_FILES], sizes=["1e4"], seconds=0.01)
     notes = []
     rows = [row for (row,) in benchmark.in_files(backends.BACKENDS["numba-cpu"], options, notes)]
-    assert [(row["elements"], row["samples"]) for row in rows] == [
-        (10_000, 5),
-        (20_000, 5),
-    ] and "files in the cache" in notes[0]
+    assert [row["elements"] for row in rows] == [10_000, 20_000] and "files in the cache" in notes[0]
+    assert all(row["samples"] >= 5 for row in rows)
 
 
 def test_the_benchmark_collects_as_a_step_does(benchmark, monkeypatch):
