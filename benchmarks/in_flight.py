@@ -119,25 +119,17 @@ def rows_of(options):
                         yield {"arch": arch, "compiler": compiler, "loop": loop, "form": name} | found._asdict()
 
 
-def listed(among):
-    def names(text):
-        chosen = list(among) if text == "all" else text.split(",")
-        if unknown := [name for name in chosen if name not in among]:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)} not among {', '.join(among)}")
-        return chosen
-
-    return names
-
-
 @output.ending_plainly("in_flight")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    of_arch = f"architectures: all or {', '.join(LIMITS)}; default sm_90,sm_100"
-    parser.add_argument("--arch", type=listed(LIMITS), default=["sm_90", "sm_100"], metavar="ARCH,ARCH", help=of_arch)
-    of_compilers, both = f"all or {', '.join(COMPILERS)}; default cupy,numba-cuda", ["cupy", "numba-cuda"]
-    parser.add_argument("--compilers", type=listed(COMPILERS), default=both, metavar="NAME,NAME", help=of_compilers)
-    of_forms = 'formats, formulas and algorithms, such as "float32,8-bit state"; default all'
-    parser.add_argument("--forms", type=forms.chosen, default=list(forms.FORMS), metavar="NAME,NAME", help=of_forms)
+    of_arch = f"architectures: all or {', '.join(LIMITS)}; default %(default)s"
+    of_compilers = f"all or {', '.join(COMPILERS)}; default %(default)s"
+    of_forms = 'formats, formulas and algorithms, such as "float32,8-bit state"; default %(default)s'
+    archs, compilers = arguments.names(LIMITS, "architecture"), arguments.names(COMPILERS, "compiler")
+    names = arguments.names(forms.FORMS, "form")
+    parser.add_argument("--arch", type=archs, default="sm_90,sm_100", metavar="ARCH,ARCH", help=of_arch)
+    parser.add_argument("--compilers", type=compilers, default="cupy,numba-cuda", metavar="NAME,NAME", help=of_compilers)
+    parser.add_argument("--forms", type=names, default="all", metavar="NAME,NAME", help=of_forms)
     of_vectors = "vectors of each array that a thread takes; by default as many as a launch takes"
     parser.add_argument("--vectors", type=arguments.whole, metavar="N", help=of_vectors)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write in_flight.json into it")

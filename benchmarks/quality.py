@@ -29,7 +29,7 @@ import report
 
 import gpuadam
 from gpuadam.cli.measuring import facts
-from gpuadam.terminal import output
+from gpuadam.terminal import arguments, output
 from gpuadam.terminal.console import Console, Table
 
 LR = 1e-3
@@ -235,23 +235,23 @@ def table(rows):
 @output.ending_plainly("quality")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", default=",".join(TASKS), help="default %(default)s")
+    names = arguments.names(TASKS, "task")
+    parser.add_argument(
+        "--tasks", type=names, default="all", metavar="NAME,NAME", help=f"of {', '.join(TASKS)}; default all"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on; default %(default)s")
     parser.add_argument("--steps", type=int, help="fewer than the tasks' own, to try it out")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="write quality.csv into it")
     options = parser.parse_args()
-    names = options.tasks.split(",")
-    if unknown := set(names) - set(TASKS):
-        parser.error(f"there is no task {', '.join(sorted(unknown))}, only {', '.join(TASKS)}")
     if options.seeds < 1:
         parser.error("--seeds must be at least 1")
     (torch,) = output.need("torch", "torch")
-    if "digits" in names:
+    if "digits" in options.tasks:
         output.need("demo", "sklearn.datasets")
     torch.set_num_threads(1)  # so that sums have one order, and a run ends with the same loss again
     console = Console()
     rows = []
-    for name in names:
+    for name in options.tasks:
         rows += rows_of(name, options.seeds, options.steps, console.print)
         console.print(table([row for row in rows if row["task"] == name]))
         if options.out:  # after each task: a run that is cut short keeps what it has

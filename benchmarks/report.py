@@ -25,7 +25,6 @@ import gpuadam
 from gpuadam import backends
 from gpuadam.checkpoint import atomic_file
 from gpuadam.cli.measuring import facts, measure, pages, plots
-from gpuadam.cli.measuring import forms as step_forms
 from gpuadam.cli.measuring.measure import CALL, KERNEL
 from gpuadam.kernels import messages
 from gpuadam.terminal import arguments, figures, output
@@ -81,12 +80,12 @@ def main(
             "--sizes", type=listed_sizes, metavar="N,N", help=f"{sizes_help}; default {' or '.join({*sizes.values()})}"
         )
     parser.add_argument("--seconds", type=float, default=seconds, help="for each table, about; default %(default)s")
-    parser.add_argument("--peers", metavar="NAME,NAME", help="only these libraries; none for gpuadam alone; default all")
+    of_peers = "only these libraries; none for gpuadam alone; default all"
+    names_of_peers = arguments.names([*(peer.name for peer in peers.PEERS), "none"], "peer")
+    parser.add_argument("--peers", type=names_of_peers, metavar="NAME,NAME", help=of_peers)
     if forms:
-        chosen = functools.partial(step_forms.chosen, among=forms)
-        parser.add_argument(
-            "--forms", type=chosen, default=forms, metavar="NAME,NAME", help=f"only these of {', '.join(forms)}; default all"
-        )
+        of_forms, names = f"only these of {', '.join(forms)}; default all", arguments.names(forms, "form")
+        parser.add_argument("--forms", type=names, default=forms, metavar="NAME,NAME", help=of_forms)
     parser.add_argument("--out", metavar="FOLDER", type=Path, help=f"write {name}.csv and {name}.png into it")
     parser.add_argument(
         "--json", type=arguments.writable, metavar="FILE", help="write the rows as JSON; - for standard output alone"
@@ -95,12 +94,6 @@ def main(
     parser.add_argument("--add", metavar="RESULTS.csv", type=arguments.writable, help=of_add)
     parser.add_argument("--rows", metavar="CSV", help="measure nothing: print and draw the rows of this file")
     options = parser.parse_args()
-    if options.peers is not None:
-        options.peers = options.peers.split(",")
-        known = [peer.name for peer in peers.PEERS] + ["none"]
-        if unknown := set(options.peers) - set(known):
-            parser.error(f"there is no peer {', '.join(sorted(unknown))}, only {', '.join(known)}")
-
     if options.backend is None and not options.rows:  # only then: each backend that is looked at takes seconds
         options.backend = next(iter(gpuadam.available_backends()), "numba-cpu")
     with output.ending_plainly(name):

@@ -14,7 +14,6 @@ which replays that launch as often as the counters need. The clocks are left as 
 
 import argparse
 import csv
-import functools
 import itertools
 import shutil
 import subprocess
@@ -162,8 +161,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=["cupy", "numba-cuda"], default="cupy")
     parser.add_argument("--elements", type=arguments.whole, default=1 << 28, help="of the arrays; default %(default)s")
-    choose = functools.partial(forms.chosen, among=forms.FORMS)
-    parser.add_argument("--forms", type=choose, default=["float32", "all bfloat16", "8-bit state"], metavar="NAME,NAME")
+    names = arguments.names(forms.FORMS, "form")
+    parser.add_argument("--forms", type=names, default="float32,all bfloat16,8-bit state", metavar="NAME,NAME")
     parser.add_argument("--ncu", default="ncu", help="Nsight Compute's command; default %(default)s")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write what_binds-BACKEND.json into it")
     parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)  # what runs under ncu

@@ -180,7 +180,9 @@ def test_what_is_not_there_is_explained():
     if "cupy" not in gpuadam.available_backends():
         error = run("large", "--backend", "cupy", code=2).stderr
         assert error.startswith("large: backend 'cupy' is not available") and "Traceback" not in error
-    assert "there is no peer troch" in run("large", *QUICK, "--peers", "troch", code=2).stderr
+    assert (
+        "there is no peer 'troch', only all or gpuadam.torch.Adam" in run("large", *QUICK, "--peers", "troch", code=2).stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,6 +205,8 @@ def test_what_is_not_there_is_explained():
         ("report", ("merge",), "the following arguments are required: RESULTS.csv, ROWS"),
         ("killed_rank", ("abc",), "'abc' is not a number such as"),
         ("launch_shapes", ("--arch", "foo"), "invalid choice: 'foo' (choose from"),
+        ("in_flight", ("--arch", "sm_9"), "there is no architecture 'sm_9' (did you mean 'sm_90'?), only all or sm_75, "),
+        ("quality", ("--tasks", "digits,"), 'an empty item beside a comma: give names such as "digits,text"'),
     ],
 )
 def test_wrong_arguments_are_explained(monkeypatch, script, arguments, said):

@@ -23,6 +23,7 @@ from gpuadam.kernels import adam, limit
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.operands import operands_of
 from gpuadam.terminal import output
+from gpuadam.terminal.arguments import names as type_of_names
 from gpuadam.terminal.arguments import writable
 
 ROOT = Path(__file__).parent.parent
@@ -298,8 +299,9 @@ def test_bench_measures_forms_by_their_names_in_one_table_and_draws_bars(tmp_pat
 
 
 def test_forms_are_chosen_by_name_once_each_or_all():
-    assert forms.chosen("8-bit state, float32,8-bit state") == ["8-bit state", "float32"]
-    assert forms.chosen("all") == list(forms.FORMS)
+    chosen = type_of_names(forms.FORMS, "form")
+    assert chosen("8-bit state, float32,8-bit state") == ["8-bit state", "float32"]
+    assert chosen("all") == list(forms.FORMS)
 
 
 @pytest.mark.gpu

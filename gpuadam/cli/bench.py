@@ -30,7 +30,7 @@ def add_options(parser):
     of_sizes = "elements, such as 1e5,2e7; by default a sweep"
     parser.add_argument("--sizes", type=arguments.wholes, metavar="N,N", help=of_sizes)
     of_forms = 'formats, formulas and algorithms, such as "float32,8-bit state,NAdam", or all; default %(default)s'
-    names = {"type": forms.chosen, "default": "float32,float64", "metavar": "NAME,NAME"}
+    names = {"type": arguments.names(forms.FORMS, "form"), "default": "float32,float64", "metavar": "NAME,NAME"}
     parser.add_argument("--forms", "--dtypes", **names, help=of_forms)
     parser.add_argument("--seconds", type=arguments.number(0), default=1.0, help="time spent on each row (default 1)")
     arguments.add_plot(parser, "bench", "write throughput by size")

@@ -2,10 +2,13 @@
 
 import argparse
 import decimal
+import difflib
 import math
 import os
+import re
 from pathlib import Path
 
+from ..kernels.messages import shown
 from .output import CommandError, need
 
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -51,6 +54,33 @@ def items(text, wanted):
             f"{text!r} has an empty item beside a comma: give {wanted}" if text else f"give {wanted}"
         )
     return found
+
+
+def names(among, what):
+    """Return a type of lists of names, each once; "all" is all of them. what: the names are of, such as "form".
+
+    >>> names(("thin", "wide", "very wide"), "line")("wide,thin,wide")
+    ['wide', 'thin']
+    """
+
+    def names(text):
+        if text == "all":
+            return list(among)
+        found = list(dict.fromkeys(items(text, f'names such as "{",".join(list(among)[:2])}"')))
+        if unknown := [name for name in found if name not in among]:
+            said = ", ".join(f"{shown(name)}{_meant(name, among)}" for name in unknown)
+            raise argparse.ArgumentTypeError(f"there is no {what} {said}, only all or {', '.join(among)}")
+        return found
+
+    return names
+
+
+def _meant(name, among):
+    """Return a question after a name that is not among others: which one may be meant, or "" if none is like it."""
+    beginning = re.sub(r"\W", "", name).lower()
+    like = [other for other in among if beginning and re.sub(r"\W", "", other).lower().startswith(beginning)]
+    like = like or difflib.get_close_matches(name, among, 1)
+    return f" (did you mean {shown(like[0])}?)" if like else ""
 
 
 def number(least, most=1e15, unit=None):

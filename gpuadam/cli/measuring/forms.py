@@ -3,11 +3,8 @@
 Shared by `python -m gpuadam bench` and the scripts in benchmarks/.
 """
 
-import argparse
-import difflib
 import functools
 import itertools
-import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +16,6 @@ from ...kernels import adam, limit
 from ...kernels.layout import Update
 from ...kernels.operands import Arrays, bytes_per_element, operands_of
 from ...kernels.view import BitsFormat
-from ...terminal import arguments
 from . import measure
 
 BF16: BitsFormat = "bfloat16"
@@ -65,25 +61,6 @@ FORMS = {
     "components=3": Case(Arrays(numbers=3)),
     "eps-hat": Case(Arrays(), formula="eps-hat"),  # the kernel of float32 with other scalars; so is apex
 }
-
-
-def chosen(text, among=FORMS):
-    """Return the names in a list such as "float32,8-bit state"; "all" is all of them. A type for argparse."""
-    if text == "all":
-        return list(among)
-    names = list(dict.fromkeys(arguments.items(text, 'names such as float32,"8-bit state"')))
-    if unknown := [name for name in names if name not in among]:
-        said = ", ".join(f"{name!r}{_meant(name, among)}" for name in unknown)
-        raise argparse.ArgumentTypeError(f"there is no form {said}, only all or {', '.join(among)}")
-    return names
-
-
-def _meant(name, among):
-    """Return a question after a name that is not among others: which one may be meant, or "" if none is like it."""
-    beginning = re.sub(r"\W", "", name).lower()
-    like = [other for other in among if beginning and re.sub(r"\W", "", other).lower().startswith(beginning)]
-    like = like or difflib.get_close_matches(name, among, 1)
-    return f" (did you mean {like[0]!r}?)" if like else ""
 
 
 def form_and_scalars(case):
