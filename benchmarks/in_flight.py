@@ -94,6 +94,11 @@ def resident_threads(registers, arch, block=BLOCK):
     return min(warps * WARP // block, limits.blocks, limits.threads // block) * block
 
 
+def has_nvdisasm():
+    """Return whether NVIDIA's disassembler is installed, as by the wheels of the test extra."""
+    return any(Path(folder, "nvidia/cu13/bin/nvdisasm").exists() for folder in sys.path)
+
+
 def in_flight(compiler, form, arch, loop, vectors=None):
     """Return the InFlight of a kernel. compiler: of `cases.COMPILERS`. vectors: None for as many as a launch takes."""
     import gpu_code
@@ -135,7 +140,7 @@ def main():
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write in_flight.json into it")
     options = parser.parse_args()
     output.need("cuda13", "cupy", "numba_cuda")
-    if not any(Path(folder, "nvidia/cu13/bin/nvdisasm").exists() for folder in sys.path):
+    if not has_nvdisasm():
         sys.exit("in_flight: no nvdisasm is installed: pip install -e '.[test]' has it on Linux")
     print(f"{'':54}{'vectors':>8}{'registers':>10}{'threads':>9}{'bytes each':>12}{'KiB':>6}{'needed':>8}")
     rows = []

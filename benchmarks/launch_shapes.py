@@ -23,21 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import in_flight
 
 import gpuadam
-from gpuadam import hyperparameters
 from gpuadam.cli.measuring import facts, forms, measure
 from gpuadam.kernels import adam, limit
 from gpuadam.kernels.layout import Split
-from gpuadam.kernels.operands import Arrays
 from gpuadam.terminal import arguments, output
-
-HYPERPARAMETERS = {
-    "lr": 1e-3,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-    "decoupled": False,
-    "maximize": False,
-}
 
 
 class Variant(NamedTuple):
@@ -143,15 +132,14 @@ def main():
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write launch_shapes.json into it")
     options = parser.parse_args()
     output.need("cuda13", "cupy")
-    h = hyperparameters.checked(**HYPERPARAMETERS)
-    form, scalars = hyperparameters.form_and_scalars(h, 10, Arrays())
+    form, scalars = forms.form_and_scalars(forms.FORMS["float32"])
     kernels = {name: build(variant, form) for name, variant in VARIANTS.items()}
     measured = run_on_gpu(kernels, form, scalars, options) if "cupy" in gpuadam.available_backends() else {}
     rows = []
     print(f"{'':28}{'registers':>10}{'threads/SM':>12}{'KiB in flight/SM':>21}{'us':>10}{'x limit':>9}")
     for name, variant in VARIANTS.items():
         row, shown = {"variant": name, **variant._asdict()}, f"{'':43}"
-        if any(Path(folder, "nvidia/cu13/bin/nvdisasm").exists() for folder in sys.path):  # the wheels of the test extra
+        if in_flight.has_nvdisasm():
             registers, accesses, kinds = machine_code(kernels[name], options.arch)
             threads = in_flight.resident_threads(registers, options.arch, variant.block)
             row |= {"arch": options.arch, "registers": registers, "accesses": accesses, "kinds": kinds, "threads": threads}

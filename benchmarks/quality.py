@@ -54,9 +54,8 @@ CANDIDATES = {
     "bfloat16 params + 16 bits": Candidate({"master": "remainder"}, "bfloat16"),
     "bfloat16 params, to nearest": Candidate({}, "bfloat16"),  # what the two above are for: small updates are lost
 }
-COLUMNS = ("benchmark", "contender", "backend", "task", "elements", "arrays", "steps", "seeds")
-MEASURED = ("mean_loss", "sd_loss", "percent_of_float32", "least_percent", "most_percent")
-NUMBERS = {"elements", "arrays", "steps", "seeds", "cores", *MEASURED}
+NUMBERS = {"elements", "arrays", "steps", "seeds", "cores"}  # of the columns of a row
+NUMBERS |= {"mean_loss", "sd_loss", "percent_of_float32", "least_percent", "most_percent"}
 
 
 class Training:
