@@ -9,7 +9,6 @@ SPIN = r'extern "C" __global__ void spin(long long n) { long long t = clock64();
 
 # The names of `driver.calls`
 LAUNCHES = ("cuLaunchKernel", "cuLaunchKernelEx")
-STREAM_WAITS = ("cuStreamWaitEvent", "runtime_cudaStreamWaitEvent")  # of one stream for another
 SYNCHRONIZATIONS = ("cuStreamSynchronize", "runtime_cudaStreamSynchronize")  # of the host with one stream
 
 
