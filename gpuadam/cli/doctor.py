@@ -120,7 +120,7 @@ def _caches():
     if importlib.util.find_spec("cupy"):
         folders["CuPy"] = os.environ.get("CUPY_CACHE_DIR") or str(Path("~/.cupy/kernel_cache").expanduser())
     if "numba-cpu" in backends.available_backends():
-        (compiled_cache,) = output.need(None, "gpuadam.kernels.compiled_cache")  # not before: it imports Numba
+        compiled_cache = importlib.import_module("gpuadam.kernels.compiled_cache")  # not before: it imports Numba
         folders["Numba"] = compiled_cache.folder()  # None if there is none that can be written
     caches = {}
     for library, folder in folders.items():

@@ -103,14 +103,14 @@ def divisors(n: int) -> list[int]:
     return sorted({*small, *(n // k for k in small)})
 
 
-def nearest_divisors(n: int, wanted: int, most: int = 6) -> list[int]:
-    """Return the divisors of n, the smallest first: of many those that are nearest to a number.
+def nearest_divisors(n: int, wanted: int) -> list[int]:
+    """Return the divisors of n, the smallest first: of many the six that are nearest to a number.
 
-    >>> nearest_divisors(8, 3), nearest_divisors(10**6, 3000, most=4)
-    ([1, 2, 4, 8], [2000, 2500, 3125, 4000])
+    >>> nearest_divisors(8, 3), nearest_divisors(10**6, 3000)
+    ([1, 2, 4, 8], [1600, 2000, 2500, 3125, 4000, 5000])
     """
     nearest = sorted(divisors(n), key=lambda k: abs(math.log(k) - math.log(wanted)))
-    return sorted(nearest[:most])
+    return sorted(nearest[:6])
 
 
 def _check(machine, settings):
@@ -122,12 +122,9 @@ def _check(machine, settings):
     if world > MOST_DEVICES:
         raise ValueError(f"world={shown(world)} is more than the {MOST_DEVICES:,} devices that a plan is made for")
     if world % pieces:
-        *others, last = nearest_divisors(world, pieces)
-        raise ValueError(
-            f"model_parallel={shown(pieces)} must divide world={world}: give {', '.join(map(str, others))} or {last}"
-            if others
-            else f"model_parallel={shown(pieces)} must divide world={world}: give {last}"
-        )
+        *others, last = map(str, nearest_divisors(world, pieces))
+        fitting = " or ".join([", ".join(others), last] if others else [last])
+        raise ValueError(f"model_parallel={shown(pieces)} must divide world={world}: give {fitting}")
     if not 0 <= settings.reserve < machine.memory:
         raise ValueError(
             f"reserve={shown(settings.reserve)} bytes must be at least 0, and less than the {machine.memory:,} of a device"

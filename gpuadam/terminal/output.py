@@ -34,17 +34,13 @@ class NotWrittenError(CommandError):
     status = 1
 
 
-def need(extra: str | None, *modules: str) -> list[Any]:
-    """Import modules of an extra, or raise CommandError with the command that installs it.
-
-    extra: None for a package that no extra brings.
-    """
+def need(extra: str, *modules: str) -> list[Any]:
+    """Import modules of an extra, or raise CommandError with the command that installs it."""
     try:
         return [importlib.import_module(module) for module in modules]
     except ModuleNotFoundError as error:
         package = PACKAGES.get((error.name or "").partition(".")[0], error.name)
-        wanted = f'"gpuadam[{extra}]"' if extra else package
-        raise CommandError(f"{package} is not installed: pip install {wanted}") from error
+        raise CommandError(f'{package} is not installed: pip install "gpuadam[{extra}]"') from error
 
 
 def console(options):
