@@ -446,6 +446,11 @@ def resources(backend, form, arch, ndim=None, rule=adam, loop=None, on_device=Fa
     return Resources(registers, stack + local)
 
 
+def memory_accesses(sass):
+    """Return how many accesses to memory of each kind there are in machine code."""
+    return Counter(re.findall(r"\b((?:LDG|STG|LD|ST|LDL|STL|LDS|STS|ATOM|RED)\.[\w.]+)", sass))
+
+
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 WIDE = {"128": 16, "64": 8}
 

@@ -1,14 +1,13 @@
 """8-bit state: the same codes and scales as the model's on every backend, what they cost, and how well they train."""
 
-import itertools
 import re
-from collections import Counter
 from typing import Any
 
 import narrow_model as model
 import numpy as np
 import pytest
-from cases import few, form_and_scalars, in_memory
+from cases import few, form_and_scalars
+from launched import KEY, STEP_KEY, assert_same, assert_same_in_any_split, copies, launched, names_of, placed
 
 import gpuadam
 from gpuadam.kernels import adam, gpu_table
@@ -16,8 +15,6 @@ from gpuadam.kernels.cpu_backend import backend as numba_cpu
 from gpuadam.kernels.layout import Update
 from gpuadam.kernels.operands import GROUP, GROUP_LANES, Arrays, bytes_per_element, operands_of_form
 from gpuadam.kernels.view import on_cpu
-
-KEY, STEP_KEY = -0x0123456789ABCDEF, 0x5DEECE66D0000001
 
 # name: (formats, options of the step)
 FORMS: dict[str, tuple[Arrays, dict[str, Any]]] = {
@@ -87,22 +84,6 @@ def given(form, n, seed=0, ordinary=False):
     return found
 
 
-def names_of(form):
-    return [operand.name for operand in operands_of_form(form)]
-
-
-def copies(arrays):
-    return [a.copy() for a in arrays]
-
-
-def launched(form, arrays, scalars, start=0):
-    """Update arrays on the CPU backend, and return them."""
-    for batch in numba_cpu.batches([Update([on_cpu("", a) for a in arrays], KEY, start)], form.arrays):
-        batch.prepare(adam, form, scalars, None, STEP_KEY)
-        batch.launch()
-    return arrays
-
-
 def modelled(form, arrays, scalars, start=0):
     """Return what the documentation says of an update: decoded, as float32 state is updated, and encoded."""
     old = dict(zip(names_of(form), arrays, strict=True))
@@ -125,11 +106,6 @@ def modelled(form, arrays, scalars, start=0):
     if form.arrays.ema:
         (result["ema"],) = ema
     return [result[name] for name in names_of(form)]
-
-
-def assert_same(form, actual, expected, context=""):
-    for name, a, b in zip(names_of(form), actual, expected, strict=True):
-        assert model.different(a, b) == 0, f"{name} {context}: {np.flatnonzero(a != b)[:5]}"
 
 
 # The CPU backend and the model
@@ -291,22 +267,7 @@ def test_rounding_of_m_and_of_the_root_is_unbiased():
 def test_any_split_between_threads_gives_the_same_bits(name):
     form, scalars = form_of(name)
     arrays = given(form, 70_001, seed=5)
-    expected = launched(form, copies(arrays), scalars)  # 70,001 > PARALLEL_FROM
-    serial, parallel = (numba_cpu.build(adam, form, loop) for loop in ("serial", "parallel"))
-
-    def table(arrays):
-        return np.array([[arrays[0].size, KEY, 0, *(a.ctypes.data for a in arrays)]])
-
-    for n_threads in (1, 2, 3, 7):
-        own = copies(arrays)
-        parallel(table(own), 70_001, n_threads, STEP_KEY, in_memory(scalars))
-        assert_same(form, own, expected, f"{n_threads} threads")
-    rng = np.random.default_rng(0)
-    own = copies(arrays)
-    edges = [0, *np.sort(rng.integers(0, 70_001, 300)), 70_001]
-    for first, last in itertools.pairwise(edges):
-        serial(table(own), first, last, STEP_KEY, in_memory(scalars))
-    assert_same(form, own, expected, "in pieces at any element")
+    assert_same_in_any_split(form, arrays, scalars, modelled(form, arrays, scalars))
 
 
 @pytest.mark.parametrize("state_dtype", ["8bit", "bfloat16"])
@@ -335,18 +296,6 @@ def test_a_table_of_many_arrays_gives_the_bits_of_each_alone():
 
 
 # Quality and cost
-
-
-def test_each_parameter_and_each_seed_has_random_bits_of_its_own():
-    def codes(seed):
-        params, grad = [np.ones(1000, "f4") for _ in range(2)], np.random.default_rng(0).standard_normal(1000).astype("f4")
-        opt = gpuadam.Adam(params, state_dtype="8bit", seed=seed)
-        opt.step([grad, grad])
-        return [opt.state[name]["m"] for name in "01"]
-
-    (one, other), (again, _), (other_seed, _) = codes(0), codes(0), codes(1)
-    assert (one == again).all()
-    assert (one != other).any() and (one != other_seed).any()
 
 
 def test_state_after_200_steps_is_near_float32s():
@@ -468,19 +417,6 @@ def test_adamax_has_no_8_bit_state():
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
 
-def placed(form, arrays, offset):
-    """Return copies in one buffer of sentinel bytes, each some elements after a 64-byte boundary, and what is theirs."""
-    arena = np.full(sum(a.nbytes + 256 + offset(k) * a.itemsize for k, a in enumerate(arrays)) + 64, 0xA5, "u1")
-    own, at, inside = [], -arena.ctypes.data % 64, np.zeros(arena.size, bool)
-    for k, a in enumerate(arrays):
-        start = at + (0 if k >= len(arrays) - 2 else offset(k)) * a.itemsize  # scales are accessed one by one
-        own.append(arena[start : start + a.nbytes].view(a.dtype))
-        own[-1][:] = a
-        inside[start : start + a.nbytes] = True
-        at = -(-(start + a.nbytes) // 64) * 64 + 64
-    return own, arena, inside
-
-
 OFFSETS = {"aligned": lambda k: 0, "off by one": lambda k: 1, "all different": lambda k: k}
 
 
@@ -565,10 +501,6 @@ def test_a_skipped_step_changes_nothing_but_the_gradient(compiler):
     assert (arrays[2] != before[2]).any() and not arrays[1].any()
 
 
-def accesses(sass):
-    return Counter(re.findall(r"\b((?:LDG|STG|LD|ST|LDL|STL|LDS|STS|ATOM|RED)\.[\w.]+)", sass))
-
-
 @pytest.mark.in_short()
 @pytest.mark.parametrize("compiler", GPU_COMPILERS)
 @pytest.mark.parametrize(
@@ -582,7 +514,7 @@ def accesses(sass):
 def test_codes_move_8_bytes_at_a_time_and_the_rest_16(compiler, arch, name):
     form, _ = form_of(name)
     sass = gpu_code.machine_code(compiler, form, arch, loop="table")
-    found = accesses(sass)
+    found = gpu_code.memory_accesses(sass)
     lanes, each = GROUP_LANES, [o for o in operands_of_form(form) if not o.of_groups]
     for kind, moved in (("LDG", [o for o in each if o.loads]), ("STG", [o for o in each if o.stores])):
         of_8 = sum(n for op, n in found.items() if op.startswith(f"{kind}.E.64"))

@@ -1,7 +1,6 @@
 """The machine code of both GPU backends: bytes moved once and 16 at a time, nothing spilled, the contract's operations."""
 
 import importlib
-import re
 from collections import Counter
 
 import pytest
@@ -10,10 +9,6 @@ from cases import DTYPES, FORMS, KEY_FORMS, OTHER_ALGORITHMS, few, form_and_scal
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
 from gpuadam.kernels import limit, numba_cuda_kernels  # noqa: E402
-
-
-def memory_accesses(sass):
-    return Counter(re.findall(r"\b((?:LDG|STG|LD|ST|LDL|STL|LDS|STS|ATOM|RED)\.[\w.]+)", sass))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -39,7 +34,7 @@ def test_numba_compiles_a_kernel_as_it_is_looked_at_here(monkeypatch):
 @pytest.mark.parametrize("name", (*KEY_FORMS, *OTHER_ALGORITHMS))
 def test_loads_and_stores_are_16_bytes_and_no_more_than_the_byte_model(compiler, arch, name, dtype):
     form, _ = form_and_scalars(name, dtype)
-    accesses = memory_accesses(gpu_code.machine_code(compiler, form, arch))
+    accesses = gpu_code.memory_accesses(gpu_code.machine_code(compiler, form, arch))
     n_arrays = 5 if form.amsgrad else 4
     vector = Counter({op: n for op, n in accesses.items() if ".128" in op})
     scalar = accesses - vector
@@ -64,7 +59,7 @@ def test_a_thread_takes_no_local_memory_and_at_most_64_registers(compiler, arch,
 def test_strided_kernels_are_free_of_local_memory_and_generic_accesses(compiler, arch):
     form, _ = form_and_scalars("amsgrad", "float32")
     for ndim in (1, 3):
-        accesses = memory_accesses(gpu_code.machine_code(compiler, form, arch, ndim))
+        accesses = gpu_code.memory_accesses(gpu_code.machine_code(compiler, form, arch, ndim))
         assert all(op.startswith(("LDG", "STG")) for op in accesses), accesses
         assert gpu_code.resources(compiler, form, arch, ndim).local_bytes == 0
 
@@ -72,6 +67,6 @@ def test_strided_kernels_are_free_of_local_memory_and_generic_accesses(compiler,
 def test_the_limit_kernel_moves_the_same_bytes(compiler, arch):
     form, _ = form_and_scalars("adam", "float32")
     own, limits = (
-        memory_accesses(gpu_code.machine_code(compiler, form, arch, rule=rule)) for rule in (gpu_code.adam, limit)
+        gpu_code.memory_accesses(gpu_code.machine_code(compiler, form, arch, rule=rule)) for rule in (gpu_code.adam, limit)
     )
     assert own == limits

@@ -2,8 +2,6 @@
 
 import copy
 import gc
-import re
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -134,8 +132,7 @@ def test_a_wrong_table_is_noticed(compiler, monkeypatch):
 @pytest.mark.parametrize("name, on_device", [("adam", False), ("all with l2", True)])
 def test_loads_and_stores_stay_16_bytes_of_global_memory(compiler, arch, name, on_device):
     form, _ = form_and_scalars(name, "float32")
-    sass = gpu_code.machine_code(compiler, form, arch, loop="table", on_device=on_device)
-    accesses = Counter(re.findall(r"\b((?:LDG|STG|LD|ST|LDL|STL|LDS|STS|ATOM|RED)\.[\w.]+)", sass))
+    accesses = gpu_code.memory_accesses(gpu_code.machine_code(compiler, form, arch, loop="table", on_device=on_device))
     n_arrays = 5 if form.amsgrad else 4
     assert sum(n for op, n in accesses.items() if op.startswith("LDG.E.128")) == n_arrays, accesses
     assert sum(n for op, n in accesses.items() if op.startswith("STG.E.128")) == n_arrays - 1, accesses

@@ -1,22 +1,15 @@
 """Arrays of narrow and of mixed formats: one set of bits on every backend, which is the float32 update, rounded."""
 
-import itertools
-import re
-from collections import Counter
 from typing import Any
 
 import narrow_model as model
 import numpy as np
 import pytest
-from cases import few, form_and_scalars, in_memory
+from cases import few, form_and_scalars
+from launched import KEY, STEP_KEY, assert_same, assert_same_in_any_split, copies, launched, names_of, placed
 
-from gpuadam.kernels import adam, gpu_table, limit
-from gpuadam.kernels.cpu_backend import backend as numba_cpu
-from gpuadam.kernels.layout import Update
+from gpuadam.kernels import gpu_table, limit
 from gpuadam.kernels.operands import Arrays, bytes_per_element, lanes_of, operands_of_form
-from gpuadam.kernels.view import on_cpu
-
-KEY, STEP_KEY = -0x0123456789ABCDEF, 0x5DEECE66D0000001
 
 # name: (formats, options of the step)
 COMBINATIONS: dict[str, tuple[Arrays, dict[str, Any]]] = {
@@ -88,34 +81,14 @@ def form_of(name, **changes):
     return form_and_scalars("adam", arrays, **(options | changes))
 
 
-def operands_of(form):
-    return operands_of_form(form)
-
-
-def names_of(form):
-    return [operand.name for operand in operands_of(form)]
-
-
 def given(form, n, seed=0, ordinary=False):
     """Return arrays in the order of the operands: of the whole range of each format, or of usual size."""
     rng = np.random.default_rng(seed)
     positive = ("v", "max_v")
     if ordinary:
-        made = [np.abs(x) if o.name in positive else x for o in operands_of(form) for x in [rng.standard_normal(n)]]
-        return [x.astype(model.DTYPES[o.format]) for x, o in zip(made, operands_of(form), strict=True)]
-    return [model.wide(o.format, n, rng, signed=o.name not in positive) for o in operands_of(form)]
-
-
-def copies(arrays):
-    return [a.copy() for a in arrays]
-
-
-def launched(form, arrays, scalars, start=0, key=KEY, step_key=STEP_KEY):
-    """Update arrays on the CPU backend, and return them."""
-    for batch in numba_cpu.batches([Update([on_cpu("", a) for a in arrays], key, start)], form.arrays):
-        batch.prepare(adam, form, scalars, None, step_key)
-        batch.launch()
-    return arrays
+        made = [np.abs(x) if o.name in positive else x for o in operands_of_form(form) for x in [rng.standard_normal(n)]]
+        return [x.astype(model.DTYPES[o.format]) for x, o in zip(made, operands_of_form(form), strict=True)]
+    return [model.wide(o.format, n, rng, signed=o.name not in positive) for o in operands_of_form(form)]
 
 
 def modelled(form, arrays, scalars, start=0):
@@ -134,7 +107,7 @@ def modelled(form, arrays, scalars, start=0):
     by_name["param_copy"] = by_name["param"]
     h = model.random_bits(np.arange(start, start + n), KEY ^ STEP_KEY)
     found = []
-    for operand in operands_of(form):
+    for operand in operands_of_form(form):
         name, format = operand.name, operand.format
         if name in ("lr_scale", "where") or (name == "param" and formats.change):
             found.append(old[name])
@@ -148,12 +121,6 @@ def modelled(form, arrays, scalars, start=0):
             random = name in ("m", "v", "max_v") or (name == "param" and formats.stochastic)
             found.append(model.stored(by_name[name], format, name, h if random else None))
     return found
-
-
-def assert_same(form, actual, expected, context=""):
-    for name, a, b in zip(names_of(form), actual, expected, strict=True):
-        count = model.different(a, b)
-        assert count == 0, f"{name} {context}: {count} of {a.size} differ, first at {np.flatnonzero(a != b)[:5]}"
 
 
 # The CPU backend
@@ -172,25 +139,9 @@ def test_an_update_is_that_of_the_decoded_numbers_rounded(name):
 @pytest.mark.parametrize("name", few(["all bfloat16, randomly", "everything"], "everything"))
 def test_serial_parallel_in_pieces_and_strided_give_the_same_bits(name):
     form, scalars = form_of(name)
-    n = 70_001
-    arrays = given(form, n, seed=2)
+    arrays = given(form, 70_001, seed=2)
     expected = modelled(form, arrays, scalars)
-    assert n >= numba_cpu.PARALLEL_FROM
-    assert_same(form, launched(form, copies(arrays), scalars), expected, "launched")
-    serial, parallel = (numba_cpu.build(adam, form, loop) for loop in ("serial", "parallel"))
-
-    def table(arrays):
-        return np.array([[n, KEY, 0, *(a.ctypes.data for a in arrays)]])
-
-    for threads in (1, 3):
-        own = copies(arrays)
-        parallel(table(own), n, threads, STEP_KEY, in_memory(scalars))
-        assert_same(form, own, expected, f"{threads} threads")
-    own = copies(arrays)
-    edges = [0, 1, 2, 5, *np.sort(np.random.default_rng(0).integers(6, n, 100)), n]
-    for first, last in itertools.pairwise(edges):
-        serial(table(own), first, last, STEP_KEY, in_memory(scalars))
-    assert_same(form, own, expected, "in pieces")
+    assert_same_in_any_split(form, arrays, scalars, expected)
     own = [np.repeat(a, 2)[::2] for a in arrays]
     assert_same(form, launched(form, own, scalars), expected, "strided")
 
@@ -247,7 +198,7 @@ def test_another_parameter_and_another_step_are_rounded_by_other_bits(name):
         for key, step_key in ((KEY, STEP_KEY), (KEY + 1, STEP_KEY), (KEY, STEP_KEY + 1), (KEY + 2**40, STEP_KEY))
     ]
     for other in results[1:]:
-        for k, operand in enumerate(operands_of(form)):
+        for k, operand in enumerate(operands_of_form(form)):
             changed = model.different(results[0][k], other[k])
             # a parameter moves by less than its last bit, so that many are rounded back whatever the bits
             assert (changed > 50) if operand.random_bits_from is not None else changed == 0, operand.name
@@ -271,8 +222,8 @@ gpu_compilers = pytest.mark.parametrize("compiler", BOTH)
 
 def bytes_of(form, n):
     """Return the bytes that an update loads and stores."""
-    loaded = sum(o.itemsize * n for o in operands_of(form) if o.loads)
-    stored = sum(o.itemsize * n for o in operands_of(form) if o.stores)
+    loaded = sum(o.itemsize * n for o in operands_of_form(form) if o.loads)
+    stored = sum(o.itemsize * n for o in operands_of_form(form) if o.stores)
     return loaded, stored
 
 
@@ -318,20 +269,6 @@ def test_so_it_does_on_other_architectures(compiler, arch, name):
     assert_same(form, arrays, expected)
 
 
-def placed(arrays, offset):
-    """Return copies in one buffer of sentinel bytes, each some elements after a 64-byte boundary, and what is theirs."""
-    offsets = [offset(k) for k in range(len(arrays))]
-    arena = np.full(sum(a.nbytes + 256 + k * a.itemsize for a, k in zip(arrays, offsets, strict=True)) + 64, 0xA5, "u1")
-    own, at, inside = [], -arena.ctypes.data % 64, np.zeros(arena.size, bool)
-    for a, k in zip(arrays, offsets, strict=True):
-        start = at + k * a.itemsize
-        own.append(arena[start : start + a.nbytes].view(a.dtype))
-        own[-1][:] = a
-        inside[start : start + a.nbytes] = True
-        at = -(-(start + a.nbytes) // 64) * 64 + 64
-    return own, arena, inside
-
-
 # by the number of an array; arrays of the same offset in elements have 16-byte boundaries at the same elements
 SHARED = {f"after {k}": lambda _, k=k: k for k in (0, 1, 3, 6)}
 OFFSETS = SHARED | {"unshared": lambda k: k, "the second apart": lambda k: int(k == 1)}
@@ -345,7 +282,7 @@ def test_every_start_and_size_touches_its_own_bytes_alone(compiler, name):
         arrays = given(form, n, seed=n)
         expected = launched(form, copies(arrays), scalars)
         for where, offset in OFFSETS.items():
-            own, arena, inside = placed(arrays, offset)
+            own, arena, inside = placed(form, arrays, offset)
             kernel = gpu_code.run(compiler, form, "sm_90", own, scalars, key=KEY ^ STEP_KEY)
             assert_same(form, own, expected, f"n={n}, {where}")
             assert (arena[~inside] == 0xA5).all(), f"n={n}, {where}: bytes between the arrays were written"
@@ -358,7 +295,7 @@ def test_gpu_code_counts_elements_from_where_it_is_told(compiler, start):
     form, scalars = form_of("all bfloat16, randomly")
     arrays = given(form, 1003, ordinary=True)
     expected = modelled(form, arrays, scalars, start)
-    own, *_ = placed(arrays, lambda k: 3)
+    own, *_ = placed(form, arrays, lambda k: 3)
     gpu_code.run(compiler, form, "sm_90", own, scalars, key=KEY ^ STEP_KEY, start=start)
     assert_same(form, own, expected, "contiguous")
     own = [np.repeat(a, 2)[::2] for a in arrays]
@@ -405,7 +342,7 @@ def test_arrays_in_a_table_get_the_bits_that_each_gets_alone(compiler, name, on_
     for where in ("after 0", "after 3", "unshared"):
         updates = [given(form, n, seed=n) for n in (1, 7, 16, 1003, chunk - 1, chunk + 9, 30)]
         expected = [launched(form, copies(a), scalars, key=key) for a, key in zip(updates, keys, strict=True)]
-        there = [placed(arrays, OFFSETS[where]) for arrays in updates]
+        there = [placed(form, arrays, OFFSETS[where]) for arrays in updates]
         spans = gpu_code.memory_of([arena for _, arena, _ in there])
         memory = [(min(start for start, _ in spans), max(end for _, end in spans))]
         own = [arrays for arrays, *_ in there]
@@ -448,10 +385,6 @@ THREADS = {"sm_80": 2048, "sm_90": 2048, "sm_120": 1536}  # of a multiprocessor;
 IN_FLIGHT = 32 * 1024  # bytes that a multiprocessor has to wait for at once for its share of an H100's memory
 
 
-def accesses(sass):
-    return Counter(re.findall(r"\b((?:LDG|STG|LD|ST|LDL|STL|LDS|STS|ATOM|RED)\.[\w.]+)", sass))
-
-
 # one of each kind of access, those of the most arrays, and those that are computed in float64
 ON_SM_90 = (
     "bfloat16", "float16 grads", "all bfloat16, randomly", "float16, randomly", "remainder", "bfloat16 copy",
@@ -467,10 +400,10 @@ MACHINE_CODE += [(name, arch) for name in IN_SHORT[1:] for arch in ("sm_80", "sm
 @pytest.mark.parametrize("name, arch", MACHINE_CODE)
 def test_a_thread_moves_16_bytes_at_a_time_and_enough_are_on_their_way(compiler, name, arch):
     form, _ = form_of(name)
-    found, lanes = accesses(gpu_code.machine_code(compiler, form, arch)), lanes_of(form)
+    found, lanes = gpu_code.memory_accesses(gpu_code.machine_code(compiler, form, arch)), lanes_of(form)
     for kind, moved in (
-        ("LDG", [o for o in operands_of(form) if o.loads]),
-        ("STG", [o for o in operands_of(form) if o.stores]),
+        ("LDG", [o for o in operands_of_form(form) if o.loads]),
+        ("STG", [o for o in operands_of_form(form) if o.stores]),
     ):
         of_16 = sum(n for op, n in found.items() if op.startswith(f"{kind}.E.128"))
         single = sum(n for op, n in found.items() if op.startswith(f"{kind}.E") and ".128" not in op)
@@ -481,14 +414,14 @@ def test_a_thread_moves_16_bytes_at_a_time_and_enough_are_on_their_way(compiler,
     registers, local_bytes = gpu_code.resources(compiler, form, arch)
     assert local_bytes == 0
     blocks = min(65536 // (-(-registers // 8) * 8 * gpu_code.BLOCK), THREADS[arch] // gpu_code.BLOCK)
-    loaded = sum(o.itemsize * lanes for o in operands_of(form) if o.loads)
+    loaded = sum(o.itemsize * lanes for o in operands_of_form(form) if o.loads)
     assert blocks * gpu_code.BLOCK * loaded >= IN_FLIGHT, registers
 
 
 def conversions(form):
     """Return the instructions that convert between floats, each of which is documented, and no others."""
     found = set()
-    for operand in operands_of(form):
+    for operand in operands_of_form(form):
         random = operand.random_bits_from is not None
         if operand.format == "float16":
             found |= {"cvt.f32.f16"} if operand.loads else set()

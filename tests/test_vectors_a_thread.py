@@ -14,6 +14,7 @@ from cases import (
     form_and_scalars,
     wide_state,
 )
+from launched import KEY, STEP_KEY, assert_same, copies, launched
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -23,11 +24,8 @@ import in_flight  # noqa: E402
 from gpuadam.cli.measuring import forms  # noqa: E402
 from gpuadam.kernels import gpu_in_flight, limit  # noqa: E402
 from gpuadam.kernels.cpu_backend import backend as numba_cpu  # noqa: E402
-from gpuadam.kernels.layout import Split, Update  # noqa: E402
-from gpuadam.kernels.operands import operands_of_form  # noqa: E402
-from gpuadam.kernels.view import on_cpu  # noqa: E402
+from gpuadam.kernels.layout import Split  # noqa: E402
 
-KEY, STEP_KEY = 0x123456789, 0x5DEECE66D
 # a warp takes 64 vectors of 4 elements at once, and a block of a table 256
 SIZES = (0, 3, 255, 256, 300, 1024, 1500)
 # What the CUDA 12 compiler does not know is left to the others
@@ -41,21 +39,6 @@ def compiler(request):
     return request.param
 
 
-def updated_on_cpu(form, arrays, scalars, numbers):
-    arrays = [a.copy() for a in arrays]
-    views = [on_cpu("", a).in_vectors(n) for a, n in zip(arrays, numbers, strict=True)]
-    for batch in numba_cpu.batches([Update(views, KEY)], form.arrays):
-        batch.prepare(forms.adam, form, scalars, None, STEP_KEY)
-        batch.launch()
-    return arrays
-
-
-def assert_same(form, found, expected, context):
-    for operand, one, other in zip(operands_of_form(form), found, expected, strict=True):
-        bits = f"u{one.itemsize}"
-        assert (one.view(bits) == other.view(bits)).all(), f"{operand.name} {context}"
-
-
 @pytest.mark.in_short("compiler")
 @pytest.mark.parametrize("vectors", few((2, 3, 4), 2))
 @pytest.mark.parametrize("loop", ["contiguous", "table"])
@@ -64,7 +47,7 @@ def test_every_start_and_size_has_the_cpu_backends_bits_and_touches_its_own_byte
     for n in SIZES:
         for offsets in ((0,) * 5, (3,) * 5, (0, 1, 0, 0, 0)):
             given = wide_state(n, "float32", form.amsgrad, seed=n)
-            expected = updated_on_cpu(form, given, scalars, [1] * 5)
+            expected = launched(form, copies(given), scalars)
             placed = [at_offset(a, offset) for a, offset in zip(given, offsets, strict=True)]
             arrays = [a for a, _ in placed]
             if loop == "contiguous":
@@ -89,8 +72,7 @@ def test_numbers_of_any_format_have_the_cpu_backends_bits(compiler, arch, loop, 
     case = forms.FORMS[name]
     form, scalars = forms.form_and_scalars(case)
     arrays = list(forms.new_arrays(numba_cpu, case, 2500).values())
-    numbers = [o.numbers for o in operands_of_form(form)]
-    expected = updated_on_cpu(form, arrays, scalars, numbers)
+    expected = launched(form, copies(arrays), scalars)
     memory = gpu_code.memory_of(arrays)
     if loop == "contiguous":
         gpu_code.run(compiler, form, arch, arrays, scalars, key=KEY ^ STEP_KEY, vectors=2)
@@ -107,7 +89,7 @@ def test_8_bit_state_of_any_size_has_the_cpu_backends_bits(compiler, arch):
     for n in (1, 8 * 160 + 5, 8 * 256, 8 * 300, 8 * 1300 + 3):
         arrays = list(forms.new_arrays(numba_cpu, case, n).values())
         for _ in range(2):
-            expected = updated_on_cpu(form, arrays, scalars, [1] * len(arrays))
+            expected = launched(form, copies(arrays), scalars)
             memory = gpu_code.memory_of(arrays)
             gpu_code.run_table(compiler, form, arch, [arrays], scalars, memory, key=STEP_KEY, keys=[KEY], vectors=2)
             assert_same(form, arrays, expected, f"n={n}")
