@@ -220,6 +220,19 @@ def scalars_ptx(backend, form, arch):
     )
 
 
+@functools.cache
+def norm_ptx(in_numba, in_cuda_c, backend, form, arch):
+    """Return the PTX of a kernel of a norm. in_numba, in_cuda_c: the modules that write it."""
+    if backend == "numba-cuda":
+        key = repr(form), arch, package_text(), versions()
+        return kept.text(
+            f"nvvm-{in_numba.__name__}", key, lambda: compile_numba(in_numba.build(form), (types.int64,) * 6, arch)
+        )
+    options = ["-ftz=true", f"-arch={arch.replace('sm', 'compute')}"]
+    version = 12 if backend == "cupy-cuda12" else 13
+    return nvrtc(version).compile(in_cuda_c.text_and_name(form)[0], options, "PTX").rstrip(b"\0").decode()
+
+
 def run(backend, form, arch, arrays, scalars, rule=adam, text=None, key=0, start=0, vectors=1):
     """Run an update of contiguous 1-D NumPy arrays through the compiled kernel of a GPU backend. Returns the Kernel.
 

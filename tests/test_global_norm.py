@@ -1,5 +1,6 @@
 """`global_norm`: the order of the sum, its bits on every backend, errors, and what only a GPU can show."""
 
+import functools
 import math
 import os
 import re
@@ -301,22 +302,11 @@ def test_another_process_need_not_compile():
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
-from numba import types  # noqa: E402
 
 from gpuadam.kernels import norm_cuda_c, norm_numba_cuda  # noqa: E402
 
 SUM = order.Form("float64", squares=False)
-
-
-@gpu_code.functools.cache
-def ptx(compiler, form, arch):
-    """Return the PTX of a kernel, compiled as CuPy and Numba do."""
-    if compiler == "numba-cuda":
-        return gpu_code.compile_numba(norm_numba_cuda.build(form), (types.int64,) * 6, arch)
-    source, _ = norm_cuda_c.text_and_name(form)
-    nvrtc = gpu_code.nvrtc(12 if compiler == "cupy-cuda12" else 13)
-    options = ["-ftz=true", f"-arch={arch.replace('sm', 'compute')}"]
-    return nvrtc.compile(source, options, "PTX").rstrip(b"\0").decode()
+ptx = functools.partial(gpu_code.norm_ptx, norm_numba_cuda, norm_cuda_c)
 
 
 def run(compiler, arch, arrays):

@@ -289,21 +289,9 @@ def test_parameters_of_two_memories_are_refused(cp):
 
 gpu_code = pytest.importorskip("gpu_code", exc_type=ImportError)
 
-from numba import types  # noqa: E402
 
 from gpuadam.kernels import change_cuda_c, change_numba_cuda  # noqa: E402
 from gpuadam.kernels.scalars import MEMORY_BYTES, REALS_AT, SKIP_AT  # noqa: E402
-
-
-@gpu_code.functools.cache
-def ptx(compiler, form, arch):
-    """Return the PTX of a kernel, compiled as CuPy and Numba do."""
-    if compiler == "numba-cuda":
-        make = lambda: gpu_code.compile_numba(change_numba_cuda.build(form), (types.int64,) * 6, arch)  # noqa: E731
-        return gpu_code.kept.text("nvvm-change", (repr(form), arch, gpu_code.package_text(), gpu_code.versions()), make)
-    options = ["-ftz=true", f"-arch={arch.replace('sm', 'compute')}"]
-    version = 12 if compiler == "cupy-cuda12" else 13
-    return gpu_code.nvrtc(version).compile(change_cuda_c.text_and_name(form)[0], options, "PTX").rstrip(b"\0").decode()
 
 
 def sums_on_cpu(form, updates, scalars):
@@ -331,7 +319,7 @@ def sums_on_gpu(compiler, form, arch, updates, scalars, skip=0):
     words[SKIP_AT : SKIP_AT + 8].view("i8")[0] = skip
     reals = np.array(scalars, form.dtype).view("u1")
     words[REALS_AT : REALS_AT + reals.size] = reals
-    kernel = gpu_code.loaded(ptx(compiler, form, arch))
+    kernel = gpu_code.loaded(gpu_code.norm_ptx(change_numba_cuda, change_cuda_c, compiler, form, arch))
     arguments = table.ctypes.data, 0, n_rows, sums.ctypes.data, chunks, words.ctypes.data
     memory = gpu_code.memory_of([*(a for arrays in updates for a in arrays), table, sums, words])
     kernel.run(-(-chunks // 4), order.BLOCK, gpu_code.packed(kernel, *arguments), memory)
