@@ -12,6 +12,18 @@ LAUNCHES = ("cuLaunchKernel", "cuLaunchKernelEx")
 SYNCHRONIZATIONS = ("cuStreamSynchronize", "runtime_cudaStreamSynchronize")  # of the host with one stream
 
 
+def there(cp, arrays):
+    """Return {name: array} on the GPU. Copies may be under way, in the order of the current stream."""
+    return {name: cp.asarray(a) for name, a in arrays.items()}
+
+
+def arrived(cp, arrays):
+    """Likewise arrays that are there when this returns, whichever stream is the next."""
+    on_gpu = there(cp, arrays)
+    cp.cuda.Device().synchronize()
+    return on_gpu
+
+
 def busy_stream(cp):
     """Return a new stream that waits for no other and has some 0.05 s of work, so that what is enqueued there comes late."""
     cp.cuda.Device().synchronize()

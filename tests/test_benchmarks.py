@@ -43,6 +43,7 @@ import peers
 import plan
 import report
 import sharded
+import small
 import timing
 import what_binds
 
@@ -101,10 +102,10 @@ def test_a_script_writes_its_rows_and_a_plot_and_can_draw_them_again(name, tmp_p
     assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.exhaustive
-def test_ratios_and_throughput_are_of_the_medians_of_one_run(tmp_path):
-    run("large", *QUICK, "--sizes", "1000", "--peers", "none", "--out", str(tmp_path))
-    rows = {row["contender"]: row for row in report.read_csv(tmp_path / "large.csv", measure.NUMBERS)}
+def test_ratios_and_throughput_are_of_the_medians_of_one_run():
+    options = SimpleNamespace(sizes=["1000"], seconds=0, peers=["none"])
+    (found,) = large.measure_rows(CPU, options, [])
+    rows = {row["contender"]: row for row in found}
     assert set(rows) == {peer.name for peer in peers.OURS}
     for row in rows.values():
         assert row["gb_per_s"] == pytest.approx(28 * 1000 / row["p50_us"] / 1e3, rel=1e-4)
@@ -112,10 +113,9 @@ def test_ratios_and_throughput_are_of_the_medians_of_one_run(tmp_path):
         assert row["x_torch_fused"] is None
 
 
-@pytest.mark.exhaustive
-def test_small_arrays_are_measured_in_two_states(tmp_path):
-    run("small", *QUICK, "--sizes", "10", "--peers", "none", "--out", str(tmp_path))
-    rows = report.read_csv(tmp_path / "small.csv", measure.NUMBERS)
+def test_small_arrays_are_measured_in_two_states():
+    options = SimpleNamespace(sizes=["10"], seconds=0, peers=["none"])
+    rows = [row for of_state in small.measure_rows(CPU, options, []) for row in of_state]
     names = {peer.name for peer in peers.OURS} | {"empty Numba function"}
     assert {(row["contender"], row["state"]) for row in rows} == {(n, s) for n in names for s in ("warm", "in turn")}
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from gpu_work import any_order, busy_stream
+from gpu_work import any_order, busy_stream, there
 
 import gpuadam
 from gpuadam.kernels import array_bytes
@@ -32,10 +32,6 @@ def saved(tmp_path):
     opt.state["w"]["step"][0] = 7
     opt.save(tmp_path / "cpu", with_params=True)
     return tmp_path / "cpu"
-
-
-def there(cp, arrays):
-    return {name: cp.asarray(a) for name, a in arrays.items()}
 
 
 def test_state_in_any_format_goes_to_a_gpu_and_back(cp, backend, saved, tmp_path):

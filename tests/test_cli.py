@@ -68,9 +68,24 @@ def test_demo_solves_the_textbook_problem_and_reads_digits(tmp_path):
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("epoch")] == ["10", "20", "30", "40"]
 
 
-def test_doctor_works_and_says_so(tmp_path):
-    done = run("doctor", "--json", str(tmp_path / "doctor.json"))
-    report = json.loads((tmp_path / "doctor.json").read_text())
+@pytest.fixture(scope="module")
+def doctors(tmp_path_factory):
+    """What doctor says in a process of its own, then which optional packages were imported there; and its report."""
+    path = tmp_path_factory.mktemp("doctor") / "doctor.json"
+    code = (
+        "import gpuadam.__main__ as m, sys\n"
+        "m.main(['doctor', '--json', sys.argv[1]])\n"
+        "print([n for n in ('torch', 'safetensors', 'rich', 'mpi4py', 'pytest', 'pytest_gpuadam') if n in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(path.read_text())
+
+
+def test_doctor_works_and_says_so(doctors):
+    said, report = doctors
     assert "numba-cpu" in report["works"]
     assert report["versions"]["numpy"] == np.__version__
     found = report["backends"]["numba-cpu"]
@@ -79,33 +94,20 @@ def test_doctor_works_and_says_so(tmp_path):
         and found["bits"] == found["steps"]["float32"]
     )
     for name in contract.CONTRACTS:
-        assert f"bits of a step, {name}: as the contract says" in done.stdout
+        assert f"bits of a step, {name}: as the contract says" in said
     assert report["parts"]["checkpoints"]["works"] is True
-    assert "state that was saved and loaded has the same bits" in done.stdout
+    assert "state that was saved and loaded has the same bits" in said
 
 
-def test_doctor_imports_no_optional_package():
-    code = (
-        "import gpuadam.__main__ as m, sys\n"
-        "m.main(['doctor'])\n"
-        "print([n for n in ('torch', 'safetensors', 'rich', 'mpi4py', 'pytest', 'pytest_gpuadam') if n in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.endswith("numba-cpu\n[]\n"), done.stdout + done.stderr
+def test_doctor_imports_no_optional_package(doctors):
+    said, _ = doctors
+    assert said.endswith("numba-cpu\n[]\n"), said
 
 
-def test_doctor_fails_where_nothing_works():
-    code = (
-        "import gpuadam.__main__ as m, gpuadam.cli.doctor as d, sys\n"
-        "d.backends.backend_status = lambda: {n: d.backends.Status(False, 'none', 'get one') for n in d.backends.BACKENDS}\n"
-        "sys.exit(m.main(['doctor']))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1 and "Works: nothing" in done.stdout
+def test_doctor_fails_where_nothing_works(monkeypatch):
+    nothing = dict.fromkeys(doctor.backends.BACKENDS, doctor.backends.Status(False, "none", "get one"))
+    monkeypatch.setattr(doctor.backends, "backend_status", lambda: nothing)
+    assert "Works: nothing" in in_process.command("doctor", code=1).stdout
 
 
 @pytest.mark.parametrize("name", contract.CONTRACTS)

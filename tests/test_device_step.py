@@ -8,6 +8,7 @@ import libraries
 import numpy as np
 import pytest
 from cases import ARCHITECTURES, DEFAULTS, DTYPES, assert_same_bits, few, form_and_scalars, state
+from gpu_work import arrived
 from test_gpu import spin
 
 import gpuadam
@@ -340,16 +341,9 @@ def test_a_small_form_is_free_of_local_memory(compiler, arch):
 # On a GPU
 
 
-def there(cp, arrays):
-    """Return arrays on the GPU, which are there when this returns, whichever stream is the next."""
-    on_gpu = {name: cp.asarray(a) for name, a in arrays.items()}
-    cp.cuda.Device().synchronize()
-    return on_gpu
-
-
 def both(cp, backend, cls=gpuadam.Adam, on_host=None, **options):
     """Return an optimizer and its parameters on the GPU, and likewise on the CPU. on_host: the options there, if others."""
-    on_gpu, here = there(cp, params()), params()
+    on_gpu, here = arrived(cp, params()), params()
     host = cls(here, **(options if on_host is None else on_host))
     return cls(on_gpu, backend=backend, **options), on_gpu, host, here
 
@@ -370,7 +364,7 @@ def test_a_learning_rate_and_a_scale_on_a_gpu_give_the_bits_of_the_cpus_numbers(
     for k in range(4):
         host.groups[0]["lr"] = 0.1 / (k + 1)
         lr.fill(0.1 / (k + 1))
-        opt.step(there(cp, grads(k)), grad_scale=scale)
+        opt.step(arrived(cp, grads(k)), grad_scale=scale)
         host.step(grads(k), grad_scale=2.0)
     assert_state(opt, on_gpu, host, here)
 
@@ -378,10 +372,10 @@ def test_a_learning_rate_and_a_scale_on_a_gpu_give_the_bits_of_the_cpus_numbers(
 @pytest.mark.gpu
 def test_two_dtypes_in_a_group_advance_the_count_once(cp, backend):
     given, new = ({"w": a["w"], "d": b["b"]} for a, b in ((params(), params("float64")), (grads(0), grads(0, "float64"))))
-    on_gpu = there(cp, given)
+    on_gpu = arrived(cp, given)
     opt, host = gpuadam.Adam(on_gpu, capturable=True, backend=backend), gpuadam.Adam(given)
     for _ in range(2):
-        opt.step(there(cp, new))
+        opt.step(arrived(cp, new))
         host.step(new)
     assert_state(opt, on_gpu, host, given)
 
@@ -391,7 +385,7 @@ def test_two_dtypes_in_a_group_advance_the_count_once(cp, backend):
 def test_another_algorithm_in_device_mode_gives_the_cpus_bits(cp, backend, cls):
     opt, on_gpu, host, here = both(cp, backend, cls, {"lr": 0.01}, lr=0.01, capturable=True)
     for k in range(8):  # RAdam rectifies from the sixth on
-        opt.step(there(cp, grads(k)))
+        opt.step(arrived(cp, grads(k)))
         host.step(grads(k))
     assert_state(opt, on_gpu, host, here)
 
@@ -403,7 +397,7 @@ def test_gradients_are_clipped_by_a_norm_on_the_device(cp, backend, capturable):
     norm = cp.zeros(1)
     for k, value in enumerate([0.5, 7.0, 1e10]):
         norm.fill(value)
-        opt.step(there(cp, grads(k)), norm=norm, max_norm=2.0, grad_scale=0.7)
+        opt.step(arrived(cp, grads(k)), norm=norm, max_norm=2.0, grad_scale=0.7)
         host.step(grads(k), norm=value, max_norm=2.0, grad_scale=0.7)
     assert_state(opt, on_gpu, host, here)
 
@@ -415,7 +409,7 @@ def test_a_norm_on_the_device_is_checked_there(cp, backend):
     norm = cp.zeros(1)
     for k, value in enumerate([1.0, np.inf, 2.0, 1e20, np.nan, 3.0]):  # squares of 1e20 overflow float32
         norm.fill(value)
-        given = there(cp, grads(k))
+        given = arrived(cp, grads(k))
         opt.step(given, norm=norm, check_finite=True)
         host.step(grads(k), norm=value, check_finite=True)
         assert not any(a.any() for a in given.values())
@@ -425,14 +419,14 @@ def test_a_norm_on_the_device_is_checked_there(cp, backend):
 
 @pytest.mark.gpu
 def test_what_a_step_would_have_to_wait_for_is_refused(cp, backend):
-    on_gpu = there(cp, params())
+    on_gpu = arrived(cp, params())
     opt = gpuadam.Adam(on_gpu, backend=backend)
     flag, norm = cp.zeros(1, "f4"), cp.ones(1)
     with testing.unchanged(params=on_gpu, opt=opt):
         with pytest.raises(ValueError, match=r"found_inf is an array on a GPU.*capturable=True"):
-            opt.step(there(cp, grads(0)), found_inf=flag)
+            opt.step(arrived(cp, grads(0)), found_inf=flag)
         with pytest.raises(ValueError, match="check_finite on a GPU needs an optimizer with capturable=True"):
-            opt.step(there(cp, grads(0)), norm=norm, check_finite=True)
+            opt.step(arrived(cp, grads(0)), norm=norm, check_finite=True)
     assert opt.steps == 0
 
 
@@ -458,7 +452,7 @@ def test_a_captured_step_is_two_kernels_and_nothing_else(cp, backend):
     """One computes the scalars, the other updates all arrays; no copy and no memset is repeated with them."""
     lr = cp.full(1, 0.1)
     opt, on_gpu, host, here = both(cp, backend, on_host={"lr": 0.1}, lr=lr, capturable=True)
-    given = there(cp, grads(0))
+    given = arrived(cp, grads(0))
     with cp.cuda.Stream(non_blocking=True) as stream:
         opt.step(given)
         with capture(stream) as found:
@@ -495,7 +489,7 @@ def assert_refused(cp, backend, said, options, in_step=(), warm=True):
 
     warm: whether a step is taken before the capture.
     """
-    on_gpu, given = there(cp, params()), there(cp, grads(0))
+    on_gpu, given = arrived(cp, params()), arrived(cp, grads(0))
     opt = gpuadam.Adam(on_gpu, backend=backend, capturable=True, **options)
     with cp.cuda.Stream(non_blocking=True) as stream:
         if warm:
@@ -539,7 +533,7 @@ def test_a_step_reads_the_learning_rate_between_the_writes_of_its_stream(cp, bac
     """The write before is late, and the one after it is asked for at once; whichever stream is waited for."""
     lr, stream, other = cp.zeros(1), cp.cuda.Stream(non_blocking=True), cp.cuda.Stream(non_blocking=True)
     opt, on_gpu, host, here = both(cp, backend, on_host={"lr": 0.1}, lr=OnStream(lr, other), capturable=True)
-    given = there(cp, grads(0))
+    given = arrived(cp, grads(0))
     with other:
         spin(cp, 20_000_000)
         lr.fill(0.1)

@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 from cases import FORMS, assert_same_bits, different_bits, wide_state
-from gpu_work import Lent, OnStream
+from gpu_work import Lent, OnStream, there
 
 import gpuadam
 from gpuadam import backends
@@ -297,10 +297,6 @@ SHAPES = {"w": (129, 1003), "empty": (0,), "b": (5,), "scalar": (), "large": (1 
 def host_params(seed=0):
     rng = np.random.default_rng(seed)
     return {name: rng.standard_normal(shape).astype("f4") for name, shape in SHAPES.items()}
-
-
-def there(cp, arrays):
-    return {name: cp.asarray(a) for name, a in arrays.items()}
 
 
 def assert_params(on_gpu, on_host, context=""):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from cases import assert_same_bits, state
+from gpu_work import arrived
 
 import gpuadam
 from gpuadam import backends, foreign_state
@@ -26,12 +27,6 @@ def host_grads():
     return {"w": state(N, seed=2)[1], "b": state(5, seed=3)[1]}
 
 
-def there(cp, arrays):
-    found = {name: cp.asarray(a) for name, a in arrays.items()}
-    cp.cuda.Device().synchronize()
-    return found
-
-
 def on_cpu(steps):
     """The optimizer after so many steps on the CPU, and its parameters."""
     params = host_params()
@@ -45,7 +40,7 @@ class Captured:
     """An optimizer on a GPU that took a step on a stream of its own, and a graph that takes others there."""
 
     def __init__(self, cp, backend):
-        self.params, self.grads, self.lr = there(cp, host_params()), there(cp, host_grads()), cp.full(1, 0.1)
+        self.params, self.grads, self.lr = arrived(cp, host_params()), arrived(cp, host_grads()), cp.full(1, 0.1)
         cp.cuda.Device().synchronize()
         self.opt = gpuadam.AdamW(self.params, lr=self.lr, capturable=True, backend=backend)
         self.stream = cp.cuda.Stream(non_blocking=True)
@@ -99,7 +94,7 @@ def test_a_state_dict_has_the_numbers_after_the_graphs_that_run(cp, backend):
 
 def test_state_is_loaded_after_the_graphs_that_run_and_before_those_that_come(cp, backend):
     captured = Captured(cp, backend)
-    saved = there(
+    saved = arrived(
         cp, {f"{name}.{key}": a for name, own in on_cpu(7)[0].state.items() for key, a in own.items() if key != "step"}
     )
     state_dict = captured.opt.state_dict()
@@ -115,7 +110,7 @@ def test_state_is_loaded_after_the_graphs_that_run_and_before_those_that_come(cp
 
 
 def test_an_offloaded_step_waits_for_the_stream_of_its_flag(cp, backend):
-    params, grads, flag, expected = there(cp, host_params()), there(cp, host_grads()), cp.ones(1, "f4"), host_params()
+    params, grads, flag, expected = arrived(cp, host_params()), arrived(cp, host_grads()), cp.ones(1, "f4"), host_params()
     opt = gpuadam.OffloadAdam(params, update="host", backend=backend)
     stream = cp.cuda.Stream(non_blocking=True)
     cp.cuda.Device().synchronize()
@@ -146,7 +141,7 @@ def test_an_offloaded_step_waits_for_the_stream_of_its_flag(cp, backend):
 @pytest.mark.parametrize("many", [False, True], ids=["one array", "many arrays"])
 def test_a_condition_on_the_host_is_not_captured(cp, backend, conditions, name, many):
     params, grads = (
-        {key: a for key, a in there(cp, given).items() if many or key == "w"} for given in (host_params(), host_grads())
+        {key: a for key, a in arrived(cp, given).items() if many or key == "w"} for given in (host_params(), host_grads())
     )
     lr = cp.full(1, 0.1)
     cp.cuda.Device().synchronize()
@@ -167,7 +162,7 @@ def test_a_condition_on_the_host_is_not_captured(cp, backend, conditions, name, 
 
 
 def test_a_step_that_the_host_leaves_out_is_not_captured_without_capturable(cp, backend):
-    params, grads = there(cp, host_params()), there(cp, host_grads())
+    params, grads = arrived(cp, host_params()), arrived(cp, host_grads())
     opt = gpuadam.AdamW(params, backend=backend)
     stream = cp.cuda.Stream(non_blocking=True)
     with stream:
@@ -183,7 +178,7 @@ def test_a_step_that_the_host_leaves_out_is_not_captured_without_capturable(cp, 
 
 @pytest.mark.parametrize("update", ["host", "device"])
 def test_an_offloaded_step_is_not_captured_and_the_next_one_goes_on(cp, backend, update):
-    params, grads = there(cp, host_params()), there(cp, host_grads())
+    params, grads = arrived(cp, host_params()), arrived(cp, host_grads())
     opt = gpuadam.OffloadAdam(params, lr=0.1, weight_decay=0.01, decoupled=True, update=update, backend=backend)
     with cp.cuda.Stream(non_blocking=True) as stream:
         stream.begin_capture()
@@ -236,7 +231,7 @@ def test_pieces_of_an_array_leave_the_current_device_alone(cp, second, backend, 
 def test_a_checkpoint_of_the_second_device_comes_back(cp, second, backend, tmp_path, monkeypatch):
     monkeypatch.setattr(array_bytes, "CHUNK", 1 << 10)
     with second:
-        params, grads = there(cp, host_params()), there(cp, host_grads())
+        params, grads = arrived(cp, host_params()), arrived(cp, host_grads())
         lr = cp.full(1, 0.1)
         opt = gpuadam.AdamW(params, lr=lr, capturable=True, backend=backend)
         second.synchronize()
@@ -272,13 +267,13 @@ def test_state_goes_to_torch_on_its_own_device(cp, second, backend, monkeypatch)
     torch.as_tensor = lambda array, device: Tensor(array, device)
     torch.from_numpy = lambda array: Tensor(array, "cpu")
     with second:
-        params = there(cp, host_params())
+        params = arrived(cp, host_params())
         opts = [gpuadam.Adam(params, backend=backend)]
-    opts += [gpuadam.Adam(there(cp, host_params()), backend=backend), gpuadam.Adam(host_params())]
+    opts += [gpuadam.Adam(arrived(cp, host_params()), backend=backend), gpuadam.Adam(host_params())]
     for opt, grads in zip(opts, ({n: cp.asarray(g) for n, g in host_grads().items()},) * 2 + (host_grads(),), strict=True):
         if opt is opts[0]:
             with second:
-                grads = there(cp, host_grads())
+                grads = arrived(cp, host_grads())
         opt.step(grads)
     monkeypatch.setitem(sys.modules, "torch", torch)
     for opt, device in zip(opts, ("cuda:1", "cuda:0", "cpu"), strict=True):
@@ -294,7 +289,7 @@ class ScaleByAdamState(NamedTuple):
 
 def test_state_goes_to_optax_on_its_own_device(cp, second):
     with second:
-        params = there(cp, host_params())
+        params = arrived(cp, host_params())
     opt = gpuadam.Adam(params)
     there_is = foreign_state.to_optax(opt, ScaleByAdamState(0, host_params(), host_params()))
     assert {a.device.id for tree in (there_is.mu, there_is.nu) for a in tree.values()} == {1}
@@ -324,7 +319,7 @@ def test_small_arrays_of_state_share_an_allocation_and_large_ones_have_their_own
 
 
 def test_an_array_of_state_stays_when_the_optimizer_has_gone(cp, backend):
-    params, grads = there(cp, host_params()), there(cp, host_grads())
+    params, grads = arrived(cp, host_params()), arrived(cp, host_grads())
     opt = gpuadam.AdamW(params, lr=0.1, backend=backend)
     opt.step(grads)
     m = opt.state["b"]["m"]

@@ -6,6 +6,7 @@ import gc
 import numpy as np
 import pytest
 from cases import DTYPES, KEY_FORMS, assert_same_bits, form_and_scalars, state, wide_state
+from gpu_work import there
 
 import gpuadam
 from gpuadam.kernels import gpu_table, streams
@@ -151,10 +152,6 @@ SHAPES = {"a": (3, 1001), "b": (0,), "c": (5,), "d": (7000,), "e": ()}
 
 def host_params(seed=0):
     return {name: state(int(np.prod(shape)), seed=seed)[0].reshape(shape) for name, shape in SHAPES.items()}
-
-
-def there(cp, arrays):
-    return {name: cp.asarray(a) for name, a in arrays.items()}
 
 
 def assert_params(on_gpu, on_host):

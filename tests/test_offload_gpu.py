@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from gpu_work import LAUNCHES, any_order, busy_stream
+from gpu_work import LAUNCHES, any_order, busy_stream, there
 
 import gpuadam
 from gpuadam import backends, testing
@@ -22,10 +22,6 @@ def small(monkeypatch):
 def arrays(seed=0, dtype="f4"):
     rng = np.random.default_rng(seed)
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
-
-
-def there(cp, given):
-    return {name: cp.asarray(array) for name, array in given.items()}
 
 
 def assert_same_bits(opt, adam, numpy, params, expected):

@@ -5,6 +5,7 @@ import math
 
 import libraries
 import pytest
+from test_repeated import long_way
 
 torch = libraries.imported("torch", reason="torch is not installed")
 
@@ -28,12 +29,6 @@ def made(groups=False, cls=gpuadam.torch.AdamW, dtype=torch.float32, **options):
     params = tensors(dtype=dtype)
     given = [{"params": params[:1], "lr": 0.2}, {"params": params[1:], "weight_decay": 0.0}] if groups else params
     return params, cls(given, lr=0.1, **options)
-
-
-def long_way(opt):
-    """Let every step of an optimizer go the long way."""
-    opt._repeated.does = lambda *step: False
-    return opt
 
 
 def bits(params, opt):
