@@ -18,16 +18,19 @@ def command(*arguments, code=0):
 
 def script(path, *arguments, code=0):
     """Likewise a script."""
-    return _ended(lambda: runpy.run_path(str(path), run_name="__main__"), (str(path), *arguments), code)
+
+    def call():
+        runpy.run_path(str(path), run_name="__main__")
+
+    return _ended(call, (str(path), *arguments), code)
 
 
 def _ended(call, argv, code):
     out, error = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         patch.setattr(sys, "argv", list(argv))
-        status = 0
         try:
-            call()
+            status = call() or 0
         except SystemExit as ended:
             status = ended.code or 0
     done = SimpleNamespace(stdout=out.getvalue(), stderr=error.getvalue())
