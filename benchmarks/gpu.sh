@@ -216,6 +216,10 @@ lacking() { # what is not there, of which the section consists
 benchmark() { # name, backend, seconds, options: its rows are added to results.csv, those of a run that was cut short too
     run "$1-$2" "$3" "$python" "benchmarks/$1.py" --backend "$2" --add "$results" "${@:4}"
 }
+both() { # name, seconds, options: likewise on each backend
+    local backend
+    for backend in "${backends[@]}"; do benchmark "$1" "$backend" "${@:2}"; done
+}
 gpu_state() { # before or after a section: its clocks and its load say whether figures can be trusted
     command -v nvidia-smi >/dev/null || return 0
     printf -- '-- the GPU %s: ' "$1" >>"$log"
@@ -262,22 +266,10 @@ section_tests-gpu() {
     tests tests-gpu-spread 900 ${side_by_side[@]+"${side_by_side[@]}"} -m "gpu and not real_gpu" \
         -k "($spread) and not ($of_time or $of_one_thread)" "${spread_files[@]}"
 }
-section_large() {
-    benchmark large cupy 55 "${large[@]}" --peers "torch fused"
-    benchmark large numba-cuda 55 "${large[@]}" --peers "torch fused"
-}
-section_many() {
-    benchmark many cupy 30 "${many[@]}" --peers "torch fused,torch foreach"
-    benchmark many numba-cuda 30 "${many[@]}" --peers "torch fused,torch foreach"
-}
-section_small() {
-    benchmark small cupy 22 "${small[@]}" --peers "torch fused,torch foreach"
-    benchmark small numba-cuda 22 "${small[@]}" --peers "torch fused,torch foreach"
-}
-section_host_time() {
-    benchmark host_time cupy 22 "${host_time[@]}"
-    benchmark host_time numba-cuda 22 "${host_time[@]}"
-}
+section_large() { both large 55 "${large[@]}" --peers "torch fused"; }
+section_many() { both many 30 "${many[@]}" --peers "torch fused,torch foreach"; }
+section_small() { both small 22 "${small[@]}" --peers "torch fused,torch foreach"; }
+section_host_time() { both host_time 22 "${host_time[@]}"; }
 section_tests() {
     local side_by_side k=${every:+($every) and }
     mapfile -t side_by_side < <(at_once)
@@ -293,10 +285,7 @@ section_amp_step() {
     benchmark amp_step cupy 45 "${amp_step[@]}"
     benchmark amp_step numba-cuda 40 "${amp_step_numba[@]}"
 }
-section_norms() {
-    benchmark norms cupy 22 "${norms[@]}"
-    benchmark norms numba-cuda 22 "${norms[@]}"
-}
+section_norms() { both norms 22 "${norms[@]}"; }
 section_peers() {
     benchmark large cupy 55 "${peers_large[@]}"
     benchmark small cupy 40 "${small[@]}"
