@@ -144,7 +144,7 @@ class Rule:
     def for_cuda_jit(self) -> Callable[..., Any]:
         """Return the same for @cuda.jit code of numba-cuda. There too fastmath=True changes the caller's arithmetic alone."""
         try:
-            return _kernels("element_numba_cuda").build(self._form)
+            return _kernels("numba_cuda_kernels").build_element(self._form)
         except ImportError:
             backends.load("numba-cuda")  # which says what is missing
             raise

@@ -92,7 +92,7 @@ complete backend, in plain NumPy and some 100 lines.
 | file | contents |
 |---|---|
 | `adam.py`, `limit.py` | the rules |
-| `element.py`, `element_numba.py`, `element_numba_cuda.py` | the rule in kernels of users: `gpuadam.Rule` |
+| `element.py`, `element_numba.py` | the rule in kernels of users: `gpuadam.Rule` |
 | `scalars.py` | THE FORMULA of a step's scalars |
 | `primitives.py`, `conversions.py`, `llvm.py` | operations; conversions and random bits; LLVM for both |
 | `state_formats.py` | the formats of moments, in NumPy: what 8-bit state is |

@@ -1,6 +1,6 @@
 """The rule in kernels of users, for Numba: functions of one element that @njit and @cuda.jit code calls.
 
-`element_numba_cuda.py` has what only the second needs.
+`numba_cuda_kernels.py` builds those of @cuda.jit code.
 """
 
 import functools

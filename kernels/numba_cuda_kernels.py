@@ -10,9 +10,10 @@ from unittest import mock
 
 import numpy as np
 from numba import cuda, from_dtype, types
+from numba.core.errors import TypingError
 from numba.cuda.extending import intrinsic
 
-from gpuadam.kernels import adam, numba_access, primitives
+from gpuadam.kernels import adam, element_numba, numba_access, primitives
 from gpuadam.kernels.gpu_table import BLOCK, CHUNK, FIRST_CHUNK, HEAD, ITEMS, KEY, OPERANDS, SIZE, START, VECTORS
 from gpuadam.kernels.layout import WARP
 from gpuadam.kernels.norm_numba_cuda import tuple_of
@@ -261,6 +262,14 @@ def _scalars_of(form, on_device):
         return load_scalars(address + REALS_AT), key, skip
 
     return scalars_at
+
+
+@functools.cache
+def build_element(form):
+    """Return the update of one element, of the rule in kernels of users, as a function for @cuda.jit code."""
+    device_function = cuda.jit(device=True, fastmath=False)
+    rule = device_function(adam.in_python(form, primitives.in_assembly(intrinsic, form.dtype)))
+    return device_function(element_numba.in_python(form, intrinsic, rule, TypingError))
 
 
 def build_scalars(form):

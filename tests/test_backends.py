@@ -372,7 +372,7 @@ def test_pyinstaller_is_told_of_every_backend_and_of_what_rules_need():
     assert entry in (ROOT / "pyproject.toml").read_text()
     (folder,) = importlib.import_module("gpuadam.__pyinstaller").hook_dirs()
     hook = runpy.run_path(str(Path(folder) / "hook-gpuadam.py"))
-    of_rules = {"gpuadam.kernels.element", "gpuadam.kernels.element_numba", "gpuadam.kernels.element_numba_cuda"}
+    of_rules = {"gpuadam.kernels.element", "gpuadam.kernels.element_numba"}
     assert set(hook["hiddenimports"]) == {row.module for row in backends.BACKENDS.values()} | of_rules
 
 

@@ -112,6 +112,6 @@ def test_equal_rules_have_one_function_and_other_numbers_are_none_of_it():
 def test_without_numba_cuda_the_error_says_what_mends_it(monkeypatch):
     if "numba-cuda" in gpuadam.available_backends():
         pytest.skip("Numba CUDA works here")
-    monkeypatch.setitem(sys.modules, "gpuadam.kernels.element_numba_cuda", None)
+    monkeypatch.setitem(sys.modules, "gpuadam.kernels.numba_cuda_kernels", None)
     with pytest.raises(gpuadam.BackendUnavailableError, match=r"backend 'numba-cuda' is not available: .*To mend it: "):
         gpuadam.Rule().for_cuda_jit()

@@ -3,5 +3,5 @@
 from gpuadam.backends import BACKENDS
 
 hiddenimports = [row.module for row in BACKENDS.values()]
-hiddenimports += [f"gpuadam.kernels.{name}" for name in ("element", "element_numba", "element_numba_cuda")]
+hiddenimports += [f"gpuadam.kernels.{name}" for name in ("element", "element_numba")]
 module_collection_mode = {"gpuadam.kernels": "pyz+py"}
