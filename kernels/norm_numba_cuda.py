@@ -3,8 +3,6 @@
 Line by line they are IN_CUDA_C of `norm_cuda_c.py`. Where that loops over the lanes of a thread, LLVM is written here.
 """
 
-from typing import Any
-
 from llvmlite import ir
 from numba import cuda, types
 from numba.cuda.extending import intrinsic
@@ -119,13 +117,14 @@ def _add_rows(form):
     parts = LANES_PER_THREAD // form.lanes
 
     def add_rows(b, lanes, at):
+        op = primitives.emitting(b, contracts=True)
         places = [(r * WIDTH + part * form.part) * form.itemsize for r in range(form.lanes) for part in range(parts)]
         vectors = [_vector_at(b, form, b.add(at, U64(place))) for place in places]
         for k, vector in enumerate(vectors):
             for e in range(form.lanes):
                 x = to_float64(b, form.format, vector[e], on_gpu=True)
                 lane = k % parts * form.lanes + e
-                lanes[lane] = _emit(b, "fma", x, x, lanes[lane]) if form.squares else _emit(b, "add", lanes[lane], x)
+                lanes[lane] = op.fma(x, x, lanes[lane]) if form.squares else op.add(lanes[lane], x)
         return lanes
 
     return llvm.function(intrinsic, "add_rows", add_rows, LANES_OF_A_THREAD(LANES_OF_A_THREAD, types.int64))
@@ -147,12 +146,13 @@ def tree_of(per_vector):
     parts = LANES_PER_THREAD // per_vector
 
     def tree(b, lanes):
+        op = primitives.emitting(b, contracts=True)
         for half in _halves(parts):
-            lanes = _folded(b, lanes, half * per_vector)
+            lanes = _folded(op, lanes, half * per_vector)
         for half in _halves(WARP):
-            lanes = [_emit(b, "add", x, _from_other_thread(b, x, half)) for x in lanes]
+            lanes = [op.add(x, _from_other_thread(b, x, half)) for x in lanes]
         for half in _halves(per_vector):
-            lanes = _folded(b, lanes, half)
+            lanes = _folded(op, lanes, half)
         return lanes[0]
 
     return llvm.function(intrinsic, "tree", tree, types.float64(LANES_OF_A_THREAD))
@@ -162,13 +162,8 @@ def _halves(n):
     return [1 << k for k in reversed(range(n.bit_length() - 1))]
 
 
-def _folded(b, lanes, half):
-    return [_emit(b, "add", lanes[k], lanes[k + half]) for k in range(half)]
-
-
-def _emit(b, primitive, *operands):
-    emit: Any = primitives.PRIMITIVES[primitive].llvm
-    return emit(b, llvm.nvvm_rn(b), *operands)
+def _folded(op, lanes, half):
+    return [op.add(lanes[k], lanes[k + half]) for k in range(half)]
 
 
 def _from_other_thread(b, x, mask):
