@@ -192,15 +192,15 @@ def compiled(variant, decoupled, reads):
         if t < int64_at(plan + 8 * BEGINS) or not 0.0 <= lr < np.inf or not same_settings(plan, settings):
             return OTHER
         n_rows, width = int64_at(plan + 8 * ROWS), int64_at(plan + 8 * WIDTH)
-        objects = carray(pointer(int64_at(plan + 8 * OBJECTS)), n_rows * width, np.int64)
+        objects = carray(pointer(int64_at(plan + 8 * OBJECTS)), n_rows * width)
         if not gather(plan, arrays, objects):
             return OTHER
         if of_several_updates:
             for k in range(n_rows):
                 if objects[k] != int64_at(int64_at(plan + 8 * PARAMS) + 8 * k):
                     return OTHER
-        expected = carray(pointer(int64_at(plan + 8 * EXPECTED)), (FACTS, width), np.int64)
-        table = carray(pointer(int64_at(plan + 8 * TABLE)), (n_rows, PARAM + width), np.int64)
+        expected = carray(pointer(int64_at(plan + 8 * EXPECTED)), (FACTS, width))
+        table = carray(pointer(int64_at(plan + 8 * TABLE)), (n_rows, PARAM + width))
         moved = read_all(objects, int64_at(plan + 8 * ARRAY_TYPE), expected, int64_at(plan + 8 * ANY_ORDER), table)
         if moved < 0:
             return OTHER
@@ -236,14 +236,14 @@ def compiled(variant, decoupled, reads):
         in_threads = int64_at(plan + 8 * IN_THREADS)
         if in_threads == 0 or int64_at(int64_at(plan + 8 * SAFE_AT)) == 0:
             if of_several_updates:
-                held = carray(pointer(int64_at(plan + 8 * HELD)), n_rows * width, np.int64)
+                held = carray(pointer(int64_at(plan + 8 * HELD)), n_rows * width)
                 for k in range(n_rows * width):
                     before, held[k] = held[k], objects[k]
                     decref(before)
             return READY
         if of_one_update:  # another thread may make a call of this Plan meanwhile
             own = memory_of_row()
-            row = carray(pointer(own), (1, PARAM + width), np.int64)
+            row = carray(pointer(own), (1, PARAM + width))
             for k in range(PARAM + width):
                 row[0, k] = table[0, k]
             own += 8 * (PARAM + width)

@@ -101,7 +101,7 @@ def _telling(struct):
 
     @inner
     def tell_all(plan, objects, compares):
-        words = carray(pointer(int64_at(plan + 8 * TOLD)), int64_at(plan + 8 * WORDS), np.int64)
+        words = carray(pointer(int64_at(plan + 8 * TOLD)), int64_at(plan + 8 * WORDS))
         array_type, n = int64_at(plan + 8 * ARRAY_TYPE), 0
         for k in range(len(objects)):
             n = tell_one(objects[k], array_type, words, n, compares)

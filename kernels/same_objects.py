@@ -15,14 +15,9 @@ from numba.extending import intrinsic
 from gpuadam.kernels import llvm
 from gpuadam.kernels import step_objects as at
 from gpuadam.kernels.compiled_cache import INNER
-from gpuadam.kernels.numba_memory import load_at
+from gpuadam.kernels.numba_memory import load_at, pointer_to
 
-int64_at = load_at(intrinsic, types.int64)
-
-
-pointer = llvm.function(
-    intrinsic, "pointer", lambda b, address: b.inttoptr(address, llvm.U8.as_pointer()), types.voidptr(types.int64)
-)
+int64_at, pointer = load_at(intrinsic, types.int64), pointer_to(intrinsic, types.int64)
 
 
 def call_python(b, name, *values, returns=True):
