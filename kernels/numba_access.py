@@ -14,7 +14,7 @@ from gpuadam.kernels import adam, llvm, primitives
 from gpuadam.kernels.conversions import CONVERSIONS, random_bits_of, random_words
 from gpuadam.kernels.layout import aligned_to
 from gpuadam.kernels.llvm import F32, F64, U8, U16, U32, U64
-from gpuadam.kernels.numba_memory import RAW, fetch, llvm_type
+from gpuadam.kernels.numba_memory import RAW, fetch, llvm_type, tuple_at
 from gpuadam.kernels.operands import FORMATS, GROUP, KINDS, OF_CODES, RESULTS, VALUES, decodings, operands_of_form
 
 FETCHED = 64  # elements that `fetch` asks for at once: whole cache lines of every format
@@ -99,13 +99,7 @@ def choose_vectors(intrinsic, wide):
 
 def scalars_at(form, intrinsic):
     """Return a function from the address of a step's scalars, of float64, to a tuple of the compute type."""
-    real, n = from_dtype(form.dtype), len(adam.scalar_names(form))
-
-    def scalars_at(b, address):
-        numbers = [b.load(b.gep(b.inttoptr(address, F64.as_pointer()), [llvm.U64(k)])) for k in range(n)]
-        return [b.fptrunc(x, F32) if real is types.float32 else x for x in numbers]
-
-    return llvm.function(intrinsic, "scalars_at", scalars_at, types.UniTuple(real, n)(types.int64))
+    return tuple_at(intrinsic, len(adam.scalar_names(form)), from_dtype(form.dtype), stored=types.float64)
 
 
 class _Emitter:

@@ -37,12 +37,17 @@ def load_at(intrinsic, element, addrspace=0, align=None):
     return llvm.function(intrinsic, "load", load, element(types.int64))
 
 
-def tuple_at(intrinsic, n, element=types.int64, addrspace=0):
-    """Return a function from an address to the n numbers from there on, a tuple. The arguments are those of `load_at`."""
+def tuple_at(intrinsic, n, element=types.int64, addrspace=0, stored=None):
+    """Return a function from an address to the n numbers from there on, a tuple. The arguments are those of `load_at`.
+
+    stored: the type in memory, if it is a wider float.
+    """
+    stored = stored or element
 
     def load_all(b, address):
-        start = llvm.pointer(b, address, llvm_type(element), addrspace)
-        return [b.load(b.gep(start, [llvm.U64(k)]), align=element.bitwidth // 8) for k in range(n)]
+        start = llvm.pointer(b, address, llvm_type(stored), addrspace)
+        numbers = [b.load(b.gep(start, [llvm.U64(k)]), align=stored.bitwidth // 8) for k in range(n)]
+        return numbers if stored == element else [b.fptrunc(x, llvm_type(element)) for x in numbers]
 
     return llvm.function(intrinsic, "tuple_at", load_all, types.UniTuple(element, n)(types.int64))
 
