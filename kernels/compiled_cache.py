@@ -40,9 +40,9 @@ def stored(dispatcher, *key):
     return dispatcher
 
 
-def kept(function):
-    """Compile a function whose name tells it from all others, with the cache on disk."""
-    return stored(njit(function), function.__name__)
+def kept(function, *key, **options):
+    """Compile a function with the cache on disk. key: tells it from others of its name, if there are any. options: Numba's."""
+    return stored(njit(**options)(named(function, *key) if key else function), function.__name__, *key)
 
 
 def of_rule(dispatcher, rule, form):
@@ -61,6 +61,9 @@ def named(function, *key):
     function.__name__ = f"{function.__name__}_{digest}"
     function.__qualname__ = f"{function.__qualname__}_{digest}"
     return function
+
+
+inner = njit(**INNER)  # compiles a function that only kernels call, if it is the only one of its name
 
 
 def compiler(*key):

@@ -14,7 +14,7 @@ import functools
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -167,12 +167,12 @@ def _call(b, function):
 _count_threads = llvm.function(intrinsic, "count_threads", _call, types.int64(types.int64))
 
 
-@compiled_cache.compiler(__name__)
+@compiled_cache.inner
 def of_none(plan, arrays, objects):
     return True
 
 
-@compiled_cache.compiler(__name__)
+@compiled_cache.inner
 def read_none(objects, array_type, expected, any_order, table):
     return 0
 
@@ -180,12 +180,12 @@ def read_none(objects, array_type, expected, any_order, table):
 @functools.cache
 def compiled(variant, decoupled, reads):
     """Return the compiled call of a Plan. reads: what it reads, one of ARRAYS_OF_ONE, ARRAYS and NO_ARRAY."""
-    formula = on_host(variant, decoupled)
+    key, formula = (variant, decoupled, reads), on_host(variant, decoupled)
     launch, launch_in_threads = _launching(True), _launching(False)
     gather, read_all = {ARRAYS_OF_ONE: (of_one, read_one), ARRAYS: (of_several, read), NO_ARRAY: (of_none, read_none)}[reads]
     of_one_update, of_several_updates = reads == ARRAYS_OF_ONE, reads == ARRAYS
     memory_of_row, MOST_SCALARS = on_stack(intrinsic, 8 * (PARAM + len(KINDS) + adam.MOST_SCALARS)), adam.MOST_SCALARS
-    powers, of_step = map(njit(**compiled_cache.INNER), (formula.powers, formula.of_step))
+    powers, of_step = map(compiled_cache.compiler(*key), (formula.powers, formula.of_step))
     GRAD_SCALE, DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
 
     def step(plan, arrays, settings, t, lr, grad_scale):
@@ -256,8 +256,7 @@ def compiled(variant, decoupled, reads):
                 decref(objects[k])
         return DONE
 
-    key = "step", variant, decoupled, reads
-    return compiled_cache.stored(njit(error_model="numpy")(compiled_cache.named(step, *key)), *key)
+    return compiled_cache.kept(step, *key, error_model="numpy")
 
 
 _float32_at, _store_float32 = load_at(intrinsic, types.float32), store_at(intrinsic, types.float32)

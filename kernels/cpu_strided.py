@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from gpuadam.kernels import compiled_cache
+from gpuadam.kernels.compiled_cache import inner
 from gpuadam.kernels.layout import collapse
 from gpuadam.kernels.numba_memory import CACHE_LINE, load_at, store_at
 
@@ -67,7 +67,6 @@ def _is_run(shape, strides, itemsize):
     return True
 
 
-inner = compiled_cache.compiler(__name__)
 WORDS = types.uint8, types.uint16, types.uint32, types.uint64
 load1, load2, load4, load8 = (load_at(intrinsic, word, align=1) for word in WORDS)
 store1, store2, store4, store8 = (store_at(intrinsic, word, align=1) for word in WORDS)

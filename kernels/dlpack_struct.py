@@ -56,7 +56,7 @@ class Tensors:
 
     def _compare(self, tensors, fill):
         function, move = self._arguments
-        return _as_kept(function, id(tensors), self._pointers, self._kept, move, fill)
+        return as_kept(function, id(tensors), self._pointers, self._kept, move, fill)
 
 
 def _emit_call(b, function, x, tensor):
@@ -68,10 +68,7 @@ call = llvm.function(intrinsic, "call", _emit_call, types.int64(*[types.int64] *
 tensor_memory = on_stack(intrinsic, dlpack.TENSOR.size)
 
 
-inner = compiled_cache.compiler(__name__)
-
-
-@inner
+@compiled_cache.inner
 def _agrees(kept, at, x, fill):
     """Return whether a number is the one that is kept. fill: keep it."""
     if fill:
@@ -79,7 +76,7 @@ def _agrees(kept, at, x, fill):
     return kept[at] == x
 
 
-@inner
+@compiled_cache.inner
 def _has_shape(kept, at, tensor, ndim, fill):
     shape, strides = int64_at(tensor + SHAPE), int64_at(tensor + STRIDES)
     if strides == 0 and ndim > 0:
@@ -91,6 +88,7 @@ def _has_shape(kept, at, tensor, ndim, fill):
     return True
 
 
+@compiled_cache.kept
 def as_kept(function, tensors, pointers, kept, move, fill):
     """Return whether the tensors of a list are as those that are kept. fill: keep them."""
     tensor, at = tensor_memory(), 0
@@ -113,6 +111,3 @@ def as_kept(function, tensors, pointers, kept, move, fill):
             return False
         at += HEAD + 2 * ndim
     return True
-
-
-_as_kept = compiled_cache.kept(as_kept)

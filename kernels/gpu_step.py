@@ -8,10 +8,10 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from gpuadam.kernels import compiled_cache, step_objects
-from gpuadam.kernels.same_objects import inner, int64_at, of_one, of_several, pointer, same_settings
+from gpuadam.kernels.same_objects import int64_at, of_one, of_several, pointer, same_settings
 from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 
 # Where the memory of a plan has what. WORDS: how many words there are for what is told of arrays.
@@ -77,8 +77,7 @@ def _same(struct):
             return tell_all(plan, objects, True) >= 0
         return True
 
-    key = "gpu_step", struct and struct.__name__
-    return compiled_cache.stored(njit(compiled_cache.named(same, *key)), *key)
+    return compiled_cache.kept(same, __name__, struct and struct.__name__)
 
 
 @functools.cache
@@ -91,15 +90,14 @@ def _tell(struct):
             return -1
         return tell_all(plan, objects, False)
 
-    key = "gpu_step", struct.__name__
-    return compiled_cache.stored(njit(compiled_cache.named(tell, *key)), *key)
+    return compiled_cache.kept(tell, __name__, struct.__name__)
 
 
 def _telling(struct):
     """Return the function that tells, or compares, what a plan has words for. Its result is how many words these are, or -1."""
-    tell_one = inner(struct.tell)
+    tell_one = compiled_cache.inner(struct.tell)
 
-    @inner
+    @compiled_cache.compiler(__name__, struct.__name__)
     def tell_all(plan, objects, compares):
         words = carray(pointer(int64_at(plan + 8 * TOLD)), int64_at(plan + 8 * WORDS))
         array_type, n = int64_at(plan + 8 * ARRAY_TYPE), 0

@@ -12,7 +12,7 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache
@@ -141,9 +141,6 @@ def known():
 _int64_at, _int32_at = load_at(intrinsic, types.int64), load_at(intrinsic, types.int32)
 
 
-_inner = njit(**compiled_cache.INNER)
-
-
 @compiled_cache.kept
 def apart(starts, ends, written):
     """Return whether no extent of memory that is written overlaps another; two that are only read may."""
@@ -170,7 +167,7 @@ def apart(starts, ends, written):
     return True
 
 
-@_inner
+@compiled_cache.inner
 def _end(rows, expected, row, k):
     """Return where the memory of an array of a table ends."""
     size = rows[row, SIZE]
@@ -190,7 +187,7 @@ def extents(rows, expected, starts, ends, written):
             n += 1
 
 
-@_inner
+@compiled_cache.inner
 def disjoint_in_one(rows, expected):
     """Return whether no array that the only update of a table writes shares memory with another; two that are only read may.
 
@@ -205,7 +202,7 @@ def disjoint_in_one(rows, expected):
     return True
 
 
-@_inner
+@compiled_cache.inner
 def disjoint(rows, expected):
     """Return likewise of a table of any number of updates."""
     n = rows.shape[0] * expected.shape[1]
@@ -270,7 +267,7 @@ def _call_order(typingctx, function, objects, row, rows, expected, n):
     return types.boolean(types.int64, *_ORDER_TAKES), codegen
 
 
-@_inner
+@compiled_cache.inner
 def _described(objects, ndarray, expected, any_order, rows):
     """Fill rows; return how many of their numbers have changed, or -1 if an array is not as expected. Arguments: of `read`."""
     changed = 0
@@ -315,7 +312,7 @@ def _described(objects, ndarray, expected, any_order, rows):
     return changed
 
 
-@_inner
+@compiled_cache.inner
 def _told(changed, rows, are_disjoint):
     """Return what a read has found."""
     if changed < 0 or not are_disjoint:

@@ -8,13 +8,13 @@ It holds Python's lock while it compares, so no other thread changes or frees an
 """
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpuadam.kernels import llvm
 from gpuadam.kernels import step_objects as at
-from gpuadam.kernels.compiled_cache import INNER
+from gpuadam.kernels.compiled_cache import inner
 from gpuadam.kernels.numba_memory import load_at, pointer_to
 
 int64_at, pointer = load_at(intrinsic, types.int64), pointer_to(intrinsic, types.int64)
@@ -42,9 +42,6 @@ incref, decref = (of_python(name, 1, returns=False) for name in ("Py_IncRef", "P
 
 
 # Called by compiled code. plan: the address of a Plan's memory. Other arguments are addresses of objects.
-inner = njit(**INNER)
-
-
 @inner
 def in_dict(x, key):
     """Return what a dict has under a key; 0 if there is nothing. PyDict_GetItem takes twice as long."""
