@@ -14,7 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpuadam.kernels.numba_memory import load_at
-from gpuadam.kernels.same_objects import int64_at
+from gpuadam.kernels.same_objects import agrees, int64_at
 from gpuadam.kernels.step_objects import TYPE
 
 # Bytes into the object of an array. CONTIGUOUS: two of 4 bytes, for C and for Fortran order.
@@ -25,8 +25,8 @@ _int32_at = load_at(intrinsic, types.int32)
 ARRAY = id(cupy.ndarray)
 
 
-def tell(array, array_type, words, n, compares):
-    """Store what is told of an array, from word n on, or with compares compare it. Return the next n, or -1.
+def tell(array, array_type, words, n, fill):
+    """Compare what is told of an array with the words from n on; or fill them in. Return the next n, or -1.
 
     It is -1 if a word differs, the array is not of CuPy's type, or the words are too few. array, array_type: addresses.
     """
@@ -45,18 +45,13 @@ def tell(array, array_type, words, n, compares):
         dims,
     )
     for word in fixed:
-        if compares and words[n] != word:
+        if not agrees(words, n, word, fill):
             return -1
-        if not compares:
-            words[n] = word
         n += 1
     for vector in (shape, strides):
         for d in range(dims):
-            word = int64_at(vector + 8 * d)
-            if compares and words[n] != word:
+            if not agrees(words, n, int64_at(vector + 8 * d), fill):
                 return -1
-            if not compares:
-                words[n] = word
             n += 1
     return n
 

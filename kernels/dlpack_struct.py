@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache, dlpack, llvm
 from gpuadam.kernels.numba_memory import on_stack
-from gpuadam.kernels.same_objects import clear_error, int64_at
+from gpuadam.kernels.same_objects import agrees, clear_error, int64_at
 from gpuadam.kernels.step_objects import ITEMS_OF_LIST, known
 
 # Where a DLPackExchangeAPI has the address of the function dltensor_from_py_object_no_sync, in words of 8 bytes. The first word
@@ -69,21 +69,13 @@ tensor_memory = on_stack(intrinsic, dlpack.TENSOR.size)
 
 
 @compiled_cache.inner
-def _agrees(kept, at, x, fill):
-    """Return whether a number is the one that is kept. fill: keep it."""
-    if fill:
-        kept[at] = x
-    return kept[at] == x
-
-
-@compiled_cache.inner
 def _has_shape(kept, at, tensor, ndim, fill):
     shape, strides = int64_at(tensor + SHAPE), int64_at(tensor + STRIDES)
     if strides == 0 and ndim > 0:
         return False
     for d in range(ndim):
         length, stride = int64_at(shape + 8 * d), int64_at(strides + 8 * d)
-        if not (_agrees(kept, at + 2 * d, length, fill) and _agrees(kept, at + 2 * d + 1, stride, fill)):
+        if not (agrees(kept, at + 2 * d, length, fill) and agrees(kept, at + 2 * d + 1, stride, fill)):
             return False
     return True
 
@@ -94,7 +86,7 @@ def as_kept(function, tensors, pointers, kept, move, fill):
     tensor, at = tensor_memory(), 0
     for k in range(pointers.size):
         x = int64_at(int64_at(tensors + ITEMS_OF_LIST) + 8 * k)
-        if not (move or _agrees(kept, at + OBJECT, x, fill)):
+        if not (move or agrees(kept, at + OBJECT, x, fill)):
             return False
         if call(function, x, tensor) != 0:
             clear_error()  # the long way raises what is wrong
@@ -103,9 +95,9 @@ def as_kept(function, tensors, pointers, kept, move, fill):
         device, of_elements = int64_at(tensor + DEVICE), int64_at(tensor + NDIM)
         ndim = of_elements & 0xFFFFFFFF
         if not (
-            (move or _agrees(kept, at + ADDRESS, pointers[k], fill))
-            and _agrees(kept, at + ON, device, fill)
-            and _agrees(kept, at + ELEMENTS, of_elements, fill)
+            (move or agrees(kept, at + ADDRESS, pointers[k], fill))
+            and agrees(kept, at + ON, device, fill)
+            and agrees(kept, at + ELEMENTS, of_elements, fill)
             and _has_shape(kept, at + HEAD, tensor, ndim, fill)
         ):
             return False

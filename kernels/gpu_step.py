@@ -74,7 +74,7 @@ def _same(struct):
             if objects[k] != int64_at(held + 8 * k) and not GRADS * rows <= k < (GRADS + 1) * rows:
                 return False
         if READS:
-            return tell_all(plan, objects, True) >= 0
+            return tell_all(plan, objects, False) >= 0
         return True
 
     return compiled_cache.kept(same, __name__, struct and struct.__name__)
@@ -88,21 +88,21 @@ def _tell(struct):
         objects = np.empty(int64_at(plan + 8 * WIDTH), np.int64)
         if not same_settings(plan, settings) or not of_one(plan, arrays, objects):
             return -1
-        return tell_all(plan, objects, False)
+        return tell_all(plan, objects, True)
 
     return compiled_cache.kept(tell, __name__, struct.__name__)
 
 
 def _telling(struct):
-    """Return the function that tells, or compares, what a plan has words for. Its result is how many words these are, or -1."""
+    """Return the function that compares what a plan has words for, or fills them in. Its result is how many these are, or -1."""
     tell_one = compiled_cache.inner(struct.tell)
 
     @compiled_cache.compiler(__name__, struct.__name__)
-    def tell_all(plan, objects, compares):
+    def tell_all(plan, objects, fill):
         words = carray(pointer(int64_at(plan + 8 * TOLD)), int64_at(plan + 8 * WORDS))
         array_type, n = int64_at(plan + 8 * ARRAY_TYPE), 0
         for k in range(len(objects)):
-            n = tell_one(objects[k], array_type, words, n, compares)
+            n = tell_one(objects[k], array_type, words, n, fill)
             if n < 0:
                 return -1
         return n

@@ -23,7 +23,7 @@ N = len(NAMES)
 _dict_of = of_python("PyObject_GenericGetDict", 2)
 
 
-def tell(array, array_type, words, n, compares):
+def tell(array, array_type, words, n, fill):
     """Compare the attributes of an array with the words from n on; return the next n, or -1 if one is another.
 
     words: what `told` returned. For the first array, n is 0. The other arguments are those of `cupy_struct.tell`.

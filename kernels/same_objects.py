@@ -65,6 +65,14 @@ def same_settings(plan, settings):
 
 
 @inner
+def agrees(kept, at, x, fill):
+    """Return whether a number is the one that is kept. fill: keep it."""
+    if fill:
+        kept[at] = x
+    return kept[at] == x
+
+
+@inner
 def is_dict(plan, x):
     return int64_at(x + at.TYPE) == int64_at(plan + 8 * at.DICT_TYPE)
 
