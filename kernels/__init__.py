@@ -103,6 +103,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `cpu_strided.py` | arrays of any strides on the CPU |
 | `processor.py` | prefetches and vectors of the CPU's loops |
 | `step_objects.py`, `same_objects.py`, `dlpack_struct.py` | what a step is given, and its comparison in compiled code |
+| `calls.py` | calls that compiled code makes |
 | `huge_pages.py` | memory of the host on pages of 2 MB |
 | `ownership.py` | which files no other user can have written |
 | `messages.py` | values of users in the messages of errors |

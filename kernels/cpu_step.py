@@ -13,17 +13,16 @@ If it may not start threads, it leaves the update to its caller, and keeps the a
 import functools
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from gpuadam.kernels import adam, compiled_cache, cpu_threads, llvm, step_objects
+from gpuadam.kernels import adam, compiled_cache, cpu_threads, step_objects
 from gpuadam.kernels.adam import Scalars
+from gpuadam.kernels.calls import c_function, code_at, code_of, decref, incref
 from gpuadam.kernels.numba_memory import load_at, on_stack, store_at
 from gpuadam.kernels.numpy_struct import FACTS, NDARRAY, OF_C_OR_FORTRAN, PARAM, SIZE, order_of, read, read_one
 from gpuadam.kernels.operands import KINDS
-from gpuadam.kernels.same_objects import call_python, decref, incref, int64_at, of_one, of_several, pointer, same_settings
+from gpuadam.kernels.same_objects import int64_at, of_one, of_several, pointer, same_settings
 from gpuadam.kernels.scalars import on_host
 from gpuadam.kernels.step_objects import OWN, ROWS, WIDTH
 
@@ -69,7 +68,7 @@ class Plan(step_objects.Plan):
         at = [self.address + 8 * k for k in (expected, table_at, of_numbers, objects, params_at)]
         # the arrays of a step of several updates that is READY. They are let go by `held.fill(None)`
         self.held = np.empty(n_rows * width if reads == ARRAYS else 0, object)
-        self.memory[ARRAY_TYPE:MOVES] = NDARRAY, address_of(kernel), most, begins, any_order
+        self.memory[ARRAY_TYPE:MOVES] = NDARRAY, code_of(kernel, OF_A_KERNEL), most, begins, any_order
         self.memory[EXPECTED:HEAD] = *at, self.held.ctypes.data
         self.memory[expected:table_at] = like.expected.ravel()
         self.table = self.memory[table_at:of_numbers].reshape(n_rows, PARAM + width)
@@ -107,7 +106,7 @@ class Plan(step_objects.Plan):
         if OF_A_KERNEL in getattr(loop, "overloads", ()):
             self._kept.append(loop)
             self.memory[COUNTER], self.memory[SAFE_AT] = cpu_threads.counter_at(), cpu_threads.safe.ctypes.data
-            self.memory[IN_THREADS] = address_of(loop)
+            self.memory[IN_THREADS] = code_of(loop, OF_A_KERNEL)
 
     def step(self, arrays, settings, t, lr, grad_scale):
         """Return DONE, READY or OTHER. Of updates beside others, one call at a time: threads take turns (`gpuadam/under_way.py`).
@@ -126,45 +125,10 @@ def takes(grad_scale):
 # The arguments of a kernel: table, first, last, key and the address of its scalars; in threads table, n, n_threads, key and these
 OF_A_KERNEL = types.Array(types.int64, 2, "C"), *[types.int64] * 4
 
-
-def address_of(kernel):
-    """Return the address of the machine code of a kernel that has been called, and perhaps with other types too."""
-    made = kernel.overloads[OF_A_KERNEL]
-    return made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
-
-
 _float64_at = load_at(intrinsic, types.float64)
 _store, _store_count = (store_at(intrinsic, kind) for kind in (types.float64, types.int64))
-
-
-def _launching(holds_lock):
-    """Return a function that calls a kernel at an address, with Python's lock or without it."""
-
-    def codegen(context, b, signature, args):
-        kernel, table, first, second, scalars = args
-        kind = context.call_conv.get_function_type(types.none, OF_A_KERNEL)
-        # Numba's functions take the places of a result and of an error before their arguments
-        places = [cgutils.alloca_once_value(b, ir.Constant(place.pointee, None)) for place in kind.args[:2]]
-        packed = context.get_arg_packer(OF_A_KERNEL).as_arguments(b, [table, first, second, llvm.U64(0), scalars])
-        thread = None if holds_lock else call_python(b, "PyEval_SaveThread")
-        b.call(b.inttoptr(kernel, kind.as_pointer()), [*places, *packed])  # it returns whether it has raised: never
-        if thread is not None:
-            call_python(b, "PyEval_RestoreThread", thread, returns=False)
-        return context.get_dummy_value()
-
-    @intrinsic
-    def launch(typingctx, kernel, table, first, second, scalars):
-        return types.void(types.int64, OF_A_KERNEL[0], *[types.int64] * 3), codegen
-
-    return launch
-
-
-def _call(b, function):
-    """Call a function at an address, which takes nothing and returns a C int."""
-    return b.sext(b.call(b.inttoptr(function, ir.FunctionType(llvm.U32, []).as_pointer()), []), llvm.U64)
-
-
-_count_threads = llvm.function(intrinsic, "count_threads", _call, types.int64(types.int64))
+_launch, _launch_in_threads = (code_at(types.none, OF_A_KERNEL, unlocked) for unlocked in (False, True))
+_count_threads = c_function(0)
 
 
 @compiled_cache.inner
@@ -181,7 +145,6 @@ def read_none(objects, array_type, expected, any_order, table):
 def compiled(variant, decoupled, reads):
     """Return the compiled call of a Plan. reads: what it reads, one of ARRAYS_OF_ONE, ARRAYS and NO_ARRAY."""
     key, formula = (variant, decoupled, reads), on_host(variant, decoupled)
-    launch, launch_in_threads = _launching(True), _launching(False)
     gather, read_all = {ARRAYS_OF_ONE: (of_one, read_one), ARRAYS: (of_several, read), NO_ARRAY: (of_none, read_none)}[reads]
     of_one_update, of_several_updates = reads == ARRAYS_OF_ONE, reads == ARRAYS
     memory_of_row, MOST_SCALARS = on_stack(intrinsic, 8 * (PARAM + len(KINDS) + adam.MOST_SCALARS)), adam.MOST_SCALARS
@@ -228,7 +191,7 @@ def compiled(variant, decoupled, reads):
             elements += table[row, SIZE]
         _store_count(plan + 8 * ELEMENTS, elements)
         if elements < int64_at(plan + 8 * MOST):
-            launch(int64_at(plan + 8 * KERNEL), table, 0, elements, numbers + 8 * SCALARS)
+            _launch(int64_at(plan + 8 * KERNEL), table, 0, elements, 0, numbers + 8 * SCALARS)
             return DONE
         if of_several_updates:
             for k in range(n_rows * width):
@@ -250,7 +213,8 @@ def compiled(variant, decoupled, reads):
             for k in range(MOST_SCALARS):
                 _store(own + 8 * k, _float64_at(numbers + 8 * (SCALARS + k)))
             table, numbers = row, own - 8 * SCALARS
-        launch_in_threads(in_threads, table, elements, _count_threads(int64_at(plan + 8 * COUNTER)), numbers + 8 * SCALARS)
+        n_threads = _count_threads(int64_at(plan + 8 * COUNTER))
+        _launch_in_threads(in_threads, table, elements, n_threads, 0, numbers + 8 * SCALARS)
         if of_several_updates:
             for k in range(n_rows * width):
                 decref(objects[k])

@@ -7,13 +7,12 @@ object. Of torch's tensors it takes 60 ns, where Python needs 460 for a tensor's
 import ctypes
 
 import numpy as np
-from llvmlite import ir
-from numba import types
 from numba.extending import intrinsic
 
-from gpuadam.kernels import compiled_cache, dlpack, llvm
+from gpuadam.kernels import compiled_cache, dlpack
+from gpuadam.kernels.calls import c_function, clear_error
 from gpuadam.kernels.numba_memory import on_stack
-from gpuadam.kernels.same_objects import agrees, clear_error, int64_at
+from gpuadam.kernels.same_objects import agrees, int64_at
 from gpuadam.kernels.step_objects import ITEMS_OF_LIST, known
 
 # Where a DLPackExchangeAPI has the address of the function dltensor_from_py_object_no_sync, in words of 8 bytes. The first word
@@ -59,13 +58,7 @@ class Tensors:
         return as_kept(function, id(tensors), self._pointers, self._kept, move, fill)
 
 
-def _emit_call(b, function, x, tensor):
-    kind = ir.FunctionType(llvm.U32, [llvm.U64, llvm.U64])
-    return b.zext(b.call(b.inttoptr(function, kind.as_pointer()), [x, tensor]), llvm.U64)
-
-
-call = llvm.function(intrinsic, "call", _emit_call, types.int64(*[types.int64] * 3))
-tensor_memory = on_stack(intrinsic, dlpack.TENSOR.size)
+call, tensor_memory = c_function(2), on_stack(intrinsic, dlpack.TENSOR.size)
 
 
 @compiled_cache.inner

@@ -12,8 +12,9 @@ import weakref
 import numpy as np
 from numba.cuda.cudadrv import devicearray
 
+from gpuadam.kernels.calls import clear_error, decref, of_python
 from gpuadam.kernels.gpu_step import GRADS
-from gpuadam.kernels.same_objects import clear_error, decref, in_dict, int64_at, of_python
+from gpuadam.kernels.same_objects import in_dict, int64_at
 from gpuadam.kernels.step_objects import TYPE
 
 ARRAY = id(getattr(devicearray, "DeviceNDArray", None))  # Numba's simulator of a GPU, which is no backend, has none

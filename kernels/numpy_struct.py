@@ -16,6 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache
+from gpuadam.kernels.calls import code_at, code_of
 from gpuadam.kernels.numba_memory import load_at
 from gpuadam.kernels.operands import GROUP, KINDS, is_written, sharing
 from gpuadam.kernels.step_objects import TYPE
@@ -250,21 +251,10 @@ _ORDER_TAKES = types.Array(types.int64, 1, "C"), types.int64, *[types.Array(type
 def _address_of_order():
     """Return the address of the machine code of `in_one_order`, compiled."""
     in_one_order.compile(_ORDER_TAKES)
-    made = in_one_order.overloads[_ORDER_TAKES]
-    return made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
+    return code_of(in_one_order, _ORDER_TAKES)
 
 
-@intrinsic
-def _call_order(typingctx, function, objects, row, rows, expected, n):
-    """Call `in_one_order` at an address: code that calls it by name would have all of it."""
-
-    def codegen(context, b, signature, args):
-        kind = context.call_conv.get_function_type(types.boolean, _ORDER_TAKES)
-        there = b.inttoptr(args[0], kind.as_pointer())
-        _, result = context.call_conv.call_function(b, there, types.boolean, _ORDER_TAKES, args[1:])
-        return result
-
-    return types.boolean(types.int64, *_ORDER_TAKES), codegen
+_call_order = code_at(types.boolean, _ORDER_TAKES)
 
 
 @compiled_cache.inner

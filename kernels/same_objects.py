@@ -7,45 +7,22 @@ Python's. It compares the settings of a step by identity, and gathers the addres
 It holds Python's lock while it compares, so no other thread changes or frees an object meanwhile.
 """
 
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from gpuadam.kernels import llvm
 from gpuadam.kernels import step_objects as at
+from gpuadam.kernels.calls import clear_error, get_item
 from gpuadam.kernels.compiled_cache import inner
 from gpuadam.kernels.numba_memory import load_at, pointer_to
 
 int64_at, pointer = load_at(intrinsic, types.int64), pointer_to(intrinsic, types.int64)
 
 
-def call_python(b, name, *values, returns=True):
-    """Call a function of Python's interface for C, by its name. It takes addresses, and its value is one or nothing."""
-    kind = ir.FunctionType(llvm.U64 if returns else ir.VoidType(), [llvm.U64] * len(values))
-    value = b.call(cgutils.get_or_insert_function(b.module, kind, name), values)
-    return value if returns else None
-
-
-def of_python(name, n, returns=True):
-    """Return such a function of n addresses for compiled code."""
-
-    def emit(b, *values):
-        return call_python(b, name, *values, returns=returns)
-
-    result = types.int64 if returns else types.void
-    return llvm.function(intrinsic, name, emit, result(*[types.int64] * n))
-
-
-_get_item, clear_error = of_python("PyDict_GetItemWithError", 2), of_python("PyErr_Clear", 0, returns=False)
-incref, decref = (of_python(name, 1, returns=False) for name in ("Py_IncRef", "Py_DecRef"))
-
-
 # Called by compiled code. plan: the address of a Plan's memory. Other arguments are addresses of objects.
 @inner
 def in_dict(x, key):
     """Return what a dict has under a key; 0 if there is nothing. PyDict_GetItem takes twice as long."""
-    value = _get_item(x, key)
+    value = get_item(x, key)
     if value == 0:
         clear_error()  # of a key that cannot be compared
     return value
