@@ -1,6 +1,5 @@
 """The backend `numba-cpu`: NumPy arrays, and all arrays that share CPU memory by DLPack."""
 
-import functools
 import time
 from array import array
 from typing import Any
@@ -54,28 +53,18 @@ class CpuBatch(Batch):
                 latest = backend.latest = form, rule, backend.build, backend.compiled(rule, form)
             self.kernel, self.arguments = latest[3], (self.table, 0, self.n, key, scalars)
             return
-        if self.table is not None:
-            self.kernel, build = cpu_threads.run, functools.partial(backend.build, rule, form)
-            self.arguments = build, self.table, self.n, cpu_threads.n_threads(), (key, scalars)
-            over_nothing: tuple[Any, ...] = build, self.table, 0, *self.arguments[3:]
-        else:
+        kind, table, n = "", self.table, self.n
+        if table is None:
             (update,) = self.updates
-            n, written = update.views[0].size, [operand.stores for operand in operands_of_form(form)]
+            kind, n, key = "strided ", update.views[0].size, update.key ^ key
+            written = [operand.stores for operand in operands_of_form(form)]
             # elements are counted in C order where they are rounded by their number
             table = cpu_strided.table_of(update.views, written, update.start, self.is_random)
-            loops = {"serial": "strided", "parallel": "strided parallel"}
-            n_threads = 1 if n < backend.PARALLEL_FROM else cpu_threads.n_threads()
-            self.kernel = cpu_threads.run
-            self.arguments = (
-                lambda loop: backend.build(rule, form, loops[loop]),
-                table,
-                n,
-                n_threads,
-                (update.key ^ key, scalars),
-            )
-            over_nothing = *self.arguments[:2], 0, *self.arguments[3:]
-        several = self.arguments[3] > 1
-        backend.rehearse((rule, form, self.table is None, several, backend.build), self.kernel, over_nothing)
+        n_threads = 1 if n < backend.PARALLEL_FROM else cpu_threads.n_threads()
+        self.kernel = cpu_threads.run
+        self.arguments = (lambda loop: backend.build(rule, form, kind + loop)), table, n, n_threads, (key, scalars)
+        over_nothing = *self.arguments[:2], 0, *self.arguments[3:]
+        backend.rehearse((rule, form, kind, n_threads > 1, backend.build), self.kernel, over_nothing)
 
     def launch(self):
         self.begun = True

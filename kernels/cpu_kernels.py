@@ -33,9 +33,9 @@ from gpuadam.kernels.operands import GROUP, operands_of_form
 
 @functools.cache
 def build(rule, form, loop):
-    """Return the compiled kernel of a form. loop: "serial" or "parallel"; "strided" or "strided parallel" for any strides."""
+    """Return the compiled kernel of a form. loop: "serial" or "parallel", after "strided " if it is for arrays of any strides."""
     if loop.endswith("parallel"):
-        return cpu_threads.parallel_of(build(rule, form, "serial" if loop == "parallel" else "strided"))
+        return cpu_threads.parallel_of(build(rule, form, loop.replace("parallel", "serial")))
     update, access = numba_access.update_of(rule, form, intrinsic), numba_access.functions(form, intrinsic)
     load, store, moved, stepped, fetch = access.load, access.store, access.moved, access.stepped, access.fetch
     AHEAD, WIDE = getattr(rule, "LOOP", processor.loop_of(form))
@@ -115,7 +115,7 @@ def build(rule, form, loop):
 
     if form.arrays.grouped:
         serial = _over_groups(access, update, operands_at, scalars_at, choose_vectors)
-    kernel = compiled_cache.named(strided if loop == "strided" else serial, rule.__name__, form)
+    kernel = compiled_cache.named(strided if loop == "strided serial" else serial, rule.__name__, form)
     return compiled_cache.of_rule(njit(**compiled_cache.KERNEL)(kernel), rule, form)
 
 

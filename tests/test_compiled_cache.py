@@ -437,14 +437,14 @@ def run(name="adam", dtype="float32", loop="serial", rule=adam):
     form, scalars = form_and_scalars(name, dtype)
     arrays = [a for a in state(100, dtype, form.amsgrad) if a is not None]
     kernel = numba_cpu.build(rule, form, loop)
-    if loop == "strided":
+    if loop == "strided serial":
         kernel(strided_table_of(form, arrays), 0, 0, 0, in_memory(scalars))
     else:
         kernel(table_of(arrays), *((0, 100) if loop == "serial" else (100, 2)), 0, in_memory(scalars))
     return kernel, b"".join(a.tobytes() for a in arrays)
 
 
-@pytest.mark.parametrize("loop", ["serial", "strided"])
+@pytest.mark.parametrize("loop", ["serial", "strided serial"])
 def test_every_loop_is_found_again(here, loop):
     (first, result), (second, again) = run(loop=loop), run(loop=loop)
     assert (loaded(first), loaded(second)) == (0, 1)
@@ -499,7 +499,7 @@ def test_a_rule_that_is_not_of_this_package_is_never_kept(here, examples):
     """Its text is not in the key: a broken one could take the good one's place."""
     broken = types.ModuleType("broken")
     broken.in_python = adam.in_python
-    for loop in ("serial", *examples((), ("parallel", "strided"))):
+    for loop in ("serial", *examples((), ("parallel", "strided serial"))):
         run(loop=loop, rule=broken)
     assert files(here) == []
     own, _ = run()

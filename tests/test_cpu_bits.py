@@ -37,7 +37,7 @@ def launched(form, arrays, scalars):
 def through(loop, form, arrays, scalars):
     n, kernel = arrays[0].size, numba_cpu.build(adam, form, loop)
     key = 0  # of the step
-    if loop == "strided":
+    if loop == "strided serial":
         kernel(strided_table_of(form, arrays), 0, n, key, in_memory(scalars))
     else:
         kernel(table_of(arrays), *((0, n) if loop == "serial" else (n, 3)), key, in_memory(scalars))
@@ -52,7 +52,7 @@ def test_every_loop_gives_the_same_bits(name, dtype):
     given = wide_state(N, dtype, form.amsgrad)
     expected = through("serial", form, copies(given), scalars)
     assert_same_bits(through("parallel", form, copies(given), scalars), expected, "parallel")
-    assert_same_bits(through("strided", form, copies(given), scalars), expected, "strided")
+    assert_same_bits(through("strided serial", form, copies(given), scalars), expected, "strided")
     pieces = copies(given)
     for start, stop in [(0, 1), (1, 4), (4, 7), (7, 1031), (1031, N)]:
         through("serial", form, [None if a is None else a[start:stop] for a in pieces], scalars)
@@ -65,7 +65,7 @@ def test_threads_may_cut_arrays_of_any_strides_anywhere(how):
     form, scalars = form_and_scalars("adam", "float32")
     given = [a for a in wide_state(7 * 65, "float32") if a is not None]
     expected = through("serial", form, copies(given), scalars)
-    kernel = numba_cpu.build(adam, form, "strided")
+    kernel = numba_cpu.build(adam, form, "strided serial")
     for cut in (1, 64, 65, 66, 255, 256, 257, 300):
         parts = [np.zeros((7, 140), "f4")[:, columns] for _ in given]
         for part, a in zip(parts, given, strict=True):

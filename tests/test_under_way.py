@@ -141,7 +141,7 @@ def test_an_error_between_two_launches_is_told(monkeypatch):
             if last:
                 raise MemoryError("no room")
 
-        return kernel if loop == "strided" else strided(rule, form, loop)
+        return kernel if loop == "strided serial" else strided(rule, form, loop)
 
     with monkeypatch.context() as patch:
         patch.setattr(numba_cpu, "build", failing)
@@ -163,7 +163,7 @@ def test_what_fails_before_the_first_launch_changes_nothing(monkeypatch):
         def kernel(*arguments):
             raise RuntimeError("it does not compile")
 
-        return kernel if loop == "strided" else build(rule, form, loop)
+        return kernel if loop == "strided serial" else build(rule, form, loop)
 
     before = everything(opt)
     with monkeypatch.context() as patch:
