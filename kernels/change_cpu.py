@@ -4,16 +4,15 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import types
 from numba.extending import intrinsic
 
-from gpuadam.kernels import adam, compiled_cache, cpu_threads, norm_cpu, numba_access, primitives, processor
+from gpuadam.kernels import compiled_cache, cpu_threads, norm_cpu, numba_access, primitives, processor
 from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.backend import refuse_stream
 from gpuadam.kernels.change_sums import NormPasses
 from gpuadam.kernels.norm_order import QUARTER, WIDTH
 from gpuadam.kernels.numba_access import FETCHED
-from gpuadam.kernels.numba_memory import load_at, tuple_at
+from gpuadam.kernels.numba_memory import tuple_at
 from gpuadam.kernels.operands import GROUP, operands_of_form
 
 # Elements from which two threads finish sooner than one, as in an update.
@@ -75,51 +74,35 @@ def build(form, loop, how=None):
         return cpu_threads.parallel_of(build(form, "serial", how))
     how = how or processor.loop_of_sums()
     compiled = compiled_cache.compiler(__name__, form, how)
-    op = primitives.for_numba(intrinsic)
-    fma, sub = op.fma, op.sub
-    update, access = numba_access.update_of(adam, form, intrinsic), numba_access.functions(form, intrinsic)
-    load, moved, stepped, fetch = access.load, access.moved, access.stepped, access.fetch
-    N, CHANGE, GROUPED = len(operands_of_form(form)), form.arrays.change != "", form.arrays.grouped
-    NUMBERS, SEVERAL = form.arrays.numbers, form.arrays.numbers > 1
+    fma, access = primitives.for_numba(intrinsic).fma, numba_access.functions(form, intrinsic)
+    load, moved, fetch = access.load, access.moved, access.fetch
+    N, GROUPED, NUMBERS = len(operands_of_form(form)), form.arrays.grouped, form.arrays.numbers
     RUN, operands_at = GROUP if GROUPED else WIDTH, tuple_at(intrinsic, N)
-    scalars_at, int64_at = numba_access.scalars_at(form, intrinsic), load_at(intrinsic, types.int64)
+    scalars_at = numba_access.scalars_at(form, intrinsic)
+    change_of = numba_access.change_of(form, compiled, intrinsic)
+    element_of = numba_access.element_of(form, compiled, intrinsic)
     choose_vectors, AHEAD, MANY = numba_access.choose_vectors(intrinsic, how.wide), how.ahead, processor.cached(form)
     units: Any = access.units if GROUPED else None
-
-    @compiled
-    def number(x, k):
-        """Return number k of a value. It may be one alone."""
-        return x[k] if SEVERAL else x
-
-    @compiled
-    def change_of(values, k, s):
-        new = np.float64(number(update(values, s)[0], k))
-        return new if CHANGE else sub(new, np.float64(number(values[0], k)))
 
     def near(lanes, at, i, n, s):
         """Add the numbers i ... i + n - 1 of arrays without gaps to neighbouring lanes."""
         choose_vectors()
         for j in range(n):
-            x = change_of(load(at, (i + j) // NUMBERS), (i + j) % NUMBERS, s)
+            x = change_of(load(at, (i + j) // NUMBERS), (i + j) % NUMBERS, True, s)
             lanes[j] = fma(x, x, lanes[j])
 
     def near_of_group(lanes, at, i, n, s):
         choose_vectors()
         unit, here = units(at, i // GROUP), moved(at, i)
         for j in range(n):
-            x = change_of(load(here, j, unit), 0, s)
+            x = change_of(load(here, j, unit), 0, True, s)
             lanes[j] = fma(x, x, lanes[j])
 
-    def with_gaps(lanes, at, dims, ndim, start, n, s):
-        """Add n numbers from number `start` on, in C order, of arrays of any strides and alignment. dims: an address."""
+    def with_gaps(lanes, at, table, row, start, n, s):
+        """Add n numbers from number `start` on, in C order, of arrays of any strides and alignment. table, row: addresses."""
         for i in range(n):
-            here, rest = at, (start + i) // NUMBERS
-            for d in range(ndim - 1, -1, -1):
-                dimension = dims + 8 * d * (N + 1)
-                length = int64_at(dimension) if d else rest + 1
-                here = stepped(here, operands_at(dimension + 8), rest % length)
-                rest //= length
-            x, lane = change_of(load(here, 0), (start + i) % NUMBERS, s), i // QUARTER * WIDTH + i % WIDTH
+            here, lane = element_of(at, table, row, (start + i) // NUMBERS), i // QUARTER * WIDTH + i % WIDTH
+            x = change_of(load(here, 0), (start + i) % NUMBERS, True, s)
             lanes[lane] = fma(x, x, lanes[lane])
 
     add_near = compiled(near_of_group if GROUPED else near)
@@ -135,7 +118,6 @@ def build(form, loop, how=None):
                 lane = i // QUARTER * WIDTH + i % WIDTH
                 add_near(lanes[lane : lane + RUN], at, start + i, min(RUN, n - i), s)
         if not GROUPED and not table[row + order.RUN]:
-            dims = table.ctypes.data + 8 * table[row + order.DIMS]
-            add_with_gaps(lanes, at, dims, table[row + order.NDIM], start, n, s)
+            add_with_gaps(lanes, at, table.ctypes.data, table.ctypes.data + 8 * row, start, n, s)
 
     return compiled_cache.stored(norm_cpu.over_chunks(compiled, order.OPERANDS + N, add_chunk), __name__, form, how)

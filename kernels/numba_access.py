@@ -10,11 +10,11 @@ from types import SimpleNamespace
 from llvmlite import ir
 from numba import from_dtype, types
 
-from gpuadam.kernels import adam, llvm, primitives
+from gpuadam.kernels import adam, llvm, norm_order, primitives
 from gpuadam.kernels.conversions import CONVERSIONS, random_bits_of, random_words
 from gpuadam.kernels.layout import aligned_to
 from gpuadam.kernels.llvm import F32, F64, U8, U16, U32, U64
-from gpuadam.kernels.numba_memory import RAW, fetch, llvm_type, tuple_at
+from gpuadam.kernels.numba_memory import RAW, fetch, llvm_type, load_at, tuple_at, widened
 from gpuadam.kernels.operands import FORMATS, GROUP, KINDS, OF_CODES, RESULTS, VALUES, decodings, operands_of_form
 
 FETCHED = 64  # elements that `fetch` asks for at once: whole cache lines of every format
@@ -85,6 +85,53 @@ def update_of(rule, form, intrinsic, lanes=1, contracts=False):
         return (types.UniTuple(results, lanes) if lanes > 1 else results)(values, scalars)
 
     return llvm.function(intrinsic, "update", update, signature, 2)
+
+
+def change_of(form, compiled, intrinsic, on_gpu=False):
+    """Return a function to the change of number k of an element, a float64: change_of(values, k, is_there, scalars).
+
+    It is 0 if the element is not there, whatever the values are. compiled: compiles the function.
+    """
+    update, sub = update_of(adam, form, intrinsic, contracts=on_gpu), primitives.for_numba(intrinsic, contracts=on_gpu).sub
+    as_float64 = widened(intrinsic, form.dtype.name, on_gpu)
+    CHANGE, SEVERAL = form.arrays.change != "", form.arrays.numbers > 1
+
+    @compiled
+    def number(x, k):
+        """Return number k of a value. It may be one alone."""
+        return x[k] if SEVERAL else x
+
+    @compiled
+    def change_of(values, k, is_there, s):
+        new, old = as_float64(number(update(values, s)[0], k)), as_float64(number(values[0], k))
+        change = new if CHANGE else sub(new, old)
+        return change if is_there else 0.0
+
+    return change_of
+
+
+def element_of(form, compiled, intrinsic, addrspace=0):
+    """Return a function to the addresses of element i, in C order, of arrays of any strides: element_of(at, table, row, i).
+
+    at: the addresses of the arrays. table, row: those of a table of `norm_order.py` and of the arrays' row there. The other
+    arguments are those of `change_of` and `functions`.
+    """
+    N, stepped = len(operands_of_form(form)), functions(form, intrinsic, addrspace=addrspace).stepped
+    int64_at, strides_at = load_at(intrinsic, types.int64, addrspace), tuple_at(intrinsic, N, addrspace=addrspace)
+
+    @compiled
+    def element_of(at, table, row, i):
+        d = int64_at(row + 8 * norm_order.NDIM) - 1
+        while d >= 0:
+            dimension, rest = table + 8 * (int64_at(row + 8 * norm_order.DIMS) + d * (N + 1)), types.int64(0)
+            if d > 0:
+                rest = types.int64(types.uint64(i) // types.uint64(int64_at(dimension)))
+            at = stepped(at, strides_at(dimension + 8), i - rest * int64_at(dimension))
+            i = rest
+            d -= 1
+        return at
+
+    return element_of
 
 
 def choose_vectors(intrinsic, wide):
