@@ -120,21 +120,21 @@ def _pieces(backend, view, writes):
         low, high = bounds(view)
         host = np.empty(high - low, np.uint8)
         backend.copy_now(view.device, backend.receive, host, low, host.nbytes)
-        array = np.ndarray(view.shape, f"u{itemsize}", host, view.pointer - low, view.strides)
+        array = np.ndarray(view.shape, f"V{itemsize}", host, view.pointer - low, view.strides)
         yield from _pieces_on_host(array, ranges, writes)
         if writes:
             backend.copy_now(view.device, backend.send, low, host, host.nbytes)
 
 
 def _pieces_on_host(array, ranges, writes):
-    integers = array.view(f"u{array.dtype.itemsize}")  # NumPy has no buffers of other packages' bfloat16
-    if integers.flags.c_contiguous:
-        memory, itemsize = integers.reshape(-1).view(np.uint8), integers.itemsize
+    elements = array.view(f"V{array.itemsize}")  # NumPy has no buffers of other packages' bfloat16
+    if elements.flags.c_contiguous:
+        memory, itemsize = elements.reshape(-1).view(np.uint8), elements.itemsize
         for first, last in ranges:
             yield memory[first * itemsize : last * itemsize].data
     else:
         for first, last in ranges:
-            piece = np.empty(last - first, integers.dtype) if writes else integers.flat[first:last]
+            piece = np.empty(last - first, elements.dtype) if writes else elements.flat[first:last]
             yield piece.view(np.uint8).data
             if writes:
-                integers.flat[first:last] = piece
+                elements.flat[first:last] = piece

@@ -9,15 +9,21 @@ from gpuadam import backends
 from gpuadam.kernels import array_bytes
 
 
-def test_the_bytes_are_those_of_the_elements_in_c_order():
-    x = np.arange(40, dtype="f4").reshape(5, 8)
+@pytest.mark.parametrize("dtype", ["f4", "c16"])
+def test_the_bytes_are_those_of_the_elements_in_c_order(dtype):
+    x = np.arange(40, dtype=dtype).reshape(5, 8)
     for array in (x.copy(), np.asfortranarray(x)):
-        kernels, (view,) = backends.choose([("x", array)])
+        kernels = backends.load("numba-cpu")
+        view = kernels.view("x", array)
         assert b"".join(map(bytes, array_bytes.chunks(kernels, view))) == x.tobytes()
         pieces = array_bytes.Pieces(array_bytes.buffers(kernels, view))
         pieces.write((x + 1).tobytes())
         pieces.close()
         assert (array == x + 1).all()
+
+
+def test_a_number_of_more_bytes_than_any_integer_is_read():
+    assert backends.number("x", np.array(1.5, np.longdouble)) == 1.5
 
 
 @pytest.mark.parametrize("seed", range(20))
