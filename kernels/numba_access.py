@@ -1,7 +1,8 @@
 """Loads and stores of an element for loops in Python: LLVM, which Numba compiles for the CPU and for GPUs.
 
 Numbers are converted between their formats and the compute type by the rows of `conversions.py`. 8-bit state needs further
-functions, because the codes of a group are not known until all of its elements have been updated.
+functions, because the codes of a group are not known until all of its elements have been updated. `change_of` and `element_of`
+are for the sums of `change_sums.py`.
 """
 
 import functools
