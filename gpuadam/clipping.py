@@ -69,6 +69,26 @@ def global_norm(
     return result if out is None else out
 
 
+def norm_in_place(grads, norms, backend=None, stream=None):
+    """Return the norm of a list of gradients: a number, or on a GPU an array.
+
+    norms: such arrays, one for each device and library. Captured graphs know them, so the one that is beside the gradients is
+    written again; a new one is added.
+    """
+    for out in (*norms, None):
+        try:
+            norm = global_norm(grads, out=out, backend=backend, stream=stream)
+            break
+        except (TypeError, ValueError):  # it is elsewhere; or the gradients are wrong, which is said without it
+            if out is None:
+                raise
+    if isinstance(norm, np.ndarray):
+        return norm.item()
+    if out is None:
+        norms.append(norm)
+    return norm
+
+
 def named_arrays(name, x, around=()):
     """Give what errors call each array, and the array. around: the lists and dicts that x is in."""
     if x is None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 from typing import Any, Literal, overload
 
-import numpy as np
-
 from . import backends, checks, clipping, gradients, step_counts
 from . import state as state_
 from .description import of_adam, repr_of
@@ -133,9 +131,11 @@ class Adam(HasGroups, Grows):
         self.options = Options(self.algorithm, self.decoupled, **{name: given[name] for name in SAVED})
         self.groups, self.arrangement = parsed_groups(params, {name: given[name] for name in HYPERPARAMETERS})
         self._remembered, self._repeated, self.under_way = Remembered(), RepeatedStep(), UnderWay()
-        self.norm_on_gpu: Any = None  # of the last step
+        self.last_norm: Any = None  # of the last gradients whose norm a step took: a number, or an array on a GPU
+        self._norms: list[Any] = []  # such arrays, one for each device and library
         self._step_norms: Any = None  # of every step, if capturable
-        self._norm_counts: dict[int, Any] = {}  # for scalars that depend on a norm on the device, where the host counts
+        # for scalars that depend on a norm on the device, where the host counts: by number of the Updates, backend and device
+        self._norm_counts: dict[tuple, Any] = {}
         beginnings = begun(self)
         self._take(beginnings, self.copies_of(param_copies, beginnings))
         self.warn_of_no_effect({"master": master, "stochastic_rounding": stochastic_rounding})
@@ -390,11 +390,7 @@ class Adam(HasGroups, Grows):
             raise ValueError("norm is given, and nothing is done with it: give max_norm to clip by it, or check_finite=True")
         grads = [grad for grads in grads_of_groups for grad in grads if grad is not None]
         if norm is None and grads and (max_norm is not None or check_finite):
-            norm = clipping.global_norm(grads, out=self.norm_on_gpu, backend=self.backend, stream=stream)
-            if isinstance(norm, np.ndarray):
-                norm = norm.item()
-            else:
-                self.norm_on_gpu = norm  # always in the same place, which captured graphs know
+            norm = self.last_norm = clipping.norm_in_place(grads, self._norms, self.backend, stream)
         device_mode = any(group.count.on_device for group in self._groups)
         capturable, largest = self.options.capturable, self.largest_norm
         return clipping.conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, device_mode, largest)
@@ -410,9 +406,10 @@ class Adam(HasGroups, Grows):
             kernels, (view,) = backends.choose([(self.arrangement.label(group.names[0]), param)], self.backend)
             if view.device is None and kernels.memory == "CPU":
                 clipping.refuse_on_gpu("norm")
-            if k not in self._norm_counts:
-                self._norm_counts[k] = step_counts.DeviceCount(kernels, view.device or 0)
-            group.now = Now(self._norm_counts[k], group.h.lr, grad_scale, counts=False, **on_device)
+            place = k, kernels.name, view.device or 0
+            if place not in self._norm_counts:
+                self._norm_counts[place] = step_counts.DeviceCount(kernels, place[-1])
+            group.now = Now(self._norm_counts[place], group.h.lr, grad_scale, counts=False, **on_device)
 
     def leave_out(self, updates, stream):
         """Check a step that is left out, and zero the gradients if a step would."""

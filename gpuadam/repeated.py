@@ -250,7 +250,7 @@ def _further_of(optimizer, plans, updates, clips, options, passes):
     on_gpu = all(type(plan) is StepsOnGpu for plan in plans) and all(group.now for group in updates)
     if on_gpu and passes is None:
         given = [grad_scale, norm, found_inf, *(settings["lr"] for settings in optimizer.groups)]
-        return StepsOnDevice.of(updates, plans[0].kernels, optimizer.norm_on_gpu if clips else None, given)
+        return StepsOnDevice.of(updates, plans[0].kernels, optimizer.last_norm if clips else None, given)
     if all(type(plan) is StepsOnCpu for plan in plans) and not any(group.now for group in updates):
         clipped = ClippedOnCpu(updates, optimizer.largest_norm) if clips else None
         return NormsOnCpu(passes, clipped) if passes else clipped

@@ -247,6 +247,40 @@ def test_a_checkpoint_of_the_second_device_comes_back(cp, second, backend, tmp_p
     assert_same_bits([a.get() for a in params.values()], list(expected_params.values()))
 
 
+def clipped_in_turn(params, grads, **options):
+    """Take clipped steps in which one of two groups has a gradient. Return the norms of the steps."""
+    opt, norms = gpuadam.Adam([{"params": [param]} for param in params], **options), []
+    for of_step in 2 * [(grads[0], None), (None, grads[1])]:
+        opt.step([[grad] for grad in of_step], max_norm=1.0)
+        norms.append(opt.last_norm)
+    return norms
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_clipped_steps_on_two_devices_in_turn_keep_a_norm_and_a_count_on_each(cp, second, backend, capturable):
+    expected = [host_params()["w"] for _ in range(2)]
+    grads = [k * host_grads()["w"] for k in (1, 2)]
+    clipped_in_turn(expected, grads)
+    params = []
+    for device in range(2):
+        with cp.cuda.Device(device):
+            there_now = there(cp, {"param": host_params()["w"], "grad": grads[device]})
+            params.append(there_now["param"])
+            grads[device] = there_now["grad"]
+    norms = clipped_in_turn(params, grads, backend=backend, capturable=capturable)
+    assert norms[0] is norms[2] is not norms[1] is norms[3]
+    assert_same_bits([param.get() for param in params], expected)
+
+
+def test_clipped_steps_on_a_gpu_and_on_the_cpu_in_turn(cp):
+    expected = [host_params()["w"] for _ in range(2)]
+    grads = [k * host_grads()["w"] for k in (1, 2)]
+    clipped_in_turn(expected, grads)
+    params = [cp.asarray(host_params()["w"]), host_params()["w"]]
+    clipped_in_turn(params, [cp.asarray(grads[0]), grads[1]])
+    assert_same_bits([params[0].get(), params[1]], expected)
+
+
 class Tensor:
     """What `to_torch` needs of a tensor, over another library's array."""
 
