@@ -221,9 +221,9 @@ class RepeatedStep(Repeats):
             return False
         plans = [one.plan for one in known]
         of_groups = zip(known, optimizer.groups, grads, lengths, strict=True)
-        steps = (one.step(optimizer, group, own, options, n) for one, group, own, n in of_groups)
+        steps = [one.step(optimizer, group, own, options, n) for one, group, own, n in of_groups]
         try:
-            launches = further(self._further, plans, list(steps), options) if self._further else prepared(plans, steps)
+            launches = prepared(plans, steps, self._further, options)
             if not launches or not self._apart(plans):
                 return False
             launch(launches, optimizer.under_way)
@@ -264,25 +264,18 @@ def _number(given, array, instead):
     return given if type(given) is float else None
 
 
-def prepared(plans, steps):
-    """Return the batches of the steps of several plans, ready to be launched; None if one is another step than its last.
+def prepared(plans, steps, further=None, options=()):
+    """Return what to launch for the steps of several plans, all prepared; None if one is another step than its last.
 
-    steps: what `step` of each plan takes, or None.
+    steps: what `step` of each plan takes, or None. further: what they need beside their batches, a ClippedOnCpu, a NormsOnCpu or
+    a `StepsOnDevice`. options: of the step, which it takes.
     """
-    batches = []
-    for plan, step in zip(plans, steps, strict=True):
-        more = step and plan.prepared(*step)
-        if not more:
-            return None
-        batches += more
-    return batches
-
-
-def further(of_all, plans, steps, options):
-    """Return likewise the launches of steps that need more. of_all: a ClippedOnCpu, a NormsOnCpu or a `StepsOnDevice`."""
     if None in steps or not all(plan.same(*step) for plan, step in zip(plans, steps, strict=True)):
         return None
-    return of_all.launches(plans, steps, options)
+    if further:
+        return further.launches(plans, steps, options)
+    of_plans = [plan.batches(*step[2:]) for plan, step in zip(plans, steps, strict=True)]
+    return None if None in of_plans else list(itertools.chain.from_iterable(of_plans))
 
 
 def _in_one(places, names):

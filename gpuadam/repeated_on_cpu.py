@@ -163,35 +163,27 @@ class StepsOnCpu:
         under_way.end()  # nothing has been done
         if status == self._kernels.cpu_step.OTHER:
             return False
-        batch = self._batch(step)
+        batches = self.batches(step, lr, grad_scale)
         try:
-            launch([batch], under_way)
+            launch(batches, under_way)
         finally:
             self.ended()
         self._plan.take_threads(self._kernels.build)
         return True
 
-    def prepared(self, arrays, settings, step, lr, grad_scale):
-        """Return the batches of the step if it is as the last one, ready to be launched; else None. Of a group beside others."""
-        return [self._batch(step)] if self.same(arrays, settings, step, lr, grad_scale) else None
-
     def same(self, arrays, settings, step, lr, grad_scale):
-        """Whether the step is as the last one; if so, it is ready but for its batches. Of one whose call makes no launch."""
+        """Whether the step is as the last one; if so, all but its batches is ready. Of a plan whose call makes no launch."""
         if not self._plan.rehearsed:
             self._plan.rehearse()
         return self._plan.step(arrays, settings, step, lr, grad_scale) == self._kernels.cpu_step.READY
 
-    def clipped(self, grad_scale):
-        """Return the batches of a step that is the same, ready to be launched with another grad_scale."""
-        self._plan.scalars[0] = self._sign * grad_scale
-        return [self._batch()]
-
-    def _batch(self, step=0):
-        """Return the batch of the table, whose arrays the plan keeps alive. step: for random rounding."""
+    def batches(self, step, lr, grad_scale):
+        """Return the batches of a step that is the same, ready to be launched. grad_scale: that of clipping, if there is one."""
         plan, kernels, is_random = self._plan, self._kernels, self._is_random
+        plan.scalars[0] = self._sign * grad_scale
         batch = kernels.batch_of(plan.table, plan.elements, None, is_random, 0, self._names, plan.held)
         batch.prepare(adam, plan.form, plan.scalars_at, None, step_key(self._seed, step) if is_random else 0)
-        return batch
+        return [batch]
 
     def ended(self):
         """Let the arrays go of a step that was prepared."""
@@ -246,7 +238,8 @@ class ClippedOnCpu:
             grad_scale = clipping.clipped(grad_scale, norm, max_norm)
         if not self._kernels.cpu_step.takes(grad_scale):
             return None
-        return [batch for plan in plans for batch in plan.clipped(grad_scale)]
+        of_plans = zip(plans, steps, strict=True)
+        return [batch for plan, (_, _, step, lr, _) in of_plans for batch in plan.batches(step, lr, grad_scale)]
 
 
 class NormsOnCpu:
@@ -266,7 +259,7 @@ class NormsOnCpu:
         if self._clipped:
             batches = self._clipped.launches(plans, steps, options)
         else:
-            batches = [batch for plan in plans for batch in plan.clipped(options[0])]
+            batches = [batch for plan, step in zip(plans, steps, strict=True) for batch in plan.batches(*step[2:])]
         if batches is None or not self._params.takes(plans):
             return None
         for plan, part in zip(plans, self.passes.parts, strict=True):

@@ -98,17 +98,16 @@ class StepsOnGpu:
 
     def step(self, arrays, settings, step, lr, grad_scale, under_way):
         """Make the step if it is as the last one, and return whether it was made. The arguments are those of `cpu_step.Plan`."""
-        return launch_again(self.prepared(arrays, settings, step, lr, grad_scale), under_way)
-
-    def prepared(self, arrays, settings, step, lr, grad_scale):
-        """Return the batches of the step if it is as the last one, ready to be launched; else None."""
-        if not self.same(arrays, settings, step, lr, grad_scale):
-            return None
-        return prepared_again(self._batches, lr, grad_scale, self._fixed, self._seed, step)
+        same = self.same(arrays, settings, step, lr, grad_scale)
+        return same and launch_again(self.batches(step, lr, grad_scale), under_way)
 
     def same(self, arrays, settings, step, lr, grad_scale):
         """Whether the step is as the last one."""
         return any(plan.same(arrays, settings) and (read is None or read.same(arrays)) for plan, read in self._ways)
+
+    def batches(self, step, lr, grad_scale):
+        """Return the batches of a step that is the same, ready to be launched; None if a graph would freeze its scalars."""
+        return prepared_again(self._batches, lr, grad_scale, self._fixed, self._seed, step)
 
     def on_device(self, step, lr, grad_scale, now, seed):
         """Return what to launch for a step whose scalars the device computes; None if a graph would freeze these.
