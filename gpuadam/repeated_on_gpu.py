@@ -13,12 +13,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import backends, hyperparameters, remembered
-from .device_step import ScalarsLaunch
 from .kernels import adam, step_objects
 from .kernels.scalars import step_key
 from .kernels.step_objects import same, stays
 from .kernels.view import is_array, type_name
-from .update import Updates, launch
+from .update import Updates, launch, prepared
 
 MOST_STREAMS = 4  # of clipped steps
 MOST_KEPT = 1024  # calls of adam_step on different arrays, in each thread
@@ -58,8 +57,7 @@ class StepsOnGpu:
     moves = 0  # an array that has moved is none of the last step's: the step goes the long way
 
     def __init__(self, batches, only):
-        self._batches, self._names = batches, only.names
-        self._fixed, self._seed = only.h.fixed, only.seed
+        self.kept, self._fixed, self._seed = batches, only.h.fixed, only.seed
         columns, kernels = only.columns, batches[0].backend
         self.kernels = kernels
         struct, attributes = kernels.struct, kernels.attributes
@@ -107,22 +105,7 @@ class StepsOnGpu:
 
     def batches(self, step, lr, grad_scale):
         """Return the batches of a step that is the same, ready to be launched; None if a graph would freeze its scalars."""
-        return prepared_again(self._batches, lr, grad_scale, self._fixed, self._seed, step)
-
-    def on_device(self, step, lr, grad_scale, now, seed):
-        """Return what to launch for a step whose scalars the device computes; None if a graph would freeze these.
-
-        now: its `device_step.Now`.
-        """
-        h, place = _again(lr, grad_scale, self._fixed), self._batches[0].place(None)
-        if h is None or place.capturing:
-            return None
-        scalars = ScalarsLaunch(Updates(h, step, [], now=now, seed=seed), place.stream)
-        for batch in self._batches:
-            form, memory = scalars.of(batch.arrays)
-            batch.prepare(adam, form, memory, batch.place(place.stream))
-        scalars.prepare()
-        return [scalars, *self._batches]
+        return prepared_again(self.kept, lr, grad_scale, self._fixed, self._seed, step)
 
     def ended(self):
         """Do nothing: a step that was prepared keeps no array alive."""
@@ -133,7 +116,7 @@ class StepsOnDevice:
 
     def __init__(self, groups, kernels, norm, given, told):
         self._kernels, self._given, self._told = kernels, given, told
-        self._now, self._seeds = [group.now for group in groups], [group.seed for group in groups]
+        self._groups = [Updates(group.h, group.step, [], now=group.now, seed=group.seed) for group in groups]  # less arrays
         self._norms: dict[int, Any] = {}  # by streams, which share no memory
         self._at: Any = None  # the View of the norm
         if norm is not None:
@@ -160,7 +143,11 @@ class StepsOnDevice:
 
         steps: what `StepsOnGpu.step` takes for each plan. options: of the step.
         """
-        if remembered.read(self._given, remembered.READ_ALL) != self._told:
+        of_groups = zip(self._groups, steps, strict=True)
+        new = [_again(lr, grad_scale, group.h.fixed) for group, (_, _, _, lr, grad_scale) in of_groups]
+        if None in new or remembered.read(self._given, remembered.READ_ALL) != self._told:
+            return None
+        if any(plan.kept[0].place(None).capturing for plan in plans):  # a graph would freeze numbers
             return None
         launches: list[Any] = []
         if self._at:
@@ -171,12 +158,9 @@ class StepsOnDevice:
             if norm is None or not norm.goes_on(place):
                 return None
             launches.append(NormLaunch(norm, place, self._at.pointer))
-        for plan, (_, _, step, lr, grad_scale), now, seed in zip(plans, steps, self._now, self._seeds, strict=True):
-            of_group = plan.on_device(step, lr, grad_scale, now, seed)
-            if of_group is None:
-                return None
-            launches += of_group
-        return launches
+        for group, h, step in zip(self._groups, new, steps, strict=True):
+            group.h, group.step = h, step[2]
+        return launches + prepared(self._groups, [batch for plan in plans for batch in plan.kept])
 
 
 class NormLaunch(NamedTuple):

@@ -5,9 +5,8 @@ adam_step, Adam.step, gpuadam.torch.Adam.step, ...      make Updates: arrays tha
     numpy_batches.batches   NumPy's arrays are read in their structs
     remembered.batches      other arrays are as they were in the last step
     _in_views               any arrays are viewed one by one, and what is wrong with them is raised
-  _launch
-    _place, prepare       for each batch its stream, its form and its scalars; all is compiled, uploaded and refused here
-    launch                nothing but launches: of a step's scalars, if they are computed on the device, then of the batches; a
+  prepared                for each batch its stream, its form and its scalars; all is compiled, uploaded and refused here
+  launch                  nothing but launches: of a step's scalars, if they are computed on the device, then of the batches; a
                           step's norms are summed before and after these
 """
 
@@ -92,7 +91,7 @@ def update(groups, backend=None, stream=None, remembered=None, under_way=None, n
     if not batches and remembered:
         batches = remembered.batches(groups, backend)
     viewed = None if batches else _in_views(groups, backend)
-    _launch(groups, batches or viewed, stream, under_way, norms)
+    launch(prepared(groups, batches or viewed, stream, norms), under_way)
     if remembered and viewed is not None:
         remembered.keep(groups, backend, viewed)
     else:
@@ -181,8 +180,8 @@ def _of_change(groups, norms):
     return batches
 
 
-def _launch(groups, batches, stream, under_way, norms=None):
-    """Prepare all batches, which may fail, then launch them: nothing is allocated, compiled or refused any more."""
+def prepared(groups, batches, stream=None, norms=None):
+    """Prepare all batches, which may fail. Return what to launch: nothing is allocated, compiled or refused any more."""
     scalars_of: dict[int, ScalarsLaunch] = {}
     if stream is not None:
         _check_devices(batches)
@@ -208,7 +207,7 @@ def _launch(groups, batches, stream, under_way, norms=None):
         launches = [*scalars_of.values(), *launches]
         for scalars in scalars_of.values():
             scalars.prepare()
-    launch(launches, under_way)
+    return launches
 
 
 def launch(launches, under_way=None):
