@@ -149,7 +149,6 @@ class StepsOnDevice:
             return None
         if any(plan.kept[0].place(None).capturing for plan in plans):  # a graph would freeze numbers
             return None
-        launches: list[Any] = []
         if self._at:
             place = self._kernels.place(self._at.device, None, self._streams)
             if place.stream not in self._norms and len(self._norms) < MOST_STREAMS:
@@ -157,22 +156,10 @@ class StepsOnDevice:
             norm = self._norms.get(place.stream)
             if norm is None or not norm.goes_on(place):
                 return None
-            launches.append(NormLaunch(norm, place, self._at.pointer))
+            norm.launch(place, self._at.pointer)  # at once: it writes an array of the optimizer's own
         for group, h, step in zip(self._groups, new, steps, strict=True):
             group.h, group.step = h, step[2]
-        return launches + prepared(self._groups, [batch for plan in plans for batch in plan.kept])
-
-
-class NormLaunch(NamedTuple):
-    """The launch of a norm. `begun` stays False, as of a Batch, because it writes nothing of the caller's."""
-
-    norm: Any  # a gpu_norm.GpuNorm
-    place: Any
-    norm_at: int
-    begun: bool = False
-
-    def launch(self):
-        self.norm.launch(self.place, self.norm_at)
+        return prepared(self._groups, [batch for plan in plans for batch in plan.kept])
 
 
 class ReadInPython:

@@ -9,7 +9,7 @@ From a call to the memory:
         backends.choose(arrays)       gpuadam/backends.py: the arrays decide; their Views
         backend.batches(...)          a Batch for all dense arrays, one for each other:
                                       cpu_backend.py, gpu_batch.py
-      update.prepared(...), launch     gpuadam/update.py again, over all batches:
+      update.prepared(...), launch    gpuadam/update.py again, over all batches:
         batch.place(stream)           on a GPU: its stream, and which streams wait
         batch.check(place, ...)       on a GPU: what a CUDA graph cannot hold is refused
         batch.prepare(rule, form, scalars, place, key)
