@@ -342,24 +342,15 @@ def update(views, zero_grad=False, nonzero=False, numbers=1):
         _operand(view, views["param"], operand, numbers, written, in_groups)
 
 
-def gradient(view, param, allowed, written):
-    """Check a gradient that is not an operand of an update. allowed: formats. written: whether zeros are stored in it."""
-    _operand(view, param, "grad", 1, written, False)
-    one_format(view, allowed)
+def beside(view, param, operand, written, numbers=1, in_groups=False, allowed=None):
+    """Check an array beside a parameter, as an operand of updates that will come. written: whether these write it.
 
-
-def copy_of_param(view, param, numbers, in_groups):
-    """Check an array that is to be overwritten with copies of a parameter. in_groups: its state is of 8 bits."""
-    one_format(view, KINDS["param_copy"].formats)
-    _operand(view, param, "param_copy", numbers, True, in_groups)
-
-
-def bounds_in_arrays(views, param, numbers, in_groups):
-    """Check arrays that are bounds of a parameter, all but what is in them. numbers, in_groups: as in `copy_of_param`."""
-    for view in views:
-        one_format(view, KINDS["low"].formats)
+    numbers: of an element. in_groups: the parameter has 8-bit state. allowed: formats, if not all those of the operand.
+    """
+    _operand(view, param, operand, numbers, written, in_groups)  # first: of complex numbers beside real ones it says more
+    one_format(view, allowed or KINDS[operand].formats)
+    if operand in ("low", "high"):
         _format_of_bound(view, param)
-        _operand(view, param, "low", numbers, False, in_groups)
 
 
 def _format_of_bound(view, param):

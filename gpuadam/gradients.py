@@ -15,7 +15,7 @@ def fill_with_zeros(labelled, backend, stream):
         kernels, (of_param, *of_grad) = backends.choose(pair, backend)
         params.append(of_param)
         for view in of_grad:
-            checks.gradient(view, of_param, checks.FORMATS, written=True)
+            checks.beside(view, of_param, "grad", written=True)
             filled.append((kernels, view))
             arrays.append(grad)
     checks.overlap([view for _, view in filled], params)

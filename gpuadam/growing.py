@@ -181,7 +181,8 @@ class Grows(HasState):
                 named.append((f"param_copy of {label}", parameter.copy))
             _, of_name = backends.choose(named, self.backend)
             if name == new and parameter.copy is not None:
-                checks.copy_of_param(of_name[-1], of_name[0], parameter.kind.numbers, "m_scale" in parameter.state)
+                in_groups = "m_scale" in parameter.state
+                checks.beside(of_name[-1], of_name[0], "param_copy", True, parameter.kind.numbers, in_groups)
             views += of_name
         checks.overlap(views, [])
 

@@ -13,7 +13,7 @@ from .groups import HYPERPARAMETERS, OF_PARAMS, HasGroups, grads_of_params, name
 from .growing import Grows
 from .kernels import streams
 from .options import SAVED, Options, arguments
-from .parameters import begun, check_bounds, made_group, made_parameters
+from .parameters import begun, made_group, made_parameters
 from .remembered import Remembered
 from .repeated import RepeatedStep
 from .step_arrays import StepArrays, of_bounds
@@ -155,7 +155,7 @@ class Adam(HasGroups, Grows):
         structures = [s._replace(names=list(g["names"])) for s, g in zip(self.arrangement.structures, groups, strict=True)]
         twin._repeated = RepeatedStep()
         twin.groups, twin.arrangement = groups, self.arrangement._replace(structures=structures)
-        twin._take(begun(twin), copies, states, [group.count for group in self._groups])
+        twin._take(begun(twin, states), copies, states, [group.count for group in self._groups])
         return twin
 
     def _take(self, beginnings, copies, states=None, counts=None):
@@ -166,7 +166,6 @@ class Adam(HasGroups, Grows):
         """
         states = dict(states or {})
         new = {name: beginning for name, beginning in beginnings.items() if name not in states}
-        check_bounds(self, new)
         states |= {name: {"step": 0} | arrays for name, arrays in self.new_state(new).items()}
         self.parameters = made_parameters(beginnings, states, copies, self.options)
         self.state = state_.States((name, parameter.state) for name, parameter in self.parameters.items())

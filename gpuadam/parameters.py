@@ -22,22 +22,28 @@ class Beginning(NamedTuple):
     numbers: int = 1  # of the parameter that share a v
 
 
-def begun(opt):
-    """Check the parameters and hyperparameters of an optimizer. Return name -> Beginning of each parameter."""
+def begun(opt, going_on=()):
+    """Check the parameters and hyperparameters of an optimizer. Return name -> Beginning of each parameter.
+
+    going_on: the names of those whose bounds were checked before.
+    """
     beginnings: dict[str, Beginning] = {}
     bounds = of_bounds(opt.groups, opt.arrangement.structures)  # which refuses those of another structure
     for group, structure in zip(opt.groups, opt.arrangement.structures, strict=True):
         has_array = opt.options.capturable and is_array(group["lr"])  # whose number is not known before it is read
         h = checked_settings(group | {"lr": 0.0} if has_array else group, structure, opt.options, step=1)
         for name, param in zip(group["names"], group["params"], strict=True):
-            label = opt.arrangement.label(name)
-            kernels, (view,) = backends.choose([(label, checks.given(label, param))], opt.backend)
+            label, ends = opt.arrangement.label(name), bounds.get(name, {})
+            named = [] if name in going_on else [(f"{end} of {label}", array) for end, array in ends.items()]
+            kernels, (view, *of_ends) = backends.choose([(label, checks.given(label, param)), *named], opt.backend)
             checks.param(view)
             hyperparameters.check_rounding(h, opt.options.computed_in(view.format))
             numbers = checks.numbers(view, structure.complex, structure.components)
-            checks.ordered(view, numbers, h.fixed, bounds.get(name, ()))
+            checks.ordered(view, numbers, h.fixed, ends)
             kept = opt.options.kept(view, structure.amsgrad, numbers)
             beginnings[name] = Beginning(kernels, view, kept, numbers)
+            if of_ends:
+                _check_bounds(beginnings[name], dict(zip(ends, of_ends, strict=True)), group["bounds"])
     views = [beginning.view for beginning in beginnings.values()]
     checks.given_once(views)
     checks.overlap(views, [])
@@ -49,25 +55,18 @@ def checked_settings(settings, structure, options, step, grad_scale=1.0):
     return checked_group(without_arrays(settings), structure, options, step, grad_scale)
 
 
-def check_bounds(opt, beginnings):
-    """Refuse bounds of some parameters that are arrays of other shapes or dtypes, or in CPU memory low above high.
+def _check_bounds(beginning, of_ends, bounds):
+    """Refuse bounds in arrays of other shapes or dtypes than their parameter's, or in CPU memory low above high.
 
-    beginnings: name -> Beginning, of these parameters.
+    beginning: of the parameter. of_ends: "low" or "high" -> View. bounds: of its group, where the other end may be a number.
     """
-    bounds = of_bounds(opt.groups, opt.arrangement.structures)
-    for settings in opt.groups:
-        numbers = bounds_apart(settings["bounds"])[0]
-        for name, param in zip(settings["names"], settings["params"], strict=True):
-            if name not in beginnings or name not in bounds:
-                continue
-            label, kept, n = opt.arrangement.label(name), beginnings[name].kept, beginnings[name].numbers
-            named = [(label, param), *((f"{end} of {label}", array) for end, array in bounds[name].items())]
-            kernels, (view, *views) = backends.choose(named, opt.backend)
-            checks.bounds_in_arrays(views, view, n, "m_scale" in kept)
-            if kernels.memory == "CPU":
-                ends = [None if x is None else hyperparameters.bound(x, view.format) for x in numbers]  # as a step has them
-                in_arrays = dict(zip(bounds[name], (widened(end.array, end.format) for end in views), strict=True))
-                checks.order_of_bounds(label, *(in_arrays.get(end, x) for end, x in zip(ENDS, ends, strict=True)))
+    (kernels, view, kept, n), numbers = beginning, bounds_apart(bounds)[0]
+    for end, of_end in of_ends.items():
+        checks.beside(of_end, view, end, written=False, numbers=n, in_groups="m_scale" in kept)
+    if kernels.memory == "CPU":
+        ends = [None if x is None else hyperparameters.bound(x, view.format) for x in numbers]  # as a step has them
+        in_arrays = {end: widened(of_end.array, of_end.format) for end, of_end in of_ends.items()}
+        checks.order_of_bounds(view.name, *(in_arrays.get(end, x) for end, x in zip(ENDS, ends, strict=True)))
 
 
 def made_parameters(beginnings, states, copies, options):

@@ -63,7 +63,7 @@ def grads(members, listed, transport, taken, zero_grad, backend):
         _, their_views = _chosen(named, transport, backend)
         for member, view in zip(elsewhere, their_views, strict=True):
             allowed = checks.FORMATS if member.grad.format == "float64" else NARROWER
-            checks.gradient(view, member.view, allowed, zero_grad)
+            checks.beside(view, member.view, "grad", zero_grad, allowed=allowed)
             views[member.number] = view
         pairs = zip(elsewhere, their_views, strict=True)
         checks.overlap(taken, [view for member, view in pairs if not _same_place(view, member.grad)])
