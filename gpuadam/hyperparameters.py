@@ -37,27 +37,25 @@ class Formulas:
     decoupled: bool = False
 
 
-def formulas(
-    algorithm="adam", formula="torch", eps_root=0.0, ema_decay=0.999, ema_starts=False, zero_grad=False, decoupled=False
-):
-    """Return Formulas, or raise TypeError or ValueError naming the one that is wrong."""
-    arguments = algorithm, formula, eps_root, ema_decay, ema_starts, zero_grad, decoupled
+def formulas(*fields, **named):
+    """Return Formulas of these fields, or raise TypeError or ValueError naming the one that is wrong."""
     try:
-        return _formulas(*arguments)
+        return _formulas(*fields, **named)
     except (TypeError, ValueError):  # a value that no cache can have as its key, or a wrong one
-        return _formulas.__wrapped__(*arguments)
+        return _formulas.__wrapped__(*fields, **named)
 
 
 @functools.lru_cache(maxsize=256, typed=True)  # typed: 1 and True are equal, and one of them is no zero_grad
-def _formulas(algorithm, formula, eps_root, ema_decay, ema_starts, zero_grad, decoupled):
+def _formulas(*fields, **named):
+    given = Formulas(*fields, **named)
     checked = Formulas(
-        checks.one_of(ALGORITHMS, "algorithm", algorithm),
-        checks.one_of(FORMULAS, "formula", formula),
-        checks.non_negative("eps_root", eps_root),
-        checks.beta("ema_decay", ema_decay),
-        checks.flag("ema_starts", ema_starts),
-        checks.flag("zero_grad", zero_grad),
-        checks.flag("decoupled", decoupled),
+        checks.one_of(ALGORITHMS, "algorithm", given.algorithm),
+        checks.one_of(FORMULAS, "formula", given.formula),
+        checks.non_negative("eps_root", given.eps_root),
+        checks.beta("ema_decay", given.ema_decay),
+        checks.flag("ema_starts", given.ema_starts),
+        checks.flag("zero_grad", given.zero_grad),
+        checks.flag("decoupled", given.decoupled),
     )
     checks.formula(checked)
     return checked
