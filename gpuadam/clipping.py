@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, ValuesView
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -150,17 +150,10 @@ def _check_out(out, views, device):
 LARGEST_NORM = {np.dtype(name): float(np.sqrt(np.float64(np.finfo(name).max))) for name in ("float32", "float64")}
 
 
-class Conditions(NamedTuple):
-    """What becomes of a step, as far as the host knows."""
-
-    grad_scale: Any
-    left_out: bool = False
-    on_device: dict[str, Any] | None = None  # what a device has to decide of it: arguments of `device_step.Now`
-
-
 def conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, device_mode, largest_norm):
-    """Return the Conditions of a step: see `Adam.step` for the arguments, which are checked.
+    """Return a step's grad_scale, whether it is left out, as far as the host knows, and what a device decides of it.
 
+    The last is a dict of arguments of `device_step.Now`, or None. See `Adam.step` for the arguments here, which are checked.
     device_mode: whether the step's scalars are computed on a device, which only a capturable optimizer's are.
     largest_norm: that is taken for finite.
     """
@@ -193,7 +186,7 @@ def conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, 
             grad_scale = clipped(checks.finite("grad_scale", grad_scale), norm, max_norm)
     if device_mode:
         on_device["on_host"] = on_host
-    return Conditions(grad_scale, left_out, on_device or None)
+    return grad_scale, left_out, on_device or None
 
 
 def refuse_on_gpu(name):

@@ -382,7 +382,7 @@ class Adam(HasGroups, Grows):
         check(updates, self.backend, stream)
 
     def conditions(self, grads_of_groups, grad_scale, max_norm, norm, check_finite, found_inf, stream):
-        """Return the `clipping.Conditions` of a step, checked; the norm is computed here if a step needs it."""
+        """Return what `clipping.conditions` does of a step; the norm is computed here if a step needs it."""
         max_norm = checks.max_norm(max_norm)
         check_finite = checks.flag("check_finite", check_finite)
         if norm is not None and max_norm is None and not check_finite:
