@@ -3,8 +3,8 @@
 This file does not import torch, and is therefore not in the package `gpuadam.torch`, which does. Every step asks whether there
 are tensors among its arrays. Where nobody has imported torch, there are none.
 
-A step turns the tensors in CPU memory into NumPy arrays by `in_numpy`, all at once. Where that is not possible, and for tensors
-on a GPU, `backends.choose` takes each by `plain`, which raises what is wrong with it.
+A step turns the tensors in CPU memory into NumPy arrays by `all_in_numpy`. Where that is not possible, and for tensors on
+a GPU, `backends.choose` takes each by `plain`, which raises what is wrong with it.
 """
 
 import contextlib
@@ -77,23 +77,11 @@ def why_immutable(tensor):
     return "is not a leaf: autograd computed it from other tensors. Pass those, or its detach()"
 
 
-def in_numpy(columns, remembered=None, group=0):
-    """Return columns of Updates with NumPy arrays in the place of the tensors in CPU memory that pass the checks of `plain`.
-
-    remembered: what keeps the arrays for the next step, under the number of the group. No gradient is kept.
-    """
-    params, grads, *_ = columns
-    kept = [k for k, column in enumerate(columns) if column is not grads and is_tensor(column[0])]
-    tensors = [tensor for k in kept for tensor in columns[k]]
-    arrays = remembered.in_numpy(group, tensors) if remembered else all_in_numpy(tensors)
-    result, n = [params, all_in_numpy(grads, written=False), *columns[2:]], len(params)
-    for place, k in enumerate(kept):
-        result[k] = arrays[place * n : (place + 1) * n]
-    return result
-
-
 def all_in_numpy(column, written=True):
-    """Return the NumPy arrays over tensors. written: whether an update writes them, so that the rule of torch.optim holds."""
+    """Return the NumPy arrays over tensors in CPU memory that pass the checks of `plain`, and others as they are.
+
+    written: whether an update writes them, so that the rule of torch.optim holds.
+    """
     torch = sys.modules["torch"]
     if set(map(type, column)) <= {torch.Tensor, torch.nn.Parameter} and not (written and any(map(why_immutable, column))):
         with contextlib.suppress(RuntimeError, TypeError):  # at once is quicker, if all are on the CPU and of NumPy's dtypes

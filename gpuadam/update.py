@@ -102,9 +102,21 @@ def update(groups, backend=None, stream=None, remembered=None, under_way=None, n
 
 
 def _as_numpy(groups, remembered):
-    """Return Updates with NumPy arrays in the place of torch's tensors in CPU memory, as far as there can be such arrays."""
-    columns = [torch_tensors.in_numpy(group.columns, remembered, k) for k, group in enumerate(groups)]
-    return [dataclasses.replace(group, columns=own) for group, own in zip(groups, columns, strict=True)]
+    """Return Updates with NumPy arrays in the place of torch's tensors in CPU memory, as far as there can be such arrays.
+
+    remembered: keeps the arrays for the next step, but for those of gradients.
+    """
+    result, all_in_numpy = [], torch_tensors.all_in_numpy
+    for number, group in enumerate(groups):
+        columns, grads, n = list(group.columns), group.columns[1], len(group.columns[1])
+        kept = [k for k, column in enumerate(columns) if column is not grads and torch_tensors.is_tensor(column[0])]
+        tensors = [tensor for k in kept for tensor in columns[k]]
+        arrays = remembered.in_numpy(number, tensors) if remembered else all_in_numpy(tensors)
+        for place, k in enumerate(kept):
+            columns[k] = arrays[place * n : (place + 1) * n]
+        columns[1] = all_in_numpy(grads, written=False)
+        result.append(dataclasses.replace(group, columns=columns))
+    return result
 
 
 def check(groups, backend=None, stream=None):
