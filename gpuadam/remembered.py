@@ -93,31 +93,27 @@ class Remembered:
     """What an optimizer remembers of its last step: the batches of arrays on GPUs, and NumPy arrays over torch's on the CPU."""
 
     def __init__(self):
-        self._backend, self._known, self._batches = None, [], []
+        self._backend, self._known = None, []
+        self.kept = []  # the batches of the last step that can be launched again
         self._numpy = {}  # number of the Updates -> what was read of the tensors, the NumPy arrays
-
-    @property
-    def kept(self):
-        """The batches of the last step that can be launched again."""
-        return self._batches
 
     def batches(self, groups, backend):
         """Return the batches of the last step if its arrays were the same in all that matters, or None."""
-        if not self._batches or self._backend != backends.forced(backend) or len(self._known) != len(groups):
+        if not self.kept or self._backend != backends.forced(backend) or len(self._known) != len(groups):
             return None
         for before, group in zip(self._known, groups, strict=True):
             now = arrays_read(group)
             if now is None or not before.same(now):
                 return None
-        return self._batches
+        return self.kept
 
     def keep(self, groups, backend, batches):
         """Take over the batches of a step: to launch them again, if that is possible, or to release them."""
-        last, self._known, self._batches = self._batches, [], []  # first, so that an interrupt leaves none that was released
+        last, self._known, self.kept = self.kept, [], []  # first, so that an interrupt leaves none that was released
         release(last)
         of_groups = [arrays_read(group) for group in groups] if all(batch.lasts for batch in batches) else [None]
         if all(of_groups):
-            self._backend, self._known, self._batches = backends.forced(backend), of_groups, batches
+            self._backend, self._known, self.kept = backends.forced(backend), of_groups, batches
         else:
             release(batches)
 
