@@ -173,7 +173,6 @@ def _count_in_array(k, settings, structure, beginnings, opt, count):
     if len({backend for backend, _ in places}) > 1 or len({device for _, device in places} - {None}) > 1:
         raise ValueError(f"with capturable=True the parameters of a group share a device and a backend; group {k} does not")
     kernels, device = max(places, key=lambda place: place[1] or 0)
-    if not (isinstance(count, step_counts.ArrayCount) and count.is_at(kernels, device)):
-        count = step_counts.in_array(kernels, device)
+    count = step_counts.in_array(kernels, device, count)
     count.number("lr", settings["lr"])
     return count

@@ -79,10 +79,6 @@ class ArrayCount:
         self.kernels, self.device = kernels, None
         self.step = np.zeros(1, np.int64)
 
-    def is_at(self, kernels, device):
-        """Whether the count is beside the arrays of a backend and a device."""
-        return self.kernels is kernels and (not self.on_device or self.device == (device or 0))
-
     def alike(self, parameters, kind):
         """Return (step, None): all of them take the same step."""
         self._check_own(parameters)
@@ -201,6 +197,9 @@ class DeviceCount(ArrayCount):
         return (0.0 if now.lr else lr), (1.0 if now.grad_scale else grad_scale), now
 
 
-def in_array(kernels, device):
-    """Return the count for arrays of a backend: a DeviceCount, or on the CPU an ArrayCount."""
-    return ArrayCount(kernels) if kernels.memory == "CPU" else DeviceCount(kernels, device or 0)
+def in_array(kernels, device, before=None):
+    """Return the count beside arrays of a backend and a device: the one before if it is there, or a new one."""
+    device = None if kernels.memory == "CPU" else device or 0
+    if isinstance(before, ArrayCount) and (before.kernels, before.device) == (kernels, device):
+        return before
+    return ArrayCount(kernels) if device is None else DeviceCount(kernels, device)
