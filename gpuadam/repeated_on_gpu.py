@@ -147,8 +147,6 @@ class StepsOnDevice:
         new = [_again(lr, grad_scale, group.h.fixed) for group, (_, _, _, lr, grad_scale) in of_groups]
         if None in new or remembered.read(self._given, remembered.READ_ALL) != self._told:
             return None
-        if any(plan.kept[0].place(None).capturing for plan in plans):  # a graph would freeze numbers
-            return None
         if self._at:
             place = self._kernels.place(self._at.device, None, self._streams)
             if place.stream not in self._norms and len(self._norms) < MOST_STREAMS:

@@ -264,12 +264,25 @@ def test_clipped_steps_on_two_devices_in_turn_keep_a_norm_and_a_count_on_each(cp
     params = []
     for device in range(2):
         with cp.cuda.Device(device):
-            there_now = there(cp, {"param": host_params()["w"], "grad": grads[device]})
+            there_now = arrived(cp, {"param": host_params()["w"], "grad": grads[device]})
             params.append(there_now["param"])
             grads[device] = there_now["grad"]
     norms = clipped_in_turn(params, grads, backend=backend, capturable=capturable)
     assert norms[0] is norms[2] is not norms[1] is norms[3]
     assert_same_bits([param.get() for param in params], expected)
+
+
+def test_a_group_whose_parameter_is_on_another_device_now_counts_there(cp, second, backend):
+    here = arrived(cp, host_params())
+    opt = gpuadam.Adam([{"params": {name: param}} for name, param in here.items()], backend=backend, capturable=True)
+    with second:
+        param, grad = cp.ones(N, "f4"), cp.ones(N, "f4")
+        second.synchronize()
+    opt.remove("w")
+    opt.add("w", param)
+    opt.step({"w": grad, "b": None})
+    _, (count,) = backends.choose([("step", opt.state["w"]["step"])], backend)
+    assert count.device == 1 and (param.get() < 1).all()
 
 
 def test_clipped_steps_on_a_gpu_and_on_the_cpu_in_turn(cp):

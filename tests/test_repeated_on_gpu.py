@@ -588,18 +588,61 @@ def test_a_step_goes_to_the_stream_that_is_current_then(cp, driver):
     cp.cuda.Device().synchronize()
 
 
-def test_a_step_that_a_graph_would_freeze_is_refused(cp):
-    twins = Twins("cupy")
-    twins.step(times=4)
+@pytest.mark.parametrize("of_step", [{}, {"max_norm": 0.5}], ids=["plain", "clipped"])
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_a_step_that_a_graph_would_freeze_is_refused(cp, took, in_groups, of_step):
+    library = testing.array_backend("cupy")
+    params, grads = arrays(library, 1), arrays(library, 2)
+    opt = gpuadam.Adam([{"params": [param]} for param in params] if in_groups else params)
+    grads = [[grad] for grad in grads] if in_groups else grads
     stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
     with stream:
+        for _ in range(4):
+            opt.step(grads, **of_step)
         stream.begin_capture()
         try:
-            with pytest.raises(RuntimeError, match="capturable"):
+            with pytest.raises(RuntimeError, match="a graph is being captured"):
+                opt.step(grads, **of_step)
+        finally:
+            stream.end_capture()
+    stream.synchronize()
+    assert opt.steps == 4 and took[-2:] == [True, False]
+
+
+@pytest.mark.parametrize("of_step", [{}, {"max_norm": 0.5}], ids=["plain", "clipped"])
+def test_a_graph_captures_a_step_that_is_as_the_last_ones(cp, took, of_step):
+    library = testing.array_backend("cupy")
+    twins, stream = Twins("cupy", capturable=True, lr=written(library, 0.1)), cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
+    with stream:
+        twins.step(times=4, **of_step)
+        stream.begin_capture()
+        twins.quick.step(twins.grads, **of_step)
+        graph = stream.end_capture()
+        for _ in range(3):
+            graph.launch(stream)
+            twins.slow.step(twins.grads, **of_step)
+        twins.quick.steps += 2
+    stream.synchronize()
+    assert all(took[:-1])
+    twins.assert_same()
+
+
+def test_a_captured_step_with_a_number_that_changes_is_refused(cp, took):
+    twins, stream = Twins("cupy", capturable=True, lr=0.1), cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
+    with stream:
+        twins.step(times=4)
+        assert took[-1]
+        stream.begin_capture()
+        try:
+            with pytest.raises(RuntimeError, match=r"would repeat this step with lr=0\.1 for ever"):
                 twins.quick.step(twins.grads)
         finally:
             stream.end_capture()
-    assert twins.quick.steps == 4
+    stream.synchronize()
+    twins.assert_same()
 
 
 def test_adam_step_views_the_same_arrays_once(backend, monkeypatch):
