@@ -63,7 +63,7 @@ def named(function, *key):
     return function
 
 
-inner = njit(**INNER)  # compiles a function that only kernels call, if it is the only one of its name
+inner = njit(**INNER)  # compiles a function that only kernels call, if it is the only one of its name in its file
 
 
 def compiler(*key):

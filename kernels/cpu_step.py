@@ -142,13 +142,19 @@ def read_none(objects, array_type, expected, any_order, table):
 
 
 @functools.cache
+def _formula(variant, decoupled):
+    """Return the functions of a Formula, compiled."""
+    formula = on_host(variant, decoupled)
+    return [compiled_cache.compiler(variant, decoupled)(function) for function in (formula.powers, formula.of_step)]
+
+
+@functools.cache
 def compiled(variant, decoupled, reads):
     """Return the compiled call of a Plan. reads: what it reads, one of ARRAYS_OF_ONE, ARRAYS and NO_ARRAY."""
-    key, formula = (variant, decoupled, reads), on_host(variant, decoupled)
+    key, (powers, of_step) = (variant, decoupled, reads), _formula(variant, decoupled)
     gather, read_all = {ARRAYS_OF_ONE: (of_one, read_one), ARRAYS: (of_several, read), NO_ARRAY: (of_none, read_none)}[reads]
     of_one_update, of_several_updates = reads == ARRAYS_OF_ONE, reads == ARRAYS
     memory_of_row, MOST_SCALARS = on_stack(intrinsic, 8 * (PARAM + len(KINDS) + adam.MOST_SCALARS)), adam.MOST_SCALARS
-    powers, of_step = map(compiled_cache.compiler(*key), (formula.powers, formula.of_step))
     GRAD_SCALE, DECAY, INV_SQRT_BIAS2, NEW_EPS, NEG_LR = (SCALARS + Scalars._fields.index(name) for name in VARYING)
 
     def step(plan, arrays, settings, t, lr, grad_scale):

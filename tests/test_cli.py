@@ -74,8 +74,9 @@ def doctors(tmp_path_factory):
     path = tmp_path_factory.mktemp("doctor") / "doctor.json"
     code = (
         "import gpuadam.__main__ as m, sys\n"
-        "m.main(['doctor', '--json', sys.argv[1]])\n"
-        "print([n for n in ('torch', 'safetensors', 'rich', 'mpi4py', 'pytest', 'pytest_gpuadam') if n in sys.modules])"
+        "status = m.main(['doctor', '--json', sys.argv[1]])\n"
+        "print([n for n in ('torch', 'safetensors', 'rich', 'mpi4py', 'pytest', 'pytest_gpuadam') if n in sys.modules])\n"
+        "sys.exit(status)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(path)]

@@ -352,6 +352,10 @@ def full_disk(*_, **__):
     raise OSError(28, "No space left on device")
 
 
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_a_disk_without_room_for_the_state_is_left_as_it_was(tmp_path, monkeypatch):
     reserve = folder.reserve
     with monkeypatch.context() as patch:
@@ -606,6 +610,13 @@ def test_a_folder_that_cannot_be_filled_is_left_as_it_was(was_there, tmp_path, m
             gpuadam.OffloadAdam(arrays(), state=place)
     assert list(tmp_path.iterdir()) == []
     gpuadam.OffloadAdam(arrays(), state=place).close()
+
+
+def test_an_interrupt_in_a_folder_whose_files_cannot_be_deleted_is_told_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "reserve", interrupted)
+    monkeypatch.setattr(Path, "unlink", full_disk)
+    with pytest.raises(KeyboardInterrupt):
+        gpuadam.OffloadAdam(arrays(), state=tmp_path)
 
 
 def test_an_optimizer_that_cannot_be_made_leaves_a_folder_that_was_there(tmp_path, monkeypatch):

@@ -272,6 +272,22 @@ def test_parameters_and_state_in_files_leave_the_memory_of_the_process_when_they
         assert (params["w"] == 1).all()
 
 
+def test_narrow_parameters_in_files_leave_the_memory_after_they_got_the_numbers_of_their_masters(tmp_path, monkeypatch):
+    gpuadam.Adam({"w": np.ones(1000, "float32")}).save(tmp_path / "a", with_params=True)
+    param, found = np.memmap(tmp_path / "w", "float16", "w+", shape=1000), []
+    drop = mapped.Mapping.drop
+
+    def noted(self, start, end):
+        if start == param.ctypes.data:
+            found.append(param[0])
+        drop(self, start, end)
+
+    monkeypatch.setattr(mapped.Mapping, "drop", noted)
+    options = {"with_params": True, "master": "float32", "state": tmp_path / "s"}
+    with gpuadam.load_offload(tmp_path / "a", {"w": param}, **options):
+        assert found == [1]
+
+
 def test_a_folder_with_state_is_not_overwritten(tmp_path):
     path = adam_file(gpuadam.Adam, tmp_path)
     gpuadam.OffloadAdam(arrays(), state=tmp_path / "s").close()

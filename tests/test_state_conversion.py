@@ -364,8 +364,11 @@ def test_the_drop_in_for_torch_loads_float32_checkpoints_as_8_bits_and_back(dtyp
     again.step()
 
 
-@pytest.mark.parametrize("before, after", [("8bit", None), (None, "8bit")])
-def test_the_drop_in_for_torch_refuses_state_of_another_format_that_is_its_own_by_its_dtypes(before, after):
+@pytest.mark.parametrize(
+    "before, after, dtype",
+    [*(("8bit", None, dtype) for dtype in ("float32", "float64", "bfloat16")), (None, "8bit", "uint8")],
+)
+def test_the_drop_in_for_torch_refuses_state_whose_names_and_dtypes_are_of_two_formats(before, after, dtype):
     torch = libraries.imported("torch", reason="torch is not installed")
     import gpuadam.torch
 
@@ -375,13 +378,13 @@ def test_the_drop_in_for_torch_refuses_state_of_another_format_that_is_its_own_b
     source.step()
     state_dict = copy.deepcopy(source.state_dict())
     if before == "8bit":
-        floats = dict.fromkeys(("exp_avg_codes", "exp_avg_sq_codes"), torch.ones(33, 7))
+        floats = dict.fromkeys(("exp_avg_codes", "exp_avg_sq_codes"), torch.ones(33, 7, dtype=getattr(torch, dtype)))
         state_dict["state"][0] = {"step": torch.tensor(1.0), **floats}
     else:
-        codes = dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.ones(33, 7, dtype=torch.uint8))
+        codes = dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.ones(33, 7, dtype=getattr(torch, dtype)))
         state_dict["state"][0] |= {**codes, **dict.fromkeys(("m_scale", "v_scale"), torch.ones(8))}
     with pytest.raises(
-        (TypeError, ValueError), match=r"torch\.float32, not torch\.uint8" if before else "m_scale.*and no other"
+        (TypeError, ValueError), match=rf"torch\.{dtype}, not torch\.uint8" if before else "m_scale.*and no other"
     ):
         opt.load_state_dict(state_dict, convert=True)
     assert not opt.state

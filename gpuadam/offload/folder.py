@@ -43,7 +43,7 @@ class Folder(Store):
     options: name -> value of those that decide what the numbers of state mean. beginnings: name -> `parameters.Beginning`.
     """
 
-    existed = True  # until it is known that no file is another's: then an error takes the files away
+    existed = True  # until it is known that the files are this optimizer's own, which an error may delete
 
     def __init__(self, path, options, beginnings):
         super().__init__()
@@ -60,8 +60,9 @@ class Folder(Store):
         self._kinds = {kind for beginning in beginnings.values() for kind in beginning.kept}
         self._maps: list[np.memmap] = []
         self._marking = threading.RLock()  # of steps.json: one thread may flush while another takes steps
-        # a folder that was there before the state is the caller's, and stays when the files are taken away
-        self._was_there = self.path.exists() and self._names_there(description) is None
+        there = self.path.exists()
+        names = self._names_there(description) if there else None
+        self._was_empty = there and names is None  # then it is the caller's, and stays when the files are taken away
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock, self._process = locked(self.path / LOCK), os.getpid()
@@ -83,7 +84,8 @@ class Folder(Store):
                 self._write(STEPS, self.marks)
                 self._write(STATE, description)  # last: with it the folder is complete
         except BaseException:
-            (self._free if self.existed else self.discard)()
+            with contextlib.suppress(OSError):  # the first error says more
+                (self._free if self.existed else self.discard)()
             raise
 
     def _names_there(self, description):
@@ -182,7 +184,7 @@ class Folder(Store):
                 self._free()
 
     def discard(self):
-        """Take the files away, and the folder unless it was there before them. Raises ValueError if they are another's by now."""
+        """Take the files away, and the folder unless it was found empty. Raises ValueError if they are another's by now."""
         self.check_open()
         try:
             # A folder without marks is known to be no state, and one without both files of JSON is begun anew. The lock goes
@@ -191,7 +193,7 @@ class Folder(Store):
                 (self.path / name).unlink(missing_ok=True)
         finally:
             self._free()
-        if not self._was_there:
+        if not self._was_empty:
             with contextlib.suppress(OSError):  # a folder with something in it
                 self.path.rmdir()
 

@@ -82,9 +82,9 @@ def load_offload(
         except BaseException:
             opt.discard()
             raise
-    let_go(opt)
     if with_params and master is not None:
         _show_masters(opt)
+    let_go(opt)
     return opt
 
 

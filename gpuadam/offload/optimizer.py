@@ -342,7 +342,7 @@ class OffloadAdam(Adam):
         let_go(self)
 
     def discard(self) -> None:
-        """Take the files of the folder away, and the folder itself unless it was there before them. No step can follow."""
+        """Take the files of the folder away, and the folder unless this optimizer found it empty. No step can follow."""
         self._store.discard()
 
     def __enter__(self: SelfT) -> SelfT:

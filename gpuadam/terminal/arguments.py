@@ -57,13 +57,13 @@ def items(text, wanted):
 
 
 def names(among, what):
-    """Return a type of lists of names, each once; "all" is all of them. what: the names are of, such as "form".
+    """Return a type of lists of names, each once; "all" is all of them. what: a word for one, such as "form".
 
     >>> names(("thin", "wide", "very wide"), "line")("wide,thin,wide")
     ['wide', 'thin']
     """
 
-    def names(text):
+    def parsed(text):
         if text == "all":
             return list(among)
         found = list(dict.fromkeys(items(text, f'names such as "{",".join(list(among)[:2])}"')))
@@ -72,7 +72,7 @@ def names(among, what):
             raise argparse.ArgumentTypeError(f"there is no {what} {said}, only all or {', '.join(among)}")
         return found
 
-    return names
+    return parsed
 
 
 def _meant(name, among):

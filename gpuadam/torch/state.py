@@ -17,7 +17,8 @@ from .distributed import is_distributed
 
 # By gpuadam's names. 8-bit codes have names of their own, so that torch's Adam does not take them for numbers
 NAMES = {"m": "exp_avg", "v": "exp_avg_sq", "max_v": "max_exp_avg_sq", "remainder": "remainder"}
-NAMES_OF_8_BITS = {"m": "exp_avg_codes", "v": "exp_avg_sq_codes", "m_scale": "exp_avg_scale", "v_scale": "exp_avg_sq_scale"}
+OF_CODES = "exp_avg_codes", "exp_avg_sq_codes"
+NAMES_OF_8_BITS = {"m": OF_CODES[0], "v": OF_CODES[1], "m_scale": "exp_avg_scale", "v_scale": "exp_avg_sq_scale"}
 
 
 class Array(NamedTuple):
@@ -142,11 +143,10 @@ def _of_another_format(state, arrays, param, capturable, name, their_names):
             raise TypeError(
                 f"the loaded {moments[operand]} of {name} is no tensor that can be converted: load it as it was saved"
             )
+        if moments[operand] in OF_CODES and tensor.dtype is not torch.uint8:
+            raise TypeError(
+                f"the loaded {moments[operand]} of {name} is {tensor.dtype}, not torch.uint8: load it as it was saved"
+            )
     own = {array.operand: result[array.name] for array in arrays if array.operand in CONVERTED}
-    to_convert = conversion(name, own, theirs)
-    if to_convert is None:
-        raise TypeError(
-            f"the loaded {moments['m']} of {name} is {theirs['m'].dtype}, not torch.uint8: load it as it was saved"
-        )
-    to_convert.run()
+    conversion(name, own, theirs).run()
     return result

@@ -130,7 +130,8 @@ def filler(kernels):
 def rows_in_turn(benchmark, kernels, functions, elements, seconds, *, of_turns=None, **of_rows):
     """Run functions, {contender: function}, as `in_turn` does, and return a row for each.
 
-    of_turns: options of `in_turn`. of_rows: as `row` has them; by default the state is "in turn", and the clock the device's.
+    of_turns: options of `in_turn`. of_rows: as `row` has them; by default the state is "in turn", and the clock that of
+        the kernels' memory.
     """
     times = in_turn(kernels, list(functions.values()), seconds, **of_turns or {})
     of_rows = {"state": "in turn", "clock": "device" if kernels.memory == "CUDA" else "host"} | of_rows
