@@ -14,7 +14,8 @@ import math
 import mmap
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,14 +32,14 @@ LR, BETAS, EPS = HYPERPARAMETERS.values()
 class Contender(NamedTuple):
     """step: does, or enqueues, one step. finish: waits for it, where the library has threads or streams of its own.
 
-    extents: returns (address, bytes) of each array that a step reads or writes, on a CPU. movers: of the limit, the ways to move
-    the bytes of its arrays: (name, step) pairs.
+    extents: returns (address, bytes) of each array that a step reads or writes, on a CPU. movers: of the limit, {name: Contender}
+    of the ways to move its bytes.
     """
 
     step: Callable[[], Any]
     finish: Callable[[], Any] | None = None
     extents: Callable[[], list[tuple[int, int]]] | None = None
-    movers: tuple[tuple[str, Callable[[], Any]], ...] = ()
+    movers: Mapping[str, Any] = MappingProxyType({})
 
     def percent_huge(self, backend):
         """Return what percentage of the arrays lies on huge pages; None on a GPU, or where the system does not say it."""
@@ -62,7 +63,7 @@ def with_movers(contenders):
     """Return {name: Contender} with all ways to move the bytes in the place of the limit, which is the fastest of them."""
     result: dict[str, Contender] = {}
     for name, contender in contenders.items():
-        movers = {measure.OF_MOVER + mover: contender._replace(step=step) for mover, step in contender.movers}
+        movers = {measure.OF_MOVER + mover: way for mover, way in contender.movers.items()}
         result |= movers or {name: contender}
     return result
 
@@ -114,19 +115,24 @@ def _host_arrays(shapes):
 SHARED_FROM = 10_000_000  # elements, of which no cache holds much
 
 
-def own_arrays(backend, shapes, count=4):
-    """Return lists likewise of arrays of the backend, for one contender alone if a cache may hold them.
+def own_arrays(backend, shapes, count=4, of_rule=False):
+    """Return lists likewise of arrays of the backend, for one contender alone if a cache may hold them: it would find those warm
+    that another one has used.
 
     Larger ones in a CPU's memory are the same for all contenders: where a virtual machine's host has put an allocation can make
-    a step 1.5 times as long.
+    a step 1.5 times as long. On a GPU they are the same for the kernels that are launched without a call. of_rule: for one.
     """
-    if _are_shared(backend, shapes):
+    if _are_shared(backend, shapes) or (of_rule and _are_large(shapes)):
         return [arrays[:count] for arrays in _same_arrays(backend, tuple(shapes))]
     return _new_arrays(backend, shapes, count)
 
 
 def _are_shared(backend, shapes):
-    return backend.memory == "CPU" and sum(map(math.prod, shapes)) >= SHARED_FROM
+    return backend.memory == "CPU" and _are_large(shapes)
+
+
+def _are_large(shapes):
+    return sum(map(math.prod, shapes)) >= SHARED_FROM
 
 
 def _new_arrays(backend, shapes, count):
@@ -153,7 +159,7 @@ def _extents(of_parameters):
 
 @functools.lru_cache(maxsize=2)  # of a list of arrays, and of one flat array
 def _same_arrays(backend, shapes):
-    """Return the arrays of the kernel and of its limit: which pages an array has can matter more than the arithmetic."""
+    """Return the same arrays in every call: which pages an array has can matter more than the arithmetic."""
     return _new_arrays(backend, shapes, 4)
 
 
@@ -190,25 +196,24 @@ def _of_class(arrays):
 
 def _rule(rule):
     def build(backend, shapes):
-        kernels = backends.load(backend.name)
-        same = _same_arrays(backend, tuple(shapes))
-        step = _launching(kernels, same, rule)
-        movers = limit.movers(kernels.memory) if rule is limit else {}
-        steps = tuple((name, _launching(kernels, same, mover)) for name, mover in movers.items())
-        return Contender(step, extents=_extents(same), movers=steps)
+        rules = limit.movers(backend.memory) if rule is limit else {"": rule}
+        ways = {name: _launching(backend, own_arrays(backend, shapes, of_rule=True), way) for name, way in rules.items()}
+        first = next(iter(ways.values()))
+        return first._replace(movers=ways) if rule is limit else first
 
     return build
 
 
-def _launching(kernels, of_arrays, rule):
-    """Return a function that launches a rule on each of several sets of arrays."""
+def _launching(backend, of_arrays, rule):
+    """Return the Contender that launches a rule on each of several sets of arrays."""
+    kernels = backends.load(backend.name)
     launchers = [forms.launcher(kernels, forms.FORMS["float32"], arrays, rule) for arrays in of_arrays]
 
     def step():
         for launch in launchers:
             launch()
 
-    return launchers[0] if len(launchers) == 1 else step
+    return Contender(launchers[0] if len(launchers) == 1 else step, extents=_extents(of_arrays))
 
 
 # -- plain array code --

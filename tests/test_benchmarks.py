@@ -329,6 +329,15 @@ def test_contenders_have_arrays_in_aligned_memory_moments_included(name):
     assert sum(start % huge_pages.page_bytes() == 0 for start in starts) == allocations
 
 
+@pytest.mark.parametrize("n, shared", [(4999, False), (5000, True)])
+def test_small_contenders_share_no_arrays_and_large_ones_all(n, shared, monkeypatch):
+    monkeypatch.setattr(peers, "SHARED_FROM", 5000)
+    ours = peers.with_movers({peer.name: peer.build(CPU, [(n,)]) for peer in peers.OURS})
+    assert len(ours) > len(peers.OURS)  # ways of the limit among them
+    starts = [start for contender in ours.values() for start, _ in contender.extents()]
+    assert len(set(starts)) == (4 if shared else len(starts))
+
+
 @ON_LINUX
 @pytest.mark.parametrize("name", ["torch fused (its own memory)", "optax under jit", "optax under jit (its own memory)"])
 def test_contenders_say_where_the_arrays_of_their_library_lie(name):
