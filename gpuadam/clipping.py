@@ -79,7 +79,7 @@ def norm_in_place(grads, norms, backend=None, stream=None):
         try:
             norm = global_norm(grads, out=out, backend=backend, stream=stream)
             break
-        except (TypeError, ValueError):  # it is elsewhere; or the gradients are wrong, which is said without it
+        except (TypeError, ValueError):  # out is elsewhere; or the gradients are wrong, which the call without out says
             if out is None:
                 raise
     if isinstance(norm, np.ndarray):

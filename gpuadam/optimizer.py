@@ -131,7 +131,7 @@ class Adam(HasGroups, Grows):
         self.options = Options(self.algorithm, self.decoupled, **{name: given[name] for name in SAVED})
         self.groups, self.arrangement = parsed_groups(params, {name: given[name] for name in HYPERPARAMETERS})
         self._remembered, self._repeated, self.under_way = Remembered(), RepeatedStep(), UnderWay()
-        self.last_norm: Any = None  # of the last gradients whose norm a step took: a number, or an array on a GPU
+        self.norm_at: Any = None  # the array on a GPU that a step's norm of the gradients is in; None on the CPU
         self._norms: list[Any] = []  # such arrays, one for each device and library
         self._step_norms: Any = None  # of every step, if capturable
         # for scalars that depend on a norm on the device, where the host counts: by number of the Updates, backend and device
@@ -389,7 +389,8 @@ class Adam(HasGroups, Grows):
             raise ValueError("norm is given, and nothing is done with it: give max_norm to clip by it, or check_finite=True")
         grads = [grad for grads in grads_of_groups for grad in grads if grad is not None]
         if norm is None and grads and (max_norm is not None or check_finite):
-            norm = self.last_norm = clipping.norm_in_place(grads, self._norms, self.backend, stream)
+            norm = clipping.norm_in_place(grads, self._norms, self.backend, stream)
+            self.norm_at = None if isinstance(norm, float) else norm
         device_mode = any(group.count.on_device for group in self._groups)
         capturable, largest = self.options.capturable, self.largest_norm
         return clipping.conditions(grad_scale, max_norm, norm, check_finite, found_inf, capturable, device_mode, largest)

@@ -107,7 +107,7 @@ class Group(NamedTuple):
         parameters, arrays = self.parameters, settings.get("params")
         own_lr = settings.get("lr")  # checked_settings says which settings are missing
         if on_device and all(grad is None for grad in grads):
-            on_device = None  # which may be on the device of another group
+            on_device = None  # nothing is updated here, and the norm may be on the device of another group
         lr, grad_scale, now = self.count.numbers(own_lr, grad_scale, on_device)
         settings = settings if lr is own_lr else settings | {"lr": lr}
         h = checked_settings(settings, self.structure, options, step, grad_scale)

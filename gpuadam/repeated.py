@@ -250,7 +250,7 @@ def _further_of(optimizer, plans, updates, clips, options, passes):
     on_gpu = all(type(plan) is StepsOnGpu for plan in plans) and all(group.now for group in updates)
     if on_gpu and passes is None:
         given = [grad_scale, norm, found_inf, *(settings["lr"] for settings in optimizer.groups)]
-        return StepsOnDevice.of(updates, plans[0].kernels, optimizer.last_norm if clips else None, given)
+        return StepsOnDevice.of(updates, plans[0].kernels, optimizer.norm_at if clips else None, given)
     if all(type(plan) is StepsOnCpu for plan in plans) and not any(group.now for group in updates):
         clipped = ClippedOnCpu(updates, optimizer.largest_norm) if clips else None
         return NormsOnCpu(passes, clipped) if passes else clipped
@@ -270,12 +270,18 @@ def prepared(plans, steps, further=None, options=()):
     steps: what `step` of each plan takes, or None. further: what they need beside their batches, a ClippedOnCpu, a NormsOnCpu or
     a `StepsOnDevice`. options: of the step, which it takes.
     """
-    if None in steps or not all(plan.same(*step) for plan, step in zip(plans, steps, strict=True)):
-        return None
+    for plan, step in zip(plans, steps, strict=True):
+        if step is None or not plan.same(*step):
+            return None
     if further:
         return further.launches(plans, steps, options)
-    of_plans = [plan.batches(*step[2:]) for plan, step in zip(plans, steps, strict=True)]
-    return None if None in of_plans else list(itertools.chain.from_iterable(of_plans))
+    launches: list[Any] = []
+    for plan, (_, _, step, lr, grad_scale) in zip(plans, steps, strict=True):
+        batches = plan.batches(step, lr, grad_scale)
+        if batches is None:
+            return None
+        launches += batches
+    return launches
 
 
 def _in_one(places, names):

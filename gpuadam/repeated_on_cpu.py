@@ -177,10 +177,13 @@ class StepsOnCpu:
             self._plan.rehearse()
         return self._plan.step(arrays, settings, step, lr, grad_scale) == self._kernels.cpu_step.READY
 
+    def clip(self, grad_scale):
+        """Let the step that is prepared have another grad_scale."""
+        self._plan.scalars[0] = self._sign * grad_scale
+
     def batches(self, step, lr, grad_scale):
-        """Return the batches of a step that is the same, ready to be launched. grad_scale: that of clipping, if there is one."""
+        """Return the batches of a step that is the same, ready to be launched. Its scalars, of lr and grad_scale, are there."""
         plan, kernels, is_random = self._plan, self._kernels, self._is_random
-        plan.scalars[0] = self._sign * grad_scale
         batch = kernels.batch_of(plan.table, plan.elements, None, is_random, 0, self._names, plan.held)
         batch.prepare(adam, plan.form, plan.scalars_at, None, step_key(self._seed, step) if is_random else 0)
         return [batch]
@@ -238,8 +241,9 @@ class ClippedOnCpu:
             grad_scale = clipping.clipped(grad_scale, norm, max_norm)
         if not self._kernels.cpu_step.takes(grad_scale):
             return None
-        of_plans = zip(plans, steps, strict=True)
-        return [batch for plan, (_, _, step, lr, _) in of_plans for batch in plan.batches(step, lr, grad_scale)]
+        for plan in plans:
+            plan.clip(grad_scale)
+        return [batch for plan, step in zip(plans, steps, strict=True) for batch in plan.batches(*step[2:])]
 
 
 class NormsOnCpu:

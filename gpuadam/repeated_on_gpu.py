@@ -154,7 +154,7 @@ class StepsOnDevice:
             norm = self._norms.get(place.stream)
             if norm is None or not norm.goes_on(place):
                 return None
-            norm.launch(place, self._at.pointer)  # at once: it writes an array of the optimizer's own
+            norm.launch(place, self._at.pointer)  # before the step begins: it writes no array of the user's
         for group, h, step in zip(self._groups, new, steps, strict=True):
             group.h, group.step = h, step[2]
         return prepared(self._groups, [batch for plan in plans for batch in plan.kept])

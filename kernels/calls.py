@@ -42,7 +42,7 @@ def code_of(dispatcher, takes):
     return made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
 
 
-def code_at(returns, takes, unlocked=False):
+def caller_at(returns, takes, unlocked=False):
     """Return a function that calls a Numba function at an address. It must raise nothing.
 
     A call by name would make all of the function a part of the code. returns, takes: Numba's types. unlocked: Python's lock is
@@ -58,7 +58,7 @@ def code_at(returns, takes, unlocked=False):
             call_python(b, "PyEval_RestoreThread", thread, returns=False)
         return value
 
-    return llvm.function(intrinsic, "code_at", emit, returns(types.int64, *takes))
+    return llvm.function(intrinsic, "caller_at", emit, returns(types.int64, *takes))
 
 
 get_item, clear_error = of_python("PyDict_GetItemWithError", 2), of_python("PyErr_Clear", 0, returns=False)

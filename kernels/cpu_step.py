@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from gpuadam.kernels import adam, compiled_cache, cpu_threads, step_objects
 from gpuadam.kernels.adam import Scalars
-from gpuadam.kernels.calls import c_function, code_at, code_of, decref, incref
+from gpuadam.kernels.calls import c_function, caller_at, code_of, decref, incref
 from gpuadam.kernels.numba_memory import load_at, on_stack, store_at
 from gpuadam.kernels.numpy_struct import FACTS, NDARRAY, OF_C_OR_FORTRAN, PARAM, SIZE, order_of, read, read_one
 from gpuadam.kernels.operands import KINDS
@@ -127,7 +127,7 @@ OF_A_KERNEL = types.Array(types.int64, 2, "C"), *[types.int64] * 4
 
 _float64_at = load_at(intrinsic, types.float64)
 _store, _store_count = (store_at(intrinsic, kind) for kind in (types.float64, types.int64))
-_launch, _launch_in_threads = (code_at(types.none, OF_A_KERNEL, unlocked) for unlocked in (False, True))
+_launch, _launch_in_threads = (caller_at(types.none, OF_A_KERNEL, unlocked) for unlocked in (False, True))
 _count_threads = c_function(0)
 
 

@@ -16,7 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpuadam.kernels import compiled_cache
-from gpuadam.kernels.calls import code_at, code_of
+from gpuadam.kernels.calls import caller_at, code_of
 from gpuadam.kernels.numba_memory import load_at
 from gpuadam.kernels.operands import GROUP, KINDS, is_written, sharing
 from gpuadam.kernels.step_objects import TYPE
@@ -254,7 +254,7 @@ def _address_of_order():
     return code_of(in_one_order, _ORDER_TAKES)
 
 
-_call_order = code_at(types.boolean, _ORDER_TAKES)
+_call_order = caller_at(types.boolean, _ORDER_TAKES)
 
 
 @compiled_cache.inner

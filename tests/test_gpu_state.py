@@ -252,7 +252,7 @@ def clipped_in_turn(params, grads, **options):
     opt, norms = gpuadam.Adam([{"params": [param]} for param in params], **options), []
     for of_step in 2 * [(grads[0], None), (None, grads[1])]:
         opt.step([[grad] for grad in of_step], max_norm=1.0)
-        norms.append(opt.last_norm)
+        norms.append(opt.norm_at)
     return norms
 
 
