@@ -122,9 +122,8 @@ any number of threads.
 The norms cost a pass before the update, which reads what the update reads, and one after it, which reads the parameters: 48
 bytes for each float32 element in the place of 28. On Zen 3 of `gpuadam.guide.how_fast` a step with norms takes 2.4 times as
 long as one without, of 20 million elements in one array, and a step with a copy of the parameters and norms by NumPy 3.3 times;
-on Emerald Rapids and on Sapphire Rapids 2.4 and 5.2 times (`benchmarks/norms.py`). Of 100,000 elements the norms by NumPy are
-the quicker ones: on Sapphire Rapids they add 0.15 ms to a step of 0.06, and `norms=True` adds 0.21. On a GPU it has not been
-measured.
+on three of Intel's Xeons 2.4 and 4.9 to 5.2 times (`benchmarks/norms.py`). Of 100,000 elements the norms by NumPy are the quicker
+ones: on Granite Rapids they add 0.10 ms to a step of 0.04, and `norms=True` adds 0.15. On a GPU it has not been measured.
 
 With `capturable=True` the norms are the same two arrays at each step, and a graph that has captured the step writes them. Take a
 step with `norms=True` before the capture.
