@@ -114,15 +114,16 @@ forms are conversions and random bits.
 
 **Asking for memory ahead.** While Emerald Rapids divides and takes roots it asks for few of the elements that follow. A loop
 that prefetches those 512 ahead takes 0.89 of the time of one that does not, at 20 and at 100 million elements, and with
-bfloat16 parameters and gradients 0.76; on Sapphire Rapids 0.93. So loops prefetch there, where a thread's arrays do not fit in
-its cache. A prefetch that asks to write was 3 % slower than one that asks to read. On Zen 3, 4 and 5 prefetches to write took
-1.00 to 1.2 of the time of none. Those to read took 0.98 to 1.05 in float32 on Zen 3, 1.0 to 1.15 with bfloat16, and 0.95 to
-1.07 in sums of squares. So there are none on AMD's processors.
+bfloat16 parameters and gradients 0.76; on Sapphire Rapids 0.93, on Granite Rapids 0.95, and with bfloat16 state 0.68. So loops
+prefetch there, where a thread's arrays do not fit in its cache. 128 to 1,024 elements ahead are within 2 % in float32. A
+prefetch that asks to write was 3 % slower than one that asks to read. On Zen 3, 4 and 5 prefetches to write took 1.00 to 1.2 of
+the time of none. Those to read took 0.98 to 1.05 in float32 on Zen 3, 1.0 to 1.15 with bfloat16, and 0.95 to 1.07 in sums of
+squares. So there are none on AMD's processors.
 
 **Vectors of 512 bits.** On Emerald Rapids LLVM takes 256, unless it is asked. With 512 a step with bfloat16 state takes 0.85 of
-the time, one with 8-bit state 0.89 (both 0.87 on Sapphire Rapids, with prefetches), and with float16 parameters and gradients,
-which integers converted then, 0.77. float32 and float64 gain at most 1 % in memory, and float32 loses 2 to 3 % in the caches,
-so both are left at 256 (`kernels/processor.py`).
+the time (0.89 on Granite Rapids), one with 8-bit state 0.89 (both 0.87 on Sapphire Rapids, with prefetches), and with float16
+parameters and gradients, which integers converted then, 0.77. float32 and float64 gain at most 1 % in memory, and float32 loses
+2 to 3 % in the caches, so both are left at 256 (`kernels/processor.py`).
 
 ## Narrow numbers
 
