@@ -116,11 +116,11 @@ SHARED_FROM = 10_000_000  # elements, of which no cache holds much
 
 
 def own_arrays(backend, shapes, count=4, of_rule=False):
-    """Return lists likewise of arrays of the backend, for one contender alone if a cache may hold them: it would find those warm
-    that another one has used.
+    """Return lists likewise of arrays of the backend. of_rule: for a kernel that is launched without a call.
 
-    Larger ones in a CPU's memory are the same for all contenders: where a virtual machine's host has put an allocation can make
-    a step 1.5 times as long. On a GPU they are the same for the kernels that are launched without a call. of_rule: for one.
+    Arrays that a cache may hold are for one contender alone: shared ones would be warm after another contender's turn. Larger
+    ones in a CPU's memory are the same for all contenders: where a virtual machine's host has put an allocation can make a step
+    1.5 times as long. On a GPU they are the same for all kernels that are launched without a call.
     """
     if _are_shared(backend, shapes) or (of_rule and _are_large(shapes)):
         return [arrays[:count] for arrays in _same_arrays(backend, tuple(shapes))]

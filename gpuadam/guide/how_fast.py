@@ -45,7 +45,8 @@ Milliseconds of a step of gpuadam, and in parentheses what share that is of the 
 | the same by `gpuadam.torch.Adam` | 4.5 (0.43) | 5.2 (0.40) | 4.3 (0.49) | | 5.0 (0.52) |
 | the whole step of mixed precision over GPT-2 small | 91 (0.41) | 110 (0.42) | 99 (0.42) | | 115 (0.53) |
 
-A step takes no memory beyond its state. torch fused takes none either, and torch foreach 400 MB for 100 million elements.
+A step takes no memory beyond its state. torch fused takes none either, and torch foreach 400 MB for 100 million elements
+(`benchmarks/memory.py` on Zen 3).
 
 **Calls.** A step that is as the last one, but for its number, the learning rate and the gradients, is checked and made in one
 compiled call; several groups are compared one by one, and then updated. Microseconds of a call on 1,000 elements,
@@ -61,7 +62,8 @@ Granite Rapids:
 | torch fused | 30 | 64 |
 | `optax.adam` under `jax.jit` | 29 | 106 |
 
-In turn with others the kernel alone takes longer than the call, because Python launches it, and its code is not in the caches.
+In turn with others the time of the kernel alone, which Python launches, varies most: 8.3 at p20 and 22 at p80, where `adam_step`
+took 8.5 and 12.
 
 From 65,536 elements on the call also starts the threads, and lets Python's lock go meanwhile. While Python started them, it
 took longer for that than the threads took for 100,000 elements. The table has microseconds, in turn with the others, on Zen 3.
