@@ -6,7 +6,8 @@ A size is a number of GPT-2 small's layers: each has 12 arrays, 7,087,872 elemen
 measured beside the step over one flat array of as many elements. "Small pages" are those of memory that asks for none of 2 MB
 (MADV_NOHUGEPAGE), as torch's arrays have them on most systems. "As NumPy makes them": arrays of 4 MB and more then have huge
 pages as far as these lie in each array. Another table, whatever --sizes says, has a step over 20 million elements whose param,
-grad, m and v begin at multiples of 128 or 256 MB, or a little farther apart. Needs Linux.
+grad, m and v begin at multiples of 128 or 256 MB, or a little farther apart. 17 KB apart, they do not begin at the same place in
+4 KB. Needs Linux.
 """
 
 import functools
@@ -37,7 +38,9 @@ HUGE, SMALL, NUMPYS, STATE, NONE = (
     "list and state, small pages",
 )
 # The distances between param, grad, m and v, in bytes; the last one is the measure of the others.
-APART = {f"{mb} MB{f' and {kb} KB' if kb else ''} apart": (mb << 20) + (kb << 10) for mb in (256, 128) for kb in (0, 4, 16)}
+APART = {
+    f"{mb} MB{f' and {kb} KB' if kb else ''} apart": (mb << 20) + (kb << 10) for mb in (256, 128) for kb in (0, 4, 16, 17)
+}
 APART_ELEMENTS = 20_000_000
 OF_FORM = {FLAT: (None, None), HUGE: ("huge", None), SMALL: ("small", None), NUMPYS: ("numpy", None)}
 OF_FORM |= {STATE: ("numpy", "numpy"), NONE: ("small", "small")}

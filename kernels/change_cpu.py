@@ -11,7 +11,6 @@ from gpuadam.kernels import norm_order as order
 from gpuadam.kernels.backend import refuse_stream
 from gpuadam.kernels.change_sums import NormPasses
 from gpuadam.kernels.norm_order import QUARTER, WIDTH
-from gpuadam.kernels.numba_access import FETCHED
 from gpuadam.kernels.numba_memory import tuple_at
 from gpuadam.kernels.operands import GROUP, operands_of_form
 
@@ -75,7 +74,8 @@ def build(form, loop, how=None):
     how = how or processor.loop_of_sums()
     compiled = compiled_cache.compiler(__name__, form, how)
     fma, access = primitives.for_numba(intrinsic).fma, numba_access.functions(form, intrinsic)
-    load, moved, fetch = access.load, access.moved, access.fetch
+    load, moved, FETCHED = access.load, access.moved, how.fetched(operands_of_form(form))
+    fetch = numba_access.fetch_of(form, intrinsic, FETCHED)
     N, GROUPED, NUMBERS = len(operands_of_form(form)), form.arrays.grouped, form.arrays.numbers
     RUN, operands_at = GROUP if GROUPED else WIDTH, tuple_at(intrinsic, N)
     scalars_at = numba_access.scalars_at(form, intrinsic)

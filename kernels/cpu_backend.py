@@ -20,8 +20,8 @@ from gpuadam.kernels import (
 )
 from gpuadam.kernels.backend import Backend, Batch, refuse_stream
 from gpuadam.kernels.layout import dense
-from gpuadam.kernels.numba_memory import CACHE_LINE
 from gpuadam.kernels.operands import operands_of_form, widened
+from gpuadam.kernels.processor import CACHE_LINE
 from gpuadam.kernels.view import on_cpu
 
 NO_SCALARS = np.zeros(adam.MOST_SCALARS)  # of a kernel over no elements
@@ -142,9 +142,9 @@ class NumbaCpu(Backend):
         dtype = np.dtype(dtype)
         return huge_pages.zeros(n * dtype.itemsize, CACHE_LINE).view(dtype)
 
-    def zeros_in_one(self, sizes, dtype, device):
+    def zeros_in_one(self, sizes, dtype, device, operands=1):
         dtype = np.dtype(dtype)
-        parts = huge_pages.zeros_in_one([n * dtype.itemsize for n in sizes], CACHE_LINE)
+        parts = huge_pages.zeros_in_one([n * dtype.itemsize for n in sizes], CACHE_LINE, operands)
         return [part.view(dtype) for part in parts]
 
     def shaped(self, memory, shape, strides):

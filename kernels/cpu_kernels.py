@@ -25,10 +25,11 @@ from gpuadam.kernels.cpu_strided import (
     address,
     copy_block,
 )  # fmt: skip
-from gpuadam.kernels.numba_access import BLOCK, FETCHED, KEPT
-from gpuadam.kernels.numba_memory import CACHE_LINE, on_stack, store_at, tuple_at
+from gpuadam.kernels.numba_access import BLOCK, KEPT
+from gpuadam.kernels.numba_memory import on_stack, store_at, tuple_at
 from gpuadam.kernels.numpy_struct import KEY, PARAM, SIZE, START
 from gpuadam.kernels.operands import GROUP, operands_of_form
+from gpuadam.kernels.processor import CACHE_LINE
 
 
 @functools.cache
@@ -37,10 +38,11 @@ def build(rule, form, loop):
     if loop.endswith("parallel"):
         return cpu_threads.parallel_of(build(rule, form, loop.replace("parallel", "serial")))
     update, access = numba_access.update_of(rule, form, intrinsic), numba_access.functions(form, intrinsic)
-    load, store, moved, stepped, fetch = access.load, access.store, access.moved, access.stepped, access.fetch
-    AHEAD, WIDE = getattr(rule, "LOOP", processor.loop_of(form))
-    MANY = processor.cached(form)
-    choose_vectors, store_address = numba_access.choose_vectors(intrinsic, WIDE), store_at(intrinsic, types.int64)
+    load, store, moved, stepped = access.load, access.store, access.moved, access.stepped
+    how = getattr(rule, "LOOP", processor.loop_of(form))
+    AHEAD, FETCHED, MANY = how.ahead, how.fetched(operands_of_form(form)), processor.cached(form)
+    fetch = numba_access.fetch_of(form, intrinsic, FETCHED)
+    choose_vectors, store_address = numba_access.choose_vectors(intrinsic, how.wide), store_at(intrinsic, types.int64)
     operands_at, scalars_at = tuple_at(intrinsic, len(operands_of_form(form))), numba_access.scalars_at(form, intrinsic)
     ITEMSIZES = [operand.itemsize for operand in operands_of_form(form)]
     PARAM_SIZE, BLOCK_SIZE = ITEMSIZES[0], cpu_strided.block_of(ITEMSIZES)

@@ -12,7 +12,8 @@ from numba.extending import intrinsic
 
 from gpuadam.kernels.compiled_cache import inner
 from gpuadam.kernels.layout import collapse
-from gpuadam.kernels.numba_memory import CACHE_LINE, load_at, store_at
+from gpuadam.kernels.numba_memory import load_at, store_at
+from gpuadam.kernels.processor import CACHE_LINE
 
 # The table of an update, of int64. Its first row has the number of the first element, for random rounding; how many dimensions
 # there are; how it is updated; and from DIMS on the lengths of the dimensions. Each further row is an operand: its address; the

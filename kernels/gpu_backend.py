@@ -127,7 +127,7 @@ class GpuBackend(Backend):
     def device_bytes(self, n_bytes):
         """Return memory of the current device and stream: its owner, and its address."""
 
-    def zeros_in_one(self, sizes, dtype, device):
+    def zeros_in_one(self, sizes, dtype, device, operands=1):
         dtype = np.dtype(dtype)
         # A large array can then be freed while others stay, and lies on large pages of the GPU in any case
         small = [n for n in sizes if 0 < n * dtype.itemsize < LARGE]

@@ -65,7 +65,7 @@ class Looped:
     """A rule with a Loop of its own on the CPU, not with the one that suits the processor."""
 
     def __init__(self, rule, loop):
-        self.in_python, self.LOOP, self.__name__ = rule.in_python, loop, f"{rule.__name__}_{loop.ahead}_{loop.wide}"
+        self.in_python, self.LOOP, self.__name__ = rule.in_python, loop, "_".join(map(str, (rule.__name__, *loop)))
 
 
 def movers(memory):

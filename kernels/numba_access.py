@@ -18,8 +18,6 @@ from gpuadam.kernels.llvm import F32, F64, U8, U16, U32, U64
 from gpuadam.kernels.numba_memory import RAW, fetch, llvm_type, load_at, tuple_at, widened
 from gpuadam.kernels.operands import FORMATS, GROUP, KINDS, OF_CODES, RESULTS, VALUES, decodings, operands_of_form
 
-FETCHED = 64  # elements that `fetch` asks for at once: whole cache lines of every format
-
 # 8-bit state on the CPU: how many groups are updated before the first is encoded, so that the processor works on several and does
 # not wait for the largest of each. What is kept of them, in bytes: m and the root of each element, and the largest of each group.
 BLOCK = 8
@@ -48,7 +46,6 @@ def functions(form, intrinsic, lanes=1, addrspace=0):
         "store": void(addresses, i64, results, i64, i64, i64),
         "zero_grad": void(addresses, i64),
         "moved": addresses(addresses, i64),
-        "fetch": void(addresses, i64),
         "stepped": addresses(addresses, addresses, i64),
     }
     of_groups = {
@@ -145,6 +142,18 @@ def choose_vectors(intrinsic, wide):
     return llvm.function(intrinsic, "choose_vectors", choose, types.void())
 
 
+def fetch_of(form, intrinsic, n):
+    """Return a function that asks for the memory of the elements i ... i + n - 1, which need not be there: fetch(at, i)."""
+
+    def emit(b, at, i):
+        for operand, address in zip(operands, at, strict=True):
+            if (operand.loads or operand.stores) and not operand.of_groups:
+                fetch(b, b.add(address, b.mul(U64(operand.itemsize), i)), n * operand.itemsize)
+
+    operands = operands_of_form(form)
+    return llvm.function(intrinsic, "fetch", emit, types.void(types.UniTuple(types.int64, len(operands)), types.int64))
+
+
 def scalars_at(form, intrinsic):
     """Return a function from the address of a step's scalars, of float64, to a tuple of the compute type."""
     return tuple_at(intrinsic, len(adam.scalar_names(form)), from_dtype(form.dtype), stored=types.float64)
@@ -205,12 +214,6 @@ class _Emitter:
     def moved(self, b, at, i):
         """Return the addresses of element i."""
         return self.stepped(b, at, [U64(operand.itemsize) for operand in self.operands.values()], i)
-
-    def fetch(self, b, at, i):
-        """Ask for the memory of the elements i ... i + FETCHED - 1, which need not be there."""
-        for operand, address in zip(self.operands.values(), at, strict=True):
-            if (operand.loads or operand.stores) and not operand.of_groups:
-                fetch(b, b.add(address, b.mul(U64(operand.itemsize), i)), FETCHED * operand.itemsize)
 
     def stepped(self, b, at, strides, k):
         """Return the addresses k strides on."""

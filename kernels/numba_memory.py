@@ -9,8 +9,8 @@ from llvmlite import ir
 from numba import types
 
 from gpuadam.kernels import conversions, llvm, norm_order
+from gpuadam.kernels.processor import CACHE_LINE
 
-CACHE_LINE = 64  # bytes
 # how an element of a format is loaded
 RAW = {"float64": types.float64, "float32": types.float32, "uint8": types.uint8} | dict.fromkeys(
     ("bfloat16", "float16", "int16"), types.uint16

@@ -326,7 +326,7 @@ def test_contenders_have_arrays_in_aligned_memory_moments_included(name):
     starts = [start for start, _ in built(name).extents()]
     allocations = 3 if name == "gpuadam.Adam.step" else 4  # which has one for both moments
     assert len(starts) == 4 * len(ON_HUGE)
-    assert sum(start % huge_pages.page_bytes() == 0 for start in starts) == allocations
+    assert sum(start % huge_pages.page_bytes() < huge_pages.SMALL_PAGE for start in starts) == allocations
 
 
 @pytest.mark.parametrize("n, shared", [(4999, False), (5000, True)])

@@ -76,19 +76,50 @@ def bits_after_steps(**options):
 
 
 @ON_LINUX
-def test_large_zeros_begin_with_a_huge_page():
+def test_large_zeros_begin_near_the_beginning_of_a_huge_page():
     memory = huge_pages.zeros(9 * MB, 64)
-    assert memory.size == 9 * MB and not memory.any() and address(memory) % huge_pages.page_bytes() == 0
+    assert memory.size == 9 * MB and not memory.any() and address(memory) % 64 == 0
+    assert address(memory) % huge_pages.page_bytes() < huge_pages.SMALL_PAGE
+
+
+@ON_LINUX
+def test_no_huge_page_more_is_taken_so_that_an_array_begins_elsewhere():
+    """A page more would be a third of such an array."""
+    for _ in range(4):
+        assert address(huge_pages.zeros(3 * huge_pages.page_bytes(), 64)) % huge_pages.page_bytes() == 0
+
+
+@ON_LINUX
+def test_arrays_begin_at_different_places_in_a_small_page():
+    """Those of a program too: large ones begin 16 or 64 bytes behind a small page's first byte."""
+    n = huge_pages.STAGGERED_FROM * huge_pages.page_bytes() // 4
+    flat = gpuadam.flatten(np.zeros(n, "f4"))
+    (moments,) = gpuadam.Adam(flat.params).state.values()
+    places = sorted(address(a) % huge_pages.SMALL_PAGE for a in (flat.param, flat.grad, moments["m"], moments["v"]))
+    assert np.diff([64, *places, huge_pages.SMALL_PAGE + 16]).min() >= huge_pages.NEAR // 2 - 64
+    assert np.diff(places).min() >= huge_pages.NEAR
+
+
+@ON_LINUX
+def test_moments_of_many_parameters_begin_at_different_places_in_a_small_page():
+    params = [np.zeros(n, "f4") for n in (1 << 20, 3000, 1 << 22, 1)]
+    state = gpuadam.Adam(params, amsgrad=True).state
+    for moments in state.values():
+        m, v, max_v = (address(moments[key]) for key in ("m", "v", "max_v"))
+        assert (v - m) % huge_pages.SMALL_PAGE == (max_v - v) % huge_pages.SMALL_PAGE == huge_pages.NEAR
 
 
 @ON_LINUX
 def test_the_state_of_a_group_is_parts_of_one_allocation():
     arrays = state_of(gpuadam.Adam(params()))
     starts = {key: address(a) for key, a in arrays.items()}
-    assert min(starts.values()) // huge_pages.page_bytes() * huge_pages.page_bytes() + 64 > min(starts.values())
+    assert min(starts.values()) % huge_pages.page_bytes() < huge_pages.SMALL_PAGE + 64
     span = max(starts[key] + a.nbytes for key, a in arrays.items()) - min(starts.values())
     n_bytes = sum(a.nbytes for a in arrays.values())
-    assert span < n_bytes + 128 * len(arrays) + n_bytes // huge_pages.USUAL_BYTES * huge_pages.STAGGER
+    assert (
+        span
+        < n_bytes + 128 * len(arrays) + 2 * huge_pages.SMALL_PAGE + n_bytes // huge_pages.USUAL_BYTES * huge_pages.STAGGER
+    )
 
 
 @ON_LINUX
@@ -99,7 +130,11 @@ def test_moments_whose_size_is_a_power_of_two_do_not_begin_at_the_same_place_in_
     state = gpuadam.Adam([np.zeros(size // 4, "f4") for _ in range(n_arrays)]).state
     for moments in state.values():
         apart = address(moments["v"]) - address(moments["m"])
-        assert n_arrays * size < apart < n_arrays * (size + size // huge_pages.USUAL_BYTES * huge_pages.STAGGER + 128)
+        assert (
+            n_arrays * size
+            < apart
+            < n_arrays * (size + size // huge_pages.USUAL_BYTES * huge_pages.STAGGER + 128) + 2 * huge_pages.SMALL_PAGE
+        )
         assert huge_pages.STAGGER <= apart % huge_pages.page_bytes() <= huge_pages.page_bytes() - huge_pages.STAGGER
 
 
@@ -109,7 +144,11 @@ def test_allocations_do_not_begin_at_the_same_place_in_a_huge_page():
     n_bytes = huge_pages.STAGGERED_FROM * page
     large = [huge_pages.zeros(n_bytes, 64) for _ in range(4)]
     offsets = [address(a) % page for a in large]
-    assert len(set(offsets)) == 4 and all(offset % huge_pages.STAGGER == 0 for offset in offsets)
+    assert (
+        len({offset // huge_pages.STAGGER for offset in offsets})
+        == len({offset % huge_pages.SMALL_PAGE for offset in offsets})
+        == 4
+    )
     assert not any(a.any() for a in large) and [a.nbytes for a in large] == [n_bytes] * 4
 
 

@@ -19,7 +19,7 @@ from gpuadam.kernels.layout import Update
 from gpuadam.kernels.operands import operands_of_form
 from gpuadam.kernels.processor import Loop
 
-PLAIN, OTHERWISE = (limit.Looped(adam, loop) for loop in (Loop(), Loop(512, True)))
+PLAIN, OTHERWISE, BY_LINE = (limit.Looped(adam, loop) for loop in (Loop(), Loop(512, True), Loop(512, by_line=True)))
 LARGE = 140_003  # elements, at which the loop of every form prefetches: CACHED over the bytes of an element is less
 
 
@@ -34,7 +34,8 @@ def updated(rule, name, arrays):
 def test_the_bits_are_those_of_a_plain_loop(name):
     for n in (1, 64, 700, LARGE):
         arrays = list(forms.new_arrays(numba_cpu, forms.FORMS[name], n).values())
-        assert updated(OTHERWISE, name, [a.copy() for a in arrays]) == updated(PLAIN, name, arrays), n
+        otherwise = [updated(rule, name, [a.copy() for a in arrays]) for rule in (OTHERWISE, BY_LINE)]
+        assert otherwise == [updated(PLAIN, name, arrays)] * 2, n
 
 
 def at_the_end_of_memory(array):
@@ -89,7 +90,8 @@ def test_sums_of_changes_are_those_of_a_plain_loop(name):
 @pytest.mark.skipif(sys.platform == "win32", reason="memory is protected otherwise on Windows")
 def test_a_prefetch_reads_nothing_that_is_not_there():
     arrays = list(forms.new_arrays(numba_cpu, forms.FORMS["float32"], LARGE).values())
-    assert updated(OTHERWISE, "float32", [at_the_end_of_memory(a) for a in arrays]) == updated(PLAIN, "float32", arrays)
+    otherwise = [updated(rule, "float32", [at_the_end_of_memory(a) for a in arrays]) for rule in (OTHERWISE, BY_LINE)]
+    assert otherwise == [updated(PLAIN, "float32", arrays)] * 2
 
 
 def test_a_loop_prefetches_and_asks_for_wide_vectors_if_it_was_told_to():
@@ -107,8 +109,13 @@ def test_a_loop_prefetches_and_asks_for_wide_vectors_if_it_was_told_to():
 @pytest.mark.parametrize(
     "name, features, float32, narrow",
     [
-        ("emeraldrapids", "+avx2", Loop(512), Loop(512, True)),
-        ("rocketlake", "+avx2,+avx512fp16,+serialize", Loop(512), Loop(512, True)),  # a Xeon that a virtual machine hides
+        ("emeraldrapids", "+avx2", Loop(512, by_line=True), Loop(512, True)),
+        (
+            "rocketlake",
+            "+avx2,+avx512fp16,+serialize",
+            Loop(512, by_line=True),
+            Loop(512, True),
+        ),  # a Xeon that a virtual machine hides
         ("rocketlake", "+avx2,+avx512f,-avx512fp16", Loop(), Loop()),
         ("znver4", "+avx2,+avx512f", Loop(), Loop()),
         ("a later AMD", "+avx2,+avx512fp16,-serialize", Loop(), Loop()),
@@ -123,11 +130,27 @@ def test_a_loop_goes_as_it_was_the_fastest_on_a_processor(monkeypatch, name, fea
     assert {float32, narrow} <= set(processor.loops())
 
 
+@pytest.mark.parametrize(
+    "name, n", [("float32", 16), ("float64", 8), ("all bfloat16", 32), ("bfloat16 state", 16), ("components=3", 5)]
+)
+def test_line_by_line_a_line_of_the_widest_array_is_asked_for_at_once(name, n):
+    form, _ = forms.form_and_scalars(forms.FORMS[name])
+    assert Loop(512, by_line=True).fetched(operands_of_form(form)) == n
+    assert Loop(512).fetched(operands_of_form(form)) == processor.FETCHED
+
+
+@pytest.mark.parametrize("name", ["where", "float32 + bfloat16 copy and grad", "components=3"])
+def test_arrays_of_several_sizes_of_elements_are_not_asked_for_line_by_line(monkeypatch, name):
+    monkeypatch.setattr(processor, "_target", lambda: ("graniterapids", set()))
+    form, _ = forms.form_and_scalars(forms.FORMS[name])
+    assert processor.loop_of(form).ahead and not processor.loop_of(form).by_line
+
+
 def test_ways_to_move_the_bytes_have_names_of_their_own(monkeypatch):
     monkeypatch.setattr(processor, "_target", lambda: ("sapphirerapids", set()))
     movers = limit.movers("CPU")
     assert list(movers) == [
         "a loop", "a loop, 128 elements ahead", "a loop, 512 elements ahead", "a loop, 2048 elements ahead",
-        "a loop of 512 bits", "a loop of 512 bits, 512 elements ahead",
+        "a loop, 512 elements ahead, line by line", "a loop of 512 bits", "a loop of 512 bits, 512 elements ahead",
     ]  # fmt: skip
     assert len({rule.__name__ for rule in movers.values()}) == len(movers)
