@@ -139,11 +139,14 @@ def test_line_by_line_a_line_of_the_widest_array_is_asked_for_at_once(name, n):
     assert Loop(512).fetched(operands_of_form(form)) == processor.FETCHED
 
 
-@pytest.mark.parametrize("name", ["where", "float32 + bfloat16 copy and grad", "components=3"])
-def test_arrays_of_several_sizes_of_elements_are_not_asked_for_line_by_line(monkeypatch, name):
+@pytest.mark.parametrize(
+    "name, ahead, wide",
+    [("where", 512, False), ("float32 + bfloat16 copy and grad", 512, True), ("components=3", 256, False)],
+)
+def test_arrays_of_several_sizes_of_elements_are_not_asked_for_line_by_line(monkeypatch, name, ahead, wide):
     monkeypatch.setattr(processor, "_target", lambda: ("graniterapids", set()))
     form, _ = forms.form_and_scalars(forms.FORMS[name])
-    assert processor.loop_of(form).ahead and not processor.loop_of(form).by_line
+    assert processor.loop_of(form) == Loop(ahead, wide)
 
 
 def test_ways_to_move_the_bytes_have_names_of_their_own(monkeypatch):
