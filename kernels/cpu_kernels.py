@@ -67,10 +67,9 @@ def build(rule, form, loop):
                     high = (index + start) >> 32
                     end_of_part = min(line if start < line else stop, ((high + 1) << 32) - index)
                     here, first_here = moved(at, start), index + start
-                    if AHEAD:
+                    if AHEAD and many:
                         for block in range(0, end_of_part - start, FETCHED):
-                            if many:
-                                fetch(here, block + AHEAD)
+                            fetch(here, block + AHEAD)
                             for i in range(block, min(block + FETCHED, end_of_part - start)):
                                 store(here, i, update(load(here, i), s), first_here, high, row_key)
                     else:

@@ -23,9 +23,9 @@ begins some STAGGERs and NEARs behind a huge page's first byte, and so do places
 1. On an AMD EPYC (znver3) a step over four arrays, each 128 or 256 MB behind the other, took 1.6 to 2.0 and 3.1 to 4.5 times as
    long as over four that were 16 KB farther apart, as if they were in different rows of the same banks of memory, of which each
    keeps one row open.
-2. On an Intel Xeon (Granite Rapids) a step over four arrays that begin at different places in 4 KB takes 0.93 to 0.96 of the time
-   of one over four that begin at the same, as if it mattered that all came to the end of a small page at once. A program's large
-   arrays do begin at the same: 16 bytes into a small page those of NumPy, 64 those of torch.
+2. On an Intel Xeon (Granite Rapids) a step over four arrays that begin at the same place in 4 KB takes 1.03 to 1.07 times as long
+   as over four that begin 1 KB farther each, as if it mattered that all come to the end of a small page at once. A program's
+   large arrays do begin at the same place: 16 bytes into a small page those of NumPy, 64 those of torch.
 """
 
 import contextlib

@@ -24,8 +24,8 @@ of 2^26 float32 for instance, are 256 MB and 4 KB apart: that took 1.2 to 1.35 t
 of it.
 
 **Places in 4 KB.** Large arrays of NumPy all begin 16 bytes behind a page's first byte, those of torch 64. So a step comes to
-the end of a small page in param, grad, m and v at once. On Granite Rapids a step over four arrays that begin 1 KB farther each
-takes 0.93 to 0.96 of the time, also on huge pages. gpuadam's arrays begin at different places: two buffers of `gpuadam.flatten`
+the end of a small page in param, grad, m and v at once. On Granite Rapids that took 1.03 to 1.05 times as long as a step over
+four arrays that begin 1 KB farther each, on huge pages too. gpuadam's arrays begin at different places: two buffers of `gpuadam.flatten`
 and the moments at four of them, and moments beside arrays of NumPy or torch at three.
 
 ## What to do
