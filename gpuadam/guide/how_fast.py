@@ -22,9 +22,11 @@ The figures are of six virtual machines with two cores:
 
 Two virtual machines give another model's number. Their instructions and their caches, of 105 and 480 MB, tell what they are.
 All but Zen 3 have vectors of 512 bits. At 20 million elements the memory moves 42 GB/s on Zen 3, 48 on Sapphire Rapids, 54 on
-Emerald and Granite Rapids, and 97 on Zen 5. On Zen 4 it moves 54, and moved 93 on the machine that measured narrow numbers. The
-figures of Emerald Rapids are from before compiled code started the threads of large steps, and those of Zen 4 and Zen 5 from
-before it compared torch's tensors. All: torch 2.13.0+cpu, jax 0.10.2, optax 0.2.8, numba 0.68.1.
+Emerald Rapids, 58 on Granite Rapids, and 97 on Zen 5. On Zen 4 it moves 54, and moved 93 on the machine that measured narrow
+numbers. The figures of Emerald Rapids are from before compiled code started the threads of large steps, and those of Zen 4 and
+Zen 5 from before it compared torch's tensors. All but those of Granite Rapids are from before arrays began at different places
+in 4 KB, from which all contenders gain, and before loops asked for memory line by line. All: torch 2.13.0+cpu, jax 0.10.2,
+optax 0.2.8, numba 0.68.1.
 
 **Compare within a table only.** Machines of one name are shared and differ, and so do two runs: the same step took up to 1.7
 times as long. All contenders that take given memory have the same arrays, from 10 million elements on. They take turns, in a new
@@ -38,12 +40,12 @@ Milliseconds of a step of gpuadam, and in parentheses what share that is of the 
 
 | | Granite Rapids | Sapphire Rapids | Emerald Rapids | Zen 4 | Zen 3 |
 |---|---:|---:|---:|---:|---:|
-| one array of 20 million elements, `Adam.step` | 11.2 (0.94) | 11.5 (0.81) | 10.9 (0.86) | | 14.0 (0.99) |
-| GPT-2 small: 148 arrays, 124 million elements, `Adam.step` | 70 (0.95) | 69 (0.80) | 67 (0.86) | 66 (0.99) | 86 (1.03) |
-| the same elements in one flat array | 72 | 77 | 66 | 69 | 81 |
+| one array of 20 million elements, `Adam.step` | 9.9 (0.95) | 11.5 (0.81) | 10.9 (0.86) | | 14.0 (0.99) |
+| GPT-2 small: 148 arrays, 124 million elements, `Adam.step` | 65 (0.95) | 69 (0.80) | 67 (0.86) | 66 (0.99) | 86 (1.03) |
+| the same elements in one flat array | 65 | 77 | 66 | 69 | 81 |
 | 1,000 arrays of 1,000 elements, `Adam.step` | 1.2 (0.12) | 1.2 (0.09) | 1.5 (0.17) | 2.0 (0.21) | 1.4 (0.14) |
 | the same by `gpuadam.torch.Adam` | 4.5 (0.43) | 5.2 (0.40) | 4.3 (0.49) | | 5.0 (0.52) |
-| the whole step of mixed precision over GPT-2 small | 91 (0.41) | 110 (0.42) | 99 (0.42) | | 115 (0.53) |
+| the whole step of mixed precision over GPT-2 small | 85 (0.42) | 110 (0.42) | 99 (0.42) | | 115 (0.53) |
 
 A step takes no memory beyond its state. torch fused takes none either, and torch foreach 400 MB for 100 million elements
 (`benchmarks/memory.py` on Zen 3).
@@ -54,16 +56,16 @@ Granite Rapids:
 
 | | warm caches | in turn with the others |
 |---|---:|---:|
-| `gpuadam.adam_step` | 2.0 | 10 |
-| `gpuadam.Adam.step` | 3.4 | 14 |
+| `gpuadam.adam_step` | 2.1 | 10 |
+| `gpuadam.Adam.step` | 3.5 | 14 |
 | its kernel alone | 1.8 | 15 |
-| Adam by hand in plain NumPy | 7.1 | 25 |
-| `gpuadam.torch.Adam` | 19 | 60 |
-| torch fused | 30 | 64 |
-| `optax.adam` under `jax.jit` | 29 | 106 |
+| Adam by hand in plain NumPy | 7.3 | 24 |
+| `gpuadam.torch.Adam` | 20 | 62 |
+| torch fused | 31 | 64 |
+| `optax.adam` under `jax.jit` | 35 | 103 |
 
-In turn with others the time of the kernel alone, which Python launches, varies most: 8.3 at p20 and 22 at p80, where `adam_step`
-took 8.5 and 12.
+In turn with others the time of the kernel alone, which Python launches, varies most: 8.4 at p20 and 22 at p80, where `adam_step`
+took 8.0 and 11.
 
 From 65,536 elements on the call also starts the threads, and lets Python's lock go meanwhile. While Python started them, it
 took longer for that than the threads took for 100,000 elements. The table has microseconds, in turn with the others, on Zen 3.
@@ -92,7 +94,7 @@ lacks them `gpuadam.torch.Adam` took 1.3 of the time of torch fused for one tens
 | | Granite Rapids | Sapphire Rapids | Emerald Rapids | Zen 4 | Zen 3 |
 |---|---:|---:|---:|---:|---:|
 | `import gpuadam` alone | 20 ms | 29 ms | 22 ms | 21 ms | 31 ms |
-| import and first `adam_step`, warm compile cache | 0.25 s | 0.32 s | 0.25 s | 0.27 s | 0.36 s |
+| import and first `adam_step`, warm compile cache | 0.24 s | 0.32 s | 0.25 s | 0.27 s | 0.36 s |
 | the same, cold compile cache | 1.3 s | 1.9 s | 1.6 s | 1.6 s | 2.0 s |
 | import of torch and its first fused step | 1.8 s | 2.4 s | 1.9 s | 2.1 s | 2.9 s |
 
@@ -101,8 +103,8 @@ the limit at 1, a step of 100,000 elements:
 
 | | the step | without its division | without its root | without both |
 |---|---:|---:|---:|---:|
-| Granite Rapids, float32 | 1.48 | 1.11 | 1.12 | 1.13 |
-| Granite Rapids, float64 | 2.43 | 1.61 | 1.21 | 1.14 |
+| Granite Rapids, float32 | 1.50 | 1.08 | 1.05 | 1.05 |
+| Granite Rapids, float64 | 2.54 | 1.68 | 1.27 | 1.27 |
 | Emerald Rapids, float32 | 1.54 | 1.12 | 1.08 | 1.06 |
 | Emerald Rapids, float64 | 2.67 | 1.75 | 1.30 | 1.18 |
 | Emerald Rapids, bfloat16 state | 1.51 | 1.39 | 1.35 | 1.29 |
@@ -118,13 +120,15 @@ forms are conversions and random bits.
 that prefetches those 512 ahead takes 0.89 of the time of one that does not, at 20 and at 100 million elements, and with
 bfloat16 parameters and gradients 0.76; on Sapphire Rapids 0.93, on Granite Rapids 0.95, and with bfloat16 state 0.68. So loops
 prefetch there, where a thread's arrays do not fit in its cache. 128 to 1,024 elements ahead are within 2 % in float32. A
-prefetch that asks to write was 3 % slower than one that asks to read. How much is asked for at once matters, too. A loop asked
-for 64 elements of param, grad, m and v, 16 cache lines, before it went through 64. In float32 and float64 it now asks for one
-line of each before it goes through a line: 0.96 of the time on Granite Rapids, and the step takes as long as the limit. Forms
-whose arrays differ in the size of their elements still ask for 64: some lines would be asked for several times, which took up to
-1.13. On Zen 3, 4 and 5 prefetches to write took 1.00 to 1.2 of
-the time of none. Those to read took 0.98 to 1.05 in float32 on Zen 3, 1.0 to 1.15 with bfloat16, and 0.95 to 1.07 in sums of
-squares. So there are none on AMD's processors.
+prefetch that asks to write was 3 % slower than one that asks to read.
+
+How much is asked for at once matters, too. Loops asked for 64 elements of param, grad, m and v, 16 cache lines of float32, before
+they went through 64. Those of float32 and float64 now ask for one line of each before they go through a line. On Granite Rapids
+this takes 0.96 of the time, and the step is as fast as its limit. Forms whose arrays differ in the size of their elements still
+ask for 64: some lines would be asked for several times, which took up to 1.13.
+
+On Zen 3, 4 and 5 prefetches to write, of 64 elements at once, took 1.00 to 1.2 of the time of none. Those to read took 0.98 to
+1.05 in float32 on Zen 3, 1.0 to 1.15 with bfloat16, and 0.95 to 1.07 in sums of squares. So there are none on AMD's processors.
 
 **Vectors of 512 bits.** On Emerald Rapids LLVM takes 256, unless it is asked. With 512 a step with bfloat16 state takes 0.85 of
 the time (0.89 on Granite Rapids), one with 8-bit state 0.89 (both 0.87 on Sapphire Rapids, with prefetches), and with float16
@@ -139,14 +143,14 @@ conversions and random bits take longer than the bytes. 20 million elements, mea
 | form | bytes an element | Granite Rapids | Sapphire Rapids | Emerald Rapids | Zen 5 | Zen 4 | Zen 3 |
 |---|---:|---:|---:|---:|---:|---:|---:|
 | float32 | 28 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |
-| bfloat16 parameters and gradients | 22 | 0.78 | 0.79 | 0.77 | 0.79 | 0.87 | 0.83 |
-| float16 parameters and gradients | 22 | 0.77 | 0.75 | | | | 0.85 |
-| bfloat16 parameters with a remainder, bfloat16 gradients | 26 | 0.91 | 0.83 | 0.89 | 0.94 | 1.04 | 0.90 |
-| bfloat16 state | 20 | 0.73 | 0.77 | 0.79 | 0.73 | 0.96 | 0.89 |
-| all bfloat16, rounded randomly | 14 | 0.62 | 0.94 | 0.74 | 0.51 | 1.03 | 1.16 |
-| 8-bit state | 16.5 | 1.05 | 1.39 | 1.10 | 0.80 | 1.48 | 1.31 |
-| AMSGrad | 36 | 1.21 | 1.15 | 1.25 | 1.29 | 1.29 | 1.09 |
-| NAdam, RAdam, AdaMax | 28 | 0.96 to 1.05 | 0.91 to 0.97 | 0.99 to 1.00 | 0.99 to 1.00 | 1.00 to 1.01 | 0.99 to 1.13 |
+| bfloat16 parameters and gradients | 22 | 0.81 | 0.79 | 0.77 | 0.79 | 0.87 | 0.83 |
+| float16 parameters and gradients | 22 | 0.84 | 0.75 | | | | 0.85 |
+| bfloat16 parameters with a remainder, bfloat16 gradients | 26 | 0.96 | 0.83 | 0.89 | 0.94 | 1.04 | 0.90 |
+| bfloat16 state | 20 | 0.76 | 0.77 | 0.79 | 0.73 | 0.96 | 0.89 |
+| all bfloat16, rounded randomly | 14 | 0.69 | 0.94 | 0.74 | 0.51 | 1.03 | 1.16 |
+| 8-bit state | 16.5 | 1.20 | 1.39 | 1.10 | 0.80 | 1.48 | 1.31 |
+| AMSGrad | 36 | 1.31 | 1.15 | 1.25 | 1.29 | 1.29 | 1.09 |
+| NAdam, RAdam, AdaMax | 28 | 1.00 to 1.03 | 0.91 to 0.97 | 0.99 to 1.00 | 0.99 to 1.00 | 1.00 to 1.01 | 0.99 to 1.13 |
 
 On Zen 3 other work disturbed float32, by which its column is divided, float16, NAdam and AdaMax: their p80 is more than 1.5 times
 their p20. float16 has no figure where it was measured before processors converted it (F16C).
@@ -157,7 +161,7 @@ one of float32 0.65 (`benchmarks/in_caches.py`, 100,000 elements over two thread
 
 ## The whole step
 
-Unscaling, check, clipping, update and zeros of 20 million elements take 14.4 ms on Granite Rapids and 16.4 ms on Zen 3. That is
+Unscaling, check, clipping, update and zeros of 20 million elements take 13.6 ms on Granite Rapids and 16.4 ms on Zen 3. That is
 0.42 and 0.51 of the time of torch's `unscale_`, `clip_grad_norm_`, fused step and `zero_grad`.
 
 ## State in files, and many ranks

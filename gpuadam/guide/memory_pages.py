@@ -25,8 +25,8 @@ of it.
 
 **Places in 4 KB.** Large arrays of NumPy all begin 16 bytes behind a page's first byte, those of torch 64. So a step comes to
 the end of a small page in param, grad, m and v at once. On Granite Rapids that took 1.03 to 1.05 times as long as a step over
-four arrays that begin 1 KB farther each, on huge pages too. gpuadam's arrays begin at different places: two buffers of `gpuadam.flatten`
-and the moments at four of them, and moments beside arrays of NumPy or torch at three.
+four arrays that begin 1 KB farther each, on huge pages too. gpuadam's arrays begin at different places: two buffers of
+`gpuadam.flatten` and the moments at four, and the moments beside arrays of NumPy or torch at three.
 
 ## What to do
 
