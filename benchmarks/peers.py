@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import itertools
 import math
-import mmap
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -448,20 +447,9 @@ def optax_adam(backend, shapes, own=False):
     if not own and backend.memory == "CPU":  # JAX takes no memory of others to write into: its own is moved to huge pages
         step()  # which makes the arrays that later steps write
         finish()
-        to_huge_pages(extents())
+        for start, n_bytes in extents():
+            huge_pages.make_huge(start, n_bytes)
     return Contender(step, finish, extents)
-
-
-def to_huge_pages(extents):
-    """Move memory of another library to huge pages, as far as whole ones lie in each of its arrays.
-
-    extents: (address, bytes) of each. Its memory has to be private, as that of arrays is, and in use.
-    """
-    page = huge_pages.page_bytes()
-    for start, size in extents:
-        first, after = -(-start // page) * page, (start + size) // page * page
-        if first < after and hasattr(mmap, "MADV_HUGEPAGE"):
-            huge_pages.make_huge(first, after - first)
 
 
 def _optax_problem(memory):
@@ -499,6 +487,7 @@ PEERS = (
     Peer("torch for-loop", torch_adam(foreach=False, fused=False), floats=6, passes=13, **OF_TORCH),
     Peer("plain NumPy", plain("numpy"), ("CPU",), "numpy", floats=5, passes=13),
     Peer("gpuadam.Adam.step (NumPy's memory)", adam_class_on_numpys, **OWN),
+    Peer("gpuadam.torch.Adam (torch's memory)", torch_adam(own=True, module="gpuadam.torch"), **OWN, **OF_TORCH),
     Peer("torch fused (its own memory)", torch_adam(own=True, fused=True), **OWN, **OF_TORCH),
     Peer("DeepSpeed CPUAdam (its own memory)", functools.partial(deepspeed_cpu_adam, own=True), **OWN, **OF_DEEPSPEED),
     Peer("optax under jit (its own memory)", functools.partial(optax_adam, own=True), **OWN, **OF_OPTAX),

@@ -104,10 +104,18 @@ def advise(start, n_bytes, advice):
         raise OSError(code, os.strerror(code))
 
 
-def make_huge(start, n_bytes):
-    """Ask for huge pages between two addresses, multiples of their size, and make small ones there huge, if they are in use."""
-    _ask(start, n_bytes, mmap.MADV_HUGEPAGE)
-    _ask(start, n_bytes, COLLAPSE)
+def make_huge(start, n_bytes, new=False):
+    """Ask for huge pages for memory of another library, as far as whole ones lie there, and make small ones there huge.
+
+    start: an address. The memory has to be private, as that of arrays is. new: it is written for the first time after this, which
+    on several nodes decides where it lies.
+    """
+    page = page_bytes()
+    first, after = -(-start // page) * page, (start + n_bytes) // page * page
+    if first < after and hasattr(mmap, "MADV_HUGEPAGE"):
+        _ask(first, after - first, mmap.MADV_HUGEPAGE)
+        if not (new and _has_several_nodes()):
+            _ask(first, after - first, COLLAPSE)
 
 
 def _ask(start, n_bytes, advice):

@@ -5,7 +5,6 @@ import doctest
 import itertools
 import json
 import math
-import mmap
 import os
 import re
 import shutil
@@ -772,14 +771,3 @@ def test_without_a_gpu_it_runs_over_the_stand_in(tmp_path):
         (backend, "gpuadam's stand-in for a GPU") for backend in ("cupy", "numba-cuda")
     }
     assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "results.csv"}
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="only Linux is asked for huge pages")
-def test_memory_of_another_library_is_moved_to_huge_pages():
-    memory = np.frombuffer(mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
-    memory[:] = 3
-    before = measured_pages.percent_huge(measured_pages.extents([memory]))
-    peers.to_huge_pages(measured_pages.extents([memory]))
-    assert (memory == 3).all()
-    if measured_pages.can_collapse():
-        assert measured_pages.percent_huge(measured_pages.extents([memory])) >= before

@@ -219,6 +219,41 @@ def test_memory_is_on_huge_pages_when_it_is_handed_out():
     assert pages.percent_huge(pages.extents([memory])) > 50  # how many there are is the system's
 
 
+def of_small_pages(n_bytes):
+    """Return an array at a huge page's first byte whose memory has small pages."""
+    page = huge_pages.page_bytes()
+    memory = np.frombuffer(mmap.mmap(-1, n_bytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    array = memory[-address(memory) % page :][:n_bytes]
+    huge_pages.advise(address(array), n_bytes, mmap.MADV_NOHUGEPAGE)
+    array[:] = 3
+    return array
+
+
+@ON_LINUX
+@pytest.mark.skipif(not pages.can_collapse(), reason="Linux before 6.1 makes no small pages huge")
+def test_memory_of_another_library_is_moved_to_the_huge_pages_that_lie_in_it_whole():
+    page = huge_pages.page_bytes()
+    array = of_small_pages(4 * page)
+    assert pages.percent_huge([(address(array), array.nbytes)]) == 0
+    huge_pages.make_huge(address(array) + 64, 3 * page)
+    of_each = [pages.percent_huge([(address(array) + k * page, page)]) for k in range(4)]
+    assert of_each[0] == of_each[3] == 0 and set(of_each) == {0, 100} and (array == 3).all()
+
+
+@ON_LINUX
+@pytest.mark.parametrize("new, nodes, asked", [(False, 1, 2), (False, 2, 2), (True, 1, 2), (True, 2, 1)])
+def test_new_memory_of_another_library_lies_where_it_is_written_first(monkeypatch, tmp_path, new, nodes, asked):
+    for k in range(nodes):
+        (tmp_path / f"node{k}").mkdir()
+    monkeypatch.setattr(huge_pages, "NODES", tmp_path)
+    monkeypatch.setattr(huge_pages, "_has_several_nodes", huge_pages._has_several_nodes.__wrapped__)
+    advice = []
+    monkeypatch.setattr(huge_pages, "advise", lambda start, n_bytes, what: advice.append(what))
+    huge_pages.make_huge(huge_pages.page_bytes(), huge_pages.page_bytes(), new)
+    huge_pages.make_huge(huge_pages.page_bytes() + 64, huge_pages.page_bytes(), new)  # no whole one
+    assert advice == [mmap.MADV_HUGEPAGE, huge_pages.COLLAPSE][:asked]
+
+
 # What it does not change
 
 

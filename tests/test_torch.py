@@ -16,7 +16,8 @@ from torch_steps import PAIRS, gradients, replay, small, stepped  # noqa: E402
 import gpuadam  # noqa: E402
 import gpuadam.torch  # noqa: E402
 from gpuadam import update  # noqa: E402
-from gpuadam.kernels import cpu_backend  # noqa: E402
+from gpuadam.cli.measuring import pages  # noqa: E402
+from gpuadam.kernels import cpu_backend, huge_pages  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -51,6 +52,19 @@ def test_names_of_parameters_are_in_errors():
     model.weight.grad = torch.ones(2, 2).to_sparse()
     with pytest.raises(TypeError, match=r"the gradient of params\['weight'\] is a tensor of layout torch.sparse_coo"):
         opt.step()
+
+
+@pytest.mark.skipif(not pages.can_collapse(), reason="the system makes no small pages huge")
+@pytest.mark.parametrize("shape, options", [((3 << 20,), {}), ((2048, 1536), {"state_dtype": "bfloat16"})])
+def test_large_moments_of_a_parameter_on_the_cpu_lie_on_huge_pages_and_are_zeros_first(shape, options):
+    param = torch.nn.Parameter(torch.ones(shape).transpose(0, -1))
+    param.grad = torch.zeros_like(param)
+    opt = gpuadam.torch.AdamW([param], lr=0.0, **options)
+    opt.step()
+    moments = [opt.state[param][key] for key in ("exp_avg", "exp_avg_sq")]
+    assert all(tensor.stride() == param.stride() and not tensor.any() for tensor in moments)
+    extents = [(tensor.data_ptr(), tensor.nbytes) for tensor in moments]
+    assert huge_pages._has_several_nodes() or pages.percent_huge(extents) > 30  # how many there are is the system's
 
 
 def test_a_parameter_without_a_gradient_is_skipped_with_its_state(pair):

@@ -40,7 +40,8 @@ Parameters and gradients are yours, and as large as both moments.
    lie on huge pages whole, and do not begin at the same place in 128 MB.
 3. NumPy asks for huge pages for arrays of 4 MB and more. They begin anywhere, and huge pages only at multiples of 2 MB, so an
    array of 9 MB has 6 to 8 MB on huge pages, and smaller arrays have none. One large array loses little.
-4. torch's arrays do not ask. With `madvise`, run it with `THP_MEM_ALLOC_ENABLE=1`, or make its tensors over such a buffer:
+4. torch's arrays do not ask. `gpuadam.torch` asks for them for its moments, as far as whole ones lie in each. For parameters and
+   gradients, with `madvise`, run it with `THP_MEM_ALLOC_ENABLE=1`, or make its tensors over such a buffer:
    `torch.from_numpy(flat.params["w"])`.
 
 >>> import numpy as np, gpuadam

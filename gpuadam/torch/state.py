@@ -10,6 +10,7 @@ import torch
 from .. import checks
 from .. import state as gpuadam_state
 from ..groups import some
+from ..kernels import huge_pages
 from ..kernels.messages import shown
 from ..kernels.operands import KINDS
 from ..state_conversion import CONVERTED, conversion
@@ -53,8 +54,15 @@ def new(arrays, param, capturable):
     state = {"step": step}
     for name, operand, dtype in arrays:
         shape, alike = gpuadam_state.shape(operand, param.shape), operand not in gpuadam_state.OF_GROUPS
-        state[name] = torch.zeros_like(param, dtype=dtype) if alike else param.new_zeros(shape, dtype=dtype)
+        state[name] = _zeros(torch.empty_like(param, dtype=dtype) if alike else param.new_empty(shape, dtype=dtype))
     return state
+
+
+def _zeros(tensor):
+    """Set a new tensor to zeros and return it. torch asks for no huge pages: CPU memory gets those that lie in it whole."""
+    if tensor.is_cpu and not is_distributed(tensor):
+        huge_pages.make_huge(tensor.data_ptr(), tensor.nbytes, new=True)
+    return tensor.zero_()
 
 
 def count(name, value):
