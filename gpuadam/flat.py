@@ -85,7 +85,7 @@ def flatten(arrays: Array | Sequence[Array] | Mapping[str, Array], backend: str 
         shapes = [shape[:-1] for shape in shapes]
     sizes, lanes = list(map(math.prod, shapes)), VECTOR_BYTES // dtype.itemsize
     *starts, size = itertools.accumulate((-(-n // lanes) * lanes for n in sizes), initial=0)
-    param, grad = (kernels.zeros(size, dtype, next(iter(devices), 0)) for _ in range(2))
+    param, grad = kernels.zeros_in_one([size] * 2, dtype, next(iter(devices), 0), ("param", "grad"))
     params, grads = (
         [buffer[start : start + n].reshape(shape) for start, n, shape in zip(starts, sizes, shapes, strict=True)]
         for buffer in (param, grad)

@@ -137,7 +137,7 @@ def zeros(beginnings):
                 place = name, key, _like(key, view, numbers)
                 together.setdefault((backend, view.device, dtype_of(kept[key])), []).append(place)
     for (backend, _, dtype), places in together.items():
-        operands = len({key for _, key, _ in places})
+        operands = [key for _, key, _ in places]
         arrays = backend.zeros_like_all([view for *_, view in places], dtype, operands)
         for (name, key, _), array in zip(places, arrays, strict=True):
             states[name][key] = array

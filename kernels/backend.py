@@ -138,14 +138,17 @@ class Backend(abc.ABC):
     def shaped(self, memory: Any, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Any:
         """Return an array of a shape and of strides (in bytes; None for C order) over a 1-D array."""
 
-    def zeros_in_one(self, sizes: Sequence[int], dtype: npt.DTypeLike, device: int | None, operands: int = 1) -> list[Any]:
+    def zeros_in_one(
+        self, sizes: Sequence[int], dtype: npt.DTypeLike, device: int | None, operands: Sequence[str] = ()
+    ) -> list[Any]:
         """Return 1-D arrays of zeros, of some sizes, each at a boundary. They may be parts of one allocation.
 
-        operands: of how many the arrays are, first all of one, then all of the next. A step goes through them side by side.
+        operands: the operand of each array, if a step goes through those of several side by side. Those of one follow one
+        another.
         """
         return [self.zeros(n, dtype, device) for n in sizes]
 
-    def zeros_like_all(self, views: Sequence[View], dtype: npt.DTypeLike, operands: int = 1) -> list[Any]:
+    def zeros_like_all(self, views: Sequence[View], dtype: npt.DTypeLike, operands: Sequence[str] = ()) -> list[Any]:
         """Return zeros for the state of arrays on one device, of a dtype, in one allocation if the backend makes one.
 
         Each has the shape of its array and the order of its memory, and its boundaries at the same elements. operands: as in

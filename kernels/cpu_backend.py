@@ -142,7 +142,7 @@ class NumbaCpu(Backend):
         dtype = np.dtype(dtype)
         return huge_pages.zeros(n * dtype.itemsize, CACHE_LINE).view(dtype)
 
-    def zeros_in_one(self, sizes, dtype, device, operands=1):
+    def zeros_in_one(self, sizes, dtype, device, operands=()):
         dtype = np.dtype(dtype)
         parts = huge_pages.zeros_in_one([n * dtype.itemsize for n in sizes], CACHE_LINE, operands)
         return [part.view(dtype) for part in parts]

@@ -39,10 +39,10 @@ def build(rule, form, loop):
         return cpu_threads.parallel_of(build(rule, form, loop.replace("parallel", "serial")))
     update, access = numba_access.update_of(rule, form, intrinsic), numba_access.functions(form, intrinsic)
     load, store, moved, stepped = access.load, access.store, access.moved, access.stepped
-    how = getattr(rule, "LOOP", processor.loop_of(form))
-    AHEAD, FETCHED, MANY = how.ahead, how.fetched(operands_of_form(form)), processor.cached(form)
+    this_loop = getattr(rule, "LOOP", processor.loop_of(form))
+    AHEAD, FETCHED, MANY = this_loop.ahead, this_loop.fetched(operands_of_form(form)), processor.cached(form)
     fetch = numba_access.fetch_of(form, intrinsic, FETCHED)
-    choose_vectors, store_address = numba_access.choose_vectors(intrinsic, how.wide), store_at(intrinsic, types.int64)
+    choose_vectors, store_address = numba_access.choose_vectors(intrinsic, this_loop.wide), store_at(intrinsic, types.int64)
     operands_at, scalars_at = tuple_at(intrinsic, len(operands_of_form(form))), numba_access.scalars_at(form, intrinsic)
     ITEMSIZES = [operand.itemsize for operand in operands_of_form(form)]
     PARAM_SIZE, BLOCK_SIZE = ITEMSIZES[0], cpu_strided.block_of(ITEMSIZES)

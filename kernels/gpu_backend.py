@@ -127,12 +127,12 @@ class GpuBackend(Backend):
     def device_bytes(self, n_bytes):
         """Return memory of the current device and stream: its owner, and its address."""
 
-    def zeros_in_one(self, sizes, dtype, device, operands=1):
+    def zeros_in_one(self, sizes, dtype, device, operands=()):
         dtype = np.dtype(dtype)
         # A large array can then be freed while others stay, and lies on large pages of the GPU in any case
         small = [n for n in sizes if 0 < n * dtype.itemsize < LARGE]
         if len(small) < 2:
-            return super().zeros_in_one(sizes, dtype, device)
+            return super().zeros_in_one(sizes, dtype, device, operands)
         in_elements = APART // dtype.itemsize
         places, end = side_by_side(small, in_elements)
         memory = self.zeros(end, dtype, device)

@@ -18,12 +18,13 @@ is best done by the threads of the update.
 Where a system has no huge pages, it has small ones, and the numbers are the same. That is no error.
 
 Arrays that a step goes through side by side should not begin at the same place in 128 MB, nor in 4 KB. So each large allocation
-begins some STAGGERs and NEARs behind a huge page's first byte, and so do places within one:
+begins some STAGGERs and NEARs behind a huge page's first byte, and so do places within one. An array alone that is smaller begins
+some NEARs behind it, if these take no page more:
 
 1. On an AMD EPYC (znver3) a step over four arrays, each 128 or 256 MB behind the other, took 1.6 to 2.0 and 3.1 to 4.5 times as
    long as over four that were 16 KB farther apart, as if they were in different rows of the same banks of memory, of which each
    keeps one row open.
-2. On an Intel Xeon (Granite Rapids) a step over four arrays that begin at the same place in 4 KB takes 1.03 to 1.07 times as long
+2. On an Intel Xeon (Granite Rapids) a step over four arrays that begin at the same place in 4 KB takes 1.03 to 1.05 times as long
    as over four that begin 1 KB farther each, as if it mattered that all come to the end of a small page at once. A program's
    large arrays do begin at the same place: 16 bytes into a small page those of NumPy, 64 those of torch.
 """
@@ -46,9 +47,9 @@ COLLAPSE = 25  # of Linux 6.1 and later; Python has no name for it
 USUAL_BYTES = 2 << 20  # of a huge page
 SMALL_PAGE = 4 << 10  # bytes
 STAGGER = 16 << 10  # bytes: with 4 KB there was still a third to gain, with 8 KB a tenth
-NEAR = 1 << 10  # bytes: with 64 there was still a half to gain, with 256 a tenth
+NEAR = 512  # bytes: with 64 there was still a half to gain, with 256 a tenth, with 1 KB nothing
 STAGGERED_FROM = 16  # huge pages of an allocation, to which one more may then belong
-_allocations = itertools.count()
+_places = itertools.count()  # of operands, counted through all allocations
 
 libc: Any = ctypes.CDLL(None, use_errno=True) if hasattr(mmap.mmap, "madvise") else None  # Windows has none
 
@@ -65,22 +66,24 @@ def zeros(n_bytes, boundary):
     return memory[start : start + n_bytes]
 
 
-def zeros_in_one(sizes, boundary, operands=1):
+def zeros_in_one(sizes, boundary, operands=()):
     """Return arrays of zeros, of some sizes in bytes, that share an allocation, each from a multiple of boundary on.
 
-    operands: of how many the arrays are, first all of one, then all of the next. A step goes through them side by side.
+    operands: the operand of each array, if a step goes through those of several side by side. Those of one follow one another.
+
     When one of them is freed, the huge pages that it has to itself go back to the system, and with the last one the rest. Arrays
     that are small, all together, have allocations of their own. Raises MemoryError.
     """
     if len(sizes) == 1 or not is_large(sum(sizes)):
         return [zeros(n_bytes, boundary) for n_bytes in sizes]
-    places, end, of_each = [], 0, -(-len(sizes) // operands)
-    for number, n_bytes in enumerate(sizes):
-        if number % of_each == 0:
-            end = -(-end // SMALL_PAGE) * SMALL_PAGE + number // of_each * NEAR
+    places, end, operand = [], 0, 0
+    for k, n_bytes in enumerate(sizes):
+        if k and operands and operands[k] != operands[k - 1]:
+            operand += 1
+            end = -(-end // SMALL_PAGE) * SMALL_PAGE + operand * NEAR
         places.append(end + end // USUAL_BYTES * STAGGER)
         end += -(-n_bytes // boundary) * boundary
-    memory = _mapped(places[-1] + sizes[-1])
+    memory = _mapped(places[-1] + sizes[-1], operand + 1)
     return [np.asarray(_Part(memory, place, n_bytes)) for place, n_bytes in zip(places, sizes, strict=True)]
 
 
@@ -128,14 +131,16 @@ def address_of(array):
     return array.__array_interface__["data"][0]
 
 
-def _mapped(n_bytes):
+def _mapped(n_bytes, operands=1):
     """Return new zeros on huge pages of their own. The memory is given back when nothing refers to it any more.
 
-    They begin at another place in a huge page than those of the last allocation.
+    They begin at another place in a huge page, and in a small one, than those of the last allocations. operands: how many begin
+    in this one, NEAR apart.
     """
-    page, stagger = page_bytes(), NEAR // 2 + next(_allocations) % 32 * (STAGGER + NEAR)
-    if n_bytes < STAGGERED_FROM * page:  # not a page more for it
-        stagger = stagger % SMALL_PAGE if n_bytes % page and n_bytes % page <= page - SMALL_PAGE else 0
+    page, (place, *_) = page_bytes(), [next(_places) for _ in range(operands)]
+    stagger = NEAR // 2 + place % 32 * (STAGGER + NEAR)
+    if n_bytes < STAGGERED_FROM * page:
+        stagger = stagger % SMALL_PAGE if -n_bytes % page >= SMALL_PAGE else 0
     whole = -(-(n_bytes + stagger) // page) * page
     try:
         memory = mmap.mmap(-1, whole + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

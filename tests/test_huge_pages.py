@@ -20,7 +20,8 @@ from gpuadam.cli.measuring import pages
 from gpuadam.kernels import huge_pages
 from gpuadam.kernels.cpu_backend import backend as numba_cpu
 
-ON_LINUX = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="only Linux is asked for huge pages")
+HAS_USUAL = hasattr(mmap, "MADV_HUGEPAGE") and huge_pages.page_bytes() == huge_pages.USUAL_BYTES
+ON_LINUX = pytest.mark.skipif(not HAS_USUAL, reason="only Linux is asked for huge pages, and here these have 2 MB")
 MB = 1 << 20
 # 9 MB of state in float32 for each moment: on huge pages together, and no array of the second name by itself
 SHAPES = {"w": (1024, 1024), "b": (7,), "u": (1024, 1024), "f": (300, 1000)}
@@ -89,15 +90,19 @@ def test_no_huge_page_more_is_taken_so_that_an_array_begins_elsewhere():
         assert address(huge_pages.zeros(3 * huge_pages.page_bytes(), 64)) % huge_pages.page_bytes() == 0
 
 
-@ON_LINUX
-def test_arrays_begin_at_different_places_in_a_small_page():
-    """Those of a program too: large ones begin 16 or 64 bytes behind a small page's first byte."""
-    n = huge_pages.STAGGERED_FROM * huge_pages.page_bytes() // 4
+def of_flat(n, **options):
     flat = gpuadam.flatten(np.zeros(n, "f4"))
-    (moments,) = gpuadam.Adam(flat.params).state.values()
-    places = sorted(address(a) % huge_pages.SMALL_PAGE for a in (flat.param, flat.grad, moments["m"], moments["v"]))
-    assert np.diff([64, *places, huge_pages.SMALL_PAGE + 16]).min() >= huge_pages.NEAR // 2 - 64
+    (moments,) = gpuadam.Adam(flat.params, **options).state.values()
+    return [flat.param, flat.grad, *(array for key, array in moments.items() if key != "step")]
+
+
+@ON_LINUX
+@pytest.mark.parametrize("n, options", [(1 << 20, {}), (3_000_000, {}), (1 << 23, {"amsgrad": True, "ema_decay": 0.9})])
+def test_arrays_begin_at_different_places_in_a_small_page(n, options):
+    """Those of a program too: large ones begin 16 or 64 bytes behind a small page's first byte."""
+    places = sorted(address(a) % huge_pages.SMALL_PAGE for a in of_flat(n, **options))
     assert np.diff(places).min() >= huge_pages.NEAR
+    assert np.diff([64, *places, huge_pages.SMALL_PAGE + 16]).min() >= huge_pages.NEAR // 2 - 64
 
 
 @ON_LINUX
@@ -107,6 +112,14 @@ def test_moments_of_many_parameters_begin_at_different_places_in_a_small_page():
     for moments in state.values():
         m, v, max_v = (address(moments[key]) for key in ("m", "v", "max_v"))
         assert (v - m) % huge_pages.SMALL_PAGE == (max_v - v) % huge_pages.SMALL_PAGE == huge_pages.NEAR
+
+
+@ON_LINUX
+def test_operands_of_which_not_all_parameters_have_an_array_begin_at_different_places_too():
+    sizes = [3 * MB, 100, 3 * MB, 100, 3 * MB]
+    parts = huge_pages.zeros_in_one([*sizes, *sizes, 3 * MB], 64, [*"mmmmmvvvvve"])
+    apart = {(address(v) - address(m)) % huge_pages.SMALL_PAGE for m, v in zip(parts[:5], parts[5:10], strict=True)}
+    assert apart == {huge_pages.NEAR} and (address(parts[10]) - address(parts[5])) % huge_pages.SMALL_PAGE == huge_pages.NEAR
 
 
 @ON_LINUX
@@ -203,11 +216,11 @@ def test_each_dtype_of_a_group_and_each_group_has_an_allocation():
 
 
 @ON_LINUX
-def test_flat_buffers_and_state_in_host_memory_begin_with_huge_pages():
+def test_flat_buffers_and_state_in_host_memory_begin_near_the_beginning_of_a_huge_page():
     flat = gpuadam.flatten([np.ones((1024, 1024), "f4"), np.ones((1024, 1024), "f4")])
     offloaded = gpuadam.OffloadAdam([np.ones((1024, 1024), "f4")], update="host").state["0"]
-    for a in (flat.param, flat.grad, offloaded["m"], offloaded["v"]):
-        assert address(a) % huge_pages.page_bytes() == 0
+    for a in (flat.param, offloaded["m"], offloaded["v"]):
+        assert address(a) % huge_pages.page_bytes() < huge_pages.SMALL_PAGE
 
 
 @ON_LINUX

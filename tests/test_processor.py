@@ -106,6 +106,14 @@ def test_a_loop_prefetches_and_asks_for_wide_vectors_if_it_was_told_to():
             assert "zmm" in next(iter(afresh.inspect_asm().values()))
 
 
+@pytest.mark.parametrize("name, loop, lines", [("float32", Loop(512), 16), ("float32", Loop(512, by_line=True), 4)])
+def test_line_by_line_one_line_of_each_array_is_asked_for(name, loop, lines):
+    form, scalars = forms.form_and_scalars(forms.FORMS[name])
+    afresh = numba.njit(error_model="numpy")(cpu_kernels.build(limit.Looped(adam, loop), form, "serial").py_func)
+    afresh(np.zeros((0, 7), np.int64), 0, 0, 0, in_memory(scalars))
+    assert next(iter(afresh.inspect_llvm().values())).count("call void @llvm.prefetch") == lines
+
+
 @pytest.mark.parametrize(
     "name, features, float32, narrow",
     [

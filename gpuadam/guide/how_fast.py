@@ -25,8 +25,8 @@ All but Zen 3 have vectors of 512 bits. At 20 million elements the memory moves 
 Emerald Rapids, 58 on Granite Rapids, and 97 on Zen 5. On Zen 4 it moves 54, and moved 93 on the machine that measured narrow
 numbers. The figures of Emerald Rapids are from before compiled code started the threads of large steps, and those of Zen 4 and
 Zen 5 from before it compared torch's tensors. All but those of Granite Rapids are from before arrays began at different places
-in 4 KB, from which all contenders gain, and before loops asked for memory line by line. All: torch 2.13.0+cpu, jax 0.10.2,
-optax 0.2.8, numba 0.68.1.
+in 4 KB, from which all that take given memory gain, and before loops asked for memory line by line. All: torch 2.13.0+cpu, jax
+0.10.2, optax 0.2.8, numba 0.68.1.
 
 **Compare within a table only.** Machines of one name are shared and differ, and so do two runs: the same step took up to 1.7
 times as long. All contenders that take given memory have the same arrays, from 10 million elements on. They take turns, in a new
@@ -122,10 +122,10 @@ bfloat16 parameters and gradients 0.76; on Sapphire Rapids 0.93, on Granite Rapi
 prefetch there, where a thread's arrays do not fit in its cache. 128 to 1,024 elements ahead are within 2 % in float32. A
 prefetch that asks to write was 3 % slower than one that asks to read.
 
-How much is asked for at once matters, too. Loops asked for 64 elements of param, grad, m and v, 16 cache lines of float32, before
-they went through 64. Those of float32 and float64 now ask for one line of each before they go through a line. On Granite Rapids
-this takes 0.96 of the time, and the step is as fast as its limit. Forms whose arrays differ in the size of their elements still
-ask for 64: some lines would be asked for several times, which took up to 1.13.
+How much is asked for at once matters, too. Loops asked for the next 64 elements of all four arrays at once, in float32 16 cache
+lines. Those of float32 and float64 now ask for one line of each array at a time. On Granite Rapids this takes 0.96 of the time,
+and the step is as fast as its limit. Others still ask for 64 elements. Where arrays differ in the size of their elements, some
+lines would be asked for several times, which took 1.13 with bfloat16 state and 1.75 with complex numbers.
 
 On Zen 3, 4 and 5 prefetches to write, of 64 elements at once, took 1.00 to 1.2 of the time of none. Those to read took 0.98 to
 1.05 in float32 on Zen 3, 1.0 to 1.15 with bfloat16, and 0.95 to 1.07 in sums of squares. So there are none on AMD's processors.

@@ -23,10 +23,11 @@ banks of memory. With 16 KB more between them nothing was lost. So gpuadam's arr
 of 2^26 float32 for instance, are 256 MB and 4 KB apart: that took 1.2 to 1.35 times as long. `benchmarks/pages.py` has a table
 of it.
 
-**Places in 4 KB.** Large arrays of NumPy all begin 16 bytes behind a page's first byte, those of torch 64. So a step comes to
-the end of a small page in param, grad, m and v at once. On Granite Rapids that took 1.03 to 1.05 times as long as a step over
-four arrays that begin 1 KB farther each, on huge pages too. gpuadam's arrays begin at different places: two buffers of
-`gpuadam.flatten` and the moments at four, and the moments beside arrays of NumPy or torch at three.
+**Places in 4 KB.** Large arrays of NumPy begin 16 bytes behind a page's first byte, from 32 MB on and as a rule also below, and
+those of torch 64. So a step comes to the end of a small page in param, grad, m and v at once. On Granite Rapids a step over such
+arrays took 1.03 to 1.05 times as long as one over four that begin 1 KB farther each, on huge pages too. The moments of
+a group and the buffers of `gpuadam.flatten` begin at different ones of eight places. The moments of `gpuadam.torch` begin where
+torch's arrays do.
 
 ## What to do
 
@@ -37,7 +38,7 @@ Parameters and gradients are yours, and as large as both moments.
    ask. With `always` it need not. With `never` only memory that is moved afterwards gets them, as gpuadam's is. As root:
    `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`.
 2. Put many arrays into one buffer with `gpuadam.flatten`: its parameters and gradients, views in the shapes of your arrays,
-   lie on huge pages whole, and do not begin at the same place in 128 MB.
+   lie on huge pages whole, and do not begin at the same place in 128 MB or in 4 KB.
 3. NumPy asks for huge pages for arrays of 4 MB and more. They begin anywhere, and huge pages only at multiples of 2 MB, so an
    array of 9 MB has 6 to 8 MB on huge pages, and smaller arrays have none. One large array loses little.
 4. torch's arrays do not ask. `gpuadam.torch` asks for them for its moments, as far as whole ones lie in each. For parameters and
