@@ -46,6 +46,7 @@ class GpuBackend(Backend):
 
     def __init__(self):
         self._rehearsed: set = set()  # (device, kernel)
+        self.capture_refused = ""  # what the driver said when a capture of this package failed last
         self._in_use: collections.deque = collections.deque()  # (event, borrowed arrays), in the order of launches
         self._in_use_lock = threading.Lock()
 
@@ -277,21 +278,39 @@ class GpuBackend(Backend):
 
         Nothing runs. device: the current one. kernel: tells one that is compiled from others; the first launch of each is
         rehearsed. launch(stream): enqueues it. While Python has other threads the kernel is compiled when it is launched, because
-        compiling amid a capture takes seconds in which they may not wait for the device.
+        compiling amid a capture takes seconds in which they may not wait for the device. If the driver refuses the capture, or
+        loads no module amid one, the kernel is loaded when it is launched.
         """
-        if (device, kernel) in self._rehearsed or not gpu_launch.alone():
+        key = device, kernel
+        if key in self._rehearsed or not gpu_launch.alone():
             return
-        self._captured(device, launch)
-        self._rehearsed.add((device, kernel))
+        with self._if_it_can_be_captured():
+            self._captured(device, launch)
+            self._rehearsed.add(key)
 
     def recorded(self, batch, form, scalars, rule, key):
         """Return what `run` launches as a `gpu_launch.Recorded`, or None if that is not as `changing` says.
 
-        scalars: of the host. The arrays of the batch have to stay where they are.
+        None, too, if the driver refuses the capture. scalars: of the host. The arrays of the batch have to stay where they are.
         """
-        graph = self._captured(batch.device, lambda stream: self.run(batch, form, scalars, rule, stream, key))
-        changing = self.changing(batch, form)
-        return changing and gpu_launch.recorded(graph, changing, form.dtype, scalars, key)
+        with self._if_it_can_be_captured():
+            graph = self._captured(batch.device, lambda stream: self.run(batch, form, scalars, rule, stream, key))
+            changing = self.changing(batch, form)
+            return changing and gpu_launch.recorded(graph, changing, form.dtype, scalars, key)
+        return None
+
+    @contextlib.contextmanager
+    def _if_it_can_be_captured(self):
+        """Go on behind this context, without what it captures, if that failed because it was captured.
+
+        Nothing of it has run: what a capture takes in is only enqueued in a graph, and what it refuses is not enqueued at all.
+        """
+        try:
+            yield
+        except Exception as error:  # CuPy's, Numba's, cuda.core's and ours
+            if not gpu_driver.is_of_capture(error):
+                raise
+            self.capture_refused = str(error)
 
     def _captured(self, device, enqueue):
         """Return the `gpu_driver.Graph` of what enqueue(stream) puts on a stream of a device."""

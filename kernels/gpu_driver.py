@@ -15,6 +15,7 @@ RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, and _MINOR
 DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 KERNEL_NODE = 0  # CU_GRAPH_NODE_TYPE_KERNEL
+OF_CAPTURES = range(900, 909)  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED and those after it, which are of captures too
 
 
 class KernelNode(ctypes.Structure):
@@ -54,15 +55,23 @@ def status(name, *arguments):
     return _function(name, len(arguments))(*arguments)
 
 
+class DriverError(RuntimeError):
+    """An error of the driver. code: its number."""
+
+    code = 0
+
+
 def call(name, *arguments):
-    """Call a function of the driver, or raise RuntimeError with the name of its error."""
+    """Call a function of the driver, or raise DriverError with the name of its error."""
     if code := _function(name, len(arguments))(*arguments):
-        error = ctypes.c_char_p()
-        status("cuGetErrorName", code, ctypes.byref(error))
-        raise RuntimeError(
-            f"the CUDA driver reports {(error.value or b'an error').decode()} ({name}). It may be of work enqueued earlier: with "
-            "the environment variable GPUADAM_SYNC=1 gpuadam waits for each of its launches and names the one that failed"
+        reported = ctypes.c_char_p()
+        status("cuGetErrorName", code, ctypes.byref(reported))
+        error = DriverError(
+            f"the CUDA driver reports {(reported.value or b'an error').decode()} ({name}). It may be of work enqueued earlier: "
+            "with the environment variable GPUADAM_SYNC=1 gpuadam waits for each of its launches and names the one that failed"
         )
+        error.code = code
+        raise error
 
 
 def asked(name, *arguments, kind=ctypes.c_void_p):
@@ -162,11 +171,21 @@ class Graph:
         return launch if status("cuGraphKernelNodeGetParams_v2", node, ctypes.byref(launch)) == 0 else None
 
 
+def is_of_capture(error):
+    """Whether an error says that the driver refused or ended a capture. It is of this package, CuPy, numba-cuda or cuda.core.
+
+    Drivers of CUDA 12.2 and before load no module amid a capture, and any thread that waits for the device ends one.
+    """
+    codes = [getattr(error, name, None) for name in ("code", "status")]  # Numba's and ours have the first, CuPy's the second
+    # cuda.core's, for Numba, have nothing but a text that begins with the name
+    return any(code in OF_CAPTURES for code in codes) or str(error).startswith("CUDA_ERROR_STREAM_CAPTURE_")
+
+
 @contextlib.contextmanager
 def allowed_while_capturing():
-    """Let this thread allocate and query events during a capture of CUDA's mode "global", torch's, which they would end.
+    """Let this thread allocate, copy elsewhere and wait for events during a capture of CUDA's mode "global", which is torch's.
 
-    They are no part of the graph.
+    They are no part of the graph, which they would end without this.
     """
     mode = ctypes.c_int(RELAXED)
     call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))  # stores the former mode in its place

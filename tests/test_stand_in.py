@@ -315,6 +315,25 @@ def test_the_call_that_is_named_fails_and_the_next_works(cp, driver):
     assert not driver.fail_no_more()
 
 
+def test_a_call_fails_again_and_again_until_it_need_not(cp, driver):
+    driver.fail(0, "OUT_OF_MEMORY", names=["runtime_cudaMalloc"], always=True)
+    for _ in range(2):
+        assert error_of(cp, cp.cuda.runtime.malloc, 64) == "cudaErrorMemoryAllocation"
+    assert not driver.fail_no_more()
+    cp.cuda.runtime.free(cp.cuda.runtime.malloc(64))
+
+
+def test_an_old_driver_loads_no_module_amid_a_capture_of_any_mode(cp, driver, streams):
+    driver.loads_while_capturing = False
+    for mode in range(3):
+        kernel = cp.RawKernel(f'extern "C" __global__ void nothing_{mode}() {{ }}', f"nothing_{mode}")
+        streams[0].begin_capture(mode)
+        with pytest.raises(cp.cuda.driver.CUDADriverError, match="CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"):
+            kernel.compile()
+        assert ended(cp, streams[0]) == "cudaErrorStreamCaptureInvalidated"
+        kernel.compile()
+
+
 def test_what_the_stand_in_lacks_is_named(driver):
     address = driver.missing("cuTexRefCreate")
     assert ctypes.CFUNCTYPE(ctypes.c_int)(address)() == 801

@@ -17,6 +17,7 @@ import numpy as np
 import gpuadam
 
 from .. import backends
+from ..kernels.messages import shortened
 from ..terminal import output
 from . import contract, installed
 from .measuring import facts, pages
@@ -90,7 +91,10 @@ def _launches(name):
         opt.step([grad])
     batches = opt.kept_batches()
     kernels.to_host(param)  # waits for them
-    return BY_DRIVER if batches and all(batch.recorded for batch in batches) else BY_LIBRARY
+    if batches and all(batch.recorded for batch in batches):
+        return BY_DRIVER
+    refused = getattr(kernels, "capture_refused", "").partition(". ")[0]  # what a backend of others may not have
+    return BY_LIBRARY + (f" (it could not be captured: {shortened(refused)})" if refused else "")
 
 
 def _cuda_libraries():

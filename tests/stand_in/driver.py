@@ -111,9 +111,10 @@ class Driver:
         self.modules = kernels.Modules()
         self.problems, self.closed = [], False
         self.listening, self.calls, self.launches, self.copies = False, [], [], []
-        self._failing = None  # (calls until it, error, names it may be)
+        self._failing = None  # [calls until it, error, names it may be, whether it stays, whether it has come]
         self.events, self.graphs, self.executables, self.links, self.kept = {}, {}, {}, {}, []
         self.captures = []
+        self.loads_while_capturing = True  # drivers of CUDA 12.2 and before load no module amid a capture, whatever its mode
         self.peers = set()  # (device, device whose memory it may touch)
         self.thread = threading.local()
         self._handles = itertools.count(0x10000, 16)
@@ -123,13 +124,13 @@ class Driver:
 
     # What tests ask for
 
-    def fail(self, after, error="UNKNOWN", names=None):
-        """Make one call fail: after so many counted ones, or so many of some names, have gone well."""
-        self._failing = [after, ERRORS[error], names]
+    def fail(self, after, error="UNKNOWN", names=None, always=False):
+        """Make one call fail, after so many counted ones, or so many of some names, have gone well. always: all after it too."""
+        self._failing = [after, ERRORS[error], names, always, False]
 
     def fail_no_more(self):
         """Return whether the failure that was asked for has not come."""
-        waiting, self._failing = self._failing is not None, None
+        waiting, self._failing = self._failing is not None and not self._failing[-1], None
         return waiting
 
     def problem(self, text):
@@ -141,6 +142,7 @@ class Driver:
         self.work.reseed(self.work.seed)
         self.problems.clear()
         self.fail_no_more()
+        self.loads_while_capturing = True
         self.listen(False)
 
     def listen(self, listening=True):
@@ -203,13 +205,13 @@ class Driver:
         return call
 
     def _count(self, name):
-        after, code, names = self._failing
+        after, code, names, always, _ = self._failing
         if names is not None and name not in names:
             return
         if after:
             self._failing[0] -= 1
             return
-        self._failing = None
+        self._failing = [0, code, names, True, True] if always else None
         error = Failure("UNKNOWN")
         error.code = code
         raise error
@@ -262,6 +264,14 @@ class Driver:
                     capture.invalid = True
                     raise Failure("STREAM_CAPTURE_IMPLICIT")
         return self.work.enqueue(stream, run, what, needs)
+
+    def load(self, image):
+        """Load a module, if no capture forbids it."""
+        if self.captures and not self.loads_while_capturing:
+            for capture in self.captures:
+                capture.invalid = True
+            raise Failure("STREAM_CAPTURE_UNSUPPORTED")
+        return self.modules.load(image)
 
     def check_capture(self, stream):
         if stream.capture.invalid:

@@ -8,17 +8,17 @@ from .library import write
 
 @entry("cuModuleLoadData", "pp", unsafe=True)
 def module_load(d, out, image):
-    write(out, U64, d.modules.load(image))
+    write(out, U64, d.load(image))
 
 
 @entry("cuModuleLoadDataEx", "ppupp", unsafe=True)
 def module_load_with_options(d, out, image, n, options, values):
-    write(out, U64, d.modules.load(image))
+    write(out, U64, d.load(image))
 
 
 @entry("cuLibraryLoadData", "pppupppu"[:8], unsafe=True)
 def library_load(d, out, image, *options):
-    write(out, U64, d.modules.load(image))
+    write(out, U64, d.load(image))
 
 
 @entry("cuModuleUnload", "p")
