@@ -135,8 +135,8 @@ trap '[ -z "${reading:-}" ] || kill "$reading" 2>/dev/null; rm -rf "$this"' EXIT
 # tests of the clock and of free memory, which run alone; under a tool both are the tool's
 of_time="overtake or nothing_waits or no_more_memory or no_device_memory"
 of_one_thread="the_driver_repeats" # launches, which it does if Python has one thread: pytest-xdist has another
-spread_files=(tests/test_gpu.py tests/test_gpu_narrow.py)
-spread="test_gpu.py or else or remainder or mean or rounded or RAdam or captured"
+spread_files=(tests/test_gpu.py tests/test_gpu_narrow.py tests/test_gpu_captures.py)
+spread="test_gpu.py or else or remainder or mean or rounded or RAdam or captured or recipe"
 every_file=(tests) every="" # all names
 host="" slower=1
 if [ "${GPUADAM_GPU:-}" != host ]; then

@@ -40,11 +40,11 @@ def global_norm(
     It is also infinite where the sum of squares is more than float64 holds, which only float64 elements can reach.
 
     On a GPU the call returns before the norm is there, and never waits for the device. A graph can capture it if out is given
-    and the same call was made once before.
+    and the norm of arrays of these shapes was taken once before, which loads the kernels.
 
     Raises ValueError (no array at all, different devices, out of another shape or device, read-only, or one that shares memory
     with an array), TypeError (dtypes, not an array, arrays of different libraries), BackendUnavailableError, or RuntimeError
-    while a graph is captured without out, each before anything is written.
+    while a graph is captured without out or without such a norm before, each before anything is written.
 
     >>> import numpy as np, gpuadam
     >>> grads = {"w": np.array([[1.0, 2.0], [4.0, 10.0]], "float32"), "b": np.zeros(3, "float32"), "frozen": None}

@@ -62,7 +62,7 @@ class ScalarsLaunch:
     """
 
     def __init__(self, group, stream):
-        self.group, self.stream, self.begun = group, stream, False
+        self.group, self.stream, self.begun, self._capturing = group, stream, False, False
         self._launches: dict[np.dtype, tuple] = {}
 
     def of(self, formats):
@@ -109,13 +109,15 @@ class ScalarsLaunch:
         return form, out
 
     def prepare(self):
-        """Compile what `launch` launches, before anything is written."""
+        """Compile what `launch` launches, before anything is written. While a graph is captured it has to be there."""
         kernels, device = self.group.now.clock.kernels, self.group.now.clock.device
         given = self._given()
         with kernels.on(device, self.stream):
-            if kernels.is_capturing(self.stream):
-                return
+            self._capturing = kernels.is_capturing(self.stream)
             for form, settings, out in self._launches.values():
+                if self._capturing:
+                    kernels.check_loaded(device, form)
+                    continue
                 kernels.rehearse(
                     device,
                     form,
@@ -150,3 +152,5 @@ class ScalarsLaunch:
 
                 synchronous.launch(kernels, stream, what, kernels.launch_scalars, *launched)
                 self.begun = now.counts
+                if not self._capturing:
+                    kernels.launched(clock.device, form)

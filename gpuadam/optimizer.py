@@ -62,7 +62,8 @@ class Adam(HasGroups, Grows):
         when the step runs; in a captured graph they have to be, and norm and found_inf too, because a graph freezes numbers.
         betas, eps, weight_decay, max_norm and which parameters have gradients stay in a graph what they were at the capture.
         All parameters of a group share a device and a step count, so none of them can be skipped alone. On the CPU it works
-        the same, without graphs. Take a step with the same arrays on the same stream before the capture.
+        the same, without graphs. Take a step with the same options before the capture, on any stream, which loads the kernels.
+        A graph keeps the addresses of the arrays that it was captured with, gradients too: these arrays have to live on.
     backend: "cupy", "numba-cuda" or "numba-cpu"; by default the arrays decide.
 
     state_dtype: "float32", "float64", "bfloat16" or "8bit", of m, v and max_v; by default float64 for float64 parameters, else

@@ -13,7 +13,8 @@ From a call to the memory:
         batch.place(stream)           on a GPU: its stream, and which streams wait
         batch.check(place, ...)       on a GPU: what a CUDA graph cannot hold is refused
         batch.prepare(rule, form, scalars, place, key)
-                                      on a GPU: compile; send the table of addresses
+                                      on a GPU: compile; send the table of addresses. A graph that is being
+                                      captured loads no kernel: it is refused if one is missing
         batch.launch()                the kernel, built once for each rule and form:
           build(rule, form, loop)       a loop over elements: *_kernels.py
             load, convert               *_access.py, conversions.py: from memory

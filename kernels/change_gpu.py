@@ -49,11 +49,18 @@ class GpuNormPasses(NormPasses):
         self._rehearse(form)
 
     def _rehearse(self, form):
-        """Compile a kernel before anything is written, unless a graph is captured: then it is."""
+        """Compile a kernel before anything is written. While a graph is captured it has to be there."""
+        if self._place.capturing:
+            self.backend.check_loaded(self.device, form)
+            return
+        with self.backend.on(self.device, self._place.stream):
+            arguments = (0,) * 6  # no chunks
+            self.backend.rehearse(self.device, form, lambda s: self.backend.launch_sums(form, 1, arguments, s))
+
+    def _launched(self, forms):
         if not self._place.capturing:
-            with self.backend.on(self.device, self._place.stream):
-                arguments = (0,) * 6  # no chunks
-                self.backend.rehearse(self.device, form, lambda s: self.backend.launch_sums(form, 1, arguments, s))
+            for form in forms:
+                self.backend.launched(self.device, form)
 
     def prepare(self, stream):
         """Send what all passes read: tables, scalars that the host has computed, and zeros for parameters that do not change."""
@@ -80,7 +87,7 @@ class GpuNormPasses(NormPasses):
         self.result, self._norms_at = zip(*results, strict=True)
         self._table = Table(backend, self.device, end, contents, once=True)
         with backend.on(self.device, place.stream):
-            self._address = self._table.on_stream(place.stream)
+            self._address = self._table.on_stream(place)
 
     def launch_part(self, part):
         number, scalars = 2 * self.parts.index(part), part.prepared[2]
@@ -92,6 +99,7 @@ class GpuNormPasses(NormPasses):
             synchronous.launch(
                 self.backend, stream, what, self.backend.launch_sums, part.prepared[1], part.chunks, arguments, stream
             )
+        self._launched([part.prepared[1]])
 
     def launch(self):
         names, size = [view.name for view in self.params], sum(view.size for view in self.params)
@@ -99,5 +107,6 @@ class GpuNormPasses(NormPasses):
             for plan, table, sums, norm in zip(self._plans, self._places[-2:], self._sums, self._norms_at, strict=True):
                 text = functools.partial(synchronous.text_of_norm, names, size, plan, device=self.device)
                 self.backend.launch_passes(plan, self._address + table, self._address + sums, norm, stream, text)
-            self._table.used(stream)
+            self._table.used(self._place)
+        self._launched(one.form for plan in self._plans for one in plan.passes)
         self._table.release()

@@ -46,6 +46,7 @@ class GpuBackend(Backend):
 
     def __init__(self):
         self._rehearsed: set = set()  # (device, kernel)
+        self._launched: set = set()  # likewise
         self.capture_refused = ""  # what the driver said when a capture of this package failed last
         self._in_use: collections.deque = collections.deque()  # (event, borrowed arrays), in the order of launches
         self._in_use_lock = threading.Lock()
@@ -282,11 +283,23 @@ class GpuBackend(Backend):
         loads no module amid one, the kernel is loaded when it is launched.
         """
         key = device, kernel
-        if key in self._rehearsed or not gpu_launch.alone():
+        if key in self._rehearsed or key in self._launched or not gpu_launch.alone():
             return
         with self._if_it_can_be_captured():
             self._captured(device, launch)
             self._rehearsed.add(key)
+
+    def launched(self, device, kernel):
+        """Take note that a kernel was launched outside of a capture: a capture will not load it."""
+        self._launched.add((device, kernel))
+
+    def check_loaded(self, device, kernel):
+        """Refuse a kernel that the capture of somebody else would have to load, which ends the capture, or is refused by it."""
+        if (device, kernel) not in self._launched:
+            raise RuntimeError(
+                "a graph is being captured, and a kernel that it needs is not on the device yet: make the same call once before "
+                "the capture, with the same options. It may be on another stream, and with other gradients of the same shapes"
+            )
 
     def recorded(self, batch, form, scalars, rule, key):
         """Return what `run` launches as a `gpu_launch.Recorded`, or None if that is not as `changing` says.

@@ -9,7 +9,7 @@ from gpuadam.kernels import gpu_driver, gpu_launch, synchronous
 from gpuadam.kernels.backend import Batch
 from gpuadam.kernels.gpu_in_flight import vectors_of
 from gpuadam.kernels.gpu_table import Table, rows_and_owners
-from gpuadam.kernels.layout import split
+from gpuadam.kernels.layout import collapse, split
 from gpuadam.kernels.operands import GROUP_LANES
 from gpuadam.kernels.scalars import ScalarsMemory
 
@@ -51,12 +51,16 @@ class GpuBatch(Batch):
         self.pointers = [view.pointer for view in first]
         self.borrowed = backend.borrowed(views)
         self.built: Any = None  # (rule, form, whether scalars are on the device) of the kernel that is known to be there
+        self.loads = False  # whether the next launch may load the kernel
         self.vectors = 1  # that a thread of it takes
         self.call: Any = None  # what the backend keeps for the next launch of the same kernel
         self.recorded: Any = None  # the gpu_launch.Recorded launch of the kernel; False if there can be none
         self.text = synchronous.text_of_updates(updates, loop) if synchronous.ON else ""
-        # what CuPy compiles a kernel for, beside its form
-        self.kernel = loop, *((view.contiguous, len(view.shape), view.nbytes > MOST_OF_32_BITS) for view in first)
+        # what a kernel is compiled for, beside its form
+        of_arrays: list[Any] = [(view.contiguous, len(view.shape), view.nbytes > MOST_OF_32_BITS) for view in first]
+        if loop == "strided":
+            of_arrays.append(len(collapse(first[0].shape, [view.strides for view in first], arrays.random)[0]))
+        self.kernel = (loop,) if loop == "table" else (loop, *of_arrays)
         self.table = None
         if loop == "table":
             self.rows, self.owners = parts = rows_and_owners(updates, GROUP_LANES if arrays.grouped else 0)
@@ -82,20 +86,18 @@ class GpuBatch(Batch):
                 "learning rate as an array there"
             )
         place.check_capture()
-        if self.table and place.stream not in self.table.streams:
-            raise RuntimeError(
-                "a graph is being captured, and the table of these arrays is not on the device yet: take a step with the same "
-                "arrays, gradients included, on this stream before the capture"
-            )
 
     def prepare(self, rule, form, scalars, place, key=0):
         """Put the table on the device, and compile the kernel. The second time, record its launch."""
         super().prepare(rule, form, scalars, place, key)
         kernel = rule, form, isinstance(scalars, ScalarsMemory)
+        is_built = self.built is not None and all(map(operator.is_, kernel, self.built))
+        if place.capturing and (self.loads or not is_built):
+            self.backend.check_loaded(self.device, (*kernel, self.kernel))
         with self.backend.at(self.device, place):
             if self.table:
-                self.address = self.table.on_stream(place.stream)
-            if self.built is not None and all(map(operator.is_, kernel, self.built)):
+                self.address = self.table.on_stream(place)
+            if is_built:
                 if self.recorded is None and not kernel[-1] and not place.capturing and gpu_launch.alone():
                     self.recorded = self.backend.recorded(self, form, scalars, rule, key) or False
                 return
@@ -106,7 +108,7 @@ class GpuBatch(Batch):
                 self.backend.rehearse(
                     self.device, (*kernel, self.kernel), lambda s: self.backend.run(self, form, scalars, rule, s, key)
                 )
-                self.built = kernel
+            self.built, self.loads = kernel, not place.capturing
 
     def launch(self):
         rule, form, scalars, place, key = self.prepared
@@ -120,8 +122,11 @@ class GpuBatch(Batch):
                 launch = backend.run, self, form, scalars, rule, stream, key
             synchronous.launch(backend, stream, lambda: self.text, *launch)
             self.begun = True
+            if self.loads:
+                backend.launched(self.device, (*self.built, self.kernel))
+                self.loads = False
             if self.table:
-                self.table.used(stream)
+                self.table.used(place)
             backend.after(place, self.borrowed)
 
     def release(self):

@@ -18,6 +18,7 @@ class GpuNorm:
     """
 
     stream: int | None = None  # of the launches
+    _loaded = False  # whether they have loaded the kernels
 
     def __init__(self, backend, views, device, once=True):
         self.backend, self.device, self._once = backend, device, once
@@ -51,11 +52,18 @@ class GpuNorm:
 
     def _launch(self, place, norm_at, then):
         backend, self.stream = self.backend, place.stream
+        if place.capturing:
+            for one in self._plan.passes:
+                backend.check_loaded(self.device, one.form)
         with backend.at(self.device, place):
             backend.before(place)
-            table = self._table.on_stream(place.stream)
+            table = self._table.on_stream(place)
             backend.launch_passes(self._plan, table, table + self._sums_at, norm_at, place.stream, self._text)
-            self._table.used(place.stream)
+            self._table.used(place)
+            if norm_at and not (self._loaded or place.capturing):
+                for one in self._plan.passes:
+                    backend.launched(self.device, one.form)
+                self._loaded = True
             then(table + self._sums_at)
             backend.after(place, self._borrowed)
 

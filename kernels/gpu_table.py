@@ -42,7 +42,8 @@ def rows_and_owners(updates, group_lanes=0):
 class Table:
     """A table in device memory, copied there from pinned memory on the first stream that it is used on.
 
-    Nothing waits for the device: buffers go back to be used again once the device has passed them.
+    Nothing waits for the device: buffers go back to be used again once the device has passed them. While a graph is captured, the
+    table is copied at once, on a stream of its own, and no graph that has captured its use gives it back.
     """
 
     def __init__(self, backend, device, n_bytes, contents, once=False):
@@ -52,30 +53,48 @@ class Table:
         self._buffer: Any = None
         self._sent: Any = None  # the event after the copy
 
-    def on_stream(self, stream):
-        """Return the table's address, for work on a stream."""
+    def on_stream(self, place):
+        """Return the table's address, for work at a `gpu_batch.Place`."""
+        stream = place.stream
         if self._buffer is None:
             with gpu_driver.allowed_while_capturing():
                 self._buffer = _take(self.backend, self.device, self.n_bytes)
             contents = self.contents(self._buffer.address)
             self._buffer.pinned[: contents.size] = contents
+            if place.capturing:
+                self._send_now(contents.size)
+                return self._buffer.address
             self.backend.send(self._buffer.address, self._buffer.pinned, contents.size, stream)
             self._buffer.in_use = True
             if not self.once:
                 self._sent = self.streams[stream] = self._record(stream, None)
-        elif stream not in self.streams:
-            self.backend.wait(stream, self._sent)
-            self.streams[stream] = self._sent
+        elif self._sent is not None and stream not in self.streams:
+            if place.capturing:  # whose work cannot wait for what is not captured
+                with gpu_driver.allowed_while_capturing():
+                    self.backend.finish(self._sent)
+            else:
+                self.backend.wait(stream, self._sent)
+                self.streams[stream] = self._sent
         return self._buffer.address
 
-    def used(self, stream):
-        """Take note that work on a stream reads the table. Later the stream may be gone, and with it a way to ask it."""
-        if self.backend.is_capturing(stream):
+    def _send_now(self, n_bytes):
+        """Copy the table while a graph is captured, beside the capture, and wait for the copy."""
+        with gpu_driver.allowed_while_capturing():
+            owner, stream = self.backend.new_stream()
+            self._buffer.in_use = True
+            self.backend.send(self._buffer.address, self._buffer.pinned, n_bytes, stream)
+            self.backend.synchronize_stream(stream)
+            self._buffer.in_use = False
+            del owner
+
+    def used(self, place):
+        """Take note that work at a Place reads the table. Later the stream may be gone, and with it a way to ask it."""
+        if place.capturing:
             self._buffer.captured = True
         else:
             self._buffer.in_use = True
-            before = self.streams.get(stream)
-            self.streams[stream] = self._record(stream, None if before is self._sent else before)
+            before = self.streams.get(place.stream)
+            self.streams[place.stream] = self._record(place.stream, None if before is self._sent else before)
 
     def _record(self, stream, event):
         """Record an event on a stream, the one that was there before if there was one, and return it."""

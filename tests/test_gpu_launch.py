@@ -157,7 +157,8 @@ def test_nothing_is_captured_while_another_thread_might_wait_for_the_device(back
     """A capture would make its wait fail, and would fail itself: the first one of a kernel, and the one of a launch to repeat."""
     monkeypatch.setattr(gpu_launch, "alone", ALONE)
     kernels, ended = backends.load(backend), threading.Event()
-    monkeypatch.setattr(kernels, "_rehearsed", set())
+    for known in ("_rehearsed", "_launched"):
+        monkeypatch.setattr(kernels, known, set())
     library, outcomes = testing.array_backend(backend), []
     thread = threading.Thread(target=ended.wait)
     for other_thread in (True, False):

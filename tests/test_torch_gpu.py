@@ -235,10 +235,71 @@ def test_the_gradient_scaler_on_a_gpu_leaves_out_what_overflowed(cuda_torch, cap
 
 
 @pytest.mark.gpu
+def test_the_recipe_of_torchs_documentation_captures_a_whole_training_step(cuda_torch):
+    """Steps on a side stream, no gradients left, and then a backward pass in the graph, whose gradients lie in its memory."""
+    params, expected = [torch.nn.Parameter(p.detach().cuda()) for p in small()], small()
+    static = [g.cuda() for g in gradients(0)]
+    opt = gpuadam.torch.AdamW(params, lr=torch.tensor(0.1, device="cuda"), capturable=True)
+    reference = gpuadam.torch.AdamW(expected, lr=torch.tensor(0.1))  # the same float32
+
+    def train():
+        opt.zero_grad(set_to_none=True)
+        sum((p * g).sum() for p, g in zip(params, static, strict=True)).backward()
+        opt.step()
+
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            train()
+            replay(reference, expected, [gradients(0)])
+    torch.cuda.current_stream().wait_stream(side)
+    opt.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        sum((p * g).sum() for p, g in zip(params, static, strict=True)).backward()
+        opt.step()
+    for k in range(1, 4):
+        for tensor, g in zip(static, gradients(k), strict=True):
+            tensor.copy_(g)
+        graph.replay()
+        replay(reference, expected, [gradients(k)])
+    torch.cuda.synchronize()
+    assert all(torch.equal(p.cpu(), q) and opt.state[p]["step"] == 6 for p, q in zip(params, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_graph_has_gradients_of_its_own(driver, cp, tensors_of_a_gpu, backend, monkeypatch):
+    """As in torch's recipe, over the stand-in: the counts are copied by torch at once, and not by the graph."""
+    params, expected, lr = small(), small(), cp.full(1, 0.1)
+    opt = gpuadam.torch.AdamW(params, lr=torch.tensor(0.1), capturable=True, backend=backend)
+    reference = gpuadam.torch.AdamW(expected, lr=0.1, backend=backend)
+    monkeypatch.setattr(gpuadam.torch.optimizer, "_number", lambda _, given: lr if torch.is_tensor(given) else given)
+    replay(opt, params, [gradients(0)])
+    own = [g.clone() for g in gradients(1)]
+    for p, g in zip(params, own, strict=True):
+        p.grad = g
+        torch_tensors._memory(g)  # registers it, which a capture forbids
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture(cp.cuda.runtime.streamCaptureModeGlobal)
+        try:
+            opt.step()
+        finally:
+            graph = stream.end_capture()
+        for k in range(1, 4):
+            for tensor, g in zip(own, gradients(k), strict=True):
+                tensor.copy_(g)
+            graph.launch(stream)
+            stream.synchronize()
+    replay(reference, expected, [gradients(k) for k in range(4)])
+    assert all(torch.equal(p, q) for p, q in zip(params, expected, strict=True))
+
+
+@pytest.mark.gpu
 def test_a_captured_step_replays_with_the_learning_rate_of_then(cuda_torch):
     lr = torch.tensor(0.1, device="cuda")
     params, expected = [torch.nn.Parameter(p.detach().cuda()) for p in small()], small()
-    opt, reference = gpuadam.torch.AdamW(params, lr=lr, capturable=True), gpuadam.torch.AdamW(expected, lr=0.1)
+    opt, reference = gpuadam.torch.AdamW(params, lr=lr, capturable=True), gpuadam.torch.AdamW(expected, lr=torch.tensor(0.1))
     for p, g in zip(params, gradients(0), strict=True):
         p.grad = g.cuda()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()

@@ -27,7 +27,7 @@ print(loss.item() < 0.1)  # True
 * `state_dtype="bfloat16"`, `state_dtype="8bit"`, `master="remainder"` and `stochastic_rounding=True` work as in
   `gpuadam.Adam`. They are given to the optimizer, for all of its groups; in a group they are refused.
   `opt.load_state_dict(state_dict, convert=True)` takes a float32 checkpoint into 8-bit state, or back.
-* `capturable=True` keeps the step count on the GPU, for CUDA graphs.
+* `capturable=True` keeps the step count on the GPU, for CUDA graphs: see below.
 * `foreach` and `fused` choose no other implementation: there is one. With `fused=True` the step unscales gradients itself,
   without writing them, and `GradScaler` does not. `differentiable` is refused.
 * A compiled training step may contain `opt.step()`. `torch.compile` leaves it as it is.
@@ -37,6 +37,17 @@ print(loss.item() < 0.1)  # True
 
 Tensors are on the CPU or on CUDA devices, in float32, float64, bfloat16, float16, complex64 or complex128, and of any strides. A
 sparse gradient is refused: give its `to_dense()`.
+
+### CUDA graphs
+
+With `capturable=True` the recipe of torch's documentation for whole training steps works: some steps on a side stream, then
+`opt.zero_grad(set_to_none=True)`, then the backward pass and `opt.step()` within `torch.cuda.graph`. The gradients of the graph
+are then new tensors, in its own memory. There are three conditions:
+
+* `lr` is a tensor of one float32 or float64 on the GPU, of which each replay reads the value of then. With a number the capture
+  is refused, because the graph would repeat it for ever.
+* At least one step was taken before, with the same options and on any stream. It loads the kernels.
+* All parameters of a group have gradients in the graph, or none has.
 
 ## Tensors in gpuadam's own classes
 

@@ -56,7 +56,7 @@ stores the parameter, rounded. `zero_grad=True` stores zeros in the gradients in
 
 With `capturable=True` the step count is on the GPU. `lr` and `grad_scale` may be arrays of one number on the GPU. A captured
 graph reads them at each replay. Capturing a step whose numbers the graph would freeze is refused. Take one step with the same
-arrays on the same stream before the capture:
+options before the capture, on any stream: a capture may not load kernels, and a step whose kernels are missing is refused.
 
 ```python
 import cupy
@@ -66,7 +66,7 @@ params, grads = ({"w": cupy.ones((3, 5), "float32")} for _ in range(2))
 lr = cupy.full(1, 1e-3)
 opt = gpuadam.AdamW(params, lr=lr, capturable=True)
 with cupy.cuda.Stream(non_blocking=True) as stream:
-    opt.step(grads)  # compiles, and puts the table of the arrays on the GPU
+    opt.step(grads)  # compiles
     stream.begin_capture()
     opt.step(grads)
     graph = stream.end_capture()
@@ -75,5 +75,7 @@ with cupy.cuda.Stream(non_blocking=True) as stream:
         graph.launch(stream)
 ```
 
-Other numbers of a step (betas, eps, weight_decay, max_norm) keep in the graph the values that they had at the capture.
+Other numbers of a step (betas, eps, weight_decay, max_norm) keep in the graph the values that they had at the capture. So do the
+addresses of all arrays. Gradients in the graph may be other arrays than those of the step before it, and have to live as long as
+the graph. Of several arrays the addresses are in a table on the GPU, which stays there until the process ends.
 """
