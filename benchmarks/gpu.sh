@@ -245,7 +245,7 @@ section_doctor() {
     rm -f "$out/doctor.json"
     run doctor 900 "$python" -m gpuadam doctor --json "$out/doctor.json"
     [ -f "$out/doctor.json" ] || return
-    grep "  works\|failed\|wrong\|launches\|CUDA's" "$this/doctor.log"
+    grep "  works\|failed\|wrong\|mend it\|launches\|CUDA's\|NVVM" "$this/doctor.log"
     for backend in "${backends[@]}"; do
         if "$python" -c 'import json, sys
 sys.exit(sys.argv[2] not in json.load(open(sys.argv[1]))["works"])' "$out/doctor.json" "$backend"; then
