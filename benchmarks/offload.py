@@ -195,7 +195,7 @@ def on_gpu(backend, n, budget, seconds, folder, notes):
                 part = sink[name][: (stop - start) * BYTES[name]]
                 kernels.receive(part, memory[name][1][1], part.size, down_handle)
         for handle in (up_handle, down_handle):
-            kernels.finish(kernels.record(handle))
+            kernels.finish_stream(handle)
 
     sink = {name: kernels.pinned(size * BYTES[name]) for name in WRITTEN}
     contenders = {

@@ -100,6 +100,10 @@ class GpuBackend(Backend):
         """Wait until an event is done."""
         gpu_driver.call("cuEventSynchronize", event.handle)
 
+    def finish_stream(self, stream):
+        """Wait for the work that is on a stream so far. The thread sleeps: to ask again and again would take a processor."""
+        self.finish(self.record(stream, gpu_driver.DISABLE_TIMING | gpu_driver.BLOCKING_SYNC))
+
     def synchronize_stream(self, stream):
         """Wait for the work on a stream."""
         gpu_driver.call("cuStreamSynchronize", stream)
