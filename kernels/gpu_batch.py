@@ -82,7 +82,9 @@ class GpuBatch(Batch):
                 "learning rate as an array there"
             )
         place.check_capture()
-        if self.table and place.stream not in self.table.streams:
+        with self.backend.at(self.device, place):
+            is_there = not self.table or self.table.is_on(place.stream)
+        if not is_there:
             raise RuntimeError(
                 "a graph is being captured, and the table of these arrays is not on the device yet: take a step with the same "
                 "arrays, gradients included, on this stream before the capture"

@@ -76,8 +76,9 @@ class _Answer(threading.local):
     """Places that the driver writes an answer to, one of each thread: each step asks, and to make a new one takes longer."""
 
     def __init__(self):
-        self.int, self.pointer = ctypes.c_int(), ctypes.c_void_p()
+        self.int, self.pointer, self.long = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
         self.of_int, self.of_pointer = (self.int, ctypes.addressof(self.int)), (self.pointer, ctypes.addressof(self.pointer))
+        self.of_long = self.long, ctypes.addressof(self.long)
 
 
 _answer = _Answer()
@@ -127,6 +128,13 @@ def is_capturing(stream):
     capturing, address = _answer.of_int
     call("cuStreamIsCapturing", stream, address)
     return capturing.value != 0
+
+
+def stream_id(stream):
+    """Return the number of a stream, which no other one has or had."""
+    number, address = _answer.of_long
+    call("cuStreamGetId", stream, address)
+    return number.value
 
 
 class Graph:

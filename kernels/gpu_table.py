@@ -14,6 +14,7 @@ from gpuadam.kernels import gpu_driver
 from gpuadam.kernels.layout import split, split_groups
 
 BLOCK = 128  # threads
+MOST_STREAMS = 16  # of a table, before it forgets those on which it is not in use any more
 CHUNK = 8 * BLOCK  # items of a block. With 8 items a thread, reading the row is 1 byte in 1,500 that a block moves.
 
 # The columns of a row, of int64; from OPERANDS on the addresses of the arrays.
@@ -48,12 +49,14 @@ class Table:
     def __init__(self, backend, device, n_bytes, contents, once=False):
         """contents(address): the bytes of a table at an address. once: one stream uses it once, so that no other waits for it."""
         self.backend, self.device, self.n_bytes, self.contents, self.once = backend, device, n_bytes, contents, once
-        self.streams: dict[int, Any] = {}  # on which it is there, and the event after its last use there
+        self._streams: dict[int, Any] = {}  # ids of those on which it is there, and the event after its last use there
+        self._stream = 0  # the id of the last one
         self._buffer: Any = None
         self._sent: Any = None  # the event after the copy
 
     def on_stream(self, stream):
-        """Return the table's address, for work on a stream."""
+        """Return the table's address, for work on a stream of the current device, of which `used` is then called."""
+        stream_id = self._stream = self.backend.stream_id(stream)
         if self._buffer is None:
             with gpu_driver.allowed_while_capturing():
                 self._buffer = _take(self.backend, self.device, self.n_bytes)
@@ -62,11 +65,24 @@ class Table:
             self.backend.send(self._buffer.address, self._buffer.pinned, contents.size, stream)
             self._buffer.in_use = True
             if not self.once:
-                self._sent = self.streams[stream] = self._record(stream, None)
-        elif stream not in self.streams:
+                self._sent = self._streams[stream_id] = self._record(stream, None)
+        elif stream_id not in self._streams:
+            self._forget_streams()
             self.backend.wait(stream, self._sent)
-            self.streams[stream] = self._sent
+            self._streams[stream_id] = self._sent
         return self._buffer.address
+
+    def is_on(self, stream):
+        """Whether the table is there for work on a stream of the current device, which does not have to wait for it."""
+        return self.backend.stream_id(stream) in self._streams
+
+    def _forget_streams(self):
+        """Forget the streams where all work with the table is done, if there are many: a program may make one for each step."""
+        if len(self._streams) >= MOST_STREAMS:
+            with gpu_driver.allowed_while_capturing():
+                done = [stream for stream, event in self._streams.items() if self.backend.done(event)]
+            for stream in done:
+                del self._streams[stream]
 
     def used(self, stream):
         """Take note that work on a stream reads the table. Later the stream may be gone, and with it a way to ask it."""
@@ -74,8 +90,8 @@ class Table:
             self._buffer.captured = True
         else:
             self._buffer.in_use = True
-            before = self.streams.get(stream)
-            self.streams[stream] = self._record(stream, None if before is self._sent else before)
+            before = self._streams.get(self._stream)
+            self._streams[self._stream] = self._record(stream, None if before is self._sent else before)
 
     def _record(self, stream, event):
         """Record an event on a stream, the one that was there before if there was one, and return it."""
@@ -93,9 +109,9 @@ class Table:
             if buffer.in_use:
                 with self.backend.on(self.device, None):
                     self.backend.synchronize()
-            buffer.in_use, buffer.events = False, [*self.streams.values()]
+            buffer.in_use, buffer.events = False, [*self._streams.values()]
             buffer.lent = False
-        self.streams = {}
+        self._streams = {}
 
     def __del__(self):
         # goes with its optimizer. Work on streams that the buffer's allocator does not know may still read it

@@ -122,6 +122,7 @@ class Driver:
         self.peers = set()  # (device, device whose memory it may touch)
         self.thread = threading.local()
         self._handles = itertools.count(0x10000, 16)
+        self.ended_streams = []  # handles, of which the last is given out first
         self._random = random.Random(0)
         self._missing = {}
         self.empty_table = ctypes.c_uint64(8)
