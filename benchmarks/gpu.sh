@@ -46,7 +46,7 @@ section norms 40 "a step that returns its norms, on both backends"
 section peers 90 "one large array and small ones on CuPy, beside every library that is there"
 section what_binds 200 "the hardware's counters of a launch, by ncu"
 section launch_shapes 45 "other block sizes, more vectors a thread, a grid-stride loop, cache hints"
-section offload 230 "state in the host's memory: 8 GB, and 72 GB, more than a GPU of 80 GB has left"
+section offload 230 "state in the host's memory: 8 GB, and up to 72 GB, as far as half of the memory goes"
 section plan 45 "does python -m gpuadam plan predict the times?"
 section memory 100 "what a step allocates beyond its state, on both backends"
 section first_call 75 "the first step of a process, with cold and warm compile caches, on both backends"
@@ -245,7 +245,7 @@ section_doctor() {
     rm -f "$out/doctor.json"
     run doctor 900 "$python" -m gpuadam doctor --json "$out/doctor.json"
     [ -f "$out/doctor.json" ] || return
-    grep "  works\|failed\|wrong\|launches\|CUDA's" "$this/doctor.log"
+    grep "  works\|failed\|wrong\|mend it\|launches\|CUDA's\|NVVM" "$this/doctor.log"
     for backend in "${backends[@]}"; do
         if "$python" -c 'import json, sys
 sys.exit(sys.argv[2] not in json.load(open(sys.argv[1]))["works"])' "$out/doctor.json" "$backend"; then

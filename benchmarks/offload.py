@@ -19,7 +19,10 @@ chunks forward and backward in turn read half as much from the disk where the ca
 writing binds them.
 
 On a GPU all of it is in pinned memory of the host, and may be more than the GPU's. The limit is the copies alone, in chunks of
-the same size, in both directions at once; each direction by itself stands beside it.
+the same size, in both directions at once; each direction by itself stands beside it. Beside a step of parameters and gradients
+in pinned memory stands one of NumPy's own arrays, which the driver copies through pinned memory of its own. Pinned memory is no
+other program's, and the system may end a program that takes too much. So a size that asks for more than half of what is
+available is cut to that, and a budget to a quarter of the GPU's free memory.
 
 Places in every part of the arrays are compared with `adam_step` in memory, bit for bit.
 """
@@ -46,19 +49,30 @@ from gpuadam.offload import mapped, pipeline
 from gpuadam.terminal import arguments
 
 STEP = "gpuadam.OffloadAdam.step"
+PAGEABLE = f"{STEP}, NumPy's own arrays"
 CALLS, SMALL_CALLS = "limit: read and write calls", "limit: small read and write calls"
 MAPPED, BOTH_WAYS = "limit: mapped, no arithmetic", "limit: copies both ways"
 BYTES = {"m": 4, "v": 4, "master": 4, "param": 2, "grad": 2}
+BYTES_OF_ALL = sum(BYTES.values()) / 12  # for each byte of state
 READ, WRITTEN = ("m", "v", "master", "grad"), ("m", "v", "master", "param")
 LR = 1e-2
 PLACES, ELEMENTS = 64, 1 << 14  # that are compared
 FEWEST = 3  # turns
+OF_AVAILABLE = 1 / 2  # of the memory that is available, for all arrays beside a GPU
+OF_GPU = 1 / 4  # of a GPU's free memory, for the budget: two optimizers have one each, and the copies as much
+# Files that say what a group of processes may hold, what it holds, and where a line says how much of that are files' pages
+CGROUPS = (
+    ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current", "sys/fs/cgroup/memory.stat"),
+    *[tuple(f"sys/fs/cgroup/memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat"))],
+)
 IN_CACHE = 1 << 20  # bytes of a chunk
 
 
 def measure_rows(backend, options, notes):
     for size in options.sizes:
         state, budget = state_and_budget(size)
+        if backend.memory == "CUDA":
+            state, budget = fitting(state, budget, backends.load(backend.name).memory_info()[0], notes)
         n = state // 12 // GROUP * GROUP
         measured = in_files if backend.memory == "CPU" else on_gpu
         with tempfile.TemporaryDirectory(prefix="gpuadam-offload-") as folder:
@@ -81,6 +95,40 @@ def state_and_budget(size):
     if not slash:
         raise argparse.ArgumentTypeError(f"{size!r} is not GB of state / GB of budget, such as 8/1")
     return tuple(arguments.number(1e-6, unit=10**9)(part) for part in (state, budget))
+
+
+def fitting(state, budget, free, notes):
+    """Return the bytes of state and of the budget that there is room for, and add to the notes what was cut. free: of the GPU."""
+    room = available()
+    if room is not None and BYTES_OF_ALL * state > OF_AVAILABLE * room:
+        asked, state = state, int(OF_AVAILABLE * room / BYTES_OF_ALL)
+        notes.append(
+            f"{asked / 1e9:.3g} GB of state were asked for, and {state / 1e9:.3g} GB measured: with parameters and gradients "
+            f"they take half of the {room / 1e9:.3g} GB that are available"
+        )
+    if budget > OF_GPU * free:
+        asked, budget = budget, int(OF_GPU * free)
+        notes.append(
+            f"a budget of {asked / 1e9:.3g} GB was asked for, and one of {budget / 1e9:.3g} GB measured: a quarter of the "
+            f"{free / 1e9:.3g} GB that are free on the GPU"
+        )
+    return state, budget
+
+
+def available(root=Path("/")):
+    """Return how many bytes of the host's memory this process may still take, as far as Linux says; else None."""
+    known = []
+    meminfo = root / "proc/meminfo"
+    if meminfo.exists():
+        lines = meminfo.read_text().splitlines()
+        known += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    for paths in CGROUPS:
+        limit, held, stat = (root / path for path in paths)
+        if limit.exists() and limit.read_text().strip() != "max":
+            pages = (line.split() for line in stat.read_text().splitlines())
+            of_files = sum(int(n) for name, n in pages if name in ("inactive_file", "active_file"))
+            known.append(int(limit.read_text()) - int(held.read_text()) + of_files)
+    return max(0, min(known)) if known else None
 
 
 def in_files(backend, n, budget, seconds, folder, notes):
@@ -171,14 +219,14 @@ def by_mapping(kernels, arrays, n, size, runner):
 def on_gpu(backend, n, budget, seconds, folder, notes):
     """Return the times of a step over pinned memory of the host and of its copies alone, no peaks, and where the state was."""
     kernels = backends.load(backend.name)
-    given = {name: kernels.pinned(2 * n).view(np.uint16) for name in ("param", "grad")}
-    fill(given)
-    param, grad = (gpuadam.Bits(array, "bfloat16") for array in given.values())
-    opt = gpuadam.OffloadAdam({"w": param}, lr=LR, budget=budget, update="device", master="float32")
-    if opt._gpu is not kernels:
-        sys.exit(f"offload: arrays of the host are updated by {opt._gpu.name} here: give --backend {opt._gpu.name}")
-    arrays = given | {name: opt.state["w"][name] for name in ("m", "v", "master")}
-    before = sampled(arrays)
+    room = available()
+    opt, grad, arrays, before = offloaded(kernels, n, budget, kernels.pinned)
+    numpys = None
+    if room is not None and 2 * sum(BYTES.values()) * n > OF_AVAILABLE * room:
+        notes.append(f"not measured: {PAGEABLE} (with a state of its own it would take more than half of the memory)")
+    else:
+        numpys = offloaded(kernels, n, budget, lambda n_bytes: np.empty(n_bytes, np.uint8))
+        numpys[0].step({"w": numpys[1]})
     opt.step({"w": grad})
     size = opt._runner.room // sum(BYTES.values()) // GROUP * GROUP
     edges = edges_of(n, size)
@@ -195,19 +243,38 @@ def on_gpu(backend, n, budget, seconds, folder, notes):
                 part = sink[name][: (stop - start) * BYTES[name]]
                 kernels.receive(part, memory[name][1][1], part.size, down_handle)
         for handle in (up_handle, down_handle):
-            kernels.finish(kernels.record(handle))
+            kernels.finish_stream(handle)
 
     sink = {name: kernels.pinned(size * BYTES[name]) for name in WRITTEN}
     contenders = {
         STEP: lambda: opt.step({"w": grad}),
+        **({PAGEABLE: lambda: numpys[0].step({"w": numpys[1]})} if numpys else {}),
         BOTH_WAYS: lambda: copies(READ, WRITTEN),
         "copies to the GPU": lambda: copies(READ, ()),
         "copies from the GPU": lambda: copies((), WRITTEN),
     }
     times, _ = in_turn(contenders, seconds, lambda: None)
     compare(before, sampled(arrays), opt, notes)
+    if numpys:
+        opt, _, arrays, before = numpys
+        compare(before, sampled(arrays), opt, notes)
     del up, down
     return times, {}, "pinned memory"
+
+
+def offloaded(kernels, n, budget, allocate):
+    """Return an optimizer on a GPU, the gradient, all arrays by name, and copies of places in them before the first step.
+
+    allocate: of so many bytes of the host, for the parameter and the gradient.
+    """
+    given = {name: allocate(2 * n).view(np.uint16) for name in ("param", "grad")}
+    fill(given)
+    param, grad = (gpuadam.Bits(array, "bfloat16") for array in given.values())
+    opt = gpuadam.OffloadAdam({"w": param}, lr=LR, budget=budget, update="device", master="float32")
+    if opt._gpu is not kernels:
+        sys.exit(f"offload: arrays of the host are updated by {opt._gpu.name} here: give --backend {opt._gpu.name}")
+    arrays = given | {name: opt.state["w"][name] for name in ("m", "v", "master")}
+    return opt, grad, arrays, sampled(arrays)
 
 
 def in_turn(contenders, seconds, prepare):

@@ -361,6 +361,7 @@ SUMMARY = {
     "memory": (STEP, measure.TORCH_FUSED),
     "offload": (
         "gpuadam.OffloadAdam.step",
+        "gpuadam.OffloadAdam.step, NumPy's own arrays",
         "limit: read and write calls",
         "limit: mapped, no arithmetic",
         "limit: copies both ways",

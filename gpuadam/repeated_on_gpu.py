@@ -19,7 +19,7 @@ from .kernels.step_objects import same, stays
 from .kernels.view import is_array, type_name
 from .update import Updates, launch, prepared
 
-MOST_STREAMS = 4  # of clipped steps
+MOST_STREAMS = 4  # of clipped steps, for which norms are kept
 MOST_KEPT = 1024  # calls of adam_step on different arrays, in each thread
 
 
@@ -117,7 +117,7 @@ class StepsOnDevice:
     def __init__(self, groups, kernels, norm, given, told):
         self._kernels, self._given, self._told = kernels, given, told
         self._groups = [Updates(group.h, group.step, [], now=group.now, seed=group.seed) for group in groups]  # less arrays
-        self._norms: dict[int, Any] = {}  # by streams, which share no memory
+        self._norms: list[Any] = []  # for one stream each: streams share no memory
         self._at: Any = None  # the View of the norm
         if norm is not None:
             self._at = kernels.view("norm", norm)
@@ -149,15 +149,23 @@ class StepsOnDevice:
             return None
         if self._at:
             place = self._kernels.place(self._at.device, None, self._streams)
-            if place.stream not in self._norms and len(self._norms) < MOST_STREAMS:
-                self._norms[place.stream] = self._kernels.norm_again(self._grads, self._at.device)
-            norm = self._norms.get(place.stream)
-            if norm is None or not norm.goes_on(place):
+            if place.capturing:  # the graph would keep the table of the norm for ever
                 return None
-            norm.launch(place, self._at.pointer)  # before the step begins: it writes no array of the user's
+            self._norm_for(place).launch(place, self._at.pointer)  # before the step begins: it writes no array of the user's
         for group, h, step in zip(self._groups, new, steps, strict=True):
             group.h, group.step = h, step[2]
         return prepared(self._groups, [batch for plan in plans for batch in plan.kept])
+
+    def _norm_for(self, place):
+        """Return the norm of a Place's stream: one that was launched there, or a new one."""
+        with self._kernels.at(self._at.device, place):
+            norm = next((norm for norm in self._norms if norm.goes_on(place)), None)
+        if norm is None:
+            if len(self._norms) == MOST_STREAMS:
+                self._norms.pop(0).release()
+            norm = self._kernels.norm_again(self._grads, self._at.device)
+            self._norms.append(norm)
+        return norm
 
 
 class ReadInPython:

@@ -114,6 +114,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `gpu_in_flight.py` | how many vectors a thread of a GPU takes |
 | `cupy_backend.py`, `cupy_kernels.py`, `cupy_struct.py` | `cupy` |
 | `numba_cuda_backend.py`, `numba_cuda_kernels.py`, `numba_attributes.py` | `numba-cuda` |
+| `cuda_linker.py` | what links the kernels of `numba-cuda`, and whether it knows NVVM's PTX |
 | `numba_memory.py` | numbers in memory, for Numba's code on the CPU and on a GPU |
 | `norm_order.py` | THE ORDER of the global norm, and its plan |
 | `norm_cpu.py`, `norm_cuda_c.py`, `norm_numba_cuda.py` | its kernels |

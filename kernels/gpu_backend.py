@@ -25,6 +25,7 @@ from gpuadam.kernels.view import InParts, View
 
 LARGE = 2 << 20  # bytes: arrays of state from here on have an allocation of their own
 APART = 512  # bytes: others begin at multiples of it, as arrays of CuPy's pool do
+LEGACY_ID = -1  # of the default stream, which never ends
 UNCHANGED = contextlib.nullcontext()  # what `on` returns where device and stream are the current ones
 
 
@@ -84,6 +85,13 @@ class GpuBackend(Backend):
         stream = gpu_driver.Owned("Stream", gpu_driver.NON_BLOCKING)
         return stream, stream.handle
 
+    def stream_id(self, stream):
+        """Return what tells a stream of the current device from every other, for what is kept of a stream.
+
+        A handle does not: when a stream ends the next one gets its handle at once, even while there is work on the first.
+        """
+        return LEGACY_ID if stream == LEGACY_DEFAULT else gpu_driver.stream_id(stream)
+
     def record(self, stream, flags=gpu_driver.DISABLE_TIMING, event=None):
         """Return an event that is done when the work that is on a stream so far is: a new one, or the one that is given."""
         event = event or gpu_driver.Owned("Event", flags)
@@ -101,6 +109,10 @@ class GpuBackend(Backend):
     def finish(self, event):
         """Wait until an event is done."""
         gpu_driver.call("cuEventSynchronize", event.handle)
+
+    def finish_stream(self, stream):
+        """Wait for the work that is on a stream so far. The thread sleeps: to ask again and again would take a processor."""
+        self.finish(self.record(stream, gpu_driver.DISABLE_TIMING | gpu_driver.BLOCKING_SYNC))
 
     def synchronize_stream(self, stream):
         """Wait for the work on a stream."""
@@ -362,9 +374,9 @@ class GpuBackend(Backend):
             "you keep"
         )
         place = self.place_with_results(norm.device, stream, norm.streams, [] if out is None else [out], why)
-        if not norm.goes_on(place):
-            return None
         with self.on(norm.device, None):
+            if not norm.goes_on(place):
+                return None
             result, address = self.empty_number() if out is None else (out.array, out.pointer)
         norm.launch(place, address)
         return result

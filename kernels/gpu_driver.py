@@ -9,7 +9,7 @@ import functools
 import os
 import threading
 
-DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+BLOCKING_SYNC, DISABLE_TIMING = 1, 2  # CU_EVENT_BLOCKING_SYNC, CU_EVENT_DISABLE_TIMING
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, and _MINOR
@@ -85,8 +85,9 @@ class _Answer(threading.local):
     """Places that the driver writes an answer to, one of each thread: each step asks, and to make a new one takes longer."""
 
     def __init__(self):
-        self.int, self.pointer = ctypes.c_int(), ctypes.c_void_p()
+        self.int, self.pointer, self.long = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
         self.of_int, self.of_pointer = (self.int, ctypes.addressof(self.int)), (self.pointer, ctypes.addressof(self.pointer))
+        self.of_long = self.long, ctypes.addressof(self.long)
 
 
 _answer = _Answer()
@@ -136,6 +137,13 @@ def is_capturing(stream):
     capturing, address = _answer.of_int
     call("cuStreamIsCapturing", stream, address)
     return capturing.value != 0
+
+
+def stream_id(stream):
+    """Return the number of a stream, which no other one has or had."""
+    number, address = _answer.of_long
+    call("cuStreamGetId", stream, address)
+    return number.value
 
 
 class Graph:

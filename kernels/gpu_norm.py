@@ -17,11 +17,11 @@ class GpuNorm:
     launches are on one stream, because they share memory for the sums.
     """
 
-    stream: int | None = None  # of the launches
-    _loaded = False  # whether they have loaded the kernels
+    _loaded = False  # whether the launches have loaded the kernels
 
     def __init__(self, backend, views, device, once=True):
         self.backend, self.device, self._once = backend, device, once
+        self._stream: int | None = None  # that the launches are on, by its id
         self.streams = list(dict.fromkeys(view.stream for view in views))  # that the arrays name
         self._plan = plan = order.plan(views, VECTOR_BYTES)
         self._borrowed, self._n_chunks = backend.borrowed(views), order.chunks_of_all(views)
@@ -32,8 +32,10 @@ class GpuNorm:
         self._table = Table(backend, device, n_bytes, lambda at: plan.placed(at + sums_at).view(np.uint8), once)
 
     def goes_on(self, place):
-        """Whether a launch may go to a Place. A graph that is captured would keep the table for ever."""
-        return self._once or (not place.capturing and place.stream == (self.stream or place.stream))
+        """Whether a launch may go to a Place of the current device. A graph that is captured would keep the table for ever."""
+        if self._once:
+            return True
+        return not place.capturing and self._stream in (None, self.backend.stream_id(place.stream))
 
     def launch(self, place, norm_at):
         """Enqueue the passes at a Place. norm_at: the address of the norm."""
@@ -51,11 +53,13 @@ class GpuNorm:
         return result
 
     def _launch(self, place, norm_at, then):
-        backend, self.stream = self.backend, place.stream
+        backend = self.backend
         if place.capturing:
             for one in self._plan.passes:
                 backend.check_loaded(self.device, one.form)
         with backend.at(self.device, place):
+            if not self._once and self._stream is None:
+                self._stream = backend.stream_id(place.stream)
             backend.before(place)
             table = self._table.on_stream(place)
             backend.launch_passes(self._plan, table, table + self._sums_at, norm_at, place.stream, self._text)

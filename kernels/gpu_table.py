@@ -14,6 +14,7 @@ from gpuadam.kernels import gpu_driver
 from gpuadam.kernels.layout import split, split_groups
 
 BLOCK = 128  # threads
+MOST_STREAMS = 16  # of a table, before it forgets those on which it is not in use any more
 CHUNK = 8 * BLOCK  # items of a block. With 8 items a thread, reading the row is 1 byte in 1,500 that a block moves.
 
 # The columns of a row, of int64; from OPERANDS on the addresses of the arrays.
@@ -49,13 +50,15 @@ class Table:
     def __init__(self, backend, device, n_bytes, contents, once=False):
         """contents(address): the bytes of a table at an address. once: one stream uses it once, so that no other waits for it."""
         self.backend, self.device, self.n_bytes, self.contents, self.once = backend, device, n_bytes, contents, once
-        self.streams: dict[int, Any] = {}  # on which it is there, and the event after its last use there
+        self._streams: dict[int, Any] = {}  # ids of those on which it is there, and the event after its last use there
+        self._stream = 0  # the id of the last one
         self._buffer: Any = None
         self._sent: Any = None  # the event after the copy
 
     def on_stream(self, place):
-        """Return the table's address, for work at a `gpu_batch.Place`."""
-        stream = place.stream
+        """Return the table's address, for work at a `gpu_batch.Place` on the current device, of which `used` is then called."""
+        stream, stream_id = place.stream, self.backend.stream_id(place.stream)
+        self._stream = stream_id
         if self._buffer is None:
             with gpu_driver.allowed_while_capturing():
                 self._buffer = _take(self.backend, self.device, self.n_bytes)
@@ -67,14 +70,15 @@ class Table:
             self.backend.send(self._buffer.address, self._buffer.pinned, contents.size, stream)
             self._buffer.in_use = True
             if not self.once:
-                self._sent = self.streams[stream] = self._record(stream, None)
-        elif self._sent is not None and stream not in self.streams:
+                self._sent = self._streams[stream_id] = self._record(stream, None)
+        elif self._sent is not None and stream_id not in self._streams:
             if place.capturing:  # whose work cannot wait for what is not captured
                 with gpu_driver.allowed_while_capturing():
                     self.backend.finish(self._sent)
             else:
+                self._forget_streams()
                 self.backend.wait(stream, self._sent)
-                self.streams[stream] = self._sent
+                self._streams[stream_id] = self._sent
         return self._buffer.address
 
     def _send_now(self, n_bytes):
@@ -87,14 +91,22 @@ class Table:
             self._buffer.in_use = False
             del owner
 
+    def _forget_streams(self):
+        """Forget the streams where all work with the table is done, if there are many: a program may make one for each step."""
+        if len(self._streams) >= MOST_STREAMS:
+            with gpu_driver.allowed_while_capturing():
+                done = [stream for stream, event in self._streams.items() if self.backend.done(event)]
+            for stream in done:
+                del self._streams[stream]
+
     def used(self, place):
         """Take note that work at a Place reads the table. Later the stream may be gone, and with it a way to ask it."""
         if place.capturing:
             self._buffer.captured = True
         else:
             self._buffer.in_use = True
-            before = self.streams.get(place.stream)
-            self.streams[place.stream] = self._record(place.stream, None if before is self._sent else before)
+            before = self._streams.get(self._stream)
+            self._streams[self._stream] = self._record(place.stream, None if before is self._sent else before)
 
     def _record(self, stream, event):
         """Record an event on a stream, the one that was there before if there was one, and return it."""
@@ -112,9 +124,9 @@ class Table:
             if buffer.in_use:
                 with self.backend.on(self.device, None):
                     self.backend.synchronize()
-            buffer.in_use, buffer.events = False, [*self.streams.values()]
+            buffer.in_use, buffer.events = False, [*self._streams.values()]
             buffer.lent = False
-        self.streams = {}
+        self._streams = {}
 
     def __del__(self):
         # goes with its optimizer. Work on streams that the buffer's allocator does not know may still read it

@@ -6,11 +6,20 @@ import sys
 import warnings
 
 import numpy as np
+from cuda.core import Linker
 from numba import cuda
 from numba.cuda.cudadrv.driver import device_memset
 from numba.cuda.cudadrv.error import CudaSupportError
 
-from gpuadam.kernels import adam, change_numba_cuda, gpu_driver, norm_numba_cuda, norm_order, numba_attributes
+from gpuadam.kernels import (
+    adam,
+    change_numba_cuda,
+    cuda_linker,
+    gpu_driver,
+    norm_numba_cuda,
+    norm_order,
+    numba_attributes,
+)
 from gpuadam.kernels.gpu_backend import UNCHANGED, GpuBackend
 from gpuadam.kernels.gpu_launch import Changing
 from gpuadam.kernels.gpu_table import BLOCK
@@ -39,6 +48,13 @@ class NumbaCuda(GpuBackend):
             problem = " ".join(str(error).split()).strip(" :.")
         return not problem, f"numba-cuda {version}" + (f" finds no usable CUDA device: {problem}" if problem else "")
 
+    def linked(self):
+        """Return the `cuda_linker.Linked` of what NVVM and the linker are here, after compiling a kernel that does nothing."""
+        capability = gpu_driver.compute_capability(self.current_device())
+        ptx, _ = cuda.compile(_nothing, (), cc=capability, device=False, abi="numba", output="ptx")
+        which = getattr(Linker, "which_backend", None)  # without it, cuda.core takes nvJitLink wherever there is one
+        return cuda_linker.linked(ptx, which is None or "jitlink" in which().lower())
+
     def view(self, name, array):
         view = on_cuda(name, on_device(name, array, self), gpu_driver.device_of)
         # CuPy's arrays name whatever stream is current when they are asked
@@ -52,7 +68,7 @@ class NumbaCuda(GpuBackend):
             batch.call = stream, *_call_of(batch, form, rule, on_device, stream)
         _, launch, arguments, row_key = batch.call
         numbers = scalars.address if on_device else tuple(map(form.dtype.type, scalars))
-        launch(*arguments, row_key ^ key, numbers)
+        _launch(launch, *arguments, row_key ^ key, numbers)
 
     def changing(self, batch, form):
         _, _, arguments, row_key = batch.call
@@ -60,12 +76,12 @@ class NumbaCuda(GpuBackend):
         return Changing(key + 1, key, key + 1 + len(adam.scalar_names(form)), row_key)
 
     def launch_one_thread(self, form, arguments, stream):
-        _configured(compiled(build_scalars, form), 1, 1, stream)(*arguments)
+        _launch(_configured(compiled(build_scalars, form), 1, 1, stream), *arguments)
 
     def launch_sums(self, form, chunks, arguments, stream):
         blocks = -(-chunks // (norm_order.BLOCK // norm_order.WARP))
         build_sums = change_numba_cuda.build if isinstance(form, adam.Form) else norm_numba_cuda.build
-        _configured(compiled(build_sums, form), blocks, norm_order.BLOCK, stream)(*arguments)
+        _launch(_configured(compiled(build_sums, form), blocks, norm_order.BLOCK, stream), *arguments)
 
     # Memory
 
@@ -97,7 +113,7 @@ class NumbaCuda(GpuBackend):
             else:
                 kernel = compiled(build_rows, view.dtype.itemsize, len(shape), False)
                 launch = _configured(kernel, -(-view.size // BLOCK), BLOCK, stream)
-                launch(view.pointer, strides, 0, strides, shape, 0, view.size)
+                _launch(launch, view.pointer, strides, 0, strides, shape, 0, view.size)
 
     def copy(self, to, source):
         if to.size:
@@ -112,7 +128,7 @@ class NumbaCuda(GpuBackend):
             kernel = compiled(build_rows, to.dtype.itemsize, len(to.shape), True)
             of_arrays = to.pointer, to.strides, source.pointer, source.strides
             launch = _configured(kernel, -(-to.size // BLOCK), BLOCK, stream)
-            launch(*of_arrays, to.shape, on_device.device_ctypes_pointer.value, to.size)
+            _launch(launch, *of_arrays, to.shape, on_device.device_ctypes_pointer.value, to.size)
             self.synchronize_stream(stream)  # before the rows are freed
 
     def from_host(self, array):
@@ -149,6 +165,23 @@ class NumbaCuda(GpuBackend):
     def current_stream(self):
         cupy = sys.modules.get("cupy")
         return cupy and (cupy.cuda.get_current_stream().ptr or LEGACY_DEFAULT)
+
+
+def _launch(configured, *arguments):
+    """Launch a configured kernel. The first launch compiles and links it."""
+    try:
+        configured(*arguments)
+    except Exception as error:  # of cuda.core or of nvJitLink, whose classes are others in each version
+        if not cuda_linker.refuses(error):
+            raise
+        linked, said = backend.linked(), " ".join(str(error).split())
+        raise RuntimeError(
+            f"numba-cuda cannot link its kernels: {linked.text}. To mend it: {linked.fix}. ({said})"
+        ) from error
+
+
+def _nothing():
+    """A kernel that does nothing."""
 
 
 def _call_of(batch, form, rule, on_device, stream):

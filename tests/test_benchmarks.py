@@ -37,6 +37,7 @@ import large
 import many
 import memory
 import narrow
+import offload
 import pages as of_pages
 import peers
 import plan
@@ -425,6 +426,52 @@ def test_what_comes_before_a_turn_comes_before_each_of_it():
     functions, before = ([lambda k=k, name=name: order.append((name, k)) for k in range(2)] for name in ("step", "before"))
     measure.in_turn(numba_cpu, functions, 0, before=before)
     assert order[::2] == [("before", k) for _, k in order[1::2]] and len(order) == 2 * 2 * 15
+
+
+def test_the_available_memory_is_what_the_system_and_the_group_of_processes_leave(tmp_path):
+    def write(folder, **texts):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (tmp_path / folder / name.replace("_", ".", 1)).write_text(text)
+
+    assert offload.available(tmp_path) is None
+    write("proc", meminfo="MemTotal: 2000 kB\nMemAvailable: 1000 kB\n")
+    assert offload.available(tmp_path) == 1_024_000
+    write("sys/fs/cgroup", memory_max="max\n", memory_current="5\n", memory_stat="anon 5\n")
+    assert offload.available(tmp_path) == 1_024_000
+    of_files = "anon 400\ninactive_file 50\nactive_file 150\n"
+    write("sys/fs/cgroup", memory_max="900\n", memory_current="600\n", memory_stat=of_files)
+    assert offload.available(tmp_path) == 500
+    # as the first version of groups has it
+    write("sys/fs/cgroup/memory", memory_limit_in_bytes="300\n", memory_usage_in_bytes="350\n", memory_stat="cache 0\n")
+    assert offload.available(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "size, room, free, fitted, said",
+    [
+        ("72/8", 300e9, 80e9, (72e9, 8e9), []),
+        ("72/8", None, 80e9, (72e9, 8e9), []),
+        ("72/8", 120e9, 80e9, (45e9, 8e9), ["72 GB of state were asked for, and 45 GB measured: "]),
+        ("8/8", 120e9, 6e9, (8e9, 1.5e9), ["a budget of 8 GB was asked for, and one of 1.5 GB measured: "]),
+    ],
+)
+def test_offloaded_arrays_that_half_of_the_memory_does_not_hold_are_cut(monkeypatch, size, room, free, fitted, said):
+    monkeypatch.setattr(offload, "available", lambda: room)
+    notes: list[str] = []
+    assert offload.fitting(*offload.state_and_budget(size), free, notes) == fitted
+    assert len(notes) == len(said) and all(map(str.startswith, notes, said))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("room", [None, 40e6], ids=["room for both", "room for one"])
+def test_offloaded_steps_are_measured_with_pinned_parameters_and_if_there_is_room_with_numpys(cp, monkeypatch, room):
+    monkeypatch.setattr(offload, "available", lambda: room)
+    options, notes = SimpleNamespace(sizes=["0.012/0.003"], seconds=0), []
+    (rows,) = offload.measure_rows(backends.BACKENDS["cupy"], options, notes)  # which arrays of the host go to
+    contenders = [row["contender"] for row in rows]
+    assert (offload.PAGEABLE in contenders) == (room is None) and {offload.STEP, offload.BOTH_WAYS} <= {*contenders}
+    assert sum(note.startswith("0 different bytes") for note in notes) == contenders.count(offload.PAGEABLE) + 1
 
 
 MEMSETS = {"cuMemsetD8Async", "runtime_cudaMemsetAsync"}

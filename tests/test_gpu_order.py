@@ -4,14 +4,19 @@ A stream is busy before the work of each test. So a wait that is missing shows o
 driver, which does everything as late as it may.
 """
 
+import gc
+
 import numpy as np
 import pytest
 from cases import assert_same_bits
 from gpu_work import OnStream
 
 import gpuadam
-from gpuadam import backends
+from gpuadam import backends, remembered
 from gpuadam.backends import load
+from gpuadam.kernels import gpu_table
+from gpuadam.kernels.gpu_batch import Place
+from gpuadam.kernels.streams import LEGACY_DEFAULT
 
 pytestmark = pytest.mark.gpu
 
@@ -212,6 +217,93 @@ def test_an_offloaded_step_reads_its_conditions_on_the_given_stream(cp, backend,
     opt.step([cp.ones(N, "f4")], found_inf=flag, stream=stream)
     assert opt.steps == 0
     assert not params.get().any()
+
+
+# Streams that end while there is work on them. The driver gives their handles out again
+
+
+@pytest.fixture
+def follower(cp, driver):
+    """A function that ends the only stream of a list and returns a new one with its handle, which waits for nothing."""
+
+    def follow(streams):
+        handle = streams[0].ptr
+        del streams[:]
+        stream = cp.cuda.Stream(non_blocking=True)
+        assert stream.ptr == handle
+        return stream
+
+    return follow
+
+
+def test_a_norm_is_not_that_of_a_stream_that_ended_with_its_handle(cp, backend, busy, follower, monkeypatch):
+    """It would read a table that is on its way on the first stream, and add up in memory that both write."""
+    monkeypatch.setattr(gpu_table, "buffers", [])
+    grads = [cp.full(n, 3, "f4") for n in (N, 17, 70_000)]
+    expected, out = np.sqrt(9.0 * (N + 17 + 70_000)), cp.zeros(())
+    cp.cuda.Device().synchronize()
+    ended = [busy()]
+    with ended[0]:
+        gpuadam.global_norm(grads, out=out, backend=backend)
+    stream = follower(ended)
+    with stream:
+        gpuadam.global_norm(grads, out=out, backend=backend)
+        assert float(out.get()) == expected
+    for k in range(2 * remembered.MOST_NORMS):  # what is kept of both is let go, and would be given to these
+        gpuadam.global_norm([cp.full(N + k, 5, "f4") for _ in range(3)], out=cp.zeros(()), backend=backend)
+    cp.cuda.Device().synchronize()
+    assert float(out) == expected
+
+
+def test_a_table_is_sent_before_another_stream_with_the_same_handle_reads_it_and_kept_until_all_have(
+    cp, backend, busy, follower, monkeypatch
+):
+    monkeypatch.setattr(gpu_table, "buffers", [])
+    kernels = load(backend)
+    pinned, n_bytes = [kernels.pinned(64) for _ in range(2)], 64
+    table = gpu_table.Table(kernels, 0, n_bytes, lambda address: np.full(n_bytes, 7, "u1"))
+
+    def read(to, stream):
+        with kernels.on(0, stream.ptr):
+            place = Place(stream.ptr, [], False)
+            kernels.receive(to, table.on_stream(place), n_bytes, stream.ptr)
+            table.used(place)
+
+    ended = [busy()]
+    for _ in range(2):
+        read(pinned[0], ended[0])
+    stream = follower(ended)
+    read(pinned[1], stream)
+    stream.synchronize()
+    assert (pinned[1] == 7).all()
+    table.release()
+    others = [gpu_table.Table(kernels, 0, n_bytes, lambda address: np.full(n_bytes, 9, "u1")) for _ in range(8)]
+    with kernels.on(0, LEGACY_DEFAULT):
+        for other in others:
+            other.on_stream(Place(LEGACY_DEFAULT, [], False))
+    cp.cuda.Stream.null.synchronize()
+    cp.cuda.Device().synchronize()
+    assert (pinned[0] == 7).all()
+
+
+@pytest.mark.parametrize("of_step", [{}, {"max_norm": 1.0}], ids=["plain", "clipped"])
+def test_steps_on_a_stream_of_their_own_each_keep_no_more_and_more(cp, backend, driver, of_step):
+    params, on_host = [cp.zeros(n, "f4") for n in (N, 17)], [np.zeros(n, "f4") for n in (N, 17)]
+    opt, reference = gpuadam.Adam(params, backend=backend), gpuadam.Adam(on_host)
+    grads, held = [cp.full(n, 3, "f4") for n in (N, 17)], []
+    cp.cuda.Device().synchronize()
+    living = []  # so that no handle is used twice
+    for _ in range(4 * gpu_table.MOST_STREAMS):
+        living.append(cp.cuda.Stream(non_blocking=True))
+        with living[-1]:
+            opt.step(grads, **of_step)
+        living[-1].synchronize()
+        reference.step([np.full(n, 3, "f4") for n in (N, 17)], **of_step)
+        gc.collect()
+        held.append((len(driver.events), len(gpu_table.buffers)))
+    assert held[-1][0] - held[gpu_table.MOST_STREAMS][0] <= gpu_table.MOST_STREAMS
+    assert held[-1][1] == held[gpu_table.MOST_STREAMS][1]
+    assert_same_bits([param.get() for param in params], on_host)
 
 
 # New memory, and copies

@@ -68,6 +68,26 @@ def test_a_step_copies_the_moments_or_else_the_parameters_and_gradients(cp, back
         assert up == 4 * n
 
 
+@pytest.mark.parametrize("update", ["device", "host"])
+def test_workers_sleep_while_they_wait_for_the_gpu(cp, backend, driver, update, tmp_path, monkeypatch):
+    """By default a wait for an event asks again and again, on a processor that others need to copy files."""
+    kernels, flags = backends.load(backend), []
+    finish = kernels.finish
+
+    def noted(event):
+        flags.append(driver.events[event.handle].flags)
+        finish(event)
+
+    monkeypatch.setattr(kernels, "finish", noted)
+    params, grads = there(cp, arrays()), there(cp, arrays(1))
+    with gpuadam.OffloadAdam(params, update=update, state=tmp_path, budget=50_000, backend=backend) as opt:
+        driver.listen()
+        opt.step(grads)
+    BLOCKING_SYNC, DISABLE_TIMING = 1, 2
+    assert len(flags) > 2 and {*flags} == {BLOCKING_SYNC | DISABLE_TIMING}
+    assert driver.calls.count("cuEventSynchronize") == len(flags)
+
+
 @pytest.mark.parametrize("stream", ["current", "given"])
 @pytest.mark.parametrize("update", ["device", "host"])
 def test_a_step_waits_for_the_stream_that_gradients_are_made_on(cp, backend, update, stream):

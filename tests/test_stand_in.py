@@ -7,6 +7,8 @@ import threading
 import numpy as np
 import pytest
 
+from gpuadam.kernels import gpu_driver
+
 pytestmark = pytest.mark.gpu
 
 FILL = r"""
@@ -102,6 +104,23 @@ def test_a_threads_default_stream_and_the_legacy_one_wait_for_each_other(cp, dri
     thread.start()
     thread.join()
     assert names[0] is not driver.work.stream(2, 0)
+
+
+def test_a_stream_gets_the_handle_of_the_one_that_ended_last_and_has_an_id_of_its_own(cp, driver, fill, streams):
+    array, ids = cp.zeros(100, "f4"), [gpu_driver.stream_id(stream.ptr) for stream in streams]
+    cp.cuda.Device().synchronize()
+    fill(array, 1, stream=streams[0])
+    handles = [stream.ptr for stream in streams]
+    while streams:
+        streams.pop(0)
+    again = [cp.cuda.Stream(non_blocking=True) for _ in range(2)]
+    assert [stream.ptr for stream in again] == handles[::-1]
+    assert len({*ids, *(gpu_driver.stream_id(stream.ptr) for stream in again)}) == 4
+    again[1].synchronize()
+    with again[1]:
+        assert not array.get().any()  # the fill is on the stream that ended
+    cp.cuda.Device().synchronize()
+    assert (array == 1).all()
 
 
 def test_a_seed_chooses_the_order_and_the_same_seed_the_same(cp, driver, fill, streams, monkeypatch):

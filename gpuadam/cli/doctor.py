@@ -4,8 +4,6 @@ A backend works if real steps ran on it, in float32 and in narrow formats, and g
 (`contract.py`). `installed.py` looks at the rest.
 """
 
-import contextlib
-import ctypes
 import importlib
 import importlib.util
 import os
@@ -17,6 +15,7 @@ import numpy as np
 import gpuadam
 
 from .. import backends
+from ..kernels import cuda_linker
 from ..kernels.messages import shortened
 from ..terminal import output
 from . import contract, installed
@@ -25,8 +24,6 @@ from .measuring import facts, pages
 HELP = "what is installed, what works, how to mend it"
 AS_THE_CONTRACT = "as the contract says"
 BY_DRIVER, BY_LIBRARY = "repeated by the driver", "made by the library each time, which takes the host longer"
-# Of CUDA, that numba-cuda compiles and links with: the function that says the version. nvvm has one of its interface alone.
-CUDA_LIBRARIES = {"nvvm": "", "nvrtc": "nvrtcVersion", "nvJitLink": "nvJitLinkVersion"}
 
 
 def add_options(parser):
@@ -56,28 +53,46 @@ def _examine(name):
     """Do the steps of the contract on a backend, and return the report on it."""
     status = backends.backend_status()[name]
     if not status.available:
-        return installed.part(False, status.reason, status.fix) | {"bits": None, "steps": {}, "launches": None}
+        found = installed.part(False, status.reason, status.fix)
+        return found | {"bits": None, "steps": {}, "launches": None, "linked": None}
+    linked = _linked(name)
     steps, wrong, fix = {}, [], status.fix
+    failed: dict[str, list[str]] = {}  # by what was raised
     for label, known in contract.CONTRACTS.items():
         try:
             digest = contract.digest_on(name, known)
         except Exception as error:  # noqa: BLE001 - whatever a driver or compiler raises is what the report is for
             steps[label] = "failed"
-            wrong.append(f"a step failed ({label}): {type(error).__name__}: {error}")
-            fix = f"mend what the message names; reinstall it: {backends.BACKENDS[name].install}"
+            failed.setdefault(f"{type(error).__name__}: {error}", []).append(label)
         else:
             steps[label] = AS_THE_CONTRACT if digest == known.bits else f"differ: {digest}"
             if digest != known.bits:
                 wrong.append(f"a step ran and gave wrong bits ({label})")
                 fix = fix or "see the warnings below; if there are none, please report it with this page"
+    wrong += [f"a step failed ({', '.join(labels)}): {said}" for said, labels in failed.items()]
+    if failed:
+        fix = f"mend what the message names; reinstall it: {backends.BACKENDS[name].install}"
+        if linked and linked.is_too_new:
+            fix = linked.fix
     launches = None
-    try:
-        launches = _launches(name)
-    except Exception as error:  # noqa: BLE001 - likewise
-        wrong.append(f"steps of an optimizer failed: {type(error).__name__}: {error}")
-        fix = fix or "please report it with this page"
+    if any(said != "failed" for said in steps.values()):
+        try:
+            launches = _launches(name)
+        except Exception as error:  # noqa: BLE001 - likewise
+            wrong.append(f"steps of an optimizer failed: {type(error).__name__}: {error}")
+            fix = fix or "please report it with this page"
     found = installed.part(not wrong, "; ".join(wrong) or status.reason, fix)
-    return found | {"bits": steps["float32"], "steps": steps, "launches": launches}
+    return found | {"bits": steps["float32"], "steps": steps, "launches": launches, "linked": linked and linked.text}
+
+
+def _linked(name):
+    """Return the `cuda_linker.Linked` of numba-cuda; None of another backend, or if nothing can be compiled."""
+    if name != "numba-cuda":
+        return None
+    try:
+        return backends.load(name).linked()
+    except Exception:  # noqa: BLE001 - the steps raise it, too
+        return None
 
 
 def _launches(name):
@@ -100,22 +115,15 @@ def _launches(name):
 def _cuda_libraries():
     """Return {library: its version and path, or why there is none}. One of an older CUDA refuses what a newer one compiled."""
     found: dict[str, str] = {}
-    with contextlib.suppress(ImportError):
-        pathfinder = importlib.import_module("cuda.pathfinder")
-        for library, function in CUDA_LIBRARIES.items():
-            try:
-                path = pathfinder.load_nvidia_dynamic_lib(library).abs_path
-                found[library] = " ".join(filter(None, (function and _version(path, function), os.path.realpath(path))))
-            except (RuntimeError, OSError, AttributeError) as error:
-                found[library] = f"not found: {error}".splitlines()[0]
+    for name in cuda_linker.LIBRARIES:
+        try:
+            path, version = cuda_linker.library(name)
+            found[name] = " ".join(filter(None, (version and ".".join(map(str, version)), os.path.realpath(path))))
+        except ImportError:  # no package of NVIDIA's is there
+            return {}
+        except (RuntimeError, OSError, AttributeError) as error:
+            found[name] = f"not found: {error}".splitlines()[0]
     return found
-
-
-def _version(path, function):
-    """Return the version that a function of a library says."""
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    getattr(ctypes.CDLL(path), function)(ctypes.byref(major), ctypes.byref(minor))
-    return f"{major.value}.{minor.value}"
 
 
 def _caches():
@@ -168,6 +176,8 @@ def _print(console, report):
             console.print(f"{mark:>7}  {name:<13} {part['reason']}", indent=23)
             if not part["works"]:
                 console.print(f"{'':23}to mend it: {part['fix']}", indent=23)
+            if part.get("linked"):
+                console.print(f"{'':23}{part['linked']}", indent=23)
             for label, bits in part.get("steps", {}).items():
                 console.print(f"{'':23}bits of a step, {label}: {bits}", indent=23)
             if part.get("launches"):

@@ -246,7 +246,7 @@ class Runner:
         """Wait for the work on the stream of a slot."""
         if self.gpu:
             with self.gpu.on(self.device, None):
-                self.gpu.finish(self.gpu.record(self.slots[number].stream))
+                self.gpu.finish_stream(self.slots[number].stream)  # asleep, while other workers copy files
 
 
 # The first launch of a kernel compiles it. Without the lock several threads would do so at once.

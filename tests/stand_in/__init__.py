@@ -12,7 +12,8 @@ host by `ptx.py`. Here
 - `kernels.py` executes, and `library.py` is the library that the others open.
 
 What it shows: that our launch path calls these libraries as they are to be called, waits for what it has to wait for, and touches
-what is its own. It knows no time, no chip, and none of torch's CUDA.
+what is its own. It knows no time, no chip, and none of torch's CUDA. It loads modules at once, where CUDA since 12.2 waits for
+the first launch, and CuPy's arrays come from `malloc_async`, not from CuPy's MemoryPool.
 """
 
 import atexit

@@ -22,7 +22,8 @@ U32, U64, I32, F32 = ctypes.c_uint, ctypes.c_uint64, ctypes.c_int, ctypes.c_floa
 
 ERRORS = {
     "SUCCESS": 0, "INVALID_VALUE": 1, "OUT_OF_MEMORY": 2, "NOT_INITIALIZED": 3, "DEINITIALIZED": 4, "NO_DEVICE": 100,
-    "INVALID_DEVICE": 101, "INVALID_IMAGE": 200, "INVALID_CONTEXT": 201, "INVALID_PTX": 218, "INVALID_HANDLE": 400,
+    "INVALID_DEVICE": 101, "INVALID_IMAGE": 200, "INVALID_CONTEXT": 201, "INVALID_PTX": 218, "UNSUPPORTED_PTX_VERSION": 222,
+    "INVALID_HANDLE": 400,
     "PEER_ACCESS_ALREADY_ENABLED": 704, "PEER_ACCESS_NOT_ENABLED": 705, "HOST_MEMORY_ALREADY_REGISTERED": 712,
     "HOST_MEMORY_NOT_REGISTERED": 713,
     "NOT_FOUND": 500, "NOT_READY": 600, "ILLEGAL_ADDRESS": 700, "LAUNCH_FAILED": 719, "MISALIGNED_ADDRESS": 716,
@@ -101,7 +102,11 @@ class Driver:
     fail(n): make the n-th counted call from now on fail. While a test is `listening`, `calls` are the names of the counted
     calls, `launches` are (kernel, handle of its stream) of those that no graph captures, and `copies` are (from, to, bytes), with
     "device" or "host" for each place.
+
+    version: of CUDA. While `refuses_new_ptx` the linker takes no PTX of a newer one; else of any.
     """
+
+    version, refuses_new_ptx = VERSION, False
 
     def __init__(self, n_devices=2, total=2 << 30, seed=0):
         self.lock = Lock()
@@ -118,6 +123,7 @@ class Driver:
         self.peers = set()  # (device, device whose memory it may touch)
         self.thread = threading.local()
         self._handles = itertools.count(0x10000, 16)
+        self.ended_streams = []  # handles, of which the last is given out first
         self._random = random.Random(0)
         self._missing = {}
         self.empty_table = ctypes.c_uint64(8)
@@ -172,7 +178,7 @@ class Driver:
     # How a call goes
 
     def functions(self):
-        return {name: (kinds, self._guarded(name, function)) for name, (kinds, function) in ENTRIES.items()}
+        return {name: (kinds, function and self._guarded(name, function)) for name, (kinds, function) in ENTRIES.items()}
 
     def _guarded(self, name, function):
         counted, unsafe = name not in UNCOUNTED, name in UNSAFE

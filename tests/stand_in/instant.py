@@ -30,6 +30,7 @@ BODIES = {
     "cuEventDestroy_v2": NOTHING,
     "cuStreamWaitEvent": NOTHING,
     "cuStreamIsCapturing": "*(int*)b = 0; return 0;",
+    "cuStreamGetId": "*(unsigned long long*)b = (unsigned long long)a; return 0;",
     "cuCtxGetCurrent": CONTEXT,
     "cuCtxGetDevice": DEVICE,
     "cuCtxGetDevice_v2": DEVICE,

@@ -74,15 +74,15 @@ class Library:
     """Functions by their names in cuda.h, as C calls them."""
 
     def __init__(self, functions):
-        """functions: name -> (kinds of its arguments, a function of Python that returns a CUresult)."""
+        """functions: name -> (kinds of its arguments, a function of Python that returns a CUresult; None where C returns 0)."""
         self._names = tuple(sorted(functions))
         self._library = build(self._names)
         self._slots = (ctypes.c_void_p * len(self._names)).in_dll(self._library, "slots")
         self._gone = ctypes.cast(self._library.gone, ctypes.c_void_p).value
-        self._kept = [self.pointer(*functions[name]) for name in self._names]
+        self._kept = [function and self.pointer(kinds, function) for kinds, function in map(functions.get, self._names)]
         self.addresses = {}
         for k, (name, function) in enumerate(zip(self._names, self._kept, strict=True)):
-            self._slots[k] = ctypes.cast(function, ctypes.c_void_p).value
+            self._slots[k] = ctypes.cast(function, ctypes.c_void_p).value if function else self._gone
             self.addresses[name] = ctypes.cast(getattr(self._library, name), ctypes.c_void_p).value
 
     @staticmethod

@@ -1,8 +1,10 @@
 """Modules, kernels and launches."""
 
 import ctypes
+import re
+from typing import NamedTuple
 
-from .driver import I32, U64, Failure, entry
+from .driver import ENTRIES, I32, U64, Failure, entry
 from .library import write
 
 
@@ -122,14 +124,26 @@ def launch_kernel_with_config(d, config, function, parameters, extra):
     d.launch(function, (gx, gy, gz), (bx, by, bz), shared, U64.from_address(config + 32).value, parameters)
 
 
+PTX_INPUT = 1
+ERROR_LOG = 5  # CU_JIT_ERROR_LOG_BUFFER
+VERSION_OF_PTX = re.compile(rb"^\.version (\d+)\.(\d+)", re.MULTILINE)
+UNSUPPORTED = "ptxas application ptx input, line 1; fatal   : Unsupported .version {}.{}; current version is '{}.{}'"
+
+
 @entry("cuLinkCreate_v2", "uppp")
 def link_create(d, n, options, values, out):
     handle = d.handle()
-    d.links[handle] = []
+    names = [I32.from_address(options + 4 * k).value for k in range(n)]
+    logs = [U64.from_address(values + 8 * k).value for k, name in enumerate(names) if name == ERROR_LOG]
+    d.links[handle] = Link([], logs[0] if logs else 0)
     write(out, U64, handle)
 
 
-PTX_INPUT = 1
+class Link(NamedTuple):
+    """The texts that were added, and the address where errors are told; 0 for nowhere."""
+
+    texts: list[bytes]
+    log: int
 
 
 @entry("cuLinkAddData_v2", "pipnpupp")
@@ -137,18 +151,26 @@ def link_add(d, state, kind, data, size, name, n, options, values):
     if kind != PTX_INPUT:
         d.problem(f"the linker was given input of kind {kind}: the stand-in executes PTX alone")
         raise Failure("NOT_SUPPORTED")
-    d.links[state].append(ctypes.string_at(data, size).rstrip(b"\0"))
+    link, text = d.links[state], ctypes.string_at(data, size).rstrip(b"\0")
+    if d.refuses_new_ptx:
+        version = tuple(map(int, VERSION_OF_PTX.search(text).groups()))
+        known = d.version // 1000 - 4, d.version % 1000 // 10  # from CUDA 11 on, but for those from 12.6 to 12.9
+        if version > known:
+            if link.log:
+                said = UNSUPPORTED.format(*version, *known).encode() + b"\0"
+                ctypes.memmove(link.log, said, len(said))
+            raise Failure("UNSUPPORTED_PTX_VERSION")
+    link.texts.append(text)
 
 
 @entry("cuLinkComplete", "ppp")
 def link_complete(d, state, out, size):
     """Give the PTX back as what was linked: this driver executes that."""
-    text = ctypes.create_string_buffer(b"\n".join(d.links[state]))
+    text = ctypes.create_string_buffer(b"\n".join(d.links.pop(state).texts))
     d.kept.append(text)
     write(out, U64, ctypes.addressof(text))
     write(size, U64, len(text))
 
 
-@entry("cuLinkDestroy", "p")
-def link_destroy(d, state):
-    d.links.pop(state, None)
+# By C: cuda.core calls it while it raises what the linker refused, and then no function of Python can run
+ENTRIES["cuLinkDestroy"] = "p", None

@@ -14,7 +14,7 @@ def stream_create(d, out, flags):
 
 @entry("cuStreamCreateWithPriority", "pui")
 def stream_create_with_priority(d, out, flags, priority):
-    handle = d.handle()
+    handle = d.ended_streams.pop() if d.ended_streams else d.handle()
     d.work.streams[handle] = work.Stream(handle, d.device, blocking=not flags & 1, priority=priority)
     write(out, U64, handle)
 
@@ -27,7 +27,9 @@ def stream_destroy(d, handle):
         if stream.capture.origin is stream:  # nothing can end it any more
             d.captures.remove(stream.capture)
             stream.capture.end()
-    d.work.streams.pop(handle, None)  # what is on it goes on
+    # what is on it goes on; and the next stream has its handle, as with the real driver
+    if d.work.streams.pop(handle, None):
+        d.ended_streams.append(handle)
 
 
 @entry("cuStreamSynchronize", "p", unsafe=True)
@@ -89,7 +91,7 @@ def stream_priority(d, handle, out):
 
 @entry("cuStreamGetId", "pp")
 def stream_id(d, handle, out):
-    write(out, U64, d.stream(handle).handle)
+    write(out, U64, d.stream(handle).number)
 
 
 @entry("cuLaunchHostFunc", "ppp")

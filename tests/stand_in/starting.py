@@ -2,7 +2,7 @@
 
 import ctypes
 
-from .driver import ERRORS, I32, U64, VERSION, Driver, Failure, entry
+from .driver import ERRORS, I32, U64, Driver, Failure, entry
 from .library import write
 
 
@@ -13,7 +13,7 @@ def init(d, flags):
 
 @entry("cuDriverGetVersion", "p", counted=False)
 def driver_version(d, out):
-    write(out, I32, VERSION)
+    write(out, I32, d.version)
 
 
 @entry("cuGetErrorString", "ip", counted=False)

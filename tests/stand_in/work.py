@@ -4,6 +4,7 @@ An operation waits in a graph of what has to be done before it. It is done when 
 after it: not before. So a result that nothing waited for is not there, and work that nothing orders comes in the wrong order.
 """
 
+import itertools
 import random
 import threading
 
@@ -22,9 +23,15 @@ class Operation:
 
 
 class Stream:
-    """A queue. last: its last operation, or None. blocking: whether it waits for the legacy default stream, and that for it."""
+    """A queue. last: its last operation, or None. blocking: whether it waits for the legacy default stream, and that for it.
+
+    number: which no other stream has or had.
+    """
+
+    _numbers = itertools.count(1)
 
     def __init__(self, handle, device, blocking, priority=0):
+        self.number = next(self._numbers)
         self.handle, self.device, self.blocking, self.priority = handle, device, blocking, priority
         self.last = None
         self.capture = None  # the Capture that it takes part in
