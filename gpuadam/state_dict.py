@@ -54,10 +54,10 @@ class HasState:
     _groups: list[Group]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return {"steps", "state", "groups", "algorithm", "formula"}.
+        """Return {"steps", "state", "groups", "algorithm", "formula", "decoupled"}.
 
         "state" has, by name, the moments themselves and not copies, and "groups" the settings of each group. "algorithm" and
-        "formula" say what the numbers of the moments mean.
+        "formula" say what the numbers of the moments mean, and "decoupled" what weight decay is, AdamW's or Adam's.
 
         With capturable, step counts and learning rates are read from the device, as numbers, after waiting for all that is
         enqueued there, graphs included: the moments are then those of the counts.
@@ -77,7 +77,7 @@ class HasState:
         for name, n in self._counts().items():
             states[name]["step"] = n
         of_moments = {key: getattr(self.options, key) for key in OF_MOMENTS}
-        return {"steps": self.steps, "state": states, "groups": groups} | of_moments
+        return {"steps": self.steps, "state": states, "groups": groups} | of_moments | {"decoupled": self.options.decoupled}
 
     def __copy__(self):
         raise TypeError(
@@ -101,7 +101,9 @@ class HasState:
         """Copy a `state_dict()` into this optimizer, which must have parameters of the same names, shapes and dtypes.
 
         Groups must have the same parameters. Where these have names, they and the groups may come in another order, unless
-        numbers are rounded randomly, which goes by the place of a parameter.
+        numbers are rounded randomly, which goes by the place of a parameter. Their hyperparameters become those of the
+        state_dict. Two changes are refused, which nobody would notice: of a group with bounds into one without, and of AdamW's
+        weight decay into Adam's or the other way round.
 
         An array that is the optimizer's own, because the state_dict was not copied when it was taken, has gone on since: it is
         refused if the parameter has. Moments that mean something else are refused: v of AdaMax is no mean of squares, and max_v
@@ -193,6 +195,16 @@ class HasState:
         groups = [groups[k] for k in places_of_groups(names, structures, by_place)]
         saved = {key: checks.one_of(known, f"the state_dict's {key}", state_dict[key]) for key, known in OF_MOMENTS.items()}
         settings = [self._checked_settings(k, group) for k, group in enumerate(groups)]
+        decoupled = checks.flag("the state_dict's decoupled", state_dict.get("decoupled", self.options.decoupled))
+        if decoupled != self.options.decoupled and any(group["weight_decay"] for group in settings):
+            theirs, ours = (
+                "decoupled, as AdamW's" if one else "added to the gradient, as Adam's"
+                for one in (decoupled, self.options.decoupled)
+            )
+            raise ValueError(
+                f"the weight decay of the state_dict is {theirs}, and this {type(self).__name__}'s is {ours}: make an optimizer "
+                "of the class that was saved, or set the weight_decay of each group in the state_dict to 0"
+            )
         counted = {}
         for name, state in self.state.items():
             differing, scales = set(states[name]) ^ set(state), set(OF_GROUPS)
@@ -231,6 +243,12 @@ class HasState:
         own_lr, count = self.groups[k]["lr"], self._groups[k].count
         if is_array(own_lr) and not callable(settings["lr"]):
             count.check_fill("lr", own_lr)
+        if settings["bounds"] is None and self.groups[k]["bounds"] is not None:
+            raise ValueError(
+                f"group {k} of the optimizer has bounds, and the same group of the state_dict has none. To go on with bounds, "
+                f'write them there, as optimizer.state_dict()["groups"][{k}]["bounds"] has them; to go on without, set '
+                f'optimizer.groups[{k}]["bounds"] = None first'
+            )
         settings["bounds"] = bounds_of_loaded(settings["bounds"], self.groups[k]["bounds"])
         h = checked_settings(self.groups[k] | settings, own, self.options, step=1)
         for parameter in self._groups[k].parameters:

@@ -138,8 +138,24 @@ def test_they_are_saved_and_older_state_dicts_have_none(tmp_path):
         assert loaded.groups[0]["bounds"] == (-0.25, 0.5) and loaded.groups[0]["clip_value"] == 0.7
     for group in state_dict["groups"]:
         del group["clip_value"], group["bounds"]
+    with pytest.raises(
+        ValueError, match=r'group 0 of the optimizer has bounds, .* has none.*optimizer.groups\[0\]\["bounds"\]'
+    ):
+        opt.load_state_dict(state_dict)
+    assert opt.groups[0]["bounds"] == (-0.25, 0.5)
+    opt.groups[0]["bounds"] = None
     opt.load_state_dict(state_dict)
-    assert opt.groups[0]["bounds"] is None
+    assert opt.groups[0]["bounds"] is None and opt.groups[0]["clip_value"] is None
+
+
+def test_bounds_are_not_taken_away_by_a_state_dict_but_may_be_written_into_it():
+    without, (param, opt) = trained()[1].state_dict(), trained(steps=0, bounds=({"w": np.full((7, 9), -0.25, "f4")}, 0.5))
+    with pytest.raises(ValueError, match="has none"):
+        opt.load_state_dict(without)
+    without["groups"][0]["bounds"] = opt.state_dict()["groups"][0]["bounds"]
+    opt.load_state_dict(without)
+    opt.step({"w": np.full((7, 9), 1e3, "f4")})
+    assert opt.groups[0]["bounds"][0]["w"].shape == (7, 9) and opt.steps > 1 and param.min() >= -0.25
 
 
 def test_offloaded_and_sharded_steps_have_the_same_bits():

@@ -583,3 +583,21 @@ def test_state_goes_from_every_backend_to_the_cpu_and_back(library, tmp_path):
     opt.save(tmp_path / "back", with_params=True)
     assert (tmp_path / "back").read_bytes() == (tmp_path / "cpu").read_bytes()
     assert content(gpuadam.load(tmp_path / "back", p, with_params=False)) == content(on_cpu)
+
+
+@pytest.mark.parametrize("saved, into", [(gpuadam.AdamW, gpuadam.Adam), (gpuadam.Adam, gpuadam.AdamW)])
+def test_weight_decay_does_not_become_that_of_the_other_class(saved, into):
+    params = [np.ones(3, "f4") for _ in range(2)]
+    before, after = saved({"w": params[0]}, weight_decay=0.1), into({"w": params[1]}, weight_decay=0.1)
+    before.step({"w": np.ones(3, "f4")})
+    state_dict = before.state_dict()
+    with pytest.raises(
+        ValueError, match=r"the weight decay of the state_dict is .*make an optimizer of the class that was saved"
+    ):
+        after.load_state_dict(state_dict)
+    assert after.steps == 0 and not after.state["w"]["m"].any()
+    older = {key: value for key, value in state_dict.items() if key != "decoupled"}  # which does not say
+    without = state_dict | {"groups": [group | {"weight_decay": 0.0} for group in state_dict["groups"]]}
+    for loadable in (older, without):
+        after.load_state_dict(copy.deepcopy(loadable))
+        assert after.steps == 1 and (after.state["w"]["m"] == before.state["w"]["m"]).all()

@@ -546,15 +546,22 @@ def test_a_budget_that_is_too_small_is_named_with_what_is_needed(tmp_path):
         steps([opt], 1)
 
 
-def test_a_closed_optimizer_says_so_and_copies_are_refused(tmp_path):
-    opt = gpuadam.OffloadAdam(arrays(), state=tmp_path)
+@pytest.mark.parametrize("place", ["files", "memory"])
+def test_a_closed_optimizer_says_so_and_copies_are_refused(tmp_path, place):
+    opt = gpuadam.OffloadAdam(arrays(), state=tmp_path if place == "files" else "memory")
     with pytest.raises(TypeError, match="state_dict"):
         copy.deepcopy(opt)
     opt.close()
     opt.close()
-    for call in (lambda: steps([opt], 1), opt.flush, lambda: opt.load_state_dict(opt.state_dict())):
+    for call in (
+        lambda: steps([opt], 1),
+        opt.flush,
+        lambda: opt.load_state_dict(opt.state_dict()),
+        lambda: opt.save(tmp_path / "saved"),
+    ):
         with pytest.raises(ValueError, match="closed"):
             call()
+    assert opt.steps == 0
 
 
 def test_a_closed_optimizer_discards_nothing(tmp_path):

@@ -66,7 +66,7 @@ class Store(UnderWay):
 
 
 class Memory(Store):
-    """State in the host's memory.
+    """State in the host's memory. It stays after `close`, as files do, and no step follows.
 
     beginnings: name -> `parameters.Beginning`; the state begins at zero. gpu: the kernels of the backend of a GPU that takes
     part, for which the memory is pinned, or None. device: the GPU's number, or None.
@@ -84,7 +84,19 @@ class Memory(Store):
             memory[:] = 0
             return memory
 
+        self._closed = False
         self.arrays = laid_out(beginnings, zeros)
+
+    def check_open(self):
+        if self._closed:
+            raise ValueError("this optimizer is closed: make another, and give it this one's state_dict() to go on")
+
+    def begin(self):
+        self.check_open()
+        super().begin()
+
+    def close(self):
+        self._closed = True
 
 
 def copy_master(master, view, kernels, to_master):
