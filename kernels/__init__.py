@@ -107,7 +107,7 @@ complete backend, in plain NumPy and some 100 lines.
 | `calls.py` | calls that compiled code makes |
 | `huge_pages.py` | memory of the host on pages of 2 MB |
 | `ownership.py` | which files no other user can have written |
-| `messages.py` | values of users in the messages of errors |
+| `messages.py`, `switches.py` | values of users in the messages of errors; environment variables |
 | `gpu_backend.py`, `gpu_driver.py`, `gpu_batch.py`, `gpu_table.py`, `streams.py` | both GPU backends |
 | `gpu_step.py`, `gpu_launch.py` | steps on a GPU that are as the last one, and launches that the driver repeats |
 | `gpu_norm.py` | the global norm on a GPU: a table, and the launches of its passes |

@@ -5,9 +5,9 @@ the driver next, often another library. This is what CUDA_LAUNCH_BLOCKING is to 
 Launches that a graph captures are not waited for: they do not run yet.
 """
 
-import os
+from gpuadam.kernels import switches
 
-ON = os.environ.get("GPUADAM_SYNC") == "1"
+ON = switches.is_on("GPUADAM_SYNC")
 
 
 def launch(backend, stream, what, run, *arguments):

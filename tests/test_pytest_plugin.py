@@ -87,6 +87,8 @@ def test_backends_are_chosen_and_the_header_says_so(project):
     ("cuda", "", "--gpuadam-backends: there is no backend ['cuda'], only cupy, numba-cuda, numba-cpu"),
     ("", "", "--gpuadam-backends: there is no backend [''], only cupy"),
     ("numba-cpu", "1", "GPUADAM_REQUIRE_GPU=1, but --gpuadam-backends=numba-cpu has no GPU backend: add cupy or numba-cuda"),
+    ("numba-cpu", "True", "GPUADAM_REQUIRE_GPU=1, but --gpuadam-backends=numba-cpu has no GPU backend"),
+    ("numba-cpu", "please", "the environment variable GPUADAM_REQUIRE_GPU='please' must be one of 1, true, yes, on, or of 0,"),
 ])  # fmt: skip
 def test_a_choice_that_cannot_be_is_explained(project, monkeypatch, given, required, said):
     monkeypatch.setenv("GPUADAM_REQUIRE_GPU", required)

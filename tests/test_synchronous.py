@@ -121,9 +121,10 @@ def test_a_capture_is_not_waited_for(cp, backend, sync):
 
 def test_the_variable_is_read_when_gpuadam_is_imported():
     code = "from gpuadam.kernels import synchronous; print(synchronous.ON)"
-    for value, on in (("1", "True"), ("0", "False"), ("", "False")):
+    for value, on in (("1", "True"), ("Yes", "True"), ("0", "False"), ("off", "False"), ("", "False"), ("2", None)):
         env = os.environ | {"PYTHONPATH": str(ROOT), "GPUADAM_SYNC": value}
-        assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == on
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == (on or "") and (on or "GPUADAM_SYNC='2' must be one of 1, true" in done.stderr)
 
 
 @pytest.mark.gpu

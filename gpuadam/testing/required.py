@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from .. import backends, checks
+from ..kernels import switches
 
 
 def skip(reason, required_by=""):
@@ -18,7 +17,7 @@ def skip(reason, required_by=""):
 
 def skip_without_gpu(reason):
     """Likewise for want of a GPU, which GPUADAM_REQUIRE_GPU=1 requires."""
-    skip(reason, os.environ.get("GPUADAM_REQUIRE_GPU") == "1" and "GPUADAM_REQUIRE_GPU=1")
+    skip(reason, switches.is_on("GPUADAM_REQUIRE_GPU") and "GPUADAM_REQUIRE_GPU=1")
 
 
 def require_backends(*names: str) -> None:

@@ -6,7 +6,6 @@ whose environment variables a conftest.py may still want to set.
 
 import collections
 import itertools
-import os
 
 import pytest
 
@@ -26,7 +25,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", f"{MARKER}(*names): the backends that a test with the fixture {FIXTURE} is for")
     if config.getoption(OPTION) is not None:
         names, gpu = _chosen(config), [name for name, backend in _backends().items() if backend.memory == "CUDA"]
-        if os.environ.get("GPUADAM_REQUIRE_GPU") == "1" and not set(names) & set(gpu):
+        if _requires_gpu() and not set(names) & set(gpu):
             raise pytest.UsageError(
                 f"GPUADAM_REQUIRE_GPU=1, but {OPTION}={config.getoption(OPTION)} has no GPU backend: add {' or '.join(gpu)}"
             )
@@ -93,6 +92,15 @@ def _used(report):
         match each:
             case str() as key, [str() as name, str() as why_not] if key == FIXTURE:
                 yield name, why_not
+
+
+def _requires_gpu():
+    from gpuadam.kernels import switches
+
+    try:
+        return switches.is_on("GPUADAM_REQUIRE_GPU")
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def _backends():
