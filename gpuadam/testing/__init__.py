@@ -98,6 +98,9 @@ machine with a GPU run `GPUADAM_REQUIRE_GPU=1 python -m pytest`, so that a broke
 A GPU reports the error of a launch late, often to another library. If `GPUADAM_SYNC=1` is set when gpuadam is imported,
 gpuadam waits for each of its launches, and its error names the operation, the parameters and their sizes. This is slow, and
 for debugging only, as CUDA_LAUNCH_BLOCKING=1 is for all of CUDA.
+
+For `1` both variables also take `true`, `yes` and `on`. `0`, `false`, `no`, `off` and nothing are off. Any other value raises
+ValueError.
 '''
 
 from .array_backends import ArrayBackend, array_backend
