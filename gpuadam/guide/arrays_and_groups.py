@@ -21,6 +21,10 @@ and no backend silently replaces another.
 float32, in all bfloat16 with random rounding, with 8-bit state, with bounds and with components on each backend, and compares the
 bits with known ones. It also tries checkpoints, PyTorch, the pytest plugin and the extras.
 
+On the CPU an update of 65,536 elements and more takes all of Numba's threads, whose number is set by the environment variable
+`NUMBA_NUM_THREADS` or by `numba.set_num_threads`. Each of them needs a free core: where other programs hold the cores, a step
+waits for the slowest thread, and one thread can be many times faster.
+
 ## Layouts, and what is refused
 
 Every size, every alignment and all strides are computed correctly. Arrays that fill their memory without gaps, all in the same
