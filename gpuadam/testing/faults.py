@@ -43,10 +43,11 @@ def inject(
         float32 in every format but float16.
     at: where. An index (an integer, or one for each dimension) for one array; for several a dict or sequence of indices, as the
         gradients are, of those that get the fault. By default `count` different elements of all gradients, chosen by `seed`: the
-        same on every backend.
+        same on every backend. An element of a complex array is a real or imaginary part: its index ends with 0 or 1.
 
     Raises IndexError for a place that is not there, ValueError if there are fewer than `count` elements or an array is
-    read-only, TypeError for arrays that are not of float16, bfloat16, float32 or float64, each before anything is written.
+    read-only, TypeError for arrays that are not of float16, bfloat16, float32, float64, complex64 or complex128, each before
+    anything is written.
 
     >>> grads = {"w": np.ones((2, 2), "float32"), "b": np.ones(1, "float32")}
     >>> inject(grads, math.inf, at={"w": (0, 1)})
