@@ -358,6 +358,9 @@ def _probe(name):
     except Exception as error:  # noqa: BLE001 - a GPU library can fail in any way when imported; the reason is kept
         if isinstance(error, Warning):  # `python -W error` makes errors of warnings
             return Status(False, f"its import warned, and warnings are errors here: {type(error).__name__}: {error}", WARNED)
+        if isinstance(error, ValueError) and "Number of threads" in str(error) and "NUMBA_NUM_THREADS" in os.environ:
+            fix = "set NUMBA_NUM_THREADS to 1 or more, or unset it"
+            return Status(False, f"NUMBA_NUM_THREADS={shown(os.environ['NUMBA_NUM_THREADS'])}: {error}", fix)
         fix = (
             "set CUPY_CACHE_DIR to a folder that can be written"
             if name == "cupy" and isinstance(error, OSError) and error.filename  # not of a library that cannot be opened

@@ -187,6 +187,12 @@ def one_of(choices, name, value):
     return value
 
 
+def nonzero(where):
+    """Refuse a string for `where` that is not the one it may be."""
+    if where != "nonzero":
+        raise ValueError(f"where={shown(where)} must be an array of flags, or 'nonzero': elements whose gradient is not 0")
+
+
 def flag(name, value):
     if type(value) is not bool and not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, not {shown(value)}")
@@ -348,7 +354,7 @@ def beside(view, param, operand, written, numbers=1, in_groups=False, allowed=No
     numbers: of an element. in_groups: the parameter has 8-bit state. allowed: formats, if not all those of the operand.
     """
     _operand(view, param, operand, numbers, written, in_groups)  # first: of complex numbers beside real ones it says more
-    one_format(view, allowed or KINDS[operand].formats)
+    one_format(view, allowed or KINDS[operand].formats, param if operand == "grad" else None)
     if operand in ("low", "high"):
         _format_of_bound(view, param)
 
@@ -431,7 +437,7 @@ def formats(views, nonzero=False, numbers=1):
         allowed = KINDS[operand].formats
         if view.format not in allowed and operand in STATE and "m_scale" not in views:  # 8-bit state is not what was meant
             allowed = tuple(format for format in allowed if format != "uint8")
-        one_format(view, allowed)
+        one_format(view, allowed, views["param"] if operand == "grad" else None)
     param, m = views["param"], views["m"]
     for operand in ("low", "high"):
         if operand in views:
@@ -494,11 +500,17 @@ def _in_groups(view):
         raise ValueError(f"{view.name} is not {wrong}, which the groups of 8-bit state need: pass a copy, or another state")
 
 
-def one_format(view, allowed):
+def one_format(view, allowed, param=None):
+    """Refuse an array of another format. param: the View of the parameter beside which it is a gradient."""
     if view.format not in allowed or not view.dtype.isnative:
-        other = next(format for format in (view.format, "float32", allowed[0]) if format in allowed)
+        is_long = view.dtype.kind == "f" and view.dtype.itemsize > 8
+        wide = "float64" if is_long or (param is not None and param.format == "float64") else "float32"
+        other = next(format for format in (view.format, wide, "float32", allowed[0]) if format in allowed)
+        advice = cast(view, other)
+        if view.format == "uint16" and "bfloat16" in allowed and len(allowed) > 1:
+            advice += ", or gpuadam.Bits(x, 'bfloat16') if these are its bits"
         raise TypeError(
-            f"{view.name} has dtype {_name(view)}; it must be {' or '.join(allowed)}, in native byte order: {cast(view, other)}"
+            f"{view.name} has dtype {_name(view)}; it must be {' or '.join(allowed)}, in native byte order: {advice}"
         )
 
 

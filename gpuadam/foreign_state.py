@@ -99,7 +99,12 @@ def to_torch(opt: Adam, names: Iterable[str] | None = None, *, convert: bool = F
 
     Raises ValueError or TypeError for what torch's Adam cannot hold. Nothing changes here.
     """
-    torch = importlib.import_module("torch")
+    try:
+        torch = importlib.import_module("torch")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError('to_torch needs torch: pip install "gpuadam[torch]"', name=error.name) from error
     _only_adam(opt)
     _check_eps(opt)
     ours = opt.state_dict()

@@ -145,7 +145,7 @@ def adam_step(
     plain = plain and m_scale is v_scale is complex is None
     if not plain or stochastic_rounding is not False or seed is not _SEED or components is not _COMPONENTS:
         if isinstance(where, str):
-            checks.one_of(("nonzero",), "where", where)
+            checks.nonzero(where)
             group.nonzero, where = True, None
         optional = {"max_v": max_v, "remainder": remainder, "param_copy": param_copy, "ema": ema, "change": change}
         optional |= {"lr_scale": lr_scale, "where": where, "low": low, "high": high}

@@ -225,7 +225,8 @@ def _checked_rows(rows, n, n_old):
     except ValueError:  # NumPy's, of a list of lists
         raise TypeError(f"rows must be integers, not {shown(rows)}") from None
     if rows.dtype.kind not in "iu" and rows.size:
-        raise TypeError(f"rows must be integers, not {rows.dtype}")
+        advice = ": np.flatnonzero(mask) makes them of flags" if rows.dtype == bool else ""
+        raise TypeError(f"rows must be integers, not {rows.dtype}{advice}")
     if rows.shape != (n,):
         raise ValueError(f"rows has shape {rows.shape}: it must have a number for each of the {n} rows")
     if n and (rows.min() < -1 or rows.max() >= n_old):

@@ -78,7 +78,7 @@ class StepArrays:
         self._nonzero = isinstance(where, str)
         self._of_names: dict[str, dict] = {name: {} for structure in arrangement.structures for name in structure.names}
         if self._nonzero:
-            checks.one_of(("nonzero",), "where", where)
+            checks.nonzero(where)
         for operand, given in (("change", change), ("lr_scale", lr_scale), ("where", None if self._nonzero else where)):
             if given is None:
                 continue

@@ -78,7 +78,10 @@ class UnderWay:
             self._refuse()
 
     def _refuse(self):
-        raise ValueError(f"a step before this was cut short, or is under way in another thread. If it was cut short, {TORN}")
+        raise ValueError(
+            "a step before this was cut short, or is under way in another thread, or around this call, which a function that it "
+            f"calls has made, such as a callable lr. If it was cut short, {TORN}"
+        )
 
 
 def in_turn(method: F) -> F:

@@ -78,6 +78,19 @@ def test_importing_the_drop_in_without_torch_says_what_to_install():
     assert run(code).strip() == 'torch gpuadam.torch needs torch: pip install "gpuadam[torch]"'
 
 
+def test_state_for_torch_without_torch_says_what_to_install():
+    code = """
+    import sys
+    import numpy as np, gpuadam
+    sys.modules["torch"] = None
+    try:
+        gpuadam.foreign_state.to_torch(gpuadam.Adam({"w": np.zeros(2, "float32")}))
+    except ModuleNotFoundError as error:
+        print(error.name, error)
+    """
+    assert run(code).strip() == 'torch to_torch needs torch: pip install "gpuadam[torch]"'
+
+
 def test_a_cpu_step_loads_no_gpu_library():
     code = """
     import gpuadam, numpy as np, sys
@@ -297,6 +310,17 @@ def test_a_warning_that_is_an_error_is_no_broken_installation(tmp_path):
     said = run(code, [tmp_path]).strip()
     assert said.startswith("its import warned, and warnings are errors here: DeprecationWarning: use another; let this")
     assert "reinstall" not in said
+
+
+def test_a_number_of_threads_that_numba_refuses_is_no_broken_installation():
+    code = """
+    import gpuadam
+    print(*gpuadam.backend_status()["numba-cpu"], sep="; ")
+    """
+    said = run(code, NUMBA_NUM_THREADS="0").strip()
+    assert said.startswith("False; NUMBA_NUM_THREADS='0': ") and said.endswith(
+        "; set NUMBA_NUM_THREADS to 1 or more, or unset it"
+    )
 
 
 WITHOUT_NUMBA = {

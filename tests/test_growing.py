@@ -211,7 +211,11 @@ BAD = {
     ),
     "negative": (lambda o: o.replace("points", SAME, [0, 1, -2]), ValueError, "or -1; they are from -2 to 1"),
     "floats": (lambda o: o.replace("points", SAME, [0.0, 1, 2]), TypeError, "rows must be integers, not float64"),
-    "flags": (lambda o: o.replace("points", SAME, [True, False, True]), TypeError, "rows must be integers, not bool"),
+    "flags": (
+        lambda o: o.replace("points", SAME, [True, False, True]),
+        TypeError,
+        r"rows must be integers, not bool: np.flatnonzero\(mask\) makes them",
+    ),
     "rows of rows": (
         lambda o: o.replace("points", SAME, [[0], [1, 2], 3]),
         TypeError,

@@ -118,6 +118,22 @@ MISTAKES = {
         TypeError,
         r"^m has dtype int64; it must be float32 or float64 or bfloat16, in native byte order: x = x.astype\('float32'\)",
     ),
+    "bits of half floats": (
+        lambda: gpuadam.Adam(ones(dtype="u2")),
+        TypeError,
+        r"uint16.*: x = x.astype\('float32'\), or gpuadam.Bits\(x, 'bfloat16'\) if these are its bits$",
+    ),
+    "long doubles": (lambda: gpuadam.Adam(ones(dtype="g")), TypeError, r"order: x = x.astype\('float64'\)$"),
+    "integers beside float64": (
+        lambda: gpuadam.Adam(ones(dtype="f8")).step(ones(dtype=int)),
+        TypeError,
+        r"int64.*order: x = x.astype\('float64'\)$",
+    ),
+    "integers beside float64, in one step": (
+        lambda: gpuadam.adam_step(ones(dtype="f8"), ones(dtype=int), ones(dtype="f8"), ones(dtype="f8"), 1),
+        TypeError,
+        r"int64.*order: x = x.astype\('float64'\)$",
+    ),
     "loaded integers": (
         lambda: load_moments("i4"),
         ValueError,

@@ -261,7 +261,7 @@ def of_opt(**arrays):
 
 SAME = random(9)
 BAD = {
-    "a word": (adam_step, {"where": "zero"}, ValueError, "where='zero' must be one of 'nonzero'"),
+    "a word": (adam_step, {"where": "zero"}, ValueError, "where='zero' must be an array of flags, or 'nonzero'"),
     "where is float": (adam_step, {"where": random(1)}, TypeError, "where has dtype float32; it must be bool or uint8"),
     "where has a shape": (
         adam_step,

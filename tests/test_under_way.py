@@ -184,6 +184,25 @@ def test_a_step_of_another_thread_or_of_a_signals_handler_is_refused():
     opt.step(grads_of(opt))
 
 
+def test_a_step_within_a_step_is_told_so():
+    said: list[str] = []
+
+    def rate(step):
+        if not said:
+            with pytest.raises(ValueError) as refused:
+                opt.step(grads)
+            said.append(str(refused.value))
+        return 0.1
+
+    grads = np.ones(3, "f4")
+    opt = gpuadam.Adam(np.zeros(3, "f4"))
+    opt.groups[0]["lr"] = rate
+    opt.step(grads)
+    assert (
+        "or around this call, which a function that it calls has made, such as a callable lr" in said[0] and opt.steps == 1
+    )
+
+
 # Two steps at once
 
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from .. import backends, torch_tensors
 from ..clipping import named_arrays
-from ..groups import some
 from ..kernels.messages import shortened
 from ..kernels.operands import widened
 
@@ -72,7 +71,7 @@ def assert_same_bits(actual: Any, expected: Any, name: str = "") -> None:
 def _compare(actual, expected, name=""):
     """Compare dicts of arrays, by the names that the message calls them."""
     if actual.keys() != expected.keys():
-        raise AssertionError(f"{name or 'actual'} has the arrays {some(actual)}, expected {some(expected)}")
+        raise AssertionError(f"{name or 'actual'} has {_arrays(actual, name)}, expected {_arrays(expected, name)}")
     for key in expected:
         label = shortened(key) or "the arrays"
         one, other = on_host(label, actual[key]), on_host(label, expected[key])
@@ -83,6 +82,13 @@ def _compare(actual, expected, name=""):
         apart = different(one, other)
         if apart.any():
             raise AssertionError(f"{label}: {_message(one, other, apart)}")
+
+
+def _arrays(named, name):
+    """Return in words which arrays there are. Their names have quotes of their own."""
+    if not named:
+        return "no arrays"
+    return "one array alone" if list(named) == [name] else f"the arrays {shortened(', '.join(named), 1000)}"
 
 
 def on_host(name, array):

@@ -121,7 +121,7 @@ class Reference:
         scales = self._beside_params("lr_scale", lr_scale)
         flags = dict.fromkeys(self._trained, where) if isinstance(where, str) else self._beside_params("where", where)
         if isinstance(where, str):
-            checks.one_of(("nonzero",), "where", where)
+            checks.nonzero(where)
         self.steps += 1
         lr = self._lr(self.steps) if callable(self._lr) else self._lr
         for name, grad in numbers.items():
