@@ -6,7 +6,6 @@ import sys
 import warnings
 
 import numpy as np
-from cuda.core import Linker
 from numba import cuda
 from numba.cuda.cudadrv.driver import device_memset
 from numba.cuda.cudadrv.error import CudaSupportError
@@ -52,7 +51,10 @@ class NumbaCuda(GpuBackend):
         """Return the `cuda_linker.Linked` of what NVVM and the linker are here, after compiling a kernel that does nothing."""
         capability = gpu_driver.compute_capability(self.current_device())
         ptx, _ = cuda.compile(_nothing, (), cc=capability, device=False, abi="numba", output="ptx")
-        which = getattr(Linker, "which_backend", None)  # without it, cuda.core takes nvJitLink wherever there is one
+        linker = importlib.import_module(
+            "cuda.core"
+        ).Linker  # a file that imported it would say nothing of a missing numba-cuda
+        which = getattr(linker, "which_backend", None)  # without it, cuda.core takes nvJitLink wherever there is one
         return cuda_linker.linked(ptx, which is None or "jitlink" in which().lower())
 
     def view(self, name, array):
