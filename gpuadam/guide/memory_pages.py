@@ -1,9 +1,8 @@
 """Pages of memory: why large arrays on a CPU want pages of 2 MB, and how to have them.
 
 A processor remembers where some thousand pages of memory lie. With pages of 4 KB that is a few megabytes; a step over large
-arrays then looks each page up in tables, in a virtual machine in two of them. On Emerald Rapids of
-`gpuadam.guide.how_fast` a step over arrays on small pages took twice as long as on pages of 2 MB, "huge pages". On AMD's it made
-less difference.
+arrays then looks each page up in tables, in a virtual machine in two of them. On Emerald Rapids of `gpuadam.guide.how_fast` a
+step over arrays on small pages took twice as long as on pages of 2 MB, "huge pages". On AMD's it made less difference.
 `benchmarks/pages.py` measures it on your machine. All of this is about Linux and the CPU: a GPU has large pages in any case.
 
 ## What gpuadam does
@@ -17,17 +16,16 @@ small arrays lie on huge pages, too. It is touched when the optimizer is made, w
 step is faster by as much. When a parameter is removed or replaced, the huge pages that its moments have to themselves go back
 to the system; the rest goes with the last array of the group.
 
-**Places in 128 MB.** A step goes through param, grad, m and v side by side. On Zen 3 it took 1.6 to 2.0
-times as long where these began at multiples of 128 MB, and 3.1 to 4.5 times at multiples of 256 MB, as if all were in the same
-banks of memory. With 16 KB more between them nothing was lost. So gpuadam's arrays begin at different places. Those of NumPy,
-of 2^26 float32 for instance, are 256 MB and 4 KB apart: that took 1.2 to 1.35 times as long. `benchmarks/pages.py` has a table
-of it.
+**Places in 128 MB.** A step goes through param, grad, m and v side by side. On Zen 3 it took 1.6 to 2.0 times as long where
+these began at multiples of 128 MB, and 3.1 to 4.5 times at multiples of 256 MB, as if all were in the same banks of memory.
+With 16 KB more between them nothing was lost. So gpuadam's arrays begin at different places. Those of NumPy, of 2^26 float32
+for instance, are 256 MB and 4 KB apart: that took 1.2 to 1.35 times as long. `benchmarks/pages.py` has a table of it.
 
-**Places in 4 KB.** Large arrays of NumPy begin 16 bytes behind a page's first byte, from 32 MB on and as a rule also below, and
-those of torch 64. So a step comes to the end of a small page in param, grad, m and v at once. On Granite Rapids a step over such
-arrays took 1.03 to 1.05 times as long as one over four that begin 1 KB farther each, on huge pages too. The moments of
-a group and the buffers of `gpuadam.flatten` begin at different ones of eight places. The moments of `gpuadam.torch` begin where
-torch's arrays do.
+**Places in 4 KB.** Large arrays of NumPy begin 16 bytes behind a page's first byte, from 32 MB on and as a rule also below,
+and those of torch 64. So a step comes to the end of a small page in param, grad, m and v at once. On Granite Rapids a step
+over such arrays took 1.03 to 1.05 times as long as one over four that begin 1 KB farther each, on huge pages too. The moments
+of a group and the buffers of `gpuadam.flatten` begin at different ones of eight places. The moments of `gpuadam.torch` begin
+where torch's arrays do.
 
 ## What to do
 
