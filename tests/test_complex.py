@@ -368,7 +368,7 @@ def test_gradients_and_state_of_other_kinds_are_refused():
         (numbers(0, dtype="float32"), "the gradient of a complex parameter is complex"),
         (numbers(0, (5,)), "nothing is broadcast"),
         (numbers(0).astype("c16").astype(">c16"), "in the other byte order"),
-        (numbers(0).astype(np.clongdouble), r"it must be float32.*x.astype\('complex64'\)"),
+        (numbers(0).astype(np.clongdouble), r"it must be float32.*x.astype\('complex128'\)"),
     ]
     for grad, message in cases:
         with unchanged(x=x, opt=opt), pytest.raises((TypeError, ValueError), match=message):
