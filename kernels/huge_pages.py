@@ -47,7 +47,7 @@ COLLAPSE = 25  # of Linux 6.1 and later; Python has no name for it
 USUAL_BYTES = 2 << 20  # of a huge page
 SMALL_PAGE = 4 << 10  # bytes
 STAGGER = 16 << 10  # bytes: with 4 KB there was still a third to gain, with 8 KB a tenth
-NEAR = 512  # bytes: with 64 there was still a half to gain, with 256 a tenth, with 1 KB nothing
+NEAR = 512  # bytes: with 64 there was still a half to gain on Granite Rapids, with 256 a tenth, with 1 KB nothing
 STAGGERED_FROM = 16  # huge pages of an allocation, to which one more may then belong
 _places = itertools.count()  # of operands, counted through all allocations
 

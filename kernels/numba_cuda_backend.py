@@ -51,9 +51,8 @@ class NumbaCuda(GpuBackend):
         """Return the `cuda_linker.Linked` of what NVVM and the linker are here, after compiling a kernel that does nothing."""
         capability = gpu_driver.compute_capability(self.current_device())
         ptx, _ = cuda.compile(_nothing, (), cc=capability, device=False, abi="numba", output="ptx")
-        linker = importlib.import_module(
-            "cuda.core"
-        ).Linker  # a file that imported it would say nothing of a missing numba-cuda
+        # imported here, because at the top of the file an environment without it would hide that numba-cuda is broken
+        linker = importlib.import_module("cuda.core").Linker
         which = getattr(linker, "which_backend", None)  # without it, cuda.core takes nvJitLink wherever there is one
         return cuda_linker.linked(ptx, which is None or "jitlink" in which().lower())
 

@@ -89,16 +89,17 @@ def test_doctor_says_once_that_nothing_can_be_linked_and_what_mends_it(monkeypat
         raise RuntimeError("Unsupported .version 9.5")
 
     monkeypatch.setattr(doctor.contract, "digest_on", refused)
-    monkeypatch.setattr(doctor, "_linked", lambda name: linked)
+    monkeypatch.setattr(doctor, "_linked", lambda name: (linked, linked.text))
     monkeypatch.setattr(doctor, "_launches", lambda name: pytest.fail("no step worked, and an optimizer was tried"))
     found = doctor._examine("numba-cpu")
     assert found["reason"].count("Unsupported .version 9.5") == 1 and all(name in found["reason"] for name in found["steps"])
     assert fix in found["fix"] and found["linked"] == linked.text
 
 
-def test_what_cannot_be_found_out_of_the_linker_is_left_out(monkeypatch):
+def test_what_cannot_be_found_out_of_the_linker_is_said(monkeypatch):
     monkeypatch.setattr(doctor.backends, "load", lambda name: SimpleNamespace(linked=lambda: 1 / 0))
-    assert doctor._linked("numba-cuda") is None and doctor._linked("cupy") is None
+    said = "what links the PTX of NVVM cannot be told: ZeroDivisionError: division by zero"
+    assert doctor._linked("numba-cuda") == (None, said) and doctor._linked("cupy") == (None, None)
 
 
 # Over the stand-in for the driver

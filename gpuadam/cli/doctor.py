@@ -55,7 +55,7 @@ def _examine(name):
     if not status.available:
         found = installed.part(False, status.reason, status.fix)
         return found | {"bits": None, "steps": {}, "launches": None, "linked": None}
-    linked = _linked(name)
+    linked, text = _linked(name)
     steps, wrong, fix = {}, [], status.fix
     failed: dict[str, list[str]] = {}  # by what was raised
     for label, known in contract.CONTRACTS.items():
@@ -82,17 +82,18 @@ def _examine(name):
             wrong.append(f"steps of an optimizer failed: {type(error).__name__}: {error}")
             fix = fix or "please report it with this page"
     found = installed.part(not wrong, "; ".join(wrong) or status.reason, fix)
-    return found | {"bits": steps["float32"], "steps": steps, "launches": launches, "linked": linked and linked.text}
+    return found | {"bits": steps["float32"], "steps": steps, "launches": launches, "linked": text}
 
 
 def _linked(name):
-    """Return the `cuda_linker.Linked` of numba-cuda; None of another backend, or if nothing can be compiled."""
+    """Return the `cuda_linker.Linked` of numba-cuda, or None, and what is said of it. Of other backends nothing is."""
     if name != "numba-cuda":
-        return None
+        return None, None
     try:
-        return backends.load(name).linked()
-    except Exception:  # noqa: BLE001 - the steps raise it, too
-        return None
+        linked = backends.load(name).linked()
+    except Exception as error:  # noqa: BLE001 - whatever a driver or compiler raises is what the report is for
+        return None, f"what links the PTX of NVVM cannot be told: {type(error).__name__}: {shortened(str(error))}"
+    return linked, linked.text
 
 
 def _launches(name):

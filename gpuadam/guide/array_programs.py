@@ -85,9 +85,9 @@ rate, in decoupled weight decay too.
 >>> print(points[:, 0].round(4))
 [-0.2    -0.0744 -0.1    -0.0372]
 
-On the CPU flags and rates of rows are spread over their rows, a block of elements at a time; a step with them takes two to six
-times as long as one without. With an array of the parameter's shape, into which a program has spread them before, as
-`flags[...] = of_rows[:, None]` does, it takes 1.4 to 5 times as long.
+On the CPU flags and rates of rows are spread over their rows, a block of elements at a time. On a Granite Rapids that
+was busy with other work a step with them took two to six times as long as one without. With an array of the parameter's shape,
+into which the program had spread them before (`flags[...] = of_rows[:, None]`), it took 1.4 to 5 times as long.
 
 ## The change, not the parameter
 

@@ -337,7 +337,7 @@ class OffloadAdam(Adam):
         self._store.flush()
 
     def close(self) -> None:
-        """Flush the files and free the folder. No step can follow."""
+        """Flush the files and free the folder. No step, load or save can follow; `state` and `state_dict` stay."""
         self._store.close()
         let_go(self)
 
